@@ -1,0 +1,559 @@
+"""Scalar terms over rank coordinates: what an Einsum computes at one point of its iteration space.
+
+    term  ::=  const | coordinate of a rank | size symbol | load tensor[term, ...] | op(term, ...) | cast(term)
+
+Terms are hash-consed: equal terms are one object, so `is` compares them and dictionaries memoise walks over
+the DAG. They hold indices, masks, biases, score functions and row rules alike. A term has a dtype; a cast that the
+model wrote stays a `cast`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar, TypeAlias
+from weakref import WeakValueDictionary
+
+Scalar: TypeAlias = bool | int | float
+
+FLOATS = ("f16", "bf16", "f32", "f64")
+INTEGERS = ("u8", "i8", "i16", "i32", "i64")
+DTYPES = ("b1", *INTEGERS, *FLOATS)
+
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+LOGICAL = ("and", "or", "xor", "not")
+# Unary operators whose result is a float even when the argument is an integer.
+FLOAT_UNARY = (
+    "exp", "exp2", "expm1", "log", "log2", "log1p", "tanh", "sigmoid", "sqrt", "rsqrt", "reciprocal",
+    "sin", "cos", "erf", "softplus",
+)  # fmt: skip
+UNARY = ("neg", "abs", "relu", "floor", "ceil", "round", "trunc", "sign", "isnan", "isinf", "not", *FLOAT_UNARY)
+BINARY = (
+    "add", "sub", "mul", "div", "floordiv", "mod", "max", "min", "pow", "and", "or", "xor", *COMPARISONS,
+)  # fmt: skip
+OPERATORS = (*UNARY, *BINARY, "where", "cast")
+
+
+class Expr:
+    """One term. Build terms with the functions below or with operators, never with this constructor."""
+
+    __slots__ = ("__weakref__", "args", "attr", "dtype", "op", "ranks")
+    _table: ClassVar[WeakValueDictionary[tuple[object, ...], Expr]] = WeakValueDictionary()
+
+    op: str
+    args: tuple[Expr, ...]
+    attr: object
+    dtype: str
+    ranks: frozenset[str]
+
+    def __new__(cls, op: str, args: tuple[Expr, ...], attr: object, dtype: str) -> Expr:
+        # repr keeps 0 and False, 0.0 and -0.0, and the NaNs apart
+        key = (op, tuple(id(a) for a in args), type(attr).__name__, repr(attr), dtype)
+        found = cls._table.get(key)
+        if found is not None:
+            return found
+        self = super().__new__(cls)
+        self.op, self.args, self.attr, self.dtype = op, args, attr, dtype
+        own = frozenset([str(attr)]) if op == "index" else frozenset()
+        self.ranks = own.union(*(a.ranks for a in args))
+        return cls._table.setdefault(key, self)
+
+    def __repr__(self) -> str:
+        return show(self)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Expr, (self.op, self.args, self.attr, self.dtype))
+
+    def __copy__(self) -> Expr:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Expr:
+        return self
+
+    def __add__(self, other: Expr | Scalar) -> Expr:
+        return add(self, other)
+
+    def __radd__(self, other: Scalar) -> Expr:
+        return add(other, self)
+
+    def __sub__(self, other: Expr | Scalar) -> Expr:
+        return sub(self, other)
+
+    def __rsub__(self, other: Scalar) -> Expr:
+        return sub(other, self)
+
+    def __mul__(self, other: Expr | Scalar) -> Expr:
+        return mul(self, other)
+
+    def __rmul__(self, other: Scalar) -> Expr:
+        return mul(other, self)
+
+    def __truediv__(self, other: Expr | Scalar) -> Expr:
+        return binary("div", self, other)
+
+    def __rtruediv__(self, other: Scalar) -> Expr:
+        return binary("div", other, self)
+
+    def __floordiv__(self, other: Expr | Scalar) -> Expr:
+        return binary("floordiv", self, other)
+
+    def __mod__(self, other: Expr | Scalar) -> Expr:
+        return binary("mod", self, other)
+
+    def __neg__(self) -> Expr:
+        return unary("neg", self)
+
+    def __and__(self, other: Expr | Scalar) -> Expr:
+        return binary("and", self, other)
+
+    def __or__(self, other: Expr | Scalar) -> Expr:
+        return binary("or", self, other)
+
+    def __invert__(self) -> Expr:
+        return unary("not", self)
+
+    def __lt__(self, other: Expr | Scalar) -> Expr:
+        return binary("lt", self, other)
+
+    def __le__(self, other: Expr | Scalar) -> Expr:
+        return binary("le", self, other)
+
+    def __gt__(self, other: Expr | Scalar) -> Expr:
+        return binary("gt", self, other)
+
+    def __ge__(self, other: Expr | Scalar) -> Expr:
+        return binary("ge", self, other)
+
+    @property
+    def is_const(self) -> bool:
+        return self.op == "const"
+
+    @property
+    def value(self) -> Scalar:
+        """The value of a constant."""
+        if self.op != "const":
+            raise TypeError(f"{self} is not a constant")
+        assert isinstance(self.attr, (bool, int, float))
+        return self.attr
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOATS
+
+
+# --- leaves -----------------------------------------------------------------------------------------------------
+
+
+def const(value: Scalar, dtype: str | None = None) -> Expr:
+    """A literal. Without a dtype: b1, i64 or f32 by the Python type."""
+    if dtype is None:
+        dtype = "b1" if isinstance(value, bool) else "i64" if isinstance(value, int) else "f32"
+    if dtype in FLOATS:
+        value = float(value)
+    elif dtype == "b1":
+        value = bool(value)
+    else:
+        value = int(value)
+    return Expr("const", (), value, dtype)
+
+
+TRUE = const(True)
+FALSE = const(False)
+
+
+def index(rank: str) -> Expr:
+    """The coordinate of a rank at the current point."""
+    return Expr("index", (), rank, "i64")
+
+
+def symbol(name: str) -> Expr:
+    """A size that is known when the cascade runs (a symbolic dimension)."""
+    return Expr("symbol", (), name, "i64")
+
+
+def load(tensor: str, indices: tuple[Expr | int, ...], dtype: str) -> Expr:
+    """The element of a tensor at integer coordinates, which may themselves hold loads (a gather)."""
+    return Expr("load", tuple(lift_scalar(i, "i64") for i in indices), tensor, dtype)
+
+
+def lift_scalar(value: Expr | Scalar, dtype: str | None = None) -> Expr:
+    if isinstance(value, Expr):
+        return value
+    if dtype is not None and isinstance(value, float) and dtype not in FLOATS:
+        dtype = "f32"
+    if dtype == "b1" and not isinstance(value, bool):
+        dtype = None
+    return const(value, dtype)
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------
+
+
+def promote(a: str, b: str) -> str:
+    """The common dtype of two tensor operands, as torch has it."""
+    if a == b:
+        return a
+    if {a, b} == {"f16", "bf16"}:
+        return "f32"
+    if a in FLOATS or b in FLOATS:
+        if a in FLOATS and b in FLOATS:
+            return max(a, b, key=lambda d: (8 if d == "f64" else 4 if d == "f32" else 2))
+        return a if a in FLOATS else b
+    if "u8" in (a, b) and "i8" in (a, b):
+        return "i16"
+    return max(a, b, key=DTYPES.index)
+
+
+def result_dtype(op: str, args: tuple[Expr, ...]) -> str:
+    if op in COMPARISONS or op in ("isnan", "isinf"):
+        return "b1"
+    if op in ("and", "or", "xor", "not"):
+        return args[0].dtype if len(args) == 1 else promote(args[0].dtype, args[1].dtype)
+    if op == "where":
+        return promote(args[1].dtype, args[2].dtype)
+    common = args[0].dtype if len(args) == 1 else promote(args[0].dtype, args[1].dtype)
+    if (op in FLOAT_UNARY or op == "div") and common not in FLOATS:
+        return "f32"
+    return common
+
+
+# --- operators --------------------------------------------------------------------------------------------------
+
+
+def _wrap(a: Expr | Scalar, b: Expr | Scalar) -> tuple[Expr, Expr]:
+    """A Python scalar takes the dtype of the other operand, as in torch."""
+    if isinstance(a, Expr):
+        return a, lift_scalar(b, a.dtype)
+    if isinstance(b, Expr):
+        return lift_scalar(a, b.dtype), b
+    return const(a), const(b)
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
+
+
+def _true_div(a: float, b: float) -> float:
+    if b == 0:
+        return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1.0, b)
+    return a / b
+
+
+def _maximum(a: Scalar, b: Scalar) -> Scalar:
+    return math.nan if a != a or b != b else max(a, b)
+
+
+def _minimum(a: Scalar, b: Scalar) -> Scalar:
+    return math.nan if a != a or b != b else min(a, b)
+
+
+_FOLD: Mapping[str, Callable[..., Scalar]] = {
+    "neg": operator.neg, "abs": abs, "relu": lambda x: max(x, type(x)(0)), "floor": lambda x: math.floor(x),
+    "ceil": lambda x: math.ceil(x), "trunc": lambda x: math.trunc(x), "sign": lambda x: (x > 0) - (x < 0),
+    "isnan": lambda x: x != x, "isinf": lambda x: isinstance(x, float) and math.isinf(x),
+    "exp": math.exp, "exp2": lambda x: 2.0**x, "expm1": math.expm1, "log": math.log, "log2": math.log2,
+    "log1p": math.log1p, "tanh": math.tanh, "sigmoid": _sigmoid, "sqrt": math.sqrt,
+    "rsqrt": lambda x: 1.0 / math.sqrt(x), "reciprocal": lambda x: _true_div(1.0, x), "sin": math.sin,
+    "cos": math.cos, "erf": math.erf,
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": _true_div,
+    "floordiv": operator.floordiv, "mod": operator.mod, "max": _maximum, "min": _minimum, "pow": operator.pow,
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
+    "ge": operator.ge, "and": operator.and_, "or": operator.or_, "xor": operator.xor,
+}  # fmt: skip
+
+
+def _fold(op: str, args: tuple[Expr, ...], dtype: str) -> Expr | None:
+    if not all(a.op == "const" for a in args):
+        return None
+    values = [a.value for a in args]
+    if op == "not":
+        return const(not values[0]) if args[0].dtype == "b1" else None
+    function = _FOLD.get(op)
+    if function is None:
+        return None
+    if op in FLOAT_UNARY or op == "div":
+        values = [float(v) for v in values]
+    try:
+        value = function(*values)
+    except (ArithmeticError, ValueError, TypeError):
+        return None
+    if isinstance(value, complex):
+        return None
+    if isinstance(value, float) and dtype in INTEGERS and not math.isfinite(value):
+        return None
+    # A literal in a narrow type is rounded by whoever evaluates it; folding there would skip that rounding.
+    if dtype in ("f16", "bf16") and op not in ("neg", "abs", "relu", "max", "min"):
+        return None
+    return const(value, dtype)
+
+
+def unary(op: str, a: Expr) -> Expr:
+    args = (a,)
+    dtype = result_dtype(op, args)
+    folded = _fold(op, args, dtype)
+    if folded is not None:
+        return folded
+    if op == "not" and a.op == "not":
+        return a.args[0]
+    if op == "neg" and a.op == "neg":
+        return a.args[0]
+    return Expr(op, args, None, dtype)
+
+
+def binary(op: str, a: Expr | Scalar, b: Expr | Scalar) -> Expr:
+    x, y = _wrap(a, b)
+    dtype = result_dtype(op, (x, y))
+    folded = _fold(op, (x, y), dtype)
+    if folded is not None:
+        return folded
+    kept = _identity(op, x, y)
+    if kept is not None and kept.dtype == dtype:
+        return kept
+    return Expr(op, (x, y), None, dtype)
+
+
+def _equals(e: Expr, value: Scalar) -> bool:
+    return e.op == "const" and e.attr == value
+
+
+def _identity(op: str, x: Expr, y: Expr) -> Expr | None:
+    """Laws that hold for every value, NaN and infinity included; the law stands beside its rule."""
+    integer = x.dtype not in FLOATS and y.dtype not in FLOATS
+    match op:
+        case "add":
+            if _equals(y, 0):  # x + 0 = x
+                return x
+            if _equals(x, 0):  # 0 + y = y
+                return y
+        case "sub":
+            if _equals(y, 0):  # x - 0 = x
+                return x
+            if integer and x is y:  # x - x = 0 over the integers
+                return const(0, x.dtype)
+        case "mul":
+            if _equals(y, 1):  # x * 1 = x
+                return x
+            if _equals(x, 1):  # 1 * y = y
+                return y
+            if integer and (_equals(x, 0) or _equals(y, 0)):  # x * 0 = 0 over the integers
+                return const(0, promote(x.dtype, y.dtype))
+        case "div":
+            if _equals(y, 1):  # x / 1 = x
+                return x
+        case "floordiv":
+            if integer and _equals(y, 1):  # x // 1 = x
+                return x
+        case "mod":
+            if integer and _equals(y, 1):  # x % 1 = 0
+                return const(0, x.dtype)
+        case "and":
+            if x is y or (_equals(y, True) and y.dtype == "b1"):  # x & true = x
+                return x
+            if _equals(x, True) and x.dtype == "b1":
+                return y
+            if x is FALSE or y is FALSE:  # x & false = false
+                return FALSE
+        case "or":
+            if x is y or y is FALSE:  # x | false = x
+                return x
+            if x is FALSE:
+                return y
+            if x is TRUE or y is TRUE:  # x | true = true
+                return TRUE
+        case "max" | "min":
+            if x is y:
+                return x
+        case "eq" | "le" | "ge":
+            if integer and x is y:  # i = i over the integers
+                return TRUE
+        case "ne" | "lt" | "gt":
+            if integer and x is y:
+                return FALSE
+    return None
+
+
+def add(a: Expr | Scalar, b: Expr | Scalar) -> Expr:
+    return binary("add", a, b)
+
+
+def sub(a: Expr | Scalar, b: Expr | Scalar) -> Expr:
+    return binary("sub", a, b)
+
+
+def mul(a: Expr | Scalar, b: Expr | Scalar) -> Expr:
+    return binary("mul", a, b)
+
+
+def maximum(a: Expr | Scalar, b: Expr | Scalar) -> Expr:
+    return binary("max", a, b)
+
+
+def minimum(a: Expr | Scalar, b: Expr | Scalar) -> Expr:
+    return binary("min", a, b)
+
+
+def equal(a: Expr | Scalar, b: Expr | Scalar) -> Expr:
+    return binary("eq", a, b)
+
+
+def exp(a: Expr) -> Expr:
+    return unary("exp", a)
+
+
+def where(cond: Expr, a: Expr | Scalar, b: Expr | Scalar) -> Expr:
+    x, y = _wrap(a, b)
+    dtype = promote(x.dtype, y.dtype)
+    if cond is TRUE:
+        return cast(x, dtype)
+    if cond is FALSE:
+        return cast(y, dtype)
+    if x is y:
+        return x
+    return Expr("where", (cond, x, y), None, dtype)
+
+
+def cast(a: Expr, dtype: str) -> Expr:
+    """Conversion to another dtype; a literal and a widening of a widening are folded."""
+    if a.dtype == dtype:
+        return a
+    if a.op == "const" and (dtype in FLOATS or a.dtype not in FLOATS or math.isfinite(a.value)):
+        if dtype in ("f16", "bf16") and a.dtype in FLOATS and a.value not in (0.0, 1.0, math.inf, -math.inf):
+            return Expr("cast", (a,), None, dtype)
+        return const(a.value, dtype)
+    return Expr("cast", (a,), None, dtype)
+
+
+def make(op: str, args: tuple[Expr, ...], attr: object = None, dtype: str | None = None) -> Expr:
+    """Rebuild a term of any kind through the smart constructors: what substitution and parsing use."""
+    match op:
+        case "const":
+            assert isinstance(attr, (bool, int, float))
+            return const(attr, dtype)
+        case "index":
+            return index(str(attr))
+        case "symbol":
+            return symbol(str(attr))
+        case "load":
+            assert dtype is not None
+            return load(str(attr), args, dtype)
+        case "cast":
+            assert dtype is not None
+            return cast(args[0], dtype)
+        case "where":
+            return where(*args)
+    if op in BINARY:
+        return binary(op, *args)
+    if op in UNARY:
+        return unary(op, *args)
+    raise ValueError(f"unknown operator {op!r}")
+
+
+# --- walks ------------------------------------------------------------------------------------------------------
+
+
+def walk(*roots: Expr) -> Iterator[Expr]:
+    """Every distinct sub-term, arguments before the terms that use them."""
+    seen: set[Expr] = set()
+    stack: list[tuple[Expr, bool]] = [(r, False) for r in reversed(roots)]
+    while stack:
+        e, done = stack.pop()
+        if done:
+            yield e
+            continue
+        if e in seen:
+            continue
+        seen.add(e)
+        stack.append((e, True))
+        stack.extend((a, False) for a in reversed(e.args) if a not in seen)
+
+
+def rebuild(root: Expr, rule: Callable[[Expr, tuple[Expr, ...]], Expr | None]) -> Expr:
+    """Bottom-up rewriting: `rule(term, new arguments)` answers the new term, or None to keep the term."""
+    new: dict[Expr, Expr] = {}
+    for e in walk(root):
+        args = tuple(new[a] for a in e.args)
+        out = rule(e, args)
+        if out is None:
+            out = e if args == e.args else make(e.op, args, e.attr, e.dtype)
+        new[e] = out
+    return new[root]
+
+
+def substitute(root: Expr, table: Mapping[Expr, Expr]) -> Expr:
+    """Replace whole sub-terms (outermost first), then rebuild what holds them."""
+    new: dict[Expr, Expr] = {}
+
+    def go(e: Expr) -> Expr:
+        if e in new:
+            return new[e]
+        hit = table.get(e)
+        if hit is not None:
+            out = hit
+        else:
+            args = tuple(go(a) for a in e.args)
+            out = e if args == e.args else make(e.op, args, e.attr, e.dtype)
+        new[e] = out
+        return out
+
+    return go(root)
+
+
+def loads(root: Expr) -> tuple[Expr, ...]:
+    return tuple(e for e in walk(root) if e.op == "load")
+
+
+def symbols(root: Expr) -> frozenset[str]:
+    return frozenset(str(e.attr) for e in walk(root) if e.op == "symbol")
+
+
+# --- text -------------------------------------------------------------------------------------------------------
+
+_INFIX = {
+    "add": "+", "sub": "−", "mul": "·", "div": "/", "floordiv": "//", "mod": "%", "eq": "=", "ne": "≠", "lt": "<",
+    "le": "≤", "gt": ">", "ge": "≥", "and": "∧", "or": "∨", "xor": "⊕",
+}  # fmt: skip
+_LEVEL = {
+    "or": 1, "xor": 1, "and": 2, "eq": 3, "ne": 3, "lt": 3, "le": 3, "gt": 3, "ge": 3, "add": 4, "sub": 4, "mul": 5,
+    "div": 5, "floordiv": 5, "mod": 5,
+}  # fmt: skip
+
+
+def show_number(value: Scalar) -> str:
+    if isinstance(value, bool) or isinstance(value, int):
+        return str(value).lower()
+    if value == math.inf:
+        return "∞"
+    if value == -math.inf:
+        return "−∞"
+    return f"{value:.6g}"
+
+
+def show(root: Expr) -> str:
+    """The term in the papers' notation: `QK[b,h,p,m]·0.25 + bias[m]`."""
+    text: dict[Expr, tuple[str, int]] = {}
+    for e in walk(root):
+        parts = [text[a] for a in e.args]
+        match e.op:
+            case "const":
+                text[e] = (show_number(e.value), 9)
+            case "index" | "symbol":
+                text[e] = (str(e.attr), 9)
+            case "load":
+                text[e] = (f"{e.attr}[{','.join(p for p, _ in parts)}]" if parts else str(e.attr), 9)
+            case "cast":
+                text[e] = (f"{e.dtype}({parts[0][0]})", 9)
+            case "neg":
+                text[e] = (f"−{parts[0][0] if parts[0][1] > 5 else '(' + parts[0][0] + ')'}", 6)
+            case "not":
+                text[e] = (f"¬{parts[0][0] if parts[0][1] > 5 else '(' + parts[0][0] + ')'}", 6)
+            case "exp":
+                text[e] = (f"exp({parts[0][0]})", 9)
+            case op if op in _INFIX:
+                level = _LEVEL[op]
+                left = parts[0][0] if parts[0][1] >= level else f"({parts[0][0]})"
+                right = parts[1][0] if parts[1][1] > level else f"({parts[1][0]})"
+                text[e] = (f"{left} {_INFIX[op]} {right}", level)
+            case op:
+                text[e] = (f"{op}({', '.join(p for p, _ in parts)})", 9)
+    return text[root][0]

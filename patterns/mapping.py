@@ -1,0 +1,36 @@
+"""The mapping: how a cascade is tiled and run on a device. Plain data; what is computed never depends on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Sizes that bind the partitions of a streaming cascade, and how a device walks the tiles.
+
+    `tile_p` query rows and `tile_m` keys per tile; `warps` and `stages` as Triton has them (CPU: ignored); `split_m`
+    programs share one row block's keys and merge (1: none); `heavy_first` walks the row blocks with most tiles first;
+    `body` names the code that computes one tile: "triton", or on the CPU "sdpa" (SDPA on key slices) or "product"
+    (two products around the printed score and row rule).
+    """
+
+    tile_p: int
+    tile_m: int
+    warps: int = 4
+    stages: int = 2
+    split_m: int = 1
+    heavy_first: bool = True
+    body: str = "triton"
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+
+    @staticmethod
+    def parse(text: str) -> Mapping:
+        return Mapping(**json.loads(text))
+
+    def __str__(self) -> str:
+        split = f", keys split in {self.split_m}" if self.split_m > 1 else ""
+        return f"{self.body} {self.tile_p}×{self.tile_m}, {self.warps} warps, {self.stages} stages{split}"
