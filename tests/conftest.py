@@ -1,0 +1,72 @@
+"""What every test process shares: which tier it runs, no network, one thread per worker, goldens."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Set before anything imports torch or transformers.
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# Two workers share two cores with compilers: time says nothing about a property. CI repeats one fixed set of draws.
+settings.register_profile(
+    "reattend", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("reattend")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="accept what the code prints now as the golden text")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of this process's tier: interpreted kernels under TRITON_INTERPRET=1, all others without it."""
+    kept = [i for i in items if (i.get_closest_marker("interpreter") is not None) == INTERPRETED]
+    dropped = [i for i in items if i not in set(kept)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+    for item in items:
+        if not HAS_TRITON and any(item.get_closest_marker(m) for m in ("interpreter", "aot")):
+            item.add_marker(pytest.mark.skip(reason="needs triton: pip install 'reattend[triton]'"))
+        if item.get_closest_marker("gpu") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(name, text)` compares text with the file golden/<name> beside the test; --update-golden accepts it."""
+
+    def check(name: str, text: str) -> None:
+        path = Path(request.path).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"no golden file {path.name}: run pytest --update-golden and read what it writes"
+        assert text == path.read_text(encoding="utf-8")
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Random weights and inputs repeat; torch is not loaded for tests that do without it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)

@@ -1,0 +1,148 @@
+"""The shape of the whole: what each layer may import and load, that the types ship, that the documents' code runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after one statement."""
+    code = f"import json, sys\n{statement}\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_layer_contracts_hold() -> None:
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import reattend",
+        "import reattend.patterns.expr, reattend.patterns.cascade, reattend.patterns.masks",
+        "import reattend.patterns.rowstate, reattend.patterns.recognise, reattend.patterns.mapping",
+        "import reattend.cost_model.predict, reattend.cost_model.plan",
+        "import reattend.cli",
+    ],
+)
+def test_the_algebra_loads_neither_torch_nor_triton(statement: str) -> None:
+    assert not loaded_by(statement) & {"torch", "triton", "transformers"}
+
+
+def test_help_loads_no_torch() -> None:
+    statement = (
+        "from reattend.cli import main\nsys.argv = ['reattend', '--help']\n"
+        "try: main()\nexcept SystemExit as stop: assert not stop.code, stop.code"
+    )
+    assert "torch" not in loaded_by(statement)
+
+
+def test_planning_for_a_far_device_needs_no_triton() -> None:
+    assert "triton" not in loaded_by("import reattend; reattend.targets(); reattend.optimize; reattend.plan")
+
+
+def test_every_package_is_listed() -> None:
+    """setuptools is given an explicit list: a folder left out of it would be missing from the wheel."""
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    there = {"reattend"}
+    for layer in ("patterns", "cost_model", "codegen", "rewriter"):
+        folders = {p.parent.relative_to(ROOT) for p in (ROOT / layer).rglob("__init__.py")}
+        there |= {"reattend." + ".".join(f.parts) for f in folders}
+    assert listed == there
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a document, with the language it names."""
+
+    language: str
+    text: str
+
+
+def blocks(document: Path) -> list[Block]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [Block(language, text) for language, text in found]
+
+
+WITH_PYTHON = [d for d in DOCUMENTS if any(b.language == "python" for b in blocks(d))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", WITH_PYTHON, ids=lambda d: d.name)
+def test_python_blocks_of_a_document_run(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one document run in order in one namespace; a ```text block after one is what it prints."""
+    monkeypatch.chdir(ROOT)
+    found = blocks(document)
+    namespace: dict[str, object] = {"__name__": document.stem}
+    for block, after in zip(found, [*found[1:], Block("", "")], strict=True):
+        if block.language != "python":
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block.text, str(document), "exec"), namespace)
+        if after.language == "text":
+            assert printed.getvalue().strip() == after.text.strip()
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{d.name}: {line}")
+    for d in DOCUMENTS
+    for b in blocks(d)
+    if b.language == "sh"
+    for line in b.text.splitlines()
+    if line.startswith("reattend ")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_of_the_documents_run(line: str) -> None:
+    command = shlex.split(line, comments=True)
+    done = run(sys.executable, "-c", "from reattend.cli import main; main()", *command[1:])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_the_script_says_what_it_can_do() -> None:
+    done = run("sh", "run")
+    assert done.returncode == 2
+    assert "usage: ./run demo | tests" in done.stderr
+
+
+def test_the_script_refuses_an_old_python(tmp_path: Path) -> None:
+    """On a machine without a new enough Python, one sentence says what to install."""
+    (tmp_path / "run").write_text((ROOT / "run").read_text())
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text("")
+    old = tmp_path / "old-python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["sh", "run", "tests"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHON": str(old)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "needs Python 3.11 or newer" in done.stderr
+    assert not (tmp_path / ".venv").exists()
