@@ -1,0 +1,77 @@
+"""Hoisting: what does not vary over both queries and keys is computed once by the model's own graph, and loaded.
+
+before   S[b,h,p,m] = QK + slope[h] · f32(ids[b,m] − 1) …      after   S[b,h,p,m] = QK + alibi[b,h,m]
+
+Only terms with data in them are hoisted; coordinates stay, because tiles are classified from them. A gather whose index
+is computed in floating point (a logarithmic bucket) is read as the tensor that the model computed: another rounding of
+the index would be another function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from ..patterns import expr as ex
+from ..patterns.cascade import Cascade, Tensor
+from ..patterns.expr import Expr
+from ..patterns.recognise import Attention
+from .index import is_simple
+from .lift import Lifter
+
+_INEXACT = frozenset((*ex.FLOAT_UNARY, "div", "pow"))
+
+
+def hoist(lifter: Lifter, c: Cascade, view: Attention) -> tuple[Cascade, dict[str, fx.Node]]:
+    """The cascade with hoisted loads, and the graph node of each of its inputs."""
+    written = set(c.producers)
+    pairs = {view.query, view.key}
+
+    def data(e: Expr) -> bool:
+        own = ex.loads(e)
+        return bool(own) and not any(str(x.attr) in written for x in own)
+
+    def target(e: Expr) -> Expr | None:
+        origin = lifter.origin.get(e)
+        if origin is None or not is_simple(origin.at):
+            return None
+        return lifter.leaf(origin.node, origin.at, reader=origin.node)
+
+    def wanted(e: Expr) -> bool:
+        if e.op in ("const", "index", "symbol") or not data(e):
+            return False
+        if e.op == "load":
+            return any(_inexact(i) for i in e.args) or (not pairs <= e.ranks and not is_simple(e.args))
+        return not pairs <= e.ranks or (e.op in ex.COMPARISONS and _inexact(e))
+
+    memo: dict[Expr, Expr] = {}
+
+    def go(e: Expr) -> Expr:
+        if e not in memo:
+            hit = target(e) if wanted(e) else None
+            if hit is None:
+                args = tuple(go(a) for a in e.args)
+                hit = e if args == e.args else ex.make(e.op, args, e.attr, e.dtype)
+            memo[e] = hit
+        return memo[e]
+
+    einsums = []
+    for e in c.einsums:
+        # operands of products are read where peeling put them
+        keep = e.out.tensor in lifter.products or e.out.tensor in c.outputs
+        einsums.append(e if keep else replace(e, body=go(e.body)))
+    tensors = {t.name: t for t in c.tensors}
+    tensors.update({n: t for n, t in lifter.tensors.items() if n not in tensors})
+    used = {str(r.attr) for e in einsums for r in e.reads} | {e.out.tensor for e in einsums}
+    out = replace(c, einsums=tuple(einsums), tensors=tuple(t for t in tensors.values() if t.name in used))
+    return out, {t.name: lifter.leaves[t.name] for t in out.inputs}
+
+
+def _inexact(e: Expr) -> bool:
+    """Whether an integer or boolean value comes out of floating-point arithmetic on coordinates or data."""
+    return any(x.op in _INEXACT and x.is_float for x in ex.walk(e))
+
+
+def tensor_bytes(t: Tensor) -> int:
+    return {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2}.get(t.dtype, 1)
