@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
+from ..patterns import concat, recognise
 from ..patterns import expr as ex
-from ..patterns import recognise
-from ..patterns.cascade import Access, Cascade, Einsum, Tensor, verify
+from ..patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from ..patterns.expr import Expr
 from . import operators_point, operators_reduce, operators_view
 from .aliases import Aliases
@@ -20,6 +20,7 @@ from .lift import ZERO, CannotLift, Lifter, Rule, dtype_of, op_name, tensor_of
 from .names import canonical
 from .operators_reduce import peel
 from .sizes import shape_of
+from .twins import match
 from .where import module_path, source_line
 
 RULES: Mapping[str, Rule] = {**operators_view.RULES, **operators_point.RULES, **operators_reduce.RULES}
@@ -30,13 +31,15 @@ class Found:
     """An attention of a graph.
 
     `tensors` maps the cascade's inputs to graph nodes, `scalars` its symbols that are no size of a graph input to nodes;
-    `output` is the node whose value the cascade's first output replaces, up to dimensions of size 1.
+    `output` is the node whose value the cascade's first output replaces, up to dimensions of size 1; `final` is the last
+    product (they differ where the row is divided late).
     """
 
     cascade: Cascade
     tensors: Mapping[str, fx.Node]
     scalars: Mapping[str, fx.Node]
     output: fx.Node
+    final: fx.Node
     where: str
     module: str
     nodes: frozenset[fx.Node]
@@ -71,7 +74,8 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
         if n.op != "call_function" or not isinstance(n.meta.get("val"), torch.Tensor) or n in taken:
             continue
         best: NearMiss | None = None
-        for out in _attempts(gm.graph, aliases, n):
+        twin = _twin(found, n, aliases)
+        for out in [twin] if twin is not None else _attempts(gm.graph, aliases, n):
             if isinstance(out, Found):
                 found.append(out)
                 taken |= {out.output, *out.nodes}
@@ -82,6 +86,19 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
         if best is not None and best.depth > 0:
             missed.append(best)
     return found, missed
+
+
+def _twin(found: list[Found], n: fx.Node, aliases: Aliases) -> Found | None:
+    """The attention at `n` as a copy of one found before, when their subgraphs are equal."""
+    for f in found:
+        if f.output.target is not n.target or f.output is not f.final:
+            continue
+        bound = match(f.output, f.tensors.values(), f.nodes, n, aliases)
+        if bound is not None:
+            leaves = {name: bound[x] for name, x in f.tensors.items()}
+            return replace(f, tensors=leaves, output=n, final=n, where=source_line(n), module=module_path(n),
+                           nodes=frozenset((n,)))  # fmt: skip
+    return None
 
 
 def _attempts(graph: fx.Graph, aliases: Aliases, n: fx.Node) -> Iterator[Found | NearMiss]:
@@ -103,6 +120,8 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
         return _near(n, no.reason, 1)
     if not lifter.products:
         return _near(n, "no product of two token ranks stands behind the weights", 0)
+    output, lifted = _with_epilogue(lifter, final, lifted)
+    lifted = _with_query(concat.split(lifted))
     view = recognise.attention(lifted)
     if isinstance(view, recognise.Miss):
         return _near(n, _reason(lifter, view.reason), 1 if lifter.normalised else 0)
@@ -110,7 +129,6 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
     if no:
         return _near(n, no, 0)
     cascade, leaves = hoist(lifter, lifted, view)
-    output, cascade = _with_epilogue(lifter, final, cascade)
     for name, node in leaves.items():
         read = lifter.read_at.get(node)
         if read is not None and aliases.written_between(node, read - 1, output):
@@ -121,6 +139,7 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
         tensors=leaves,
         scalars={k: v for k, v in lifter.scalars.items() if k in cascade.free_symbols},
         output=output,
+        final=n,
         where=source_line(n),
         module=module_path(n),
         nodes=frozenset(lifter.visited - set(leaves.values())),
@@ -163,16 +182,86 @@ def _lift(lifter: Lifter, final: Final) -> Cascade:
     )
 
 
-def _with_epilogue(lifter: Lifter, final: Final, cascade: Cascade) -> tuple[fx.Node, Cascade]:
+_EPILOGUE = frozenset(("div", "divide", "true_divide", "mul", "multiply", "where", "masked_fill", "nan_to_num", "to", "_to_copy"))
+
+
+def _with_epilogue(lifter: Lifter, final: Final, c: Cascade) -> tuple[fx.Node, Cascade]:
     """Late division, and other row rules that stand after the last product, belong to the attention.
 
     before   O = Σ_m SN·V              (its only user divides by SD)
     after    O = Σ_m SN·V; Y = O / SD
     """
-    node = final.node
-    row_tensors = {e.out.tensor for e in cascade.einsums if e.op and e.over == ("m",) and e.out.tensor != "O"}
-    del row_tensors
-    return node, cascade
+    node, shape = final.node, shape_of(tensor_of(final.node))
+    best: tuple[fx.Node, Expr] | None = None
+    if len(shape) != len(lifter.output_at):
+        return node, c
+    before = len(lifter.einsums)
+    at = lifter.output_at
+    kept = tuple(i for i in at if i is not ZERO)
+    lifter.assume(node, at, ex.load("O", kept, dtype_of(node)))
+    user = node
+    for _ in range(4):
+        users = [u for u in user.users if u.op == "call_function"]
+        if len(users) != 1 or len(user.users) != 1 or op_name(users[0]) not in _EPILOGUE:
+            break
+        user = users[0]
+        if not isinstance(user.meta.get("val"), torch.Tensor) or shape_of(tensor_of(user)) != shape:
+            break
+        term = lifter.value(user, at)
+        rows = {e.out.tensor for e in lifter.einsums if e.op is not None and e.over == (lifter.key,)} - {"O"}
+        if load_names(term) & rows:
+            best = (user, term)
+    if best is None:
+        del lifter.einsums[before:]
+        return node, c
+    output, term = best
+    dtype = dtype_of(output)
+    lifter.tensors["Y"] = Tensor("Y", lifter.tensors["O"].shape, dtype)
+    return output, replace(
+        c,
+        ranks=lifter.rank_list(),
+        tensors=tuple(lifter.tensors.values()),
+        einsums=(*lifter.einsums, Einsum(Access("Y", kept), term)),
+        outputs=("Y",),
+    )
+
+
+def _with_query(c: Cascade) -> Cascade:
+    """Decoding has one query; its coordinate is put back, so that every attention has a query rank.
+
+    before   QK[b,h,m] = Σ_e Q[b,h,0,e]·K[b,h,m,e]        after   QK[b,h,p,m] = Σ_e Q[b,h,p,e]·K[b,h,m,e],  P = 1
+    """
+    product = next(e for e in c.einsums if e.op == "add")
+    out = frozenset().union(*(i.ranks for i in product.out.index))
+    q = next((x for x in product.reads if "m" not in x.ranks), None)
+    k = next((x for x in product.reads if "m" in x.ranks), None)
+    if q is None or k is None or (q.ranks & out) - k.ranks or "p" in c.rank:
+        return c
+    dim = next((d for d, s in reversed(list(enumerate(c.tensor[str(q.attr)].shape))) if s == 1), None)
+    if dim is None:
+        return c
+    p = ex.index("p")
+    moved = ex.load(str(q.attr), (*q.args[:dim], p, *q.args[dim + 1 :]), q.dtype)
+    longer: dict[str, int] = {}
+    einsums: list[Einsum] = []
+    last = {"m", str(c.producers[c.outputs[0]][-1].out.index[-1].attr)}
+    for e in c.einsums:
+        table = {q: moved} if e is product else {}
+        for x in e.reads:
+            if (where := longer.get(str(x.attr))) is not None:
+                table[x] = ex.load(str(x.attr), (*x.args[:where], p, *x.args[where:]), x.dtype)
+        if not table:
+            einsums.append(e)
+            continue
+        where = len(e.out.index) - (1 if e.out.index and str(e.out.index[-1].attr) in last else 0)
+        longer[e.out.tensor] = where
+        index = (*e.out.index[:where], p, *e.out.index[where:])
+        einsums.append(replace(e, out=Access(e.out.tensor, index), body=ex.substitute(e.body, table)))
+    tensors = tuple(
+        replace(t, shape=(*t.shape[: longer[t.name]], 1, *t.shape[longer[t.name] :])) if t.name in longer else t
+        for t in c.tensors
+    )
+    return replace(c, ranks=(*c.ranks, Rank("p", 1)), tensors=tensors, einsums=tuple(einsums))
 
 
 def _weights_are_parameters(view: recognise.Attention) -> str:

@@ -75,8 +75,8 @@ def _leads_to_product(start: fx.Node) -> bool:
             continue
         seen.add(n)
         name = op_name(n)
-        is_product = name in PRODUCTS and name not in ("sum", "linear") or name in ("baddbmm", "addmm")
-        if (is_product or name == "sum" and between) and n is not start:
+        is_product = (name in PRODUCTS and name not in ("sum", "linear")) or name in ("baddbmm", "addmm")
+        if (is_product or (name == "sum" and between)) and n is not start:
             if between and name != "sum":
                 return True
         if name in _NOT_BETWEEN or n.op in ("placeholder", "get_attr"):

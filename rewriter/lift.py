@@ -175,6 +175,10 @@ class Lifter:
         self.origin[out] = Origin(n, at)
         return out
 
+    def assume(self, n: fx.Node, at: At, term: Expr) -> None:
+        """Read node `n` at `at` as `term` from here on."""
+        self._memo[(n, tuple(ZERO if s == 1 else i for s, i in zip(shape_of(tensor_of(n)), at)))] = term
+
     @property
     def normalised(self) -> bool:
         """Whether a row reduction over the key, or a nonlinear map of scores, has been lifted."""

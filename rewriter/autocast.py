@@ -1,0 +1,176 @@
+"""Autocast made explicit: the casts that autocast makes in silence become nodes, so that a lift sees every type.
+
+    before   under autocast(bf16):  matmul(q: f32, k: f32) : bf16
+    after    under autocast(bf16):  matmul(to(q, bf16), to(k, bf16)) : bf16
+
+Autocast leaves operands alone that have its type already, so the graph means the same and still runs under it. Which
+operands are cast, and to what, is observed by running the operator once on its fake values, not looked up in a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_ENTER = torch.amp.autocast_mode._enter_autocast
+_EXIT = torch.amp.autocast_mode._exit_autocast
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+_FOR = "autocast_for"
+
+
+@dataclass(frozen=True)
+class Region:
+    """The autocast state of one device type."""
+
+    enabled: bool
+    dtype: torch.dtype
+
+
+def regions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Mapping[str, Region]]]:
+    """Every node with the autocast state that it runs under: what holds around the graph, and its own regions."""
+    state = {
+        d: Region(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+        for d in _DEVICES
+        if torch.amp.is_autocast_available(d)
+    }
+    saved: dict[fx.Node, tuple[str, Region]] = {}
+    for n in list(gm.graph.nodes):
+        if n.op == "call_function" and n.target is _ENTER:
+            device, dtype, enabled, *_ = n.args
+            before = state.get(str(device), Region(False, torch.float32))
+            saved[n] = (str(device), before)
+            state = {**state, str(device): Region(bool(enabled), dtype or before.dtype)}  # type: ignore[arg-type]
+        elif n.op == "call_function" and n.target is _EXIT:
+            device, before = saved[n.args[0]]  # type: ignore[index]
+            state = {**state, device: before}
+        yield n, state
+
+
+def explicit_casts(gm: fx.GraphModule) -> None:
+    """Insert every cast that autocast would make. Cast nodes remember the operator that they were made for."""
+    known: dict[object, tuple[tuple[torch.dtype | None, ...], torch.dtype | None]] = {}
+    for n, state in regions(gm):
+        if n.op != "call_function" or not isinstance(n.target, torch._ops.OpOverload):
+            continue
+        region = _region_of(n, state)
+        if region is None:
+            continue
+        key = (n.target, tuple(_dtype(i) for i in n.all_input_nodes), region, n.kwargs.get("dtype"))
+        if key not in known:
+            known[key] = _observe(n, region[0], region[1])
+        casts, option = known[key]
+        for source, dtype in zip(n.all_input_nodes, casts):
+            if dtype is not None:
+                _insert(gm, n, source, dtype)
+        if option is not None:
+            n.kwargs = {**n.kwargs, "dtype": option}
+
+
+def remove_unused_casts(gm: fx.GraphModule) -> None:
+    """Take back the casts whose operator is still in the graph: autocast makes them, and caches those of weights."""
+    for n in list(gm.graph.nodes):
+        owner = n.meta.get(_FOR)
+        if owner is None:
+            continue
+        for user in list(n.users):
+            if user.name == owner:
+                user.replace_input_with(n, n.args[0])
+        if not n.users:
+            gm.graph.erase_node(n)
+
+
+def _region_of(n: fx.Node, state: Mapping[str, Region]) -> tuple[str, Region] | None:
+    for i in n.all_input_nodes:
+        value = i.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            region = state.get(value.device.type)
+            return (value.device.type, region) if region is not None and region.enabled else None
+    return None
+
+
+def _dtype(n: fx.Node) -> torch.dtype | None:
+    value = n.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the type that each watched tensor is converted to."""
+
+    def __init__(self, watched: list[object]) -> None:
+        super().__init__()
+        self.watched = watched
+        self.casts: list[torch.dtype | None] = [None] * len(watched)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            for i, w in enumerate(self.watched):
+                if w is args[0] and self.casts[i] is None:
+                    self.casts[i] = (kwargs or {}).get("dtype")
+        return func(*args, **(kwargs or {}))
+
+
+def _observe(
+    n: fx.Node, device: str, region: Region
+) -> tuple[tuple[torch.dtype | None, ...], torch.dtype | None]:
+    """The casts of the operands, and the `dtype` argument where autocast sets that instead (softmax on CUDA)."""
+    sources = n.all_input_nodes
+    values = [i.meta.get("val") for i in sources]
+    none = (None,) * len(sources)
+    schema = n.target._schema  # type: ignore[union-attr]
+    if schema.is_mutable or schema.name in ("aten::to", "aten::_to_copy") or any(v is None for v in values):
+        return none, None
+    table = dict(zip(sources, values))
+    args, kwargs = fx.map_arg((n.args, n.kwargs), lambda x: table[x])
+    watch = _Watch(values)
+    with torch.no_grad(), torch.autocast(device, region.dtype, cache_enabled=False), watch:
+        n.target(*args, **kwargs)  # type: ignore[operator]
+    casts = tuple(c if c is not None and c != _dtype(s) else None for s, c in zip(sources, watch.casts))
+    wanted = _dtypes(n.meta.get("val"))
+    if any(casts) or _run(n, args, kwargs) == wanted or not any(a.name == "dtype" for a in schema.arguments):
+        return casts, None
+    return none, wanted[0]
+
+
+def _run(n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.dtype | None, ...] | None:
+    """The types of the results without autocast; None where the operator refuses mixed types."""
+    try:
+        with torch.no_grad(), _no_autocast():
+            return _dtypes(n.target(*args, **kwargs))  # type: ignore[operator]
+    except (RuntimeError, TypeError):
+        return None
+
+
+class _no_autocast:
+    def __enter__(self) -> None:
+        self.inner = [torch.autocast(d, enabled=False) for d in _DEVICES if torch.amp.is_autocast_available(d)]
+        for c in self.inner:
+            c.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for c in reversed(self.inner):
+            c.__exit__(*error)
+
+
+def _dtypes(value: object) -> tuple[torch.dtype | None, ...]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(v.dtype if isinstance(v, torch.Tensor) else None for v in values)
+
+
+def _insert(gm: fx.GraphModule, n: fx.Node, source: fx.Node, dtype: torch.dtype) -> None:
+    with gm.graph.inserting_before(n):
+        cast = gm.graph.call_function(torch.ops.aten.to.dtype, (source, dtype))
+    value = source.meta["val"]
+    cast.meta = {k: v for k, v in n.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
+    with torch.no_grad(), _no_autocast():
+        cast.meta["val"] = value.detach().to(dtype)
+    if value.requires_grad:
+        cast.meta["val"].requires_grad_(True)
+    cast.meta[_FOR] = n.name
+    n.replace_input_with(source, cast)

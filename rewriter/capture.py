@@ -1,0 +1,297 @@
+"""Capture: a running model as pre-dispatch ATen graphs, where softmax and SDPA are still one operator.
+
+Two routes. Dynamo gives pieces of any model, as it runs, with symbolic sizes of its own; export gives one whole graph of a
+model on fake tensors, for planning. Either way each node carries a fake value (`meta["val"]`), whose `requires_grad`
+says whether a gradient flows into it, the user's stack trace, and the path of its module.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx.traceback as traceback
+from torch import fx
+from torch._guards import TracingContext
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .autocast import explicit_casts
+
+_DETACHING = ("aten::detach", "aten::detach_", "aten::lift_fresh_copy")
+_ROOTS = ("L['self'].", "L['self']", "L['model'].", "L['model']", "L__self___")
+
+
+class CaptureError(RuntimeError):
+    """A graph that has no pre-dispatch ATen form; the sentence says why. The model itself is untouched."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A pre-dispatch ATen graph: `graph` takes the inputs of the graph that it was made from, in the same order."""
+
+    graph: fx.GraphModule
+    route: str
+    seconds: float
+
+
+# --- Dynamo -----------------------------------------------------------------------------------------------------
+
+
+def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], prefix: str = "") -> Captured:
+    """The ATen form of a graph that Dynamo hands to its backend, under Dynamo's own fake mode and symbols.
+
+    before   a graph of torch functions (`torch.matmul`, `Tensor.softmax`, `F.linear`, ...)
+    after    a graph of ATen operators, in the same order, in-place writes and random state included
+
+    `prefix` is the path of the compiled module within its model. Raises CaptureError.
+    """
+    start = time.perf_counter()
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        raise CaptureError("the graph does not come from Dynamo: it has no fake mode")
+    mode = context.fake_mode
+
+    def fake(x: object) -> object:
+        if not isinstance(x, torch.Tensor):
+            return x
+        known = context.tensor_to_context.get(x)
+        source = known.tensor_source if known is not None else None  # type: ignore[attr-defined]
+        return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
+
+    held = {n: _attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
+    held = {n: v for n, v in held.items() if isinstance(v, torch.Tensor)}
+    names = list(held)
+    with mode:
+        flat = [fake(x) for x in (*inputs, *held.values())]
+    graph = _trace(gm, flat, len(inputs), names, mode)
+    _bind_attributes(graph, len(inputs), {str(n.target): v for n, v in held.items()}, [str(n.target) for n in names])
+    _finish(graph, prefix)
+    return Captured(graph, "dynamo", time.perf_counter() - start)
+
+
+def _trace(
+    gm: fx.GraphModule, flat: list[object], count: int, held: list[fx.Node], mode: torch._subclasses.FakeTensorMode
+) -> fx.GraphModule:
+    def run(*values: object) -> object:
+        with traceback.preserve_node_meta():
+            return _Run(gm, dict(zip(held, values[count:], strict=True))).run(*values[:count])
+
+    try:
+        # Grad mode switches inside the graph act on this thread while it is traced.
+        with mode, torch.set_grad_enabled(torch.is_grad_enabled()):
+            return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*flat)
+    except Exception as error:
+        # Whatever operator has no pre-dispatch form: the caller runs the graph as it came and reports this sentence.
+        raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+class _Run(fx.Interpreter):
+    """Runs a graph with the values of its tensor attributes given, so that they are traced as inputs."""
+
+    def __init__(self, gm: fx.GraphModule, held: Mapping[fx.Node, object]) -> None:
+        super().__init__(gm)
+        self.held = held
+
+    def run_node(self, n: fx.Node) -> Any:
+        return self.held[n] if n in self.held else super().run_node(n)
+
+
+def _attribute(root: torch.nn.Module, path: str) -> object:
+    value: object = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _bind_attributes(gm: fx.GraphModule, count: int, values: Mapping[str, object], paths: Sequence[str]) -> None:
+    """Turn the trailing placeholders back into attributes of the graph."""
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for i, (node, path) in enumerate(zip(inputs[count:], paths, strict=True)):
+        name = f"_held{i}"
+        value = values[path]
+        if isinstance(value, torch.nn.Parameter):
+            gm.register_parameter(name, value)
+        else:
+            gm.register_buffer(name, value, persistent=False)  # type: ignore[arg-type]
+        with gm.graph.inserting_before(node):
+            new = gm.graph.get_attr(name)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
+# --- export -----------------------------------------------------------------------------------------------------
+
+
+def from_export(
+    model: torch.nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object] | None, *, dynamic: bool = False
+) -> Captured:
+    """One whole graph of a model on real, meta or fake tensors. Nothing is computed. Raises CaptureError.
+
+    With `dynamic`, every input size that the model does not fix is symbolic.
+    """
+    start = time.perf_counter()
+    shapes = _auto_shapes(args, dict(kwargs or {})) if dynamic else None
+    try:
+        program = torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        # Export reports what it cannot trace with many types of error, from user code as well.
+        raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
+    graph = program.graph_module
+    inline_regions(graph)
+    _finish(graph, "")
+    return Captured(graph, "export", time.perf_counter() - start)
+
+
+def from_program(program: torch.export.ExportedProgram) -> Captured:
+    """The graph of an exported program that was read from a file."""
+    inline_regions(program.graph_module)
+    _finish(program.graph_module, "")
+    return Captured(program.graph_module, "pt2", 0.0)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0] if lines else ""
+
+
+def _auto_shapes(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+    def of(x: object) -> object:
+        return dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) if isinstance(x, torch.Tensor) else None
+
+    return torch.utils._pytree.tree_map(of, (*args,)) + tuple(torch.utils._pytree.tree_map(of, v) for v in kwargs.values())
+
+
+def inline_regions(gm: fx.GraphModule) -> None:
+    """Put the bodies of grad-mode and autocast regions back in line.
+
+    before   y = wrap_with_set_grad_enabled(False, body, x)
+    after    y = ops of body on x (each node keeps its own values and traces)
+    """
+    hops = torch.ops.higher_order
+    regions = {hops.wrap_with_set_grad_enabled: 1, hops.wrap_with_autocast: 4}
+    for node in list(gm.graph.nodes):
+        skip = regions.get(node.target) if node.op == "call_function" else None
+        if skip is None:
+            continue
+        body = getattr(gm, str(node.args[skip].target))
+        inline_regions(body)
+        values: dict[fx.Node, Any] = dict(
+            zip((n for n in body.graph.nodes if n.op == "placeholder"), node.args[skip + 1 :])
+        )
+        for inner in body.graph.nodes:
+            if inner.op == "get_attr":
+                name = f"{node.name}_{inner.target}".replace(".", "_")
+                setattr(gm, name, _attribute(body, str(inner.target)))
+        with gm.graph.inserting_before(node):
+            leave = _enter(gm.graph, node)
+            for inner in body.graph.nodes:
+                if inner.op in ("placeholder", "output"):
+                    continue
+                new = gm.graph.node_copy(inner, lambda n: values[n])
+                if inner.op == "get_attr":
+                    new.target = f"{node.name}_{inner.target}".replace(".", "_")
+                values[inner] = new
+            leave()
+        (out,) = next(n for n in body.graph.nodes if n.op == "output").args
+        results = [values[n] for n in (out if isinstance(out, (list, tuple)) else [out])]
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _enter(graph: fx.Graph, region: fx.Node) -> Callable[[], fx.Node]:
+    """Open a region in line, and answer what closes it."""
+    if region.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        graph.call_function(torch._C._set_grad_enabled, (region.args[0],))
+        return lambda: graph.call_function(torch._C._set_grad_enabled, (not region.args[0],))
+    token = graph.call_function(torch.amp.autocast_mode._enter_autocast, region.args[:4])
+    return lambda: graph.call_function(torch.amp.autocast_mode._exit_autocast, (token,))
+
+
+# --- both -------------------------------------------------------------------------------------------------------
+
+
+def _finish(gm: fx.GraphModule, prefix: str) -> None:
+    for n in gm.graph.nodes:
+        stack = n.meta.get("nn_module_stack")
+        if stack:
+            n.meta["nn_module_stack"] = {k: (_plain_path(str(p), prefix), t) for k, (p, t) in stack.items()}
+    mark_gradients(gm, torch.is_grad_enabled())
+    explicit_casts(gm)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _plain_path(path: str, prefix: str) -> str:
+    """`L['self'].layers.0` → `layers.0`, below `prefix`."""
+    for root in _ROOTS:
+        if path.startswith(root):
+            path = path.removeprefix(root)
+            break
+    path = path.replace("_modules['", "").replace("']", "").strip(".")
+    return ".".join(p for p in (prefix, path) if p)
+
+
+def mark_gradients(gm: fx.GraphModule, enabled: bool) -> None:
+    """Say on every fake value whether a gradient flows into it; tracing detaches them.
+
+    A value wants a gradient when grad mode is on where it is made, it is floating, and one of its inputs wants one.
+    """
+    for n in gm.graph.nodes:
+        value = n.meta.get("val")
+        if n.op == "call_function" and n.target is torch._C._set_grad_enabled:
+            enabled = bool(n.args[0])
+        if n.op in ("placeholder", "get_attr"):
+            held = _attribute(gm, str(n.target)) if n.op == "get_attr" else None
+            wants = isinstance(held, torch.Tensor) and held.requires_grad
+            if isinstance(value, torch.Tensor) and (wants or _was_wanted(n)):
+                _mark(value)
+            continue
+        if n.op != "call_function" or not enabled or _detaches(n):
+            continue
+        if any(_wants(i) for i in n.all_input_nodes):
+            for v in value if isinstance(value, (list, tuple)) else [value]:
+                _mark(v)
+            for written in written_arguments(n):
+                _mark(written.meta.get("val"))
+
+
+def _was_wanted(n: fx.Node) -> bool:
+    value = n.meta.get("val")
+    return isinstance(value, torch.Tensor) and (value.requires_grad or isinstance(value, torch.nn.Parameter))
+
+
+def _wants(n: fx.Node) -> bool:
+    value = n.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+
+
+def _mark(value: object) -> None:
+    if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()) and not value.requires_grad:
+        value.requires_grad_(True)
+
+
+def _detaches(n: fx.Node) -> bool:
+    return isinstance(n.target, torch._ops.OpOverload) and n.target._schema.name in _DETACHING
+
+
+def written_arguments(n: fx.Node) -> list[fx.Node]:
+    """The nodes that an operator writes in place, by its schema."""
+    if not isinstance(n.target, torch._ops.OpOverload):
+        return []
+    out: list[fx.Node] = []
+    for i, a in enumerate(n.target._schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            value = n.args[i] if i < len(n.args) else n.kwargs.get(a.name)
+            out.extend(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node))
+    return out
+
+
+Backend = Callable[[fx.GraphModule, Sequence[object]], Callable[..., Any]]
