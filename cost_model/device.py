@@ -1,0 +1,196 @@
+"""Devices: plain numbers of a machine, each with its source, read from the data files in `devices/`.
+
+Rates are per second, sizes in bytes; units stand in the names. Matrix rates are dense (never 2:4-sparse) and a
+multiply-add is two operations. `model` holds the constants of the time model that a calibration would measure.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+KINDS = ("cuda", "hip", "cpu", "array")
+
+
+class UnknownDevice(ValueError):
+    """A target that no device file describes; the message names the valid ones."""
+
+
+@dataclass(frozen=True)
+class TimeModel:
+    """What lies between a data sheet and a kernel.
+
+    `overlap` is the share of the smaller resources' time that hides under the largest (0: a sum, 1: a maximum);
+    `partial_factor` is how much dearer a tile is whose mask is evaluated.
+    """
+
+    matrix_efficiency: float = 0.8
+    bandwidth_efficiency: float = 0.9
+    overlap: float = 0.5
+    partial_factor: float = 1.4
+    launch_seconds: float = 4e-6
+    prologue_seconds: float = 1e-6
+
+
+@dataclass(frozen=True)
+class HostRates:
+    """What PyTorch's operators cost on a CPU: rates of one thread, and what all `threads` bring by class of work.
+
+    `attention_pair_seconds[dtype][rows]` is (fixed, per element of e + f) for one (query, key) pair inside SDPA's fused
+    CPU kernel, whose own query block has 32, 64 or 256 rows.
+    """
+
+    threads: int
+    operator_seconds: float
+    product_seconds: float
+    attention_seconds: float
+    mask_seconds: float
+    operator_call_seconds: float
+    flex_call_seconds: float
+    cache_bytes: float
+    cache_bytes_per_s: float
+    fault_bytes: float
+    fault_seconds_per_byte: float
+    gemm_half_rows: Mapping[str, float]
+    element_seconds: Mapping[str, float]
+    exp_seconds: Mapping[str, float]
+    softmax_seconds: Mapping[str, float]
+    attention_mask_seconds: Mapping[str, float]
+    attention_pair_seconds: Mapping[str, Mapping[int, tuple[float, float]]]
+    flex_pair_seconds: Mapping[str, tuple[float, float]]
+    scaling: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A machine as the cost model sees it. `kind` is cuda, hip, cpu or array (a spatial accelerator).
+
+    `units` are streaming multiprocessors, compute units or threads; `link_bytes_per_s` is one direction.
+    `basis` says whether the constants of the time model are assumed or calibrated.
+    """
+
+    name: str
+    title: str
+    kind: str
+    arch: str
+    units: int
+    clock_hz: float
+    dram_bytes_per_s: float
+    dram_bytes: float
+    matrix_flops_per_s: Mapping[str, float] = field(hash=False)
+    l2_bytes: float = 0.0
+    l2_bytes_per_s: float = 0.0
+    shared_bytes_per_unit: int = 0
+    shared_bytes_per_block: int = 0
+    registers_per_unit: int = 0
+    registers_per_thread: int = 0
+    threads_per_unit: int = 0
+    threads_per_warp: int = 0
+    exps_per_unit_clock: float = 0.0
+    lanes_per_unit: int = 0
+    link_bytes_per_s: float = 0.0
+    array_lanes: int = 0
+    vector_lanes: int = 0
+    buffer_bytes: int = 0
+    exp_slots: int = 0
+    model: TimeModel = TimeModel()
+    host: HostRates | None = field(default=None, hash=False)
+    basis: str = "uncalibrated"
+    sources: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
+
+    @property
+    def exps_per_s(self) -> float:
+        """Exponentials a second of the special-function units."""
+        return self.units * self.exps_per_unit_clock * self.clock_hz
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind in ("cuda", "hip")
+
+    def matrix_rate(self, dtype: str) -> float:
+        """Peak FLOP a second for products of this dtype; the f32 rate where a type has no unit of its own."""
+        return self.matrix_flops_per_s.get(dtype, self.matrix_flops_per_s.get("f32", 0.0))
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.title} ({self.basis})"
+
+
+def _split(table: Mapping[str, Any], path: str, sources: dict[str, str]) -> dict[str, Any]:
+    """Separate `[value, ..., source]` rows into values and sources; tables recurse."""
+    out: dict[str, Any] = {}
+    for key, row in table.items():
+        where = f"{path}.{key}" if path else key
+        if isinstance(row, dict):
+            out[key] = _split(row, where, sources)
+        elif isinstance(row, list):
+            sources[where] = str(row[-1])
+            out[key] = row[0] if len(row) == 2 else tuple(row[:-1])
+        else:
+            out[key] = row
+    return out
+
+
+def host_rates(table: Mapping[str, Any]) -> HostRates:
+    """Host rates from plain nested data (a device file or a calibration file)."""
+    values = dict(table)
+    pairs = values["attention_pair_seconds"]
+    values["attention_pair_seconds"] = {
+        dtype: {int(rows): (float(t[0]), float(t[1])) for rows, t in by_rows.items()} for dtype, by_rows in pairs.items()
+    }
+    values["flex_pair_seconds"] = {d: (float(t[0]), float(t[1])) for d, t in values["flex_pair_seconds"].items()}
+    missing = {f.name for f in fields(HostRates)} - set(values)
+    if missing:
+        raise ValueError(f"host rates lack {', '.join(sorted(missing))}")
+    return HostRates(**{f.name: values[f.name] for f in fields(HostRates)})
+
+
+def parse_device(text: str) -> Device:
+    """A device from the text of a device file. Raises ValueError on an unknown kind or field."""
+    sources: dict[str, str] = {}
+    values = _split(tomllib.loads(text), "", sources)
+    if values.get("kind") not in KINDS:
+        raise ValueError(f"device kind {values.get('kind')!r}; one of {', '.join(KINDS)}")
+    model = TimeModel(**values.pop("model", {}))
+    host = values.pop("host", None)
+    unknown = set(values) - {f.name for f in fields(Device)}
+    if unknown:
+        raise ValueError(f"device {values.get('name')}: unknown field {', '.join(sorted(unknown))}")
+    return Device(**values, model=model, host=host_rates(host) if host else None, sources=sources)
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> Mapping[str, Device]:
+    folder = files(f"{__package__}.devices")
+    found = [parse_device(f.read_text("utf-8")) for f in folder.iterdir() if f.name.endswith(".toml")]
+    return {d.name: d for d in sorted(found, key=lambda d: d.name)}
+
+
+def targets() -> list[Device]:
+    """Every device that a plan can be made for, by name."""
+    return list(_shipped().values())
+
+
+def device(target: str | Device) -> Device:
+    """The device of this name; a Device is itself. Raises UnknownDevice, naming the closest and all valid names."""
+    if isinstance(target, Device):
+        return target
+    found = _shipped().get(target.strip().lower())
+    if found is not None:
+        return found
+    close = difflib.get_close_matches(target.strip().lower(), list(_shipped()), n=1, cutoff=0.5)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise UnknownDevice(f"unknown target {target!r}{hint}; one of: {', '.join(_shipped())}")
+
+
+def with_threads(d: Device, threads: int) -> Device:
+    """The CPU with this number of threads: the measured scaling, drawn as a straight line between one and its own."""
+    if d.host is None or threads == d.units:
+        return d
+    own = max(d.units, 2)
+    scaling = {k: max(1.0, 1.0 + (s - 1.0) * (threads - 1) / (own - 1)) for k, s in d.host.scaling.items()}
+    return replace(d, units=threads, host=replace(d.host, threads=threads, scaling=scaling))
