@@ -1,0 +1,99 @@
+"""Scalar functions that Triton has no portable form of: device functions that printed terms call, one law each.
+
+The polynomials are least-squares fits at Chebyshev points; the error stated is the largest over the branch's interval,
+in units of 2⁻²⁴ of the result. None of them needs a vendor's library, so they run in the interpreter as well.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def floor_div(a, b):
+    """a // b rounded towards −∞, whatever the machine's own division does."""
+    q = a // b
+    r = a - q * b
+    return tl.where((r != 0) & ((r < 0) != (b < 0)), q - 1, q)
+
+
+@triton.jit
+def floor_mod(a, b):
+    """a − b·⌊a/b⌋: the remainder has the sign of b."""
+    r = a - (a // b) * b
+    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
+
+
+@triton.jit
+def truncate(x):
+    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
+
+
+@triton.jit
+def round_even(x):
+    """To the nearest integer, ties to even."""
+    low = tl.floor(x)
+    rest = x - low
+    odd = low - 2 * tl.floor(low * 0.5)
+    up = (rest > 0.5) | ((rest == 0.5) & (odd == 1))
+    return tl.where(up, low + 1, low)
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x * 0))
+
+
+@triton.jit
+def tanh(x):
+    """Odd polynomial below 0.625 (error 1.3), 1 − 2/(exp(2|x|) + 1) above (error 2.7)."""
+    a = tl.abs(x)
+    z = x * x
+    p = -8.34698049e-3 + z * 2.29584126e-3
+    p = 0.133333043 + z * (-5.39594059e-2 + z * (2.17699609e-2 + z * p))
+    small = x + x * (z * (-0.333333332 + z * p))
+    large = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
+    return tl.where(a < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def expm1(x):
+    """Polynomial below 0.5 in magnitude (error 1.4), exp(x) − 1 beyond."""
+    p = 8.33318204e-3 + x * (1.38886728e-3 + x * (1.99621861e-4 + x * 2.49397416e-5))
+    p = 0.5 + x * (0.166666671 + x * (4.16666677e-2 + x * p))
+    return tl.where(tl.abs(x) < 0.5, x + x * x * p, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """2·atanh(x / (2 + x)) by its odd polynomial for −0.5 < x < 1 (error 2.8), log(1 + x) beyond."""
+    near = (x > -0.5) & (x < 1.0)
+    y = tl.where(near, x, 0.0)
+    s = y / (2.0 + y)
+    z = s * s
+    p = 0.285925834 + z * (0.21703315 + z * 0.232390506)
+    p = 0.666666673 + z * (0.399997014 + z * p)
+    return tl.where(near, 2.0 * s + s * (z * p), tl.log(1.0 + x))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), and x itself above 20, as torch has it."""
+    return tl.where(x > 20.0, x, tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x))))
+
+
+@triton.jit
+def power(x, y):
+    """x**y for floats; a negative base needs an integral exponent."""
+    size = tl.exp2(y * tl.log2(tl.abs(x)))
+    whole = tl.floor(y) == y
+    odd = (y - 2.0 * tl.floor(y * 0.5)) == 1.0
+    value = tl.where((x < 0) & odd, -size, tl.where((x < 0) & (whole == 0), float("nan"), size))
+    return tl.where(y == 0.0, 1.0, value)
+
+
+@triton.jit
+def remainder(a, b):
+    """a − b·⌊a/b⌋ for floats."""
+    return a - b * tl.floor(a / b)
