@@ -128,6 +128,8 @@ def settle(c: Cascade) -> Cascade:
                 size = c.rank[str(t.args[0].attr)].size
                 if _at_least(term_size(t.args[1]), size, 0):
                     table[t] = ex.TRUE if t.op == "lt" else ex.FALSE
+                elif t.args[1].is_const and t.args[1].value <= 0:
+                    table[t] = ex.FALSE if t.op == "lt" else ex.TRUE
     einsums = tuple(replace(e, body=ex.substitute(e.body, table)) for e in c.einsums) if table else c.einsums
     live = set(c.outputs)
     for e in reversed(einsums):

@@ -7,8 +7,9 @@ says whether a gradient flows into it, the user's stack trace, and the path of i
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .autocast import explicit_casts
 
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _DETACHING = ("aten::detach", "aten::detach_", "aten::lift_fresh_copy")
 _ROOTS = ("L['self'].", "L['self']", "L['model'].", "L['model']", "L__self___")
 
@@ -68,6 +72,9 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], prefix: str = "") 
         flat = [fake(x) for x in (*inputs, *held.values())]
     graph = _trace(gm, flat, len(inputs), names, mode)
     _bind_attributes(graph, len(inputs), {str(n.target): v for n, v in held.items()}, [str(n.target) for n in names])
+    for node, value in zip((n for n in graph.graph.nodes if n.op == "placeholder"), flat):
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            _mark(node.meta["val"])
     _finish(graph, prefix)
     return Captured(graph, "dynamo", time.perf_counter() - start)
 
@@ -76,8 +83,12 @@ def _trace(
     gm: fx.GraphModule, flat: list[object], count: int, held: list[fx.Node], mode: torch._subclasses.FakeTensorMode
 ) -> fx.GraphModule:
     def run(*values: object) -> object:
-        with traceback.preserve_node_meta():
-            return _Run(gm, dict(zip(held, values[count:], strict=True))).run(*values[:count])
+        runner = _Run(gm, dict(zip(held, values[count:], strict=True)))
+        try:
+            with traceback.preserve_node_meta():
+                return runner.run(*values[:count])
+        finally:
+            runner.leave_regions()
 
     try:
         # Grad mode switches inside the graph act on this thread while it is traced.
@@ -94,9 +105,61 @@ class _Run(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, held: Mapping[fx.Node, object]) -> None:
         super().__init__(gm)
         self.held = held
+        self.regions: dict[fx.Node, tuple[str, bool, torch.dtype]] = {}
+
+    def leave_regions(self) -> None:
+        """Restore the state around the graph when an error left a region open."""
+        while self.regions:
+            _set_autocast(*self.regions.popitem()[1])
 
     def run_node(self, n: fx.Node) -> Any:
-        return self.held[n] if n in self.held else super().run_node(n)
+        if n in self.held:
+            return self.held[n]
+        if n.target is ENTER_AUTOCAST:
+            # Tracing records the region but does not enter it; the types of the values depend on it.
+            device, dtype, enabled, *_ = n.args
+            token = super().run_node(n)
+            self.regions[n] = (str(device), torch.is_autocast_enabled(str(device)), torch.get_autocast_dtype(str(device)))
+            _set_autocast(str(device), bool(enabled), dtype)  # type: ignore[arg-type]
+            return token
+        if n.target is EXIT_AUTOCAST:
+            _set_autocast(*self.regions.pop(n.args[0]))  # type: ignore[arg-type]
+            return super().run_node(n)
+        if n.target is CHECKPOINT:
+            body = _attribute(self.module, str(n.args[0].target))  # type: ignore[union-attr]
+            # Tracing the region reads this entry, which Dynamo writes for selective checkpointing only.
+            body.meta.setdefault("_checkpoint_context_fn", _recompute_all)  # type: ignore[attr-defined]
+        return super().run_node(n)
+
+
+def _set_autocast(device: str, enabled: bool, dtype: torch.dtype | None) -> None:
+    torch.set_autocast_enabled(device, enabled)
+    if dtype is not None:
+        torch.set_autocast_dtype(device, dtype)
+    torch.clear_autocast_cache()
+
+
+def _recompute_all() -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def checkpointed(body: fx.GraphModule, *args: object, **options: object) -> object:
+    """Run a checkpointed region eagerly; random state is kept, so that dropout repeats itself when recomputed."""
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(body, *args, **{"preserve_rng_state": True, **options, "use_reentrant": False})
+
+
+def regions(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graph and the bodies of its checkpointed regions, outermost first."""
+    yield gm
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and n.target in (CHECKPOINT, checkpointed):
+            body = _attribute(gm, str(n.args[0].target))
+            assert isinstance(body, fx.GraphModule)
+            yield from regions(body)
 
 
 def _attribute(root: torch.nn.Module, path: str) -> object:
@@ -140,17 +203,34 @@ def from_export(
     except Exception as error:
         # Export reports what it cannot trace with many types of error, from user code as well.
         raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
-    graph = program.graph_module
-    inline_regions(graph)
-    _finish(graph, "")
-    return Captured(graph, "export", time.perf_counter() - start)
+    captured = from_program(program)
+    return Captured(captured.graph, "export", time.perf_counter() - start)
 
 
 def from_program(program: torch.export.ExportedProgram) -> Captured:
-    """The graph of an exported program that was read from a file."""
-    inline_regions(program.graph_module)
-    _finish(program.graph_module, "")
-    return Captured(program.graph_module, "pt2", 0.0)
+    """The graph of an exported program, which may have been read from a file."""
+    graph = program.graph_module
+    inline_regions(graph)
+    if any(n.target is ENTER_AUTOCAST for n in graph.graph.nodes):
+        _propagate(graph)
+    _finish(graph, "")
+    return Captured(graph, "pt2", 0.0)
+
+
+def _propagate(gm: fx.GraphModule) -> None:
+    """Compute the fake values again, autocast regions entered: export records such regions without entering them."""
+
+    class Values(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = n.meta["val"] if n.op in ("placeholder", "get_attr") and "val" in n.meta else super().run_node(n)
+            if n.op != "output":
+                n.meta["val"] = value
+            return value
+
+    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    mode = torch._guards.detect_fake_mode(inputs)
+    with torch.no_grad(), mode if mode is not None else contextlib.nullcontext():
+        Values(gm).run(*inputs)
 
 
 def _first_line(error: BaseException) -> str:
@@ -210,8 +290,8 @@ def _enter(graph: fx.Graph, region: fx.Node) -> Callable[[], fx.Node]:
     if region.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
         graph.call_function(torch._C._set_grad_enabled, (region.args[0],))
         return lambda: graph.call_function(torch._C._set_grad_enabled, (not region.args[0],))
-    token = graph.call_function(torch.amp.autocast_mode._enter_autocast, region.args[:4])
-    return lambda: graph.call_function(torch.amp.autocast_mode._exit_autocast, (token,))
+    token = graph.call_function(ENTER_AUTOCAST, region.args[:4])
+    return lambda: graph.call_function(EXIT_AUTOCAST, (token,))
 
 
 # --- both -------------------------------------------------------------------------------------------------------
@@ -224,6 +304,14 @@ def _finish(gm: fx.GraphModule, prefix: str) -> None:
             n.meta["nn_module_stack"] = {k: (_plain_path(str(p), prefix), t) for k, (p, t) in stack.items()}
     mark_gradients(gm, torch.is_grad_enabled())
     explicit_casts(gm)
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and n.target is CHECKPOINT:
+            body = _attribute(gm, str(n.args[0].target))
+            assert isinstance(body, fx.GraphModule)
+            for inner, given in zip((x for x in body.graph.nodes if x.op == "placeholder"), n.args[1:]):
+                if isinstance(given, fx.Node) and _wants(given):
+                    _mark(inner.meta.get("val"))
+            _finish(body, prefix)
     gm.graph.lint()
     gm.recompile()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from ..patterns import concat, recognise
+from ..patterns import concat, ranks, recognise
 from ..patterns import expr as ex
 from ..patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from ..patterns.expr import Expr
@@ -31,7 +31,7 @@ class Found:
     """An attention of a graph.
 
     `tensors` maps the cascade's inputs to graph nodes, `scalars` its symbols that are no size of a graph input to nodes;
-    `output` is the node whose value the cascade's first output replaces, up to dimensions of size 1; `final` is the last
+    `output` is the node whose value the cascade's first output replaces, up to a reshape; `final` is the last
     product (they differ where the row is divided late).
     """
 
@@ -121,14 +121,13 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
     if not lifter.products:
         return _near(n, "no product of two token ranks stands behind the weights", 0)
     output, lifted = _with_epilogue(lifter, final, lifted)
-    lifted = _with_query(concat.split(lifted))
-    view = recognise.attention(lifted)
+    cascade = ranks.unify(ranks.split(_with_query(concat.split(hoist(lifter, lifted)))))
+    view = recognise.attention(cascade)
     if isinstance(view, recognise.Miss):
         return _near(n, _reason(lifter, view.reason), 1 if lifter.normalised else 0)
-    no = _weights_are_parameters(view)
-    if no:
-        return _near(n, no, 0)
-    cascade, leaves = hoist(lifter, lifted, view)
+    if refusal := _weights_are_parameters(view):
+        return _near(n, refusal, 0)
+    leaves = {t.name: lifter.leaves[t.name] for t in cascade.inputs}
     for name, node in leaves.items():
         read = lifter.read_at.get(node)
         if read is not None and aliases.written_between(node, read - 1, output):
@@ -182,7 +181,9 @@ def _lift(lifter: Lifter, final: Final) -> Cascade:
     )
 
 
-_EPILOGUE = frozenset(("div", "divide", "true_divide", "mul", "multiply", "where", "masked_fill", "nan_to_num", "to", "_to_copy"))
+_EPILOGUE = frozenset(
+    ("div", "divide", "true_divide", "mul", "multiply", "where", "masked_fill", "nan_to_num", "to", "_to_copy")
+)
 
 
 def _with_epilogue(lifter: Lifter, final: Final, c: Cascade) -> tuple[fx.Node, Cascade]:

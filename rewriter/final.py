@@ -44,6 +44,8 @@ def finals(lifter: Lifter, n: fx.Node) -> Iterator[Final]:
         return
     probe = tuple(ZERO for _ in c.shape)
     first, second = c.operands(probe, ZERO)
+    if name == "linear" and second[0].op in ("placeholder", "get_attr"):
+        return
     for side in (0, 1):
         weights = (first, second)[side][0]
         if _leads_to_product(weights):
@@ -63,6 +65,12 @@ def _from_contraction(n: fx.Node, c: Contraction, side: int) -> Final:
 
 _LIMIT = 96
 _NOT_BETWEEN = frozenset(("placeholder", "linear", "embedding", "layer_norm", "convolution", "conv1d", "conv2d", "output"))
+_CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
+_SHAPE_ONLY = _CONTRACTIONS | frozenset((
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "permute", "expand",
+    "contiguous", "clone", "slice", "select", "to", "_to_copy", "getitem", "cat", "stack", "detach", "alias", "split",
+    "chunk", "unbind",
+))  # fmt: skip
 
 
 def _leads_to_product(start: fx.Node) -> bool:
@@ -75,26 +83,16 @@ def _leads_to_product(start: fx.Node) -> bool:
             continue
         seen.add(n)
         name = op_name(n)
-        is_product = (name in PRODUCTS and name not in ("sum", "linear")) or name in ("baddbmm", "addmm")
-        if (is_product or (name == "sum" and between)) and n is not start:
-            if between and name != "sum":
-                return True
+        if n is not start and between and (name in _CONTRACTIONS or _is_product_sum(n)):
+            return True
         if name in _NOT_BETWEEN or n.op in ("placeholder", "get_attr"):
             continue
-        for a in n.all_input_nodes:
-            stack.append((a, between or name not in _SHAPE_ONLY))
-    return any(_mul_sum(x) for x in seen if x is not start)
+        stack.extend((a, between or name not in _SHAPE_ONLY) for a in n.all_input_nodes)
+    return any(_is_product_sum(x) for x in seen if x is not start)
 
 
-def _mul_sum(n: fx.Node) -> bool:
+def _is_product_sum(n: fx.Node) -> bool:
     return op_name(n) == "sum" and any(op_name(a) in ("mul", "multiply") for a in n.all_input_nodes)
-
-
-_SHAPE_ONLY = frozenset((
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "permute", "expand",
-    "contiguous", "clone", "slice", "select", "to", "_to_copy", "getitem", "cat", "stack", "detach", "alias", "split", "chunk",
-    "unbind", "matmul", "bmm", "mm", "einsum",
-))  # fmt: skip
 
 
 # --- scaled_dot_product_attention -----------------------------------------------------------------------------------

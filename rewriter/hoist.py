@@ -11,22 +11,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import fx
-
 from ..patterns import expr as ex
-from ..patterns.cascade import Cascade, Tensor
+from ..patterns.cascade import Cascade
 from ..patterns.expr import Expr
-from ..patterns.recognise import Attention
 from .index import is_simple
 from .lift import Lifter
 
 _INEXACT = frozenset((*ex.FLOAT_UNARY, "div", "pow"))
 
 
-def hoist(lifter: Lifter, c: Cascade, view: Attention) -> tuple[Cascade, dict[str, fx.Node]]:
-    """The cascade with hoisted loads, and the graph node of each of its inputs."""
+def hoist(lifter: Lifter, c: Cascade) -> Cascade:
+    """The cascade with hoisted loads."""
     written = set(c.producers)
-    pairs = {view.query, view.key}
+    queries = query_ranks(c)
+    outer = frozenset().union(*(i.ranks for i in c.producers[c.outputs[0]][-1].out.index))
 
     def data(e: Expr) -> bool:
         own = ex.loads(e)
@@ -38,12 +36,15 @@ def hoist(lifter: Lifter, c: Cascade, view: Attention) -> tuple[Cascade, dict[st
             return None
         return lifter.leaf(origin.node, origin.at, reader=origin.node)
 
+    def dense(e: Expr) -> bool:
+        return bool(e.ranks & queries) and bool(e.ranks - outer)
+
     def wanted(e: Expr) -> bool:
         if e.op in ("const", "index", "symbol") or not data(e):
             return False
         if e.op == "load":
-            return any(_inexact(i) for i in e.args) or (not pairs <= e.ranks and not is_simple(e.args))
-        return not pairs <= e.ranks or (e.op in ex.COMPARISONS and _inexact(e))
+            return any(_inexact(i) or ex.loads(i) for i in e.args) or (not dense(e) and not is_simple(e.args))
+        return not dense(e) or (e.op in ex.COMPARISONS and _inexact(e))
 
     memo: dict[Expr, Expr] = {}
 
@@ -64,14 +65,20 @@ def hoist(lifter: Lifter, c: Cascade, view: Attention) -> tuple[Cascade, dict[st
     tensors = {t.name: t for t in c.tensors}
     tensors.update({n: t for n, t in lifter.tensors.items() if n not in tensors})
     used = {str(r.attr) for e in einsums for r in e.reads} | {e.out.tensor for e in einsums}
-    out = replace(c, einsums=tuple(einsums), tensors=tuple(t for t in tensors.values() if t.name in used))
-    return out, {t.name: lifter.leaves[t.name] for t in out.inputs}
+    return replace(c, einsums=tuple(einsums), tensors=tuple(t for t in tensors.values() if t.name in used))
+
+
+def query_ranks(c: Cascade) -> frozenset[str]:
+    """Ranks of the output that reach the scores through one operand of a product and not through the other."""
+    found: set[str] = set()
+    for e in c.einsums:
+        if e.op == "add" and len(e.reads) >= 2 and not any(str(r.attr) in c.producers for r in e.reads):
+            sides = [r.ranks for r in e.reads]
+            out = frozenset().union(*(i.ranks for i in e.out.index))
+            found |= {r for r in out if sum(r in s for s in sides) == 1}
+    return frozenset(found) & frozenset().union(*(i.ranks for i in c.producers[c.outputs[0]][-1].out.index))
 
 
 def _inexact(e: Expr) -> bool:
     """Whether an integer or boolean value comes out of floating-point arithmetic on coordinates or data."""
     return any(x.op in _INEXACT and x.is_float for x in ex.walk(e))
-
-
-def tensor_bytes(t: Tensor) -> int:
-    return {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2}.get(t.dtype, 1)

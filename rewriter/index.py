@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -24,11 +24,13 @@ class Part:
     extent: Size
 
 
-def reshape(out_shape: Sequence[Size], in_shape: Sequence[Size], at: Sequence[Expr]) -> tuple[Expr, ...] | None:
+def reshape(
+    out_shape: Sequence[Size], in_shape: Sequence[Size], at: Sequence[Expr], ranks: Mapping[str, Size]
+) -> tuple[Expr, ...] | None:
     """Coordinates in `in_shape` of the element at `at` of the same data seen as `out_shape`.
 
-    Dimensions are matched in groups of equal product, so that untouched dimensions pass through as they are.
-    None when the groups cannot be told apart symbolically.
+    Dimensions are matched in groups of equal product, so that untouched dimensions pass through as they are; `ranks` has
+    the sizes of the ranks in `at`. None when the groups cannot be told apart symbolically.
     """
     groups = _groups(out_shape, in_shape)
     if groups is None:
@@ -38,9 +40,10 @@ def reshape(out_shape: Sequence[Size], in_shape: Sequence[Size], at: Sequence[Ex
         if len(outs) == 1 and len(ins) == 1:
             where.append(at[outs[0]])
             continue
-        parts = []
+        parts: list[Part] = []
         for n, d in enumerate(outs):
-            parts.append(Part(product([out_shape[x] for x in outs[n + 1 :]]), at[d], out_shape[d]))
+            stride = product([out_shape[x] for x in outs[n + 1 :]])
+            parts += [Part(product([stride, p.stride]), p.term, p.extent) for p in _addends(at[d], out_shape[d], ranks)]
         parts = _join(parts)
         for n, d in enumerate(ins):
             below = product([in_shape[x] for x in ins[n + 1 :]])
@@ -86,6 +89,24 @@ def _smaller(a: Size, b: Size) -> bool:
         return a < b
     ratio = sympy.cancel(sympy.sympify(b) / sympy.sympify(a))
     return bool(ratio.is_polynomial(*ratio.free_symbols)) and ratio != 1 if ratio.free_symbols else bool(ratio > 1)
+
+
+def _addends(term: Expr, extent: Size, ranks: Mapping[str, Size]) -> list[Part]:
+    """`r·n + s` of ranks r and s as two parts; any other term as one."""
+    if term.op != "add":
+        return [Part(1, term, extent)]
+    out: list[Part] = []
+    for t in term.args:
+        stride: Size = 1
+        if t.op == "mul" and t.args[1].is_const:
+            t, stride = t.args[0], int(t.args[1].value)
+        if t.op == "add" and stride == 1:
+            out += _addends(t, extent, ranks)
+        elif t.op == "index" and str(t.attr) in ranks:
+            out.append(Part(stride, t, ranks[str(t.attr)]))
+        else:
+            return [Part(1, term, extent)]
+    return out
 
 
 def _join(parts: list[Part]) -> list[Part]:
@@ -175,11 +196,3 @@ def is_simple(at: Sequence[Expr]) -> bool:
             return False
         seen.add(key)
     return True
-
-
-def affine(at: Expr) -> bool:
-    """No load inside: a coordinate that depends on no data."""
-    return not any(e.op == "load" for e in ex.walk(at))
-
-
-Finish = Callable[[Expr], Expr]

@@ -22,6 +22,7 @@ from ..patterns.cascade import Access, Einsum, Rank, Size, Tensor, size_term
 from ..patterns.evaluate import DTYPE_NAME
 from ..patterns.expr import Expr
 from .aliases import Aliases
+from .index import is_simple
 from .sizes import same, shape_of, size_of
 
 At = tuple[Expr, ...]
@@ -172,7 +173,9 @@ class Lifter:
         out = ex.cast(out, dtype_of(n))
         self.visited.add(n)
         self._memo[key] = out
-        self.origin[out] = Origin(n, at)
+        # the most downstream node that strides can address
+        if out not in self.origin or is_simple(at):
+            self.origin[out] = Origin(n, at)
         return out
 
     def assume(self, n: fx.Node, at: At, term: Expr) -> None:

@@ -33,16 +33,18 @@ def canonical(c: Cascade, leaves: Mapping[str, T]) -> tuple[Cascade, dict[str, T
             ranks.setdefault(r, _free("e", ranks))
     for r in c.ranks:
         ranks.setdefault(r.name, _free("r", ranks))
-    tensors: dict[str, str] = {}
-    tensors.setdefault(str(view.values.attr), "V") if view.values.op == "load" else None
+    parts: dict[str, str] = {}
     for e in view.products:
         for load in ex.loads(e.body):
             name = str(load.attr)
-            if name in c.producers or name in tensors:
-                continue
-            tensors[name] = _free("K" if view.key in load.ranks else "Q", dict.fromkeys(tensors.values()))
-    for n, t in enumerate(x for x in c.inputs if x.name not in tensors):
-        tensors[t.name] = f"X{n}"
+            if name not in c.producers:
+                letter = "K" if view.key in load.ranks else "Q"
+                parts[name] = parts.get(name, "") + (letter if letter not in parts.get(name, "") else "")
+    for load in ex.loads(view.values):
+        parts[str(load.attr)] = parts.get(str(load.attr), "") + "V"
+    tensors: dict[str, str] = {}
+    for n, t in enumerate(c.inputs):
+        tensors[t.name] = _free(parts[t.name] if t.name in parts else f"X{n}", dict.fromkeys(tensors.values()))
     return rename(c, ranks, tensors), {tensors.get(n, n): v for n, v in leaves.items()}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 from typing import cast as typed
 
+import torch
 from torch import fx
 
 from ..patterns import expr as ex
@@ -18,7 +19,7 @@ from ..patterns.cascade import Einsum, Size, size_term
 from ..patterns.expr import Expr
 from .index import is_simple
 from .lift import ZERO, At, CannotLift, Lifter, Rule, arguments, dtype_of, op_name, scratch, tensor_of
-from .operators_view import dim_of, source
+from .operators_view import SEVERAL, dim_of, source
 from .sizes import shape_of
 
 Args = Mapping[str, object]
@@ -139,7 +140,7 @@ def reduction(what: str, op: str, average: bool = False) -> Rule:
         x = source(n, a)
         shape = shape_of(tensor_of(x))
         dims = _dims(a, len(shape))
-        dtype = dtype_of(n)
+        dtype = dtype_of(n) if isinstance(n.meta["val"], torch.Tensor) else dtype_of(x)
         out = _reduced(lifter, x, what, op, dims, _full(at, dims, a.get("keepdim"), len(shape)), dtype, None, n)
         if average:
             count: Expr = ex.const(1)
@@ -149,6 +150,18 @@ def reduction(what: str, op: str, average: bool = False) -> Rule:
         return out
 
     return rule
+
+
+def extreme(what: str, op: str) -> Callable[[Lifter, fx.Node, int, At], Expr]:
+    """max.dim and min.dim: their values; positions have no term."""
+    rule = reduction(what, op)
+
+    def several(lifter: Lifter, n: fx.Node, i: int, at: At) -> Expr:
+        if i != 0:
+            raise CannotLift("the position of a maximum", n)
+        return rule(lifter, n, arguments(n), at)
+
+    return several
 
 
 def sum_(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
@@ -333,6 +346,7 @@ class _Spy:
 
     def __init__(self, lifter: Lifter) -> None:
         self._lifter = lifter
+        self.ranks = lifter.ranks
         self.seen: list[tuple[fx.Node, At]] = []
 
     def value(self, n: fx.Node, at: At) -> Expr:
@@ -474,6 +488,8 @@ PRODUCTS: dict[str, Callable[[Lifter, fx.Node], Contraction | None]] = {
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "linalg_matmul"), matmul),
     "einsum": einsum_product, "sum": product_sum, "linear": _linear_product,
 }  # fmt: skip
+
+SEVERAL.update({"max": extreme("R", "max"), "min": extreme("R", "min")})
 
 RULES: dict[str, Rule] = {
     "softmax": softmax(safe=False), "_softmax": softmax(safe=False), "_safe_softmax": softmax(safe=True),

@@ -51,7 +51,7 @@ def same_place(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
 
 def reshape(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     x = source(n, a)
-    where = index.reshape(shape_of(tensor_of(n)), shape_of(tensor_of(x)), at)
+    where = index.reshape(shape_of(tensor_of(n)), shape_of(tensor_of(x)), at, lifter.ranks)
     if where is None:
         raise CannotLift("a reshape whose dimensions cannot be told apart symbolically", n)
     return lifter.value(x, where)

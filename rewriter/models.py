@@ -1,0 +1,340 @@
+"""Subjects of a plan: a model and inputs from a factory, a Hugging Face config (no weights), or an exported program."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..patterns.evaluate import DTYPE
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done; the message is one sentence that says what to change."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shape options of the command line. `seq` and `past` count tokens; `None` leaves the choice to the model."""
+
+    batch: int = 1
+    seq: int | None = None
+    dtype: str | None = None
+    phase: str = "prefill"
+    past: int = 0
+    attn: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.phase not in ("prefill", "decode"):
+            raise UsageError(f"--phase {self.phase} is not known: use prefill or decode")
+        if self.attn not in (None, "eager", "sdpa"):
+            raise UsageError(f"--attn {self.attn} is not known: use eager or sdpa")
+        if self.dtype is not None and DTYPE.get(_short(self.dtype), torch.int8) not in _FLOATS:
+            raise UsageError(f"--dtype {self.dtype} is not known: use f32, bf16, f16 or f64")
+        if self.batch < 1 or (self.seq is not None and self.seq < 1) or self.past < 0:
+            raise UsageError("--batch and --seq must be at least 1, and --past at least 0")
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return DTYPE[_short(self.dtype)] if self.dtype is not None else None
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LONG = {"float32": "f32", "fp32": "f32", "float": "f32", "bfloat16": "bf16", "float16": "f16", "half": "f16",
+         "fp16": "f16", "float64": "f64", "fp64": "f64", "double": "f64"}  # fmt: skip
+_DEFAULT_SEQ = 2048
+
+
+def _short(dtype: str) -> str:
+    return _LONG.get(dtype, dtype)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: a module with its inputs, or an exported program. `prefix` is dropped from module paths."""
+
+    name: str
+    model: nn.Module | None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    program: torch.export.ExportedProgram | None = None
+    prefix: str = ""
+
+
+def load(spec: str, shapes: Shapes = Shapes()) -> Subject:  # noqa: B008 — frozen
+    """The subject that `spec` names. Raises UsageError with one sentence.
+
+    `spec` is `package.module:factory` (returns a module, or a module with its args and kwargs), the path of a
+    `config.json` or of a folder that holds one, or the path of a `.pt2`.
+    """
+    path = Path(spec)
+    if path.is_dir() and (path / "config.json").is_file():
+        path = path / "config.json"
+    if path.suffix == ".json":
+        return from_config(path, shapes)
+    if path.suffix == ".pt2":
+        return _from_program(path)
+    if ":" in spec:
+        return _from_factory(spec, shapes)
+    raise UsageError(f"{spec} is no model: give package.module:factory, the path of a config.json, or a .pt2 file")
+
+
+# --- factories and programs -------------------------------------------------------------------------------------
+
+
+def _from_factory(spec: str, shapes: Shapes) -> Subject:
+    module_name, _, attribute = spec.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"{spec}: cannot import {module_name} ({error}); run from the folder that holds it") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise UsageError(f"{spec}: {module_name} has no callable named {attribute or '(empty)'}")
+    try:
+        made = factory()
+    except Exception as error:
+        # A user's function may raise anything; the sentence names it, --debug shows the rest.
+        raise UsageError(f"{spec} raised {type(error).__name__}: {error}") from error
+    model, args, kwargs = _unpack(spec, made)
+    if shapes.torch_dtype is not None:
+        model = model.to(shapes.torch_dtype)
+        args, kwargs = torch.utils._pytree.tree_map(lambda x: _to(x, shapes.torch_dtype), (args, kwargs))
+    if not args and not kwargs:
+        args, kwargs = inputs_for(model, shapes)
+    return Subject(spec, model, args, kwargs)
+
+
+def _unpack(spec: str, made: object) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    parts = made if isinstance(made, tuple) else (made,)
+    model, args, kwargs = (*parts, (), {})[:3] if len(parts) == 1 else (*parts, {})[:3]
+    if not isinstance(model, nn.Module) or len(parts) > 3 or not isinstance(kwargs, dict):
+        raise UsageError(f"{spec} must return a torch module, or (module, args, kwargs); it returned {type(made).__name__}")
+    return model, args if isinstance(args, (tuple, list)) and not isinstance(args, Tensor) else (args,), kwargs  # type: ignore[return-value]
+
+
+def _to(x: object, dtype: torch.dtype | None) -> object:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _from_program(path: Path) -> Subject:
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        # A broken archive raises whatever the unpickler met first.
+        raise UsageError(f"{path} is no exported program of this PyTorch ({type(error).__name__}: {error})") from error
+    return Subject(str(path), None, program=program)
+
+
+# --- Hugging Face configs ---------------------------------------------------------------------------------------
+
+
+def from_config(path: Path, shapes: Shapes) -> Subject:
+    """A model of the config's architecture on the meta device, and inputs of the asked shapes."""
+    model = build(path, shapes)
+    if shapes.phase == "decode":
+        step, args = decode_step(model, shapes)
+        return Subject(str(path), step, args, prefix="model")
+    args, kwargs = inputs_for(model, shapes)
+    return Subject(str(path), model, args, kwargs)
+
+
+def build(path: Path, shapes: Shapes) -> nn.Module:
+    """The config's model without weights: the class from `architectures`, else AutoModel."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is no JSON file ({error})") from error
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise UsageError(f"{path} has no model_type: it is no Hugging Face config.json")
+    if "auto_map" in raw:
+        raise UsageError(f"{path} asks for remote code (auto_map), which is not run: import the class and give module:factory")
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError("a config.json needs transformers: pip install 'reattend[models]'") from error
+    config = _config(transformers, path, raw)
+    options: dict[str, Any] = {"dtype": shapes.torch_dtype} if shapes.torch_dtype is not None else {}
+    if shapes.attn is not None:
+        options["attn_implementation"] = shapes.attn
+    try:
+        with torch.device("meta"):
+            model = _model_class(transformers, path, raw, config)(config, **options)
+    except UsageError:
+        raise
+    except Exception as error:
+        # The model's own constructor: a size that does not divide, an implementation that it does not have, ...
+        raise UsageError(f"{path}: the model cannot be built ({type(error).__name__}: {error})") from error
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def _config(transformers: Any, path: Path, raw: dict[str, Any]) -> Any:
+    known = transformers.CONFIG_MAPPING
+    if raw["model_type"] not in known:
+        raise UsageError(
+            f"{path}: transformers {transformers.__version__} knows no architecture {raw['model_type']!r}: "
+            "upgrade it, or build the model yourself and give module:factory"
+        )
+    try:
+        return known[raw["model_type"]].from_dict(raw)
+    except Exception as error:
+        raise UsageError(f"{path}: the config is not valid ({type(error).__name__}: {error})") from error
+
+
+def _model_class(transformers: Any, path: Path, raw: dict[str, Any], config: Any) -> Callable[..., Any]:
+    names = raw.get("architectures") or []
+    for name in names:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)._from_config  # type: ignore[no-any-return]
+    if names:
+        raise UsageError(f"{path}: transformers {transformers.__version__} has no class {names[0]}")
+    if type(config) not in transformers.AutoModel._model_mapping:
+        raise UsageError(f"{path}: AutoModel has no class for {raw['model_type']!r}: name one in architectures")
+    return transformers.AutoModel.from_config  # type: ignore[no-any-return]
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------
+
+
+def inputs_for(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs for a model that says what its main input is. Raises UsageError that names the missing argument."""
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    parameters = inspect.signature(model.forward).parameters
+    if config is None or main is None or main not in parameters:
+        needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind in (0, 1, 3)]
+        if not needed:
+            return (), {}
+        raise UsageError(f"the argument {needed[0]!r} of {type(model).__name__}.forward is missing: pass args or kwargs")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    kwargs: dict[str, Any] = {}
+    for name in _wanted(config, main, parameters):
+        maker = _MAKERS.get(name)
+        if maker is None:
+            raise UsageError(f"no way is known to build {name!r} of {type(model).__name__}: pass args or kwargs")
+        kwargs[name] = maker(config, shapes, device, dtype)
+    if "use_cache" in parameters or hasattr(config, "use_cache"):
+        kwargs["use_cache"] = False
+    return (), kwargs
+
+
+def _wanted(config: Any, main: str, parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The main input, and what goes with it: a padding mask, the decoder's ids, the other tower of a dual encoder."""
+    names = [main]
+    if main == "input_ids" and "attention_mask" in parameters:
+        names.append("attention_mask")
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+        names.append("decoder_input_ids")
+    dual = hasattr(config, "vision_config") and hasattr(config, "text_config") and not _image_token(config)
+    for other in ("input_ids", "pixel_values"):
+        if dual and other in parameters and other not in names:
+            names.append(other)
+    return names
+
+
+def _image_token(config: Any) -> bool:
+    return any(getattr(config, n, None) is not None for n in ("image_token_id", "image_token_index"))
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def tokens(config: Any, shapes: Shapes) -> int:
+    if shapes.seq is not None:
+        return shapes.seq
+    limit = getattr(_text(config), "max_position_embeddings", None) or getattr(_text(config), "n_positions", None)
+    return min(_DEFAULT_SEQ, limit) if isinstance(limit, int) and limit > 0 else _DEFAULT_SEQ
+
+
+def _ids(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shapes.batch, tokens(config, shapes), dtype=torch.long, device=device)
+
+
+def _mask(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.ones(shapes.batch, tokens(config, shapes), dtype=torch.long, device=device)
+
+
+def _pixels(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    channels = getattr(vision, "num_channels", 3)
+    frames = getattr(vision, "num_frames", None)
+    shape = (channels, height, width) if frames is None else (frames, channels, height, width)
+    return torch.zeros(shapes.batch, *shape, dtype=dtype, device=device)
+
+
+def _features(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Mel frames: bins × frames where the model fixes the number of frames, else frames × bins."""
+    bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
+    source = getattr(config, "max_source_positions", None)
+    if hasattr(config, "num_mel_bins") and source is not None:
+        return torch.zeros(shapes.batch, bins, 2 * source, dtype=dtype, device=device)
+    return torch.zeros(shapes.batch, tokens(config, shapes), bins, dtype=dtype, device=device)
+
+
+def _samples(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One second of sound at 16 kHz, or `seq` samples."""
+    return torch.zeros(shapes.batch, shapes.seq or 16000, dtype=dtype, device=device)
+
+
+_MAKERS: Mapping[str, Callable[[Any, Shapes, torch.device, torch.dtype], Tensor]] = {
+    "input_ids": _ids, "decoder_input_ids": _ids, "attention_mask": _mask, "pixel_values": _pixels,
+    "pixel_values_videos": _pixels, "input_features": _features, "input_values": _samples,
+}  # fmt: skip
+
+
+# --- one decoding step ------------------------------------------------------------------------------------------
+
+
+class DecodeStep(nn.Module):
+    """One decoding step over a filled cache, as a module of tensors only, so that it can be exported."""
+
+    def __init__(self, model: nn.Module, cache: Any, where: list[tuple[int, str]]) -> None:
+        super().__init__()
+        self.model, self.cache, self.where = model, cache, where
+
+    def forward(self, input_ids: Tensor, *held: Tensor) -> Tensor:
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        for (i, name), value in zip(self.where, held, strict=True):
+            setattr(cache.layers[i], name, value)
+        out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)[0]
+        assert isinstance(out, Tensor)
+        return out
+
+
+def decode_step(model: nn.Module, shapes: Shapes) -> tuple[DecodeStep, tuple[Tensor, ...]]:
+    """A decoding step of `seq` tokens (one where unset) after `past` tokens (the model's default length where 0)."""
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False) or not hasattr(model, "generate"):
+        raise UsageError("--phase decode needs a decoder-only model: this one has no cache to decode from")
+    past = shapes.past or tokens(config, Shapes(shapes.batch))
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        filled = model(input_ids=torch.zeros(shapes.batch, past, dtype=torch.long, device=device), use_cache=True)
+    cache = getattr(filled, "past_key_values", None)
+    if cache is None or not hasattr(cache, "layers"):
+        raise UsageError(f"--phase decode: {type(model).__name__} returns no cache of keys and values")
+    where = [(i, n) for i, layer in enumerate(cache.layers) for n, v in vars(layer).items() if isinstance(v, Tensor)]
+    held = tuple(getattr(cache.layers[i], n) for i, n in where)
+    ids = torch.zeros(shapes.batch, shapes.seq or 1, dtype=torch.long, device=device)
+    return DecodeStep(model, cache, where), (ids, *held)

@@ -1,0 +1,49 @@
+"""The user's wishes: which candidates may be chosen, and how strict the rewrite is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+CANDIDATES = ("original", "sdpa", "flex", "reattend")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a plan may do. All candidates of this version are exact, so `approximate` and `max_error` admit nothing more.
+
+    `allow` keeps only these candidates (beside the original code, which always may run), `deny` removes some; names are
+    original, sdpa, flex, reattend. With `strict`, an attention that cannot be rewritten raises at the first capture
+    instead of being left alone. Raises ValueError with one sentence.
+    """
+
+    approximate: bool = False
+    max_error: float | None = None
+    allow: Collection[str] = ()
+    deny: Collection[str] = ()
+    calibration: object = None
+    mesh: object = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("allow", "deny"):
+            value = getattr(self, field)
+            names = (value,) if isinstance(value, str) else tuple(value)
+            object.__setattr__(self, field, names)
+            unknown = [n for n in names if n not in CANDIDATES]
+            if unknown:
+                raise ValueError(f"Policy({field}): unknown candidate {unknown[0]!r}; one of {', '.join(CANDIDATES)}")
+        if self.max_error is not None and not self.max_error > 0:
+            raise ValueError(f"Policy(max_error) must be above 0, not {self.max_error}")
+        for field in ("calibration", "mesh"):
+            if getattr(self, field) is not None:
+                raise ValueError(f"Policy({field}) is not in this version: all candidates are exact and run on one device")
+
+    def permits(self, candidate: str) -> bool:
+        if candidate == "original":
+            return True
+        return candidate not in self.deny and (not self.allow or candidate in self.allow)
+
+    def __str__(self) -> str:
+        parts = [f"allow {', '.join(self.allow)}" if self.allow else "", f"deny {', '.join(self.deny)}" if self.deny else ""]
+        return "; ".join([p for p in parts if p] + (["strict"] if self.strict else [])) or "all exact candidates"
