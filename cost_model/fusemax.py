@@ -1,0 +1,89 @@
+"""FuseMax's accelerator: where its Einsums run, and the latency of its published bindings.
+
+    cycles(Einsum) = points · slots / lanes      the 2D array takes what walks (m1, m0) or sums over it, the row of
+                                                 vector lanes the rest; an exponential takes `exp_slots`
+    seconds        = max(cycles of the binding / clock, bytes / bandwidth)
+
+It is the one accelerator with published, reproducible figures for attention cascades, and holds `work.count` to them.
+Source: Nayak et al., "FuseMax" (MICRO 2024), and its artifact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..patterns import expr as ex
+from ..patterns.cascade import Cascade, Einsum
+from ..patterns.mapping import Mapping as Tiling
+from .device import Device
+from .work import Sizes, contraction, count, elements, is_view, key_tile, size_int
+
+# Rows of the query that one pass over the array holds.
+ARRAY_ROWS = 256
+# Each step waits for the slowest of its branches; a branch is a chain of Einsums, named by what they write.
+BINDING: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("BQK", "LM"), ("RD", "RNV", "AV")),
+    (("RM",),),
+    (("SLN", "SLD"), ("PRM", "SPD")),
+    (("SLNV",), ("SPNV",)),
+)
+
+
+def query_tile(queries: int, e: int, f: int, device: Device, *, scores_on_chip: bool, width: int = 2) -> int:
+    """Query rows that the global buffer holds: Q, running maximum, sum and output, and (+Cascade) the score tiles."""
+    row = e + f + 2 + (2 * ARRAY_ROWS if scores_on_chip else 0)
+    room = (device.buffer_bytes - ARRAY_ROWS * width * (e + f)) // (ARRAY_ROWS * width * row)
+    blocks = queries // ARRAY_ROWS
+    best = max(d for d in range(1, max(1, min(blocks, room)) + 1) if blocks % d == 0)
+    return ARRAY_ROWS * best
+
+
+def cycles(c: Cascade, sizes: Mapping[str, int], device: Device) -> dict[str, float]:
+    """Cycles of every Einsum of a streaming cascade on its unit, by the tensor that it writes."""
+    bound = Sizes(c, dict(sizes))
+    inner = key_tile(c)
+    out: dict[str, float] = {}
+    for e in c.einsums:
+        if is_view(e) or not e.ranks or e.body.op == "const":
+            continue
+        points = size_int(elements(bound.rank, e.ranks))
+        lanes = device.array_lanes if inner in e.ranks else device.vector_lanes
+        out[e.out.tensor] = out.get(e.out.tensor, 0.0) + points * _slots(e, device) / lanes
+    return out
+
+
+def _slots(e: Einsum, device: Device) -> int:
+    if contraction(e) is None and any(t.op == "exp" for t in ex.walk(e.body)):
+        return device.exp_slots
+    return 1
+
+
+def latency_seconds(c: Cascade, mapping: Tiling, sizes: Mapping[str, int], device: Device) -> float:
+    """Seconds of the one-pass cascade under the binding that overlaps both units (the paper's +Binding)."""
+    known = {**sizes, "M0": mapping.tile_m}
+    cost = cycles(c, known, device)
+    total = sum(max(sum(cost[t] for t in branch) for branch in step) for step in BINDING)
+    moved = size_int(count(c, mapping, known).bytes)
+    return max(total / device.clock_hz, moved / device.dram_bytes_per_s)
+
+
+def unfused_seconds(c: Cascade, sizes: Mapping[str, int], device: Device) -> float:
+    """Seconds of the three-pass cascade as three kernels; the softmax takes four operations an element on the lanes."""
+    bound = Sizes(c, dict(sizes))
+    total = 0.0
+    for group in (("QK",), ("GM", "SN", "SD", "A"), ("AV",)):
+        part = [e for e in c.einsums if e.out.tensor in group]
+        points = size_int(elements(bound.rank, max((e.ranks for e in part), key=len)))
+        lanes = device.array_lanes if len(part) == 1 else device.vector_lanes / len(part)
+        width = 2
+        names = {str(a.attr) for e in part for a in e.reads if str(a.attr) not in group} | {part[-1].out.tensor}
+        moved = sum(size_int(_bytes(bound, n)) * width for n in names)
+        total += max(points / lanes / device.clock_hz, moved / device.dram_bytes_per_s)
+    return total
+
+
+def _bytes(bound: Sizes, name: str) -> int:
+    out = 1
+    for s in bound.shape[name]:
+        out *= size_int(s)
+    return out
