@@ -120,7 +120,7 @@ def _span(
 ) -> Span:
     e = step.term
     if step.form is not None:
-        known = {a: span for a, span in zip(step.needs, args)}
+        known = dict(zip(step.needs, args))
         lo, hi = _sum(step.form, known, lib)
         return _against_zero(e.op, lo, hi, step.form) if e.dtype == "b1" else (lo, hi)
     match e.op:
@@ -340,7 +340,8 @@ def _truth(lo: Array, hi: Array) -> Span:
 def _load(e: Expr, args: list[Span], bounds: Bounds | None) -> Span:
     found = bounds(str(e.attr), args) if bounds is not None else None
     if found is not None:
-        return found
+        lo, hi = found
+        return (lo != 0, hi != 0) if e.dtype == "b1" else (lo, hi)
     shape = np.broadcast_shapes(*(np.shape(x) for span in args for x in span)) if args else ()
     if e.dtype == "b1":
         return np.zeros(shape, dtype=np.bool_), np.ones(shape, dtype=np.bool_)
@@ -466,7 +467,8 @@ def _float_unary(e: Expr, a: Array, b: Array, lib: Any) -> Span:
         lo, hi = f(a), f(b)
         # library functions differ in their last places
         slack = 2.0 ** (2 - FLOAT_FORMAT[e.dtype][0])
-        return lo - abs(lo) * slack, hi + abs(hi) * slack
+        low, high = lo - abs(lo) * slack, hi + abs(hi) * slack
+        return lib.where(abs(lo) == math.inf, lo, low), lib.where(abs(hi) == math.inf, hi, high)
     nothing = (a + b) * math.nan
     if e.op in _RANGE:
         known = (a == a) & (b == b)
