@@ -192,8 +192,9 @@ def _bind_attributes(gm: fx.GraphModule, count: int, values: Mapping[str, object
 def from_export(
     model: torch.nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object] | None, *, dynamic: bool = False
 ) -> Captured:
-    """One whole graph of a model on real, meta or fake tensors. Nothing is computed. Raises CaptureError.
+    """One whole graph of a model on real, meta or fake tensors, which takes the model's inputs. Raises CaptureError.
 
+    Nothing is computed; parameters, buffers and constants are attributes of the graph.
     With `dynamic`, every input size that the model does not fix is symbolic.
     """
     start = time.perf_counter()
@@ -209,7 +210,8 @@ def from_export(
 
 def from_program(program: torch.export.ExportedProgram) -> Captured:
     """The graph of an exported program, which may have been read from a file."""
-    graph = program.graph_module
+    graph = program.module(check_guards=False)
+    assert isinstance(graph, fx.GraphModule)
     inline_regions(graph)
     if any(n.target is ENTER_AUTOCAST for n in graph.graph.nodes):
         _propagate(graph)

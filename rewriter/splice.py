@@ -1,0 +1,213 @@
+"""Splicing: put the chosen call in the place of an attention's last product, and drop what nobody reads any more.
+
+    before   s = matmul(q, kT); p = softmax(s · scale + mask); out = matmul(p, v)
+    after    y = call(q, k, v, …); out = reshape(y, …)
+
+Everything else of the graph stays: other consumers keep their nodes, operators that write or draw random numbers stay
+where they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..patterns import expr as ex
+from ..patterns.cascade import Size, size_term
+from ..patterns.expr import Expr
+from .autocast import regions, remove_unused_casts
+from .lift import arguments, op_name
+from .sizes import same, shape_of, size_of
+
+
+class SpliceError(RuntimeError):
+    """A replacement that does not fit its place: a bug of whoever made it. The graph is thrown away, not used."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is put in: `target(*tensors…, *sizes…)` as `arguments` lays them out.
+
+    `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
+    `size(name)`, which gives the node or number of a symbol. `closed` calls run with autocast off: their casts are written.
+    """
+
+    name: str
+    target: Callable[..., Any]
+    arguments: Callable[[Mapping[str, fx.Node], Callable[[str], object]], tuple[Any, ...]]
+    closed: bool = True
+
+
+def replace(
+    gm: fx.GraphModule, output: fx.Node, tensors: Mapping[str, fx.Node], scalars: Mapping[str, fx.Node], call: Call
+) -> fx.Node:
+    """Put `call` in the place of `output`; the value has the same shape, type and strides. Returns the new value's node."""
+    graph = gm.graph
+    state = next(s for n, s in regions(gm) if n is output)
+    old = output.meta["val"]
+    device = old.device.type
+    region = state.get(device)
+    with graph.inserting_before(output):
+        sizes = SizeNodes(graph, output, scalars)
+        arguments = call.arguments(tensors, sizes.symbol)
+        token = None
+        if call.closed and region is not None and region.enabled:
+            token = graph.call_function(torch.amp.autocast_mode._enter_autocast, (device, region.dtype, False, False))
+        new = _node(graph, output, call.target, arguments)
+        if token is not None:
+            graph.call_function(torch.amp.autocast_mode._exit_autocast, (token,))
+        new.meta["reattend"] = call.name
+        new = _fit(graph, output, new, sizes)
+    output.replace_all_uses_with(new)
+    new.meta.setdefault("replaces", output.name)
+    return new
+
+
+def _node(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], arguments: Sequence[object]) -> fx.Node:
+    """A call with the traces of the node that it stands for, and its fake value."""
+    n = graph.call_function(target, tuple(arguments))
+    n.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
+    values = fx.map_arg(n.args, lambda x: x.meta["val"])
+    mode = torch._guards.detect_fake_mode([v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)])
+    if mode is None:
+        raise SpliceError(f"{like.name}: the graph has no fake values")
+    with mode, torch.no_grad():
+        n.meta["val"] = target(*values)
+    return n
+
+
+def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> fx.Node:
+    """Give the value the shape, type and order of memory of the value that it replaces: later views may rely on them."""
+    old = output.meta["val"]
+    if not _equal(shape_of(new.meta["val"]), shape_of(old)):
+        new = _node(graph, output, torch.ops.aten.reshape.default, (new, [sizes.value(s) for s in shape_of(old)]))
+    if new.meta["val"].dtype != old.dtype:
+        new = _node(graph, output, torch.ops.aten.to.dtype, (new, old.dtype))
+    if not _same_strides(new.meta["val"], old):
+        order = sorted(range(old.dim()), key=lambda d: -_hint(old.stride(d)))
+        back = [order.index(d) for d in range(old.dim())]
+        new = _node(graph, output, torch.ops.aten.permute.default, (new, order))
+        new = _node(graph, output, torch.ops.aten.contiguous.default, (new,))
+        new = _node(graph, output, torch.ops.aten.permute.default, (new, back))
+    if old.requires_grad:
+        new.meta["val"].requires_grad_(True)
+    return new
+
+
+def _equal(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+
+
+def _hint(value: int | torch.SymInt) -> int:
+    return value if isinstance(value, int) else int(value.node.hint)
+
+
+def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return all(same(size_of(x), size_of(y)) for x, y, s in zip(a.stride(), b.stride(), b.shape) if size_of(s) != 1)
+
+
+class SizeNodes:
+    """Nodes that hold symbolic sizes, found among the graph's inputs or computed from them before `at`."""
+
+    def __init__(self, graph: fx.Graph, at: fx.Node, scalars: Mapping[str, fx.Node]) -> None:
+        self.graph, self.known = graph, dict(scalars)
+        tensors: list[fx.Node] = []
+        for n in graph.nodes:
+            if n is at:
+                break
+            value = n.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+                self.known.setdefault(str(value.node.expr), n)
+            elif isinstance(value, torch.Tensor):
+                tensors.append(n)
+        self.tensors = tensors
+
+    def symbol(self, name: str) -> fx.Node:
+        """The node whose value is the symbol. Raises SpliceError where no input carries it."""
+        if name in self.known:
+            return self.known[name]
+        for n in self.tensors:
+            for d, s in enumerate(n.meta["val"].shape):
+                if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol and str(s.node.expr) == name:
+                    node = self.graph.call_function(torch.ops.aten.sym_size.int, (n, d))
+                    node.meta["val"] = s
+                    self.known[name] = node
+                    return node
+        raise SpliceError(f"no input of the graph carries the size {name}")
+
+    def value(self, size: Size) -> fx.Node | int:
+        """A size as a number, or as the node that computes it."""
+        return size if isinstance(size, int) else self.term(size_term(size))
+
+    def term(self, e: Expr) -> fx.Node | int:
+        match e.op:
+            case "const":
+                return int(e.value)
+            case "symbol":
+                return self.symbol(str(e.attr))
+        function = _ARITHMETIC.get(e.op)
+        if function is None:
+            raise SpliceError(f"the size {ex.show(e)} cannot be computed from the graph's inputs")
+        args = tuple(self.term(a) for a in e.args)
+        node = self.graph.call_function(function, args)
+        node.meta["val"] = function(*fx.map_arg(args, lambda x: x.meta["val"]))
+        return node
+
+
+_ARITHMETIC: Mapping[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
+}  # fmt: skip
+
+
+def survivors(nodes: frozenset[fx.Node], output: fx.Node) -> frozenset[fx.Node]:
+    """The nodes of an attention that stay alive when its output is replaced, because others read them."""
+    order = {n: i for i, n in enumerate(output.graph.nodes)}
+    alive: set[fx.Node] = set()
+    for n in sorted(nodes, key=lambda x: -order[x]):
+        if n is output:
+            continue
+        if any(u in alive or (u not in nodes and u is not output) for u in n.users) or not is_pure(n):
+            alive.add(n)
+    return frozenset(alive)
+
+
+def erase_dead(gm: fx.GraphModule) -> int:
+    """Erase what nobody reads; operators that write, draw random numbers or are unknown stay. Returns the number erased."""
+    erased = 0
+    for n in reversed(list(gm.graph.nodes)):
+        if not n.users and (n.op == "get_attr" or (n.op == "call_function" and is_pure(n))):
+            gm.graph.erase_node(n)
+            erased += 1
+    gm.delete_all_unused_submodules()
+    return erased
+
+
+def is_pure(n: fx.Node) -> bool:
+    """Whether a node only computes its value."""
+    if n.op != "call_function":
+        return n.op == "get_attr"
+    if isinstance(n.target, torch._ops.OpOverload):
+        return not n.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in n.target.tags and not _draws(n)
+    return n.target in (operator.getitem, *_ARITHMETIC.values()) or getattr(n.target, "__module__", "") in ("_operator", "math")
+
+
+def _draws(n: fx.Node) -> bool:
+    """Composite operators that draw random numbers without a tag of their own."""
+    given = arguments(n)
+    name = op_name(n)
+    if name == "scaled_dot_product_attention":
+        return given["dropout_p"] != 0.0
+    return "dropout" in name and given.get("train") is not False and given.get("p") != 0.0
+
+
+def finish(gm: fx.GraphModule) -> None:
+    """After the last replacement: erase, check, compile the graph's Python."""
+    erase_dead(gm)
+    remove_unused_casts(gm)
+    gm.graph.lint()
+    gm.recompile()

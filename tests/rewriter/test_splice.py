@@ -1,0 +1,155 @@
+"""Splicing keeps what a graph computes: shapes, types, strides, other consumers, writes; the oracle stands in for a kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from reattend.patterns.evaluate import evaluate
+from reattend.rewriter import capture, detect, splice
+
+
+def oracle(found: detect.Found) -> splice.Call:
+    """The cascade itself, run by `evaluate`."""
+    names = [t.name for t in found.cascade.inputs]
+
+    def run(*tensors: Tensor) -> Tensor:
+        return evaluate(found.cascade, dict(zip(names, tensors, strict=True)))[found.cascade.outputs[0]]
+
+    return splice.Call("oracle", run, lambda tensors, size: tuple(tensors[n] for n in names))
+
+
+def spliced(model: nn.Module, *args: Tensor) -> tuple[fx.GraphModule, list[detect.Found]]:
+    graph = capture.from_export(model, args, None).graph
+    found, _ = detect.find(graph)
+    for f in found:
+        splice.replace(graph, f.output, f.tensors, f.scalars, oracle(f))
+    splice.finish(graph)
+    return graph, found
+
+
+def names(graph: fx.GraphModule) -> list[str]:
+    return [str(getattr(n.target, "__name__", n.target)) for n in graph.graph.nodes if n.op == "call_function"]
+
+
+def qkv(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(*shape), torch.randn(*shape), torch.randn(*shape)
+
+
+class Eager(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2) * 0.25
+        keep = torch.ones(s.shape[-2:], dtype=torch.bool).tril()
+        return s.masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def test_the_attention_is_one_call_and_its_interior_is_gone() -> None:
+    args = qkv(2, 3, 8, 16)
+    graph, found = spliced(Eager(), *args)
+    assert len(found) == 1
+    torch.testing.assert_close(graph(*args), Eager()(*args))
+    left = names(graph)
+    assert "run" in left
+    assert not [n for n in left if "softmax" in n or "matmul" in n or "tril" in n]
+
+
+def test_other_consumers_keep_their_nodes() -> None:
+    class M(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            p = (q @ k.transpose(-1, -2)).softmax(-1)
+            return p @ v, p
+
+    args = qkv(1, 2, 8, 16)
+    graph = capture.from_export(M(), args, None).graph
+    (found,), _ = detect.find(graph)
+    alive = {n.name for n in splice.survivors(found.nodes, found.output)}
+    assert {"softmax", "matmul"} <= alive
+    splice.replace(graph, found.output, found.tensors, found.scalars, oracle(found))
+    splice.finish(graph)
+    for a, b in zip(graph(*args), M()(*args), strict=True):
+        torch.testing.assert_close(a, b)
+    assert "softmax.int" in names(graph)
+
+
+def test_strides_are_those_of_the_value_that_was_replaced() -> None:
+    class M(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = torch.einsum("bhqk,bkhd->bqhd", (torch.einsum("bqhd,bkhd->bhqk", q, k)).softmax(-1), v)
+            return out + 0 * out.as_strided(out.shape, out.stride())
+
+    args = qkv(2, 8, 3, 16)
+    graph, found = spliced(M(), *args)
+    assert len(found) == 1
+    torch.testing.assert_close(graph(*args), M()(*args))
+    replaced = next(n for n in graph.graph.nodes if "replaces" in n.meta)
+    assert replaced.meta["val"].stride() == found[0].output.meta["val"].stride()
+
+
+def test_writes_and_live_dropout_elsewhere_stay() -> None:
+    class M(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            unused = F.dropout(q, 0.5, training=True)
+            kept = q.clone()
+            kept[0] = 1
+            del unused
+            return Eager()(q, k, v) + kept
+
+    args = qkv(2, 3, 8, 16)
+    graph, _ = spliced(M(), *args)
+    assert any("dropout" in n for n in names(graph))
+    torch.testing.assert_close(graph(*args), M()(*args))
+
+
+def test_every_layer_of_a_stack() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
+            return x + (Eager()(q, k, v)).transpose(1, 2).reshape(x.shape)
+
+    model = nn.Sequential(*[Block() for _ in range(3)])
+    x = torch.randn(2, 9, 16)
+    graph, found = spliced(model, x)
+    assert len(found) == 3
+    torch.testing.assert_close(graph(x), model(x))
+
+
+def test_a_call_of_another_shape_is_an_error_not_a_wrong_graph() -> None:
+    args = qkv(1, 2, 8, 16)
+    graph = capture.from_export(Eager(), args, None).graph
+    (found,), _ = detect.find(graph)
+    call = splice.Call("wrong", lambda q: q.sum(), lambda tensors, size: (tensors["Q"],))
+    with pytest.raises((RuntimeError, splice.SpliceError)):
+        splice.replace(graph, found.output, found.tensors, found.scalars, call)
+
+
+def test_autocast_is_off_inside_the_call() -> None:
+    seen: list[Any] = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return F.scaled_dot_product_attention(q, k, v, scale=0.25, is_causal=True)
+
+    class M(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return Eager()(q, k, v)
+
+    args = qkv(1, 2, 8, 16)
+    graph = capture.from_export(M(), args, None).graph
+    (found,), _ = detect.find(graph)
+    call = splice.Call("sdpa", run, lambda tensors, size: tuple(tensors[n] for n in "QKV"))
+    splice.replace(graph, found.output, found.tensors, found.scalars, call)
+    splice.finish(graph)
+    seen.clear()
+    out = graph(*args)
+    assert seen == [False]
+    assert out.dtype == M()(*args).dtype
+    torch.testing.assert_close(out, M()(*args), atol=2e-2, rtol=2e-2)
