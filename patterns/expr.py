@@ -410,6 +410,10 @@ def where(cond: Expr, a: Expr | Scalar, b: Expr | Scalar) -> Expr:
         return cast(y, dtype)
     if x is y:
         return x
+    if x is TRUE and y is FALSE:
+        return cond
+    if x is FALSE and y is TRUE:
+        return unary("not", cond)
     return Expr("where", (cond, x, y), None, dtype)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -75,10 +75,10 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
             continue
         best: NearMiss | None = None
         twin = _twin(found, n, aliases)
-        for out in [twin] if twin is not None else _attempts(gm.graph, aliases, n):
+        for out in [twin] if twin is not None else _attempts(gm.graph, aliases, n, taken):
             if isinstance(out, Found):
                 found.append(out)
-                taken |= {out.output, *out.nodes}
+                taken |= {out.output, out.final}
                 best = None
                 break
             if best is None or out.depth > best.depth:
@@ -101,9 +101,11 @@ def _twin(found: list[Found], n: fx.Node, aliases: Aliases) -> Found | None:
     return None
 
 
-def _attempts(graph: fx.Graph, aliases: Aliases, n: fx.Node) -> Iterator[Found | NearMiss]:
+def _attempts(
+    graph: fx.Graph, aliases: Aliases, n: fx.Node, done: Collection[fx.Node] = ()
+) -> Iterator[Found | NearMiss]:
     try:
-        readings = list(finals(Lifter(graph, aliases, RULES), n))
+        readings = list(finals(Lifter(graph, aliases, RULES), n, done))
     except CannotLift as no:
         yield _near(n, no.reason, 0)
         return
@@ -119,12 +121,14 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
     except CannotLift as no:
         return _near(n, no.reason, 1)
     if not lifter.products:
-        return _near(n, "no product of two token ranks stands behind the weights", 0)
+        return _near(n, _reason(lifter, "no product of two token ranks stands behind the weights"), 1 if told(lifter) else 0)
     output, lifted = _with_epilogue(lifter, final, lifted)
     cascade = ranks.unify(ranks.split(_with_query(concat.split(hoist(lifter, lifted)))))
     view = recognise.attention(cascade)
     if isinstance(view, recognise.Miss):
-        return _near(n, _reason(lifter, view.reason), 1 if lifter.normalised else 0)
+        return _near(n, _reason(lifter, view.reason), 1 if lifter.normalised or told(lifter) else 0)
+    if refusal := _normalised_elsewhere(view):
+        return _near(n, refusal, 1)
     if refusal := _weights_are_parameters(view):
         return _near(n, refusal, 0)
     leaves = {t.name: lifter.leaves[t.name] for t in cascade.inputs}
@@ -279,10 +283,27 @@ def _weights_are_parameters(view: recognise.Attention) -> str:
     return ""
 
 
+def _normalised_elsewhere(view: recognise.Attention) -> str:
+    """Slot attention and its kin: the scores are normalised over a rank that the last product keeps."""
+    scores = {e.out.tensor for e in view.products}
+    products = set(scores)
+    for e in view.cascade.einsums:
+        if not scores & {str(r.attr) for r in e.reads}:
+            continue
+        scores.add(e.out.tensor)
+        if e.op is not None and view.key not in e.over and e.out.tensor not in products:
+            return f"the scores are normalised over {', '.join(e.over)}, which the last product does not reduce"
+    return ""
+
+
+def told(lifter: Lifter) -> list[str]:
+    """What the rules said that gave up between the products."""
+    return [m for m, _ in lifter.misses if m != "an input"]
+
+
 def _reason(lifter: Lifter, reason: str) -> str:
     """The rule that gave up says more than the shape that is missing."""
-    told = [m for m, _ in lifter.misses if m != "an input"]
-    return f"{reason}; {told[-1]}" if told else reason
+    return f"{reason}; {told(lifter)[-1]}" if told(lifter) else reason
 
 
 def _wants_grad(n: fx.Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import cast as typed
 
@@ -30,8 +30,11 @@ class Final:
     why: str
 
 
-def finals(lifter: Lifter, n: fx.Node) -> Iterator[Final]:
-    """Every reading of node `n` as the last product: each operand in turn may be the weights."""
+def finals(lifter: Lifter, n: fx.Node, done: Collection[fx.Node] = ()) -> Iterator[Final]:
+    """Every reading of node `n` as the last product: each operand in turn may be the weights.
+
+    `done` are outputs of attentions found before; nothing is sought behind them.
+    """
     name = op_name(n)
     if name == "scaled_dot_product_attention":
         yield _sdpa(n)
@@ -48,7 +51,7 @@ def finals(lifter: Lifter, n: fx.Node) -> Iterator[Final]:
         return
     for side in (0, 1):
         weights = (first, second)[side][0]
-        if _leads_to_product(weights):
+        if _leads_to_product(weights, done):
             yield _from_contraction(n, c, side)
 
 
@@ -73,13 +76,13 @@ _SHAPE_ONLY = _CONTRACTIONS | frozenset((
 ))  # fmt: skip
 
 
-def _leads_to_product(start: fx.Node) -> bool:
+def _leads_to_product(start: fx.Node, done: Collection[fx.Node]) -> bool:
     """Whether a contraction stands upstream of the weights, behind something other than views and casts."""
     seen: set[fx.Node] = set()
     stack: list[tuple[fx.Node, bool]] = [(start, False)]
     while stack and len(seen) < _LIMIT:
         n, between = stack.pop()
-        if n in seen:
+        if n in seen or n in done:
             continue
         seen.add(n)
         name = op_name(n)

@@ -137,6 +137,10 @@ class Lifter:
                 return ex.symbol(n.name)
         if isinstance(value, (bool, int, float)):
             return ex.const(value)
+        tensor = n.args[0] if op_name(n) == "item" else None
+        if isinstance(tensor, fx.Node):
+            # a Python number that Dynamo passes as a tensor without dimensions
+            return self.value(tensor, (ZERO,) * tensor_of(tensor).dim())
         raise CannotLift(f"{n.name} is a scalar that depends on data", n)
 
     def broadcast(self, n: fx.Node, at: At) -> At:
@@ -184,8 +188,8 @@ class Lifter:
 
     @property
     def normalised(self) -> bool:
-        """Whether a row reduction over the key, or a nonlinear map of scores, has been lifted."""
-        return any(e.op is not None and e.over == (self.key,) and e.out.tensor != "O" for e in self.einsums)
+        """Whether a reduction other than a product has been lifted: something normalises the scores."""
+        return any(e.op is not None and e.out.tensor not in (*self.products, "O") for e in self.einsums)
 
     def is_key(self, n: fx.Node, dim: int) -> bool:
         """Whether dimension `dim` (counted from the end) of `n`, or of a value it is made of, was read along the key."""

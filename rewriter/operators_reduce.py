@@ -269,10 +269,11 @@ def peel(lifter: Lifter, n: fx.Node, at: At, reduced: str, reader: fx.Node) -> t
     best, best_reader, best_casts, best_factors = (n, at), reader, 0, 0
     casts: list[str] = []
     factors: list[Expr] = []
-    node, where = n, at
+    node, where, below = n, at, reader
     while (step := _step_up(lifter, node, where, reduced)) is not None:
         above, place, cast_to, factor = step
-        if lifter.aliases.written_between(above, above, node):
+        # what was written into a copy is not in what it was copied from
+        if lifter.aliases.written_between(node, node, below) or lifter.aliases.written_between(above, above, node):
             break
         casts += [cast_to] if cast_to else []
         factors += [factor] if factor is not None else []
