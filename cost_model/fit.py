@@ -1,0 +1,123 @@
+"""Fit: which mappings a device can hold, from the shared memory and registers of our own kernels.
+
+    shared     = width · (tile_p·E + stages·(tile_m·E + tile_m·F))      Q stays, K and V are buffered `stages` times
+    registers  = (scores + accumulator + weights) / threads + addresses
+
+The code generator uses the same formulas, so that a mapping that does not fit is never emitted. E and F are the head
+sizes as the kernel pads them, to the next power of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..patterns.mapping import Mapping
+from .device import Device
+
+# Registers for addresses, bounds and the row state, read back from kernels compiled for sm_90.
+FIXED_REGISTERS = 72
+# Matrix fragments of gfx942 need about this much more, read back from kernels compiled for it.
+HIP_REGISTERS = 1.75
+SMALLEST_DOT = 16
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one program takes: bytes of shared memory, registers of a thread, threads; programs that fit on a unit."""
+
+    shared_bytes: int
+    registers: int
+    threads: int
+    resident: int
+
+
+def padded(n: int) -> int:
+    """A head size as kernels see it: the next power of two, at least 16."""
+    return max(SMALLEST_DOT, 1 << (max(n, 1) - 1).bit_length())
+
+
+def shared_bytes(mapping: Mapping, e: int, f: int, width: int, device: Device | None = None) -> int:
+    """Bytes of shared memory of one program; `e` and `f` are head sizes, `width` the bytes of an element."""
+    e, f = padded(e), padded(f)
+    # Triton on AMD keeps one stage in registers
+    stages = max(1, mapping.stages - 1) if device is not None and device.kind == "hip" else max(1, mapping.stages)
+    return width * (mapping.tile_p * e + stages * (mapping.tile_m * e + mapping.tile_m * f))
+
+
+def registers(mapping: Mapping, e: int, f: int, width: int, device: Device) -> int:
+    """Registers of a thread, a heuristic: scores and accumulator in fp32, weights in the type of V."""
+    e, f = padded(e), padded(f)
+    threads = mapping.warps * device.threads_per_warp
+    tile = mapping.tile_p * mapping.tile_m
+    words = tile + mapping.tile_p * f + tile * width // 4
+    count = words / threads + FIXED_REGISTERS
+    return round(count * HIP_REGISTERS if device.kind == "hip" else count)
+
+
+def register_limit(mapping: Mapping, device: Device) -> int:
+    """Registers that a thread may have: 255 on CUDA; on CDNA a SIMD's registers are shared by its waves."""
+    if device.kind == "hip":
+        return device.registers_per_thread // max(1, mapping.warps // 4)
+    return device.registers_per_thread
+
+
+def footprint(mapping: Mapping, e: int, f: int, width: int, device: Device) -> Footprint:
+    shared = shared_bytes(mapping, e, f, width, device)
+    regs = min(registers(mapping, e, f, width, device), register_limit(mapping, device))
+    threads = mapping.warps * device.threads_per_warp
+    resident = min(
+        device.shared_bytes_per_unit // max(shared, 1),
+        device.registers_per_unit // max(regs * threads, 1),
+        device.threads_per_unit // threads,
+    )
+    return Footprint(shared, regs, threads, max(resident, 1))
+
+
+def refuse(mapping: Mapping, e: int, f: int, width: int, device: Device) -> str | None:
+    """Why this mapping does not fit the device, or None."""
+    if not device.is_gpu:
+        return None
+    need = shared_bytes(mapping, e, f, width, device)
+    if need > device.shared_bytes_per_block:
+        return f"needs {need} bytes of shared memory, a block of {device.name} has {device.shared_bytes_per_block}"
+    regs, limit = registers(mapping, e, f, width, device), register_limit(mapping, device)
+    if regs > limit:
+        return f"needs about {regs} registers a thread, {device.name} has {limit}"
+    return None
+
+
+def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys: int) -> tuple[Mapping, ...]:
+    """Mappings worth predicting on this device, feasible ones only.
+
+    Few queries get one short query tile and their keys split over programs; on a CPU `body` and tile sizes vary.
+    """
+    if device.kind == "cpu":
+        return tuple(_on_cpu(queries))
+    return tuple(m for m in _on_gpu(device, queries, keys) if refuse(m, e, f, width, device) is None)
+
+
+def _on_cpu(queries: int) -> Iterator[Mapping]:
+    tiles = [t for t in (32, 64, 128, 256, 512) if t < 2 * queries] or [32]
+    for body in ("sdpa", "product"):
+        for tile in tiles:
+            yield Mapping(tile_p=tile, tile_m=min(tile, 128), warps=1, stages=1, body=body)
+
+
+def _on_gpu(device: Device, queries: int, keys: int) -> Iterator[Mapping]:
+    stages = (1, 2) if device.kind == "hip" else (2, 3, 4)
+    if queries <= SMALLEST_DOT:
+        for tile_m in (32, 64, 128):
+            for split in (1, 2, 4, 8, 16, 32):
+                # a program should keep some key tiles to stream
+                if split == 1 or keys >= 4 * split * tile_m:
+                    for s in stages:
+                        yield Mapping(SMALLEST_DOT, tile_m, warps=4, stages=s, split_m=split)
+        return
+    for tile_p in (32, 64, 128):
+        if tile_p >= 2 * queries and tile_p > 32:
+            continue
+        for tile_m in (32, 64, 128):
+            for warps in (4, 8):
+                for s in stages:
+                    yield Mapping(tile_p, tile_m, warps=warps, stages=s)
