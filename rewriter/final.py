@@ -134,7 +134,7 @@ def _sdpa(n: fx.Node) -> Final:
             if not isinstance(width, int):
                 raise CannotLift("a head size that is symbolic", n)
             scale = 1.0 / math.sqrt(width)
-        s = contract(lifter, n, product, at) * lifter.arg(scale, at)
+        s = contract(lifter, n, product, at) * ex.cast(lifter.arg(scale, at), dtype)
         if a.get("is_causal"):
             s = ex.where(at[-1] <= at[-2], s, -math.inf)
         mask = a.get("attn_mask")

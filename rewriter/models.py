@@ -70,7 +70,7 @@ class Subject:
     prefix: str = ""
 
 
-def load(spec: str, shapes: Shapes = Shapes()) -> Subject:  # noqa: B008 — frozen
+def load(spec: str, shapes: Shapes = Shapes()) -> Subject:
     """The subject that `spec` names. Raises UsageError with one sentence.
 
     `spec` is `package.module:factory` (returns a module, or a module with its args and kwargs), the path of a

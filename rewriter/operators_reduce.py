@@ -258,6 +258,7 @@ _PEEL = frozenset((
     "expand", "expand_as", "contiguous", "clone", "detach", "alias", "slice", "select", "narrow", "repeat_interleave",
     "cat", "getitem", "movedim", "swapaxes", "mT", "numpy_T", "lift_fresh_copy", "dropout", "repeat",
 ))  # fmt: skip
+LOOKED_THROUGH = _PEEL | {"to", "_to_copy", "type_as", "float", "mul", "multiply", "div"}
 
 
 def peel(lifter: Lifter, n: fx.Node, at: At, reduced: str, reader: fx.Node) -> tuple[Expr, list[Expr]]:

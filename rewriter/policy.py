@@ -47,3 +47,7 @@ class Policy:
     def __str__(self) -> str:
         parts = [f"allow {', '.join(self.allow)}" if self.allow else "", f"deny {', '.join(self.deny)}" if self.deny else ""]
         return "; ".join([p for p in parts if p] + (["strict"] if self.strict else [])) or "all exact candidates"
+
+
+class StrictError(RuntimeError):
+    """Raised under `Policy(strict=True)` where an attention would be left as it is; the message says which and why."""

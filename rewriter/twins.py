@@ -8,6 +8,8 @@ import torch
 from torch import fx
 
 from .aliases import Aliases
+from .lift import op_name
+from .operators_reduce import LOOKED_THROUGH
 
 
 def match(
@@ -27,12 +29,10 @@ def match(
             if bound[a] is not b:
                 return None
             continue
-        if aliases.is_written(b) or not _alike(a, b):
+        if aliases.is_written(b) or not (_exchangeable(a, b) if a in stop else _alike(a, b)):
             return None
         bound[a] = b
-        if a in stop:
-            continue
-        if a is b:
+        if a in stop or a is b:
             continue
         if a not in inside:
             return None
@@ -41,6 +41,14 @@ def match(
             return None
         stack.extend(pairs)
     return {leaf: bound.get(leaf, leaf) for leaf in stop}
+
+
+def _exchangeable(a: fx.Node, b: fx.Node) -> bool:
+    """Whether both are read as inputs: equal shapes, and nothing at either that reading would look through."""
+    x, y = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor) or _signature(x) != _signature(y):
+        return False
+    return (a.op == b.op and a.target == b.target) or not (op_name(a) in LOOKED_THROUGH or op_name(b) in LOOKED_THROUGH)
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:

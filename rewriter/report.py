@@ -1,0 +1,215 @@
+"""What was planned and what really ran: one record a captured graph, and a report over all of a model's graphs."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from rich.console import Console
+from rich.table import Table
+
+from ..cost_model.plan import Miss, Plan, Site
+from .policy import StrictError
+
+
+@dataclass
+class Piece:
+    """One graph that Dynamo handed over. `calls` counts its runs; `fallbacks` the guards that failed, by site.
+
+    `broke` says where and why Dynamo ended the graph early; `error` why nothing was rewritten in it.
+    """
+
+    entry: str
+    number: int
+    recompiled: bool = False
+    broke: str = ""
+    error: str = ""
+    plan: Plan | None = None
+    capture_seconds: float = 0.0
+    plan_seconds: float = 0.0
+    calls: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(self.plan.sites) if self.plan is not None else ()
+
+    def check(self) -> None:
+        """Raise StrictError where something was left alone."""
+        if self.error:
+            raise StrictError(self.error)
+        if self.broke:
+            raise StrictError(f"the model was captured in pieces: {self.broke}")
+        if self.plan is not None:
+            check_plan(self.plan)
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise StrictError for the first attention that keeps the original code although nothing was faster by choice."""
+    for miss in plan.misses:
+        raise StrictError(f"{miss.where or miss.what}: left alone: {miss.reason}")
+    for site in plan.sites:
+        if site.chosen.name == "original" and not any(c.feasible for c in site.candidates if c.name != "original"):
+            raise StrictError(f"{site.name or site.where}: keeps the original code: {site.chosen.why}")
+
+
+@dataclass(frozen=True)
+class SiteRun:
+    """One attention of one graph: the kernel that was chosen, its runs, and its guards' fall-backs."""
+
+    name: str
+    where: str
+    kind: str
+    traits: frozenset[str]
+    shape: str
+    kernel: str
+    why: str
+    ran: int
+    fell_back: int
+
+
+@dataclass(frozen=True)
+class Entered:
+    """One module whose calls are caught: `missed` calls ran none of our graphs; `failures` are captures that failed."""
+
+    path: str
+    calls: int
+    missed: int
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `optimize` did to a model, up to now. `str()` is for reading."""
+
+    policy: str
+    entries: tuple[Entered, ...]
+    pieces: tuple[Piece, ...]
+    copied: bool = False
+    installed: bool = True
+
+    @property
+    def calls(self) -> int:
+        """Calls of the model that went through us."""
+        return sum(e.calls - e.missed for e in self.entries)
+
+    @property
+    def captures(self) -> int:
+        return len(self.pieces)
+
+    @property
+    def recompiles(self) -> int:
+        return sum(p.recompiled for p in self.pieces)
+
+    @property
+    def given_up(self) -> int:
+        """Calls that Dynamo ran as written: a frame that it gave up, or a capture that failed."""
+        return sum(e.missed for e in self.entries)
+
+    @property
+    def breaks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(p.broke for p in self.pieces if p.broke))
+
+    @property
+    def fallbacks(self) -> int:
+        return sum(sum(p.fallbacks.values()) for p in self.pieces)
+
+    @property
+    def sites(self) -> tuple[SiteRun, ...]:
+        return tuple(_site_run(p, s) for p in self.pieces for s in p.sites)
+
+    @property
+    def kernels(self) -> Counter[str]:
+        """How often each kernel ran."""
+        out: Counter[str] = Counter()
+        for s in self.sites:
+            out[s.kernel] += s.ran - s.fell_back
+            out["original"] += s.fell_back
+        return +out
+
+    @property
+    def misses(self) -> tuple[Miss, ...]:
+        return tuple(dict.fromkeys(m for p in self.pieces if p.plan is not None for m in p.plan.misses))
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plans of all captured graphs as one, in the order of capture; None before the first."""
+        plans = [p.plan for p in self.pieces if p.plan is not None]
+        if not plans:
+            return None
+        sites = tuple(s for p in plans for s in p.sites)
+        return replace(plans[0], sites=sites, misses=self.misses)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> list[str]:
+        if not self.installed:
+            return [_NOT_OPTIMISED_COPY if self.copied else _NOT_OPTIMISED]
+        lines = [f"reattend: {_count(self.calls, 'call')} went through; {self._captures()}"]
+        if not self.pieces:
+            lines.append("nothing is captured before the first call (or give optimize an example)")
+        if self.given_up:
+            lines.append(f"{_count(self.given_up, 'call')} ran as written, because the capture was given up:")
+            lines += [f"  {f}" for e in self.entries for f in e.failures[-1:]]
+        lines += [f"graph break at {b}" for b in self.breaks]
+        lines += [f"graph {p.number}: {p.error}" for p in self.pieces if p.error]
+        if self.sites:
+            lines.append(_table(self.sites))
+            ran = ", ".join(f"{k} {n}×" for k, n in self.kernels.most_common())
+            lines.append(f"ran: {ran or 'nothing yet'}; guards that fell back: {self.fallbacks}")
+        elif self.pieces and not any(p.error for p in self.pieces):
+            lines.append("no attention was found in what was captured")
+        lines += [f"left alone: {m.where} {m.what}: {m.reason}" for m in self.misses]
+        return lines
+
+    def _captures(self) -> str:
+        seconds = sum(p.capture_seconds + p.plan_seconds for p in self.pieces)
+        taken = f" in {seconds:.1f} s" if self.pieces else ""
+        return f"{_count(self.captures, 'graph')} captured{taken}, {_count(self.recompiles, 'recompilation')}"
+
+
+_NOT_OPTIMISED = "reattend: this model is not optimised: call reattend.optimize(model)"
+_NOT_OPTIMISED_COPY = (
+    "reattend: 0 calls went through: this model is a copy of an optimised one, and copies are not optimised: "
+    "call reattend.optimize on the copy"
+)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _site_run(piece: Piece, site: Site) -> SiteRun:
+    return SiteRun(
+        site.name, site.where, site.kind, frozenset(site.traits), str(site.shape), site.chosen.name, site.chosen.why,
+        piece.calls, piece.fallbacks.get(site.name, 0),
+    )  # fmt: skip
+
+
+def _table(sites: tuple[SiteRun, ...]) -> str:
+    """One row a group of sites that differ by their name only."""
+    groups: dict[tuple[object, ...], list[SiteRun]] = {}
+    for s in sites:
+        groups.setdefault((s.where, s.kind, s.traits, s.shape, s.kernel, s.ran, s.fell_back), []).append(s)
+    table = Table(box=None, pad_edge=False)
+    for title in ("site", "where", "what", "shape", "kernel", "ran", "fell back"):
+        table.add_column(title, justify="right" if title in ("ran", "fell back") else "left", overflow="fold")
+    for members in groups.values():
+        s = members[0]
+        what = " ".join([s.kind, *sorted(s.traits)])
+        many = f" (+{len(members) - 1})" if len(members) > 1 else ""
+        kernel = s.kernel if s.kernel != "original" else f"original: {s.why}"
+        table.add_row(
+            f"{s.name}{many}", _short(s.where), what, s.shape, kernel, str(sum(m.ran for m in members)),
+            str(sum(m.fell_back for m in members)),
+        )  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=160, force_terminal=False).print(table)
+    return out.getvalue().rstrip()
+
+
+def _short(where: str) -> str:
+    """The last two parts of the path are enough to recognise it."""
+    return "/".join(where.split("/")[-2:])

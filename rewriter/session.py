@@ -1,0 +1,261 @@
+"""One optimised model: where its calls are caught, what was captured from them, and what ran.
+
+A call of the model (or of a sub-module that callers enter directly) goes through `nn.Module._compiled_call_impl`, the hook
+that `Module.compile` uses, to an `Entry`. The entry hands it to Dynamo, whose graphs come back to `Session.compile`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import threading
+import time
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+from ..cost_model.device import Device
+from . import capture, choose
+from .policy import Policy, StrictError
+from .report import Piece
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_MARK = "_reattend"
+# Compilations that one entry may ask for before Dynamo gives its frame up; a model meets many sizes, modes and types.
+_RECOMPILE_LIMIT = 64
+_FAILURES_ALLOWED = 2
+
+_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+_running = threading.local()
+
+
+class Mark:
+    """Stands in an optimised model's attributes. A deep copy of the model carries a copy of the mark, and no entries."""
+
+    def __init__(self, copied: bool = False) -> None:
+        self.copied = copied
+
+    def __deepcopy__(self, memo: object) -> Mark:
+        return Mark(copied=True)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Mark, (True,))
+
+
+class Entry:
+    """The way into one module: every call of the module comes here."""
+
+    def __init__(self, session: Session, path: str, module: nn.Module) -> None:
+        self.session, self.path, self.module = session, path, module
+        self.before: Callable[..., Any] | None = module._compiled_call_impl
+        self.calls = 0
+        self.missed = 0
+        self.failures: list[str] = []
+        self.compiled = _compile(path, lambda gm, inputs: session.compile(self, gm, inputs), session.dynamic)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _transparent() or len(self.failures) > _FAILURES_ALLOWED:
+            return self.module._call_impl(*args, **kwargs)
+        before = getattr(_running, "pieces", 0)
+        try:
+            out = self.compiled(self.module, *args, **kwargs)
+        except TorchDynamoException as error:
+            if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, StrictError):
+                self.session.uninstall()
+                raise error.inner_exception from None
+            if getattr(_running, "pieces", 0) != before:
+                raise
+            return self._as_written(error, args, kwargs)
+        self._count(getattr(_running, "pieces", 0) != before)
+        return out
+
+    def _as_written(self, error: TorchDynamoException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model's own code: it raises its own error, or it shows that only the capture failed."""
+        try:
+            out = self.module._call_impl(*args, **kwargs)
+        except Exception as own:
+            raise own from None
+        self.failures.append(f"{type(error).__name__}: {_sentence(error)}")
+        self._count(False)
+        warnings.warn(f"reattend: {self.path or 'the model'} runs as written: {self.failures[-1]}", stacklevel=4)
+        return out
+
+    def _count(self, ran: bool) -> None:
+        with self.session.lock:
+            self.calls += 1
+            self.missed += not ran
+
+
+def _transparent() -> bool:
+    """Inside somebody else's tracing the model is what it was: Dynamo, export, fx, functorch and dispatch modes."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _compile(path: str, backend: capture.Backend, dynamic: bool | None) -> Callable[..., Any]:
+    """A compiled `forward` with a code object of its own: Dynamo keeps graphs, and counts them, per code object."""
+    code = _forward.__code__.replace(co_name=f"reattend {path or 'model'}")
+    function = types.FunctionType(code, globals(), "forward")
+    options: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = _RECOMPILE_LIMIT
+    return torch.compile(function, backend=backend, dynamic=dynamic, **options)  # type: ignore[no-any-return]
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return self._call_impl(*args, **kwargs)
+
+
+@dataclass(eq=False)
+class Session:
+    """What `optimize` keeps about a model. Safe to use from several threads."""
+
+    policy: Policy
+    target: Device | None
+    inductor: bool = False
+    dynamic: bool | None = None
+    entries: list[Entry] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def install(self, model: nn.Module) -> None:
+        self.entries = [Entry(self, path, module) for path, module in entry_points(model)]
+        for entry in self.entries:
+            entry.module._compiled_call_impl = entry
+        model.__dict__[_MARK] = Mark()
+        _sessions[model] = self
+
+    def uninstall(self) -> None:
+        for entry in self.entries:
+            if entry.module._compiled_call_impl is entry:
+                entry.module._compiled_call_impl = entry.before
+            entry.module.__dict__.pop(_MARK, None)
+            _sessions.pop(entry.module, None)
+
+    def compile(self, entry: Entry | None, gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
+        """The backend: one graph of Dynamo's, captured, planned and rewritten. A failure runs the graph as it came."""
+        piece = Piece(
+            entry=entry.path if entry is not None else "",
+            number=len(self.pieces),
+            recompiled=_is_recompilation(),
+            broke=_break(gm),
+        )
+        start = time.perf_counter()
+        run: Callable[..., Any] = gm.forward
+        try:
+            captured = capture.from_dynamo(gm, inputs, prefix=piece.entry)
+            piece.capture_seconds = captured.seconds
+            request = choose.Request(self.policy, self.target, executable=True, sizes_known=True)
+            piece.plan = choose.rewrite(captured, request)
+            run = _runnable(captured.graph, inputs, self.inductor)
+        except capture.CaptureError as no:
+            piece.error = f"the graph could not be captured: {no}"
+        except StrictError:
+            raise
+        except Exception as error:
+            # A defect here must not reach the user's model: the graph runs as it came, and the report says so.
+            piece.error = f"the rewrite failed, the graph runs as written: {type(error).__name__}: {_sentence(error)}"
+            warnings.warn(f"reattend: {piece.error}", stacklevel=2)
+        piece.plan_seconds = time.perf_counter() - start - piece.capture_seconds
+        if self.policy.strict:
+            piece.check()
+        with self.lock:
+            self.pieces.append(piece)
+        return self._counted(piece, run)
+
+    def _counted(self, piece: Piece, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with self.lock:
+                piece.calls += 1
+            _running.pieces = getattr(_running, "pieces", 0) + 1
+            return run(*args)
+
+        return call
+
+
+def _runnable(graph: fx.GraphModule, inputs: Sequence[object], inductor: bool) -> Callable[..., Any]:
+    if inductor:
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, list(inputs))  # type: ignore[no-any-return, arg-type]
+    for body in list(capture.regions(graph)):
+        for n in body.graph.nodes:
+            if n.op == "call_function" and n.target is capture.CHECKPOINT:
+                n.target = capture.checkpointed
+        body.recompile()
+    return graph.forward
+
+
+def _is_recompilation() -> bool:
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    return compile_id is not None and bool(compile_id.frame_compile_id)
+
+
+def _break(gm: fx.GraphModule) -> str:
+    """Where and why Dynamo ended this graph before the end of the function; empty when it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ""
+    own = [f for f in reason.user_stack if "/torch/" not in f.filename]
+    where = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+    return f"{where}{_sentence(reason.reason)}"
+
+
+def _sentence(error: object) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+# --- which modules callers enter ----------------------------------------------------------------------------------
+
+
+def entry_points(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model, and the sub-modules with parts of their own that are reached without passing a list of layers.
+
+    Layers in a list are called by their owner; a sub-module that stands by its name (an encoder, a tower) may be called
+    by anyone: `generate` calls the encoder, users call `model.model`.
+    """
+    seen: set[int] = set()
+    queue = [("", model)]
+    for i in itertools.count():
+        if i == len(queue):
+            return
+        path, module = queue[i]
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        for name, child in module.named_children():
+            if not isinstance(child, _CONTAINERS) and any(True for _ in child.children()):
+                queue.append((f"{path}.{name}" if path else name, child))
+
+
+def session_of(model: nn.Module) -> Session | None:
+    return _sessions.get(model)
+
+
+def is_copy(model: nn.Module) -> bool:
+    """Whether the model was copied from an optimised one: copies are not optimised."""
+    mark = model.__dict__.get(_MARK)
+    return isinstance(mark, Mark) and mark.copied and _sessions.get(model) is None
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A deep copy of the model as it was before it was optimised."""
+    other = copy.deepcopy(model)
+    for m in other.modules():
+        m.__dict__.pop(_MARK, None)
+    return other

@@ -1,0 +1,41 @@
+"""Capture of plain functions for the tests of lifting and detection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from reattend.patterns.evaluate import evaluate
+from reattend.rewriter.detect import Found
+
+
+def graph_of(fn: Callable[..., Any], args: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """The pre-dispatch ATen graph of a function."""
+    return make_fx(fn, pre_dispatch=True, tracing_mode="fake")(*[a.detach() for a in args])
+
+
+def values_of(gm: fx.GraphModule, args: Sequence[torch.Tensor]) -> dict[fx.Node, Any]:
+    """The value of every node at the time when it is computed."""
+    values: dict[fx.Node, Any] = {}
+
+    class Record(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            out = super().run_node(n)
+            values[n] = out
+            return out
+
+    with torch.no_grad():
+        Record(gm).run(*[a.detach() for a in args])
+    return values
+
+
+def error_of(found: Found, values: dict[fx.Node, Any]) -> float:
+    """‖evaluate(cascade) − the graph's own value‖∞ over ‖the graph's own value‖∞."""
+    tensors = {name: values[node] for name, node in found.tensors.items()}
+    out = evaluate(found.cascade, tensors)[found.cascade.outputs[0]]
+    reference = values[found.output]
+    return float((out - reference.reshape(out.shape)).abs().max() / reference.abs().max())

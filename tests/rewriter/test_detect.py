@@ -1,0 +1,216 @@
+"""Detection over the spellings of the field: what is found equals what the code computes, and refusals say why."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reattend.patterns import recognise
+from reattend.rewriter import detect
+
+from .helpers import error_of, graph_of, values_of
+
+_spec = importlib.util.spec_from_file_location("spellings", Path(__file__).parents[1] / "cases" / "spellings.py")
+assert _spec is not None
+assert _spec.loader is not None
+spellings = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(spellings)
+
+# What has no form yet, with the words that the user reads.
+REFUSED = {
+    "talking_heads": "reduces scores over",
+    "dropout_train": "live dropout",
+    "linear_cumsum": "running sum of data",
+}
+LEFT_ALONE = {
+    "slot_attention": "the scores are normalised over",
+    "slot_attention_bias": "the scores are normalised over",
+    "softmax_over_heads": "reduces scores over",
+    "router": "router",
+}
+
+
+def capture(case: dict[str, Any]) -> tuple[Any, dict[Any, Any]]:
+    torch.manual_seed(0)
+    args = [a.detach().double() if a.is_floating_point() else a for a in case["args"]()]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        gm = graph_of(case["fn"], args)
+        return gm, values_of(gm, args)
+    finally:
+        torch.set_default_dtype(default)
+
+
+@pytest.mark.parametrize("name", [n for n in spellings.CASES if n not in REFUSED])
+def test_spelling_is_found_and_lifted_exactly(name: str) -> None:
+    gm, values = capture(spellings.CASES[name])
+    found, _ = detect.find(gm)
+    assert len(found) == (spellings.H if name == "head_loop" else 1)
+    for f in found:
+        narrower = "softmax, dtype" in str(f.cascade) or "f32(" in str(f.cascade)
+        assert error_of(f, values) <= (1e-6 if narrower else 1e-12)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_say_why(name: str) -> None:
+    gm, _ = capture(spellings.CASES[name])
+    found, missed = detect.find(gm)
+    assert not found
+    assert any(REFUSED[name] in m.reason for m in missed), [m.reason for m in missed]
+
+
+@pytest.mark.parametrize("name", spellings.LEAVE_ALONE)
+def test_look_alikes(name: str) -> None:
+    """What is not attention is refused with its reason; what is found keeps its value."""
+    gm, values = capture(spellings.LEAVE_ALONE[name])
+    found, missed = detect.find(gm)
+    if name in LEFT_ALONE:
+        assert not found
+        assert any(LEFT_ALONE[name] in m.reason for m in missed), [m.reason for m in missed]
+    for f in found:
+        assert error_of(f, values) <= 1e-12
+
+
+def found_in(fn: Callable[..., torch.Tensor], *args: torch.Tensor) -> tuple[detect.Found, float]:
+    gm = graph_of(fn, args)
+    (found,), _ = detect.find(gm)
+    return found, error_of(found, values_of(gm, args))
+
+
+def qkv(h: int = 4, s: int = 24, m: int = 0, d: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    sizes = (s, m or s, m or s)
+    q, k, v = (torch.randn(2, h, n, d, dtype=torch.float64) for n in sizes)
+    return q, k, v
+
+
+def test_late_division_belongs_to_the_attention() -> None:
+    def late(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        e = (q @ k.transpose(-2, -1) * 0.25).exp()
+        return (e @ v) / e.sum(-1, keepdim=True)
+
+    found, error = found_in(late, *qkv())
+    assert found.output is not found.final
+    assert error <= 1e-12
+
+
+def test_mul_and_sum_are_products() -> None:
+    def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        p = (q[:, :, :, None] * k[:, :, None]).sum(-1).softmax(-1)
+        return (p[..., None] * v[:, :, None]).sum(-2)
+
+    _, error = found_in(written_out, *qkv())
+    assert error <= 1e-12
+
+
+def test_row_rule_of_ones_own() -> None:
+    def squares(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        w = (q @ k.transpose(-2, -1) * 0.25) ** 2
+        return (w / w.sum(-1, keepdim=True)) @ v
+
+    _, error = found_in(squares, *qkv())
+    assert error <= 1e-12
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "row"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_every_form_of_sdpa(causal: bool, mask: str, grouped: bool) -> None:
+    if causal and mask != "none":
+        pytest.skip("torch takes one or the other")
+    q, k, v = qkv(m=30)
+    if grouped:
+        k, v = k[:, :2], v[:, :2]
+    keep = torch.rand(2, 1, 24, 30) > 0.3
+    masks = {"none": None, "bool": keep, "float": torch.randn(1, 4, 24, 30, dtype=torch.float64), "row": keep[:, :, :1]}
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *m: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, m[0] if m else None, is_causal=causal, scale=0.3, enable_gqa=grouped
+        )
+
+    extra = [m for m in [masks[mask]] if m is not None]
+    _, error = found_in(call, q, k, v, *extra)
+    assert error <= 1e-12
+
+
+def test_rule_for_rows_without_a_key_is_carried() -> None:
+    q, k, v = qkv()
+    keep = torch.ones(24, 24, dtype=torch.bool).tril(-1)
+
+    def spelled(fill: float, safe: bool) -> Callable[..., torch.Tensor]:
+        def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            if safe:
+                return F.scaled_dot_product_attention(q, k, v, keep)
+            return (q @ k.transpose(-2, -1)).masked_fill(~keep, fill).softmax(-1) @ v
+
+        return fn
+
+    for fill, safe, rule in ((-math.inf, False, "nan"), (-1e9, False, "uniform"), (0.0, True, "zero")):
+        gm = graph_of(spelled(fill, safe), (q, k, v, keep))
+        (found,), _ = detect.find(gm)
+        view = recognise.attention(found.cascade)
+        assert isinstance(view, recognise.Attention)
+        assert recognise.no_key_rule(view) == rule
+
+
+def test_writes_between_the_products_are_refused() -> None:
+    """K is read for the scores, then overwritten: the operator would read the new K."""
+
+    def overwrite(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k = torch.relu(k)
+        s = q @ k.transpose(-2, -1)
+        k.zero_()
+        return s.softmax(-1) @ v + k
+
+    gm = graph_of(overwrite, qkv())
+    found, missed = detect.find(gm)
+    assert not found
+    assert any("written in place" in m.reason for m in missed)
+
+
+def test_a_copy_that_is_written_is_not_its_source() -> None:
+    def write_v(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        v = v.clone()
+        v[:, :, 0] = 1.0
+        return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+    _, error = found_in(write_v, *qkv())
+    assert error <= 1e-12
+
+
+def test_identical_layers_share_one_cascade() -> None:
+    def three(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            q = (q @ k.transpose(-2, -1) * 0.25 + mask).softmax(-1) @ v
+        return q
+
+    args = (*qkv(), torch.randn(24, 24, dtype=torch.float64))
+    gm = graph_of(three, args)
+    found, _ = detect.find(gm)
+    values = values_of(gm, args)
+    assert len(found) == 3
+    assert found[0].cascade is found[1].cascade is found[2].cascade
+    assert len({f.output for f in found}) == 3
+    assert all(error_of(f, values) <= 1e-12 for f in found)
+
+
+def test_twins_with_another_constant_are_not_twins() -> None:
+    def two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q = (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v
+        return (q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v
+
+    args = qkv()
+    gm = graph_of(two, args)
+    found, _ = detect.find(gm)
+    values = values_of(gm, args)
+    assert found[0].cascade != found[1].cascade
+    assert all(error_of(f, values) <= 1e-12 for f in found)
