@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from .expr import Expr
 from .intervals import Array, Bounds, Span, spans
 from .tiles import EMPTY, FULL, TileMap, batch_ranks, bind, classify
 
-# Rows proved at once.
+# Rows proved at once, and rows few enough to test all witnesses together.
 ROWS = 1 << 18
+FEW = 1 << 12
 
 
 @lru_cache(maxsize=512)
@@ -39,9 +41,9 @@ def witnesses(keep: Expr, query: str, key: str, size: Expr) -> tuple[Expr, ...]:
             c = form.coefficient(m)
             rest = (form - affine(m).scaled(c)).scaled(-c)
             if abs(c) == 1 and not any(key in a.ranks or ex.loads(a) for a in rest.atoms):
-                # c·m − c·rest ∘ 0: the bound itself and its neighbours
-                out.update(dict.fromkeys((rest + affine(ex.const(step))).term() for step in (0, -1, 1)))
-    return (*tuple(out)[:10], ex.const(0), size - 1)
+                # c·m − c·rest ∘ 0
+                out[rest.term()] = None
+    return (*tuple(out)[:8], ex.const(0), size - 1)
 
 
 @lru_cache(maxsize=2048)
@@ -132,18 +134,23 @@ class _Rows:
     def proved(self, where: tuple[Array, ...], row: Array, nearest: tuple[Array, ...]) -> Array:
         """Whether each of the rows [tile, row] has a witness, for all rows of a tile."""
         size = self.extents[self.key]
+        index = [np.broadcast_to(b[:, None], row.shape) for b in where[:-1]]
         box: dict[str, Span] = {r: (w[:, None], w[:, None]) for r, w in zip(self.batch, where)}
         box[self.query] = (row, row)
         found = np.zeros(row.shape, np.bool_)
-        for w in self.candidates:
-            at = np.clip(np.broadcast_to(spans(w, box, bounds=self.bounds)[0], row.shape), 0, size - 1).astype(np.int64)
-            index = [np.broadcast_to(b[:, None], row.shape) for b in where[:-1]]
-            # the nearest keys that loads allow stand for the witness itself
-            for m in [table[(*index, at)] for table in nearest] or [at]:
-                yes = spans(self.keep, {**box, self.key: (m, m)}, bounds=self.bounds)[0]
-                found |= yes & (m >= 0) & (m < size)
+        # one witness after another, or for few rows all at once
+        groups = [self.candidates] if row.size <= FEW else [(w,) for w in self.candidates]
+        # a bound may be strict: then its neighbour is kept
+        for step, group in product((0, -1, 1), groups):
             if found.all():
                 break
+            at = np.stack([np.broadcast_to(spans(w, box)[0] + step, row.shape) for w in group])
+            at = np.clip(at, 0, size - 1).astype(np.int64)
+            if nearest:
+                # the nearest keys that loads allow stand for the witness itself
+                at = np.concatenate([table[(*index, at)] for table in nearest])
+            yes = spans(self.keep, {**box, self.key: (at, at)}, bounds=self.bounds)[0]
+            found |= (yes & (at >= 0) & (at < size)).any(0)
         return found.all(-1)
 
     def nearest(self) -> tuple[Array, ...]:
