@@ -1,7 +1,7 @@
 """Cascades of the papers, as data: FuseMax's Cascades 1 to 5 and the textbook row rules around one attention core.
 
-    core     QK[b,h,p,m] = Σ_e Q·K;  S = score(QK);  row rule;  O[b,h,p,f] = Σ_m A·V
-    letters  b batch, h head, p query, m key, e embedding, f value (Nayak et al., "FuseMax", MICRO 2024, section II)
+core     QK[b,h,p,m] = Σ_e Q·K;  S = score(QK);  row rule;  O[b,h,p,f] = Σ_m A·V
+letters  b batch, h head, p query, m key, e embedding, f value (Nayak et al., "FuseMax", MICRO 2024, section II)
 """
 
 from __future__ import annotations
@@ -51,7 +51,13 @@ class Builder:
         return self.write(name, shape, at, body, op, over)
 
     def write(
-        self, name: str, shape: tuple[Size, ...], at: tuple[Expr, ...], body: Expr, op: str | None = None, over: str = ""
+        self,
+        name: str,
+        shape: tuple[Size, ...],
+        at: tuple[Expr, ...],
+        body: Expr,
+        op: str | None = None,
+        over: str = "",
     ) -> Expr:
         self.tensors.setdefault(name, Tensor(name, shape, body.dtype))
         self.einsums.append(Einsum(Access(name, at), body, op, _split(over)))
@@ -77,7 +83,9 @@ def plain(b: Builder, qk: Expr) -> Expr:
     return qk * 0.125
 
 
-def attention(name: str, rule: Rule, score: Score = plain, late: bool = False, group: int = 1, **sizes: Size) -> Cascade:
+def attention(
+    name: str, rule: Rule, score: Score = plain, late: bool = False, group: int = 1, **sizes: Size
+) -> Cascade:
     """Scores, a row rule that gives the weights, and the product with the values.
 
     `group` query heads share a key head; `late`: the rule answers weights whose normaliser `SD` divides the product.

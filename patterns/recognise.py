@@ -13,16 +13,16 @@ reshape of heads) is rewritten over the reader's ranks, so that every term speak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
-
-import numpy as np
 
 from . import expr as ex
 from .cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from .expr import Expr
+from .score import elements, factors, only, score, without
+from .traits import kind, no_key_rule, traits
+
+__all__ = ["Attention", "Miss", "Refusal", "attention", "elements", "factors", "kind", "no_key_rule", "traits"]
 
 
 @dataclass(frozen=True)
@@ -184,48 +184,6 @@ def _rank_order(e: Expr) -> list[str]:
     return [str(x.attr) for x in ex.walk(e) if x.op == "index"]
 
 
-def factors(body: Expr) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
-    """The factors above and below the line of a product."""
-    above: list[Expr] = []
-    below: list[Expr] = []
-
-    def go(e: Expr, up: bool) -> None:
-        if e.op == "mul" and e.is_float:
-            go(e.args[0], up)
-            go(e.args[1], up)
-        elif e.op == "div":
-            go(e.args[0], up)
-            go(e.args[1], not up)
-        else:
-            (above if up else below).append(e)
-
-    go(body, True)
-    return tuple(above), tuple(below)
-
-
-def _without(body: Expr, value: str) -> Expr | None:
-    """The product without the factors that vary over the value rank, otherwise as the model wrote it."""
-    if value not in body.ranks:
-        return body
-    if body.op == "mul":
-        left, right = (_without(x, value) for x in body.args)
-        return right if left is None else left if right is None else left * right
-    if body.op == "div":
-        above = _without(body.args[0], value)
-        return (1.0 if above is None else above) / body.args[1]
-    return None
-
-
-def _only(body: Expr, value: str) -> Expr | None:
-    """The product of the factors that vary over the value rank."""
-    if value not in body.ranks:
-        return None
-    if body.op == "mul":
-        left, right = (_only(x, value) for x in body.args)
-        return right if left is None else left if right is None else left * right
-    return _only(body.args[0], value) if body.op == "div" else body
-
-
 class _Reader:
     """One attempt to read an attention around one contraction of the output term."""
 
@@ -257,8 +215,8 @@ class _Reader:
         for t in (values, *(e.body for e in self.products.values())):
             self.before(t)
         contraction = replace(whole, body=weight * values)
-        score = _score(tuple(self.row.values()), weight, self.names, self.key)
-        return self.finished(query, weight, values, finish, contraction, score)
+        top = score(tuple(self.row.values()), weight, self.names, self.key)
+        return self.finished(query, weight, values, finish, contraction, top)
 
     @property
     def names(self) -> frozenset[str]:
@@ -306,7 +264,7 @@ class _Reader:
             what = "no rank" if not value else f"{len(value)} ranks ({', '.join(sorted(value))})"
             raise _Stop(f"the values of {whole.out.tensor} have {what} of their own; a value rank is one", whole, 2)
         (self.value,) = value
-        w, v = _without(whole.body, self.value), _only(whole.body, self.value)
+        w, v = without(whole.body, self.value), only(whole.body, self.value)
         assert w is not None
         assert v is not None
         self.candidates = (w.ranks & own) - v.ranks
@@ -500,271 +458,3 @@ def _bare(e: Expr) -> bool:
     while e.op == "cast":
         e = e.args[0]
     return e.op == "load"
-
-
-# --- the score --------------------------------------------------------------------------------------------------
-
-
-def elements(term: Expr, row_names: frozenset[str] | set[str], key: str) -> tuple[Expr, ...]:
-    """The largest sub-terms that vary over the key and read no row tensor, each once, left to right."""
-    rowed = _reading(term, row_names)
-    out: dict[Expr, None] = {}
-    seen: set[Expr] = set()
-
-    def go(e: Expr) -> None:
-        if e in seen or key not in e.ranks:
-            return
-        seen.add(e)
-        if e not in rowed:
-            out[e] = None
-            return
-        for a in e.args:
-            go(a)
-
-    go(term)
-    return tuple(out)
-
-
-def _reading(term: Expr, names: frozenset[str] | set[str]) -> set[Expr]:
-    """The sub-terms that read one of the named tensors."""
-    out: set[Expr] = set()
-    for e in ex.walk(term):
-        if (e.op == "load" and str(e.attr) in names) or any(a in out for a in e.args):
-            out.add(e)
-    return out
-
-
-def _gates(term: Expr, key: str) -> list[Expr]:
-    """Sub-terms through which all dependence on the key passes, the largest first (a chain)."""
-    chain: list[Expr] = []
-    keyed = [e for e in reversed(list(ex.walk(term))) if key in e.ranks]
-    for e in keyed:
-        if not _escapes(term, e, key):
-            chain.append(e)
-    return chain
-
-
-def _escapes(root: Expr, gate: Expr, key: str) -> bool:
-    """Is there a way from the root to the key's coordinate around `gate`?"""
-    seen: set[Expr] = {gate}
-    stack = [root]
-    while stack:
-        e = stack.pop()
-        if e in seen or key not in e.ranks:
-            continue
-        if e.op == "index":
-            return True
-        seen.add(e)
-        stack.extend(e.args)
-    return False
-
-
-def _score(row: tuple[Einsum, ...], weight: Expr, names: frozenset[str], key: str) -> Expr:
-    """The largest term without row tensors that carries all key-dependence of row reductions and weight.
-
-    Where the weight brings more of its own (a mask applied to probabilities), the reductions alone decide. Boolean
-    reductions ("does the row have a key") do not count. A pointwise map of the row rule itself (`exp`, `relu`, a
-    square) is taken off, so that masks and biases lie on the outside of the score.
-    """
-    terms = [r.body for r in row if key in r.body.ranks and r.op not in ("or", "and")]
-    bounds = [r.body for r in row if r.op in ("max", "min")]
-    for group in ([*terms, weight], terms, [weight]):
-        if not group:
-            continue
-        shared = [_gates(t, key) for t in group]
-        rowed = _reading(group[0], names)
-        for g in shared[0]:
-            if g not in rowed and all(g in s for s in shared[1:]):
-                return g if g in bounds else _peel(g, key)
-    parts = elements(terms[0] if terms else weight, names, key)
-    return max(parts, key=lambda e: sum(1 for _ in ex.walk(e)))
-
-
-_MAPS = frozenset(["exp", "exp2", "expm1", "sigmoid", "relu", "softplus", "abs", "tanh", "sqrt", "log1p", "sin", "cos"])
-
-
-def _peel(top: Expr, key: str) -> Expr:
-    e, peeled = top, None
-    while True:
-        own = list(dict.fromkeys(a for a in e.args if key in a.ranks))
-        if len(own) != 1 or e.op == "load":
-            break
-        nonlinear = e.op in _MAPS or (e.op == "mul" and e.args[0] is e.args[1]) or e.op == "pow"
-        linear = e.op in ("cast", "neg", "mul", "div") and not nonlinear
-        if not nonlinear and (peeled is not None or not linear):
-            break
-        e = own[0]
-        if nonlinear:
-            peeled = e
-    return peeled if peeled is not None else top
-
-
-# --- rows without a key -----------------------------------------------------------------------------------------
-
-_NUMPY: Mapping[str, Callable[..., Any]] = {
-    "neg": np.negative, "abs": np.abs, "floor": np.floor, "ceil": np.ceil, "round": np.round, "trunc": np.trunc,
-    "sign": np.sign, "isnan": np.isnan, "isinf": np.isinf, "not": np.logical_not, "exp": np.exp, "exp2": np.exp2,
-    "expm1": np.expm1, "log": np.log, "log2": np.log2, "log1p": np.log1p, "tanh": np.tanh, "sqrt": np.sqrt,
-    "reciprocal": np.reciprocal, "sin": np.sin, "cos": np.cos, "add": np.add, "sub": np.subtract, "mul": np.multiply,
-    "div": np.divide, "floordiv": np.floor_divide, "mod": np.mod, "max": np.maximum, "min": np.minimum,
-    "pow": np.power, "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "eq": np.equal,
-    "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "rsqrt": lambda x: 1.0 / np.sqrt(x), "relu": lambda x: np.maximum(x, 0), "softplus": lambda x: np.logaddexp(0.0, x),
-    "sigmoid": lambda x: 1.0 / (1.0 + np.exp(-x)), "erf": np.tanh,
-}  # fmt: skip
-_REDUCE: Mapping[str, Callable[..., Any]] = {"add": np.sum, "max": np.max, "min": np.min, "mul": np.prod, "or": np.any, "and": np.all}
-
-
-def number(root: Expr, loads: Mapping[str, object], known: Mapping[Expr, object] | None = None) -> Any:
-    """The value of a term in float64: tensors by name, coordinates 0 unless `known` says otherwise."""
-    memo: dict[Expr, Any] = {e: np.asarray(v) for e, v in (known or {}).items()}
-    with np.errstate(all="ignore"):
-        for e in ex.walk(root):
-            if e not in memo:
-                memo[e] = _number(e, [memo[a] for a in e.args], loads)
-    return memo[root]
-
-
-def _number(e: Expr, args: list[Any], loads: Mapping[str, object]) -> Any:
-    match e.op:
-        case "const":
-            return np.asarray(e.value, dtype=float if e.is_float else None)
-        case "index":
-            return np.asarray(0)
-        case "symbol":
-            return np.asarray(2)
-        case "load":
-            return np.asarray(loads.get(str(e.attr), 0.5 if e.is_float else 0))
-        case "cast":
-            return args[0].astype(float) if e.is_float else args[0]
-        case "where":
-            return np.where(args[0], args[1], args[2])
-    return np.asarray(_NUMPY[e.op](*args))
-
-
-def no_key_rule(a: Attention) -> str:
-    """What the model computes for a row all of whose keys are masked, found by running its row program on one.
-
-    "nan"; "uniform" (the mean over all keys); "zero"; "never" (no mask can empty a row); "unmasked" (an additive
-    fill that is too small to drown the scores, or a fill the row rule shifts away: the row attends as if unmasked).
-    Only masks that stand in the terms count: a float tensor that is added is a bias.
-    """
-    table = {e: _masked(e) for e in ex.walk(*(r.body for r in a.row), a.weight) if _is_mask(e, a.key)}
-    if not table:
-        return "never"
-    keys = {n.out.tensor: np.array([0.3, -0.7]) for n in a.products}
-    values: dict[str, object] = dict(keys)
-    known: dict[Expr, object] = {ex.index(a.key): np.array([0, 1])}
-    for r in a.row:
-        body = np.broadcast_to(number(_drop(r.body, table), values, known), (2,))
-        assert r.op is not None
-        values[r.out.tensor] = _REDUCE[r.op](body)
-    weight = np.broadcast_to(number(_drop(a.weight, table), values, known), (2,))
-    with np.errstate(all="ignore"):
-        values[a.contraction.out.tensor] = np.sum(weight * np.array([1.0, 3.0]))
-    out = float(number(a.finish, values))
-    if np.isnan(out):
-        return "nan"
-    if out == 0.0:
-        return "zero"
-    return "uniform" if weight[0] == weight[1] else "unmasked"
-
-
-def _drop(term: Expr, table: Mapping[Expr, Expr]) -> Expr:
-    """Replace masks from the inside out, so that nested masks all take their masked side."""
-
-    def rule(e: Expr, args: tuple[Expr, ...]) -> Expr | None:
-        if e not in table:
-            return None
-        return args[1] if table[e] is e.args[1] else args[2]
-
-    return ex.rebuild(term, rule)
-
-
-def _is_mask(e: Expr, key: str) -> bool:
-    return e.op == "where" and key in e.args[0].ranks and (e.args[1].is_const or e.args[2].is_const)
-
-
-def _masked(e: Expr) -> Expr:
-    """The side of a `where` that a masked key takes: the constant one, the smaller of two."""
-    _, x, y = e.args
-    if x.is_const and y.is_const:
-        return x if x.value < y.value else y
-    return x if x.is_const else y
-
-
-# --- for display ------------------------------------------------------------------------------------------------
-
-
-def kind(a: Attention) -> str:
-    """A word for the row rule. For people to read; no code depends on it."""
-    above = [e for e in ex.walk(a.weight) if a.key in e.ranks and e not in set(ex.walk(a.score))]
-    ops = {e.op for e in above}
-    sums = any(r.op == "add" for r in a.row)
-    if ops & {"exp", "exp2"}:
-        return "softmax" if sums else "exp"
-    for op in ("sigmoid", "softplus", "relu", "tanh", "sin", "cos"):
-        if op in ops:
-            return op
-    if "pow" in ops or any(e.op == "mul" and e.args[0] is e.args[1] for e in above):
-        return "power"
-    return "linear" if not ops - {"mul", "div", "cast", "neg", "where"} else "pointwise"
-
-
-def traits(a: Attention) -> frozenset[str]:
-    """Words for what stands in the terms. For people to read; no code depends on them."""
-    out: set[str] = set()
-    terms = list(ex.walk(a.score))
-    products = {e.out.tensor for e in a.products}
-    keyed = [f for e in a.products for f in factors(e.body)[0] if a.key in f.ranks]
-    if any(i.op == "floordiv" for f in keyed for x in ex.loads(f) for i in x.args):
-        out.add("gqa")
-    bounds = {_side(e, a) for e in terms if e.op in ("lt", "le", "gt", "ge")}
-    if bounds & {"upper", "lower"}:
-        out.add("causal" if bounds & {"upper"} else "window")
-    if {"upper", "lower"} <= bounds:
-        out.add("window")
-    for e in terms:
-        if e.op == "tanh":
-            out.add("softcap")
-        if e.op == "load" and str(e.attr) not in products and a.key in e.ranks:
-            out.add("mask" if e.dtype == "b1" else "bias" if e.is_float else "ids")
-        if e.op == "mul" and _slope(e, a):
-            out.add("alibi")
-    if any(e.op == "load" and str(e.attr) not in products | a.row_names for e in _row_loads(a)):
-        out.add("sink")
-    if a.prelude:
-        out.add("prelude")
-    size = {n: a.cascade.rank[n].size for n in (a.query, a.key)}
-    if size[a.query] == 1:
-        out.add("decode")
-    elif size[a.query] != size[a.key] and not bounds:
-        out.add("cross")
-    return frozenset(out)
-
-
-def _row_loads(a: Attention) -> list[Expr]:
-    """Loads without the key that meet row tensors, in row reductions, weight or epilogue."""
-    out: list[Expr] = []
-    for t in (*(r.body for r in a.row), a.weight, a.finish):
-        for e in ex.walk(t):
-            if e.op in ("max", "add") and a.key not in e.ranks and _reading(e, a.row_names):
-                out += [x for x in ex.loads(e) if x.ranks.isdisjoint([a.value]) and x.is_float]
-    return out
-
-
-def _side(e: Expr, a: Attention) -> str:
-    """Which side of the keys a comparison of key and query bounds, at a coordinate-only term."""
-    if not {a.key, a.query} <= e.ranks or ex.loads(e):
-        return ""
-    small, large = e.args if e.op in ("lt", "le") else e.args[::-1]
-    at = [number(small - large, {}, {ex.index(a.key): k, ex.index(a.query): q}) for k, q in ((0, 0), (9, 0), (0, 9))]
-    return "upper" if at[1] > at[0] else "lower" if at[2] > at[0] else ""
-
-
-def _slope(e: Expr, a: Attention) -> bool:
-    """A product of the key's distance and something that varies over the batch ranks."""
-    for x, y in (e.args, e.args[::-1]):
-        if a.key in x.ranks and not ex.loads(x) and y.ranks <= set(a.batch) and not y.is_const:
-            return True
-    return False
