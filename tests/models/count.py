@@ -1,0 +1,42 @@
+"""Counts attentions while a model runs, by data flow from a softmax to a product. Shares no code with detection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_SOFTMAX = ("softmax",)
+_PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum", "baddbmm", "__rmatmul__")
+_THROUGH = ("to", "type_as", "dropout", "contiguous", "view", "reshape", "transpose", "permute", "float", "half",
+            "bfloat16", "clone", "__getitem__", "nan_to_num", "squeeze", "unsqueeze", "type", "double")  # fmt: skip
+
+
+class CountAttention(TorchFunctionMode):
+    """`with CountAttention() as c: model(...)`, then `c.count`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        # tensors that hold probabilities; kept alive, so that no address is used twice
+        self._weights: dict[int, torch.Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            self.count += 1
+            return out
+        flat = [a for x in args for a in (x if isinstance(x, (list, tuple)) else [x]) if isinstance(a, torch.Tensor)]
+        carries = any(id(a) in self._weights for a in flat)
+        if name in _SOFTMAX:
+            self._weights[id(out)] = out
+        elif carries and name in _PRODUCTS:
+            self.count += 1
+        elif carries and name in _THROUGH and isinstance(out, torch.Tensor):
+            self._weights[id(out)] = out
+        return out
