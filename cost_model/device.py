@@ -25,13 +25,14 @@ class UnknownDevice(ValueError):
 class TimeModel:
     """What lies between a data sheet and a kernel.
 
-    `overlap` is the share of the smaller resources' time that hides under the largest (0: a sum, 1: a maximum);
-    `partial_factor` is how much dearer a tile is whose mask is evaluated.
+    `overlap` is the share of the smaller resources' time that hides under the largest (0: a sum, 1: a maximum) in our
+    kernels, `vendor_overlap` in the vendor's; `partial_factor` is how much dearer a tile is whose mask is evaluated.
     """
 
     matrix_efficiency: float = 0.8
     bandwidth_efficiency: float = 0.9
-    overlap: float = 0.5
+    overlap: float = 0.1
+    vendor_overlap: float = 0.5
     partial_factor: float = 1.4
     launch_seconds: float = 4e-6
     prologue_seconds: float = 1e-6
@@ -101,7 +102,7 @@ class Device:
     model: TimeModel = TimeModel()
     host: HostRates | None = field(default=None, hash=False)
     basis: str = "uncalibrated"
-    sources: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def exps_per_s(self) -> float:
@@ -194,3 +195,31 @@ def with_threads(d: Device, threads: int) -> Device:
     own = max(d.units, 2)
     scaling = {k: max(1.0, 1.0 + (s - 1.0) * (threads - 1) / (own - 1)) for k, s in d.host.scaling.items()}
     return replace(d, units=threads, host=replace(d.host, threads=threads, scaling=scaling))
+
+
+# --- plain data -------------------------------------------------------------------------------------------------
+
+
+def device_to_dict(d: Device) -> dict[str, Any]:
+    """The device as nested plain data, without its sources."""
+    out = {f.name: getattr(d, f.name) for f in fields(d) if f.name != "sources"}
+    host = None
+    if d.host is not None:
+        host = {f.name: _plain(getattr(d.host, f.name)) for f in fields(d.host)}
+    return out | {
+        "matrix_flops_per_s": dict(d.matrix_flops_per_s), "host": host,
+        "model": {f.name: getattr(d.model, f.name) for f in fields(d.model)},
+    }  # fmt: skip
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return {str(k): _plain(v) for k, v in x.items()}
+    return list(x) if isinstance(x, tuple) else x
+
+
+def device_from_dict(table: Mapping[str, Any]) -> Device:
+    """The device that `device_to_dict` wrote. Raises TypeError or ValueError on other data."""
+    values = dict(table)
+    host = values.pop("host")
+    return Device(**{**values, "model": TimeModel(**values["model"]), "host": host_rates(host) if host else None})

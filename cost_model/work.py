@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 
 import sympy
@@ -135,10 +136,34 @@ class Sizes:
         return self.memo[size]
 
     def _bound(self, size: sympy.Expr) -> Size:
-        if isinstance(size, sympy.Symbol):
-            return self.known.get(str(size), size)
+        value = self._number(size)
+        if value is not None and value.denominator == 1:
+            return int(value)
         out = size.subs({s: self.known[str(s)] for s in size.free_symbols if str(s) in self.known})
         return int(out) if out.is_Integer else out
+
+    def _number(self, size: sympy.Expr) -> Fraction | None:
+        """The value of a size without symbols left, by plain arithmetic: sympy's substitution takes milliseconds."""
+        if isinstance(size, sympy.Symbol):
+            n = self.known.get(str(size))
+            return Fraction(n) if n is not None else None
+        if size.is_Rational:
+            return Fraction(int(size.p), int(size.q))
+        args = [self._number(a) for a in size.args]
+        known = [a for a in args if a is not None]
+        if len(known) < len(args):
+            return None
+        if isinstance(size, sympy.Add):
+            return sum(known, Fraction(0))
+        if isinstance(size, sympy.Mul):
+            return math.prod(known, start=Fraction(1))
+        if isinstance(size, sympy.floor):
+            return Fraction(math.floor(known[0]))
+        if isinstance(size, sympy.Mod) and known[1]:
+            return known[0] % known[1]
+        if isinstance(size, sympy.Pow) and known[0] and known[1].denominator == 1:
+            return known[0] ** int(known[1])
+        return None
 
 
 def ceiling(a: Size, b: Size) -> Size:

@@ -1,0 +1,46 @@
+"""The answer of a prediction: seconds, what bounds them, and the numbers behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BOUNDS = ("matrix", "exp", "memory", "launch", "link")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`parts` are seconds by resource; they overlap on a GPU and add up on a CPU. `basis`: calibrated or uncalibrated.
+
+    `flops` counts two a multiply-add of the products that run; `bytes` what crosses the memory's edge; `exps` the
+    exponential-class calls.
+    """
+
+    seconds: float
+    bound: str
+    flops: int
+    bytes: int
+    exps: int
+    parts: Mapping[str, float] = field(default_factory=dict, hash=False)
+    basis: str = "uncalibrated"
+
+    def __post_init__(self) -> None:
+        if self.bound not in BOUNDS:
+            raise ValueError(f"bound {self.bound!r}; one of {', '.join(BOUNDS)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds, "bound": self.bound, "flops": self.flops, "bytes": self.bytes, "exps": self.exps,
+            "parts": dict(self.parts), "basis": self.basis,
+        }  # fmt: skip
+
+    @staticmethod
+    def from_dict(d: Mapping[str, Any]) -> Cost:
+        return Cost(**{**d, "parts": dict(d["parts"])})
+
+
+def bound_of(parts: Mapping[str, float]) -> str:
+    """The resource that takes the largest part; element-wise work counts with the exponentials."""
+    name = max(parts, key=lambda k: parts[k]) if parts else "launch"
+    return {"vector": "exp", "element": "exp", "fault": "memory", "l2": "memory", "call": "launch"}.get(name, name)

@@ -1,0 +1,116 @@
+"""The time model of a GPU: tiles on units, then memory, then the launch.
+
+    tile      = (1 − ω)·Σ_r c_r + ω·max_r c_r        r ∈ matrix, exp, vector          partial tiles × partial_factor
+    program   = prologue + Σ tiles;   kernel = makespan(programs, units · resident)
+    seconds   = max(kernel, bytes / (η·bandwidth), L2 bytes / L2 bandwidth) + launch
+
+Source: the FlashAttention-3 and -4 papers (resources per tile), NATTEN's profiles (partial tiles).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..patterns.mapping import Mapping as Tiling
+from .cost import Cost, bound_of
+from .device import Device
+from .fit import Footprint
+from .tiles import Jobs, makespan, order
+from .work import DIVISIONS, EXPONENTIALS, ROOTS, Work, size_int
+
+# Issue slots of a lane: half of the multiplies and additions fuse, conversions run at half a slot beside others.
+SLOTS: Mapping[str, float] = {"mul": 0.75, "add": 0.75, "sub": 0.75, "cast": 0.5, "neg": 0.0}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel's time follows from, whoever wrote it."""
+
+    full_tile: Work
+    partial_tile: Work
+    program: Work
+    jobs: Jobs
+    moved_bytes: int
+    unique_bytes: int
+    written_bytes: int
+    flops: int
+    exps: int
+    resident: int
+    split: int = 1
+    heavy_first: bool = True
+    launches: int = 1
+    merge_bytes: int = 0
+
+
+def resources(w: Work, d: Device) -> dict[str, float]:
+    """Seconds of one unit by resource."""
+    matrix = sum(
+        size_int(n) / (d.matrix_rate(t) * d.model.matrix_efficiency / d.units) for t, n in w.matrix.items()
+    )
+    special = size_int(w.exps) + size_int(w.divisions) + sum(size_int(w.ops.get(r, 0)) for r in ROOTS)
+    lanes = sum(SLOTS.get(op, 1.0) * size_int(n) for op, n in w.ops.items() if op not in (*EXPONENTIALS, *DIVISIONS))
+    return {
+        "matrix": matrix,
+        "exp": special / (d.exps_per_unit_clock * d.clock_hz),
+        "vector": lanes / (d.lanes_per_unit * d.clock_hz),
+    }
+
+
+def overlapped(parts: Mapping[str, float], overlap: float) -> float:
+    return (1 - overlap) * sum(parts.values()) + overlap * max(parts.values(), default=0.0)
+
+
+def seconds(k: Kernel, d: Device, *, overlap: float, partial_factor: float) -> Cost:
+    """The time of one kernel on a GPU."""
+    full, partial, rest = (resources(w, d) for w in (k.full_tile, k.partial_tile, k.program))
+    t_full, t_partial = overlapped(full, overlap), overlapped(partial, overlap)
+    t_partial = max(t_partial, t_full * partial_factor)
+    tiles = (k.jobs.full * t_full + k.jobs.partial * t_partial) / k.split
+    # programs that share a unit share its rates as well
+    costs = d.model.prologue_seconds + (tiles + overlapped(rest, overlap)) * k.resident
+    queue = order(costs, k.jobs.repeat * k.split, k.heavy_first)
+    kernel = makespan(queue, d.units * k.resident)
+    memory = _dram_bytes(k, d, len(queue)) / (d.model.bandwidth_efficiency * d.dram_bytes_per_s)
+    l2 = k.moved_bytes / d.l2_bytes_per_s if d.l2_bytes_per_s else 0.0
+    launch = k.launches * d.model.launch_seconds
+    merge = k.merge_bytes / (d.model.bandwidth_efficiency * d.dram_bytes_per_s)
+    busy = max(kernel, memory, l2)
+    parts = _shares(k, d, (full, partial, rest), kernel) | {"memory": memory + merge, "l2": l2, "launch": launch}
+    bound = bound_of(parts if launch > busy else {n: t for n, t in parts.items() if n != "launch"})
+    return Cost(busy + merge + launch, bound, k.flops, k.unique_bytes + k.written_bytes, k.exps, parts, d.basis)
+
+
+def _dram_bytes(k: Kernel, d: Device, programs: int) -> float:
+    """Operands are read again by each wave of programs, unless the second-level cache holds them."""
+    if k.unique_bytes <= d.l2_bytes:
+        return k.unique_bytes + k.written_bytes
+    waves = -(-programs // (d.units * k.resident))
+    return min(k.moved_bytes, k.unique_bytes * waves) + k.written_bytes
+
+
+def _shares(k: Kernel, d: Device, per: tuple[Mapping[str, float], ...], kernel: float) -> dict[str, float]:
+    """The kernel's time by resource, were each alone and the units evenly loaded."""
+    full, partial, rest = per
+    n_full, n_partial = int(k.jobs.full.sum()) * k.jobs.repeat, int(k.jobs.partial.sum()) * k.jobs.repeat
+    programs = k.jobs.full.size * k.jobs.repeat
+    out = {r: (full[r] * n_full + partial[r] * n_partial + rest[r] * programs) / d.units for r in full}
+    return out | {"makespan": kernel}
+
+
+def streaming(w: Work, mapping: Tiling, jobs: Jobs, fit: Footprint, value: int, queries: int, batch: int) -> Kernel:
+    """Our kernel: the one-pass cascade under a mapping."""
+    assert w.full_tile is not None
+    assert w.partial_tile is not None
+    assert w.program is not None
+    read = [t for t in w.traffic if not t.written]
+    # split keys: every part writes its accumulator, maximum and sum in fp32, and the merge reads them
+    merge = 8 * mapping.split_m * batch * queries * (value + 2) if mapping.split_m > 1 else 0
+    return Kernel(
+        w.full_tile, w.partial_tile, w.program, jobs,
+        moved_bytes=sum(size_int(t.moved) for t in read),
+        unique_bytes=sum(size_int(t.once) for t in read),
+        written_bytes=sum(size_int(t.once) for t in w.traffic if t.written),
+        flops=size_int(w.flops), exps=size_int(w.exps), resident=fit.resident, split=mapping.split_m,
+        heavy_first=mapping.heavy_first, launches=2 if mapping.split_m > 1 else 1, merge_bytes=merge,
+    )  # fmt: skip

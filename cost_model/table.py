@@ -1,0 +1,137 @@
+"""Tables of a plan: one row a group of identical attentions, then what was left alone. Printed through rich."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+from rich.console import Console
+from rich.table import Table
+
+from .plan import ORIGINAL, Candidate, Miss, Plan, Site
+
+WIDTH = 160
+_NUMBER = re.compile(r"\d+")
+
+
+def plan_table(plan: Plan, width: int = WIDTH) -> str:
+    """The plan as text: what, where, chosen, predicted time and speed-up, bound, why; then the misses."""
+    lines = [_heading(plan)]
+    if plan.sites:
+        lines.append(_sites(plan, width))
+    if plan.misses:
+        lines += ["", f"left alone ({len(plan.misses)})", _misses(plan.misses, width)]
+    if plan.note:
+        lines += ["", plan.note]
+    return "\n".join(lines)
+
+
+def _heading(plan: Plan) -> str:
+    n = len(plan.sites)
+    what = f"{n} attention{'' if n == 1 else 's'}" if n else "no attention"
+    model = f"{plan.model}: " if plan.model else ""
+    total = f", {seconds_text(plan.seconds)} in all" if n else ""
+    return f"{model}{what} on {plan.device.name} ({plan.device.title}; {plan.device.basis} times){total}"
+
+
+def _sites(plan: Plan, width: int) -> str:
+    groups: dict[tuple[object, ...], list[Site]] = {}
+    for s in plan.sites:
+        groups.setdefault(s.alike, []).append(s)
+    titles = ("what", "is", "where", "shape", "chosen", "time", "speed-up", "bound", "why")
+    table = _table(titles, right=("time", "speed-up"))
+    for members in groups.values():
+        table.add_row(*_row(members))
+    return _text(table, width)
+
+
+def _row(members: Sequence[Site]) -> tuple[str, ...]:
+    s = members[0]
+    many = f" ×{len(members)}" if len(members) > 1 else ""
+    name = group_name([m.name for m in members]) or "(no name)"
+    cost = s.chosen.cost
+    speed = f"{s.speedup:.2f}×" if s.speedup is not None else ""
+    return (
+        name + many, " ".join([s.kind, *sorted(s.traits)]), short_path(s.where), str(s.shape), s.chosen.name,
+        seconds_text(cost.seconds) if cost else "", "" if s.chosen.name == ORIGINAL else speed,
+        cost.bound if cost else "", s.chosen.why,
+    )  # fmt: skip
+
+
+def _misses(misses: Sequence[Miss], width: int) -> str:
+    table = _table(("where", "what", "reason", "hint"))
+    for m in dict.fromkeys(misses):
+        many = f" ×{misses.count(m)}" if misses.count(m) > 1 else ""
+        table.add_row(short_path(m.where) + many, m.what, m.reason, m.hint)
+    return _text(table, width)
+
+
+def candidates_table(candidates: Sequence[Candidate], width: int = WIDTH) -> str:
+    """Every candidate of a site with its predicted cost, or why it cannot run."""
+    table = _table(
+        ("candidate", "time", "bound", "TFLOP", "GB", "G exp", "passes", "why"),
+        right=("time", "TFLOP", "GB", "G exp", "passes"),
+    )
+    for c in candidates:
+        if c.cost is None or not c.feasible:
+            table.add_row(c.name, "–", "", "", "", "", "", c.why)
+            continue
+        table.add_row(
+            c.name, seconds_text(c.cost.seconds), c.cost.bound, f"{c.cost.flops / 1e12:.3g}", f"{c.cost.bytes / 1e9:.3g}",
+            f"{c.cost.exps / 1e9:.3g}", str(c.passes) if c.passes is not None else "", c.why,
+        )  # fmt: skip
+    return _text(table, width)
+
+
+def _table(titles: Sequence[str], right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for t in titles:
+        table.add_column(t, justify="right" if t in right else "left", overflow="fold")
+    return table
+
+
+def _text(table: Table, width: int) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=False, highlight=False, markup=False).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+def seconds_text(seconds: float) -> str:
+    """1.23 s, 45.6 ms, 7.89 µs: three digits that count."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds / scale < 1000 else f"{seconds / scale:.0f} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def short_path(where: str) -> str:
+    """The last two parts of a path are enough to recognise it."""
+    return "/".join(where.split("/")[-2:])
+
+
+def group_name(names: Sequence[str]) -> str:
+    """`model.layers.[0-31].self_attn` for names that differ by one number; else the first name."""
+    first = names[0]
+    if len(set(names)) == 1:
+        return first
+    numbers = [_NUMBER.findall(n) for n in names]
+    if len({_NUMBER.sub("#", n) for n in names}) > 1:
+        return first
+    varying = [i for i in range(len(numbers[0])) if len({row[i] for row in numbers}) > 1]
+    if len(varying) != 1:
+        return first
+    (at,) = varying
+    spread = _spread(sorted({int(row[at]) for row in numbers}))
+    parts = iter(range(len(numbers[0])))
+    return _NUMBER.sub(lambda m: f"[{spread}]" if next(parts) == at else m.group(), first)
+
+
+def _spread(values: Sequence[int]) -> str:
+    """0-31; 0-30:2 for every second; else the numbers, the first few."""
+    steps = {b - a for a, b in pairwise(values)}
+    if len(steps) == 1:
+        (step,) = steps
+        return f"{values[0]}-{values[-1]}" + (f":{step}" if step > 1 else "")
+    return ",".join(map(str, values[:6])) + (",…" if len(values) > 6 else "")
