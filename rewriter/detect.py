@@ -12,18 +12,20 @@ from ..patterns import concat, ranks, recognise
 from ..patterns import expr as ex
 from ..patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from ..patterns.expr import Expr
-from . import operators_point, operators_reduce, operators_view
+from . import operators_contract, operators_point, operators_reduce, operators_view
 from .aliases import Aliases
 from .final import Final, finals
 from .hoist import hoist
 from .lift import ZERO, CannotLift, Lifter, Rule, dtype_of, op_name, tensor_of
 from .names import canonical
-from .operators_reduce import peel
+from .operators_contract import peel
 from .sizes import shape_of
 from .twins import match
 from .where import module_path, source_line
 
-RULES: Mapping[str, Rule] = {**operators_view.RULES, **operators_point.RULES, **operators_reduce.RULES}
+RULES: Mapping[str, Rule] = {
+    **operators_view.RULES, **operators_point.RULES, **operators_reduce.RULES, **operators_contract.RULES,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

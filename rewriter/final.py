@@ -13,7 +13,7 @@ from ..patterns import expr as ex
 from ..patterns.cascade import Size
 from ..patterns.expr import Expr
 from .lift import ZERO, At, CannotLift, Lifter, arguments, dtype_of, op_name, scratch, tensor_of
-from .operators_reduce import PRODUCTS, Contraction, contract
+from .operators_contract import PRODUCTS, Contraction, contract
 from .sizes import shape_of
 
 

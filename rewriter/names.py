@@ -25,14 +25,14 @@ def canonical(c: Cascade, leaves: Mapping[str, T]) -> tuple[Cascade, dict[str, T
         ranks[view.value] = "f"
     letters = iter(_BATCH)
     if len(view.batch) == 1:
-        ranks[view.batch[0]] = "b" if len(view.values.ranks & set(view.batch)) else "h"
+        ranks[view.batch[0]] = "h"
     else:
         ranks.update(zip(view.batch, letters))
     for e in view.products:
         for r in e.over:
             ranks.setdefault(r, _free("e", ranks))
-    for r in c.ranks:
-        ranks.setdefault(r.name, _free("r", ranks))
+    for rank in c.ranks:
+        ranks.setdefault(rank.name, _free("r", ranks))
     parts: dict[str, str] = {}
     for e in view.products:
         for load in ex.loads(e.body):
@@ -44,7 +44,7 @@ def canonical(c: Cascade, leaves: Mapping[str, T]) -> tuple[Cascade, dict[str, T
         parts[str(load.attr)] = parts.get(str(load.attr), "") + "V"
     tensors: dict[str, str] = {}
     for n, t in enumerate(c.inputs):
-        tensors[t.name] = _free(parts[t.name] if t.name in parts else f"X{n}", dict.fromkeys(tensors.values()))
+        tensors[t.name] = _free(parts.get(t.name, f"X{n}"), dict.fromkeys(tensors.values()))
     return rename(c, ranks, tensors), {tensors.get(n, n): v for n, v in leaves.items()}
 
 

@@ -9,10 +9,12 @@ import torch
 from torch import fx
 
 from ..patterns import expr as ex
+from ..patterns.affine import affine
 from ..patterns.evaluate import DTYPE_NAME
 from ..patterns.expr import Expr
-from .lift import ZERO, At, CannotLift, Lifter, Rule, dtype_of
+from .lift import ZERO, At, CannotLift, Lifter, Rule, dtype_of, tensor_of
 from .operators_view import dim_of, source, term_of
+from .sizes import shape_of
 
 Args = Mapping[str, object]
 
@@ -249,6 +251,26 @@ def filled(value: float | None) -> Rule:
     return rule
 
 
+def diff(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
+    """out[i] = y[i + 1] − y[i] with y = cat(prepend, x)"""
+    x = source(n, a)
+    before = a.get("prepend")
+    d = dim_of(a["dim"], len(at))
+    if a["n"] != 1 or a.get("append") is not None or dtype_of(n) not in ex.INTEGERS:
+        raise CannotLift("a difference of higher order, of floats, or with something appended", n)
+    upper = at[d] if isinstance(before, fx.Node) else at[d] + 1
+    high = lifter.value(x, (*at[:d], upper, *at[d + 1 :]))
+    low = lifter.value(x, (*at[:d], upper - 1, *at[d + 1 :]))
+    if isinstance(before, fx.Node):
+        if shape_of(tensor_of(before))[d] != 1 or at[d].op not in ("index", "const"):
+            raise CannotLift("a difference with several elements before it", n)
+        first = lifter.value(before, (*at[:d], ZERO, *at[d + 1 :]))
+        # where(i < 1, f, g(i)) is g(i) when g(0) = f
+        if affine(ex.substitute(low, {at[d]: ZERO})) != affine(first):
+            low = ex.where(at[d] < 1, first, low)
+    return affine(high - low).term()
+
+
 def eye(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     return ex.cast(ex.equal(at[0], at[1]), dtype_of(n))
 
@@ -297,5 +319,6 @@ RULES: dict[str, Rule] = {
     "dropout": dropout, "feature_dropout": dropout, "tril": tri(True), "triu": tri(False), "arange": arange,
     "full": filled(None), "full_like": filled(None), "new_full": filled(None), "scalar_tensor": filled(None),
     "fill": filled(None), "zeros": filled(0), "zeros_like": filled(0), "new_zeros": filled(0), "ones": filled(1),
-    "ones_like": filled(1), "new_ones": filled(1), "eye": eye, "get_attr": one_element, "cumsum": cumulative_ones,
+    "ones_like": filled(1), "new_ones": filled(1), "eye": eye, "get_attr": one_element,
+    "cumsum": cumulative_ones, "diff": diff,
 }  # fmt: skip

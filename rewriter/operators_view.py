@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast as typed
 
 import sympy
@@ -350,8 +350,10 @@ def embedding(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     return lifter.value(typed("fx.Node", a["weight"]), (ex.cast(i, "i64"), at[-1]))
 
 
-SEVERAL = {"split": _split, "split_with_sizes": _split, "chunk": _split, "tensor_split": _split, "unbind": _unbind,
-           "unsafe_split": _split, "unsafe_chunk": _split}  # fmt: skip
+SEVERAL: dict[str, Callable[[Lifter, fx.Node, int, At], Expr]] = {
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), _split),
+    "unbind": _unbind,
+}
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(

@@ -9,7 +9,7 @@ from torch import fx
 
 from .aliases import Aliases
 from .lift import op_name
-from .operators_reduce import LOOKED_THROUGH
+from .operators_contract import LOOKED_THROUGH
 
 
 def match(
@@ -18,7 +18,7 @@ def match(
     """Walk both subgraphs in step from their outputs; answer candidate's node for each leaf, or None where they differ.
 
     Interior nodes must agree in operator, constant arguments, shapes and types; leaves in shape, type and operator.
-    Subgraphs that touch storage written in place never match.
+    A subgraph whose storage is written in place while it is read never matches.
     """
     bound: dict[fx.Node, fx.Node] = {}
     stack: list[tuple[fx.Node, fx.Node]] = [(pattern, candidate)]
@@ -29,7 +29,9 @@ def match(
             if bound[a] is not b:
                 return None
             continue
-        if aliases.is_written(b) or not (_exchangeable(a, b) if a in stop else _alike(a, b)):
+        if not (_exchangeable(a, b) if a in stop else _alike(a, b)):
+            return None
+        if a not in stop and aliases.written_between(b, b, candidate):
             return None
         bound[a] = b
         if a in stop or a is b:
@@ -40,7 +42,13 @@ def match(
         if pairs is None:
             return None
         stack.extend(pairs)
-    return {leaf: bound.get(leaf, leaf) for leaf in stop}
+    out = {leaf: bound.get(leaf, leaf) for leaf in stop}
+    walked = set(bound.values())
+    for leaf in out.values():
+        first = min((aliases.position[u] for u in leaf.users if u in walked), default=aliases.position[candidate])
+        if aliases.written_between(leaf, first - 1, candidate):
+            return None
+    return out
 
 
 def _exchangeable(a: fx.Node, b: fx.Node) -> bool:
