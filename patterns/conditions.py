@@ -16,6 +16,7 @@ from .intervals import spans
 
 _FLIP = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 _MIRROR = {"gt": "lt", "ge": "le"}
+_BACK = {**_MIRROR, **{v: k for k, v in _MIRROR.items()}}
 
 
 def normal(root: Expr) -> Expr:
@@ -155,6 +156,8 @@ def simplify_under(term: Expr, facts: Mapping[Expr, bool]) -> Expr:
         if e in known or e.is_const:
             continue
         known[e] = TRUE if value else FALSE
+        if e.op in _BACK:
+            stack.append((ex.binary(_BACK[e.op], e.args[1], e.args[0]), value))
         if e.op == "not" and e.dtype == "b1":
             stack.append((e.args[0], not value))
         elif e.op == ("and" if value else "or") and e.dtype == "b1":

@@ -125,8 +125,10 @@ def _span(
         return _against_zero(e.op, lo, hi, step.form) if e.dtype == "b1" else (lo, hi)
     match e.op:
         case "const":
-            value = np.bool_(e.value) if e.dtype == "b1" else np.float64(e.value)
-            return value, value
+            if e.dtype == "b1":
+                return np.bool_(e.value), np.bool_(e.value)
+            value = np.float64(e.value)
+            return (value, value) if e.dtype in ex.INTEGERS else _rounded((value, value), e.dtype, np)
         case "index":
             if str(e.attr) not in box:
                 raise ValueError(f"rank {e.attr} has no interval")
@@ -192,13 +194,16 @@ def _against_zero(op: str, lo: Array, hi: Array, form: Affine) -> Span:
 
 
 def _clip_integer(span: Span, dtype: str, lib: Any) -> Span:
-    """A result outside its type wraps: then the whole type is possible."""
+    """A result outside its type wraps: then the whole type is possible, unless it is a single number."""
     least, most = INTEGER_RANGE[dtype]
     if dtype == "i64":
         lo, hi = span
         return lib.where(lo >= -LIMIT, lo, least), lib.where(hi <= LIMIT, hi, most)
-    fits = (span[0] >= least) & (span[1] <= most)
-    return lib.where(fits, span[0], least), lib.where(fits, span[1], most)
+    (lo, hi), count = span, most - least + 1
+    fits = (lo >= least) & (hi <= most)
+    single = (lo == hi) & (abs(lo) <= LIMIT)
+    around = lo - lib.floor((lo - least) / count) * count
+    return lib.where(fits, lo, lib.where(single, around, least)), lib.where(fits, hi, lib.where(single, around, most))
 
 
 def _integer(e: Expr, args: list[Span], lib: Any) -> Span:
@@ -253,14 +258,15 @@ def _mod(a: Array, b: Array, c: Array, d: Array, lib: Any) -> Span:
 def _bits(op: str, a: Array, b: Array, c: Array, d: Array, lib: Any) -> Span:
     """Bitwise operators on integers: exact for single values, else by the number of bits."""
     natural = (a >= 0) & (c >= 0) & (b <= LIMIT) & (d <= LIMIT)
-    width = lib.floor(lib.log2(lib.maximum(lib.maximum(b, d), 1.0))) + 1
+    largest = lib.maximum(b, d)
+    width = lib.floor(lib.log2(lib.where(largest >= 1, largest, 1.0))) + 1
     top = 2.0**width - 1
     zero = top * 0
     lo, hi = {
         "and": (zero, lib.minimum(b, d) + zero), "or": (lib.maximum(a, c) + zero, top), "xor": (zero, top),
     }[op]  # fmt: skip
     lo, hi = lib.where(natural, lo, -math.inf), lib.where(natural, hi, math.inf)
-    single = natural & (a == b) & (c == d)
+    single = (a == b) & (c == d) & (abs(a) <= LIMIT) & (abs(c) <= LIMIT)
     x, y = (lib.where(single, v, 0.0) for v in (a, c))
     x, y = (v.astype(np.int64) if lib is np else v.to(lib.int64) for v in (x, y))
     exact = ({"and": x & y, "or": x | y, "xor": x ^ y}[op]) * 1.0

@@ -24,7 +24,7 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 # Boxes classified at once at the coarsest level, and the largest number evaluated to settle open tiles.
 COARSE = 4096
-BUDGET = 1 << 22
+BUDGET = 1 << 20
 CHUNK = 1 << 18
 
 
@@ -156,26 +156,74 @@ def batch_ranks(keep: Expr, query: str, key: str, extents: Mapping[str, int]) ->
 
 def classify(
     keep: Expr, *, query: str, key: str, extents: Mapping[str, int], symbols: Mapping[str, int] | None = None,
-    tile_p: int, tile_m: int, bounds: Bounds | None = None, xp: Any = np,
+    tile_p: int, tile_m: int, bounds: Bounds | None = None, xp: Any = np, settle: bool = False,
 ) -> TileMap:  # fmt: skip
     """Classify every `tile_p` × `tile_m` tile of a mask: sound always, exact where no run-time data decides.
 
     `extents` gives the size of every rank in elements; `bounds` the range of loads over coordinate boxes (default:
-    nothing is known of them). With `xp` other than numpy, loads may bring arrays of that namespace, and so does the map.
+    nothing is known of them). `settle` spends more time where bounds of loads leave tiles open; it pays for constants.
+    With `xp` other than numpy, loads may bring arrays of that namespace, and so does the map.
+    Maps of masks without loads are cached and read-only.
     Raises ValueError for a rank without extent or a symbol without value.
     """
     keep = bind(keep, symbols)
     batch = batch_ranks(keep, query, key, extents)
-    grid = _Grid(query, key, batch, extents, tile_p, tile_m)
-    data = bool(ex.loads(keep))
-    work = _Work(keep, bounds, xp)
-    if xp is not np or math.prod(grid.shape(1)) <= COARSE:
+    sizes = tuple((r, extents[r]) for r in (*batch, query, key))
+    if not ex.loads(keep):
+        return _static(keep, query, key, sizes, tile_p, tile_m)
+    grid = _Grid(query, key, batch, dict(sizes), tile_p, tile_m)
+    return _classified(_Work(keep, bounds, xp), grid, data=True, settle=settle and xp is np)
+
+
+@lru_cache(maxsize=64)
+def _static(keep: Expr, query: str, key: str, sizes: tuple[tuple[str, int], ...], tile_p: int, tile_m: int) -> TileMap:
+    grid = _Grid(query, key, tuple(r for r, _ in sizes[:-2]), dict(sizes), tile_p, tile_m)
+    tiles = _classified(_Work(keep, None, np), grid, data=False, settle=True)
+    tiles.classes.flags.writeable = False
+    return tiles
+
+
+def _classified(work: _Work, grid: _Grid, *, data: bool, settle: bool) -> TileMap:
+    if work.xp is not np or math.prod(grid.shape(1)) <= COARSE:
         classes = work.dense(grid, 1)
     else:
         classes = _descend(work, grid)
-    if not data:
+    if settle:
         _settle(work, grid, classes)
-    return TileMap(tile_p, tile_m, batch, classes, data, extents[query], extents[key])
+    sizes = grid.extents[grid.query], grid.extents[grid.key]
+    return TileMap(grid.tile_p, grid.tile_m, grid.batch, classes, data, *sizes)
+
+
+def pairs(
+    keep: Expr, tiles: TileMap, *, query: str, key: str, extents: Mapping[str, int],
+    symbols: Mapping[str, int] | None = None, bounds: Bounds | None = None,
+) -> int:  # fmt: skip
+    """The number of kept (query, key) points, over the batch ranks of the map: full tiles by area, others by splitting.
+
+    Arguments as given to `classify`; needs a numpy map and, for loads, bounds that are exact on single elements.
+    """
+    grid = _Grid(query, key, tiles.batch, extents, tiles.tile_p, tiles.tile_m)
+    work = _Work(bind(keep, symbols), bounds, np)
+    total = 0
+    for kind in (FULL, PARTIAL):
+        where = np.flatnonzero(tiles.classes == kind)
+        for part in np.array_split(where, max(1, -(-len(where) // 64))):
+            box = grid.box(np.unravel_index(part, tiles.classes.shape), 1)
+            owner = np.zeros(len(part))
+            while kind == PARTIAL and len(owner):
+                box, owner = _quarters(box, owner, grid)
+                yes, maybe = work.boxes(box, len(owner))
+                total += _area(box, yes, grid)
+                rest = np.flatnonzero(maybe & ~yes)
+                box, owner = {r: (lo[rest], hi[rest]) for r, (lo, hi) in box.items()}, owner[rest]
+            if kind == FULL:
+                total += _area(box, np.ones(len(part), np.bool_), grid)
+    return total
+
+
+def _area(box: Mapping[str, Span], chosen: Array, grid: _Grid) -> int:
+    (a, b), (c, d) = box[grid.query], box[grid.key]
+    return int(((b - a + 1) * (d - c + 1))[chosen].sum())
 
 
 @dataclass(frozen=True)

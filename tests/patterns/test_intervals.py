@@ -1,0 +1,291 @@
+"""Spans of terms against their values at every point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reattend.patterns import expr as ex
+from reattend.patterns.affine import affine
+from reattend.patterns.bounds import block_bounds
+from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
+from reattend.patterns.evaluate import DTYPE_NAME, evaluate
+from reattend.patterns.expr import Expr
+from reattend.patterns.intervals import spans
+
+EXTENTS = {"h": 3, "p": 13, "m": 17}
+H, P, M = (ex.index(r) for r in EXTENTS)
+RNG = np.random.default_rng(0)
+ARRAYS = {
+    "pad": RNG.random((3, 17)) < 0.7,
+    "seg": np.sort(RNG.integers(0, 4, (3, 20)), axis=-1),
+    "slope": RNG.standard_normal(3).astype(np.float32),
+}
+LOADS = {
+    "pad": ex.load("pad", (H, M), "b1"),
+    "seg_p": ex.load("seg", (H, P), "i64"),
+    "seg_m": ex.load("seg", (H, M), "i64"),
+    "seg_shift": ex.load("seg", (H, M + 3), "i64"),
+    "seg_gather": ex.load("seg", (0, ex.load("seg", (H, P), "i64") * 4), "i64"),
+    "slope": ex.load("slope", (H,), "f32"),
+}
+
+
+def values(term: Expr, extents: Mapping[str, int] = EXTENTS) -> np.ndarray:
+    """The term at every point, by the oracle: [*extents]."""
+    tensors = {n: torch.from_numpy(a) for n, a in ARRAYS.items()}
+    used = {str(e.attr) for e in ex.loads(term)}
+    declared = [Tensor(n, tuple(t.shape), DTYPE_NAME[t.dtype]) for n, t in tensors.items() if n in used]
+    out = Tensor("out", tuple(extents.values()), term.dtype)
+    einsum = Einsum(Access("out", tuple(ex.index(r) for r in extents)), term)
+    c = Cascade("term", tuple(Rank(r, s) for r, s in extents.items()), (*declared, out), (einsum,), ("out",))
+    return np.asarray(evaluate(c, {n: t for n, t in tensors.items() if n in used})["out"])
+
+
+def leaves() -> st.SearchStrategy[Expr]:
+    return st.one_of(
+        st.sampled_from([H, P, M, M, P, LOADS["seg_p"], LOADS["seg_m"], LOADS["seg_shift"], LOADS["seg_gather"]]),
+        st.integers(-6, 20).map(ex.const),
+    )
+
+
+def grown(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
+    factor = st.integers(-3, 4).map(ex.const)
+    divisor = st.integers(1, 9).map(ex.const)
+    return st.one_of(
+        st.tuples(st.sampled_from(["add", "sub", "add", "sub", "max", "min"]), inner, inner).map(lambda t: ex.binary(*t)),
+        st.tuples(inner, factor).map(lambda t: t[0] * t[1]),
+        st.tuples(inner, inner).map(lambda t: t[0] * t[1]),
+        st.tuples(st.sampled_from(["floordiv", "mod"]), inner, divisor).map(lambda t: ex.binary(*t)),
+        st.tuples(st.sampled_from(["neg", "abs", "relu", "sign"]), inner).map(lambda t: ex.unary(*t)),
+        st.tuples(inner, inner, inner).map(lambda t: ex.where(t[0] < t[1], t[2], t[0])),
+        st.tuples(inner, st.sampled_from(["and", "or", "xor"]), inner).map(lambda t: ex.binary(t[1], t[0], t[2])),
+        inner.map(lambda e: ex.cast(ex.cast(e, "i32") + ex.const(3, "i32"), "i64")),
+        inner.map(lambda e: ex.cast(ex.cast(e, "u8"), "i64")),
+        inner.map(lambda e: ex.cast(e > 2, "i64")),
+        inner.map(lambda e: e * e),
+    )
+
+
+INTEGERS = st.recursive(leaves(), grown, max_leaves=6)
+
+
+def floats(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
+    scalar = st.sampled_from([0.5, -2.0, 0.3, 7.0])
+    return st.one_of(
+        st.tuples(st.sampled_from(["add", "sub", "mul", "div", "max", "min"]), inner, inner).map(lambda t: ex.binary(*t)),
+        st.tuples(inner, scalar).map(lambda t: t[0] * t[1]),
+        st.tuples(st.sampled_from(["exp", "tanh", "log", "sqrt", "abs", "relu", "neg", "sigmoid", "sin", "floor"]), inner)
+        .map(lambda t: ex.unary(*t)),
+        inner.map(lambda e: ex.cast(ex.cast(e, "f16"), "f32")),
+        inner.map(lambda e: ex.cast(ex.cast(e, "bf16"), "f32")),
+    )  # fmt: skip
+
+
+FLOATS = st.recursive(
+    st.one_of(INTEGERS.map(lambda e: ex.cast(e, "f32")), st.just(LOADS["slope"]), st.just(ex.const(0.25))),
+    floats, max_leaves=4,
+)  # fmt: skip
+NUMBERS = st.one_of(INTEGERS, INTEGERS, FLOATS)
+COMPARED = st.one_of(
+    st.tuples(st.sampled_from(ex.COMPARISONS), INTEGERS, INTEGERS).map(lambda t: ex.binary(*t)),
+    st.tuples(st.sampled_from(ex.COMPARISONS), NUMBERS, FLOATS).map(lambda t: ex.binary(*t)),
+    st.just(LOADS["pad"]),
+    FLOATS.map(lambda e: ex.unary("isnan", e)),
+    FLOATS.map(lambda e: ex.unary("isinf", e)),
+    NUMBERS.map(lambda e: ex.cast(e, "b1")),
+)
+PREDICATES = st.recursive(
+    COMPARED,
+    lambda inner: st.one_of(
+        st.tuples(st.sampled_from(["and", "or", "xor", "eq", "ne", "lt", "ge"]), inner, inner).map(
+            lambda t: ex.binary(*t)
+        ),
+        inner.map(lambda e: ~e),
+        st.tuples(inner, inner, inner).map(lambda t: ex.where(*t)),
+    ),
+    max_leaves=5,
+)
+
+BOX = st.tuples(*(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).map(sorted) for n in EXTENTS.values()))
+
+
+def box_of(corners: tuple[list[int], ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {r: (np.asarray([lo]), np.asarray([hi])) for r, (lo, hi) in zip(EXTENTS, corners)}
+
+
+@settings(max_examples=200, deadline=None)
+@given(INTEGERS, BOX, st.booleans())
+def test_integer_spans_hold_every_value(term: Expr, corners: tuple[list[int], ...], known: bool) -> None:
+    lo, hi = spans(term, box_of(corners), bounds=block_bounds(ARRAYS) if known else None)
+    inside = values(term)[tuple(slice(a, b + 1) for a, b in corners)]
+    assert not (inside < lo).any(), (term, lo)
+    assert not (inside > hi).any(), (term, hi)
+
+
+@settings(max_examples=200, deadline=None)
+@given(FLOATS, BOX, st.booleans())
+def test_float_spans_hold_every_value_or_say_unknown(term: Expr, corners: tuple[list[int], ...], known: bool) -> None:
+    lo, hi = spans(term, box_of(corners), bounds=block_bounds(ARRAYS) if known else None)
+    inside = values(term)[tuple(slice(a, b + 1) for a, b in corners)].astype(np.float64)
+    if np.isnan(inside).any():
+        assert np.isnan(lo).all() or np.isnan(hi).all()
+        return
+    assert not (inside < lo).any(), (term, lo)
+    assert not (inside > hi).any(), (term, hi)
+
+
+@settings(max_examples=200, deadline=None)
+@given(PREDICATES, BOX, st.booleans())
+def test_certain_answers_hold_at_every_point(term: Expr, corners: tuple[list[int], ...], known: bool) -> None:
+    yes, maybe = spans(term, box_of(corners), bounds=block_bounds(ARRAYS) if known else None)
+    inside = values(term)[tuple(slice(a, b + 1) for a, b in corners)]
+    if np.all(yes):
+        assert inside.all(), term
+    if not np.any(maybe):
+        assert not inside.any(), term
+
+
+@settings(max_examples=200, deadline=None)
+@given(INTEGERS)
+def test_single_points_are_exact(term: Expr) -> None:
+    """Splitting down to points ends: there the span is the value."""
+    box = {r: (x, x) for r, x in zip(EXTENTS, np.indices(tuple(EXTENTS.values())))}
+    lo, hi = spans(term, box, bounds=block_bounds(ARRAYS))
+    expected = values(term)
+    np.testing.assert_array_equal(np.broadcast_to(lo, expected.shape), expected)
+    np.testing.assert_array_equal(np.broadcast_to(hi, expected.shape), expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(PREDICATES, st.booleans())
+def test_torch_agrees_with_numpy(term: Expr, known: bool) -> None:
+    box = {
+        "h": (np.arange(3)[:, None, None],) * 2,
+        "p": (np.array([0, 4, 8, 12])[None, :, None], np.array([3, 7, 11, 12])[None, :, None]),
+        "m": (np.array([0, 6, 12])[None, None, :], np.array([5, 11, 16])[None, None, :]),
+    }
+    a = spans(term, box, bounds=block_bounds(ARRAYS, (4, 6)) if known else None)
+    tensors = {n: torch.from_numpy(x) for n, x in ARRAYS.items()}
+    b = spans(term, box, bounds=block_bounds(tensors, (4, 6), torch) if known else None, xp=torch)
+    for x, y in zip(a, b):
+        np.testing.assert_array_equal(np.broadcast_to(x, (3, 4, 3)), np.broadcast_to(np.asarray(y), (3, 4, 3)))
+
+
+# --- exactness where masks need it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("term", "expected"),
+    [
+        ((P + 3) - (P + 1), (2, 2)),
+        ((P + 5 - M) - 5, (-16, 12)),
+        ((P * 4 + H) // 4 - P, (0, 0)),
+        ((P * 6 + 2) // 4, (0, 18)),
+        ((P - M + H * 2) % 2, (0, 1)),
+        ((H * 4 + 1) % 2, (1, 1)),
+        (ex.cast(ex.cast(P, "i32"), "i64") - ex.cast(P, "i32"), (0, 0)),
+        (ex.unary("abs", P - M), (0, 16)),
+    ],
+)
+def test_correlated_terms_are_exact(term: Expr, expected: tuple[int, int]) -> None:
+    box = {r: (np.int64(0), np.int64(n - 1)) for r, n in EXTENTS.items()}
+    assert spans(term, box) == expected
+    assert (values(term).min(), values(term).max()) == expected
+
+
+def test_same_load_cancels() -> None:
+    seg = LOADS["seg_p"]
+    box = {r: (np.int64(0), np.int64(n - 1)) for r, n in EXTENTS.items()}
+    assert spans(ex.equal(seg + 1, seg + 1), box) == (True, True)
+    assert spans(seg + 1 > seg, box) == (True, True)
+
+
+def test_parity_is_never_equal() -> None:
+    """2p = 2m + 1 has no solution."""
+    box = {r: (np.int64(0), np.int64(n - 1)) for r, n in EXTENTS.items()}
+    assert spans(ex.equal(P * 2, M * 2 + 1), box)[1] == False  # noqa: E712
+
+
+def test_affine_forms_are_fixed_points() -> None:
+    for e in ((P * 4 + M + 6) // 4, (P * 4 - M + 6) % 4, (P * 6 + M * 4 + 3) // 8, -(P - M) * 3 + 2):
+        form = affine(e)
+        assert affine(form.term()) == form
+        np.testing.assert_array_equal(values(form.term()), values(e))
+
+
+def test_unknown_integers_are_the_whole_type() -> None:
+    box = {r: (np.int64(0), np.int64(0)) for r in EXTENTS}
+    load = ex.load("x", (P,), "u8")
+    assert spans(ex.cast(load, "i64") + 1, box) == (1, 256)
+    assert spans(load, box) == (0, 255)
+    lo, hi = spans(ex.load("x", (P,), "f32"), box)
+    assert math.isnan(lo)
+    assert math.isnan(hi)
+
+
+def test_wrapping_is_not_overlooked() -> None:
+    box = {"p": (np.int64(0), np.int64(300))}
+    assert spans(ex.cast(ex.cast(P, "u8"), "i64"), box) == (0, 255)
+    assert spans(ex.cast(P, "i8") + ex.const(100, "i8"), {"p": (np.int64(0), np.int64(50))}) == (-128, 127)
+
+
+def test_integers_beyond_float64_decide_nothing() -> None:
+    huge = {"x": np.array([2**60, 2**60 + 1])}
+    load = ex.load("x", (P,), "i64")
+    yes, maybe = spans(ex.equal(load, 2**60), {"p": (np.array([0, 1]),) * 2}, bounds=block_bounds(huge))
+    assert not yes.any()
+    assert maybe.all()
+    yes, maybe = spans(P * 2**53 + 1 > P * 2**53, {"p": (np.int64(0), np.int64(9))})
+    assert maybe
+
+
+def test_a_missing_rank_or_size_is_named() -> None:
+    with pytest.raises(ValueError, match="rank p"):
+        spans(P, {})
+    with pytest.raises(ValueError, match="size n"):
+        spans(ex.symbol("n") + P, {"p": (np.int64(0), np.int64(1))})
+    assert spans(ex.symbol("n") + P, {"p": (np.int64(0), np.int64(1))}, symbols={"n": 4}) == (4, 5)
+
+
+# --- ranges of run-time tensors ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from([(), (4,), (4, 3), (64,)]))
+def test_block_bounds_are_exact(data: st.DataObject, blocks: tuple[int, ...]) -> None:
+    shape = (3, 14, 11)
+    array = np.random.default_rng(data.draw(st.integers(0, 9))).integers(-50, 50, shape)
+    box = []
+    for n in shape:
+        pairs = [sorted(data.draw(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)))) for _ in range(5)]
+        box.append((np.array([a for a, _ in pairs], float), np.array([b for _, b in pairs], float)))
+    for xp, given_array in ((np, array), (torch, torch.from_numpy(array))):
+        found = block_bounds({"x": given_array}, blocks, xp)("x", box)
+        assert found is not None
+        for i in range(5):
+            part = array[tuple(slice(int(lo[i]), int(hi[i]) + 1) for lo, hi in box)]
+            assert (int(found[0][i]), int(found[1][i])) == (part.min(), part.max())
+
+
+def test_block_bounds_of_floats_say_nan() -> None:
+    array = np.array([1.0, math.nan, 3.0, 4.0])
+    found = block_bounds({"x": array}, (2,))("x", [(np.array([0.0, 2.0]), np.array([1.0, 3.0]))])
+    assert found is not None
+    lo, hi = found
+    assert math.isnan(lo[0])
+    assert math.isnan(hi[0])
+    assert (lo[1], hi[1]) == (3.0, 4.0)
+
+
+def test_unknown_coordinates_reach_the_whole_tensor() -> None:
+    found = block_bounds({"x": np.arange(7)})("x", [(np.array([-math.inf, math.nan]), np.array([2.0, math.nan]))])
+    assert found is not None
+    np.testing.assert_array_equal(found[0], [0, 0])
+    np.testing.assert_array_equal(found[1], [2, 6])
