@@ -9,6 +9,7 @@ the index would be another function.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ..patterns import expr as ex
@@ -41,6 +42,8 @@ def hoist(lifter: Lifter, c: Cascade) -> Cascade:
 
     def wanted(e: Expr) -> bool:
         if e.op in ("const", "index", "symbol") or not data(e):
+            return False
+        if e.op in ("and", "or", "where") and _keeps_structure(e, data):
             return False
         if e.op == "load":
             return any(_inexact(i) or ex.loads(i) for i in e.args) or (not dense(e) and not is_simple(e.args))
@@ -77,6 +80,13 @@ def query_ranks(c: Cascade) -> frozenset[str]:
             out = frozenset().union(*(i.ranks for i in e.out.index))
             found |= {r for r in out if sum(r in s for s in sides) == 1}
     return frozenset(found) & frozenset().union(*(i.ranks for i in c.producers[c.outputs[0]][-1].out.index))
+
+
+def _keeps_structure(e: Expr, data: Callable[[Expr], bool]) -> bool:
+    """A mask that selects between constants, or joins data with coordinates: tiles are classified from its parts."""
+    if e.op == "where":
+        return e.args[1].is_const and e.args[2].is_const
+    return any(not a.is_const and not data(a) for a in e.args)
 
 
 def _inexact(e: Expr) -> bool:
