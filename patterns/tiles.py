@@ -101,9 +101,14 @@ class TileMap:
         counts = visited.sum(-1)
         longest = int(counts.max()) if self.total else 0
         if isinstance(self.classes, np.ndarray):
-            order = np.argsort(~visited, axis=-1, kind="stable")[..., :longest]
-            partial = np.take_along_axis(self.classes, order, -1) == PARTIAL
-            return Rows(counts.astype(np.int32), order.astype(np.int32), partial)
+            flat = counts.reshape(-1)
+            row, tile = np.nonzero(visited.reshape(len(flat), -1))
+            slot = np.arange(len(row)) - (np.cumsum(flat) - flat)[row]
+            indices, partial = np.zeros((len(flat), longest), np.int32), np.zeros((len(flat), longest), np.bool_)
+            indices[row, slot] = tile
+            partial[row, slot] = self.classes.reshape(len(flat), -1)[row, tile] == PARTIAL
+            shape = (*counts.shape, longest)
+            return Rows(counts.astype(np.int32), indices.reshape(shape), partial.reshape(shape))
         order = (~visited).to(self.classes.dtype).argsort(dim=-1, stable=True)[..., :longest]
         return Rows(counts.int(), order.int(), self.classes.gather(-1, order) == PARTIAL)
 
