@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import sympy
 import torch
 from torch import fx
 
@@ -142,7 +143,7 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
     return Found(
         cascade=cascade,
         tensors=leaves,
-        scalars={k: v for k, v in lifter.scalars.items() if k in cascade.free_symbols},
+        scalars=_scalars(graph, lifter, cascade),
         output=output,
         final=n,
         where=source_line(n),
@@ -150,6 +151,19 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
         nodes=frozenset(lifter.visited - set(leaves.values())),
         needs_grad=any(_wants_grad(x) for x in leaves.values()),
     )
+
+
+def _scalars(graph: fx.Graph, lifter: Lifter, c: Cascade) -> dict[str, fx.Node]:
+    """The node of every symbol that no input's shape shows: an offset into a cache, a maximum of two lengths."""
+    shown = {str(s) for t in c.inputs for s in t.shape if isinstance(s, sympy.Symbol)}
+    out = {k: v for k, v in lifter.scalars.items() if k in c.free_symbols}
+    wanted = [s for s in c.free_symbols if s not in shown and s not in out]
+    if wanted:
+        for n in graph.nodes:
+            value = n.meta.get("val")
+            if isinstance(value, torch.SymInt) and (name := str(value.node.expr)) in wanted:
+                out.setdefault(name, n)
+    return out
 
 
 def _lift(lifter: Lifter, final: Final) -> Cascade:
