@@ -77,13 +77,11 @@ def points(keep: Expr, extents: Mapping[str, int], arrays: Mapping[str, Any] | N
 
 def brute_classes(mask: np.ndarray, tile_p: int, tile_m: int) -> np.ndarray:
     """Classes of [..., P, M] by looking at every point."""
-    n_p, n_m = -(-mask.shape[-2] // tile_p), -(-mask.shape[-1] // tile_m)
-    out = np.zeros((*mask.shape[:-2], n_p, n_m), np.uint8)
-    for i in range(n_p):
-        for j in range(n_m):
-            tile = mask[..., i * tile_p : (i + 1) * tile_p, j * tile_m : (j + 1) * tile_m]
-            out[..., i, j] = tile.any((-1, -2)).astype(np.uint8) + tile.all((-1, -2))
-    return out
+    kept, size = mask.astype(np.int64), np.ones_like(mask, dtype=np.int64)
+    for axis, tile in ((-2, tile_p), (-1, tile_m)):
+        at = np.arange(0, mask.shape[axis], tile)
+        kept, size = np.add.reduceat(kept, at, axis), np.add.reduceat(size, at, axis)
+    return (kept > 0).astype(np.uint8) + (kept == size)
 
 
 # --- split ------------------------------------------------------------------------------------------------------
