@@ -215,7 +215,7 @@ class _Reader:
         for t in (values, *(e.body for e in self.products.values())):
             self.before(t)
         contraction = replace(whole, body=weight * values)
-        top = score(tuple(self.row.values()), weight, self.names, self.key)
+        top = score(tuple(self.row.values()), weight, self.names, frozenset(self.products), self.key)
         return self.finished(query, weight, values, finish, contraction, top)
 
     @property

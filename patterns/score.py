@@ -103,8 +103,10 @@ def _escapes(root: Expr, gate: Expr, key: str) -> bool:
     return False
 
 
-def score(row: tuple[Einsum, ...], weight: Expr, names: frozenset[str], key: str) -> Expr:
-    """The largest term without row tensors that carries all key-dependence of row reductions and weight.
+def score(
+    row: tuple[Einsum, ...], weight: Expr, names: frozenset[str], products: frozenset[str], key: str
+) -> Expr:
+    """The largest term over products, without row tensors, that carries all key-dependence of row reductions and weight.
 
     Where the weight brings more of its own (a mask applied to probabilities), the reductions alone decide. Boolean
     reductions ("does the row have a key") do not count. A pointwise map of the row rule itself (`exp`, `relu`, a
@@ -116,12 +118,16 @@ def score(row: tuple[Einsum, ...], weight: Expr, names: frozenset[str], key: str
         if not group:
             continue
         shared = [_gates(t, key) for t in group]
-        rowed = reading(group[0], names)
+        rowed, made = reading(group[0], names), reading(group[0], products)
         for g in shared[0]:
-            if g not in rowed and all(g in s for s in shared[1:]):
+            if g in made and g not in rowed and all(g in s for s in shared[1:]):
                 return g if g in bounds else _peel(g, key)
-    parts = elements(terms[0] if terms else weight, names, key)
-    return max(parts, key=lambda e: sum(1 for _ in ex.walk(e)))
+    for t in (*terms, weight):
+        made = reading(t, products)
+        parts = [e for e in elements(t, names, key) if e in made]
+        if parts:
+            return max(parts, key=lambda e: sum(1 for _ in ex.walk(e)))
+    raise AssertionError("the weight holds a product")
 
 
 _MAPS = frozenset(["exp", "exp2", "expm1", "sigmoid", "relu", "softplus", "abs", "tanh", "sqrt", "log1p", "sin", "cos"])

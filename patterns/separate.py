@@ -140,7 +140,7 @@ class Splitter:
         return self.memo[e]
 
     def probed(self, e: Expr) -> Part | None:
-        """g(x, r) = g(x, 1)·g(1, r)/g(1, 1), where sympy proves that g separates and no rule above knows how."""
+        """g(x, r) = g(x, 1)·g(x₀, r)/g(x₀, 1), where sympy proves that g separates and no rule above knows how."""
         found = elements(e, frozenset(self.ops), self.key)
         rows = self.reads(e)
         if len(found) != 1 or sum(1 for _ in ex.walk(e)) > SMALL + sum(1 for _ in ex.walk(found[0])):
@@ -148,14 +148,23 @@ class Splitter:
         (x,) = found
         if not separates(e, x, rows):
             return None
-        one = {r: ex.const(1.0, r.dtype) for r in rows}
-        at = {x: ex.const(1.0, x.dtype)}
-        lift, row, unit = ex.substitute(e, one), ex.substitute(e, at), ex.substitute(e, {**one, **at})
+        for point in (1.0, 2.0):
+            part = self.at_point(e, x, rows, point)
+            if part is not None:
+                return part
+        return None
+
+    def at_point(self, e: Expr, x: Expr, rows: tuple[Expr, ...], point: float) -> Part | None:
+        one, at = {r: ex.const(1.0, r.dtype) for r in rows}, {x: ex.const(point, x.dtype)}
+        lift, row, unit = ex.substitute(e, one), ex.substitute(e, at), float(number(ex.substitute(e, {**one, **at}), {}))
+        if unit == 0.0 or not math.isfinite(unit):
+            return None
+        # The proof is for positive symbols: signs, zero and domains are tried.
         for v, d in itertools.product((-1.7, -0.3, 0.0, 0.4, 2.1), (0.3, 1.9)):
             known = {x: v, **dict.fromkeys(rows, d)}
-            whole, apart = number(e, {}, known), number(lift, {}, known) * number(row, {}, known) / number(unit, {})
-            # The proof is for positive symbols: signs, zero and domains are tried.
-            if not np.isclose(whole, apart, rtol=1e-9, atol=0.0, equal_nan=True):
+            with np.errstate(all="ignore"):
+                apart = number(lift, {}, known) * number(row, {}, known) / unit
+            if not np.isclose(number(e, {}, known), apart, rtol=1e-9, atol=0.0, equal_nan=True):
                 return None
         return Part(lift, (After("mul", row / unit),))
 
@@ -219,7 +228,10 @@ class Splitter:
 
     def exponential(self, e: Expr) -> Part:
         """exp(s − d − log l) = exp(s − d)/l: bounds stay inside and are repaired, sums move behind."""
-        element, rest = self.apart(e.args[0])
+        try:
+            element, rest = self.apart(e.args[0])
+        except Stop as stop:
+            raise Stop(e, f"{e.op} of a term that splits into no sum: {stop.law}") from stop
         after: list[After] = []
         falls: list[tuple[int, Expr]] = []
         log = "log" if e.op == "exp" else "log2"
@@ -240,6 +252,10 @@ class Splitter:
             # exp(s + max s) grows by itself, as the model wrote it: nothing to keep small
             return Part(ex.unary(e.op, element), (*after, After("div", ex.unary(e.op, d))))
         bound = Bound(e.op, d, self.slope(d) > 0)
+        u = e.args[0]
+        if after and self.can_empty and u.op == "sub" and u.args[0] is element:
+            # exp(s − (d + log l)): with all scores at a large fill, d swallows log l, and the model's weights are 1
+            after = [After("mul", ex.unary(e.op, d - u.args[1]))]
         return Part(ex.unary(e.op, element - self.guarded(d)), tuple(after), ((bound, 1.0),))
 
     def bound(self, falls: list[tuple[int, Expr]]) -> Expr:
@@ -437,7 +453,7 @@ class Splitter:
                 if self.key not in k.ranks and not self.rows(k):
                     return [(s, t / k) for s, t in self.addends(x, sign)]
         if self.mixed(u):
-            raise self.stop(u)
+            raise Stop(u, f"{u.op} is no element + h({', '.join(sorted(self.rows(u)))})")
         return [(sign, u)]
 
     def common(self, u: Expr, sign: int) -> list[tuple[int, Expr]]:

@@ -1,0 +1,238 @@
+"""Row rules and scores in many spellings, for the tests of recognition and of one-pass forms."""
+
+import torch
+
+from reattend.patterns import expr as ex
+from reattend.patterns import papers
+from reattend.patterns.papers import attention
+
+INF = float("inf")
+LOWEST = -3.4028234663852886e38
+P, M = ex.index("p"), ex.index("m")
+ROW = tuple(ex.index(r) for r in "bhp")
+
+
+def scaled(b, qk):
+    return qk * 0.125
+
+
+def causal(b, qk):
+    """The first three rows keep no key."""
+    return ex.where(M <= P - 3, qk * 0.125, -INF)
+
+
+def causal_lowest(b, qk):
+    return ex.where(M <= P - 3, qk * 0.125, LOWEST)
+
+
+def padded(b, qk):
+    pad = b.given("pad", (b.extent("b"), b.extent("m")), (ex.index("b"), M), "b1")
+    return qk * 0.125 + ex.where((M <= P) & pad, 0.0, LOWEST)
+
+
+def padded_inf(b, qk):
+    pad = b.given("pad", (b.extent("b"), b.extent("m")), (ex.index("b"), M), "b1")
+    return qk * 0.125 + ex.where((M <= P) & pad, 0.0, -INF)
+
+
+def biased(b, qk):
+    bias = b.given("bias", (b.extent("h"), b.extent("p"), b.extent("m")), (ex.index("h"), P, M))
+    return qk * 0.125 + bias
+
+
+def capped(b, qk):
+    return ex.where(M > P - 7, ex.unary("tanh", qk / 3.0) * 3.0, -INF)
+
+
+def checkerboard(b, qk):
+    return ex.where(ex.equal((P + M + ex.index("h")) % 2, 0), qk, -INF)
+
+
+def late_keys(b, qk):
+    """Keys of the first tiles are masked for all rows: the running bound stays −∞ over several tiles."""
+    return ex.where(M >= 20, qk - 1000.0, -INF)
+
+
+SCORES = (scaled, causal, causal_lowest, padded, padded_inf, biased, capped, checkerboard, late_keys)
+
+
+def shifted_softmax(b, s):
+    """gpt-oss: the maximum is subtracted once by hand and once by softmax."""
+    return papers.softmax(b, b.put("T", "bhpm", s - b.put("RM", "bhp", s, "max", "m")))
+
+
+def shifted_sink(b, s):
+    """The same over scores with a sink concatenated."""
+    sink = b.input("sink", "h")
+    top = b.put("RM", "bhp", ex.maximum(b.put("R0", "bhp", s, "max", "m"), sink))
+    t, u = b.put("T", "bhpm", s - top), b.put("U", "bhp", sink - top)
+    gm = b.put("GM", "bhp", ex.maximum(b.put("R1", "bhp", t, "max", "m"), u))
+    sn = b.put("SN", "bhpm", ex.exp(t - gm))
+    return sn / (b.put("SD", "bhp", sn, "add", "m") + ex.exp(u - gm))
+
+
+def off_by_one(b, s):
+    """softmax with one more logit, 0, that has no value."""
+    gm = ex.maximum(b.put("GM", "bhp", s, "max", "m"), 0.0)
+    sn = b.put("SN", "bhpm", ex.exp(s - gm))
+    return sn / (b.put("SD", "bhp", sn, "add", "m") + ex.exp(-gm))
+
+
+def logsumexp(b, s):
+    gm = b.put("GM", "bhp", s, "max", "m")
+    sd = b.put("SD", "bhp", ex.exp(s - gm), "add", "m")
+    return ex.exp(s - (gm + ex.unary("log", sd)))
+
+
+def logsumexp_finite(b, s):
+    """torch.logsumexp: an infinite maximum is replaced by 0."""
+    gm = b.put("GM", "bhp", s, "max", "m")
+    gm = ex.where(ex.unary("isinf", gm), 0.0, gm)
+    sd = b.put("SD", "bhp", ex.exp(s - gm), "add", "m")
+    return ex.exp(s - (ex.unary("log", sd) + gm))
+
+
+def no_nan(b, s):
+    """softmax(…).nan_to_num(0)"""
+    a = b.put("A0", "bhpm", papers.softmax(b, s))
+    return ex.where(ex.unary("isnan", a), 0.0, ex.where(ex.equal(a, INF), 3e38, ex.where(ex.equal(a, -INF), -3e38, a)))
+
+
+def no_nan_log(b, s):
+    a = b.put("A0", "bhpm", papers.log_softmax(b, s))
+    return ex.where(ex.unary("isnan", a), 0.0, a)
+
+
+def masked_after(b, s):
+    """The mask once more on the probabilities: a row without a key becomes 0."""
+    return ex.where(M <= P - 3, papers.softmax(b, s), 0.0)
+
+
+def all_masked(b, s):
+    """torch's safe softmax: rows whose scores are all −∞ become 0, found by a boolean reduction."""
+    empty = b.put("E", "bhp", ex.equal(s, -INF), "and", "m")
+    return ex.where(empty, 0.0, papers.softmax(b, s))
+
+
+def any_kept(b, s):
+    """Rows that keep a key, found from the mask itself."""
+    kept = b.put("E", "bhp", M <= P - 3, "or", "m")
+    return ex.where(kept, papers.softmax(b, s), 0.0)
+
+
+def renormalised(b, s):
+    """Probabilities times a keep-mask, divided by their sum again."""
+    a = b.put("A0", "bhpm", papers.softmax(b, s) * ex.where(ex.equal(M % 3, 0), 0.0, 1.0))
+    return a / b.put("S2", "bhp", a, "add", "m")
+
+
+def sharpened(b, s):
+    """Squares of probabilities, normalised."""
+    a = b.put("A0", "bhpm", papers.softmax(b, s))
+    a = b.put("A1", "bhpm", a * a)
+    return a / b.put("S2", "bhp", a, "add", "m")
+
+
+def tempered(b, s):
+    """The bound is divided with the score."""
+    gm = b.put("GM", "bhp", s, "max", "m")
+    sn = b.put("SN", "bhpm", ex.exp((s - gm) / 1.5))
+    return sn / b.put("SD", "bhp", sn, "add", "m")
+
+
+def base_two(b, s):
+    gm = b.put("GM", "bhp", s, "max", "m")
+    sn = b.put("SN", "bhpm", ex.unary("exp2", s - gm))
+    return sn / b.put("SD", "bhp", sn, "add", "m")
+
+
+def softmin(b, s):
+    """softmax(−s) by the minimum."""
+    low = b.put("GM", "bhp", s, "min", "m")
+    sn = b.put("SN", "bhpm", ex.exp(low - s))
+    return sn / b.put("SD", "bhp", sn, "add", "m")
+
+
+def unit_length(b, s):
+    """x/‖x‖₂"""
+    return s / ex.unary("sqrt", b.put("SD", "bhp", s * s, "add", "m"))
+
+
+def over_largest(b, s):
+    """|x|/max|x|"""
+    a = b.put("SN", "bhpm", ex.unary("abs", s))
+    return a / b.put("SD", "bhp", a, "max", "m")
+
+
+def centred(b, s):
+    """relu(x)/Σ minus the mean over all keys of that"""
+    a = b.put("SN", "bhpm", ex.unary("relu", s))
+    a = b.put("A0", "bhpm", a / b.put("SD", "bhp", a, "add", "m"))
+    return a * b.put("MN", "bhp", a, "add", "m")
+
+
+def variance(b, s):
+    """1/(1 + Σ(x − mean)²) times x: moments"""
+    mean = b.put("MN", "bhp", s * 0.03, "add", "m")
+    d = b.put("D", "bhpm", s - mean)
+    return s / (b.put("VR", "bhp", d * d, "add", "m") + 1.0)
+
+
+def cast_softmax(b, s):
+    """Probabilities in a narrower type, as a bf16 model has them."""
+    return ex.cast(ex.cast(papers.softmax(b, s), "bf16"), "f32")
+
+
+def gated(b, s):
+    """A gate on every row after the softmax."""
+    gate = b.input("gate", "bhp")
+    return papers.softmax(b, s) * ex.unary("sigmoid", gate)
+
+
+def rooted(b, s):
+    """Roots of probabilities, normalised"""
+    a = b.put("A0", "bhpm", papers.softmax(b, s))
+    a = b.put("A1", "bhpm", ex.binary("pow", a, 0.7))
+    return a / b.put("S2", "bhp", a, "add", "m")
+
+
+SOFTMAX = (
+    papers.softmax, papers.softmax_zero, papers.softmax_sink, papers.log_softmax, shifted_softmax, shifted_sink,
+    off_by_one, logsumexp, logsumexp_finite, no_nan, no_nan_log, masked_after, all_masked, any_kept, renormalised,
+    sharpened, tempered, base_two, cast_softmax, gated, rooted,
+)  # fmt: skip
+OTHERS = (
+    papers.sigmoid, papers.power, papers.softplus, papers.softmax_naive, softmin, unit_length, over_largest, centred,
+    variance,
+)  # fmt: skip
+
+SIZES = {"B": 2, "H": 4, "P": 29, "M": 37, "E": 8, "F": 5}
+
+
+def tensors(c, seed=0, sizes=SIZES):
+    """Random inputs in float64; the first batch element's padding keeps nothing."""
+    g = torch.Generator().manual_seed(seed)
+    out = {}
+    for t in c.inputs:
+        shape = [s if isinstance(s, int) else int(s.subs({x: sizes[str(x)] for x in s.free_symbols})) for s in t.shape]
+        if t.dtype == "b1":
+            out[t.name] = torch.rand(shape, generator=g) > 0.4
+            out[t.name][0] = False
+        elif t.dtype in ex.INTEGERS:
+            out[t.name] = torch.randint(0, 4, shape, generator=g)
+        else:
+            out[t.name] = torch.randn(shape, generator=g, dtype=torch.float64)
+    return out
+
+
+def error(a, b):
+    """‖a − b‖∞/‖b‖∞ where b is a number; inf where one is NaN and the other is not."""
+    if not torch.equal(a.isnan(), b.isnan()):
+        return float("inf")
+    if b.isnan().all():
+        return 0.0
+    a, b = a.nan_to_num(), b.nan_to_num()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-300))
+
+
+__all__ = ["OTHERS", "SCORES", "SIZES", "SOFTMAX", "attention", "error", "tensors"]

@@ -1,0 +1,307 @@
+"""One-pass forms: derived for every row rule that has one, equal to the rule as written, refused with the law that fails."""
+
+import importlib.util
+import time
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reattend.patterns import expr as ex
+from reattend.patterns import papers
+from reattend.patterns.cascade import parse, to_text, verify
+from reattend.patterns.evaluate import evaluate
+from reattend.patterns.laws import additive, multiplicative
+from reattend.patterns.recognise import Attention, Miss, attention
+from reattend.patterns.rowstate import RowState, derive, stream
+
+_spec = importlib.util.spec_from_file_location("rules", Path(__file__).parent / "rules.py")
+rules = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(rules)
+
+torch.set_num_threads(1)
+
+
+def derived(rule, score=rules.scaled, **options):
+    c = papers.attention(rule.__name__, rule, score, **options)
+    view = attention(c)
+    assert isinstance(view, Attention), view
+    state = derive(view)
+    assert isinstance(state, RowState), state
+    return c, view, state
+
+
+def streams(c, view, state, tile, sizes=rules.SIZES, seed=0):
+    given_tensors = rules.tensors(c, seed, sizes)
+    whole = evaluate(c, given_tensors, sizes, widen=True)["O"]
+    tiled = evaluate(stream(view, state), given_tensors, {**sizes, "M0": tile}, widen=True)["O"]
+    return rules.error(tiled, whole), whole
+
+
+@pytest.mark.parametrize("score", rules.SCORES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("rule", [*rules.SOFTMAX, *rules.OTHERS], ids=lambda f: f.__name__)
+def test_stream_equals_the_rule_as_written(rule, score):
+    """37 keys in tiles of 16, rows without a key included: NaN where the model has NaN, and only there."""
+    error, _ = streams(*derived(rule, score), 16)
+    assert error <= 1e-12
+
+
+@pytest.mark.parametrize("tile", [1, 5, 37, 64])
+@pytest.mark.parametrize("rule", [papers.softmax, papers.softmax_sink, rules.no_nan, rules.variance])
+def test_any_tile_size(rule, tile):
+    error, _ = streams(*derived(rule, rules.padded_inf), tile)
+    assert error <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("rule", "score", "value"),
+    [
+        (papers.softmax, rules.causal, "nan"),
+        (papers.softmax, rules.causal_lowest, "mean"),
+        (papers.softmax_zero, rules.causal, "zero"),
+        (papers.softmax_sink, rules.causal, "zero"),
+        (rules.no_nan, rules.causal, "zero"),
+        (rules.no_nan_log, rules.causal, "zero"),
+        (rules.masked_after, rules.causal, "zero"),
+        (rules.all_masked, rules.causal, "zero"),
+        (rules.any_kept, rules.causal_lowest, "zero"),
+        (rules.logsumexp, rules.causal_lowest, "sum"),
+    ],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_rows_without_a_key(rule, score, value):
+    c, view, state = derived(rule, score)
+    given_tensors = rules.tensors(c)
+    out = evaluate(stream(view, state), given_tensors, {**rules.SIZES, "M0": 16}, widen=True)["O"][:, :, :3]
+    v = given_tensors["V"].sum(2, keepdim=True).expand(out.shape)
+    want = {"nan": v * float("nan"), "zero": v * 0, "mean": v / 37, "sum": v}[value]
+    assert torch.allclose(out, want, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("rule", [papers.softmax, papers.softmax_late, papers.softmax_naive, papers.power])
+def test_late_division_and_grouped_heads(rule):
+    late = rule is papers.softmax_late
+    error, _ = streams(*derived(rule, rules.padded, late=late, group=2), 16)
+    assert error <= 1e-12
+
+
+def test_softmax_is_cascade_5():
+    """The state is the paper's: a running maximum, sum and product, one correction for both sums."""
+    _, _, state = derived(papers.softmax)
+    assert [(s.name, s.op) for s in state.carried] == [("GM", "max"), ("SD", "add")]
+    assert state.correction is state.carried[1].correction
+    assert str(state.correction) == "exp(old:GM[b,h,p] − GM[b,h,p])"
+    assert state.weight is state.carried[1].lift
+    assert str(state.finish) == "O[b,h,p,f] / SD[b,h,p]"
+
+
+def test_a_bound_that_may_be_empty_is_guarded():
+    _, _, state = derived(papers.softmax, rules.causal)
+    assert str(state.correction) == "exp(old:GM[b,h,p] − where(GM[b,h,p] = −∞, 0, GM[b,h,p]))"
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [rules.shifted_softmax, papers.log_softmax, rules.logsumexp, papers.softmax_late],
+    ids=lambda f: f.__name__,
+)
+def test_spellings_of_softmax_carry_one_state(rule):
+    """A maximum that is subtracted twice is carried once; a logarithm of the sum becomes a division."""
+    _, _, state = derived(rule, late=rule is papers.softmax_late)
+    assert [s.op for s in state.carried] == ["max", "add"]
+    assert str(state.weight).startswith("exp(QK")
+
+
+def test_a_sink_that_is_shifted_twice_is_one_bound():
+    _, _, state = derived(rules.shifted_sink)
+    assert [s.op for s in state.carried] == ["max", "add"]
+    assert "max(R0[b,h,p], sink[h])" in str(state.correction)
+
+
+@pytest.mark.parametrize("rule", [papers.sigmoid, papers.power, papers.softplus, papers.linear, papers.softmax_naive])
+def test_sums_are_deferred_without_correction(rule):
+    _, _, state = derived(rule)
+    assert state.correction is None
+    assert all(s.correction is None and s.op == "add" for s in state.carried)
+
+
+@pytest.mark.parametrize("rule", [*rules.SOFTMAX], ids=lambda f: f.__name__)
+def test_derivation_is_fast_and_carries_what_is_read(rule):
+    view = attention(papers.attention("warm", rule, rules.scaled))
+    derive(view)
+    view = attention(papers.attention("timed", rule, rules.capped))
+    start = time.perf_counter()
+    state = derive(view)
+    assert time.perf_counter() - start < 0.05
+    read = {
+        str(x.attr).removeprefix("old:")
+        for t in (state.weight, state.finish, *(u for s in state.carried for u in (s.lift, s.correction) if u is not None))
+        for x in ex.loads(t)
+    }
+    assert {s.name for s in state.carried} <= read
+
+
+def test_corrections_never_exceed_one():
+    """Scores that rise by thousands from tile to tile: nothing overflows on the way."""
+    c, view, state = derived(papers.softmax, lambda b, qk: qk + ex.cast(ex.index("m"), "f32") * 800.0)
+    error, whole = streams(c, view, state, 4)
+    assert error <= 1e-12
+    assert whole.isfinite().all()
+
+
+def test_merge_of_two_states_by_the_documented_rule():
+    """States over disjoint keys: sums scaled by the correction with `old:` from each side, maxima by their operator."""
+    _, _, state = derived(papers.softmax, rules.causal)
+    g = torch.Generator().manual_seed(1)
+    s, v = torch.randn(40, generator=g).double(), torch.randn(40, generator=g).double()
+    s[:20] = -torch.inf
+
+    def part(x, y):
+        m = x.max()
+        d = torch.where(m == -torch.inf, 0.0, m)
+        return m, (x - d).exp().sum(), ((x - d).exp() * y).sum()
+
+    a, b = part(s[:20], v[:20]), part(s[20:], v[20:])
+    new = torch.maximum(a[0], b[0])
+    factor = [torch.exp(old - torch.where(new == -torch.inf, 0.0, new)) for old in (a[0], b[0])]
+    merged = (a[2] * factor[0] + b[2] * factor[1]) / (a[1] * factor[0] + b[1] * factor[1])
+    assert torch.allclose(merged, (s.softmax(0) * v).sum())
+    assert str(state.correction).startswith("exp(old:GM")
+
+
+def test_stream_is_canonical_and_verified():
+    c, view, state = derived(papers.softmax_sink, rules.padded)
+    tiled = stream(view, state)
+    assert verify(tiled) is tiled
+    assert parse(to_text(tiled)) == tiled
+    assert {t.name for t in tiled.inputs} == {t.name for t in c.inputs}
+    assert tiled.outputs == c.outputs
+    assert tiled.tensor["O"] == c.tensor["O"]
+
+
+def test_exponentials_are_shared():
+    """One exponential per score and one per row and tile, as in the paper's count."""
+    _, view, state = derived(papers.softmax)
+    tiled = stream(view, state)
+    holders = [e.out.tensor for e in tiled.einsums if any(x.op == "exp" for x in ex.walk(e.body))]
+    assert len(holders) == 2
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def threshold(b, s):
+    tau = b.put("TAU", "bhp", ex.unary("relu", s), "add", "m")
+    a = ex.where(s > tau, s, -float("inf"))
+    return papers.softmax(b, b.put("T", "bhpm", a))
+
+
+def shifted_sigmoid(b, s):
+    return ex.unary("sigmoid", s - b.put("SD", "bhp", s, "add", "m"))
+
+
+def row_temperature(b, s):
+    return papers.softmax(b, b.put("T", "bhpm", s / b.put("TT", "bhp", s * s, "add", "m")))
+
+
+def floor_after(b, s):
+    return ex.maximum(papers.softmax(b, s), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "law"),
+    [
+        (threshold, "threshold"),
+        (shifted_sigmoid, "sigmoid is no f(element)·h(SD)"),
+        (row_temperature, "exp of a term that splits into no sum: div is no element + h(TT)"),
+        (floor_after, "max of an element and a row scalar"),
+        (papers.sparsemax(2), "relu is no f(element)·h(GM)"),
+        (papers.differential, "one accumulator holds one"),
+    ],
+    ids=["threshold", "sigmoid", "temperature", "floor", "sparsemax", "differential"],
+)
+def test_chains_without_a_one_pass_form(rule, law):
+    view = attention(papers.attention("x", rule, rules.scaled))
+    assert isinstance(view, Attention), view
+    miss = derive(view)
+    assert isinstance(miss, Miss)
+    assert law in miss.reason
+
+
+def test_laws_of_the_repair_term():
+    """A20 of the known answers."""
+    x, d = sympy.symbols("x d", positive=True)
+    new = sympy.Symbol("d'", positive=True)
+    assert sympy.simplify(multiplicative(sympy.exp(x - d), x, d) - sympy.exp(d - new)) == 0
+    assert sympy.simplify(multiplicative(x / d, x, d) - d / new) == 0
+    assert sympy.simplify(multiplicative(x / sympy.sqrt(d), x, d) - sympy.sqrt(d / new)) == 0
+    assert multiplicative(sympy.exp(x / d), x, d) is None
+    assert multiplicative(1 / (1 + sympy.exp(d - x)), x, d) is None
+    assert multiplicative((x - d) ** 2, x, d) is None
+    assert multiplicative(sympy.Max(x - d, 0), x, d) is None
+    assert additive(x - d, x, d) == d - new
+    assert additive(x * d, x, d) is None
+
+
+def test_separable_beyond_the_rules():
+    """log(exp(x)^r) = r·x: sympy proves what no structural rule knows."""
+
+    def rule(b, s):
+        a = b.put("SN", "bhpm", ex.unary("sigmoid", s))
+        sd = b.put("SD", "bhp", a, "add", "m")
+        return ex.unary("log", ex.binary("pow", ex.exp(a), sd))
+
+    error, _ = streams(*derived(rule), 16)
+    assert error <= 1e-12
+
+
+# --- row programs drawn at random ---------------------------------------------------------------------------------
+
+_maps = {
+    "exp": lambda x: ex.exp(x * 0.3),
+    "square": lambda x: x * x,
+    "relu": lambda x: ex.unary("relu", x),
+    "sigmoid": lambda x: ex.unary("sigmoid", x),
+    "abs": lambda x: ex.unary("abs", x) + 0.1,
+    "softplus": lambda x: ex.unary("softplus", x),
+    "tanh": lambda x: ex.unary("tanh", x) + 2.0,
+}
+_norms = {
+    "sum": lambda b, n, a: b.put(n, "bhp", a, "add", "m") + 1.0,
+    "length": lambda b, n, a: ex.unary("sqrt", b.put(n, "bhp", a * a, "add", "m") + 1e-3),
+    "largest": lambda b, n, a: b.put(n, "bhp", a, "max", "m") + 1.0,
+    "none": lambda b, n, a: ex.const(2.0),
+}
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(sorted(_maps)),
+    st.lists(st.sampled_from(sorted(_norms)), min_size=1, max_size=3),
+    st.booleans(),
+    st.sampled_from([rules.scaled, rules.biased, rules.capped]),
+    st.integers(1, 40),
+)
+def test_random_row_programs(name, norms, stable, score, tile):
+    """A map, then several normalisations one after another, with a running bound subtracted first or not."""
+
+    def rule(b, s):
+        if stable:
+            s = b.put("T", "bhpm", s - b.put("GM", "bhp", s, "max", "m"))
+            a = b.put("A0", "bhpm", ex.exp(s))
+        else:
+            if score is rules.capped:
+                s = ex.where(s > -1e30, s, 0.0)
+            a = b.put("A0", "bhpm", _maps[name](s))
+        for i, n in enumerate(norms):
+            # a maximum of what is itself rescaled has no additive correction
+            n = "sum" if stable and n == "largest" else n
+            a = b.put(f"A{i + 1}", "bhpm", a / _norms[n](b, f"S{i}", a))
+        return a
+
+    sizes = {"B": 1, "H": 2, "P": 7, "M": 23, "E": 4, "F": 3}
+    error, _ = streams(*derived(rule, score), tile, sizes)
+    assert error <= 1e-12
