@@ -1,0 +1,66 @@
+"""Decoding with caches, eager sizes and then symbolic ones: every step's attention equals its cascade."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import fx
+
+from reattend.patterns.evaluate import evaluate
+from reattend.rewriter import detect
+from reattend.rewriter.capture import from_dynamo
+
+from . import zoo
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma2"])
+def test_each_step_of_a_decode(name: str, cache: str) -> None:
+    torch._dynamo.reset()
+    model = zoo.build(name)
+    errors: list[float] = []
+
+    def compare(gm: fx.GraphModule, example: list[Any]) -> Any:
+        captured = from_dynamo(gm, example).graph
+        found, _ = detect.find(captured)
+
+        def run(*args: Any) -> Any:
+            values: dict[fx.Node, Any] = {}
+
+            class Record(fx.Interpreter):
+                def run_node(self, n: fx.Node) -> Any:
+                    values[n] = super().run_node(n)
+                    return values[n]
+
+            out = Record(captured).run(*args)
+            for f in found:
+                sizes = {k: values[v] for k, v in f.scalars.items()}
+                got = evaluate(f.cascade, {k: values[v] for k, v in f.tensors.items()}, sizes)[f.cascade.outputs[0]]
+                want = values[f.output].reshape(got.shape)
+                errors.append(float((got - want).abs().max() / want.abs().max()))
+            return out
+
+        return run
+
+    compiled = torch.compile(model, backend=compare)
+    steps = 0
+    with torch.no_grad():
+        for length in (24, 17):
+            given = zoo.inputs(name, length=length, pad="left")
+            past: Any = (
+                transformers.DynamicCache(config=model.config)
+                if cache == "dynamic"
+                else transformers.StaticCache(config=model.config, max_cache_len=64)
+            )
+            compiled(**given, past_key_values=past, use_cache=True)
+            mask = given["attention_mask"]
+            for _ in range(3):
+                mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+                token = torch.full((2, 1), 5)
+                compiled(input_ids=token, attention_mask=mask, past_key_values=past, use_cache=True)
+            steps += 4
+    assert len(errors) == 2 * steps
+    assert max(errors) <= 1e-5
