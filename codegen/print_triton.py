@@ -190,7 +190,11 @@ class Body:
         self.memo: dict[Expr, tuple[str, int]] = {e: (t, ATOM) for e, t in scope.names.items()}
         self.taken = set(scope.names.values()) | {s for t in scope.tensors.values() for s in (t.name, *t.strides)}
         self.uses: dict[Expr, int] = {}
-        # Arguments of what is already named are not counted: they are not printed again.
+        self.count(roots)
+
+    def count(self, roots: Iterable[Expr]) -> None:
+        """From here on, name what these terms share. Arguments of what is already named are not printed again."""
+        self.uses.clear()
         pending = list(roots)
         while pending:
             e = pending.pop()
@@ -434,7 +438,7 @@ class Body:
 
     # loads
 
-    def address(self, name: str, index: tuple[Expr, ...]) -> tuple[str, tuple[str, ...]]:
+    def address(self, name: str, index: tuple[Expr, ...], clamp: bool = True) -> tuple[str, tuple[str, ...]]:
         """Pointer text of an element and the guards under which it may be read."""
         t = self.scope.tensors[name]
         parts, guards = [t.name], []
@@ -444,7 +448,7 @@ class Body:
                     parts.append(f"{int(i.value)} * {stride}")
                 continue
             text = self._put(i)
-            if not in_range(i, size, self.scope.extent):
+            if clamp and not in_range(i, size, self.scope.extent):
                 limit = Body(self.scope, ())._put(size_term(size) - 1)[0]
                 text = (f"tl.minimum(tl.maximum({text[0]}, 0), {limit})", ATOM)
             else:

@@ -4,8 +4,6 @@ The polynomials are least-squares fits at Chebyshev points; the error stated is 
 in units of 2⁻²⁴ of the result. None of them needs a vendor's library, so they run in the interpreter as well.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

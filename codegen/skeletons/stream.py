@@ -8,8 +8,6 @@ A row block visits its full tiles first and then its partial ones, where the sco
 The functions in capitals are holes that a generator fills; tile shapes stand beside what they describe.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -40,14 +38,14 @@ def stream(
     p_keys = 0
     if LISTED:
         p_rows, p_full, p_all, p_keys, width = tiles
-        i_list = i_mask * n_rows + i_p
+        i_list = (i_mask * n_rows + i_p).to(tl.int64)
         i_p = tl.load(p_rows + i_list)
         n_full = tl.load(p_full + i_list)
         n_all = tl.load(p_all + i_list)
         p_keys += i_list * width
     r = i_p.to(INDEX) * BM + tl.arange(0, BM)  # [BM]
     at, inside = ROWS(r[:, None], batch, sizes)  # [BM, 1]
-    q = QUERIES(at, inside, inputs, sizes)  # each [BM, E]
+    q = QUERIES(at, inputs, sizes)  # each [BM, E]
     state = START(BM)  # each [BM, 1]
     acc = tl.zeros([BM, BF], dtype=tl.float32)
     for i in range(n_full):

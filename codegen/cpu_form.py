@@ -1,0 +1,147 @@
+"""What the CPU's skeletons need to know of an attention. Read off the cascade; nothing is described a second time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..patterns import expr as ex
+from ..patterns.cascade import Cascade, size_term
+from ..patterns.expr import TRUE, Expr
+from ..patterns.masks import Mask, conjuncts, split, witnesses
+from ..patterns.recognise import Attention, Miss, Refusal, attention
+from ..patterns.rowstate import RowState, derive
+from . import skip
+from .operands import Heads, Product, heads, plain, product
+from .scaled import Ending, Scaled, ending, scaled
+
+NAME = "cpu"
+
+
+@dataclass(frozen=True)
+class Form:
+    """An attention as the skeletons compute it.
+
+    `rule`: which empty tiles may be skipped ("always", "guarded": where all rows keep a key, "never").
+    `proof`: terms over the query, one of which has to hold in each row for it to keep a key; empty: every row does.
+    """
+
+    attention: Attention
+    state: RowState
+    products: tuple[Product, ...]
+    values: Expr
+    heads: Heads
+    mask: Mask
+    rule: str
+    proof: tuple[Expr, ...]
+    real: str
+
+    @property
+    def cascade(self) -> Cascade:
+        return self.attention.cascade
+
+    @property
+    def guarded(self) -> bool:
+        """Do rows have to be shown to keep a key at run time?"""
+        return self.rule == "guarded" and bool(self.proof)
+
+
+@lru_cache(maxsize=256)
+def form(c: Cascade) -> Form | Refusal:
+    """The attention of a cascade as the skeletons compute it, or why they cannot."""
+    a = attention(c)
+    if isinstance(a, Miss):
+        return Refusal(NAME, str(a))
+    state = derive(a)
+    if isinstance(state, Miss):
+        return Refusal(NAME, str(state))
+    products: list[Product] = []
+    for e in a.products:
+        p = product(e, a.query, a.key)
+        if isinstance(p, str):
+            return Refusal(NAME, p)
+        products.append(p)
+    values = plain(a.values)
+    if a.query in values.ranks:
+        return Refusal(NAME, f"the values vary over the query {a.query}: no product of weights and values")
+    mask = fills(a, state)
+    rule = skip.rule(state, a.score, mask) if mask.fills != (0.0,) else "always"
+    at = heads(a, [*(p.far for p in products), values])
+    wide = any(t.dtype == "f64" for t in (*a.cascade.inputs, a.cascade.tensor[a.cascade.outputs[0]]))
+    proof = () if rule != "guarded" else rows_keep_a_key(a, mask.keep)
+    return Form(a, state, tuple(products), values, at, mask, rule, proof, "f64" if wide else "f32")
+
+
+def fills(a: Attention, state: RowState) -> Mask:
+    """The score's mask; a choice of 0 is one as well where a score of 0 changes nothing (a row rule of squares)."""
+    mask = split(a.score, a.key)
+    e = plain(a.score)
+    if mask.keep is TRUE and e.op == "where" and a.key in e.args[0].ranks and skip.vanishes(state, a.score, 0.0, 0.0):
+        for chosen, other, keep in ((e.args[1], e.args[2], e.args[0]), (e.args[2], e.args[1], ~e.args[0])):
+            if plain(other).is_const and plain(other).value == 0:
+                return Mask(keep, ex.cast(chosen, a.score.dtype), (0.0,))
+    return mask
+
+
+def rows_keep_a_key(a: Attention, keep: Expr) -> tuple[Expr, ...]:
+    """Terms over the query, one of which proves that a row keeps a key; none where every row certainly does."""
+    size = size_term(a.cascade.rank[a.key].size)
+    out: list[Expr] = []
+    for w in witnesses(keep, a.query, a.key, size):
+        parts = [p for p in conjuncts(ex.substitute(keep, {ex.index(a.key): w})) if p is not TRUE]
+        if not _is_key(a, w, size):
+            parts += [w >= 0, w < size]
+        if not parts:
+            return ()
+        term = TRUE
+        for p in parts:
+            term = term & p
+        if term.op != "const":
+            out.append(term)
+    return tuple(sorted(out, key=lambda e: sum(1 for _ in ex.walk(e)))[:4])
+
+
+def _is_key(a: Attention, w: Expr, size: Expr) -> bool:
+    """Is a witness surely the number of a key?"""
+    if w.is_const:
+        return w.value == 0 and _positive(size)
+    if w is ex.index(a.query):
+        return bool(a.cascade.rank[a.query].size == a.cascade.rank[a.key].size)
+    return w is size - 1
+
+
+def _positive(size: Expr) -> bool:
+    return size.op in ("symbol", "const")
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The form as SDPA has it: one product, `scale · QK + added` under softmax, and how rows end."""
+
+    product: Product
+    score: Scaled
+    full: Scaled
+    ending: Ending
+
+
+def softmax(f: Form) -> Softmax | str:
+    """Read a form as SDPA, or the reason why SDPA cannot compute it."""
+    a = f.attention
+    if len(f.products) != 1:
+        return f"the score has {len(f.products)} products, SDPA has one"
+    (p,) = f.products
+    end = ending(a, f.state)
+    if isinstance(end, str):
+        return end
+    outside = ex.load(p.name, a.products[0].out.index, a.cascade.tensor[p.name].dtype)
+    table = {outside: outside * p.outside} if not (p.outside.is_const and p.outside.value == 1) else {}
+    score, full = (scaled(ex.substitute(s, table), p.name) for s in (a.score, f.mask.full))
+    if isinstance(score, str):
+        return score
+    if isinstance(full, str):
+        return full
+    if score.scale.ranks or ex.loads(score.scale):
+        return f"the scale {score.scale} is no number"
+    if score.scale is not full.scale:
+        return "the scale depends on the mask"
+    return Softmax(p, score, full, end)

@@ -1,0 +1,282 @@
+"""Our Triton kernel as a candidate: a cascade and a mapping become a module on disk, ready to launch.
+
+    build(cascade, mapping, target)  →  Kernel(.source, .run(tensors, sizes))  or  Refusal
+
+Nothing here imports Triton before a kernel is launched; without it `build` still prints the source.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cost_model.device import Device
+from ..patterns.cascade import Cascade, bind
+from ..patterns.evaluate import DTYPE, evaluate, infer_sizes
+from ..patterns.mapping import Mapping as Tiling
+from ..patterns.masks import EMPTY, PARTIAL, TileMap, Walk, classify, rows_with_key, runtime_classify
+from ..patterns.recognise import Refusal
+from . import cache, interpret, module
+from .print_torch import PrintError as TorchPrintError
+from .print_triton import PrintError
+from .skip import rule
+from .streaming import NAME, Streaming, read
+
+MISSING = "Triton is not installed: pip install 'reattend[triton]' (a CUDA build of torch brings its own)"
+# Bytes of shared memory that one block may have, where the target is an architecture and no device.
+SHARED_BYTES: Mapping[str, int] = {
+    "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_103": 232448,
+    "sm_120": 101376, "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840,
+}  # fmt: skip
+
+
+def available() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def architecture(target: Device | str | None) -> str:
+    return "" if target is None else target if isinstance(target, str) else target.arch
+
+
+def shared_limit(target: Device | str | None) -> int | None:
+    if isinstance(target, Device):
+        return target.shared_bytes_per_block or None
+    return SHARED_BYTES.get(target) if target is not None else None
+
+
+def build(c: Cascade, mapping: Tiling, target: Device | str | None = None) -> Kernel | Refusal:
+    """The kernel of an attention under a mapping, or why there is none.
+
+    `target`: a device, an architecture such as "sm_90" or "gfx942", or None (no limit is checked).
+    """
+    s = read(c)
+    if isinstance(s, Refusal):
+        return s
+    if mapping.split_m != 1:
+        return Refusal(NAME, f"this kernel does not split the keys ({mapping.split_m} ways asked)")
+    for name, n in (("tile_p", mapping.tile_p), ("tile_m", mapping.tile_m)):
+        if n < 16 or n & (n - 1):
+            return Refusal(NAME, f"{name} = {n} is no power of two of at least 16")
+    limit = shared_limit(target)
+    need = _shared_bytes(s, mapping, architecture(target))
+    if limit is not None and need > limit:
+        return Refusal(NAME, f"{mapping} needs {need} bytes of shared memory; {architecture(target)} has {limit}")
+    try:
+        source = module.emit(s, mapping)
+    except (PrintError, TorchPrintError) as e:
+        return Refusal(NAME, str(e))
+    return Kernel(s, mapping, source)
+
+
+# --- shared memory and mappings ---------------------------------------------------------------------------------
+
+_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
+
+
+def shared_bytes(c: Cascade, mapping: Tiling, target: Device | str = "sm_90") -> int | Refusal:
+    """Bytes of shared memory that Triton gives one program of the kernel."""
+    s = read(c)
+    return s if isinstance(s, Refusal) else _shared_bytes(s, mapping, architecture(target))
+
+
+def _shared_bytes(s: Streaming, mapping: Tiling, arch: str) -> int:
+    """bytes·(BM·E + stages·BN·(E + F)): the query tile, and `stages` key and value tiles in flight.
+
+    Only from sm_90 on do the tensor cores read the query tile from shared memory; before, it stays in registers.
+    """
+    rows = _BYTES[s.products[0].query.dtype] * mapping.tile_p * sum(w for p in s.products for _, w in p.chunks)
+    keys = sum(_BYTES[p.key.dtype] * w for p in s.products for _, w in p.chunks)
+    tile = mapping.tile_m * (keys + _BYTES[s.values.dtype] * s.value_width)
+    return (rows if arch in ("sm_90", "sm_100", "sm_103") else 0) + mapping.stages * tile
+
+
+@lru_cache(maxsize=256)
+def default_mapping(c: Cascade, target: Device | str = "sm_90") -> Tiling | Refusal:
+    """The mapping to start from on an architecture: the largest tiles whose accumulator stays in registers."""
+    s = read(c)
+    if isinstance(s, Refusal):
+        return s
+    arch, limit = architecture(target), shared_limit(target)
+    for mapping in _mappings(s, arch):
+        if limit is None or _shared_bytes(s, mapping, arch) <= limit:
+            return mapping
+    return Refusal(NAME, f"no tile of head size {s.value_width} fits into the {limit} bytes of shared memory of {arch}")
+
+
+def _mappings(s: Streaming, arch: str) -> list[Tiling]:
+    """Candidates, best first."""
+    wide = max(s.value_width, sum(w for p in s.products for _, w in p.chunks))
+    queries = s.extent[s.attention.query]
+    rows = math.prod(n for r in s.rows if isinstance(n := s.extent[r], int))
+    few = isinstance(queries, int) and rows <= 64
+    tile_p = max(16, 1 << (rows - 1).bit_length()) if few else 128
+    out = []
+    for p in dict.fromkeys((tile_p, min(tile_p, 64), min(tile_p, 32), 16)):
+        for m in (128, 64, 32, 16):
+            for stages in (3, 2, 1):
+                heavy = p * wide > 64 * 128
+                warps = 8 if heavy and not arch.startswith("gfx") else 4
+                accumulators = p * (s.value_width + m) / (32 * warps)
+                if accumulators <= 130 and (stages < 3 or m <= 64) and (p > 32 or m <= 128):
+                    out.append(Tiling(p, m, warps, stages))
+    return out
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """What one combination of shapes, strides and types needs at every launch."""
+
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    known: Mapping[str, int]
+    programs: int
+    row_blocks: int
+    walk: tuple[Any, ...] | None
+
+
+class Kernel:
+    """A compiled-on-first-use kernel. `source` is the whole self-contained file."""
+
+    name = NAME
+
+    def __init__(self, s: Streaming, mapping: Tiling, source: str) -> None:
+        self.streaming, self.mapping, self.source = s, mapping, source
+        self.cascade = s.cascade
+        self._bound: dict[tuple[object, ...], _Bound] = {}
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.cascade.name}, {self.mapping})"
+
+    @cached_property
+    def module(self) -> ModuleType:
+        """The generated file, imported. Raises ImportError without Triton."""
+        if not available():
+            raise ImportError(MISSING)
+        if interpret.interpreting():
+            interpret.repair()
+        return cache.load(self.source)
+
+    def run(
+        self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Launch on the inputs by name; returns the cascade's output in its rank order.
+
+        Raises ValueError for a missing tensor, another type than the cascade's, or shapes that contradict it.
+        """
+        s = self.streaming
+        inputs = [tensors[t.name] for t in s.cascade.inputs] if not _missing(s, tensors) else _complain(s, tensors)
+        key = (*((t.shape, t.dtype) for t in inputs), inputs[0].device, *sorted((sizes or {}).items()))
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._bound[key] = self._bind(tensors, sizes or {})
+        if s.attention.prelude:
+            inputs += self._prelude(tensors, bound.known)
+        if out is None:
+            out = torch.empty(bound.shape, dtype=DTYPE[self._out.dtype], device=inputs[0].device)
+        walk = bound.walk if bound.walk is not None else self._walk(tensors, bound.known, inputs[0].device)
+        result: Tensor = self.module.launch(
+            self.module.stream, self.module.CONSTANTS, out, tuple(inputs), bound.sizes, bound.programs,
+            bound.row_blocks, walk,
+        )  # fmt: skip
+        return result
+
+    @property
+    def _out(self) -> Any:
+        return self.cascade.tensor[self.cascade.outputs[0]]
+
+    def _bind(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> _Bound:
+        s = self.streaming
+        for t in s.cascade.inputs:
+            if tensors[t.name].dtype != DTYPE[t.dtype]:
+                raise ValueError(f"{t.name} is {tensors[t.name].dtype}; the kernel was built for {t.dtype}")
+        known = infer_sizes(s.cascade, tensors, sizes)
+        extent = self._extent(known)
+        rows = math.prod(extent[r] for r in s.rows)
+        static = None if module.needs_lists(s) and not module.is_static(s) else self._walk(
+            tensors, known, tensors[s.cascade.inputs[0].name].device
+        )  # fmt: skip
+        return _Bound(
+            shape=tuple(int(bind(n, known)) for n in self._out.shape),
+            sizes=tuple(known[n] for n in s.cascade.free_symbols),
+            known=known,
+            programs=math.prod(extent[r] for r in s.grid),
+            row_blocks=-(-rows // self.mapping.tile_p),
+            walk=static,
+        )
+
+    def _extent(self, known: Mapping[str, int]) -> dict[str, int]:
+        return {r: int(bind(n, known)) for r, n in self.streaming.extent.items()}
+
+    def _prelude(self, tensors: Mapping[str, Tensor], known: Mapping[str, int]) -> list[Tensor]:
+        """Tensors that the attention reads and that are computed beforehand, in plain torch."""
+        before = self.streaming.attention.prelude
+        names = tuple(e.out.tensor for e in before)
+        c = replace(self.cascade, einsums=before, outputs=names)
+        made = evaluate(c, tensors, known)
+        return [made[n] for n in names]
+
+    # which tiles to visit
+
+    def _walk(self, tensors: Mapping[str, Tensor], known: Mapping[str, int], device: torch.device) -> tuple[Any, ...]:
+        s = self.streaming
+        keys = self._extent(known)[s.key]
+        n_m = -(-keys // self.mapping.tile_m)
+        if not module.needs_lists(s):
+            return (keys // self.mapping.tile_m if s.mask.keep.is_const else 0, n_m)
+        classes = self._classes(tensors, known, device)
+        if not isinstance(classes, Tensor):
+            classes = torch.tensor(classes, device=device)
+        lists: tuple[Any, ...] = self.module.tile_lists(
+            classes.reshape(-1, *classes.shape[-2:]), keys % self.mapping.tile_m != 0, self.mapping.heavy_first
+        )
+        return lists
+
+    def _classes(self, tensors: Mapping[str, Tensor], known: Mapping[str, int], device: torch.device) -> Any:
+        """Tile classes with the rule for skipping applied: [*lists, row blocks, key tiles]."""
+        s = self.streaming
+        skip = rule(s.state, s.score, s.mask)
+        extents = {r: n for r, n in self._extent(known).items() if r in (*s.grid, s.attention.query, s.key)}
+        where = {"query": s.attention.query, "key": s.key, "extents": extents, "symbols": known}
+        tiles = {"tile_p": self.mapping.tile_p, "tile_m": self.mapping.tile_m}
+        if module.is_static(s):
+            found = classify(s.mask.keep, **where, **tiles)  # type: ignore[arg-type]
+            certain = rows_with_key(s.mask.keep, found, **where) if skip == "guarded" else None  # type: ignore[arg-type]
+        else:
+            on_host = device.type == "cpu"
+            arrays = {t: tensors[t].detach() for t in module.mask_tensors(s)}
+            walk: Walk = runtime_classify(
+                s.mask.keep, **where, **tiles, arrays=arrays, xp=np if on_host else torch,  # type: ignore[arg-type]
+            )  # fmt: skip
+            found, certain = walk.tiles, walk.certain
+        return _visited(found, certain, skip)
+
+
+def _visited(found: TileMap, certain: Any, skip: str) -> Any:
+    if skip == "always":
+        return found.classes
+    if skip == "guarded":
+        return found.guarded(certain).classes
+    everywhere = found.classes == EMPTY
+    return found.classes + everywhere * (np.uint8(PARTIAL) if isinstance(everywhere, np.ndarray) else PARTIAL)
+
+
+def _missing(s: Streaming, tensors: Mapping[str, Tensor]) -> list[str]:
+    return [t.name for t in s.cascade.inputs if t.name not in tensors]
+
+
+def _complain(s: Streaming, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    raise ValueError(
+        f"attention {s.cascade.name!r} needs {', '.join(_missing(s, tensors))}; given {', '.join(sorted(tensors))}"
+    )
