@@ -487,20 +487,21 @@ def rebuild(root: Expr, rule: Callable[[Expr, tuple[Expr, ...]], Expr | None]) -
 def substitute(root: Expr, table: Mapping[Expr, Expr]) -> Expr:
     """Replace whole sub-terms (outermost first), then rebuild what holds them."""
     new: dict[Expr, Expr] = {}
-
-    def go(e: Expr) -> Expr:
+    stack: list[tuple[Expr, bool]] = [(root, False)]
+    while stack:
+        e, done = stack.pop()
         if e in new:
-            return new[e]
+            continue
         hit = table.get(e)
         if hit is not None:
-            out = hit
+            new[e] = hit
+        elif done:
+            args = tuple(new[a] for a in e.args)
+            new[e] = e if args == e.args else make(e.op, args, e.attr, e.dtype)
         else:
-            args = tuple(go(a) for a in e.args)
-            out = e if args == e.args else make(e.op, args, e.attr, e.dtype)
-        new[e] = out
-        return out
-
-    return go(root)
+            stack.append((e, True))
+            stack.extend((a, False) for a in e.args if a not in new)
+    return new[root]
 
 
 def loads(root: Expr) -> tuple[Expr, ...]:

@@ -166,6 +166,12 @@ def softplus(b: Builder, s: Expr) -> Expr:
     return sn / b.put("SD", "bhp", sn, "add", "m")
 
 
+def softplus_late(b: Builder, s: Expr) -> Expr:
+    sn = b.put("SN", "bhpm", ex.unary("softplus", s))
+    b.put("SD", "bhp", sn, "add", "m")
+    return sn
+
+
 def linear(b: Builder, s: Expr) -> Expr:
     """The quadratic spelling of linear attention."""
     return s / b.put("SD", "bhp", s, "add", "m")
