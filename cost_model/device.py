@@ -7,11 +7,17 @@ multiply-add is two operations. `model` holds the constants of the time model th
 from __future__ import annotations
 
 import difflib
+import json
+import os
+import platform
+import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 KINDS = ("cuda", "hip", "cpu", "array")
@@ -36,6 +42,7 @@ class TimeModel:
     partial_factor: float = 1.4
     launch_seconds: float = 4e-6
     prologue_seconds: float = 1e-6
+    load_latency_seconds: float = 7e-7
 
 
 @dataclass(frozen=True)
@@ -171,18 +178,26 @@ def _shipped() -> Mapping[str, Device]:
     return {d.name: d for d in sorted(found, key=lambda d: d.name)}
 
 
+def shipped(name: str) -> Device:
+    """The device as its data file has it, without a calibration of this machine."""
+    return _shipped()[name]
+
+
 def targets() -> list[Device]:
     """Every device that a plan can be made for, by name."""
-    return list(_shipped().values())
+    return [_calibrated(d) for d in _shipped().values()]
 
 
 def device(target: str | Device) -> Device:
-    """The device of this name; a Device is itself. Raises UnknownDevice, naming the closest and all valid names."""
+    """The device of this name; a Device is itself. "cpu" is this machine's where it has been calibrated.
+
+    Raises UnknownDevice, naming the closest and all valid names.
+    """
     if isinstance(target, Device):
         return target
     found = _shipped().get(target.strip().lower())
     if found is not None:
-        return found
+        return _calibrated(found)
     close = difflib.get_close_matches(target.strip().lower(), list(_shipped()), n=1, cutoff=0.5)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise UnknownDevice(f"unknown target {target!r}{hint}; one of: {', '.join(_shipped())}")
@@ -195,6 +210,52 @@ def with_threads(d: Device, threads: int) -> Device:
     own = max(d.units, 2)
     scaling = {k: max(1.0, 1.0 + (s - 1.0) * (threads - 1) / (own - 1)) for k, s in d.host.scaling.items()}
     return replace(d, units=threads, host=replace(d.host, threads=threads, scaling=scaling))
+
+
+# --- calibration files ------------------------------------------------------------------------------------------
+
+CALIBRATION_SCHEMA = 1
+# Names another file; empty: none is read or written.
+CALIBRATION_VARIABLE = "REATTEND_CALIBRATION"
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine() or "CPU"
+
+
+def calibration_path() -> Path | None:
+    """Where this processor's calibration lies, or None where the environment wants none."""
+    told = os.environ.get(CALIBRATION_VARIABLE)
+    if told is not None:
+        return Path(told) if told else None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    word = re.sub(r"\W+", "-", processor()).strip("-").lower()
+    return cache / "reattend" / f"calibration-{word}.json"
+
+
+def _calibrated(d: Device) -> Device:
+    """The CPU with this machine's rates where a calibration file of this version is there; other devices as they are."""
+    path = calibration_path() if d.kind == "cpu" else None
+    if path is None or not path.is_file():
+        return d
+    found = _read_calibration(path, path.stat().st_mtime_ns)
+    return replace(found, sources=d.sources) if found is not None else d
+
+
+@lru_cache(maxsize=4)
+def _read_calibration(path: Path, changed: int) -> Device | None:
+    """The device of a calibration file; None where the file has another schema or is damaged."""
+    del changed
+    try:
+        body = json.loads(path.read_text("utf-8"))
+        return device_from_dict(body["device"]) if body["schema"] == CALIBRATION_SCHEMA else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 # --- plain data -------------------------------------------------------------------------------------------------

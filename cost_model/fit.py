@@ -94,7 +94,7 @@ def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys
     """
     if device.kind == "cpu":
         return tuple(_on_cpu(queries))
-    return tuple(m for m in _on_gpu(device, queries, keys) if refuse(m, e, f, width, device) is None)
+    return tuple(m for m in _on_gpu(device, queries, keys, e + f > 256) if refuse(m, e, f, width, device) is None)
 
 
 def _on_cpu(queries: int) -> Iterator[Mapping]:
@@ -104,7 +104,7 @@ def _on_cpu(queries: int) -> Iterator[Mapping]:
             yield Mapping(tile_p=tile, tile_m=min(tile, 128), warps=1, stages=1, body=body)
 
 
-def _on_gpu(device: Device, queries: int, keys: int) -> Iterator[Mapping]:
+def _on_gpu(device: Device, queries: int, keys: int, wide: bool) -> Iterator[Mapping]:
     stages = (1, 2) if device.kind == "hip" else (2, 3, 4)
     if queries <= SMALLEST_DOT:
         for tile_m in (32, 64, 128):
@@ -114,10 +114,14 @@ def _on_gpu(device: Device, queries: int, keys: int) -> Iterator[Mapping]:
                     for s in stages:
                         yield Mapping(SMALLEST_DOT, tile_m, warps=4, stages=s, split_m=split)
         return
+    # on long sequences small tiles only cost more traffic, unless nothing larger fits the head
+    least = 64 if min(queries, keys) > 2048 else 32
     for tile_p in (32, 64, 128):
-        if tile_p >= 2 * queries and tile_p > 32:
+        if (tile_p >= 2 * queries and tile_p > 32) or tile_p < least:
             continue
         for tile_m in (32, 64, 128):
+            if tile_m < least and not wide:
+                continue
             for warps in (4, 8):
                 for s in stages:
                     yield Mapping(tile_p, tile_m, warps=warps, stages=s)

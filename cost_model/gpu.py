@@ -16,7 +16,7 @@ from ..patterns.mapping import Mapping as Tiling
 from .cost import Cost, bound_of
 from .device import Device
 from .fit import Footprint
-from .tiles import Jobs, makespan, order
+from .tiles import SCHEDULED, Jobs, launch_span
 from .work import DIVISIONS, EXPONENTIALS, ROOTS, Work, size_int
 
 # Issue slots of a lane: half of the multiplies and additions fuse, conversions run at half a slot beside others.
@@ -38,6 +38,7 @@ class Kernel:
     exps: int
     resident: int
     split: int = 1
+    stages: int = 2
     heavy_first: bool = True
     launches: int = 1
     merge_bytes: int = 0
@@ -61,24 +62,32 @@ def overlapped(parts: Mapping[str, float], overlap: float) -> float:
     return (1 - overlap) * sum(parts.values()) + overlap * max(parts.values(), default=0.0)
 
 
-def seconds(k: Kernel, d: Device, *, overlap: float, partial_factor: float) -> Cost:
+def seconds(k: Kernel, d: Device, *, overlap: float, partial_factor: float, scheduled: int = SCHEDULED) -> Cost:
     """The time of one kernel on a GPU."""
     full, partial, rest = (resources(w, d) for w in (k.full_tile, k.partial_tile, k.program))
-    t_full, t_partial = overlapped(full, overlap), overlapped(partial, overlap)
+    t_full, t_partial = overlapped(full, overlap) + _exposed(k, d, full), overlapped(partial, overlap)
     t_partial = max(t_partial, t_full * partial_factor)
     tiles = (k.jobs.full * t_full + k.jobs.partial * t_partial) / k.split
     # programs that share a unit share its rates as well
     costs = d.model.prologue_seconds + (tiles + overlapped(rest, overlap)) * k.resident
-    queue = order(costs, k.jobs.repeat * k.split, k.heavy_first)
-    kernel = makespan(queue, d.units * k.resident)
-    memory = _dram_bytes(k, d, len(queue)) / (d.model.bandwidth_efficiency * d.dram_bytes_per_s)
+    repeat = k.jobs.repeat * k.split
+    kernel = launch_span(costs, repeat, d.units * k.resident, k.heavy_first, scheduled)
+    memory = _dram_bytes(k, d, costs.size * repeat) / (d.model.bandwidth_efficiency * d.dram_bytes_per_s)
     l2 = k.moved_bytes / d.l2_bytes_per_s if d.l2_bytes_per_s else 0.0
     launch = k.launches * d.model.launch_seconds
     merge = k.merge_bytes / (d.model.bandwidth_efficiency * d.dram_bytes_per_s)
     busy = max(kernel, memory, l2)
-    parts = _shares(k, d, (full, partial, rest), kernel) | {"memory": memory + merge, "l2": l2, "launch": launch}
-    bound = bound_of(parts if launch > busy else {n: t for n, t in parts.items() if n != "launch"})
+    inside = _shares(k, d, (full, partial, rest), kernel)
+    outside = {"memory": memory + merge, "l2": l2, "launch": launch}
+    parts = inside | outside
+    bound = bound_of({"launch": launch} if launch > busy else inside if kernel >= busy else outside | {"launch": 0.0})
     return Cost(busy + merge + launch, bound, k.flops, k.unique_bytes + k.written_bytes, k.exps, parts, d.basis)
+
+
+def _exposed(k: Kernel, d: Device, tile: Mapping[str, float]) -> float:
+    """Latency of a tile's loads that neither earlier stages nor other programs of the unit cover."""
+    covered = (k.stages - 1 + k.resident - 1) * sum(tile.values())
+    return max(0.0, d.model.load_latency_seconds - covered)
 
 
 def _dram_bytes(k: Kernel, d: Device, programs: int) -> float:
@@ -112,5 +121,5 @@ def streaming(w: Work, mapping: Tiling, jobs: Jobs, fit: Footprint, value: int, 
         unique_bytes=sum(size_int(t.once) for t in read),
         written_bytes=sum(size_int(t.once) for t in w.traffic if t.written),
         flops=size_int(w.flops), exps=size_int(w.exps), resident=fit.resident, split=mapping.split_m,
-        heavy_first=mapping.heavy_first, launches=2 if mapping.split_m > 1 else 1, merge_bytes=merge,
+        stages=mapping.stages, heavy_first=mapping.heavy_first, launches=2 if mapping.split_m > 1 else 1, merge_bytes=merge,
     )  # fmt: skip

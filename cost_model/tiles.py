@@ -20,8 +20,8 @@ from ..patterns import expr as ex
 from ..patterns.expr import Expr
 from ..patterns.masks import PARTIAL, Mask, TileMap, classify, conjuncts, rows_with_key
 
-# Jobs above this are not scheduled one by one: the bound is within one job's length of the truth.
-SCHEDULED = 1 << 16
+# Programs above this are not scheduled one by one.
+SCHEDULED = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,22 @@ def jobs(tiles: TileMap | None, programs: int, query_tiles: int, key_tiles: int)
     return Jobs(visited - partial, partial, max(1, programs // (flat.shape[0] * query_tiles)), tiles)
 
 
+def launch_span(
+    costs: NDArray[np.float64], repeat: int, slots: int, heavy_first: bool, scheduled: int = SCHEDULED
+) -> float:
+    """The makespan of jobs [batch, query tiles], each `repeat` times, in launch order on `slots` units.
+
+    Queues longer than `scheduled` are not run job by job: they end within half of their last jobs' length of an even
+    load.
+    """
+    n = costs.size * repeat
+    if n > max(scheduled, slots) and costs.min() < costs.max():
+        even = float(costs.sum()) * repeat / slots
+        last = costs.min() if heavy_first else costs.max()
+        return max(even + float(last) / 2, float(costs.max()))
+    return makespan(order(costs, repeat, heavy_first), slots)
+
+
 def makespan(costs: NDArray[np.float64], slots: int) -> float:
     """Time until the last of these jobs ends, handed out in order to whichever of `slots` units is free."""
     n = len(costs)
@@ -98,8 +114,6 @@ def makespan(costs: NDArray[np.float64], slots: int) -> float:
         return longest
     if longest == float(costs.min()):
         return -(-n // slots) * longest
-    if n > SCHEDULED:
-        return max(float(costs.sum()) / slots, longest) + longest / 2
     ends = costs[:slots].tolist()
     heapq.heapify(ends)
     for c in costs[slots:].tolist():

@@ -1,0 +1,164 @@
+"""The time model of a CPU: what PyTorch's operators, SDPA and our tiled bodies take, operator by operator.
+
+    operator   = call + max(elements · seconds each, bytes / bandwidth) / threads' gain + first touch of fresh memory
+    product    = call + FLOP / (peak · rows / (rows + half)) / threads' gain
+    SDPA       = call + Σ query blocks · keys · (fixed + (E + F)·each) / threads' gain      the fused CPU kernel
+
+Nothing overlaps: parts add up. Rates come from the device file or a calibration of the machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .cost import Cost, bound_of
+from .device import Device, HostRates
+from .eager import Operator
+from .work import EXPONENTIALS
+
+# ATen runs tensors below this many elements on one thread.
+GRAIN = 32768
+# torch's vectorised exp is the unit; the others cost about this many of them.
+IN_EXPS: Mapping[str, float] = {"tanh": 3.0, "sigmoid": 1.5, "softplus": 3.0, "erf": 2.0, "sin": 2.0, "cos": 2.0, "pow": 3.0}
+
+
+@dataclass
+class Bill:
+    """Seconds by resource, added up while a body is walked."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+    flops: int = 0
+    bytes: int = 0
+    exps: int = 0
+
+    def add(self, name: str, seconds: float) -> None:
+        self.parts[name] = self.parts.get(name, 0.0) + seconds
+
+    def cost(self, basis: str) -> Cost:
+        parts = {k: v for k, v in self.parts.items() if v > 0}
+        by_bound: dict[str, float] = {}
+        for k, v in parts.items():
+            by_bound[bound_of({k: v})] = by_bound.get(bound_of({k: v}), 0.0) + v
+        return Cost(sum(parts.values()), bound_of(by_bound), self.flops, self.bytes, self.exps, parts, basis)
+
+
+class Host:
+    """Prices of one machine."""
+
+    def __init__(self, d: Device) -> None:
+        if d.host is None:
+            raise ValueError(f"device {d.name} has no host rates: it is no CPU")
+        self.d, self.h = d, d.host
+        self.threads = d.units
+
+    def gain(self, kind: str, elements: float = math.inf) -> float:
+        """What the threads bring over one for this class of work."""
+        if self.threads < 2 or elements < GRAIN:
+            return 1.0
+        return self.h.scaling.get(kind, 1.0)
+
+    # single operators
+
+    def operator(self, o: Operator, bill: Bill) -> None:
+        """One eager operator whose result is fresh memory."""
+        bill.flops += o.flops
+        bill.exps += o.exps
+        bill.bytes += o.read_bytes + o.written_bytes
+        match o.kind:
+            case "product":
+                bill.add("launch", self.h.product_seconds)
+                bill.add("matrix", self.product(o.batch, o.rows, o.columns, o.inner, o.dtype))
+            case "softmax":
+                bill.add("launch", self.h.operator_seconds)
+                bill.add("exp", o.points * rate(self.h.softmax_seconds, o.dtype) / self.gain("element", o.points))
+            case _:
+                bill.add("launch", self.h.operator_seconds)
+                self.point(o.name, o.dtype, o.points, o.read_bytes + o.written_bytes, bill)
+        bill.add("fault", self.fresh(o.written_bytes))
+
+    def product(self, batch: int, rows: int, columns: int, inner: int, dtype: str) -> float:
+        half = rate(self.h.gemm_half_rows, dtype)
+        peak = self.d.matrix_rate(dtype)
+        flops = 2.0 * batch * rows * columns * inner
+        return flops / (peak * rows / (rows + half)) / self.gain("product", batch * rows * columns)
+
+    def point(self, name: str, dtype: str, points: int, moved: int, bill: Bill) -> None:
+        """An element-wise operator; its operands lie in the cache or stream from memory."""
+        gain = self.gain("element", points)
+        if name in EXPONENTIALS:
+            bill.add("exp", points * rate(self.h.exp_seconds, dtype) * IN_EXPS.get(name, 1.0) / gain)
+            return
+        busy = points * rate(self.h.element_seconds, dtype) / gain
+        if moved > self.h.cache_bytes:
+            stream = moved / self.d.dram_bytes_per_s / self.gain("memory", points)
+            if stream > busy:
+                bill.add("memory", stream)
+                return
+        bill.add("element", busy)
+
+    def fresh(self, size: int) -> float:
+        """The first touch of a large block, which the allocator gives back every time."""
+        if size < self.h.fault_bytes:
+            return 0.0
+        return size * self.h.fault_seconds_per_byte / self.gain("fault")
+
+    # the fused attention kernel
+
+    def attention(
+        self, pairs: float, rows: int, e: int, f: int, dtype: str, units: int, masked: bool
+    ) -> tuple[float, float]:
+        """Seconds (products, exponentials) of the fused kernel over (query, key) pairs, `rows` queries a call.
+
+        `units` are the independent query blocks of the call, which the threads share.
+        """
+        fixed, each = pair_seconds(self.h, dtype, rows)
+        gain = balanced(self.gain("attention"), self.threads, units)
+        mask = rate(self.h.attention_mask_seconds, dtype) if masked else 0.0
+        return pairs * each * (e + f) / gain, pairs * (fixed + mask) / gain
+
+
+def rate(table: Mapping[str, float], dtype: str) -> float:
+    """The entry of a type; f32's where a type has none."""
+    return table.get(dtype, table["f32"])
+
+
+def query_block(rows: int) -> int:
+    """Rows of the query block inside PyTorch's fused CPU kernel (ATen/native/cpu/FlashAttentionKernel.cpp)."""
+    return 256 if rows >= 768 else 64 if rows >= 192 else 32
+
+
+def pair_seconds(h: HostRates, dtype: str, rows: int) -> tuple[float, float]:
+    """(fixed, per element of e + f) seconds of a pair; few rows lie between the measured ones on a logarithmic scale."""
+    table = h.attention_pair_seconds.get(dtype) or h.attention_pair_seconds["f32"]
+    if rows >= 32:
+        return table[query_block(rows)]
+    known = sorted(table)
+    low = max(r for r in known if r <= rows)
+    high = min(r for r in known if r >= rows)
+    if low == high:
+        return table[low]
+    t = math.log(rows / low) / math.log(high / low)
+    a, b = table[low], table[high]
+    return a[0] + t * (b[0] - a[0]), _between(a[1], b[1], t)
+
+
+def _between(a: float, b: float, t: float) -> float:
+    return float(math.exp((1 - t) * math.log(a) + t * math.log(b))) if a > 0 and b > 0 else a + t * (b - a)
+
+
+def balanced(gain: float, threads: int, units: int) -> float:
+    """The gain of threads that share `units` equal pieces: the last round may leave some idle."""
+    if threads < 2 or units < 1:
+        return 1.0
+    rounds = -(-units // threads)
+    return max(1.0, gain * units / (rounds * threads))
+
+
+def original(operators: Sequence[Operator], d: Device) -> Cost:
+    """The original code: every operator after the other."""
+    host, bill = Host(d), Bill()
+    for o in operators:
+        host.operator(o, bill)
+    return bill.cost(d.basis)

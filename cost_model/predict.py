@@ -1,0 +1,269 @@
+"""Predictions: seconds, with their bound, of every way to compute an attention on a device.
+
+    predict            our tiled kernel: the one-pass form of the cascade under a mapping
+    predict_original   the original code, operator by operator
+    predict_vendor     SDPA and FlexAttention, as they are called
+    best_mapping       the mapping of our kernel that the model likes best on a device
+
+All is counted from the cascade; what a vendor's kernel is told stands in `VendorUse`. A "no" is a Miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from ..patterns.cascade import Cascade
+from ..patterns.mapping import Mapping as Tiling
+from ..patterns.recognise import Miss
+from . import gpu, host
+from .body import tiled
+from .cost import Cost, bound_of
+from .device import Device
+from .eager import Operator, operators
+from .fit import Footprint, candidates, footprint, padded, refuse
+from .subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
+from .tiles import SCHEDULED, Jobs
+from .work import WIDTH, Work, size_int
+
+__all__ = ["Cost", "VendorUse", "best_mapping", "predict", "predict_original", "predict_vendor", "tiles_of"]
+
+# Mappings whose queue is run job by job; the others are compared by an even load.
+SCHEDULED_MAPPINGS = 3
+# Blocks of FlexAttention's mask, and the tile that stands for a vendor's kernel.
+FLEX_BLOCK = 128
+VENDOR_TILE = Tiling(tile_p=128, tile_m=128, warps=8, stages=2, body="vendor")
+# SDPA's memory-efficient kernel takes a mask tensor, and runs at about this share of the flash kernel's rate.
+EFFICIENT_SHARE = 0.6
+# FlexAttention's template beside our kernel: 0.92 to 1.14 times FlashAttention-2 on H100.
+FLEX_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class VendorUse:
+    """How a vendor's function is called for an attention.
+
+    `backend`: "flash", "cudnn", "efficient" or "math" of SDPA, or "flex". `skips`: the kernel leaves out tiles that the mask
+    empties (SDPA's is_causal, FlexAttention's block mask). `mask_elements` counts the mask tensor that is passed, in
+    `mask_dtype`; `built_elements` what of it is made anew at each call. `operators`: ATen calls around it.
+    """
+
+    backend: str
+    skips: bool = False
+    mask_elements: int = 0
+    mask_dtype: str = "b1"
+    built_elements: int = 0
+    operators: int = 0
+
+
+def predict(c: Cascade, mapping: Tiling, device: Device, sizes: Mapping[str, int] | None = None) -> Cost | Miss:
+    """The time of our kernel for a lifted cascade under a mapping; a Miss where it has no one-pass form or does not fit.
+
+    Raises ValueError when a size of the cascade has no value.
+    """
+    s = subject(c)
+    if isinstance(s, Miss):
+        return s
+    at = shape(s.cascade, s.attention, sizes or {})
+    if device.kind == "cpu":
+        return tiled(s, at, mapping, plan_tiles(s, at, mapping), device)
+    if not device.is_gpu:
+        return Miss(f"{device.name} runs no kernels of ours: only papers' cascades are timed on it")
+    reason = refuse(mapping, at.embed, at.value, WIDTH[s.dtype], device)
+    if reason is not None:
+        return Miss(f"{mapping} {reason}")
+    return _ours(s, at, mapping, device)
+
+
+def best_mapping(c: Cascade, device: Device, sizes: Mapping[str, int] | None = None) -> tuple[Tiling, Cost] | Miss:
+    """The mapping of our kernel with the least predicted time. Raises ValueError when a size has no value."""
+    s = subject(c)
+    if isinstance(s, Miss):
+        return s
+    if device.kind not in ("cpu", "cuda", "hip"):
+        return Miss(f"{device.name} runs no kernels of ours: only papers' cascades are timed on it")
+    at = shape(s.cascade, s.attention, sizes or {})
+    width = WIDTH[s.dtype]
+    fitting = candidates(device, e=at.embed, f=at.value, width=width, queries=_rows(at), keys=at.keys)
+    if not fitting:
+        return Miss(f"no tile of head sizes {at.embed} and {at.value} fits {device.name}")
+    if device.kind == "cpu":
+        found = [(m, tiled(s, at, m, plan_tiles(s, at, m), device)) for m in fitting]
+        return min(found, key=lambda pair: pair[1].seconds)
+    rough = sorted(fitting, key=lambda m: _ours(s, at, m, device, scheduled=0).seconds)
+    return min(((m, _ours(s, at, m, device)) for m in rough[:SCHEDULED_MAPPINGS]), key=lambda pair: pair[1].seconds)
+
+
+def predict_original(c: Cascade, device: Device, sizes: Mapping[str, int] | None = None) -> Cost:
+    """The original code as lifted: every operator a kernel, every result written. Raises ValueError without sizes."""
+    return _operators(operators(c, sizes or {}), device)
+
+
+def predict_vendor(c: Cascade, use: VendorUse, device: Device, sizes: Mapping[str, int] | None = None) -> Cost | Miss:
+    """SDPA or FlexAttention, called as `use` says. A Miss where the cascade is no streaming attention."""
+    s = subject(c)
+    if isinstance(s, Miss):
+        return s
+    at = shape(s.cascade, s.attention, sizes or {})
+    if use.backend == "math":
+        return _math(c, s, use, device, sizes or {})
+    if device.kind == "cpu":
+        return _vendor_on_cpu(s, at, use, device)
+    return _vendor_on_gpu(s, at, use, device)
+
+
+def tiles_of(c: Cascade, mapping: Tiling, sizes: Mapping[str, int]) -> Jobs | Miss:
+    """The key tiles that a mapping visits, program by program."""
+    s = subject(c)
+    return s if isinstance(s, Miss) else plan_tiles(s, shape(s.cascade, s.attention, sizes), mapping)
+
+
+# --- operators ----------------------------------------------------------------------------------------------------
+
+
+def _operators(ops: tuple[Operator, ...], device: Device) -> Cost:
+    if device.kind == "cpu":
+        return host.original(ops, device)
+    model = device.model
+    parts = {"matrix": 0.0, "memory": 0.0, "launch": len(ops) * model.launch_seconds}
+    for o in ops:
+        moving = (o.read_bytes + o.written_bytes) / (model.bandwidth_efficiency * device.dram_bytes_per_s)
+        matrix = o.flops / (model.matrix_efficiency * device.matrix_rate(o.dtype)) if o.flops else 0.0
+        parts["matrix" if matrix > moving else "memory"] += max(matrix, moving)
+    flops, moved = sum(o.flops for o in ops), sum(o.read_bytes + o.written_bytes for o in ops)
+    return Cost(sum(parts.values()), bound_of(parts), flops, moved, sum(o.exps for o in ops), parts, device.basis)
+
+
+def _math(c: Cascade, s: Subject, use: VendorUse, device: Device, sizes: Mapping[str, int]) -> Cost:
+    """SDPA's fall-back: the operators of the original, in fp32 on a CPU whatever the type of the inputs."""
+    ops = operators(c, sizes)
+    if device.kind == "cpu" and s.dtype in ("bf16", "f16"):
+        ops = tuple(replace(o, dtype="f32", read_bytes=2 * o.read_bytes, written_bytes=2 * o.written_bytes) for o in ops)
+    return _operators(ops, device)
+
+
+# --- our kernel on a GPU --------------------------------------------------------------------------------------------
+
+
+def _rows(at: Shape) -> int:
+    """Query rows that one tile may hold: with few queries, the heads of a group come together."""
+    return at.queries * _packed(at)
+
+
+def _packed(at: Shape) -> int:
+    few = at.queries < FEW_ROWS and at.group > 1 and at.queries * at.group <= SHARED_ROWS
+    return at.group if few else 1
+
+
+@lru_cache(maxsize=256)
+def _tile_work(s: Subject, sizes: tuple[tuple[str, int], ...], tile_p: int, tile_m: int) -> tuple[Work, Jobs]:
+    at = shape(s.cascade, s.attention, dict(sizes))
+    mapping = Tiling(tile_p, tile_m)
+    tiles = plan_tiles(s, at, mapping)
+    return work(s, at, mapping, dict(sizes), tiles), tiles
+
+
+def _ours(s: Subject, at: Shape, mapping: Tiling, device: Device, scheduled: int = SCHEDULED) -> Cost:
+    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), mapping.tile_p, mapping.tile_m)
+    fit = footprint(mapping, at.embed, at.value, WIDTH[s.dtype], device)
+    kernel = gpu.streaming(w, mapping, jobs, fit, at.value, at.queries, at.batch)
+    return gpu.seconds(
+        _shared_heads(kernel, _packed(at)), device, overlap=device.model.overlap,
+        partial_factor=device.model.partial_factor, scheduled=scheduled,
+    )  # fmt: skip
+
+
+def _shared_heads(k: gpu.Kernel, group: int) -> gpu.Kernel:
+    """One program serves the heads of a group: so many fewer programs, and the keys are read once for all of them."""
+    if group == 1:
+        return k
+    jobs = replace(k.jobs, repeat=max(1, k.jobs.repeat // group))
+    return replace(k, jobs=jobs, moved_bytes=max(k.unique_bytes, k.moved_bytes // group))
+
+
+# --- vendors' kernels -----------------------------------------------------------------------------------------------
+
+
+def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cost:
+    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), VENDOR_TILE.tile_p, VENDOR_TILE.tile_m)
+    if not use.skips:
+        jobs = replace(jobs, full=jobs.full * 0 + -(-at.keys // VENDOR_TILE.tile_m), partial=jobs.partial * 0, map=None)
+    kernel = gpu.streaming(w, VENDOR_TILE, jobs, Footprint(0, 0, 0, 1), at.value, at.queries, at.batch)
+    kernel = _split_keys(_shared_heads(kernel, _packed(at)), device)
+    extra = use.mask_elements * WIDTH[use.mask_dtype]
+    kernel = replace(kernel, unique_bytes=kernel.unique_bytes + extra, moved_bytes=kernel.moved_bytes + extra)
+    model = device.model
+    if use.backend == "flex":
+        cost = gpu.seconds(kernel, device, overlap=model.overlap, partial_factor=model.partial_factor)
+        return _slower(cost, FLEX_SHARE)
+    cost = gpu.seconds(kernel, device, overlap=model.vendor_overlap, partial_factor=1.1)
+    return _slower(cost, EFFICIENT_SHARE) if use.backend == "efficient" else cost
+
+
+def _split_keys(k: gpu.Kernel, device: Device) -> gpu.Kernel:
+    """Vendors split the keys of a launch that leaves units idle."""
+    programs = k.jobs.full.size * k.jobs.repeat
+    longest = int(k.jobs.visited.max()) if k.jobs.full.size else 1
+    split = max(1, min(device.units // max(programs, 1), longest // 2, 32))
+    return replace(k, split=split, launches=2 if split > 1 else 1)
+
+
+def _slower(cost: Cost, share: float) -> Cost:
+    launch = cost.parts.get("launch", 0.0)
+    return replace(cost, seconds=(cost.seconds - launch) / share + launch)
+
+
+def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cost:
+    prices, bill = host.Host(device), host.Bill()
+    pairs = at.batch * at.queries * at.keys
+    moved = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
+    if use.backend == "flex":
+        visited = _visited_pairs(s, at, FLEX_BLOCK)
+        a, b = prices.h.flex_pair_seconds.get(s.dtype) or prices.h.flex_pair_seconds["f32"]
+        units = at.batch * -(-at.queries // FLEX_BLOCK)
+        gain = host.balanced(prices.gain("flex"), prices.threads, units)
+        bill.add("launch", prices.h.flex_call_seconds + use.operators * prices.h.operator_seconds)
+        bill.add("matrix", visited * b * (at.embed + at.value) / gain)
+        bill.add("exp", visited * a / gain)
+        pairs = visited
+    else:
+        if use.skips:
+            pairs = _causal_pairs(at)
+        rows = host.query_block(at.queries)
+        units = at.batch * -(-at.queries // rows)
+        masked = use.mask_elements > 0
+        matrix, exp = prices.attention(pairs, at.queries, at.embed, at.value, s.dtype, units, masked)
+        bill.add("launch", prices.h.attention_seconds + (prices.h.mask_seconds if masked else 0.0))
+        bill.add("launch", use.operators * prices.h.operator_seconds)
+        bill.add("matrix", matrix)
+        bill.add("exp", exp)
+        prices.point("where", use.mask_dtype, use.built_elements, use.built_elements * WIDTH[use.mask_dtype], bill)
+        bill.add("fault", prices.fresh(use.built_elements * WIDTH[use.mask_dtype]))
+    bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
+    bill.bytes = moved + use.mask_elements * WIDTH[use.mask_dtype]
+    return bill.cost(device.basis)
+
+
+def _visited_pairs(s: Subject, at: Shape, block: int) -> int:
+    """Pairs in the blocks that a block mask keeps, over all batch entries; the ends of the sequence cut the last ones."""
+    jobs = plan_tiles(s, at, Tiling(block, block))
+    visited = int(jobs.visited.sum()) * jobs.repeat
+    return min(visited * min(block, at.queries) * min(block, at.keys), at.batch * at.queries * at.keys)
+
+
+def _causal_pairs(at: Shape) -> int:
+    """Pairs of SDPA's is_causal on a CPU: each query block runs to its last row's diagonal."""
+    block = host.query_block(at.queries)
+    ends = (min(start + block, at.queries) for start in range(0, at.queries, block))
+    sizes = (min(block, at.queries - start) for start in range(0, at.queries, block))
+    return at.batch * sum(rows * min(end, at.keys) for rows, end in zip(sizes, ends))
+
+
+def head_sizes(c: Cascade, sizes: Mapping[str, int]) -> tuple[int, int] | Miss:
+    """Head sizes (query and key, value) as the kernel pads them."""
+    s = subject(c)
+    if isinstance(s, Miss):
+        return s
+    at = shape(s.cascade, s.attention, sizes)
+    return padded(at.embed), padded(size_int(at.value))
