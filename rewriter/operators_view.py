@@ -63,7 +63,8 @@ def unsqueeze(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
 
 
 def transpose(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
-    i, j = (dim_of(a[k], len(at)) for k in ("dim0", "dim1"))
+    _, first, second = a.values()
+    i, j = dim_of(first, len(at)), dim_of(second, len(at))
     where = list(at)
     where[i], where[j] = where[j], where[i]
     return lifter.value(source(n, a), tuple(where))

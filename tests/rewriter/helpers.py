@@ -15,7 +15,7 @@ from reattend.rewriter.detect import Found
 
 def graph_of(fn: Callable[..., Any], args: Sequence[torch.Tensor]) -> fx.GraphModule:
     """The pre-dispatch ATen graph of a function."""
-    return make_fx(fn, pre_dispatch=True, tracing_mode="fake")(*[a.detach() for a in args])
+    return make_fx(fn, pre_dispatch=True, tracing_mode="fake", _allow_non_fake_inputs=True)(*[a.detach() for a in args])
 
 
 def values_of(gm: fx.GraphModule, args: Sequence[torch.Tensor]) -> dict[fx.Node, Any]:

@@ -153,3 +153,38 @@ def test_autocast_is_off_inside_the_call() -> None:
     assert seen == [False]
     assert out.dtype == M()(*args).dtype
     torch.testing.assert_close(out, M()(*args), atol=2e-2, rtol=2e-2)
+
+
+def transposed(found: detect.Found) -> splice.Call:
+    """The oracle, its result in memory as [b, p, h, f]."""
+    inner = oracle(found).target
+
+    def run(*tensors: Tensor) -> Tensor:
+        return inner(*tensors).transpose(1, 2).contiguous().transpose(1, 2)
+
+    names = [t.name for t in found.cascade.inputs]
+    return splice.Call("transposed", run, lambda tensors, size: tuple(tensors[n] for n in names))
+
+
+class Merged(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = Eager()(q, k, v)
+        return out.transpose(1, 2).contiguous().view(2, 8, 48) * 2
+
+
+class Viewed(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return Eager()(q, k, v).view(6, 8, 16)
+
+
+@pytest.mark.parametrize(("model", "copies"), [(Merged(), 1), (Viewed(), 1), (Eager(), 1)])
+def test_another_order_of_memory_is_undone_only_where_it_matters(model: nn.Module, copies: int) -> None:
+    args = qkv(2, 3, 8, 16)
+    graph = capture.from_export(model, args, None).graph
+    (found,), _ = detect.find(graph)
+    splice.replace(graph, found.output, found.tensors, found.scalars, transposed(found))
+    splice.finish(graph)
+    out = graph(*args)
+    torch.testing.assert_close(out, model(*args))
+    assert out.stride() == model(*args).stride()
+    assert sum("contiguous" in n for n in names(graph)) == copies
