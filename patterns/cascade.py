@@ -213,6 +213,8 @@ def size_term(size: Size) -> Expr:
             return out
         numerator, denominator = sympy.fraction(sympy.together(size))
         return size_term(numerator) // size_term(denominator)
+    if isinstance(size, sympy.Pow) and size.exp.is_Integer and size.exp > 0:
+        return size_term(size.base) * size_term(size.base ** (size.exp - 1))
     if isinstance(size, sympy.floor):
         numerator, denominator = sympy.fraction(sympy.together(size.args[0]))
         return size_term(numerator) // size_term(denominator)

@@ -75,7 +75,7 @@ def infer_sizes(c: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[str, i
         size = bind(size, known)
         if not isinstance(size, int):
             size = _solve(size, actual, known)
-        if size != actual:
+        if isinstance(size, int) and size != actual:
             raise ValueError(f"{name} has {actual} elements in dimension {d}, the cascade says {size}")
     missing = [n for n in c.free_symbols if n not in known]
     if missing:
