@@ -20,6 +20,8 @@ FIXED_REGISTERS = 72
 # Matrix fragments of gfx942 need about this much more, read back from kernels compiled for it.
 HIP_REGISTERS = 1.75
 SMALLEST_DOT = 16
+# Sequences beyond this are cut into tiles of at least 64.
+LONG = 2048
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,18 @@ def refuse(mapping: Mapping, e: int, f: int, width: int, device: Device) -> str 
 def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys: int) -> tuple[Mapping, ...]:
     """Mappings worth predicting on this device, feasible ones only.
 
-    Few queries get one short query tile and their keys split over programs; on a CPU `body` and tile sizes vary.
+    Few queries get one short query tile and their keys split over programs. On long sequences small tiles only move more
+    bytes, so they come where nothing larger fits the head. On a CPU `body` and tile sizes vary.
     """
     if device.kind == "cpu":
         return tuple(_on_cpu(queries))
-    return tuple(m for m in _on_gpu(device, queries, keys, e + f > 256) if refuse(m, e, f, width, device) is None)
+    if queries <= SMALLEST_DOT:
+        return tuple(m for m in _short(device, keys) if refuse(m, e, f, width, device) is None)
+    for least in (64, 32, 16) if min(queries, keys) > LONG else (32, 16):
+        found = tuple(m for m in _tall(device, queries, least) if refuse(m, e, f, width, device) is None)
+        if found:
+            return found
+    return ()
 
 
 def _on_cpu(queries: int) -> Iterator[Mapping]:
@@ -104,24 +113,25 @@ def _on_cpu(queries: int) -> Iterator[Mapping]:
             yield Mapping(tile_p=tile, tile_m=min(tile, 128), warps=1, stages=1, body=body)
 
 
-def _on_gpu(device: Device, queries: int, keys: int, wide: bool) -> Iterator[Mapping]:
-    stages = (1, 2) if device.kind == "hip" else (2, 3, 4)
-    if queries <= SMALLEST_DOT:
-        for tile_m in (32, 64, 128):
-            for split in (1, 2, 4, 8, 16, 32):
-                # a program should keep some key tiles to stream
-                if split == 1 or keys >= 4 * split * tile_m:
-                    for s in stages:
-                        yield Mapping(SMALLEST_DOT, tile_m, warps=4, stages=s, split_m=split)
-        return
-    # on long sequences small tiles only cost more traffic, unless nothing larger fits the head
-    least = 64 if min(queries, keys) > 2048 else 32
-    for tile_p in (32, 64, 128):
-        if (tile_p >= 2 * queries and tile_p > 32) or tile_p < least:
+def _stages(device: Device) -> tuple[int, ...]:
+    return (1, 2) if device.kind == "hip" else (2, 3, 4)
+
+
+def _short(device: Device, keys: int) -> Iterator[Mapping]:
+    for tile_m in (32, 64, 128):
+        for split in (1, 2, 4, 8, 16, 32):
+            # a program should keep some key tiles to stream
+            if split == 1 or keys >= 4 * split * tile_m:
+                for s in _stages(device):
+                    yield Mapping(SMALLEST_DOT, tile_m, warps=4, stages=s, split_m=split)
+
+
+def _tall(device: Device, queries: int, least: int) -> Iterator[Mapping]:
+    stages = sorted({1, *_stages(device)}) if least < 32 else _stages(device)
+    for tile_p in (16, 32, 64, 128):
+        if tile_p < least or (tile_p >= 2 * queries and tile_p > 32):
             continue
-        for tile_m in (32, 64, 128):
-            if tile_m < least and not wide:
-                continue
+        for tile_m in (16, 32, 64, 128):
             for warps in (4, 8):
-                for s in stages:
-                    yield Mapping(tile_p, tile_m, warps=warps, stages=s)
+                if tile_m >= least:
+                    yield from (Mapping(tile_p, tile_m, warps=warps, stages=s) for s in stages)

@@ -16,7 +16,7 @@ from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, Einsum
 from ..patterns.mapping import Mapping as Tiling
 from .device import Device
-from .work import Sizes, contraction, count, elements, is_view, key_tile, size_int
+from .work import WIDTH, Sizes, Work, contraction, count, elements, is_view, key_tile, size_int
 
 # Rows of the query that one pass over the array holds.
 ARRAY_ROWS = 256
@@ -27,6 +27,7 @@ BINDING: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("SLN", "SLD"), ("PRM", "SPD")),
     (("SLNV",), ("SPNV",)),
 )
+UNFUSED = (("QK",), ("GM", "SN", "SD", "A"), ("AV",))
 
 
 def query_tile(queries: int, e: int, f: int, device: Device, *, scores_on_chip: bool, width: int = 2) -> int:
@@ -58,20 +59,23 @@ def _slots(e: Einsum, device: Device) -> int:
     return 1
 
 
-def latency_seconds(c: Cascade, mapping: Tiling, sizes: Mapping[str, int], device: Device) -> float:
-    """Seconds of the one-pass cascade under the binding that overlaps both units (the paper's +Binding)."""
-    known = {**sizes, "M0": mapping.tile_m}
-    cost = cycles(c, known, device)
+def latency_seconds(c: Cascade, mapping: Tiling, sizes: Mapping[str, int], device: Device, heads: int = 1) -> float:
+    """Seconds of the one-pass cascade of so many heads under the binding that overlaps both units (the paper's +Binding)."""
+    cost = cycles(c, sizes, device)
     total = sum(max(sum(cost[t] for t in branch) for branch in step) for step in BINDING)
-    moved = size_int(count(c, mapping, known).bytes)
-    return max(total / device.clock_hz, moved / device.dram_bytes_per_s)
+    return heads * max(total / device.clock_hz, moved_bytes(count(c, mapping, sizes), c) / device.dram_bytes_per_s)
 
 
-def unfused_seconds(c: Cascade, sizes: Mapping[str, int], device: Device) -> float:
+def moved_bytes(w: Work, c: Cascade, width: int = 2) -> int:
+    """Bytes moved when every element has `width` bytes, as on this accelerator."""
+    return sum(size_int(t.moved) // WIDTH[c.tensor[t.tensor].dtype] * width for t in w.traffic)
+
+
+def unfused_seconds(c: Cascade, sizes: Mapping[str, int], device: Device, heads: int = 1) -> float:
     """Seconds of the three-pass cascade as three kernels; the softmax takes four operations an element on the lanes."""
     bound = Sizes(c, dict(sizes))
     total = 0.0
-    for group in (("QK",), ("GM", "SN", "SD", "A"), ("AV",)):
+    for group in UNFUSED:
         part = [e for e in c.einsums if e.out.tensor in group]
         points = size_int(elements(bound.rank, max((e.ranks for e in part), key=len)))
         lanes = device.array_lanes if len(part) == 1 else device.vector_lanes / len(part)
@@ -79,7 +83,7 @@ def unfused_seconds(c: Cascade, sizes: Mapping[str, int], device: Device) -> flo
         names = {str(a.attr) for e in part for a in e.reads if str(a.attr) not in group} | {part[-1].out.tensor}
         moved = sum(size_int(_bytes(bound, n)) * width for n in names)
         total += max(points / lanes / device.clock_hz, moved / device.dram_bytes_per_s)
-    return total
+    return heads * total
 
 
 def _bytes(bound: Sizes, name: str) -> int:

@@ -1,0 +1,104 @@
+"""Devices: every number has a source, rates are dense, unknown names are told what to say instead."""
+
+import json
+import tomllib
+from importlib.resources import files
+
+import pytest
+
+from reattend.cost_model import device as devices
+from reattend.cost_model.device import (
+    UnknownDevice,
+    calibration_path,
+    device,
+    device_from_dict,
+    device_to_dict,
+    parse_device,
+    shipped,
+    targets,
+    with_threads,
+)
+
+NAMES = ("a100", "b200", "cpu", "fusemax", "h100", "h200", "l4", "mi300x", "rtx4090")
+
+
+@pytest.fixture(autouse=True)
+def _uncalibrated(monkeypatch):
+    monkeypatch.setenv("REATTEND_CALIBRATION", "")
+
+
+def test_targets_are_the_files():
+    assert tuple(d.name for d in targets()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_number_has_a_source(name):
+    def numbers(table, path=""):
+        for key, row in table.items():
+            if isinstance(row, dict):
+                yield from numbers(row, f"{path}{key}.")
+            elif not isinstance(row, str):
+                yield f"{path}{key}", row
+
+    text = files("reattend.cost_model.devices").joinpath(f"{name}.toml").read_text("utf-8")
+    for where, row in numbers(tomllib.loads(text)):
+        assert isinstance(row, list), where
+        assert isinstance(row[-1], str), where
+        assert row[-1], where
+        assert all(isinstance(x, (int, float)) for x in row[:-1]), where
+
+
+@pytest.mark.parametrize(("name", "dense"), [("h100", 989.4e12), ("b200", 2250e12), ("l4", 121e12), ("a100", 312e12)])
+def test_matrix_rates_are_dense(name, dense):
+    assert device(name).matrix_rate("bf16") == dense
+
+
+def test_d3_exponentials():
+    assert device("h100").exps_per_s == pytest.approx(3.865e12, rel=1e-3)
+    assert device("b200").exps_per_s == pytest.approx(4.381e12, rel=1e-3)
+    assert device("h100").matrix_rate("bf16") / device("h100").exps_per_s == pytest.approx(256, rel=1e-3)
+    assert device("b200").matrix_rate("bf16") / device("b200").exps_per_s == pytest.approx(512, rel=5e-3)
+
+
+def test_unknown_names_the_closest_and_all():
+    with pytest.raises(UnknownDevice, match=r"unknown target 'h20' \(did you mean 'h200'\?\); one of: a100, .*rtx4090"):
+        device("h20")
+    with pytest.raises(UnknownDevice, match=r"unknown target 'toaster'; one of"):
+        device("toaster")
+
+
+def test_a_device_is_itself_and_names_ignore_case():
+    assert device(device("H200 ")) is device("h200")
+
+
+def test_plain_data_round_trip():
+    for d in targets():
+        assert device_from_dict(json.loads(json.dumps(device_to_dict(d)))) == d
+
+
+def test_unknown_fields_and_kinds_are_refused():
+    with pytest.raises(ValueError, match="unknown field warp_speed"):
+        parse_device('name = "x"\nkind = "cuda"\nwarp_speed = [9, "none"]\n')
+    with pytest.raises(ValueError, match="device kind 'tpu'"):
+        parse_device('name = "x"\nkind = "tpu"\n')
+
+
+def test_threads_scale_between_one_and_the_measured():
+    one, two, four = (with_threads(shipped("cpu"), n) for n in (1, 2, 4))
+    assert one.host.scaling["product"] == 1.0
+    assert two.host.scaling["product"] == shipped("cpu").host.scaling["product"]
+    assert four.host.scaling["product"] == pytest.approx(1 + 3 * (two.host.scaling["product"] - 1))
+
+
+def test_a_calibration_file_is_read_and_a_damaged_one_is_not(tmp_path, monkeypatch):
+    where = tmp_path / "calibration.json"
+    monkeypatch.setenv("REATTEND_CALIBRATION", str(where))
+    assert calibration_path() == where
+    assert device("cpu").basis == "uncalibrated"
+    body = {**device_to_dict(shipped("cpu")), "basis": "calibrated", "dram_bytes_per_s": 1e9}
+    where.write_text(json.dumps({"schema": devices.CALIBRATION_SCHEMA, "device": body}))
+    assert device("cpu").basis == "calibrated"
+    assert device("cpu").dram_bytes_per_s == 1e9
+    where.write_text("{}")
+    devices._read_calibration.cache_clear()
+    assert device("cpu").basis == "uncalibrated"
