@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .intervals import LIMIT, Array, Span
+from .arithmetic import LIMIT, Array, Span
+from .intervals import native
 
 
 def block_bounds(arrays: Mapping[str, Array], blocks: Sequence[int] = (), xp: Any = np) -> BlockBounds:
@@ -20,7 +21,15 @@ def block_bounds(arrays: Mapping[str, Array], blocks: Sequence[int] = (), xp: An
     `arrays` are numpy arrays or tensors of `xp`; tensors in host memory are read as numpy arrays when `xp` is numpy.
     Tensors that are not given stay unknown.
     """
-    return BlockBounds({n: np.asarray(a) if xp is np else a for n, a in arrays.items()}, tuple(blocks), xp)
+    return BlockBounds({n: _host(a) if xp is np else a for n, a in arrays.items()}, tuple(blocks), xp)
+
+
+def _host(array: Array) -> Array:
+    """A numpy view of an array or of a tensor in host memory; types that numpy lacks are widened."""
+    if isinstance(array, np.ndarray) or not hasattr(array, "detach"):
+        return np.asarray(array)
+    tensor = array.detach()
+    return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
 
 
 class BlockBounds:
@@ -46,7 +55,7 @@ class BlockBounds:
 
     def _block(self, lo: Array, hi: Array, size: int) -> int:
         """0 for single elements, else the largest block size that the intervals lie on."""
-        if not (_native(lo) and _native(hi)):
+        if not (native(lo) and native(hi)):
             return 1
         if lo is hi or np.array_equal(lo, hi):
             return 0
@@ -125,27 +134,23 @@ class BlockBounds:
 
 def _clamp(x: Array, size: int, unknown: float) -> Array:
     """Coordinates inside the tensor; an unknown coordinate may be any."""
-    if _native(x):
+    if native(x):
         return np.clip(np.where(np.isnan(x), unknown, x), 0, size - 1).astype(np.int64)
     return x.nan_to_num(unknown).clamp(0, size - 1).long()
 
 
 def _differ(lo: Array, hi: Array) -> bool:
-    return not (_native(lo) and _native(hi)) or bool(np.any(lo != hi))
-
-
-def _native(x: Array) -> bool:
-    return isinstance(x, (np.ndarray, np.generic))
+    return not (native(lo) and native(hi)) or bool(np.any(lo != hi))
 
 
 def _log2(n: Array) -> Array:
-    if _native(n):
+    if native(n):
         return np.frexp(n.astype(np.float64))[1] - 1
     return n.double().frexp()[1] - 1
 
 
 def _power2(level: Array) -> Array:
-    if _native(level):
+    if native(level):
         return np.int64(1) << level.astype(np.int64)
     return 2 ** level.long()
 
@@ -167,7 +172,7 @@ def _take(array: Array, axis: int, index: Array, xp: Any) -> Array:
 
 
 def _as_span(least: Array, most: Array, xp: Any) -> Span:
-    if _native(least):
+    if native(least):
         if least.dtype == np.bool_:
             return least, most
         lo, hi = least.astype(np.float64), most.astype(np.float64)

@@ -3,7 +3,7 @@
     1 − f32(c)  →  where(c, 0, 1)      where(c, 0, 1)·k  →  where(c, 0, k)      (where(c, 1, 0) = 0)  →  ¬c
 
 Operations with numbers move inside choices, casts of predicates become choices, negations move to the leaves. Every
-rule keeps the value of the term, NaN and infinity included.
+rule keeps the value of the term, NaN and infinity included, the sign of a zero aside.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ def _normal_where(cond: Expr, a: Expr, b: Expr, dtype: str) -> Expr:
     a, b = ex.cast(a, dtype), ex.cast(b, dtype)
     if dtype == "b1":
         return _choose(cond, a, b)
-    if cond.op == "ne" and not cond.args[0].is_const:
-        b = ex.substitute(b, {cond.args[0]: ex.cast(cond.args[1], cond.args[0].dtype)})
-    if cond.op == "eq" and not cond.args[0].is_const:
-        a = ex.substitute(a, {cond.args[0]: ex.cast(cond.args[1], cond.args[0].dtype)})
+    # where(x ≠ k, a, x) = where(x ≠ k, a, k)
+    if cond.op == "ne" and b is cond.args[0] and cond.args[1].is_const:
+        b = ex.cast(cond.args[1], dtype)
+    if cond.op == "eq" and a is cond.args[0] and cond.args[1].is_const:
+        a = ex.cast(cond.args[1], dtype)
     if a.op == "where" and a.args[0] is cond:
         a = a.args[1]
     if b.op == "where" and b.args[0] is cond:

@@ -31,6 +31,8 @@ __all__ = [
 # A constant counts as a fill at or below this; below VANISHING its weight underflows beside any finite score.
 FILL = -1e3
 VANISHING = -1e30
+# An additive mask that is read masks at or below this, so that a scale after it keeps it beyond VANISHING.
+OPAQUE = -1e32
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,16 @@ class _Part:
 
 
 @lru_cache(maxsize=512)
-def split(score: Expr, key: str) -> Mask:
-    """Separate a score into its mask and the score without it. `keep` is TRUE when nothing is masked over `key`."""
+def split(score: Expr, key: str, opaque: frozenset[str] = frozenset()) -> Mask:
+    """Separate a score into its mask and the score without it. `keep` is TRUE when nothing is masked over `key`.
+
+    `opaque` names tensors that hold additive masks as numbers: where such an element is next to −∞, it masks. It stays
+    in `full`, so that only tiles without any kept element change; what they hold is known at run time alone.
+    """
     plain = normal(score)
     parts: dict[Expr, _Part] = {}
     for e in ex.walk(plain):
-        parts[e] = _part(e, parts)
+        parts[e] = _part(e, parts, opaque)
     found = parts[plain]
     if key not in found.keep.ranks:
         return Mask(TRUE, score, ())
@@ -69,7 +75,9 @@ def split(score: Expr, key: str) -> Mask:
     return Mask(keep, full, tuple(sorted(set(found.fills))))
 
 
-def _part(e: Expr, parts: Mapping[Expr, _Part]) -> _Part:
+def _part(e: Expr, parts: Mapping[Expr, _Part], opaque: frozenset[str]) -> _Part:
+    if e.op == "load" and e.is_float and str(e.attr) in opaque:
+        return _Part(e > OPAQUE, e, (OPAQUE,))
     whole = _Part(TRUE, e)
     args = [parts[a] for a in e.args]
     masked = [a for a in args if a.fills]

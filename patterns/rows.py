@@ -16,10 +16,11 @@ import numpy as np
 
 from . import expr as ex
 from .affine import affine
+from .arithmetic import Array, Span
 from .bounds import block_bounds
 from .conditions import conjunction, conjuncts
 from .expr import Expr
-from .intervals import Array, Bounds, Span, spans
+from .intervals import Bounds, align, native, spans
 from .tiles import EMPTY, FULL, TileMap, batch_ranks, bind, classify
 
 # Rows proved at once, and rows few enough to test all witnesses together.
@@ -70,7 +71,7 @@ def rows_with_key(
     keep = bind(keep, symbols)
     certain = (tiles.classes == FULL).any(-1)
     rows = _Rows(keep, query, key, batch_ranks(keep, query, key, extents), extents, tiles.tile_p, bounds, xp)
-    if xp is not np:
+    if xp is not np or not native(certain):
         return rows.whole_tiles(certain)
     # a query tile without any visited tile has no key at all
     visited = (tiles.classes != EMPTY).any(-1)
@@ -114,7 +115,8 @@ class _Rows:
             if self.xp is np and certain.all():
                 break
             yes = spans(_holds(self.keep, self.key, w, self.extents[self.key]), box, bounds=self.bounds, xp=self.xp)[0]
-            certain = certain | (yes if self.xp is np else self.xp.as_tensor(yes, device=certain.device))
+            ((certain, yes),) = align([(certain, yes)], self.xp)
+            certain = certain | yes
         return certain
 
     def single_rows(self, where: tuple[Array, ...]) -> Array:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from . import expr as ex
+from .arithmetic import Array, Span
 from .expr import Expr
-from .intervals import Array, Bounds, Span, spans
+from .intervals import Bounds, native, spans
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -42,7 +43,8 @@ class Rows:
     """For every query tile the key tiles to visit, in key order.
 
     `counts` int32 [..., n_p]; `indices` int32 [..., n_p, longest], key tile numbers, undefined past the count;
-    `partial` bool [..., n_p, longest], True where the tile needs the mask.
+    `partial` bool [..., n_p, longest], True where the tile needs the mask. `longest` is the greatest count; outside
+    numpy it is n_m, so that nothing waits for the device.
     """
 
     counts: Array
@@ -99,8 +101,8 @@ class TileMap:
         """Compact visiting lists for a kernel that walks them."""
         visited = self.classes != EMPTY
         counts = visited.sum(-1)
-        longest = int(counts.max()) if self.total else 0
         if isinstance(self.classes, np.ndarray):
+            longest = int(counts.max()) if self.total else 0
             flat = counts.reshape(-1)
             row, tile = np.nonzero(visited.reshape(len(flat), -1))
             slot = np.arange(len(row)) - (np.cumsum(flat) - flat)[row]
@@ -109,7 +111,7 @@ class TileMap:
             partial[row, slot] = self.classes.reshape(len(flat), -1)[row, tile] == PARTIAL
             shape = (*counts.shape, longest)
             return Rows(counts.astype(np.int32), indices.reshape(shape), partial.reshape(shape))
-        order = (~visited).to(self.classes.dtype).argsort(dim=-1, stable=True)[..., :longest]
+        order = (~visited).to(self.classes.dtype).argsort(dim=-1, stable=True)
         return Rows(counts.int(), order.int(), self.classes.gather(-1, order) == PARTIAL)
 
     def runs(self) -> list[list[Run]]:
@@ -267,7 +269,7 @@ class _Work:
         n = len(shape)
         where = [np.arange(s).reshape([-1 if d == i else 1 for d in range(n)]) for i, s in enumerate(shape)]
         yes, maybe = spans(self.keep, grid.box(where, scale), bounds=self.bounds, xp=self.xp)
-        if isinstance(yes, (np.ndarray, np.generic)):
+        if native(yes):
             classes = np.add(yes, maybe, dtype=np.uint8)
             return np.ascontiguousarray(np.broadcast_to(classes, shape)).copy()
         return (yes.to(self.xp.uint8) + maybe.to(self.xp.uint8)).expand(shape).contiguous()

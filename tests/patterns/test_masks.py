@@ -81,7 +81,7 @@ def brute_classes(mask: np.ndarray, tile_p: int, tile_m: int) -> np.ndarray:
     for axis, tile in ((-2, tile_p), (-1, tile_m)):
         at = np.arange(0, mask.shape[axis], tile)
         kept, size = np.add.reduceat(kept, at, axis), np.add.reduceat(size, at, axis)
-    return (kept > 0).astype(np.uint8) + (kept == size)
+    return np.asarray((kept > 0).astype(np.uint8) + (kept == size))
 
 
 # --- split ------------------------------------------------------------------------------------------------------
@@ -171,6 +171,21 @@ def test_vanishing_fills() -> None:
     assert split(fill(CAUSAL, LOWEST, S), "m").vanishing
     assert not split(fill(CAUSAL, -1e4, S), "m").vanishing
     assert split(S, "m").vanishing
+
+
+def test_split_of_opaque_masks() -> None:
+    """Additive masks that are read: the element itself says where it masks, and stays in the score."""
+    mask = split(S * 0.5 + BIAS, "m", frozenset({"bias"}))
+    assert (mask.keep, mask.full, mask.vanishing) == (BIAS > -1e32, S * 0.5 + BIAS, True)
+    assert split(S + fill(CAUSAL, LOWEST, BIAS), "m", frozenset({"bias"})).keep is CAUSAL & (BIAS > -1e32)
+    assert split(ex.unary("tanh", S + BIAS), "m", frozenset({"bias"})).keep is TRUE
+    dense = np.where(np.tril(np.ones((32, 32), bool)), 0.0, LOWEST).astype(np.float32)
+    dense[0, 0] = math.nan
+    walk = runtime_classify(
+        mask.keep, query="p", key="m", extents={"p": 32, "m": 32}, tile_p=8, tile_m=8, arrays={"bias": dense}
+    )
+    expected = np.tril(np.full((4, 4), FULL, np.uint8), -1) + np.eye(4, dtype=np.uint8) * PARTIAL
+    np.testing.assert_array_equal(walk.tiles.classes, expected)
 
 
 CONDITIONS = st.sampled_from([CAUSAL, PAD, P - M < 3, ex.equal(P // 2, M // 2), ~PAD, ex.cast(NUMBERS, "b1"), M < 4])
