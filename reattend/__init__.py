@@ -1,0 +1,42 @@
+"""reattend: an attention compiler for PyTorch. `model = reattend.optimize(model)`.
+
+Names are loaded when they are first used (PEP 562), so that `import reattend` and `reattend --help` load no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import optimize, plan, report, restore, verify
+    from .cost_model.device import Device, targets
+    from .cost_model.plan import Candidate, Miss, Plan, Site
+    from .rewriter.policy import Policy, StrictError
+    from .rewriter.report import Report
+    from .rewriter.verify import Verification
+
+_WHERE = {
+    "optimize": "api", "restore": "api", "report": "api", "plan": "api", "verify": "api",
+    "Policy": "rewriter.policy", "StrictError": "rewriter.policy", "Report": "rewriter.report",
+    "Verification": "rewriter.verify", "targets": "cost_model.device", "Device": "cost_model.device",
+    "Plan": "cost_model.plan", "Site": "cost_model.plan", "Candidate": "cost_model.plan", "Miss": "cost_model.plan",
+}  # fmt: skip
+
+__version__ = "0.1.0"
+__all__ = [
+    "Candidate", "Device", "Miss", "Plan", "Policy", "Report", "Site", "StrictError", "Verification", "optimize", "plan",
+    "report", "restore", "targets", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'reattend' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

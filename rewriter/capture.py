@@ -8,6 +8,7 @@ says whether a gradient flows into it, the user's stack trace, and the path of i
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as traceback
-from torch import fx
+from torch import Tensor, fx, nn
 from torch._guards import TracingContext
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -59,21 +60,21 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], prefix: str = "") 
     mode = context.fake_mode
 
     def fake(x: object) -> object:
-        if not isinstance(x, torch.Tensor):
+        if not isinstance(x, Tensor):
             return x
         known = context.tensor_to_context.get(x)
         source = known.tensor_source if known is not None else None  # type: ignore[attr-defined]
         return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
 
     held = {n: _attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
-    held = {n: v for n, v in held.items() if isinstance(v, torch.Tensor)}
+    held = {n: v for n, v in held.items() if isinstance(v, Tensor)}
     names = list(held)
     with mode:
         flat = [fake(x) for x in (*inputs, *held.values())]
     graph = _trace(gm, flat, len(inputs), names, mode)
     _bind_attributes(graph, len(inputs), {str(n.target): v for n, v in held.items()}, [str(n.target) for n in names])
     for node, value in zip((n for n in graph.graph.nodes if n.op == "placeholder"), flat):
-        if isinstance(value, torch.Tensor) and value.requires_grad:
+        if isinstance(value, Tensor) and value.requires_grad:
             _mark(node.meta["val"])
     _finish(graph, prefix)
     return Captured(graph, "dynamo", time.perf_counter() - start)
@@ -162,7 +163,7 @@ def regions(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
             yield from regions(body)
 
 
-def _attribute(root: torch.nn.Module, path: str) -> object:
+def _attribute(root: nn.Module, path: str) -> object:
     value: object = root
     for part in path.split("."):
         value = getattr(value, part)
@@ -175,7 +176,7 @@ def _bind_attributes(gm: fx.GraphModule, count: int, values: Mapping[str, object
     for i, (node, path) in enumerate(zip(inputs[count:], paths, strict=True)):
         name = f"_held{i}"
         value = values[path]
-        if isinstance(value, torch.nn.Parameter):
+        if isinstance(value, nn.Parameter):
             gm.register_parameter(name, value)
         else:
             gm.register_buffer(name, value, persistent=False)  # type: ignore[arg-type]
@@ -190,32 +191,109 @@ def _bind_attributes(gm: fx.GraphModule, count: int, values: Mapping[str, object
 
 
 def from_export(
-    model: torch.nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object] | None, *, dynamic: bool = False
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object] | None, *, dynamic: bool = False
 ) -> Captured:
-    """One whole graph of a model on real, meta or fake tensors, which takes the model's inputs. Raises CaptureError.
+    """One whole graph of a model on real, meta or fake tensors. Nothing is computed. Raises CaptureError.
 
-    Nothing is computed; parameters, buffers and constants are attributes of the graph.
-    With `dynamic`, every input size that the model does not fix is symbolic.
+    The graph takes every tensor of the arguments, in order (tensors inside caches and other objects too), and answers every
+    tensor of the result (itself where it is one tensor); parameters, buffers and constants are its attributes. With `dynamic`, every input size that the
+    model does not fix is symbolic.
     """
     start = time.perf_counter()
-    shapes = _auto_shapes(args, dict(kwargs or {})) if dynamic else None
+    inputs, given = held_tensors((args, dict(kwargs or {})))
+    flat = _Flat(model, given)
+    shapes = (tuple(dict.fromkeys(range(t.dim()), torch.export.Dim.AUTO) for t in inputs),) if dynamic else None
     try:
-        program = torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         # Export reports what it cannot trace with many types of error, from user code as well.
         raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
-    captured = from_program(program)
+    captured = from_program(program, drop="model")
     return Captured(captured.graph, "export", time.perf_counter() - start)
 
 
-def from_program(program: torch.export.ExportedProgram) -> Captured:
-    """The graph of an exported program, which may have been read from a file."""
+class _Flat(nn.Module):
+    """A model as a function of tensors: arguments are put together from them, results taken apart."""
+
+    def __init__(self, model: nn.Module, given: Callable[[Sequence[Tensor]], Any]) -> None:
+        super().__init__()
+        self.model, self.given = model, given
+
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        args, kwargs = self.given(tensors)
+        out = self.model(*args, **kwargs)
+        return out if isinstance(out, Tensor) else tuple(held_tensors(out)[0])
+
+
+def held_tensors(value: object) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """Every tensor that a value holds, each once, and how to make the value anew with others in their places.
+
+    Looks into tuples, lists, mappings, data classes and plain objects (a cache and its layers), not into modules.
+    """
+    found: dict[int, Tensor] = {}
+    make = _rebuilder(value, found, {})
+    order = list(found)
+    return list(found.values()), lambda new: make(dict(zip(order, new, strict=True)), {})
+
+
+_Make = Callable[[dict[int, Tensor], dict[int, Any]], Any]
+
+
+def _rebuilder(value: Any, found: dict[int, Tensor], seen: dict[int, _Make]) -> _Make:
+    if isinstance(value, Tensor):
+        found.setdefault(id(value), value)
+        return lambda new, made: new[id(value)]
+    if isinstance(value, tuple) and type(value) is not tuple and hasattr(value, "_fields"):
+        parts = [_rebuilder(v, found, seen) for v in value]
+        return lambda new, made: type(value)(*(p(new, made) for p in parts))
+    if isinstance(value, (list, tuple)):
+        parts = [_rebuilder(v, found, seen) for v in value]
+        return lambda new, made: type(value)(p(new, made) for p in parts)
+    if isinstance(value, dict) and type(value) is dict:
+        table = {k: _rebuilder(v, found, seen) for k, v in value.items()}
+        return lambda new, made: {k: p(new, made) for k, p in table.items()}
+    if isinstance(value, dict):
+        for v in value.values():
+            _rebuilder(v, found, seen)
+        return lambda new, made: value
+    if not hasattr(value, "__dict__") or isinstance(value, (nn.Module, type)) or callable(value) or _is_config(value):
+        return lambda new, made: value
+    return _object_rebuilder(value, found, seen)
+
+
+def _object_rebuilder(value: Any, found: dict[int, Tensor], seen: dict[int, _Make]) -> _Make:
+    if id(value) in seen:
+        return seen[id(value)]
+    table: dict[str, _Make] = {}
+
+    def make(new: dict[int, Tensor], made: dict[int, Any]) -> Any:
+        if id(value) not in made:
+            made[id(value)] = other = copy.copy(value)
+            for k, p in table.items():
+                object.__setattr__(other, k, p(new, made))
+        return made[id(value)]
+
+    seen[id(value)] = make
+    table.update({k: _rebuilder(v, found, seen) for k, v in vars(value).items()})
+    return make
+
+
+def _is_config(value: object) -> bool:
+    return hasattr(value, "to_json_string") or isinstance(value, (torch.dtype, torch.device))
+
+
+def from_program(program: torch.export.ExportedProgram, drop: str = "") -> Captured:
+    """The graph of an exported program, which may have been read from a file. `drop` leads every module path."""
     graph = program.module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
+    for n in list(graph.graph.nodes):
+        # Export's own assertions on types would count as readers of the values that they name.
+        if n.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.graph.erase_node(n)
     inline_regions(graph)
     if any(n.target is ENTER_AUTOCAST for n in graph.graph.nodes):
         _propagate(graph)
-    _finish(graph, "")
+    _finish(graph, "", drop)
     return Captured(graph, "pt2", 0.0)
 
 
@@ -233,18 +311,6 @@ def _propagate(gm: fx.GraphModule) -> None:
     mode = torch._guards.detect_fake_mode(inputs)
     with torch.no_grad(), mode if mode is not None else contextlib.nullcontext():
         Values(gm).run(*inputs)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0] if lines else ""
-
-
-def _auto_shapes(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
-    def of(x: object) -> object:
-        return dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) if isinstance(x, torch.Tensor) else None
-
-    return torch.utils._pytree.tree_map(of, (*args,)) + tuple(torch.utils._pytree.tree_map(of, v) for v in kwargs.values())
 
 
 def inline_regions(gm: fx.GraphModule) -> None:
@@ -296,14 +362,19 @@ def _enter(graph: fx.Graph, region: fx.Node) -> Callable[[], fx.Node]:
     return lambda: graph.call_function(EXIT_AUTOCAST, (token,))
 
 
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0] if lines else ""
+
+
 # --- both -------------------------------------------------------------------------------------------------------
 
 
-def _finish(gm: fx.GraphModule, prefix: str) -> None:
+def _finish(gm: fx.GraphModule, prefix: str, drop: str = "") -> None:
     for n in gm.graph.nodes:
         stack = n.meta.get("nn_module_stack")
         if stack:
-            n.meta["nn_module_stack"] = {k: (_plain_path(str(p), prefix), t) for k, (p, t) in stack.items()}
+            n.meta["nn_module_stack"] = {k: (_plain_path(str(p), prefix, drop), t) for k, (p, t) in stack.items()}
     mark_gradients(gm, torch.is_grad_enabled())
     explicit_casts(gm)
     for n in gm.graph.nodes:
@@ -313,18 +384,20 @@ def _finish(gm: fx.GraphModule, prefix: str) -> None:
             for inner, given in zip((x for x in body.graph.nodes if x.op == "placeholder"), n.args[1:]):
                 if isinstance(given, fx.Node) and _wants(given):
                     _mark(inner.meta.get("val"))
-            _finish(body, prefix)
+            _finish(body, prefix, drop)
     gm.graph.lint()
     gm.recompile()
 
 
-def _plain_path(path: str, prefix: str) -> str:
-    """`L['self'].layers.0` → `layers.0`, below `prefix`."""
+def _plain_path(path: str, prefix: str, drop: str) -> str:
+    """`L['self'].layers.0` → `layers.0`, below `prefix` and without a leading `drop`."""
     for root in _ROOTS:
         if path.startswith(root):
             path = path.removeprefix(root)
             break
     path = path.replace("_modules['", "").replace("']", "").strip(".")
+    if drop and (path == drop or path.startswith(drop + ".")):
+        path = path[len(drop) + 1 :]
     return ".".join(p for p in (prefix, path) if p)
 
 
@@ -339,8 +412,8 @@ def mark_gradients(gm: fx.GraphModule, enabled: bool) -> None:
             enabled = bool(n.args[0])
         if n.op in ("placeholder", "get_attr"):
             held = _attribute(gm, str(n.target)) if n.op == "get_attr" else None
-            wants = isinstance(held, torch.Tensor) and held.requires_grad
-            if isinstance(value, torch.Tensor) and (wants or _was_wanted(n)):
+            wants = isinstance(held, Tensor) and held.requires_grad
+            if isinstance(value, Tensor) and (wants or _was_wanted(n)):
                 _mark(value)
             continue
         if n.op != "call_function" or not enabled or _detaches(n):
@@ -354,17 +427,17 @@ def mark_gradients(gm: fx.GraphModule, enabled: bool) -> None:
 
 def _was_wanted(n: fx.Node) -> bool:
     value = n.meta.get("val")
-    return isinstance(value, torch.Tensor) and (value.requires_grad or isinstance(value, torch.nn.Parameter))
+    return isinstance(value, Tensor) and (value.requires_grad or isinstance(value, nn.Parameter))
 
 
 def _wants(n: fx.Node) -> bool:
     value = n.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+    return any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
 def _mark(value: object) -> None:
-    if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()) and not value.requires_grad:
+    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and not value.requires_grad:
         value.requires_grad_(True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import importlib
 import inspect
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from ..patterns.evaluate import DTYPE
 
@@ -60,19 +61,24 @@ def _short(dtype: str) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned: a module with its inputs, or an exported program. `prefix` is dropped from module paths."""
+    """What is planned: a module with its inputs, or an exported program.
+
+    `where` says what its tensors are: "meta", "fake", or "" for tensors with data.
+    """
 
     name: str
     model: nn.Module | None
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     program: torch.export.ExportedProgram | None = None
-    prefix: str = ""
+    where: str = ""
 
 
-def load(spec: str, shapes: Shapes = Shapes()) -> Subject:
+def load(spec: str, shapes: Shapes = Shapes(), *, where: str = "meta") -> Subject:
     """The subject that `spec` names. Raises UsageError with one sentence.
 
+    A config's model has no weights where `where` is "meta" or "fake" (tensors that only say they are on the CPU, for code
+    that mixes its inputs with tensors of its own), and random ones where it is "cpu".
     `spec` is `package.module:factory` (returns a module, or a module with its args and kwargs), the path of a
     `config.json` or of a folder that holds one, or the path of a `.pt2`.
     """
@@ -80,7 +86,7 @@ def load(spec: str, shapes: Shapes = Shapes()) -> Subject:
     if path.is_dir() and (path / "config.json").is_file():
         path = path / "config.json"
     if path.suffix == ".json":
-        return from_config(path, shapes)
+        return from_config(path, shapes, where)
     if path.suffix == ".pt2":
         return _from_program(path)
     if ":" in spec:
@@ -142,18 +148,16 @@ def _from_program(path: Path) -> Subject:
 # --- Hugging Face configs ---------------------------------------------------------------------------------------
 
 
-def from_config(path: Path, shapes: Shapes) -> Subject:
-    """A model of the config's architecture on the meta device, and inputs of the asked shapes."""
-    model = build(path, shapes)
-    if shapes.phase == "decode":
-        step, args = decode_step(model, shapes)
-        return Subject(str(path), step, args, prefix="model")
-    args, kwargs = inputs_for(model, shapes)
-    return Subject(str(path), model, args, kwargs)
+def from_config(path: Path, shapes: Shapes, where: str = "meta") -> Subject:
+    """A model of the config's architecture, and inputs of the asked shapes; `where` as in `load`."""
+    with FakeTensorMode(allow_non_fake_inputs=True) if where == "fake" else contextlib.nullcontext():
+        model = build(path, shapes, "meta" if where == "meta" else "cpu")
+        made = decode_inputs(model, shapes) if shapes.phase == "decode" else inputs_for(model, shapes)
+        return Subject(str(path), model, *made, where=where)
 
 
-def build(path: Path, shapes: Shapes) -> nn.Module:
-    """The config's model without weights: the class from `architectures`, else AutoModel."""
+def build(path: Path, shapes: Shapes, where: str = "meta") -> nn.Module:
+    """The config's model on a device, `meta` for none: the class from `architectures`, else AutoModel."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -173,7 +177,7 @@ def build(path: Path, shapes: Shapes) -> nn.Module:
     if shapes.attn is not None:
         options["attn_implementation"] = shapes.attn
     try:
-        with torch.device("meta"):
+        with torch.device(where):
             model = _model_class(transformers, path, raw, config)(config, **options)
     except UsageError:
         raise
@@ -305,36 +309,21 @@ _MAKERS: Mapping[str, Callable[[Any, Shapes, torch.device, torch.dtype], Tensor]
 # --- one decoding step ------------------------------------------------------------------------------------------
 
 
-class DecodeStep(nn.Module):
-    """One decoding step over a filled cache, as a module of tensors only, so that it can be exported."""
-
-    def __init__(self, model: nn.Module, cache: Any, where: list[tuple[int, str]]) -> None:
-        super().__init__()
-        self.model, self.cache, self.where = model, cache, where
-
-    def forward(self, input_ids: Tensor, *held: Tensor) -> Tensor:
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
-        for (i, name), value in zip(self.where, held, strict=True):
-            setattr(cache.layers[i], name, value)
-        out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)[0]
-        assert isinstance(out, Tensor)
-        return out
-
-
-def decode_step(model: nn.Module, shapes: Shapes) -> tuple[DecodeStep, tuple[Tensor, ...]]:
-    """A decoding step of `seq` tokens (one where unset) after `past` tokens (the model's default length where 0)."""
+def decode_inputs(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of a step of `seq` tokens (one where unset) after `past` tokens (the model's default length where 0)."""
     config = getattr(model, "config", None)
-    if config is None or getattr(config, "is_encoder_decoder", False) or not hasattr(model, "generate"):
+    cached = "past_key_values" in inspect.signature(model.forward).parameters
+    if config is None or getattr(config, "is_encoder_decoder", False) or not cached:
         raise UsageError("--phase decode needs a decoder-only model: this one has no cache to decode from")
     past = shapes.past or tokens(config, Shapes(shapes.batch))
     device = next(model.parameters()).device
-    with torch.no_grad():
-        filled = model(input_ids=torch.zeros(shapes.batch, past, dtype=torch.long, device=device), use_cache=True)
+    try:
+        with torch.no_grad():
+            filled = model(input_ids=torch.zeros(shapes.batch, past, dtype=torch.long, device=device), use_cache=True)
+    except RuntimeError as error:
+        raise UsageError(f"--phase decode: the model cannot fill its cache ({error}); another --dtype may do") from error
     cache = getattr(filled, "past_key_values", None)
-    if cache is None or not hasattr(cache, "layers"):
+    if cache is None:
         raise UsageError(f"--phase decode: {type(model).__name__} returns no cache of keys and values")
-    where = [(i, n) for i, layer in enumerate(cache.layers) for n, v in vars(layer).items() if isinstance(v, Tensor)]
-    held = tuple(getattr(cache.layers[i], n) for i, n in where)
     ids = torch.zeros(shapes.batch, shapes.seq or 1, dtype=torch.long, device=device)
-    return DecodeStep(model, cache, where), (ids, *held)
+    return (), {"input_ids": ids, "past_key_values": cache, "use_cache": True}

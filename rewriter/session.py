@@ -14,7 +14,7 @@ import time
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ class Entry:
 
     def __init__(self, session: Session, path: str, module: nn.Module) -> None:
         self.session, self.path, self.module = session, path, module
-        self.before: Callable[..., Any] | None = module._compiled_call_impl
+        self.before: Callable[..., Any] | None = None
         self.calls = 0
         self.missed = 0
         self.failures: list[str] = []
@@ -69,7 +69,7 @@ class Entry:
             out = self.compiled(self.module, *args, **kwargs)
         except TorchDynamoException as error:
             if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, StrictError):
-                self.session.uninstall()
+                self.session.detach()
                 raise error.inner_exception from None
             if getattr(_running, "pieces", 0) != before:
                 raise
@@ -121,24 +121,36 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(eq=False)
 class Session:
-    """What `optimize` keeps about a model. Safe to use from several threads."""
+    """What `optimize` keeps about a model. Safe to use from several threads.
+
+    `backend` stands in for planning and rewriting: verification checks each graph instead.
+    """
 
     policy: Policy
     target: Device | None
     inductor: bool = False
     dynamic: bool | None = None
+    choices: Mapping[str, str] = field(default_factory=dict)
+    backend: Callable[[fx.GraphModule, Sequence[object], str], Callable[..., Any]] | None = None
     entries: list[Entry] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def install(self, model: nn.Module) -> None:
         self.entries = [Entry(self, path, module) for path, module in entry_points(model)]
-        for entry in self.entries:
-            entry.module._compiled_call_impl = entry
-        model.__dict__[_MARK] = Mark()
-        _sessions[model] = self
+        self.attach()
 
-    def uninstall(self) -> None:
+    def attach(self) -> None:
+        """Catch the calls of the model."""
+        for entry in self.entries:
+            entry.before = entry.module._compiled_call_impl
+            entry.module._compiled_call_impl = entry
+        root = self.entries[0].module
+        root.__dict__[_MARK] = Mark()
+        _sessions[root] = self
+
+    def detach(self) -> None:
+        """Let the calls of the model go as they went before; what was captured is kept for `attach`."""
         for entry in self.entries:
             if entry.module._compiled_call_impl is entry:
                 entry.module._compiled_call_impl = entry.before
@@ -147,6 +159,8 @@ class Session:
 
     def compile(self, entry: Entry | None, gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
         """The backend: one graph of Dynamo's, captured, planned and rewritten. A failure runs the graph as it came."""
+        if self.backend is not None:
+            return self.backend(gm, inputs, entry.path if entry is not None else "")
         piece = Piece(
             entry=entry.path if entry is not None else "",
             number=len(self.pieces),
@@ -158,7 +172,7 @@ class Session:
         try:
             captured = capture.from_dynamo(gm, inputs, prefix=piece.entry)
             piece.capture_seconds = captured.seconds
-            request = choose.Request(self.policy, self.target, executable=True, sizes_known=True)
+            request = choose.Request(self.policy, self.target, choices=self.choices)
             piece.plan = choose.rewrite(captured, request)
             run = _runnable(captured.graph, inputs, self.inductor)
         except capture.CaptureError as no:

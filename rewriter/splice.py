@@ -9,6 +9,7 @@ where they are.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,11 @@ def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> fx
         new = _node(graph, output, torch.ops.aten.reshape.default, (new, [sizes.value(s) for s in shape_of(old)]))
     if new.meta["val"].dtype != old.dtype:
         new = _node(graph, output, torch.ops.aten.to.dtype, (new, old.dtype))
-    if not _same_strides(new.meta["val"], old):
+    changed = None if _same_strides(new.meta["val"], old) else _absorbed(output, new.meta["val"])
+    if changed is not None:
+        for n, value in changed.items():
+            n.meta["val"] = value
+    elif not _same_strides(new.meta["val"], old):
         order = sorted(range(old.dim()), key=lambda d: -_hint(old.stride(d)))
         back = [order.index(d) for d in range(old.dim())]
         new = _node(graph, output, torch.ops.aten.permute.default, (new, order))
@@ -97,6 +102,42 @@ def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> fx
     if old.requires_grad:
         new.meta["val"].requires_grad_(True)
     return new
+
+
+def _absorbed(output: fx.Node, value: torch.Tensor) -> dict[fx.Node, torch.Tensor] | None:
+    """New fake values of the readers of `output`, when its other order of memory is gone a few operators on.
+
+    before   out [b,h,p,f] as it lies; transpose(1, 2); contiguous()        the copy that the model makes anyway
+    None where a reader needs the old order: a view that would fail, a write, a custom operator, the end of the graph.
+    """
+    mode = torch._guards.detect_fake_mode([value])
+    new: dict[fx.Node, torch.Tensor] = {output: value}
+    queue = list(output.users)
+    while queue:
+        n = queue.pop(0)
+        old = n.meta.get("val")
+        plain = n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and is_pure(n)
+        if not plain or len(new) > _FOLLOWED or not isinstance(old, torch.Tensor) or op_name(n) in _EXACT_STRIDES:
+            return None
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda x: new[x] if x in new else x.meta["val"])
+        try:
+            with mode if mode is not None else contextlib.nullcontext(), torch.no_grad():
+                made = n.target(*args, **kwargs)
+        except (RuntimeError, ValueError):
+            return None
+        if made.dtype != old.dtype or not _equal(shape_of(made), shape_of(old)):
+            return None
+        if _same_strides(made, old):
+            continue
+        new[n] = made.requires_grad_(old.requires_grad)
+        queue.extend(n.users)
+    del new[output]
+    return new
+
+
+# How far a changed order of memory is followed, and operators that read strides without failing on others.
+_FOLLOWED = 16
+_EXACT_STRIDES = ("as_strided", "as_strided_scatter", "set", "resize")
 
 
 def _equal(a: Sequence[Size], b: Sequence[Size]) -> bool:
@@ -192,17 +233,18 @@ def is_pure(n: fx.Node) -> bool:
     if n.op != "call_function":
         return n.op == "get_attr"
     if isinstance(n.target, torch._ops.OpOverload):
-        return not n.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in n.target.tags and not _draws(n)
+        return not n.target._schema.is_mutable and not _draws(n)
     return n.target in (operator.getitem, *_ARITHMETIC.values()) or getattr(n.target, "__module__", "") in ("_operator", "math")
 
 
 def _draws(n: fx.Node) -> bool:
-    """Composite operators that draw random numbers without a tag of their own."""
-    given = arguments(n)
-    name = op_name(n)
+    """Whether an operator draws random numbers; dropout that is switched off does not, whatever its tag says."""
+    given, name = arguments(n), op_name(n)
     if name == "scaled_dot_product_attention":
         return given["dropout_p"] != 0.0
-    return "dropout" in name and given.get("train") is not False and given.get("p") != 0.0
+    if "dropout" in name:
+        return given.get("train") is not False and given.get("p") != 0.0
+    return torch.Tag.nondeterministic_seeded in n.target.tags  # type: ignore[union-attr]
 
 
 def finish(gm: fx.GraphModule) -> None:

@@ -1,0 +1,171 @@
+"""The front door: optimize a model in place, undo it, report on it, plan without running, verify against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .cost_model.device import Device, device
+from .cost_model.plan import Plan
+from .rewriter import choose
+from .rewriter.models import Shapes, UsageError, inputs_for
+from .rewriter.policy import Policy
+from .rewriter.report import Entered, Report
+from .rewriter.session import Session, is_copy, session_of
+from .rewriter.verify import Verification
+from .rewriter.verify import verify as _verify
+
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    M = TypeVar("M", bound=nn.Module)
+
+Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+def optimize(
+    model: M, *, policy: Policy | None = None, target: str | Device | None = None, example: Example | None = None
+) -> M:
+    """Have every attention of `model` computed by the cheapest exact candidate. Returns the same object.
+
+    Nothing is captured before the model is called; with `example` (a tensor, a tuple of arguments, a mapping of keyword
+    arguments, or a pair of both) it is called once, without gradients. Twice is once. `restore` undoes it; when anything
+    fails here the model is left as it was. `target` names the device that the model is on, where its kind alone (the
+    default) says too little. Raises TypeError for what is no module, ValueError for a target that is not the model's
+    device, and StrictError under `Policy(strict=True)`.
+    """
+    _check_module(model, "optimize")
+    chosen = device(target) if target is not None else None
+    _check_target(model, chosen)
+    policy = policy or Policy()
+    held = session_of(model)
+    if held is not None and held.policy == policy and held.target == chosen:
+        session = held
+    else:
+        if held is not None:
+            held.detach()
+        session = Session(policy, chosen)
+        session.install(model)
+    if example is not None:
+        args, kwargs = _arguments(example)
+        try:
+            with torch.no_grad():
+                model(*args, **kwargs)
+        except Exception:
+            session.detach()
+            raise
+    return model
+
+
+def restore(model: M) -> M:
+    """Undo `optimize`: the model runs its own code again. A model that is not optimised is left as it is."""
+    _check_module(model, "restore")
+    session = session_of(model)
+    if session is not None:
+        session.detach()
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What is planned for an optimised model and what ran: kernels, guards that fell back, captures, graph breaks."""
+    _check_module(model, "report")
+    session = session_of(model)
+    if session is None:
+        return Report("", (), (), copied=is_copy(model), installed=False)
+    with session.lock:
+        entries = tuple(Entered(e.path, e.calls, e.missed, tuple(e.failures)) for e in session.entries)
+        return Report(str(session.policy), entries, tuple(session.pieces))
+
+
+def plan(
+    model: nn.Module,
+    args: tuple[Any, ...] | Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str | Device | None = None,
+    policy: Policy | None = None,
+    dynamic: bool = False,
+) -> Plan:
+    """Plan a model without running it: weights and inputs may be on the meta device, and the target need not be present.
+
+    Without `args` and `kwargs`, inputs are built from the model's main input. `target` defaults to the model's device.
+    Gradients are planned for when the model is in training mode and grad mode is on. With `dynamic`, sizes stay symbolic
+    and costs are those of the given ones. Raises UsageError (a ValueError) naming a missing argument, UnknownDevice for an
+    unknown target, and CaptureError where the model has no graph.
+    """
+    _check_module(model, "plan")
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    given: Mapping[str, Any] = kwargs or {}
+    if not args and not given:
+        args, given = inputs_for(model, Shapes())
+    where = device(target) if target is not None else _device_of(model, args, given)
+    return choose.plan_model(model, args, given, where, policy or Policy(), dynamic=dynamic)
+
+
+def verify(
+    model: nn.Module, args: tuple[Any, ...] | Tensor = (), kwargs: Mapping[str, Any] | None = None, *, plan: Plan | None = None
+) -> Verification:
+    """Compare an optimised model with float64: each attention on its own inputs, and the whole output.
+
+    The model is called on `args` and `kwargs` without gradients, optimised or not. With `plan`, the candidates that it chose
+    are verified. `Verification.ok` says whether every error is within what the type allows.
+    """
+    _check_module(model, "verify")
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    given: Mapping[str, Any] = kwargs or {}
+    if not args and not given:
+        args, given = inputs_for(model, Shapes(seq=64))
+    session = session_of(model)
+    policy = session.policy if session is not None else Policy()
+    return _verify(model, args, given, policy, plan)
+
+
+def _check_module(model: object, verb: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"reattend.{verb} takes a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        raise TypeError(
+            f"reattend.{verb}: this is the wrapper that torch.compile returns: pass the model itself, "
+            'or compile with torch.compile(model, backend="reattend")'
+        )
+
+
+def _check_target(model: nn.Module, target: Device | None) -> None:
+    """A model runs where it is; other devices can be planned for."""
+    if target is None:
+        return
+    kinds = {p.device.type for p in model.parameters()} or {"cpu"}
+    own = choose.running_device(next(iter(kinds)))
+    if kinds != {_device_type(target)} or (target.is_gpu and own.name != target.name):
+        there = ", ".join(sorted(kinds))
+        raise ValueError(
+            f"optimize: the model is on {own.name if own.is_gpu else there}, not on {target.name}: "
+            f"leave target out, or use reattend.plan(model, args, target={target.name!r}) to plan for it"
+        )
+
+
+def _device_type(target: Device) -> str:
+    return "cuda" if target.is_gpu else target.kind
+
+
+def _device_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Device:
+    tensors = [x for x in torch.utils._pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
+    types = [t.device.type for t in (*model.parameters(), *tensors)]
+    known = [t for t in types if t != "meta"]
+    if types and not known:
+        raise UsageError("the model is on the meta device: name a target, such as target='h200'; reattend.targets() lists them")
+    return choose.running_device(known[0] if known else "cpu")
+
+
+def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    values = tuple(example)
+    if len(values) == 2 and isinstance(values[0], (tuple, list)) and isinstance(values[1], Mapping):
+        return tuple(values[0]), dict(values[1])
+    return values, {}

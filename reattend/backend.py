@@ -1,0 +1,57 @@
+"""`torch.compile(model, backend="reattend", options={...})`: found through the entry-point group torch_dynamo_backends."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from .cost_model.device import device
+from .rewriter.policy import Policy
+from .rewriter.session import Session
+
+_OPTIONS = ("rest", "target", "allow", "deny", "strict")
+
+
+def reattend(
+    gm: fx.GraphModule, example_inputs: Sequence[object], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile one graph of Dynamo's: attention by reattend, the rest by Inductor.
+
+    Options: `rest` ("inductor", the default where a C++ compiler is present, or "eager"), `target`, and `allow`, `deny`,
+    `strict` as in `Policy`. Raises ValueError for any other option.
+    """
+    given = dict(options or {})
+    unknown = [name for name in given if name not in _OPTIONS]
+    if unknown:
+        raise ValueError(f"backend reattend: unknown option {unknown[0]!r}; one of {', '.join(_OPTIONS)}")
+    target = given.get("target")
+    policy = Policy(allow=given.get("allow", ()), deny=given.get("deny", ()), strict=bool(given.get("strict", False)))
+    session = Session(policy, device(target) if target is not None else None, inductor=_inductor(given.get("rest")))
+    return session.compile(None, gm, example_inputs)
+
+
+def _inductor(rest: str | None) -> bool:
+    if rest not in (None, "inductor", "eager"):
+        raise ValueError(f"backend reattend: rest={rest!r} is not known: use 'inductor' or 'eager'")
+    if rest == "eager":
+        return False
+    missing = _missing_compiler()
+    if missing and rest is None:
+        warnings.warn(f"reattend: {missing}: the rest of the model runs eagerly (options={{'rest': 'eager'}} says so)", stacklevel=3)
+    elif missing:
+        raise ValueError(f"backend reattend: {missing}: install one, or use options={{'rest': 'eager'}}")
+    return not missing
+
+
+def _missing_compiler() -> str:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "Inductor needs a C++ compiler and found none"
+    return ""

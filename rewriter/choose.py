@@ -1,0 +1,448 @@
+"""Choice: the candidates of every attention, what each would cost, which one runs, and why; then the rewrite itself.
+
+    graph ─ detect → attentions ─ candidates → Site (plain data) + Call (what is spliced) ─ splice → graph
+
+Candidates are the original code, SDPA, FlexAttention and our kernel. Cheapest first, of those that may run here: the policy
+permits them, the device has them, gradients flow through them where they are wanted. Identical attentions are decided once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..codegen import operator as ours
+from ..codegen import vendor
+from ..codegen.program import loose
+from ..cost_model.cost import Cost
+from ..cost_model.device import Device, targets, with_threads
+from ..cost_model.device import device as device_named
+from ..cost_model.passes import key_passes
+from ..cost_model.plan import ORIGINAL, Candidate, MaskView, Miss, Plan, Site, SiteShape, TileCounts, ranked
+from ..cost_model.predict import best_mapping, predict_original, predict_vendor, tiles_of
+from ..patterns import expr as ex
+from ..patterns.cascade import Cascade, bind, show
+from ..patterns.evaluate import infer_sizes
+from ..patterns.mapping import Mapping as Tiling
+from ..patterns.masks import conjuncts, split
+from ..patterns.recognise import Attention, Refusal, attention, no_key_rule
+from ..patterns.recognise import Miss as NoAttention
+from ..patterns.rowstate import derive, stream
+from ..patterns.traits import kind, traits
+from . import capture, splice
+from .detect import Found, NearMiss, find
+from .policy import Policy
+from .sizes import size_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a graph is planned for. `executable`: the plan will run in this process, on the tensors' own device.
+
+    `choices` names the candidate of some sites, by module path, instead of the cheapest.
+    """
+
+    policy: Policy
+    target: Device | None = None
+    executable: bool = True
+    choices: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """An attention of a graph with what was decided, and what each candidate that can run would be spliced as."""
+
+    found: Found
+    site: Site
+    calls: Mapping[str, splice.Call]
+
+    @property
+    def call(self) -> splice.Call | None:
+        """What the choice is spliced as; None where the original code stays."""
+        return self.calls.get(self.site.choice)
+
+
+# --- devices ------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def running_device(kind: str) -> Device:
+    """The device that tensors of a torch device type are on. Raises ValueError for one that no data file describes."""
+    if kind == "cuda":
+        return _gpu(torch.cuda.get_device_name(), _architecture())
+    if kind == "cpu":
+        return _cpu(torch.get_num_threads())
+    raise ValueError(f"no device file describes {kind!r} tensors: name a target; one of {', '.join(d.name for d in targets())}")
+
+
+@lru_cache(maxsize=16)
+def _cpu(threads: int) -> Device:
+    return with_threads(device_named("cpu"), threads)
+
+
+def _architecture() -> str:
+    properties = torch.cuda.get_device_properties()
+    hip = getattr(properties, "gcnArchName", "")
+    return hip.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+def _gpu(name: str, architecture: str) -> Device:
+    """The device file with this name, else one of the same architecture."""
+    gpus = [d for d in targets() if d.is_gpu]
+    for d in gpus:
+        if d.name.lower() in name.lower().replace(" ", ""):
+            return d
+    for d in gpus:
+        if d.arch == architecture:
+            return d
+    raise ValueError(f"no device file describes {name} ({architecture}): name a target; one of {', '.join(d.name for d in gpus)}")
+
+
+# --- a graph ------------------------------------------------------------------------------------------------------
+
+
+def rewrite(captured: capture.Captured, request: Request) -> Plan:
+    """Plan every attention of a captured graph and splice the chosen calls in. The graph is changed in place."""
+    sites: list[Site] = []
+    misses: list[Miss] = []
+    where = request.target
+    for region in capture.regions(captured.graph):
+        decisions, missed = decide(region, request)
+        for d in decisions:
+            if d.call is not None:
+                splice.replace(region, d.found.output, d.found.tensors, d.found.scalars, d.call)
+        splice.finish(region)
+        sites += [d.site for d in decisions]
+        misses += missed
+        where = where or _device_of(region)
+    return Plan(tuple(sites), tuple(misses), where or running_device("cpu"))
+
+
+def plan_graph(captured: capture.Captured, device: Device, policy: Policy, name: str = "") -> Plan:
+    """Plan a captured graph for a device that need not be here. The graph stays as it is."""
+    start = time.perf_counter()
+    sites: list[Site] = []
+    misses: list[Miss] = []
+    for region in capture.regions(captured.graph):
+        decisions, missed = decide(region, Request(policy, device, executable=False))
+        sites += [d.site for d in decisions]
+        misses += missed
+    note = f"captured in {captured.seconds:.1f} s, planned in {time.perf_counter() - start:.2f} s"
+    return Plan(tuple(sites), tuple(misses), device, model=name, note=note)
+
+
+def decide(gm: fx.GraphModule, request: Request) -> tuple[list[Decision], list[Miss]]:
+    """Every attention of a graph with its decision, and what was left alone."""
+    found, missed = find(gm)
+    hints = _hints(gm)
+    decisions = [_decide(f, hints, request) for f in found]
+    return decisions, [_miss(m) for m in missed]
+
+
+def _miss(m: NearMiss) -> Miss:
+    what = f"{m.what} in {m.module}" if m.module else m.what
+    return Miss(m.where, what, m.reason, m.hint)
+
+
+def _device_of(gm: fx.GraphModule) -> Device | None:
+    for n in gm.graph.nodes:
+        value = n.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.device.type in ("cpu", "cuda"):
+            return running_device(value.device.type)
+    return None
+
+
+def _hints(gm: fx.GraphModule) -> Mapping[str, int]:
+    """The size that each symbol of the graph has in the example that it was traced with."""
+    out: dict[str, int] = {}
+    for n in gm.graph.nodes:
+        value = n.meta.get("val")
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for s in sizes:
+            if isinstance(s, torch.SymInt) and s.node.hint is not None:
+                expression = s.node.expr
+                if expression.is_Symbol:
+                    out.setdefault(str(expression), int(s.node.hint))
+    return out
+
+
+# --- one attention ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Question:
+    """All that a decision depends on: equal questions have equal answers."""
+
+    cascade: Cascade
+    sizes: tuple[tuple[str, int], ...]
+    device: Device
+    policy: Policy
+    executable: bool
+    gradients: bool
+    bound: str
+    dtype: str
+
+
+def _decide(f: Found, hints: Mapping[str, int], request: Request) -> Decision:
+    value = f.output.meta["val"]
+    device = request.target or running_device(value.device.type)
+    sizes = {s: hints[s] for s in f.cascade.free_symbols if s in hints}
+    for name, node in f.scalars.items():
+        known = getattr(getattr(node.meta.get("val"), "node", None), "hint", None)
+        if known is not None:
+            sizes[name] = int(known)
+    bound = _bound_to_original(f)
+    question = _Question(
+        f.cascade, tuple(sorted(sizes.items())), device, request.policy, request.executable, f.needs_grad, bound,
+        str(value.dtype).removeprefix("torch."),
+    )  # fmt: skip
+    site, calls = _answer(question)
+    wished = request.choices.get(f.module, site.choice)
+    choice = wished if wished == ORIGINAL or wished in calls else site.choice
+    site = replace(site, name=f.module, where=f.where, choice=choice, notes=(*site.notes, *f.notes))
+    return Decision(f, site, calls)
+
+
+def _bound_to_original(f: Found) -> str:
+    """Why this attention cannot be replaced where it stands, whatever its cascade says; empty when it can."""
+    inside = interior(f)
+    scores = _scores(f, inside)
+    escaped = splice.survivors(frozenset(scores), f.output)
+    if escaped:
+        reader = next(u for n in escaped for u in n.users if u not in inside and u is not f.output)
+        return f"the scores or weights are read elsewhere ({reader.name}): they would be computed twice"
+    if f.needs_grad and (cut := _gradient_cut(inside)):
+        return f"a gradient is cut inside the attention (at {cut.name})"
+    return ""
+
+
+def interior(f: Found) -> frozenset[fx.Node]:
+    """The nodes between the inputs of an attention and its output."""
+    stop = {*f.tensors.values(), *f.scalars.values()}
+    seen: set[fx.Node] = set()
+    stack = [f.output]
+    while stack:
+        n = stack.pop()
+        if n in seen or n in stop or n.op != "call_function":
+            continue
+        seen.add(n)
+        stack.extend(n.all_input_nodes)
+    return frozenset(seen - {f.output})
+
+
+def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:
+    """The interior nodes that depend on the query's and on the key's operand: scores, weights and what is between."""
+    view = attention(f.cascade)
+    assert isinstance(view, Attention), view
+    sides: list[set[fx.Node]] = [set(), set()]
+    for e in view.products:
+        for load in ex.loads(e.body):
+            if str(load.attr) in f.tensors:
+                sides[view.key in load.ranks].add(f.tensors[str(load.attr)])
+    order = {n: i for i, n in enumerate(f.output.graph.nodes)}
+    reached: list[set[fx.Node]] = [set(s) for s in sides]
+    for n in sorted(inside, key=lambda x: order[x]):
+        for r in reached:
+            if any(i in r for i in n.all_input_nodes):
+                r.add(n)
+    return {n for n in inside if n in reached[0] and n in reached[1]}
+
+
+def _gradient_cut(inside: frozenset[fx.Node]) -> fx.Node | None:
+    """A node inside whose inputs want a gradient and whose floating value does not."""
+    for n in inside:
+        value = n.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
+            for i in n.all_input_nodes:
+                given = i.meta.get("val")
+                if isinstance(given, torch.Tensor) and given.requires_grad:
+                    return n
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _answer(q: _Question) -> tuple[Site, Mapping[str, splice.Call]]:
+    c, sizes = q.cascade, dict(q.sizes)
+    view = attention(c)
+    assert isinstance(view, Attention), view
+    candidates: list[Candidate] = []
+    calls: dict[str, splice.Call] = {}
+    for candidate, call in _candidates(q, sizes):
+        candidates.append(candidate)
+        if call is not None:
+            calls[candidate.name] = call
+    order = ranked(tuple(candidates))
+    chosen = next(x for x in order if x.feasible)
+    order = tuple(replace(x, why=_why(x, order, q)) if x is chosen else x for x in order)
+    lines = [show(stream(view, state))] if not isinstance(state := derive(view), NoAttention) else []
+    site = Site(
+        name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q),
+        mask=_mask(view, c, sizes, order), proofs=_proofs(view, q), guards=(), candidates=order, choice=chosen.name,
+        cascade=show(c), chosen_cascade=lines[0] if lines and chosen.name == "reattend" else "",
+    )  # fmt: skip
+    return site, calls
+
+
+def _why(chosen: Candidate, order: tuple[Candidate, ...], q: _Question) -> str:
+    """Why this one: what it saves, or why nothing else may run."""
+    others = [c for c in order if c.feasible and c.name != chosen.name]
+    if chosen.name == ORIGINAL:
+        if q.bound:
+            return q.bound
+        if others:
+            return "predicted fastest"
+        return "; ".join(f"{c.name}: {c.why}" for c in order if not c.feasible) or "nothing else is allowed"
+    if others and others[0].cost is not None and chosen.cost is not None and chosen.cost.seconds > 0:
+        ratio = others[0].cost.seconds / chosen.cost.seconds
+        return f"predicted {ratio:.2f}× faster than {others[0].name}" + (f"; {chosen.why}" if chosen.why else "")
+    return chosen.why
+
+
+# --- candidates ---------------------------------------------------------------------------------------------------
+
+
+def _candidates(q: _Question, sizes: Mapping[str, int]) -> Iterator[tuple[Candidate, splice.Call | None]]:
+    yield Candidate(ORIGINAL, cost=_or_none(lambda: predict_original(q.cascade, q.device, sizes)), why=""), None
+    for make in (_ours, _sdpa, _flex):
+        candidate, call = make(q, sizes)
+        no = q.bound or ("" if q.policy.permits(candidate.name) else "the policy does not permit it")
+        if no and candidate.feasible:
+            candidate, call = replace(candidate, feasible=False, why=no), None
+        yield candidate, call
+
+
+def _or_none(make: Any) -> Cost | None:
+    """A cost, or None where a size of the cascade has no value to predict with."""
+    try:
+        cost = make()
+    except ValueError:
+        return None
+    return cost if isinstance(cost, Cost) else None
+
+
+def _refused(name: str, why: str) -> tuple[Candidate, None]:
+    return Candidate(name, feasible=False, why=why), None
+
+
+def _ours(q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
+    name = "reattend"
+    if q.gradients:
+        return _refused(name, "our kernel has no backward yet, and gradients are wanted here")
+    try:
+        best = best_mapping(q.cascade, q.device, sizes)
+    except ValueError as no:
+        return _refused(name, str(no))
+    if not isinstance(best, tuple):
+        return _refused(name, best.reason)
+    mapping, cost = best
+    kernel = ours.build(q.cascade, mapping, q.device)
+    if isinstance(kernel, Refusal):
+        return _refused(name, kernel.reason)
+    view = attention(q.cascade)
+    assert isinstance(view, Attention)
+    state = derive(view)
+    passes = key_passes(stream(view, state)) if not isinstance(state, NoAttention) else None
+    candidate = Candidate(
+        name, passes=passes, cost=cost, mapping=mapping.to_text(), why=str(mapping), maker=lambda: str(kernel.source)
+    )
+    return candidate, our_call(q.cascade, mapping)
+
+
+def our_call(c: Cascade, mapping: Tiling) -> splice.Call:
+    """Our operator: tensors in the order of the cascade's inputs, then the sizes that no input tells."""
+    names, sizes = [t.name for t in c.inputs], loose(c)
+    text = ours.program_text(c, mapping)
+
+    def arguments(tensors: Mapping[str, fx.Node], size: Any) -> tuple[Any, ...]:
+        return [tensors[n] for n in names], [size(s) for s in sizes], text
+
+    return splice.Call("reattend", torch.ops.reattend.cascade.default, arguments, closed=False)
+
+
+def _sdpa(q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
+    return _vendor("sdpa", vendor.sdpa(q.cascade), q, sizes)
+
+
+def _flex(q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
+    return _vendor("flex", vendor.flex(q.cascade), q, sizes)
+
+
+def _vendor(name: str, made: Any, q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
+    raise AssertionError("bound when codegen/vendor.py is there")
+
+
+def bind_sizes(c: Cascade, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> dict[str, int]:
+    """Every symbol of a cascade from its inputs' shapes and the graph's scalars."""
+    return infer_sizes(c, tensors, {name: int(v) for name, v in scalars.items() if name in c.free_symbols})
+
+
+# --- the site's plain data ----------------------------------------------------------------------------------------
+
+
+def _shape(c: Cascade, q: _Question) -> SiteShape:
+    return SiteShape({r.name: r.size if isinstance(r.size, int) else str(r.size) for r in c.ranks}, q.dtype)
+
+
+def _mask(a: Attention, c: Cascade, sizes: Mapping[str, int], order: tuple[Candidate, ...]) -> MaskView | None:
+    mask = split(a.score, a.key)
+    if mask.keep is ex.TRUE:
+        return None
+    text = next((x.mapping for x in order if x.name == "reattend" and x.mapping), "")
+    tiling = Tiling.parse(text) if text else Tiling(64, 64)
+    try:
+        jobs = tiles_of(c, tiling, sizes)
+    except ValueError:
+        return MaskView(ex.show(mask.keep), 1.0)
+    if isinstance(jobs, NoAttention) or jobs.map is None:
+        return MaskView(ex.show(mask.keep), 1.0)
+    m = jobs.map
+    return MaskView(ex.show(mask.keep), m.density, TileCounts(tiling.tile_p, tiling.tile_m, m.total, m.visited, m.full, m.partial))
+
+
+_RULES = {
+    "nan": "a row without a key gives NaN, as in the original",
+    "uniform": "a row without a key gives the mean over all values, as in the original",
+    "zero": "a row without a key gives 0, as in the original",
+    "never": "no mask can leave a row without a key",
+    "unmasked": "a row whose keys are all masked attends as if unmasked, as in the original",
+}
+
+
+def _proofs(a: Attention, q: _Question) -> tuple[str, ...]:
+    out = [
+        f"the weights are normalised over {a.key}, which the last product reduces",
+        "keys and values are not written between their reads",
+        _RULES[no_key_rule(a)],
+    ]
+    mask = split(a.score, a.key)
+    if mask.keep is not ex.TRUE:
+        static = all(not ex.loads(part) for part in conjuncts(mask.keep))
+        out.append("the mask is a function of positions" if static else "part of the mask is read from run-time data")
+    if not q.bound:
+        out.append("nobody else reads scores or weights")
+    return tuple(out)
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def plan_model(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, policy: Policy, *, dynamic: bool,
+    name: str = "",
+) -> Plan:  # fmt: skip
+    """Capture a model without running it, and plan it. Raises CaptureError."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
+        captured = capture.from_export(model, args, kwargs, dynamic=dynamic)
+    return plan_graph(captured, device, policy, name or type(model).__name__)
+
+
+__all__ = [
+    "Decision", "Request", "bind", "decide", "interior", "our_call", "plan_graph", "plan_model", "rewrite",
+    "running_device", "size_of",
+]  # fmt: skip
