@@ -14,6 +14,8 @@ import reattend
 class WaveAttention(nn.Module):
     """Scores wax and wane with the distance, at a rate of their own in each head, inside a cap."""
 
+    rate: Tensor
+
     def __init__(self, width: int, heads: int, reach: int, cap: float = 20.0) -> None:
         super().__init__()
         self.heads, self.reach, self.cap = heads, reach, cap
@@ -30,7 +32,8 @@ class WaveAttention(nn.Module):
         score = self.cap * torch.tanh(score / self.cap)
         score = score.masked_fill((distance < 0) | (distance >= self.reach), float("-inf"))
         mixed = score.softmax(-1) @ v
-        return self.out(mixed.transpose(1, 2).reshape(b, n, width))
+        joined: Tensor = self.out(mixed.transpose(1, 2).reshape(b, n, width))
+        return joined
 
 
 def main() -> None:
@@ -44,7 +47,7 @@ def main() -> None:
     print(plan)
     (site,) = plan.sites
     assert "window" in site.traits
-    assert site.mask.density < 0.25, "most tiles are never visited"
+    assert site.mask is not None and site.mask.density < 0.25, "most tiles are never visited"
 
     model = reattend.optimize(model)
     with torch.no_grad():
