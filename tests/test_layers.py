@@ -44,7 +44,7 @@ def test_the_layer_contracts_hold() -> None:
         "import reattend",
         "import reattend.patterns.expr, reattend.patterns.cascade, reattend.patterns.masks",
         "import reattend.patterns.rowstate, reattend.patterns.recognise, reattend.patterns.mapping",
-        "import reattend.cost_model.predict, reattend.cost_model.plan",
+        "import reattend.cost_model.predict, reattend.cost_model.plan, reattend.cost_model.calibrate",
         "import reattend.cli",
     ],
 )
