@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ def witnesses(keep: Expr, query: str, key: str, size: Expr) -> tuple[Expr, ...]:
     `size` is the number of keys. A candidate proves nothing by itself: `keep` at `key := w` must hold, and w be a key.
     """
     m = ex.index(key)
+    turned = any(e.op in ("not", "xor", "where") for e in ex.walk(keep))
     out: dict[Expr, None] = {ex.index(query): None}
     for e in ex.walk(keep):
         if e.op in ex.COMPARISONS and all(a.dtype in ex.INTEGERS for a in e.args):
@@ -42,8 +42,11 @@ def witnesses(keep: Expr, query: str, key: str, size: Expr) -> tuple[Expr, ...]:
             c = form.coefficient(m)
             rest = (form - affine(m).scaled(c)).scaled(-c)
             if abs(c) == 1 and not any(key in a.ranks or ex.loads(a) for a in rest.atoms):
-                # c·m − c·rest ∘ 0
-                out[rest.term()] = None
+                # c·m − c·rest ∘ 0 holds at m = rest, or at its neighbour when ∘ is strict
+                near = {"lt": (-c,), "gt": (c,), "ne": (-1, 1)}.get(e.op, (0,))
+                out.update(
+                    dict.fromkeys((rest + affine(ex.const(s))).term() for s in ((0, -1, 1) if turned else near))
+                )
     return (*tuple(out)[:8], ex.const(0), size - 1)
 
 
@@ -111,9 +114,13 @@ class _Rows:
         """Proof by one witness for all rows of a tile."""
         lo = np.arange(certain.shape[-1]) * self.tile
         box = {**self.batch_box(), self.query: (lo, np.minimum(lo + self.tile, self.extents[self.query]) - 1)}
+        # where rows are proved one by one as well, loads are not read off their blocks
+        aligned = self.xp is np and bool(ex.loads(self.keep))
         for w in self.candidates:
             if self.xp is np and certain.all():
                 break
+            if aligned and w.op not in ("index", "const"):
+                continue
             yes = spans(_holds(self.keep, self.key, w, self.extents[self.key]), box, bounds=self.bounds, xp=self.xp)[0]
             ((certain, yes),) = align([(certain, yes)], self.xp)
             certain = certain | yes
@@ -142,11 +149,10 @@ class _Rows:
         found = np.zeros(row.shape, np.bool_)
         # one witness after another, or for few rows all at once
         groups = [self.candidates] if row.size <= FEW else [(w,) for w in self.candidates]
-        # a bound may be strict: then its neighbour is kept
-        for step, group in product((0, -1, 1), groups):
+        for group in groups:
             if found.all():
                 break
-            at = np.stack([np.broadcast_to(spans(w, box)[0] + step, row.shape) for w in group])
+            at = np.stack([np.broadcast_to(spans(w, box)[0], row.shape) for w in group])
             at = np.clip(at, 0, size - 1).astype(np.int64)
             if nearest:
                 # the nearest keys that loads allow stand for the witness itself
