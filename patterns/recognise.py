@@ -98,18 +98,20 @@ def attention(c: Cascade) -> Attention | Miss:
     except _Stop as stop:
         return stop.miss
     found: list[Attention] = []
-    best = Miss("no Einsum sums over a rank that the output lacks: there is no product with values")
+    missed: list[Miss] = []
     for load in ex.loads(term):
         if str(load.attr) not in form.reductions:
             continue
         try:
             found.append(_Reader(form, term, ranks, load).read())
         except _Stop as stop:
-            best = max(best, stop.miss, key=lambda m: m.depth)
+            missed.append(stop.miss)
     if len(found) > 1:
         names = ", ".join(a.contraction.out.tensor for a in found)
         return Miss(f"the output joins {len(found)} products with values ({names}): several attentions", depth=9)
-    return found[0] if found else best
+    if not found and not missed:
+        return Miss("no Einsum sums over a rank that the output lacks: there is no product with values")
+    return found[0] if found else max(missed, key=lambda m: m.depth)
 
 
 class _Form:
@@ -203,8 +205,8 @@ class _Reader:
         weight = self.settle(weight)
         if not self.products:
             raise _Stop(
-                f"the weights of {whole.out.tensor} hold no product of two operands that varies over a rank of the "
-                f"output and over {self.key}",
+                f"the weights of {whole.out.tensor} hold no product of an operand with {self.key} and one without that "
+                "brings a rank of the output",
                 whole,
                 3,
             )
@@ -316,7 +318,10 @@ class _Reader:
         assert isinstance(e, Einsum)
         name = e.out.tensor
         inst = self.form.instance(name, x.args, frozenset(self.output) | {self.key})
-        scored = [y for y in self.reductions(inst.body) if self.key in y.ranks and y.ranks & self.candidates]
+        # The rank it reduces may be the query's under another name: then the sizes agree.
+        sizes = {self.form.ranks[r].size for r in self.candidates}
+        rows = self.candidates | {r for r in inst.over if self.form.ranks[r].size in sizes}
+        scored = [y for y in self.reductions(inst.body) if self.key in y.ranks and y.ranks & rows]
         if scored:
             raise _Stop(
                 f"{name} reduces scores over {', '.join(e.over)} ({e.op}), not over {self.key}, which the product with "
@@ -414,11 +419,11 @@ class _Reader:
         terms = list(ex.walk(weight, *(e.body for e in self.row.values())))
 
         def likely(r: str) -> tuple[bool, bool, int, int]:
-            """A coordinate that is compared with the key's, then a symbolic size, then the longest, then the first."""
+            """A coordinate that is compared with the key's, then a symbolic size, then the longest, then the last."""
             size = self.form.ranks[r].size
             compared = any(x.op in ex.COMPARISONS and {r, self.key} <= x.ranks and not ex.loads(x) for x in terms)
             number = size if isinstance(size, int) else 0
-            return compared, not isinstance(size, int), number, -self.output.index(r)
+            return compared, not isinstance(size, int), number, self.output.index(r)
 
         return max(left, key=likely)
 

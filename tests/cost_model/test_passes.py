@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from reattend.cost_model.passes import families, key_family, key_passes, levels, passes, report
 from reattend.patterns import expr as ex
 from reattend.patterns import papers
-from reattend.patterns.cascade import Access, Cascade, Rank, verify
+from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, verify
 from reattend.patterns.papers import Builder
 from reattend.patterns.recognise import attention
 from reattend.patterns.rowstate import RowState, derive, stream
@@ -40,15 +41,15 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("id", "cascade", "family", "count"), KNOWN, ids=[f"{k[0]}-{k[1].name}-{k[2]}" for k in KNOWN])
-def test_known_answers(id, cascade, family, count):
+def test_known_answers(id: Any, cascade: Any, family: Any, count: Any) -> None:
     assert passes(cascade, family) == count
 
 
-def test_a4_passes_of_each_input():
+def test_a4_passes_of_each_input() -> None:
     assert report(papers.cascade4(), ("m",)).inputs == {"K": 3, "V": 1}
 
 
-def test_a7_levels_without_a_second_visit():
+def test_a7_levels_without_a_second_visit() -> None:
     """Two levels: the Einsums cannot be fused; but no input is visited twice."""
     assert report(papers.scaled_twice(), ("k",)).inputs == {"A": 1, "B": 1, "C": 1}
 
@@ -61,51 +62,52 @@ TABLE_1 = [
 
 
 @pytest.mark.parametrize(("who", "cascade", "family", "count"), TABLE_1, ids=[t[0] for t in TABLE_1])
-def test_a8_table_1(who, cascade, family, count):
+def test_a8_table_1(who: Any, cascade: Any, family: Any, count: Any) -> None:
     assert passes(cascade, family) == count
 
 
-def test_footprint_is_a_fiber_or_nothing():
+def test_footprint_is_a_fiber_or_nothing() -> None:
     assert str(report(papers.cascade4(), ("m",)).footprint) == "M"
     assert report(papers.cascade5(), TILED).footprint == 0
     assert str(report(papers.cascade5(), ("m0",)).footprint) == "M0"
 
 
-def test_families_pair_the_halves_of_a_coordinate():
+def test_families_pair_the_halves_of_a_coordinate() -> None:
     assert families(papers.cascade5()) == (TILED, ("e",))
     assert set(families(papers.cascade4())) == {("m",), ("e",)}
 
 
-def test_eager_softmax_three_passes_streamed_one():
+def test_eager_softmax_three_passes_streamed_one() -> None:
     c = papers.attention("softmax", papers.softmax)
-    view = attention(c)
+    view: Any = attention(c)
+    state: Any = derive(view)
     assert key_passes(c) == 3
-    assert key_passes(stream(view, derive(view))) == 1
+    assert key_passes(stream(view, state)) == 1
 
 
-def test_sparsemax_steps():
+def test_sparsemax_steps() -> None:
     """One pass for the maximum, one a step, one for the output."""
     assert key_passes(papers.attention("sparsemax", papers.sparsemax(2))) == 4
 
 
-def test_differential_softmax_is_three_passes_as_written():
+def test_differential_softmax_is_three_passes_as_written() -> None:
     assert key_passes(papers.attention("differential", papers.differential)) == 3
 
 
-def test_no_attention_has_no_key_rank():
+def test_no_attention_has_no_key_rank() -> None:
     with pytest.raises(ValueError, match="no key rank"):
         key_family(papers.cascade2())
 
 
-def test_unknown_rank():
+def test_unknown_rank() -> None:
     with pytest.raises(KeyError):
         passes(papers.cascade4(), ("x",))
 
 
-def test_prefix_filter_streams_and_suffix_filter_does_not():
+def test_prefix_filter_streams_and_suffix_filter_does_not() -> None:
     """S_i = Σ_{k ≤ i} Y_k follows the rank; with k > i every element must be seen before the first result."""
 
-    def filtered(condition):
+    def filtered(condition: Any) -> Any:
         b = Builder({"i": papers.size("N"), "k": papers.size("N")})
         a = b.input("A", "i")
         y = b.put("Y", "i", a * 2.0)
@@ -118,7 +120,7 @@ def test_prefix_filter_streams_and_suffix_filter_does_not():
     assert passes(filtered(lambda k, i: k > i), ("i",)) == 2
 
 
-def test_light_work_between_barriers_counts_once():
+def test_light_work_between_barriers_counts_once() -> None:
     """A chain of row scalars between two sweeps is one barrier: levels as soon as possible would give 3 here."""
     c = papers.local_max()
     assert max(levels(c, TILED).values()) == 2
@@ -135,7 +137,9 @@ CASCADES = [(k[1], k[2]) for k in KNOWN]
 def shuffled(c: Cascade, seed: int) -> Cascade:
     """The Einsums in another topological order; writers of one tensor keep theirs."""
     rng = random.Random(seed)
-    left, out, written = list(c.einsums), [], set()
+    left = list(c.einsums)
+    out: list[Einsum] = []
+    written: set[str] = set()
     iterative = {r.name for r in c.ranks if r.iterative}
     first = {n: es[0] for n, es in c.producers.items()}
     while left:
@@ -145,8 +149,14 @@ def shuffled(c: Cascade, seed: int) -> Cascade:
             if e is not first[e.out.tensor]:
                 needs.add(e.out.tensor)
             # what is read at its end needs every writer
-            waits = [o for o in left if o is not e and o.out.tensor in needs and not (o.ranks & iterative and e.ranks & iterative)]
-            in_step = [o for o in left if o is not e and o.out.tensor in needs and o.ranks & iterative and e.ranks & iterative]
+            waits = [
+                o
+                for o in left
+                if o is not e and o.out.tensor in needs and not (o.ranks & iterative and e.ranks & iterative)
+            ]
+            in_step = [
+                o for o in left if o is not e and o.out.tensor in needs and o.ranks & iterative and e.ranks & iterative
+            ]
             before = {id(o) for o in in_step if c.einsums.index(o) < c.einsums.index(e)}
             if not waits and not before and (needs <= written | {e.out.tensor} or e.ranks & iterative):
                 ready.append(e)
@@ -175,7 +185,7 @@ def renamed(c: Cascade, table: dict[str, str]) -> Cascade:
 
 
 @given(st.sampled_from(CASCADES), st.integers(0, 10**6))
-def test_topological_order_changes_nothing(case, seed):
+def test_topological_order_changes_nothing(case: Any, seed: Any) -> None:
     c, family = case
     other = verify(shuffled(c, seed))
     assert passes(other, family) == passes(c, family)
@@ -183,7 +193,7 @@ def test_topological_order_changes_nothing(case, seed):
 
 
 @given(st.sampled_from(CASCADES), st.randoms(use_true_random=False))
-def test_rank_names_change_nothing(case, rng):
+def test_rank_names_change_nothing(case: Any, rng: Any) -> None:
     c, family = case
     names = [r.name for r in c.ranks]
     fresh = rng.sample([f"r{i}" for i in range(50)], len(names))
@@ -195,7 +205,7 @@ _maps = [lambda x: x, ex.exp, lambda x: x * x, lambda x: ex.unary("relu", x), la
 _steps = ["shift", "scale", "map", "mask"]
 
 
-def chain(b: Builder, s, steps, maps):
+def chain(b: Builder, s: Any, steps: Any, maps: Any) -> Any:
     """A row rule drawn at random: shifts by a maximum, divisions by a sum, maps and masks."""
     for i, (step, f) in enumerate(zip(steps, maps)):
         if step == "shift":
@@ -210,14 +220,14 @@ def chain(b: Builder, s, steps, maps):
 
 
 @given(st.lists(st.sampled_from(_steps), max_size=5), st.lists(st.sampled_from(_maps), min_size=5, max_size=5))
-def test_deferral_never_adds_a_pass(steps, maps):
+def test_deferral_never_adds_a_pass(steps: Any, maps: Any) -> None:
     """The last division before the product, or after it: never more passes, and at most one fewer."""
 
-    def early(b, s):
+    def early(b: Any, s: Any) -> Any:
         sn = chain(b, s, steps, maps)
         return sn / b.put("SD", "bhp", sn, "add", "m")
 
-    def late(b, s):
+    def late(b: Any, s: Any) -> Any:
         sn = chain(b, s, steps, maps)
         b.put("SD", "bhp", sn, "add", "m")
         return sn
@@ -228,8 +238,8 @@ def test_deferral_never_adds_a_pass(steps, maps):
 
 
 @given(st.lists(st.sampled_from(_steps), max_size=4), st.lists(st.sampled_from(_maps), min_size=4, max_size=4))
-def test_what_streams_is_one_pass(steps, maps):
-    view = attention(papers.attention("drawn", lambda b, s: chain(b, s, steps, maps)))
+def test_what_streams_is_one_pass(steps: Any, maps: Any) -> None:
+    view: Any = attention(papers.attention("drawn", lambda b, s: chain(b, s, steps, maps)))
     state = derive(view)
     if isinstance(state, RowState):
         assert key_passes(stream(view, state)) == 1

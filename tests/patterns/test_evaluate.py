@@ -1,5 +1,7 @@
 """The oracle itself, against plain torch: reductions, gathers, index maps, types, carried state, what it refuses."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +16,16 @@ torch.set_num_threads(1)
 P, M = ex.index("p"), ex.index("m")
 
 
-def one(body, tensors, ranks="pm", op=None, over="", sizes=None, widen=False, dtypes=None):
+def one(
+    body: Any,
+    tensors: Any,
+    ranks: Any = "pm",
+    op: Any = None,
+    over: Any = "",
+    sizes: Any = None,
+    widen: Any = False,
+    dtypes: Any = None,
+) -> Any:
     """Evaluate one Einsum over inputs that lie over the ranks named in `tensors`."""
     b = Builder(dict(sizes or {}))
     for name, (at, _) in tensors.items():
@@ -22,7 +33,9 @@ def one(body, tensors, ranks="pm", op=None, over="", sizes=None, widen=False, dt
     b.put("Z", ranks, body, op, over)
     c = b.cascade("one", "Z")
     known = {"P": 4, "M": 6, "K": 5} if not sizes else {}
-    return evaluate(c, {n: t for n, (_, t) in tensors.items()}, {s: known[s] for s in c.free_symbols if s in known}, widen=widen)["Z"]
+    return evaluate(
+        c, {n: t for n, (_, t) in tensors.items()}, {s: known[s] for s in c.free_symbols if s in known}, widen=widen
+    )["Z"]
 
 
 A = torch.arange(24.0).reshape(4, 6) - 7.0
@@ -35,20 +48,20 @@ LOAD = ex.load("A", (P, M), "f32")
         ("add", A.sum(1)), ("max", A.amax(1)), ("min", A.amin(1)), ("mul", A.prod(1)),
     ],
 )  # fmt: skip
-def test_reductions(op, want):
+def test_reductions(op: Any, want: Any) -> None:
     assert torch.equal(one(LOAD, {"A": ("pm", A)}, "p", op, "m"), want)
 
 
 @pytest.mark.parametrize(("op", "want"), [("or", (A > 0).any(1)), ("and", (A > 0).all(1))])
-def test_boolean_reductions(op, want):
+def test_boolean_reductions(op: Any, want: Any) -> None:
     out = one(LOAD > 0.0, {"A": ("pm", A)}, "p", op, "m")
     assert out.dtype is torch.bool
     assert torch.equal(out, want)
 
 
 @pytest.mark.parametrize("op", ["add", "max", "min", "mul"])
-def test_reduction_over_two_ranks_and_over_none_of_the_body(op):
-    functions = {"add": torch.sum, "max": torch.amax, "min": torch.amin, "mul": torch.prod}
+def test_reduction_over_two_ranks_and_over_none_of_the_body(op: Any) -> None:
+    functions: dict[str, Any] = {"add": torch.sum, "max": torch.amax, "min": torch.amin, "mul": torch.prod}
     assert torch.equal(one(LOAD, {"A": ("pm", A)}, "", op, "pm"), functions[op](A))
     row = torch.tensor([1.0, 2.0, -1.0, 0.5])
     out = one(ex.load("R", (P,), "f32"), {"R": ("p", row)}, "p", op, "m", sizes={"p": 4, "m": 3})
@@ -56,18 +69,18 @@ def test_reduction_over_two_ranks_and_over_none_of_the_body(op):
 
 
 @pytest.mark.parametrize(("op", "want"), [("add", 0.0), ("max", -float("inf")), ("min", float("inf")), ("mul", 1.0)])
-def test_a_reduction_over_nothing_is_its_identity(op, want):
+def test_a_reduction_over_nothing_is_its_identity(op: Any, want: Any) -> None:
     out = one(LOAD, {"A": ("pm", torch.empty(4, 0))}, "p", op, "m", sizes={"p": 4, "m": 0})
     assert torch.equal(out, torch.full((4,), want))
 
 
-def test_maximum_keeps_nan():
+def test_maximum_keeps_nan() -> None:
     a = A.clone()
     a[1, 2] = float("nan")
     assert one(LOAD, {"A": ("pm", a)}, "p", "max", "m").isnan().tolist() == [False, True, False, False]
 
 
-def test_sum_of_products_equals_the_expanded_sum():
+def test_sum_of_products_equals_the_expanded_sum() -> None:
     """The einsum short cut, with a scalar factor, a factor over no reduced rank, and a comparison as a factor."""
     g = torch.Generator().manual_seed(0)
     b = torch.randn(6, 5, generator=g)
@@ -77,23 +90,25 @@ def test_sum_of_products_equals_the_expanded_sum():
     assert torch.allclose(out, (A @ b) * 0.5 * r[:, None])
 
 
-def test_output_dims_in_any_order():
+def test_output_dims_in_any_order() -> None:
     assert torch.equal(one(LOAD * 2.0, {"A": ("pm", A)}, "mp"), A.T * 2)
 
 
-def test_index_terms():
+def test_index_terms() -> None:
     out = one(LOAD * ex.cast(M - P, "f32"), {"A": ("pm", A)})
     assert torch.equal(out, A * (torch.arange(6) - torch.arange(4)[:, None]))
 
 
-def test_gather_through_a_tensor_of_indices():
+def test_gather_through_a_tensor_of_indices() -> None:
     idx = torch.tensor([3, 0, 5, 1])
     i = ex.load("I", (P,), "i64")
-    out = one(ex.load("A", (P, i), "f32"), {"A": ("pm", A), "I": ("p", idx)}, "p", sizes={"p": 4, "m": 6}, dtypes={"I": "i64"})
+    out = one(
+        ex.load("A", (P, i), "f32"), {"A": ("pm", A), "I": ("p", idx)}, "p", sizes={"p": 4, "m": 6}, dtypes={"I": "i64"}
+    )
     assert torch.equal(out, A[torch.arange(4), idx])
 
 
-def test_head_groups_by_floor_division():
+def test_head_groups_by_floor_division() -> None:
     b = Builder({"h": 6, "m": 2})
     k = b.given("K", (3, 2), (ex.index("h") // 2, M))
     b.put("Z", "hm", k + 0.5)
@@ -101,21 +116,21 @@ def test_head_groups_by_floor_division():
     assert torch.equal(evaluate(b.cascade("c", "Z"), {"K": kk})["Z"], kk.repeat_interleave(2, 0) + 0.5)
 
 
-def test_a_tensor_longer_than_the_rank_is_read_at_its_start():
+def test_a_tensor_longer_than_the_rank_is_read_at_its_start() -> None:
     b = Builder({"p": 3})
     x = b.given("X", (5,), (P,))
     b.put("Z", "p", x)
     assert evaluate(b.cascade("c", "Z"), {"X": torch.arange(5.0)})["Z"].tolist() == [0, 1, 2]
 
 
-def test_unselected_reads_outside_a_tensor_are_clamped():
+def test_unselected_reads_outside_a_tensor_are_clamped() -> None:
     b = Builder({"p": 5})
     x = b.given("X", (3,), (P - 1,))
     b.put("Z", "p", ex.where((P >= 1) & (P < 4), x, -1.0))
     assert evaluate(b.cascade("c", "Z"), {"X": torch.arange(3.0)})["Z"].tolist() == [-1, 0, 1, 2, -1]
 
 
-def test_constant_coordinate_and_scalar_tensor():
+def test_constant_coordinate_and_scalar_tensor() -> None:
     b = Builder({"p": 3})
     x = b.given("X", (2, 3), (ex.const(1), P))
     s = b.given("s", (), ())
@@ -125,7 +140,7 @@ def test_constant_coordinate_and_scalar_tensor():
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "f32", "f64"])
-def test_arithmetic_happens_in_the_written_type(dtype):
+def test_arithmetic_happens_in_the_written_type(dtype: Any) -> None:
     """0.1 + x rounds as torch rounds in that type, and not at all when widened."""
     x = torch.tensor([1 / 3, 100.3, -7.7], dtype=DTYPE[dtype])
     b = Builder({"p": 3})
@@ -137,7 +152,7 @@ def test_arithmetic_happens_in_the_written_type(dtype):
     assert torch.equal(wide, x.double() * 3.0 + 0.1)
 
 
-def test_casts_round_unless_widened():
+def test_casts_round_unless_widened() -> None:
     b = Builder({"p": 2})
     b.put("Z", "p", ex.cast(ex.cast(b.input("X", "p"), "bf16"), "f32"))
     x = torch.tensor([1.001, 2.003])
@@ -145,7 +160,7 @@ def test_casts_round_unless_widened():
     assert torch.equal(evaluate(b.cascade("c", "Z"), {"X": x}, widen=True)["Z"], x.double())
 
 
-def test_widening_keeps_fill_values_and_integers():
+def test_widening_keeps_fill_values_and_integers() -> None:
     b = Builder({"p": 3})
     b.put("Z", "p", ex.where(P > 0, b.input("X", "p"), -3.4028234663852886e38))
     b.put("I", "p", P // 2)
@@ -155,14 +170,14 @@ def test_widening_keeps_fill_values_and_integers():
     assert out["I"].dtype is torch.int64
 
 
-def test_mixed_types_compare_as_torch_does():
+def test_mixed_types_compare_as_torch_does() -> None:
     b = Builder({"p": 3})
     b.put("Z", "p", b.input("X", "p") > b.input("N", "p", "i64"))
     out = evaluate(b.cascade("c", "Z"), {"X": torch.tensor([0.5, 1.5, 2.0]), "N": torch.tensor([0, 2, 2])})["Z"]
     assert out.tolist() == [True, False, False]
 
 
-def test_carried_state():
+def test_carried_state() -> None:
     """A running sum along an iterative rank is cumsum."""
     b = Builder(iterative=("i",))
     i, n = ex.index("i"), size("I")
@@ -171,11 +186,11 @@ def test_carried_state():
     new = b.write("S", (b.extent("p"), n + 1), (P, i + 1), ex.load("S", (P, i), "f32") + x)
     b.put("Z", "pi", new * 1.0)
     c = b.cascade("running", "Z")
-    x = torch.randn(3, 7)
-    assert torch.allclose(evaluate(c, {"X": x})["Z"], x.cumsum(1))
+    values = torch.randn(3, 7)
+    assert torch.allclose(evaluate(c, {"X": values})["Z"], values.cumsum(1))
 
 
-def test_outputs_by_name():
+def test_outputs_by_name() -> None:
     b = Builder({"p": 2})
     x = b.input("X", "p")
     b.put("Y", "p", x + 1.0)
@@ -187,13 +202,13 @@ def test_outputs_by_name():
 # --- sizes --------------------------------------------------------------------------------------------------------
 
 
-def test_sizes_are_read_off_shapes():
+def test_sizes_are_read_off_shapes() -> None:
     c = papers.cascade4()
     t = {"Q": torch.zeros(3, 2), "K": torch.zeros(5, 2), "V": torch.zeros(5, 4)}
     assert infer_sizes(c, t) == {"P": 3, "E": 2, "M": 5, "F": 4}
 
 
-def test_sizes_inside_expressions_are_solved():
+def test_sizes_inside_expressions_are_solved() -> None:
     b = Builder({"p": 2 * size("H") + 1})
     b.put("Z", "p", b.input("X", "p"))
     assert infer_sizes(b.cascade("c", "Z"), {"X": torch.zeros(9)}) == {"H": 4}
@@ -207,19 +222,19 @@ def test_sizes_inside_expressions_are_solved():
         ({"K": torch.zeros(5)}, "K has 1 dimensions, the cascade has 2"),
     ],
 )
-def test_wrong_tensors_are_named(change, message):
+def test_wrong_tensors_are_named(change: Any, message: Any) -> None:
     t = {"Q": torch.zeros(3, 2), "K": torch.zeros(5, 2), "V": torch.zeros(5, 4), **change}
     with pytest.raises(ValueError, match=message):
         evaluate(papers.cascade4(), {n: x for n, x in t.items() if x is not None})
 
 
-def test_unbound_size_is_named():
+def test_unbound_size_is_named() -> None:
     t = {"Q": torch.zeros(3, 2), "K": torch.zeros(8, 2), "V": torch.zeros(8, 4)}
     with pytest.raises(ValueError, match="no value for size"):
         evaluate(papers.cascade5(), t)
 
 
-def test_dtype_names_are_a_bijection():
+def test_dtype_names_are_a_bijection() -> None:
     assert {DTYPE_NAME[t] for t in DTYPE.values()} == set(DTYPE)
 
 
@@ -231,7 +246,7 @@ _unary = ("neg", "abs", "relu", "tanh", "sigmoid", "exp", "softplus")
 
 
 @st.composite
-def programs(draw, depth=3):
+def programs(draw: Any, depth: Any = 3) -> Any:
     if depth == 0 or draw(st.integers(0, 4)) == 0:
         return draw(_leaves)
     kind = draw(st.sampled_from(["unary", "binary", "where"]))
@@ -242,15 +257,15 @@ def programs(draw, depth=3):
     return ("where", draw(programs(depth=depth - 1)), draw(programs(depth=depth - 1)), draw(programs(depth=depth - 1)))
 
 
-TORCH = {
+TORCH: dict[str, Any] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "max": torch.maximum, "min": torch.minimum, "neg": torch.neg,
     "abs": torch.abs, "relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "exp": torch.exp,
     "softplus": torch.nn.functional.softplus,
 }  # fmt: skip
 
 
-def as_term(program, b):
-    leaves = {
+def as_term(program: Any, b: Any) -> Any:
+    leaves: dict[str, Any] = {
         "x": lambda: b.input("X", "pm"), "y": lambda: b.input("Y", "mp"), "row": lambda: b.input("R", "p"),
         "p": lambda: ex.cast(P, "f32"), "two": lambda: ex.const(2.0),
     }  # fmt: skip
@@ -261,7 +276,7 @@ def as_term(program, b):
     return ex.where(terms[0] > 0.5, terms[1], terms[2]) if op == "where" else ex.make(op, tuple(terms))
 
 
-def as_torch(program, t):
+def as_torch(program: Any, t: Any) -> Any:
     leaves = {"x": t["X"], "y": t["Y"].T, "row": t["R"][:, None], "p": torch.arange(4.0, dtype=torch.float64)[:, None],
               "two": torch.tensor(2.0, dtype=torch.float64)}  # fmt: skip
     if isinstance(program, str):
@@ -272,7 +287,7 @@ def as_torch(program, t):
 
 
 @given(programs(), st.sampled_from([None, "add", "max"]), st.integers(0, 99))
-def test_random_terms_are_what_torch_computes(program, op, seed):
+def test_random_terms_are_what_torch_computes(program: Any, op: Any, seed: Any) -> None:
     g = torch.Generator().manual_seed(seed)
     t = {n: torch.randn(s, generator=g, dtype=torch.float64) for n, s in (("X", (4, 3)), ("Y", (3, 4)), ("R", (4,)))}
     b = Builder({"p": 4, "m": 3})

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -15,20 +16,20 @@ from reattend.patterns.evaluate import DTYPE, _Terms
 torch.set_num_threads(1)
 
 
-def value(e, tensors=None, extent=None, widen=False):
+def value(e: Any, tensors: Any = None, extent: Any = None, widen: Any = False) -> Any:
     """A term's value as a tensor over the ranks of `extent`, by the oracle."""
     extent = extent or {}
     return _Terms(list(extent), extent, {}, tensors or {}, widen, torch.device("cpu"))(e)
 
 
-def same(a, b):
+def same(a: Any, b: Any) -> Any:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 # --- identity of objects ------------------------------------------------------------------------------------------
 
 
-def test_equal_terms_are_one_object():
+def test_equal_terms_are_one_object() -> None:
     a = ex.index("p") + ex.load("T", (ex.index("m"),), "i64")
     b = ex.index("p") + ex.load("T", (ex.index("m"),), "i64")
     assert a is b
@@ -45,22 +46,22 @@ def test_equal_terms_are_one_object():
         (ex.const(1.0), ex.const(1)),
     ],
 )
-def test_different_literals_are_kept_apart(a, b):
+def test_different_literals_are_kept_apart(a: Any, b: Any) -> None:
     assert a is not b
 
 
-def test_nan_is_one_literal():
+def test_nan_is_one_literal() -> None:
     assert ex.const(math.nan) is ex.const(math.nan)
 
 
-def test_ranks_of_a_term():
+def test_ranks_of_a_term() -> None:
     e = ex.load("T", (ex.index("h") // 2, ex.index("m")), "f32") + ex.symbol("S")
     assert e.ranks == {"h", "m"}
 
 
-def test_value_of_what_is_no_constant():
+def test_value_of_what_is_no_constant() -> None:
     with pytest.raises(TypeError, match="not a constant"):
-        ex.index("p").value
+        assert ex.index("p").value
 
 
 # --- dtypes -------------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def test_value_of_what_is_no_constant():
 
 @pytest.mark.parametrize("a", ex.DTYPES)
 @pytest.mark.parametrize("b", ex.DTYPES)
-def test_promotion_is_torchs(a, b):
+def test_promotion_is_torchs(a: Any, b: Any) -> None:
     if {a, b} & {"b1"} and a != b and {a, b} & set(ex.INTEGERS):
         pass
     want = torch.promote_types(DTYPE[a], DTYPE[b])
@@ -76,11 +77,11 @@ def test_promotion_is_torchs(a, b):
 
 
 @pytest.mark.parametrize("op", ex.FLOAT_UNARY)
-def test_float_functions_of_integers_are_floats(op):
+def test_float_functions_of_integers_are_floats(op: Any) -> None:
     assert ex.unary(op, ex.index("p")).dtype == "f32"
 
 
-def test_python_scalar_takes_the_other_type():
+def test_python_scalar_takes_the_other_type() -> None:
     x = ex.load("T", (), "bf16")
     assert (x * 2).dtype == "bf16"
     assert (2.0 + x).dtype == "bf16"
@@ -96,10 +97,27 @@ _floats = st.one_of(
 )
 _ints = st.integers(-20, 20)
 _FLOAT_BINARY = ("add", "sub", "mul", "div", "max", "min", "eq", "ne", "lt", "le", "gt", "ge")
-_INT_BINARY = ("add", "sub", "mul", "floordiv", "mod", "max", "min", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor")
+_INT_BINARY = (
+    "add",
+    "sub",
+    "mul",
+    "floordiv",
+    "mod",
+    "max",
+    "min",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "and",
+    "or",
+    "xor",
+)
 
 
-def torch_value(op, args, dtype):
+def torch_value(op: Any, args: Any, dtype: Any) -> Any:
     """What torch computes from tensors that hold the arguments: nothing is folded on this way."""
     names = [f"x{i}" for i in range(len(args))]
     tensors = {n: torch.tensor(v, dtype=DTYPE[dtype]) for n, v in zip(names, args)}
@@ -107,33 +125,38 @@ def torch_value(op, args, dtype):
 
 
 @given(st.sampled_from(_FLOAT_BINARY), _floats, _floats)
-def test_folded_float_operations_are_torchs(op, a, b):
+def test_folded_float_operations_are_torchs(op: Any, a: Any, b: Any) -> None:
     folded = ex.binary(op, ex.const(a, "f64"), ex.const(b, "f64"))
     want = torch_value(op, (a, b), "f64")
     assert same(value(folded, widen=True), want)
 
 
 @given(st.sampled_from(_INT_BINARY), _ints, _ints)
-def test_folded_integer_operations_are_torchs(op, a, b):
+def test_folded_integer_operations_are_torchs(op: Any, a: Any, b: Any) -> None:
     if op in ("floordiv", "mod") and b == 0:
         return
     assert same(value(ex.binary(op, ex.const(a), ex.const(b))), torch_value(op, (a, b), "i64"))
 
 
 @given(st.sampled_from(("and", "or", "xor", "eq", "ne")), st.booleans(), st.booleans())
-def test_folded_boolean_operations_are_torchs(op, a, b):
+def test_folded_boolean_operations_are_torchs(op: Any, a: Any, b: Any) -> None:
     assert same(value(ex.binary(op, ex.const(a), ex.const(b))), torch_value(op, (a, b), "b1"))
 
 
 @given(st.sampled_from([op for op in ex.UNARY if op != "not"]), _floats)
-def test_folded_functions_are_torchs(op, a):
+def test_folded_functions_are_torchs(op: Any, a: Any) -> None:
     folded = value(ex.unary(op, ex.const(a, "f64")), widen=True)
     want = torch_value(op, (a,), "f64")
     assert torch.allclose(folded.double(), want.double(), rtol=1e-12, atol=1e-300, equal_nan=True)
 
 
-@given(st.sampled_from(("add", "sub", "mul", "div", "max", "min")), _floats, st.sampled_from([0.0, 1.0, -1.0]), st.booleans())
-def test_float_identities_hold_for_every_value(op, x, c, left):
+@given(
+    st.sampled_from(("add", "sub", "mul", "div", "max", "min")),
+    _floats,
+    st.sampled_from([0.0, 1.0, -1.0]),
+    st.booleans(),
+)
+def test_float_identities_hold_for_every_value(op: Any, x: Any, c: Any, left: Any) -> None:
     """x + 0, x · 1, x / 1, … keep NaN and infinity."""
     load, literal = ex.load("x0", (), "f64"), ex.const(c, "f64")
     e = ex.binary(op, literal, load) if left else ex.binary(op, load, literal)
@@ -142,7 +165,7 @@ def test_float_identities_hold_for_every_value(op, x, c, left):
 
 
 @given(st.sampled_from(_INT_BINARY), _ints, st.sampled_from([0, 1, 2]), st.booleans(), st.booleans())
-def test_integer_identities_hold_for_every_value(op, x, c, left, twice):
+def test_integer_identities_hold_for_every_value(op: Any, x: Any, c: Any, left: Any, twice: Any) -> None:
     load, literal = ex.load("x0", (), "i64"), ex.const(c)
     a, b, va, vb = (load, load, x, x) if twice else (literal, load, c, x) if left else (load, literal, x, c)
     if op in ("floordiv", "mod") and vb == 0:
@@ -151,13 +174,13 @@ def test_integer_identities_hold_for_every_value(op, x, c, left, twice):
     assert same(got, torch_value(op, (va, vb), "i64"))
 
 
-def test_zero_times_a_float_is_kept():
+def test_zero_times_a_float_is_kept() -> None:
     x = ex.load("x", (), "f32")
     assert (x * 0.0).op == "mul"
     assert (x - x).op == "sub"
 
 
-def test_identities_keep_the_type():
+def test_identities_keep_the_type() -> None:
     x = ex.load("x", (), "bf16")
     assert (x + ex.const(0.0, "f32")).dtype == "f32"
     assert (x + ex.const(0.0, "f32")) is not x
@@ -165,7 +188,7 @@ def test_identities_keep_the_type():
     assert ex.unary("not", ex.unary("not", x > 0.0)) is (x > 0.0)
 
 
-def test_narrow_literals_are_not_folded():
+def test_narrow_literals_are_not_folded() -> None:
     """Folding in float64 would skip the rounding that bf16 arithmetic has."""
     assert (ex.const(0.1, "bf16") + ex.const(0.2, "bf16")).op == "add"
     assert ex.cast(ex.const(0.1), "bf16").op == "cast"
@@ -173,20 +196,20 @@ def test_narrow_literals_are_not_folded():
 
 
 @given(_ints, _ints)
-def test_constant_division_floors(a, b):
+def test_constant_division_floors(a: Any, b: Any) -> None:
     if b:
         assert (ex.const(a) // ex.const(b)).value == a // b
         assert (ex.const(a) % ex.const(b)).value == a % b
         assert (ex.const(a) // ex.const(b)).value == int(torch.floor_divide(torch.tensor(a), torch.tensor(b)))
 
 
-def test_division_by_the_literal_zero_stays():
+def test_division_by_the_literal_zero_stays() -> None:
     assert (ex.const(1) // ex.const(0)).op == "floordiv"
     assert ex.binary("div", ex.const(1.0), ex.const(0.0)).value == math.inf
     assert ex.binary("div", ex.const(-1.0), ex.const(0.0)).value == -math.inf
 
 
-def test_where():
+def test_where() -> None:
     x, y, c = ex.load("x", (), "f32"), ex.load("y", (), "f64"), ex.load("c", (), "b1")
     assert ex.where(ex.TRUE, x, y).dtype == "f64"
     assert ex.where(ex.FALSE, x, y) is y
@@ -198,7 +221,7 @@ def test_where():
 # --- walks --------------------------------------------------------------------------------------------------------
 
 
-def test_walk_visits_shared_terms_once_and_arguments_first():
+def test_walk_visits_shared_terms_once_and_arguments_first() -> None:
     x = ex.load("x", (ex.index("m"),), "f32")
     e = ex.exp(x) * ex.exp(x) + x
     order = list(ex.walk(e))
@@ -207,7 +230,7 @@ def test_walk_visits_shared_terms_once_and_arguments_first():
     assert order[-1] is e
 
 
-def test_deep_terms_do_not_recurse_in_walks():
+def test_deep_terms_do_not_recurse_in_walks() -> None:
     e = ex.load("x", (), "f32")
     for i in range(5000):
         e = ex.unary("tanh", e) if i % 2 else ex.exp(e)
@@ -216,21 +239,21 @@ def test_deep_terms_do_not_recurse_in_walks():
     assert ex.substitute(e, {ex.load("x", (), "f32"): ex.load("y", (), "f32")}) is not e
 
 
-def test_substitution_is_simultaneous_and_outermost_first():
+def test_substitution_is_simultaneous_and_outermost_first() -> None:
     p, m = ex.index("p"), ex.index("m")
     e = ex.load("T", (p, m), "f32")
     assert ex.substitute(e, {p: m, m: p}) is ex.load("T", (m, p), "f32")
     assert ex.substitute(e + 1.0, {e: ex.const(2.0), p: m}) is ex.const(3.0)
 
 
-def test_rebuild_runs_the_smart_constructors():
+def test_rebuild_runs_the_smart_constructors() -> None:
     e = ex.load("x", (), "f32") * ex.load("k", (), "f32")
     out = ex.rebuild(e, lambda t, args: ex.const(1.0) if t.op == "load" and t.attr == "k" else None)
     assert out is ex.load("x", (), "f32")
 
 
 @pytest.mark.parametrize("op", ex.OPERATORS)
-def test_make_knows_every_operator(op):
+def test_make_knows_every_operator(op: Any) -> None:
     x, c = ex.load("x", (), "f32"), ex.load("c", (), "b1")
     b = ex.load("n", (), "i64") if op in ("and", "or", "xor", "not", "mod", "floordiv") else x
     args = (c, x, x * 2) if op == "where" else (b,) if op in (*ex.UNARY, "cast") else (b, b + 1)
@@ -239,7 +262,7 @@ def test_make_knows_every_operator(op):
     assert ex.make(e.op, e.args, e.attr, e.dtype) is e
 
 
-def test_make_refuses_unknown_operators():
+def test_make_refuses_unknown_operators() -> None:
     with pytest.raises(ValueError, match="unknown operator"):
         ex.make("frobnicate", (ex.const(1),))
 
@@ -260,5 +283,5 @@ def test_make_refuses_unknown_operators():
         (-(ex.load("x", (), "f32") + 1.0), "−(x + 1)"),
     ],
 )
-def test_notation(e, text):
+def test_notation(e: Any, text: Any) -> None:
     assert str(e) == text

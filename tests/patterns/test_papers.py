@@ -1,5 +1,7 @@
 """The papers' cascades say the same thing: each form of one computation gives one result in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,17 +13,17 @@ E, F, P, M1, M0 = 3, 2, 5, 4, 6
 SIZES = {"E": E, "F": F, "P": P, "M": M1 * M0, "M1": M1, "M0": M0}
 
 
-def inputs():
+def inputs() -> Any:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((P, E), (M1 * M0, E), (M1 * M0, F)))
     return {"Q": q, "K": k, "V": v}
 
 
-def softmax_attention(t):
+def softmax_attention(t: Any) -> Any:
     return (t["Q"] @ t["K"].T).softmax(-1) @ t["V"]
 
 
-def run(c, tensors):
+def run(c: Any, tensors: Any) -> Any:
     return evaluate(c, tensors, {s: SIZES[s] for s in c.free_symbols if s in SIZES}, widen=True)[c.outputs[0]]
 
 
@@ -32,12 +34,12 @@ SOFTMAX = [
 
 
 @pytest.mark.parametrize("c", SOFTMAX, ids=lambda c: f"{c.name}-{len(c.einsums)}")
-def test_forms_of_softmax_agree(c):
+def test_forms_of_softmax_agree(c: Any) -> None:
     t = inputs()
     assert torch.allclose(run(c, t), softmax_attention(t), rtol=1e-12, atol=1e-12)
 
 
-def test_cascades_1_2_3_agree():
+def test_cascades_1_2_3_agree() -> None:
     g = torch.Generator().manual_seed(1)
     a, b = torch.randn(9, generator=g).double(), torch.randn(9, generator=g).double()
     want = (a * b).sum() * a.sum()
@@ -45,18 +47,18 @@ def test_cascades_1_2_3_agree():
         assert torch.allclose(evaluate(c, {"A": a, "B": b}, widen=True)["Z"], want, rtol=1e-12, atol=0), c.name
 
 
-def test_linear_attention_is_associative():
+def test_linear_attention_is_associative() -> None:
     t = inputs()
     assert torch.allclose(run(papers.reassociated(), t), (t["Q"] @ t["K"].T) @ t["V"], rtol=1e-12, atol=1e-12)
 
 
-def test_cosine():
+def test_cosine() -> None:
     t = inputs()
     q, k = (torch.nn.functional.normalize(t[n], dim=-1) for n in ("Q", "K"))
     assert torch.allclose(run(papers.cosine(), t), (q @ k.T).softmax(-1) @ t["V"], rtol=1e-12, atol=1e-12)
 
 
-def test_sparsemax_converges():
+def test_sparsemax_converges() -> None:
     """Newton's steps from below reach the threshold at which the weights sum to 1."""
     c = papers.attention("sparsemax", papers.sparsemax(8))
     sizes = {"B": 1, "H": 1, "P": P, "M": 12, "E": E, "F": 12}
@@ -75,13 +77,13 @@ ALL = [
 
 
 @pytest.mark.parametrize("c", ALL, ids=lambda c: f"{c.name}-{len(c.einsums)}")
-def test_canonical_text_round_trips(c):
+def test_canonical_text_round_trips(c: Any) -> None:
     assert verify(c) is c
     assert parse(to_text(c)) == c
     assert to_text(parse(to_text(c))) == to_text(c)
 
 
-def test_printed_in_the_papers_notation():
+def test_printed_in_the_papers_notation() -> None:
     assert show(papers.cascade4()).splitlines()[2:-1] == [
         "  QK[p,m] = Σ_e Q[p,e] · K[m,e]",
         "  GM[p] = max_m QK[p,m]",

@@ -3,6 +3,7 @@
 import importlib.util
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
@@ -19,13 +20,15 @@ from reattend.patterns.recognise import Attention, Miss, attention
 from reattend.patterns.rowstate import RowState, derive, stream
 
 _spec = importlib.util.spec_from_file_location("rules", Path(__file__).parent / "rules.py")
-rules = importlib.util.module_from_spec(_spec)
+assert _spec is not None
+assert _spec.loader is not None
+rules: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(rules)
 
 torch.set_num_threads(1)
 
 
-def derived(rule, score=rules.scaled, **options):
+def derived(rule: Any, score: Any = rules.scaled, **options: Any) -> Any:
     c = papers.attention(rule.__name__, rule, score, **options)
     view = attention(c)
     assert isinstance(view, Attention), view
@@ -34,7 +37,8 @@ def derived(rule, score=rules.scaled, **options):
     return c, view, state
 
 
-def streams(c, view, state, tile, sizes=rules.SIZES, seed=0):
+def streams(found: Any, tile: int, sizes: Any = rules.SIZES, seed: int = 0) -> Any:
+    c, view, state = found
     given_tensors = rules.tensors(c, seed, sizes)
     whole = evaluate(c, given_tensors, sizes, widen=True)["O"]
     tiled = evaluate(stream(view, state), given_tensors, {**sizes, "M0": tile}, widen=True)["O"]
@@ -43,16 +47,16 @@ def streams(c, view, state, tile, sizes=rules.SIZES, seed=0):
 
 @pytest.mark.parametrize("score", rules.SCORES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("rule", [*rules.SOFTMAX, *rules.OTHERS], ids=lambda f: f.__name__)
-def test_stream_equals_the_rule_as_written(rule, score):
+def test_stream_equals_the_rule_as_written(rule: Any, score: Any) -> None:
     """37 keys in tiles of 16, rows without a key included: NaN where the model has NaN, and only there."""
-    error, _ = streams(*derived(rule, score), 16)
+    error, _ = streams(derived(rule, score), 16)
     assert error <= 1e-12
 
 
 @pytest.mark.parametrize("tile", [1, 5, 37, 64])
 @pytest.mark.parametrize("rule", [papers.softmax, papers.softmax_sink, rules.no_nan, rules.variance])
-def test_any_tile_size(rule, tile):
-    error, _ = streams(*derived(rule, rules.padded_inf), tile)
+def test_any_tile_size(rule: Any, tile: Any) -> None:
+    error, _ = streams(derived(rule, rules.padded_inf), tile)
     assert error <= 1e-12
 
 
@@ -72,7 +76,7 @@ def test_any_tile_size(rule, tile):
     ],
     ids=lambda v: getattr(v, "__name__", v),
 )
-def test_rows_without_a_key(rule, score, value):
+def test_rows_without_a_key(rule: Any, score: Any, value: Any) -> None:
     c, view, state = derived(rule, score)
     given_tensors = rules.tensors(c)
     out = evaluate(stream(view, state), given_tensors, {**rules.SIZES, "M0": 16}, widen=True)["O"][:, :, :3]
@@ -82,13 +86,13 @@ def test_rows_without_a_key(rule, score, value):
 
 
 @pytest.mark.parametrize("rule", [papers.softmax, papers.softmax_late, papers.softmax_naive, papers.power])
-def test_late_division_and_grouped_heads(rule):
+def test_late_division_and_grouped_heads(rule: Any) -> None:
     late = rule is papers.softmax_late
-    error, _ = streams(*derived(rule, rules.padded, late=late, group=2), 16)
+    error, _ = streams(derived(rule, rules.padded, late=late, group=2), 16)
     assert error <= 1e-12
 
 
-def test_softmax_is_cascade_5():
+def test_softmax_is_cascade_5() -> None:
     """The state is the paper's: a running maximum, sum and product, one correction for both sums."""
     _, _, state = derived(papers.softmax)
     assert [(s.name, s.op) for s in state.carried] == [("GM", "max"), ("SD", "add")]
@@ -98,7 +102,7 @@ def test_softmax_is_cascade_5():
     assert str(state.finish) == "O[b,h,p,f] / SD[b,h,p]"
 
 
-def test_a_bound_that_may_be_empty_is_guarded():
+def test_a_bound_that_may_be_empty_is_guarded() -> None:
     _, _, state = derived(papers.softmax, rules.causal)
     assert str(state.correction) == "exp(old:GM[b,h,p] − where(GM[b,h,p] = −∞, 0, GM[b,h,p]))"
 
@@ -108,58 +112,62 @@ def test_a_bound_that_may_be_empty_is_guarded():
     [rules.shifted_softmax, papers.log_softmax, rules.logsumexp, papers.softmax_late],
     ids=lambda f: f.__name__,
 )
-def test_spellings_of_softmax_carry_one_state(rule):
+def test_spellings_of_softmax_carry_one_state(rule: Any) -> None:
     """A maximum that is subtracted twice is carried once; a logarithm of the sum becomes a division."""
     _, _, state = derived(rule, late=rule is papers.softmax_late)
     assert [s.op for s in state.carried] == ["max", "add"]
     assert str(state.weight).startswith("exp(QK")
 
 
-def test_a_sink_that_is_shifted_twice_is_one_bound():
+def test_a_sink_that_is_shifted_twice_is_one_bound() -> None:
     _, _, state = derived(rules.shifted_sink)
     assert [s.op for s in state.carried] == ["max", "add"]
     assert "max(R0[b,h,p], sink[h])" in str(state.correction)
 
 
 @pytest.mark.parametrize("rule", [papers.sigmoid, papers.power, papers.softplus, papers.linear, papers.softmax_naive])
-def test_sums_are_deferred_without_correction(rule):
+def test_sums_are_deferred_without_correction(rule: Any) -> None:
     _, _, state = derived(rule)
     assert state.correction is None
     assert all(s.correction is None and s.op == "add" for s in state.carried)
 
 
 @pytest.mark.parametrize("rule", [*rules.SOFTMAX], ids=lambda f: f.__name__)
-def test_derivation_is_fast_and_carries_what_is_read(rule):
-    view = attention(papers.attention("warm", rule, rules.scaled))
+def test_derivation_is_fast_and_carries_what_is_read(rule: Any) -> None:
+    view: Any = attention(papers.attention("warm", rule, rules.scaled))
     derive(view)
     view = attention(papers.attention("timed", rule, rules.capped))
     start = time.perf_counter()
-    state = derive(view)
+    state: Any = derive(view)
     assert time.perf_counter() - start < 0.05
     read = {
         str(x.attr).removeprefix("old:")
-        for t in (state.weight, state.finish, *(u for s in state.carried for u in (s.lift, s.correction) if u is not None))
+        for t in (
+            state.weight,
+            state.finish,
+            *(u for s in state.carried for u in (s.lift, s.correction) if u is not None),
+        )
         for x in ex.loads(t)
     }
     assert {s.name for s in state.carried} <= read
 
 
-def test_corrections_never_exceed_one():
+def test_corrections_never_exceed_one() -> None:
     """Scores that rise by thousands from tile to tile: nothing overflows on the way."""
     c, view, state = derived(papers.softmax, lambda b, qk: qk + ex.cast(ex.index("m"), "f32") * 800.0)
-    error, whole = streams(c, view, state, 4)
+    error, whole = streams((c, view, state), 4)
     assert error <= 1e-12
     assert whole.isfinite().all()
 
 
-def test_merge_of_two_states_by_the_documented_rule():
+def test_merge_of_two_states_by_the_documented_rule() -> None:
     """States over disjoint keys: sums scaled by the correction with `old:` from each side, maxima by their operator."""
     _, _, state = derived(papers.softmax, rules.causal)
     g = torch.Generator().manual_seed(1)
     s, v = torch.randn(40, generator=g).double(), torch.randn(40, generator=g).double()
     s[:20] = -torch.inf
 
-    def part(x, y):
+    def part(x: Any, y: Any) -> Any:
         m = x.max()
         d = torch.where(m == -torch.inf, 0.0, m)
         return m, (x - d).exp().sum(), ((x - d).exp() * y).sum()
@@ -172,7 +180,7 @@ def test_merge_of_two_states_by_the_documented_rule():
     assert str(state.correction).startswith("exp(old:GM")
 
 
-def test_stream_is_canonical_and_verified():
+def test_stream_is_canonical_and_verified() -> None:
     c, view, state = derived(papers.softmax_sink, rules.padded)
     tiled = stream(view, state)
     assert verify(tiled) is tiled
@@ -182,7 +190,7 @@ def test_stream_is_canonical_and_verified():
     assert tiled.tensor["O"] == c.tensor["O"]
 
 
-def test_exponentials_are_shared():
+def test_exponentials_are_shared() -> None:
     """One exponential per score and one per row and tile, as in the paper's count."""
     _, view, state = derived(papers.softmax)
     tiled = stream(view, state)
@@ -193,21 +201,21 @@ def test_exponentials_are_shared():
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
-def threshold(b, s):
+def threshold(b: Any, s: Any) -> Any:
     tau = b.put("TAU", "bhp", ex.unary("relu", s), "add", "m")
     a = ex.where(s > tau, s, -float("inf"))
     return papers.softmax(b, b.put("T", "bhpm", a))
 
 
-def shifted_sigmoid(b, s):
+def shifted_sigmoid(b: Any, s: Any) -> Any:
     return ex.unary("sigmoid", s - b.put("SD", "bhp", s, "add", "m"))
 
 
-def row_temperature(b, s):
+def row_temperature(b: Any, s: Any) -> Any:
     return papers.softmax(b, b.put("T", "bhpm", s / b.put("TT", "bhp", s * s, "add", "m")))
 
 
-def floor_after(b, s):
+def floor_after(b: Any, s: Any) -> Any:
     return ex.maximum(papers.softmax(b, s), 1e-6)
 
 
@@ -223,7 +231,7 @@ def floor_after(b, s):
     ],
     ids=["threshold", "sigmoid", "temperature", "floor", "sparsemax", "differential"],
 )
-def test_chains_without_a_one_pass_form(rule, law):
+def test_chains_without_a_one_pass_form(rule: Any, law: Any) -> None:
     view = attention(papers.attention("x", rule, rules.scaled))
     assert isinstance(view, Attention), view
     miss = derive(view)
@@ -231,7 +239,7 @@ def test_chains_without_a_one_pass_form(rule, law):
     assert law in miss.reason
 
 
-def test_laws_of_the_repair_term():
+def test_laws_of_the_repair_term() -> None:
     """A20 of the known answers."""
     x, d = sympy.symbols("x d", positive=True)
     new = sympy.Symbol("d'", positive=True)
@@ -246,21 +254,21 @@ def test_laws_of_the_repair_term():
     assert additive(x * d, x, d) is None
 
 
-def test_separable_beyond_the_rules():
+def test_separable_beyond_the_rules() -> None:
     """log(exp(x)^r) = r·x: sympy proves what no structural rule knows."""
 
-    def rule(b, s):
+    def rule(b: Any, s: Any) -> Any:
         a = b.put("SN", "bhpm", ex.unary("sigmoid", s))
         sd = b.put("SD", "bhp", a, "add", "m")
         return ex.unary("log", ex.binary("pow", ex.exp(a), sd))
 
-    error, _ = streams(*derived(rule), 16)
+    error, _ = streams(derived(rule), 16)
     assert error <= 1e-12
 
 
 # --- row programs drawn at random ---------------------------------------------------------------------------------
 
-_maps = {
+_maps: dict[str, Any] = {
     "exp": lambda x: ex.exp(x * 0.3),
     "square": lambda x: x * x,
     "relu": lambda x: ex.unary("relu", x),
@@ -269,7 +277,7 @@ _maps = {
     "softplus": lambda x: ex.unary("softplus", x),
     "tanh": lambda x: ex.unary("tanh", x) + 2.0,
 }
-_norms = {
+_norms: dict[str, Any] = {
     "sum": lambda b, n, a: b.put(n, "bhp", a, "add", "m") + 1.0,
     "length": lambda b, n, a: ex.unary("sqrt", b.put(n, "bhp", a * a, "add", "m") + 1e-3),
     "largest": lambda b, n, a: b.put(n, "bhp", a, "max", "m") + 1.0,
@@ -285,10 +293,10 @@ _norms = {
     st.sampled_from([rules.scaled, rules.biased, rules.capped]),
     st.integers(1, 40),
 )
-def test_random_row_programs(name, norms, stable, score, tile):
+def test_random_row_programs(name: Any, norms: Any, stable: Any, score: Any, tile: Any) -> None:
     """A map, then several normalisations one after another, with a running bound subtracted first or not."""
 
-    def rule(b, s):
+    def rule(b: Any, s: Any) -> Any:
         if stable:
             s = b.put("T", "bhpm", s - b.put("GM", "bhp", s, "max", "m"))
             a = b.put("A0", "bhpm", ex.exp(s))
@@ -303,5 +311,5 @@ def test_random_row_programs(name, norms, stable, score, tile):
         return a
 
     sizes = {"B": 1, "H": 2, "P": 7, "M": 23, "E": 4, "F": 3}
-    error, _ = streams(*derived(rule, score), tile, sizes)
+    error, _ = streams(derived(rule, score), tile, sizes)
     assert error <= 1e-12
