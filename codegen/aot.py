@@ -53,7 +53,10 @@ class AotReport:
 
 
 def compile(kernel: Kernel, arch: str) -> AotReport:
-    """Compile for an architecture, "sm_80" or "gfx942". Raises ImportError without Triton, RuntimeError when interpreting."""
+    """Compile for an architecture such as "sm_80" or "gfx942".
+
+    Raises ImportError without Triton, RuntimeError in a process that interprets.
+    """
     if not available():
         raise ImportError(MISSING)
     if interpreting():
@@ -99,7 +102,7 @@ def _arguments(kernel: Kernel, constants: dict[str, Any]) -> tuple[dict[str, Any
     names: list[str] = kernel.module.stream.arg_names
     tensors = s.attention.cascade.tensor
     listed = module.needs_lists(s)
-    signature: dict[str, Any] = {n: "constexpr" for n in names}
+    signature: dict[str, Any] = dict.fromkeys(names, "constexpr")
     signature |= dict.fromkeys(("n_rows", "n_full", "n_all"), "i32")
     signature["sizes"] = ("i32",) * len(s.cascade.free_symbols)
     signature["tiles"] = ("*i32", "*i32", "*i32", "*i32", "i32") if listed else ()

@@ -75,8 +75,9 @@ class _Function:
         s = names.s
         scope = Scope(names.leaves(ranks), names.operands, s.extent, guards or {})
         self.body = Body(scope, roots)
-        self.body.taken |= {*RESERVED, *names.ranks.values(), *names.carried.values(), *names.old.values()}
-        self.body.taken |= set(names.products.values())
+        self.body.taken |= {*HOLES, *re.findall(r"\w+", params), "stream", "tile", "tl", "out", "inside"}
+        for own in (names.ranks, names.carried, names.old, names.products):
+            self.body.taken |= set(own.values())
 
     def size(self, rank: str) -> str:
         return self.body.term(size_term(self.names.s.extent[rank]))
@@ -363,7 +364,7 @@ class _StepWriter:
         for e in {x for t in _terms(self.partial) + _terms(self.full) for x in ex.loads(t)}:
             if str(e.attr).removeprefix(OLD) == c.name:
                 body.bind(e, old if str(e.attr).startswith(OLD) else new)
-        element = self.element(c.lift, full.lift, "t", c.identity)
+        element = self.element(c.lift, full.lift, "w" if c.lift is self.partial.weight else "t", c.identity)
         if self.s.key not in c.lift.ranks:
             element = f"tl.where({names.ranks[self.s.key]} >= 0, {element}, 0.0)"
         if c.op == "add":

@@ -243,7 +243,7 @@ class Body:
     def _put(self, e: Expr) -> tuple[str, int]:
         for t in self._unprinted(e):
             text, level = self._step(t)
-            if (level < ATOM and self.uses.get(t, 1) > 1) or t.op == "load":
+            if t.op == "load" or (self.uses.get(t, 1) > 1 and not text.isidentifier()):
                 name = self.fresh(f"b_{t.attr}" if t.op == "load" else "t")
                 self.line(f"{name} = {text}")
                 text, level = name, ATOM

@@ -20,11 +20,50 @@ from ..patterns.rowstate import RowState
 
 # Largest magnitude of a finite score that the proofs allow; fills lie far beyond it.
 FINITE = 1e29
+# Weights beyond this are not cast to float16.
+HALF = 6e4
 _SCORE = "$score"
 
 
 def vanishes(state: RowState, score: Expr, lo: float, hi: float) -> bool:
     """Does an element whose score lies in [lo, hi] change nothing in a row whose bounds are finite?"""
+    for c in state.carried:
+        low, high = _span(_opened(c.lift), state, _opened(score), lo, hi)
+        idle = {
+            "add": low == high == 0.0, "max": high <= -FINITE, "min": low >= FINITE, "mul": low == high == 1.0,
+        }.get(c.op, False)  # fmt: skip
+        if not idle:
+            return False
+    return _span(_opened(state.weight), state, _opened(score), lo, hi) == (0.0, 0.0)
+
+
+def _opened(root: Expr) -> Expr:
+    """Bounded functions by the exponentials that they are of, exact where these vanish.
+
+    sigmoid(x) = exp(x) / (1 + exp(x))        softplus(x) = log(1 + exp(x))
+    """
+
+    def rule(e: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if e.op == "sigmoid":
+            return ex.exp(args[0]) / (1.0 + ex.exp(args[0]))
+        return ex.unary("log1p", ex.exp(args[0])) if e.op == "softplus" else None
+
+    return ex.rebuild(root, rule)
+
+
+def fits_half(state: RowState, score: Expr) -> bool:
+    """Do the weights stay inside float16: bounded functions, or exponentials of a score minus a bound of the row?"""
+    weight = state.weight
+    while weight.op in ("where", "cast"):
+        weight = weight.args[-1] if weight.op == "cast" or weight.args[1].is_const else weight.args[1]
+    if weight.op in ("exp", "exp2") and state.correction is not None:
+        return True
+    low, high = _span(state.weight, state, score, -FINITE, FINITE)
+    return low >= -HALF and high <= HALF
+
+
+def _span(e: Expr, state: RowState, score: Expr, lo: float, hi: float) -> tuple[float, float]:
+    """The range of a term while the score lies in [lo, hi] and the row's bounds are finite."""
     ops = {c.name: c.op for c in state.carried}
 
     def bounds(name: str, box: Sequence[Span]) -> Span | None:
@@ -34,20 +73,10 @@ def vanishes(state: RowState, score: Expr, lo: float, hi: float) -> bool:
             return np.float64(-FINITE), np.float64(FINITE)
         return None
 
-    def span(e: Expr) -> tuple[float, float]:
-        e = ex.substitute(e, {score: ex.load(_SCORE, (), score.dtype)})
-        e = ex.substitute(e, {ex.symbol(n): ex.index(f"${n}") for n in ex.symbols(e)})
-        low, high = spans(e, {r: (np.float64(0), np.float64(2**24)) for r in e.ranks}, bounds=bounds)
-        return float(np.min(low)), float(np.max(high))
-
-    for c in state.carried:
-        low, high = span(c.lift)
-        idle = {
-            "add": low == high == 0.0, "max": high <= -FINITE, "min": low >= FINITE, "mul": low == high == 1.0,
-        }.get(c.op, False)  # fmt: skip
-        if not idle:
-            return False
-    return span(state.weight) == (0.0, 0.0)
+    e = ex.substitute(e, {score: ex.load(_SCORE, (), score.dtype)})
+    e = ex.substitute(e, {ex.symbol(n): ex.index(f"${n}") for n in ex.symbols(e)})
+    low, high = spans(e, {r: (np.float64(0), np.float64(2**24)) for r in e.ranks}, bounds=bounds)
+    return float(np.min(low)), float(np.max(high))
 
 
 def null(state: RowState, score: Expr) -> float | None:

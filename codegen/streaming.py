@@ -18,6 +18,7 @@ from ..patterns.expr import Expr
 from ..patterns.masks import Mask, split
 from ..patterns.recognise import Attention, Miss, Refusal, attention, factors
 from ..patterns.rowstate import Carried, RowState, derive
+from .skip import fits_half
 
 NAME = "triton"
 # Query rows up to which heads of a group share a row block, and up to which a tile list is not worth its launches.
@@ -68,7 +69,6 @@ class Streaming:
     score: Expr
     mask: Mask
     state: RowState
-    finish: Expr
     output: tuple[Expr, ...]
 
     @property
@@ -139,12 +139,14 @@ def _read(a: Attention, state: RowState) -> Streaming:
             raise _No(f"the size of rank {r} must be a number, it is {extent[r]}")
     products = tuple(_product(a, e, extent) for e in a.products)
     values = _side(a.values)
+    if values.dtype == "f16" and not fits_half(state, a.score):
+        values = Side(values.term, "f32")
     if a.query in values.term.ranks:
         raise _No(f"the values vary over the query rank {a.query}")
     (output,) = c.producers[c.outputs[0]]
     out = Streaming(
         cascade=c, attention=a, extent=extent, grid=a.batch, rows=(a.query,), products=products, values=values,
-        score=a.score, mask=split(a.score, a.key), state=state, finish=state.finish, output=output.out.index,
+        score=a.score, mask=split(a.score, a.key), state=state, output=output.out.index,
     )  # fmt: skip
     widths = [sum(w for _, w in p.chunks) for p in products] + [out.value_width]
     if max(widths) > WIDEST:
@@ -245,9 +247,10 @@ def mapped(s: Streaming, f: Callable[[Expr], Expr]) -> Streaming:
         carried=tuple(carried(k) for k in s.state.carried),
         weight=f(s.state.weight),
         correction=None if s.state.correction is None else f(s.state.correction),
+        finish=f(s.state.finish),
     )
     mask = replace(s.mask, keep=f(s.mask.keep), full=f(s.mask.full))
-    return replace(s, score=f(s.score), mask=mask, state=state, finish=f(s.finish))
+    return replace(s, score=f(s.score), mask=mask, state=state)
 
 
 def _factored(s: Streaming) -> Streaming:

@@ -89,14 +89,26 @@ def shared_bytes(c: Cascade, mapping: Tiling, target: Device | str = "sm_90") ->
 
 
 def _shared_bytes(s: Streaming, mapping: Tiling, arch: str) -> int:
-    """bytes·(BM·E + stages·BN·(E + F)): the query tile, and `stages` key and value tiles in flight.
+    """query tile + buffers · (key tile + value tile), as Triton's compiler lays them out.
 
-    Only from sm_90 on do the tensor cores read the query tile from shared memory; before, it stays in registers.
+    Where the tensor cores read shared memory (from sm_90 on, 64 rows and more, 16-bit types) `stages` tiles are in
+    flight; elsewhere they pass through registers and one buffer less is enough, but weights change their layout in
+    shared memory when a warp holds fewer rows than one instruction. AMD keeps the query tile in registers.
     """
-    rows = _BYTES[s.products[0].query.dtype] * mapping.tile_p * sum(w for p in s.products for _, w in p.chunks)
-    keys = sum(_BYTES[p.key.dtype] * w for p in s.products for _, w in p.chunks)
-    tile = mapping.tile_m * (keys + _BYTES[s.values.dtype] * s.value_width)
-    return (rows if arch in ("sm_90", "sm_100", "sm_103") else 0) + mapping.stages * tile
+    rows, keys = mapping.tile_p, mapping.tile_m
+    query = rows * sum(_BYTES[p.query.dtype] * w for p in s.products for _, w in p.chunks)
+    key = keys * sum(_BYTES[p.key.dtype] * w for p in s.products for _, w in p.chunks)
+    value = keys * _BYTES[s.values.dtype] * s.value_width
+    plain = "f32" in {s.values.dtype, *(p.query.dtype for p in s.products)}
+    if arch.startswith("gfx"):
+        relaid = plain or rows < 32 * mapping.warps
+        return max(1, mapping.stages - 1) * (key + value) + relaid * rows * keys * _BYTES[s.values.dtype]
+    if mapping.stages == 1:
+        return query + max(key, value)
+    if arch in ("sm_90", "sm_100", "sm_103") and rows >= 64 and not plain:
+        return query + mapping.stages * (key + value)
+    relaid = plain or rows < 16 * mapping.warps
+    return query + (mapping.stages - 1) * (key + value) + relaid * rows * keys * _BYTES[s.values.dtype]
 
 
 @lru_cache(maxsize=256)
