@@ -1,9 +1,7 @@
 """What counts as attention: read by structure from any layout and naming, and a concrete reason for what does not."""
 
-import importlib.util
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +17,7 @@ from reattend.patterns.papers import Builder
 from reattend.patterns.recognise import Attention, Miss, attention, elements, kind, no_key_rule, traits
 from reattend.patterns.rowstate import RowState, derive, stream
 
-_spec = importlib.util.spec_from_file_location("rules", Path(__file__).parent / "rules.py")
-assert _spec is not None
-assert _spec.loader is not None
-rules: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(rules)
+from . import rules
 
 torch.set_num_threads(1)
 

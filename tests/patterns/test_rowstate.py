@@ -1,8 +1,6 @@
 """One-pass forms: derived for every row rule that has one, equal to the rule as written, refused with the law that fails."""
 
-import importlib.util
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +17,7 @@ from reattend.patterns.laws import additive, multiplicative
 from reattend.patterns.recognise import Attention, Miss, attention
 from reattend.patterns.rowstate import RowState, derive, stream
 
-_spec = importlib.util.spec_from_file_location("rules", Path(__file__).parent / "rules.py")
-assert _spec is not None
-assert _spec.loader is not None
-rules: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(rules)
+from . import rules
 
 torch.set_num_threads(1)
 
