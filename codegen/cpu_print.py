@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +20,14 @@ from ..patterns.mapping import Mapping as Tiling
 from .cpu_form import Form
 from .operands import Names, joined, operand
 from .print_torch import TYPES, Body, Scope, identifier
-from .program import bindings, loose, memory_order
+from .program import bindings, loose
 
 LICENCE = "This file may be used, changed and licensed freely by whoever had it printed; it needs nothing but torch."
 # Names that the printed text uses for itself.
 RESERVED = (
     "q", "k", "v", "z", "z0", "z1", "out", "rows", "plan", "near", "some", "every", "alive", "added", "finish", "score",
     "full", "step", "bias", "kept", "part", "keys", "queries", "o", "lse", "p0", "p1", "m0", "m1", "TILE_P", "TILE_M",
-    "SCALE", "Tensor", "sdpa", "stream", "attention", "inf", "nan",
+    "pn", "mn", "row", "SCALE", "Tensor", "sdpa", "stream", "attention", "inf", "nan",
 )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def skeleton(module: ModuleType, wanted: Iterable[str]) -> list[str]:
         if name not in taken:
             taken.add(name)
             todo.extend(u for u in parts[name][1] if u in parts)
-    return [text for name, (text, _) in parts.items() if name in taken]
+    return [text.replace("  # fmt: skip", "") for name, (text, _) in parts.items() if name in taken]
 
 
 def used_names(text: str) -> frozenset[str]:
@@ -104,22 +105,24 @@ class Printer:
         self.order = (*f.heads.lead, f.heads.head, f.attention.query, f.attention.key)
 
     def coordinate(self, rank: str) -> str:
-        """A rank's coordinates along their dimension of [batch, head, query, key]."""
+        """A rank's coordinates along their dimension of [batch, head, query, key]; several batch ranks share the first."""
         f, n = self.f, self.names
-        if rank in f.heads.lead:
-            after = 1
-            for r in f.heads.lead[f.heads.lead.index(rank) + 1 :]:
-                after *= 1
-            inner = f.heads.lead[f.heads.lead.index(rank) + 1 :]
-            if len(f.heads.lead) == 1:
-                return f"axis({n.rank(rank)}, 3)"
-            whole = " * ".join(n.rank(r) if n.rank(r).isidentifier() else f"({n.rank(r)})" for r in f.heads.lead)
-            text = f"axis({whole}, 3)"
-            if inner:
-                text += f" // ({' * '.join(f'({n.rank(r)})' for r in inner)})"
-            return f"{text} % ({n.rank(rank)})"
-        place = {f.heads.head: 2, f.attention.query: 1, f.attention.key: 0, f.attention.value: 0}
-        return f"axis({n.rank(rank)}, {place[rank]})"
+        if rank not in f.heads.lead:
+            place = {f.heads.head: 2, f.attention.query: 1, f.attention.key: 0, f.attention.value: 0}
+            return f"axis({n.rank(rank)}, {place[rank]})"
+        if len(f.heads.lead) == 1:
+            return f"axis({n.rank(rank)}, 3)"
+        inner = f.heads.lead[f.heads.lead.index(rank) + 1 :]
+        text = f"axis({self.batch}, 3)"
+        if inner:
+            text += f" // ({' * '.join(f'({n.rank(r)})' for r in inner)})"
+        return f"{text} % ({n.rank(rank)})"
+
+    @property
+    def batch(self) -> str:
+        """How many elements the batch dimension has."""
+        sizes = [self.names.rank(r) for r in self.f.heads.lead]
+        return sizes[0] if len(sizes) == 1 else " * ".join(f"({s})" for s in sizes) or "1"
 
     def scope(self, names: Mapping[Expr, str], tensors: Mapping[str, str] | None = None, views: bool = True) -> Scope:
         leaves = {ex.index(r): t for r, t in self.ranks.items()}
@@ -192,26 +195,31 @@ def signature(p: Printer) -> str:
     return ", ".join([*tensors, *(["*", *extra] if extra else [])])
 
 
+def coordinates(p: Printer, text: str) -> list[str]:
+    """Lines that make the coordinates that a text uses: sliced along batch, query and key, else whole."""
+    a, at = p.f.attention, p.f.heads
+    sliced = [r for r in (*at.lead, a.query, a.key) if re.search(rf"\b{p.ranks[r]}\[", text)]
+    used = used_names(text)
+    plain = [r for r in (at.head, a.value) if r and p.ranks[r] in used]
+    return [f"{p.ranks[r]} = {p.coordinate(r)}" for r in (*sliced, *plain)]
+
+
 def allocation(p: Printer) -> list[str]:
     """Lines that make `out`, the output as declared, and `rows`, the same memory as [batch, head, query, value]."""
     c, f = p.f.cascade, p.f
     (e,) = c.producers[c.outputs[0]]
     declared = [str(i.attr) for i in e.out.index]
-    memory = [declared[d] for d in memory_order(c)]
-    first = f.cascade.inputs[0]
+    at = f.heads
+    memory = [*at.lead, f.attention.query, *([at.head] if at.head else []), f.attention.value]
+    device = p.names.tensors[c.inputs[0].name]
     dtype = TYPES[c.tensor[c.outputs[0]].dtype]
-    lines = [f"out = torch.empty({', '.join(p.names.rank(r) for r in memory)}, dtype={dtype}, device={p.names.tensors[first.name]}.device)"]
-    wanted = [*f.heads.order, f.attention.query, f.attention.value]
-    text = "out"
-    if wanted != memory:
-        text += f".permute({', '.join(str(memory.index(r)) for r in wanted)})"
-    if not f.heads.head:
-        text += "[None, None]"
-    elif not f.heads.lead:
-        text += ".unsqueeze(0)"
-    elif len(f.heads.lead) > 1:
-        text += f".flatten(0, {len(f.heads.lead) - 1})"
-    lines.append(f"rows = {text}")
+    lines = [f"out = torch.empty({', '.join(p.names.rank(r) for r in memory)}, dtype={dtype}, device={device}.device)"]
+    rows = "out"
+    if len(at.lead) > 1:
+        rows += f".flatten(0, {len(at.lead) - 1})"
+    elif not at.lead:
+        rows += ".unsqueeze(0)"
+    lines.append(f"rows = {rows}{'.transpose(1, 2)' if at.head else '.unsqueeze(1)'}")
     if declared != memory:
         lines.append(f"out = out.permute({', '.join(str(memory.index(r)) for r in declared)})")
     return lines

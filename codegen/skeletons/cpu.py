@@ -9,14 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# A slice of the keys: start, stop, and whether something is added to its scores.
-Run = tuple[int, int, bool]
-# Consecutive query tiles whose slices lie alike: first row, last row + 1, rows a tile, slices of the first tile.
-Block = tuple[int, int, int, list[Run]]
+
+class Run(NamedTuple):
+    """A slice of the keys; `masked`: something is added to its scores."""
+
+    start: int
+    stop: int
+    masked: bool
+
+
+class Block(NamedTuple):
+    """Query tiles of `rows` rows whose slices lie alike; `runs` are those of the first tile.
+
+    `triangle`: one tile that sees exactly the keys from its own first row on up to the query.
+    """
+
+    start: int
+    stop: int
+    rows: int
+    runs: list[Run]
+    triangle: bool = False
+
 
 # Rows of one SDPA call when query tiles are folded into its batch: many enough to feed the cores.
 FOLD_ROWS = 1024
@@ -51,11 +69,11 @@ def tile(t: Tensor, *at: int | Tensor) -> Tensor:
     return t[tuple(slice(None) if b in place else None for b in reversed(range(max(order, default=-1) + 1)))]
 
 
-def extremes(t: Tensor, size: int, dim: int) -> tuple[Tensor, Tensor]:
-    """The least and the greatest element of every `size` elements along a dimension."""
-    whole = t.shape[dim] // size * size
+def extremes(low: Tensor, high: Tensor, size: int, dim: int) -> tuple[Tensor, Tensor]:
+    """The least of `low` and the greatest of `high` in every `size` elements along a dimension."""
+    whole = low.shape[dim] // size * size
     out = []
-    for pick in (torch.amin, torch.amax):
+    for t, pick in ((low, torch.amin), (high, torch.amax)):
         parts = [pick(t.narrow(dim, 0, whole).unfold(dim, size, size), -1)] if whole else []
         if whole < t.shape[dim]:
             parts.append(pick(t.narrow(dim, whole, t.shape[dim] - whole), dim, keepdim=True))
@@ -69,170 +87,213 @@ def corners(n: int, size: int, after: int) -> tuple[Tensor, Tensor, Tensor]:
     return number, number * size, (number * size + (size - 1)).clamp(max=n - 1)
 
 
-def batches(some: Tensor, size: int) -> list[tuple[int, int]]:
-    """Ranges of the batch that share one plan: all of it, or each alone where their tiles differ too much."""
-    if some.dim() < 4 or some.shape[0] == 1:
-        return [(0, size)]
-    one = some.any(1)
-    if int(one.any(0).sum()) * size <= 1.25 * int(one.sum()):
-        return [(0, size)]
-    return [(z, z + 1) for z in range(size)]
+def plans(
+    some: Tensor, every: Tensor, alive: Tensor | None, free: Tensor | None, size: tuple[int, int, int],
+    tiles: tuple[int, int], always: bool,
+) -> list[tuple[int, int, list[Block]]]:  # fmt: skip
+    """Ranges of the batch with the slices that they visit: all of it, or each alone where their tiles differ much.
+
+    Bool, broadcast to [Z, H, tiles of queries, tiles of keys]: `some`, is some point of the tile kept? `every`, are all?
+    `free`: are all but for keys after the query? (None: not known.) `alive` [Z, H, tiles of queries]: do all rows
+    certainly keep a key? The others visit every tile (None: all do). `size`: batch, queries, keys. `tiles`: queries
+    and keys of a tile. `always`: full tiles get something added, too.
+    """
+    if alive is not None:
+        some = some | ~(alive | every.any(-1)).unsqueeze(-1)
+    shape = [-(-n // t) for n, t in zip(size[1:], tiles)]
+    if free is None or tiles[0] != tiles[1] or always:
+        free = torch.zeros((1, 1), dtype=torch.bool, device="cpu")
+    # [Z, tiles of queries, tiles of keys], over all heads
+    some, every, free = (x.expand(*x.shape[:-2], *shape)[(None,) * (4 - x.dim())] for x in (some, every, free))
+    some, every, free = some.any(1), every.all(1), free.all(1)
+    if int(some.any(0).sum()) * some.shape[0] <= 1.25 * int(some.sum()):
+        return [(0, size[0], visits(some.any(0), every.all(0), free.all(0), size[1:], tiles, always))]
+    return [
+        (z, z + 1, visits(some[z], every[z % len(every)], free[z % len(free)], size[1:], tiles, always))
+        for z in range(size[0])
+    ]
 
 
 def visits(
-    some: Tensor, every: Tensor, alive: Tensor | None, queries: int, keys: int, tile_p: int, tile_m: int
-) -> list[Block]:
-    """The key slices of every query tile; consecutive tiles with equal slices are one block.
-
-    `some`, `every`: bool, broadcast to [..., tiles of queries, tiles of keys]: is some point of the tile kept, are all?
-    `alive`: bool [..., tiles of queries]: do all rows certainly keep a key? The others visit every tile (None: all do).
-    """
-    shape = (-(-queries // tile_p), -(-keys // tile_m))
-    some = some.expand(*some.shape[:-2], *shape).reshape(-1, *shape).any(0)
-    every = every.expand(*every.shape[:-2], *shape).reshape(-1, *shape).all(0)
-    if alive is not None:
-        some = some | ~alive.reshape(-1, shape[0]).all(0).unsqueeze(1)
+    some: Tensor, every: Tensor, free: Tensor, size: tuple[int, int], tiles: tuple[int, int], always: bool
+) -> list[Block]:  # fmt: skip
+    """The key slices of every query tile; consecutive tiles with equal slices are one block."""
+    (queries, keys), (tile_p, tile_m) = size, tiles
     partial = (some & ~every).any(1).tolist()
+    bound = (some & ~free).any(1).tolist()
     count = some.sum(1).tolist()
-    order = torch.arange(shape[1], device="cpu")
-    first = torch.where(some, order, shape[1]).amin(1).tolist()
-    last = torch.where(some, order, -1).amax(1).tolist()
+    order = torch.arange(some.shape[1], device="cpu")
+    first = torch.where(some, order, some.shape[1]).amin(1).tolist() if keys else []
+    last = torch.where(some, order, -1).amax(1).tolist() if keys else []
     plan: list[Block] = []
     for i, n in enumerate(count):
         p0, p1 = i * tile_p, min((i + 1) * tile_p, queries)
-        width = last[i] - first[i] + 1
+        width = last[i] - first[i] + 1 if n else 0
+        if n and n == width and last[i] == i and not bound[i] and in_triangle(plan, first[i] * tile_m, p0, p1):
+            continue
         if n == 0:
             runs: list[Run] = []
         elif 5 * n >= 4 * width:
             # a few empty tiles in between cost less than a second slice
-            runs = [(first[i] * tile_m, min((last[i] + 1) * tile_m, keys), partial[i] or n < width)]
+            stop = min((last[i] + 1) * tile_m, keys)
+            runs = [Run(first[i] * tile_m, stop, always or partial[i] or n < width)]
         else:
-            runs = pieces(some[i].tolist(), every[i].tolist(), tile_m, keys)
+            runs = pieces(some[i].tolist(), every[i].tolist(), tile_m, keys, always)
         append(plan, p0, p1, tile_p, runs)
     return plan
 
 
-def pieces(some: list[bool], every: list[bool], size: int, keys: int) -> list[Run]:
+def in_triangle(plan: list[Block], first: int, p0: int, p1: int) -> bool:
+    """Begin a triangle with a query tile, or enlarge the one before by it."""
+    if first == p0:
+        plan.append(Block(p0, p1, p1 - p0, [Run(p0, p1, True)], True))
+        return True
+    if plan and plan[-1].triangle and plan[-1].start == first and plan[-1].stop == p0:
+        plan[-1] = Block(first, p1, p1 - first, [Run(first, p1, True)], True)
+        return True
+    return False
+
+
+def pieces(some: list[bool], every: list[bool], size: int, keys: int, always: bool) -> list[Run]:
     """Consecutive visited tiles of one row of the map, as slices."""
     out: list[Run] = []
     for j, visited in enumerate(some):
         start, stop = j * size, min((j + 1) * size, keys)
-        if visited and out and out[-1][1] == start:
-            out[-1] = (out[-1][0], stop, out[-1][2] or not every[j])
+        if visited and out and out[-1].stop == start:
+            out[-1] = Run(out[-1].start, stop, out[-1].masked or not every[j])
         elif visited:
-            out.append((start, stop, not every[j]))
+            out.append(Run(start, stop, always or not every[j]))
     return out
 
 
 def append(plan: list[Block], p0: int, p1: int, size: int, runs: list[Run]) -> None:
     """Add a query tile to a plan; it joins the block before when its only slice lies as there."""
     if plan and len(runs) == 1 and p1 - p0 == size:
-        q0, _, rows, before = plan[-1]
-        if rows == size and len(before) == 1:
-            (m0, m1, masked), (n0, n1, also) = before[0], runs[0]
-            if (n0 - p0, n1 - p0, also) == (m0 - q0, m1 - q0, masked):
-                plan[-1] = (q0, p1, size, before)
+        before = plan[-1]
+        if before.rows == size and len(before.runs) == 1 and not before.triangle:
+            (m0, m1, masked), (n0, n1, also) = before.runs[0], runs[0]
+            if (n0 - p0, n1 - p0, also) == (m0 - before.start, m1 - before.start, masked):
+                plan[-1] = before._replace(stop=p1)
                 return
-    plan.append((p0, p1, p1 - p0, runs))
+    plan.append(Block(p0, p1, p1 - p0, runs))
 
 
-def whole(queries: int, keys: int, masked: bool) -> list[Block]:
-    """The plan of a call too small for tiles: every query sees every key."""
-    return [(0, queries, queries, [(0, keys, masked)])]
+def strips(queries: int, keys: int, size: int, masked: bool) -> list[Block]:
+    """The plan in which every query sees every key, `size` queries at a time."""
+    runs = [Run(0, keys, masked)] if keys else []
+    return [Block(p, min(p + size, queries), size, runs) for p in range(0, queries, max(size, 1))]
 
 
 def single(plan: list[Block]) -> list[Block]:
-    """The plan with one query tile a block."""
-    return [
-        (p, p + rows, rows, [(m0 + p - p0, m1 + p - p0, masked) for m0, m1, masked in runs])
-        for p0, p1, rows, runs in plan
-        for p in range(p0, p1, rows)
-    ]
+    """The plan with one query tile in a block where something is added to its scores."""
+    out: list[Block] = []
+    for b in plan:
+        if not any(r.masked for r in b.runs):
+            out.append(b)
+            continue
+        for p in range(b.start, b.stop, b.rows):
+            moved = [Run(r.start + p - b.start, r.stop + p - b.start, r.masked) for r in b.runs]
+            out.append(Block(p, min(p + b.rows, b.stop), b.rows, moved, b.triangle))
+    return out
 
 
 class Near:
     """What depends on key minus query alone: computed once for all tiles, and cut out for each as a view."""
 
     def __init__(self, plan: list[Block], make: Callable[[Tensor, Tensor], Tensor]) -> None:
-        rows = max((size for _, _, size, _ in plan), default=1)
-        places = [(m0 - p0, m1 - p0) for p0, _, _, runs in plan for m0, m1, _ in runs]
-        self.least = min((a for a, _ in places), default=0)
-        most = max((b for _, b in places), default=1)
-        self.values = make(
-            torch.arange(rows, device="cpu").unsqueeze(1), torch.arange(self.least, most, device="cpu")
-        )  # fmt: skip
+        cut = [b for b in plan if not b.triangle]
+        rows = max((b.rows for b in cut), default=1)
+        self.least = min((r.start - b.start for b in cut for r in b.runs), default=0)
+        most = max((r.stop - b.start for b in cut for r in b.runs), default=1)
+        queries = torch.arange(rows, device="cpu").unsqueeze(1)
+        self.values = make(queries, torch.arange(self.least, most, device="cpu"))
 
     def cut(self, p0: int, p1: int, m0: int, m1: int) -> Tensor:
         start = m0 - p0 - self.least
         return self.values[..., : p1 - p0, start : start + m1 - m0]
 
 
-def four(t: Tensor, keys: int) -> Tensor:
-    """What is added to the scores, with SDPA's four dimensions and one element a key."""
+def four(t: Tensor, rows: int, keys: int) -> Tensor:
+    """What is added to the scores, with SDPA's four dimensions: an element for every row and key."""
     t = t[(None,) * (4 - t.dim())]
-    return t if t.shape[3] == keys else t.expand(-1, -1, -1, keys).contiguous()
+    return t if t.shape[3] == keys else t.expand(-1, -1, rows, keys).contiguous()
+
+
+def level(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands as torch's kernel takes them: rows without gaps, keys and values equally wide."""
+    wide = max(q.shape[3], v.shape[3])
+    q, k, v = (t if t.shape[3] == wide else torch.nn.functional.pad(t, (0, wide - t.shape[3])) for t in (q, k, v))
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    return q, k, v
 
 
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, plan: list[Block],
-    added: Callable[[int, int, int, int], Tensor], empty: float = 0.0,
+    added: Callable[[int, int, int, int], Tensor] | None = None, empty: float | None = None,
     finish: Callable[[Tensor, Tensor, int, int, int, int], Tensor] | None = None,
 ) -> None:  # fmt: skip
     """SDPA of every block of queries on its slices of the keys.
 
     `added(p0, p1, m0, m1)`: what the scores get; for a block of several tiles it is the same for each of them.
-    `empty`: what a row without a key yields. `finish(o, lse, z0, z1, p0, p1)`: the end of those rows, if there is one.
+    `empty`: what a row without a key yields (None: there is none, or torch's 0 is right).
+    `finish(o, lse, z0, z1, p0, p1)`: the end of those rows, if there is one.
     """
-    for p0, p1, rows, runs in plan:
+    q, k, v = level(q, k, v)
+    for block in plan:
+        p0, p1, rows, runs, triangle = block
         if p1 - p0 > rows:
-            folded(q, k, v, out, scale, (p0, p1, rows, runs[0]), added, empty, finish)
+            folded(q, k, v, out, scale, block, added, empty, finish)
             continue
-        if not runs:
-            out[:, :, p0:p1] = empty
-            continue
-        if len(runs) == 1:
-            keys, values = (t[:, :, runs[0][0] : runs[0][1]] for t in (k, v))
-        else:
-            keys, values = (torch.cat([t[:, :, m0:m1] for m0, m1, _ in runs], 2) for t in (k, v))
         mask = None
-        if any(masked for _, _, masked in runs):
-            parts = [four(added(p0, p1, m0, m1), m1 - m0) for m0, m1, _ in runs]
+        if not runs:
+            keys, values = k[:, :, :0], v[:, :, :0]
+        elif len(runs) == 1:
+            keys, values = (t[:, :, runs[0].start : runs[0].stop] for t in (k, v))
+        else:
+            keys, values = (torch.cat([t[:, :, r.start : r.stop] for r in runs], 2) for t in (k, v))
+        if added is not None and not triangle and any(r.masked for r in runs):
+            parts = [four(added(p0, p1, m0, m1), p1 - p0, m1 - m0) for m0, m1, _ in runs]
             mask = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
-        o, lse = attend(q[:, :, p0:p1], keys, values, mask, scale, empty)
+        o, lse = attend(q[:, :, p0:p1], keys, values, mask, triangle, scale, empty, out.shape[3])
         out[:, :, p0:p1] = o if finish is None else finish(o, lse, 0, q.shape[0], p0, p1)
 
 
 def folded(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, block: tuple[int, int, int, Run],
-    added: Callable[[int, int, int, int], Tensor], empty: float,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, block: Block,
+    added: Callable[[int, int, int, int], Tensor] | None, empty: float | None,
     finish: Callable[[Tensor, Tensor, int, int, int, int], Tensor] | None,
 ) -> None:  # fmt: skip
     """Query tiles whose slices lie alike: the tiles become the batch, and overlapping slices of the keys are views."""
-    p0, p1, rows, (m0, m1, masked) = block
-    mask = four(added(p0, p0 + rows, m0, m1), m1 - m0) if masked else None
+    p0, p1, rows, ((m0, m1, masked),), _ = block
+    mask = four(added(p0, p0 + rows, m0, m1), rows, m1 - m0) if masked and added is not None else None
     count = max(1, FOLD_ROWS // rows)
     for z in range(q.shape[0]):
         for a in range(p0, p1, count * rows):
             n = min(count, (p1 - a) // rows)
             stop = a + n * rows
+            # [n, H, rows, E] and [n, H/G, m1 - m0, E]
             queries = q[z, :, a:stop].unfold(1, rows, rows).permute(1, 0, 3, 2)
-            # [n, H/G, m1 - m0, E]
-            keys, values = (
-                t[z, :, m0 + a - p0 : m1 + stop - rows - p0].unfold(1, m1 - m0, rows).permute(1, 0, 3, 2) for t in (k, v)
-            )
-            o, lse = attend(queries, keys, values, mask, scale, empty)
+            first, last = m0 + a - p0, m1 + stop - rows - p0
+            keys, values = (t[z, :, first:last].unfold(1, m1 - m0, rows).permute(1, 0, 3, 2) for t in (k, v))
+            o, lse = attend(queries, keys, values, mask, False, scale, empty, out.shape[3])
             if finish is None:
                 out[z, :, a:stop].unfold(1, rows, rows).copy_(o.permute(1, 0, 3, 2))
             else:
-                rejoined = o.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
-                out[z, :, a:stop] = finish(rejoined[0][None], rejoined[1][None], z, z + 1, a, stop)[0]
+                o, lse = o.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
+                out[z, :, a:stop] = finish(o[None], lse[None], z, z + 1, a, stop)[0]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, empty: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, empty: float | None, width: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """torch's CPU flash kernel: the output and the log-sum-exp of every row. It yields 0 for rows without a key."""
-    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, attn_mask=mask, scale=scale)
-    if mask is not None and empty != 0:
-        o.masked_fill_((mask == -torch.inf).all(3, keepdim=True), empty)
-    return o, lse
+    """torch's CPU flash kernel: output and log-sum-exp of every row. For rows without a key it gives 0 and 0."""
+    if k.shape[2] == 0:
+        shape = q.shape[:3]
+        return q.new_full((*shape, width), empty or 0.0), q.new_full(shape, -torch.inf, dtype=torch.float32)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    o, lse = flash(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
+    if mask is not None and empty is not None:
+        dead = (mask == -torch.inf).all(3, keepdim=True)
+        o.masked_fill_(dead, empty)
+        lse.masked_fill_(dead.squeeze(3), -torch.inf)
+    return o if width == o.shape[3] else o[..., :width], lse

@@ -1,0 +1,136 @@
+"""Prints `planned`: which slices of the keys every tile of queries visits, from the mask's interval over a tile.
+
+    low, high       tables of a load's least and greatest element over tiles
+    some, every     is some point of a tile kept, are all?        alive     do all rows of a tile certainly keep a key?
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from ..patterns import expr as ex
+from ..patterns.affine import Affine, affine
+from ..patterns.cascade import Size
+from ..patterns.conditions import conjunction, conjuncts
+from ..patterns.expr import Expr
+from .cpu_print import Function, Printer, used_names
+from .print_torch import Body, identifier
+from .tile_terms import Corners, Table
+
+
+def planned(p: Printer, always: bool) -> Function:
+    """The function; its answer is cached where no run-time data decides. `always`: full tiles get something added, too."""
+    f, a, n = p.f, p.f.attention, p.names
+    corners = Corners.of(a.query, a.key)
+    every, some = corners.predicate(f.mask.keep)
+    rest = without_causal(p, always)
+    free = corners.predicate(rest)[0] if rest is not None else None
+    tables = _Tables(p)
+    reading = [line for t in corners.tables.values() for line in tables.read(t, a.query)]
+    wanted = {"some": some, "every": every} | ({"free": free} if free is not None and not free.is_const else {})
+    body = Body(_scope(p, corners, tables), wanted.values())
+    texts = {name: body.term(e) for name, e in wanted.items()}
+    given = "None" if free is None else "free" if "free" in texts else "p0 == p0"
+    lines = [*reading, *(x.strip() for x in body.lines), *(f"{name} = {text}" for name, text in texts.items())]
+    if f.guarded:
+        lines += _alive(p)
+    size = f"({p.batch}, {n.rank(a.query)}, {n.rank(a.key)})"
+    alive = "alive" if f.guarded else "None"
+    lines.append(f"return plans(some, every, {alive}, {given}, {size}, (TILE_P, TILE_M), {always})")
+    used = used_names("\n".join(lines))
+    coordinates = [
+        f"{'pn' if 'pn' in used else '_'}, p0, p1 = corners({n.rank(a.query)}, TILE_P, 1)",
+        f"{'mn' if 'mn' in used else '_'}, m0, m1 = corners({n.rank(a.key)}, TILE_M, 0)",
+        *(f"{p.ranks[r]} = {p.coordinate(r)}" for r in f.heads.order if p.ranks[r] in used),
+    ]
+    return _function(p, [*coordinates, *lines])
+
+
+def without_causal(p: Printer, always: bool) -> Expr | None:
+    """The mask without its condition `key ≤ query`, or None where it has no such condition."""
+    a = p.f.attention
+    after = affine(ex.index(a.key) - ex.index(a.query))
+    parts = conjuncts(p.f.mask.keep)
+    kept = tuple(e for e in parts if not _says_at_most_zero(e, after))
+    return conjunction(kept) if len(kept) < len(parts) and not always else None
+
+
+def _says_at_most_zero(e: Expr, form: Affine) -> bool:
+    """Is a comparison of integers `form ≤ 0`?"""
+    if e.op not in ("lt", "le", "gt", "ge") or any(a.dtype not in ex.INTEGERS for a in e.args):
+        return False
+    a, b = e.args if e.op in ("lt", "le") else e.args[::-1]
+    difference = affine(a) - affine(b)
+    return (difference if e.op in ("le", "ge") else difference + Affine((), 1)) == form
+
+
+def _function(p: Printer, lines: list[str]) -> Function:
+    used = used_names("\n".join(lines))
+    data = [t for t in p.names.tensors.values() if t in used]
+    params = (*data, *(x for x in p.names.symbols.values() if x in used))
+    head = f'def planned({", ".join(params)}):\n    """Which slices of the keys every tile of queries visits."""'
+    text = "\n".join([head, *(f"    {x}" for x in lines)])
+    return Function("planned", params, text if data else f"@lru_cache(maxsize=256)\n{text}")
+
+
+class _Tables:
+    """Names and shapes of the tables of least and greatest elements."""
+
+    def __init__(self, p: Printer) -> None:
+        self.p = p
+        self.names: dict[str, str] = {}
+        self.shapes: dict[str, tuple[Size, ...]] = {}
+        self.taken = set(p.taken)
+
+    def read(self, t: Table, query: str) -> list[str]:
+        """Lines that make one tensor's tables."""
+        tensor = self.p.names.tensors[t.tensor]
+        names = []
+        for end in ("low", "high"):
+            names.append(identifier(f"{tensor}_{end}", self.taken))
+            self.taken.add(names[-1])
+        low, high = names
+        shape = list(self.p.names.c.tensor[t.tensor].shape)
+        lines: list[str] = []
+        source = (tensor, tensor)
+        for d, rank in t.blocked:
+            size = "TILE_P" if rank == query else "TILE_M"
+            lines.append(f"{low}, {high} = extremes({source[0]}, {source[1]}, {size}, {d})")
+            source, shape[d] = (low, high), _count(rank)
+        for d in t.whole:
+            lines.append(f"{low}, {high} = {source[0]}.amin({d}, keepdim=True), {source[1]}.amax({d}, keepdim=True)")
+            source, shape[d] = (low, high), 1
+        for end, name in (("low", low), ("high", high)):
+            self.names[f"{t.key}:{end}"] = name
+            self.shapes[f"{t.key}:{end}"] = tuple(shape)
+        return lines
+
+
+def _count(rank: str) -> Size:
+    """A symbol for the number of tiles of a rank."""
+    return sympy.Symbol(f"tiles of {rank}", integer=True, positive=True)
+
+
+def _scope(p: Printer, c: Corners, tables: _Tables):  # type: ignore[no-untyped-def]
+    names: dict[Expr, str] = {}
+    extent: dict[str, Size] = {}
+    for r, letter in ((c.query, "p"), (c.key, "m")):
+        names |= {c.low[r]: f"{letter}0", c.high[r]: f"{letter}1", c.number[r]: f"{letter}n"}
+        extent[str(c.number[r].attr)] = _count(r)
+    scope = p.scope(names, tables.names, views=False)
+    scope.shapes = {**scope.shapes, **tables.shapes}
+    scope.extent = {**scope.extent, **extent}
+    return scope
+
+
+def _alive(p: Printer) -> list[str]:
+    """Lines that find the tiles of queries all of whose rows are proved to keep a key."""
+    query = p.f.attention.query
+    proof = p.f.proof[0]
+    for t in p.f.proof[1:]:
+        proof = proof | t
+    body = Body(p.scope({ex.index(query): "row"}, views=False), [proof])
+    text = body.term(proof)
+    start = [f"row = axis({p.names.rank(query)}, 1)"]
+    return [*start, *(x.strip() for x in body.lines), f"rows = ({text}).squeeze(-1)",
+            "alive = extremes(rows, rows, TILE_P, -1)[0]"]  # fmt: skip

@@ -1,0 +1,134 @@
+"""CPU kernels against the oracle in float64, in every type, for masks, biases, row rules and head groups alike."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from reattend.codegen import cpu
+from reattend.patterns.evaluate import evaluate
+from reattend.patterns.mapping import Mapping
+from reattend.patterns.recognise import Refusal
+from tests.codegen.attentions import VARIANTS, Case
+
+# What torch's SDPA itself may be off by, in the units in which its own error is measured.
+RMS, MOST = 1.2, 2.5
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+SDPA = sorted(set(VARIANTS) - {"softcap", "sigmoid", "square", "cosine_cap"})
+
+
+def kernel(case: Case, mapping: Mapping) -> cpu.Kernel:
+    k = cpu.build(case.cascade, mapping)
+    assert not isinstance(k, Refusal), str(k)
+    return k
+
+
+def run(case: Case, mapping: Mapping, x: dict[str, torch.Tensor]) -> torch.Tensor:
+    k = kernel(case, mapping)
+    return k.run(x, {n: case.sizes[n] for n in k.sizes})
+
+
+def sdpa_error(case: Case, x: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[float, float]:
+    """RMS and largest error of torch's SDPA on the same operands, given all that the score adds as a tensor."""
+    c = replace(case.cascade, outputs=("S",))
+    added = evaluate(c, {**x, "Q": torch.zeros_like(x["Q"])}, case.sizes, widen=True)["S"]
+    q, k, v = (x[n].double() for n in "QKV")
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    wide = max(q.shape[-1], v.shape[-1])
+    q, k, v = (torch.nn.functional.pad(t, (0, wide - t.shape[-1])) for t in (q, k, v))
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=0.25)
+    rough = torch.nn.functional.scaled_dot_product_attention(
+        q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=added.float(), scale=0.25
+    )
+    e = (rough.double() - exact)[~exact.isnan()]
+    return float(e.pow(2).mean().sqrt()), float(e.abs().max())
+
+
+def check(case: Case, mapping: Mapping, dtype: torch.dtype, seed: int = 0) -> None:
+    x = case.inputs(dtype, seed)
+    out = run(case, mapping, x)
+    (name,) = case.cascade.outputs
+    exact = evaluate(case.cascade, x, case.sizes, widen=True)[name]
+    assert out.shape == exact.shape
+    assert out.dtype == dtype
+    assert torch.equal(out.isnan(), exact.isnan())
+    e = (out.double() - exact)[~exact.isnan()]
+    rms, most = sdpa_error(case, x, dtype)
+    ulp = torch.finfo(dtype).eps * float(exact[~exact.isnan()].abs().max())
+    assert float(e.pow(2).mean().sqrt()) <= max(RMS * rms, ulp)
+    assert float(e.abs().max()) <= max(MOST * most, ulp)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", SDPA)
+def test_sdpa_body(name: str, dtype: str) -> None:
+    check(VARIANTS[name](dtype=dtype), Mapping(8, 8, body="sdpa"), TYPES[dtype])
+
+
+@pytest.mark.parametrize("tiles", [(4, 16), (16, 4), (64, 64), (1, 1)])
+@pytest.mark.parametrize("name", ["window", "causal_padding", "segments", "prefix", "gqa"])
+def test_tilings(name: str, tiles: tuple[int, int]) -> None:
+    check(VARIANTS[name](), Mapping(*tiles, body="sdpa"), torch.float32)
+
+
+@pytest.mark.parametrize("length", [1, 2, 37, 63, 111])
+@pytest.mark.parametrize("name", ["window", "causal", "causal_padding", "alibi"])
+def test_lengths(name: str, length: int) -> None:
+    check(VARIANTS[name](p=length), Mapping(16, 16, body="sdpa"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["padding", "sdpa_padding", "causal_padding", "segments"])
+def test_rows_without_a_key(name: str) -> None:
+    """The uniform mean, 0 and NaN, as the model has it."""
+    case = VARIANTS[name]()
+    x = case.inputs()
+    if "pad" in x:
+        x["pad"][0, :9] = False
+        x["pad"][1] = False
+    out = run(case, Mapping(8, 8, body="sdpa"), x)
+    exact = evaluate(case.cascade, x, case.sizes, widen=True)["O"]
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=5e-6, equal_nan=True)
+
+
+def test_the_file_stands_alone(tmp_path: Path) -> None:
+    """The printed file imports torch only, and gives the same elsewhere."""
+    case = VARIANTS["causal_padding"]()
+    k = kernel(case, Mapping(8, 8, body="sdpa"))
+    assert set(re.findall(r"^(?:import|from) (\w+)", k.source, re.M)) <= {"__future__", "collections", "functools", "typing", "torch", "math"}
+    x = case.inputs()
+    (tmp_path / "kernel.py").write_text(k.source)
+    torch.save((x, run(case, Mapping(8, 8, body="sdpa"), x)), tmp_path / "x.pt")
+    code = (
+        "import sys, torch, kernel; x, o = torch.load('x.pt');"
+        "assert torch.equal(kernel.attention(*x.values()), o); assert 'reattend' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["causal_padding", "sinks", "segments", "decode"])
+def test_the_file_is_clean(name: str, tmp_path: Path) -> None:
+    ruff = pytest.importorskip("ruff.__main__", reason="ruff is a development tool")
+    path = tmp_path / "kernel.py"
+    path.write_text(kernel(VARIANTS[name](), Mapping(8, 8, body="sdpa")).source)
+    command = [ruff.find_ruff_bin(), "check", "--isolated", "--select", "E,F,W,B,UP", "--ignore", "E501,B905", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["causal", "gqa", "causal_padding"])
+def test_strided_operands(name: str) -> None:
+    """Operands as models hand them over: heads inside tokens, every second row of something larger."""
+    case = VARIANTS[name](p=40)
+    x = case.inputs()
+    strange = dict(x)
+    for n in "QKV":
+        strange[n] = x[n].transpose(1, 2).contiguous().transpose(1, 2)
+    strange["V"] = torch.stack([x["V"], x["V"]], -1)[..., 0]
+    a, b = (run(case, Mapping(8, 8, body="sdpa"), y) for y in (x, strange))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
