@@ -12,6 +12,7 @@ from .cost_model.device import Device, device
 from .cost_model.plan import Plan
 from .rewriter import choose
 from .rewriter.models import Shapes, UsageError, inputs_for
+from .rewriter.planning import plan_model
 from .rewriter.policy import Policy
 from .rewriter.report import Entered, Report
 from .rewriter.session import Session, is_copy, session_of
@@ -102,7 +103,7 @@ def plan(
     if not args and not given:
         args, given = inputs_for(model, Shapes())
     where = device(target) if target is not None else _device_of(model, args, given)
-    return choose.plan_model(model, args, given, where, policy or Policy(), dynamic=dynamic)
+    return plan_model(model, args, given, where, policy or Policy(), dynamic=dynamic)
 
 
 def verify(

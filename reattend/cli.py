@@ -9,14 +9,14 @@ import json as json_module
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
     from .cost_model.plan import Plan, Site
-    from .rewriter.models import Shapes, Subject
+    from .rewriter.models import Shapes
 
 app = typer.Typer(
     add_completion=False,
@@ -39,8 +39,9 @@ app = typer.Typer(
 )
 
 
-def tokens(text: str) -> int:
+def tokens(value: str | int) -> int:
     """4096, 4k (4096) or 1M (1048576)."""
+    text = str(value)
     factor = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
     digits = text if factor == 1 else text[:-1]
     if not digits.isdigit():
@@ -140,7 +141,7 @@ def verify(
     from .api import verify as verify_model
     from .rewriter.models import UsageError, load
 
-    subject = load(model, _shapes(batch, seq, dtype, "prefill", 0, attn), real=True)
+    subject = load(model, _shapes(batch, seq, dtype, "prefill", 0, attn), where="cpu")
     if subject.model is None:
         raise UsageError("an exported program cannot be verified: give a config.json or module:factory")
     result = verify_model(subject.model, subject.args, subject.kwargs)
@@ -187,12 +188,10 @@ def _shapes(batch: int, seq: int | None, dtype: str | None, phase: str, past: in
 
 def _plan(spec: str, shapes: Shapes, target: str | None, dynamic: bool) -> Plan:
     from .cost_model.device import device
-    from .rewriter.choose import plan_subject
-    from .rewriter.models import load
+    from .rewriter.planning import plan_spec
     from .rewriter.policy import Policy
 
-    where = device(target or "cpu")
-    return plan_subject(load(spec, shapes), where, Policy(), dynamic=dynamic)
+    return plan_spec(spec, shapes, device(target or "cpu"), Policy(), dynamic=dynamic)
 
 
 def _sites(made: Plan, name: str | None) -> list[Site]:

@@ -8,14 +8,13 @@ permits them, the device has them, gradients flow through them where they are wa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ..codegen import operator as ours
 from ..codegen import vendor
@@ -27,7 +26,7 @@ from ..cost_model.passes import key_passes
 from ..cost_model.plan import ORIGINAL, Candidate, MaskView, Miss, Plan, Site, SiteShape, TileCounts, ranked
 from ..cost_model.predict import best_mapping, predict_original, predict_vendor, tiles_of
 from ..patterns import expr as ex
-from ..patterns.cascade import Cascade, bind, show
+from ..patterns.cascade import Cascade, show
 from ..patterns.evaluate import infer_sizes
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.masks import conjuncts, split
@@ -38,7 +37,6 @@ from ..patterns.traits import kind, traits
 from . import capture, splice
 from .detect import Found, NearMiss, find
 from .policy import Policy
-from .sizes import size_of
 
 
 @dataclass(frozen=True)
@@ -122,19 +120,6 @@ def rewrite(captured: capture.Captured, request: Request) -> Plan:
         misses += missed
         where = where or _device_of(region)
     return Plan(tuple(sites), tuple(misses), where or running_device("cpu"))
-
-
-def plan_graph(captured: capture.Captured, device: Device, policy: Policy, name: str = "") -> Plan:
-    """Plan a captured graph for a device that need not be here. The graph stays as it is."""
-    start = time.perf_counter()
-    sites: list[Site] = []
-    misses: list[Miss] = []
-    for region in capture.regions(captured.graph):
-        decisions, missed = decide(region, Request(policy, device, executable=False))
-        sites += [d.site for d in decisions]
-        misses += missed
-    note = f"captured in {captured.seconds:.1f} s, planned in {time.perf_counter() - start:.2f} s"
-    return Plan(tuple(sites), tuple(misses), device, model=name, note=note)
 
 
 def decide(gm: fx.GraphModule, request: Request) -> tuple[list[Decision], list[Miss]]:
@@ -278,7 +263,8 @@ def _answer(q: _Question) -> tuple[Site, Mapping[str, splice.Call]]:
         if call is not None:
             calls[candidate.name] = call
     order = ranked(tuple(candidates))
-    chosen = next(x for x in order if x.feasible)
+    permitted = [x for x in order if x.feasible and q.policy.permits(x.name)]
+    chosen = next(iter(permitted), None) or next(x for x in order if x.feasible)
     order = tuple(replace(x, why=_why(x, order, q)) if x is chosen else x for x in order)
     lines = [show(stream(view, state))] if not isinstance(state := derive(view), NoAttention) else []
     site = Site(
@@ -427,22 +413,3 @@ def _proofs(a: Attention, q: _Question) -> tuple[str, ...]:
     if not q.bound:
         out.append("nobody else reads scores or weights")
     return tuple(out)
-
-
-# --- models -------------------------------------------------------------------------------------------------------
-
-
-def plan_model(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, policy: Policy, *, dynamic: bool,
-    name: str = "",
-) -> Plan:  # fmt: skip
-    """Capture a model without running it, and plan it. Raises CaptureError."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
-        captured = capture.from_export(model, args, kwargs, dynamic=dynamic)
-    return plan_graph(captured, device, policy, name or type(model).__name__)
-
-
-__all__ = [
-    "Decision", "Request", "bind", "decide", "interior", "our_call", "plan_graph", "plan_model", "rewrite",
-    "running_device", "size_of",
-]  # fmt: skip

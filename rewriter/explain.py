@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..cost_model.plan import Plan, Site
+from ..cost_model.plan import ORIGINAL, Plan, Site
 from ..cost_model.table import candidates_table, group_name
 
 
@@ -23,7 +23,8 @@ def explanation(site: Site, plan: Plan) -> str:
     if site.chosen_cascade:
         lines += ["", f"as chosen: {site.chosen.name}", _indented(site.chosen_cascade)]
     else:
-        lines += ["", f"as chosen: {site.chosen.name}, which runs its own kernel"]
+        what = "the model's own code" if site.chosen.name == ORIGINAL else "a vendor's kernel"
+        lines += ["", f"as chosen: {site.chosen.name}, {what}"]
     if site.mask is not None:
         tiles = f"\n  {site.mask.tiles}" if site.mask.tiles is not None else ""
         lines += ["", f"mask: keep {site.mask.expr}\n  density {site.mask.density:.3f}{tiles}"]

@@ -72,6 +72,7 @@ class Subject:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     program: torch.export.ExportedProgram | None = None
     where: str = ""
+    note: str = ""
 
 
 def load(spec: str, shapes: Shapes = Shapes(), *, where: str = "meta") -> Subject:
@@ -153,7 +154,13 @@ def from_config(path: Path, shapes: Shapes, where: str = "meta") -> Subject:
     with FakeTensorMode(allow_non_fake_inputs=True) if where == "fake" else contextlib.nullcontext():
         model = build(path, shapes, "meta" if where == "meta" else "cpu")
         made = decode_inputs(model, shapes) if shapes.phase == "decode" else inputs_for(model, shapes)
-        return Subject(str(path), model, *made, where=where)
+        return Subject(str(path), model, *made, where=where, note=_sizes_note(made))
+
+
+def _sizes_note(made: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    """The inputs that were built, so that a reader knows what was planned."""
+    shown = {n: list(t.shape) for n, t in made[1].items() if isinstance(t, Tensor)}
+    return "inputs: " + ", ".join(f"{n} {shape}" for n, shape in shown.items())
 
 
 def build(path: Path, shapes: Shapes, where: str = "meta") -> nn.Module:
@@ -229,7 +236,7 @@ def inputs_for(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], dict[
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     kwargs: dict[str, Any] = {}
-    for name in _wanted(config, main, parameters):
+    for name in _wanted(config, main, parameters, shapes.batch):
         maker = _MAKERS.get(name)
         if maker is None:
             raise UsageError(f"no way is known to build {name!r} of {type(model).__name__}: pass args or kwargs")
@@ -239,10 +246,13 @@ def inputs_for(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], dict[
     return (), kwargs
 
 
-def _wanted(config: Any, main: str, parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """The main input, and what goes with it: a padding mask, the decoder's ids, the other tower of a dual encoder."""
+def _wanted(config: Any, main: str, parameters: Mapping[str, inspect.Parameter], batch: int) -> list[str]:
+    """The main input, and what goes with it: the decoder's ids, the other tower of a dual encoder, a padding mask.
+
+    One sequence alone needs no padding, so it has no mask.
+    """
     names = [main]
-    if main == "input_ids" and "attention_mask" in parameters:
+    if main == "input_ids" and "attention_mask" in parameters and batch > 1:
         names.append("attention_mask")
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
         names.append("decoder_input_ids")

@@ -12,8 +12,8 @@ CANDIDATES = ("original", "sdpa", "flex", "reattend")
 class Policy:
     """What a plan may do. All candidates of this version are exact, so `approximate` and `max_error` admit nothing more.
 
-    `allow` keeps only these candidates (beside the original code, which always may run), `deny` removes some; names are
-    original, sdpa, flex, reattend. With `strict`, an attention that cannot be rewritten raises at the first capture
+    `allow` keeps only these candidates beside the original code, `deny` removes some; names are original, sdpa, flex,
+    reattend. The original code stays where nothing else can run, denied or not. With `strict`, an attention that cannot be rewritten raises at the first capture
     instead of being left alone. Raises ValueError with one sentence.
     """
 
@@ -40,9 +40,9 @@ class Policy:
                 raise ValueError(f"Policy({field}) is not in this version: all candidates are exact and run on one device")
 
     def permits(self, candidate: str) -> bool:
-        if candidate == "original":
-            return True
-        return candidate not in self.deny and (not self.allow or candidate in self.allow)
+        if candidate in self.deny:
+            return False
+        return candidate == "original" or not self.allow or candidate in self.allow
 
     def __str__(self) -> str:
         parts = [f"allow {', '.join(self.allow)}" if self.allow else "", f"deny {', '.join(self.deny)}" if self.deny else ""]

@@ -95,10 +95,13 @@ class Entry:
 
 
 def _transparent() -> bool:
-    """Inside somebody else's tracing the model is what it was: Dynamo, export, fx, functorch and dispatch modes."""
+    """Inside somebody else's tracing the model is what it was: export, fx, functorch and dispatch modes.
+
+    (Dynamo does not come here: it inlines the module's own call. `torch.compiler.is_compiling` is no test: it is true in all
+    threads while one of them compiles.)
+    """
     return bool(
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        torch.jit.is_tracing()
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
@@ -165,7 +168,7 @@ class Session:
             entry=entry.path if entry is not None else "",
             number=len(self.pieces),
             recompiled=_is_recompilation(),
-            broke=_break(gm),
+            broke=break_of(gm),
         )
         start = time.perf_counter()
         run: Callable[..., Any] = gm.forward
@@ -218,7 +221,7 @@ def _is_recompilation() -> bool:
     return compile_id is not None and bool(compile_id.frame_compile_id)
 
 
-def _break(gm: fx.GraphModule) -> str:
+def break_of(gm: fx.GraphModule) -> str:
     """Where and why Dynamo ended this graph before the end of the function; empty when it did not."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:

@@ -1,0 +1,107 @@
+"""Planning without running: a model, or the subject of a command line, as a plan for a device that need not be here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..cost_model.device import Device
+from ..cost_model.plan import Miss, Plan, Site
+from . import capture, choose
+from .models import Shapes, Subject, load
+from .policy import Policy
+from .session import Session, break_of
+
+
+def plan_model(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, policy: Policy, *, dynamic: bool,
+    name: str = "",
+) -> Plan:  # fmt: skip
+    """Plan a model. A model that has no graph of its own is run once, and its pieces are planned, when it has data.
+
+    Gradients are planned for where the model is in training mode and grad mode is on. Raises CaptureError.
+    """
+    name = name or type(model).__name__
+    with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
+        try:
+            return plan_graph(capture.from_export(model, args, kwargs, dynamic=dynamic), device, policy, name)
+        except capture.CaptureError as no:
+            tensors = [*model.parameters(), *capture.held_tensors((args, dict(kwargs)))[0]]
+            if any(_without_data(t) for t in tensors):
+                raise
+            return _plan_pieces(model, args, kwargs, device, policy, name, str(no))
+
+
+def _without_data(t: Tensor) -> bool:
+    return t.device.type == "meta" or isinstance(t, torch._subclasses.FakeTensor)
+
+
+def plan_graph(captured: capture.Captured, device: Device, policy: Policy, name: str = "") -> Plan:
+    """Plan a captured graph for a device that need not be here. The graph stays as it is."""
+    start = time.perf_counter()
+    sites: list[Site] = []
+    misses: list[Miss] = []
+    for region in capture.regions(captured.graph):
+        decisions, missed = choose.decide(region, choose.Request(policy, device, executable=False))
+        sites += [d.site for d in decisions]
+        misses += missed
+    note = f"captured in {captured.seconds:.1f} s, planned in {time.perf_counter() - start:.2f} s"
+    return Plan(tuple(sites), tuple(misses), device, model=name, note=note)
+
+
+def _plan_pieces(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, policy: Policy, name: str, why: str
+) -> Plan:
+    """Run the model once through Dynamo, which breaks it where it must, and plan each piece."""
+    plans: list[Plan] = []
+    breaks: list[str] = []
+
+    def plan_piece(gm: fx.GraphModule, inputs: Sequence[object], prefix: str) -> Callable[..., Any]:
+        captured = capture.from_dynamo(gm, inputs, prefix)
+        plans.append(plan_graph(captured, device, policy, name))
+        breaks.extend(b for b in [break_of(gm)] if b)
+        return gm.forward
+
+    session = Session(policy, device, backend=plan_piece)
+    session.install(model)
+    try:
+        args, kwargs = _copied((args, dict(kwargs)))
+        model(*args, **kwargs)
+    finally:
+        session.detach()
+    where = "; ".join(dict.fromkeys(breaks)) or why
+    note = f"the model has no graph of its own and was run once; captured in {len(plans)} pieces, broken at {where}"
+    sites, misses = (tuple(x for p in plans for x in getattr(p, part)) for part in ("sites", "misses"))
+    return Plan(sites, misses, device, model=name, note=note)
+
+
+def _copied(values: Any) -> Any:
+    tensors, make = capture.held_tensors(values)
+    return make([t.clone() for t in tensors])
+
+
+def plan_spec(spec: str, shapes: Shapes, device: Device, policy: Policy, *, dynamic: bool = False) -> Plan:
+    """Plan what a command line names. Raises UsageError and CaptureError."""
+    subject = load(spec, shapes)
+    try:
+        return _plan_subject(subject, device, policy, dynamic)
+    except capture.CaptureError:
+        if subject.where != "meta":
+            raise
+    # Some models mix tensors of their own with inputs on the meta device; fake tensors say that they are on the CPU.
+    return _plan_subject(load(spec, shapes, where="fake"), device, policy, dynamic)
+
+
+def _plan_subject(subject: Subject, device: Device, policy: Policy, dynamic: bool) -> Plan:
+    if subject.program is not None:
+        return plan_graph(capture.from_program(subject.program), device, policy, Path(subject.name).name)
+    assert subject.model is not None
+    name = subject.name if ":" in subject.name else type(subject.model).__name__
+    plan = plan_model(subject.model, subject.args, subject.kwargs, device, policy, dynamic=dynamic, name=name)
+    return replace(plan, note=f"{plan.note}; {subject.note}" if subject.note else plan.note)

@@ -1,0 +1,191 @@
+"""The command line: every command, its JSON, its exit codes, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reattend.cli import main, tokens
+from reattend.cost_model.plan import Plan
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99,
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    out = capsys.readouterr()
+    return int(stop.value.code or 0), out.out, out.err
+
+
+def test_help_teaches_and_loads_no_torch() -> None:
+    code = "import sys; from reattend.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("False")
+    for word in ("plan", "explain", "emit", "verify", "targets", "Examples", "config.json", "Exit codes"):
+        assert word in done.stdout
+    assert "bench" not in done.stdout
+
+
+@pytest.mark.parametrize("command", ["plan", "explain", "emit", "verify", "targets"])
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"Example: reattend {command}" in out
+    assert "--json" in out
+
+
+def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "targets")
+    assert code == 0
+    assert "h200" in out
+    code, out, _ = run(capsys, "targets", "--json")
+    assert {"cpu", "a100", "h100", "h200"} <= {d["name"] for d in json.loads(out)}
+
+
+def test_plan(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", config, "--seq", "1k", "--target", "h200", "--dtype", "bf16")
+    assert code == 0
+    assert "2 attentions on h200" in out
+    assert "[1, 1024]" in out
+    code, out, _ = run(capsys, "plan", config, "--seq", "64", "--json")
+    assert len(Plan.from_json(out).sites) == 2
+
+
+def test_plan_a_decoding_step(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", config, "--phase", "decode", "--past", "4k", "--batch", "8", "--target", "a100")
+    assert code == 0
+    assert "decode" in out
+    assert "4097" in out
+
+
+def test_plan_with_symbolic_sizes(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", config, "--seq", "64", "--batch", "2", "--dynamic", "--json")
+    assert code == 0
+    assert any(isinstance(n, str) for n in Plan.from_json(out).sites[0].shape.sizes.values())
+
+
+def test_explain(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "explain", config, "--seq", "64")
+    assert code == 0
+    for word in ("as lifted", "Σ_m", "proved", "candidates on cpu", "chosen:", "(×2)"):
+        assert word in out
+    code, out, _ = run(capsys, "explain", config, "model.layers.1.self_attn", "--seq", "64", "--json")
+    (site,) = json.loads(out)
+    assert site["name"] == "model.layers.1.self_attn"
+    assert {c["name"] for c in site["candidates"]} == {"original", "sdpa", "flex", "reattend"}
+    code, by_number, _ = run(capsys, "explain", config, "1", "--seq", "64", "--json")
+    assert json.loads(by_number)[0]["name"] == site["name"]
+
+
+def test_emit(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "attention.py"
+    code, out, err = run(capsys, "emit", config, "--seq", "64", "-o", str(target))
+    assert code == 0
+    assert "wrote" in err
+    text = target.read_text()
+    compile(text, str(target), "exec")
+    assert "import reattend" not in text
+    code, out, _ = run(capsys, "emit", config, "--seq", "64", "--json")
+    assert json.loads(out)["source"] == text
+
+
+def test_verify(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "verify", config, "--seq", "33", "--batch", "2")
+    assert code == 0
+    assert "verified: 2 attentions" in out
+    code, out, _ = run(capsys, "verify", config, "--seq", "33", "--json")
+    assert json.loads(out)["ok"] is True
+
+
+def strict_model() -> object:
+    import torch
+    from torch import nn
+
+    class Slots(nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return torch.dropout((q @ q.transpose(-1, -2)).softmax(-1), 0.5, True) @ q
+
+    return Slots(), (torch.randn(2, 8, 16),), {}
+
+
+def branching_model() -> object:
+    import torch
+    from torch import nn
+
+    class Branching(nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            out = (q @ q.transpose(-1, -2)).softmax(-1) @ q
+            return out if out.sum().item() > 0 else -out
+
+    return Branching(), (torch.randn(2, 8, 16),), {}
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return "test_cli"
+
+
+def test_a_strict_plan_with_a_miss_exits_with_one(here: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "plan", f"{here}:strict_model", "--strict")
+    assert code == 1
+    assert "live dropout" in out
+    assert "live dropout" in err
+
+
+def test_a_model_without_a_graph_is_planned_in_pieces(here: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", f"{here}:branching_model")
+    assert code == 0
+    assert "1 attention" in out
+    assert "broken at" in out
+    assert "test_cli.py" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["plan"], "Missing argument 'MODEL'"),
+        (["plna"], "No such command 'plna'"),
+        (["plan", "nothing"], "nothing is no model"),
+        (["plan", "{config}", "--target", "h2000"], "unknown target 'h2000' (did you mean 'h200'?)"),
+        (["plan", "{config}", "--seq", "4q"], "'4q' is no number of tokens"),
+        (["plan", "{config}", "--dtype", "int3"], "--dtype int3 is not known"),
+        (["plan", "{config}", "--phase", "later"], "use prefill or decode"),
+        (["plan", "{config}", "--sqe", "4"], "No such option"),
+        (["explain", "{config}", "nowhere", "--seq", "16"], "no attention is named 'nowhere'"),
+        (["emit", "{config}", "--seq", "16", "--candidate", "fast"], "no candidate is named 'fast'"),
+        (["emit", "{config}", "--seq", "16", "--candidate", "original"], "keeps the original code"),
+    ],
+)
+def test_mistakes_give_one_sentence_and_exit_with_two(
+    arguments: list[str], sentence: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, *[a.replace("{config}", config) for a in arguments])
+    assert code == 2
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(config: str) -> None:
+    with pytest.raises(ValueError, match="unknown target"):
+        main(["plan", config, "--target", "h2000", "--debug"])
+
+
+def test_token_counts() -> None:
+    assert [tokens("4096"), tokens("4k"), tokens("128K"), tokens("1M")] == [4096, 4096, 131072, 1 << 20]

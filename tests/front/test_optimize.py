@@ -1,0 +1,314 @@
+"""`optimize` and `restore`: in place, undoable, exact, safe, and honest about what it did."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import reattend
+from reattend.rewriter import choose
+
+
+def close(a: Tensor, b: Tensor, limit: float = 1e-5) -> None:
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    assert ((a - b).abs().max() / b.abs().max()).item() <= limit
+
+
+def test_the_same_object_comes_back_and_computes_the_same(stack: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        before = stack(x)
+        assert reattend.optimize(stack) is stack
+        close(stack(x), before)
+        report = reattend.report(stack)
+        assert report.calls == 1
+        assert [s.name for s in report.sites] == ["layers.0", "layers.1"]
+        assert all(s.ran == 1 for s in report.sites)
+        assert reattend.restore(stack) is stack
+        assert torch.equal(stack(x), before)
+    assert stack._compiled_call_impl is None
+    assert not reattend.report(stack).installed
+
+
+def test_nothing_is_captured_before_the_first_call(stack: nn.Module, x: Tensor) -> None:
+    reattend.optimize(stack)
+    report = reattend.report(stack)
+    assert report.captures == 0
+    assert "nothing is captured before the first call" in str(report)
+
+
+def test_an_example_captures_at_once(stack: nn.Module, x: Tensor) -> None:
+    for example in (x, (x,), {"x": x}, ((x,), {})):
+        reattend.restore(stack)
+        reattend.optimize(stack, example=example)
+        assert reattend.report(stack).captures == 1
+
+
+def test_twice_is_once(stack: nn.Module, x: Tensor) -> None:
+    reattend.optimize(stack, example=x)
+    entry = stack._compiled_call_impl
+    reattend.optimize(stack)
+    assert stack._compiled_call_impl is entry
+    assert reattend.report(stack).captures == 1
+    reattend.optimize(stack, policy=reattend.Policy(deny="reattend"))
+    assert reattend.report(stack).captures == 0
+    reattend.restore(stack)
+    assert stack._compiled_call_impl is None
+
+
+def test_a_model_that_was_compiled_before_is_compiled_again_after_restore(stack: nn.Module) -> None:
+    stack.compile(backend="eager")
+    before = stack._compiled_call_impl
+    reattend.restore(reattend.optimize(stack))
+    assert stack._compiled_call_impl is before
+
+
+def test_an_optimised_model_can_be_copied_saved_and_loaded(stack: nn.Module, x: Tensor) -> None:
+    reattend.optimize(stack, example=x)
+    other = copy.deepcopy(stack)
+    assert "copy of an optimised one" in str(reattend.report(other))
+    assert other._compiled_call_impl is None
+    file = io.BytesIO()
+    torch.save(stack, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    close(loaded(x), stack(x))
+    assert sorted(stack.state_dict()) == sorted(loaded.state_dict())
+    reattend.optimize(other, example=x)
+    assert reattend.report(other).calls == 1
+
+
+def test_calls_that_bypass_the_entry_are_not_counted(stack: nn.Module, x: Tensor) -> None:
+    reattend.optimize(stack)
+    stack.forward(x)
+    assert "0 calls went through" in str(reattend.report(stack))
+    torch.compile(stack, backend="eager")(x)
+    assert "0 calls went through" in str(reattend.report(stack))
+
+
+def test_sub_modules_that_are_entered_directly_are_optimised(llama: Callable[..., Any], batch: dict[str, Tensor]) -> None:
+    model = reattend.optimize(llama())
+    with torch.no_grad():
+        expected = reattend.restore(copy.deepcopy(model)).model(**batch).last_hidden_state
+        close(model.model(**batch).last_hidden_state, expected)
+    report = reattend.report(model)
+    assert report.calls == 1
+    assert [s.name for s in report.sites] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+
+
+def test_an_optimised_model_can_be_planned_and_exported(stack: nn.Module, x: Tensor) -> None:
+    reattend.optimize(stack)
+    assert len(reattend.plan(stack, (x,)).sites) == 2
+    program = torch.export.export(stack, (x,), strict=False)
+    close(program.module()(x), stack.forward(x))
+    assert reattend.report(stack).calls == 0
+
+
+def test_two_threads_at_once(stack: nn.Module) -> None:
+    inputs = [torch.randn(2, n, 16) for n in (24, 40)]
+    with torch.no_grad():
+        expected = [stack(x) for x in inputs]
+    reattend.optimize(stack)
+    failures: list[str] = []
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            for _ in range(10):
+                out = stack(inputs[i])
+                if not torch.allclose(out, expected[i], atol=1e-5):
+                    failures.append(f"thread {i}: {(out - expected[i]).abs().max()}")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+    report = reattend.report(stack)
+    assert report.calls == 20
+    assert sum(p.calls for p in report.pieces) == 20
+
+
+def test_a_failed_rewrite_leaves_the_model_as_it_was(
+    stack: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> object:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(choose, "rewrite", broken)
+    expected = stack(x)
+    reattend.optimize(stack)
+    with pytest.warns(UserWarning, match="the rewrite failed, the graph runs as written: ZeroDivisionError: a defect"):
+        assert torch.equal(stack(x), expected)
+    assert "a defect" in str(reattend.report(stack))
+
+
+def test_graph_breaks_are_said_and_the_pieces_optimised(x: Tensor, stack: nn.Module) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = stack.layers[0], stack.layers[1]  # type: ignore[index]
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            if x.sum().item() > 1e9:
+                x = x * 2
+            return self.second(x)  # type: ignore[no-any-return]
+
+    model = Broken().eval()
+    with torch.no_grad():
+        expected = model(x)
+        reattend.optimize(model)
+        close(model(x), expected)
+    report = reattend.report(model)
+    assert [s.name for s in report.sites] == ["first", "second"]
+    assert len(report.breaks) == 1
+    assert "test_optimize.py" in report.breaks[0]
+    assert "graph break at" in str(report)
+
+
+def test_a_change_of_type_plans_again(stack: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        reattend.optimize(stack, example=x)
+        stack.double()
+        out = stack(x.double())
+        assert out.dtype == torch.float64
+        reattend.restore(stack)
+        close(out, stack(x.double()), 1e-10)
+        assert reattend.report(stack).captures == 0
+
+
+def test_inputs_of_the_wrong_shape_raise_the_models_own_error(stack: nn.Module, x: Tensor) -> None:
+    reattend.optimize(stack)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied") as error:
+        stack(torch.randn(2, 40, 17))
+    assert error.value.__cause__ is None
+    close(stack(x), reattend.restore(stack)(x))
+
+
+def test_a_model_without_attention_says_so() -> None:
+    model = reattend.optimize(nn.Linear(4, 4), example=torch.randn(2, 4))
+    assert "no attention was found" in str(reattend.report(model))
+
+
+def test_strict_raises_at_the_first_capture_and_leaves_the_model(x: Tensor) -> None:
+    class Slots(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return torch.dropout((q @ q.transpose(-1, -2)).softmax(-1), 0.5, True) @ q
+
+    model = reattend.optimize(Slots(), policy=reattend.Policy(strict=True))
+    with pytest.raises(reattend.StrictError, match="dropout"):
+        model(x)
+    assert model._compiled_call_impl is None
+    model(x)
+
+
+def test_training_is_exact_and_gradients_flow(stack: nn.Module, x: Tensor) -> None:
+    twin = copy.deepcopy(stack)
+    reattend.optimize(stack)
+    for model in (stack, twin):
+        model(x).square().sum().backward()
+    for (name, p), q in zip(stack.named_parameters(), twin.parameters(), strict=True):
+        assert p.grad is not None, name
+        close(p.grad, q.grad, 1e-4)  # type: ignore[arg-type]
+    assert not reattend.report(stack).kernels["reattend"]
+
+
+def test_autocast(stack: nn.Module, x: Tensor) -> None:
+    twin = copy.deepcopy(stack)
+    reattend.optimize(stack)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        a, b = stack(x), twin(x)
+    assert a.dtype == b.dtype
+    assert ((a - b).abs().max() / b.abs().max()).item() < 2e-2
+
+
+def test_live_dropout_draws_the_same_numbers(x: Tensor) -> None:
+    class Dropped(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return nn.functional.dropout((q @ q.transpose(-1, -2)).softmax(-1), 0.3, self.training) @ q
+
+    model = Dropped().train()
+    torch.manual_seed(1)
+    expected = model(x)
+    reattend.optimize(model)
+    torch.manual_seed(1)
+    assert torch.equal(model(x), expected)
+    assert "live dropout" in str(reattend.report(model))
+
+
+def test_writes_into_buffers_and_inputs_happen_once(x: Tensor) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, q: Tensor, seen: Tensor) -> Tensor:
+            self.count += 1  # type: ignore[operator]
+            seen.add_(1)
+            return (q @ q.transpose(-1, -2)).softmax(-1) @ q
+
+    model = reattend.optimize(Counting())
+    seen = torch.zeros(3)
+    for _ in range(3):
+        model(x, seen)
+    assert model.count == 3
+    assert torch.equal(seen, torch.full((3,), 3.0))
+
+
+def test_generation_with_left_padding(llama: Callable[..., Any], batch: dict[str, Tensor]) -> None:
+    model = llama()
+    options = {"max_new_tokens": 32, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(**batch, **options)
+    reattend.optimize(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        got = model.generate(**batch, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    for a, b in zip(got.logits, expected.logits, strict=True):
+        close(a, b)
+    report = reattend.report(model)
+    assert report.calls == 32
+    assert report.given_up == 0
+    assert report.captures <= 4
+
+
+@pytest.mark.slow
+def test_twelve_pairs_of_batch_and_length_need_few_graphs(llama: Callable[..., Any]) -> None:
+    model = reattend.optimize(llama())
+    for rows in (1, 2, 3):
+        for length in (8, 16, 24, 33):
+            ids = torch.randint(3, 256, (rows, length))
+            keep = torch.ones_like(ids)
+            keep[0, :3] = 0
+            model.generate(ids, attention_mask=keep, max_new_tokens=4, do_sample=False)
+    report = reattend.report(model)
+    assert report.captures <= 8
+    assert report.given_up == 0
+    assert report.calls == 48
+
+
+def test_the_encoder_in_generate_goes_through_us() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0, pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config).eval()
+    ids = torch.randint(1, 64, (2, 10))
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    reattend.optimize(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    entered = {e.path: e.calls for e in reattend.report(model).entries}
+    assert entered["encoder"] == 1
+    assert any(s.name.startswith("encoder.block.0") for s in reattend.report(model).sites)

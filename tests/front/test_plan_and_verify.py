@@ -1,0 +1,168 @@
+"""`plan` without running, `verify` against float64, policies, targets: what they answer and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import reattend
+from reattend.rewriter import choose, splice
+
+
+def test_a_plan_says_what_where_and_why(stack: nn.Module, x: Tensor) -> None:
+    plan = reattend.plan(stack, (x,))
+    assert [s.name for s in plan.sites] == ["layers.0", "layers.1"]
+    site = plan.sites[0]
+    assert "conftest.py" in site.where
+    assert site.kind == "softmax"
+    assert "causal" in site.traits
+    assert site.mask is not None
+    assert 0.5 <= site.mask.density <= 1
+    assert {c.name for c in site.candidates} == {"original", "sdpa", "flex", "reattend"}
+    assert site.chosen.why
+    assert all(c.why for c in site.candidates if not c.feasible)
+    assert reattend.Plan.from_json(plan.to_json()).sites == plan.sites
+    assert "layers.[0-1]" in str(plan)
+
+
+def test_planning_runs_nothing(stack: nn.Module) -> None:
+    stack.to("meta")
+    plan = reattend.plan(stack, torch.empty(1, 1 << 17, 16, device="meta"), target="h200")
+    assert plan.device.name == "h200"
+    assert all(s.chosen.cost is not None and s.chosen.cost.flops > 0 for s in plan.sites)
+
+
+def test_a_policy_narrows_the_choice(stack: nn.Module, x: Tensor) -> None:
+    plan = reattend.plan(stack, (x,), policy=reattend.Policy(allow=("sdpa",)))
+    site = plan.sites[0]
+    assert site.chosen.name in ("sdpa", "original")
+    assert site.candidate("reattend").why == "the policy does not permit it"
+    assert reattend.plan(stack, (x,), policy=reattend.Policy(deny=("sdpa", "flex", "reattend"))).sites[0].choice == "original"
+
+
+def test_training_is_planned_with_candidates_that_have_a_backward(stack: nn.Module, x: Tensor) -> None:
+    plan = reattend.plan(stack.train(), (x,))
+    assert "no backward" in plan.sites[0].candidate("reattend").why
+    with torch.no_grad():
+        assert "no backward" not in reattend.plan(stack, (x,)).sites[0].candidate("reattend").why
+    assert "no backward" not in reattend.plan(stack.eval(), (x,)).sites[0].candidate("reattend").why
+
+
+def test_weights_that_are_read_elsewhere_keep_the_original(x: Tensor) -> None:
+    class M(nn.Module):
+        def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
+            p = (q @ q.transpose(-1, -2)).softmax(-1)
+            return p @ q, p.sum(-1)
+
+    site = reattend.plan(M(), (x,)).sites[0]
+    assert site.choice == "original"
+    assert "read elsewhere" in site.chosen.why
+
+
+def test_a_gradient_that_is_cut_inside_keeps_the_original(x: Tensor) -> None:
+    class M(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            scores = (q @ q.transpose(-1, -2)).detach()
+            return scores.softmax(-1) @ q
+
+    site = reattend.plan(M().train(), (x.requires_grad_(),)).sites[0]
+    assert site.choice == "original"
+    assert "gradient is cut" in site.chosen.why
+
+
+def test_verification_passes_and_shows_errors(stack: nn.Module, x: Tensor) -> None:
+    result = reattend.verify(stack, (x,))
+    assert result.ok, str(result)
+    assert [s.name for s in result.sites] == ["layers.0", "layers.1"]
+    assert result.whole_error <= 1e-5
+    assert result.worst is not None
+    assert json.loads(result.to_json())["ok"] is True
+    assert "verified" in str(result)
+
+
+@pytest.mark.parametrize("candidate", ["reattend", "sdpa", "flex"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_candidate_verifies(stack: nn.Module, x: Tensor, candidate: str, dtype: torch.dtype) -> None:
+    policy = reattend.Policy(allow=(candidate,))
+    stack.to(dtype)
+    reattend.optimize(stack, policy=policy)
+    result = reattend.verify(stack, (x.to(dtype),))
+    assert result.ok, str(result)
+    assert stack._compiled_call_impl is not None
+
+
+def test_a_plan_can_be_verified(stack: nn.Module, x: Tensor) -> None:
+    plan = reattend.plan(stack, (x,), policy=reattend.Policy(deny=("sdpa", "flex", "reattend")))
+    result = reattend.verify(stack, (x,), plan=plan)
+    assert {s.kernel for s in result.sites} == {"original"}
+
+
+def test_a_wrong_kernel_fails_verification(stack: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = choose._answer
+
+    def spoiled(q: Any) -> Any:
+        site, calls = good(q)
+        call = splice.Call("reattend", lambda v: torch.ones(2, 2, 40, 8), lambda tensors, size: (tensors["V"],))
+        from dataclasses import replace
+
+        candidate = replace(site.candidate("reattend"), feasible=True)
+        others = tuple(c for c in site.candidates if c.name != "reattend")
+        return replace(site, choice="reattend", candidates=(candidate, *others)), {**calls, "reattend": call}
+
+    monkeypatch.setattr(choose, "_answer", spoiled)
+    result = reattend.verify(stack, (x,))
+    assert not result.ok
+    assert "FAILED" in str(result)
+    assert result.worst is not None
+    assert "is off by" in result.worst.why
+
+
+@pytest.mark.parametrize("verb", ["optimize", "restore", "report", "plan", "verify"])
+def test_what_is_no_module_is_refused(verb: str) -> None:
+    with pytest.raises(TypeError, match=f"reattend.{verb} takes a torch.nn.Module, not function"):
+        getattr(reattend, verb)(lambda x: x)
+    with pytest.raises(TypeError, match="the wrapper that torch.compile returns"):
+        getattr(reattend, verb)(torch.compile(nn.Linear(2, 2)))
+
+
+def test_unknown_targets_are_named(stack: nn.Module, x: Tensor) -> None:
+    with pytest.raises(ValueError, match="unknown target 'h2o0'.*did you mean 'h200'"):
+        reattend.plan(stack, (x,), target="h2o0")
+    with pytest.raises(ValueError, match="the model is on cpu, not on h200.*reattend.plan"):
+        reattend.optimize(stack, target="h200")
+    assert stack._compiled_call_impl is None
+    reattend.optimize(stack, target="cpu")
+
+
+def test_missing_arguments_are_named(stack: nn.Module) -> None:
+    with pytest.raises(ValueError, match="the argument 'x' of Stack.forward is missing"):
+        reattend.plan(stack)
+
+
+def test_the_meta_device_needs_a_target(stack: nn.Module) -> None:
+    with pytest.raises(ValueError, match="name a target"):
+        reattend.plan(stack.to("meta"), torch.empty(1, 8, 16, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"allow": ("flash",)}, "unknown candidate 'flash'; one of original, sdpa, flex, reattend"),
+        ({"deny": "magic"}, "unknown candidate 'magic'"),
+        ({"max_error": -1.0}, "must be above 0"),
+        ({"mesh": object()}, "is not in this version"),
+    ],
+)
+def test_bad_policies_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        reattend.Policy(**options)
+
+
+def test_a_model_without_attention_has_an_empty_plan() -> None:
+    plan = reattend.plan(nn.Linear(4, 4), (torch.randn(2, 4),))
+    assert plan.sites == ()
+    assert "no attention" in str(plan)
