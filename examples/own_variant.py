@@ -1,6 +1,6 @@
 """A variant that nobody has a kernel for, in plain PyTorch: it is found, planned and run like any other.
 
-    s(p, m) = cap · tanh( QK · scale · cos(rate_h · (p − m)) / cap ),   keys up to the query, at most `reach` back
+s(p, m) = cap · tanh( QK · scale · cos(rate_h · (p − m)) / cap ),   keys up to the query, at most `reach` back
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def main() -> None:
     print(plan)
     (site,) = plan.sites
     assert "window" in site.traits
-    assert site.mask is not None and site.mask.density < 0.25, "most tiles are never visited"
+    assert site.mask is not None
+    assert site.mask.density < 0.25, "most tiles are never visited"
 
     model = reattend.optimize(model)
     with torch.no_grad():
