@@ -1,95 +1,257 @@
-"""Our tiled bodies on a CPU: what one block of query rows takes, as the emitted code runs it.
+"""Our tiled bodies on a CPU: which calls the emitted code makes, and what they take.
 
-    sdpa      one call of the fused kernel on the keys from the first to the last tile visited, mask where it is partial
-    product   product, printed score and row rule, product, on the same keys
+    block     consecutive query tiles whose key slices lie alike: folded into the batch of a call, FOLD_ROWS rows at a time
+    sdpa      the fused kernel on the slice of a block, with what the scores get added where a tile of it is partial
+    product   product, score and row rule, product, on the same slices
+Runs of the same calls are priced once. The code generator's skeleton (codegen/skeletons/cpu.py) is what this models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..patterns import expr as ex
+from ..patterns.affine import Affine, affine
+from ..patterns.expr import Expr
 from ..patterns.mapping import Mapping as Tiling
+from ..patterns.masks import FULL, conjuncts
 from .cost import Cost
 from .device import Device
-from .host import Bill, Host, query_block
+from .host import GRAIN, Bill, Host, causal_pairs
 from .subject import Shape, Subject
-from .tiles import Jobs
+from .tiles import Jobs, expected, tile_map
 from .work import EXPONENTIALS, INDEX, WIDTH, term_operations
 
-# Python and views around one block's call: slices of Q, K, V and the result's place.
-BLOCK_OPERATORS = 8
+# Rows of one call when query tiles are folded into its batch; scores a head up to which nothing is skipped.
+FOLD_ROWS = 1024
+FEW = 4096
+# ATen calls around one call of the kernel: slices, views, the copy of the result. Around a whole attention: planning.
+AROUND_CALL = 10
+AROUND_ALL = 12
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the inner kernel: `tiles` query tiles of `rows` rows, each on `keys` keys."""
+
+    tiles: int
+    rows: int
+    keys: int
+    masked: bool
+    batch: int
+    triangle: bool = False
 
 
 def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) -> Cost:
-    """Seconds of the tiled body over all blocks."""
+    """Seconds of the tiled body over all its calls."""
     host, bill = Host(device), Bill()
-    bill.add("launch", host.h.operator_call_seconds)
-    lengths, masked = spans(jobs, mapping, at)
-    pairs = 0.0
-    for n, partial, count in _alike(lengths, masked):
-        rows = min(mapping.tile_p, at.queries)
-        block = float(at.batch * rows * n) * count
-        pairs += block
+    masked = s.mask.keep is not ex.TRUE
+    bill.add("launch", host.h.operator_call_seconds + AROUND_ALL * host.h.operator_seconds)
+    pairs = 0
+    for call, count in Counter(calls(s, at, mapping, jobs)).items():
+        pairs += count * call.batch * call.tiles * _pairs(call)
+        one = Bill()
         if mapping.body == "sdpa":
-            _sdpa(host, bill, s, at, rows, n, partial, count)
+            _sdpa(host, one, s, at, call)
         else:
-            _product(host, bill, s, at, rows, n, partial, count)
-    share = at.queries / (min(mapping.tile_p, at.queries) * len(lengths) or 1)
-    bill.flops, bill.exps = int(2 * pairs * share * (at.embed + at.value)), int(pairs * share)
+            _product(host, one, s, at, call)
+        for name, seconds in one.parts.items():
+            bill.add(name, seconds * count)
+    if masked:
+        _added(host, bill, s, at, mapping, jobs)
+    bill.flops, bill.exps = 2 * pairs * (at.embed + at.value), pairs
     bill.bytes = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
+    bill.add("fault", host.fresh(WIDTH[s.dtype] * at.batch * at.queries * at.value))
     return bill.cost(device.basis)
 
 
-def spans(jobs: Jobs, mapping: Tiling, at: Shape) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Keys from the first to the last visited tile of every query block, and whether any tile there needs the mask."""
-    blocks = -(-at.queries // mapping.tile_p)
-    if jobs.map is None:
-        return np.full(blocks, at.keys, np.int64), np.zeros(blocks, np.bool_)
+def calls(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs) -> Iterator[Call]:
+    """The calls of one attention, block by block."""
+    outer = at.batch // _heads(s, at)
+    if jobs.map is None or at.queries * at.keys <= FEW:
+        # nothing to skip: the whole at once
+        yield Call(1, at.queries, at.keys, jobs.map is not None, at.batch)
+        return
+    for b in blocks(s, jobs, mapping, at):
+        if b.tiles == 1 or b.triangle:
+            yield Call(1, b.rows, b.keys, b.masked, at.batch, b.triangle)
+            continue
+        most = max(1, FOLD_ROWS // b.rows)
+        for done in range(0, b.tiles, most):
+            for _ in range(outer):
+                yield Call(min(most, b.tiles - done), b.rows, b.keys, b.masked, at.batch // outer)
+
+
+def _heads(s: Subject, at: Shape) -> int:
+    return at.extent[s.attention.batch[-1]] if s.attention.batch else 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive query tiles whose slices lie alike, `rows` rows each; a triangle is one tile on its own keys."""
+
+    tiles: int
+    rows: int
+    keys: int
+    masked: bool
+    triangle: bool = False
+
+
+def blocks(s: Subject, jobs: Jobs, mapping: Tiling, at: Shape) -> tuple[Block, ...]:
+    """The blocks of a tile map, in order."""
+    assert jobs.map is not None
     table = np.asarray(jobs.map.classes).reshape(-1, *jobs.map.classes.shape[-2:])
-    # batch entries run together, so a block covers what any of them visits
-    seen = (table != 0).any(0)
-    whole = (table == 2).all(0)
-    n = seen.shape[1]
-    first = np.where(seen.any(1), seen.argmax(1), 0)
-    last = np.where(seen.any(1), n - seen[:, ::-1].argmax(1), 0)
-    keys = np.minimum(last * mapping.tile_m, at.keys) - first * mapping.tile_m
-    at_key = np.arange(n)
-    inside = (at_key >= first[:, None]) & (at_key < last[:, None])
-    return np.maximum(keys, 0), (inside & ~whole).any(1)
+    # batch entries run together: a slice covers what any of them visits
+    some, every = (table != 0).any(0), (table == FULL).all(0)
+    n = some.shape[1]
+    count = some.sum(1)
+    first = np.where(count > 0, some.argmax(1), 0)
+    last = np.where(count > 0, n - some[:, ::-1].argmax(1), 0)
+    partial = (some & ~every).any(1)
+    bound = (some & ~_free(s, jobs, mapping, at)).any(1)
+    walk = _Walk(mapping.tile_p, mapping.tile_m, at.keys)
+    rows = zip(count.tolist(), first.tolist(), last.tolist(), partial.tolist(), bound.tolist())
+    for i, (k, a, b, p, cut) in enumerate(rows):
+        height = min(mapping.tile_p, at.queries - i * mapping.tile_p)
+        walk.add(i, height, k, a, b, p, cut)
+    return tuple(walk.out)
 
 
-def _alike(lengths: NDArray[np.int64], masked: NDArray[np.bool_]) -> list[tuple[int, bool, int]]:
-    """Blocks grouped by length and mask, with their number."""
-    table: dict[tuple[int, bool], int] = {}
-    for n, m in zip(lengths.tolist(), masked.tolist()):
-        table[n, m] = table.get((n, m), 0) + 1
-    return [(n, m, k) for (n, m), k in table.items() if n > 0]
+class _Walk:
+    """Joins query tiles to blocks: triangles along the diagonal, else tiles whose one slice lies alike."""
+
+    def __init__(self, tile_p: int, tile_m: int, keys: int) -> None:
+        self.tile_p, self.tile_m, self.keys = tile_p, tile_m, keys
+        self.out: list[Block] = []
+        self.place: tuple[int, int, bool] | None = None
+        self.start = self.stop = 0
+
+    def add(self, i: int, height: int, count: int, first: int, last: int, partial: bool, cut: bool) -> None:
+        p0 = i * self.tile_p
+        if count and count == last - first and last == i + 1 and not cut and self._triangle(first * self.tile_m, p0, height):
+            return
+        if 5 * count < 4 * (last - first):
+            self._alone(height, min(count * self.tile_m, self.keys), partial)
+            return
+        m0, m1 = first * self.tile_m, min(last * self.tile_m, self.keys)
+        place = (m0 - p0, m1 - p0, partial or count < last - first)
+        if place == self.place and height == self.tile_p:
+            self.out[-1] = replace(self.out[-1], tiles=self.out[-1].tiles + 1)
+            return
+        self._alone(height, m1 - m0, place[2])
+        self.place = place if height == self.tile_p else None
+
+    def _alone(self, height: int, keys: int, masked: bool) -> None:
+        self.out.append(Block(1, height, keys, masked))
+        self.place = None
+
+    def _triangle(self, first: int, p0: int, height: int) -> bool:
+        if first == p0:
+            self.out.append(Block(1, height, height, False, True))
+            self.start = p0
+        elif self.out and self.out[-1].triangle and (self.start, self.stop) == (first, p0):
+            self.out[-1] = Block(1, p0 + height - first, p0 + height - first, False, True)
+        else:
+            return False
+        self.stop = p0 + height
+        self.place = None
+        return True
 
 
-def _sdpa(host: Host, bill: Bill, s: Subject, at: Shape, rows: int, n: int, masked: bool, count: int) -> None:
-    units = at.batch * -(-rows // query_block(rows))
-    matrix, exp = host.attention(at.batch * rows * n, rows, at.embed, at.value, s.dtype, units, masked)
-    bill.add("matrix", matrix * count)
-    bill.add("exp", exp * count)
-    call = host.h.attention_seconds + (host.h.mask_seconds if masked else 0.0)
-    bill.add("launch", (call + BLOCK_OPERATORS * host.h.operator_seconds) * count)
+def _free(s: Subject, jobs: Jobs, mapping: Tiling, at: Shape) -> NDArray[np.bool_]:
+    """Tiles in which the mask only forbids keys after the query, so that the fused kernel's own causal mode does it."""
+    assert jobs.map is not None
+    shape = jobs.map.classes.shape[-2:]
+    rest = without_causal(s)
+    if rest is None or mapping.tile_p != mapping.tile_m or mapping.body != "sdpa" or added_to_full(s):
+        return np.zeros(shape, np.bool_)
+    if rest is ex.TRUE:
+        return np.ones(shape, np.bool_)
+    a = s.attention
+    mask = replace(s.mask, keep=rest)
+    tiles = tile_map(mask, a.query, a.key, at.extent, at.symbols, mapping.tile_p, mapping.tile_m)
+    assert tiles is not None
+    return np.asarray((tiles.classes.reshape(-1, *shape) == FULL).all(0))
 
 
-def _product(host: Host, bill: Bill, s: Subject, at: Shape, rows: int, n: int, masked: bool, count: int) -> None:
-    points = at.batch * rows * n
-    both = host.product(at.batch, rows, n, at.embed, s.dtype) + host.product(at.batch, rows, at.value, n, s.dtype)
-    one = Bill()
-    for op in _pointwise(s, masked):
-        host.point(op, "f32", points, 0, one)
-        one.add("launch", host.h.operator_seconds)
-    for name, seconds in one.parts.items():
-        bill.add(name, seconds * count)
-    bill.add("matrix", both * count)
-    bill.add("launch", (2 * host.h.product_seconds + BLOCK_OPERATORS * host.h.operator_seconds) * count)
+@lru_cache(maxsize=256)
+def without_causal(s: Subject) -> Expr | None:
+    """The mask without its condition `key ≤ query`, or None where it has no such condition."""
+    a = s.attention
+    after = affine(ex.index(a.key) - ex.index(a.query))
+    parts = conjuncts(expected(s.mask.keep))
+    kept = [e for e in parts if not _at_most_zero(e, after)]
+    if len(kept) == len(parts):
+        return None
+    out = ex.TRUE
+    for e in kept:
+        out = out & e
+    return out
+
+
+def _at_most_zero(e: Expr, form: Affine) -> bool:
+    """Is a comparison of integers `form ≤ 0`?"""
+    if e.op not in ("lt", "le", "gt", "ge") or any(x.dtype not in ex.INTEGERS for x in e.args):
+        return False
+    x, y = e.args if e.op in ("lt", "le") else e.args[::-1]
+    difference = affine(x) - affine(y)
+    return (difference if e.op in ("le", "ge") else difference + Affine((), 1)) == form
+
+
+@lru_cache(maxsize=256)
+def added_to_full(s: Subject) -> bool:
+    """Does a full tile get something added that varies with the key (a bias, slopes)?"""
+    a = s.attention
+    made = {e.out.tensor for e in a.products}
+    holds: dict[Expr, bool] = {}
+    for t in ex.walk(s.mask.full):
+        holds[t] = (t.op == "load" and str(t.attr) in made) or any(holds[x] for x in t.args)
+    return any(
+        a.key in x.ranks and not holds[x] for t in ex.walk(s.mask.full) if t.op != "load" and holds[t] for x in t.args
+    )
+
+
+@lru_cache(maxsize=256)
+def fused(s: Subject) -> bool:
+    """Can the fused kernel do it: one product, linear in the score, a softmax? The code generator has the last word."""
+    a = s.attention
+    if len(a.products) != 1 or [e.op for e in a.row][:1] != ["max"]:
+        return False
+    made = {e.out.tensor for e in a.products}
+    curved = (*EXPONENTIALS, "relu", "abs", "sqrt", "rsqrt", "reciprocal", "max", "min")
+    return not any(
+        t.op in curved and any(str(x.attr) in made for x in ex.loads(t)) for t in ex.walk(s.mask.full)
+    ) and any(t.op in ("exp", "exp2") for t in ex.walk(a.weight))
+
+
+def _pairs(c: Call) -> int:
+    return causal_pairs(c.rows, c.keys) if c.triangle else c.rows * c.keys
+
+
+def _sdpa(host: Host, bill: Bill, s: Subject, at: Shape, c: Call) -> None:
+    batch = c.batch * c.tiles
+    host.attention(
+        batch, c.rows, c.keys, at.embed, at.value, s.dtype, bill, masked=c.masked, causal=c.triangle
+    )
+    bill.add("launch", AROUND_CALL * host.h.operator_seconds)
+    host.point("copy", s.dtype, batch * c.rows * at.value, 0, bill)
+
+
+def _product(host: Host, bill: Bill, s: Subject, at: Shape, c: Call) -> None:
+    batch = c.batch * c.tiles
+    points = batch * c.rows * c.keys
+    bill.add("matrix", host.product(batch, c.rows, c.keys, at.embed, s.dtype))
+    bill.add("matrix", host.product(batch, c.rows, at.value, c.keys, s.dtype))
+    for op in _pointwise(s, c.masked):
+        host.point(op, "f32", points, 0, bill)
+        bill.add("launch", host.h.operator_seconds)
+    bill.add("launch", 2 * host.h.product_seconds + AROUND_CALL * host.h.operator_seconds)
 
 
 def _pointwise(s: Subject, masked: bool) -> list[str]:
@@ -98,9 +260,19 @@ def _pointwise(s: Subject, masked: bool) -> list[str]:
     score = a.score if masked else s.mask.full
     grid: Mapping[str, int] = {r: 2 if r in (a.query, a.key) else 1 for r in s.cascade.rank}
     out = [op for op, n in term_operations(score, grid).items() if n == 4 and op not in (INDEX, "cast")]
-    names = {ex.load(e.out.tensor, e.out.index, s.cascade.tensor[e.out.tensor].dtype) for e in a.row}
-    del names
-    for e in a.row:
-        out.append(str(e.op))
-    out += [op for op in ("sub", "exp") if any(t.op in EXPONENTIALS for t in ex.walk(a.weight))]
-    return [*out, "cast"]
+    out += [str(e.op) for e in a.row]
+    out += [t.op for t in ex.walk(a.weight) if t.op in EXPONENTIALS]
+    return [*out, "sub", "cast"]
+
+
+def _added(host: Host, bill: Bill, s: Subject, at: Shape, mapping: Tiling, jobs: Jobs) -> None:
+    """What the scores get added, made once for the distances that any slice holds, and cut out for each block."""
+    if jobs.map is None:
+        return
+    reach = max((b.keys for b in blocks(s, jobs, mapping, at) if b.masked), default=0)
+    if reach == 0:
+        return
+    points = min(mapping.tile_p, at.queries) * (reach + mapping.tile_p)
+    for _ in range(4):
+        bill.add("launch", host.h.operator_seconds * (1 if points < GRAIN else 2))
+        host.point("where", "f32", points, 0, bill)

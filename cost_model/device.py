@@ -50,7 +50,8 @@ class HostRates:
     """What PyTorch's operators cost on a CPU: rates of one thread, and what all `threads` bring by class of work.
 
     `attention_pair_seconds[dtype][rows]` is (fixed, per element of e + f) for one (query, key) pair inside SDPA's fused
-    CPU kernel, whose own query block has 32, 64 or 256 rows.
+    CPU kernel, whose own query block has 32, 64 or 256 rows; `attention_row_seconds` is for each row of a block and each
+    of its blocks of 512 keys.
     """
 
     threads: int
@@ -69,6 +70,7 @@ class HostRates:
     exp_seconds: Mapping[str, float]
     softmax_seconds: Mapping[str, float]
     attention_mask_seconds: Mapping[str, float]
+    attention_row_seconds: Mapping[str, float]
     attention_pair_seconds: Mapping[str, Mapping[int, tuple[float, float]]]
     flex_pair_seconds: Mapping[str, tuple[float, float]]
     scaling: Mapping[str, float]

@@ -16,10 +16,14 @@ from dataclasses import dataclass, field
 from .cost import Cost, bound_of
 from .device import Device, HostRates
 from .eager import Operator
-from .work import EXPONENTIALS
+from .work import EXPONENTIALS, WIDTH
 
 # ATen runs tensors below this many elements on one thread.
 GRAIN = 32768
+# Bytes that a core keeps to itself.
+CORE_CACHE = 1 << 20
+# Keys of a block inside PyTorch's fused CPU kernel.
+KEY_BLOCK = 512
 # torch's vectorised exp is the unit; the others cost about this many of them.
 IN_EXPS: Mapping[str, float] = {"tanh": 3.0, "sigmoid": 1.5, "softplus": 3.0, "erf": 2.0, "sin": 2.0, "cos": 2.0, "pow": 3.0}
 
@@ -107,16 +111,23 @@ class Host:
     # the fused attention kernel
 
     def attention(
-        self, pairs: float, rows: int, e: int, f: int, dtype: str, units: int, masked: bool
-    ) -> tuple[float, float]:
-        """Seconds (products, exponentials) of the fused kernel over (query, key) pairs, `rows` queries a call.
-
-        `units` are the independent query blocks of the call, which the threads share.
-        """
+        self, batch: int, rows: int, keys: int, e: int, f: int, dtype: str, bill: Bill, *, masked: bool = False,
+        causal: bool = False,
+    ) -> None:  # fmt: skip
+        """One call of the fused kernel on [batch, rows] queries and `keys` keys each; `causal`: its own causal mode."""
         fixed, each = pair_seconds(self.h, dtype, rows)
-        gain = balanced(self.gain("attention"), self.threads, units)
+        pairs = batch * (causal_pairs(rows, keys) if causal else rows * keys)
+        block = query_block(rows)
+        gain = balanced(self.gain("attention"), self.threads, batch * -(-rows // block))
         mask = rate(self.h.attention_mask_seconds, dtype) if masked else 0.0
-        return pairs * each * (e + f) / gain, pairs * (fixed + mask) / gain
+        walked = pairs / max(rows * keys, 1) * -(-keys // KEY_BLOCK) * rows * rate(self.h.attention_row_seconds, dtype)
+        bill.add("launch", self.h.attention_seconds + (self.h.mask_seconds if masked else 0.0))
+        bill.add("matrix", pairs * each * (e + f) / gain)
+        bill.add("exp", (pairs * (fixed + mask) + walked) / gain)
+        # every query block reads its keys and values again, past the core's own cache
+        again = pairs / block * (e + f) * WIDTH[dtype]
+        if batch * keys * (e + f) * WIDTH[dtype] > CORE_CACHE:
+            bill.add("memory", again / self.d.dram_bytes_per_s / self.gain("memory"))
 
 
 def rate(table: Mapping[str, float], dtype: str) -> float:
@@ -127,6 +138,17 @@ def rate(table: Mapping[str, float], dtype: str) -> float:
 def query_block(rows: int) -> int:
     """Rows of the query block inside PyTorch's fused CPU kernel (ATen/native/cpu/FlashAttentionKernel.cpp)."""
     return 256 if rows >= 768 else 64 if rows >= 192 else 32
+
+
+def causal_pairs(queries: int, keys: int) -> int:
+    """Pairs of the fused kernel's is_causal: a query block walks whole key blocks until it has passed its last row."""
+    block = query_block(queries)
+    total = 0
+    for start in range(0, queries, block):
+        end = min(start + block, queries)
+        walked = -(-min(end, keys) // KEY_BLOCK) * KEY_BLOCK
+        total += (end - start) * min(walked, keys)
+    return total
 
 
 def pair_seconds(h: HostRates, dtype: str, rows: int) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.recognise import Miss
 from . import gpu, host
-from .body import tiled
+from .body import fused, tiled
 from .cost import Cost, bound_of
 from .device import Device
 from .eager import Operator, operators
@@ -27,7 +27,9 @@ from .subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, s
 from .tiles import SCHEDULED, Jobs
 from .work import WIDTH, Work, size_int
 
-__all__ = ["Cost", "VendorUse", "best_mapping", "predict", "predict_original", "predict_vendor", "tiles_of"]
+__all__ = [
+    "Cost", "VendorUse", "best_mapping", "predict", "predict_original", "predict_vendor", "ranked_mappings", "tiles_of",
+]  # fmt: skip
 
 # Mappings whose queue is run job by job; the others are compared by an even load.
 SCHEDULED_MAPPINGS = 3
@@ -78,6 +80,14 @@ def predict(c: Cascade, mapping: Tiling, device: Device, sizes: Mapping[str, int
 
 def best_mapping(c: Cascade, device: Device, sizes: Mapping[str, int] | None = None) -> tuple[Tiling, Cost] | Miss:
     """The mapping of our kernel with the least predicted time. Raises ValueError when a size has no value."""
+    found = ranked_mappings(c, device, sizes)
+    return found if isinstance(found, Miss) else found[0]
+
+
+def ranked_mappings(
+    c: Cascade, device: Device, sizes: Mapping[str, int] | None = None
+) -> tuple[tuple[Tiling, Cost], ...] | Miss:
+    """Mappings that fit, best first: all of them on a CPU, the best few on a GPU. Raises ValueError without sizes."""
     s = subject(c)
     if isinstance(s, Miss):
         return s
@@ -89,10 +99,12 @@ def best_mapping(c: Cascade, device: Device, sizes: Mapping[str, int] | None = N
     if not fitting:
         return Miss(f"no tile of head sizes {at.embed} and {at.value} fits {device.name}")
     if device.kind == "cpu":
-        found = [(m, tiled(s, at, m, plan_tiles(s, at, m), device)) for m in fitting]
-        return min(found, key=lambda pair: pair[1].seconds)
+        able = [m for m in fitting if m.body != "sdpa" or fused(s)]
+        found = [(m, tiled(s, at, m, plan_tiles(s, at, m), device)) for m in able]
+        return tuple(sorted(found, key=lambda pair: pair[1].seconds))
     rough = sorted(fitting, key=lambda m: _ours(s, at, m, device, scheduled=0).seconds)
-    return min(((m, _ours(s, at, m, device)) for m in rough[:SCHEDULED_MAPPINGS]), key=lambda pair: pair[1].seconds)
+    few = [(m, _ours(s, at, m, device)) for m in rough[:SCHEDULED_MAPPINGS]]
+    return tuple(sorted(few, key=lambda pair: pair[1].seconds))
 
 
 def predict_original(c: Cascade, device: Device, sizes: Mapping[str, int] | None = None) -> Cost:
@@ -229,15 +241,12 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cos
         pairs = visited
     else:
         if use.skips:
-            pairs = _causal_pairs(at)
-        rows = host.query_block(at.queries)
-        units = at.batch * -(-at.queries // rows)
-        masked = use.mask_elements > 0
-        matrix, exp = prices.attention(pairs, at.queries, at.embed, at.value, s.dtype, units, masked)
-        bill.add("launch", prices.h.attention_seconds + (prices.h.mask_seconds if masked else 0.0))
+            pairs = at.batch * host.causal_pairs(at.queries, at.keys)
+        prices.attention(
+            at.batch, at.queries, at.keys, at.embed, at.value, s.dtype, bill, masked=use.mask_elements > 0,
+            causal=use.skips,
+        )  # fmt: skip
         bill.add("launch", use.operators * prices.h.operator_seconds)
-        bill.add("matrix", matrix)
-        bill.add("exp", exp)
         prices.point("where", use.mask_dtype, use.built_elements, use.built_elements * WIDTH[use.mask_dtype], bill)
         bill.add("fault", prices.fresh(use.built_elements * WIDTH[use.mask_dtype]))
     bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
@@ -250,14 +259,6 @@ def _visited_pairs(s: Subject, at: Shape, block: int) -> int:
     jobs = plan_tiles(s, at, Tiling(block, block))
     visited = int(jobs.visited.sum()) * jobs.repeat
     return min(visited * min(block, at.queries) * min(block, at.keys), at.batch * at.queries * at.keys)
-
-
-def _causal_pairs(at: Shape) -> int:
-    """Pairs of SDPA's is_causal on a CPU: each query block runs to its last row's diagonal."""
-    block = host.query_block(at.queries)
-    ends = (min(start + block, at.queries) for start in range(0, at.queries, block))
-    sizes = (min(block, at.queries - start) for start in range(0, at.queries, block))
-    return at.batch * sum(rows * min(end, at.keys) for rows, end in zip(sizes, ends))
 
 
 def head_sizes(c: Cascade, sizes: Mapping[str, int]) -> tuple[int, int] | Miss:
