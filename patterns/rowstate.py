@@ -39,14 +39,18 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
+
 from . import expr as ex
 from .carried import OLD, Carried, RowState
 from .cascade import IDENTITY, Einsum, size_term
-from .constant import number
+from .constant import REDUCE, number
 from .expr import Expr
-from .recognise import Attention, Miss
+from .recognise import Attention, Miss, elements
+from .score import reading
 from .separate import Bound, Splitter, Stop
 from .stream import stream
+from .traits import VALUES, masked_row, run_row
 
 __all__ = ["OLD", "Carried", "RowState", "derive", "stream"]
 
@@ -189,7 +193,7 @@ class _Derivation(Splitter):
         self.bounds[at.tensor] = part.bounds
         correction = self.correction(part.bounds, part.lift)
         finish = ex.substitute(a.finish, {total: part.done(total), **self.final})
-        finish = self.restored(finish)
+        finish = self.restored(part.lift, finish)
         return RowState(self.used(part.lift, correction, finish), part.lift, correction, finish)
 
     def used(self, *roots: Expr | None) -> tuple[Carried, ...]:
@@ -206,24 +210,10 @@ class _Derivation(Splitter):
                 todo += [c.lift] if c.correction is None else [c.lift, c.correction]
         return tuple(c for c in self.carried if c.name in names)
 
-    def restored(self, finish: Expr) -> Expr:
+    def restored(self, weight: Expr, finish: Expr) -> Expr:
         """The epilogue with the model's NaN for rows whose bound is −∞, where it is not there by itself."""
         repaired = {n: tuple(b for b, _ in bs) for n, bs in self.bounds.items() if bs}
-        if not repaired or not self.can_empty:
-            return finish
-        # What the row ends with when every score is −∞, and with it every bound: all that a bound holds is −∞.
-        known = {self.a.score: float("-inf")}
-        bounds = [b.d for bs in repaired.values() for b in bs]
-        values: dict[str, object] = {str(x.attr): -math.inf for d in bounds for x in ex.loads(d) if x.is_float}
-        for c in self.carried:
-            if c.op in ("max", "min"):
-                values[c.name] = number(c.lift, values, known) if self.key in c.lift.ranks else c.identity
-            elif c.name not in repaired:
-                values[c.name] = 2 * number(c.lift, values, known)
-        guarded = number(finish, {**values, **dict.fromkeys(repaired, 0.0)})
-        model = number(finish, {**values, **dict.fromkeys(repaired, math.nan)})
-        same = (math.isnan(guarded) and math.isnan(model)) or float(guarded) == float(model)
-        if same:
+        if not repaired or not self.can_empty or all(self.ends_alike(k, weight, finish) for k in self.empty_rows()):
             return finish
         table = {}
         for x in ex.loads(finish):
@@ -233,3 +223,32 @@ class _Derivation(Splitter):
                     empty = empty | ex.equal(b.d, -math.inf)
                 table[x] = ex.where(empty, ex.const(math.nan, x.dtype), x)
         return ex.substitute(finish, table)
+
+    def empty_rows(self) -> list[dict[Expr, object]]:
+        """Rows whose scores are all −∞, as far as the terms tell: by their masks, or because a tensor holds −∞."""
+        masked = masked_row(self.a)
+        terms = (*(r.body for r in self.a.row), self.a.weight)
+        products = frozenset(e.out.tensor for e in self.a.products)
+        scores: dict[Expr, object] = {}
+        for e in (e for t in terms for e in elements(t, self.a.row_names, self.key)):
+            if e.dtype == "b1":
+                scores[e] = np.full(2, True)
+            elif e in reading(e, products):
+                scores[e] = np.full(2, -np.inf)
+        return [scores] if masked is None else [masked, scores]
+
+    def ends_alike(self, known: dict[Expr, object], weight: Expr, finish: Expr) -> bool:
+        """Does the guarded state end such a row as the model's own arithmetic does?"""
+        # With every bound at −∞, all that a bound holds is −∞: a sink is.
+        bounds = [b.d for bs in self.bounds.values() for b, _ in bs]
+        loads: dict[str, object] = {
+            str(x.attr): -math.inf for d in bounds for x in ex.loads(d) if x.is_float and str(x.attr) not in self.ops
+        }
+        model = number(self.a.finish, run_row(self.a, known, loads))
+        values = dict(loads)
+        for c in self.carried:
+            values[c.name] = REDUCE[c.op](np.broadcast_to(number(c.lift, values, known), (2,)))
+        with np.errstate(all="ignore"):
+            total = np.sum(np.broadcast_to(number(weight, values, known), (2,)) * VALUES)
+        values[self.a.contraction.out.tensor] = total
+        return bool(np.isclose(number(finish, values), model, equal_nan=True))

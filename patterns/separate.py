@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from .constant import number
 from .expr import Expr
 from .laws import separates, unseparable
 from .recognise import Attention, elements
+from .score import reading
 
 # Terms above the element that sympy is asked about.
 SMALL = 24
@@ -112,20 +114,23 @@ class Splitter:
             return d
         return ex.where(ex.equal(d, -math.inf), ex.const(0.0, d.dtype), d)
 
-    @property
+    @cached_property
     def can_empty(self) -> bool:
         """May a score be −∞? Products are finite; a tensor that is added may hold −∞, and large fills may add up."""
-        products = {e.out.tensor for e in self.a.products}
-        for e in ex.walk(self.a.score):
-            if e.is_const and e.is_float and not abs(e.value) < 1e30:
-                return True
-            if e.op == "load" and e.is_float and str(e.attr) not in products and self.key in e.ranks:
-                return True
-            if e.op in ("log", "log2", "log1p", "div", "reciprocal", "rsqrt") and self.key in e.args[-1].ranks:
-                return True
+        a = self.a
+        products = {e.out.tensor for e in a.products}
+        for root in (*(r.body for r in a.row), a.weight):
+            rowed = reading(root, a.row_names)
+            for e in ex.walk(root):
+                if self.key not in e.ranks or e in rowed:
+                    continue
+                if any(x.is_const and x.is_float and not abs(x.value) < 1e30 for x in e.args):
+                    return True
+                if e.op == "load" and e.is_float and str(e.attr) not in products:
+                    return True
+                if e.op in ("log", "log2", "log1p", "div", "reciprocal", "rsqrt") and self.key in e.args[-1].ranks:
+                    return True
         return False
-
-    # multiplicative split
 
     def split(self, e: Expr) -> tuple[Part, ...]:
         """The term as a sum of parts lift·after; raises Stop with the law that fails."""
@@ -156,7 +161,11 @@ class Splitter:
 
     def at_point(self, e: Expr, x: Expr, rows: tuple[Expr, ...], point: float) -> Part | None:
         one, at = {r: ex.const(1.0, r.dtype) for r in rows}, {x: ex.const(point, x.dtype)}
-        lift, row, unit = ex.substitute(e, one), ex.substitute(e, at), float(number(ex.substitute(e, {**one, **at}), {}))
+        lift, row, unit = (
+            ex.substitute(e, one),
+            ex.substitute(e, at),
+            float(number(ex.substitute(e, {**one, **at}), {})),
+        )
         if unit == 0.0 or not math.isfinite(unit):
             return None
         # The proof is for positive symbols: signs, zero and domains are tried.
@@ -476,28 +485,38 @@ class Splitter:
     # signs
 
     def nonnegative(self, e: Expr) -> bool:
+        return self.least(e) >= 0.0
+
+    def least(self, e: Expr) -> float:
+        """A lower bound of a term (−∞ where nothing is known)."""
         match e.op:
             case "const":
-                return float(e.value) >= 0
-            case "exp" | "exp2" | "sigmoid" | "softplus" | "relu" | "abs" | "sqrt" | "rsqrt":
-                return True
-            case "cast" | "reciprocal":
-                return self.nonnegative(e.args[0])
-            case "add" | "div" | "min":
-                return all(self.nonnegative(x) for x in e.args)
-            case "mul":
-                return e.args[0] is e.args[1] or all(self.nonnegative(x) for x in e.args)
+                return float(e.value)
+            case "exp" | "exp2" | "sigmoid" | "softplus" | "abs" | "sqrt" | "rsqrt":
+                return 0.0
+            case "tanh" | "sin" | "cos" | "erf":
+                return -1.0
+            case "relu":
+                return max(0.0, self.least(e.args[0]))
+            case "cast":
+                return self.least(e.args[0])
+            case "add":
+                return sum(self.least(x) for x in e.args)
+            case "min" | "where":
+                return min(self.least(x) for x in e.args[-2:])
             case "max":
-                return any(self.nonnegative(x) for x in e.args)
-            case "where":
-                return self.nonnegative(e.args[1]) and self.nonnegative(e.args[2])
+                return max(self.least(x) for x in e.args)
+            case "mul" if e.args[0] is e.args[1]:
+                return 0.0
+            case "mul" | "div" | "reciprocal":
+                return 0.0 if all(self.nonnegative(x) for x in e.args) else -math.inf
             case "pow":
-                k = e.args[1]
-                return self.nonnegative(e.args[0]) or (k.is_const and float(k.value) % 2 == 0)
+                even = e.args[1].is_const and float(e.args[1].value) % 2 == 0
+                return 0.0 if even or self.nonnegative(e.args[0]) else -math.inf
             case "load" if str(e.attr) in self.ops:
-                lift = next(c.lift for c in self.carried if c.name == str(e.attr))
-                return self.nonnegative(lift)
-        return False
+                c = next(c for c in self.carried if c.name == str(e.attr))
+                return self.least(c.lift) if c.op != "add" else 0.0 if self.nonnegative(c.lift) else -math.inf
+        return -math.inf
 
     def positive(self, e: Expr) -> bool:
         """More than 0, or the row is degenerate in the model as well (a sum of squares that is 0 divides by 0)."""

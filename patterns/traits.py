@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,9 @@ from .score import factors, reading
 if TYPE_CHECKING:
     from .recognise import Attention
 
+# The made-up row: two products and two values.
+SCORES, VALUES = np.array([0.3, -0.7]), np.array([1.0, 3.0])
+
 
 def no_key_rule(a: Attention) -> str:
     """What the model computes for a row all of whose keys are masked, found by running its row program on one.
@@ -23,36 +26,48 @@ def no_key_rule(a: Attention) -> str:
     fill that is too small to drown the scores, or a fill the row rule shifts away: the row attends as if unmasked).
     Only masks that stand in the terms count: a float tensor that is added is a bias.
     """
-    table = {e: _masked(e) for e in ex.walk(*(r.body for r in a.row), a.weight) if _is_mask(e, a.key)}
-    if not table:
+    known = masked_row(a)
+    if known is None:
         return "never"
-    keys = {n.out.tensor: np.array([0.3, -0.7]) for n in a.products}
-    values: dict[str, object] = dict(keys)
-    known: dict[Expr, object] = {ex.index(a.key): np.array([0, 1])}
-    for r in a.row:
-        body = np.broadcast_to(number(_drop(r.body, table), values, known), (2,))
-        assert r.op is not None
-        values[r.out.tensor] = REDUCE[r.op](body)
-    weight = np.broadcast_to(number(_drop(a.weight, table), values, known), (2,))
-    with np.errstate(all="ignore"):
-        values[a.contraction.out.tensor] = np.sum(weight * np.array([1.0, 3.0]))
+    values = run_row(a, known)
     out = float(number(a.finish, values))
     if np.isnan(out):
         return "nan"
     if out == 0.0:
         return "zero"
-    return "uniform" if weight[0] == weight[1] else "unmasked"
+    first, second = np.broadcast_to(number(a.weight, values, known), (2,))
+    return "uniform" if first == second else "unmasked"
 
 
-def _drop(term: Expr, table: Mapping[Expr, Expr]) -> Expr:
-    """Replace masks from the inside out, so that nested masks all take their masked side."""
+def masked_row(a: Attention) -> dict[Expr, object] | None:
+    """The conditions of all masks as they are for a row that keeps no key; None where no mask stands in the terms."""
+    known: dict[Expr, object] = {}
+    for e in ex.walk(*(r.body for r in a.row), a.weight):
+        if _is_mask(e, a.key):
+            known[e.args[0]] = np.asarray(_masked(e) is e.args[1])
+    return known or None
 
-    def rule(e: Expr, args: tuple[Expr, ...]) -> Expr | None:
-        if e not in table:
-            return None
-        return args[1] if table[e] is e.args[1] else args[2]
 
-    return ex.rebuild(term, rule)
+def two_keys(a: Attention, known: Mapping[Expr, object]) -> dict[Expr, object]:
+    """`known`, and a row of two keys with scores of their own."""
+    scores = {ex.load(e.out.tensor, e.out.index, a.cascade.tensor[e.out.tensor].dtype): SCORES for e in a.products}
+    return {**scores, ex.index(a.key): np.array([0, 1]), **known}
+
+
+def run_row(a: Attention, known: dict[Expr, object], loads: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Row tensors and contraction of one made-up row of two keys with values 1 and 3.
+
+    `known` gives terms a value, `loads` tensors; other floats are 0.5. `known` is completed by the row's scores.
+    """
+    values: dict[str, object] = dict(loads or {})
+    known.update(two_keys(a, known))
+    for r in a.row:
+        assert r.op is not None
+        values[r.out.tensor] = REDUCE[r.op](np.broadcast_to(number(r.body, values, known), (2,)))
+    weight = np.broadcast_to(number(a.weight, values, known), (2,))
+    with np.errstate(all="ignore"):
+        values[a.contraction.out.tensor] = np.sum(weight * VALUES)
+    return values
 
 
 def _is_mask(e: Expr, key: str) -> bool:
@@ -83,36 +98,74 @@ def kind(a: Attention) -> str:
 
 
 def traits(a: Attention) -> frozenset[str]:
-    """Words for what stands in the terms. For people to read; no code depends on them."""
-    out: set[str] = set()
-    terms = list(ex.walk(a.score))
+    """Words for what stands in the terms. For people to read; no code depends on them.
+
+    gqa, latent, causal, window, alibi, bias, mask (data), varlen (segment ids), softcap, sink, prelude, decode, cross.
+    """
+    out = _operands(a) | _limits(a)
     products = {e.out.tensor for e in a.products}
-    keyed = [f for e in a.products for f in factors(e.body)[0] if a.key in f.ranks]
-    if any(i.op == "floordiv" for f in keyed for x in ex.loads(f) for i in x.args):
-        out.add("gqa")
-    masks = ex.walk(*(e.args[0] for e in terms if _is_mask(e, a.key)))
-    bounds = {_side(e, a) for e in masks if e.op in ("lt", "le", "gt", "ge")}
-    if bounds & {"upper", "lower"}:
-        out.add("causal" if bounds & {"upper"} else "window")
-    if {"upper", "lower"} <= bounds:
-        out.add("window")
-    for e in terms:
+    for e in ex.walk(a.score):
         if e.op == "tanh":
             out.add("softcap")
         if e.op == "load" and str(e.attr) not in products and a.key in e.ranks:
-            out.add("mask" if e.dtype == "b1" else "bias" if e.is_float else "ids")
+            out.add(_data(e, a))
         if e.op == "mul" and _slope(e, a):
             out.add("alibi")
-    if any(e.op == "load" and str(e.attr) not in products | a.row_names for e in _row_loads(a)):
+    if any(str(e.attr) not in products | a.row_names for e in _row_loads(a)):
         out.add("sink")
     if a.prelude:
         out.add("prelude")
     size = {n: a.cascade.rank[n].size for n in (a.query, a.key)}
     if size[a.query] == 1:
         out.add("decode")
-    elif size[a.query] != size[a.key] and not bounds:
+    elif size[a.query] != size[a.key] and not out & {"causal", "window"}:
         out.add("cross")
     return frozenset(out)
+
+
+def _operands(a: Attention) -> set[str]:
+    keyed = [f for e in a.products for f in factors(e.body)[0] if a.key in f.ranks]
+    heads = [f.ranks & set(a.batch) for f in keyed]
+    out = {"latent"} if any(h != heads[0] for h in heads) else set()
+    if any(i.op == "floordiv" for f in keyed for x in ex.loads(f) for i in x.args):
+        out.add("gqa")
+    return out
+
+
+def _data(e: Expr, a: Attention) -> str:
+    if not e.is_float:
+        return "mask" if e.dtype == "b1" else "varlen"
+    # slopes times positions, computed before: they vary over heads and keys and know no query
+    return "alibi" if a.query not in e.ranks and len(e.ranks & set(a.batch)) > 1 else "bias"
+
+
+def _limits(a: Attention) -> set[str]:
+    """Does a mask cut off the keys after the query (causal), those far before it, or both (window)?"""
+    out: set[str] = set()
+    ahead = np.array([-900_000, -300, -100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100, 300, 900_000])
+    known = {ex.index(a.key): 1_000_000 + ahead, ex.index(a.query): np.asarray(1_000_000)}
+    for e in ex.walk(a.score, a.weight):
+        if not _is_mask(e, a.key):
+            continue
+        for c, positive in _comparisons(e.args[0], _masked(e) is e.args[2]):
+            if {a.key, a.query} <= c.ranks and not ex.loads(c):
+                kept = np.broadcast_to(number(c, {}, known), ahead.shape) == positive
+                if kept.any() and not kept[-1]:
+                    out.add("causal" if kept[0] else "window")
+                if kept.any() and not kept[0]:
+                    out.add("window")
+    return out
+
+
+def _comparisons(c: Expr, positive: bool) -> Iterator[tuple[Expr, bool]]:
+    """The order comparisons of a condition, each with whether it stands for keeping."""
+    if c.op in ("and", "or"):
+        for x in c.args:
+            yield from _comparisons(x, positive)
+    elif c.op == "not":
+        yield from _comparisons(c.args[0], not positive)
+    elif c.op in ("lt", "le", "gt", "ge"):
+        yield c, positive
 
 
 def _row_loads(a: Attention) -> list[Expr]:
@@ -123,15 +176,6 @@ def _row_loads(a: Attention) -> list[Expr]:
             if e.op in ("max", "add") and a.key not in e.ranks and reading(e, a.row_names):
                 out += [x for x in ex.loads(e) if x.ranks.isdisjoint([a.value]) and x.is_float]
     return out
-
-
-def _side(e: Expr, a: Attention) -> str:
-    """Which side of the keys a comparison of key and query bounds, at a coordinate-only term."""
-    if not {a.key, a.query} <= e.ranks or ex.loads(e):
-        return ""
-    small, large = e.args if e.op in ("lt", "le") else e.args[::-1]
-    at = [number(small - large, {}, {ex.index(a.key): k, ex.index(a.query): q}) for k, q in ((0, 0), (9, 0), (0, 9))]
-    return "upper" if at[1] > at[0] else "lower" if at[2] > at[0] else ""
 
 
 def _slope(e: Expr, a: Attention) -> bool:

@@ -198,10 +198,35 @@ def rooted(b: Any, s: Any) -> Any:
     return a / b.put("S2", "bhp", a, "add", "m")
 
 
+def masked_exponentials(b: Any, s: Any) -> Any:
+    """The mask is on the maximum and on the exponentials, not on the scores."""
+    gm = b.put("GM", "bhp", ex.where(M <= P - 3, s, -INF), "max", "m")
+    sn = b.put("SN", "bhpm", ex.where(M <= P - 3, ex.exp(s - gm), 0.0))
+    return sn / b.put("SD", "bhp", sn, "add", "m")
+
+
+def masked_with_epsilon(b: Any, s: Any) -> Any:
+    """The same, and a small number below the line: a row without a key is 0, although its maximum is −∞."""
+    gm = b.put("GM", "bhp", ex.where(M <= P - 3, s, -INF), "max", "m")
+    sn = b.put("SN", "bhpm", ex.where(M <= P - 3, ex.exp(s - gm), 0.0))
+    return sn / (b.put("SD", "bhp", sn, "add", "m") + 1e-6)
+
+
+def with_epsilon(b: Any, s: Any) -> Any:
+    """A small number below the line: a row whose scores are all −∞ is NaN."""
+    gm = b.put("GM", "bhp", s, "max", "m")
+    sn = b.put("SN", "bhpm", ex.exp(s - gm))
+    return sn / (b.put("SD", "bhp", sn, "add", "m") + 1e-6)
+
+
+def unnormalised(b: Any, s: Any) -> Any:
+    return ex.exp(s - b.put("GM", "bhp", s, "max", "m"))
+
+
 SOFTMAX = (
     papers.softmax, papers.softmax_zero, papers.softmax_sink, papers.log_softmax, shifted_softmax, shifted_sink,
     off_by_one, logsumexp, logsumexp_finite, no_nan, no_nan_log, masked_after, all_masked, any_kept, renormalised,
-    sharpened, tempered, base_two, cast_softmax, gated, rooted,
+    sharpened, tempered, masked_exponentials, masked_with_epsilon, with_epsilon, unnormalised, base_two, cast_softmax, gated, rooted,
 )  # fmt: skip
 OTHERS = (
     papers.sigmoid, papers.power, papers.softplus, papers.softmax_naive, softmin, unit_length, over_largest, centred,

@@ -299,6 +299,7 @@ def test_two_products_in_one_score() -> None:
     c = b.cascade("latent", "O")
     a = seen(c)
     assert [e.out.tensor for e in a.products] == ["S1", "S2"]
+    assert "latent" in traits(a)
     check_same(c, a, {"D": 3})
 
 
@@ -531,12 +532,29 @@ def window(b: Any, qk: Any) -> Any:
     return ex.where((m <= p) & (p - m < 4), qk, -float("inf"))
 
 
+def local(b: Any, qk: Any) -> Any:
+    far = ex.unary("abs", ex.index("p") - ex.index("m"))
+    return qk + ex.where(far > 4, -1e30, 0.0)
+
+
+def segments(b: Any, qk: Any) -> Any:
+    p, m = (b.given("ids", (b.extent("b"), papers.size("T")), (ex.index("b"), ex.index(r)), "i64") for r in "pm")
+    return ex.where(ex.equal(p, m), qk, -1e30)
+
+
+def slopes(b: Any, qk: Any) -> Any:
+    return qk + b.given("alibi", (b.extent("b"), b.extent("h"), b.extent("m")), tuple(ex.index(r) for r in "bhm"))
+
+
 @pytest.mark.parametrize(
     ("rule", "score", "word", "has"),
     [
         (papers.softmax, rules.causal, "softmax", {"causal"}),
         (papers.softmax, window, "softmax", {"causal", "window"}),
         (papers.softmax, alibi, "softmax", {"causal", "alibi"}),
+        (papers.softmax, slopes, "softmax", {"alibi"}),
+        (papers.softmax, local, "softmax", {"window"}),
+        (papers.softmax, segments, "softmax", {"varlen"}),
         (papers.softmax_sink, rules.capped, "softmax", {"sink", "softcap", "window"}),
         (papers.softmax, rules.biased, "softmax", {"bias"}),
         (papers.softmax, rules.padded, "softmax", {"causal", "mask"}),
