@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "v_mfma")
 
 @dataclass(frozen=True)
 class AotReport:
-    """What a compiled kernel takes. `registers` of one thread (AMD: vector registers), `seconds` to compile."""
+    """What a compiled kernel takes: `registers` of one thread (AMD: vector registers), instructions in its text."""
 
     arch: str
     registers: int
@@ -43,7 +43,7 @@ class AotReport:
     stages: int
     matrix_instructions: int
     exponentials: int
-    assembly: str
+    assembly: str = field(repr=False)
 
     def __str__(self) -> str:
         return (
@@ -77,7 +77,7 @@ def compile(kernel: Kernel, arch: str) -> AotReport:
     compiled = triton.compile(source, target=target, options=options)
     usage = _amd_usage(compiled.asm["amdgcn"]) if amd else _cuda_usage(compiled.asm["cubin"])
     registers, spilled, assembly = usage
-    names = [re.split(r"[\s.;]", line.strip().split("*/")[-1].strip() or " ")[0] for line in assembly.splitlines()]
+    names = re.findall(r"^\s*(v_\w+)" if amd else r"\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", assembly, re.M)
     return AotReport(
         arch=arch,
         registers=registers,

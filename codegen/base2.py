@@ -63,6 +63,9 @@ class _Scaling:
     def is_bound(self, e: Expr) -> bool:
         return e.op == "load" and str(e.attr).removeprefix(OLD) in self.bounds
 
+    def reads_bound(self, e: Expr) -> bool:
+        return any(self.is_bound(x) for x in ex.loads(e))
+
     def rewrite(self, root: Expr) -> Expr:
         """The term over scaled bounds: exponentials that subtract one go to base 2, other reads are scaled back."""
         memo: dict[Expr, Expr] = {}
@@ -70,10 +73,11 @@ class _Scaling:
             args = tuple(memo[a] for a in e.args)
             if self.is_bound(e):
                 memo[e] = e * LN2
-            elif e.op == "exp" and any(self.is_bound(x) for x in ex.loads(e)):
+            elif e.op == "exp" and self.reads_bound(e):
                 memo[e] = ex.unary("exp2", self.scaled(e.args[0]))
-            elif e.op == "eq" and self.is_bound(e.args[0]) and e.args[1].is_const and math.isinf(e.args[1].value):
-                memo[e] = e
+            elif e.op == "eq" and e.args[1].is_const and math.isinf(e.args[1].value):
+                # infinite before and after
+                memo[e] = ex.equal(self.scaled(e.args[0]) if self.reads_bound(e.args[0]) else args[0], e.args[1])
             else:
                 memo[e] = e if args == e.args else ex.make(e.op, args, e.attr, e.dtype)
         return memo[root]

@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..patterns import expr as ex
@@ -300,7 +301,10 @@ class _StepWriter:
         self.f, self.body, self.names, self.s = f, f.body, f.names, f.names.s
         self.partial, self.full = self.s.state, variant(self.s, True)[1]
         self.ragged = ragged(self.s, tile_m)
-        self.null = null(self.s.state, self.s.score) if self.ragged else None
+        self.null = null(self.s.state, self.s.score, self.s.key) if self.ragged else None
+        self.exists = f"{self.names.ranks[self.s.key]} < {self.f.size(self.s.key)}"
+        if self.ragged:
+            self.body.scope.guards = {self.s.key: self.exists}
 
     def write(self) -> None:
         self.score()
@@ -308,35 +312,42 @@ class _StepWriter:
         new = [self.carried(c, full) for c, full in zip(self.partial.carried, self.full.carried)]
         weight = self.element(self.partial.weight, self.full.weight, "w", 0.0)
         factor = self.partial.correction
-        c = "1.0" if factor is None else self.body.number_text(factor)
+        c = "1.0" if factor is None else self.body.let("c", factor)
         self.body.line(f"return ({', '.join(new)}{',' if len(new) == 1 else ''}), {weight}, {c}")
 
     def score(self) -> None:
         """Print the score under the name `s`, on partial tiles as the model wrote it."""
         s, body = self.s, self.body
-        masked, guarded = s.mask.keep is not ex.TRUE, self.null is not None
-        if s.score in body.memo and not guarded:
+        if s.score in body.memo and self.null is None:
             return
         name = body.fresh("s")
-        if not masked:
+        # On full tiles every key exists, so that loads there need no mask.
+        apart = s.mask.full is not s.score or (self.ragged and any(s.key in x.ranks for x in _tensors(s)))
+        if not apart:
             body.count([s.score])
             body.line(f"{name} = {body.number_text(s.score)}")
-        if masked or guarded:
+        if apart or self.null is not None:
             with body.block("if PARTIAL:"):
-                if masked:
+                if apart:
                     body.count([s.score])
                     body.line(f"{name} = {body.number_text(s.score)}")
                 if self.null is not None:
                     body.line(self.guard(name, self.null, name))
-        if masked:
-            with body.block("else:"):
+        if apart:
+            with self.full_tile():
                 body.count([s.mask.full])
                 body.line(f"{name} = {body.number_text(s.mask.full)}")
         body.bind(s.score, name)
 
+    @contextmanager
+    def full_tile(self) -> Iterator[None]:
+        guards, self.body.scope.guards = self.body.scope.guards, {}
+        with self.body.block("else:"):
+            yield
+        self.body.scope.guards = guards
+
     def guard(self, name: str, value: float, source: str) -> str:
-        exists = f"{self.names.ranks[self.s.key]} < {self.f.size(self.s.key)}"
-        return f"{name} = tl.where({exists}, {source}, {number(value, 'f32')})"
+        return f"{name} = tl.where({self.exists}, {source}, {number(value, 'f32')})"
 
     def element(self, partial: Expr, full: Expr, stem: str, idle: float) -> str:
         """A term over the tile, with keys past the end idle where the score itself does not make them so."""
@@ -347,7 +358,7 @@ class _StepWriter:
             name = body.fresh(stem)
             with body.block("if PARTIAL:"):
                 body.line(f"{name} = {body.number_text(partial)}")
-            with body.block("else:"):
+            with self.full_tile():
                 if self.s.score in body.memo:
                     body.bind(self.s.mask.full, body.term(self.s.score))
                 body.line(f"{name} = {body.number_text(full)}")
@@ -373,6 +384,12 @@ class _StepWriter:
         else:
             body.line(f"{new} = tl.{c.op}imum({old}, tl.{c.op}({element}, 1, keep_dims=True))")
         return new
+
+
+def _tensors(s: Streaming) -> list[Expr]:
+    """Loads of the score that are no product."""
+    products = {p.load for p in s.products}
+    return [x for x in ex.loads(s.score) if x not in products]
 
 
 def _terms(state: RowState) -> list[Expr]:

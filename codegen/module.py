@@ -22,8 +22,7 @@ from ..patterns.cascade import Size, show
 from ..patterns.mapping import Mapping as Tiling
 from . import print_torch
 from .base2 import base2
-from .holes import HOLES, Names, Printed, mask_ranks, printed
-from .skip import rule
+from .holes import HOLES, Names, mask_ranks, printed
 from .streaming import FEW_ROWS, Streaming
 
 LICENCE = (
@@ -41,7 +40,7 @@ def emit(s: Streaming, mapping: Tiling) -> str:
     """The text of the module for one attention and mapping."""
     holes = printed(base2(s), mapping.tile_m)
     parts = [
-        *_helpers(holes),
+        *called(set().union(*(h.helpers for h in holes))),
         *(h.text for h in holes),
         *functions("stream").values(),
         _constants(s, mapping),
@@ -62,7 +61,7 @@ def _header(s: Streaming, mapping: Tiling) -> str:
     text = (
         f"{s.cascade.name}: attention in one pass over the keys.\n\n{LICENCE}\n\nThe cascade, as lifted:\n"
         f"{_indented(cascade)}\n\nThe row state over tiles of {s.key}:\n{_indented(str(s.state))}\n\n"
-        f"Mapping: {mapping}; {SKIPPING[rule(s.state, s.score, s.mask)]}.\n"
+        f"Mapping: {mapping}; {SKIPPING[s.skipping]}.\n"
     )
     return f'"""{_quoted(text)}"""'
 
@@ -109,10 +108,10 @@ def functions(skeleton: str) -> Mapping[str, str]:
     return out
 
 
-def _helpers(holes: Iterable[Printed]) -> list[str]:
-    """The scalar functions that the holes call, and those that these call."""
+def called(helpers: Iterable[str]) -> list[str]:
+    """The texts of scalar functions, with those that they call in turn."""
     texts = functions("scalar")
-    wanted = set().union(*(h.helpers for h in holes))
+    wanted = set(helpers)
     while more := {n for n in texts for w in wanted if re.search(rf"\b{n}\(", texts[w])} - wanted:
         wanted |= more
     return [text for name, text in texts.items() if name in wanted]
@@ -289,7 +288,7 @@ def _walk(s: Streaming, mapping: Tiling, names: Names, listed: bool) -> list[str
     return [
         "        classes = tile_classes(",
         f"            lambda {query}, {key}: kept({call}), {lists}, {queries}, {keys},",
-        f'            {mapping.tile_p}, {mapping.tile_m}, "{rule(s.state, s.score, s.mask)}", out.device,',
+        f'            {mapping.tile_p}, {mapping.tile_m}, "{s.skipping}", out.device,',
         "        )",
         f"        walk = tile_lists(classes, {_ragged(keys, mapping)}, heavy_first={mapping.heavy_first})",
     ]

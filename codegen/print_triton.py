@@ -211,9 +211,10 @@ class Body:
         return name
 
     def let(self, stem: str, e: Expr) -> str:
-        """Give a term a name of its own and answer it."""
-        text = self.term(e)
-        if text.isidentifier() and e in self.memo:
+        """Give a term a name of its own, unless it has one, and answer it."""
+        self.uses[e] = 1
+        text = self.number_text(e) if e.is_float else self.term(e)
+        if text.isidentifier():
             return text
         name = self.fresh(stem)
         self.line(f"{name} = {text}")

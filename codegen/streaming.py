@@ -18,7 +18,7 @@ from ..patterns.expr import Expr
 from ..patterns.masks import Mask, split
 from ..patterns.recognise import Attention, Miss, Refusal, attention, factors
 from ..patterns.rowstate import Carried, RowState, derive
-from .skip import fits_half
+from .skip import fits_half, predicate, rule
 
 NAME = "triton"
 # Query rows up to which heads of a group share a row block, and up to which a tile list is not worth its launches.
@@ -84,6 +84,11 @@ class Streaming:
         return self.attention.contraction.out.tensor
 
     @property
+    def skipping(self) -> str:
+        """Which tiles without a kept key may be left out: "always", "guarded" or "never" (see `skip.rule`)."""
+        return rule(self.state, self.score, self.mask, self.key)
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Tensors that the kernel reads, in the order of its arguments: the cascade's inputs, then the prelude's."""
         return (*(t.name for t in self.cascade.inputs), *(e.out.tensor for e in self.attention.prelude))
@@ -139,19 +144,28 @@ def _read(a: Attention, state: RowState) -> Streaming:
             raise _No(f"the size of rank {r} must be a number, it is {extent[r]}")
     products = tuple(_product(a, e, extent) for e in a.products)
     values = _side(a.values)
-    if values.dtype == "f16" and not fits_half(state, a.score):
+    if values.dtype == "f16" and not fits_half(state, a.score, a.key):
         values = Side(values.term, "f32")
     if a.query in values.term.ranks:
         raise _No(f"the values vary over the query rank {a.query}")
     (output,) = c.producers[c.outputs[0]]
     out = Streaming(
         cascade=c, attention=a, extent=extent, grid=a.batch, rows=(a.query,), products=products, values=values,
-        score=a.score, mask=split(a.score, a.key), state=state, output=output.out.index,
+        score=a.score, mask=_mask(a, state), state=state, output=output.out.index,
     )  # fmt: skip
     widths = [sum(w for _, w in p.chunks) for p in products] + [out.value_width]
     if max(widths) > WIDEST:
         raise _No(f"a head size of {max(widths)} does not fit on chip; {WIDEST} is the largest")
     return _grouped(_factored(out))
+
+
+def _mask(a: Attention, state: RowState) -> Mask:
+    """The mask inside the score, or else the one that the row rule applies to what it makes of the score."""
+    mask = split(a.score, a.key)
+    if mask.keep is not ex.TRUE:
+        return mask
+    keep = predicate(state, a.score, a.key)
+    return Mask(keep, simplify_under(a.score, {keep: True}), ()) if keep is not ex.TRUE else mask
 
 
 # --- operands ---------------------------------------------------------------------------------------------------
@@ -254,24 +268,28 @@ def mapped(s: Streaming, f: Callable[[Expr], Expr]) -> Streaming:
 
 
 def _factored(s: Streaming) -> Streaming:
-    """Terms read the plain sum: `QK` becomes `factor · QK`, and the coordinate of a rank of size 1 becomes 0."""
+    """Terms read the plain sum: `QK` becomes `factor · QK`; the coordinate of a batch rank of size 1 becomes 0."""
     table = {p.load: ex.cast(p.load * p.factor, p.load.dtype) for p in s.products}
-    ones = {ex.index(r): ex.const(0) for r, n in s.extent.items() if n == 1}
-    # Two steps: the index terms of the products' own loads are keys of the first.
-    out = mapped(s, lambda e: ex.substitute(ex.substitute(e, table), ones))
+    out = mapped(s, lambda e: ex.substitute(e, table))
+    ones = {ex.index(r): ex.const(0) for r, n in s.extent.items() if n == 1 and r not in s.rows}
+    out = everywhere(out, lambda e: ex.substitute(e, ones))
+    return replace(out, grid=tuple(r for r in out.grid if s.extent[r] != 1))
+
+
+def everywhere(s: Streaming, f: Callable[[Expr], Expr]) -> Streaming:
+    """Every term of the attention rewritten by `f`, the operands' and the output's included."""
     products = tuple(
         replace(
             p,
-            load=ex.substitute(p.load, ones),
-            query=replace(p.query, term=ex.substitute(p.query.term, ones)),
-            key=replace(p.key, term=ex.substitute(p.key.term, ones)),
+            load=f(p.load),
+            factor=f(p.factor),
+            query=replace(p.query, term=f(p.query.term)),
+            key=replace(p.key, term=f(p.key.term)),
         )
-        for p in out.products
+        for p in s.products
     )
-    values = replace(out.values, term=ex.substitute(out.values.term, ones))
-    output = tuple(ex.substitute(i, ones) for i in out.output)
-    grid, rows = (tuple(r for r in rs if s.extent[r] != 1) for rs in (out.grid, out.rows))
-    return replace(out, products=products, values=values, output=output, grid=grid, rows=rows)
+    values = replace(s.values, term=f(s.values.term))
+    return replace(mapped(s, f), products=products, values=values, output=tuple(f(i) for i in s.output))
 
 
 def variant(s: Streaming, full: bool) -> tuple[Expr, RowState]:
@@ -307,6 +325,8 @@ def _grouped(s: Streaming) -> Streaming:
 def _group(s: Streaming, r: str) -> int | None:
     """G when keys and values see the rank only as `r // G`; its whole size when they do not see it at all."""
     size = s.extent[r]
+    if any(r not in p.query.term.ranks for p in s.products):
+        return None
     found: set[Expr] = set()
     for side in (*(p.key for p in s.products), s.values):
         inner = {ex.index(r)}
@@ -341,19 +361,12 @@ def _regrouped(s: Streaming, r: str, group: int) -> Streaming:
 
         return ex.rebuild(root, rule)
 
-    out = mapped(s, f)
-    products = tuple(
-        replace(
-            p,
-            load=f(p.load),
-            factor=f(p.factor),
-            query=replace(p.query, term=f(p.query.term)),
-            key=replace(p.key, term=f(p.key.term)),
-        )
-        for p in s.products
-    )
+    out = everywhere(s, f)
+    rows = (own, s.attention.query)
+    if size_one := s.extent[s.attention.query] == 1:
+        zero = {ex.index(s.attention.query): ex.const(0)}
+        out = everywhere(out, lambda e: ex.substitute(e, zero))
     grid = tuple(x for g in s.grid for x in (((shared,) if count != 1 else ()) if g == r else (g,)))
     return replace(
-        out, products=products, values=replace(s.values, term=f(s.values.term)), grid=grid, rows=(own, *s.rows),
-        extent={**s.extent, shared: count, own: group}, output=tuple(f(i) for i in s.output),
+        out, grid=grid, rows=rows[:1] if size_one else rows, extent={**s.extent, shared: count, own: group}
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from types import ModuleType
@@ -28,8 +28,7 @@ from ..patterns.recognise import Refusal
 from . import cache, interpret, module
 from .print_torch import PrintError as TorchPrintError
 from .print_triton import PrintError
-from .skip import rule
-from .streaming import NAME, Streaming, read
+from .streaming import NAME, Streaming, power_of_two, read
 
 MISSING = "Triton is not installed: pip install 'reattend[triton]' (a CUDA build of torch brings its own)"
 # Bytes of shared memory that one block may have, where the target is an architecture and no device.
@@ -107,40 +106,63 @@ def _shared_bytes(s: Streaming, mapping: Tiling, arch: str) -> int:
         return query + max(key, value)
     if arch in ("sm_90", "sm_100", "sm_103") and rows >= 64 and not plain:
         return query + mapping.stages * (key + value)
-    relaid = plain or rows < 16 * mapping.warps
+    relaid = plain or rows < max(16 * mapping.warps, s.value_width)
     return query + (mapping.stages - 1) * (key + value) + relaid * rows * keys * _BYTES[s.values.dtype]
+
+
+# Where to start, by the widest operand: tile_p, tile_m, warps, stages without spills (read back by aot.compile).
+_START: Mapping[str, Mapping[int, tuple[int, int, int, int]]] = {
+    "sm_80": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 1024: (32, 32, 8, 1)},
+    "sm_90": {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), 1024: (64, 32, 8, 2)},
+    "sm_100": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 1024: (64, 32, 8, 1)},
+    "gfx": {64: (128, 64, 4, 2), 128: (128, 64, 4, 2), 256: (64, 32, 4, 2), 1024: (32, 16, 4, 1)},
+    "f32": {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 1024: (16, 16, 8, 1)},
+}
 
 
 @lru_cache(maxsize=256)
 def default_mapping(c: Cascade, target: Device | str = "sm_90") -> Tiling | Refusal:
-    """The mapping to start from on an architecture: the largest tiles whose accumulator stays in registers."""
+    """The mapping to start from on an architecture: large tiles whose accumulators stay in registers."""
     s = read(c)
     if isinstance(s, Refusal):
         return s
     arch, limit = architecture(target), shared_limit(target)
-    for mapping in _mappings(s, arch):
+    for mapping in _smaller(_first(s, arch)):
         if limit is None or _shared_bytes(s, mapping, arch) <= limit:
             return mapping
     return Refusal(NAME, f"no tile of head size {s.value_width} fits into the {limit} bytes of shared memory of {arch}")
 
 
-def _mappings(s: Streaming, arch: str) -> list[Tiling]:
-    """Candidates, best first."""
-    wide = max(s.value_width, sum(w for p in s.products for _, w in p.chunks))
-    queries = s.extent[s.attention.query]
-    rows = math.prod(n for r in s.rows if isinstance(n := s.extent[r], int))
-    few = isinstance(queries, int) and rows <= 64
-    tile_p = max(16, 1 << (rows - 1).bit_length()) if few else 128
-    out = []
-    for p in dict.fromkeys((tile_p, min(tile_p, 64), min(tile_p, 32), 16)):
-        for m in (128, 64, 32, 16):
-            for stages in (3, 2, 1):
-                heavy = p * wide > 64 * 128
-                warps = 8 if heavy and not arch.startswith("gfx") else 4
-                accumulators = p * (s.value_width + m) / (32 * warps)
-                if accumulators <= 130 and (stages < 3 or m <= 64) and (p > 32 or m <= 128):
-                    out.append(Tiling(p, m, warps, stages))
-    return out
+def _first(s: Streaming, arch: str) -> Tiling:
+    wide = max(s.value_width, *(sum(w for _, w in p.chunks) for p in s.products))
+    family = "gfx" if arch.startswith("gfx") else arch if arch in _START else "sm_80"
+    if "f32" in {s.values.dtype, *(p.query.dtype for p in s.products)}:
+        family = "f32"
+    table = _START[family]
+    tile_p, tile_m, warps, stages = table[min(w for w in table if w >= wide)]
+    rows = [s.extent[r] for r in s.rows]
+    few = [n for n in rows if isinstance(n, int)]
+    if len(few) == len(rows) and math.prod(few) <= tile_p // 2:
+        tile_p, warps, stages = power_of_two(math.prod(few)), 4, max(stages, 2)
+    return Tiling(tile_p, tile_m, warps, stages)
+
+
+def _smaller(mapping: Tiling) -> Iterator[Tiling]:
+    """The mapping, then smaller ones: fewer stages before smaller tiles."""
+    while True:
+        yield mapping
+        if mapping.stages > 2:
+            mapping = replace(mapping, stages=2)
+        elif mapping.tile_m > 32:
+            mapping = replace(mapping, tile_m=mapping.tile_m // 2)
+        elif mapping.stages > 1:
+            mapping = replace(mapping, stages=1)
+        elif mapping.tile_p > 16:
+            mapping = replace(mapping, tile_p=mapping.tile_p // 2)
+        elif mapping.tile_m > 16:
+            mapping = replace(mapping, tile_m=16)
+        else:
+            return
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------
@@ -258,7 +280,7 @@ class Kernel:
     def _classes(self, tensors: Mapping[str, Tensor], known: Mapping[str, int], device: torch.device) -> Any:
         """Tile classes with the rule for skipping applied: [*lists, row blocks, key tiles]."""
         s = self.streaming
-        skip = rule(s.state, s.score, s.mask)
+        skip = s.skipping
         extents = {r: n for r, n in self._extent(known).items() if r in (*s.grid, s.attention.query, s.key)}
         where = {"query": s.attention.query, "key": s.key, "extents": extents, "symbols": known}
         tiles = {"tile_p": self.mapping.tile_p, "tile_m": self.mapping.tile_m}

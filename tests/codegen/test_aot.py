@@ -1,0 +1,143 @@
+"""Kernels compiled for GPUs that are not there: registers, spills and shared memory, as predicted."""
+
+from __future__ import annotations
+
+import pytest
+
+from reattend.codegen import aot, cache
+from reattend.codegen.triton_kernel import Kernel, build, default_mapping, shared_bytes
+from reattend.cost_model.device import Device, device
+from reattend.patterns import expr as ex
+from reattend.patterns.cascade import Cascade
+from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.recognise import Refusal
+
+from .. import strategies
+from ..strategies import INF, LOWEST, M, P, attention
+
+CAUSAL = M <= P
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("generated")
+    cache.directory = lambda: folder  # type: ignore[assignment]
+
+
+def llama(size: int, dtype: str = "bf16") -> Cascade:
+    """Causal with a padding mask, two heads to a key head."""
+    keep = CAUSAL & strategies.MASKS["padding"]
+    return attention(
+        lambda s: ex.where(keep, s, LOWEST), strategies.ROWS["softmax"], b=2, h=8, group=2, e=size, f=size, dtype=dtype
+    ).cascade  # fmt: skip
+
+
+def decode(size: int) -> Cascade:
+    p = attention(lambda s: s, strategies.ROWS["softmax"], b=2, h=32, group=8, p=1, m=41, e=size, f=size, dtype="bf16")
+    return p.cascade.with_sizes({"s": 1})
+
+
+def compiled(c: Cascade, mapping: Tiling, arch: str) -> aot.AotReport:
+    made = build(c, mapping, arch)
+    assert isinstance(made, Kernel), made
+    return aot.compile(made, arch)
+
+
+def default(c: Cascade, target: Device | str) -> Tiling:
+    mapping = default_mapping(c, target)
+    assert isinstance(mapping, Tiling), mapping
+    return mapping
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_default_mapping_neither_spills_nor_overflows(arch: str, size: int) -> None:
+    c = llama(size)
+    mapping = default(c, arch)
+    report = compiled(c, mapping, arch)
+    assert report.spill_bytes == 0, report
+    assert report.registers <= 255
+    assert report.matrix_instructions > 0
+    # tcgen05 needs barriers and a buffer for reductions across warps beside the tiles
+    slack = 1024 if arch == "sm_100" else 0
+    predicted = shared_bytes(c, mapping, arch)
+    assert isinstance(predicted, int)
+    assert predicted <= report.shared_bytes <= predicted + slack
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("arch", "mapping"),
+    [
+        ("sm_90", Tiling(128, 64, 4, 2)), ("sm_90", Tiling(64, 64, 4, 3)), ("sm_90", Tiling(32, 64, 4, 2)),
+        ("sm_90", Tiling(128, 64, 4, 1)), ("sm_80", Tiling(128, 64, 4, 2)), ("sm_80", Tiling(64, 32, 4, 2)),
+    ],
+)  # fmt: skip
+def test_predicted_shared_memory_is_what_triton_reports(arch: str, mapping: Tiling) -> None:
+    c = llama(64)
+    assert compiled(c, mapping, arch).shared_bytes == shared_bytes(c, mapping, arch)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_decode(arch: str) -> None:
+    c = decode(128)
+    mapping = default(c, arch)
+    assert mapping.tile_p == 16
+    report = compiled(c, mapping, arch)
+    assert report.spill_bytes == 0
+    assert report.shared_bytes == shared_bytes(c, mapping, arch)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["square", "sigmoid", "sink"])
+def test_other_row_rules_take_no_more_than_softmax(name: str) -> None:
+    def score(s: ex.Expr) -> ex.Expr:
+        return ex.where(CAUSAL, s, 0.0 if name == "square" else -INF)
+
+    c = attention(score, strategies.ROWS[name], h=8, e=64, f=64, dtype="bf16").cascade
+    report = compiled(c, default(c, "sm_90"), "sm_90")
+    assert report.spill_bytes == 0, report
+
+
+@pytest.mark.aot
+def test_head_sizes_in_two_pieces() -> None:
+    """80 = 64 + 16 is not padded to 128; values are."""
+    c = attention(lambda s: s, strategies.ROWS["softmax"], h=8, e=80, f=64, dtype="f16").cascade
+    mapping = Tiling(128, 64, 8, 2)
+    report = compiled(c, mapping, "sm_90")
+    assert report.shared_bytes == shared_bytes(c, mapping, "sm_90") == 2 * (128 * 80 + 2 * 64 * (80 + 64))
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_amd() -> None:
+    c = llama(64)
+    report = compiled(c, default(c, "gfx942"), "gfx942")
+    assert report.spill_bytes == 0
+    assert report.shared_bytes <= 65536
+    assert report.matrix_instructions > 0
+
+
+def test_mappings_that_do_not_fit_are_refused() -> None:
+    c = llama(128)
+    out = build(c, Tiling(128, 128, 8, 4), "sm_80")
+    assert isinstance(out, Refusal)
+    assert "needs 229376 bytes of shared memory; sm_80 has 166912" in out.reason
+    odd = build(c, Tiling(100, 64), "sm_90")
+    assert isinstance(odd, Refusal)
+    assert "tile_p = 100" in odd.reason
+    split = build(c, Tiling(128, 64, split_m=4), "sm_90")
+    assert isinstance(split, Refusal)
+    assert "split" in split.reason
+
+
+def test_every_target_has_a_default() -> None:
+    for name in ("a100", "h100", "h200", "b200", "mi300x", "l4", "rtx4090"):
+        target = device(name)
+        for size in (64, 128, 256):
+            mapping = default(llama(size), target)
+            need = shared_bytes(llama(size), mapping, target)
+            assert isinstance(need, int)
+            assert need <= target.shared_bytes_per_block

@@ -1,0 +1,168 @@
+"""The emitted file: what is printed (golden), that it stands alone, and that nothing needs Triton to print it."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from reattend.codegen import cache, module, triton_kernel
+from reattend.codegen.triton_kernel import Kernel, build
+from reattend.patterns import expr as ex
+from reattend.patterns.cascade import Cascade
+from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.recognise import Refusal
+
+from .. import strategies
+from ..strategies import INF, LOWEST, H, M, P, attention
+
+CAUSAL = M <= P
+Golden = Callable[[str, str], None]
+
+
+def llama() -> Cascade:
+    keep = CAUSAL & strategies.MASKS["padding"]
+    return attention(
+        lambda s: ex.where(keep, s, LOWEST), strategies.ROWS["softmax"], b=2, h=8, group=2, e=64, f=64, dtype="bf16"
+    ).cascade  # fmt: skip
+
+
+def sinks() -> Cascade:
+    return attention(lambda s: ex.where(CAUSAL, s, -INF), strategies.ROWS["sink"], h=8, e=80, f=40, dtype="f16").cascade
+
+
+def decode() -> Cascade:
+    p = attention(lambda s: s, strategies.ROWS["softmax"], b=2, h=8, group=4, p=1, m=41, e=64, f=64, dtype="bf16")
+    return p.cascade.with_sizes({"s": 1})
+
+
+def checkerboard() -> Cascade:
+    keep = ex.equal((P + M + H) % 2, 0)
+    return attention(lambda s: ex.where(keep, s * s, 0.0), strategies.ROWS["square"], h=4, e=32, f=32).cascade
+
+
+CASES = {"llama": llama, "sinks": sinks, "decode": decode, "checkerboard": checkerboard}
+
+
+def source(name: str) -> str:
+    made = build(CASES[name](), Tiling(64, 32))
+    assert isinstance(made, Kernel), made
+    return made.source
+
+
+def without_skeleton(text: str) -> str:
+    """The header and the printed functions: what differs from one attention to the next."""
+    for skeleton in ("stream", "host", "scalar"):
+        for function in module.functions(skeleton).values():
+            text = text.replace(function + "\n\n\n", "")
+    return text
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_printed_functions(name: str, golden: Golden) -> None:
+    golden(f"{name}.py.txt", without_skeleton(source(name)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_file_imports_torch_and_triton_alone(name: str) -> None:
+    tree = ast.parse(source(name))
+    found = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    found |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert found <= {"torch", "triton", "collections", "typing"}
+
+
+@pytest.mark.skipif(shutil.which("ruff") is None and not Path(sys.executable).with_name("ruff").exists(), reason="no ruff")
+@pytest.mark.parametrize("name", CASES)
+def test_the_file_is_lint_clean(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "kernel.py"
+    path.write_text(source(name), encoding="utf-8")
+    ruff = shutil.which("ruff") or str(Path(sys.executable).with_name("ruff"))
+    rules = "--select=E4,E7,E9,F,W,I,UP,B,PIE,C4,SIM"
+    done = subprocess.run(
+        [ruff, "check", "--isolated", rules, "--ignore=B905,E741", str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_header_says_what_it_is() -> None:
+    head = ast.get_docstring(ast.parse(source("llama")))
+    assert head is not None
+    assert "This file is yours" in head
+    assert "QK[b,h,p,m] = Σ_e" in head
+    assert "64×32, 4 warps, 2 stages" in head
+    assert "whose rows keep a key" in head
+
+
+def test_the_skeleton_is_the_librarys_own_text() -> None:
+    text = source("decode")
+    for function in ("stream", "tile"):
+        assert module.functions("stream")[function] in text
+
+
+def test_only_called_scalar_functions_are_printed() -> None:
+    assert module.called(["softplus"]) == [module.functions("scalar")[n] for n in ("log1p", "softplus")]
+    assert "def tanh" not in source("llama")
+
+
+def test_equal_text_is_one_file_and_one_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "directory", lambda: tmp_path)
+    first = cache.load("X = 1\n")
+    assert cache.load("X = 1\n") is first
+    assert first.X == 1
+    path = cache.write("X = 1\n")
+    path.write_text("X = 2\n")
+    assert cache.write("X = 1\n").read_text() == "X = 1\n"
+    assert re.fullmatch(r"[0-9a-f]{24}\.py", path.name)
+    with pytest.raises(ZeroDivisionError):
+        cache.load("1 / 0\n")
+
+
+def test_an_unwritable_cache_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    cache.directory.cache_clear()
+    try:
+        assert cache.directory().name.startswith("reattend-")
+    finally:
+        cache.directory.cache_clear()
+
+
+def test_without_triton_the_source_is_still_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernel, "available", lambda: False)
+    made = build(llama(), Tiling(64, 32))
+    assert isinstance(made, Kernel)
+    with pytest.raises(ImportError, match=r"pip install 'reattend\[triton\]'"):
+        _ = made.module
+
+
+def test_importing_the_code_generators_does_not_import_triton() -> None:
+    code = "import sys, reattend.codegen.triton_kernel, reattend.codegen.aot; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_refusals_say_why() -> None:
+    p = attention(lambda s: s, strategies.ROWS["softmax"], dtype="f64")
+    out = build(p.cascade, Tiling(64, 32))
+    assert isinstance(out, Refusal)
+    assert out.reason == "Q, K, V, O is float64; the kernel computes in float32"
+
+
+def test_the_interpreter_tier_runs() -> None:
+    """A few interpreted kernels from a plain `pytest`: the tier has a process of its own."""
+    here = Path(__file__)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(here.with_name("test_triton_interpreter.py")), "-k", "causal_padding or decode_packs or uniform"],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=here.parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,309 @@
+"""Our Triton kernels in the interpreter against `evaluate` in float64; outputs are poisoned with NaN first."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from reattend.codegen import cache
+from reattend.codegen.triton_kernel import Kernel, build
+from reattend.patterns import expr as ex
+from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, verify
+from reattend.patterns.cascade import Tensor as Shape
+from reattend.patterns.evaluate import DTYPE, evaluate
+from reattend.patterns.mapping import Mapping as Tiling
+
+from .. import strategies
+from ..strategies import INF, LOWEST, B, E, F, H, M, P, Program, attention, programs
+from . import attentions
+
+pytestmark = pytest.mark.interpreter
+
+# One unit in the last place of an output of size 1.
+ULP = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
+PROGRAMS = int(os.environ.get("REATTEND_PROGRAMS", "40"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("generated")
+    cache.directory = lambda: folder  # type: ignore[assignment]
+
+
+def kernel(c: Cascade, tile: tuple[int, int] = (16, 16)) -> Kernel:
+    made = build(c, Tiling(*tile))
+    assert isinstance(made, Kernel), made
+    return made
+
+
+def run(made: Kernel, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+    """The kernel's output, written over NaN."""
+    c = made.cascade.with_sizes(sizes)
+    shape = [int(n) for n in c.tensor[c.outputs[0]].shape]
+    out = torch.full(shape, math.nan, dtype=DTYPE[c.tensor[c.outputs[0]].dtype])
+    return made.run(tensors, sizes, out=out)
+
+
+def alone(made: Kernel, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+    """The emitted file by itself: it finds sizes and tiles on its own."""
+    keywords = inspect.signature(made.module.attention).parameters
+    named = {n: v for n, v in sizes.items() if n in keywords}
+    result: Tensor = made.module.attention(*(tensors[n] for n in made.streaming.inputs), **named)
+    return result
+
+
+def close(out: Tensor, c: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], most: float = 2.5) -> None:
+    """NaN where the model has it, and elsewhere at most `most` times the error of the same cascade run in torch."""
+    want = evaluate(c, tensors, sizes, widen=True)[c.outputs[0]]
+    plain = evaluate(c, tensors, sizes)[c.outputs[0]].double()
+    assert torch.equal(out.isnan(), want.isnan())
+    assert torch.equal(out.isinf(), want.isinf())
+    here = torch.isfinite(want)
+    if not here.any():
+        return
+    scale = max(1.0, float(want[here].abs().max()))
+    error, reference = ((x.double() - want)[here].abs().max().item() for x in (out, plain))
+    assert error <= most * reference + 2 * ULP[c.tensor[c.outputs[0]].dtype] * scale
+
+
+def check(c: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], tile: tuple[int, int] = (16, 16)) -> None:
+    close(run(kernel(c, tile), tensors, sizes), c, tensors, sizes)
+
+
+# --- variants ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", attentions.VARIANTS)
+def test_variants(name: str) -> None:
+    case = attentions.VARIANTS[name]()
+    check(case.cascade, case.inputs(), case.sizes)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("name", ["causal", "causal_padding", "softcap", "sinks", "gqa", "decode", "square", "sigmoid"])
+def test_half_precision(name: str, dtype: str) -> None:
+    case = attentions.VARIANTS[name](dtype=dtype)
+    check(case.cascade, case.inputs(DTYPE[dtype]), case.sizes)
+
+
+@pytest.mark.parametrize("name", ["padding", "segments", "causal_padding", "decode", "checkerboard", "alibi", "window"])
+def test_the_emitted_file_finds_its_own_tiles(name: str) -> None:
+    case = attentions.VARIANTS[name]()
+    made, tensors = kernel(case.cascade), case.inputs()
+    close(alone(made, tensors, case.sizes), case.cascade, tensors, case.sizes)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 37), (37, 1), (63, 63), (63, 111), (111, 63)])
+def test_odd_sizes(queries: int, keys: int) -> None:
+    p = attention(lambda s: s, strategies.ROWS["softmax"], p=queries, m=keys, h=1)
+    check(p.cascade, p.inputs(), p.sizes, (32, 32))
+
+
+@pytest.mark.parametrize("size", [8, 16, 24, 40, 80, 192])
+def test_head_sizes_that_are_no_power_of_two(size: int) -> None:
+    p = attention(lambda s: s, strategies.ROWS["softmax"], e=size, f=size, h=1)
+    check(p.cascade, p.inputs(), p.sizes)
+
+
+@pytest.mark.parametrize("tile", [(16, 32), (32, 16), (64, 64)])
+def test_tiles_of_other_shapes(tile: tuple[int, int]) -> None:
+    case = attentions.VARIANTS["window"]()
+    check(case.cascade, case.inputs(), case.sizes, tile)
+
+
+def test_strided_inputs() -> None:
+    p = attention(lambda s: ex.where(M <= P, s, -INF), strategies.ROWS["softmax"], h=2)
+    tensors = p.inputs()
+    swapped = {n: t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 4 else t for n, t in tensors.items()}
+    assert not swapped["Q"].is_contiguous()
+    check(p.cascade, swapped, p.sizes)
+
+
+# --- accuracy against SDPA --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_errors_beside_sdpa(dtype: str, causal: bool) -> None:
+    """RMS at most 1.2 times and maximum at most 2.5 times SDPA's in the same type, mean over five seeds."""
+    keep = M <= P if causal else ex.TRUE
+    p = attention(lambda s: ex.where(keep, s, -INF), strategies.ROWS["softmax"], h=2, p=63, m=63, dtype=dtype)
+    made = kernel(p.cascade, (32, 32))
+    ours, theirs = [], []
+    for seed in range(5):
+        tensors = p.inputs(seed)
+        want = evaluate(p.cascade, tensors, p.sizes, widen=True)["O"]
+        other = scaled_dot_product_attention(*(tensors[n] for n in "QKV"), is_causal=causal, scale=0.25)
+        for errors, out in ((ours, run(made, tensors, p.sizes)), (theirs, other)):
+            difference = out.double() - want
+            errors.append((difference.square().mean().sqrt().item(), difference.abs().max().item()))
+    rms, largest = (sum(x) / 5 for x in zip(*ours))
+    rms_theirs, largest_theirs = (sum(x) / 5 for x in zip(*theirs))
+    assert rms <= 1.2 * rms_theirs
+    assert largest <= max(2.5 * largest_theirs, ULP[dtype])
+
+
+# --- rows without a key -----------------------------------------------------------------------------------------
+
+NO_KEY: dict[str, tuple[float, str]] = {"nan": (-INF, "softmax"), "uniform": (LOWEST, "softmax"), "zero": (-INF, "zero")}
+
+
+@pytest.mark.parametrize("rule", NO_KEY)
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_without_a_key(rule: str, causal: bool) -> None:
+    fill, row = NO_KEY[rule]
+    pad = strategies.MASKS["padding"]
+    keep = pad & (M <= P) if causal else pad
+    p = attention(lambda s: ex.where(keep, s, fill), strategies.ROWS[row], b=3, p=37, m=37)
+    tensors = p.inputs()
+    tensors["pad"][0] = False
+    tensors["pad"][1, :20] = False
+    tensors["pad"][2] = True
+    made = kernel(p.cascade)
+    out = run(made, tensors, p.sizes)
+    close(out, p.cascade, tensors, p.sizes)
+    first = out[0]
+    assert {"nan": first.isnan().all(), "zero": (first == 0).all(), "uniform": torch.isfinite(first).all()}[rule]
+    close(alone(made, tensors, p.sizes), p.cascade, tensors, p.sizes)
+
+
+def test_nan_beyond_the_keys_is_not_read() -> None:
+    p = attention(lambda s: s, strategies.ROWS["softmax"], h=1, p=5, m=21)
+    tensors = p.inputs()
+    wide = torch.full((1, 1, 64, 16), math.nan)
+    wide[:, :, :21] = tensors["V"]
+    tensors["V"] = wide[:, :, :21]
+    check(p.cascade, tensors, p.sizes)
+
+
+# --- decode, grouped heads, several products ---------------------------------------------------------------------
+
+
+def decode(heads: int, group: int, queries: int = 1, keys: int = 41, batch: int = 2, keep: ex.Expr = ex.TRUE) -> Program:
+    """Static query rows: heads that share keys are packed into one row block."""
+    p = attention(
+        lambda s: ex.where(keep, s, LOWEST), strategies.ROWS["softmax"], b=batch, h=heads, group=group, p=queries, m=keys
+    )  # fmt: skip
+    return Program(p.cascade.with_sizes({"s": queries}), {"t": keys}, "decode")
+
+
+@pytest.mark.parametrize(("heads", "group", "queries"), [(8, 4, 1), (4, 4, 1), (4, 1, 1), (6, 2, 3)])
+def test_decode_packs_the_heads_of_a_group(heads: int, group: int, queries: int) -> None:
+    p = decode(heads, group, queries, keep=strategies.MASKS["padding"])
+    made = kernel(p.cascade)
+    assert math.prod(int(made.streaming.extent[r]) for r in made.streaming.rows) == (group if group > 1 else 1) * queries
+    close(run(made, p.inputs(), p.sizes), p.cascade, p.inputs(), p.sizes)
+
+
+def test_keys_shared_by_all_heads() -> None:
+    p = decode(4, 4)
+    loose = ex.load("K", (B, ex.const(0), M, E), "f32")
+    table = {ex.load("K", (B, H // 4, M, E), "f32"): loose,
+             ex.load("V", (B, H // 4, M, F), "f32"): ex.load("V", (B, ex.const(0), M, F), "f32")}  # fmt: skip
+    einsums = tuple(Einsum(e.out, ex.substitute(e.body, table), e.op, e.over) for e in p.cascade.einsums)
+    c = verify(Cascade("shared", p.cascade.ranks, p.cascade.tensors, einsums, ("O",)))
+    made = kernel(c)
+    assert [made.streaming.extent[r] for r in made.streaming.rows] == [4]
+    close(run(made, p.inputs(), p.sizes), c, p.inputs(), p.sizes)
+
+
+def test_two_products_and_a_flattened_sum() -> None:
+    """Scores from a latent and a position part, as absorbed latents have them; the position part sums over two ranks."""
+    r, t = ex.index("r"), ex.index("t")
+    n, m = 33, 40
+    qr, kr = ex.load("QR", (B, H, P, r, t), "f32"), ex.load("KR", (B, M, r, t), "f32")
+    base = attention(lambda s: s, strategies.ROWS["softmax"], p=n, m=m)
+    qk = ex.load("QK", (B, H, P, M), "f32")
+    extra = Einsum(Access("QP", (B, H, P, M)), qr * kr * 0.5, "add", ("r", "t"))
+    table = {qk: qk + ex.load("QP", (B, H, P, M), "f32")}
+    einsums = [extra, *(Einsum(e.out, ex.substitute(e.body, table), e.op, e.over) for e in base.cascade.einsums)]
+    c = verify(Cascade(
+        "latent", (*base.cascade.ranks, Rank("r", 2), Rank("t", 12)),
+        (*base.cascade.tensors, Shape("QR", (1, 2, strategies.QUERIES, 2, 12)), Shape("KR", (1, strategies.KEYS, 2, 12)),
+         Shape("QP", base.cascade.tensor["QK"].shape)),
+        tuple(einsums), ("O",),
+    ))  # fmt: skip
+    g = torch.Generator().manual_seed(1)
+    tensors = {**base.inputs(), "QR": torch.randn(1, 2, n, 2, 12, generator=g), "KR": torch.randn(1, m, 2, 12, generator=g)}
+    assert len(kernel(c).streaming.products) == 2
+    check(c, tensors, base.sizes)
+
+
+def test_an_operand_that_is_computed() -> None:
+    """A rotation in the query, a scale in the keys and values held as integers."""
+    angle, half = ex.cast(P, "f32") * 0.1, (E + 8) % 16
+    q, turned = ex.load("Q", (B, H, P, E), "f32"), ex.load("Q", (B, H, P, half), "f32")
+    rotated = q * ex.unary("cos", angle) + ex.where(E < 8, -turned, turned) * ex.unary("sin", angle)
+    values = ex.cast(ex.load("V", (B, H, M, F), "i8"), "f32") * ex.load("scale", (M,), "f32")
+    base = attention(lambda s: s, strategies.ROWS["softmax"])
+    table = {q: rotated, ex.load("V", (B, H, M, F), "f32"): values}
+    einsums = tuple(Einsum(e.out, ex.substitute(e.body, table), e.op, e.over) for e in base.cascade.einsums)
+    shapes = [t if t.name != "V" else Shape("V", t.shape, "i8") for t in base.cascade.tensors]
+    c = verify(Cascade("computed", base.cascade.ranks, (*shapes, Shape("scale", (strategies.QUERIES,))), einsums, ("O",)))
+    g = torch.Generator().manual_seed(2)
+    tensors = {**base.inputs(), "V": torch.randint(-9, 9, (1, 2, 33, 16), generator=g, dtype=torch.int8),
+               "scale": torch.rand(33, generator=g)}  # fmt: skip
+    check(c, tensors, base.sizes)
+
+
+def test_other_batch_ranks() -> None:
+    """One batch rank, and three with the output in another order."""
+    x, y, z = (ex.index(r) for r in "xyz")
+    n = 20
+    for batch, order in (((x,), (x, P, F)), ((x, y, z), (x, P, y, F, z))):
+        sizes = {"x": 2, "y": 3, "z": 2, "p": n, "m": n, "e": 16, "f": 16}
+
+        def shape(at: tuple[ex.Expr, ...], sizes: Mapping[str, int] = sizes) -> tuple[int, ...]:
+            return tuple(sizes[str(i.attr)] for i in at)
+
+        q, k, v, qk, row, a = (*batch, P, E), (*batch, M, E), (*batch, M, F), (*batch, P, M), (*batch, P), (*batch, P, M)
+        s = ex.load("QK", qk, "f32")
+        top, total = ex.load("GM", row, "f32"), ex.load("SD", row, "f32")
+        einsums = (
+            Einsum(Access("QK", qk), ex.load("Q", q, "f32") * ex.load("K", k, "f32"), "add", ("e",)),
+            Einsum(Access("GM", row), s, "max", ("m",)),
+            Einsum(Access("SD", row), ex.exp(s - top), "add", ("m",)),
+            Einsum(Access("A", a), ex.exp(s - top) / total),
+            Einsum(Access("O", order), ex.load("A", a, "f32") * ex.load("V", v, "f32"), "add", ("m",)),
+        )
+        tensors = [Shape(t, shape(at)) for t, at in
+                   (("Q", q), ("K", k), ("V", v), ("QK", qk), ("GM", row), ("SD", row), ("A", a), ("O", order))]  # fmt: skip
+        used = {str(i.attr) for at in (q, k, v, order) for i in at}
+        c = verify(Cascade("batch", tuple(Rank(r, sizes[r]) for r in sizes if r in used), tuple(tensors), einsums, ("O",)))
+        g = torch.Generator().manual_seed(3)
+        check(c, {t: torch.randn(shape(at), generator=g) for t, at in (("Q", q), ("K", k), ("V", v))}, {})
+
+
+# --- anything -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=PROGRAMS, deadline=None)
+@given(programs())
+def test_drawn_programs(p: Program) -> None:
+    made = kernel(p.cascade)
+    tensors = p.inputs()
+    close(run(made, tensors, p.sizes), p.cascade, tensors, p.sizes, most=3.0)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_wrong_inputs_are_named() -> None:
+    p = attention(lambda s: s, strategies.ROWS["softmax"])
+    made, tensors = kernel(p.cascade), p.inputs()
+    with pytest.raises(ValueError, match="needs K; given Q, V"):
+        made.run({n: tensors[n] for n in "QV"}, p.sizes)
+    with pytest.raises(ValueError, match=r"K is torch\.float16; the kernel was built for f32"):
+        made.run({**tensors, "K": tensors["K"].half()}, p.sizes)
+    with pytest.raises(ValueError, match="K has 40 elements"):
+        made.run({**tensors, "K": torch.randn(1, 2, 40, 16)}, p.sizes)
+
+
