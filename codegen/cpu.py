@@ -18,7 +18,7 @@ from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.masks import classify
 from ..patterns.recognise import Refusal
-from . import cache, cpu_sdpa
+from . import cache, cpu_product, cpu_sdpa
 from .cpu_form import NAME, form, softmax
 from .print_torch import PrintError
 from .program import loose
@@ -79,10 +79,13 @@ def build(c: Cascade, mapping: Tiling) -> Kernel | Refusal:
     if isinstance(f, Refusal):
         return f
     try:
-        s = softmax(f)
-        if isinstance(s, str):
-            return Refusal(f"{NAME} sdpa", s)
-        source = cpu_sdpa.text(f, s, mapping, version())
+        if mapping.body == "product":
+            source = cpu_product.text(f, mapping, version())
+        else:
+            s = softmax(f)
+            if isinstance(s, str):
+                return Refusal(f"{NAME} sdpa", s)
+            source = cpu_sdpa.text(f, s, mapping, version())
     except PrintError as no:
         return Refusal(f"{NAME} {mapping.body}", str(no))
     return Kernel(source, tuple(t.name for t in c.inputs), loose(c), cache.load(source).attention)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, size_term
 from ..patterns.expr import TRUE, Expr
-from ..patterns.masks import Mask, conjuncts, split, witnesses
+from ..patterns.masks import Mask, conjuncts, simplify_under, split, witnesses
 from ..patterns.recognise import Attention, Miss, Refusal, attention
 from ..patterns.rowstate import RowState, derive
 from . import skip
@@ -64,23 +64,15 @@ def form(c: Cascade) -> Form | Refusal:
     values = plain(a.values)
     if a.query in values.ranks:
         return Refusal(NAME, f"the values vary over the query {a.query}: no product of weights and values")
-    mask = fills(a, state)
-    rule = skip.rule(state, a.score, mask) if mask.fills != (0.0,) else "always"
+    mask = split(a.score, a.key)
+    rule = skip.rule(state, a.score, mask, a.key)
+    if mask.keep is TRUE and (keep := skip.predicate(state, a.score, a.key)) is not TRUE:
+        # a mask outside the score, or one whose fill adds nothing to the row rule
+        mask, rule = Mask(keep, simplify_under(a.score, {keep: True}), ()), "always"
     at = heads(a, [*(p.far for p in products), values])
     wide = any(t.dtype == "f64" for t in (*a.cascade.inputs, a.cascade.tensor[a.cascade.outputs[0]]))
     proof = () if rule != "guarded" else rows_keep_a_key(a, mask.keep)
     return Form(a, state, tuple(products), values, at, mask, rule, proof, "f64" if wide else "f32")
-
-
-def fills(a: Attention, state: RowState) -> Mask:
-    """The score's mask; a choice of 0 is one as well where a score of 0 changes nothing (a row rule of squares)."""
-    mask = split(a.score, a.key)
-    e = plain(a.score)
-    if mask.keep is TRUE and e.op == "where" and a.key in e.args[0].ranks and skip.vanishes(state, a.score, 0.0, 0.0):
-        for chosen, other, keep in ((e.args[1], e.args[2], e.args[0]), (e.args[2], e.args[1], ~e.args[0])):
-            if plain(other).is_const and plain(other).value == 0:
-                return Mask(keep, ex.cast(chosen, a.score.dtype), (0.0,))
-    return mask
 
 
 def rows_keep_a_key(a: Attention, keep: Expr) -> tuple[Expr, ...]:

@@ -18,12 +18,15 @@ from .print_torch import Body, identifier
 from .tile_terms import Corners, Table
 
 
-def planned(p: Printer, always: bool) -> Function:
-    """The function; its answer is cached where no run-time data decides. `always`: full tiles get something added, too."""
+def planned(p: Printer, always: bool, triangles: bool) -> Function:
+    """The function; its answer is cached where no run-time data decides.
+
+    `always`: full tiles get something added, too. `triangles`: a causal triangle may be one tile.
+    """
     f, a, n = p.f, p.f.attention, p.names
     corners = Corners.of(a.query, a.key)
     every, some = corners.predicate(f.mask.keep)
-    rest = without_causal(p, always)
+    rest = without_causal(p) if triangles and not always else None
     free = corners.predicate(rest)[0] if rest is not None else None
     tables = _Tables(p)
     reading = [line for t in corners.tables.values() for line in tables.read(t, a.query)]
@@ -46,13 +49,13 @@ def planned(p: Printer, always: bool) -> Function:
     return _function(p, [*coordinates, *lines])
 
 
-def without_causal(p: Printer, always: bool) -> Expr | None:
+def without_causal(p: Printer) -> Expr | None:
     """The mask without its condition `key ≤ query`, or None where it has no such condition."""
     a = p.f.attention
     after = affine(ex.index(a.key) - ex.index(a.query))
     parts = conjuncts(p.f.mask.keep)
     kept = tuple(e for e in parts if not _says_at_most_zero(e, after))
-    return conjunction(kept) if len(kept) < len(parts) and not always else None
+    return conjunction(kept) if len(kept) < len(parts) else None
 
 
 def _says_at_most_zero(e: Expr, form: Affine) -> bool:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,13 @@ from .operands import Names, joined, operand
 from .print_torch import TYPES, Body, Scope, identifier
 from .program import bindings, loose
 
+FEW = "# Calls with fewer scores a head see every key: to find out which to skip would cost more.\nFEW = 4096"
 LICENCE = "This file may be used, changed and licensed freely by whoever had it printed; it needs nothing but torch."
 # Names that the printed text uses for itself.
 RESERVED = (
     "q", "k", "v", "z", "z0", "z1", "out", "rows", "plan", "near", "some", "every", "alive", "added", "finish", "score",
     "full", "step", "bias", "kept", "part", "keys", "queries", "o", "lse", "p0", "p1", "m0", "m1", "TILE_P", "TILE_M",
-    "pn", "mn", "row", "SCALE", "Tensor", "sdpa", "stream", "attention", "inf", "nan",
+    "FEW", "y0", "y1", "pn", "mn", "i", "j", "row", "SCALE", "Tensor", "sdpa", "stream", "attention", "inf", "nan",
 )  # fmt: skip
 
 
@@ -53,9 +53,9 @@ def _parts(module: ModuleType) -> Mapping[str, tuple[str, frozenset[str]]]:
     return out
 
 
-def skeleton(module: ModuleType, wanted: Iterable[str]) -> list[str]:
-    """The text of the named definitions and of all that they use, in the skeleton's order."""
-    parts = _parts(module)
+def skeleton(modules: Sequence[ModuleType], wanted: Iterable[str]) -> list[str]:
+    """The text of the named definitions and of all that they use, in the skeletons' order."""
+    parts = {name: part for m in modules for name, part in _parts(m).items()}
     taken: set[str] = set()
     todo = [w for w in wanted if w in parts]
     while todo:
@@ -133,14 +133,16 @@ class Printer:
         )  # fmt: skip
 
     def function(
-        self, name: str, doc: str, results: Sequence[tuple[str, Expr]], first: Sequence[str] = (),
-        scope: Scope | None = None, named: Mapping[Expr, str] | None = None,
+        self, name: str, doc: str, results: Sequence[Expr], first: Sequence[str] = (),
+        named: Mapping[Expr, str] | None = None,
     ) -> Function:  # fmt: skip
         """Print a function that answers the terms; `first` are its first parameters, the rest is what it uses."""
-        scope = scope or self.scope(named or {})
-        body = Body(scope, [e for _, e in results])
-        texts = [body.real(e) if e.is_float else body.term(e) for _, e in results]
-        lines = [*body.lines, f"    return {', '.join(texts)}"]
+        body = Body(self.scope(named or {}), results)
+        texts = [body.real(e) if e.is_float else body.term(e) for e in results]
+        return self.define(name, doc, [*body.lines, f"    return {', '.join(texts)}"], first, body.scope)
+
+    def define(self, name: str, doc: str, lines: Sequence[str], first: Sequence[str], scope: Scope) -> Function:
+        """A function of printed lines; its parameters are `first` and the names of the scope that the lines use."""
         code = "\n".join(lines)
         own = used_names(textwrap.dedent(code))
         known = list(dict.fromkeys([*scope.names.values(), *scope.tensors.values()]))
@@ -161,6 +163,44 @@ def operands(p: Printer, rank: str, e: Expr, over: Sequence[str]) -> tuple[str, 
     return joined(text, f.heads.lead, e.ranks, p.names), share
 
 
+def shared_alike(p: Printer, k: tuple[str, int], v: tuple[str, int]) -> tuple[str, str]:
+    """Keys and values, brought to one element a head where the heads share them differently."""
+    if k[1] == v[1]:
+        return k[0], v[0]
+    heads = p.names.rank(p.f.heads.head)
+
+    def spread(text: str, share: int) -> str:
+        if share == 0:
+            return f"{text}.expand(-1, {heads}, -1, -1)"
+        return text if share == 1 else f"{text}.repeat_interleave({share}, 1)"
+
+    return spread(*k), spread(*v)
+
+
+def near_names(near: Sequence[Expr]) -> list[tuple[str, str]]:
+    """For each part that varies with key minus query alone: what its tile is called, and its function."""
+    if len(near) == 1:
+        return [("near", "relative")]
+    return [(f"near_{i}", f"relative_{i}") for i in range(len(near))]
+
+
+def relatives(p: Printer, near: Sequence[Expr]) -> list[Function]:
+    a = p.f.attention
+    doc = f"What varies with {p.ranks[a.key]} - {p.ranks[a.query]} alone."
+    return [p.function(made, doc, [part]) for part, (_, made) in zip(near, near_names(near))]
+
+
+def make_near(p: Printer, made: Sequence[tuple[str, Function]], batch: Mapping[str, str]) -> list[str]:
+    """Lines that compute those parts once for a plan."""
+    a = p.f.attention
+    query, key = p.ranks[a.query], p.ranks[a.key]
+    lines = []
+    for name, f in made:
+        make = f.name if f.params == (query, key) else f"lambda i, j: {f.call({**batch, query: 'i', key: 'j'})}"
+        lines.append(f"{name} = Near(plan, {make})")
+    return lines
+
+
 def einsum(p: Printer, e: Einsum) -> str:
     """A contraction that is computed beforehand, whole, over all its coordinates."""
     order = [*(str(i.attr) for i in e.out.index), *e.over]
@@ -176,11 +216,68 @@ def einsum(p: Printer, e: Einsum) -> str:
     return f"({text}).expand({shape}).{pick}({dims})"
 
 
+def imports(code: str) -> str:
+    """The import lines that a text needs."""
+    used = used_names(code)
+    lines = ["from __future__ import annotations", ""]
+    if "math" in used:
+        lines.append("import math")
+    collections = [n for n in ("Callable", "Iterator", "Sequence") if n in used]
+    if collections:
+        lines.append(f"from collections.abc import {', '.join(collections)}")
+    if "lru_cache" in used:
+        lines.append("from functools import lru_cache")
+    if "NamedTuple" in used:
+        lines.append("from typing import NamedTuple")
+    if lines[-1]:
+        lines.append("")
+    lines.append("import torch")
+    if "Tensor" in used:
+        lines.append("from torch import Tensor")
+    if used & {"inf", "nan"}:
+        lines += ["", 'inf, nan = float("inf"), float("nan")']
+    return "\n".join(lines)
+
+
+def file(
+    p: Printer, m: Tiling, printed: Sequence[str], modules: Sequence[ModuleType], constants: Sequence[str], body: str,
+    version: str,
+) -> str:  # fmt: skip
+    """The whole file: what it computes, what varies, the loops, and `attention`."""
+    text = "\n\n\n".join(printed)
+    loops = skeleton(modules, used_names(text))
+    decision = [
+        f"Tiles of {m.tile_p} queries and {m.tile_m} keys; {body}.",
+        {"always": "Tiles without a kept key are skipped.", "never": "Every query sees every key.",
+         "guarded": "Tiles without a kept key are skipped where all rows of a tile keep some key."}[p.f.rule],
+    ]  # fmt: skip
+    numbers = [f"TILE_P, TILE_M = {m.tile_p}, {m.tile_m}", *constants]
+    if "FEW" in used_names(text):
+        numbers.append(FEW)
+    parts = [
+        header(p.f, decision, version), imports("\n".join([text, *loops])), "\n".join(numbers), *loops, text,
+    ]  # fmt: skip
+    return "\n\n\n".join(parts) + "\n"
+
+
 def header(f: Form, decision: Sequence[str], version: str) -> str:
     """The file's docstring: what it computes, in the papers' notation, and how that was decided."""
     lines = [f"Attention on the CPU, printed by reattend {version}.", "", LICENCE, "", *show(f.cascade).splitlines(), ""]
     body = "\n".join([*lines, *decision])
     return f'"""{body}\n"""'
+
+
+def indented(lines: Iterable[str]) -> list[str]:
+    return [f"    {x}" if x else "" for x in lines]
+
+
+def entry(p: Printer, lines: Sequence[str], setup: Sequence[str] = ()) -> str:
+    """The text of `attention`: sizes, what is computed beforehand, coordinates, the output's memory, then `lines`."""
+    names = p.names
+    before = [f"{names.tensors[e.out.tensor]} = {einsum(p, e)}" for e in p.f.attention.prelude]
+    body = [*sizes(p), *before, *setup, *coordinates(p, "\n".join(lines)), *allocation(p), *lines, "return out"]
+    head = f'def attention({signature(p)}):\n    """The output {p.f.cascade.outputs[0]}."""\n'
+    return head + "\n".join(indented(body))
 
 
 def sizes(p: Printer) -> list[str]:
@@ -198,10 +295,8 @@ def signature(p: Printer) -> str:
 def coordinates(p: Printer, text: str) -> list[str]:
     """Lines that make the coordinates that a text uses: sliced along batch, query and key, else whole."""
     a, at = p.f.attention, p.f.heads
-    sliced = [r for r in (*at.lead, a.query, a.key) if re.search(rf"\b{p.ranks[r]}\[", text)]
     used = used_names(text)
-    plain = [r for r in (at.head, a.value) if r and p.ranks[r] in used]
-    return [f"{p.ranks[r]} = {p.coordinate(r)}" for r in (*sliced, *plain)]
+    return [f"{p.ranks[r]} = {p.coordinate(r)}" for r in (*at.order, a.query, a.key, a.value) if p.ranks[r] in used]
 
 
 def allocation(p: Printer) -> list[str]:
@@ -223,7 +318,3 @@ def allocation(p: Printer) -> list[str]:
     if declared != memory:
         lines.append(f"out = out.permute({', '.join(str(memory.index(r)) for r in declared)})")
     return lines
-
-
-def tiling(m: Tiling) -> str:
-    return f"TILE_P, TILE_M = {m.tile_p}, {m.tile_m}"

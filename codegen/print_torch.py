@@ -158,6 +158,11 @@ class Body:
         self.memo[e] = (name, ATOM)
         return name
 
+    def named(self, e: Expr) -> str:
+        """Text of a term in the type of floats that can be called or multiplied: a name, or in parentheses."""
+        text = self._real(e)
+        return text[0] if text[1] >= 8 else f"({text[0]})"
+
     def bind(self, e: Expr, name: str) -> None:
         self.memo[e] = (name, ATOM)
         self.taken.add(name)

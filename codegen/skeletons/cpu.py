@@ -48,7 +48,11 @@ def axis(n: int, after: int) -> Tensor:
 
 def choose(keep: Tensor, yes: float, no: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """`yes` where `keep` holds, else `no`."""
-    return torch.full(keep.shape, no, dtype=dtype, device=keep.device).masked_fill_(keep, yes)
+    if yes != 0 or keep.numel() < 4096:
+        return torch.full(keep.shape, no, dtype=dtype, device=keep.device).masked_fill_(keep, yes)
+    # (keep - 1) · -no: arithmetic is several times faster than a choice; -inf is what -1 · largest · 2 overflows to
+    out = keep.to(dtype).sub_(1)
+    return out.mul_(torch.finfo(dtype).max).mul_(2) if no == -torch.inf else out.mul_(-no)
 
 
 def tile(t: Tensor, *at: int | Tensor) -> Tensor:
@@ -214,17 +218,47 @@ class Near:
 
 
 def four(t: Tensor, rows: int, keys: int) -> Tensor:
-    """What is added to the scores, with SDPA's four dimensions: an element for every row and key."""
+    """What is added to the scores as SDPA takes it: an element for every row and key, in two or four dimensions."""
+    if t.dim() == 2 and t.shape[0] == rows and t.shape[1] == keys:
+        return t
     t = t[(None,) * (4 - t.dim())]
     return t if t.shape[3] == keys else t.expand(-1, -1, rows, keys).contiguous()
 
 
 def level(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The operands as torch's kernel takes them: rows without gaps, keys and values equally wide."""
+    if q.shape[3] == v.shape[3] and q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        return q, k, v
     wide = max(q.shape[3], v.shape[3])
     q, k, v = (t if t.shape[3] == wide else torch.nn.functional.pad(t, (0, wide - t.shape[3])) for t in (q, k, v))
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     return q, k, v
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, empty: float | None, width: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """torch's CPU flash kernel: output and log-sum-exp of every row. For rows without a key it gives 0 and 0."""
+    if k.shape[2] == 0:
+        shape = q.shape[:3]
+        return q.new_full((*shape, width), empty or 0.0), q.new_full(shape, -torch.inf, dtype=torch.float32)
+    o, lse = torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
+    if mask is not None and empty is not None:
+        dead = (mask == -torch.inf).all(-1, keepdim=True)
+        o.masked_fill_(dead, empty)
+        lse.masked_fill_(dead.squeeze(-1), -torch.inf)
+    return o if width == o.shape[3] else o[..., :width], lse
+
+
+def once(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, added: Tensor | None = None, empty: float | None = None,
+    finish: Callable[[Tensor, Tensor, int, int, int, int], Tensor] | None = None,
+) -> None:  # fmt: skip
+    """One SDPA in which every query sees every key: `sdpa` for calls too small for tiles."""
+    q, k, v = level(q, k, v)
+    mask = four(added, q.shape[2], k.shape[2]) if added is not None else None
+    o, lse = attend(q, k, v, mask, False, scale, empty, out.shape[3])
+    out.copy_(o if finish is None else finish(o, lse, 0, q.shape[0], 0, q.shape[2]))
 
 
 def sdpa(
@@ -281,19 +315,3 @@ def folded(
             else:
                 o, lse = o.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
                 out[z, :, a:stop] = finish(o[None], lse[None], z, z + 1, a, stop)[0]
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, empty: float | None, width: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """torch's CPU flash kernel: output and log-sum-exp of every row. For rows without a key it gives 0 and 0."""
-    if k.shape[2] == 0:
-        shape = q.shape[:3]
-        return q.new_full((*shape, width), empty or 0.0), q.new_full(shape, -torch.inf, dtype=torch.float32)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    o, lse = flash(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
-    if mask is not None and empty is not None:
-        dead = (mask == -torch.inf).all(3, keepdim=True)
-        o.masked_fill_(dead, empty)
-        lse.masked_fill_(dead.squeeze(3), -torch.inf)
-    return o if width == o.shape[3] else o[..., :width], lse
