@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import sympy
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from reattend.patterns import expr as ex
 from reattend.patterns import papers
 from reattend.patterns.cascade import parse, to_text, verify
+from reattend.patterns.constant import number
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.laws import additive, multiplicative
 from reattend.patterns.recognise import Attention, Miss, attention
@@ -154,24 +156,32 @@ def test_corrections_never_exceed_one() -> None:
     assert whole.isfinite().all()
 
 
-def test_merge_of_two_states_by_the_documented_rule() -> None:
-    """States over disjoint keys: sums scaled by the correction with `old:` from each side, maxima by their operator."""
-    _, _, state = derived(papers.softmax, rules.causal)
+@pytest.mark.parametrize("empty", [slice(0, 0), slice(0, 20), slice(20, 40), slice(0, 40)], ids=str)
+def test_merge_of_two_states_by_the_documented_rule(empty: slice) -> None:
+    """States over disjoint keys, one of them or both without a key: by the terms of the state alone."""
+    _, view, state = derived(papers.softmax, rules.causal)
     g = torch.Generator().manual_seed(1)
-    s, v = torch.randn(40, generator=g).double(), torch.randn(40, generator=g).double()
-    s[:20] = -torch.inf
+    s, v = torch.randn(40, generator=g).double().numpy(), torch.randn(40, generator=g).double().numpy()
+    s[empty] = -np.inf
+    top, total = state.carried
 
-    def part(x: Any, y: Any) -> Any:
-        m = x.max()
-        d = torch.where(m == -torch.inf, 0.0, m)
-        return m, (x - d).exp().sum(), ((x - d).exp() * y).sum()
+    def part(keys: slice) -> dict[str, Any]:
+        known = {view.score: s[keys]}
+        out: dict[str, Any] = {"GM": s[keys].max()}
+        out["SD"] = number(total.lift, out, known).sum()
+        out["O"] = (number(state.weight, out, known) * v[keys]).sum()
+        return out
 
-    a, b = part(s[:20], v[:20]), part(s[20:], v[20:])
-    new = torch.maximum(a[0], b[0])
-    factor = [torch.exp(old - torch.where(new == -torch.inf, 0.0, new)) for old in (a[0], b[0])]
-    merged = (a[2] * factor[0] + b[2] * factor[1]) / (a[1] * factor[0] + b[1] * factor[1])
-    assert torch.allclose(merged, (s.softmax(0) * v).sum())
-    assert str(state.correction).startswith("exp(old:GM")
+    left, right = part(slice(0, 20)), part(slice(20, 40))
+    merged = {"GM": max(left["GM"], right["GM"])}
+    assert top.correction is None
+    for name, correction in (("SD", total.correction), ("O", state.correction)):
+        assert correction is not None
+        factors = [number(correction, {"GM": merged["GM"], "old:GM": side["GM"]}) for side in (left, right)]
+        merged[name] = left[name] * factors[0] + right[name] * factors[1]
+    want = (torch.tensor(s).softmax(0) * torch.tensor(v)).sum()
+    got = torch.tensor(float(number(state.finish, merged)), dtype=torch.float64)
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def test_stream_is_canonical_and_verified() -> None:
