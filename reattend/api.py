@@ -107,7 +107,11 @@ def plan(
 
 
 def verify(
-    model: nn.Module, args: tuple[Any, ...] | Tensor = (), kwargs: Mapping[str, Any] | None = None, *, plan: Plan | None = None
+    model: nn.Module,
+    args: tuple[Any, ...] | Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    plan: Plan | None = None,
 ) -> Verification:
     """Compare an optimised model with float64: each attention on its own inputs, and the whole output.
 
@@ -157,7 +161,9 @@ def _device_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     types = [t.device.type for t in (*model.parameters(), *tensors)]
     known = [t for t in types if t != "meta"]
     if types and not known:
-        raise UsageError("the model is on the meta device: name a target, such as target='h200'; reattend.targets() lists them")
+        raise UsageError(
+            "the model is on the meta device: name a target, such as target='h200'; reattend.targets() lists them"
+        )
     return choose.running_device(known[0] if known else "cpu")
 
 

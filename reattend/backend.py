@@ -40,7 +40,10 @@ def _inductor(rest: str | None) -> bool:
         return False
     missing = _missing_compiler()
     if missing and rest is None:
-        warnings.warn(f"reattend: {missing}: the rest of the model runs eagerly (options={{'rest': 'eager'}} says so)", stacklevel=3)
+        warnings.warn(
+            f"reattend: {missing}: the rest of the model runs eagerly (options={{'rest': 'eager'}} says so)",
+            stacklevel=3,
+        )
     elif missing:
         raise ValueError(f"backend reattend: {missing}: install one, or use options={{'rest': 'eager'}}")
     return not missing

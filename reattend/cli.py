@@ -49,12 +49,20 @@ def tokens(value: str | int) -> int:
     return int(digits) * factor
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="config.json, package.module:factory, or .pt2", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="config.json, package.module:factory, or .pt2", show_default=False)
+]
 SiteName = Annotated[
     str | None,
-    typer.Argument(metavar="[SITE]", help="module path or number of an attention; without it: each distinct one", show_default=False),
+    typer.Argument(
+        metavar="[SITE]",
+        help="module path or number of an attention; without it: each distinct one",
+        show_default=False,
+    ),
 ]
-Target = Annotated[str | None, typer.Option(help="device to plan for: see `reattend targets`; default: this machine's CPU")]
+Target = Annotated[
+    str | None, typer.Option(help="device to plan for: see `reattend targets`; default: this machine's CPU")
+]
 Seq = Annotated[int | None, typer.Option(parser=tokens, metavar="TOKENS", help="query tokens: 4096, 4k, 128k")]
 Batch = Annotated[int, typer.Option(help="sequences in the batch")]
 Dtype = Annotated[str | None, typer.Option(help="f32, bf16, f16; default: the config's own")]
@@ -225,7 +233,9 @@ def _source(site: Site, candidate: str) -> str:
     if not found.feasible and wanted != "original":
         raise UsageError(f"{wanted} cannot compute {site.name or site.where}: {found.why}")
     if wanted == "original":
-        raise UsageError(f"{site.name or site.where} keeps the original code ({found.why}): name another with --candidate")
+        raise UsageError(
+            f"{site.name or site.where} keeps the original code ({found.why}): name another with --candidate"
+        )
     return str(found.source())
 
 

@@ -44,9 +44,9 @@ def regions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Mapping[str, Region]]
             device, dtype, enabled, *_ = n.args
             before = state.get(str(device), Region(False, torch.float32))
             saved[n] = (str(device), before)
-            state = {**state, str(device): Region(bool(enabled), dtype or before.dtype)}  # type: ignore[arg-type]
+            state = {**state, str(device): Region(bool(enabled), dtype or before.dtype)}
         elif n.op == "call_function" and n.target is _EXIT:
-            device, before = saved[n.args[0]]  # type: ignore[index]
+            device, before = saved[n.args[0]]
             state = {**state, device: before}
         yield n, state
 
@@ -98,11 +98,11 @@ def _dtype(n: fx.Node) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the type that each watched tensor is converted to."""
 
     def __init__(self, watched: list[object]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.watched = watched
         self.casts: list[torch.dtype | None] = [None] * len(watched)
 
@@ -116,9 +116,7 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _observe(
-    n: fx.Node, device: str, region: Region
-) -> tuple[tuple[torch.dtype | None, ...], torch.dtype | None]:
+def _observe(n: fx.Node, device: str, region: Region) -> tuple[tuple[torch.dtype | None, ...], torch.dtype | None]:
     """The casts of the operands, and the `dtype` argument where autocast sets that instead (softmax on CUDA)."""
     sources = n.all_input_nodes
     values = [i.meta.get("val") for i in sources]
@@ -151,7 +149,7 @@ class _no_autocast:
     def __enter__(self) -> None:
         self.inner = [torch.autocast(d, enabled=False) for d in _DEVICES if torch.amp.is_autocast_available(d)]
         for c in self.inner:
-            c.__enter__()
+            c.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: object) -> None:
         for c in reversed(self.inner):

@@ -62,8 +62,8 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], prefix: str = "") 
     def fake(x: object) -> object:
         if not isinstance(x, Tensor):
             return x
-        known = context.tensor_to_context.get(x)
-        source = known.tensor_source if known is not None else None  # type: ignore[attr-defined]
+        known = context.tensor_to_context.get(x)  # type: ignore[no-untyped-call]
+        source = known.tensor_source if known is not None else None
         return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
 
     held = {n: _attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
@@ -120,7 +120,11 @@ class _Run(fx.Interpreter):
             # Tracing records the region but does not enter it; the types of the values depend on it.
             device, dtype, enabled, *_ = n.args
             token = super().run_node(n)
-            self.regions[n] = (str(device), torch.is_autocast_enabled(str(device)), torch.get_autocast_dtype(str(device)))
+            self.regions[n] = (
+                str(device),
+                torch.is_autocast_enabled(str(device)),
+                torch.get_autocast_dtype(str(device)),
+            )
             _set_autocast(str(device), bool(enabled), dtype)  # type: ignore[arg-type]
             return token
         if n.target is EXIT_AUTOCAST:
@@ -143,10 +147,12 @@ def _set_autocast(device: str, enabled: bool, dtype: torch.dtype | None) -> None
 def _recompute_all() -> Any:
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
+    return create_selective_checkpoint_contexts(  # type: ignore[no-untyped-call]
+        lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
-def checkpointed(body: fx.GraphModule, *args: object, **options: object) -> object:
+def checkpointed(body: fx.GraphModule, *args: object, **options: Any) -> object:
     """Run a checkpointed region eagerly; random state is kept, so that dropout repeats itself when recomputed."""
     from torch.utils.checkpoint import checkpoint
 
@@ -196,8 +202,8 @@ def from_export(
     """One whole graph of a model on real, meta or fake tensors. Nothing is computed. Raises CaptureError.
 
     The graph takes every tensor of the arguments, in order (tensors inside caches and other objects too), and answers every
-    tensor of the result (itself where it is one tensor); parameters, buffers and constants are its attributes. With `dynamic`, every input size that the
-    model does not fix is symbolic.
+    tensor of the result (itself where it is one tensor); parameters, buffers and constants are its attributes. With
+    `dynamic`, every input size that the model does not fix is symbolic.
     """
     start = time.perf_counter()
     inputs, given = held_tensors((args, dict(kwargs or {})))
@@ -317,40 +323,40 @@ def inline_regions(gm: fx.GraphModule) -> None:
     """Put the bodies of grad-mode and autocast regions back in line.
 
     before   y = wrap_with_set_grad_enabled(False, body, x)
-    after    y = ops of body on x (each node keeps its own values and traces)
+    after    set_grad_enabled(False); y = ops of body on x; set_grad_enabled(True)
     """
     hops = torch.ops.higher_order
-    regions = {hops.wrap_with_set_grad_enabled: 1, hops.wrap_with_autocast: 4}
+    leading = {hops.wrap_with_set_grad_enabled: 1, hops.wrap_with_autocast: 4}
     for node in list(gm.graph.nodes):
-        skip = regions.get(node.target) if node.op == "call_function" else None
-        if skip is None:
-            continue
-        body = getattr(gm, str(node.args[skip].target))
-        inline_regions(body)
-        values: dict[fx.Node, Any] = dict(
-            zip((n for n in body.graph.nodes if n.op == "placeholder"), node.args[skip + 1 :])
-        )
-        for inner in body.graph.nodes:
-            if inner.op == "get_attr":
-                name = f"{node.name}_{inner.target}".replace(".", "_")
-                setattr(gm, name, _attribute(body, str(inner.target)))
-        with gm.graph.inserting_before(node):
-            leave = _enter(gm.graph, node)
-            for inner in body.graph.nodes:
-                if inner.op in ("placeholder", "output"):
-                    continue
-                new = gm.graph.node_copy(inner, lambda n: values[n])
-                if inner.op == "get_attr":
-                    new.target = f"{node.name}_{inner.target}".replace(".", "_")
-                values[inner] = new
-            leave()
-        (out,) = next(n for n in body.graph.nodes if n.op == "output").args
-        results = [values[n] for n in (out if isinstance(out, (list, tuple)) else [out])]
-        for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])
-            gm.graph.erase_node(user)
-        gm.graph.erase_node(node)
+        if node.op == "call_function" and node.target in leading:
+            _inline(gm, node, leading[node.target])
     gm.recompile()
+
+
+def _inline(gm: fx.GraphModule, region: fx.Node, leading: int) -> None:
+    """`leading` arguments of the region come before its body."""
+    name = str(region.args[leading].target)  # type: ignore[union-attr]
+    body = _attribute(gm, name)
+    assert isinstance(body, fx.GraphModule)
+    inline_regions(body)
+    inputs = (n for n in body.graph.nodes if n.op == "placeholder")
+    values: dict[fx.Node, Any] = dict(zip(inputs, region.args[leading + 1 :]))
+    with gm.graph.inserting_before(region):
+        leave = _enter(gm.graph, region)
+        for inner in body.graph.nodes:
+            if inner.op in ("placeholder", "output"):
+                continue
+            values[inner] = gm.graph.node_copy(inner, values.__getitem__)
+            if inner.op == "get_attr":
+                values[inner].target = f"{name}_{inner.target}".replace(".", "_")
+                setattr(gm, values[inner].target, _attribute(body, str(inner.target)))
+        leave()
+    (out,) = next(n for n in body.graph.nodes if n.op == "output").args
+    results = [values[n] for n in (out if isinstance(out, (list, tuple)) else [out])]
+    for user in list(region.users):
+        user.replace_all_uses_with(results[int(user.args[1])])  # type: ignore[arg-type]
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(region)
 
 
 def _enter(graph: fx.Graph, region: fx.Node) -> Callable[[], fx.Node]:

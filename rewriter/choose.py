@@ -24,7 +24,7 @@ from ..cost_model.device import Device, targets, with_threads
 from ..cost_model.device import device as device_named
 from ..cost_model.passes import key_passes
 from ..cost_model.plan import ORIGINAL, Candidate, MaskView, Miss, Plan, Site, SiteShape, TileCounts, ranked
-from ..cost_model.predict import best_mapping, predict_original, predict_vendor, tiles_of
+from ..cost_model.predict import best_mapping, predict, predict_original, tiles_of
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, show
 from ..patterns.evaluate import infer_sizes
@@ -36,6 +36,8 @@ from ..patterns.rowstate import derive, stream
 from ..patterns.traits import kind, traits
 from . import capture, splice
 from .detect import Found, NearMiss, find
+from .lift import op_name
+from .operators_contract import PRODUCTS
 from .policy import Policy
 
 
@@ -76,7 +78,9 @@ def running_device(kind: str) -> Device:
         return _gpu(torch.cuda.get_device_name(), _architecture())
     if kind == "cpu":
         return _cpu(torch.get_num_threads())
-    raise ValueError(f"no device file describes {kind!r} tensors: name a target; one of {', '.join(d.name for d in targets())}")
+    raise ValueError(
+        f"no device file describes {kind!r} tensors: name a target; one of {', '.join(d.name for d in targets())}"
+    )
 
 
 @lru_cache(maxsize=16)
@@ -99,7 +103,9 @@ def _gpu(name: str, architecture: str) -> Device:
     for d in gpus:
         if d.arch == architecture:
             return d
-    raise ValueError(f"no device file describes {name} ({architecture}): name a target; one of {', '.join(d.name for d in gpus)}")
+    raise ValueError(
+        f"no device file describes {name} ({architecture}): name a target; one of {', '.join(d.name for d in gpus)}"
+    )
 
 
 # --- a graph ------------------------------------------------------------------------------------------------------
@@ -124,6 +130,7 @@ def rewrite(captured: capture.Captured, request: Request) -> Plan:
 
 def decide(gm: fx.GraphModule, request: Request) -> tuple[list[Decision], list[Miss]]:
     """Every attention of a graph with its decision, and what was left alone."""
+    splice.erase_dead(gm)
     found, missed = find(gm)
     hints = _hints(gm)
     decisions = [_decide(f, hints, request) for f in found]
@@ -184,7 +191,7 @@ def _decide(f: Found, hints: Mapping[str, int], request: Request) -> Decision:
             sizes[name] = int(known)
     bound = _bound_to_original(f)
     question = _Question(
-        f.cascade, tuple(sorted(sizes.items())), device, request.policy, request.executable, f.needs_grad, bound,
+        f.cascade, tuple(sorted(sizes.items())), device, request.policy, request.executable, _wants_gradient(f), bound,
         str(value.dtype).removeprefix("torch."),
     )  # fmt: skip
     site, calls = _answer(question)
@@ -202,9 +209,14 @@ def _bound_to_original(f: Found) -> str:
     if escaped:
         reader = next(u for n in escaped for u in n.users if u not in inside and u is not f.output)
         return f"the scores or weights are read elsewhere ({reader.name}): they would be computed twice"
-    if f.needs_grad and (cut := _gradient_cut(inside)):
+    if _wants_gradient(f) and (cut := _gradient_cut(inside)):
         return f"a gradient is cut inside the attention (at {cut.name})"
     return ""
+
+
+def _wants_gradient(f: Found) -> bool:
+    """Whether a gradient flows back through the output; under no_grad it does not, whatever the parameters want."""
+    return bool(f.output.meta["val"].requires_grad)
 
 
 def interior(f: Found) -> frozenset[fx.Node]:
@@ -221,8 +233,21 @@ def interior(f: Found) -> frozenset[fx.Node]:
     return frozenset(seen - {f.output})
 
 
+_CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
+
+
 def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:
-    """The interior nodes that depend on the query's and on the key's operand: scores, weights and what is between."""
+    """The interior nodes from the products of queries and keys on: scores, weights and what is between."""
+    order = {n: i for i, n in enumerate(f.output.graph.nodes)}
+    reached = {n for n in inside if op_name(n) in _CONTRACTIONS} or _meeting(f, inside, order)
+    for n in sorted(inside, key=lambda x: order[x]):
+        if any(i in reached for i in n.all_input_nodes):
+            reached.add(n)
+    return reached
+
+
+def _meeting(f: Found, inside: frozenset[fx.Node], order: Mapping[fx.Node, int]) -> set[fx.Node]:
+    """Where a product is spelled by hand: the nodes that depend on the query's and on the key's operand."""
     view = attention(f.cascade)
     assert isinstance(view, Attention), view
     sides: list[set[fx.Node]] = [set(), set()]
@@ -230,13 +255,11 @@ def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:
         for load in ex.loads(e.body):
             if str(load.attr) in f.tensors:
                 sides[view.key in load.ranks].add(f.tensors[str(load.attr)])
-    order = {n: i for i, n in enumerate(f.output.graph.nodes)}
-    reached: list[set[fx.Node]] = [set(s) for s in sides]
     for n in sorted(inside, key=lambda x: order[x]):
-        for r in reached:
-            if any(i in r for i in n.all_input_nodes):
-                r.add(n)
-    return {n for n in inside if n in reached[0] and n in reached[1]}
+        for reached in sides:
+            if any(i in reached for i in n.all_input_nodes):
+                reached.add(n)
+    return {n for n in inside if n in sides[0] and n in sides[1]}
 
 
 def _gradient_cut(inside: frozenset[fx.Node]) -> fx.Node | None:
@@ -320,16 +343,15 @@ def _ours(q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Cal
     name = "reattend"
     if q.gradients:
         return _refused(name, "our kernel has no backward yet, and gradients are wanted here")
-    try:
-        best = best_mapping(q.cascade, q.device, sizes)
-    except ValueError as no:
-        return _refused(name, str(no))
-    if not isinstance(best, tuple):
-        return _refused(name, best.reason)
-    mapping, cost = best
-    kernel = ours.build(q.cascade, mapping, q.device)
-    if isinstance(kernel, Refusal):
-        return _refused(name, kernel.reason)
+    refusal = ""
+    for mapping, predicted in _mappings(q, sizes):
+        cost = predicted
+        kernel = ours.build(q.cascade, mapping, q.device)
+        if not isinstance(kernel, Refusal):
+            break
+        refusal = refusal or kernel.reason
+    else:
+        return _refused(name, refusal or _no_mapping(q, sizes))
     view = attention(q.cascade)
     assert isinstance(view, Attention)
     state = derive(view)
@@ -338,6 +360,31 @@ def _ours(q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Cal
         name, passes=passes, cost=cost, mapping=mapping.to_text(), why=str(mapping), maker=lambda: str(kernel.source)
     )
     return candidate, our_call(q.cascade, mapping)
+
+
+def _mappings(q: _Question, sizes: Mapping[str, int]) -> Iterator[tuple[Tiling, Cost]]:
+    """The best mapping by prediction; where no kernel can be built for it, the best of another body."""
+    try:
+        best = best_mapping(q.cascade, q.device, sizes)
+    except ValueError:
+        return
+    if not isinstance(best, tuple):
+        return
+    yield best
+    for body in ("sdpa", "product"):
+        if q.device.kind == "cpu" and body != best[0].body:
+            mapping = replace(best[0], body=body)
+            cost = predict(q.cascade, mapping, q.device, sizes)
+            if isinstance(cost, Cost):
+                yield mapping, cost
+
+
+def _no_mapping(q: _Question, sizes: Mapping[str, int]) -> str:
+    try:
+        best = best_mapping(q.cascade, q.device, sizes)
+    except ValueError as no:
+        return str(no)
+    return best.reason if isinstance(best, NoAttention) else ""
 
 
 def our_call(c: Cascade, mapping: Tiling) -> splice.Call:
@@ -388,7 +435,9 @@ def _mask(a: Attention, c: Cascade, sizes: Mapping[str, int], order: tuple[Candi
     if isinstance(jobs, NoAttention) or jobs.map is None:
         return MaskView(ex.show(mask.keep), 1.0)
     m = jobs.map
-    return MaskView(ex.show(mask.keep), m.density, TileCounts(tiling.tile_p, tiling.tile_m, m.total, m.visited, m.full, m.partial))
+    return MaskView(
+        ex.show(mask.keep), m.density, TileCounts(tiling.tile_p, tiling.tile_m, m.total, m.visited, m.full, m.partial)
+    )
 
 
 _RULES = {

@@ -127,7 +127,9 @@ def _unpack(spec: str, made: object) -> tuple[nn.Module, tuple[Any, ...], dict[s
     parts = made if isinstance(made, tuple) else (made,)
     model, args, kwargs = (*parts, (), {})[:3] if len(parts) == 1 else (*parts, {})[:3]
     if not isinstance(model, nn.Module) or len(parts) > 3 or not isinstance(kwargs, dict):
-        raise UsageError(f"{spec} must return a torch module, or (module, args, kwargs); it returned {type(made).__name__}")
+        raise UsageError(
+            f"{spec} must return a torch module, or (module, args, kwargs); it returned {type(made).__name__}"
+        )
     return model, args if isinstance(args, (tuple, list)) and not isinstance(args, Tensor) else (args,), kwargs  # type: ignore[return-value]
 
 
@@ -174,7 +176,9 @@ def build(path: Path, shapes: Shapes, where: str = "meta") -> nn.Module:
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise UsageError(f"{path} has no model_type: it is no Hugging Face config.json")
     if "auto_map" in raw:
-        raise UsageError(f"{path} asks for remote code (auto_map), which is not run: import the class and give module:factory")
+        raise UsageError(
+            f"{path} asks for remote code (auto_map), which is not run: import the class and give module:factory"
+        )
     try:
         import transformers
     except ImportError as error:
@@ -232,7 +236,9 @@ def inputs_for(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], dict[
         needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind in (0, 1, 3)]
         if not needed:
             return (), {}
-        raise UsageError(f"the argument {needed[0]!r} of {type(model).__name__}.forward is missing: pass args or kwargs")
+        raise UsageError(
+            f"the argument {needed[0]!r} of {type(model).__name__}.forward is missing: pass args or kwargs"
+        )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     kwargs: dict[str, Any] = {}
@@ -298,8 +304,8 @@ def _pixels(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtyp
 
 def _features(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Mel frames: bins × frames where the model fixes the number of frames, else frames × bins."""
-    bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
-    source = getattr(config, "max_source_positions", None)
+    bins: Any = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
+    source: int | None = getattr(config, "max_source_positions", None)
     if hasattr(config, "num_mel_bins") and source is not None:
         return torch.zeros(shapes.batch, bins, 2 * source, dtype=dtype, device=device)
     return torch.zeros(shapes.batch, tokens(config, shapes), bins, dtype=dtype, device=device)
@@ -331,7 +337,9 @@ def decode_inputs(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], di
         with torch.no_grad():
             filled = model(input_ids=torch.zeros(shapes.batch, past, dtype=torch.long, device=device), use_cache=True)
     except RuntimeError as error:
-        raise UsageError(f"--phase decode: the model cannot fill its cache ({error}); another --dtype may do") from error
+        raise UsageError(
+            f"--phase decode: the model cannot fill its cache ({error}); another --dtype may do"
+        ) from error
     cache = getattr(filled, "past_key_values", None)
     if cache is None:
         raise UsageError(f"--phase decode: {type(model).__name__} returns no cache of keys and values")

@@ -56,7 +56,13 @@ def plan_graph(captured: capture.Captured, device: Device, policy: Policy, name:
 
 
 def _plan_pieces(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, policy: Policy, name: str, why: str
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    device: Device,
+    policy: Policy,
+    name: str,
+    why: str,
 ) -> Plan:
     """Run the model once through Dynamo, which breaks it where it must, and plan each piece."""
     plans: list[Plan] = []

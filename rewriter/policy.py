@@ -13,8 +13,8 @@ class Policy:
     """What a plan may do. All candidates of this version are exact, so `approximate` and `max_error` admit nothing more.
 
     `allow` keeps only these candidates beside the original code, `deny` removes some; names are original, sdpa, flex,
-    reattend. The original code stays where nothing else can run, denied or not. With `strict`, an attention that cannot be rewritten raises at the first capture
-    instead of being left alone. Raises ValueError with one sentence.
+    reattend. The original code stays where nothing else can run, denied or not. With `strict`, an attention that cannot be
+    rewritten raises at the first capture instead of being left alone. Raises ValueError with one sentence.
     """
 
     approximate: bool = False
@@ -37,7 +37,9 @@ class Policy:
             raise ValueError(f"Policy(max_error) must be above 0, not {self.max_error}")
         for field in ("calibration", "mesh"):
             if getattr(self, field) is not None:
-                raise ValueError(f"Policy({field}) is not in this version: all candidates are exact and run on one device")
+                raise ValueError(
+                    f"Policy({field}) is not in this version: all candidates are exact and run on one device"
+                )
 
     def permits(self, candidate: str) -> bool:
         if candidate in self.deny:
@@ -45,7 +47,10 @@ class Policy:
         return candidate == "original" or not self.allow or candidate in self.allow
 
     def __str__(self) -> str:
-        parts = [f"allow {', '.join(self.allow)}" if self.allow else "", f"deny {', '.join(self.deny)}" if self.deny else ""]
+        parts = [
+            f"allow {', '.join(self.allow)}" if self.allow else "",
+            f"deny {', '.join(self.deny)}" if self.deny else "",
+        ]
         return "; ".join([p for p in parts if p] + (["strict"] if self.strict else [])) or "all exact candidates"
 
 

@@ -63,7 +63,7 @@ class Entry:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _transparent() or len(self.failures) > _FAILURES_ALLOWED:
-            return self.module._call_impl(*args, **kwargs)
+            return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         before = getattr(_running, "pieces", 0)
         try:
             out = self.compiled(self.module, *args, **kwargs)
@@ -80,7 +80,7 @@ class Entry:
     def _as_written(self, error: TorchDynamoException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's own code: it raises its own error, or it shows that only the capture failed."""
         try:
-            out = self.module._call_impl(*args, **kwargs)
+            out = self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         except Exception as own:
             raise own from None
         self.failures.append(f"{type(error).__name__}: {_sentence(error)}")
@@ -101,7 +101,7 @@ def _transparent() -> bool:
     threads while one of them compiles.)
     """
     return bool(
-        torch.jit.is_tracing()
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
@@ -115,11 +115,11 @@ def _compile(path: str, backend: capture.Backend, dynamic: bool | None) -> Calla
     options: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = _RECOMPILE_LIMIT
-    return torch.compile(function, backend=backend, dynamic=dynamic, **options)  # type: ignore[no-any-return]
+    return torch.compile(function, backend=backend, dynamic=dynamic, **options)
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return self._call_impl(*args, **kwargs)
+    return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 @dataclass(eq=False)
@@ -207,7 +207,7 @@ def _runnable(graph: fx.GraphModule, inputs: Sequence[object], inductor: bool) -
     if inductor:
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, list(inputs))  # type: ignore[no-any-return, arg-type]
+        return compile_fx(graph, list(inputs))  # type: ignore[return-value, arg-type]
     for body in list(capture.regions(graph)):
         for n in body.graph.nodes:
             if n.op == "call_function" and n.target is capture.CHECKPOINT:

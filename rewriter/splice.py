@@ -40,7 +40,7 @@ class Call:
 
     name: str
     target: Callable[..., Any]
-    arguments: Callable[[Mapping[str, fx.Node], Callable[[str], object]], tuple[Any, ...]]
+    arguments: Callable[[Mapping[str, Any], Callable[[str], object]], tuple[Any, ...]]
     closed: bool = True
 
 
@@ -69,12 +69,14 @@ def replace(
     return new
 
 
-def _node(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], arguments: Sequence[object]) -> fx.Node:
+def _node(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], arguments: Sequence[Any]) -> fx.Node:
     """A call with the traces of the node that it stands for, and its fake value."""
     n = graph.call_function(target, tuple(arguments))
     n.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
     values = fx.map_arg(n.args, lambda x: x.meta["val"])
-    mode = torch._guards.detect_fake_mode([v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)])
+    mode = torch._guards.detect_fake_mode(
+        [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
+    )
     if mode is None:
         raise SpliceError(f"{like.name}: the graph has no fake values")
     with mode, torch.no_grad():
@@ -122,7 +124,7 @@ def _absorbed(output: fx.Node, value: torch.Tensor) -> dict[fx.Node, torch.Tenso
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda x: new[x] if x in new else x.meta["val"])
         try:
             with mode if mode is not None else contextlib.nullcontext(), torch.no_grad():
-                made = n.target(*args, **kwargs)
+                made = n.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, ValueError):
             return None
         if made.dtype != old.dtype or not _equal(shape_of(made), shape_of(old)):
@@ -234,7 +236,10 @@ def is_pure(n: fx.Node) -> bool:
         return n.op == "get_attr"
     if isinstance(n.target, torch._ops.OpOverload):
         return not n.target._schema.is_mutable and not _draws(n)
-    return n.target in (operator.getitem, *_ARITHMETIC.values()) or getattr(n.target, "__module__", "") in ("_operator", "math")
+    return n.target in (operator.getitem, *_ARITHMETIC.values()) or getattr(n.target, "__module__", "") in (
+        "_operator",
+        "math",
+    )
 
 
 def _draws(n: fx.Node) -> bool:

@@ -78,12 +78,15 @@ class Verification:
         return json.dumps(body, indent=1)
 
     def __str__(self) -> str:
-        lines = [f"{'verified' if self.ok else 'FAILED'}: {len(self.sites)} attentions against float64, "
-                 f"the whole output differs by {self.whole_error:.1e} of its largest (limit {self.whole_limit:.0e})"]  # fmt: skip
+        verdict, n = "verified" if self.ok else "FAILED", len(self.sites)
+        whole = f"the whole output differs by {self.whole_error:.1e} of its largest (limit {self.whole_limit:.0e})"
+        lines = [f"{verdict}: {n} attention{'' if n == 1 else 's'} against float64; {whole}"]
         if self.sites:
             lines.append(_table(self.sites))
         if self.worst is not None:
-            lines.append(f"worst: {self.worst.name or self.worst.where}: {self.worst.why or f'{self.worst.max_error:.1e}'}")
+            lines.append(
+                f"worst: {self.worst.name or self.worst.where}: {self.worst.why or f'{self.worst.max_error:.1e}'}"
+            )
         return "\n".join([*lines, self.note] if self.note else lines)
 
 
@@ -190,7 +193,9 @@ class _Checking(fx.Interpreter):
         return value
 
 
-def _check(d: choose.Decision, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], original: Tensor) -> SiteCheck:
+def _check(
+    d: choose.Decision, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], original: Tensor
+) -> SiteCheck:
     c = d.found.cascade
     sizes = choose.bind_sizes(c, tensors, scalars)
     reference = evaluate(c, tensors, sizes, widen=True)[c.outputs[0]].reshape(original.shape)
@@ -207,7 +212,9 @@ def _check(d: choose.Decision, tensors: Mapping[str, Tensor], scalars: Mapping[s
         why = f"the cascade and the original code differ by {base[0]:.1e}: it was lifted wrongly"
     elif ours[0] > max(MAX_RATIO * base[0], unit) or ours[1] > max(RMS_RATIO * base[1], unit):
         why = f"{kernel} is off by {ours[0]:.1e}, the original code by {base[0]:.1e}"
-    return SiteCheck(d.site.name, d.site.where, kernel, str(original.dtype).removeprefix("torch."), *ours, *base, not why, why)
+    return SiteCheck(
+        d.site.name, d.site.where, kernel, str(original.dtype).removeprefix("torch."), *ours, *base, not why, why
+    )
 
 
 def _errors(actual: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -225,7 +232,17 @@ def _errors(actual: Tensor, reference: Tensor) -> tuple[float, float]:
 
 def _table(sites: Sequence[SiteCheck]) -> str:
     table = Table(box=None, pad_edge=False)
-    for title in ("site", "where", "type", "kernel", "largest error", "of the original", "RMS", "of the original", "ok"):
+    for title in (
+        "site",
+        "where",
+        "type",
+        "kernel",
+        "largest error",
+        "of the original",
+        "RMS",
+        "of the original",
+        "ok",
+    ):
         table.add_column(title, overflow="fold")
     for s in sites:
         table.add_row(

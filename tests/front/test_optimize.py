@@ -46,7 +46,8 @@ def test_nothing_is_captured_before_the_first_call(stack: nn.Module, x: Tensor) 
 
 
 def test_an_example_captures_at_once(stack: nn.Module, x: Tensor) -> None:
-    for example in (x, (x,), {"x": x}, ((x,), {})):
+    examples: list[Any] = [x, (x,), {"x": x}, ((x,), {})]
+    for example in examples:
         reattend.restore(stack)
         reattend.optimize(stack, example=example)
         assert reattend.report(stack).captures == 1
@@ -94,7 +95,9 @@ def test_calls_that_bypass_the_entry_are_not_counted(stack: nn.Module, x: Tensor
     assert "0 calls went through" in str(reattend.report(stack))
 
 
-def test_sub_modules_that_are_entered_directly_are_optimised(llama: Callable[..., Any], batch: dict[str, Tensor]) -> None:
+def test_sub_modules_that_are_entered_directly_are_optimised(
+    llama: Callable[..., Any], batch: dict[str, Tensor]
+) -> None:
     model = reattend.optimize(llama())
     with torch.no_grad():
         expected = reattend.restore(copy.deepcopy(model)).model(**batch).last_hidden_state
@@ -155,13 +158,14 @@ def test_graph_breaks_are_said_and_the_pieces_optimised(x: Tensor, stack: nn.Mod
     class Broken(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = stack.layers[0], stack.layers[1]  # type: ignore[index]
+            self.first, self.second = stack.get_submodule("layers.0"), stack.get_submodule("layers.1")
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.first(x)
             if x.sum().item() > 1e9:
                 x = x * 2
-            return self.second(x)  # type: ignore[no-any-return]
+            out: Tensor = self.second(x)
+            return out
 
     model = Broken().eval()
     with torch.no_grad():
@@ -250,9 +254,10 @@ def test_writes_into_buffers_and_inputs_happen_once(x: Tensor) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("count", torch.zeros(()))
+            self.count: Tensor
 
         def forward(self, q: Tensor, seen: Tensor) -> Tensor:
-            self.count += 1  # type: ignore[operator]
+            self.count.add_(1)
             seen.add_(1)
             return (q @ q.transpose(-1, -2)).softmax(-1) @ q
 

@@ -41,7 +41,10 @@ def test_a_policy_narrows_the_choice(stack: nn.Module, x: Tensor) -> None:
     site = plan.sites[0]
     assert site.chosen.name in ("sdpa", "original")
     assert site.candidate("reattend").why == "the policy does not permit it"
-    assert reattend.plan(stack, (x,), policy=reattend.Policy(deny=("sdpa", "flex", "reattend"))).sites[0].choice == "original"
+    assert (
+        reattend.plan(stack, (x,), policy=reattend.Policy(deny=("sdpa", "flex", "reattend"))).sites[0].choice
+        == "original"
+    )
 
 
 def test_training_is_planned_with_candidates_that_have_a_backward(stack: nn.Module, x: Tensor) -> None:
@@ -123,23 +126,23 @@ def test_a_wrong_kernel_fails_verification(stack: nn.Module, x: Tensor, monkeypa
 
 @pytest.mark.parametrize("verb", ["optimize", "restore", "report", "plan", "verify"])
 def test_what_is_no_module_is_refused(verb: str) -> None:
-    with pytest.raises(TypeError, match=f"reattend.{verb} takes a torch.nn.Module, not function"):
+    with pytest.raises(TypeError, match=rf"reattend\.{verb} takes a torch\.nn\.Module, not function"):
         getattr(reattend, verb)(lambda x: x)
-    with pytest.raises(TypeError, match="the wrapper that torch.compile returns"):
+    with pytest.raises(TypeError, match=r"the wrapper that torch.compile returns"):
         getattr(reattend, verb)(torch.compile(nn.Linear(2, 2)))
 
 
 def test_unknown_targets_are_named(stack: nn.Module, x: Tensor) -> None:
-    with pytest.raises(ValueError, match="unknown target 'h2o0'.*did you mean 'h200'"):
+    with pytest.raises(ValueError, match=r"unknown target 'h2o0'.*did you mean 'h200'"):
         reattend.plan(stack, (x,), target="h2o0")
-    with pytest.raises(ValueError, match="the model is on cpu, not on h200.*reattend.plan"):
+    with pytest.raises(ValueError, match=r"the model is on cpu, not on h200.*reattend.plan"):
         reattend.optimize(stack, target="h200")
     assert stack._compiled_call_impl is None
     reattend.optimize(stack, target="cpu")
 
 
 def test_missing_arguments_are_named(stack: nn.Module) -> None:
-    with pytest.raises(ValueError, match="the argument 'x' of Stack.forward is missing"):
+    with pytest.raises(ValueError, match=r"the argument 'x' of Stack.forward is missing"):
         reattend.plan(stack)
 
 

@@ -44,7 +44,9 @@ def write(folder: Path, config: object) -> str:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_is_planned_without_weights(name: str, tmp_path: Path) -> None:
     config, attentions = CONFIGS[name]
-    plan = plan_spec(write(tmp_path, config), Shapes(batch=2, seq=None if name == "wav2vec2" else 24), device("h200"), Policy())
+    plan = plan_spec(
+        write(tmp_path, config), Shapes(batch=2, seq=None if name == "wav2vec2" else 24), device("h200"), Policy()
+    )
     assert len(plan.sites) == attentions
     assert "inputs:" in plan.note
 
@@ -63,7 +65,9 @@ def test_one_sequence_has_no_padding_mask(tmp_path: Path) -> None:
 
 
 def test_a_decoding_step(tmp_path: Path) -> None:
-    plan = plan_spec(write(tmp_path, CONFIGS["llama"][0]), Shapes(batch=2, phase="decode", past=100), device("h200"), Policy())
+    plan = plan_spec(
+        write(tmp_path, CONFIGS["llama"][0]), Shapes(batch=2, phase="decode", past=100), device("h200"), Policy()
+    )
     assert [s.name for s in plan.sites] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     assert all("decode" in s.traits for s in plan.sites)
     assert 101 in plan.sites[0].shape.sizes.values()
@@ -121,7 +125,10 @@ def test_an_exported_program_is_planned(tmp_path: Path) -> None:
         ({"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}, "asks for remote code"),
         ({"model_type": "nothing_like_it"}, "knows no architecture 'nothing_like_it'"),
         ({**CONFIGS["llama"][0], "architectures": ["NoSuchModel"]}, "has no class NoSuchModel"),
-        ({"model_type": "llama", **SMALL, "num_attention_heads": 5, "hidden_size": 32}, "config is not valid|cannot be built"),
+        (
+            {"model_type": "llama", **SMALL, "num_attention_heads": 5, "hidden_size": 32},
+            "config is not valid|cannot be built",
+        ),
     ],
 )
 def test_bad_configs_give_one_sentence(config: object, sentence: str, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.q(x), self.k(x), self.v(x)
-        return F.softmax(q @ k.transpose(-1, -2) * 8**-0.5, dim=-1) @ v
+        made: Tensor = F.softmax(q @ k.transpose(-1, -2) * 8**-0.5, dim=-1) @ v
+        return made
 
 
 def test_softmax_and_products_stay_one_operator() -> None:
@@ -139,6 +140,7 @@ def test_writes_happen_once_and_in_order() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("count", torch.zeros(3))
+            self.count: Tensor
 
         def forward(self, x: Tensor) -> Tensor:
             self.count += 1
@@ -170,7 +172,8 @@ class Mixed(nn.Module):
         y = self.l(x)
         with torch.autocast("cpu", enabled=False):
             z = y.float() @ x.transpose(-1, -2)
-        return F.softmax(y @ x.transpose(-1, -2), dim=-1) @ torch.cat([x, y.float()], -1) + z.sum()
+        made: Tensor = F.softmax(y @ x.transpose(-1, -2), dim=-1) @ torch.cat([x, y.float()], -1) + z.sum()
+        return made
 
 
 def test_autocast_is_made_explicit() -> None:

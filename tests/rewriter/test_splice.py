@@ -96,7 +96,8 @@ def test_writes_and_live_dropout_elsewhere_stay() -> None:
             kept = q.clone()
             kept[0] = 1
             del unused
-            return Eager()(q, k, v) + kept
+            made: Tensor = Eager()(q, k, v) + kept
+            return made
 
     args = qkv(2, 3, 8, 16)
     graph, _ = spliced(M(), *args)
@@ -112,7 +113,8 @@ def test_every_layer_of_a_stack() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
-            return x + (Eager()(q, k, v)).transpose(1, 2).reshape(x.shape)
+            made: Tensor = x + (Eager()(q, k, v)).transpose(1, 2).reshape(x.shape)
+            return made
 
     model = nn.Sequential(*[Block() for _ in range(3)])
     x = torch.randn(2, 9, 16)
@@ -140,7 +142,8 @@ def test_autocast_is_off_inside_the_call() -> None:
     class M(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                return Eager()(q, k, v)
+                made: Tensor = Eager()(q, k, v)
+                return made
 
     args = qkv(1, 2, 8, 16)
     graph = capture.from_export(M(), args, None).graph
@@ -160,7 +163,8 @@ def transposed(found: detect.Found) -> splice.Call:
     inner = oracle(found).target
 
     def run(*tensors: Tensor) -> Tensor:
-        return inner(*tensors).transpose(1, 2).contiguous().transpose(1, 2)
+        made: Tensor = inner(*tensors).transpose(1, 2).contiguous().transpose(1, 2)
+        return made
 
     names = [t.name for t in found.cascade.inputs]
     return splice.Call("transposed", run, lambda tensors, size: tuple(tensors[n] for n in names))
@@ -169,12 +173,14 @@ def transposed(found: detect.Found) -> splice.Call:
 class Merged(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = Eager()(q, k, v)
-        return out.transpose(1, 2).contiguous().view(2, 8, 48) * 2
+        made: Tensor = out.transpose(1, 2).contiguous().view(2, 8, 48) * 2
+        return made
 
 
 class Viewed(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return Eager()(q, k, v).view(6, 8, 16)
+        made: Tensor = Eager()(q, k, v).view(6, 8, 16)
+        return made
 
 
 @pytest.mark.parametrize(("model", "copies"), [(Merged(), 1), (Viewed(), 1), (Eager(), 1)])
