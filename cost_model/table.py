@@ -85,10 +85,14 @@ def candidates_table(candidates: Sequence[Candidate], width: int = WIDTH) -> str
     return _text(table, width)
 
 
+# What is copied from a table stays on one line.
+_WHOLE = ("what", "where", "chosen", "candidate", "time")
+
+
 def _table(titles: Sequence[str], right: Sequence[str] = ()) -> Table:
     table = Table(box=None, pad_edge=False)
     for t in titles:
-        table.add_column(t, justify="right" if t in right else "left", overflow="fold")
+        table.add_column(t, justify="right" if t in right else "left", overflow="fold", no_wrap=t in _WHOLE)
     return table
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from reattend.cost_model.tiles import expected, jobs, launch_span, makespan, order, tile_map
 from reattend.patterns import expr as ex
@@ -17,19 +18,21 @@ CAUSAL = M <= P
 BLOCK_F, BLOCK_S = 8, 256
 
 
-def counts(keep, n, tile_p, tile_m, m=None, fills=(-INF,)):
+def counts(
+    keep: Expr, n: int, tile_p: int, tile_m: int, m: int | None = None, fills: tuple[float, ...] = (-INF,)
+) -> tuple[int, int]:
     tiles = tile_map(Mask(keep, ex.const(0.0), fills), "p", "m", {"p": n, "m": m or n}, {}, tile_p, tile_m)
     assert tiles is not None
     return tiles.visited, tiles.full
 
 
-def causal(n, tq, tk):
+def causal(n: int, tq: int, tk: int) -> tuple[int, int]:
     visited = sum(-(-min(n, q + tq) // tk) for q in range(0, n, tq))
     full = sum(min((q + 1) // tk, -(-n // tk)) for q in range(0, n, tq))
     return visited, full
 
 
-def window(n, w, tq, tk):
+def window(n: int, w: int, tq: int, tk: int) -> tuple[int, int]:
     visited = full = 0
     for a in range(0, n, tq):
         b = min(a + tq, n) - 1
@@ -38,36 +41,36 @@ def window(n, w, tq, tk):
     return visited, full
 
 
-def test_b1_causal():
+def test_b1_causal() -> None:
     assert counts(CAUSAL, 8192, 128, 128) == (2080, 2016)
     assert 1 - 2080 / 64**2 == pytest.approx(0.4922, abs=5e-5)
 
 
-def test_b2_causal_other_tiles():
+def test_b2_causal_other_tiles() -> None:
     assert counts(CAUSAL, 8192, 128, 64) == (4160, 4032)
     assert counts(CAUSAL, 4096, 64, 128) == (1056, 992)
 
 
-def test_b4_both_sides():
+def test_b4_both_sides() -> None:
     near = (P - M <= 512) & (M - P <= 512)
     assert counts(near, 8192, 128, 128)[0] == 556
 
 
 @pytest.mark.parametrize(("n", "sink", "w", "visited"), [(8192, 4, 1024, 595), (131072, 128, 2048, 18279)])
-def test_b5_sink_and_window(n, sink, w, visited):
+def test_b5_sink_and_window(n: int, sink: int, w: int, visited: int) -> None:
     keep = CAUSAL & ((P - M < w) | (M < sink))
     assert counts(keep, n, 128, 128)[0] == visited
 
 
 @pytest.mark.parametrize(("f", "s", "visited", "full", "pairs"), [(8, 256, 144, 144, 2_359_296), (5, 200, 45, 32, 600_000)])
-def test_b7_causal_over_frames(f, s, visited, full, pairs):
+def test_b7_causal_over_frames(f: int, s: int, visited: int, full: int, pairs: int) -> None:
     keep = M // s <= P // s
     assert counts(keep, f * s, 128, 128) == (visited, full)
     assert s * s * f * (f + 1) // 2 == pairs
 
 
 @given(st.integers(1, 700), st.sampled_from([16, 32, 48, 128]), st.sampled_from([16, 32, 80, 128]))
-def test_causal_closed_form(n, tq, tk):
+def test_causal_closed_form(n: int, tq: int, tk: int) -> None:
     visited, full = causal(n, tq, tk)
     found = counts(CAUSAL, n, tq, tk)
     assert found[0] == visited
@@ -76,7 +79,7 @@ def test_causal_closed_form(n, tq, tk):
 
 
 @given(st.integers(2, 700), st.integers(1, 300), st.sampled_from([16, 32, 128]), st.sampled_from([16, 32, 128]))
-def test_window_closed_form(n, w, tq, tk):
+def test_window_closed_form(n: int, w: int, tq: int, tk: int) -> None:
     keep = CAUSAL & (P - M < w)
     visited, full = window(n, w, tq, tk)
     found = counts(keep, n, tq, tk)
@@ -85,7 +88,7 @@ def test_window_closed_form(n, w, tq, tk):
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([16, 64]), st.sampled_from([16, 64]))
-def test_visited_lies_between_pairs_and_all(n, w, tq, tk):
+def test_visited_lies_between_pairs_and_all(n: int, w: int, tq: int, tk: int) -> None:
     keep = CAUSAL & (P - M < w)
     visited, full = counts(keep, n, tq, tk)
     pairs = sum(min(q + 1, w) for q in range(n))
@@ -93,7 +96,7 @@ def test_visited_lies_between_pairs_and_all(n, w, tq, tk):
     assert visited >= -(-pairs // (tq * tk))
 
 
-def test_no_mask_is_dense():
+def test_no_mask_is_dense() -> None:
     assert tile_map(Mask(ex.TRUE, ex.const(0.0), ()), "p", "m", {"p": 64, "m": 64}, {}, 16, 16) is None
     j = jobs(None, 12, 4, 5)
     assert (j.full == 5).all()
@@ -101,19 +104,19 @@ def test_no_mask_is_dense():
     assert j.repeat == 3
 
 
-def test_fills_that_do_not_vanish_skip_nothing():
+def test_fills_that_do_not_vanish_skip_nothing() -> None:
     assert counts(CAUSAL, 256, 64, 64, fills=(-INF,))[0] == 10
     assert counts(CAUSAL, 256, 64, 64, fills=(-1e4,))[0] == 16
 
 
-def test_rows_that_may_keep_no_key_visit_all_tiles():
+def test_rows_that_may_keep_no_key_visit_all_tiles() -> None:
     # queries before 128 see no key: their uniform mean needs every key
     late = P - M >= 128
     visited, _ = counts(late, 256, 64, 64, fills=(-3e38,))
     assert visited == 4 + 4 + 1 + 2
 
 
-def test_conditions_on_data_are_expected_to_keep():
+def test_conditions_on_data_are_expected_to_keep() -> None:
     pad = ex.load("pad", (ex.index("b"), M), "b1")
     assert expected(CAUSAL & pad) is CAUSAL
     assert counts(CAUSAL & pad, 256, 64, 64) == counts(CAUSAL, 256, 64, 64)
@@ -122,24 +125,24 @@ def test_conditions_on_data_are_expected_to_keep():
 # --- makespan ---------------------------------------------------------------------------------------------------
 
 
-def causal_costs(heads):
+def causal_costs(heads: int) -> NDArray[np.float64]:
     return np.repeat(np.arange(1.0, 65.0)[None], heads, 0)
 
 
-def test_b4_causal_makespans():
+def test_b4_causal_makespans() -> None:
     costs = causal_costs(16)
     assert costs.sum() / 132 == pytest.approx(252.12, abs=5e-3)
     assert makespan(order(costs, 1, heavy_first=False), 132) == 292
     assert makespan(order(costs, 1, heavy_first=True), 132) == 253
 
 
-def test_b4_dense_makespan():
+def test_b4_dense_makespan() -> None:
     assert makespan(np.ones(1024), 132) == 8
     assert 1024 / 132 == pytest.approx(7.76, abs=5e-3)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 20))
-def test_makespan_bounds(costs, slots):
+def test_makespan_bounds(costs: list[int], slots: int) -> None:
     c = np.array(costs, dtype=float)
     found = makespan(c, slots)
     lower = max(c.sum() / slots, c.max())
@@ -149,14 +152,14 @@ def test_makespan_bounds(costs, slots):
 
 
 @given(st.integers(40, 90), st.integers(8, 40), st.booleans())
-def test_long_queues_are_near_the_schedule(rows, heads, heavy_first):
+def test_long_queues_are_near_the_schedule(rows: int, heads: int, heavy_first: bool) -> None:
     costs = np.arange(1.0, rows + 1)[None]
     exact = makespan(order(costs, heads, heavy_first), 16)
     rough = launch_span(costs, heads, 16, heavy_first, scheduled=0)
     assert abs(rough - exact) <= rows
 
 
-def test_more_units_never_take_longer():
+def test_more_units_never_take_longer() -> None:
     costs = order(causal_costs(4), 1, heavy_first=True)
     spans = [makespan(costs, n) for n in (8, 16, 32, 64, 128)]
     assert all(a >= b for a, b in pairwise(spans))

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from reattend.cost_model import fusemax
 from reattend.cost_model.device import device
-from reattend.cost_model.work import count, key_tile
+from reattend.cost_model.work import Work, count, key_tile
 from reattend.patterns import papers
+from reattend.patterns.cascade import Cascade
 from reattend.patterns.mapping import Mapping
 
 E, F, M, P, M0 = 64, 64, 4096, 4096, 128
@@ -21,18 +22,18 @@ MODELS = {"bert": (64 * 12, 64), "trxl": (64 * 16, 64), "t5": (64 * 8, 64), "xlm
 CASCADE4, CASCADE5 = papers.cascade4(), papers.cascade5()
 
 
-def test_a9_exponentials():
+def test_a9_exponentials() -> None:
     assert count(CASCADE4, sizes=SIZES).exps == 16_777_216
     assert count(CASCADE5, sizes=SIZES).exps == 16_908_288
 
 
-def test_a10_divisions():
+def test_a10_divisions() -> None:
     assert count(CASCADE4, sizes=SIZES).divisions == 16_777_216
     assert count(papers.cascade4(deferred=True), sizes=SIZES).divisions == 262_144
     assert count(CASCADE5, sizes=SIZES).divisions == 262_144
 
 
-def test_a11_extra_multiplications_of_one_pass():
+def test_a11_extra_multiplications_of_one_pass() -> None:
     assert count(CASCADE5, sizes=SIZES).ops["mul"] == 8_519_680
     assert "mul" not in count(CASCADE4, sizes=SIZES).ops
 
@@ -46,14 +47,14 @@ def test_a11_extra_multiplications_of_one_pass():
         (CASCADE5, M * P + M1 * P, F * P, M * P + M1 * P, M * P + (1 + F) * M1 * P, (1 + F) * M1 * P),
     ],
 )
-def test_a7_operation_table(cascade, exp, div, maxima, add, mul):
+def test_a7_operation_table(cascade: Cascade, exp: int, div: int, maxima: int, add: int, mul: int) -> None:
     w = count(cascade, sizes=SIZES)
     assert w.flops == 2 * M * P * (E + F)
     assert (w.exps, w.divisions, w.maxima) == (exp, div, maxima)
     assert (w.ops.get("add", 0), w.ops.get("mul", 0)) == (add, mul)
 
 
-def test_counts_are_symbolic_without_sizes():
+def test_counts_are_symbolic_without_sizes() -> None:
     p, m = (sympy.Symbol(n, integer=True, positive=True) for n in "PM")
     assert count(CASCADE4).exps == m * p
 
@@ -63,22 +64,22 @@ def test_counts_are_symbolic_without_sizes():
 ARRAY = device("fusemax")
 
 
-def fused_bytes(model, n, scores_on_chip=False):
+def fused_bytes(model: str, n: int, scores_on_chip: bool = False) -> int:
     heads, d = MODELS[model]
     tile = fusemax.query_tile(n, d, d, ARRAY, scores_on_chip=scores_on_chip)
     return heads * fusemax.moved_bytes(count(CASCADE5, Mapping(tile, 256), sizes(n, d), query="p"), CASCADE5)
 
 
-def sizes(n, d):
+def sizes(n: int, d: int) -> dict[str, int]:
     return {"P": n, "M": n, "E": d, "F": d, "M1": n // 256, "M0": 256}
 
 
-def test_a12_one_pass_traffic():
+def test_a12_one_pass_traffic() -> None:
     expected = (402653184, 1610612736, 6442450944, 38654705664, 463856467968, 6803228196864)
     assert tuple(fused_bytes("bert", n) for n in LENGTHS) == expected
 
 
-def test_a15_traffic_with_scores_on_chip():
+def test_a15_traffic_with_scores_on_chip() -> None:
     assert fused_bytes("bert", 16 * K, scores_on_chip=True) == 9663676416
     assert fused_bytes("bert", 1024 * K, scores_on_chip=True) == 26594437496832
 
@@ -87,13 +88,13 @@ def test_a15_traffic_with_scores_on_chip():
     ("model", "n", "expected"),
     [("bert", K, 6845104128), ("bert", 4 * K, 104689827840), ("bert", 64 * K, 26414048870400), ("xlm", K, 9663676416)],
 )
-def test_a16_unfused_traffic(model, n, expected):
+def test_a16_unfused_traffic(model: str, n: int, expected: int) -> None:
     heads, d = MODELS[model]
     w = count(CASCADE4, sizes=sizes(n, d), groups=fusemax.UNFUSED)
     assert heads * fusemax.moved_bytes(w, CASCADE4) == expected
 
 
-def latency(model, n):
+def latency(model: str, n: int) -> float:
     heads, d = MODELS[model]
     tile = fusemax.query_tile(n, d, d, ARRAY, scores_on_chip=False)
     return fusemax.latency_seconds(CASCADE5, Mapping(tile, 256), sizes(n, d), ARRAY, heads)
@@ -103,11 +104,11 @@ def latency(model, n):
     ("model", "n", "expected"),
     [("bert", K, 0.002013140425531915), ("bert", 64 * K, 7.402500357446808), ("xlm", 1024 * K, 4862.10858920851)],
 )
-def test_a17_latency(model, n, expected):
+def test_a17_latency(model: str, n: int, expected: float) -> None:
     assert latency(model, n) == pytest.approx(expected, rel=1e-14)
 
 
-def test_a19_mean_speedup_over_unfused():
+def test_a19_mean_speedup_over_unfused() -> None:
     ratios = []
     for model, (heads, d) in MODELS.items():
         for n in LENGTHS:
@@ -120,8 +121,8 @@ def test_a19_mean_speedup_over_unfused():
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 6), st.integers(1, 6))
-def test_bytes_grow_with_each_size(p, m1, e, more):
-    def moved(p, m1):
+def test_bytes_grow_with_each_size(p: int, m1: int, e: int, more: int) -> None:
+    def moved(p: int, m1: int) -> Work:
         known = {"P": p * 16, "M": m1 * 16, "M1": m1, "M0": 16, "E": 8 * e, "F": 8 * e}
         return count(CASCADE5, Mapping(16, 16), known, query="p")
 
@@ -131,14 +132,17 @@ def test_bytes_grow_with_each_size(p, m1, e, more):
 
 
 @given(st.integers(1, 8), st.integers(1, 64))
-def test_larger_query_tiles_never_move_more(k, m1):
+def test_larger_query_tiles_never_move_more(k: int, m1: int) -> None:
     known = {"P": 1024, "M1": m1, "M0": 16, "E": 64, "F": 64}
     small, large = (count(CASCADE5, Mapping(t, 16), known, query="p").bytes for t in (16 * k, 32 * k))
     assert large <= small
 
 
-def test_whole_is_tiles_and_programs():
+def test_whole_is_tiles_and_programs() -> None:
     w = count(CASCADE5, Mapping(128, 128), SIZES, query="p")
+    assert w.tiles
+    assert w.full_tile
+    assert w.program
     for op, n in w.ops.items():
         if op != "index":
             per = w.full_tile.ops.get(op, 0) * w.tiles.visited + w.program.ops.get(op, 0) * w.programs
@@ -146,12 +150,12 @@ def test_whole_is_tiles_and_programs():
     assert w.full_tile.flops * w.tiles.visited == w.flops
 
 
-def test_key_tile_is_found_by_structure():
+def test_key_tile_is_found_by_structure() -> None:
     assert key_tile(CASCADE5) == "m0"
     assert key_tile(CASCADE4) is None
 
 
-def test_a_mapping_needs_a_cascade_that_streams():
+def test_a_mapping_needs_a_cascade_that_streams() -> None:
     with pytest.raises(ValueError, match="does not stream"):
         count(CASCADE4, Mapping(128, 128), SIZES)
     with pytest.raises(ValueError, match="no query rank z"):
