@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from reattend.cost_model.tiles import expected, jobs, launch_span, makespan, order, tile_map
 from reattend.patterns import expr as ex
+from reattend.patterns.expr import Expr
 from reattend.patterns.masks import Mask
 
 INF = float("inf")
