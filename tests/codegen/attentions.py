@@ -133,6 +133,7 @@ VARIANTS: dict[str, Callable[..., Case]] = {
     "padding": lambda **k: build(added(PAD), aux=(aux("pad", (N, T), "b1"),), **k),
     "causal_padding": lambda **k: build(added(CAUSAL & PAD), aux=(aux("pad", (N, S), "b1"),), square=True, **k),
     "sdpa_padding": lambda **k: build(masked(PAD), zero=True, aux=(aux("pad", (N, T), "b1"),), **k),
+    "nan_padding": lambda **k: build(masked(PAD), aux=(aux("pad", (N, T), "b1"),), **k),
     "segments": lambda **k: build(masked(CAUSAL & SEGMENT), aux=(aux("seg", (N, S), "i64"),), square=True, **k),
     "prefix": lambda **k: build(masked(CAUSAL | (M < 11)), square=True, **k),
     "alibi": lambda **k: build(
