@@ -10,11 +10,13 @@ operands are cast, and to what, is observed by running the operator once on its 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
@@ -124,22 +126,33 @@ def _observe(n: fx.Node, device: str, region: Region) -> tuple[tuple[torch.dtype
     schema = n.target._schema  # type: ignore[union-attr]
     if schema.is_mutable or schema.name in ("aten::to", "aten::_to_copy") or any(v is None for v in values):
         return none, None
-    table = dict(zip(sources, values))
-    args, kwargs = fx.map_arg((n.args, n.kwargs), lambda x: table[x])
+    mode = _fake_mode(values)
+    if isinstance(mode, FakeTensorMode):
+        values = [mode.from_tensor(v) if type(v) is torch.Tensor else v for v in values]
+    table: dict[fx.Node, Any] = dict(zip(sources, values))
+    args, kwargs = fx.map_arg((n.args, n.kwargs), table.__getitem__)
     watch = _Watch(values)
-    with torch.no_grad(), torch.autocast(device, region.dtype, cache_enabled=False), watch:
+    with mode, torch.no_grad(), torch.autocast(device, region.dtype, cache_enabled=False), watch:
         n.target(*args, **kwargs)  # type: ignore[operator]
     casts = tuple(c if c is not None and c != _dtype(s) else None for s, c in zip(sources, watch.casts))
     wanted = _dtypes(n.meta.get("val"))
-    if any(casts) or _run(n, args, kwargs) == wanted or not any(a.name == "dtype" for a in schema.arguments):
+    if any(casts) or _run(n, args, kwargs, mode) == wanted or not any(a.name == "dtype" for a in schema.arguments):
         return casts, None
     return none, wanted[0]
 
 
-def _run(n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.dtype | None, ...] | None:
+def _fake_mode(values: list[Any]) -> AbstractContextManager[Any]:
+    """The fake mode of some operand: scalars of the operator become fake under it, and constants with real values too."""
+    mode = torch._guards.detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    return mode if mode is not None else nullcontext()
+
+
+def _run(
+    n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], mode: AbstractContextManager[Any]
+) -> tuple[torch.dtype | None, ...] | None:
     """The types of the results without autocast; None where the operator refuses mixed types."""
     try:
-        with torch.no_grad(), _no_autocast():
+        with mode, torch.no_grad(), _no_autocast():
             return _dtypes(n.target(*args, **kwargs))  # type: ignore[operator]
     except (RuntimeError, TypeError):
         return None

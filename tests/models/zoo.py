@@ -36,7 +36,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **_ENCODER, vocab_size=VOCAB, global_attn_every_n_layers=2, local_attention=32, cls_token_id=1, sep_token_id=2, **_SPECIAL
     ),
     "t5": lambda: transformers.T5Config(
-        d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0
+        d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0, dropout_rate=0.0
     ),
     "bart": lambda: transformers.BartConfig(**_PAIR),
     "whisper": lambda: transformers.WhisperConfig(
@@ -57,8 +57,9 @@ def build(name: str, attn: str = "eager", dtype: torch.dtype = torch.float32, se
     """The base model of an architecture, in evaluation mode."""
     torch.manual_seed(seed)
     config = CONFIGS[name]()
-    # the grouped product of experts takes no float64
-    config._experts_implementation = "eager"
+    if dtype == torch.float64:
+        # the grouped product of experts takes no float64
+        config._experts_implementation = "eager"
     return transformers.AutoModel.from_config(config, attn_implementation=attn).eval().to(dtype)
 
 
