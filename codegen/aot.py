@@ -9,7 +9,6 @@ strides known to be so) divisible by 16, as Triton specialises them at a launch.
 from __future__ import annotations
 
 import math
-import os
 import re
 import subprocess
 import tempfile
@@ -25,7 +24,7 @@ from .triton_kernel import MISSING, Kernel, available
 
 POINTER: Mapping[str, str] = {
     "b1": "*i1", "u8": "*u8", "i8": "*i8", "i16": "*i16", "i32": "*i32", "i64": "*i64", "f16": "*fp16",
-    "bf16": "*bf16", "f32": "*fp32",
+    "bf16": "*bf16", "f32": "*fp32", "f64": "*fp64",
 }  # fmt: skip
 # Instructions that multiply matrices, by the first words of their names.
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "v_mfma")
@@ -61,8 +60,6 @@ def compile(kernel: Kernel, arch: str) -> AotReport:
         raise ImportError(MISSING)
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET=1: this process interprets kernels and cannot compile them")
-    # Its default changes in Triton 3.10; products and sums are to be fused as they are now.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -240,7 +240,7 @@ def _attention(s: Streaming, mapping: Tiling) -> str:
     lines += ["    `walk`: the key tiles to visit, as `launch` takes them; found from the mask when not given.", '    """']
     lines += [f"    {names.symbols[n]} = {text}" for n, text in known.items()]
     shape = ", ".join(_size(n, names) for n in out.shape)
-    first = tensors[0]
+    first = next(names.operands[t.name].name for t in s.cascade.inputs if t.shape)
     lines.append(
         f"    out = torch.empty(({shape}{',' if len(out.shape) == 1 else ''}), "
         f"dtype={print_torch.TYPES[out.dtype]}, device={first}.device)"
@@ -250,9 +250,11 @@ def _attention(s: Streaming, mapping: Tiling) -> str:
     sizes = f"({', '.join(symbols)}{',' if len(symbols) == 1 else ''})"
     lines.append("    if walk is None:")
     lines += _walk(s, mapping, names, listed)
+    shapes = s.attention.cascade.tensor
+    given = [n if shapes[t].shape else f"{n}.to({first}.device)" for t, n in zip(s.inputs, tensors)]
     blocks = f"-(-{rows} // {mapping.tile_p})"
     lines += [
-        f"    inputs = ({', '.join(tensors)}{',' if len(tensors) == 1 else ''})",
+        f"    inputs = ({', '.join(given)}{',' if len(given) == 1 else ''})",
         f"    programs, row_blocks = {_product((s.extent[r] for r in s.grid), names)}, {blocks}",
         f"    return launch(stream, CONSTANTS, out, inputs, {sizes}, programs, row_blocks, walk)",
     ]

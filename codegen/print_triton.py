@@ -391,8 +391,6 @@ class Body:
         return self._put(e)
 
     def _float(self, e: Expr) -> tuple[str, int]:
-        if e.dtype == "f64" and e.op == "load":
-            raise PrintError(f"{e.attr} is float64; the kernel computes in float32")
         if e.is_const:
             return self._number(e.value)
         text = self._put(e)
@@ -459,11 +457,11 @@ class Body:
 
     def _load(self, e: Expr) -> str:
         text = self.load_text(e)
-        return f"{text}.to(tl.float32)" if e.dtype in ("f16", "bf16") else text
+        return f"{text}.to(tl.float32)" if e.dtype in ("f16", "bf16", "f64") else text
 
     def load_text(self, e: Expr) -> str:
         """The load in the tensor's own type."""
-        if e.dtype == "f64":
+        if e.dtype == "f64" and e.args:
             raise PrintError(f"{e.attr} is float64; the kernel computes in float32")
         at, guards = self.address(str(e.attr), e.args)
         if not guards:

@@ -135,7 +135,8 @@ def read(c: Cascade) -> Streaming | Refusal:
 def _read(a: Attention, state: RowState) -> Streaming:
     c = a.cascade
     extent: dict[str, Size] = {r.name: r.size for r in c.ranks}
-    if wide := [t.name for t in c.tensors if t.dtype == "f64"]:
+    # A float64 without dimensions is a number that the model keeps beside it; it is rounded once.
+    if wide := [t.name for t in c.tensors if t.dtype == "f64" and t.shape]:
         raise _No(f"{', '.join(wide)} is float64; the kernel computes in float32")
     if odd := [k.name for k in state.carried if k.op not in ("add", "max", "min")]:
         raise _No(f"the row scalar {odd[0]} reduces by another operator than add, max and min")

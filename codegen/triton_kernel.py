@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -114,7 +115,7 @@ def _shared_bytes(s: Streaming, mapping: Tiling, arch: str) -> int:
 _START: Mapping[str, Mapping[int, tuple[int, int, int, int]]] = {
     "sm_80": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 1024: (32, 32, 8, 1)},
     "sm_90": {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), 1024: (64, 32, 8, 2)},
-    "sm_100": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 1024: (64, 32, 8, 1)},
+    "sm_100": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 1024: (64, 32, 8, 1)},
     "gfx": {64: (128, 64, 4, 2), 128: (128, 64, 4, 2), 256: (64, 32, 4, 2), 1024: (32, 16, 4, 1)},
     "f32": {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 1024: (16, 16, 8, 1)},
 }
@@ -173,10 +174,12 @@ class _Bound:
     """What one combination of shapes, strides and types needs at every launch."""
 
     shape: tuple[int, ...]
+    device: torch.device
     sizes: tuple[int, ...]
     known: Mapping[str, int]
     programs: int
     row_blocks: int
+    index: Any
     walk: tuple[Any, ...] | None
 
 
@@ -198,6 +201,8 @@ class Kernel:
         """The generated file, imported. Raises ImportError without Triton."""
         if not available():
             raise ImportError(MISSING)
+        # The default changes in Triton 3.10; products and sums are to be fused as they are now.
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
         if interpret.interpreting():
             interpret.repair()
         return cache.load(self.source)
@@ -210,19 +215,24 @@ class Kernel:
         Raises ValueError for a missing tensor, another type than the cascade's, or shapes that contradict it.
         """
         s = self.streaming
-        inputs = [tensors[t.name] for t in s.cascade.inputs] if not _missing(s, tensors) else _complain(s, tensors)
-        key = (*((t.shape, t.dtype) for t in inputs), inputs[0].device, *sorted((sizes or {}).items()))
+        try:
+            inputs = [tensors[t.name] for t in s.cascade.inputs]
+        except KeyError:
+            raise _incomplete(s, tensors) from None
+        key = (*((t.shape, t.stride(), t.dtype, t.device) for t in inputs), *(sizes or {}).items())
         bound = self._bound.get(key)
         if bound is None:
             bound = self._bound[key] = self._bind(tensors, sizes or {})
+        # Numbers without dimensions may lie on the host, where Dynamo puts a module's floats.
+        inputs = [t.to(bound.device) if t.dim() == 0 else t for t in inputs]
         if s.attention.prelude:
             inputs += self._prelude(tensors, bound.known)
         if out is None:
-            out = torch.empty(bound.shape, dtype=DTYPE[self._out.dtype], device=inputs[0].device)
-        walk = bound.walk if bound.walk is not None else self._walk(tensors, bound.known, inputs[0].device)
+            out = torch.empty(bound.shape, dtype=DTYPE[self._out.dtype], device=bound.device)
+        walk = bound.walk if bound.walk is not None else self._walk(tensors, bound.known, bound.device)
         result: Tensor = self.module.launch(
             self.module.stream, self.module.CONSTANTS, out, tuple(inputs), bound.sizes, bound.programs,
-            bound.row_blocks, walk,
+            bound.row_blocks, walk, bound.index,
         )  # fmt: skip
         return result
 
@@ -238,15 +248,20 @@ class Kernel:
         known = infer_sizes(s.cascade, tensors, sizes)
         extent = self._extent(known)
         rows = math.prod(extent[r] for r in s.rows)
+        device = next(tensors[t.name].device for t in s.cascade.inputs if t.shape)
         static = None if module.needs_lists(s) and not module.is_static(s) else self._walk(
-            tensors, known, tensors[s.cascade.inputs[0].name].device
+            tensors, known, device
         )  # fmt: skip
+        shape = tuple(int(bind(n, known)) for n in self._out.shape)
+        reached = [tensors[t.name] for t in s.cascade.inputs] + [torch.empty(shape, device="meta")]
         return _Bound(
-            shape=tuple(int(bind(n, known)) for n in self._out.shape),
+            shape=shape,
+            device=device,
             sizes=tuple(known[n] for n in s.cascade.free_symbols),
             known=known,
             programs=math.prod(extent[r] for r in s.grid),
             row_blocks=-(-rows // self.mapping.tile_p),
+            index=self.module.index_type(*reached),
             walk=static,
         )
 
@@ -306,11 +321,6 @@ def _visited(found: TileMap, certain: Any, skip: str) -> Any:
     return found.classes + everywhere * (np.uint8(PARTIAL) if isinstance(everywhere, np.ndarray) else PARTIAL)
 
 
-def _missing(s: Streaming, tensors: Mapping[str, Tensor]) -> list[str]:
-    return [t.name for t in s.cascade.inputs if t.name not in tensors]
-
-
-def _complain(s: Streaming, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    raise ValueError(
-        f"attention {s.cascade.name!r} needs {', '.join(_missing(s, tensors))}; given {', '.join(sorted(tensors))}"
-    )
+def _incomplete(s: Streaming, tensors: Mapping[str, Tensor]) -> ValueError:
+    missing = [t.name for t in s.cascade.inputs if t.name not in tensors]
+    return ValueError(f"attention {s.cascade.name!r} needs {', '.join(missing)}; given {', '.join(sorted(tensors))}")

@@ -26,7 +26,7 @@ def tile(
     return acc, state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_full", "n_all"])
 def stream(
     out, inputs, sizes, tiles, n_rows, n_full, n_all,
     BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
