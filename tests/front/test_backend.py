@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +26,17 @@ def test_the_rest_stays_eager_when_asked(stack: nn.Module, x: Tensor) -> None:
         close(compiled(x), stack(x))
 
 
+OURS = {"deny": ("original", "sdpa", "flex")}
+
+
 @pytest.mark.slow
-def test_the_rest_goes_to_inductor(stack: nn.Module, x: Tensor) -> None:
+@pytest.mark.parametrize("options", [{}, OURS])
+def test_the_rest_goes_to_inductor(stack: nn.Module, x: Tensor, options: dict[str, Any]) -> None:
     with torch.no_grad():
-        compiled = torch.compile(stack, backend="reattend")
-        close(compiled(x), stack(x))
-        close(compiled(torch.randn(2, 24, 16)).sum(), compiled(torch.randn(2, 24, 16)).sum(), 1e9)
+        compiled = torch.compile(stack, backend="reattend", options=options)
+        for n in (40, 24, 33):
+            given = torch.randn(2, n, 16)
+            close(compiled(given), stack(given))
 
 
 @pytest.mark.slow
