@@ -7,7 +7,11 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from reattend.codegen import cpu, triton_kernel
+from reattend.cost_model.device import device
+from reattend.cost_model.predict import best_mapping
 from reattend.patterns.evaluate import evaluate
+from reattend.patterns.mapping import Mapping as Tiling
 from reattend.rewriter import detect
 
 from . import programs
@@ -66,3 +70,58 @@ def test_researchers_variants_are_found(variant: object) -> None:
     args = programs.inputs(dtype=torch.float64)[:3]
     found, gm = found_in(variant, args)
     assert error_of(found, values_of(gm, args)) <= 1e-7
+
+
+def is_right(got: Tensor, args: tuple[Tensor, ...], program: object) -> None:
+    """Against the user's own code in float64: RMS within 1.2 times, maximum within 2.5 times of the code in fp32, or an ulp."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        wide = [a.double() if a.is_floating_point() else a for a in args]
+        exact = program(*wide)  # type: ignore[operator]
+    finally:
+        torch.set_default_dtype(default)
+    eager = program(*args)  # type: ignore[operator]
+    got = got.reshape(exact.shape).double()
+    assert torch.equal(got.isnan(), eager.isnan())
+    keep = exact.isfinite() & eager.isfinite()
+    if not bool(keep.any()):
+        return
+    ours, theirs = (got - exact)[keep], (eager.double() - exact)[keep]
+    ulp = float(exact[keep].abs().max()) * 2.0**-23
+    assert float(ours.square().mean().sqrt()) <= max(1.2 * float(theirs.square().mean().sqrt()), ulp)
+    assert float(ours.abs().max()) <= max(2.5 * float(theirs.abs().max()), 4 * ulp)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(programs.programs())
+def test_drawn_programs_run_on_the_cpu_and_are_emitted_for_the_gpu(program: programs.Program) -> None:
+    """Found, planned, printed for both, and right on the CPU under the default tiling and under small tiles."""
+    args = programs.inputs()
+    found, gm = found_in(program, args)
+    values = values_of(gm, args)
+    tensors = {k: values[v] for k, v in found.tensors.items()}
+    default = cpu.default_mapping(found.cascade, {})
+    for mapping in (default, Tiling(16, 16, body=default.body)):
+        kernel = cpu.build(found.cascade, mapping)
+        assert isinstance(kernel, cpu.Kernel), kernel
+        is_right(kernel.run(tensors, {}), args, program)
+    planned = best_mapping(found.cascade, device("h100"), {})
+    assert isinstance(planned, tuple), planned
+    emitted = triton_kernel.build(found.cascade, planned[0], device("h100"))
+    assert isinstance(emitted, triton_kernel.Kernel), emitted
+    assert "@triton.jit" in emitted.source
+
+
+@pytest.mark.interpreter
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(programs.programs())
+def test_drawn_programs_are_right_in_triton(program: programs.Program) -> None:
+    args = programs.inputs(20, 20)
+    found, gm = found_in(program, args)
+    values = values_of(gm, args)
+    kernel = triton_kernel.build(found.cascade, Tiling(16, 16))
+    assert isinstance(kernel, triton_kernel.Kernel), kernel
+    is_right(kernel.run({k: values[v] for k, v in found.tensors.items()}, {}), args, program)
