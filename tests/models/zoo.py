@@ -53,7 +53,7 @@ IMAGES = ("vit", "clip")
 WITHOUT_SDPA = ("gemma2", "bloom", "gpt_oss")
 
 
-def build(name: str, attn: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+def build(name: str, attn: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """The base model of an architecture, in evaluation mode."""
     torch.manual_seed(seed)
     config = CONFIGS[name]()
@@ -101,7 +101,8 @@ def output_of(result: Any) -> torch.Tensor:
     """The main output of a model: hidden states, or both embeddings of CLIP."""
     if hasattr(result, "image_embeds"):
         return torch.cat([result.image_embeds, result.text_embeds])
-    return result.last_hidden_state
+    out: torch.Tensor = result.last_hidden_state
+    return out
 
 
 def valid(name: str, given: dict[str, torch.Tensor], out: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from reattend.rewriter import index
 
 
 def factorisations(n: int) -> list[tuple[int, ...]]:
-    found = [(n,)]
+    found: list[tuple[int, ...]] = [(n,)]
     for a in range(2, n):
         if n % a == 0:
             found += [(a, *rest) for rest in factorisations(n // a)]
