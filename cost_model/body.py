@@ -2,7 +2,7 @@
 
     block     consecutive query tiles whose key slices lie alike: folded into the batch of a call, FOLD_ROWS rows at a time
     sdpa      the fused kernel on the slice of a block, with what the scores get added where a tile of it is partial
-    product   product, score and row rule, product, on the same slices
+    product   product, score and row rule, product, for some heads and at most SLICE keys of a query tile at a time
 Runs of the same calls are priced once. The code generator's skeleton (codegen/skeletons/cpu.py) is what this models.
 """
 
@@ -23,7 +23,7 @@ from ..patterns.mapping import Mapping as Tiling
 from ..patterns.masks import FULL, conjuncts
 from .cost import Cost
 from .device import Device
-from .host import GRAIN, Bill, Host, causal_pairs
+from .host import CORE_CACHE, GRAIN, Bill, Host, causal_pairs
 from .subject import Shape, Subject
 from .tiles import Jobs, expected, tile_map
 from .work import EXPONENTIALS, INDEX, WIDTH, term_operations
@@ -32,8 +32,16 @@ from .work import EXPONENTIALS, INDEX, WIDTH, term_operations
 FOLD_ROWS = 1024
 FEW = 4096
 # ATen calls around one call of the kernel: slices, views, the copy of the result. Around a whole attention: planning.
-AROUND_CALL = 10
+AROUND_CALL = 25
+AROUND_STEP = 12
 AROUND_ALL = 12
+# The product body's longest slice of keys, and its scores in flight for each thread.
+SLICE = 512
+SCORES = 1 << 18
+# A step whose scores leave the core's own cache takes so much longer.
+SPILLED = 1.2
+# torch.exp takes so much longer where the result underflows, as it does behind a mask.
+UNDERFLOW = 7.0
 
 
 @dataclass(frozen=True)
@@ -54,21 +62,36 @@ def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
     masked = s.mask.keep is not ex.TRUE
     bill.add("launch", host.h.operator_call_seconds + AROUND_ALL * host.h.operator_seconds)
     pairs = 0
-    for call, count in Counter(calls(s, at, mapping, jobs)).items():
-        pairs += count * call.batch * call.tiles * _pairs(call)
-        one = Bill()
-        if mapping.body == "sdpa":
+    if mapping.body == "product":
+        _widened(host, bill, s, at)
+        for b in tiles(s, at, mapping, jobs):
+            pairs += b.tiles * at.batch * b.rows * b.keys
+            if b.keys:
+                _product(host, bill, s, at, b)
+    else:
+        for call, count in Counter(calls(s, at, mapping, jobs)).items():
+            pairs += count * call.batch * call.tiles * _pairs(call)
+            one = Bill()
             _sdpa(host, one, s, at, call)
-        else:
-            _product(host, one, s, at, call)
-        for name, seconds in one.parts.items():
-            bill.add(name, seconds * count)
+            for name, seconds in one.parts.items():
+                bill.add(name, seconds * count)
     if masked:
         _added(host, bill, s, at, mapping, jobs)
     bill.flops, bill.exps = 2 * pairs * (at.embed + at.value), pairs
     bill.bytes = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
     bill.add("fault", host.fresh(WIDTH[s.dtype] * at.batch * at.queries * at.value))
     return bill.cost(device.basis)
+
+
+def tiles(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs) -> Iterator[Block]:
+    """Blocks for the product body, which takes one query tile at a time."""
+    if at.queries * at.keys <= FEW:
+        yield Block(1, at.queries, at.keys, jobs.map is not None)
+    elif jobs.map is None:
+        whole, rest = divmod(at.queries, mapping.tile_p)
+        yield from (Block(n, rows, at.keys, False) for n, rows in ((whole, mapping.tile_p), (1, rest)) if n and rows)
+    else:
+        yield from blocks(s, jobs, mapping, at)
 
 
 def calls(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs) -> Iterator[Call]:
@@ -94,13 +117,17 @@ def _heads(s: Subject, at: Shape) -> int:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive query tiles whose slices lie alike, `rows` rows each; a triangle is one tile on its own keys."""
+    """Consecutive query tiles whose slices lie alike, `rows` rows each; a triangle is one tile on its own keys.
+
+    `cut` is about the share of the slices' pairs that the mask forbids.
+    """
 
     tiles: int
     rows: int
     keys: int
     masked: bool
     triangle: bool = False
+    cut: float = 0.0
 
 
 def blocks(s: Subject, jobs: Jobs, mapping: Tiling, at: Shape) -> tuple[Block, ...]:
@@ -113,13 +140,13 @@ def blocks(s: Subject, jobs: Jobs, mapping: Tiling, at: Shape) -> tuple[Block, .
     count = some.sum(1)
     first = np.where(count > 0, some.argmax(1), 0)
     last = np.where(count > 0, n - some[:, ::-1].argmax(1), 0)
-    partial = (some & ~every).any(1)
+    open_ = (some & ~every).sum(1)
     bound = (some & ~_free(s, jobs, mapping, at)).any(1)
     walk = _Walk(mapping.tile_p, mapping.tile_m, at.keys)
-    rows = zip(count.tolist(), first.tolist(), last.tolist(), partial.tolist(), bound.tolist())
-    for i, (k, a, b, p, cut) in enumerate(rows):
+    rows = zip(count.tolist(), first.tolist(), last.tolist(), open_.tolist(), bound.tolist())
+    for i, (k, a, b, p, bounded) in enumerate(rows):
         height = min(mapping.tile_p, at.queries - i * mapping.tile_p)
-        walk.add(i, height, k, a, b, p, cut)
+        walk.add(i, height, k, a, b, p, bounded)
     return tuple(walk.out)
 
 
@@ -132,23 +159,26 @@ class _Walk:
         self.place: tuple[int, int, bool] | None = None
         self.start = self.stop = 0
 
-    def add(self, i: int, height: int, count: int, first: int, last: int, partial: bool, cut: bool) -> None:
-        p0 = i * self.tile_p
-        if count and count == last - first and last == i + 1 and not cut and self._triangle(first * self.tile_m, p0, height):
+    def add(self, i: int, height: int, count: int, first: int, last: int, partial: int, bounded: bool) -> None:
+        p0, width = i * self.tile_p, last - first
+        lies = count and count == width and last == i + 1 and not bounded
+        if lies and self._triangle(first * self.tile_m, p0, height):
             return
-        if 5 * count < 4 * (last - first):
-            self._alone(height, min(count * self.tile_m, self.keys), partial)
+        # about half of a partial tile is forbidden
+        cut = (width - count + 0.5 * partial) / max(width, 1)
+        if 5 * count < 4 * width:
+            self._alone(height, min(count * self.tile_m, self.keys), partial > 0, 0.5 * partial / max(count, 1))
             return
         m0, m1 = first * self.tile_m, min(last * self.tile_m, self.keys)
-        place = (m0 - p0, m1 - p0, partial or count < last - first)
+        place = (m0 - p0, m1 - p0, partial > 0 or count < width)
         if place == self.place and height == self.tile_p:
             self.out[-1] = replace(self.out[-1], tiles=self.out[-1].tiles + 1)
             return
-        self._alone(height, m1 - m0, place[2])
+        self._alone(height, m1 - m0, place[2], cut)
         self.place = place if height == self.tile_p else None
 
-    def _alone(self, height: int, keys: int, masked: bool) -> None:
-        self.out.append(Block(1, height, keys, masked))
+    def _alone(self, height: int, keys: int, masked: bool, cut: float) -> None:
+        self.out.append(Block(1, height, keys, masked, cut=cut))
         self.place = None
 
     def _triangle(self, first: int, p0: int, height: int) -> bool:
@@ -243,15 +273,36 @@ def _sdpa(host: Host, bill: Bill, s: Subject, at: Shape, c: Call) -> None:
     host.point("copy", s.dtype, batch * c.rows * at.value, 0, bill)
 
 
-def _product(host: Host, bill: Bill, s: Subject, at: Shape, c: Call) -> None:
-    batch = c.batch * c.tiles
-    points = batch * c.rows * c.keys
-    bill.add("matrix", host.product(batch, c.rows, c.keys, at.embed, s.dtype))
-    bill.add("matrix", host.product(batch, c.rows, at.value, c.keys, s.dtype))
-    for op in _pointwise(s, c.masked):
-        host.point(op, "f32", points, 0, bill)
-        bill.add("launch", host.h.operator_seconds)
-    bill.add("launch", 2 * host.h.product_seconds + AROUND_CALL * host.h.operator_seconds)
+def _product(host: Host, bill: Bill, s: Subject, at: Shape, b: Block) -> None:
+    """The query tiles of a block, each for a few heads and at most SLICE keys at a time."""
+    rows, keys, count = b.rows, b.keys, b.tiles
+    slices = -(-keys // SLICE)
+    room = max(1, SCORES * host.threads // max(rows * min(keys, SLICE), 1))
+    heads = at.batch if room >= at.batch else max(at.group, min(_heads(s, at), room) // at.group * at.group)
+    steps = -(-at.batch // heads) * slices
+    points = heads * rows * -(-keys // slices)
+    one = Bill()
+    one.add("matrix", host.product(heads, rows, keys // slices, at.embed, "f32"))
+    one.add("matrix", host.product(heads, rows, at.value, keys // slices, "f32"))
+    ops = _pointwise(s, b.masked)
+    for op in ops:
+        host.point(op, "f32", points, 0, one)
+        if op == "exp":
+            host.point(op, "f32", round(points * b.cut * UNDERFLOW), 0, one)
+    one.add("launch", 2 * host.h.product_seconds + (len(ops) + AROUND_STEP) * host.h.operator_seconds)
+    spilled = SPILLED if points * WIDTH["f32"] > CORE_CACHE // 2 else 1.0
+    for name, seconds in one.parts.items():
+        bill.add(name, seconds * steps * count * (spilled if name != "launch" else 1.0))
+    bill.add("launch", AROUND_CALL * host.h.operator_seconds * -(-at.batch // heads) * count)
+
+
+def _widened(host: Host, bill: Bill, s: Subject, at: Shape) -> None:
+    """The product body computes in fp32: narrower operands are converted first."""
+    if WIDTH[s.dtype] >= WIDTH["f32"]:
+        return
+    points = at.batch * at.queries * at.embed + at.batch // at.group * at.keys * (at.embed + at.value)
+    host.point("cast", "f32", points, points * 6, bill)
+    bill.add("launch", 3 * host.h.operator_seconds)
 
 
 def _pointwise(s: Subject, masked: bool) -> list[str]:
@@ -262,7 +313,7 @@ def _pointwise(s: Subject, masked: bool) -> list[str]:
     out = [op for op, n in term_operations(score, grid).items() if n == 4 and op not in (INDEX, "cast")]
     out += [str(e.op) for e in a.row]
     out += [t.op for t in ex.walk(a.weight) if t.op in EXPONENTIALS]
-    return [*out, "sub", "cast"]
+    return [*out, "sub"]
 
 
 def _added(host: Host, bill: Bill, s: Subject, at: Shape, mapping: Tiling, jobs: Jobs) -> None:

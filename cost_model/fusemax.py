@@ -77,7 +77,7 @@ def unfused_seconds(c: Cascade, sizes: Mapping[str, int], device: Device, heads:
     total = 0.0
     for group in UNFUSED:
         part = [e for e in c.einsums if e.out.tensor in group]
-        points = size_int(elements(bound.rank, max((e.ranks for e in part), key=lambda r: len(r))))
+        points = size_int(elements(bound.rank, max(part, key=lambda e: len(e.ranks)).ranks))
         lanes = device.array_lanes if len(part) == 1 else device.vector_lanes / len(part)
         width = 2
         names = {str(a.attr) for e in part for a in e.reads if str(a.attr) not in group} | {part[-1].out.tensor}

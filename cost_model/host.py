@@ -25,6 +25,8 @@ CORE_CACHE = 1 << 20
 # Keys of a block inside PyTorch's fused CPU kernel.
 KEY_BLOCK = 512
 # torch's vectorised exp is the unit; the others cost about this many of them.
+# Element-wise operators by what a plain addition costs, on operands in the cache.
+IN_ELEMENTS: Mapping[str, float] = {"where": 6.0, "max": 0.7, "min": 0.7}
 IN_EXPS: Mapping[str, float] = {"tanh": 3.0, "sigmoid": 1.5, "softplus": 3.0, "erf": 2.0, "sin": 2.0, "cos": 2.0, "pow": 3.0}
 
 
@@ -94,7 +96,7 @@ class Host:
         if name in EXPONENTIALS:
             bill.add("exp", points * rate(self.h.exp_seconds, dtype) * IN_EXPS.get(name, 1.0) / gain)
             return
-        busy = points * rate(self.h.element_seconds, dtype) / gain
+        busy = points * rate(self.h.element_seconds, dtype) * IN_ELEMENTS.get(name, 1.0) / gain
         if moved > self.h.cache_bytes:
             stream = moved / self.d.dram_bytes_per_s / self.gain("memory", points)
             if stream > busy:
