@@ -30,7 +30,11 @@ def main() -> None:
     model = reattend.optimize(model)
     after = model.generate(**batch, max_new_tokens=16, do_sample=False)
 
-    print(reattend.report(model))
+    report = reattend.report(model)
+    print(report)
+    ran = {name: n for name, n in report.kernels.items() if name != "original"}
+    assert ran, "attention ran on another kernel than the model's own"
+    assert report.given_up == 0
     assert torch.equal(before, after), "the optimised model generates the same tokens"
 
     model = reattend.restore(model)
