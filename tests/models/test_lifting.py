@@ -58,7 +58,8 @@ def test_found_and_lifted(name: str, attn: str, dynamic: bool | None) -> None:
     with torch.no_grad():
         with CountAttention() as counted:
             model(**given)
-        torch.compile(model, backend=compare, dynamic=dynamic)(**given)
+        compiled: Any = torch.compile(model, backend=compare, dynamic=dynamic)
+        compiled(**given)
     assert not missed
     assert len(errors) == counted.count > 0
     assert max(errors) <= 1e-6
