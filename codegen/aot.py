@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..patterns.cascade import Size
-from . import module
+from . import entry
 from .interpret import interpreting
 from .triton_kernel import MISSING, Kernel, available
 
@@ -98,7 +98,7 @@ def _arguments(kernel: Kernel, constants: dict[str, Any]) -> tuple[dict[str, Any
     s = kernel.streaming
     names: list[str] = kernel.module.stream.arg_names
     tensors = s.attention.cascade.tensor
-    listed = module.needs_lists(s)
+    listed = entry.needs_lists(s)
     signature: dict[str, Any] = dict.fromkeys(names, "constexpr")
     signature |= dict.fromkeys(("n_rows", "n_full", "n_all"), "i32")
     signature["sizes"] = ("i32",) * len(s.cascade.free_symbols)

@@ -21,10 +21,14 @@ from .skip import null
 from .streaming import Product, Side, Streaming, variant
 
 HOLES = ("batch", "rows", "queries", "start", "products", "step", "values", "finish")
-# Names that printed functions use for themselves.
+# Names that the emitted module uses for itself.
 RESERVED = (
-    *HOLES, "stream", "tile", "attention", "out", "inputs", "sizes", "tiles", "at", "acc", "state", "x", "q", "r", "w", "c",
-    "inside", "PARTIAL", "BM", "BN", "BF", "INDEX", "tl", "triton", "torch", "math",
+    *HOLES, "stream", "tile", "attention", "sizes_of", "plan_of", "kept", "walk_of", "tile_classes", "tile_lists",
+    "index_type", "launch", "choose", "out", "inputs", "sizes", "tiles", "at", "acc", "state", "x", "q", "r", "w", "c", "i",
+    "inside", "shape", "programs", "row_blocks", "walk", "device", "name", "tensor", "PARTIAL", "BM", "BN", "BF", "INDEX",
+    "CONSTANTS", "CHUNK", "tl", "triton", "torch", "math", "Any", "Callable", "Mapping", "Tensor", "lru_cache", "float",
+    "range", "floor_div", "floor_mod", "truncate", "round_even", "sign", "tanh", "expm1", "log1p", "softplus", "power",
+    "remainder",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any
@@ -22,14 +22,15 @@ from torch import Tensor
 
 from ..cost_model.device import Device
 from ..patterns.cascade import Cascade, bind
-from ..patterns.evaluate import DTYPE, evaluate, infer_sizes
+from ..patterns.evaluate import DTYPE, evaluate
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.masks import EMPTY, PARTIAL, TileMap, Walk, classify, rows_with_key, runtime_classify
+from ..patterns.masks import EMPTY, PARTIAL, TileMap, classify, rows_with_key, runtime_classify
 from ..patterns.recognise import Refusal
-from . import cache, interpret, module
+from . import cache, entry, interpret, module
+from .holes import Names
 from .print_torch import PrintError as TorchPrintError
 from .print_triton import PrintError
-from .streaming import NAME, Streaming, power_of_two, read
+from .streaming import FEW_ROWS, NAME, Streaming, power_of_two, read
 
 MISSING = "Triton is not installed: pip install 'reattend[triton]' (a CUDA build of torch brings its own)"
 # Bytes of shared memory that one block may have, where the target is an architecture and no device.
@@ -37,6 +38,8 @@ SHARED_BYTES: Mapping[str, int] = {
     "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_103": 232448,
     "sm_120": 101376, "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840,
 }  # fmt: skip
+# Static tile lists kept by a kernel, one for each combination of sizes.
+KEPT_LISTS = 64
 
 
 def available() -> bool:
@@ -169,20 +172,6 @@ def _smaller(mapping: Tiling) -> Iterator[Tiling]:
 # --- the kernel -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """What one combination of shapes, strides and types needs at every launch."""
-
-    shape: tuple[int, ...]
-    device: torch.device
-    sizes: tuple[int, ...]
-    known: Mapping[str, int]
-    programs: int
-    row_blocks: int
-    index: Any
-    walk: tuple[Any, ...] | None
-
-
 class Kernel:
     """A compiled-on-first-use kernel. `source` is the whole self-contained file."""
 
@@ -191,7 +180,7 @@ class Kernel:
     def __init__(self, s: Streaming, mapping: Tiling, source: str) -> None:
         self.streaming, self.mapping, self.source = s, mapping, source
         self.cascade = s.cascade
-        self._bound: dict[tuple[object, ...], _Bound] = {}
+        self._lists: dict[tuple[object, ...], tuple[Any, ...]] = {}
 
     def __repr__(self) -> str:
         return f"Kernel({self.cascade.name}, {self.mapping})"
@@ -214,102 +203,118 @@ class Kernel:
 
         Raises ValueError for a missing tensor, another type than the cascade's, or shapes that contradict it.
         """
-        s = self.streaming
-        try:
-            inputs = [tensors[t.name] for t in s.cascade.inputs]
-        except KeyError:
-            raise _incomplete(s, tensors) from None
-        key = (*((t.shape, t.stride(), t.dtype, t.device) for t in inputs), *(sizes or {}).items())
-        bound = self._bound.get(key)
-        if bound is None:
-            bound = self._bound[key] = self._bind(tensors, sizes or {})
+        s, made = self.streaming, self.module
+        inputs = self._inputs(tensors)
+        device = next(t.device for t in inputs if t.dim())
+        bound = made.sizes_of(*inputs, **self._named(sizes))
+        shape, programs, row_blocks, walk = made.plan_of(*bound)
+        if self._listed and self._queries(bound) >= FEW_ROWS:
+            walk = self._walk(tensors, bound, device)
         # Numbers without dimensions may lie on the host, where Dynamo puts a module's floats.
-        inputs = [t.to(bound.device) if t.dim() == 0 else t for t in inputs]
+        inputs = [t if t.dim() else t.to(device) for t in inputs]
         if s.attention.prelude:
-            inputs += self._prelude(tensors, bound.known)
+            inputs += self._prelude(tensors, bound)
         if out is None:
-            out = torch.empty(bound.shape, dtype=DTYPE[self._out.dtype], device=bound.device)
-        walk = bound.walk if bound.walk is not None else self._walk(tensors, bound.known, bound.device)
-        result: Tensor = self.module.launch(
-            self.module.stream, self.module.CONSTANTS, out, tuple(inputs), bound.sizes, bound.programs,
-            bound.row_blocks, walk, bound.index,
+            out = torch.empty(shape, dtype=self._dtype, device=device)
+        result: Tensor = made.launch(
+            made.stream, made.CONSTANTS, out, tuple(inputs), bound, programs, row_blocks, walk
         )  # fmt: skip
         return result
 
-    @property
-    def _out(self) -> Any:
-        return self.cascade.tensor[self.cascade.outputs[0]]
+    def _inputs(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        try:
+            inputs = [tensors[t.name] for t in self.cascade.inputs]
+        except KeyError:
+            missing = [t.name for t in self.cascade.inputs if t.name not in tensors]
+            raise ValueError(
+                f"attention {self.cascade.name!r} needs {', '.join(missing)}; given {', '.join(sorted(tensors))}"
+            ) from None
+        for t, x in zip(self.cascade.inputs, inputs):
+            if x.dtype != DTYPE[t.dtype]:
+                raise ValueError(f"{t.name} is {x.dtype}; the kernel was built for {t.dtype}")
+        return inputs
 
-    def _bind(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> _Bound:
-        s = self.streaming
-        for t in s.cascade.inputs:
-            if tensors[t.name].dtype != DTYPE[t.dtype]:
-                raise ValueError(f"{t.name} is {tensors[t.name].dtype}; the kernel was built for {t.dtype}")
-        known = infer_sizes(s.cascade, tensors, sizes)
-        extent = self._extent(known)
-        rows = math.prod(extent[r] for r in s.rows)
-        device = next(tensors[t.name].device for t in s.cascade.inputs if t.shape)
-        static = None if module.needs_lists(s) and not module.is_static(s) else self._walk(
-            tensors, known, device
-        )  # fmt: skip
-        shape = tuple(int(bind(n, known)) for n in self._out.shape)
-        reached = [tensors[t.name] for t in s.cascade.inputs] + [torch.empty(shape, device="meta")]
-        return _Bound(
-            shape=shape,
-            device=device,
-            sizes=tuple(known[n] for n in s.cascade.free_symbols),
-            known=known,
-            programs=math.prod(extent[r] for r in s.grid),
-            row_blocks=-(-rows // self.mapping.tile_p),
-            index=self.module.index_type(*reached),
-            walk=static,
-        )
+    def _named(self, sizes: Mapping[str, int] | None) -> dict[str, int]:
+        """The sizes that no shape shows, under their names in the module. Raises ValueError for one without a value."""
+        if missing := [n for n in self._unbound if n not in (sizes or {})]:
+            raise ValueError(f"attention {self.cascade.name!r}: no value for size {', '.join(missing)}")
+        return {name: int((sizes or {})[n]) for n, name in self._unbound.items()}
 
-    def _extent(self, known: Mapping[str, int]) -> dict[str, int]:
-        return {r: int(bind(n, known)) for r, n in self.streaming.extent.items()}
+    @cached_property
+    def _unbound(self) -> dict[str, str]:
+        names = Names(self.streaming)
+        return {n: names.symbols[n] for n in entry.unbound(self.streaming)}
 
-    def _prelude(self, tensors: Mapping[str, Tensor], known: Mapping[str, int]) -> list[Tensor]:
+    @cached_property
+    def _listed(self) -> bool:
+        return entry.needs_lists(self.streaming)
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        return DTYPE[self.cascade.tensor[self.cascade.outputs[0]].dtype]
+
+    def _known(self, bound: tuple[int, ...]) -> dict[str, int]:
+        return dict(zip(self.cascade.free_symbols, bound))
+
+    def _queries(self, bound: tuple[int, ...]) -> int:
+        size = self.streaming.extent[self.streaming.attention.query]
+        return size if isinstance(size, int) else int(bind(size, self._known(bound)))
+
+    def _prelude(self, tensors: Mapping[str, Tensor], bound: tuple[int, ...]) -> list[Tensor]:
         """Tensors that the attention reads and that are computed beforehand, in plain torch."""
         before = self.streaming.attention.prelude
         names = tuple(e.out.tensor for e in before)
-        c = replace(self.cascade, einsums=before, outputs=names)
-        made = evaluate(c, tensors, known)
+        made = evaluate(replace(self.cascade, einsums=before, outputs=names), tensors, self._known(bound))
         return [made[n] for n in names]
 
     # which tiles to visit
 
-    def _walk(self, tensors: Mapping[str, Tensor], known: Mapping[str, int], device: torch.device) -> tuple[Any, ...]:
-        s = self.streaming
-        keys = self._extent(known)[s.key]
-        n_m = -(-keys // self.mapping.tile_m)
-        if not module.needs_lists(s):
-            return (keys // self.mapping.tile_m if s.mask.keep.is_const else 0, n_m)
-        classes = self._classes(tensors, known, device)
+    def _walk(self, tensors: Mapping[str, Tensor], bound: tuple[int, ...], device: torch.device) -> tuple[Any, ...]:
+        """Tile lists: of one combination of sizes, or of the tensors that the mask reads."""
+        if not entry.is_static(self.streaming):
+            return self._fresh_lists(tensors, bound, device)
+        key = (bound, device)
+        if key not in self._lists:
+            if len(self._lists) >= KEPT_LISTS:
+                self._lists.clear()
+            self._lists[key] = self._fresh_lists(tensors, bound, device)
+        return self._lists[key]
+
+    def _fresh_lists(self, tensors: Mapping[str, Tensor], bound: tuple[int, ...], device: torch.device) -> tuple[Any, ...]:
+        s, known = self.streaming, self._known(bound)
+        wanted = (*s.grid, s.attention.query, s.key)
+        extents = {r: int(bind(n, known)) for r, n in s.extent.items() if r in wanted}
+        classes = self.classes(tensors, extents, known, device.type != "cpu")
         if not isinstance(classes, Tensor):
             classes = torch.tensor(classes, device=device)
+        ragged = extents[s.key] % self.mapping.tile_m != 0
         lists: tuple[Any, ...] = self.module.tile_lists(
-            classes.reshape(-1, *classes.shape[-2:]), keys % self.mapping.tile_m != 0, self.mapping.heavy_first
+            classes.reshape(-1, *classes.shape[-2:]), ragged, self.mapping.heavy_first
         )
         return lists
 
-    def _classes(self, tensors: Mapping[str, Tensor], known: Mapping[str, int], device: torch.device) -> Any:
-        """Tile classes with the rule for skipping applied: [*lists, row blocks, key tiles]."""
+    def classes(
+        self, tensors: Mapping[str, Tensor], extents: Mapping[str, int], sizes: Mapping[str, int], on_device: bool
+    ) -> Any:
+        """Tile classes with the rule for skipping applied: uint8 [*lists, row blocks, key tiles], numpy or a tensor.
+
+        `on_device`: what data decides is computed where the tensors are, without waiting for it.
+        """
         s = self.streaming
-        skip = s.skipping
-        extents = {r: n for r, n in self._extent(known).items() if r in (*s.grid, s.attention.query, s.key)}
-        where = {"query": s.attention.query, "key": s.key, "extents": extents, "symbols": known}
-        tiles = {"tile_p": self.mapping.tile_p, "tile_m": self.mapping.tile_m}
-        if module.is_static(s):
-            found = classify(s.mask.keep, **where, **tiles)  # type: ignore[arg-type]
-            certain = rows_with_key(s.mask.keep, found, **where) if skip == "guarded" else None  # type: ignore[arg-type]
+        where: dict[str, Any] = {
+            "query": s.attention.query, "key": s.key, "extents": extents, "symbols": sizes,
+        }  # fmt: skip
+        tiles: dict[str, Any] = {"tile_p": self.mapping.tile_p, "tile_m": self.mapping.tile_m}
+        certain = None
+        if entry.is_static(s):
+            found = classify(s.mask.keep, **where, **tiles)
+            if s.skipping == "guarded":
+                certain = rows_with_key(s.mask.keep, found, **where)
         else:
-            on_host = device.type == "cpu"
-            arrays = {t: tensors[t].detach() for t in module.mask_tensors(s)}
-            walk: Walk = runtime_classify(
-                s.mask.keep, **where, **tiles, arrays=arrays, xp=np if on_host else torch,  # type: ignore[arg-type]
-            )  # fmt: skip
+            arrays = {t: tensors[t].detach() for t in entry.mask_tensors(s)}
+            walk = runtime_classify(s.mask.keep, **where, **tiles, arrays=arrays, xp=torch if on_device else np)
             found, certain = walk.tiles, walk.certain
-        return _visited(found, certain, skip)
+        return _visited(found, certain, s.skipping)
 
 
 def _visited(found: TileMap, certain: Any, skip: str) -> Any:
@@ -317,10 +322,5 @@ def _visited(found: TileMap, certain: Any, skip: str) -> Any:
         return found.classes
     if skip == "guarded":
         return found.guarded(certain).classes
-    everywhere = found.classes == EMPTY
-    return found.classes + everywhere * (np.uint8(PARTIAL) if isinstance(everywhere, np.ndarray) else PARTIAL)
-
-
-def _incomplete(s: Streaming, tensors: Mapping[str, Tensor]) -> ValueError:
-    missing = [t.name for t in s.cascade.inputs if t.name not in tensors]
-    return ValueError(f"attention {s.cascade.name!r} needs {', '.join(missing)}; given {', '.join(sorted(tensors))}")
+    empty = found.classes == EMPTY
+    return found.classes + empty * (np.uint8(PARTIAL) if isinstance(empty, np.ndarray) else PARTIAL)

@@ -66,12 +66,11 @@ def index_type(*tensors: Tensor) -> Any:
 
 def launch(
     kernel: Any, constants: Mapping[str, Any], out: Tensor, inputs: tuple[Tensor, ...], sizes: tuple[int, ...],
-    programs: int, row_blocks: int, walk: tuple[Any, ...], index: Any = None,
+    programs: int, row_blocks: int, walk: tuple[Any, ...],
 ) -> Tensor:  # fmt: skip
     """Run `kernel` on a grid of `programs` · `row_blocks`.
 
     `walk` is (full tiles, all tiles) when every row block visits every key tile, else the lists of `tile_lists`.
-    `index`: the type of coordinates, from `index_type` when not given.
     """
     if out.numel() == 0:
         return out
@@ -80,6 +79,6 @@ def launch(
     with torch.cuda.device_of(out):
         kernel[(programs * row_blocks,)](
             (out, *out.stride()), tuple((t, *t.stride()) for t in inputs), sizes, walk if listed else (), row_blocks,
-            n_full, n_all, INDEX=index or index_type(out, *inputs), LISTED=listed, **constants,
+            n_full, n_all, INDEX=index_type(out, *inputs), LISTED=listed, **constants,
         )  # fmt: skip
     return out

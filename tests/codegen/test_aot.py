@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 from reattend.codegen import aot, cache
 from reattend.codegen.triton_kernel import Kernel, build, default_mapping, shared_bytes
 from reattend.cost_model.device import Device, device
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
+from reattend.patterns.evaluate import DTYPE
 from reattend.patterns.mapping import Mapping as Tiling
 from reattend.patterns.recognise import Refusal
 
@@ -118,6 +122,47 @@ def test_amd() -> None:
     assert report.spill_bytes == 0
     assert report.shared_bytes <= 65536
     assert report.matrix_instructions > 0
+
+
+class NoDriver:
+    """Stands for a GPU's driver as far as compiling goes."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("c", [llama(64), decode(64)], ids=["llama", "decode"])
+def test_a_launch_compiles_what_was_compiled_ahead_of_time(c: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arguments of a real launch, specialised by Triton itself, up to the point where a GPU is needed."""
+    import triton
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoDriver(), raising=False)
+    made = build(c, Tiling(64, 64), "sm_90")
+    assert isinstance(made, Kernel)
+    compiled: list[Any] = []
+
+    class Warm:
+        def __init__(self, jit: Any) -> None:
+            self.jit = jit
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **kw: compiled.append(self.jit.run(*args, grid=grid, warmup=True, **kw))
+
+    monkeypatch.setattr(made.module, "stream", Warm(made.module.stream))
+    sizes = {"s": 64} if "s" in c.free_symbols else {"t": 77}
+    bound = c.with_sizes(sizes)
+    tensors = {t.name: torch.zeros([int(n) for n in t.shape], dtype=DTYPE[t.dtype]) for t in bound.inputs}
+    made.run(tensors, sizes)
+    assert compiled[0].metadata.shared == shared_bytes(c, Tiling(64, 64), "sm_90")
 
 
 def test_mappings_that_do_not_fit_are_refused() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from reattend.codegen import cache, module, triton_kernel
+from reattend.codegen import cache, library, triton_kernel
 from reattend.codegen.triton_kernel import Kernel, build
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
@@ -60,7 +60,7 @@ def source(name: str) -> str:
 def without_skeleton(text: str) -> str:
     """The header and the printed functions: what differs from one attention to the next."""
     for skeleton in ("stream", "host", "scalar"):
-        for function in module.functions(skeleton).values():
+        for function in library.functions(skeleton).values():
             text = text.replace(function + "\n\n\n", "")
     return text
 
@@ -75,7 +75,7 @@ def test_the_file_imports_torch_and_triton_alone(name: str) -> None:
     tree = ast.parse(source(name))
     found = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     found |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert found <= {"torch", "triton", "collections", "typing"}
+    assert found <= {"torch", "triton", "collections", "functools", "typing"}
 
 
 @pytest.mark.skipif(shutil.which("ruff") is None and not Path(sys.executable).with_name("ruff").exists(), reason="no ruff")
@@ -103,11 +103,11 @@ def test_header_says_what_it_is() -> None:
 def test_the_skeleton_is_the_librarys_own_text() -> None:
     text = source("decode")
     for function in ("stream", "tile"):
-        assert module.functions("stream")[function] in text
+        assert library.functions("stream")[function] in text
 
 
 def test_only_called_scalar_functions_are_printed() -> None:
-    assert module.called(["softplus"]) == [module.functions("scalar")[n] for n in ("log1p", "softplus")]
+    assert library.called(["softplus"]) == [library.functions("scalar")[n] for n in ("log1p", "softplus")]
     assert "def tanh" not in source("llama")
 
 

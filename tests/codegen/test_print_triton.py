@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from reattend.codegen import cache, interpret, module
+from reattend.codegen import cache, interpret, library
 from reattend.codegen.print_triton import Body, Operand, PrintError, Scope, bounds, identifier, in_range
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import DTYPE, _Terms
@@ -149,7 +149,7 @@ def computed(e: Expr, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     interpret.repair()
     body = Body(scope(), [e])
     result = body.number_text(e) if e.is_float else body.term(e)
-    helpers = module.called(body.helpers)
+    helpers = library.called(body.helpers)
     source = KERNEL.format(helpers="\n\n\n".join(helpers), body="\n".join(body.lines), result=result)
     out = torch.empty(N, dtype=DTYPE[e.dtype])
     arguments = [a for t in tensors.values() for a in (t, 1)]

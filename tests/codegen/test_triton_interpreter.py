@@ -303,7 +303,43 @@ def test_wrong_inputs_are_named() -> None:
         made.run({n: tensors[n] for n in "QV"}, p.sizes)
     with pytest.raises(ValueError, match=r"K is torch\.float16; the kernel was built for f32"):
         made.run({**tensors, "K": tensors["K"].half()}, p.sizes)
-    with pytest.raises(ValueError, match="K has 40 elements"):
+    with pytest.raises(ValueError, match=r"K has shape \(1, 2, 40, 16\), the others make it \(1, 2, 33, 16\)"):
         made.run({**tensors, "K": torch.randn(1, 2, 40, 16)}, p.sizes)
+
+
+def test_a_size_that_no_shape_shows_is_asked_for() -> None:
+    case = attentions.VARIANTS["decode"]()
+    made, tensors = kernel(case.cascade), case.inputs()
+    with pytest.raises(ValueError, match="no value for size past"):
+        made.run(tensors)
+    check(case.cascade, tensors, case.sizes)
+
+
+@pytest.mark.parametrize("name", ["padding", "segments", "causal_padding"])
+def test_tiles_found_on_the_device_are_sound(name: str) -> None:
+    """Where data decides, classes from tensors (as on a GPU) are those from numpy or more careful."""
+    case = attentions.VARIANTS[name]()
+    made, tensors = kernel(case.cascade), case.inputs()
+    sizes = dict(case.sizes)
+    extents = {"b": 2, "h": 4, "p": 37, "m": 37}
+    found = [made.classes(tensors, extents, sizes, on_device) for on_device in (False, True)]
+    host, device = torch.tensor(found[0]), found[1]
+    assert isinstance(device, Tensor)
+    assert host.shape == device.shape
+    assert ((host == device) | (device == 1)).all()
+
+
+def test_a_number_on_the_host() -> None:
+    """A float64 without dimensions, as Dynamo passes a module's floats."""
+    factor = ex.cast(ex.load("factor", (), "f64"), "f32")
+    p = attention(lambda s: s, strategies.ROWS["softmax"])
+    einsums = tuple(
+        Einsum(e.out, ex.substitute(e.body, {ex.const(0.25, "f32"): factor}), e.op, e.over) for e in p.cascade.einsums
+    )
+    c = verify(Cascade("scaled", p.cascade.ranks, (*p.cascade.tensors, Shape("factor", (), "f64")), einsums, ("O",)))
+    tensors = {**p.inputs(), "factor": torch.tensor(0.3, dtype=torch.float64)}
+    made = kernel(c)
+    close(run(made, tensors, p.sizes), c, tensors, p.sizes)
+    close(alone(made, tensors, p.sizes), c, tensors, p.sizes)
 
 
