@@ -55,7 +55,8 @@ def tile_lists(classes: Tensor, ragged: bool, heavy_first: bool) -> tuple[Tensor
         rows = torch.argsort(n_all, dim=-1, descending=True, stable=True)
         n_full, n_all = n_full.gather(1, rows), n_all.gather(1, rows)
         keys = keys.gather(1, rows[:, :, None].expand(keys.shape))
-    return (*(t.to(torch.int32).contiguous() for t in (rows, n_full, n_all, keys)), classes.shape[2])
+    rows, n_full, n_all, keys = (t.to(torch.int32).contiguous() for t in (rows, n_full, n_all, keys))
+    return rows, n_full, n_all, keys, classes.shape[2]
 
 
 def index_type(*tensors: Tensor) -> Any:

@@ -137,11 +137,13 @@ def test_errors_beside_sdpa(dtype: str, causal: bool) -> None:
     keep = M <= P if causal else ex.TRUE
     p = attention(lambda s: ex.where(keep, s, -INF), strategies.ROWS["softmax"], h=2, p=63, m=63, dtype=dtype)
     made = kernel(p.cascade, (32, 32))
-    ours, theirs = [], []
+    ours: list[tuple[float, float]] = []
+    theirs: list[tuple[float, float]] = []
     for seed in range(5):
         tensors = p.inputs(seed)
         want = evaluate(p.cascade, tensors, p.sizes, widen=True)["O"]
-        other = scaled_dot_product_attention(*(tensors[n] for n in "QKV"), is_causal=causal, scale=0.25)
+        q, k, v = (tensors[n] for n in "QKV")
+        other = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.25)
         for errors, out in ((ours, run(made, tensors, p.sizes)), (theirs, other)):
             difference = out.double() - want
             errors.append((difference.square().mean().sqrt().item(), difference.abs().max().item()))
