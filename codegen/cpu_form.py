@@ -5,17 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, size_term
-from ..patterns.expr import TRUE, Expr
-from ..patterns.masks import Mask, conjuncts, simplify_under, split, witnesses
+from ..patterns.conditions import conjunction, conjuncts, simplify_under
+from ..patterns.expr import FALSE, TRUE, Expr
+from ..patterns.intervals import spans
+from ..patterns.masks import Mask, split
 from ..patterns.recognise import Attention, Miss, Refusal, attention
+from ..patterns.rows import witnesses
 from ..patterns.rowstate import RowState, derive
 from . import skip
 from .operands import Heads, Product, heads, plain, product
 from .scaled import Ending, Scaled, ending, scaled
 
 NAME = "cpu"
+# The largest coordinate or size that proofs about rows allow for.
+LARGEST = 2**40
 
 
 @dataclass(frozen=True)
@@ -80,30 +87,26 @@ def rows_keep_a_key(a: Attention, keep: Expr) -> tuple[Expr, ...]:
     size = size_term(a.cascade.rank[a.key].size)
     out: list[Expr] = []
     for w in witnesses(keep, a.query, a.key, size):
-        parts = [p for p in conjuncts(ex.substitute(keep, {ex.index(a.key): w})) if p is not TRUE]
-        if not _is_key(a, w, size):
-            parts += [w >= 0, w < size]
+        parts = [*conjuncts(ex.substitute(keep, {ex.index(a.key): w})), w >= 0]
+        if not (w is ex.index(a.query) and a.cascade.rank[a.query].size == a.cascade.rank[a.key].size):
+            parts.append(w < size)
+        parts = [p for p in parts if not _certain(p)]
         if not parts:
             return ()
-        term = TRUE
-        for p in parts:
-            term = term & p
-        if term.op != "const":
+        term = conjunction(tuple(parts))
+        if term is not FALSE:
             out.append(term)
     return tuple(sorted(out, key=lambda e: sum(1 for _ in ex.walk(e)))[:4])
 
 
-def _is_key(a: Attention, w: Expr, size: Expr) -> bool:
-    """Is a witness surely the number of a key?"""
-    if w.is_const:
-        return w.value == 0 and _positive(size)
-    if w is ex.index(a.query):
-        return bool(a.cascade.rank[a.query].size == a.cascade.rank[a.key].size)
-    return w is size - 1
-
-
-def _positive(size: Expr) -> bool:
-    return size.op in ("symbol", "const")
+def _certain(e: Expr) -> bool:
+    """Does a condition hold for all coordinates from 0 and all sizes from 1?"""
+    if e.is_const or ex.loads(e):
+        return e is TRUE
+    sizes = {ex.symbol(n): ex.index(f"size {n}") for n in ex.symbols(e)}
+    e = ex.substitute(e, sizes)
+    box = {r: (np.float64(1 if r.startswith("size ") else 0), np.float64(LARGEST)) for r in e.ranks}
+    return bool(spans(e, box)[0])
 
 
 @dataclass(frozen=True)

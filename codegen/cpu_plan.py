@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import sympy
 
 from ..patterns import expr as ex
@@ -14,7 +16,7 @@ from ..patterns.cascade import Size
 from ..patterns.conditions import conjunction, conjuncts
 from ..patterns.expr import Expr
 from .cpu_print import Function, Printer, used_names
-from .print_torch import Body, identifier
+from .print_torch import Body, Scope, identifier
 from .tile_terms import Corners, Table
 
 
@@ -24,19 +26,11 @@ def planned(p: Printer, always: bool, triangles: bool) -> Function:
     `always`: full tiles get something added, too. `triangles`: a causal triangle may be one tile.
     """
     f, a, n = p.f, p.f.attention, p.names
-    corners = Corners.of(a.query, a.key)
-    every, some = corners.predicate(f.mask.keep)
     rest = without_causal(p) if triangles and not always else None
-    free = corners.predicate(rest)[0] if rest is not None else None
-    tables = _Tables(p)
-    reading = [line for t in corners.tables.values() for line in tables.read(t, a.query)]
-    wanted = {"some": some, "every": every} | ({"free": free} if free is not None and not free.is_const else {})
-    body = Body(_scope(p, corners, tables), wanted.values())
-    texts = {name: body.term(e) for name, e in wanted.items()}
-    given = "None" if free is None else "free" if "free" in texts else "p0 == p0"
-    lines = [*reading, *(x.strip() for x in body.lines), *(f"{name} = {text}" for name, text in texts.items())]
+    lines = tile_lines(p, f.mask.keep, rest if rest is not None and not rest.is_const else None, ("TILE_P", "TILE_M"))
     if f.guarded:
         lines += _alive(p)
+    given = "None" if rest is None else "p0 == p0" if rest.is_const else "free"
     size = f"({p.batch}, {n.rank(a.query)}, {n.rank(a.key)})"
     alive = "alive" if f.guarded else "None"
     lines.append(f"return plans(some, every, {alive}, {given}, {size}, (TILE_P, TILE_M), {always})")
@@ -47,6 +41,29 @@ def planned(p: Printer, always: bool, triangles: bool) -> Function:
         *(f"{p.ranks[r]} = {p.coordinate(r)}" for r in f.heads.order if p.ranks[r] in used),
     ]
     return _function(p, [*coordinates, *lines])
+
+
+def tile_lines(p: Printer, keep: Expr, rest: Expr | None, tile: tuple[str, str]) -> list[str]:
+    """Lines that find `some` and `every` of a mask over tiles, and `free`, every of `rest`.
+
+    They use the tiles' numbers `pn`, `mn` and their first and last coordinates `p0`, `p1`, `m0`, `m1`.
+    """
+    a = p.f.attention
+    corners = Corners.of(a.query, a.key)
+    every, some = corners.predicate(keep)
+    wanted = {"some": some, "every": every}
+    if rest is not None:
+        wanted["free"] = corners.predicate(rest)[0]
+    tables = _Tables(p, {a.query: tile[0], a.key: tile[1]})
+    reading = [line for t in corners.tables.values() for line in tables.read(t)]
+    body = Body(_scope(p, corners, tables), wanted.values())
+    texts = {name: body.term(e) for name, e in wanted.items()}
+    return [*reading, *(x.strip() for x in body.lines), *(f"{name} = {_tensor(text)}" for name, text in texts.items())]
+
+
+def _tensor(text: str) -> str:
+    """A predicate that holds everywhere or nowhere, as a tensor."""
+    return {"True": "p0 == p0", "False": "p0 != p0"}.get(text, text)
 
 
 def without_causal(p: Printer) -> Expr | None:
@@ -79,13 +96,13 @@ def _function(p: Printer, lines: list[str]) -> Function:
 class _Tables:
     """Names and shapes of the tables of least and greatest elements."""
 
-    def __init__(self, p: Printer) -> None:
-        self.p = p
+    def __init__(self, p: Printer, tile: Mapping[str, str]) -> None:
+        self.p, self.tile = p, tile
         self.names: dict[str, str] = {}
         self.shapes: dict[str, tuple[Size, ...]] = {}
         self.taken = set(p.taken)
 
-    def read(self, t: Table, query: str) -> list[str]:
+    def read(self, t: Table) -> list[str]:
         """Lines that make one tensor's tables."""
         tensor = self.p.names.tensors[t.tensor]
         names = []
@@ -97,8 +114,7 @@ class _Tables:
         lines: list[str] = []
         source = (tensor, tensor)
         for d, rank in t.blocked:
-            size = "TILE_P" if rank == query else "TILE_M"
-            lines.append(f"{low}, {high} = extremes({source[0]}, {source[1]}, {size}, {d})")
+            lines.append(f"{low}, {high} = extremes({source[0]}, {source[1]}, {self.tile[rank]}, {d})")
             source, shape[d] = (low, high), _count(rank)
         for d in t.whole:
             lines.append(f"{low}, {high} = {source[0]}.amin({d}, keepdim=True), {source[1]}.amax({d}, keepdim=True)")
@@ -114,7 +130,7 @@ def _count(rank: str) -> Size:
     return sympy.Symbol(f"tiles of {rank}", integer=True, positive=True)
 
 
-def _scope(p: Printer, c: Corners, tables: _Tables):  # type: ignore[no-untyped-def]
+def _scope(p: Printer, c: Corners, tables: _Tables) -> Scope:
     names: dict[Expr, str] = {}
     extent: dict[str, Size] = {}
     for r, letter in ((c.query, "p"), (c.key, "m")):

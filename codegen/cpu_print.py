@@ -18,7 +18,7 @@ from ..patterns.expr import Expr
 from ..patterns.mapping import Mapping as Tiling
 from .cpu_form import Form
 from .operands import Names, joined, operand
-from .print_torch import TYPES, Body, Scope, identifier
+from .print_torch import TYPES, Body, PrintError, Scope, identifier
 from .program import bindings, loose
 
 FEW = "# Calls with fewer scores a head see every key: to find out which to skip would cost more.\nFEW = 4096"
@@ -85,7 +85,7 @@ class Function:
 class Printer:
     """Names of one kernel's tensors, sizes and coordinates, and functions printed from terms over them."""
 
-    def __init__(self, f: Form) -> None:
+    def __init__(self, f: Form, cached: bool = True) -> None:
         self.f = f
         c = f.cascade
         taken = set(RESERVED)
@@ -100,20 +100,20 @@ class Printer:
         ranks = {r.name: take(r.name) for r in c.ranks}
         symbols = {s: take(s) for s in c.free_symbols}
         self.ranks, self.taken = ranks, taken
-        self.names = Names(c, tensors, symbols)
+        self.names = Names(c, tensors, symbols, "" if cached else f"{tensors[c.inputs[0].name]}.device")
         self.loose = loose(c)
-        self.order = (*f.heads.lead, f.heads.head, f.attention.query, f.attention.key)
+        self.order = (*f.heads.order, f.attention.query, f.attention.key)
 
     def coordinate(self, rank: str) -> str:
         """A rank's coordinates along their dimension of [batch, head, query, key]; several batch ranks share the first."""
         f, n = self.f, self.names
         if rank not in f.heads.lead:
             place = {f.heads.head: 2, f.attention.query: 1, f.attention.key: 0, f.attention.value: 0}
-            return f"axis({n.rank(rank)}, {place[rank]})"
+            return n.axis(n.rank(rank), place[rank])
         if len(f.heads.lead) == 1:
-            return f"axis({n.rank(rank)}, 3)"
+            return n.axis(n.rank(rank), 3)
         inner = f.heads.lead[f.heads.lead.index(rank) + 1 :]
-        text = f"axis({self.batch}, 3)"
+        text = n.axis(self.batch, 3)
         if inner:
             text += f" // ({' * '.join(f'({n.rank(r)})' for r in inner)})"
         return f"{text} % ({n.rank(rank)})"
@@ -163,6 +163,21 @@ def operands(p: Printer, rank: str, e: Expr, over: Sequence[str]) -> tuple[str, 
     return joined(text, f.heads.lead, e.ranks, p.names), share
 
 
+def common(kinds: Sequence[str]) -> str:
+    """The type that torch computes in with operands of these types."""
+    out = kinds[0]
+    for x in kinds[1:]:
+        out = ex.promote(out, x)
+    return out
+
+
+def common_type(p: Printer, terms: Sequence[Expr], texts: Sequence[str]) -> str:
+    """The operands in their common type."""
+    kinds = [t.dtype if t.op == "load" else p.f.real for t in terms]
+    wanted = common(kinds)
+    return ", ".join(t if x == wanted else f"{t}.to({TYPES[wanted]})" for t, x in zip(texts, kinds))
+
+
 def shared_alike(p: Printer, k: tuple[str, int], v: tuple[str, int]) -> tuple[str, str]:
     """Keys and values, brought to one element a head where the heads share them differently."""
     if k[1] == v[1]:
@@ -204,15 +219,15 @@ def make_near(p: Printer, made: Sequence[tuple[str, Function]], batch: Mapping[s
 def einsum(p: Printer, e: Einsum) -> str:
     """A contraction that is computed beforehand, whole, over all its coordinates."""
     order = [*(str(i.attr) for i in e.out.index), *e.over]
-    at = {ex.index(r): f"axis({p.names.rank(r)}, {len(order) - 1 - d})" for d, r in enumerate(order)}
+    at = {ex.index(r): p.names.axis(p.names.rank(r), len(order) - 1 - d) for d, r in enumerate(order)}
     text = Body(p.names.scope(at, p.f.real), []).real(e.body)
     if e.op is None:
         return f"({text}).expand({', '.join(p.names.rank(r) for r in order)})"
     dims = tuple(range(len(order) - len(e.over), len(order)))
     shape = ", ".join(p.names.rank(r) for r in order)
     pick = {"add": "sum", "max": "amax", "min": "amin"}.get(e.op)
-    if pick is None or len(order) == 0:
-        raise NotImplementedError(e.op)
+    if pick is None:
+        raise PrintError(f"{e.out.tensor} is reduced by {e.op}")
     return f"({text}).expand({shape}).{pick}({dims})"
 
 
@@ -220,8 +235,7 @@ def imports(code: str) -> str:
     """The import lines that a text needs."""
     used = used_names(code)
     lines = ["from __future__ import annotations", ""]
-    if "math" in used:
-        lines.append("import math")
+    lines += [f"import {n}" for n in ("math", "warnings") if n in used]
     collections = [n for n in ("Callable", "Iterator", "Sequence") if n in used]
     if collections:
         lines.append(f"from collections.abc import {', '.join(collections)}")

@@ -12,6 +12,7 @@ from .cpu_plan import planned
 from .cpu_print import (
     Function,
     Printer,
+    common_type,
     entry,
     file,
     indented,
@@ -21,7 +22,7 @@ from .cpu_print import (
     relatives,
     shared_alike,
 )  # fmt: skip
-from .print_torch import TYPES, Body, literal
+from .print_torch import Body, literal
 from .skeletons import cpu as loops
 from .tile_terms import relative_parts
 
@@ -61,7 +62,7 @@ def _main(p: Printer, s: Softmax, pieces: _Pieces, plan: str) -> str:
     f, a, n = p.f, p.f.attention, p.names
     q, _ = operands(p, a.query, s.product.near, s.product.over)
     k, v = shared_alike(p, operands(p, a.key, s.product.far, s.product.over), operands(p, a.key, f.values, (a.value,)))
-    setup = [f"q, k, v = {_same_type(p, s, (q, k, v))}"]
+    setup = [f"q, k, v = {common_type(p, (s.product.near, s.product.far, f.values), (q, k, v))}"]
     queries, keys = n.rank(a.query), n.rank(a.key)
     small = [*pieces.finish("0"), pieces.once()]
     if not plan and s.score.added is None:
@@ -143,13 +144,3 @@ def _empty(f: Form, s: Softmax) -> float | None:
 
 def _scale(p: Printer, s: Softmax) -> str:
     return Body(p.scope({}), [s.score.scale]).real(s.score.scale) if ex.symbols(s.score.scale) else "SCALE"
-
-
-def _same_type(p: Printer, s: Softmax, parts: tuple[str, str, str]) -> str:
-    """The operands in their common type: SDPA takes one."""
-    terms = (s.product.near, s.product.far, p.f.values)
-    kinds = [t.dtype if t.op == "load" else p.f.real for t in terms]
-    common = kinds[0]
-    for x in kinds[1:]:
-        common = ex.promote(common, x)
-    return ", ".join(t if x == common else f"{t}.to({TYPES[common]})" for t, x in zip(parts, kinds))

@@ -33,20 +33,25 @@ def product(e: Einsum, query: str, key: str) -> Product | str:
     """Split a contraction into its two operands, or say why it has no two."""
     above, below = factors(e.body)
     over = frozenset(e.over)
-    near, far, outside = ex.const(1.0), ex.const(1.0), ex.const(1.0)
+    sides: dict[str, Expr] = {}
+
+    def put(side: str, f: Expr, up: bool) -> None:
+        if side not in sides:
+            sides[side] = f if up else ex.const(1.0, f.dtype) / f
+        else:
+            sides[side] = sides[side] * f if up else sides[side] / f
+
     for f, up in [(f, True) for f in above] + [(f, False) for f in below]:
         f = plain(f)
         if not f.ranks & over:
-            outside = outside * f if up else outside / f
+            put("outside", f, up)
         elif {query, key} <= f.ranks:
             return f"{e.out.tensor} sums a term over {', '.join(e.over)} that varies over both {query} and {key}: no product"
-        elif key in f.ranks:
-            far = far * f if up else far / f
         else:
-            near = near * f if up else near / f
-    if near.is_const or far.is_const:
+            put("far" if key in f.ranks else "near", f, up)
+    if "near" not in sides or "far" not in sides:
         return f"{e.out.tensor} has only one operand"
-    return Product(e.out.tensor, near, far, tuple(e.over), outside)
+    return Product(e.out.tensor, sides["near"], sides["far"], tuple(e.over), sides.get("outside", ex.const(1.0)))
 
 
 def plain(e: Expr) -> Expr:
@@ -86,11 +91,19 @@ def heads(a: Attention, sides: Sequence[Expr]) -> Heads:
 
 @dataclass(frozen=True)
 class Names:
-    """How a cascade's tensors and sizes are called in the text."""
+    """How a cascade's tensors and sizes are called in the text; `device`: where coordinates are made (empty: cached)."""
 
     c: Cascade
     tensors: Mapping[str, str]
     symbols: Mapping[str, str]
+    device: str = ""
+
+    def axis(self, size: str, after: int) -> str:
+        """Text of the coordinates 0 … size - 1 along a dimension that has `after` dimensions behind it."""
+        if not self.device:
+            return f"axis({size}, {after})"
+        shape = ", ".join(["-1", *["1"] * after])
+        return f"torch.arange({size}, device={self.device})" + (f".view({shape})" if after else "")
 
     def size(self, s: Size) -> str:
         return size_source(s, self.symbols)
@@ -111,13 +124,13 @@ def operand(e: Expr, order: Sequence[str], at: Heads, names: Names, real: str) -
     a view of an input as it is.
     """
     if e.op == "load":
-        found = _view(e, order, at, names)
+        found = view(e, order, at, names)
         if found is not None:
             return *found, True
     return _gathered(e, order, names, real), (1 if at.head in e.ranks else 0), False
 
 
-def _view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, int] | None:
+def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, int] | None:
     """A chain of views, or None where an index map needs more."""
     text = names.tensors[str(e.attr)]
     shape = list(names.c.tensor[str(e.attr)].shape)
@@ -168,7 +181,7 @@ def _plain_index(i: Expr) -> tuple[str, int]:
 def _gathered(e: Expr, order: Sequence[str], names: Names, real: str) -> str:
     """The term computed over all its coordinates."""
     coordinates = {
-        ex.index(r): f"axis({names.rank(r)}, {len(order) - 1 - d})" for d, r in enumerate(order) if r in e.ranks
+        ex.index(r): names.axis(names.rank(r), len(order) - 1 - d) for d, r in enumerate(order) if r in e.ranks
     }
     body = Body(names.scope(coordinates, real), [])
     text = body.real(e)

@@ -309,18 +309,18 @@ class Body:
         shape = self.scope.shapes[str(e.attr)]
         at = [self._coordinate(i, d, name, size) for d, (i, size) in enumerate(zip(e.args, shape, strict=True))]
         text = f"{name}[{', '.join(at)}]" if at else name
-        if self.scope.views and self.is_view(e, shape):
+        if self.scope.views and len(e.ranks) > 1 and self.is_plain(e, shape):
             self.helpers.add("tile")
             text = f"tile({name}, {', '.join(at)})"
         if e.is_float and e.dtype != self.scope.real:
             text = f"{text}.to({TYPES[self.scope.real]})"
         return text, ATOM
 
-    def is_view(self, e: Expr, shape: tuple[Size, ...]) -> bool:
-        """Two ranks or more, each once, and nothing else but constants."""
+    def is_plain(self, e: Expr, shape: tuple[Size, ...]) -> bool:
+        """Whole ranks, each once, and nothing else but constants."""
         ranks = [str(i.attr) for i in e.args if i.op == "index"]
         plain = all(i.is_const or (i.op == "index" and in_range(i, n, self.scope.extent)) for i, n in zip(e.args, shape))
-        return plain and len(ranks) > 1 and len(set(ranks)) == len(ranks)
+        return plain and len(set(ranks)) == len(ranks)
 
     def _coordinate(self, i: Expr, d: int, tensor: str, size: Size) -> str:
         text = self.put(i)

@@ -155,3 +155,54 @@ VARIANTS: dict[str, Callable[..., Case]] = {
     ),
     "checkerboard": lambda **k: build(masked(ex.equal((P + M + H) % 2, 0)), square=True, **k),
 }  # fmt: skip
+
+
+def windows(dtype: str = "f32") -> Case:
+    """Swin-like: batch of images, of windows, heads; a mask per window and a bias per head over three batch ranks."""
+    i, w, h, p, m, e, f = (ex.index(r) for r in "iwhpmef")
+    n = size("n")
+    sizes: dict[str, Size] = {"i": n, "w": 3, "h": 2, "p": 16, "m": 16, "e": 8, "f": 8}
+
+    def at(ranks: str) -> tuple[Size, ...]:
+        return tuple(sizes[r] for r in ranks)
+
+    tensors = (
+        Tensor("Q", at("iwhpe"), dtype), Tensor("K", at("iwhme"), dtype), Tensor("V", at("iwhmf"), dtype),
+        Tensor("table", at("hpm")), Tensor("shift", at("wpm"), "b1"), Tensor("QK", at("iwhpm")), Tensor("S", at("iwhpm")),
+        Tensor("GM", at("iwhp")), Tensor("SD", at("iwhp")), Tensor("A", at("iwhpm")), Tensor("O", at("iwhpf"), dtype),
+    )  # fmt: skip
+    qk, s, a = (ex.load(x, (i, w, h, p, m), "f32") for x in ("QK", "S", "A"))
+    gm, sd = (ex.load(x, (i, w, h, p), "f32") for x in ("GM", "SD"))
+    score = qk * 0.25 + ex.load("table", (h, p, m), "f32") + ex.where(ex.load("shift", (w, p, m), "b1"), 0.0, LOWEST)
+    q, k, v = ex.load("Q", (i, w, h, p, e), dtype), ex.load("K", (i, w, h, m, e), dtype), ex.load("V", (i, w, h, m, f), dtype)
+    einsums = (
+        Einsum(Access("QK", (i, w, h, p, m)), ex.cast(q, "f32") * ex.cast(k, "f32"), "add", ("e",)),
+        Einsum(Access("S", (i, w, h, p, m)), score), Einsum(Access("GM", (i, w, h, p)), s, "max", ("m",)),
+        Einsum(Access("SD", (i, w, h, p)), ex.exp(s - gm), "add", ("m",)),
+        Einsum(Access("A", (i, w, h, p, m)), ex.exp(s - gm) / sd),
+        Einsum(Access("O", (i, w, h, p, f)), a * ex.cast(v, "f32"), "add", ("m",)),
+    )  # fmt: skip
+    c = Cascade("windows", tuple(Rank(r, x) for r, x in sizes.items()), tensors, einsums, ("O",))
+    return Case(verify(c), {"n": 2})
+
+
+def no_batch(dtype: str = "f32") -> Case:
+    """One head by itself: queries, keys, and nothing around them."""
+    p, m, e, f = (ex.index(r) for r in "pmef")
+    sizes: dict[str, Size] = {"p": size("s"), "m": size("s"), "e": 16, "f": 16}
+    tensors = tuple(
+        Tensor(n, tuple(sizes[r] for r in ranks), kind)
+        for n, ranks, kind in (
+            ("Q", "pe", dtype), ("K", "me", dtype), ("V", "mf", dtype), ("QK", "pm", "f32"), ("GM", "p", "f32"),
+            ("SD", "p", "f32"), ("A", "pm", "f32"), ("O", "pf", dtype),
+        )
+    )  # fmt: skip
+    s = ex.where(m <= p, ex.load("QK", (p, m), "f32") * 0.25, -INF)
+    gm, sd, a = ex.load("GM", (p,), "f32"), ex.load("SD", (p,), "f32"), ex.load("A", (p, m), "f32")
+    q, k, v = (ex.cast(ex.load(n, at, dtype), "f32") for n, at in (("Q", (p, e)), ("K", (m, e)), ("V", (m, f))))
+    einsums = (
+        Einsum(Access("QK", (p, m)), q * k, "add", ("e",)), Einsum(Access("GM", (p,)), s, "max", ("m",)),
+        Einsum(Access("SD", (p,)), ex.exp(s - gm), "add", ("m",)), Einsum(Access("A", (p, m)), ex.exp(s - gm) / sd),
+        Einsum(Access("O", (p, f)), a * v, "add", ("m",)),
+    )  # fmt: skip
+    return Case(verify(Cascade("alone", tuple(Rank(r, x) for r, x in sizes.items()), tensors, einsums, ("O",))), {"s": 37})

@@ -1,0 +1,207 @@
+"""SDPA and FlexAttention read off the cascade: what they are given, what they compute, and what they must not take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import profile
+
+from reattend.codegen import vendor
+from reattend.codegen.vendor_call import VendorCall
+from reattend.cost_model.device import device
+from reattend.patterns.evaluate import evaluate
+from reattend.patterns.recognise import Refusal
+from tests import strategies
+from tests.codegen.attentions import CAUSAL, VARIANTS, Case, M, P, build, masked, no_batch, windows
+
+OWN_RULE = ("sigmoid", "square")
+NOT_SDPA = ("softcap", "sinks", "cosine_cap", "checkerboard", "nan_padding", *OWN_RULE)
+# FlexAttention gives rows without a key 0; on the CPU it gives no log-sum-exp.
+NOT_FLEX = ("padding", "causal_padding", "checkerboard", "nan_padding", *OWN_RULE)
+
+
+def taken(found: VendorCall | Refusal) -> VendorCall:
+    assert not isinstance(found, Refusal), str(found)
+    return found
+
+
+def check(call: VendorCall, case: Case, dtype: torch.dtype = torch.float32, atol: float = 3e-6) -> None:
+    x = case.inputs(dtype)
+    exact = evaluate(case.cascade, x, case.sizes, widen=True)["O"]
+    out = call.run(x, case.sizes)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - set(NOT_SDPA)))
+def test_sdpa(name: str) -> None:
+    case = VARIANTS[name]()
+    check(taken(vendor.sdpa(case.cascade)), case)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("name", ["causal", "alibi", "padding", "gqa"])
+def test_sdpa_in_narrow_types(name: str, dtype: str) -> None:
+    case = VARIANTS[name](dtype=dtype)
+    made = vendor.sdpa(case.cascade)
+    if (name, dtype) == ("padding", "f16"):
+        assert isinstance(made, Refusal)
+        assert "drowns" in made.reason
+        return
+    check(taken(made), case, {"bf16": torch.bfloat16, "f16": torch.float16}[dtype], 3e-2)
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("softcap", "no multiple of the product"), ("cosine_cap", "no multiple"), ("sinks", "ends with more"),
+    ("checkerboard", "gives NaN in the model and 0 in SDPA"), ("nan_padding", "gives NaN"), ("sigmoid", "no softmax"),
+    ("square", "no softmax"),
+])  # fmt: skip
+def test_sdpa_refuses(name: str, reason: str) -> None:
+    found = vendor.sdpa(VARIANTS[name]().cascade)
+    assert isinstance(found, Refusal)
+    assert reason in found.reason
+
+
+def test_is_causal_only_where_it_is() -> None:
+    """As many keys as queries, `key ≤ query`, nothing else."""
+    assert taken(vendor.sdpa(VARIANTS["causal"]().cascade)).causal
+    assert taken(vendor.sdpa(VARIANTS["causal_added"]().cascade)).causal
+    assert taken(vendor.sdpa(build(masked(P >= M), square=True).cascade)).causal
+    assert taken(vendor.sdpa(build(masked(P + 1 > M), square=True).cascade)).causal
+    for other in (
+        build(masked(CAUSAL), p=9, m=9), build(masked(P > M), square=True, zero=True),
+        build(masked(M <= P + 1), square=True), VARIANTS["prefix"](), VARIANTS["window"](),
+    ):  # fmt: skip
+        call = vendor.sdpa(other.cascade)
+        assert isinstance(call, Refusal) or (not call.causal and call.mask is not None)
+
+
+def test_masks_keep_the_models_rows() -> None:
+    """Boolean where a row without a key gives 0 or cannot be; numbers, as written, where it gives the uniform mean."""
+    kinds = {"sdpa_padding": "b1", "window": "b1", "padding": "f32", "causal_padding": "f32", "bias": "f32"}
+    for name, kind in kinds.items():
+        call = taken(vendor.sdpa(VARIANTS[name]().cascade))
+        assert call.mask is not None
+        assert call.mask.dtype == kind, name
+    for name in ("padding", "causal_padding", "sdpa_padding"):
+        case = VARIANTS[name](p=19, m=19)
+        x = case.inputs()
+        x["pad"][:, :7] = False
+        x["pad"][1] = False
+        exact = evaluate(case.cascade, x, case.sizes, widen=True)["O"]
+        out = taken(vendor.sdpa(case.cascade)).run(x, case.sizes)
+        torch.testing.assert_close(out.double(), exact, rtol=0, atol=3e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["causal_padding", "alibi", "bias", "gqa", "window", "sdpa_padding", "segments"])
+def test_sdpa_never_falls_to_the_slow_kernel(name: str) -> None:
+    case = VARIANTS[name]()
+    call = taken(vendor.sdpa(case.cascade))
+    x = case.inputs()
+    with profile() as p:
+        call.run(x, case.sizes)
+    names = {e.key for e in p.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+    assert "aten::_scaled_dot_product_attention_math" not in names
+
+
+def test_sdpa_passes_gradients() -> None:
+    case = VARIANTS["causal_padding"]()
+    x = {n: t.requires_grad_() if t.is_floating_point() else t for n, t in case.inputs().items()}
+    taken(vendor.sdpa(case.cascade)).run(x, case.sizes).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(x[n].grad is not None and bool(x[n].grad.isfinite().all()) for n in "QKV")  # type: ignore[union-attr]
+
+
+def test_more_batch_ranks() -> None:
+    """Three batch ranks, one of them only in the queries, and none at all."""
+    for case in (windows(), no_batch()):
+        check(taken(vendor.sdpa(case.cascade)), case)
+
+
+@pytest.mark.parametrize("name", ["causal", "causal_padding", "softcap"])
+def test_both_take_fake_tensors(name: str) -> None:
+    """A graph that holds the call can be traced: shapes and types as in the real call."""
+    case = VARIANTS[name]()
+    for made in (vendor.sdpa(case.cascade), vendor.flex(case.cascade)):
+        if isinstance(made, Refusal):
+            continue
+        x = case.inputs()
+        with FakeTensorMode() as mode:
+            out = made.run({n: mode.from_tensor(t) for n, t in x.items()}, case.sizes)
+        assert out.shape == evaluate(case.cascade, x, case.sizes)["O"].shape
+        # nothing of the trace stays behind
+        assert type(made.run(x, case.sizes)) is torch.Tensor if made.name == "sdpa" else True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["window", "softcap", "cosine_cap", "segments", "alibi", "gqa", "decode", "sdpa_padding"])
+def test_flex(name: str) -> None:
+    case = VARIANTS[name]()
+    check(taken(vendor.flex(case.cascade)), case)
+
+
+@pytest.mark.slow
+def test_flex_skips_by_our_tiles() -> None:
+    """Several blocks a row, and lengths that are no multiple of the block; one compilation serves all calls."""
+    call = taken(vendor.flex(VARIANTS["window"]().cascade))
+    for length in (300, 257, 128):
+        check(call, VARIANTS["window"](p=length))
+
+
+@pytest.mark.parametrize("name", NOT_FLEX)
+def test_flex_refuses(name: str) -> None:
+    found = vendor.flex(VARIANTS[name]().cascade)
+    assert isinstance(found, Refusal)
+    assert "no softmax" in found.reason or "0 in FlexAttention" in found.reason
+
+
+def test_flex_on_the_cpu() -> None:
+    sinks = taken(vendor.flex(VARIANTS["sinks"]().cascade))
+    plain = taken(vendor.flex(VARIANTS["plain"]().cascade))
+    cpu, gpu = device("cpu"), device("h200")
+    assert "log-sum-exp" in str(vendor.refusal(sinks, cpu, gradients=False))
+    assert "no backward" in str(vendor.refusal(plain, cpu, gradients=True))
+    assert vendor.refusal(plain, cpu, gradients=False) is None
+    assert vendor.refusal(sinks, gpu, gradients=True) is None
+
+
+def test_backends() -> None:
+    """Each kernel's conditions, with the reason."""
+    h200, a100, cpu = device("h200"), device("a100"), device("cpu")
+    plain = VARIANTS["plain"](dtype="bf16", e=64)
+    call = taken(vendor.sdpa(plain.cascade))
+    assert vendor.use(call, h200, plain.sizes).backend == "cudnn"
+    assert vendor.use(call, a100, plain.sizes).backend == "flash"
+    assert vendor.use(call, cpu, plain.sizes).backend == "flash"
+    window = VARIANTS["window"](dtype="bf16", e=64)
+    masked_call = taken(vendor.sdpa(window.cascade))
+    found = vendor.backends(masked_call, a100, window.sizes)
+    assert "no mask" in found["flash"]
+    assert vendor.use(masked_call, a100, window.sizes).backend == "efficient"
+    assert vendor.use(masked_call, a100, window.sizes).mask_elements == 37 * 37
+    wide = VARIANTS["wide_values"](dtype="bf16")
+    assert vendor.use(taken(vendor.sdpa(wide.cascade)), cpu, wide.sizes).backend == "math"
+    single = VARIANTS["plain"](e=64)
+    found = vendor.backends(taken(vendor.sdpa(single.cascade)), h200, single.sizes)
+    assert "f32" in found["cudnn"]
+    assert vendor.use(taken(vendor.sdpa(single.cascade)), h200, single.sizes).backend == "efficient"
+
+
+@given(strategies.programs())
+def test_drawn_programs(program: strategies.Program) -> None:
+    """Whatever SDPA takes it computes as the model does, rows without a key included."""
+    call = vendor.sdpa(program.cascade)
+    if isinstance(call, Refusal):
+        return
+    x = program.inputs()
+    exact = evaluate(program.cascade, x, program.sizes, widen=True)["O"]
+    out = call.run(x, program.sizes)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-4, equal_nan=True)
+
+
+def test_nothing_is_made_that_is_not_used() -> None:
+    text = taken(vendor.sdpa(VARIANTS["plain"]().cascade)).source
+    assert "mask" not in text
+    assert "arange" not in text
