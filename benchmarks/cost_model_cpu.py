@@ -1,6 +1,6 @@
 """The cost model beside the clock, on this CPU: every candidate measured and predicted, and the regret of the choice.
 
-    python benchmarks/cost_model_cpu.py [--calibrate] [--threads 1,2] [--lengths 512,1024,2048] [--dtypes f32,bf16] [--flex]
+    python benchmarks/cost_model_cpu.py [--calibrate] [--threads 1,2] [--lengths 512,1024,2048] [--flex] [--busy]
 
 Prints a row a cell (mask, type, length, threads): measured / predicted milliseconds of each candidate, what the model
 chose, and how much slower that is than the best. Then MAPE, Spearman's rank correlation, and mean and largest regret.
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -146,10 +148,27 @@ def _known(cost: Cost | Miss) -> Cost:
     return cost
 
 
-def measure(cell: Cell, d: Device, flex: bool, seconds: float) -> Row:
+def _on_busy_machine(calls: Mapping[str, Callable[[], object]], seconds: float) -> timing.Timing:
+    """Medians of the time that the thread itself ran, candidates in turn; the first one twice a round."""
+    names = [*calls, next(iter(calls))]
+    times: list[list[float]] = [[] for _ in names]
+    for call in calls.values():
+        call()
+    begin = time.perf_counter()
+    while len(times[0]) < 5 or time.perf_counter() - begin < seconds:
+        for row, name in zip(times, names):
+            start = time.thread_time()
+            calls[name]()
+            row.append(time.thread_time() - start)
+    medians = [statistics.median(t) * 1e3 for t in times]
+    return timing.Timing(dict(zip(calls, medians)), medians[-1] / medians[0], len(times[0]))
+
+
+def measure(cell: Cell, d: Device, flex: bool, seconds: float, busy: bool) -> Row:
     torch.set_num_threads(cell.threads)
     found = list(candidates(cell, with_threads(d, cell.threads), flex))
-    timed = timing.interleaved({name: call for name, call, _ in found}, seconds=seconds)
+    calls = {name: call for name, call, _ in found}
+    timed = timing.interleaved(calls, seconds=seconds) if not busy or cell.threads > 1 else _on_busy_machine(calls, seconds)
     predicted = {name: cost.seconds * 1e3 for name, _, cost in found}
     return Row(cell, timed.milliseconds, predicted, timed.aa, min(predicted, key=lambda n: predicted[n]))
 
@@ -194,6 +213,7 @@ def main() -> None:
     parser.add_argument("--masks", default="window,causal,full")
     parser.add_argument("--seconds", type=float, default=2.0, help="measuring time of a cell")
     parser.add_argument("--flex", action="store_true")
+    parser.add_argument("--busy", action="store_true", help="one thread: time what the thread ran, not the wall")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     d = calibrate(say=print) if given.calibrate else device("cpu")
@@ -204,7 +224,8 @@ def main() -> None:
             for dtype in given.dtypes.split(","):
                 for mask in given.masks.split(","):
                     for length in map(int, given.lengths.split(",")):
-                        rows.append(measure(Cell(mask, dtype, length, threads), d, given.flex, given.seconds))
+                        cell = Cell(mask, dtype, length, threads)
+                        rows.append(measure(cell, d, given.flex, given.seconds, given.busy))
                         show(rows[-1])
     print(summary(rows))
     timing.write("cost_model_cpu", [dict(vars(r.cell), measured=dict(r.measured), predicted=dict(r.predicted),

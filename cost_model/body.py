@@ -9,7 +9,7 @@ Runs of the same calls are priced once. The code generator's skeleton (codegen/s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -62,28 +62,29 @@ def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
     masked = s.mask.keep is not ex.TRUE
     bill.add("launch", host.h.operator_call_seconds + AROUND_ALL * host.h.operator_seconds)
     pairs = 0
+    found = blocks(s, jobs, mapping, at)
     if mapping.body == "product":
         _widened(host, bill, s, at)
-        for b in tiles(s, at, mapping, jobs):
+        for b in tiles(found, at, mapping, jobs):
             pairs += b.tiles * at.batch * b.rows * b.keys
             if b.keys:
                 _product(host, bill, s, at, b)
     else:
-        for call, count in Counter(calls(s, at, mapping, jobs)).items():
+        for call, count in Counter(calls(found, s, at, jobs)).items():
             pairs += count * call.batch * call.tiles * _pairs(call)
             one = Bill()
             _sdpa(host, one, s, at, call)
             for name, seconds in one.parts.items():
                 bill.add(name, seconds * count)
     if masked:
-        _added(host, bill, s, at, mapping, jobs)
+        _added(host, bill, found, at, mapping)
     bill.flops, bill.exps = 2 * pairs * (at.embed + at.value), pairs
     bill.bytes = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
     bill.add("fault", host.fresh(WIDTH[s.dtype] * at.batch * at.queries * at.value))
     return bill.cost(device.basis)
 
 
-def tiles(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs) -> Iterator[Block]:
+def tiles(found: Sequence[Block], at: Shape, mapping: Tiling, jobs: Jobs) -> Iterator[Block]:
     """Blocks for the product body, which takes one query tile at a time."""
     if at.queries * at.keys <= FEW:
         yield Block(1, at.queries, at.keys, jobs.map is not None)
@@ -91,17 +92,17 @@ def tiles(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs) -> Iterator[Block]
         whole, rest = divmod(at.queries, mapping.tile_p)
         yield from (Block(n, rows, at.keys, False) for n, rows in ((whole, mapping.tile_p), (1, rest)) if n and rows)
     else:
-        yield from blocks(s, jobs, mapping, at)
+        yield from found
 
 
-def calls(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs) -> Iterator[Call]:
+def calls(found: Sequence[Block], s: Subject, at: Shape, jobs: Jobs) -> Iterator[Call]:
     """The calls of one attention, block by block."""
     outer = at.batch // _heads(s, at)
     if jobs.map is None or at.queries * at.keys <= FEW:
         # nothing to skip: the whole at once
         yield Call(1, at.queries, at.keys, jobs.map is not None, at.batch)
         return
-    for b in blocks(s, jobs, mapping, at):
+    for b in found:
         if b.tiles == 1 or b.triangle:
             yield Call(1, b.rows, b.keys, b.masked, at.batch, b.triangle)
             continue
@@ -131,8 +132,9 @@ class Block:
 
 
 def blocks(s: Subject, jobs: Jobs, mapping: Tiling, at: Shape) -> tuple[Block, ...]:
-    """The blocks of a tile map, in order."""
-    assert jobs.map is not None
+    """The blocks of a tile map, in order; none where nothing is masked."""
+    if jobs.map is None:
+        return ()
     table = np.asarray(jobs.map.classes).reshape(-1, *jobs.map.classes.shape[-2:])
     # batch entries run together: a slice covers what any of them visits
     some, every = (table != 0).any(0), (table == FULL).all(0)
@@ -305,7 +307,8 @@ def _widened(host: Host, bill: Bill, s: Subject, at: Shape) -> None:
     bill.add("launch", 3 * host.h.operator_seconds)
 
 
-def _pointwise(s: Subject, masked: bool) -> list[str]:
+@lru_cache(maxsize=256)
+def _pointwise(s: Subject, masked: bool) -> tuple[str, ...]:
     """Operators over all elements of a block: the score, the row rule's reductions, the weight and its cast."""
     a = s.attention
     score = a.score if masked else s.mask.full
@@ -313,14 +316,12 @@ def _pointwise(s: Subject, masked: bool) -> list[str]:
     out = [op for op, n in term_operations(score, grid).items() if n == 4 and op not in (INDEX, "cast")]
     out += [str(e.op) for e in a.row]
     out += [t.op for t in ex.walk(a.weight) if t.op in EXPONENTIALS]
-    return [*out, "sub"]
+    return (*out, "sub")
 
 
-def _added(host: Host, bill: Bill, s: Subject, at: Shape, mapping: Tiling, jobs: Jobs) -> None:
+def _added(host: Host, bill: Bill, found: Sequence[Block], at: Shape, mapping: Tiling) -> None:
     """What the scores get added, made once for the distances that any slice holds, and cut out for each block."""
-    if jobs.map is None:
-        return
-    reach = max((b.keys for b in blocks(s, jobs, mapping, at) if b.masked), default=0)
+    reach = max((b.keys for b in found if b.masked), default=0)
     if reach == 0:
         return
     points = min(mapping.tile_p, at.queries) * (reach + mapping.tile_p)

@@ -107,7 +107,8 @@ def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys
 
 
 def _on_cpu(queries: int) -> Iterator[Mapping]:
-    tiles = [t for t in (32, 64, 128, 256, 512) if t < 2 * queries] or [32]
+    # a plan of more than a few hundred query tiles costs more than it saves
+    tiles = [t for t in (32, 64, 128, 256, 512) if queries // 128 <= t < 2 * queries] or [32 if queries < 512 else 512]
     for body in ("sdpa", "product"):
         for tile in tiles:
             # square tiles let the fused kernel's causal mode take over along the diagonal

@@ -20,6 +20,8 @@ from .work import EXPONENTIALS, WIDTH
 
 # ATen runs tensors below this many elements on one thread.
 GRAIN = 32768
+# Blocks from this share of `fault_bytes` on are sometimes given back: when several die together.
+FAIR = 0.375
 # Bytes that a core keeps to itself.
 CORE_CACHE = 1 << 20
 # Keys of a block inside PyTorch's fused CPU kernel.
@@ -105,10 +107,9 @@ class Host:
         bill.add("element", busy)
 
     def fresh(self, size: int) -> float:
-        """The first touch of a large block, which the allocator gives back every time."""
-        if size < self.h.fault_bytes:
-            return 0.0
-        return size * self.h.fault_seconds_per_byte / self.gain("fault")
+        """The first touch of a large block, which the allocator gives back every time, and of a fair one every second."""
+        often = 1.0 if size >= self.h.fault_bytes else 0.5 if size >= FAIR * self.h.fault_bytes else 0.0
+        return often * size * self.h.fault_seconds_per_byte / self.gain("fault")
 
     # the fused attention kernel
 
