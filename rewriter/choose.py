@@ -8,6 +8,7 @@ permits them, the device has them, gradients flow through them where they are wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -17,17 +18,18 @@ import torch
 from torch import fx
 
 from ..codegen import operator as ours
-from ..codegen import vendor
-from ..codegen.program import loose
+from ..codegen import sdpa
+from ..codegen.program import Program, loose, memory_order
+from ..codegen.vendor_call import VendorCall
 from ..cost_model.cost import Cost
 from ..cost_model.device import Device, targets, with_threads
 from ..cost_model.device import device as device_named
 from ..cost_model.passes import key_passes
 from ..cost_model.plan import ORIGINAL, Candidate, MaskView, Miss, Plan, Site, SiteShape, TileCounts, ranked
-from ..cost_model.predict import best_mapping, predict, predict_original, tiles_of
+from ..cost_model.predict import VendorUse, best_mapping, predict, predict_original, predict_vendor, tiles_of
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, show
-from ..patterns.evaluate import infer_sizes
+from ..patterns.evaluate import DTYPE_NAME, infer_sizes
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.masks import conjuncts, split
 from ..patterns.recognise import Attention, Refusal, attention, no_key_rule
@@ -36,7 +38,7 @@ from ..patterns.rowstate import derive, stream
 from ..patterns.traits import kind, traits
 from . import capture, splice
 from .detect import Found, NearMiss, find
-from .lift import op_name
+from .lift import arguments, op_name
 from .operators_contract import PRODUCTS
 from .policy import Policy
 
@@ -179,6 +181,7 @@ class _Question:
     gradients: bool
     bound: str
     dtype: str
+    written: VendorUse | None
 
 
 def _decide(f: Found, hints: Mapping[str, int], request: Request) -> Decision:
@@ -192,7 +195,7 @@ def _decide(f: Found, hints: Mapping[str, int], request: Request) -> Decision:
     bound = _bound_to_original(f)
     question = _Question(
         f.cascade, tuple(sorted(sizes.items())), device, request.policy, request.executable, _wants_gradient(f), bound,
-        str(value.dtype).removeprefix("torch."),
+        str(value.dtype).removeprefix("torch."), _written(f),
     )  # fmt: skip
     site, calls = _answer(question)
     wished = request.choices.get(f.module, site.choice)
@@ -317,7 +320,7 @@ def _why(chosen: Candidate, order: tuple[Candidate, ...], q: _Question) -> str:
 
 
 def _candidates(q: _Question, sizes: Mapping[str, int]) -> Iterator[tuple[Candidate, splice.Call | None]]:
-    yield Candidate(ORIGINAL, cost=_or_none(lambda: predict_original(q.cascade, q.device, sizes)), why=""), None
+    yield Candidate(ORIGINAL, cost=_original_cost(q, sizes)), None
     for make in (_ours, _sdpa, _flex):
         candidate, call = make(q, sizes)
         no = q.bound or ("" if q.policy.permits(candidate.name) else "the policy does not permit it")
@@ -326,13 +329,38 @@ def _candidates(q: _Question, sizes: Mapping[str, int]) -> Iterator[tuple[Candid
         yield candidate, call
 
 
-def _or_none(make: Any) -> Cost | None:
-    """A cost, or None where a size of the cascade has no value to predict with."""
+def _original_cost(q: _Question, sizes: Mapping[str, int]) -> Cost | None:
+    """The predicted time of the model's own code; None where a size of the cascade has no value to predict with."""
     try:
-        cost = make()
+        if q.written is None:
+            return predict_original(q.cascade, q.device, sizes)
+        cost = predict_vendor(q.cascade, _original_use(q, q.written, sizes), q.device, sizes)
     except ValueError:
         return None
     return cost if isinstance(cost, Cost) else None
+
+
+def _written(f: Found) -> VendorUse | None:
+    """How the model itself calls SDPA, if that is what it does; the mask that it passes is made once for many layers."""
+    if op_name(f.final) != "scaled_dot_product_attention":
+        return None
+    given = arguments(f.final)
+    mask = given["attn_mask"]
+    if not isinstance(mask, fx.Node):
+        return VendorUse("", skips=bool(given["is_causal"]))
+    value = mask.meta["val"]
+    return VendorUse("", False, math.prod(splice.hint(s) for s in value.shape), DTYPE_NAME[value.dtype])
+
+
+def _original_use(q: _Question, written: VendorUse, sizes: Mapping[str, int]) -> VendorUse:
+    """The model's own call with the kernel that torch would run for it."""
+    made = sdpa.sdpa(q.cascade)
+    if isinstance(made, Refusal):
+        return replace(written, backend="math", skips=False)
+    mask = ex.load("mask", (), written.mask_dtype) if written.mask_elements else None
+    able = sdpa.backends(replace(made, mask=mask), q.device, sizes, gradients=q.gradients)
+    backend = next(b for b, why in able.items() if not why)
+    return replace(written, backend=backend, skips=written.skips and backend != "math")
 
 
 def _refused(name: str, why: str) -> tuple[Candidate, None]:
@@ -399,15 +427,54 @@ def our_call(c: Cascade, mapping: Tiling) -> splice.Call:
 
 
 def _sdpa(q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
-    return _vendor("sdpa", vendor.sdpa(q.cascade), q, sizes)
+    return _vendor(sdpa, q, sizes)
 
 
 def _flex(q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
-    return _vendor("flex", vendor.flex(q.cascade), q, sizes)
+    try:
+        from ..codegen import flex
+    except ImportError:
+        return _refused("flex", "not there yet")
+    return _vendor(flex, q, sizes) if hasattr(flex, "use") else _refused("flex", "not there yet")
 
 
-def _vendor(name: str, made: Any, q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
-    raise AssertionError("bound when codegen/vendor.py is there")
+def _vendor(module: Any, q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
+    """A vendor's function, with the kernel that it would run here."""
+    name = module.NAME
+    made = getattr(module, name)(q.cascade)
+    if isinstance(made, Refusal):
+        return _refused(name, made.reason)
+    try:
+        use = module.use(made, q.device, sizes, gradients=q.gradients)
+        cost = predict_vendor(q.cascade, use, q.device, sizes) if isinstance(use, VendorUse) else None
+    except ValueError as no:
+        return _refused(name, str(no))
+    if isinstance(use, Refusal):
+        return _refused(name, use.reason)
+    if not isinstance(cost, Cost):
+        return _refused(name, cost.reason if cost is not None else "it has no predicted time")
+    why = f"{use.backend} kernel" + (", which leaves masked tiles out" if use.skips else "")
+    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made)
+
+
+def vendor_call(made: VendorCall) -> splice.Call:
+    """A printed function as an ordinary call of the graph; its result lies in memory as our operator's does."""
+    names, loose_sizes = made.inputs, made.sizes
+    order = memory_order(made.cascade)
+    back = [order.index(d) for d in range(len(order))]
+    program = Program(made.cascade, Tiling(1, 1))
+
+    def run(*given: Any) -> torch.Tensor:
+        return made.function(*given).permute(order).contiguous().permute(back)
+
+    def fake(*given: Any) -> torch.Tensor:
+        return ours.allocate(program, given[: len(names)], given[len(names) :])
+
+    def arguments(tensors: Mapping[str, Any], size: Any) -> tuple[Any, ...]:
+        return (*(tensors[n] for n in names), *(size(s) for s in loose_sizes))
+
+    run.__name__ = made.name
+    return splice.Call(made.name, run, arguments, fake=fake)
 
 
 def bind_sizes(c: Cascade, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> dict[str, int]:

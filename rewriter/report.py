@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 from rich.table import Table
 
-from ..cost_model.plan import Miss, Plan, Site
+from ..cost_model.plan import ORIGINAL, Miss, Plan, Site
+from ..cost_model.table import group_name, short_path
 from .policy import StrictError
 
 
@@ -50,23 +51,26 @@ def check_plan(plan: Plan) -> None:
     for miss in plan.misses:
         raise StrictError(f"{miss.where or miss.what}: left alone: {miss.reason}")
     for site in plan.sites:
-        if site.chosen.name == "original" and not any(c.feasible for c in site.candidates if c.name != "original"):
+        if site.choice == ORIGINAL and not any(c.feasible for c in site.candidates if c.name != ORIGINAL):
             raise StrictError(f"{site.name or site.where}: keeps the original code: {site.chosen.why}")
 
 
 @dataclass(frozen=True)
 class SiteRun:
-    """One attention of one graph: the kernel that was chosen, its runs, and its guards' fall-backs."""
+    """One attention of one graph: how often its graph ran, and how often its guards fell back to the original."""
 
-    name: str
-    where: str
-    kind: str
-    traits: frozenset[str]
-    shape: str
-    kernel: str
-    why: str
+    site: Site
     ran: int
     fell_back: int
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def kernel(self) -> str:
+        """The candidate that was chosen."""
+        return self.site.choice
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Report:
 
     @property
     def sites(self) -> tuple[SiteRun, ...]:
-        return tuple(_site_run(p, s) for p in self.pieces for s in p.sites)
+        return tuple(SiteRun(s, p.calls, p.fallbacks.get(s.name, 0)) for p in self.pieces for s in p.sites)
 
     @property
     def kernels(self) -> Counter[str]:
@@ -125,7 +129,7 @@ class Report:
         out: Counter[str] = Counter()
         for s in self.sites:
             out[s.kernel] += s.ran - s.fell_back
-            out["original"] += s.fell_back
+            out[ORIGINAL] += s.fell_back
         return +out
 
     @property
@@ -181,35 +185,22 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def _site_run(piece: Piece, site: Site) -> SiteRun:
-    return SiteRun(
-        site.name, site.where, site.kind, frozenset(site.traits), str(site.shape), site.chosen.name, site.chosen.why,
-        piece.calls, piece.fallbacks.get(site.name, 0),
-    )  # fmt: skip
-
-
-def _table(sites: tuple[SiteRun, ...]) -> str:
+def _table(runs: tuple[SiteRun, ...]) -> str:
     """One row a group of sites that differ by their name only."""
     groups: dict[tuple[object, ...], list[SiteRun]] = {}
-    for s in sites:
-        groups.setdefault((s.where, s.kind, s.traits, s.shape, s.kernel, s.ran, s.fell_back), []).append(s)
+    for r in runs:
+        groups.setdefault((*r.site.alike, r.ran, r.fell_back), []).append(r)
     table = Table(box=None, pad_edge=False)
     for title in ("site", "where", "what", "shape", "kernel", "ran", "fell back"):
         table.add_column(title, justify="right" if title in ("ran", "fell back") else "left", overflow="fold")
     for members in groups.values():
-        s = members[0]
-        what = " ".join([s.kind, *sorted(s.traits)])
-        many = f" (+{len(members) - 1})" if len(members) > 1 else ""
-        kernel = s.kernel if s.kernel != "original" else f"original: {s.why}"
+        s = members[0].site
+        many = f" ×{len(members)}" if len(members) > 1 else ""
+        kernel = s.choice if s.choice != ORIGINAL else f"original: {s.chosen.why}"
         table.add_row(
-            f"{s.name}{many}", _short(s.where), what, s.shape, kernel, str(sum(m.ran for m in members)),
-            str(sum(m.fell_back for m in members)),
+            group_name([m.name for m in members]) + many, short_path(s.where), " ".join([s.kind, *sorted(s.traits)]),
+            str(s.shape), kernel, str(sum(m.ran for m in members)), str(sum(m.fell_back for m in members)),
         )  # fmt: skip
     out = io.StringIO()
     Console(file=out, width=160, force_terminal=False).print(table)
-    return out.getvalue().rstrip()
-
-
-def _short(where: str) -> str:
-    """The last two parts of the path are enough to recognise it."""
-    return "/".join(where.split("/")[-2:])
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

@@ -34,7 +34,7 @@ class SpliceError(RuntimeError):
 class Call:
     """What is put in: `target(*tensors…, *sizes…)` as `arguments` lays them out.
 
-    `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
+    `fake` stands in for `target` on fake values where the target cannot run on them. `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
     `size(name)`, which gives the node or number of a symbol. `closed` calls run with autocast off: their casts are written.
     """
 
@@ -42,6 +42,7 @@ class Call:
     target: Callable[..., Any]
     arguments: Callable[[Mapping[str, Any], Callable[[str], object]], tuple[Any, ...]]
     closed: bool = True
+    fake: Callable[..., Any] | None = None
 
 
 def replace(
@@ -59,7 +60,7 @@ def replace(
         token = None
         if call.closed and region is not None and region.enabled:
             token = graph.call_function(torch.amp.autocast_mode._enter_autocast, (device, region.dtype, False, False))
-        new = _node(graph, output, call.target, arguments)
+        new = _node(graph, output, call.target, arguments, call.fake)
         if token is not None:
             graph.call_function(torch.amp.autocast_mode._exit_autocast, (token,))
         new.meta["reattend"] = call.name
@@ -69,18 +70,23 @@ def replace(
     return new
 
 
-def _node(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], arguments: Sequence[Any]) -> fx.Node:
+def _node(
+    graph: fx.Graph,
+    like: fx.Node,
+    target: Callable[..., Any],
+    arguments: Sequence[Any],
+    fake: Callable[..., Any] | None = None,
+) -> fx.Node:
     """A call with the traces of the node that it stands for, and its fake value."""
     n = graph.call_function(target, tuple(arguments))
     n.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
     values = fx.map_arg(n.args, lambda x: x.meta["val"])
-    mode = torch._guards.detect_fake_mode(
-        [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
-    )
+    tensors = [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
+    mode = torch._guards.detect_fake_mode(tensors)
     if mode is None:
         raise SpliceError(f"{like.name}: the graph has no fake values")
     with mode, torch.no_grad():
-        n.meta["val"] = target(*values)
+        n.meta["val"] = (fake or target)(*values)
     return n
 
 
@@ -96,7 +102,7 @@ def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> fx
         for n, value in changed.items():
             n.meta["val"] = value
     elif not _same_strides(new.meta["val"], old):
-        order = sorted(range(old.dim()), key=lambda d: -_hint(old.stride(d)))
+        order = sorted(range(old.dim()), key=lambda d: -hint(old.stride(d)))
         back = [order.index(d) for d in range(old.dim())]
         new = _node(graph, output, torch.ops.aten.permute.default, (new, order))
         new = _node(graph, output, torch.ops.aten.contiguous.default, (new,))
@@ -146,7 +152,7 @@ def _equal(a: Sequence[Size], b: Sequence[Size]) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
 
 
-def _hint(value: int | torch.SymInt) -> int:
+def hint(value: int | torch.SymInt) -> int:
     return value if isinstance(value, int) else int(value.node.hint)
 
 

@@ -109,7 +109,9 @@ def test_a_wrong_kernel_fails_verification(stack: nn.Module, x: Tensor, monkeypa
 
     def spoiled(q: Any) -> Any:
         site, calls = good(q)
-        call = splice.Call("reattend", lambda v: torch.ones(2, 2, 40, 8), lambda tensors, size: tuple(tensors.values())[:1])
+        call = splice.Call(
+            "reattend", lambda v: torch.ones(2, 2, 40, 8), lambda tensors, size: tuple(tensors.values())[:1]
+        )
         from dataclasses import replace
 
         candidate = replace(site.candidate("reattend"), feasible=True)
