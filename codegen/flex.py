@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from ..cost_model.device import Device
+from ..cost_model.predict import VendorUse
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade
 from ..patterns.expr import TRUE, Expr
@@ -43,6 +45,15 @@ def flex(c: Cascade) -> VendorCall | Refusal:
         return _Flex(f, end).call()
     except PrintError as no:
         return Refusal(NAME, str(no))
+
+
+def use(call: VendorCall, device: Device, _: Mapping[str, int], *, gradients: bool = False) -> VendorUse | Refusal:
+    """How the call runs on a device, or why it cannot run there (or not for training)."""
+    if device.kind == "cpu" and gradients:
+        return Refusal(NAME, "FlexAttention has no backward on the CPU, and gradients are wanted here")
+    if device.kind == "cpu" and "AuxRequest" in call.source:
+        return Refusal(NAME, "the row's end needs the log-sum-exp, which FlexAttention does not give on the CPU")
+    return VendorUse("flex", skips="BlockMask" in call.source)
 
 
 def _rows(f: Form, end: Ending) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from torch.profiler import profile
 
 from reattend.codegen import vendor
 from reattend.codegen.vendor_call import VendorCall
-from reattend.cost_model.device import device
+from reattend.cost_model.device import Device, device
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.recognise import Refusal
 from tests import strategies
@@ -161,10 +163,16 @@ def test_flex_on_the_cpu() -> None:
     sinks = taken(vendor.flex(VARIANTS["sinks"]().cascade))
     plain = taken(vendor.flex(VARIANTS["plain"]().cascade))
     cpu, gpu = device("cpu"), device("h200")
-    assert "log-sum-exp" in str(vendor.refusal(sinks, cpu, gradients=False))
-    assert "no backward" in str(vendor.refusal(plain, cpu, gradients=True))
-    assert vendor.refusal(plain, cpu, gradients=False) is None
-    assert vendor.refusal(sinks, gpu, gradients=True) is None
+    assert "log-sum-exp" in str(vendor.use(sinks, cpu, {}))
+    assert "no backward" in str(vendor.use(plain, cpu, {}, gradients=True))
+    assert backend(plain, cpu, {}) == "flex"
+    assert backend(sinks, gpu, {}) == "flex"
+
+
+def backend(call: VendorCall, where: Device, sizes: Mapping[str, int]) -> str:
+    found = vendor.use(call, where, sizes)
+    assert not isinstance(found, Refusal)
+    return found.backend
 
 
 def test_backends() -> None:
@@ -172,21 +180,23 @@ def test_backends() -> None:
     h200, a100, cpu = device("h200"), device("a100"), device("cpu")
     plain = VARIANTS["plain"](dtype="bf16", e=64)
     call = taken(vendor.sdpa(plain.cascade))
-    assert vendor.use(call, h200, plain.sizes).backend == "cudnn"
-    assert vendor.use(call, a100, plain.sizes).backend == "flash"
-    assert vendor.use(call, cpu, plain.sizes).backend == "flash"
+    assert backend(call, h200, plain.sizes) == "cudnn"
+    assert backend(call, a100, plain.sizes) == "flash"
+    assert backend(call, cpu, plain.sizes) == "flash"
     window = VARIANTS["window"](dtype="bf16", e=64)
     masked_call = taken(vendor.sdpa(window.cascade))
     found = vendor.backends(masked_call, a100, window.sizes)
     assert "no mask" in found["flash"]
-    assert vendor.use(masked_call, a100, window.sizes).backend == "efficient"
-    assert vendor.use(masked_call, a100, window.sizes).mask_elements == 37 * 37
+    assert backend(masked_call, a100, window.sizes) == "efficient"
+    found_use = vendor.use(masked_call, a100, window.sizes)
+    assert not isinstance(found_use, Refusal)
+    assert found_use.mask_elements == 37 * 37
     wide = VARIANTS["wide_values"](dtype="bf16")
-    assert vendor.use(taken(vendor.sdpa(wide.cascade)), cpu, wide.sizes).backend == "math"
+    assert backend(taken(vendor.sdpa(wide.cascade)), cpu, wide.sizes) == "math"
     single = VARIANTS["plain"](e=64)
     found = vendor.backends(taken(vendor.sdpa(single.cascade)), h200, single.sizes)
     assert "f32" in found["cudnn"]
-    assert vendor.use(taken(vendor.sdpa(single.cascade)), h200, single.sizes).backend == "efficient"
+    assert backend(taken(vendor.sdpa(single.cascade)), h200, single.sizes) == "efficient"
 
 
 @given(strategies.programs())
