@@ -102,6 +102,7 @@ def _arguments(kernel: Kernel, constants: dict[str, Any]) -> tuple[dict[str, Any
     signature: dict[str, Any] = dict.fromkeys(names, "constexpr")
     signature |= dict.fromkeys(("n_rows", "n_full", "n_all"), "i32")
     signature["sizes"] = ("i32",) * len(s.cascade.free_symbols)
+    signature["parts"] = ("*fp32", "*fp32") if kernel.mapping.split_m > 1 else ()
     signature["tiles"] = ("*i32", "*i32", "*i32", "*i32", "i32") if listed else ()
     literals: dict[Any, Any] = {(names.index(n),): v for n, v in constants.items()}
     literals |= {(names.index("INDEX"),): tl.int32, (names.index("LISTED"),): listed}

@@ -17,7 +17,8 @@ from ..patterns import expr as ex
 from ..patterns.cascade import Size
 from ..patterns.mapping import Mapping as Tiling
 from . import print_torch
-from .holes import Names, mask_ranks
+from .device_function import Names
+from .holes import mask_ranks
 from .library import functions
 from .streaming import FEW_ROWS, Streaming
 
@@ -47,7 +48,7 @@ def printed(s: Streaming, mapping: Tiling) -> list[str]:
     """The texts of the host's functions."""
     names = Names(s)
     masked = [*_kept(s, names), _walk_of(s, names, mapping)] if needs_lists(s) else []
-    return [_sizes_of(s, names), _plan_of(s, names, mapping), *masked, _attention(s, names)]
+    return [_sizes_of(s, names), _plan_of(s, names, mapping), *masked, _attention(s, names, mapping)]
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def _walk_of(s: Streaming, names: Names, mapping: Tiling) -> str:
 # --- the way in -------------------------------------------------------------------------------------------------
 
 
-def _attention(s: Streaming, names: Names) -> str:
+def _attention(s: Streaming, names: Names, mapping: Tiling) -> str:
     _, missing = _bound(s, names)
     keywords = [names.symbols[n] for n in missing]
     shapes = s.attention.cascade.tensor
@@ -228,11 +229,17 @@ def _attention(s: Streaming, names: Names) -> str:
         *_choose_walk(s, names, first),
         f"    out = torch.empty(shape, dtype={print_torch.TYPES[shapes[s.cascade.outputs[0]].dtype]}, "
         f"device={first}.device)",
-        f"    return launch(stream, CONSTANTS, out, {inputs}, sizes, programs, row_blocks, walk)",
+        f"    return {launcher(s, mapping)}, out, {inputs}, sizes, programs, row_blocks, walk)",
     ]
     if not keywords:
         lines[1] += '"""'
     return "\n".join(line for line in lines if line)
+
+
+def launcher(s: Streaming, mapping: Tiling) -> str:
+    if mapping.split_m > 1:
+        return f"launch_split((stream, merge), (CONSTANTS, MERGE), {len(s.state.carried)}"
+    return "launch(stream, CONSTANTS"
 
 
 def _choose_walk(s: Streaming, names: Names, first: str) -> list[str]:

@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from ..patterns.cascade import show
 from ..patterns.mapping import Mapping as Tiling
 from . import entry
 from .base2 import base2
-from .holes import HOLES, printed
+from .device_function import HOLES
+from .holes import printed
 from .library import called, functions
 from .streaming import Streaming
 
@@ -31,13 +33,16 @@ SKIPPING = {
 
 def emit(s: Streaming, mapping: Tiling) -> str:
     """The text of the module for one attention and mapping."""
-    holes = printed(base2(s), mapping.tile_m)
+    split = mapping.split_m > 1
+    holes = printed(base2(s), mapping.tile_m, split)
     parts = [
         *called(set().union(*(h.helpers for h in holes))),
         *(h.text for h in holes),
         *functions("stream").values(),
+        *(functions("merge").values() if split else ()),
         _constants(s, mapping),
-        *functions("host").values(),
+        *(text for name, text in functions("host").items() if not (split and name == "launch")),
+        *(functions("host_split").values() if split else ()),
         *entry.printed(s, mapping),
     ]
     text = "\n\n\n".join(p.strip("\n") for p in parts)
@@ -85,9 +90,17 @@ def _indented(text: str) -> str:
 
 
 def _constants(s: Streaming, mapping: Tiling) -> str:
-    sizes = {"BM": mapping.tile_p, "BN": mapping.tile_m, "BF": s.value_width}
+    tile = {"BM": mapping.tile_p, "BN": mapping.tile_m, "BF": s.value_width, "SPLIT": mapping.split_m}
+    holes = {h.upper(): h for h in HOLES} | {"SAVE": "save" if mapping.split_m > 1 else "None"}
     options = {"num_warps": mapping.warps, "num_stages": mapping.stages}
-    lines = [f'    "{k}": {v},' for k, v in sizes.items()]
-    lines += [f'    "{h.upper()}": {h},' for h in HOLES]
-    lines += [f'    "{k}": {v},' for k, v in options.items()]
-    return "\n".join(["# What fills the skeleton's holes, and how it is compiled.", "CONSTANTS = {", *lines, "}"])
+    text = _dictionary("CONSTANTS", {**tile, **holes, **options})
+    if mapping.split_m > 1:
+        del tile["BN"]
+        merging = {h.upper(): h for h in ("batch", "rows", "start", "restore", "join", "finish")}
+        text += "\n" + _dictionary("MERGE", {**tile, **merging, "num_warps": 4})
+    return f"# What fills the skeleton's holes, and how it is compiled.\n{text}"
+
+
+def _dictionary(name: str, entries: Mapping[str, object]) -> str:
+    lines = [f'    "{k}": {v},' for k, v in entries.items()]
+    return "\n".join([f"{name} = {{", *lines, "}"])

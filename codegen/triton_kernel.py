@@ -27,7 +27,7 @@ from ..patterns.mapping import Mapping as Tiling
 from ..patterns.masks import EMPTY, PARTIAL, TileMap, classify, rows_with_key, runtime_classify
 from ..patterns.recognise import Refusal
 from . import cache, entry, interpret, module
-from .holes import Names
+from .device_function import Names
 from .print_torch import PrintError as TorchPrintError
 from .print_triton import PrintError
 from .streaming import FEW_ROWS, NAME, Streaming, power_of_two, read
@@ -64,8 +64,6 @@ def build(c: Cascade, mapping: Tiling, target: Device | str | None = None) -> Ke
     s = read(c)
     if isinstance(s, Refusal):
         return s
-    if mapping.split_m != 1:
-        return Refusal(NAME, f"this kernel does not split the keys ({mapping.split_m} ways asked)")
     for name, n in (("tile_p", mapping.tile_p), ("tile_m", mapping.tile_m)):
         if n < 16 or n & (n - 1):
             return Refusal(NAME, f"{name} = {n} is no power of two of at least 16")
@@ -216,9 +214,15 @@ class Kernel:
             inputs += self._prelude(tensors, bound)
         if out is None:
             out = torch.empty(shape, dtype=self._dtype, device=device)
-        result: Tensor = made.launch(
-            made.stream, made.CONSTANTS, out, tuple(inputs), bound, programs, row_blocks, walk
-        )  # fmt: skip
+        result: Tensor
+        if self.mapping.split_m > 1:
+            kernels, constants = (made.stream, made.merge), (made.CONSTANTS, made.MERGE)
+            count = len(s.state.carried)
+            result = made.launch_split(
+                kernels, constants, count, out, tuple(inputs), bound, programs, row_blocks, walk
+            )  # fmt: skip
+        else:
+            result = made.launch(made.stream, made.CONSTANTS, out, tuple(inputs), bound, programs, row_blocks, walk)
         return result
 
     def _inputs(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:

@@ -79,7 +79,7 @@ def launch(
     n_full, n_all = (0, 0) if listed else walk
     with torch.cuda.device_of(out):
         kernel[(programs * row_blocks,)](
-            (out, *out.stride()), tuple((t, *t.stride()) for t in inputs), sizes, walk if listed else (), row_blocks,
+            (out, *out.stride()), tuple((t, *t.stride()) for t in inputs), sizes, walk if listed else (), (), row_blocks,
             n_full, n_all, INDEX=index_type(out, *inputs), LISTED=listed, **constants,
         )  # fmt: skip
     return out

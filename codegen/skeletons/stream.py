@@ -30,13 +30,14 @@ def tile(
 
 @triton.jit(do_not_specialize=["n_rows", "n_full", "n_all"])
 def stream(
-    out, inputs, sizes, tiles, n_rows, n_full, n_all,
-    BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
+    out, inputs, sizes, tiles, parts, n_rows, n_full, n_all,
+    BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, START: tl.constexpr, PRODUCTS: tl.constexpr,
-    STEP: tl.constexpr, VALUES: tl.constexpr, FINISH: tl.constexpr,
+    STEP: tl.constexpr, VALUES: tl.constexpr, FINISH: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    i_p = tl.program_id(0) % n_rows
-    batch, i_mask = BATCH(tl.program_id(0) // n_rows, sizes)
+    i_block = tl.program_id(0) // SPLIT
+    i_p = i_block % n_rows
+    batch, i_mask = BATCH(i_block // n_rows, sizes)
     p_keys = 0
     if LISTED:
         p_rows, p_full, p_all, p_keys, width = tiles
@@ -50,14 +51,24 @@ def stream(
     q = QUERIES(at, inputs, sizes)  # each [BM, E]
     state = START(BM)  # each [BM, 1]
     acc = tl.zeros([BM, BF], dtype=tl.float32)
-    for i in range(n_full):
+    # SPLIT programs share a block's tiles: this one has those from `first` to `last`.
+    count = tl.cdiv(n_all, SPLIT)
+    first = tl.program_id(0) % SPLIT * count
+    last = tl.minimum(first + count, n_all)
+    for i in range(first, tl.minimum(last, n_full)):
         i_m = tl.load(p_keys + i) if LISTED else i
         acc, state = tile(
             i_m, q, acc, state, at, inputs, sizes, BN, BF, INDEX, False, PRODUCTS, STEP, VALUES
         )  # fmt: skip
-    for i in range(n_full, n_all):
+    for i in range(tl.maximum(first, n_full), last):
         i_m = tl.load(p_keys + i) if LISTED else i
         acc, state = tile(
             i_m, q, acc, state, at, inputs, sizes, BN, BF, INDEX, True, PRODUCTS, STEP, VALUES
         )  # fmt: skip
-    FINISH(out, acc, state, at, tl.arange(0, BF)[None, :], inside, inputs, sizes)
+    if SPLIT > 1:
+        p_acc, p_state = parts
+        o = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+        tl.store(p_acc + o * BF + tl.arange(0, BF)[None, :], acc)
+        SAVE(p_state, state, o)
+    else:
+        FINISH(out, acc, state, at, tl.arange(0, BF)[None, :], inside, inputs, sizes)

@@ -38,8 +38,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     cache.directory = lambda: folder  # type: ignore[assignment]
 
 
-def kernel(c: Cascade, tile: tuple[int, int] = (16, 16)) -> Kernel:
-    made = build(c, Tiling(*tile))
+def kernel(c: Cascade, tile: tuple[int, int] = (16, 16), split: int = 1) -> Kernel:
+    made = build(c, Tiling(*tile, split_m=split))
     assert isinstance(made, Kernel), made
     return made
 
@@ -282,6 +282,27 @@ def test_other_batch_ranks() -> None:
         c = verify(Cascade("batch", tuple(Rank(r, sizes[r]) for r in sizes if r in used), tuple(tensors), einsums, ("O",)))
         g = torch.Generator().manual_seed(3)
         check(c, {t: torch.randn(shape(at), generator=g) for t, at in (("Q", q), ("K", k), ("V", v))}, {})
+
+
+# --- split keys -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [2, 3, 8])
+def test_split_keys_in_decode(split: int) -> None:
+    p = decode(8, 4, keep=strategies.MASKS["padding"])
+    tensors = p.inputs()
+    tensors["pad"][0] = False
+    made = kernel(p.cascade, split=split)
+    close(run(made, tensors, p.sizes), p.cascade, tensors, p.sizes)
+    close(alone(made, tensors, p.sizes), p.cascade, tensors, p.sizes)
+
+
+@pytest.mark.parametrize("rule", sorted(strategies.ROWS))
+def test_split_keys_merge_any_row_state(rule: str) -> None:
+    fill = -INF if rule in strategies.FILLED else 0.0
+    p = attention(lambda s: ex.where(M <= P, s, fill), strategies.ROWS[rule], p=37, m=37, dtype="f16")
+    made = kernel(p.cascade, split=2)
+    close(run(made, p.inputs(), p.sizes), p.cascade, p.inputs(), p.sizes)
 
 
 # --- anything -----------------------------------------------------------------------------------------------------
