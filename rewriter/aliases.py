@@ -66,6 +66,10 @@ class Aliases:
         at = bisect_right(writes, low)
         return at < len(writes) and writes[at] < high
 
+    def storage(self, n: fx.Node) -> fx.Node:
+        """One node that stands for all that share storage with `n`."""
+        return self._root(n)
+
     def is_written(self, n: fx.Node) -> bool:
         return bool(self._writes.get(self._root(n)))
 

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..codegen import operator as ours
-from ..codegen import sdpa
+from ..codegen import flex, sdpa
 from ..codegen.program import Program, loose, memory_order
 from ..codegen.vendor_call import VendorCall
 from ..cost_model.cost import Cost
@@ -39,6 +39,7 @@ from ..patterns.traits import kind, traits
 from . import capture, splice
 from .detect import Found, NearMiss, find
 from .lift import arguments, op_name
+from .liveness import erase_dead, survivors
 from .operators_contract import PRODUCTS
 from .policy import Policy
 
@@ -132,7 +133,7 @@ def rewrite(captured: capture.Captured, request: Request) -> Plan:
 
 def decide(gm: fx.GraphModule, request: Request) -> tuple[list[Decision], list[Miss]]:
     """Every attention of a graph with its decision, and what was left alone."""
-    splice.erase_dead(gm)
+    erase_dead(gm)
     found, missed = find(gm)
     hints = _hints(gm)
     decisions = [_decide(f, hints, request) for f in found]
@@ -208,7 +209,7 @@ def _bound_to_original(f: Found) -> str:
     """Why this attention cannot be replaced where it stands, whatever its cascade says; empty when it can."""
     inside = interior(f)
     scores = _scores(f, inside)
-    escaped = splice.survivors(frozenset(scores), f.output)
+    escaped = survivors(frozenset(scores), f.output)
     if escaped:
         reader = next(u for n in escaped for u in n.users if u not in inside and u is not f.output)
         return f"the scores or weights are read elsewhere ({reader.name}): they would be computed twice"
@@ -431,11 +432,7 @@ def _sdpa(q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Cal
 
 
 def _flex(q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
-    try:
-        from ..codegen import flex
-    except ImportError:
-        return _refused("flex", "not there yet")
-    return _vendor(flex, q, sizes) if hasattr(flex, "use") else _refused("flex", "not there yet")
+    return _vendor(flex, q, sizes)
 
 
 def _vendor(module: Any, q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:

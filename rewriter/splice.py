@@ -10,7 +10,6 @@ where they are.
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,8 @@ from ..patterns import expr as ex
 from ..patterns.cascade import Size, size_term
 from ..patterns.expr import Expr
 from .autocast import regions, remove_unused_casts
-from .lift import arguments, op_name
+from .lift import op_name
+from .liveness import ARITHMETIC, erase_dead, is_pure
 from .sizes import same, shape_of, size_of
 
 
@@ -35,7 +35,7 @@ class Call:
     """What is put in: `target(*tensors…, *sizes…)` as `arguments` lays them out.
 
     `fake` stands in for `target` on fake values where the target cannot run on them. `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
-    `size(name)`, which gives the node or number of a symbol. `closed` calls run with autocast off: their casts are written.
+    `size(name)`, which gives the node or number of a symbol. `closed` calls run with autocast off.
     """
 
     name: str
@@ -199,63 +199,13 @@ class SizeNodes:
                 return int(e.value)
             case "symbol":
                 return self.symbol(str(e.attr))
-        function = _ARITHMETIC.get(e.op)
+        function = ARITHMETIC.get(e.op)
         if function is None:
             raise SpliceError(f"the size {ex.show(e)} cannot be computed from the graph's inputs")
         args = tuple(self.term(a) for a in e.args)
         node = self.graph.call_function(function, args)
         node.meta["val"] = function(*fx.map_arg(args, lambda x: x.meta["val"]))
         return node
-
-
-_ARITHMETIC: Mapping[str, Callable[..., Any]] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
-}  # fmt: skip
-
-
-def survivors(nodes: frozenset[fx.Node], output: fx.Node) -> frozenset[fx.Node]:
-    """The nodes of an attention that stay alive when its output is replaced, because others read them."""
-    order = {n: i for i, n in enumerate(output.graph.nodes)}
-    alive: set[fx.Node] = set()
-    for n in sorted(nodes, key=lambda x: -order[x]):
-        if n is output:
-            continue
-        if any(u in alive or (u not in nodes and u is not output) for u in n.users) or not is_pure(n):
-            alive.add(n)
-    return frozenset(alive)
-
-
-def erase_dead(gm: fx.GraphModule) -> int:
-    """Erase what nobody reads; operators that write, draw random numbers or are unknown stay. Returns the number erased."""
-    erased = 0
-    for n in reversed(list(gm.graph.nodes)):
-        if not n.users and (n.op == "get_attr" or (n.op == "call_function" and is_pure(n))):
-            gm.graph.erase_node(n)
-            erased += 1
-    gm.delete_all_unused_submodules()
-    return erased
-
-
-def is_pure(n: fx.Node) -> bool:
-    """Whether a node only computes its value."""
-    if n.op != "call_function":
-        return n.op == "get_attr"
-    if isinstance(n.target, torch._ops.OpOverload):
-        return not n.target._schema.is_mutable and not _draws(n)
-    return n.target in (operator.getitem, *_ARITHMETIC.values()) or getattr(n.target, "__module__", "") in (
-        "_operator",
-        "math",
-    )
-
-
-def _draws(n: fx.Node) -> bool:
-    """Whether an operator draws random numbers; dropout that is switched off does not, whatever its tag says."""
-    given, name = arguments(n), op_name(n)
-    if name == "scaled_dot_product_attention":
-        return given["dropout_p"] != 0.0
-    if "dropout" in name:
-        return given.get("train") is not False and given.get("p") != 0.0
-    return torch.Tag.nondeterministic_seeded in n.target.tags  # type: ignore[union-attr]
 
 
 def finish(gm: fx.GraphModule) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from reattend.patterns.evaluate import evaluate
-from reattend.rewriter import capture, detect, splice
+from reattend.rewriter import capture, detect, liveness, splice
 
 
 def oracle(found: detect.Found) -> splice.Call:
@@ -66,7 +66,7 @@ def test_other_consumers_keep_their_nodes() -> None:
     args = qkv(1, 2, 8, 16)
     graph = capture.from_export(M(), args, None).graph
     (found,), _ = detect.find(graph)
-    alive = {n.name for n in splice.survivors(found.nodes, found.output)}
+    alive = {n.name for n in liveness.survivors(found.nodes, found.output)}
     assert {"softmax", "matmul"} <= alive
     splice.replace(graph, found.output, found.tensors, found.scalars, oracle(found))
     splice.finish(graph)
@@ -194,3 +194,48 @@ def test_another_order_of_memory_is_undone_only_where_it_matters(model: nn.Modul
     torch.testing.assert_close(out, model(*args))
     assert out.stride() == model(*args).stride()
     assert sum("contiguous" in n for n in names(graph)) == copies
+
+
+class InPlace(nn.Module):
+    """Scores that are scaled and masked where they lie."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2)
+        s *= 0.25
+        s.masked_fill_(~torch.ones(s.shape[-2:], dtype=torch.bool).tril(), float("-inf"))
+        return s.softmax(-1) @ v
+
+
+def test_in_place_operators_on_the_interior_go_with_it() -> None:
+    args = qkv(2, 3, 8, 16)
+    graph = capture.from_export(InPlace(), args, None).graph
+    (found,), _ = detect.find(graph)
+    inside = frozenset(n for n in graph.graph.nodes if n.op == "call_function") - {found.output}
+    assert liveness.survivors(inside, found.output) == frozenset()
+    splice.replace(graph, found.output, found.tensors, found.scalars, oracle(found))
+    splice.finish(graph)
+    torch.testing.assert_close(graph(*args), InPlace()(*args))
+    assert not [n for n in names(graph) if "masked_fill" in n or "mul_" in n or "matmul" in n]
+
+
+def test_in_place_operators_on_what_others_read_stay() -> None:
+    class M(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            s = q @ k.transpose(-1, -2)
+            s *= 0.25
+            kept = s.view(-1)
+            s.add_(1)
+            k.mul_(2)
+            return s.softmax(-1) @ v, kept
+
+    args = qkv(2, 3, 8, 16)
+    graph = capture.from_export(M(), tuple(a.clone() for a in args), None).graph
+    found, _ = detect.find(graph)
+    for f in found:
+        splice.replace(graph, f.output, f.tensors, f.scalars, oracle(f))
+    splice.finish(graph)
+    ours, theirs = [a.clone() for a in args], [a.clone() for a in args]
+    for a, b in zip(graph(*ours), M()(*theirs), strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
