@@ -18,5 +18,6 @@ __all__ = ["VendorCall", "backends", "flex", "sdpa", "use"]
 
 def use(call: VendorCall, device: Device, sizes: Mapping[str, int], *, gradients: bool = False) -> VendorUse | Refusal:
     """How a call runs on a device, for the cost model, or why it cannot run there (or not for training)."""
-    module = _flex if call.name == _flex.NAME else _sdpa
-    return module.use(call, device, sizes, gradients=gradients)
+    if call.name == _flex.NAME:
+        return _flex.use(call, device, sizes, gradients=gradients)
+    return _sdpa.use(call, device, sizes, gradients=gradients)
