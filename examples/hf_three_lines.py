@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
 import reattend
 
-CONFIG = LlamaConfig(
+CONFIG = MistralConfig(
     hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
-    vocab_size=1000, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    vocab_size=1000, sliding_window=128, pad_token_id=0, bos_token_id=1, eos_token_id=None,
 )  # fmt: skip
 
 
 def left_padded_batch() -> dict[str, torch.Tensor]:
-    """Two prompts of 48 and 30 tokens, the shorter one padded on the left."""
-    tokens = torch.randint(3, 1000, (2, 48))
+    """Two prompts of 1500 and 1100 tokens, the shorter one padded on the left."""
+    tokens = torch.randint(3, 1000, (2, 1500))
     keep = torch.ones_like(tokens)
-    keep[1, :18] = 0
+    keep[1, :400] = 0
     return {"input_ids": tokens.masked_fill(keep == 0, 0), "attention_mask": keep}
 
 
 def main() -> None:
     torch.manual_seed(0)
     batch = left_padded_batch()
-    model = LlamaForCausalLM(CONFIG).eval()
+    model = MistralForCausalLM(CONFIG).eval()
     before = model.generate(**batch, max_new_tokens=16, do_sample=False)
 
     model = reattend.optimize(model)
