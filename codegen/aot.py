@@ -1,6 +1,7 @@
 """Compile a kernel ahead of time for a GPU that is not there, and read back what it takes.
 
     compile(kernel, "sm_90")  →  registers, spilled bytes, shared memory, matrix instructions
+    compile_merge(…)          →  the same of the kernel that merges the parts of split keys
 
 The signature is that of contiguous inputs: unit innermost strides, everything else as 32-bit integers, pointers (and
 strides known to be so) divisible by 16, as Triton specialises them at a launch. Needs a process without TRITON_INTERPRET.
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ..patterns.cascade import Size
@@ -56,19 +58,34 @@ def compile(kernel: Kernel, arch: str) -> AotReport:
 
     Raises ImportError without Triton, RuntimeError in a process that interprets.
     """
+    made = _module(kernel)
+    return _compiled(kernel, made.stream, dict(made.CONSTANTS), arch)
+
+
+def compile_merge(kernel: Kernel, arch: str) -> AotReport:
+    """Compile the second kernel of a mapping that splits keys. Raises ValueError for one that does not."""
+    if kernel.mapping.split_m == 1:
+        raise ValueError(f"{kernel.mapping} has no parts to merge")
+    made = _module(kernel)
+    return _compiled(kernel, made.merge, dict(made.MERGE), arch)
+
+
+def _module(kernel: Kernel) -> ModuleType:
     if not available():
         raise ImportError(MISSING)
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET=1: this process interprets kernels and cannot compile them")
+    return kernel.module
+
+
+def _compiled(kernel: Kernel, function: Any, constants: dict[str, Any], arch: str) -> AotReport:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    made = kernel.module
-    constants = dict(made.CONSTANTS)
-    options = {"num_warps": constants.pop("num_warps"), "num_stages": constants.pop("num_stages")}
-    signature, literals, attributes = _arguments(kernel, constants)
-    source = ASTSource(fn=made.stream, signature=signature, constexprs=literals, attrs=attributes)
+    options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
+    signature, literals, attributes = _arguments(kernel, function.arg_names, constants)
+    source = ASTSource(fn=function, signature=signature, constexprs=literals, attrs=attributes)
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=target, options=options)
@@ -81,7 +98,7 @@ def compile(kernel: Kernel, arch: str) -> AotReport:
         spill_bytes=spilled,
         shared_bytes=int(compiled.metadata.shared),
         warps=int(compiled.metadata.num_warps),
-        stages=options["num_stages"],
+        stages=kernel.mapping.stages,
         matrix_instructions=sum(n.startswith(MATRIX) for n in names),
         exponentials=len(re.findall(r"MUFU\.EX2|v_exp_f32", assembly)),
         assembly=assembly,
@@ -91,16 +108,17 @@ def compile(kernel: Kernel, arch: str) -> AotReport:
 # --- the signature ----------------------------------------------------------------------------------------------
 
 
-def _arguments(kernel: Kernel, constants: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+def _arguments(
+    kernel: Kernel, names: list[str], constants: dict[str, Any]
+) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Types, compile-time values and divisibility of every argument, nested as the arguments are."""
     import triton.language as tl
 
     s = kernel.streaming
-    names: list[str] = kernel.module.stream.arg_names
     tensors = s.attention.cascade.tensor
     listed = entry.needs_lists(s)
     signature: dict[str, Any] = dict.fromkeys(names, "constexpr")
-    signature |= dict.fromkeys(("n_rows", "n_full", "n_all"), "i32")
+    signature |= dict.fromkeys((n for n in ("n_rows", "n_full", "n_all") if n in names), "i32")
     signature["sizes"] = ("i32",) * len(s.cascade.free_symbols)
     signature["parts"] = ("*fp32", "*fp32") if kernel.mapping.split_m > 1 else ()
     signature["tiles"] = ("*i32", "*i32", "*i32", "*i32", "i32") if listed else ()

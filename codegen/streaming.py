@@ -272,7 +272,7 @@ def _factored(s: Streaming) -> Streaming:
     """Terms read the plain sum: `QK` becomes `factor · QK`; the coordinate of a batch rank of size 1 becomes 0."""
     table = {p.load: ex.cast(p.load * p.factor, p.load.dtype) for p in s.products}
     out = mapped(s, lambda e: ex.substitute(e, table))
-    ones = {ex.index(r): ex.const(0) for r, n in s.extent.items() if n == 1 and r not in s.rows}
+    ones = {ex.index(r): ex.const(0) for r in s.grid if s.extent[r] == 1}
     out = everywhere(out, lambda e: ex.substitute(e, ones))
     return replace(out, grid=tuple(r for r in out.grid if s.extent[r] != 1))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
 
 from reattend.codegen import aot, cache
 from reattend.codegen.triton_kernel import Kernel, build, default_mapping, shared_bytes
@@ -99,9 +100,29 @@ def test_decode(arch: str) -> None:
 def test_split_keys() -> None:
     c = decode(128)
     mapping = replace(default(c, "sm_90"), split_m=8)
-    report = compiled(c, mapping, "sm_90")
-    assert report.spill_bytes == 0
+    made = build(c, mapping, "sm_90")
+    assert isinstance(made, Kernel)
+    report, merging = aot.compile(made, "sm_90"), aot.compile_merge(made, "sm_90")
+    assert report.spill_bytes == merging.spill_bytes == 0
     assert report.shared_bytes == shared_bytes(c, mapping, "sm_90")
+    with pytest.raises(ValueError, match="no parts to merge"):
+        aot.compile_merge(compiled_kernel(c, default(c, "sm_90")), "sm_90")
+
+
+def compiled_kernel(c: Cascade, mapping: Tiling) -> Kernel:
+    made = build(c, mapping)
+    assert isinstance(made, Kernel), made
+    return made
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None, phases=[Phase.generate])
+@given(strategies.programs(dtype="bf16"))
+def test_drawn_programs_compile(p: strategies.Program) -> None:
+    """What the interpreter lets through, the compiler must take as well."""
+    report = aot.compile(compiled_kernel(p.cascade, Tiling(32, 32)), "sm_90")
+    assert report.matrix_instructions > 0
 
 
 @pytest.mark.aot

@@ -107,6 +107,12 @@ def test_odd_sizes(queries: int, keys: int) -> None:
     check(p.cascade, p.inputs(), p.sizes, (32, 32))
 
 
+@pytest.mark.parametrize(("b", "h", "p", "m", "f"), [(1, 1, 1, 1, 1), (1, 2, 1, 33, 16), (2, 1, 33, 1, 16), (1, 1, 32, 32, 1)])
+def test_sizes_that_are_numbers(b: int, h: int, p: int, m: int, f: int) -> None:
+    drawn = attention(lambda s: ex.where(M <= P + 3, s, -INF), strategies.ROWS["softmax"], b=b, h=h, p=p, m=m, f=f)
+    check(drawn.cascade.with_sizes(drawn.sizes), drawn.inputs(), {})
+
+
 @pytest.mark.parametrize("size", [8, 16, 24, 40, 80, 192])
 def test_head_sizes_that_are_no_power_of_two(size: int) -> None:
     p = attention(lambda s: s, strategies.ROWS["softmax"], e=size, f=size, h=1)
