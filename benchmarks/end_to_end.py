@@ -48,7 +48,9 @@ def main() -> None:
         ours = reattend.optimize(copy.deepcopy(eager))
         inductor = torch.compile(copy.deepcopy(eager))
         sdpa_inductor = torch.compile(copy.deepcopy(sdpa))
-        models = {"reattend": ours, "eager": eager, "sdpa": sdpa, "eager + Inductor": inductor, "sdpa + Inductor": sdpa_inductor}
+        models = {
+            "reattend": ours, "eager": eager, "sdpa": sdpa, "eager + Inductor": inductor, "sdpa + Inductor": sdpa_inductor,
+        }  # fmt: skip
         for threads in options.threads:
             torch.set_num_threads(threads)
             with torch.no_grad():

@@ -525,7 +525,7 @@ _LEVEL = {
 
 
 def show_number(value: Scalar) -> str:
-    if isinstance(value, bool) or isinstance(value, int):
+    if isinstance(value, (bool, int)):
         return str(value).lower()
     if value == math.inf:
         return "∞"

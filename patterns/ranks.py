@@ -65,7 +65,8 @@ def _split(c: Cascade, rank: Rank, n: Expr) -> Cascade:
                 return table.get(e)
             if e.op == "load" and str(e.attr) in cut:
                 d = cut[str(e.attr)]
-                return ex.load(str(e.attr), (*args[:d], quotient(args[d], n), remainder(args[d], n), *args[d + 1 :]), e.dtype)
+                split_at = (quotient(args[d], n), remainder(args[d], n))
+                return ex.load(str(e.attr), (*args[:d], *split_at, *args[d + 1 :]), e.dtype)
             if e.op == "floordiv" and args[1] is n:
                 return quotient(args[0], n)
             if e.op == "mod" and args[1] is n:

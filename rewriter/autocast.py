@@ -10,7 +10,7 @@ operands are cast, and to what, is observed by running the operator once on its 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,21 +152,20 @@ def _run(
 ) -> tuple[torch.dtype | None, ...] | None:
     """The types of the results without autocast; None where the operator refuses mixed types."""
     try:
-        with mode, torch.no_grad(), _no_autocast():
+        with mode, torch.no_grad(), no_autocast():
             return _dtypes(n.target(*args, **kwargs))  # type: ignore[operator]
     except (RuntimeError, TypeError):
         return None
 
 
-class _no_autocast:
-    def __enter__(self) -> None:
-        self.inner = [torch.autocast(d, enabled=False) for d in _DEVICES if torch.amp.is_autocast_available(d)]
-        for c in self.inner:
-            c.__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: object) -> None:
-        for c in reversed(self.inner):
-            c.__exit__(*error)
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Autocast off, on every device."""
+    with ExitStack() as stack:
+        for d in _DEVICES:
+            if torch.amp.is_autocast_available(d):
+                stack.enter_context(torch.autocast(d, enabled=False))
+        yield
 
 
 def _dtypes(value: object) -> tuple[torch.dtype | None, ...]:
@@ -179,7 +178,7 @@ def _insert(gm: fx.GraphModule, n: fx.Node, source: fx.Node, dtype: torch.dtype)
         cast = gm.graph.call_function(torch.ops.aten.to.dtype, (source, dtype))
     value = source.meta["val"]
     cast.meta = {k: v for k, v in n.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
-    with torch.no_grad(), _no_autocast():
+    with torch.no_grad(), no_autocast():
         cast.meta["val"] = value.detach().to(dtype)
     if value.requires_grad:
         cast.meta["val"].requires_grad_(True)

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..codegen import vendor
 from ..codegen import operator as ours
-from ..codegen import flex, sdpa
 from ..codegen.program import Program, loose, memory_order
-from ..codegen.vendor_call import VendorCall
 from ..cost_model.cost import Cost
 from ..cost_model.device import Device, targets, with_threads
 from ..cost_model.device import device as device_named
@@ -38,6 +37,7 @@ from ..patterns.rowstate import derive, stream
 from ..patterns.traits import kind, traits
 from . import capture, splice
 from .detect import Found, NearMiss, find
+from .guards import Condition, every_row_keeps_a_key, original_subgraph
 from .lift import arguments, op_name
 from .liveness import erase_dead, survivors
 from .operators_contract import PRODUCTS
@@ -48,13 +48,15 @@ from .policy import Policy
 class Request:
     """What a graph is planned for. `executable`: the plan will run in this process, on the tensors' own device.
 
-    `choices` names the candidate of some sites, by module path, instead of the cheapest.
+    `choices` names the candidate of some sites, by module path, instead of the cheapest. `traced`: the rewritten graph goes
+    to Inductor, where nothing can branch on data.
     """
 
     policy: Policy
     target: Device | None = None
     executable: bool = True
     choices: Mapping[str, str] = field(default_factory=dict)
+    traced: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ def rewrite(captured: capture.Captured, request: Request) -> Plan:
         decisions, missed = decide(region, request)
         for d in decisions:
             if d.call is not None:
-                splice.replace(region, d.found.output, d.found.tensors, d.found.scalars, d.call)
+                f = d.found
+                original = original_subgraph(region, f.output, interior(f)) if d.call.guarded else None
+                splice.replace(region, f.output, f.tensors, f.scalars, d.call, name=d.site.name, original=original)
         splice.finish(region)
         sites += [d.site for d in decisions]
         misses += missed
@@ -183,6 +187,7 @@ class _Question:
     bound: str
     dtype: str
     written: VendorUse | None
+    traced: bool
 
 
 def _decide(f: Found, hints: Mapping[str, int], request: Request) -> Decision:
@@ -296,7 +301,7 @@ def _answer(q: _Question) -> tuple[Site, Mapping[str, splice.Call]]:
     lines = [show(stream(view, state))] if not isinstance(state := derive(view), NoAttention) else []
     site = Site(
         name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q),
-        mask=_mask(view, c, sizes, order), proofs=_proofs(view, q), guards=(), candidates=order, choice=chosen.name,
+        mask=_mask(view, c, sizes, order), proofs=_proofs(view, q), guards=_guards(calls.get(chosen.name)), candidates=order, choice=chosen.name,
         cascade=show(c), chosen_cascade=lines[0] if lines and chosen.name == "reattend" else "",
     )  # fmt: skip
     return site, calls
@@ -355,11 +360,11 @@ def _written(f: Found) -> VendorUse | None:
 
 def _original_use(q: _Question, written: VendorUse, sizes: Mapping[str, int]) -> VendorUse:
     """The model's own call with the kernel that torch would run for it."""
-    made = sdpa.sdpa(q.cascade)
+    made = vendor.sdpa(q.cascade)
     if isinstance(made, Refusal):
         return replace(written, backend="math", skips=False)
     mask = ex.load("mask", (), written.mask_dtype) if written.mask_elements else None
-    able = sdpa.backends(replace(made, mask=mask), q.device, sizes, gradients=q.gradients)
+    able = vendor.backends(replace(made, mask=mask), q.device, sizes, gradients=q.gradients)
     backend = next(b for b, why in able.items() if not why)
     return replace(written, backend=backend, skips=written.skips and backend != "math")
 
@@ -388,7 +393,8 @@ def _ours(q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Cal
     candidate = Candidate(
         name, passes=passes, cost=cost, mapping=mapping.to_text(), why=str(mapping), maker=lambda: str(kernel.source)
     )
-    return candidate, our_call(q.cascade, mapping)
+    # Triton compiles at the first launch; what is printed for the CPU was loaded when it was built.
+    return candidate, our_call(q.cascade, mapping, fragile=q.device.is_gpu and not q.traced)
 
 
 def _mappings(q: _Question, sizes: Mapping[str, int]) -> Iterator[tuple[Tiling, Cost]]:
@@ -416,7 +422,7 @@ def _no_mapping(q: _Question, sizes: Mapping[str, int]) -> str:
     return best.reason if isinstance(best, NoAttention) else ""
 
 
-def our_call(c: Cascade, mapping: Tiling) -> splice.Call:
+def our_call(c: Cascade, mapping: Tiling, fragile: bool = False) -> splice.Call:
     """Our operator: tensors in the order of the cascade's inputs, then the sizes that no input tells."""
     names, sizes = [t.name for t in c.inputs], loose(c)
     text = ours.program_text(c, mapping)
@@ -424,25 +430,30 @@ def our_call(c: Cascade, mapping: Tiling) -> splice.Call:
     def arguments(tensors: Mapping[str, fx.Node], size: Any) -> tuple[Any, ...]:
         return [tensors[n] for n in names], [size(s) for s in sizes], text
 
-    return splice.Call("reattend", torch.ops.reattend.cascade.default, arguments, closed=False)
+    return splice.Call("reattend", torch.ops.reattend.cascade.default, arguments, closed=False, fragile=fragile)
 
 
 def _sdpa(q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
-    return _vendor(sdpa, q, sizes)
+    return _vendor("sdpa", vendor.sdpa, q, sizes)
 
 
 def _flex(q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
-    return _vendor(flex, q, sizes)
+    return _vendor("flex", vendor.flex, q, sizes)
 
 
-def _vendor(module: Any, q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
-    """A vendor's function, with the kernel that it would run here."""
-    name = module.NAME
-    made = getattr(module, name)(q.cascade)
+def _vendor(name: str, make: Any, q: _Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
+    """A vendor's function, with the kernel that it would run here; under a guard where only rows without a key differ."""
+    made = make(q.cascade)
+    conditions: tuple[Condition, ...] = ()
     if isinstance(made, Refusal):
-        return _refused(name, made.reason)
+        keyed = make(q.cascade, keyed=True)
+        if isinstance(keyed, Refusal) or q.traced:
+            return _refused(name, made.reason)
+        view = attention(q.cascade)
+        assert isinstance(view, Attention)
+        made, conditions = keyed, (every_row_keeps_a_key(q.cascade, view),)
     try:
-        use = module.use(made, q.device, sizes, gradients=q.gradients)
+        use = vendor.use(made, q.device, sizes, gradients=q.gradients)
         cost = predict_vendor(q.cascade, use, q.device, sizes) if isinstance(use, VendorUse) else None
     except ValueError as no:
         return _refused(name, str(no))
@@ -450,11 +461,15 @@ def _vendor(module: Any, q: _Question, sizes: Mapping[str, int]) -> tuple[Candid
         return _refused(name, use.reason)
     if not isinstance(cost, Cost):
         return _refused(name, cost.reason if cost is not None else "it has no predicted time")
+    fragile = name == "flex"
+    if fragile and q.traced:
+        return _refused(name, "it is compiled when it first runs, which cannot be guarded inside Inductor's graph")
     why = f"{use.backend} kernel" + (", which leaves masked tiles out" if use.skips else "")
-    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made)
+    why += "".join(f", where {c.sentence}" for c in conditions)
+    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions, fragile)
 
 
-def vendor_call(made: VendorCall) -> splice.Call:
+def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (), fragile: bool = False) -> splice.Call:
     """A printed function as an ordinary call of the graph; its result lies in memory as our operator's does."""
     names, loose_sizes = made.inputs, made.sizes
     order = memory_order(made.cascade)
@@ -471,7 +486,7 @@ def vendor_call(made: VendorCall) -> splice.Call:
         return (*(tensors[n] for n in names), *(size(s) for s in loose_sizes))
 
     run.__name__ = made.name
-    return splice.Call(made.name, run, arguments, fake=fake)
+    return splice.Call(made.name, run, arguments, fake=fake, conditions=conditions, fragile=fragile)
 
 
 def bind_sizes(c: Cascade, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> dict[str, int]:
@@ -511,6 +526,13 @@ _RULES = {
     "never": "no mask can leave a row without a key",
     "unmasked": "a row whose keys are all masked attends as if unmasked, as in the original",
 }
+
+
+def _guards(call: splice.Call | None) -> tuple[str, ...]:
+    if call is None:
+        return ()
+    compiled = ("the kernel compiles where it first runs",) if call.fragile else ()
+    return (*(c.sentence for c in call.conditions), *compiled)
 
 
 def _proofs(a: Attention, q: _Question) -> tuple[str, ...]:

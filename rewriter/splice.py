@@ -21,6 +21,7 @@ from ..patterns import expr as ex
 from ..patterns.cascade import Size, size_term
 from ..patterns.expr import Expr
 from .autocast import regions, remove_unused_casts
+from .guards import Condition, Guarded
 from .lift import op_name
 from .liveness import ARITHMETIC, erase_dead, is_pure
 from .sizes import same, shape_of, size_of
@@ -34,7 +35,8 @@ class SpliceError(RuntimeError):
 class Call:
     """What is put in: `target(*tensors…, *sizes…)` as `arguments` lays them out.
 
-    `fake` stands in for `target` on fake values where the target cannot run on them. `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
+    Under `conditions`, or where the call is
+    `fragile` (its kernel is compiled when it first runs), the original subgraph stands by. `fake` stands in for `target` on fake values where the target cannot run on them. `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
     `size(name)`, which gives the node or number of a symbol. `closed` calls run with autocast off.
     """
 
@@ -43,12 +45,30 @@ class Call:
     arguments: Callable[[Mapping[str, Any], Callable[[str], object]], tuple[Any, ...]]
     closed: bool = True
     fake: Callable[..., Any] | None = None
+    conditions: tuple[Condition, ...] = ()
+    fragile: bool = False
+
+    @property
+    def guarded(self) -> bool:
+        return self.fragile or bool(self.conditions)
 
 
 def replace(
-    gm: fx.GraphModule, output: fx.Node, tensors: Mapping[str, fx.Node], scalars: Mapping[str, fx.Node], call: Call
+    gm: fx.GraphModule,
+    output: fx.Node,
+    tensors: Mapping[str, fx.Node],
+    scalars: Mapping[str, fx.Node],
+    call: Call,
+    *,
+    name: str = "",
+    original: tuple[fx.GraphModule, list[fx.Node]] | None = None,
 ) -> fx.Node:
-    """Put `call` in the place of `output`; the value has the same shape, type and strides. Returns the new value's node."""
+    """Put `call` in the place of `output`; the value has the same shape, type and strides. Returns the new value's node.
+
+    A guarded call needs the `original` subgraph with its inputs, and is counted by `name` where it falls back.
+    """
+    if call.guarded and original is None:
+        raise SpliceError(f"{call.name} is guarded and has no original to fall back to")
     graph = gm.graph
     state = next(s for n, s in regions(gm) if n is output)
     old = output.meta["val"]
@@ -56,11 +76,14 @@ def replace(
     region = state.get(device)
     with graph.inserting_before(output):
         sizes = SizeNodes(graph, output, scalars)
-        arguments = call.arguments(tensors, sizes.symbol)
+        target, arguments = call.target, call.arguments(tensors, sizes.symbol)
+        fake = call.fake or call.target
+        if call.guarded and original is not None:
+            target, arguments, fake = _guarded(gm, call, original, arguments, tensors, sizes, name)
         token = None
         if call.closed and region is not None and region.enabled:
             token = graph.call_function(torch.amp.autocast_mode._enter_autocast, (device, region.dtype, False, False))
-        new = _node(graph, output, call.target, arguments, call.fake)
+        new = _node(graph, output, target, arguments, fake)
         if token is not None:
             graph.call_function(torch.amp.autocast_mode._exit_autocast, (token,))
         new.meta["reattend"] = call.name
@@ -70,15 +93,31 @@ def replace(
     return new
 
 
+def _guarded(
+    gm: fx.GraphModule, call: Call, original: tuple[fx.GraphModule, list[fx.Node]], arguments: tuple[Any, ...],
+    tensors: Mapping[str, fx.Node], sizes: SizeNodes, name: str,
+) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:  # fmt: skip
+    """The name of a module that guards the call, its arguments, and what gives its fake value."""
+    subgraph, inputs = original
+    module = Guarded(name, call.target, subgraph, call.conditions)
+    path = f"guarded_{sum(isinstance(m, Guarded) for m in gm.modules())}"
+    gm.add_module(path, module)
+    wanted = {t: tensors[t] for c in call.conditions for t in c.tensors}
+    known = {s: sizes.symbol(s) for c in call.conditions for s in c.sizes}
+    fake = call.fake or call.target
+    return path, (arguments, tuple(inputs), wanted, known), lambda given, *_: fake(*given)
+
+
 def _node(
     graph: fx.Graph,
     like: fx.Node,
-    target: Callable[..., Any],
+    target: Callable[..., Any] | str,
     arguments: Sequence[Any],
     fake: Callable[..., Any] | None = None,
 ) -> fx.Node:
-    """A call with the traces of the node that it stands for, and its fake value."""
-    n = graph.call_function(target, tuple(arguments))
+    """A call (of a function, or of a module by its name) with the traces of the node that it stands for, and its fake value."""
+    made = graph.call_module if isinstance(target, str) else graph.call_function
+    n = made(target, tuple(arguments))  # type: ignore[operator]
     n.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
     values = fx.map_arg(n.args, lambda x: x.meta["val"])
     tensors = [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
@@ -86,7 +125,7 @@ def _node(
     if mode is None:
         raise SpliceError(f"{like.name}: the graph has no fake values")
     with mode, torch.no_grad():
-        n.meta["val"] = (fake or target)(*values)
+        n.meta["val"] = (fake or target)(*values)  # type: ignore[operator]
     return n
 
 
