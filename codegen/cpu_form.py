@@ -12,7 +12,7 @@ from ..patterns.cascade import Cascade, size_term
 from ..patterns.conditions import conjunction, conjuncts, simplify_under
 from ..patterns.expr import FALSE, TRUE, Expr
 from ..patterns.intervals import spans
-from ..patterns.masks import Mask, split
+from ..patterns.masks import VANISHING, Mask, split
 from ..patterns.recognise import Attention, Miss, Refusal, attention
 from ..patterns.rows import witnesses
 from ..patterns.rowstate import RowState, derive
@@ -23,13 +23,16 @@ from .scaled import Ending, Scaled, ending, scaled
 NAME = "cpu"
 # The largest coordinate or size that proofs about rows allow for.
 LARGEST = 2**40
+# exp(-UNDERFLOW) is 0 in float32.
+UNDERFLOW = 104.0
 
 
 @dataclass(frozen=True)
 class Form:
     """An attention as the skeletons compute it.
 
-    `rule`: which empty tiles may be skipped ("always", "guarded": where all rows keep a key, "never").
+    `rule`: which empty tiles may be skipped: "always"; "guarded", where all rows keep a key; "bounded", where besides
+    that the scores are small enough for the fill to drown them; "never".
     `proof`: terms over the query, one of which has to hold in each row for it to keep a key; empty: every row does.
     """
 
@@ -50,7 +53,12 @@ class Form:
     @property
     def guarded(self) -> bool:
         """Do rows have to be shown to keep a key at run time?"""
-        return self.rule == "guarded" and bool(self.proof)
+        return self.rule in ("guarded", "bounded") and bool(self.proof)
+
+    @property
+    def skips(self) -> bool:
+        """May tiles be skipped whatever the scores are?"""
+        return self.rule in ("always", "guarded")
 
 
 @lru_cache(maxsize=256)
@@ -76,9 +84,11 @@ def form(c: Cascade) -> Form | Refusal:
     if mask.keep is TRUE and (keep := skip.predicate(state, a.score, a.key)) is not TRUE:
         # a mask outside the score, or one whose fill adds nothing to the row rule
         mask, rule = Mask(keep, simplify_under(a.score, {keep: True}), ()), "always"
+    elif rule == "never" and mask.fills and all(VANISHING < x < -2 * UNDERFLOW for x in mask.fills):
+        rule = "bounded"
     at = heads(a, [*(p.far for p in products), values])
     wide = any(t.dtype == "f64" for t in (*a.cascade.inputs, a.cascade.tensor[a.cascade.outputs[0]]))
-    proof = () if rule != "guarded" else rows_keep_a_key(a, mask.keep)
+    proof = () if rule in ("always", "never") else rows_keep_a_key(a, mask.keep)
     return Form(a, state, tuple(products), values, at, mask, rule, proof, "f64" if wide else "f32")
 
 
@@ -111,12 +121,18 @@ def _certain(e: Expr) -> bool:
 
 @dataclass(frozen=True)
 class Softmax:
-    """The form as SDPA has it: one product, `scale · QK + added` under softmax, and how rows end."""
+    """The form as SDPA has it: one product, `scale · QK + added` under softmax, and how rows end.
+
+    `limit`: the bound on |scale · QK| under which masked weights are 0 (None: no bound is needed). `chosen`: the fill
+    stands in the place of the score and is too small to be added to it, but under that bound.
+    """
 
     product: Product
     score: Scaled
     full: Scaled
     ending: Ending
+    limit: float | None = None
+    chosen: bool = False
 
 
 def softmax(f: Form) -> Softmax | str:
@@ -130,13 +146,18 @@ def softmax(f: Form) -> Softmax | str:
         return end
     outside = ex.load(p.name, a.products[0].out.index, a.cascade.tensor[p.name].dtype)
     table = {outside: outside * p.outside} if not (p.outside.is_const and p.outside.value == 1) else {}
-    score, full = (scaled(ex.substitute(s, table), p.name) for s in (a.score, f.mask.full))
+    written, full = (ex.substitute(s, table) for s in (a.score, f.mask.full))
+    score, kept = scaled(written, p.name), scaled(full, p.name)
+    if isinstance(kept, str):
+        return kept
+    limit = (-max(f.mask.fills) - UNDERFLOW) / 2 if f.rule == "bounded" and kept.added is None else None
+    chosen = isinstance(score, str) and limit is not None and not f.proof and end.finish is None
+    if chosen:
+        score = scaled(written, p.name, max(f.mask.fills))
     if isinstance(score, str):
         return score
-    if isinstance(full, str):
-        return full
     if score.scale.ranks or ex.loads(score.scale):
         return f"the scale {score.scale} is no number"
-    if score.scale is not full.scale:
+    if score.scale is not kept.scale:
         return "the scale depends on the mask"
-    return Softmax(p, score, full, end)
+    return Softmax(p, score, kept, end, limit, chosen)

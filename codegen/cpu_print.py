@@ -259,11 +259,13 @@ def file(
 ) -> str:  # fmt: skip
     """The whole file: what it computes, what varies, the loops, and `attention`."""
     text = "\n\n\n".join(printed)
+    rule = p.f.rule if "planned" in text else "never"
     loops = skeleton(modules, used_names(text))
     decision = [
         f"Tiles of {m.tile_p} queries and {m.tile_m} keys; {body}.",
         {"always": "Tiles without a kept key are skipped.", "never": "Every query sees every key.",
-         "guarded": "Tiles without a kept key are skipped where all rows of a tile keep some key."}[p.f.rule],
+         "guarded": "Tiles without a kept key are skipped where all rows of a tile keep some key.",
+         "bounded": "Tiles without a kept key are skipped where scores are small enough for the fill to drown them."}[rule],
     ]  # fmt: skip
     numbers = [f"TILE_P, TILE_M = {m.tile_p}, {m.tile_m}", *constants]
     if "FEW" in used_names(text):

@@ -35,12 +35,14 @@ def text(f: Form, s: Softmax, m: Tiling, version: str) -> str:
     near = relative_parts(s.score.added, f.attention.query, f.attention.key) if s.score.added is not None else ()
     shared = near == (s.score.added,)
     functions = _functions(p, s, near, shared)
-    tiled = f.rule != "never"
+    tiled = f.skips or s.limit is not None
     if tiled:
         functions.append(planned(p, s.full.added is not None, triangles=True))
     table = {x.name: x for x in functions}
     main = _main(p, s, _Pieces(p, s, table, near, shared), table["planned"].call({}) if tiled else "")
     constants = [] if ex.symbols(s.score.scale) else [f"SCALE = {Body(p.scope({}), []).real(s.score.scale)}"]
+    if s.limit is not None:
+        constants.append(f"# Scores below this leave masked weights at exactly 0.\nLIMIT = {s.limit!r}")
     return file(p, m, [*(x.text for x in functions), main], (loops,), constants, "SDPA on slices of the keys", version)
 
 
@@ -50,6 +52,11 @@ def _functions(p: Printer, s: Softmax, near: Sequence[Expr], shared: bool) -> li
     if s.score.added is not None and not shared:
         cuts = {part: name for part, (name, _) in zip(near, near_names(near))}
         functions.append(p.function("bias", "What the scores get added.", [s.score.added], named=cuts))
+    if s.chosen:
+        load = ex.load(s.product.name, a.products[0].out.index, a.cascade.tensor[s.product.name].dtype)
+        outside = s.product.outside
+        score = a.score if outside.is_const and outside.value == 1 else ex.substitute(a.score, {load: load * outside})
+        functions.append(p.function("score", "The score as it is written.", [score], ("x",), {load: "x"}))
     if s.ending.finish is not None:
         leaves = {x: str(x.attr) for x in ex.loads(s.ending.finish) if str(x.attr) in ("o", "lse")}
         doc = f"The end of a row: `o` is SDPA's output, `lse` its log-sum-exp over {p.ranks[a.key]}."
@@ -67,11 +74,15 @@ def _main(p: Printer, s: Softmax, pieces: _Pieces, plan: str) -> str:
     small = [*pieces.finish("0"), pieces.once()]
     if not plan and s.score.added is None:
         return entry(p, small, setup)
+    every = f"[(0, {p.batch}, strips({queries}, {keys}, TILE_P, True))]"
+    fits = f"reach(q, k, {_scale(p, s)}) <= LIMIT"
+    if s.limit is not None and not s.chosen:
+        plan = f"{plan} if {fits} else {every}"
     lines = [
+        *(pieces.exactly(fits) if s.chosen else []),
         f"if {queries} * {keys} <= FEW:", *indented(small), "    return out", "",
         "def part(z0, z1, plan):", *indented(pieces.part()), "",
-        f"for z0, z1, plan in {plan or f'[(0, {p.batch}, strips({queries}, {keys}, TILE_P, True))]'}:",
-        "    part(z0, z1, plan)",
+        f"for z0, z1, plan in {plan or every}:", "    part(z0, z1, plan)",
     ]  # fmt: skip
     return entry(p, lines, setup)
 
@@ -109,6 +120,14 @@ class _Pieces:
         at = {r: f"{r}[{start}y0 : {start}y1]" for r in self.batch}
         at |= {self.query: f"{self.query}[p0:p1]", "lse": "lse.unsqueeze(3)"}
         return ["", "def finish(o, lse, y0, y1, p0, p1):", f"    return {self.table['end'].call(at)}", ""]
+
+    def exactly(self, fits: str) -> list[str]:
+        """Scores beyond the limit: the attention as it is written."""
+        at = {r: f"{r}[at_z]" for r in self.batch} | {self.query: f"{self.query}[at_p]"}
+        if self.p.f.heads.head:
+            at[self.p.ranks[self.p.f.heads.head]] = f"{self.p.ranks[self.p.f.heads.head]}[at_h]"
+        inner = ["", "def written(x, at_z, at_h, at_p):", f"    return {self.table['score'].call(at)}", ""]
+        return [f"if not {fits}:", *indented([*inner, "plainly(q, k, v, rows, TILE_P, written)", "return out"]), ""]
 
     def once(self) -> str:
         """One call in which every query sees every key."""

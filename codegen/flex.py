@@ -28,8 +28,8 @@ MODULE = "torch.nn.attention.flex_attention"
 BLOCK = 128
 
 
-def flex(c: Cascade) -> VendorCall | Refusal:
-    """FlexAttention for a cascade, or why it would compute something else."""
+def flex(c: Cascade, *, keyed: bool = False) -> VendorCall | Refusal:
+    """FlexAttention for a cascade, or why it would compute something else. `keyed`: every row is known to keep a key."""
     f = form(c)
     if isinstance(f, Refusal):
         return Refusal(NAME, f.reason)
@@ -38,7 +38,7 @@ def flex(c: Cascade) -> VendorCall | Refusal:
     end = ending(f.attention, f.state)
     if isinstance(end, str):
         return Refusal(NAME, end)
-    why = _rows(f, end) or _operands_fit(f)
+    why = ("" if keyed else _rows(f, end)) or _operands_fit(f)
     if why:
         return Refusal(NAME, why)
     try:
@@ -61,7 +61,7 @@ def _rows(f: Form, end: Ending) -> str:
     if f.mask.keep is TRUE or not rows_keep_a_key(f.attention, f.mask.keep):
         return ""
     rule = no_key_rule(f.attention)
-    if f.rule == "never" or rule in ("zero", "never"):
+    if not f.skips or rule in ("zero", "never"):
         return ""
     return f"a row without a key gives {_RULE.get(rule, rule)} in the model and 0 in FlexAttention, and rows may have none"
 
@@ -82,7 +82,7 @@ class _Flex:
         self.f, self.end, self.p = f, end, Printer(f, cached=False)
         a = f.attention
         # a mask whose masked weights do not vanish is part of the score
-        self.masked = f.mask.keep is not TRUE and f.rule != "never"
+        self.masked = f.mask.keep is not TRUE and f.skips
         (product,) = f.products
         score = f.mask.full if self.masked else a.score
         self.load = ex.load(product.name, a.products[0].out.index, a.cascade.tensor[product.name].dtype)

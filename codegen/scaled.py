@@ -32,8 +32,11 @@ class Scaled:
     added: Expr | None
 
 
-def scaled(score: Expr, product: str) -> Scaled | str:
-    """The score as a multiple of the product plus a term, or the part that makes it something else."""
+def scaled(score: Expr, product: str, absorbs: float = ABSORBS) -> Scaled | str:
+    """The score as a multiple of the product plus a term, or the part that makes it something else.
+
+    A fill of at most `absorbs` in the place of the score may as well be added to it.
+    """
     parts: dict[Expr, tuple[Expr, Expr]] = {}
     zero, one = ex.const(0.0), ex.const(1.0)
     for e in ex.walk(score):
@@ -44,7 +47,7 @@ def scaled(score: Expr, product: str) -> Scaled | str:
         if all(_zero(s) for s, _ in used):
             parts[e] = (zero, e)
             continue
-        found = _linear(e, used)
+        found = _linear(e, used, absorbs)
         if found is None:
             return f"the score is no multiple of the product plus a term: {_short(e)}"
         parts[e] = found
@@ -61,7 +64,7 @@ def _short(e: Expr) -> str:
     return text if len(text) <= 120 else text[:117] + "…"
 
 
-def _linear(e: Expr, args: list[tuple[Expr, Expr]]) -> tuple[Expr, Expr] | None:
+def _linear(e: Expr, args: list[tuple[Expr, Expr]], absorbs: float) -> tuple[Expr, Expr] | None:
     match e.op:
         case "cast" if e.is_float:
             return args[0]
@@ -75,8 +78,8 @@ def _linear(e: Expr, args: list[tuple[Expr, Expr]]) -> tuple[Expr, Expr] | None:
         case "div" if _zero(args[1][0]):
             return args[0][0] / args[1][1], _times(args[0][1], args[1][1], "div")
         case "where" if _zero(args[0][0]):
-            return _chosen(args)
-        case "max" if _zero(args[1][0]) and _absorbs(args[1][1]):
+            return _chosen(args, absorbs)
+        case "max" if _zero(args[1][0]) and _absorbs(args[1][1], ABSORBS):
             # max(s + fill, lowest): what was filled is at most `lowest`, everything else is above it
             return args[0][0], ex.maximum(ex.cast(args[0][1], "f32"), ex.cast(args[1][1], "f32"))
     return None
@@ -92,21 +95,21 @@ def _times(t: Expr, factor: Expr, op: str) -> Expr:
     return t if _zero(t) else ex.binary(op, t, factor)
 
 
-def _chosen(args: list[tuple[Expr, Expr]]) -> tuple[Expr, Expr] | None:
+def _chosen(args: list[tuple[Expr, Expr]], absorbs: float) -> tuple[Expr, Expr] | None:
     """where(c, s·QK + a, fill) = s·QK + where(c, a, fill) for a fill that absorbs the score."""
     (_, cond), (s, a), (t, b) = args
     if s is t:
         return s, ex.where(cond, a, b)
-    if _zero(t) and _absorbs(b):
+    if _zero(t) and _absorbs(b, absorbs):
         return s, ex.where(cond, a, b)
-    if _zero(s) and _absorbs(a):
+    if _zero(s) and _absorbs(a, absorbs):
         return t, ex.where(cond, a, b)
     return None
 
 
-def _absorbs(e: Expr) -> bool:
+def _absorbs(e: Expr, most: float) -> bool:
     e = plain(e)
-    return e.is_const and float(e.value) <= ABSORBS
+    return e.is_const and float(e.value) <= most
 
 
 # --- the end of a softmax row -----------------------------------------------------------------------------------

@@ -28,17 +28,19 @@ BACKENDS = ("cudnn", "flash", "efficient", "math")
 HALF = ("f16", "bf16")
 
 
-def sdpa(c: Cascade) -> VendorCall | Refusal:
-    """SDPA for a cascade, or why it would compute something else."""
+def sdpa(c: Cascade, *, keyed: bool = False) -> VendorCall | Refusal:
+    """SDPA for a cascade, or why it would compute something else. `keyed`: every row is known to keep a key."""
     f = form(c)
     if isinstance(f, Refusal):
         return Refusal(NAME, f.reason)
     s = softmax(f)
     if isinstance(s, str):
         return Refusal(NAME, s)
+    if s.chosen:
+        return Refusal(NAME, f"the fill {max(f.mask.fills):g} replaces scores, and drowns them only while they are small")
     if s.ending.finish is not None:
         return Refusal(NAME, "the row ends with more than a division by its sum, which SDPA does not give")
-    mask = _mask(f, s)
+    mask = _mask(f, s, keyed)
     if isinstance(mask, Refusal):
         return mask
     try:
@@ -47,12 +49,12 @@ def sdpa(c: Cascade) -> VendorCall | Refusal:
         return Refusal(NAME, str(no))
 
 
-def _mask(f: Form, s: Softmax) -> Expr | Refusal | None:
+def _mask(f: Form, s: Softmax, keyed: bool) -> Expr | Refusal | None:
     """What SDPA is given as its mask: a predicate, numbers, or nothing; or why no mask keeps the model's rows."""
     if s.score.added is None:
         return None
     a = f.attention
-    never = f.mask.keep is TRUE or not rows_keep_a_key(a, f.mask.keep)
+    never = keyed or f.mask.keep is TRUE or not rows_keep_a_key(a, f.mask.keep)
     rule = "never" if never else no_key_rule(a)
     if rule == "nan":
         return Refusal(NAME, "a row without a key gives NaN in the model and 0 in SDPA, and rows may have none")

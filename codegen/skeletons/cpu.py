@@ -315,3 +315,28 @@ def folded(
             else:
                 o, lse = o.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
                 out[z, :, a:stop] = finish(o[None], lse[None], z, z + 1, a, stop)[0]
+
+
+def reach(q: Tensor, k: Tensor, scale: float) -> float:
+    """A bound on |scale · q·k| over all queries and keys."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    longest = [float(torch.linalg.vector_norm(t, dim=-1, dtype=wide).amax()) if t.numel() else 0.0 for t in (q, k)]
+    return 1.001 * abs(scale) * longest[0] * longest[1]
+
+
+def plainly(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, size: int, score: Callable[[Tensor, slice, slice, slice], Tensor]
+) -> None:  # fmt: skip
+    """The attention as it is written, `size` queries of the heads that share keys at a time.
+
+    `score(products, z, h, p)`: the score of those queries and all keys.
+    """
+    group = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for z in range(q.shape[0]):
+        for h in range(k.shape[1]):
+            keys, values, heads = k[z, h].to(wide), v[z, h].to(wide), slice(h * group, (h + 1) * group)
+            for a in range(0, q.shape[2], size):
+                p = slice(a, min(a + size, q.shape[2]))
+                x = score((q[z, heads, p].to(wide) @ keys.mT)[None], slice(z, z + 1), heads, p)
+                out[z, heads, p] = (x.softmax(-1) @ values)[0]

@@ -134,6 +134,9 @@ VARIANTS: dict[str, Callable[..., Case]] = {
     "causal_padding": lambda **k: build(added(CAUSAL & PAD), aux=(aux("pad", (N, S), "b1"),), square=True, **k),
     "sdpa_padding": lambda **k: build(masked(PAD), zero=True, aux=(aux("pad", (N, T), "b1"),), **k),
     "nan_padding": lambda **k: build(masked(PAD), aux=(aux("pad", (N, T), "b1"),), **k),
+    "small_fill": lambda **k: build(masked(CAUSAL, -1e9), square=True, **k),
+    "small_added": lambda **k: build(added(window(9), -1e4), square=True, **k),
+    "small_padding": lambda **k: build(added(CAUSAL & PAD, -1e4), aux=(aux("pad", (N, S), "b1"),), square=True, **k),
     "segments": lambda **k: build(masked(CAUSAL & SEGMENT), aux=(aux("seg", (N, S), "i64"),), square=True, **k),
     "prefix": lambda **k: build(masked(CAUSAL | (M < 11)), square=True, **k),
     "alibi": lambda **k: build(
