@@ -70,6 +70,11 @@ class Aliases:
         """One node that stands for all that share storage with `n`."""
         return self._root(n)
 
+    def writers(self, n: fx.Node) -> tuple[fx.Node, ...]:
+        """The nodes that write the storage of `n`."""
+        at = {i: m for m, i in self.position.items()}
+        return tuple(at[i] for i in self._writes.get(self._root(n), ()))
+
     def is_written(self, n: fx.Node) -> bool:
         return bool(self._writes.get(self._root(n)))
 

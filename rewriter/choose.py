@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..codegen import vendor
 from ..codegen import operator as ours
+from ..codegen import vendor
 from ..codegen.program import Program, loose, memory_order
 from ..cost_model.cost import Cost
 from ..cost_model.device import Device, targets, with_threads
@@ -201,12 +201,15 @@ def _decide(f: Found, hints: Mapping[str, int], request: Request) -> Decision:
     bound = _bound_to_original(f)
     question = _Question(
         f.cascade, tuple(sorted(sizes.items())), device, request.policy, request.executable, _wants_gradient(f), bound,
-        str(value.dtype).removeprefix("torch."), _written(f),
+        str(value.dtype).removeprefix("torch."), _written(f), request.traced,
     )  # fmt: skip
     site, calls = _answer(question)
     wished = request.choices.get(f.module, site.choice)
     choice = wished if wished == ORIGINAL or wished in calls else site.choice
-    site = replace(site, name=f.module, where=f.where, choice=choice, notes=(*site.notes, *f.notes))
+    site = replace(
+        site, name=f.module, where=f.where, choice=choice, guards=_guards(calls.get(choice)),
+        notes=(*site.notes, *f.notes),
+    )  # fmt: skip
     return Decision(f, site, calls)
 
 
@@ -301,7 +304,7 @@ def _answer(q: _Question) -> tuple[Site, Mapping[str, splice.Call]]:
     lines = [show(stream(view, state))] if not isinstance(state := derive(view), NoAttention) else []
     site = Site(
         name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q),
-        mask=_mask(view, c, sizes, order), proofs=_proofs(view, q), guards=_guards(calls.get(chosen.name)), candidates=order, choice=chosen.name,
+        mask=_mask(view, c, sizes, order), proofs=_proofs(view, q), guards=(), candidates=order, choice=chosen.name,
         cascade=show(c), chosen_cascade=lines[0] if lines and chosen.name == "reattend" else "",
     )  # fmt: skip
     return site, calls
@@ -318,7 +321,8 @@ def _why(chosen: Candidate, order: tuple[Candidate, ...], q: _Question) -> str:
         return "; ".join(f"{c.name}: {c.why}" for c in order if not c.feasible) or "nothing else is allowed"
     if others and others[0].cost is not None and chosen.cost is not None and chosen.cost.seconds > 0:
         ratio = others[0].cost.seconds / chosen.cost.seconds
-        return f"predicted {ratio:.2f}× faster than {others[0].name}" + (f"; {chosen.why}" if chosen.why else "")
+        why = f"predicted {ratio:.2f}× faster than {others[0].name}" if ratio >= 1 else "the fastest that the policy permits"
+        return f"{why}; {chosen.why}" if chosen.why else why
     return chosen.why
 
 

@@ -24,6 +24,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from ..cost_model.device import Device
 from . import capture, choose
+from .guards import Guarded
 from .policy import Policy, StrictError
 from .report import Piece
 
@@ -175,8 +176,11 @@ class Session:
         try:
             captured = capture.from_dynamo(gm, inputs, prefix=piece.entry)
             piece.capture_seconds = captured.seconds
-            request = choose.Request(self.policy, self.target, choices=self.choices)
+            request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
             piece.plan = choose.rewrite(captured, request)
+            for module in captured.graph.modules():
+                if isinstance(module, Guarded):
+                    module.fallbacks = piece.fallbacks
             run = _runnable(captured.graph, inputs, self.inductor)
         except capture.CaptureError as no:
             piece.error = f"the graph could not be captured: {no}"

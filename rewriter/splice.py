@@ -35,9 +35,10 @@ class SpliceError(RuntimeError):
 class Call:
     """What is put in: `target(*tensors…, *sizes…)` as `arguments` lays them out.
 
-    Under `conditions`, or where the call is
-    `fragile` (its kernel is compiled when it first runs), the original subgraph stands by. `fake` stands in for `target` on fake values where the target cannot run on them. `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
-    `size(name)`, which gives the node or number of a symbol. `closed` calls run with autocast off.
+    `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
+    `size(name)`, which gives the node or number of a symbol. `closed` calls run with autocast off. `fake` stands in for
+    `target` on fake values where the target cannot run on them. Under `conditions`, or where the call is `fragile` (its
+    kernel is compiled when it first runs), the original subgraph stands by.
     """
 
     name: str
@@ -76,7 +77,8 @@ def replace(
     region = state.get(device)
     with graph.inserting_before(output):
         sizes = SizeNodes(graph, output, scalars)
-        target, arguments = call.target, call.arguments(tensors, sizes.symbol)
+        target: Callable[..., Any] | str = call.target
+        arguments = call.arguments(tensors, sizes.symbol)
         fake = call.fake or call.target
         if call.guarded and original is not None:
             target, arguments, fake = _guarded(gm, call, original, arguments, tensors, sizes, name)
@@ -115,9 +117,9 @@ def _node(
     arguments: Sequence[Any],
     fake: Callable[..., Any] | None = None,
 ) -> fx.Node:
-    """A call (of a function, or of a module by its name) with the traces of the node that it stands for, and its fake value."""
-    made = graph.call_module if isinstance(target, str) else graph.call_function
-    n = made(target, tuple(arguments))  # type: ignore[operator]
+    """A call of a function, or of a module by its name, with the traces of the node it stands for, and its fake value."""
+    given = tuple(arguments)
+    n = graph.call_module(target, given) if isinstance(target, str) else graph.call_function(target, given)
     n.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
     values = fx.map_arg(n.args, lambda x: x.meta["val"])
     tensors = [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]

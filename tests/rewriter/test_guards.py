@@ -1,0 +1,129 @@
+"""Guards: a call runs where its conditions hold, the original where they do not, and every fall-back is counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import reattend
+from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.recognise import Attention, attention
+from reattend.rewriter import capture, choose, detect, guards, splice
+
+SDPA = reattend.Policy(deny=("original", "flex", "reattend"))
+
+
+class Padded(nn.Module):
+    """Padding by −∞ before softmax: a row without a key is NaN, where SDPA would give 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        q = self.q(x)
+        s = (q @ x.transpose(-1, -2)).masked_fill(~keep[:, None, :], float("-inf"))
+        out: Tensor = s.softmax(-1) @ x
+        return out
+
+
+def mask(*lengths: int) -> Tensor:
+    return torch.arange(24) < torch.tensor(lengths)[:, None]
+
+
+def same(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, equal_nan=True, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def test_the_call_runs_where_every_row_keeps_a_key_and_the_original_elsewhere() -> None:
+    model = reattend.optimize(Padded(), policy=SDPA)
+    x = torch.randn(2, 24, 16)
+    for lengths, fell_back in (((24, 9), 0), ((24, 0), 1), ((3, 1), 1)):
+        out = model(x, mask(*lengths))
+        same(out, model.forward(x, mask(*lengths)))
+        assert bool(out.isnan().any()) == (0 in lengths)
+        report = reattend.report(model)
+        assert report.fallbacks == fell_back
+    (site,) = reattend.report(model).sites
+    assert site.site.guards == ("every row keeps a key",)
+    assert reattend.report(model).kernels == {"sdpa": 2, "original": 1}
+    assert "every row keeps a key" in site.site.chosen.why
+
+
+def test_gradients_flow_on_both_sides_of_a_guard() -> None:
+    model = reattend.optimize(Padded(), policy=SDPA)
+    x = torch.randn(2, 24, 16)
+    weight = model.q.weight
+    for keep in (mask(24, 9), mask(5, 24)):
+        (ours,) = torch.autograd.grad(model(x, keep).sum(), weight)
+        (theirs,) = torch.autograd.grad(model.forward(x, keep).sum(), weight)
+        same(ours, theirs)
+    assert reattend.report(model).kernels == {"sdpa": 2}
+
+
+def captured(model: nn.Module, *args: Tensor) -> tuple[Any, detect.Found]:
+    graph = capture.from_export(model, args, None).graph
+    (found,), _ = detect.find(graph)
+    return graph, found
+
+
+def test_a_call_that_cannot_run_gives_way_to_the_original_once_and_for_all() -> None:
+    x, keep = torch.randn(2, 24, 16), mask(24, 9)
+    model = Padded()
+    graph, found = captured(model, x, keep)
+    runs = []
+
+    def failing(*tensors: Tensor) -> Tensor:
+        runs.append(1)
+        raise RuntimeError("no such compiler\nand more")
+
+    names = [t.name for t in found.cascade.inputs]
+    fake = choose.our_call(found.cascade, Tiling(32, 32, body="sdpa"))
+    call = splice.Call(
+        "failing", failing, lambda tensors, size: tuple(tensors[n] for n in names), fragile=True,
+        fake=lambda *given: fake.target(list(given), [], fake.arguments(dict(zip(names, given)), int)[2]),
+    )  # fmt: skip
+    original = guards.original_subgraph(graph, found.output, choose.interior(found))
+    assert original is not None
+    splice.replace(graph, found.output, found.tensors, found.scalars, call, name="here", original=original)
+    splice.finish(graph)
+    with pytest.warns(UserWarning, match="here keeps the original code: RuntimeError: no such compiler"):
+        same(graph(x, keep), model(x, keep))
+    same(graph(x, keep), model(x, keep))
+    assert len(runs) == 1
+    assert graph.guarded_0.fallbacks == {"here": 2}
+
+
+def test_the_condition_is_proved_from_mask_and_data() -> None:
+    x = torch.randn(2, 24, 16)
+    graph, found = captured(Padded(), x, mask(24, 9))
+    view = attention(found.cascade)
+    assert isinstance(view, Attention)
+    condition = guards.every_row_keeps_a_key(found.cascade, view)
+    (name,) = condition.tensors
+    for lengths in ((24, 24), (24, 1), (24, 0)):
+        run = fx.Interpreter(graph, garbage_collect_values=False)
+        run.run(x, mask(*lengths))
+        assert condition.holds({name: run.env[found.tensors[name]]}, {}) == (0 not in lengths)
+
+
+def test_a_guarded_call_without_an_original_is_an_error() -> None:
+    graph, found = captured(Padded(), torch.randn(2, 24, 16), mask(24, 9))
+    call = splice.Call("x", lambda: None, lambda tensors, size: (), fragile=True)
+    with pytest.raises(splice.SpliceError, match="no original"):
+        splice.replace(graph, found.output, found.tensors, found.scalars, call)
+
+
+def test_inductor_gets_no_guarded_candidates() -> None:
+    graph, _ = captured(Padded(), torch.randn(2, 24, 16), mask(24, 9))
+    (decision,), _ = choose.decide(graph, choose.Request(SDPA, traced=True))
+    assert decision.site.choice == "original"
+    assert "NaN" in decision.site.candidate("sdpa").why
