@@ -1,10 +1,10 @@
 """Fit: which mappings a device can hold, from the shared memory and registers of our own kernels.
 
-    shared     = width · (tile_p·E + stages·(tile_m·E + tile_m·F))      Q stays, K and V are buffered `stages` times
-    registers  = (scores + accumulator + weights) / threads + addresses
+    shared     = queries + buffers · (keys + values) [+ weights, where their layout changes on the way]
+    registers  = (scores + accumulator + weights) / threads + addresses, fitted to kernels compiled ahead of time
 
-The code generator uses the same formulas, so that a mapping that does not fit is never emitted. E and F are the head
-sizes as the kernel pads them, to the next power of two.
+The shared memory is what Triton's compiler lays out, byte for byte; registers are a heuristic that refuses tiles that spill
+more than a few bytes. Head sizes are cut and padded as the kernel does it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from ..patterns.mapping import Mapping
 from .device import Device
 
-# Registers for addresses, bounds and the row state, read back from kernels compiled for sm_90.
-FIXED_REGISTERS = 72
-# Matrix fragments of gfx942 need about this much more, read back from kernels compiled for it.
-HIP_REGISTERS = 1.75
+# Registers for addresses, bounds and the row state: with operands in shared memory, and with operands in registers.
+FIXED_REGISTERS, FIXED_REGISTERS_OLDER = 72, 100
 SMALLEST_DOT = 16
 # Sequences beyond this are cut into tiles of at least 64.
 LONG = 2048
+# Where the tensor cores read their operands from shared memory.
+WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,50 @@ def padded(n: int) -> int:
     return max(SMALLEST_DOT, 1 << (max(n, 1) - 1).bit_length())
 
 
-def shared_bytes(mapping: Mapping, e: int, f: int, width: int, device: Device | None = None) -> int:
-    """Bytes of shared memory of one program; `e` and `f` are head sizes, `width` the bytes of an element."""
-    e, f = padded(e), padded(f)
-    # Triton on AMD keeps one stage in registers
-    stages = max(1, mapping.stages - 1) if device is not None and device.kind == "hip" else max(1, mapping.stages)
-    return width * (mapping.tile_p * e + stages * (mapping.tile_m * e + mapping.tile_m * f))
+def chunked(n: int) -> int:
+    """A contracted head size, cut in two powers of two where they are smaller than one: 80 → 64 + 16, 112 → 128."""
+    whole = padded(n)
+    first = whole // 2
+    if n < SMALLEST_DOT or n == whole:
+        return whole
+    return min(whole, first + padded(n - first))
+
+
+def shared_bytes(mapping: Mapping, e: int, f: int, width: int, device: Device) -> int:
+    """Bytes of shared memory of one program; `e` and `f` are head sizes, `width` the bytes of an element.
+
+    Where the tensor cores read shared memory, `stages` tiles are in flight; elsewhere they pass through registers, one
+    buffer less is enough, and weights change their layout in shared memory when a warp holds fewer rows than one
+    instruction. AMD keeps the query tile in registers.
+    """
+    rows, keys, stages = mapping.tile_p, mapping.tile_m, mapping.stages
+    query, tile = width * rows * chunked(e), width * keys * (chunked(e) + padded(f))
+    plain = width == 4
+    weights = width * rows * keys
+    if device.kind == "hip":
+        relaid = plain or rows < 32 * mapping.warps
+        return max(1, stages - 1) * tile + relaid * weights
+    if stages == 1:
+        return query + width * keys * max(chunked(e), padded(f))
+    if device.arch in WARP_GROUPS and rows >= 64 and not plain:
+        return query + stages * tile
+    relaid = plain or rows < max(16 * mapping.warps, padded(f))
+    return query + (stages - 1) * tile + relaid * weights
 
 
 def registers(mapping: Mapping, e: int, f: int, width: int, device: Device) -> int:
-    """Registers of a thread, a heuristic: scores and accumulator in fp32, weights in the type of V."""
+    """Registers of a thread, fitted to kernels compiled for sm_80, sm_90 and gfx942 with head sizes 64 and 128."""
     e, f = padded(e), padded(f)
     threads = mapping.warps * device.threads_per_warp
-    tile = mapping.tile_p * mapping.tile_m
-    words = tile + mapping.tile_p * f + tile * width // 4
-    count = words / threads + FIXED_REGISTERS
-    return round(count * HIP_REGISTERS if device.kind == "hip" else count)
+    rows, keys = mapping.tile_p, mapping.tile_m
+    if device.kind == "hip":
+        # each wave holds all keys of its rows
+        return round(30 + 2.2 * keys * (1 + max(0, f - 64) / 256) + 0.6 * f + max(0, rows - 64) * f / 256)
+    if width == 4:
+        # products in fp32 run on the vector lanes, with their operands in registers
+        return round(30 + 3 * (2 * rows * keys + rows * f + keys * e / 2) / threads)
+    words = (rows * keys * (1 + width / 4) + rows * f) / threads
+    return round(words + (FIXED_REGISTERS if device.arch in WARP_GROUPS else FIXED_REGISTERS_OLDER))
 
 
 def register_limit(mapping: Mapping, device: Device) -> int:
