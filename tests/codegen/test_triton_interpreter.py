@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -33,9 +33,11 @@ PROGRAMS = int(os.environ.get("REATTEND_PROGRAMS", "40"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("generated")
-    cache.directory = lambda: folder  # type: ignore[assignment]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "directory", lambda: folder)
+        yield
 
 
 def kernel(c: Cascade, tile: tuple[int, int] = (16, 16), split: int = 1) -> Kernel:
