@@ -105,7 +105,7 @@ def plans(
     if alive is not None:
         some = some | ~(alive | every.any(-1)).unsqueeze(-1)
     shape = [-(-n // t) for n, t in zip(size[1:], tiles)]
-    if free is None or tiles[0] != tiles[1] or always:
+    if free is None or always:
         free = torch.zeros((1, 1), dtype=torch.bool, device="cpu")
     # [Z, tiles of queries, tiles of keys], over all heads
     some, every, free = (x.expand(*x.shape[:-2], *shape)[(None,) * (4 - x.dim())] for x in (some, every, free))
@@ -133,7 +133,9 @@ def visits(
     for i, n in enumerate(count):
         p0, p1 = i * tile_p, min((i + 1) * tile_p, queries)
         width = last[i] - first[i] + 1 if n else 0
-        if n and n == width and last[i] == i and not bound[i] and in_triangle(plan, first[i] * tile_m, p0, p1):
+        # nothing but the order of key and query masks here, up to the diagonal
+        ordered = n and n == width and not bound[i] and last[i] * tile_m < p1 <= (last[i] + 1) * tile_m
+        if ordered and in_triangle(plan, first[i] * tile_m, p0, p1):
             continue
         if n == 0:
             runs: list[Run] = []

@@ -111,8 +111,8 @@ def test_drawn_programs(program: strategies.Program, body: str) -> None:
 
 
 @pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("tiles", [(4, 16), (16, 4), (64, 64), (1, 1)])
-@pytest.mark.parametrize("name", ["window", "causal_padding", "segments", "prefix", "gqa"])
+@pytest.mark.parametrize("tiles", [(4, 16), (16, 4), (12, 8), (64, 64), (1, 1)])
+@pytest.mark.parametrize("name", ["causal", "window", "causal_padding", "segments", "prefix", "gqa"])
 def test_tilings(name: str, tiles: tuple[int, int], body: str) -> None:
     check(VARIANTS[name](p=100), Mapping(*tiles, body=body), torch.float32)
 
