@@ -91,10 +91,16 @@ def _exposed(k: Kernel, d: Device, tile: Mapping[str, float]) -> float:
 
 
 def _dram_bytes(k: Kernel, d: Device, programs: int) -> float:
-    """Operands are read again by each wave of programs, unless the second-level cache holds them."""
-    if k.unique_bytes <= d.l2_bytes:
+    """Operands come once while the second-level cache holds those of the programs in flight, else again for each wave.
+
+    Programs of one batch entry follow one another, so that what is in flight belongs to few entries.
+    """
+    slots = d.units * k.resident
+    entries = max(1, k.jobs.full.shape[0] * k.jobs.repeat)
+    flying = min(entries, slots * entries / programs + 1) / entries
+    if k.unique_bytes * flying <= d.l2_bytes:
         return k.unique_bytes + k.written_bytes
-    waves = -(-programs // (d.units * k.resident))
+    waves = -(-programs // slots)
     return min(k.moved_bytes, k.unique_bytes * waves) + k.written_bytes
 
 

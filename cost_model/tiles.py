@@ -122,8 +122,7 @@ def makespan(costs: NDArray[np.float64], slots: int) -> float:
 
 
 def order(costs: NDArray[np.float64], repeat: int, heavy_first: bool) -> NDArray[np.float64]:
-    """The launch order of jobs [batch, query tiles]: query tiles inside a batch entry, or the dearest rows first."""
+    """The launch order of jobs [batch, query tiles]: one batch entry after the other, its dearest rows first or last."""
     if heavy_first:
-        rows = np.argsort(-costs.sum(0), kind="stable")
-        return np.repeat(costs[:, rows].T.reshape(-1), repeat)
+        costs = costs[:, np.argsort(-costs.sum(0), kind="stable")]
     return np.tile(costs.reshape(-1), repeat)
