@@ -163,8 +163,8 @@ class _Walk:
 
     def add(self, i: int, height: int, count: int, first: int, last: int, partial: int, bounded: bool) -> None:
         p0, width = i * self.tile_p, last - first
-        lies = count and count == width and last == i + 1 and not bounded
-        if lies and self._triangle(first * self.tile_m, p0, height):
+        diagonal = (last - 1) * self.tile_m < p0 + height <= last * self.tile_m
+        if count and count == width and diagonal and not bounded and self._triangle(first * self.tile_m, p0, height):
             return
         # about half of a partial tile is forbidden
         cut = (width - count + 0.5 * partial) / max(width, 1)
@@ -201,7 +201,7 @@ def _free(s: Subject, jobs: Jobs, mapping: Tiling, at: Shape) -> NDArray[np.bool
     assert jobs.map is not None
     shape = jobs.map.classes.shape[-2:]
     rest = without_causal(s)
-    if rest is None or mapping.tile_p != mapping.tile_m or mapping.body != "sdpa" or added_to_full(s):
+    if rest is None or mapping.body != "sdpa" or added_to_full(s):
         return np.zeros(shape, np.bool_)
     if rest is ex.TRUE:
         return np.ones(shape, np.bool_)
