@@ -78,7 +78,7 @@ def report(model: nn.Module) -> Report:
         return Report("", (), (), copied=is_copy(model), installed=False)
     with session.lock:
         entries = tuple(Entered(e.path, e.calls, e.missed, tuple(e.failures)) for e in session.entries)
-        return Report(str(session.policy), entries, tuple(session.pieces))
+        return Report(str(session.policy), entries, tuple(session.pieces), tuple(session.frames_given_up))
 
 
 def plan(

@@ -12,6 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _DETACHING = ("aten::detach", "aten::detach_", "aten::lift_fresh_copy")
+NO_NAMES: Mapping[int, str] = MappingProxyType({})
 _ROOTS = ("L['self'].", "L['self']", "L['model'].", "L['model']", "L__self___")
 
 
@@ -45,13 +47,14 @@ class Captured:
 # --- Dynamo -----------------------------------------------------------------------------------------------------
 
 
-def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], prefix: str = "") -> Captured:
+def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str] = NO_NAMES) -> Captured:
     """The ATen form of a graph that Dynamo hands to its backend, under Dynamo's own fake mode and symbols.
 
     before   a graph of torch functions (`torch.matmul`, `Tensor.softmax`, `F.linear`, ...)
     after    a graph of ATen operators, in the same order, in-place writes and random state included
 
-    `prefix` is the path of the compiled module within its model. Raises CaptureError.
+    `names` are the paths of the model's modules by identity: Dynamo's own are relative to the function that it compiles.
+    Raises CaptureError.
     """
     start = time.perf_counter()
     context = TracingContext.try_get()
@@ -68,15 +71,15 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], prefix: str = "") 
 
     held = {n: _attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
     held = {n: v for n, v in held.items() if isinstance(v, Tensor)}
-    names = list(held)
+    attributes = list(held)
     with mode:
         flat = [fake(x) for x in (*inputs, *held.values())]
-    graph = _trace(gm, flat, len(inputs), names, mode)
-    _bind_attributes(graph, len(inputs), {str(n.target): v for n, v in held.items()}, [str(n.target) for n in names])
+    graph = _trace(gm, flat, len(inputs), attributes, mode)
+    _bind_attributes(graph, len(inputs), {str(n.target): v for n, v in held.items()}, [str(n.target) for n in attributes])
     for node, value in zip((n for n in graph.graph.nodes if n.op == "placeholder"), flat):
         if isinstance(value, Tensor) and value.requires_grad:
             _mark(node.meta["val"])
-    _finish(graph, prefix)
+    _finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names))
     return Captured(graph, "dynamo", time.perf_counter() - start)
 
 
@@ -299,7 +302,7 @@ def from_program(program: torch.export.ExportedProgram, drop: str = "") -> Captu
     inline_regions(graph)
     if any(n.target is ENTER_AUTOCAST for n in graph.graph.nodes):
         _propagate(graph)
-    _finish(graph, "", drop)
+    _finish(graph, lambda key, path: _without(path, drop))
     return Captured(graph, "pt2", 0.0)
 
 
@@ -376,11 +379,12 @@ def _first_line(error: BaseException) -> str:
 # --- both -------------------------------------------------------------------------------------------------------
 
 
-def _finish(gm: fx.GraphModule, prefix: str, drop: str = "") -> None:
+def _finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str = "") -> None:
+    """Module paths as in `named_modules()`, gradients and casts. `frame`: the module whose own code the graph is."""
     for n in gm.graph.nodes:
-        stack = n.meta.get("nn_module_stack")
+        stack = n.meta.get("nn_module_stack") or ({"": (frame, nn.Module)} if frame and n.op == "call_function" else {})
         if stack:
-            n.meta["nn_module_stack"] = {k: (_plain_path(str(p), prefix, drop), t) for k, (p, t) in stack.items()}
+            n.meta["nn_module_stack"] = {k: (path_of(k, str(p)) if k else p, t) for k, (p, t) in stack.items()}
     mark_gradients(gm, torch.is_grad_enabled())
     explicit_casts(gm)
     for n in gm.graph.nodes:
@@ -390,21 +394,39 @@ def _finish(gm: fx.GraphModule, prefix: str, drop: str = "") -> None:
             for inner, given in zip((x for x in body.graph.nodes if x.op == "placeholder"), n.args[1:]):
                 if isinstance(given, fx.Node) and _wants(given):
                     _mark(inner.meta.get("val"))
-            _finish(body, prefix, drop)
+            _finish(body, path_of, frame)
     gm.graph.lint()
     gm.recompile()
 
 
-def _plain_path(path: str, prefix: str, drop: str) -> str:
-    """`L['self'].layers.0` → `layers.0`, below `prefix` and without a leading `drop`."""
+def _identity(key: str) -> int:
+    """Dynamo's key of a module in a stack is its identity, with the number of the call."""
+    text = key.split("@")[0]
+    return int(text) if text.isdigit() else 0
+
+
+def _frame_module(names: Mapping[int, str]) -> str:
+    """The path of the module that the compiled function belongs to: a method's operators carry no stack for it."""
+    tx = getattr(torch._dynamo.symbolic_convert.tls, "current_tx", None)
+    root = getattr(getattr(tx, "output", None), "root_tx", None)
+    for value in getattr(root, "f_locals", {}).values():
+        if isinstance(value, nn.Module) and id(value) in names:
+            return names[id(value)]
+    return ""
+
+
+def _plain_path(path: str) -> str:
+    """`L['self'].layers.0` → `layers.0`"""
     for root in _ROOTS:
         if path.startswith(root):
-            path = path.removeprefix(root)
-            break
-    path = path.replace("_modules['", "").replace("']", "").strip(".")
-    if drop and (path == drop or path.startswith(drop + ".")):
-        path = path[len(drop) + 1 :]
-    return ".".join(p for p in (prefix, path) if p)
+            return path.removeprefix(root).strip(".")
+    return path
+
+
+def _without(path: str, leading: str) -> str:
+    if leading and (path == leading or path.startswith(leading + ".")):
+        return path[len(leading) + 1 :]
+    return path
 
 
 def mark_gradients(gm: fx.GraphModule, enabled: bool) -> None:

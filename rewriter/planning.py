@@ -68,8 +68,8 @@ def _plan_pieces(
     plans: list[Plan] = []
     breaks: list[str] = []
 
-    def plan_piece(gm: fx.GraphModule, inputs: Sequence[object], prefix: str) -> Callable[..., Any]:
-        captured = capture.from_dynamo(gm, inputs, prefix)
+    def plan_piece(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
+        captured = capture.from_dynamo(gm, inputs, names)
         plans.append(plan_graph(captured, device, policy, name))
         breaks.extend(b for b in [break_of(gm)] if b)
         return gm.forward

@@ -90,6 +90,7 @@ class Report:
     policy: str
     entries: tuple[Entered, ...]
     pieces: tuple[Piece, ...]
+    frames_given_up: tuple[str, ...] = ()
     copied: bool = False
     installed: bool = True
 
@@ -108,7 +109,7 @@ class Report:
 
     @property
     def given_up(self) -> int:
-        """Calls that Dynamo ran as written: a frame that it gave up, or a capture that failed."""
+        """Calls that ran none of our graphs: a frame that Dynamo gave up, or a capture that failed."""
         return sum(e.missed for e in self.entries)
 
     @property
@@ -152,12 +153,13 @@ class Report:
         if not self.installed:
             return [_NOT_OPTIMISED_COPY if self.copied else _NOT_OPTIMISED]
         lines = [f"reattend: {_count(self.calls, 'call')} went through; {self._captures()}"]
-        if not self.pieces:
+        if not self.pieces and not self.given_up:
             lines.append("nothing is captured before the first call (or give optimize an example)")
         if self.given_up:
             lines.append(f"{_count(self.given_up, 'call')} ran as written, because the capture was given up:")
             lines += [f"  {f}" for e in self.entries for f in e.failures[-1:]]
         lines += [f"graph break at {b}" for b in self.breaks]
+        lines += [f"runs as written: {f}" for f in self.frames_given_up]
         lines += [f"graph {p.number}: {p.error}" for p in self.pieces if p.error]
         if self.sites:
             lines.append(_table(self.sites))

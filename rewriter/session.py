@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.utils import get_compilation_metrics
 
 from ..cost_model.device import Device
 from . import capture, choose
@@ -65,7 +66,7 @@ class Entry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _transparent() or len(self.failures) > _FAILURES_ALLOWED:
             return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        before = getattr(_running, "pieces", 0)
+        before, seen = getattr(_running, "pieces", 0), get_compilation_metrics()[-1:]
         try:
             out = self.compiled(self.module, *args, **kwargs)
         except TorchDynamoException as error:
@@ -75,7 +76,14 @@ class Entry:
             if getattr(_running, "pieces", 0) != before:
                 raise
             return self._as_written(error, args, kwargs)
-        self._count(getattr(_running, "pieces", 0) != before)
+        ran = getattr(_running, "pieces", 0) != before
+        given_up = _frames_given_up(seen)
+        if given_up:
+            with self.session.lock:
+                self.session.frames_given_up += [f for f in given_up if f not in self.session.frames_given_up]
+        if not ran and self.missed == 0:
+            self.failures.append(given_up[-1] if given_up else "Dynamo captured no graph of it")
+        self._count(ran)
         return out
 
     def _as_written(self, error: TorchDynamoException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -109,6 +117,19 @@ def _transparent() -> bool:
     )
 
 
+def _frames_given_up(seen: Sequence[object]) -> list[str]:
+    """The functions that Dynamo tried to capture after `seen`, its last attempt then, and runs as written: where and why."""
+    attempts = get_compilation_metrics()
+    if not attempts or attempts[-1:] == seen:
+        return []
+    after = next((i + 1 for i in reversed(range(len(attempts))) if seen and attempts[i] is seen[0]), 0)
+    return [
+        f"{m.co_filename}:{m.co_firstlineno} {m.co_name}: {_sentence(m.fail_reason)}"
+        for m in attempts[after:]
+        if m.fail_reason
+    ]
+
+
 def _compile(path: str, backend: capture.Backend, dynamic: bool | None) -> Callable[..., Any]:
     """A compiled `forward` with a code object of its own: Dynamo keeps graphs, and counts them, per code object."""
     code = _forward.__code__.replace(co_name=f"reattend {path or 'model'}")
@@ -135,9 +156,10 @@ class Session:
     inductor: bool = False
     dynamic: bool | None = None
     choices: Mapping[str, str] = field(default_factory=dict)
-    backend: Callable[[fx.GraphModule, Sequence[object], str], Callable[..., Any]] | None = None
+    backend: Callable[[fx.GraphModule, Sequence[object], Mapping[int, str]], Callable[..., Any]] | None = None
     entries: list[Entry] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
+    frames_given_up: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def install(self, model: nn.Module) -> None:
@@ -161,10 +183,14 @@ class Session:
             entry.module.__dict__.pop(_MARK, None)
             _sessions.pop(entry.module, None)
 
+    def names(self) -> Mapping[int, str]:
+        """The paths of the model's modules, by identity."""
+        return {id(m): path for path, m in self.entries[0].module.named_modules()} if self.entries else {}
+
     def compile(self, entry: Entry | None, gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
         """The backend: one graph of Dynamo's, captured, planned and rewritten. A failure runs the graph as it came."""
         if self.backend is not None:
-            return self.backend(gm, inputs, entry.path if entry is not None else "")
+            return self.backend(gm, inputs, self.names())
         piece = Piece(
             entry=entry.path if entry is not None else "",
             number=len(self.pieces),
@@ -174,7 +200,7 @@ class Session:
         start = time.perf_counter()
         run: Callable[..., Any] = gm.forward
         try:
-            captured = capture.from_dynamo(gm, inputs, prefix=piece.entry)
+            captured = capture.from_dynamo(gm, inputs, self.names())
             piece.capture_seconds = captured.seconds
             request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
             piece.plan = choose.rewrite(captured, request)
@@ -232,12 +258,22 @@ def break_of(gm: fx.GraphModule) -> str:
         return ""
     own = [f for f in reason.user_stack if "/torch/" not in f.filename]
     where = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
-    return f"{where}{_sentence(reason.reason)}"
+    text = _sentence(reason.reason)
+    return where + next((said for start, said in _BREAKS.items() if text.startswith(start)), text)
+
+
+# Dynamo's own short names for reasons, in words.
+_BREAKS = {
+    "generic_jump": "the code branches on the value of a tensor",
+    "step_unsupported": "Dynamo cannot trace a step of this line",
+}
 
 
 def _sentence(error: object) -> str:
+    """The line that explains, where Dynamo marks one, else the first."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
+    return (explained or lines or [type(error).__name__])[0]
 
 
 # --- which modules callers enter ----------------------------------------------------------------------------------

@@ -163,9 +163,9 @@ class _Checker:
         self.policy, self.choices = policy, _choices(plan)
         self.checks: list[SiteCheck] = []
 
-    def __call__(self, gm: fx.GraphModule, inputs: Sequence[object], prefix: str) -> Callable[..., Any]:
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
         try:
-            captured = capture.from_dynamo(gm, inputs, prefix)
+            captured = capture.from_dynamo(gm, inputs, names)
         except capture.CaptureError:
             return gm.forward
         decisions = {}

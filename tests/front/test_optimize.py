@@ -317,3 +317,49 @@ def test_the_encoder_in_generate_goes_through_us() -> None:
     entered = {e.path: e.calls for e in reattend.report(model).entries}
     assert entered["encoder"] == 1
     assert any(s.name.startswith("encoder.block.0") for s in reattend.report(model).sites)
+
+
+def test_frames_that_dynamo_gives_up_are_named(stack: nn.Module, x: Tensor) -> None:
+    class Quiet:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None: ...
+
+    class Loud(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = stack.get_submodule("layers.0")
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                with Quiet():
+                    x = self.inner(x)
+                    print(end="")
+                    x = self.inner(x)
+            return x
+
+    model = Loud().eval()
+    with torch.no_grad():
+        expected = model(x)
+        reattend.optimize(model)
+        close(model(x), expected)
+    report = reattend.report(model)
+    assert len(report.frames_given_up) == 1
+    assert "test_optimize.py" in report.frames_given_up[0]
+    assert "print" in report.frames_given_up[0]
+    assert "runs as written:" in str(report)
+    assert [s.name for s in report.sites] == ["inner"]
+    assert report.sites[0].ran == 4
+
+
+def test_a_call_that_nothing_was_captured_of_is_counted(x: Tensor) -> None:
+    class Disabled(nn.Module):
+        @torch._dynamo.disable  # type: ignore[untyped-decorator]
+        def forward(self, q: Tensor) -> Tensor:
+            return (q @ q.transpose(-1, -2)).softmax(-1) @ q
+
+    model = reattend.optimize(Disabled())
+    model(x)
+    report = reattend.report(model)
+    assert (report.calls, report.given_up) == (0, 1)
+    assert "Dynamo captured no graph of it" in str(report)
