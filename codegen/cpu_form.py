@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -156,8 +156,12 @@ def softmax(f: Form) -> Softmax | str:
         score = scaled(written, p.name, max(f.mask.fills))
     if isinstance(score, str):
         return score
-    if score.scale.ranks or ex.loads(score.scale):
-        return f"the scale {score.scale} is no number"
     if score.scale is not kept.scale:
         return "the scale depends on the mask"
+    if score.scale.ranks or ex.loads(score.scale):
+        if a.key in score.scale.ranks or any(t.dtype in ("f16", "bf16") for t in (p.near, p.far)):
+            return f"the scale {score.scale} is no number"
+        # one factor a query or a head: the queries take it in
+        one = ex.const(1.0)
+        p, score, kept = replace(p, near=p.near * score.scale), replace(score, scale=one), replace(kept, scale=one)
     return Softmax(p, score, kept, end, limit, chosen)

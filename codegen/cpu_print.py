@@ -8,7 +8,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -21,13 +21,17 @@ from .operands import Names, joined, operand
 from .print_torch import TYPES, Body, PrintError, Scope, identifier
 from .program import bindings, loose
 
-FEW = "# Calls with fewer scores a head see every key: to find out which to skip would cost more.\nFEW = 4096"
+CONSTANTS = {
+    "FEW": "# Calls with fewer scores a head see every key: to find out which to skip would cost more.\nFEW = 4096",
+    "LOG2E": "LOG2E = 1.4426950408889634",
+}
 LICENCE = "This file may be used, changed and licensed freely by whoever had it printed; it needs nothing but torch."
 # Names that the printed text uses for itself.
 RESERVED = (
-    "q", "k", "v", "z", "z0", "z1", "out", "rows", "plan", "near", "some", "every", "alive", "added", "finish", "score",
-    "full", "step", "bias", "kept", "part", "keys", "queries", "o", "lse", "p0", "p1", "m0", "m1", "TILE_P", "TILE_M",
-    "FEW", "y0", "y1", "pn", "mn", "i", "j", "row", "SCALE", "Tensor", "sdpa", "stream", "attention", "inf", "nan",
+    "q", "k", "v", "z", "z0", "z1", "out", "rows", "plan", "near", "some", "every", "alive", "added", "finish",
+    "score", "full", "step", "bias", "kept", "part", "keys", "queries", "o", "lse", "p0", "p1", "m0", "m1", "TILE_P",
+    "TILE_M", "FEW", "LOG2E", "y0", "y1", "pn", "mn", "i", "j", "acc", "x", "at", "state", "scores", "row", "SCALE",
+    "Tensor", "sdpa", "stream", "attention", "inf", "nan",
 )  # fmt: skip
 
 
@@ -124,20 +128,20 @@ class Printer:
         sizes = [self.names.rank(r) for r in self.f.heads.lead]
         return sizes[0] if len(sizes) == 1 else " * ".join(f"({s})" for s in sizes) or "1"
 
-    def scope(self, names: Mapping[Expr, str], tensors: Mapping[str, str] | None = None, views: bool = True) -> Scope:
+    def scope(
+        self, names: Mapping[Expr, str], tensors: Mapping[str, str] | None = None, views: bool = True, reuse: bool = False
+    ) -> Scope:  # fmt: skip
         leaves = {ex.index(r): t for r, t in self.ranks.items()}
         views = views and len(self.f.heads.lead) < 2
         scope = self.names.scope({**leaves, **names}, self.f.real, views)
-        return scope if tensors is None else Scope(
-            scope.names, {**scope.tensors, **tensors}, scope.shapes, scope.extent, scope.real, scope.views
-        )  # fmt: skip
+        return replace(scope, tensors={**scope.tensors, **(tensors or {})}, reuse=reuse)
 
     def function(
         self, name: str, doc: str, results: Sequence[Expr], first: Sequence[str] = (),
-        named: Mapping[Expr, str] | None = None,
+        named: Mapping[Expr, str] | None = None, reuse: bool = False,
     ) -> Function:  # fmt: skip
         """Print a function that answers the terms; `first` are its first parameters, the rest is what it uses."""
-        body = Body(self.scope(named or {}), results)
+        body = Body(self.scope(named or {}, reuse=reuse), results)
         texts = [body.real(e) if e.is_float else body.term(e) for e in results]
         return self.define(name, doc, [*body.lines, f"    return {', '.join(texts)}"], first, body.scope)
 
@@ -268,8 +272,7 @@ def file(
          "bounded": "Tiles without a kept key are skipped where scores are small enough for the fill to drown them."}[rule],
     ]  # fmt: skip
     numbers = [f"TILE_P, TILE_M = {m.tile_p}, {m.tile_m}", *constants]
-    if "FEW" in used_names(text):
-        numbers.append(FEW)
+    numbers += [line for name, line in CONSTANTS.items() if name in used_names(text)]
     parts = [
         header(p.f, decision, version), imports("\n".join([text, *loops])), "\n".join(numbers), *loops, text,
     ]  # fmt: skip

@@ -62,10 +62,10 @@ class _Kernel:
         score, full = self.whole(a.score), self.whole(f.mask.full)
         parts = [t for e in (score, full) for t in relative_parts(e, a.query, a.key) if t.ranks == {a.query, a.key}]
         self.near = tuple(dict.fromkeys(parts))
-        self.scores = [self.p.function("score", "The score.", [score], named=self.leaves(score))]
+        self.scores = [self.p.function("score", "The score.", [score], named=self.leaves(score), reuse=True)]
         if full is not score:
             doc = "The score where the mask keeps every key."
-            self.scores.append(self.p.function("full", doc, [full], named=self.leaves(full)))
+            self.scores.append(self.p.function("full", doc, [full], named=self.leaves(full), reuse=True))
         self.step = self._step()
         self.end = self._end()
 
@@ -87,7 +87,7 @@ class _Kernel:
         corrections = [c.correction for c in f.state.carried if c.correction is not None]
         last = f.state.correction
         roots = [*lifts, *corrections, weight, *([last] if last is not None else [])]
-        body = Body(self.p.scope({x: "x", **self.leaves(*roots)}), roots)
+        body = Body(self.p.scope({x: "x", **self.leaves(*roots)}, reuse=True), roots)
         body.taken |= {*self.state.values(), "x"}
         reads = [y for r in roots for y in ex.loads(r)]
         before: dict[str, str] = {}
@@ -120,9 +120,9 @@ class _Kernel:
     def _end(self) -> Function:
         f = self.f
         finish = self.whole(f.state.finish)
-        names = {**self.state, f.attention.contraction.out.tensor: "n"}
+        names = {**self.state, f.attention.contraction.out.tensor: "acc"}
         leaves = {x: names[str(x.attr)] for x in ex.loads(finish) if str(x.attr) in names}
-        return self.p.function("end", "The end of a row.", [finish], ["n", *self.state.values()], leaves)
+        return self.p.function("end", "The end of a row.", [finish], ["acc", *self.state.values()], leaves)
 
     # putting it together
 
@@ -143,8 +143,8 @@ class _Kernel:
         few = f"[(0, {p.batch}, strips({queries}, {keys}, {queries}, {masked}))]"
         every = f"[(0, {p.batch}, strips({queries}, {keys}, TILE_P, {masked}))]"
         parts = f"{few} if {queries} * {keys} <= FEW else {plan}" if plan else every
-        lines = ["def part(z0, z1, plan):", *indented(inner), "", f"for z0, z1, plan in {parts}:", "    part(z0, z1, plan)"]
-        return entry(p, lines, setup)
+        loop = [f"for z0, z1, plan in {parts}:", "    part(z0, z1, plan)"]
+        return entry(p, ["", "def part(z0, z1, plan):", *indented(inner), "", *loop], setup)
 
     def _operands(self) -> tuple[list[str], list[str]]:
         """Lines that make the operands, and the pairs of their names."""
@@ -174,8 +174,8 @@ class _Kernel:
 
     def _finish(self) -> list[str]:
         end = self.end.call(self._places())
-        end = end.replace("end(n" + "".join(f", {s}" for s in self.state.values()), "end(n, *state", 1)
-        return ["def finish(n, state, at):", f"    return {end}"]
+        end = end.replace("end(acc" + "".join(f", {s}" for s in self.state.values()), "end(acc, *state", 1)
+        return ["def finish(acc, state, at):", f"    return {end}"]
 
     def _places(self) -> dict[str, str]:
         """Texts of the coordinates of a tile."""

@@ -38,6 +38,8 @@ class Scope:
 
     `names` holds text for coordinates, sizes and terms computed before; `tensors[name]` the Python name of a tensor,
     `shapes[name]` its sizes, `extent[rank]` the size of a rank. `views`: coordinates are ranges, loads may be views.
+    `reuse`: memory that the text itself made is written again, and exp is by base 2: what large tiles want on a CPU,
+    where torch.exp takes ten times as long on arguments that it maps to 0, and torch.exp2 does not.
     """
 
     names: Mapping[Expr, str]
@@ -46,6 +48,7 @@ class Scope:
     extent: Mapping[str, Size]
     real: str = "f32"
     views: bool = True
+    reuse: bool = False
     numbers: frozenset[Expr] = field(default_factory=frozenset)
 
 
@@ -134,6 +137,7 @@ class Body:
         self.memo: dict[Expr, Text] = {e: (t, ATOM) for e, t in scope.names.items()}
         self.taken = set(scope.names.values()) | set(scope.tensors.values())
         self.uses: dict[Expr, int] = {}
+        self.made: set[Expr] = set()
         # The arguments of what has a name are not counted: they are not printed again.
         pending = list(roots)
         while pending:
@@ -193,10 +197,17 @@ class Body:
 
     def _shared(self, e: Expr, text: Text) -> Text:
         if self.uses.get(e, 1) < 2 or text[0].isidentifier() or (is_number(e, self.scope.numbers) and text[1] == ATOM):
+            if self._is_new(e):
+                self.made.add(e)
             return text
         name = self.fresh(self.scope.tensors[str(e.attr)] + "_" if e.op == "load" else "t")
         self.line(f"{name} = {text[0]}")
         return name, ATOM
+
+    def _is_new(self, e: Expr) -> bool:
+        """Does the text make a tensor of its own, which nothing else reads?"""
+        passed_on = e.op in ("load", "cast") or (e.op == "where" and self._number(e.args[0]))
+        return self.scope.reuse and e.is_float and not self._number(e) and not passed_on
 
     # one rule an operator
 
@@ -217,11 +228,27 @@ class Body:
         # A comparison takes its arguments in their common type, everything else in the type of the result.
         dtype = ex.promote(e.args[0].dtype, e.args[-1].dtype) if e.dtype == "b1" else e.dtype
         args = [self._real(a) if dtype in ex.FLOATS else self._integer(a, dtype) for a in e.args]
+        if self.scope.reuse and e.is_float and not self._number(e):
+            found = self._reused(e, args)
+            if found is not None:
+                return found
         if e.op in _SIGN:
             return self._infix(e.op, args)
         if e.op in ("max", "min"):
             return self._extreme(e, args), ATOM
         return self._call(e, args[0])
+
+    def _reused(self, e: Expr, args: list[Text]) -> Text | None:
+        """The operator as one that writes into its argument, where the text has just made that."""
+        own = self._wrap(args[0], 8) if e.args[0] in self.made else ""
+        if e.op == "exp" and self.scope.real == "f32":
+            self.helpers.add("LOG2E")
+            return f"{f'{own}.mul_(LOG2E)' if own else f'({self._wrap(args[0], 6)} * LOG2E)'}.exp2_()", ATOM
+        if own and len(args) == 1 and (e.op == "neg" or e.op in _FUNCTION - {"isnan", "isinf"}):
+            return f"{own}.{e.op}_()", ATOM
+        if own and e.op in ("add", "sub", "mul", "div") and self._number(e.args[1]):
+            return f"{own}.{e.op}_({args[1][0]})", ATOM
+        return None
 
     def _call(self, e: Expr, arg: Text) -> Text:
         if e.op == "neg":

@@ -36,21 +36,24 @@ def inputs() -> dict[str, torch.Tensor]:
     return made
 
 
-def scope(views: bool = True, real: str = "f32") -> Scope:
+def scope(views: bool = True, real: str = "f32", reuse: bool = False) -> Scope:
     names = {H: "h", P: "p", M: "m", ex.symbol("past"): "past"}
-    return Scope(names, {n: n for n in SHAPES}, SHAPES, SIZES, real, views)
+    return Scope(names, {n: n for n in SHAPES}, SHAPES, SIZES, real, views, reuse)
 
 
-def source(e: Expr, views: bool = True, real: str = "f32") -> str:
-    body = Body(scope(views, real), [e])
+def source(e: Expr, views: bool = True, real: str = "f32", reuse: bool = False) -> str:
+    body = Body(scope(views, real, reuse), [e])
     text = body.real(e) if e.is_float else body.term(e)
     return "\n".join([*(x.strip() for x in body.lines), text])
 
 
-def run(e: Expr, x: dict[str, torch.Tensor], views: bool = True, real: str = "f32") -> torch.Tensor:
-    lines = source(e, views, real).splitlines()
+def run(
+    e: Expr, x: dict[str, torch.Tensor], views: bool = True, real: str = "f32", reuse: bool = False
+) -> torch.Tensor:  # fmt: skip
+    lines = source(e, views, real, reuse).splitlines()
     space = {
         "torch": torch, "math": math, "inf": math.inf, "nan": math.nan, "choose": choose, "tile": tile, "past": 3,
+        "LOG2E": math.log2(math.e),
         "h": torch.arange(3).view(-1, 1, 1), "p": torch.arange(7).view(-1, 1), "m": torch.arange(9), **x,
     }  # fmt: skip
     exec("\n".join(lines[:-1]), space)
@@ -154,7 +157,7 @@ reals: st.SearchStrategy[Expr] = st.deferred(lambda: st.one_of(
     st.sampled_from([load("bias", H, P, M), load("slope", H), load("half", P, M), load("wide", 0, M)]),
     integers.map(lambda e: ex.cast(e, "f32")),
     st.tuples(st.sampled_from(["add", "sub", "mul", "max", "min"]), reals, reals).map(lambda t: ex.binary(*t)),
-    st.tuples(st.sampled_from(["tanh", "abs", "relu", "sigmoid", "neg", "cos"]), reals).map(lambda t: ex.unary(*t)),
+    st.tuples(st.sampled_from(["tanh", "abs", "relu", "sigmoid", "neg", "cos", "exp"]), reals).map(lambda t: ex.unary(*t)),
     st.tuples(predicates, reals, reals).map(lambda t: ex.where(*t)),
 ))  # fmt: skip
 
@@ -168,6 +171,26 @@ def test_random_terms(e: Expr) -> None:
         torch.testing.assert_close(got.float(), want.float(), rtol=2e-3, atol=2e-3, equal_nan=True)
     else:
         assert torch.equal(got, want)
+
+
+@given(reals)
+def test_memory_is_used_again_without_harm(e: Expr) -> None:
+    """In-place operators give the same and leave every input as it is."""
+    x = inputs()
+    kept = {n: t.clone() for n, t in x.items()}
+    want = run(e, x)
+    got = run(e, x, reuse=True)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert all(torch.equal(x[n], kept[n]) for n in x)
+
+
+def test_memory_is_used_again() -> None:
+    bias = load("bias", H, P, M)
+    assert source(ex.unary("tanh", bias * 0.5) * 2.0, reuse=True) == "(tile(bias, h, p, m) * 0.5).tanh_().mul_(2.0)"
+    assert source(ex.exp(bias - load("slope", H)), reuse=True) == "(tile(bias, h, p, m) - slope[h]).mul_(LOG2E).exp2_()"
+    assert source(ex.exp(bias), reuse=True) == "(tile(bias, h, p, m) * LOG2E).exp2_()"
+    chosen = ex.where(ex.symbol("past") > 2, bias, 0.0)
+    assert "mul_" not in source(chosen * 2.0, reuse=True)
 
 
 @given(predicates)
