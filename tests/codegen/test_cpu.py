@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.codegen import cpu
+from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import Mapping
 from reattend.patterns.recognise import Refusal
 from tests import strategies
-from tests.codegen.attentions import VARIANTS, Case
+from tests.codegen.attentions import CAUSAL, VARIANTS, Case, aux, build, masked
 
 # What torch's SDPA itself may be off by, in the units in which its own error is measured.
 RMS, MOST = 1.2, 2.5
@@ -92,6 +93,18 @@ def test_sdpa_is_refused(name: str) -> None:
     refused = cpu.build(VARIANTS[name]().cascade, Mapping(8, 8, body="sdpa"))
     assert isinstance(refused, Refusal)
     assert re.search("no multiple of the product|no softmax", refused.reason)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_temperature_for_every_head(body: str) -> None:
+    """A factor of a head goes into the queries; in narrow types that would round it, so there it stays in the score."""
+
+    def learned(dtype: str) -> Case:
+        factor = ex.load("factor", (ex.index("h"),), "f32")
+        return build(lambda s: masked(CAUSAL)(s * factor), square=True, dtype=dtype, aux=(aux("factor", (4,)),))
+
+    check(learned("f32"), Mapping(8, 8, body=body), torch.float32)
+    assert isinstance(cpu.build(learned("bf16").cascade, Mapping(8, 8, body="sdpa")), Refusal)
 
 
 @given(strategies.programs(), st.sampled_from(BODIES))
