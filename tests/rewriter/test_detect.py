@@ -30,8 +30,8 @@ REFUSED = {
     "linear_cumsum": "running sum of data",
 }
 LEFT_ALONE = {
-    "slot_attention": "the scores are normalised over",
-    "slot_attention_bias": "the scores are normalised over",
+    "slot_attention": "reduces scores over",
+    "slot_attention_bias": "reduces scores over",
     "softmax_over_heads": "reduces scores over",
     "router": "router",
 }
