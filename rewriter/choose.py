@@ -9,6 +9,7 @@ permits them, the device has them, gradients flow through them where they are wa
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -102,8 +103,10 @@ def _architecture() -> str:
 def _gpu(name: str, architecture: str) -> Device:
     """The device file with this name, else one of the same architecture."""
     gpus = [d for d in targets() if d.is_gpu]
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    known = {*words, *(a + b for a, b in zip(words, words[1:]))}
     for d in gpus:
-        if d.name.lower() in name.lower().replace(" ", ""):
+        if d.name in known:
             return d
     for d in gpus:
         if d.arch == architecture:
@@ -321,7 +324,11 @@ def _why(chosen: Candidate, order: tuple[Candidate, ...], q: _Question) -> str:
         return "; ".join(f"{c.name}: {c.why}" for c in order if not c.feasible) or "nothing else is allowed"
     if others and others[0].cost is not None and chosen.cost is not None and chosen.cost.seconds > 0:
         ratio = others[0].cost.seconds / chosen.cost.seconds
-        why = f"predicted {ratio:.2f}× faster than {others[0].name}" if ratio >= 1 else "the fastest that the policy permits"
+        why = (
+            f"predicted {ratio:.2f}× faster than {others[0].name}"
+            if ratio >= 1
+            else "the fastest that the policy permits"
+        )
         return f"{why}; {chosen.why}" if chosen.why else why
     return chosen.why
 

@@ -154,7 +154,10 @@ class Report:
             return [_NOT_OPTIMISED_COPY if self.copied else _NOT_OPTIMISED]
         lines = [f"reattend: {_count(self.calls, 'call')} went through; {self._captures()}"]
         if not self.pieces and not self.given_up:
-            lines.append("nothing is captured before the first call (or give optimize an example)")
+            lines.append(
+                "nothing is captured before the first call (or give optimize an example); "
+                "calls of .forward, and calls inside another torch.compile, do not come here"
+            )
         if self.given_up:
             lines.append(f"{_count(self.given_up, 'call')} ran as written, because the capture was given up:")
             lines += [f"  {f}" for e in self.entries for f in e.failures[-1:]]

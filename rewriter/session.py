@@ -61,9 +61,10 @@ class Entry:
         self.calls = 0
         self.missed = 0
         self.failures: list[str] = []
+        self.hook = _hook(module, torch._dynamo.disable(self.call))  # type: ignore[no-untyped-call]
         self.compiled = _compile(path, lambda gm, inputs: session.compile(self, gm, inputs), session.dynamic)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if _transparent() or len(self.failures) > _FAILURES_ALLOWED:
             return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         before, seen = getattr(_running, "pieces", 0), get_compilation_metrics()[-1:]
@@ -103,11 +104,21 @@ class Entry:
             self.missed += not ran
 
 
+def _hook(module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands in `_compiled_call_impl`: Dynamo, where it traces a caller, sees the module's own call in it."""
+
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return call(*args, **kwargs)
+
+    return hook
+
+
 def _transparent() -> bool:
     """Inside somebody else's tracing the model is what it was: export, fx, functorch and dispatch modes.
 
-    (Dynamo does not come here: it inlines the module's own call. `torch.compiler.is_compiling` is no test: it is true in all
-    threads while one of them compiles.)
+    (`torch.compiler.is_compiling` is no test: it is true in all threads while one of them compiles.)
     """
     return bool(
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -170,7 +181,7 @@ class Session:
         """Catch the calls of the model."""
         for entry in self.entries:
             entry.before = entry.module._compiled_call_impl
-            entry.module._compiled_call_impl = entry
+            entry.module._compiled_call_impl = entry.hook
         root = self.entries[0].module
         root.__dict__[_MARK] = Mark()
         _sessions[root] = self
@@ -178,7 +189,7 @@ class Session:
     def detach(self) -> None:
         """Let the calls of the model go as they went before; what was captured is kept for `attach`."""
         for entry in self.entries:
-            if entry.module._compiled_call_impl is entry:
+            if entry.module._compiled_call_impl is entry.hook:
                 entry.module._compiled_call_impl = entry.before
             entry.module.__dict__.pop(_MARK, None)
             _sessions.pop(entry.module, None)

@@ -171,3 +171,42 @@ def test_a_model_without_attention_has_an_empty_plan() -> None:
     plan = reattend.plan(nn.Linear(4, 4), (torch.randn(2, 4),))
     assert plan.sites == ()
     assert "no attention" in str(plan)
+
+
+def test_inputs_on_the_wrong_device_are_named(stack: nn.Module, x: Tensor) -> None:
+    for verb in (reattend.plan, reattend.verify):
+        with pytest.raises(ValueError, match=r"an input of shape \(2, 40, 16\) is on meta, the model is on cpu"):
+            verb(stack, (x.to("meta"),))  # type: ignore[operator]
+    reattend.optimize(stack)
+    with pytest.raises(RuntimeError, match="meta"):
+        stack(x.to("meta"))
+
+
+def test_inputs_of_the_wrong_shape_say_what_does_not_fit(stack: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2|shapes|size"):
+        reattend.plan(stack, (torch.randn(2, 40, 17),))
+
+
+def test_a_model_that_calls_sdpa_is_costed_as_such(x: Tensor) -> None:
+    class M(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    class Written(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            n = q.shape[-2]
+            keep = torch.ones(n, n, dtype=torch.bool).tril()
+            return (q @ q.transpose(-1, -2) * 0.25).masked_fill(~keep, float("-inf")).softmax(-1) @ q
+
+    q = torch.randn(1, 8, 2048, 64)
+    fused, eager = (reattend.plan(m, (q,)).sites[0].candidate("original").cost for m in (M(), Written()))
+    assert fused is not None
+    assert eager is not None
+    assert fused.seconds < eager.seconds / 2
+
+
+def test_identical_layers_are_decided_once(stack: Any) -> None:
+    before = choose._answer.cache_info().misses
+    plan = reattend.plan(type(stack)(12).eval(), (torch.randn(1, 77, 16),))
+    assert len(plan.sites) == 12
+    assert choose._answer.cache_info().misses == before + 1

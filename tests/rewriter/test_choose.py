@@ -1,0 +1,114 @@
+"""Choice: what may run where, what keeps the original, what each decision says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reattend.cost_model.device import device
+from reattend.cost_model.plan import Site
+from reattend.rewriter import capture, choose
+from reattend.rewriter.policy import Policy
+
+
+class Eager(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2) * 0.25).softmax(-1) @ v
+
+
+def decide(model: nn.Module, *args: Tensor, **request: Any) -> choose.Decision:
+    graph = capture.from_export(model, args, None).graph
+    (decision,), _ = choose.decide(graph, choose.Request(request.pop("policy", Policy()), **request))
+    return decision
+
+
+def qkv(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    return [torch.empty(shape, dtype=dtype, device=device) for _ in range(3)]
+
+
+def on(target: str, model: nn.Module, *args: Tensor) -> Site:
+    return decide(model, *args, target=device(target), executable=False).site
+
+
+def test_candidates_are_ranked_by_predicted_time() -> None:
+    site = decide(Eager(), *qkv(1, 8, 1024, 64)).site
+    feasible = [c for c in site.candidates if c.feasible]
+    assert [c.seconds for c in feasible] == sorted(c.seconds for c in feasible)
+    assert site.chosen is feasible[0]
+    assert "predicted" in site.chosen.why
+    assert site.candidate("reattend").passes == 1
+    assert site.candidate("reattend").mapping
+
+
+def test_devices_that_are_not_here_are_planned_for() -> None:
+    half = qkv(1, 32, 4096, 128, dtype=torch.bfloat16, device="meta")
+    for name in ("a100", "h100", "h200", "cpu"):
+        site = on(name, Eager(), *half)
+        assert site.chosen.cost is not None
+        assert site.chosen.cost.flops == 4 * 4096**2 * 128 * 32
+    assert "stages" in site.candidate("reattend").why or "tile" in site.candidate("reattend").why
+
+
+def test_symbolic_sizes_are_planned_with_their_hints() -> None:
+    graph = capture.from_export(Eager(), tuple(torch.randn(2, 4, 100, 16) for _ in range(3)), None, dynamic=True).graph
+    (decision,), _ = choose.decide(graph, choose.Request(Policy()))
+    assert any(isinstance(n, str) for n in decision.site.shape.sizes.values())
+    assert decision.site.chosen.cost is not None
+    assert decision.site.chosen.cost.flops == 4 * 2 * 4 * 100 * 100 * 16
+
+
+def test_the_original_stays_where_everything_is_denied_and_says_so() -> None:
+    site = decide(Eager(), *qkv(1, 2, 64, 16), policy=Policy(deny=("sdpa", "flex", "reattend"))).site
+    assert site.choice == "original"
+    assert "the policy does not permit it" in site.chosen.why
+
+
+def test_denying_the_original_forces_another() -> None:
+    site = decide(Eager(), *qkv(1, 1, 4, 4), policy=Policy(deny=("original", "sdpa", "flex"))).site
+    assert site.choice == "reattend"
+
+
+def test_a_choice_by_name_is_kept_where_it_can_run() -> None:
+    args = qkv(1, 2, 64, 16)
+    assert decide(Eager(), *args, choices={"": "original"}).site.choice == "original"
+    assert decide(Eager(), *args, choices={"": "nothing"}).site.choice != "nothing"
+
+
+def test_in_place_operators_inside_do_not_bind_to_the_original() -> None:
+    class InPlace(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            s = q @ k.transpose(-1, -2)
+            s *= 0.25
+            return s.softmax(-1) @ v
+
+    assert decide(InPlace(), *qkv(1, 8, 512, 64)).call is not None
+
+
+def test_the_running_device() -> None:
+    assert choose.running_device("cpu").kind == "cpu"
+    with pytest.raises(ValueError, match="no device file describes 'xpu' tensors"):
+        choose.running_device("xpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "expected"),
+    [
+        ("NVIDIA H200", "sm_90", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "sm_80", "a100"),
+        ("NVIDIA H100 80GB HBM3", "sm_90", "h100"),
+        ("AMD Instinct MI300X", "gfx942", "mi300x"),
+        ("NVIDIA H20", "sm_90", "h100"),
+        ("NVIDIA GeForce RTX 4090", "sm_89", "rtx4090"),
+        ("NVIDIA L40S", "sm_89", "l4"),
+    ],
+)
+def test_gpus_are_told_by_name_else_by_architecture(name: str, architecture: str, expected: str) -> None:
+    assert choose._gpu(name, architecture).name == expected
+
+
+def test_an_unknown_gpu_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"no device file describes Fancy.*name a target"):
+        choose._gpu("Fancy", "sm_999")
