@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def _gpu(name: str, architecture: str) -> Device:
     """The device file with this name, else one of the same architecture."""
     gpus = [d for d in targets() if d.is_gpu]
     words = re.findall(r"[a-z0-9]+", name.lower())
-    known = {*words, *(a + b for a, b in zip(words, words[1:]))}
+    known = {*words, *(a + b for a, b in pairwise(words))}
     for d in gpus:
         if d.name in known:
             return d

@@ -176,7 +176,7 @@ def test_a_model_without_attention_has_an_empty_plan() -> None:
 def test_inputs_on_the_wrong_device_are_named(stack: nn.Module, x: Tensor) -> None:
     for verb in (reattend.plan, reattend.verify):
         with pytest.raises(ValueError, match=r"an input of shape \(2, 40, 16\) is on meta, the model is on cpu"):
-            verb(stack, (x.to("meta"),))  # type: ignore[operator]
+            verb(stack, (x.to("meta"),))
     reattend.optimize(stack)
     with pytest.raises(RuntimeError, match="meta"):
         stack(x.to("meta"))
