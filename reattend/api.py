@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .cost_model.device import Device, device
 from .cost_model.plan import Plan
 from .rewriter import choose
-from .rewriter.capture import held_tensors
+from .rewriter.export import held_tensors
 from .rewriter.models import Shapes, UsageError, inputs_for
 from .rewriter.planning import plan_model
 from .rewriter.policy import Policy

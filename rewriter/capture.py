@@ -1,14 +1,12 @@
 """Capture: a running model as pre-dispatch ATen graphs, where softmax and SDPA are still one operator.
 
-Two routes. Dynamo gives pieces of any model, as it runs, with symbolic sizes of its own; export gives one whole graph of a
-model on fake tensors, for planning. Either way each node carries a fake value (`meta["val"]`), whose `requires_grad`
+Dynamo gives pieces of any model, as it runs, with symbolic sizes of its own (rewriter/export.py gives one whole graph, for
+planning). Either way each node carries a fake value (`meta["val"]`), whose `requires_grad`
 says whether a gradient flows into it, the user's stack trace, and the path of its module.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,17 +67,19 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
         source = known.tensor_source if known is not None else None
         return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
 
-    held = {n: _attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
+    held = {n: attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
     held = {n: v for n, v in held.items() if isinstance(v, Tensor)}
     attributes = list(held)
     with mode:
         flat = [fake(x) for x in (*inputs, *held.values())]
     graph = _trace(gm, flat, len(inputs), attributes, mode)
-    _bind_attributes(graph, len(inputs), {str(n.target): v for n, v in held.items()}, [str(n.target) for n in attributes])
+    _bind_attributes(
+        graph, len(inputs), {str(n.target): v for n, v in held.items()}, [str(n.target) for n in attributes]
+    )
     for node, value in zip((n for n in graph.graph.nodes if n.op == "placeholder"), flat):
         if isinstance(value, Tensor) and value.requires_grad:
             _mark(node.meta["val"])
-    _finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names))
+    finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names))
     return Captured(graph, "dynamo", time.perf_counter() - start)
 
 
@@ -100,7 +100,7 @@ def _trace(
             return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*flat)
     except Exception as error:
         # Whatever operator has no pre-dispatch form: the caller runs the graph as it came and reports this sentence.
-        raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
+        raise CaptureError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 class _Run(fx.Interpreter):
@@ -134,7 +134,7 @@ class _Run(fx.Interpreter):
             _set_autocast(*self.regions.pop(n.args[0]))  # type: ignore[arg-type]
             return super().run_node(n)
         if n.target is CHECKPOINT:
-            body = _attribute(self.module, str(n.args[0].target))  # type: ignore[union-attr]
+            body = attribute(self.module, str(n.args[0].target))  # type: ignore[union-attr]
             # Tracing the region reads this entry, which Dynamo writes for selective checkpointing only.
             body.meta.setdefault("_checkpoint_context_fn", _recompute_all)  # type: ignore[attr-defined]
         return super().run_node(n)
@@ -167,12 +167,12 @@ def regions(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     yield gm
     for n in gm.graph.nodes:
         if n.op == "call_function" and n.target in (CHECKPOINT, checkpointed):
-            body = _attribute(gm, str(n.args[0].target))
+            body = attribute(gm, str(n.args[0].target))
             assert isinstance(body, fx.GraphModule)
             yield from regions(body)
 
 
-def _attribute(root: nn.Module, path: str) -> object:
+def attribute(root: nn.Module, path: str) -> object:
     value: object = root
     for part in path.split("."):
         value = getattr(value, part)
@@ -196,182 +196,7 @@ def _bind_attributes(gm: fx.GraphModule, count: int, values: Mapping[str, object
         gm.graph.erase_node(node)
 
 
-# --- export -----------------------------------------------------------------------------------------------------
-
-
-def from_export(
-    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object] | None, *, dynamic: bool = False
-) -> Captured:
-    """One whole graph of a model on real, meta or fake tensors. Nothing is computed. Raises CaptureError.
-
-    The graph takes every tensor of the arguments, in order (tensors inside caches and other objects too), and answers every
-    tensor of the result (itself where it is one tensor); parameters, buffers and constants are its attributes. With
-    `dynamic`, every input size that the model does not fix is symbolic.
-    """
-    start = time.perf_counter()
-    inputs, given = held_tensors((args, dict(kwargs or {})))
-    flat = _Flat(model, given)
-    shapes = (tuple(dict.fromkeys(range(t.dim()), torch.export.Dim.AUTO) for t in inputs),) if dynamic else None
-    try:
-        program = torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        # Export reports what it cannot trace with many types of error, from user code as well.
-        raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
-    captured = from_program(program, drop="model")
-    return Captured(captured.graph, "export", time.perf_counter() - start)
-
-
-class _Flat(nn.Module):
-    """A model as a function of tensors: arguments are put together from them, results taken apart."""
-
-    def __init__(self, model: nn.Module, given: Callable[[Sequence[Tensor]], Any]) -> None:
-        super().__init__()
-        self.model, self.given = model, given
-
-    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        args, kwargs = self.given(tensors)
-        out = self.model(*args, **kwargs)
-        return out if isinstance(out, Tensor) else tuple(held_tensors(out)[0])
-
-
-def held_tensors(value: object) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
-    """Every tensor that a value holds, each once, and how to make the value anew with others in their places.
-
-    Looks into tuples, lists, mappings, data classes and plain objects (a cache and its layers), not into modules.
-    """
-    found: dict[int, Tensor] = {}
-    make = _rebuilder(value, found, {})
-    order = list(found)
-    return list(found.values()), lambda new: make(dict(zip(order, new, strict=True)), {})
-
-
-_Make = Callable[[dict[int, Tensor], dict[int, Any]], Any]
-
-
-def _rebuilder(value: Any, found: dict[int, Tensor], seen: dict[int, _Make]) -> _Make:
-    if isinstance(value, Tensor):
-        found.setdefault(id(value), value)
-        return lambda new, made: new[id(value)]
-    if isinstance(value, tuple) and type(value) is not tuple and hasattr(value, "_fields"):
-        parts = [_rebuilder(v, found, seen) for v in value]
-        return lambda new, made: type(value)(*(p(new, made) for p in parts))
-    if isinstance(value, (list, tuple)):
-        parts = [_rebuilder(v, found, seen) for v in value]
-        return lambda new, made: type(value)(p(new, made) for p in parts)
-    if isinstance(value, dict) and type(value) is dict:
-        table = {k: _rebuilder(v, found, seen) for k, v in value.items()}
-        return lambda new, made: {k: p(new, made) for k, p in table.items()}
-    if isinstance(value, dict):
-        for v in value.values():
-            _rebuilder(v, found, seen)
-        return lambda new, made: value
-    if not hasattr(value, "__dict__") or isinstance(value, (nn.Module, type)) or callable(value) or _is_config(value):
-        return lambda new, made: value
-    return _object_rebuilder(value, found, seen)
-
-
-def _object_rebuilder(value: Any, found: dict[int, Tensor], seen: dict[int, _Make]) -> _Make:
-    if id(value) in seen:
-        return seen[id(value)]
-    table: dict[str, _Make] = {}
-
-    def make(new: dict[int, Tensor], made: dict[int, Any]) -> Any:
-        if id(value) not in made:
-            made[id(value)] = other = copy.copy(value)
-            for k, p in table.items():
-                object.__setattr__(other, k, p(new, made))
-        return made[id(value)]
-
-    seen[id(value)] = make
-    table.update({k: _rebuilder(v, found, seen) for k, v in vars(value).items()})
-    return make
-
-
-def _is_config(value: object) -> bool:
-    return hasattr(value, "to_json_string") or isinstance(value, (torch.dtype, torch.device))
-
-
-def from_program(program: torch.export.ExportedProgram, drop: str = "") -> Captured:
-    """The graph of an exported program, which may have been read from a file. `drop` leads every module path."""
-    graph = program.module(check_guards=False)
-    assert isinstance(graph, fx.GraphModule)
-    for n in list(graph.graph.nodes):
-        # Export's own assertions on types would count as readers of the values that they name.
-        if n.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.graph.erase_node(n)
-    inline_regions(graph)
-    if any(n.target is ENTER_AUTOCAST for n in graph.graph.nodes):
-        _propagate(graph)
-    _finish(graph, lambda key, path: _without(path, drop))
-    return Captured(graph, "pt2", 0.0)
-
-
-def _propagate(gm: fx.GraphModule) -> None:
-    """Compute the fake values again, autocast regions entered: export records such regions without entering them."""
-
-    class Values(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = n.meta["val"] if n.op in ("placeholder", "get_attr") and "val" in n.meta else super().run_node(n)
-            if n.op != "output":
-                n.meta["val"] = value
-            return value
-
-    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    mode = torch._guards.detect_fake_mode(inputs)
-    with torch.no_grad(), mode if mode is not None else contextlib.nullcontext():
-        Values(gm).run(*inputs)
-
-
-def inline_regions(gm: fx.GraphModule) -> None:
-    """Put the bodies of grad-mode and autocast regions back in line.
-
-    before   y = wrap_with_set_grad_enabled(False, body, x)
-    after    set_grad_enabled(False); y = ops of body on x; set_grad_enabled(True)
-    """
-    hops = torch.ops.higher_order
-    leading = {hops.wrap_with_set_grad_enabled: 1, hops.wrap_with_autocast: 4}
-    for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target in leading:
-            _inline(gm, node, leading[node.target])
-    gm.recompile()
-
-
-def _inline(gm: fx.GraphModule, region: fx.Node, leading: int) -> None:
-    """`leading` arguments of the region come before its body."""
-    name = str(region.args[leading].target)  # type: ignore[union-attr]
-    body = _attribute(gm, name)
-    assert isinstance(body, fx.GraphModule)
-    inline_regions(body)
-    inputs = (n for n in body.graph.nodes if n.op == "placeholder")
-    values: dict[fx.Node, Any] = dict(zip(inputs, region.args[leading + 1 :]))
-    with gm.graph.inserting_before(region):
-        leave = _enter(gm.graph, region)
-        for inner in body.graph.nodes:
-            if inner.op in ("placeholder", "output"):
-                continue
-            values[inner] = gm.graph.node_copy(inner, values.__getitem__)
-            if inner.op == "get_attr":
-                values[inner].target = f"{name}_{inner.target}".replace(".", "_")
-                setattr(gm, values[inner].target, _attribute(body, str(inner.target)))
-        leave()
-    (out,) = next(n for n in body.graph.nodes if n.op == "output").args
-    results = [values[n] for n in (out if isinstance(out, (list, tuple)) else [out])]
-    for user in list(region.users):
-        user.replace_all_uses_with(results[int(user.args[1])])  # type: ignore[arg-type]
-        gm.graph.erase_node(user)
-    gm.graph.erase_node(region)
-
-
-def _enter(graph: fx.Graph, region: fx.Node) -> Callable[[], fx.Node]:
-    """Open a region in line, and answer what closes it."""
-    if region.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
-        graph.call_function(torch._C._set_grad_enabled, (region.args[0],))
-        return lambda: graph.call_function(torch._C._set_grad_enabled, (not region.args[0],))
-    token = graph.call_function(ENTER_AUTOCAST, region.args[:4])
-    return lambda: graph.call_function(EXIT_AUTOCAST, (token,))
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[0] if lines else ""
 
@@ -379,7 +204,7 @@ def _first_line(error: BaseException) -> str:
 # --- both -------------------------------------------------------------------------------------------------------
 
 
-def _finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str = "") -> None:
+def finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str = "") -> None:
     """Module paths as in `named_modules()`, gradients and casts. `frame`: the module whose own code the graph is."""
     for n in gm.graph.nodes:
         stack = n.meta.get("nn_module_stack") or ({"": (frame, nn.Module)} if frame and n.op == "call_function" else {})
@@ -389,12 +214,12 @@ def _finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str =
     explicit_casts(gm)
     for n in gm.graph.nodes:
         if n.op == "call_function" and n.target is CHECKPOINT:
-            body = _attribute(gm, str(n.args[0].target))
+            body = attribute(gm, str(n.args[0].target))
             assert isinstance(body, fx.GraphModule)
             for inner, given in zip((x for x in body.graph.nodes if x.op == "placeholder"), n.args[1:]):
                 if isinstance(given, fx.Node) and _wants(given):
                     _mark(inner.meta.get("val"))
-            _finish(body, path_of, frame)
+            finish(body, path_of, frame)
     gm.graph.lint()
     gm.recompile()
 
@@ -423,12 +248,6 @@ def _plain_path(path: str) -> str:
     return path
 
 
-def _without(path: str, leading: str) -> str:
-    if leading and (path == leading or path.startswith(leading + ".")):
-        return path[len(leading) + 1 :]
-    return path
-
-
 def mark_gradients(gm: fx.GraphModule, enabled: bool) -> None:
     """Say on every fake value whether a gradient flows into it; tracing detaches them.
 
@@ -439,7 +258,7 @@ def mark_gradients(gm: fx.GraphModule, enabled: bool) -> None:
         if n.op == "call_function" and n.target is torch._C._set_grad_enabled:
             enabled = bool(n.args[0])
         if n.op in ("placeholder", "get_attr"):
-            held = _attribute(gm, str(n.target)) if n.op == "get_attr" else None
+            held = attribute(gm, str(n.target)) if n.op == "get_attr" else None
             wants = isinstance(held, Tensor) and held.requires_grad
             if isinstance(value, Tensor) and (wants or _was_wanted(n)):
                 _mark(value)

@@ -8,6 +8,7 @@ Shapes, types and modes need no guard here: Dynamo captures anew when they chang
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -88,6 +89,7 @@ class Guarded(nn.Module):
         self.original = original
         self.fallbacks: Counter[str] = Counter()
         self.broken = ""
+        self.lock = threading.Lock()
 
     def forward(
         self, arguments: Sequence[Any], inputs: Sequence[Any], tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
@@ -103,7 +105,8 @@ class Guarded(nn.Module):
                     f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
                 )
                 warnings.warn(f"reattend: {self.name} keeps the original code: {self.broken}", stacklevel=2)
-        self.fallbacks[self.name] += 1
+        with self.lock:
+            self.fallbacks[self.name] += 1
         # Every cast that autocast made is written in the subgraph.
         with no_autocast():
             return self.original(*inputs)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..cost_model.device import Device
 from ..cost_model.plan import Miss, Plan, Site
-from . import capture, choose
+from . import capture, choose, export
 from .models import Shapes, Subject, load
 from .policy import Policy
 from .session import Session, break_of
@@ -30,9 +30,9 @@ def plan_model(
     name = name or type(model).__name__
     with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
         try:
-            return plan_graph(capture.from_export(model, args, kwargs, dynamic=dynamic), device, policy, name)
+            return plan_graph(export.from_export(model, args, kwargs, dynamic=dynamic), device, policy, name)
         except capture.CaptureError as no:
-            tensors = [*model.parameters(), *capture.held_tensors((args, dict(kwargs)))[0]]
+            tensors = [*model.parameters(), *export.held_tensors((args, dict(kwargs)))[0]]
             if any(_without_data(t) for t in tensors):
                 raise
             return _plan_pieces(model, args, kwargs, device, policy, name, str(no))
@@ -88,7 +88,7 @@ def _plan_pieces(
 
 
 def _copied(values: Any) -> Any:
-    tensors, make = capture.held_tensors(values)
+    tensors, make = export.held_tensors(values)
     return make([t.clone() for t in tensors])
 
 
@@ -106,7 +106,7 @@ def plan_spec(spec: str, shapes: Shapes, device: Device, policy: Policy, *, dyna
 
 def _plan_subject(subject: Subject, device: Device, policy: Policy, dynamic: bool) -> Plan:
     if subject.program is not None:
-        return plan_graph(capture.from_program(subject.program), device, policy, Path(subject.name).name)
+        return plan_graph(export.from_program(subject.program), device, policy, Path(subject.name).name)
     assert subject.model is not None
     name = subject.name if ":" in subject.name else type(subject.model).__name__
     plan = plan_model(subject.model, subject.args, subject.kwargs, device, policy, dynamic=dynamic, name=name)

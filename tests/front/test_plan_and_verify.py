@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import reattend
-from reattend.rewriter import choose, splice
+from reattend.rewriter import candidates, splice
 
 
 def test_a_plan_says_what_where_and_why(stack: nn.Module, x: Tensor) -> None:
@@ -105,7 +105,7 @@ def test_a_plan_can_be_verified(stack: nn.Module, x: Tensor) -> None:
 
 
 def test_a_wrong_kernel_fails_verification(stack: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = choose._answer
+    good = candidates.answer
 
     def spoiled(q: Any) -> Any:
         site, calls = good(q)
@@ -118,7 +118,7 @@ def test_a_wrong_kernel_fails_verification(stack: nn.Module, x: Tensor, monkeypa
         others = tuple(c for c in site.candidates if c.name != "reattend")
         return replace(site, choice="reattend", candidates=(candidate, *others)), {**calls, "reattend": call}
 
-    monkeypatch.setattr(choose, "_answer", spoiled)
+    monkeypatch.setattr("reattend.rewriter.choose.answer", spoiled)
     result = reattend.verify(stack, (x,))
     assert not result.ok
     assert "FAILED" in str(result)
@@ -206,7 +206,7 @@ def test_a_model_that_calls_sdpa_is_costed_as_such(x: Tensor) -> None:
 
 
 def test_identical_layers_are_decided_once(stack: Any) -> None:
-    before = choose._answer.cache_info().misses
+    before = candidates.answer.cache_info().misses
     plan = reattend.plan(type(stack)(12).eval(), (torch.randn(1, 77, 16),))
     assert len(plan.sites) == 12
-    assert choose._answer.cache_info().misses == before + 1
+    assert candidates.answer.cache_info().misses == before + 1

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from reattend.rewriter import capture
+from reattend.rewriter import capture, export
 
 
 class Recorder:
@@ -227,14 +227,14 @@ def test_checkpointed_layers_are_captured_with_their_bodies() -> None:
 def test_export_gives_one_graph_without_computing() -> None:
     with torch.device("meta"):
         model = nn.Sequential(Plain(), Plain())
-    captured = capture.from_export(model, (torch.empty(4, 1 << 16, 8, device="meta"),), None)
+    captured = export.from_export(model, (torch.empty(4, 1 << 16, 8, device="meta"),), None)
     assert targets(captured.graph).count("aten::softmax") == 2
     softmax = [n for n in captured.graph.graph.nodes if "softmax" in n.name]
     assert [next(reversed(n.meta["nn_module_stack"].values()))[0] for n in softmax] == ["0", "1"]
 
 
 def test_export_with_symbolic_sizes() -> None:
-    captured = capture.from_export(Plain(), (torch.randn(4, 16, 8),), None, dynamic=True)
+    captured = export.from_export(Plain(), (torch.randn(4, 16, 8),), None, dynamic=True)
     softmax = next(n for n in captured.graph.graph.nodes if "softmax" in n.name)
     assert isinstance(softmax.meta["val"].shape[1], torch.SymInt)
 
@@ -248,7 +248,7 @@ def test_export_regions_are_put_in_line() -> None:
                 return x @ y
 
     x = torch.randn(4, 4, requires_grad=True)
-    captured = capture.from_export(M(), (x,), None)
+    captured = export.from_export(M(), (x,), None)
     matmuls = [n for n in captured.graph.graph.nodes if n.target is torch.ops.aten.matmul.default]
     assert len(matmuls) == 2
     assert {i.meta["val"].dtype for i in matmuls[1].all_input_nodes} == {torch.bfloat16}
@@ -261,4 +261,4 @@ def test_a_model_that_cannot_be_exported_says_why() -> None:
             return x if x.sum().item() > 0 else -x
 
     with pytest.raises(capture.CaptureError, match="data-dependent"):
-        capture.from_export(M(), (torch.randn(3),), None)
+        export.from_export(M(), (torch.randn(3),), None)

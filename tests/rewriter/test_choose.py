@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reattend.cost_model.device import device
 from reattend.cost_model.plan import Site
-from reattend.rewriter import capture, choose
+from reattend.rewriter import choose, export
 from reattend.rewriter.policy import Policy
 
 
@@ -20,7 +20,7 @@ class Eager(nn.Module):
 
 
 def decide(model: nn.Module, *args: Tensor, **request: Any) -> choose.Decision:
-    graph = capture.from_export(model, args, None).graph
+    graph = export.from_export(model, args, None).graph
     (decision,), _ = choose.decide(graph, choose.Request(request.pop("policy", Policy()), **request))
     return decision
 
@@ -53,7 +53,7 @@ def test_devices_that_are_not_here_are_planned_for() -> None:
 
 
 def test_symbolic_sizes_are_planned_with_their_hints() -> None:
-    graph = capture.from_export(Eager(), tuple(torch.randn(2, 4, 100, 16) for _ in range(3)), None, dynamic=True).graph
+    graph = export.from_export(Eager(), tuple(torch.randn(2, 4, 100, 16) for _ in range(3)), None, dynamic=True).graph
     (decision,), _ = choose.decide(graph, choose.Request(Policy()))
     assert any(isinstance(n, str) for n in decision.site.shape.sizes.values())
     assert decision.site.chosen.cost is not None

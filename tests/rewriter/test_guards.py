@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 import reattend
 from reattend.patterns.mapping import Mapping as Tiling
 from reattend.patterns.recognise import Attention, attention
-from reattend.rewriter import capture, choose, detect, guards, splice
+from reattend.rewriter import candidates, choose, detect, export, guards, splice
 
 SDPA = reattend.Policy(deny=("original", "flex", "reattend"))
 
@@ -70,7 +70,7 @@ def test_gradients_flow_on_both_sides_of_a_guard() -> None:
 
 
 def captured(model: nn.Module, *args: Tensor) -> tuple[Any, detect.Found]:
-    graph = capture.from_export(model, args, None).graph
+    graph = export.from_export(model, args, None).graph
     (found,), _ = detect.find(graph)
     return graph, found
 
@@ -86,7 +86,7 @@ def test_a_call_that_cannot_run_gives_way_to_the_original_once_and_for_all() -> 
         raise RuntimeError("no such compiler\nand more")
 
     names = [t.name for t in found.cascade.inputs]
-    fake = choose.our_call(found.cascade, Tiling(32, 32, body="sdpa"))
+    fake = candidates.our_call(found.cascade, Tiling(32, 32, body="sdpa"))
     call = splice.Call(
         "failing", failing, lambda tensors, size: tuple(tensors[n] for n in names), fragile=True,
         fake=lambda *given: fake.target(list(given), [], fake.arguments(dict(zip(names, given)), int)[2]),

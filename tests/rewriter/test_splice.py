@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from reattend.patterns.evaluate import evaluate
-from reattend.rewriter import capture, detect, liveness, splice
+from reattend.rewriter import detect, export, liveness, splice
 
 
 def oracle(found: detect.Found) -> splice.Call:
@@ -24,7 +24,7 @@ def oracle(found: detect.Found) -> splice.Call:
 
 
 def spliced(model: nn.Module, *args: Tensor) -> tuple[fx.GraphModule, list[detect.Found]]:
-    graph = capture.from_export(model, args, None).graph
+    graph = export.from_export(model, args, None).graph
     found, _ = detect.find(graph)
     for f in found:
         splice.replace(graph, f.output, f.tensors, f.scalars, oracle(f))
@@ -64,7 +64,7 @@ def test_other_consumers_keep_their_nodes() -> None:
             return p @ v, p
 
     args = qkv(1, 2, 8, 16)
-    graph = capture.from_export(M(), args, None).graph
+    graph = export.from_export(M(), args, None).graph
     (found,), _ = detect.find(graph)
     alive = {n.name for n in liveness.survivors(found.nodes, found.output)}
     assert {"softmax", "matmul"} <= alive
@@ -125,7 +125,7 @@ def test_every_layer_of_a_stack() -> None:
 
 def test_a_call_of_another_shape_is_an_error_not_a_wrong_graph() -> None:
     args = qkv(1, 2, 8, 16)
-    graph = capture.from_export(Eager(), args, None).graph
+    graph = export.from_export(Eager(), args, None).graph
     (found,), _ = detect.find(graph)
     call = splice.Call("wrong", lambda q: q.sum(), lambda tensors, size: (tensors["Q"],))
     with pytest.raises((RuntimeError, splice.SpliceError)):
@@ -146,7 +146,7 @@ def test_autocast_is_off_inside_the_call() -> None:
                 return made
 
     args = qkv(1, 2, 8, 16)
-    graph = capture.from_export(M(), args, None).graph
+    graph = export.from_export(M(), args, None).graph
     (found,), _ = detect.find(graph)
     call = splice.Call("sdpa", run, lambda tensors, size: tuple(tensors[n] for n in "QKV"))
     splice.replace(graph, found.output, found.tensors, found.scalars, call)
@@ -186,7 +186,7 @@ class Viewed(nn.Module):
 @pytest.mark.parametrize(("model", "copies"), [(Merged(), 1), (Viewed(), 1), (Eager(), 1)])
 def test_another_order_of_memory_is_undone_only_where_it_matters(model: nn.Module, copies: int) -> None:
     args = qkv(2, 3, 8, 16)
-    graph = capture.from_export(model, args, None).graph
+    graph = export.from_export(model, args, None).graph
     (found,), _ = detect.find(graph)
     splice.replace(graph, found.output, found.tensors, found.scalars, transposed(found))
     splice.finish(graph)
@@ -208,7 +208,7 @@ class InPlace(nn.Module):
 
 def test_in_place_operators_on_the_interior_go_with_it() -> None:
     args = qkv(2, 3, 8, 16)
-    graph = capture.from_export(InPlace(), args, None).graph
+    graph = export.from_export(InPlace(), args, None).graph
     (found,), _ = detect.find(graph)
     inside = frozenset(n for n in graph.graph.nodes if n.op == "call_function") - {found.output}
     assert liveness.survivors(inside, found.output) == frozenset()
@@ -229,7 +229,7 @@ def test_in_place_operators_on_what_others_read_stay() -> None:
             return s.softmax(-1) @ v, kept
 
     args = qkv(2, 3, 8, 16)
-    graph = capture.from_export(M(), tuple(a.clone() for a in args), None).graph
+    graph = export.from_export(M(), tuple(a.clone() for a in args), None).graph
     found, _ = detect.find(graph)
     for f in found:
         splice.replace(graph, f.output, f.tensors, f.scalars, oracle(f))
