@@ -278,6 +278,7 @@ class Body:
         c = self.put(cond) if cond.dtype == "b1" else (f"{self._wrap(self.put(cond), 2)} != 0", 1)
         a, b = (self._real(x) if e.is_float else self._integer(x, e.dtype) for x in (yes, no))
         if self._number(cond):
+            a, b = self._alike(a, b, self._number(yes), self._number(no))
             return f"{self._wrap(a, 1)} if {c[0]} else {self._wrap(b, 1)}", 0
         if e.is_float and self._number(yes) and self._number(no):
             # torch.where of two numbers takes torch's default type, whatever that is
@@ -285,6 +286,15 @@ class Body:
             kind = "" if self.scope.real == "f32" else f", {TYPES[self.scope.real]}"
             return f"choose({c[0]}, {a[0]}, {b[0]}{kind})", ATOM
         return f"torch.where({c[0]}, {a[0]}, {b[0]})", ATOM
+
+    @staticmethod
+    def _alike(a: Text, b: Text, plain_a: bool, plain_b: bool) -> tuple[Text, Text]:
+        """Two branches of which Python takes one: both numbers or both tensors, since what follows may be a method."""
+        if plain_a and not plain_b:
+            return (f"torch.full_like({b[0]}, {a[0]})", ATOM), b
+        if plain_b and not plain_a:
+            return a, (f"torch.full_like({a[0]}, {b[0]})", ATOM)
+        return a, b
 
     def _infix(self, op: str, args: list[Text]) -> Text:
         level = _LEVEL[op]

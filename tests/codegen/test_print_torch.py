@@ -7,7 +7,7 @@ import math
 import pytest
 import sympy
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reattend.codegen.print_torch import Body, PrintError, Scope, identifier, in_range, literal, size_source
@@ -80,7 +80,7 @@ TERMS: dict[str, tuple[Expr, str]] = {
     "segments": (ex.equal(load("seg", P), load("seg", M)), "seg[p.clamp(0, 8)] == seg[m]"),
     "narrow": (ex.cast(load("half", P, M), "f32") * 2.0, "tile(half, p, m).to(torch.float32) * 2.0"),
     "either": (~((M < 2) | (M > 5)), "~((m < 2) | (m > 5))"),
-    "size": (ex.where(ex.symbol("past") > 2, load("slope", H), 0.0), "slope[h] if past > 2 else 0.0"),
+    "size": (ex.where(ex.symbol("past") > 2, load("slope", H), 0.0), "slope[h] if past > 2 else torch.full_like(slope[h], 0.0)"),
     "constant": (load("bias", 1, P, M), "tile(bias, 1, p, m)"),
 }
 
@@ -174,6 +174,7 @@ def test_random_terms(e: Expr) -> None:
 
 
 @given(reals)
+@example(ex.unary("tanh", ex.where(ex.symbol("past") > 2, ex.cast(ex.symbol("past"), "f32"), load("bias", H, P, M))))
 def test_memory_is_used_again_without_harm(e: Expr) -> None:
     """In-place operators give the same and leave every input as it is."""
     x = inputs()

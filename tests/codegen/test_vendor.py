@@ -202,14 +202,21 @@ def test_backends() -> None:
 
 @given(strategies.programs())
 def test_drawn_programs(program: strategies.Program) -> None:
-    """Whatever SDPA takes it computes as the model does, rows without a key included."""
+    """Whatever SDPA takes it computes as the model does, rows without a key included.
+
+    Every element is right in exact arithmetic, or what the model's own arithmetic makes of it: where −1e9 is added to all
+    scores of a row, float32 drowns them and float64 does not.
+    """
     call = vendor.sdpa(program.cascade)
     if isinstance(call, Refusal):
         return
     x = program.inputs()
     exact = evaluate(program.cascade, x, program.sizes, widen=True)["O"]
-    out = call.run(x, program.sizes)
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-4, equal_nan=True)
+    written = evaluate(program.cascade, x, program.sizes)["O"].double()
+    out = call.run(x, program.sizes).double()
+    assert torch.equal(out.isnan(), written.isnan())
+    off = torch.minimum((out - exact).abs(), (out - written).abs())
+    assert float(off.nan_to_num().max()) <= 1e-4
 
 
 def test_nothing_is_made_that_is_not_used() -> None:
