@@ -114,7 +114,9 @@ class _Terms:
         return self.memo[root]
 
     def scalar(self, value: ex.Scalar, dtype: str) -> Tensor:
-        return torch.full([1] * len(self.order), value, dtype=self.dtype(dtype), device=self.device)
+        # by way of float64: what a narrow type cannot hold becomes infinite there instead of raising
+        made = torch.float64 if dtype in ex.FLOATS else self.dtype(dtype)
+        return torch.full([1] * len(self.order), value, dtype=made, device=self.device).to(self.dtype(dtype))
 
     def step(self, e: Expr) -> Tensor:
         args = [self.memo[a] for a in e.args]

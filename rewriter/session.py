@@ -15,6 +15,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,8 @@ _FAILURES_ALLOWED = 2
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 _running = threading.local()
+# Threads in which a graph is being captured by us: fx's "a trace is running" is one flag for all threads.
+_capturing: set[int] = set()
 
 
 class Mark:
@@ -65,7 +68,7 @@ class Entry:
         self.compiled = _compile(path, lambda gm, inputs: session.compile(self, gm, inputs), session.dynamic)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        if _transparent() or len(self.failures) > _FAILURES_ALLOWED:
+        if _transparent(args, kwargs) or len(self.failures) > _FAILURES_ALLOWED:
             return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         before, seen = getattr(_running, "pieces", 0), get_compilation_metrics()[-1:]
         try:
@@ -115,17 +118,26 @@ def _hook(module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def _transparent() -> bool:
+def _transparent(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Inside somebody else's tracing the model is what it was: export, fx, functorch and dispatch modes.
 
     (`torch.compiler.is_compiling` is no test: it is true in all threads while one of them compiles.)
     """
     return bool(
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+        or _fx_traced(args, kwargs)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def _fx_traced(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Is this call part of a symbolic trace, and not only beside one that we make in another thread?"""
+    if not torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+        return False
+    if not _capturing - {threading.get_ident()}:
+        return True
+    return any(isinstance(x, fx.Proxy) for x in torch.utils._pytree.tree_leaves((args, dict(kwargs))))
 
 
 def _frames_given_up(seen: Sequence[object]) -> list[str]:
@@ -211,7 +223,8 @@ class Session:
         start = time.perf_counter()
         run: Callable[..., Any] = gm.forward
         try:
-            captured = capture.from_dynamo(gm, inputs, self.names())
+            with _marked():
+                captured = capture.from_dynamo(gm, inputs, self.names())
             piece.capture_seconds = captured.seconds
             request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
             piece.plan = choose.rewrite(captured, request)
@@ -242,6 +255,15 @@ class Session:
             return run(*args)
 
         return call
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    _capturing.add(threading.get_ident())
+    try:
+        yield
+    finally:
+        _capturing.discard(threading.get_ident())
 
 
 def _runnable(graph: fx.GraphModule, inputs: Sequence[object], inductor: bool) -> Callable[..., Any]:

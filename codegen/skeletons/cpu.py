@@ -36,8 +36,10 @@ class Block(NamedTuple):
     triangle: bool = False
 
 
-# Rows of one SDPA call when query tiles are folded into its batch: many enough to feed the cores.
-FOLD_ROWS = 1024
+# Query tiles are folded into the batch of one SDPA call: enough of them to feed the cores, few enough to stay in the cache.
+CALL_SCORES = 1 << 18
+PIECES_PER_THREAD = 4
+PIECE_ROWS = 64
 
 
 @lru_cache(maxsize=64)
@@ -294,6 +296,12 @@ def sdpa(
         out[:, :, p0:p1] = o if finish is None else finish(o, lse, 0, q.shape[0], p0, p1)
 
 
+def folds(heads: int, rows: int, keys: int) -> int:
+    """How many query tiles go into one call."""
+    pieces = PIECES_PER_THREAD * torch.get_num_threads()
+    return max(1, -(-CALL_SCORES // (heads * rows * keys)), -(-pieces // (heads * -(-rows // PIECE_ROWS))))
+
+
 def folded(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, block: Block,
     added: Callable[[int, int, int, int], Tensor] | None, empty: float | None,
@@ -302,7 +310,7 @@ def folded(
     """Query tiles whose slices lie alike: the tiles become the batch, and overlapping slices of the keys are views."""
     p0, p1, rows, ((m0, m1, masked),), _ = block
     mask = four(added(p0, p0 + rows, m0, m1), rows, m1 - m0) if masked and added is not None else None
-    count = max(1, FOLD_ROWS // rows)
+    count = folds(q.shape[1], rows, m1 - m0)
     for z in range(q.shape[0]):
         for a in range(p0, p1, count * rows):
             n = min(count, (p1 - a) // rows)

@@ -363,3 +363,18 @@ def test_a_call_that_nothing_was_captured_of_is_counted(x: Tensor) -> None:
     report = reattend.report(model)
     assert (report.calls, report.given_up) == (0, 1)
     assert "Dynamo captured no graph of it" in str(report)
+
+
+def test_a_trace_in_another_thread_is_not_ours(stack: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fx has one flag for all threads: while we capture in one, calls of another go through all the same."""
+    from reattend.rewriter import session
+
+    reattend.optimize(stack, example=(x,))
+    monkeypatch.setattr(torch.fx._symbolic_trace, "is_fx_symbolic_tracing", lambda: True)
+    with torch.no_grad():
+        before = reattend.report(stack).calls
+        stack(x)
+        assert reattend.report(stack).calls == before
+        monkeypatch.setattr(session, "_capturing", {-1})
+        stack(x)
+        assert reattend.report(stack).calls == before + 1

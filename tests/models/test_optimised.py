@@ -36,10 +36,9 @@ def test_outputs_on_valid_tokens(name: str, attn: str) -> None:
             got = zoo.output_of(model(**given))
         assert relative(zoo.valid(name, given, got), zoo.valid(name, given, want)) <= 1e-5
     report = reattend.report(model)
-    first = report.pieces[0]
-    assert len(first.sites) == counted.count, str(report)
+    # Dynamo may cut a model into several graphs: what ran is counted over all of them
+    assert report.kernels == {"reattend": 3 * counted.count}, str(report)
     assert not report.misses, str(report)
-    assert set(report.kernels) == {"reattend"}, str(report)
     assert report.given_up == 0
     reattend.restore(model)
     with torch.no_grad():
