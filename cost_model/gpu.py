@@ -93,7 +93,8 @@ def _exposed(k: Kernel, d: Device, tile: Mapping[str, float]) -> float:
 def _dram_bytes(k: Kernel, d: Device, programs: int) -> float:
     """Operands come once while the second-level cache holds those of the programs in flight, else again for each wave.
 
-    Programs of one batch entry follow one another, so that what is in flight belongs to few entries.
+    Programs of one batch entry follow one another and walk the same keys side by side: a wave reads the operands of the
+    few entries in flight, once.
     """
     slots = d.units * k.resident
     entries = max(1, k.jobs.full.shape[0] * k.jobs.repeat)
@@ -101,7 +102,8 @@ def _dram_bytes(k: Kernel, d: Device, programs: int) -> float:
     if k.unique_bytes * flying <= d.l2_bytes:
         return k.unique_bytes + k.written_bytes
     waves = -(-programs // slots)
-    return min(k.moved_bytes, k.unique_bytes * waves) + k.written_bytes
+    again = max(k.unique_bytes, k.unique_bytes * flying * waves)
+    return min(k.moved_bytes, again) + k.written_bytes
 
 
 def _shares(k: Kernel, d: Device, per: tuple[Mapping[str, float], ...], kernel: float) -> dict[str, float]:

@@ -224,3 +224,14 @@ def test_planning_a_site_is_quick() -> None:
         plan()
         took.append(time.perf_counter() - start)
     assert min(took) < 0.02
+
+
+
+def test_a_wave_reads_what_is_in_flight() -> None:
+    """128 heads of 128k tokens: a head's keys leave the cache between waves; those of the other heads are not read then."""
+    h100, at = shipped("h100"), sizes(131072, d=128, heads=128)
+    cost = known(predict_vendor(CAUSAL, replace(FLASH, skips=True), h100, at))
+    once = 2 * 128 * 131072 * 128 * 4
+    waves = 131072 / 128 / h100.units
+    assert once / h100.dram_bytes_per_s < cost.parts["memory"] < 3 * once * waves / h100.dram_bytes_per_s
+    assert cost.bound != "memory"
