@@ -18,8 +18,7 @@ from .carried import OLD, Carried
 from .constant import number
 from .expr import Expr
 from .laws import separates, unseparable
-from .recognise import Attention, elements
-from .score import reading
+from .score import elements, reading
 
 # Terms above the element that sympy is asked about.
 SMALL = 24
@@ -80,11 +79,28 @@ def powers(*groups: tuple[tuple[Bound, float], ...]) -> tuple[tuple[Bound, float
     return tuple((b, k) for b, k in table.items() if k != 0.0)
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What a split knows of the cascade around a term.
+
+    `key` is the rank that is reduced and `length` its size; `exposed` are the terms from which a running bound may be
+    subtracted, `products` tensors that are finite, `rows` the row tensors; `row` names the coordinates of a row.
+    """
+
+    key: str
+    length: Expr
+    exposed: tuple[Expr, ...]
+    products: frozenset[str]
+    rows: frozenset[str]
+    row: tuple[str, ...]
+    accumulate: str
+
+
 class Splitter:
     """Splits terms over carried names; `ops` says how each carried name is reduced, `bodies` what it sums."""
 
-    def __init__(self, a: Attention) -> None:
-        self.a, self.key = a, a.key
+    def __init__(self, ground: Ground) -> None:
+        self.ground, self.key = ground, ground.key
         self.carried: list[Carried] = []
         self.ops: dict[str, str] = {}
         self.bodies: dict[str, Expr] = {}
@@ -117,10 +133,9 @@ class Splitter:
     @cached_property
     def can_empty(self) -> bool:
         """May a score be −∞? Products are finite; a tensor that is added may hold −∞, and large fills may add up."""
-        a = self.a
-        products = {e.out.tensor for e in a.products}
-        for root in (*(r.body for r in a.row), a.weight):
-            rowed = reading(root, a.row_names)
+        products = self.ground.products
+        for root in self.ground.exposed:
+            rowed = reading(root, self.ground.rows)
             for e in ex.walk(root):
                 if self.key not in e.ranks or e in rowed:
                     continue
@@ -355,8 +370,8 @@ class Splitter:
         return tuple(out)
 
     def kept(self, keep: Expr) -> Expr:
-        at = tuple(ex.index(r) for r in (*self.a.batch, self.a.query))
-        dtype = self.a.cascade.accumulate
+        at = tuple(ex.index(r) for r in self.ground.row)
+        dtype = self.ground.accumulate
         one = ex.where(keep, ex.const(1.0, dtype), ex.const(0.0, dtype))
         return self.carry("KEPT", "max", one, ex.load("KEPT", at, dtype), ())
 
@@ -514,7 +529,9 @@ class Splitter:
                 even = e.args[1].is_const and float(e.args[1].value) % 2 == 0
                 return 0.0 if even or self.nonnegative(e.args[0]) else -math.inf
             case "load" if str(e.attr) in self.ops:
-                c = next(c for c in self.carried if c.name == str(e.attr))
+                c = next((c for c in self.carried if c.name == str(e.attr)), None)
+                if c is None:
+                    return -math.inf
                 return self.least(c.lift) if c.op != "add" else 0.0 if self.nonnegative(c.lift) else -math.inf
         return -math.inf
 
