@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 
 from . import expr as ex
-from .cascade import Einsum
+from .carried import OLD
+from .cascade import IDENTITY, Einsum
 from .expr import Expr
-from .separate import Ground, Splitter, Stop
+from .separate import Bound, Ground, Splitter, Stop
 
 
 class Reducer(Splitter):
@@ -88,3 +89,20 @@ class Reducer(Splitter):
         like = ex.load(name, here.args, self.ground.accumulate)
         one = ex.where(ex.cast(body, "b1"), ex.const(1.0, like.dtype), ex.const(0.0, like.dtype))
         return self.carry(name, "max" if op == "or" else "min", one, like, ()) > 0.0
+
+    def correction(self, bounds: tuple[tuple[Bound, float], ...], lift: Expr) -> Expr | None:
+        """The factor that moves a sum from the old bounds to the new ones: ∏ base^(k·(d_old − d̂_new))."""
+        out: Expr | None = None
+        for b, k in bounds:
+            if k < 0:
+                raise Stop(lift, "a term grows as its running bound rises: no correction stays below 1")
+            by = self.before(b.d) - self.guarded(b.d)
+            factor = ex.unary(b.base, by if k == 1.0 else by * k)
+            if not b.rises:
+                start = [ex.load(OLD + str(x.attr), x.args, x.dtype) for x in self.reads(b.d)]
+                for x in start:
+                    op = self.ops[str(x.attr).removeprefix(OLD)]
+                    empty = ex.equal(x, float(IDENTITY[op]))
+                    factor = ex.where(empty, ex.const(0.0, factor.dtype), factor)
+            out = factor if out is None else out * factor
+        return out

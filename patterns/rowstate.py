@@ -103,23 +103,6 @@ class _Derivation(Reducer):
         self.bounds[name] = bounds
         return ex.load(name, here.args, here.dtype)
 
-    def correction(self, bounds: tuple[tuple[Bound, float], ...], lift: Expr) -> Expr | None:
-        """The factor that moves a sum from the old bounds to the new ones: ∏ base^(k·(d_old − d̂_new))."""
-        out: Expr | None = None
-        for b, k in bounds:
-            if k < 0:
-                raise Stop(lift, "a term grows as its running bound rises: no correction stays below 1")
-            by = self.before(b.d) - self.guarded(b.d)
-            factor = ex.unary(b.base, by if k == 1.0 else by * k)
-            if not b.rises:
-                start = [ex.load(OLD + str(x.attr), x.args, x.dtype) for x in self.reads(b.d)]
-                for x in start:
-                    op = self.ops[str(x.attr).removeprefix(OLD)]
-                    empty = ex.equal(x, float(IDENTITY[op]))
-                    factor = ex.where(empty, ex.const(0.0, factor.dtype), factor)
-            out = factor if out is None else out * factor
-        return out
-
     def state(self) -> RowState:
         a = self.a
         weight = ex.substitute(a.weight, self.final)

@@ -114,6 +114,10 @@ class Splitter:
         """The carried names that a term reads."""
         return frozenset(str(x.attr) for x in ex.loads(e) if str(x.attr) in self.ops)
 
+    def row(self, keep: Expr) -> tuple[Expr, ...]:
+        """The coordinates of the rows that a condition speaks of."""
+        return tuple(ex.index(r) for r in self.ground.row)
+
     def mixed(self, e: Expr) -> bool:
         return self.key in e.ranks and bool(self.rows(e))
 
@@ -214,7 +218,7 @@ class Splitter:
             case "exp" | "exp2":
                 return (self.exponential(e),)
             case "pow" if e.args[1].is_const:
-                return (self.power(e, e.args[0], float(e.args[1].value)),)
+                return self.whole_power(e, e.args[0], float(e.args[1].value))
             case "sqrt":
                 return (self.power(e, e.args[0], 0.5),)
             case "rsqrt":
@@ -313,6 +317,15 @@ class Splitter:
         known = {s for s in signs if s != 2}
         return known.pop() if len(known) == 1 else 0
 
+    def whole_power(self, e: Expr, base: Expr, k: float) -> tuple[Part, ...]:
+        """(f + h)^k = Σ C(k, i)·f^i·h^(k − i) for k = 2, 3, 4: the moments of f."""
+        if k not in (2.0, 3.0, 4.0) or len(self.split(base)) == 1:
+            return (self.power(e, base, k),)
+        out = base
+        for _ in range(int(k) - 1):
+            out = Expr("mul", (out, base), None, e.dtype)
+        return self.split(out)
+
     def power(self, e: Expr, base: Expr, k: float) -> Part:
         """(f·h)^k = f^k·h^k for whole k, or where both are at least 0."""
         parts = self.split(base)
@@ -364,13 +377,17 @@ class Splitter:
         for p in parts:
             lift = ex.where(keep, p.lift, ex.const(0.0, p.lift.dtype))
             after = p.after
-            if after or p.bounds:
+            if self.zeroed(p):
                 after = (*after, After("zero", ~(self.kept(keep) > 0.0)))
             out.append(replace(p, lift=lift, after=after))
         return tuple(out)
 
+    def zeroed(self, p: Part) -> bool:
+        """Must a row that keeps nothing be set to 0, because what moved or is guarded might make something else of it?"""
+        return bool(p.after or p.bounds)
+
     def kept(self, keep: Expr) -> Expr:
-        at = tuple(ex.index(r) for r in self.ground.row)
+        at = self.row(keep)
         dtype = self.ground.accumulate
         one = ex.where(keep, ex.const(1.0, dtype), ex.const(0.0, dtype))
         return self.carry("KEPT", "max", one, ex.load("KEPT", at, dtype), ())
