@@ -103,9 +103,10 @@ def needed(einsums: tuple[Einsum, ...], outputs: Sequence[str]) -> tuple[Einsum,
     return tuple(einsums[i] for i in nx.lexicographical_topological_sort(g))
 
 
-def exposed(terms: Iterable[Expr], key: str) -> tuple[Expr, ...]:
-    """The arguments of exponentials over the key: the scores from which a running bound may be subtracted."""
-    found = (e.args[0] for e in ex.walk(*terms) if e.op in ("exp", "exp2") and key in e.ranks)
+def exposed(c: Cascade, terms: Mapping[str, Expr], key: str) -> tuple[Expr, ...]:
+    """Where a −∞ may come from: what exponentials over the key take, and what maxima run over. `terms`: inlined bodies."""
+    found = [e.args[0] for e in ex.walk(*terms.values()) if e.op in ("exp", "exp2") and key in e.ranks]
+    found += [t for n, t in terms.items() if c.producers[n][0].op in ("max", "min")]
     return tuple(dict.fromkeys(found))
 
 
@@ -118,17 +119,17 @@ def products(c: Cascade, key: str) -> frozenset[str]:
     )
 
 
-def empty_rows(terms: Sequence[Expr], key: str, made: frozenset[str], rows: frozenset[str]) -> list[dict[Expr, object]]:
-    """Two-key rows without a kept key: every mask false; and every score −∞, because a tensor holds −∞."""
+def empty_rows(
+    terms: Sequence[Expr], scores: Sequence[Expr], key: str, made: frozenset[str], rows: frozenset[str]
+) -> list[dict[Expr, object]]:
+    """Two-key rows without a kept key: with every mask of `terms` false; with a tensor that `scores` add holding −∞."""
     masked: dict[Expr, object] = {}
-    scores: dict[Expr, object] = {ex.index(key): np.array([0, 1])}
+    finite: dict[Expr, object] = {ex.index(key): np.array([0, 1])}
     for e in ex.walk(*terms):
         if is_mask(e, key):
             masked[e.args[0]] = np.asarray(masked_side(e) is e.args[1])
         if e.op == "load" and str(e.attr) in made:
-            scores[e] = np.array([0.3, -0.7])
-    out = [{**scores, **masked}] if masked else []
-    added = [x for t in terms for x in ex.loads(t) if x.is_float and key in x.ranks and str(x.attr) not in made | rows]
-    if added:
-        out.append({**scores, **{x: np.full(2, -math.inf) for x in added}})
-    return out
+            finite[e] = np.array([0.3, -0.7])
+    added = [x for t in scores for x in ex.loads(t) if x.is_float and key in x.ranks and str(x.attr) not in made | rows]
+    lost = {x: np.full(2, -math.inf) for x in added}
+    return [{**finite, **k} for k in (masked, lost) if k]

@@ -85,10 +85,10 @@ class _Deferral(Reducer):
     def __init__(self, c: Cascade, key: str) -> None:
         self.c, self.reading = c, Reading(c)
         self.over_key = {e.out.tensor for e in c.einsums if e.over == (key,)}
-        terms = [self.reading.inline(e.body) for e in c.einsums if e.out.tensor in self.over_key]
+        terms = {e.out.tensor: self.reading.inline(e.body) for e in c.einsums if e.out.tensor in self.over_key}
         rows, made = frozenset(self.over_key), products(c, key)
         length = size_term(c.rank[key].size)
-        super().__init__(Ground(key, length, exposed(terms, key), made, rows, (), c.accumulate))
+        super().__init__(Ground(key, length, exposed(c, terms, key), made, rows, (), c.accumulate))
         self.at: dict[str, tuple[Expr, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.parts = 1

@@ -58,24 +58,26 @@ class _Cut:
         self.tiles = sympy.floor((size + self.width - 1) / self.width)
         self.whole = ex.index(self.outer) * size_term(self.width) + ex.index(self.inner)
         self.valid = self.whole < size_term(size)
-        # dimensions that the rank indexes where a tensor is written: inputs and outputs keep theirs whole
-        self.cut = {
-            e.out.tensor: d
-            for e in c.einsums
-            for d, i in enumerate(e.out.index)
-            if i is ex.index(key) and e.out.tensor not in c.outputs
-        }
+        # dimensions that the rank indexes where a tensor is written; an output keeps its shape and is a view of its tiles
+        self.cut = {e.out.tensor: d for e in c.einsums for d, i in enumerate(e.out.index) if i is ex.index(key)}
+        self.tensors = {t.name: self.tensor(t) for t in c.tensors}
+        self.named = {n: unused(f"B{n}", c.tensor) if n in c.outputs else n for n in self.cut}
 
     def rewritten(self) -> Rewritten:
         einsums = [new for e in self.c.einsums for new in self.einsum(e)]
-        tensors = {t.name: self.tensor(t) for t in self.c.tensors}
-        for e in einsums:
-            if e.out.tensor not in tensors:
-                like = self.c.tensor[str(e.out.tensor).removeprefix("L").rstrip("_")]
-                tensors[e.out.tensor] = Tensor(e.out.tensor, (*like.shape, self.tiles), like.dtype)
+        for name in self.c.outputs:
+            if name in self.cut:
+                tiled = self.tensors[name]
+                self.tensors[self.named[name]] = replace(tiled, name=self.named[name])
+                self.tensors[name] = self.c.tensor[name]
+                at = tuple(self.term(i) for i in self.c.producers[name][0].out.index)
+                einsums.append(Einsum(Access(name, at), self.term(ex.load(name, self.written(name), tiled.dtype))))
         more = (Rank(self.outer, self.tiles), Rank(self.inner, self.width))
         family = (self.outer, self.inner)
-        return Rewritten("partition", rebuilt(self.c, einsums, tensors, more), family)
+        return Rewritten("partition", rebuilt(self.c, einsums, self.tensors, more), family)
+
+    def written(self, name: str) -> tuple[Expr, ...]:
+        return self.c.producers[name][0].out.index
 
     def tensor(self, t: Tensor) -> Tensor:
         if t.name not in self.cut:
@@ -93,7 +95,7 @@ class _Cut:
             w = size_term(self.width)
             same = e.args[d] is ex.index(self.key)
             halves = (ex.index(self.outer), ex.index(self.inner)) if same else (args[d] // w, args[d] % w)
-            return ex.load(str(e.attr), (*args[:d], *halves, *args[d + 1 :]), e.dtype)
+            return ex.load(self.named[str(e.attr)], (*args[:d], *halves, *args[d + 1 :]), e.dtype)
 
         return ex.rebuild(root, rule)
 
@@ -103,12 +105,15 @@ class _Cut:
         if name in self.cut:
             d = self.cut[name]
             at = (*at[:d], ex.index(self.outer), ex.index(self.inner), *at[d + 1 :])
+            name = self.named[name]
         if self.key not in e.over:
             return (replace(e, out=Access(name, at), body=body),)
         within = (*(r for r in e.over if r != self.key), self.inner)
         local = unused(f"L{name}", self.c.tensor)
         here = (*at, ex.index(self.outer))
-        dtype = self.c.tensor[name].dtype
+        like = self.c.tensor[name]
+        self.tensors[local] = Tensor(local, (*like.shape, self.tiles), like.dtype)
+        dtype = like.dtype
         return (
             Einsum(Access(local, here), self.filled(body, str(e.op)), e.op, within),
             Einsum(Access(name, at), ex.load(local, here, dtype), e.op, (self.outer,)),
@@ -171,12 +176,17 @@ class _Repair(Reducer):
         self.c, self.outer, self.inner = c, outer, inner
         self.reading = Reading(c)
         self.pairs = {p.name: p for p in _pairs(c, self.reading, outer, inner)}
-        self.scores = exposed([p.body for p in self.pairs.values()], inner)
+        self.scores = exposed(c, {n: p.body for n, p in self.pairs.items()}, inner)
         made, rows = products(c, inner), frozenset(self.pairs)
         length = size_term(c.rank[inner].size)
         super().__init__(Ground(inner, length, self.scores, made, rows, (), c.accumulate))
         self.stops: list[Stop] = []
         self.sweeps: list[list[_Running]] = []
+        # reductions that stand behind a tensor which no term can look into (a sum over another rank)
+        self.behind: dict[str, frozenset[str]] = {}
+        for e in c.einsums:
+            found = (self.behind.get(n, frozenset()) | {n} & set(self.pairs) for n in (str(x.attr) for x in e.reads))
+            self.behind[e.out.tensor] = frozenset().union(*found)
 
     def zeroed(self, p: Part) -> bool:
         # a guarded sum over nothing is 0 by itself
@@ -188,7 +198,10 @@ class _Repair(Reducer):
             self.ops.clear(), self.carried.clear(), self.memo.clear()
             sweep: list[_Running] = []
             for p in pending:
-                waits = {str(x.attr) for x in ex.loads(p.body)} & {q.name for q in pending} - set(self.ops)
+                left = {q.name for q in pending}
+                names = {str(x.attr) for x in ex.loads(p.body)}
+                hidden = frozenset[str]().union(*(self.behind.get(n, frozenset()) for n in names - set(self.pairs)))
+                waits = names & left - set(self.ops) | hidden & left
                 found = None if waits else self.running(p)
                 if found is not None:
                     sweep.append(found)
@@ -262,7 +275,7 @@ class _Repair(Reducer):
             return False
         made = self.ground.products
         low = {x: -math.inf for b in bounds for x in ex.loads(b.d) if x.is_float}
-        rows = empty_rows([*self.scores, body], self.inner, made, self.ground.rows)
+        rows = empty_rows([*self.scores, body], self.scores, self.inner, made, self.ground.rows)
         ends = [float(np.sum(np.broadcast_to(number(body, {}, {**k, **low}), (2,)))) for k in rows]
         nan = [math.isnan(v) for v in ends]
         if any(nan) and not all(nan):
