@@ -21,7 +21,9 @@ from ..patterns.tiling import partition, repair
 from .passes import passes
 from .work import EXPONENTIALS, Sizes, elements, operations, size_int
 
-REWRITES: tuple[Rewrite, ...] = (expand, moments, defer, exchange, unbound, partition, repair)
+# In the order in which they are tried: on a whole rank, and on one that is cut into tiles.
+WHOLE: tuple[Rewrite, ...] = (expand, moments, defer, exchange, unbound, partition)
+TILED: tuple[Rewrite, ...] = (repair,)
 # Forms that are looked at before the search gives up, and the size of every symbol when operations are compared.
 FORMS, TYPICAL, TILE = 64, 256, 32
 # An exponential beside a multiply-add, when operations are compared (FuseMax: 6 multiply-adds and a subtraction).
@@ -77,7 +79,7 @@ def search(c: Cascade, family: Family) -> Found:
         at += 1
         if form.passes <= 1 and form.steps:
             continue
-        for rewrite in REWRITES:
+        for rewrite in _rewrites(form):
             out = rewrite(form.cascade, form.family)
             if isinstance(out, Refusal):
                 refusals.setdefault(out)
@@ -91,6 +93,12 @@ def search(c: Cascade, family: Family) -> Found:
     if best.passes == start.passes:
         best = start
     return Found(start, best, tuple(least[n] for n in sorted(least)), tuple(refusals))
+
+
+def _rewrites(form: Form) -> tuple[Rewrite, ...]:
+    if any(r.iterative for r in form.cascade.ranks):
+        return ()
+    return WHOLE if len(form.family) == 1 else TILED
 
 
 def _next(form: Form, out: Rewritten) -> Form:
@@ -128,4 +136,4 @@ def state(c: Cascade, family: Family) -> Size:
     return out
 
 
-__all__ = ["REWRITES", "Form", "Found", "Step", "effort", "search", "state"]
+__all__ = ["TILED", "WHOLE", "Form", "Found", "Step", "effort", "search", "state"]

@@ -63,14 +63,22 @@ def _unbound(c: Cascade, key: str, e: Einsum) -> Rewritten | Refusal:
             f"scores spread over {hi - lo:g} nats: exp({lo - hi:g}) leaves the normal numbers of {dtype} "
             f"(limit {SPREAD.get(dtype, 88.0):g}); the running maximum stays",
         )
-    if (why := depends(c, name)) is not None:
-        return Refusal("unbound", f"{why}: the result depends on {name} itself")
+    # a sink takes its maximum with the row's: then it is the two together that only shift
+    why = [depends(c, n) for n in (name, *_alone(c, name, key))]
+    if None not in why:
+        return Refusal("unbound", f"{why[0]}: the result depends on {name} itself")
     bound = ex.const(hi if e.op == "max" else lo, dtype)
     made = _substituted(c, name, bound)
     if not _rows_keep_a_key(c, reading, key) and not _ends_alike(c, made, key):
         return Refusal("unbound", f"a row without a key would end differently without {name}")
     conditions = (f"{lo:g} ≤ scores of {name} ≤ {hi:g}", f"{hi - lo:g} < {SPREAD.get(dtype, 88.0):g} nats in {dtype}")
     return Rewritten("unbound", made, (key,), conditions)
+
+
+def _alone(c: Cascade, name: str, key: str) -> list[str]:
+    """The row tensor that is the only reader of `name`, if there is one."""
+    readers = [e for e in c.einsums if any(str(x.attr) == name for x in e.reads)]
+    return [e.out.tensor for e in readers if len(readers) == 1 and e.op is None and key not in e.ranks]
 
 
 def _substituted(c: Cascade, name: str, value: Expr) -> Cascade:

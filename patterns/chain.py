@@ -122,7 +122,7 @@ def products(c: Cascade, key: str) -> frozenset[str]:
 def empty_rows(
     terms: Sequence[Expr], scores: Sequence[Expr], key: str, made: frozenset[str], rows: frozenset[str]
 ) -> list[dict[Expr, object]]:
-    """Two-key rows without a kept key: with every mask of `terms` false; with a tensor that `scores` add holding −∞."""
+    """Two-key rows without a kept key: every mask of `terms` false; one of them; a tensor that `scores` add holding −∞."""
     masked: dict[Expr, object] = {}
     finite: dict[Expr, object] = {ex.index(key): np.array([0, 1])}
     for e in ex.walk(*terms):
@@ -132,4 +132,6 @@ def empty_rows(
             finite[e] = np.array([0.3, -0.7])
     added = [x for t in scores for x in ex.loads(t) if x.is_float and key in x.ranks and str(x.attr) not in made | rows]
     lost = {x: np.full(2, -math.inf) for x in added}
-    return [{**finite, **k} for k in (masked, lost) if k]
+    open_ = {c: ~np.asarray(v) for c, v in masked.items()}
+    single = [{**open_, c: v} for c, v in masked.items()] if len(masked) > 1 else []
+    return [{**finite, **k} for k in (masked, *single, {**open_, **lost} if lost else {}) if k]

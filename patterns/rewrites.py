@@ -210,10 +210,10 @@ def exchange(c: Cascade, family: Family) -> Rewritten | Refusal:
         if e.op != "add" or e.over != (key,):
             continue
         above, below = factors(reading.inline(e.body))
-        for f in above:
+        for i, f in enumerate(above):
             inner = _inner_sum(c, f, key)
             if inner is not None:
-                rest = tuple(x for x in above if x is not f)
+                rest = (*above[:i], *above[i + 1 :])
                 return _exchanged(c, reading, place, inner, _instance(c, inner, f, e), rest, below, key)
     return Refusal("exchange", f"no factor under a sum over {key} is itself a sum over another rank")
 

@@ -148,12 +148,11 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Running:
-    """A reduction that runs in one sweep; `lost`: rows whose bound stays −∞ are NaN, as the model has them."""
+    """A reduction that runs in one sweep; `lost`: the condition of rows that end as NaN, as the model has them."""
 
     pair: _Pair
     carried: Carried
-    bounds: tuple[Bound, ...] = ()
-    lost: bool = False
+    lost: Expr = ex.FALSE
 
 
 def repair(c: Cascade, family: Family) -> Rewritten | Refusal:
@@ -182,6 +181,7 @@ class _Repair(Reducer):
         super().__init__(Ground(inner, length, self.scores, made, rows, (), c.accumulate))
         self.stops: list[Stop] = []
         self.sweeps: list[list[_Running]] = []
+        self.extra: list[_Running] = []
         # reductions that stand behind a tensor which no term can look into (a sum over another rank)
         self.behind: dict[str, frozenset[str]] = {}
         for e in c.einsums:
@@ -208,7 +208,9 @@ class _Repair(Reducer):
                     self.ops[p.name] = str(p.over.op)
                     self.carried.append(found.carried)
                     self.bodies[p.name] = p.body
-            self.sweeps.append(sweep)
+            new = [x for x in self.extra if x.pair.name not in self.pairs]
+            self.pairs |= {x.pair.name: x.pair for x in new}
+            self.sweeps.append([*new, *sweep])
             pending = [p for p in pending if p.name not in self.ops]
         if not any(r.carried.correction is not None for s in self.sweeps for r in s):
             law = self.stops[-1].law if self.stops else "no reduction uses a row scalar of the same sweep"
@@ -226,13 +228,11 @@ class _Repair(Reducer):
             for a in part.after:
                 ratio = self.ratio(a.how, a.term)
                 factor = ratio if factor is None else factor * ratio
-            lost = self.lost(p.body, tuple(b for b, _ in part.bounds))
+            lost = self.lost(p, part.lift, tuple(b for b, _ in part.bounds))
         except Stop as stop:
             self.stops.append(stop)
             return None
-        return _Running(
-            p, Carried(name, op, 0.0, part.done(part.lift), factor), tuple(b for b, _ in part.bounds), lost
-        )  # fmt: skip
+        return _Running(p, Carried(name, op, 0.0, part.done(part.lift), factor), lost)
 
     def part(self, body: Expr, op: str) -> Part:
         if op != "add":
@@ -269,18 +269,55 @@ class _Repair(Reducer):
                 return self.strictly(self.bodies[str(h.attr)])
         return False
 
-    def lost(self, body: Expr, bounds: tuple[Bound, ...]) -> bool:
-        """Is the model's own sum NaN in a row whose bounds are −∞, where the guarded one is 0?"""
+    def lost(self, p: _Pair, lift: Expr, bounds: tuple[Bound, ...]) -> Expr:
+        """Where the model's own sum is NaN because a bound is −∞, and the guarded one is 0.
+
+        A mask on the exponentials themselves selects 0 for a row that it empties, whatever the bound is: then such rows
+        are told apart by whether that mask kept a key.
+        """
         if not bounds or not self.can_empty:
-            return False
-        made = self.ground.products
+            return ex.FALSE
         low = {x: -math.inf for b in bounds for x in ex.loads(b.d) if x.is_float}
-        rows = empty_rows([*self.scores, body], self.scores, self.inner, made, self.ground.rows)
-        ends = [float(np.sum(np.broadcast_to(number(body, {}, {**k, **low}), (2,)))) for k in rows]
-        nan = [math.isnan(v) for v in ends]
-        if any(nan) and not all(nan):
-            raise Stop(body, "a row without a key ends in two ways: masked, and with scores of −∞")
-        return any(nan)
+        rows = empty_rows([*self.scores, p.body], self.scores, self.inner, self.ground.products, self.ground.rows)
+        ends = [float(np.sum(np.broadcast_to(number(p.body, {}, {**k, **low}), (2,)))) for k in rows]
+        # a sum that is neither is no row whose bound could be −∞
+        rows = [k for k, v in zip(rows, ends) if v == 0.0 or math.isnan(v)]
+        nan = [math.isnan(v) for v in ends if v == 0.0 or math.isnan(v)]
+        if not any(nan):
+            return ex.FALSE
+        empty: Expr = ex.FALSE
+        for b in bounds:
+            empty = empty | ex.equal(b.d, -math.inf)
+        if all(nan):
+            return empty
+        keep = _outer_mask(lift)
+        if keep is ex.FALSE or nan != [bool(np.any(number(keep, {}, {**k, **low}))) for k in rows]:
+            raise Stop(p.body, "a row without a key ends in two ways: masked, and with scores of −∞")
+        return empty & (self.kept_by(keep, p) > 0.0)
+
+    def kept_by(self, keep: Expr, p: _Pair) -> Expr:
+        """Carry whether a mask kept a key of the row."""
+        at = tuple(ex.index(r.name) for r in self.c.ranks if r.name in keep.ranks - {self.outer, self.inner})
+        dtype = self.c.accumulate
+        body = ex.where(keep, ex.const(1.0, dtype), ex.const(0.0, dtype))
+        for x in self.extra:
+            if x.pair.body is body:
+                return ex.load(x.pair.name, at, dtype)
+        name = unused("KEPT", {*self.c.tensor, *(x.pair.name for x in self.extra)})
+        local = Einsum(Access(f"L{name}", (*at, ex.index(self.outer))), body, "max", (self.inner,))
+        whole = Einsum(Access(name, at), ex.load(f"L{name}", local.out.index, dtype), "max", (self.outer,))
+        pair = _Pair(local, whole, body, p.valid)
+        self.extra.append(_Running(pair, Carried(name, "max", -math.inf, body)))
+        return ex.load(name, at, dtype)
+
+
+def _outer_mask(lift: Expr) -> Expr:
+    """The condition of the mask around a lift, or around a factor of it."""
+    if lift.op == "where" and lift.args[2].is_const and lift.args[2].value == 0.0:
+        return lift.args[0]
+    if lift.op in ("mul", "cast", "neg", "div"):
+        return next((k for k in map(_outer_mask, lift.args) if k is not ex.FALSE), ex.FALSE)
+    return ex.FALSE
 
 
 def _pairs(c: Cascade, reading: Reading, outer: str, inner: str) -> list[_Pair]:
@@ -316,6 +353,8 @@ class _Loop:
     def __init__(self, r: _Repair) -> None:
         self.r, self.c = r, r.c
         self.tensors = dict(self.c.tensor)
+        for x in r.extra:
+            self.declare_row(x)
         self.rows: list[tuple[int, int, int, Einsum]] = []
         self.step = ex.index(r.outer)
         self.tiles = self.c.rank[r.outer].size
@@ -350,6 +389,13 @@ class _Loop:
         self.tensors[name] = Tensor(name, shape, dtype)
         return name
 
+    def declare_row(self, x: _Running) -> None:
+        over, local = x.pair.over.out, x.pair.within.out.tensor
+        shape = tuple(self.c.rank[str(i.attr)].size for i in over.index)
+        tiles = self.c.rank[self.r.outer].size
+        self.tensors[over.tensor] = Tensor(over.tensor, shape, self.c.accumulate)
+        self.tensors[local] = Tensor(local, (*shape, tiles), self.c.accumulate)
+
     def now(self, root: Expr) -> Expr:
         """Row scalars of a term as they run: new values at m1 + 1, values before this tile at m1."""
 
@@ -378,7 +424,7 @@ class _Loop:
     def begin(self, k: int, x: _Running) -> None:
         over = x.pair.over
         shape = (*(self.c.rank[str(i.attr)].size for i in over.out.index), self.tiles + 1)
-        dtype = self.c.tensor[over.out.tensor].dtype
+        dtype = self.tensors[over.out.tensor].dtype
         name = self.running[x.pair.name]
         self.tensors[name] = Tensor(name, shape, dtype)
         start = ex.const(IDENTITY[str(over.op)], dtype)
@@ -417,7 +463,7 @@ class _Loop:
             body = full * right if side is left else left * full
         local = within.out.tensor
         self.add(k, LOOP, replace(within, body=body))
-        name, dtype = self.running[x.pair.name], self.c.tensor[over.out.tensor].dtype
+        name, dtype = self.running[x.pair.name], self.tensors[over.out.tensor].dtype
         old = ex.load(name, (*over.out.index, self.step), dtype)
         if x.carried.correction is not None:
             old = old * self.factor(k, x.carried.correction)
@@ -434,13 +480,9 @@ class _Loop:
 
     def end(self, k: int, x: _Running) -> None:
         over = x.pair.over
-        dtype = self.c.tensor[over.out.tensor].dtype
+        dtype = self.tensors[over.out.tensor].dtype
         last = ex.load(self.running[x.pair.name], (*over.out.index, size_term(self.tiles)), dtype)
-        if x.lost:
-            empty: Expr = ex.FALSE
-            for b in x.bounds:
-                empty = empty | ex.equal(b.d, -math.inf)
-            last = ex.where(empty, ex.const(math.nan, dtype), last)
+        last = ex.where(x.lost, ex.const(math.nan, dtype), last)
         self.add(k, END, Einsum(over.out, last))
 
     def others(self) -> None:
