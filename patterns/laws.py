@@ -7,6 +7,7 @@ Source: the repair term of Neptune and RedFuser's separability, in one statement
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -63,17 +64,22 @@ def separates(e: Expr, element: Expr, rows: tuple[Expr, ...]) -> bool:
 
 
 def _refuted(e: Expr, element: Expr, rows: tuple[Expr, ...]) -> bool:
-    """Numbers that contradict g(x, d)·g(x', d') = g(x, d')·g(x', d): cheaper than asking for a proof that fails."""
-    for x, y in ((0.7, 1.9), (2.3, 5.1)):
-        g = [
-            float(number(e, {}, {element: u, **{r: v + 0.3 * i for i, r in enumerate(rows)}}))
-            for u in (x, y)
-            for v in (0.4, 1.7)
-        ]
-        a, b = g[0] * g[3], g[1] * g[2]
-        if math.isfinite(a) and math.isfinite(b) and not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12):
-            return True
-    return False
+    """Numbers that contradict g(x, d)·g(x', d') = g(x, d')·g(x', d), or none that support it.
+
+    Cheaper than asking sympy for a proof that fails.
+    """
+    supported = False
+    for x, y in itertools.combinations((-1.3, 0.7, 1.9, 5.1), 2):
+        for u, v in ((0.4, 1.7), (0.05, 0.9), (-0.8, 3.1)):
+            at = [(p, q) for p in (x, y) for q in (u, v)]
+            g = [float(number(e, {}, {element: p, **{r: q + 0.3 * i for i, r in enumerate(rows)}})) for p, q in at]
+            a, b = g[0] * g[3], g[1] * g[2]
+            if not (math.isfinite(a) and math.isfinite(b)):
+                continue
+            if not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12):
+                return True
+            supported |= a != 0.0
+    return not supported
 
 
 def moments(g: sympy.Expr, x: sympy.Symbol, d: sympy.Symbol) -> tuple[sympy.Expr, ...] | None:
