@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ..patterns.cascade import Cascade, Einsum, Size
 from ..patterns.rewrites import Family
 from .passes import levels
-from .work import WIDTH, Sizes, ceiling, operations, product
+from .work import WIDTH, Sizes, ceiling, is_view, operations, product, sources
 
 BUFFER, SPILL, RECOMPUTE, REREAD = "buffer", "spill", "recompute", "read again"
 
@@ -51,14 +51,15 @@ def revisited(c: Cascade, family: Family) -> tuple[Revisited, ...]:
     level, outer = levels(c, family), family[0]
     made: dict[str, int] = {}
     read: dict[str, set[int]] = {}
+    source = sources(c)
     for i, e in enumerate(c.einsums):
-        if i not in level:
+        if i not in level or is_view(e):
             continue
         if any(outer in x.ranks for x in e.out.index):
             made.setdefault(e.out.tensor, level[i])
         for x in e.reads:
             if any(outer in a.ranks for a in x.args):
-                read.setdefault(str(x.attr), set()).add(level[i])
+                read.setdefault(source.get(str(x.attr), str(x.attr)), set()).add(level[i])
     inputs = {t.name for t in c.inputs}
     out = []
     for name, passes in read.items():

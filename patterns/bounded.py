@@ -123,6 +123,9 @@ def _range(e: Expr, key: str, c: Cascade, reading: Reading) -> tuple[float, floa
         case "max" | "min":
             pick = max if e.op == "max" else min
             return pick(args[0][0], args[1][0]), pick(args[0][1], args[1][1])
+        case "abs":
+            least = 0.0 if args[0][0] <= 0 <= args[0][1] else min(abs(x) for x in args[0])
+            return least, max(abs(x) for x in args[0])
         case "relu":
             return max(0.0, args[0][0]), max(0.0, args[0][1])
     return UNBOUNDED
