@@ -396,7 +396,7 @@ def _whole(c: Cascade, sizes: Sizes, groups: Sequence[Sequence[str]] | None) -> 
     readers: dict[str, set[int]] = {}
     place = {t: i for i, g in enumerate(order) for t in g}
     real = [e for e in c.einsums if not is_view(e)]
-    source = _sources(c)
+    source = sources(c)
     traffic: list[Traffic] = []
     for i, g in enumerate(order):
         seen: set[str] = set()
@@ -419,7 +419,7 @@ def _whole(c: Cascade, sizes: Sizes, groups: Sequence[Sequence[str]] | None) -> 
     return replace(total, traffic=tuple(traffic))
 
 
-def _sources(c: Cascade) -> dict[str, str]:
+def sources(c: Cascade) -> dict[str, str]:
     """Renaming Einsums resolved to the tensor they view."""
     out: dict[str, str] = {}
     for e in c.einsums:
@@ -472,7 +472,7 @@ def _output_ranks(c: Cascade) -> list[str]:
 
 def _value_ranks(c: Cascade, inner: str) -> frozenset[str]:
     """Ranks of the output that only the values have: those of an input, or a view of one, summed over the key tile."""
-    plain = {t.name for t in c.inputs} | set(_sources(c))
+    plain = {t.name for t in c.inputs} | set(sources(c))
     for e in c.einsums:
         parts = contraction(e)
         if parts is None or inner not in e.over:
