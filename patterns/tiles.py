@@ -190,7 +190,9 @@ def _static(keep: Expr, query: str, key: str, sizes: tuple[tuple[str, int], ...]
 
 
 def _counted(work: Work, grid: Grid) -> TileRuns:
-    found = in_closed_form(work, grid) or repeated(work, grid) or descend(work, grid, settle=True)
+    # what is not known at all stays open however small the boxes
+    settle = work.bounds is not None or not ex.loads(work.keep)
+    found = in_closed_form(work, grid) or repeated(work, grid) or descend(work, grid, settle=settle)
     sizes = grid.extents[grid.query], grid.extents[grid.key]
     entries = tuple(grid.extents[r] for r in grid.batch)
     data = bool(ex.loads(work.keep))
