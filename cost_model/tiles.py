@@ -24,8 +24,8 @@ from ..patterns.masks import FULL, PARTIAL, Mask, TileRuns, block_bounds, conjun
 from .schedule import SCHEDULED, launch_span, makespan, order
 
 __all__ = [
-    "NOTHING", "SCHEDULED", "Data", "Expectation", "Jobs", "Tally", "expected", "jobs", "launch_span", "makespan", "order",
-    "tile_map",
+    "NOTHING", "SCHEDULED", "Data", "Expectation", "Jobs", "Tally", "assumptions", "expected", "jobs", "launch_span",
+    "makespan", "order", "tile_map",
 ]  # fmt: skip
 
 Numbers = NDArray[np.float64]
@@ -168,7 +168,7 @@ def assumptions(keep: Expr, data: Data = NOTHING) -> tuple[str, ...]:
     out: dict[str, None] = {}
     for part in conjuncts(keep):
         unknown = [n for n in dict.fromkeys(str(e.attr) for e in ex.loads(part)) if n not in data.tables]
-        out.update(dict.fromkeys(said.get(n, f"assumed: {n} keeps every key") for n in unknown))
+        out.update(dict.fromkeys(said.get(n, f"predicted as if {n} kept every key") for n in unknown))
     return tuple(out)
 
 

@@ -26,8 +26,10 @@ from .expr import Expr
 from .intervals import spans
 from .runs import Intervals, Ints, between
 
-# Conjunctions of a mask and half-planes of a conjunction above which intervals are the better way.
+# Conjunctions of a mask and half-planes of a conjunction above which intervals are the better way; and what a mask may
+# hold of predicates and of choices between numbers, each of which doubles the cases.
 CONJUNCTIONS, HALVES = 48, 24
+PREDICATES, CHOICES = 96, 10
 # The largest number that rows are computed with.
 LARGEST = 1 << 40
 
@@ -72,8 +74,11 @@ def in_closed_form(work: Work, grid: Grid) -> tuple[Intervals, Intervals] | None
 @lru_cache(maxsize=512)
 def _parts(keep: Expr, query: str, key: str) -> tuple[Disjunction, Disjunction] | None:
     """The mask and its negation as disjunctions of conjunctions of half-planes that rows can be solved for."""
-    terms = _Terms(query, key)
     plain = normal(keep)
+    ops = [e for e in ex.walk(plain) if e.ranks & {query, key}]
+    if sum(e.dtype == "b1" for e in ops) > PREDICATES or sum(bool(_branches(e)) for e in ops) > CHOICES:
+        return None
+    terms = _Terms(query, key, {})
     some, open_ = (_eliminated(terms.cases(plain, yes)) for yes in (True, False))
     return None if some is None or open_ is None else (some, open_)
 
@@ -82,9 +87,15 @@ def _parts(keep: Expr, query: str, key: str) -> tuple[Disjunction, Disjunction] 
 class _Terms:
     query: str
     key: str
+    known: dict[tuple[Expr, bool], Disjunction | None]
 
     def cases(self, e: Expr, yes: bool) -> Disjunction | None:
         """The cases in which a predicate is `yes`, as conjunctions of half-planes. None: it is not made of any."""
+        if (e, yes) not in self.known:
+            self.known[e, yes] = self.made(e, yes)
+        return self.known[e, yes]
+
+    def made(self, e: Expr, yes: bool) -> Disjunction | None:
         if e.is_const:
             return ((),) if bool(e.value) == yes else ()
         match e.op:
@@ -168,7 +179,7 @@ def _branches(atom: Expr) -> tuple[Expr, ...]:
             return atom.args
         case "abs":
             return atom.args[0], -atom.args[0]
-        case "where":
+        case "where" if atom.dtype == "i64":
             return atom.args[1:]
         case "cast" if atom.args[0].dtype == "b1":
             return ex.const(1), ex.const(0)

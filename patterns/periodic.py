@@ -30,6 +30,10 @@ def repeated(work: Work, grid: Grid) -> tuple[Intervals, Intervals] | None:
     if ex.loads(work.keep) or math.prod(grid.shape(1)) <= FEW:
         return None
     unit = math.lcm(grid.tile_p, grid.tile_m)
+    # what repeats at some of these distances does so at their common multiple
+    every = math.lcm(*range(1, LONGEST + 1)) * unit
+    if not _repeats(work.keep, grid.query, grid.key, every):
+        return None
     times = next((k for k in range(1, LONGEST + 1) if _repeats(work.keep, grid.query, grid.key, k * unit)), 0)
     a, b = times * unit // grid.tile_p, times * unit // grid.tile_m
     if not 0 < max(a, b) <= LONGEST:

@@ -154,6 +154,17 @@ class TileRuns:
         first = np.repeat(runs.start - (length.cumsum() - length), length)
         return (*np.unravel_index(np.repeat(runs.row, length), self.shape[:-1]), first + np.arange(len(first)))
 
+    def lists(self, kind: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The tiles of one class as FlexAttention's block masks hold them: int32 counts [*batch, n_p], and key tiles
+        [*batch, n_p, longest], 0 past the count."""
+        counts = self.counts(kind)
+        *where, tile = self.tiles_of(kind)
+        flat = counts.reshape(-1)
+        row = np.ravel_multi_index(tuple(where), self.shape[:-1])
+        indices = np.zeros((self.rows, int(flat.max(initial=0))), np.int32)
+        indices[row, np.arange(len(row)) - (flat.cumsum() - flat)[row]] = tile
+        return counts.astype(np.int32), indices.reshape(*self.shape[:-1], -1)
+
     def classes(self) -> NDArray[np.uint8]:
         """Every tile: uint8 [*batch, n_p, n_m]. For short masks: it takes a byte a tile."""
         step = np.zeros((self.rows, self.shape[-1] + 1), np.int8)

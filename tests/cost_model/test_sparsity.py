@@ -23,7 +23,7 @@ from reattend.patterns.expr import Expr
 from reattend.patterns.masks import FULL, PARTIAL, Mask, count_tiles
 from reattend.patterns.recognise import Miss
 from reattend.patterns.tiles import pairs
-from reattend.patterns.windows import flat, laid_out, neighborhood, tile_order, unflat, unfolded
+from reattend.patterns.windows import flat, laid_out, neighborhood, residue_order, tile_order, unflat, unfolded
 
 B, H, P, M = (ex.index(r) for r in "bhpm")
 CAUSAL = M <= P
@@ -290,6 +290,23 @@ def test_tile_order_makes_the_boxes_contiguous() -> None:
     assert (one.visited, one.full) == (boxes.visited, boxes.full)
 
 
+def test_residues_together_make_dilation_cost_a_plain_window() -> None:
+    """Dilation 4 touches every tile near the diagonal; with residues together it is four windows of a quarter."""
+    n, window, dilation, tile = 2048, 64, 4, 64
+    keep = neighborhood(P, M, length=n, window=window, dilation=dilation)
+    moved = laid_out(keep, {r: residue_order(ex.index(r), n, dilation) for r in "pm"})
+    spread, together = (
+        count_tiles(k, query="p", key="m", extents={"p": n, "m": n}, tile_p=tile, tile_m=tile) for k in (keep, moved)
+    )
+    one = count_tiles(
+        neighborhood(P, M, length=n // dilation, window=window), query="p", key="m",
+        extents={"p": n // dilation, "m": n // dilation}, tile_p=tile, tile_m=tile,
+    )  # fmt: skip
+    assert (together.visited, together.full) == (dilation * one.visited, dilation * one.full)
+    assert spread.visited > 1.5 * together.visited
+    assert spread.full == 0
+
+
 def test_one_dimensional_tiles_of_a_plane_cost_more() -> None:
     """The curse of multi-dimensionality: 1-D tiles of a 2-D window, by the generic path."""
     lengths, window = (32, 32), (8, 8)
@@ -343,7 +360,7 @@ def test_spans_by_head_are_counted_from_their_table() -> None:
     np.testing.assert_array_equal(found.counts(), visited)
     # the same mask when nothing is known of the table: assumed to keep what causality keeps
     assert expected(keep) is CAUSAL
-    assert assumptions(keep) == ("assumed: span keeps every key",)
+    assert assumptions(keep) == ("predicted as if span kept every key",)
     assert assumptions(keep, Data.of({"span": spans})) == ()
 
 

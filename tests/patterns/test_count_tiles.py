@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 from reattend.patterns import expr as ex
 from reattend.patterns import periodic
@@ -325,3 +328,53 @@ def test_a_million_tokens_by_head() -> None:
     a = np.arange(0, n, 128)
     expected = [int(((a + 127) // 128 - np.maximum(0, a - w + 1) // 128 + 1).sum()) for w in spans["span"]]
     assert found.counts().sum(-1).tolist() == expected
+
+
+def test_planning_a_million_tokens_makes_no_matrix_of_tiles() -> None:
+    """8192 × 8192 tiles would be 64 MiB as bytes; what is counted is a few runs a row."""
+    n = 1 << 20
+    for keep in (CAUSAL, CAUSAL & ((P - M < 4096) | (M < 128)), CAUSAL & (P - M < 4096) & ex.equal((P - M) % 5, 0)):
+        tracemalloc.start()
+        found = count_tiles(keep, query="p", key="m", extents={"p": n, "m": n - 77}, tile_p=128, tile_m=128)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 24 << 20
+        assert len(found.row) <= 4 * found.rows
+
+
+@pytest.mark.parametrize("keep", [CAUSAL, CAUSAL & (P - M < 300), (P - M < 300) & (M - P < 100), ex.equal(P // 200, M // 200)], ids=str)
+def test_lists_are_those_of_a_block_mask(keep: Expr) -> None:
+    """The four arrays of FlexAttention's BlockMask, as PyTorch makes them by looking at every point."""
+    dense = torch.from_numpy(brute(keep, {"p": 1000, "m": 900}))
+    made = create_block_mask(lambda b, h, q, k: dense[q, k], None, None, 1000, 900, device="cpu")
+    found = count_tiles(keep, query="p", key="m", extents={"p": 1000, "m": 900}, tile_p=128, tile_m=128)
+    theirs = (made.kv_num_blocks, made.kv_indices), (made.full_kv_num_blocks, made.full_kv_indices)
+    for (counts, tiles), (n, at) in zip((found.lists(PARTIAL), found.lists(FULL)), theirs):
+        assert n is not None
+        assert at is not None
+        # PyTorch pads the last row and column with masked points, so that its tiles there are never full
+        for i in range(7):
+            inner = [t for t in at[0, 0, i, : n[0, 0, i]].tolist() if t < 7]
+            assert sorted(inner) == [t for t in tiles[i, : counts[i]].tolist() if t < 7]
+
+
+def test_long_masks_are_counted_by_intervals() -> None:
+    """A chain of three hundred choices and one of as many alternatives: no closed form, no recursion, the same counts."""
+    cuts = np.sort(np.random.default_rng(3).choice(np.arange(1, 1500), 299, replace=False)).tolist()
+
+    def segment(at: Expr) -> Expr:
+        out: Expr = ex.const(len(cuts))
+        for i in reversed(range(len(cuts))):
+            out = ex.where(at < cuts[i], ex.const(i), out)
+        return out
+
+    alternatives = ex.FALSE
+    for cut, after in zip([0, *cuts], [*cuts, 1500]):
+        alternatives = alternatives | ((P >= cut) & (P < after) & (M >= cut) & (M < after))
+    extents = {"p": 1500, "m": 1500}
+    ids = np.searchsorted(cuts, np.arange(1500), side="right")
+    expected = brute_classes(ids[:, None] == ids[None], (64, 64))
+    for keep in (ex.equal(segment(P), segment(M)), alternatives):
+        assert in_closed_form(Work(keep, None), grid_of(keep, (64, 64), extents)) is None
+        found = count_tiles(keep, query="p", key="m", extents=extents, tile_p=64, tile_m=64)
+        np.testing.assert_array_equal(found.classes(), expected)
