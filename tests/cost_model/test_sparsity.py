@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -457,8 +458,6 @@ def natten() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # dataclasses look their module up
-    import sys
-
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
