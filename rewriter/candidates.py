@@ -22,6 +22,7 @@ from ..cost_model.device import Device
 from ..cost_model.passes import key_passes
 from ..cost_model.plan import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
 from ..cost_model.predict import VendorUse, best_mapping, predict, predict_original, predict_vendor, tiles_of
+from ..cost_model.tiles import assumptions
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, show
 from ..patterns.mapping import Mapping as Tiling
@@ -71,6 +72,7 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
         name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q),
         mask=_mask(view, c, sizes, order), proofs=_proofs(view, q), guards=(), candidates=order, choice=chosen.name,
         cascade=show(c), chosen_cascade=lines[0] if lines and chosen.name == "reattend" else "",
+        notes=assumptions(split(view.score, view.key).keep),
     )  # fmt: skip
     return site, calls
 
