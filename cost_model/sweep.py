@@ -1,6 +1,7 @@
 """Sweeps: one capture costed at many sizes and on many devices; which candidate wins where, and where the choice changes.
 
-    axis      open sizes of a graph, moved together: `seq` those of query ranks, `past` of key ranks alone, `batch` the rest
+    axis      open sizes of a graph, moved together: `seq` those of query ranks, `past` of key ranks alone, `batch` the
+              outermost of the other ranks
     course    one group of identical attentions on one device, a point for each value of the axis
 """
 
@@ -143,7 +144,8 @@ def axes(cascades: Iterable[Cascade]) -> dict[str, tuple[str, ...]]:
         size = {r.name: r.size for r in view.cascade.ranks}
         found["seq"].update(dict.fromkeys(_whole(size[view.query])))
         found["past"].update(dict.fromkeys(_shifted(size[view.key])))
-        found["batch"].update(dict.fromkeys(s for r in view.batch for s in _whole(size[r])))
+        outermost = next((s for r in view.batch for s in _whole(size[r])), None)
+        found["batch"].update({outermost: None} if outermost is not None else {})
     taken: set[str] = set()
     out = {}
     for name in AXES:

@@ -166,13 +166,17 @@ def _planned(
     if sweeps:
         plans, swept = plan_swept(spec, shapes, devices, sweeps)
         return [replace(p, sweeps=tuple(s.on(p.device.name) for s in swept)) for p in plans], swept
-    if page and not dynamic:
-        try:
-            return plan_all(spec, shapes, devices, True), []
-        except CaptureError as no:
-            plans = plan_all(spec, shapes, devices, False)
-            return [replace(p, note=f"{p.note}; sizes are fixed: {no}") for p in plans], []
-    return plan_all(spec, shapes, devices, dynamic), []
+    if not page:
+        return plan_all(spec, shapes, devices, dynamic), []
+    from .cost_model.report.page import swept
+
+    try:
+        plans = plan_all(spec, shapes, devices, True)
+    except CaptureError as no:
+        if dynamic:
+            raise
+        plans = [replace(p, note=f"{p.note}; sizes are fixed: {no}") for p in plan_all(spec, shapes, devices, False)]
+    return [replace(p, sweeps=swept(p)) for p in plans], []
 
 
 def _text(plans: list[Plan], sweeps: list[Sweep]) -> str:

@@ -91,7 +91,7 @@ def _drawn(rows: Sequence[str]) -> list[str]:
     cells = [[sign[0] for sign in row.split() for _ in range(int(sign[1:]))] for row in rows]
     down, across = (max(1, -(-n // DRAWN)) for n in (len(cells), len(cells[0])))
     picked = [[SIGNS[c] for c in row[::across]] for row in cells[::down]]
-    step = f", every {across}th key cell" if across > 1 else ""
+    step = f"; one cell in {down}×{across} is shown" if max(down, across) > 1 else ""
     return [*("  " + "".join(row) for row in picked), f"  · empty  ▒ partial  █ full{step}"]
 
 

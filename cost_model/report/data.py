@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ..plan import Candidate, Plan, Site
     from ..sweep import Course, Sweep
 
+# What an axis counts.
+TITLES = {"seq": "query tokens (seq)", "past": "tokens in the cache (past)", "batch": "sequences in the batch"}
 # Short names of types in device files, by the names that torch has for them.
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 
@@ -106,7 +108,7 @@ def _course(axis: str, c: Course) -> dict[str, Any]:
     names = list(dict.fromkeys(e.candidate for p in c.points for e in p.estimates))
     always = f"{c.points[0].choice} at every {axis}" if c.points else ""
     return {
-        "axis": axis, "points": points, "changes": steps, "names": names,
+        "axis": axis, "title": TITLES.get(axis, axis), "points": points, "changes": steps, "names": names,
         "text": "; ".join(x["text"] for x in steps) or always,
     }  # fmt: skip
 
@@ -125,7 +127,9 @@ def _memory(sweeps: Sequence[Sweep], device: str) -> dict[str, Any] | None:
                 "value": value, "cache": sum(n * m.cache_bytes for n, m in memories),
                 "eager": max(m.eager_bytes for _, m in memories), "tiled": max(m.tiled_bytes for _, m in memories),
             })  # fmt: skip
-    return {"axis": found.axis, "rows": rows, "text": _memory_text(rows)} if rows else None
+    if not rows:
+        return None
+    return {"axis": found.axis, "title": TITLES.get(found.axis, found.axis), "rows": rows, "text": _memory_text(rows)}
 
 
 def _memory_text(rows: Sequence[Mapping[str, int]]) -> str:

@@ -5,7 +5,8 @@ const root = document.documentElement;
 const tip = document.getElementById("tip");
 const say = document.getElementById("say");
 const CANDIDATES = ["reattend", "sdpa", "flex", "original"];
-const PARTS = ["matrix", "exp", "vector", "memory", "l2", "launch", "link"];
+// Parts of a GPU's time and of a CPU's, by what they stand for: the same colour for the same kind of work.
+const PARTS = { matrix: 0, exp: 1, vector: 2, element: 2, memory: 3, fault: 6, l2: 4, call: 6, launch: 5, link: 6 };
 
 // --- texts ---------------------------------------------------------------------------------------------------------
 const digits = (x) => Number(x.toPrecision(3)).toString();
@@ -33,7 +34,7 @@ const svg = (name, attributes = {}, text = null) => {
   return out;
 };
 const colour = (name) => `var(--c-${CANDIDATES.includes(name) ? name : "original"})`;
-const part = (name, names) => { const i = PARTS.indexOf(name); return `var(--p${(i < 0 ? PARTS.length + names.indexOf(name) : i) % 7})`; };
+const part = (name, names) => `var(--p${name in PARTS ? PARTS[name] : names.indexOf(name) % 7})`;
 const showTip = (text, x, y) => {
   tip.textContent = text; tip.hidden = false;
   const box = tip.getBoundingClientRect(), width = root.clientWidth;
@@ -216,7 +217,7 @@ function drawRoofline(plot, plan, group) {
 function drawParts(plot, plan, group) {
   const found = group.candidates.filter((c) => c.cost);
   if (!found.length) { plot.append(node("p", { class: "dim" }, "No candidate has a predicted time.")); return; }
-  const names = [...new Set([...PARTS.filter((n) => found.some((c) => c.parts[n])), ...found.flatMap((c) => Object.keys(c.parts))])];
+  const names = [...new Set([...Object.keys(PARTS).filter((n) => found.some((c) => c.parts[n])), ...found.flatMap((c) => Object.keys(c.parts))])];
   const sum = (c) => Object.values(c.parts).reduce((a, v) => a + v, 0);
   const top = Math.max(...found.map((c) => Math.max(sum(c), c.cost.seconds)));
   const told = found.map((c) => `${c.name} ${seconds(c.cost.seconds)}`).join("; ");
@@ -302,9 +303,9 @@ function drawLines(plot, spec) {
 function drawSweep(plot, plan, group, index) {
   const s = group.sweeps[index];
   drawLines(plot, {
-    points: s.points, x: s.axis, text: seconds, winners: s.points.map((p) => p.choice), marks: s.changes,
+    points: s.points, x: s.title, text: seconds, winners: s.points.map((p) => p.choice), marks: s.changes,
     lines: s.names.map((n) => ({ name: n, colour: colour(n), mark: n, values: s.points.map((p) => p.times[n] || 0) })),
-    label: `Predicted time over ${s.axis}. ${s.text}.`,
+    label: `Predicted time over ${s.title}. Choice: ${s.text}.`,
   });
 }
 function drawMemory(plot, plan) {
@@ -312,7 +313,7 @@ function drawMemory(plot, plan) {
   if (plan.weight_bytes) levels.push({ name: `weights: ${bytes(plan.weight_bytes)}`, value: plan.weight_bytes });
   const line = (name, colour, key) => ({ name, colour, values: m.rows.map((r) => r[key]) });
   drawLines(plot, {
-    points: m.rows, x: `${m.axis}, tokens`, text: bytes, levels, label: `Memory over context length. ${m.text}`,
+    points: m.rows, x: m.title, text: bytes, levels, label: `Memory over context length. ${m.text}`,
     lines: [line("keys and values, all attentions", "var(--p0)", "cache"), line("alive in one attention, operator by operator", "var(--p1)", "eager"), line("alive in one attention, tiled", "var(--p3)", "tiled")],
   });
 }
