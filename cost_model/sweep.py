@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Change:
-    """Between two neighbouring values the choice changes."""
+    """The choice is `before` at `low` and `after` at `high`."""
 
     low: int
     high: int
@@ -84,28 +85,31 @@ class Change:
 
 @dataclass(frozen=True)
 class Course:
-    """A group of `count` identical attentions along the axis on one device. `site` names them, `index` is the first's."""
+    """A group of `count` identical attentions along the axis on one device. `site` names them, `index` is the first's.
+
+    `changes` are where neighbouring points differ in their choice, narrowed to within an eighth of the value.
+    """
 
     site: str
     index: int
     count: int
     device: str
     points: tuple[Point, ...]
-
-    @property
-    def changes(self) -> tuple[Change, ...]:
-        pairs = pairwise(self.points)
-        return tuple(Change(a.value, b.value, a.choice, b.choice) for a, b in pairs if a.choice != b.choice)
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All courses of a plan along one axis. `str()` is a table; `skipped` says which values the capture does not admit."""
+    """All courses of a plan along one axis. `str()` is a table; `skipped` says which values the capture does not admit.
+
+    `seconds` is how long it took to cost them.
+    """
 
     axis: str
     values: tuple[int, ...]
     courses: tuple[Course, ...]
     skipped: str = ""
+    seconds: float = field(default=0.0, compare=False)
 
     def on(self, device: str) -> Sweep:
         """The courses of one device."""
@@ -122,8 +126,13 @@ class Sweep:
     @staticmethod
     def from_dict(d: Mapping[str, Any]) -> Sweep:
         """Read what `to_dict` wrote. Raises KeyError or TypeError on other data."""
-        courses = tuple(Course(**{**c, "points": tuple(map(_point, c["points"]))}) for c in d["courses"])
-        return Sweep(d["axis"], tuple(d["values"]), courses, d["skipped"])
+        courses = tuple(map(_course, d["courses"]))
+        return Sweep(d["axis"], tuple(d["values"]), courses, d["skipped"], d["seconds"])
+
+
+def _course(d: Mapping[str, Any]) -> Course:
+    points, changes = tuple(map(_point, d["points"])), tuple(Change(**c) for c in d["changes"])
+    return Course(**{**d, "points": points, "changes": changes})
 
 
 def _point(d: Mapping[str, Any]) -> Point:
@@ -224,16 +233,35 @@ def sweep(plan: Plan, axis: str, values: Sequence[int], devices: Sequence[Device
         raise SweepError(_no_axis(plan, axis))
     if not values or min(values) < 1:
         raise SweepError(f"a sweep over {axis} needs values of at least 1")
+    start = time.perf_counter()
     kept, skipped = _admitted(plan, axis, sorted(set(values)))
     groups = plan.groups
-    firsts = [members[0] for members in groups]
     courses: list[Course] = []
     for device in devices or (plan.device,):
-        columns = [plan.retake(device, bound_sizes(plan, {axis: v}), firsts) for v in kept]
-        for i, members in enumerate(groups):
-            points = tuple(point(column[i], v) for column, v in zip(columns, kept))
-            courses.append(Course(plan.group_name(members), members[0], len(members), device.name, points))
-    return Sweep(axis, tuple(kept), tuple(courses), skipped)
+        for members in groups:
+            at = _costed(plan.retake, plan, axis, device, members[0])
+            points = tuple(map(at, kept))
+            changes = tuple(_narrowed(at, a, b) for a, b in pairwise(points) if a.choice != b.choice)
+            courses.append(Course(plan.group_name(members), members[0], len(members), device.name, points, changes))
+    return Sweep(axis, tuple(kept), tuple(courses), skipped, time.perf_counter() - start)
+
+
+def _costed(retake: Retake, plan: Plan, axis: str, device: Device, index: int) -> Callable[[int], Point]:
+    """The point of one site on one device at a value of the axis."""
+
+    def at(value: int) -> Point:
+        (site,) = retake(device, bound_sizes(plan, {axis: value}), (index,))
+        return point(site, value)
+
+    return at
+
+
+def _narrowed(at: Callable[[int], Point], low: Point, high: Point) -> Change:
+    """Where between two points the choice changes, to within an eighth."""
+    while high.value - low.value > max(1, low.value // 8):
+        middle = at((low.value + high.value) // 2)
+        low, high = (middle, high) if middle.choice == low.choice else (low, middle)
+    return Change(low.value, high.value, low.choice, high.choice)
 
 
 def _admitted(plan: Plan, axis: str, values: Sequence[int]) -> tuple[list[int], str]:

@@ -19,7 +19,10 @@ def sweep_table(sweep: Sweep, width: int = WIDTH) -> str:
         for i, value in enumerate(sweep.values):
             table.add_row(tokens_text(value), *(_cell(c, i) for c in courses))
         lines += [f"{name}{many}", table_text(table, width), *_changes(sweep.axis, courses), ""]
-    return "\n".join([*lines, sweep.skipped] if sweep.skipped else lines[:-1])
+    devices = len({c.device for c in sweep.courses})
+    where = f" on {devices} devices" if devices > 1 else ""
+    last = f"{len(sweep.values)} sizes{where} costed in {sweep.seconds:.2f} s from one capture"
+    return "\n".join([*lines, sweep.skipped, last] if sweep.skipped else [*lines, last])
 
 
 def _cell(c: Course, i: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,7 +70,7 @@ def plan(
     else:
         print(_text(plans, sweeps))
     if html is not None:
-        print(f"wrote {write_page(plans, html)}", file=_stderr())
+        print(f"wrote {write_page(plans, html)}", file=sys.stderr)
     if strict:
         from .rewriter.report import check_plan
 
@@ -164,8 +165,8 @@ def _planned(
     from .rewriter.capture import CaptureError
 
     if sweeps:
-        plans, swept = plan_swept(spec, shapes, devices, sweeps)
-        return [replace(p, sweeps=tuple(s.on(p.device.name) for s in swept)) for p in plans], swept
+        plans, found = plan_swept(spec, shapes, devices, sweeps)
+        return [replace(p, sweeps=tuple(s.on(p.device.name) for s in found)) for p in plans], found
     if not page:
         return plan_all(spec, shapes, devices, dynamic), []
     from .cost_model.report.page import swept
@@ -184,12 +185,6 @@ def _text(plans: list[Plan], sweeps: list[Sweep]) -> str:
 
     head = str(plans[0]) if len(plans) == 1 else plans_table(plans)
     return "\n\n".join([head, *map(str, sweeps)])
-
-
-def _stderr() -> object:
-    import sys
-
-    return sys.stderr
 
 
 def _saved(path: str) -> Plan:

@@ -95,7 +95,7 @@ def mask_text(s: Site) -> str:
 
 
 def _course(axis: str, c: Course) -> dict[str, Any]:
-    steps = [
+    steps: list[dict[str, Any]] = [
         {"low": x.low, "high": x.high, "before": x.before, "after": x.after,
          "text": f"{x.before} → {x.after} between {tokens_text(x.low)} and {tokens_text(x.high)}"}
         for x in c.changes
@@ -109,7 +109,7 @@ def _course(axis: str, c: Course) -> dict[str, Any]:
     always = f"{c.points[0].choice} at every {axis}" if c.points else ""
     return {
         "axis": axis, "title": TITLES.get(axis, axis), "points": points, "changes": steps, "names": names,
-        "text": "; ".join(x["text"] for x in steps) or always,
+        "text": "; ".join(str(x["text"]) for x in steps) or always,
     }  # fmt: skip
 
 

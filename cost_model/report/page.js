@@ -186,7 +186,7 @@ function drawRoofline(plot, plan, group) {
   const peak = group.peak, band = plan.device.bandwidth, ridge = peak / band;
   const points = found.map((c) => ({ c, x: c.cost.flops / c.cost.bytes, y: c.cost.flops / c.cost.seconds }));
   const x0 = Math.min(ridge, ...points.map((p) => p.x)) / 4, x1 = Math.max(ridge, ...points.map((p) => p.x)) * 4;
-  const y0 = Math.min(...points.map((p) => p.y), peak) / 6, y1 = peak * 2.5;
+  const y0 = Math.min(...points.map((p) => p.y), peak) / 6, y1 = Math.max(peak, ...points.map((p) => p.y)) * 2.5;
   const told = points.map((p) => `${p.c.name} ${rate(p.y)} at ${digits(p.x)} FLOP a byte`).join("; ");
   const { out, width, height } = frame(plot, 290, `Roofline of ${plan.device.name}: ${told}. Peak ${rate(peak)}, ${bytes(band)} a second.`);
   out.setAttribute("role", "group");

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from reattend.cost_model import picture as pictures
 from reattend.cost_model.picture import Layer, picture
@@ -29,7 +30,7 @@ def cells(layer: Layer) -> list[str]:
     return ["".join(run[0] * int(run[1:]) for run in row.split()) for row in layer.rows]
 
 
-def brute(keep: np.ndarray, cell_p: int, cell_m: int) -> list[str]:  # type: ignore[type-arg]
+def brute(keep: NDArray[np.bool_], cell_p: int, cell_m: int) -> list[str]:
     out = []
     for i in range(0, keep.shape[0], cell_p):
         row = [keep[i : i + cell_p, j : j + cell_m] for j in range(0, keep.shape[1], cell_m)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reattend.cost_model.device import shipped
-from reattend.cost_model.plan import Plan, PlanError
+from reattend.cost_model.device import Device, shipped
+from reattend.cost_model.plan import Plan, PlanError, Site
 from reattend.cost_model.sweep import (
     Change,
     Course,
@@ -103,12 +105,10 @@ def test_values_outside_of_the_capture_are_named() -> None:
 )
 def test_sizes_that_cannot_be_are_named(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(SweepError, match=message):
-        PLAN.at(**sizes)
+        PLAN.at(None, **sizes)
 
 
 def test_a_plan_from_a_file_keeps_its_sweep_and_cannot_be_costed_again() -> None:
-    from dataclasses import replace
-
     made = replace(PLAN, sweeps=(PLAN.over("seq", [512, 1024]),))
     again = Plan.from_json(made.to_json())
     assert again == made
@@ -127,20 +127,28 @@ def test_zero_and_one_are_special_to_capture_alone() -> None:
     assert not Symbol("s", 4, 2, 8).admits(9)
 
 
-def course(*choices: str) -> Course:
+def course(*choices: str, changes: tuple[Change, ...] = ()) -> Course:
     points = (Point(1 << i, c, (Estimate(c, 1e-3, "matrix"), Estimate("flex", 2e-3, "exp"))) for i, c in enumerate(choices))
-    return Course("a", 0, 2, "h200", tuple(points))
+    return Course("a", 0, 2, "h200", tuple(points), changes)
 
 
-def test_changes_name_both_sides() -> None:
-    assert course("sdpa", "sdpa", "reattend", "sdpa").changes == (
-        Change(2, 4, "sdpa", "reattend"), Change(4, 8, "reattend", "sdpa"),
-    )  # fmt: skip
-    assert course("sdpa").changes == ()
+@given(st.integers(17, 8000))
+def test_changes_are_narrowed_to_an_eighth(threshold: int) -> None:
+    """A choice that turns at a known length, whatever the cost model says."""
+
+    def retake(d: Device, at: Mapping[str, int], which: Sequence[int]) -> tuple[Site, ...]:
+        slow = at["P"] >= threshold
+        return tuple(replace(PLAN.sites[i], choice="reattend" if slow else "original") for i in which)
+
+    (found, _) = replace(PLAN, retake=retake).over("seq", [16, 256, 8192]).courses
+    (change,) = found.changes
+    assert (change.before, change.after) == ("original", "reattend")
+    assert change.low < threshold <= change.high
+    assert change.high - change.low <= max(1, change.low // 8)
 
 
 def test_the_table_marks_changes() -> None:
-    text = str(Sweep("seq", (1, 2), (course("sdpa", "reattend"),)))
+    text = str(Sweep("seq", (1, 2), (course("sdpa", "reattend", changes=(Change(1, 2, "sdpa", "reattend"),)),)))
     assert "a ×2" in text
     assert "→ reattend 1 ms (by 2.00×)" in text
     assert "h200: sdpa → reattend between 1 and 2" in text
