@@ -89,8 +89,8 @@ def mask_text(s: Site) -> str:
     if t is None:
         return f"Keeps {s.mask.expr}. Which tiles that leaves is known at run time."
     return (
-        f"Keeps {s.mask.expr}. Of {t.total:,} tiles of {t.tile_p}×{t.tile_m}, {t.visited:,} are visited "
-        f"({t.visited / max(t.total, 1):.1%}): {t.full:,} full and {t.partial:,} partial; {t.total - t.visited:,} are empty."
+        f"Keeps {s.mask.expr}. Tiles of {t.tile_p}×{t.tile_m}: {t.visited:,} of {t.total:,} visited "
+        f"({t.visited / max(t.total, 1):.1%}), {t.full:,} full and {t.partial:,} partial; {t.total - t.visited:,} empty."
     )
 
 

@@ -197,18 +197,23 @@ function drawRoofline(plot, plan, group) {
   const low = Math.max(x0, y0 / band);
   out.append(svg("path", { d: `M${X(low)} ${Y(band * low)}L${X(ridge)} ${Y(peak)}L${r} ${Y(peak)}`, fill: "none", stroke: "var(--roof)", "stroke-width": 2, "stroke-linejoin": "round" }));
   out.append(svg("text", { x: r, y: Y(peak) - 7, "text-anchor": "end" }, `${rate(peak)} ${group.dtype}`));
-  const placed = [];
+  const taken = points.map((p) => [X(p.x) - 8, Y(p.y) - 8, X(p.x) + 8, Y(p.y) + 8]);
+  const free = (box) => box[0] >= l && box[2] <= r && taken.every((o) => box[2] < o[0] || box[0] > o[2] || box[3] < o[1] || box[1] > o[3]);
   for (const p of [...points].sort((a, c) => c.y - a.y)) {
     const x = X(p.x), y = Y(p.y), bound = Math.min(peak, band * p.x);
     const text = `${p.c.name}\n${seconds(p.c.cost.seconds)}, bound by ${p.c.cost.bound}\n${rate(p.y)}: ${Math.round(100 * p.y / bound)}% of the roof\n${digits(p.x)} FLOP a byte`;
     const g = svg("g", { class: "point", tabindex: "0", role: "img", "aria-label": text.replace(/\n/g, ", ") });
     g.append(svg("circle", { cx: x, cy: y, r: 13, fill: "transparent" }), mark(p.c.name, x, y));
-    let ty = y + 4;
-    while (placed.some(([px, py]) => Math.abs(px - x) < 90 && Math.abs(py - ty) < 14)) ty += 14;
-    placed.push([x, ty]);
-    const right = x < r - 90;
-    if (Math.abs(ty - y - 4) > 1) g.append(svg("line", { x1: x, y1: y, x2: right ? x + 10 : x - 10, y2: ty - 4, class: "axis" }));
-    g.append(svg("text", { x: right ? x + 12 : x - 12, y: ty, "text-anchor": right ? "start" : "end", class: "strong" }, p.c.name));
+    const wide = p.c.name.length * 7;
+    // Beside the mark where there is room, else further down or up.
+    const spots = [0, 16, -16, 32, -32, 48, -48, 64].flatMap((dy) => [[1, dy], [-1, dy]]).map(([side, dy]) => {
+      const from = side > 0 ? x + 12 : x - 12 - wide;
+      return { side, dy, box: [from, y + dy - 8, from + wide, y + dy + 6] };
+    });
+    const spot = spots.find((s) => free(s.box)) || spots[0];
+    taken.push(spot.box);
+    if (spot.dy) g.append(svg("line", { x1: x, y1: y, x2: x + spot.side * 10, y2: y + spot.dy, class: "axis" }));
+    g.append(svg("text", { x: x + spot.side * 12, y: y + spot.dy + 4, "text-anchor": spot.side > 0 ? "start" : "end", class: "strong" }, p.c.name));
     explain(g, text); out.append(g);
   }
 }
@@ -257,12 +262,14 @@ function drawLines(plot, spec) {
   const low = Math.min(...all), high = Math.max(...all), X = log(values[0], values[values.length - 1] * (values.length > 1 ? 1 : 2), l, r), Y = log(low / 1.6, high * 1.6, b, t);
   for (const v of decades(low / 1.6, high * 1.6)) out.append(svg("line", { x1: l, x2: r, y1: Y(v), y2: Y(v), class: "gridline" }), svg("text", { x: l - 8, y: Y(v) + 4, "text-anchor": "end" }, text(v)));
   let last = -99;
-  for (const v of values.filter((v) => Number.isInteger(Math.log2(v)) || values.length < 7)) if (X(v) - last > 40) {
+  const powers = [];
+  for (let v = 2 ** Math.ceil(Math.log2(values[0])); v <= values[values.length - 1]; v *= 2) powers.push(v);
+  for (const v of powers.length > 1 ? powers : values) if (X(v) - last > 40) {
     last = X(v);
     out.append(svg("line", { x1: X(v), x2: X(v), y1: b, y2: b + 4, class: "axis" }), svg("text", { x: X(v), y: height - 24, "text-anchor": "middle" }, tokens(v)));
   }
   out.append(svg("line", { x1: l, x2: r, y1: b, y2: b, class: "axis" }), svg("text", { x: (l + r) / 2, y: height - 6, "text-anchor": "middle" }, title));
-  for (const v of levels) out.append(svg("line", { x1: l, x2: r, y1: Y(v.value), y2: Y(v.value), stroke: "var(--dim)", "stroke-dasharray": "5 4" }), svg("text", { x: l + 6, y: Y(v.value) - 5 }, v.name));
+  levels.forEach((v, i) => out.append(svg("line", { x1: l, x2: r, y1: Y(v.value), y2: Y(v.value), stroke: "var(--dim)", "stroke-dasharray": "5 4" }), svg("text", i ? { x: r - 6, y: Y(v.value) + 14, "text-anchor": "end" } : { x: l + 6, y: Y(v.value) - 5 }, v.name)));
   for (const m of marks) { const x = X(Math.sqrt(m.low * m.high)); out.append(svg("line", { x1: x, x2: x, y1: t, y2: b, stroke: "var(--ink)", "stroke-dasharray": "2 3" })); }
   if (winners) points.forEach((p, i) => {
     const from = i ? X(Math.sqrt(values[i - 1] * p.value)) : l, to = i + 1 < points.length ? X(Math.sqrt(p.value * values[i + 1])) : r;

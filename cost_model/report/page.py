@@ -75,10 +75,12 @@ def swept(plan: Plan) -> tuple[Sweep, ...]:
     axis = next((a for a in ("seq", "past") if a in plan.axes), None)
     if plan.sweeps or plan.retake is None or axis is None or not plan.sites:
         return plan.sweeps
-    own = next(s.value for s in plan.symbols if s.name in plan.axes[axis])
-    values = powers_of_two(min(SHORTEST, own), max(LONGEST, 2 * own))
+    moved = [s for s in plan.symbols if s.name in plan.axes[axis]]
+    own = max(s.value for s in moved)
+    high = min([max(LONGEST, 2 * own), *(s.high for s in moved if s.high is not None)])
+    values = powers_of_two(min(SHORTEST, 1 << (own.bit_length() - 1), high), high)
     try:
-        return (sweep(plan, axis, sorted({*values, own})),)
+        return (sweep(plan, axis, [*values, own]),)
     except SweepError:
         return ()
 
