@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -241,7 +241,7 @@ def sweep(plan: Plan, axis: str, values: Sequence[int], devices: Sequence[Device
         for members in groups:
             at = _costed(plan.retake, plan, axis, device, members[0])
             points = tuple(map(at, kept))
-            changes = tuple(_narrowed(at, a, b) for a, b in pairwise(points) if a.choice != b.choice)
+            changes = tuple(c for a, b in pairwise(points) for c in _between(at, a, b))
             courses.append(Course(plan.group_name(members), members[0], len(members), device.name, points, changes))
     return Sweep(axis, tuple(kept), tuple(courses), skipped, time.perf_counter() - start)
 
@@ -256,12 +256,15 @@ def _costed(retake: Retake, plan: Plan, axis: str, device: Device, index: int) -
     return at
 
 
-def _narrowed(at: Callable[[int], Point], low: Point, high: Point) -> Change:
-    """Where between two points the choice changes, to within an eighth."""
-    while high.value - low.value > max(1, low.value // 8):
-        middle = at((low.value + high.value) // 2)
-        low, high = (middle, high) if middle.choice == low.choice else (low, middle)
-    return Change(low.value, high.value, low.choice, high.choice)
+def _between(at: Callable[[int], Point], low: Point, end: Point) -> Iterator[Change]:
+    """Where between two points the choice changes, each to within an eighth: there may be a third choice in between."""
+    while low.choice != end.choice:
+        high = end
+        while high.value - low.value > max(1, low.value // 8):
+            middle = at((low.value + high.value) // 2)
+            low, high = (middle, high) if middle.choice == low.choice else (low, middle)
+        yield Change(low.value, high.value, low.choice, high.choice)
+        low = high
 
 
 def _admitted(plan: Plan, axis: str, values: Sequence[int]) -> tuple[list[int], str]:

@@ -271,9 +271,9 @@ function drawLines(plot, spec) {
   out.append(svg("line", { x1: l, x2: r, y1: b, y2: b, class: "axis" }), svg("text", { x: (l + r) / 2, y: height - 6, "text-anchor": "middle" }, title));
   levels.forEach((v, i) => out.append(svg("line", { x1: l, x2: r, y1: Y(v.value), y2: Y(v.value), stroke: "var(--dim)", "stroke-dasharray": "5 4" }), svg("text", i ? { x: r - 6, y: Y(v.value) + 14, "text-anchor": "end" } : { x: l + 6, y: Y(v.value) - 5 }, v.name)));
   for (const m of marks) { const x = X(Math.sqrt(m.low * m.high)); out.append(svg("line", { x1: x, x2: x, y1: t, y2: b, stroke: "var(--ink)", "stroke-dasharray": "2 3" })); }
-  if (winners) points.forEach((p, i) => {
-    const from = i ? X(Math.sqrt(values[i - 1] * p.value)) : l, to = i + 1 < points.length ? X(Math.sqrt(p.value * values[i + 1])) : r;
-    out.append(svg("rect", { x: from, y: b + 8, width: Math.max(1, to - from), height: 8, fill: colour(winners[i]) }));
+  if (winners) [...marks, null].forEach((m, i) => {
+    const turn = (k) => X(Math.sqrt(marks[k].low * marks[k].high)), from = i ? turn(i - 1) : l, to = m ? turn(i) : r;
+    out.append(svg("rect", { x: from, y: b + 8, width: Math.max(1, to - from), height: 8, fill: colour(m ? m.before : winners[winners.length - 1]) }));
   });
   const ends = [];
   for (const n of lines) {

@@ -147,6 +147,17 @@ def test_changes_are_narrowed_to_an_eighth(threshold: int) -> None:
     assert change.high - change.low <= max(1, change.low // 8)
 
 
+def test_a_third_choice_in_between_is_seen() -> None:
+    def retake(d: Device, at: Mapping[str, int], which: Sequence[int]) -> tuple[Site, ...]:
+        p = at["P"]
+        choice = "original" if p < 300 else "sdpa" if p < 700 else "reattend"
+        return tuple(replace(PLAN.sites[i], choice=choice) for i in which)
+
+    (found, _) = replace(PLAN, retake=retake).over("seq", [256, 1024]).courses
+    assert [(c.before, c.after) for c in found.changes] == [("original", "sdpa"), ("sdpa", "reattend")]
+    assert [c.low < turn <= c.high for c, turn in zip(found.changes, (300, 700))] == [True, True]
+
+
 def test_the_table_marks_changes() -> None:
     text = str(Sweep("seq", (1, 2), (course("sdpa", "reattend", changes=(Change(1, 2, "sdpa", "reattend"),)),)))
     assert "a ×2" in text

@@ -41,11 +41,12 @@ def test_costs_are_those_of_a_plan_that_was_captured_there(
 
 def test_a_model_that_passes_a_mask_to_sdpa_is_costed_with_a_mask_of_that_size() -> None:
     class M(nn.Module):
-        def forward(self, q: Tensor, mask: Tensor) -> Tensor:
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            q = x.unflatten(-1, (4, 64)).transpose(1, 2)
             return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
 
     def given(n: int) -> tuple[Tensor, Tensor]:
-        return torch.empty(2, 4, n, 64), torch.empty(2, 1, n, n, dtype=torch.bool)
+        return torch.empty(2, n, 256), torch.empty(2, 1, n, n, dtype=torch.bool)
 
     moved = reattend.plan(M(), given(64), target="cpu", dynamic=True).at(seq=512).sites[0].candidate("original").cost
     there = reattend.plan(M(), given(512), target="cpu").sites[0].candidate("original").cost
