@@ -6,23 +6,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.recognise import Miss, attention
+from ..patterns.tiles import Run
 from .predict import tiles_of
 from .work import Sizes, size_int
 
 # Cells of a side, and characters of all layers together, beyond which a picture is made coarser.
 SIDE = 1024
 CHARACTERS = 60_000
-# Batch entries that differ are drawn up to this many.
-MAPS = 8
+# Never coarser than this many cells a side; batch entries that differ are drawn up to so many.
+SMALLEST, LAYERS = 16, 8
 LETTERS = "epf"
 
 
@@ -55,54 +56,54 @@ def picture(c: Cascade, tiling: Tiling, sizes: Mapping[str, int]) -> Picture | N
 
     Cells are classified themselves, so that a picture costs as much as its cells, however long the sequence.
     """
+    view = attention(c)
+    if isinstance(view, Miss):
+        return None
     try:
-        scale = _scale(c, tiling, sizes)
+        extent = {r: size_int(n) for r, n in Sizes(view.cascade, sizes).rank.items()}
     except ValueError:
         return None
+    sides = extent[view.query] / tiling.tile_p, extent[view.key] / tiling.tile_m
+    scale = 1 << max(0, math.ceil(math.log2(max(*sides, 1) / SIDE)))
     while True:
-        jobs = tiles_of(c, replace(tiling, tile_p=tiling.tile_p * scale, tile_m=tiling.tile_m * scale), sizes)
+        tile = replace(tiling, tile_p=tiling.tile_p * scale, tile_m=tiling.tile_m * scale)
+        jobs = tiles_of(c, tile, sizes)
         if isinstance(jobs, Miss) or jobs.map is None:
             return None
         tiles = jobs.map
-        layers, omitted = _layers(np.asarray(tiles.classes), tiles.batch)
-        if sum(len(row) for layer in layers for row in layer.rows) <= CHARACTERS or max(tiles.classes.shape[-2:]) <= 16:
-            return Picture(tiles.tile_p, tiles.tile_m, tiles.queries, tiles.keys, scale, layers, omitted)
+        wide, high = -(-tiles.keys // tile.tile_m), -(-tiles.queries // tile.tile_p)
+        rows = [_row(runs, tile.tile_m, wide) for runs in tiles.runs()]
+        where = np.ndindex(*(extent[r] for r in tiles.batch))
+        names = [" ".join(f"{r}={i}" for r, i in zip(tiles.batch, at)) for at in where]
+        layers, omitted = _layers(names, rows, high)
+        if sum(len(row) for layer in layers for row in layer.rows) <= CHARACTERS or max(wide, high) <= SMALLEST:
+            return Picture(tile.tile_p, tile.tile_m, tiles.queries, tiles.keys, scale, layers, omitted)
         scale *= 2
 
 
-def _scale(c: Cascade, tiling: Tiling, sizes: Mapping[str, int]) -> int:
-    """The smallest power of two with which a side has at most SIDE cells. Raises ValueError when a size has no value."""
-    view = attention(c)
-    if isinstance(view, Miss):
-        return 1
-    extent = Sizes(view.cascade, sizes).rank
-    side = max(-(-size_int(extent[view.query]) // tiling.tile_p), -(-size_int(extent[view.key]) // tiling.tile_m))
-    return 1 << max(0, (-(-side // SIDE) - 1).bit_length())
+def _row(runs: Sequence[Run], cell: int, wide: int) -> str:
+    """The cells of a row of `wide`, those between its runs empty."""
+    out: list[str] = []
+    at = 0
+    for r in runs:
+        start, stop = r.start // cell, -(-r.stop // cell)
+        if start > at:
+            out.append(f"e{start - at}")
+        out.append(f"{LETTERS[r.kind]}{stop - start}")
+        at = stop
+    if at < wide:
+        out.append(f"e{wide - at}")
+    return " ".join(out)
 
 
-def _layers(cells: NDArray[np.uint8], batch: tuple[str, ...]) -> tuple[tuple[Layer, ...], int]:
-    """One layer for all batch entries that look alike, in order of appearance."""
-    members: dict[bytes, list[str]] = {}
-    for where in np.ndindex(*cells.shape[:-2]):
-        name = " ".join(f"{r}={i}" for r, i in zip(batch, where))
-        members.setdefault(cells[where].tobytes(), []).append(name)
-    shape = cells.shape[-2:]
-    shown = list(members.items())[:MAPS]
-    layers = tuple(
-        Layer(_label(names), tuple(_rows(np.frombuffer(raw, np.uint8).reshape(shape)))) for raw, names in shown
-    )
-    return layers, sum(len(names) for names in list(members.values())[MAPS:])
+def _layers(names: Sequence[str], rows: Sequence[str], high: int) -> tuple[tuple[Layer, ...], int]:
+    """One layer for all batch entries that look alike, in order of appearance; how many are left out."""
+    members: dict[tuple[str, ...], list[str]] = {}
+    for i, name in enumerate(names):
+        members.setdefault(tuple(rows[i * high : (i + 1) * high]), []).append(name)
+    found = [Layer(_label(alike), texts) for texts, alike in members.items()]
+    return tuple(found[:LAYERS]), sum(map(len, list(members.values())[LAYERS:]))
 
 
-def _label(names: list[str]) -> str:
-    if names == [""]:
-        return ""
+def _label(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def _rows(cells: NDArray[np.uint8]) -> Iterator[str]:
-    for row in cells:
-        edges = np.flatnonzero(np.diff(row)) + 1
-        starts = [0, *edges.tolist()]
-        stops = [*edges.tolist(), len(row)]
-        yield " ".join(f"{LETTERS[row[a]]}{b - a}" for a, b in zip(starts, stops))
