@@ -162,8 +162,6 @@ def _planned(
     spec: str, shapes: Shapes, devices: list[Device], dynamic: bool, sweeps: list[str], page: bool
 ) -> tuple[list[Plan], list[Sweep]]:
     """Plans and sweeps. A page wants open sizes for its own sweep, and does without where the capture needs fixed ones."""
-    from .rewriter.capture import CaptureError
-
     if sweeps:
         plans, found = plan_swept(spec, shapes, devices, sweeps)
         return [replace(p, sweeps=tuple(s.on(p.device.name) for s in found)) for p in plans], found
@@ -171,13 +169,27 @@ def _planned(
         return plan_all(spec, shapes, devices, dynamic), []
     from .cost_model.report.page import swept
 
+    plans = plan_all(spec, shapes, devices, True) if dynamic else _open_if_possible(spec, shapes, devices)
+    return [replace(p, sweeps=swept(p)) for p in plans], []
+
+
+def _open_if_possible(spec: str, shapes: Shapes, devices: list[Device]) -> list[Plan]:
+    """Plans with open sizes, or with fixed ones where the capture needs them or finds more attentions so."""
+    from .rewriter.capture import CaptureError
+
+    why = ""
+    plans: list[Plan] = []
     try:
         plans = plan_all(spec, shapes, devices, True)
     except CaptureError as no:
-        if dynamic:
-            raise
-        plans = [replace(p, note=f"{p.note}; sizes are fixed: {no}") for p in plan_all(spec, shapes, devices, False)]
-    return [replace(p, sweeps=swept(p)) for p in plans], []
+        why = str(no)
+    if plans and plans[0].sites and not plans[0].misses:
+        return plans
+    fixed = plan_all(spec, shapes, devices, False)
+    if plans and len(plans[0].sites) >= len(fixed[0].sites):
+        return plans
+    why = why or "; ".join(dict.fromkeys(m.reason for m in plans[0].misses))
+    return [replace(p, note=f"{p.note}; sizes are fixed ({why})") for p in fixed]
 
 
 def _text(plans: list[Plan], sweeps: list[Sweep]) -> str:

@@ -73,6 +73,28 @@ def test_a_page_is_written(config: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert len(text.encode()) < 2e6
 
 
+def bare_attention() -> object:
+    """Attention whose head size is an input's size: it is found with fixed sizes only."""
+    import torch
+    from torch import nn
+
+    class Bare(nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return (q @ q.transpose(-1, -2) * 0.25).softmax(-1) @ q
+
+    return Bare(), (torch.randn(2, 4, 32, 16),), {}
+
+
+def test_a_page_falls_back_to_fixed_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    code, out, _ = run(capsys, "plan", "test_cli_plans:bare_attention", "--html", str(tmp_path / "plan.html"))
+    assert code == 0
+    assert "1 attention" in out
+    assert "sizes are fixed (a head size that is symbolic)" in out
+
+
 def saved(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)
@@ -153,3 +175,25 @@ def test_a_sweep_refuses_before_it_captures(config: str, monkeypatch: pytest.Mon
     for bad in (["--sweep", "seq=4k:1k"], ["--html", "/nowhere/at/all.html"]):
         with pytest.raises(SystemExit):
             main(["plan", config, *bad])
+
+
+def test_a_program_of_another_version_says_how_to_save_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import zipfile
+
+    import torch
+
+    saved_now, saved_then = tmp_path / "now.pt2", tmp_path / "then.pt2"
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.randn(1, 2),)), saved_now)
+    with zipfile.ZipFile(saved_now) as now, zipfile.ZipFile(saved_then, "w") as then:
+        for name in now.namelist():
+            text = now.read(name)
+            if name.endswith("models/model.json"):
+                body = json.loads(text)
+                body["schema_version"]["major"] += 90
+                text = json.dumps(body).encode()
+            then.writestr(name, text)
+    code, _, err = run(capsys, "plan", str(saved_then))
+    assert code == 2
+    assert "is no exported program that PyTorch" in err
+    assert "save it with torch.export.save under this version" in err
+    assert len(err.strip().splitlines()) == 1

@@ -42,7 +42,7 @@ def test_costs_are_those_of_a_plan_that_was_captured_there(
 def test_a_model_that_passes_a_mask_to_sdpa_is_costed_with_a_mask_of_that_size() -> None:
     class M(nn.Module):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            q = x.unflatten(-1, (4, 64)).transpose(1, 2)
+            q = x.view(*x.shape[:2], 4, 64).transpose(1, 2)
             return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
 
     def given(n: int) -> tuple[Tensor, Tensor]:
