@@ -134,6 +134,18 @@ def branching_model() -> object:
     return Branching(), (torch.randn(2, 8, 16),), {}
 
 
+def bare_attention() -> object:
+    """Attention whose head size is an input's size: it is found with fixed sizes only."""
+    import torch
+    from torch import nn
+
+    class Bare(nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return (q @ q.transpose(-1, -2) * 0.25).softmax(-1) @ q
+
+    return Bare(), (torch.randn(2, 4, 32, 16),), {}
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))

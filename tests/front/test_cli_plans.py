@@ -73,23 +73,11 @@ def test_a_page_is_written(config: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert len(text.encode()) < 2e6
 
 
-def bare_attention() -> object:
-    """Attention whose head size is an input's size: it is found with fixed sizes only."""
-    import torch
-    from torch import nn
-
-    class Bare(nn.Module):
-        def forward(self, q: torch.Tensor) -> torch.Tensor:
-            return (q @ q.transpose(-1, -2) * 0.25).softmax(-1) @ q
-
-    return Bare(), (torch.randn(2, 4, 32, 16),), {}
-
-
 def test_a_page_falls_back_to_fixed_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    code, out, _ = run(capsys, "plan", "test_cli_plans:bare_attention", "--html", str(tmp_path / "plan.html"))
+    code, out, _ = run(capsys, "plan", "test_cli:bare_attention", "--html", str(tmp_path / "plan.html"))
     assert code == 0
     assert "1 attention" in out
     assert "sizes are fixed (a head size that is symbolic)" in out
