@@ -77,7 +77,8 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
         name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q, sizes),
         mask=_mask(view, c, sizes, order), proofs=_proofs(view, q), guards=(), candidates=order, choice=chosen.name,
         cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.name == "reattend" else "",
-        notes=assumptions(split(view.score, view.key).keep), memory=_memory(view, c, sizes), detailer=lambda: detail(c, one_pass, ours_text, sizes),
+        notes=assumptions(split(view.score, view.key).keep), memory=_memory(view, c, sizes),
+        detailer=lambda: detail(c, one_pass, ours_text, sizes),
     )  # fmt: skip
     return site, calls
 
