@@ -195,7 +195,8 @@ class _Repair(Reducer):
     def rewritten(self) -> Rewritten | Refusal:
         pending = list(self.pairs.values())
         while pending:
-            self.ops.clear(), self.carried.clear(), self.memo.clear()
+            for state in (self.ops, self.carried, self.memo):
+                state.clear()
             sweep: list[_Running] = []
             for p in pending:
                 left = {q.name for q in pending}

@@ -36,7 +36,7 @@ def done(rewrite: Any, c: Cascade, family: tuple[str, ...] = ("m",)) -> Cascade:
     same(c, out.cascade)
     assert verify(out.cascade) is out.cascade
     assert parse(to_text(out.cascade)) == out.cascade
-    return out.cascade  # type: ignore[no-any-return]
+    return out.cascade
 
 
 def lines(c: Cascade) -> list[str]:
