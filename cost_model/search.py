@@ -16,8 +16,9 @@ import sympy
 from ..patterns.bounded import unbound
 from ..patterns.cascade import Cascade, Size
 from ..patterns.recognise import Refusal
+from ..patterns.repair import repair
 from ..patterns.rewrites import Family, Rewrite, Rewritten, defer, exchange, expand, moments
-from ..patterns.tiling import partition, repair
+from ..patterns.tiling import partition
 from .passes import passes
 from .work import EXPONENTIALS, Sizes, elements, operations, size_int
 

@@ -131,7 +131,10 @@ def empty_rows(
         if e.op == "load" and str(e.attr) in made:
             finite[e] = np.array([0.3, -0.7])
     added = [x for t in scores for x in ex.loads(t) if x.is_float and key in x.ranks and str(x.attr) not in made | rows]
-    lost = {x: np.full(2, -math.inf) for x in added}
-    open_ = {c: ~np.asarray(v) for c, v in masked.items()}
-    single = [{**open_, c: v} for c, v in masked.items()] if len(masked) > 1 else []
-    return [{**finite, **k} for k in (masked, *single, {**open_, **lost} if lost else {}) if k]
+    kept: dict[Expr, object] = {c: ~np.asarray(v) for c, v in masked.items()}
+    rows_of: list[dict[Expr, object]] = [masked] if masked else []
+    if len(masked) > 1:
+        rows_of += [{**kept, c: v} for c, v in masked.items()]
+    if added:
+        rows_of.append({**kept, **dict.fromkeys(added, np.full(2, -math.inf))})
+    return [{**finite, **row} for row in rows_of]

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from reattend.cost_model import fusemax
 from reattend.cost_model.device import device
 from reattend.cost_model.footprint import (
-    BUFFER, RECOMPUTE, REREAD, SPILL, Choice, cheapest, choices, ground, moved, revisited,
+    BUFFER,
+    RECOMPUTE,
+    REREAD,
+    SPILL,
+    Choice,
+    cheapest,
+    choices,
+    ground,
+    moved,
+    revisited,
 )  # fmt: skip
 from reattend.cost_model.search import search
 from reattend.patterns import papers, variants
@@ -86,11 +95,8 @@ def test_a16_unfused_is_two_spills(model: str, n: int, expected: int) -> None:
 @pytest.mark.parametrize("form", ["Cascade 5", "found by search"])
 def test_a12_one_pass_moves_inputs_only(form: str, n: int, expected: int) -> None:
     rows = fusemax.query_tile(n, 64, 64, device("fusemax"), scores_on_chip=False)
-    if form == "Cascade 5":
-        c, family = CASCADE5, TILED
-    else:
-        best = search(CASCADE4, M).best
-        c, family = best.cascade, best.family
+    best = search(CASCADE4, M).best
+    c, family = (CASCADE5, TILED) if form == "Cascade 5" else (best.cascade, best.family)
     assert 64 * 12 * moved(ground(c, family, "p", rows, sizes(n), 2)) == expected
 
 

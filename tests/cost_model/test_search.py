@@ -21,7 +21,7 @@ from reattend.patterns.recognise import Refusal
 from ..patterns import rules
 
 torch.set_num_threads(1)
-M, K, E_, I = ("m",), ("k",), ("e",), ("i",)
+M, K, EMBED, TOKEN = ("m",), ("k",), ("e",), ("i",)
 SIZES = {**rules.SIZES, "M0": 8, "K": 29, "K0": 4, "E0": 3, "M1": 5, "I": 11}
 
 
@@ -42,7 +42,7 @@ FIELD: dict[str, tuple[Cascade, tuple[str, ...], int, int, str]] = {
     "soft-cap of 50": (variants.softcap(50.0), M, 3, 1, "defer partition repair"),
     "soft-cap and sink": (attention("both", softmax_with_cap_and_sink), M, 3, 1, "unbound defer"),
     "cosine": (variants.cosine_softmax(), M, 3, 1, "defer unbound"),
-    "cosine over the embedding": (papers.cosine(), E_, 2, 1, "defer"),
+    "cosine over the embedding": (papers.cosine(), EMBED, 2, 1, "defer"),
     "sinks": (attention("sinks", papers.softmax_sink), M, 3, 1, "defer partition repair"),
     "differential": (variants.differential(), M, 3, 1, "expand partition repair"),
     "returned probabilities": (variants.returned(), M, 3, 2, "defer partition repair"),
@@ -50,14 +50,14 @@ FIELD: dict[str, tuple[Cascade, tuple[str, ...], int, int, str]] = {
     "sparsemax in 5 steps": (attention("sparsemax", papers.sparsemax(5)), M, 7, 7, ""),
     "entmax in 3 steps": (attention("entmax", variants.entmax(3)), M, 5, 5, ""),
     "talking heads": (variants.talking_heads(), M, 3, 1, "exchange partition repair"),
-    "layer norm": (variants.layer_norm(), E_, 3, 2, "moments"),
-    "layer norm, moments": (variants.layer_norm_moments(), E_, 2, 2, ""),
-    "layer norm, Welford": (variants.layer_norm_welford(), E_, 2, 2, ""),
+    "layer norm": (variants.layer_norm(), EMBED, 3, 2, "moments"),
+    "layer norm, moments": (variants.layer_norm_moments(), EMBED, 2, 2, ""),
+    "layer norm, Welford": (variants.layer_norm_welford(), EMBED, 2, 2, ""),
     "linear, quadratic spelling": (attention("linear", papers.linear), M, 2, 1, "defer"),
     "linear, keys first": (papers.reassociated(), M, 1, 1, ""),
-    "linear, causal": (variants.causal_linear(), I, 1, 1, ""),
-    "linear, gated": (variants.gated_linear(), I, 1, 1, ""),
-    "linear, decayed": (variants.decayed_linear(), I, 1, 1, ""),
+    "linear, causal": (variants.causal_linear(), TOKEN, 1, 1, ""),
+    "linear, gated": (variants.gated_linear(), TOKEN, 1, 1, ""),
+    "linear, decayed": (variants.decayed_linear(), TOKEN, 1, 1, ""),
     "Cascade 1": (papers.cascade1(), K, 2, 1, "defer"),
     "Cascade 4": (papers.cascade4(), M, 3, 1, "defer partition repair"),
 }
@@ -91,7 +91,7 @@ def test_forms_of_the_field(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n, row in FIELD.items() if row[4]])
 def test_every_single_rewrite_keeps_the_values(name: str) -> None:
     """Along the way to the best form, after each step: same values, verified, canonical, passes as the step says."""
-    c, family, *_, how = FIELD[name]
+    c, family, *_ = FIELD[name]
     tensors = rules.tensors(c, sizes=SIZES)
     want = outputs(c, tensors)
     table = {r.__name__: r for r in (*WHOLE, *TILED)}
@@ -178,7 +178,7 @@ def test_unknown_rank() -> None:
 
 def test_state_counts_what_is_carried() -> None:
     assert str(state(papers.cascade5(), ("m1", "m0"))) == "F*P + 2*P"
-    assert str(state(variants.causal_linear(), I)) == "E*F"
+    assert str(state(variants.causal_linear(), TOKEN)) == "E*F"
 
 
 def test_describe_is_plain_data() -> None:
@@ -234,6 +234,7 @@ def test_random_row_programs_keep_their_values(steps: Any, score: Any, tile: int
     c = attention("drawn", rule, score)
     found = search(c, M)
     assert found.best.passes <= found.written.passes
+    assert all(s.after <= s.before for form in found.forms for s in form.steps)
     tensors = rules.tensors(c, 3, _small)
     sizes = {**_small, "M0": tile}
     want = evaluate(c, tensors, sizes, widen=True)["O"]
