@@ -13,6 +13,7 @@ from typing import Any
 
 from .cost import Cost
 from .device import Device, device_from_dict, device_to_dict
+from .mesh_plan import MeshPlan
 
 SCHEMA = 1
 ORIGINAL = "original"
@@ -150,13 +151,17 @@ class Miss:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every attention of one captured graph, on one device. `note` says what the times rest on."""
+    """Every attention of one captured graph, on one device. `note` says what the times rest on.
+
+    `sharding` has the ways to spread them over a mesh of such devices, where one was asked for.
+    """
 
     sites: tuple[Site, ...]
     misses: tuple[Miss, ...]
     device: Device
     model: str = ""
     note: str = ""
+    sharding: MeshPlan | None = None
 
     @property
     def seconds(self) -> float:
@@ -166,13 +171,14 @@ class Plan:
     def __str__(self) -> str:
         from .table import plan_table
 
-        return plan_table(self)
+        return plan_table(self) + (f"\n\n{self.sharding}" if self.sharding is not None else "")
 
     def to_json(self) -> str:
         """The plan as JSON; code is kept where its text is at hand."""
         body = {
             "schema": SCHEMA, "model": self.model, "note": self.note, "device": device_to_dict(self.device),
             "sites": [_site_to_dict(s) for s in self.sites], "misses": [_plain(m) for m in self.misses],
+            "sharding": self.sharding.to_dict() if self.sharding is not None else None,
         }  # fmt: skip
         return json.dumps(body, indent=1, ensure_ascii=False)
 
@@ -193,6 +199,7 @@ class Plan:
                 sites=tuple(_site_from_dict(s) for s in body["sites"]),
                 misses=tuple(Miss(**m) for m in body["misses"]),
                 device=device_from_dict(body["device"]), model=body["model"], note=body["note"],
+                sharding=MeshPlan.from_dict(body["sharding"]) if body.get("sharding") else None,
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             raise PlanError(f"the plan is damaged: {error}") from None

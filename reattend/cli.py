@@ -70,6 +70,9 @@ Phase = Annotated[str, typer.Option(help="prefill, or decode: one token over a f
 Past = Annotated[int, typer.Option(parser=tokens, metavar="TOKENS", help="tokens in the cache, with --phase decode")]
 Attn = Annotated[str | None, typer.Option(help="the model's own implementation: eager or sdpa")]
 Dynamic = Annotated[bool, typer.Option("--dynamic", help="keep sizes symbolic where the model allows it")]
+MeshOption = Annotated[
+    str | None, typer.Option("--mesh", metavar="AXES", help="devices to spread it over: tp=8, or tp=8,cp=2 (tp, cp, dp)")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 when an attention is left alone")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
@@ -78,14 +81,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 @app.command()
 def plan(
     model: Model, target: Target = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None, phase: Phase = "prefill",
-    past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, strict: Strict = False, json: Json = False,
-    debug: Debug = False,
+    past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, mesh: MeshOption = None, strict: Strict = False,
+    json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Show every attention of MODEL: what it is, its mask, the candidates' predicted times, the choice.
 
     Example: reattend plan config.json --target h200 --seq 128k --dtype bf16
     """
-    made = _plan(model, _shapes(batch, seq, dtype, phase, past, attn), target, dynamic)
+    made = _plan(model, _shapes(batch, seq, dtype, phase, past, attn), target, dynamic, mesh)
     print(made.to_json() if json else made)
     if strict:
         from .rewriter.report import check_plan
@@ -194,12 +197,12 @@ def _shapes(batch: int, seq: int | None, dtype: str | None, phase: str, past: in
     return Shapes(batch, seq, dtype, phase, past, attn)
 
 
-def _plan(spec: str, shapes: Shapes, target: str | None, dynamic: bool) -> Plan:
+def _plan(spec: str, shapes: Shapes, target: str | None, dynamic: bool, mesh: str | None = None) -> Plan:
     from .cost_model.device import device
     from .rewriter.planning import plan_spec
     from .rewriter.policy import Policy
 
-    return plan_spec(spec, shapes, device(target or "cpu"), Policy(), dynamic=dynamic)
+    return plan_spec(spec, shapes, device(target or "cpu"), Policy(mesh=mesh), dynamic=dynamic)
 
 
 def _sites(made: Plan, name: str | None) -> list[Site]:
@@ -266,7 +269,7 @@ def _failed(error: Exception) -> int:
     if hasattr(error, "format_message"):
         print(f"reattend: {error.format_message().rstrip('.')}", file=sys.stderr)
         return 2
-    known = name in ("UsageError", "UnknownDevice", "CaptureError", "StrictError", "ValueError")
+    known = name in ("UsageError", "UnknownDevice", "CaptureError", "StrictError", "ValueError", "MeshError")
     sentence = str(error) if known else f"{name}: {error} (a defect of reattend: --debug shows the traceback)"
     print(f"reattend: {sentence.splitlines()[0] if sentence else name}", file=sys.stderr)
     return 1 if name in ("StrictError", "CaptureError") else 2

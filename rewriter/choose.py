@@ -134,7 +134,7 @@ def decide(gm: fx.GraphModule, request: Request) -> tuple[list[Decision], list[M
     """Every attention of a graph with its decision, and what was left alone."""
     erase_dead(gm)
     found, missed = find(gm)
-    hints = _hints(gm)
+    hints = size_hints(gm)
     decisions = [_decide(f, hints, request) for f in found]
     return decisions, [_miss(m) for m in missed]
 
@@ -152,7 +152,7 @@ def _device_of(gm: fx.GraphModule) -> Device | None:
     return None
 
 
-def _hints(gm: fx.GraphModule) -> Mapping[str, int]:
+def size_hints(gm: fx.GraphModule) -> Mapping[str, int]:
     """The size that each symbol of the graph has in the example that it was traced with."""
     out: dict[str, int] = {}
     for n in gm.graph.nodes:
@@ -172,11 +172,7 @@ def _hints(gm: fx.GraphModule) -> Mapping[str, int]:
 def _decide(f: Found, hints: Mapping[str, int], request: Request) -> Decision:
     value = f.output.meta["val"]
     device = request.target or running_device(value.device.type)
-    sizes = {s: hints[s] for s in f.cascade.free_symbols if s in hints}
-    for name, node in f.scalars.items():
-        known = getattr(getattr(node.meta.get("val"), "node", None), "hint", None)
-        if known is not None:
-            sizes[name] = int(known)
+    sizes = known_sizes(f, hints)
     bound = _bound_to_original(f)
     question = Question(
         f.cascade, tuple(sorted(sizes.items())), device, request.policy, request.executable, _wants_gradient(f), bound,
@@ -190,6 +186,16 @@ def _decide(f: Found, hints: Mapping[str, int], request: Request) -> Decision:
         notes=(*site.notes, *f.notes),
     )  # fmt: skip
     return Decision(f, site, calls)
+
+
+def known_sizes(f: Found, hints: Mapping[str, int]) -> dict[str, int]:
+    """The symbols of an attention's cascade with the sizes of the example that it was traced with."""
+    sizes = {s: hints[s] for s in f.cascade.free_symbols if s in hints}
+    for name, node in f.scalars.items():
+        known = getattr(getattr(node.meta.get("val"), "node", None), "hint", None)
+        if known is not None:
+            sizes[name] = int(known)
+    return sizes
 
 
 def _bound_to_original(f: Found) -> str:

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..cost_model.device import Device
+from ..cost_model.mesh import Mesh, linked
+from ..cost_model.mesh_plan import MeshPlan
 from ..cost_model.plan import Miss, Plan, Site
+from ..cost_model.sharding import Site as Sharded
+from ..cost_model.sharding import shard
+from ..patterns.cascade import Cascade
 from . import capture, choose, export
 from .models import Shapes, Subject, load
 from .policy import Policy
@@ -28,9 +33,13 @@ def plan_model(
     Gradients are planned for where the model is in training mode and grad mode is on. Raises CaptureError.
     """
     name = name or type(model).__name__
+    if policy.mesh is not None:
+        linked(device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
         try:
-            return plan_graph(export.from_export(model, args, kwargs, dynamic=dynamic), device, policy, name)
+            weights = sum(p.numel() * p.element_size() for p in model.parameters())
+            captured = export.from_export(model, args, kwargs, dynamic=dynamic)
+            return plan_graph(captured, device, policy, name, weights=weights)
         except capture.CaptureError as no:
             tensors = [*model.parameters(), *export.held_tensors((args, dict(kwargs)))[0]]
             if any(_without_data(t) for t in tensors):
@@ -42,17 +51,50 @@ def _without_data(t: Tensor) -> bool:
     return t.device.type == "meta" or isinstance(t, torch._subclasses.FakeTensor)
 
 
-def plan_graph(captured: capture.Captured, device: Device, policy: Policy, name: str = "") -> Plan:
-    """Plan a captured graph for a device that need not be here. The graph stays as it is."""
+def plan_graph(
+    captured: capture.Captured, device: Device, policy: Policy, name: str = "", *, weights: int = 0
+) -> Plan:  # fmt: skip
+    """Plan a captured graph for a device that need not be here. The graph stays as it is.
+
+    `weights` are the bytes of the model's parameters, for the memory of a mesh; 0 where they are not known.
+    """
     start = time.perf_counter()
     sites: list[Site] = []
     misses: list[Miss] = []
+    found: list[tuple[Sharded, bool]] = []
     for region in capture.regions(captured.graph):
         decisions, missed = choose.decide(region, choose.Request(policy, device, executable=False))
         sites += [d.site for d in decisions]
         misses += missed
+        if policy.mesh is not None:
+            hints = choose.size_hints(region)
+            found += [(_bound(d, hints), d.found.needs_grad) for d in decisions]
+    sharding = _sharded(found, device, policy, weights)
     note = f"captured in {captured.seconds:.1f} s, planned in {time.perf_counter() - start:.2f} s"
-    return Plan(tuple(sites), tuple(misses), device, model=name, note=note)
+    return Plan(tuple(sites), tuple(misses), device, model=name, note=note, sharding=sharding)
+
+
+def _bound(d: choose.Decision, hints: Mapping[str, int]) -> Sharded:
+    """An attention with the sizes that it was captured with."""
+    sizes = choose.known_sizes(d.found, hints)
+    missing = [n for n in d.found.cascade.free_symbols if n not in sizes]
+    if missing:
+        raise ValueError(f"a mesh needs sizes: {', '.join(missing)} of {d.site.name} has none, plan without --dynamic")
+    return Sharded(d.site.name, d.found.cascade.with_sizes(sizes))
+
+
+def _sharded(
+    found: Sequence[tuple[Sharded, bool]], device: Device, policy: Policy, weights: int
+) -> MeshPlan | None:  # fmt: skip
+    """The ways to spread these attentions over the policy's mesh; None without a mesh or attentions."""
+    if not found or not isinstance(policy.mesh, Mesh):
+        return None
+    layers: dict[Cascade, list[Sharded]] = {}
+    for site, _ in found:
+        layers.setdefault(site.cascade, []).append(site)
+    sites = [replace(same[0], layers=len(same)) for same in layers.values()]
+    step = "training" if any(grad for _, grad in found) else None
+    return shard(sites, policy.mesh, device, step=step, weights=weights, approximate=policy.approximate)
 
 
 def _plan_pieces(
@@ -70,7 +112,7 @@ def _plan_pieces(
 
     def plan_piece(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
         captured = capture.from_dynamo(gm, inputs, names)
-        plans.append(plan_graph(captured, device, policy, name))
+        plans.append(plan_graph(captured, device, replace(policy, mesh=None), name))
         breaks.extend(b for b in [break_of(gm)] if b)
         return gm.forward
 
@@ -83,6 +125,7 @@ def _plan_pieces(
         session.detach()
     where = "; ".join(dict.fromkeys(breaks)) or why
     note = f"the model has no graph of its own and was run once; captured in {len(plans)} pieces, broken at {where}"
+    note += "; a mesh needs one whole graph, and is left out" if policy.mesh is not None else ""
     sites, misses = (tuple(x for p in plans for x in getattr(p, part)) for part in ("sites", "misses"))
     return Plan(sites, misses, device, model=name, note=note)
 
@@ -94,6 +137,8 @@ def _copied(values: Any) -> Any:
 
 def plan_spec(spec: str, shapes: Shapes, device: Device, policy: Policy, *, dynamic: bool = False) -> Plan:
     """Plan what a command line names. Raises UsageError and CaptureError."""
+    if policy.mesh is not None:
+        linked(device)
     subject = load(spec, shapes)
     try:
         return _plan_subject(subject, device, policy, dynamic)

@@ -1,0 +1,402 @@
+"""Sharding: what each way to spread an attention over a mesh of devices holds, computes, sends and takes, best first.
+
+    T = max(FLOP / rate, exponentials / rate, bytes / bandwidth) + exchanges that computing waits for + their latency
+
+A way is an assignment of the cascade's ranks to mesh axes (`placement` derives the rest). Named ones, on an axis a:
+    heads        h→a                                        tensor parallel
+    ring         p→a, keys at rest m→a, whole inside        context parallel; contiguous, or zigzag for causal masks
+    all-to-all   p→a and m→a outside, h→a inside            Ulysses
+    merge        m→a inside, h→a outside                    context-parallel decode: DCP, Helix; tree attention
+Sources: Megatron-LM; Ring Attention; DeepSpeed-Ulysses; Helix Parallelism; "TPLA"; the exactness of each is derived.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ..patterns import expr as ex
+from ..patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
+from ..patterns.latent import Latent, Widths, absorbed, sliced
+from .capacity import Memory, largest_batch, memory
+from .collectives import RING, Collective, backward, packed
+from .device import Device
+from .mesh import Mesh, MeshError
+from .mesh_plan import Exchange, MeshPlan, Scheme
+from .placement import Assignment, Placed, Refused, Roles, core, place, roles
+from .work import size_int
+
+STEPS = ("prefill", "decode", "training")
+LATENT_ROLES = Roles(("b",), "h", "p", "m")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A candidate: a cascade on a mesh under an assignment. `mesh` may cut an axis of the user's mesh in two."""
+
+    name: str
+    cascade: Cascade
+    who: Roles
+    how: Assignment
+    mesh: Mesh
+    exact: bool = True
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Site:
+    """An attention with integer sizes, and how many layers of the model are like it."""
+
+    name: str
+    cascade: Cascade
+    layers: int = 1
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one step on the device with most to do, by part; `sent` are the bytes of each exchange."""
+
+    matrix: float
+    exp: float
+    memory: float
+    exposed: float
+    latency: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.matrix, self.exp, self.memory) + self.exposed + self.latency
+
+    @property
+    def bound(self) -> str:
+        parts = {"matrix": self.matrix, "exp": self.exp, "memory": self.memory, "link": self.exposed + self.latency}
+        return max(parts, key=lambda k: parts[k])
+
+    def __add__(self, other: Times) -> Times:
+        # layers follow one another: each has a bound of its own, so that the sum keeps the larger part of each
+        return Times(
+            self.matrix + other.matrix, self.exp + other.exp, self.memory + other.memory, self.exposed + other.exposed,
+            self.latency + other.latency,
+        )  # fmt: skip
+
+    def times(self, n: int) -> Times:
+        return Times(self.matrix * n, self.exp * n, self.memory * n, self.exposed * n, self.latency * n)
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+def exchanges(p: Placed, mesh: Mesh, step: str) -> tuple[Collective, ...]:
+    """The messages of a step, in order; a training step sends those of the gradients as well."""
+    forward = packed(p.exchanges)
+    if step != "training":
+        return forward
+    return (*forward, *(backward(x, mesh.size(x.axis)) for x in reversed(forward)))
+
+
+def times(p: Placed, mesh: Mesh, device: Device, step: str = "prefill") -> Times:
+    """Seconds of one layer's step. Raises MeshError for a device without links."""
+    model, training = device.model, step == "training"
+    flops = {d: n + (p.backward_flops[d] if training else 0) for d, n in p.flops.items()}
+    matrix = sum(n / (model.matrix_efficiency * device.matrix_rate(d)) for d, n in flops.items())
+    # backward computes the weights again, and reads its operands and writes their gradients
+    exp = (2 if training else 1) * p.exps / device.exps_per_s if device.exps_per_s else 0.0
+    moving = (3 if training else 1) * p.traffic / (model.bandwidth_efficiency * device.dram_bytes_per_s)
+    busy = max(matrix, exp, moving)
+    exposed = latency = 0.0
+    for x in exchanges(p, mesh, step):
+        route = mesh.route(x.axis, device)
+        share = 0.5 if training else 1.0
+        a_step = busy * share / route.parts if x.kind == RING else 0.0
+        exposed += x.exposed(route, a_step)
+        latency += x.waits(route, a_step)
+    return Times(matrix, exp, moving, exposed, latency)
+
+
+def hidden_from(p: Placed, tokens: int, mesh: Mesh, device: Device) -> float:
+    """Local tokens from which ring steps hide behind products, for a part with `tokens` local tokens.
+
+    A step's products grow with the square of the tokens, its message with their number: n* = n · message / products.
+    Source: Ring Attention, section 3 (c ≥ F/B).
+    """
+    ring = [x for x in packed(p.exchanges) if x.kind == RING]
+    if not ring:
+        raise Refused("nothing travels in a ring here")
+    route = mesh.route(ring[0].axis, device)
+    message = sum(x.payload for x in ring) / route.slowest.bytes_per_s
+    products = sum(n / (device.model.matrix_efficiency * device.matrix_rate(d)) for d, n in p.flops.items())
+    return tokens * message / (products / route.parts)
+
+
+# --- ways -------------------------------------------------------------------------------------------------------------
+
+
+def with_projection(c: Cascade, who: Roles) -> Cascade:
+    """The output projection behind an attention, of a model as wide as its heads together: there the heads meet.
+
+        before   … O[b,h,p,f]        after   …  Y[b,p,d] = Σ_h,f O[b,h,p,f]·WO[h,f,d],   d = h·f
+    """
+    found = core(c)
+    out = c.producers[c.outputs[0]][-1].out
+    if found is None or found.output != out.tensor or any(t.op != "index" for t in out.index):
+        return c
+    within = tuple(r for r in (who.heads, found.view.value) if r)
+    width = math.prod(size_int(c.rank[r].size) for r in within)
+    dtype = c.tensor[out.tensor].dtype
+    rank, weight, result = (_unused(n, c) for n in ("d", "WO", "Y"))
+    kept = tuple(t for t in out.index if t.attr not in within)
+    d = ex.index(rank)
+    wo = ex.load(weight, (*(ex.index(r) for r in within), d), dtype)
+    e = Einsum(Access(result, (*kept, d)), ex.load(out.tensor, out.index, dtype) * wo, "add", within)
+    shape = tuple(c.rank[str(t.attr)].size for t in kept)
+    made = (
+        Tensor(weight, (*(c.rank[r].size for r in within), width), dtype),
+        Tensor(result, (*shape, width), dtype),
+    )
+    return replace(
+        c, ranks=(*c.ranks, Rank(rank, width)), tensors=(*c.tensors, *made), einsums=(*c.einsums, e), outputs=(result,)
+    )
+
+
+def _unused(name: str, c: Cascade) -> str:
+    while name in c.rank or name in c.tensor:
+        name += "_"
+    return name
+
+
+def assignments(who: Roles, mesh: Mesh) -> list[tuple[str, Assignment]]:
+    """Every named way on a mesh: `tp` carries heads where `cp` carries the sequence, either carries all alone."""
+    single = {a.name for a in mesh.axes} & {"tp", "cp"}
+    options: list[list[tuple[str, Assignment]]] = []
+    for axis in mesh.axes:
+        if axis.name == "dp":
+            options.append([("batch", _both((_first(who.batch), "dp")))])
+        elif axis.name == "tp" and len(single) > 1:
+            options.append([("heads", _heads(who, axis.name))])
+        else:
+            options.append([*([("heads", _heads(who, axis.name))] if axis.name == "tp" else []), *_sequence(who, axis.name)])
+    out = []
+    for chosen in product(*options):
+        name = " × ".join(n for n, _ in chosen)
+        out.append((name, _joined([a for _, a in chosen])))
+    return out
+
+
+def _first(batch: tuple[str, ...]) -> str:
+    return batch[0] if batch else ""
+
+
+def _both(*pairs: tuple[str, str]) -> Assignment:
+    return Assignment(pairs, pairs)
+
+
+def _heads(who: Roles, a: str) -> Assignment:
+    return _both((who.heads, a))
+
+
+def _sequence(who: Roles, a: str) -> list[tuple[str, Assignment]]:
+    tokens, keys, heads = (who.tokens, a), (who.key, a), (who.heads, a)
+    ring = Assignment((tokens,), (tokens, keys), ring=True)
+    return [
+        ("ring", ring), ("ring zigzag", replace(ring, order="zigzag")),
+        ("all-to-all", Assignment((heads,), (tokens, keys))), ("merge", Assignment((keys,), (keys, heads))),
+    ]  # fmt: skip
+
+
+def _joined(parts: Sequence[Assignment]) -> Assignment:
+    inside = tuple(x for a in parts for x in a.inside)
+    # the sequence comes first: a cache that keys and heads index is cut along its keys
+    outside = tuple(x for a in reversed(parts) for x in a.outside)
+    order = next((a.order for a in parts if a.order != "contiguous"), "contiguous")
+    return Assignment(inside, outside, order, any(a.ring for a in parts))
+
+
+def latent_ways(w: Widths, mesh: Mesh, *, batch: int = 1, queries: int = 1, keys: int, axis: str = "tp") -> list[Way]:
+    """Ways to decode over cached latents on one axis: heads, the sequence, scores summed over slices, and TPLA.
+
+    All but TPLA compute what the model does; TPLA is there for 2 slices and for one slice a device.
+    """
+    mla = absorbed(w, batch=batch, queries=queries, keys=keys)
+    n, heads, seq = mesh.size(axis), ("h", axis), ("m", axis)
+    whole = ("c", axis), ("k", axis)
+    out = [
+        Way("heads", mla.cascade, LATENT_ROLES, _both(heads), mesh),
+        Way("merge", mla.cascade, LATENT_ROLES, Assignment((seq,), (seq, heads)), mesh),
+        Way("summed scores", mla.cascade, LATENT_ROLES, Assignment(whole, (*whole, heads)), mesh),
+    ]
+    for g in sorted({2, n} if n > 1 else set()):
+        if n % g == 0 and w.latent % g == 0:
+            out.append(_tpla(sliced(g, w, batch=batch, queries=queries, keys=keys), g, mesh, axis))
+    return out
+
+
+def _tpla(latent: Latent, g: int, mesh: Mesh, axis: str) -> Way:
+    how = _both(("g", "slice"), ("h", axis))
+    return Way(f"TPLA {g} slices", latent.cascade, LATENT_ROLES, how, mesh.split(axis, "slice", g), latent.exact, latent.why)
+
+
+# --- one way --------------------------------------------------------------------------------------------------------
+
+
+def placed(way: Way) -> Placed:
+    """One device's part. Raises Refused with the reason where the cascade or the mesh does not allow it."""
+    return place(way.cascade, way.who, way.how, {a.name: a.size for a in way.mesh.axes})
+
+
+def scheme(
+    ways: Sequence[tuple[Way, int]], device: Device, *, step: str, weights: int = 0, approximate: bool = False
+) -> Scheme:
+    """One way over all attentions of a model: (way, layers) pairs of the same name. `weights`: bytes of the model's."""
+    first = ways[0][0]
+    if any(not w.exact for w, _ in ways) and not approximate:
+        why = next(w.why for w, _ in ways if not w.exact)
+        return _refused(first, f"approximate: {why}; Policy(approximate=True) admits it", exact=False)
+    try:
+        parts = [(w, placed(w), n) for w, n in ways]
+    except Refused as no:
+        return _refused(first, str(no))
+    total = Times(0.0, 0.0, 0.0, 0.0, 0.0)
+    seconds = 0.0
+    for w, p, n in parts:
+        t = times(p, w.mesh, device, step)
+        total, seconds = total + t.times(n), seconds + n * t.seconds
+    mem = memory([(p, n) for _, p, n in parts], step, weights)
+    sizes = _sizes(first)
+    room = device.dram_bytes
+    fits = mem.total <= mem.room(room)
+    batches = {
+        n: largest_batch(mem, room, sizes["batch"], sizes["keys"], n) * sizes["groups"] for n in _lengths(sizes["keys"])
+    }
+    short = "" if fits else f"needs {_gb(mem.total)} of the {_gb(mem.room(room))} that {device.name} has for it"
+    return Scheme(
+        first.name, str(first.how), all(w.exact for w, _ in ways), fits, short, mem.weights, mem.cache, mem.activations,
+        sum(n * sum(p.flops.values()) for _, p, n in parts), sum(n * p.traffic for _, p, n in parts),
+        tuple(_exchange(x, w.mesh, device, n) for w, p, n in parts for x in exchanges(p, w.mesh, step)),
+        {"matrix": total.matrix, "exp": total.exp, "memory": total.memory, "exposed": total.exposed, "latency": total.latency},
+        seconds, total.bound, batches, max(p.even for _, p, _ in parts),
+    )  # fmt: skip
+
+
+def _refused(way: Way, why: str, exact: bool = True) -> Scheme:
+    return Scheme(way.name, str(way.how), exact, False, why)
+
+
+def _sizes(way: Way) -> dict[str, int]:
+    """Sequences a device has, groups of devices with sequences of their own, keys."""
+    whole = {r.name: size_int(r.size) for r in way.cascade.ranks}
+    batch = math.prod(whole[r] for r in way.who.batch if r in whole)
+    groups = way.mesh.size("dp")
+    return {"batch": max(1, batch // groups), "groups": groups, "keys": whole[way.who.key]}
+
+
+def _lengths(keys: int) -> list[int]:
+    return sorted({4096, 32768, 131072, 1048576, keys})
+
+
+def _exchange(x: Collective, mesh: Mesh, device: Device, layers: int) -> Exchange:
+    route = mesh.route(x.axis, device)
+    return Exchange(
+        x.kind, x.axis, x.what, route.parts, layers, round(x.sent(route.parts)), x.transfer(route) + x.latency(route)
+    )
+
+
+def _gb(n: float) -> str:
+    return f"{n / 1e9:.1f} GB"
+
+
+# --- a model --------------------------------------------------------------------------------------------------------
+
+
+def rank_ways(
+    ways: Mapping[str, Sequence[tuple[Way, int]]], mesh: Mesh, device: Device, *, step: str, weights: int = 0,
+    approximate: bool = False, note: str = "",
+) -> MeshPlan:  # fmt: skip
+    """All ways with their cost, best first, those that cannot be last, each with the reason.
+
+    Raises MeshError for a device without links, ValueError for an unknown step.
+    """
+    if step not in STEPS:
+        raise ValueError(f"step {step!r}; one of {', '.join(STEPS)}")
+    for a in mesh.axes:
+        mesh.route(a.name, device)
+    found = [scheme(w, device, step=step, weights=weights, approximate=approximate) for w in ways.values()]
+    able = sorted((s for s in found if s.feasible), key=lambda s: (s.seconds, s.held_bytes))
+    rest = [s for s in found if not s.feasible]
+    return MeshPlan(str(mesh), mesh.devices, device.name, step, (*_explained(able), *rest), note)
+
+
+def _explained(able: Sequence[Scheme]) -> list[Scheme]:
+    """Each way with what speaks for it, or how far behind it is and through which part."""
+    out: list[Scheme] = []
+    for s in able:
+        if s is able[0]:
+            rival = f"; {able[1].seconds / s.seconds:.2f}× as fast as {able[1].name}" if len(able) > 1 and s.seconds else ""
+            out.append(replace(s, why=f"bound by {s.bound}{rival}"))
+            continue
+        more = {k: v - able[0].parts[k] for k, v in s.parts.items()}
+        part = max(more, key=lambda k: more[k])
+        words = {"exposed": "exchanges that nothing hides", "latency": "latency of its messages", "exp": "exponentials",
+                 "memory": "memory traffic", "matrix": "products"}  # fmt: skip
+        uneven = f", the last device has {s.even:.2f}× the mean" if part == "matrix" and s.even > 1.05 else ""
+        reason = f"more for {words[part]}{uneven}" if more[part] > 0 else "holds more"
+        out.append(replace(s, why=f"{s.seconds / able[0].seconds:.2f}× the time: {reason}"))
+    return out
+
+
+def shard(
+    sites: Sequence[Site], mesh: Mesh, device: Device, *, step: str | None = None, weights: int = 0,
+    approximate: bool = False,
+) -> MeshPlan:  # fmt: skip
+    """The sharding plan of a model's attentions. `step` None: decode where there is one query, else prefill.
+
+    Raises MeshError where the mesh does not divide the heads or the batch, naming the sizes that do.
+    """
+    ready: list[tuple[Site, Cascade, Roles]] = []
+    for s in sites:
+        who = roles(s.cascade)
+        _check(s, who, mesh)
+        ready.append((s, with_projection(s.cascade, who), who))
+    first = ready[0][2]
+    decoding = all(size_int(c.rank[w.tokens].size) == 1 for _, c, w in ready)
+    ways: dict[str, list[tuple[Way, int]]] = {}
+    for s, c, who in ready:
+        for name, how in assignments(who, mesh):
+            ways.setdefault(name, []).append((Way(name, c, who, how, mesh), s.layers))
+    note = (
+        "per device and step, attention layers with their output projection (taken as wide as the heads together); "
+        "feed-forward exchanges and the gradients' sum over dp are not counted"
+    )
+    note += "" if weights else "; the model's weights are not known here and not counted"
+    del first
+    return rank_ways(
+        ways, mesh, device, step=step or ("decode" if decoding else "prefill"), weights=weights, approximate=approximate,
+        note=note,
+    )  # fmt: skip
+
+
+def _check(s: Site, who: Roles, mesh: Mesh) -> None:
+    """What no way on this mesh could do: tp splits weights by heads, dp the sequences of the batch."""
+    heads = size_int(s.cascade.rank[who.heads].size) if who.heads else 1
+    tp, dp = mesh.size("tp"), mesh.size("dp")
+    if heads % tp:
+        sizes = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise MeshError(
+            f"mesh tp={tp} does not divide the {heads} query heads of {s.name or 'an attention'}: "
+            f"use tp={_listed(sizes)}, or cp, which cuts the sequence"
+        )
+    batch = size_int(s.cascade.rank[who.batch[0]].size) if who.batch else 1
+    if batch % dp:
+        raise MeshError(
+            f"mesh dp={dp} does not divide a batch of {batch}: use a --batch that is a multiple of {dp}, or dp=1"
+        )
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes[:-1])) + (" or " if len(sizes) > 1 else "") + str(sizes[-1])
+
+
+__all__ = [
+    "LATENT_ROLES", "STEPS", "Memory", "Site", "Times", "Way", "assignments", "exchanges", "hidden_from", "latent_ways",
+    "placed", "rank_ways", "scheme", "shard", "times", "with_projection",
+]  # fmt: skip
