@@ -40,10 +40,12 @@ class Memory:
 def memory(parts: Sequence[tuple[Placed, int]], step: str, weights: int = 0) -> Memory:
     """The memory of a model: (one layer's part, how many layers) pairs, and the bytes of all its weights.
 
-    The weights of the whole model are cut as those of the output projection are.
+    Weights that stand in the cascades are held as derived; all others are divided between the devices that carry heads.
     """
-    share = max((p.weight_share for p, _ in parts), default=1.0)
-    held = math.ceil(weights * share)
+    known = sum(n * p.whole_weights for p, n in parts)
+    split = min((p.split for p, _ in parts), default=1)
+    held = sum(n * sum(p.weights.values()) for p, n in parts) if weights else 0
+    held += math.ceil(max(0, weights - known) / split)
     own = [sum(p.inputs.values()) + p.output for p, _ in parts]
     if step == "training":
         kept = sum(n * (a + p.cache_bytes) for a, (p, n) in zip(own, parts))

@@ -28,7 +28,7 @@ class Scheme:
 
     `parts` are seconds by part: matrix, exp, memory (they overlap), exposed and latency of exchanges (they add up).
     `batches`: the most sequences of each context length that the mesh can hold. `even`: the most that a device has to do
-    over the mean.
+    over the mean; `copies`: on how many devices each cached number lies.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Scheme:
     bound: str = ""
     batches: Mapping[int, int] = field(default_factory=dict, hash=False)
     even: float = 1.0
+    copies: float = 1.0
 
     @property
     def held_bytes(self) -> int:

@@ -73,21 +73,24 @@ class Assignment:
 class Placed:
     """One device's part of one attention: bytes by tensor at rest, operations, bytes of memory traffic, exchanges.
 
-    `cache` are the tensors kept for later queries, `weights` those that all tokens share (share: of the whole). Where the
-    devices' parts differ, this is the one with most to do; `even` is its work over the mean.
+    `cache` are the tensors kept for later queries, each number on `copies` devices. `weights` are those that all tokens
+    share, of `whole_weights` bytes; `split` devices share any other weight of the layer. Where the devices' parts differ,
+    this is the one with most to do; `even` is its work over the mean.
     """
 
     cache: Mapping[str, int]
     inputs: Mapping[str, int]
     output: int
     weights: Mapping[str, int]
-    weight_share: float
+    whole_weights: int
+    split: int
     flops: Mapping[str, int]
     backward_flops: Mapping[str, int]
     exps: int
     traffic: int
     exchanges: tuple[Collective, ...]
     even: float
+    copies: float
 
     @property
     def cache_bytes(self) -> int:
@@ -108,17 +111,17 @@ class Core:
 
 
 @lru_cache(maxsize=256)
-def core(c: Cascade) -> Core | None:
-    """The attention inside a cascade, with projections before and after it; None where there is none.
+def core(c: Cascade, key: str = "") -> Core | None:
+    """The attention over rank `key` inside a cascade, with projections before and after it; None where there is none.
 
-    Of all tensors that read as an attention, the last one with a row normaliser is meant, else the last one.
+    Of all tensors that read as one, the last with a row normaliser is meant, else the last. Without a key, any counts.
     """
     if any(r.iterative for r in c.ranks):
         return None
     best: tuple[bool, str, Attention] | None = None
     for e in c.einsums:
         view = attention(_until(c, e.out.tensor))
-        if isinstance(view, Attention) and (best is None or bool(view.row) >= best[0]):
+        if isinstance(view, Attention) and key in ("", view.key) and (best is None or bool(view.row) >= best[0]):
             best = (bool(view.row), e.out.tensor, view)
     if best is None:
         return None
@@ -198,7 +201,7 @@ class _Placement:
         self.parts = {a: n for a, n in parts.items() if n > 1}
         self.whole = {r.name: size_int(r.size) for r in c.ranks}
         self.shape = {t.name: tuple(size_int(s) for s in t.shape) for t in c.tensors}
-        self.core = core(c)
+        self.core = core(c, who.key)
         self.state = derive(self.core.view) if self.core is not None else None
         self.have: dict[str, dict[str, set[_Held]]] = {}
         self.sent: dict[tuple[str, str, str], Collective] = {}
@@ -458,16 +461,26 @@ class _Placement:
         rest = {n: self.held_bytes(n) for n in inputs if not self.static(n)}
         keyed = {n for n in rest if self.kept(n)}
         weights = {n: self.needed(n) for n in inputs if self.static(n)}
-        entire = sum(math.prod(self.shape[n]) * WIDTH[c.tensor[n].dtype] for n in weights)
+        cached = sum(self.entire(n) for n in keyed)
+        copies = sum(rest[n] for n in keyed) * math.prod(self.parts.values()) / cached if cached else 1.0
         traffic = sum(self.needed(n) for n in inputs)
         traffic += sum(self.between(t) for t in c.producers) + sum(self.produced_bytes(n) for n in c.outputs)
         most, even = self.share()
         forward, backward, exps = self.operations(most)
         return Placed(
             {n: b for n, b in rest.items() if n in keyed}, {n: b for n, b in rest.items() if n not in keyed},
-            sum(self.produced_bytes(n) for n in c.outputs), weights, sum(weights.values()) / entire if entire else 1.0,
-            forward, backward, exps, traffic, tuple(self.sent.values()), even,
+            sum(self.produced_bytes(n) for n in c.outputs), weights, sum(self.entire(n) for n in weights), self.split(),
+            forward, backward, exps, traffic, tuple(self.sent.values()), even, copies,
         )  # fmt: skip
+
+    def entire(self, name: str) -> int:
+        return math.prod(self.shape[name]) * WIDTH[self.c.tensor[name].dtype]
+
+    def split(self) -> int:
+        """Devices between which weights are divided: those of axes that carry more than sequences and their tokens."""
+        flowing = {self.who.tokens, self.who.key, *self.who.batch}
+        axes = {a for r, a in self.how.outside if r not in flowing}
+        return math.prod(n for a, n in self.parts.items() if a in axes)
 
     def kept(self, name: str) -> bool:
         """A cache: numbers that keys index and queries do not."""

@@ -200,12 +200,12 @@ def _sequence(who: Roles, a: str) -> list[tuple[str, Assignment]]:
     ring = Assignment((tokens,), (tokens, keys), ring=True)
     return [
         ("ring", ring), ("ring zigzag", replace(ring, order="zigzag")),
-        ("all-to-all", Assignment((heads,), (tokens, keys))), ("merge", Assignment((keys,), (keys, heads))),
+        ("all-to-all", Assignment((heads,), (tokens, keys))), ("merge", Assignment((keys,), (keys, heads), "interleaved")),
     ]  # fmt: skip
 
 
 def _joined(parts: Sequence[Assignment]) -> Assignment:
-    inside = tuple(x for a in parts for x in a.inside)
+    inside = tuple(dict.fromkeys(x for a in parts for x in a.inside))
     # the sequence comes first: a cache that keys and heads index is cut along its keys
     outside = tuple(x for a in reversed(parts) for x in a.outside)
     order = next((a.order for a in parts if a.order != "contiguous"), "contiguous")
@@ -222,7 +222,7 @@ def latent_ways(w: Widths, mesh: Mesh, *, batch: int = 1, queries: int = 1, keys
     whole = ("c", axis), ("k", axis)
     out = [
         Way("heads", mla.cascade, LATENT_ROLES, _both(heads), mesh),
-        Way("merge", mla.cascade, LATENT_ROLES, Assignment((seq,), (seq, heads)), mesh),
+        Way("merge", mla.cascade, LATENT_ROLES, Assignment((seq,), (seq, heads), "interleaved"), mesh),
         Way("summed scores", mla.cascade, LATENT_ROLES, Assignment(whole, (*whole, heads)), mesh),
     ]
     for g in sorted({2, n} if n > 1 else set()):
@@ -275,6 +275,7 @@ def scheme(
         tuple(_exchange(x, w.mesh, device, n) for w, p, n in parts for x in exchanges(p, w.mesh, step)),
         {"matrix": total.matrix, "exp": total.exp, "memory": total.memory, "exposed": total.exposed, "latency": total.latency},
         seconds, total.bound, batches, max(p.even for _, p, _ in parts),
+        max(p.copies for _, p, _ in parts),
     )  # fmt: skip
 
 
@@ -331,8 +332,7 @@ def _explained(able: Sequence[Scheme]) -> list[Scheme]:
     out: list[Scheme] = []
     for s in able:
         if s is able[0]:
-            rival = f"; {able[1].seconds / s.seconds:.2f}× as fast as {able[1].name}" if len(able) > 1 and s.seconds else ""
-            out.append(replace(s, why=f"bound by {s.bound}{rival}"))
+            out.append(replace(s, why=f"bound by {s.bound}{_rival(able)}{_copies(s)}"))
             continue
         more = {k: v - able[0].parts[k] for k, v in s.parts.items()}
         part = max(more, key=lambda k: more[k])
@@ -340,8 +340,19 @@ def _explained(able: Sequence[Scheme]) -> list[Scheme]:
                  "memory": "memory traffic", "matrix": "products"}  # fmt: skip
         uneven = f", the last device has {s.even:.2f}× the mean" if part == "matrix" and s.even > 1.05 else ""
         reason = f"more for {words[part]}{uneven}" if more[part] > 0 else "holds more"
-        out.append(replace(s, why=f"{s.seconds / able[0].seconds:.2f}× the time: {reason}"))
+        out.append(replace(s, why=f"{s.seconds / able[0].seconds:.2f}× the time: {reason}{_copies(s)}"))
     return out
+
+
+def _copies(s: Scheme) -> str:
+    return f"; every key lies on {s.copies:.3g} devices" if s.copies > 1.05 else ""
+
+
+def _rival(able: Sequence[Scheme]) -> str:
+    if len(able) < 2 or not able[0].seconds:
+        return ""
+    ratio = able[1].seconds / able[0].seconds
+    return f"; {able[1].name} is as fast" if ratio < 1.01 else f"; {ratio:.2f}× as fast as {able[1].name}"
 
 
 def shard(
@@ -357,7 +368,6 @@ def shard(
         who = roles(s.cascade)
         _check(s, who, mesh)
         ready.append((s, with_projection(s.cascade, who), who))
-    first = ready[0][2]
     decoding = all(size_int(c.rank[w.tokens].size) == 1 for _, c, w in ready)
     ways: dict[str, list[tuple[Way, int]]] = {}
     for s, c, who in ready:
@@ -368,7 +378,6 @@ def shard(
         "feed-forward exchanges and the gradients' sum over dp are not counted"
     )
     note += "" if weights else "; the model's weights are not known here and not counted"
-    del first
     return rank_ways(
         ways, mesh, device, step=step or ("decode" if decoding else "prefill"), weights=weights, approximate=approximate,
         note=note,
