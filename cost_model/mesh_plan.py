@@ -11,7 +11,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Exchange:
-    """A collective of one layer, in `layers` layers: bytes that a device sends in one of them, seconds if nothing hides it."""
+    """A collective of each of `layers` layers: bytes that a device sends in one, seconds if nothing hides it."""
 
     kind: str
     axis: str
@@ -26,7 +26,8 @@ class Exchange:
 class Scheme:
     """One way over all attentions of a model; bytes, FLOP and seconds are those of one device in one step.
 
-    `parts` are seconds by part: matrix, exp, memory (they overlap), exposed and latency of exchanges (they add up).
+    `parts` are seconds by part: compute and memory (they overlap), exposed and latency of exchanges (they add up); matrix
+    and exp are what computing is made of.
     `batches`: the most sequences of each context length that the mesh can hold. `even`: the most that a device has to do
     over the mean; `copies`: on how many devices each cached number lies.
     """

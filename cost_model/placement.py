@@ -21,16 +21,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import sympy
+
 from ..patterns import expr as ex
-from ..patterns.cascade import Cascade, Einsum
+from ..patterns.cascade import Cascade, Einsum, Size
 from ..patterns.cut import Cut, CutError, cut
 from ..patterns.expr import Expr
 from ..patterns.masks import split
 from ..patterns.recognise import Attention, Miss, attention
-from ..patterns.rowstate import RowState, derive
+from ..patterns.rowstate import RowState, derive, stream
 from .collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, RING, Collective
 from .tiles import tile_map
-from .work import WIDTH, contraction, factors, footprint, operations, size_int
+from .work import INDEX, MASKING, WIDTH, Work, contraction, factors, footprint, operations, plus, scaled, size_int
 
 # Tiles over which a mask's share is counted.
 TILE = 128
@@ -64,9 +66,8 @@ class Assignment:
     ring: bool = False
 
     def __str__(self) -> str:
-        spell = lambda pairs: " ".join(f"{r}→{a}" for r, a in pairs) or "nothing"  # noqa: E731
-        within = "" if self.inside == self.outside else f"; inside the attention {spell(self.inside)}"
-        return spell(self.outside) + within + ("" if self.order == "contiguous" else f", {self.order}")
+        within = "" if self.inside == self.outside else f"; inside the attention {_spelled(self.inside)}"
+        return _spelled(self.outside) + within + ("" if self.order == "contiguous" else f", {self.order}")
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,8 @@ class Placed:
     weights: Mapping[str, int]
     whole_weights: int
     split: int
-    flops: Mapping[str, int]
-    backward_flops: Mapping[str, int]
-    exps: int
+    work: Work
+    backward: Work
     traffic: int
     exchanges: tuple[Collective, ...]
     even: float
@@ -95,6 +95,10 @@ class Placed:
     @property
     def cache_bytes(self) -> int:
         return sum(self.cache.values())
+
+    @property
+    def flops(self) -> int:
+        return size_int(self.work.flops)
 
 
 # --- the attention inside -------------------------------------------------------------------------------------------
@@ -159,7 +163,7 @@ def roles(c: Cascade) -> Roles:
     if found is None:
         raise Refused(f"cascade {c.name!r} holds no attention: name its ranks")
     a = found.view
-    free = [r for r in (*a.batch, a.query)]
+    free = [*a.batch, a.query]
     keyed = [f for e in a.products for f in factors(e.body) if a.key in f.ranks]
     grouped = [r for r in free if any(_divided(f, r) for f in keyed)]
     absent = [r for r in free if not any(r in f.ranks for f in keyed)]
@@ -379,7 +383,8 @@ class _Placement:
                     f"{_plural(size, what)} of {name} {_do(size)} not divide over {parts} devices: an all-to-all has at "
                     f"most {size}"
                 )
-            self.add(ALL_TO_ALL, axis, n, name, f"{name} from its {self.along(name, held)} to its {self.along(name, _Held(dim))}")
+            there = self.along(name, _Held(dim))
+            self.add(ALL_TO_ALL, axis, n, name, f"{name} from its {self.along(name, held)} to its {there}")
             return
         ring = self.how.ring and self.who.key in x.ranks
         self.add(RING if ring else ALL_GATHER, axis, n, name, f"{name}, cut along its {self.along(name, held)}")
@@ -404,7 +409,7 @@ class _Placement:
         i = max(j for j, e in enumerate(self.c.einsums) if e.out.tensor == name)
         out, here = self.c.einsums[i].out, self.extent(self.of(i))
         n = 1
-        for t, s in zip(out.index, self.shape[name]):
+        for t in out.index:
             n *= here[str(t.attr)] if t.op == "index" else 1
         return n * WIDTH[self.c.tensor[name].dtype]
 
@@ -436,7 +441,8 @@ class _Placement:
                 if e.op is not None or old is None or not _combines(e.body, old):
                     raise Refused(f"the step of {e.out.tensor} is no sum and no scaled sum: devices would wait in turn")
                 n = self.produced_bytes(e.out.tensor)
-                self.add(ALL_GATHER, axis, n, e.out.tensor, f"the state {e.out.tensor}, of which each device sums those before its own")
+                what = f"the state {e.out.tensor}: each device sums those before its own"
+                self.add(ALL_GATHER, axis, n, e.out.tensor, what)
 
     def leave(self, name: str) -> None:
         """The output goes on as the outside has it: whole, or cut along its own ranks."""
@@ -466,11 +472,11 @@ class _Placement:
         traffic = sum(self.needed(n) for n in inputs)
         traffic += sum(self.between(t) for t in c.producers) + sum(self.produced_bytes(n) for n in c.outputs)
         most, even = self.share()
-        forward, backward, exps = self.operations(most)
+        forward, backward = self.operations(most)
         return Placed(
             {n: b for n, b in rest.items() if n in keyed}, {n: b for n, b in rest.items() if n not in keyed},
             sum(self.produced_bytes(n) for n in c.outputs), weights, sum(self.entire(n) for n in weights), self.split(),
-            forward, backward, exps, traffic, tuple(self.sent.values()), even, copies,
+            forward, backward, traffic, tuple(self.sent.values()), even, copies,
         )  # fmt: skip
 
     def entire(self, name: str) -> int:
@@ -502,33 +508,58 @@ class _Placement:
         on_chip = all(j in ours for j in made) and (self.core is None or name != self.core.output)
         return 0 if on_chip or name in self.c.outputs else 2 * self.produced_bytes(name)
 
-    def operations(self, most: float) -> tuple[dict[str, int], dict[str, int], int]:
-        """FLOP by type, forward and backward, and exponentials; pairs that the mask leaves out are not counted.
+    def operations(self, most: float) -> tuple[Work, Work]:
+        """Operations forward and backward; pairs that the mask leaves out are not counted, and nor is the mask.
 
-        Backward, each product becomes two; the attention's scores are computed again before.
+        The attention is counted in its one-pass form, where it has one. Backward, each product becomes two; the
+        attention's scores and weights are computed again before.
         """
-        forward: dict[str, int] = {}
-        backward: dict[str, int] = {}
-        exps = 0
+        forward: list[Work] = []
+        backward: list[Work] = []
+        streamed = self.core is not None and isinstance(self.state, RowState)
         for i, e in enumerate(self.c.einsums):
-            here = self.extent(self.of(i))
-            pair = {self.who.tokens, self.who.key} <= e.ranks | set(e.over)
-            w = operations([e], here)
-            share = most if pair else 1.0
+            row = self.core is not None and i in self.core.unit
             again = self.core is not None and i in self.core.products
-            for dtype, n in w.matrix.items():
-                forward[dtype] = forward.get(dtype, 0) + round(size_int(n) * share)
-                backward[dtype] = backward.get(dtype, 0) + round(size_int(n) * share) * (3 if again else 2)
-            exps += round(size_int(w.exps) * share)
-        return forward, backward, exps
+            w = self.counted(e, self.of(i), most)
+            if not (streamed and (row or again)):
+                forward.append(w)
+            products = {d: n * (3 if again else 2) for d, n in w.matrix.items()}
+            backward.append(Work(products, {} if streamed and row else w.ops))
+        if streamed:
+            one_pass = self.one_pass(most)
+            forward.append(one_pass)
+            backward.append(Work({}, one_pass.ops))
+        return plus(*forward), plus(*backward)
+
+    def counted(self, e: Einsum, cuts: Mapping[str, str], most: float) -> Work:
+        pair = {self.who.tokens, self.who.key} <= e.ranks | set(e.over)
+        w = operations([e], self.extent(cuts))
+        return _without_mask(scaled(w, most)) if pair else w
+
+    def one_pass(self, most: float) -> Work:
+        """The attention's one-pass form over this device's part, in tiles of keys."""
+        assert self.core is not None
+        assert isinstance(self.state, RowState)
+        a = self.core.view
+        flow = _flow(a, self.state)
+        (outer,) = [r.name for r in flow.ranks if r.iterative]
+        inner = next(r.name for r in flow.ranks if r.name not in a.cascade.rank and r.name != outer)
+        here = self.extent(self.cuts({r.name for r in a.cascade.ranks}, self.how.inside))
+        keys = here[a.key]
+        # ranks that the view renamed are as long as those they stand for
+        extent: dict[str, Size] = {r.name: here.get(r.name, r.size) for r in flow.ranks}
+        extent |= {outer: sympy.Rational(keys, min(TILE, keys)), inner: min(TILE, keys)}
+        before = {e.out.tensor for e in a.prelude}
+        ours = [e for e in flow.einsums if e.out.tensor not in before]
+        walked = operations([e for e in ours if outer in e.ranks], extent)
+        return plus(_without_mask(scaled(walked, most)), operations([e for e in ours if outer not in e.ranks], extent))
 
     def share(self) -> tuple[float, float]:
         """The share of pairs that the mask keeps on the device with most of them, and that over the mean."""
         if self.core is None:
             return 1.0, 1.0
         cuts = self.cuts(self.whole, self.how.inside)
-        found = [s for s in (self.kept_share(d) for d in self.deals(cuts))]
-        most = max(found)
+        most = max(self.kept_share(d) for d in self.deals(cuts))
         mean = self.kept_share(())
         return most, most / mean if mean else 1.0
 
@@ -564,6 +595,16 @@ def _kept(view: Attention, deal: tuple[Cut, ...]) -> float:
     return 1.0 if tiles is None else tiles.visited / max(tiles.total, 1)
 
 
+@lru_cache(maxsize=256)
+def _flow(a: Attention, state: RowState) -> Cascade:
+    return stream(a, state)
+
+
+def _without_mask(w: Work) -> Work:
+    """Tiles that a mask keeps whole do not evaluate it, and the others are few."""
+    return Work(w.matrix, {o: n for o, n in w.ops.items() if o not in (*MASKING, INDEX)})
+
+
 def scalars(state: RowState) -> int:
     """Numbers a row sends beside its product: one fewer than it carries where a sum is repaired like the product."""
     alike = any(s.op == "add" and s.correction is not None and s.correction is state.correction for s in state.carried)
@@ -596,6 +637,10 @@ def _combines(body: Expr, old: Expr) -> bool:
     if _bare(t) is old:
         return True
     return t.op == "mul" and sum(_bare(f) is old for f in factors(t)) == 1 and sum(y is old for y in ex.loads(t)) == 1
+
+
+def _spelled(pairs: Iterable[tuple[str, str]]) -> str:
+    return " ".join(f"{r}→{a}" for r, a in pairs) or "nothing"
 
 
 def _plural(n: int, word: str) -> str:

@@ -1,6 +1,7 @@
 """Sharding: what each way to spread an attention over a mesh of devices holds, computes, sends and takes, best first.
 
-    T = max(FLOP / rate, exponentials / rate, bytes / bandwidth) + exchanges that computing waits for + their latency
+    T = max(compute, bytes / bandwidth) + exchanges that computing waits for + their latency
+    compute: products, exponentials and other element work, overlapped as the device's time model has it
 
 A way is an assignment of the cascade's ranks to mesh axes (`placement` derives the rest). Named ones, on an axis a:
     heads        h→a                                        tensor parallel
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 
 from ..patterns import expr as ex
@@ -23,10 +24,11 @@ from ..patterns.latent import Latent, Widths, absorbed, sliced
 from .capacity import Memory, largest_batch, memory
 from .collectives import RING, Collective, backward, packed
 from .device import Device
+from .gpu import overlapped, resources
 from .mesh import Mesh, MeshError
 from .mesh_plan import Exchange, MeshPlan, Scheme
 from .placement import Assignment, Placed, Refused, Roles, core, place, roles
-from .work import size_int
+from .work import plus, size_int
 
 STEPS = ("prefill", "decode", "training")
 LATENT_ROLES = Roles(("b",), "h", "p", "m")
@@ -56,32 +58,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one step on the device with most to do, by part; `sent` are the bytes of each exchange."""
+    """Seconds of one layer's step on the device with most to do; `matrix` and `exp` are the larger parts of `compute`."""
 
-    matrix: float
-    exp: float
+    compute: float
     memory: float
     exposed: float
     latency: float
+    matrix: float
+    exp: float
 
     @property
     def seconds(self) -> float:
-        return max(self.matrix, self.exp, self.memory) + self.exposed + self.latency
-
-    @property
-    def bound(self) -> str:
-        parts = {"matrix": self.matrix, "exp": self.exp, "memory": self.memory, "link": self.exposed + self.latency}
-        return max(parts, key=lambda k: parts[k])
-
-    def __add__(self, other: Times) -> Times:
-        # layers follow one another: each has a bound of its own, so that the sum keeps the larger part of each
-        return Times(
-            self.matrix + other.matrix, self.exp + other.exp, self.memory + other.memory, self.exposed + other.exposed,
-            self.latency + other.latency,
-        )  # fmt: skip
-
-    def times(self, n: int) -> Times:
-        return Times(self.matrix * n, self.exp * n, self.memory * n, self.exposed * n, self.latency * n)
+        return max(self.compute, self.memory) + self.exposed + self.latency
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
@@ -98,12 +86,11 @@ def exchanges(p: Placed, mesh: Mesh, step: str) -> tuple[Collective, ...]:
 def times(p: Placed, mesh: Mesh, device: Device, step: str = "prefill") -> Times:
     """Seconds of one layer's step. Raises MeshError for a device without links."""
     model, training = device.model, step == "training"
-    flops = {d: n + (p.backward_flops[d] if training else 0) for d, n in p.flops.items()}
-    matrix = sum(n / (model.matrix_efficiency * device.matrix_rate(d)) for d, n in flops.items())
-    # backward computes the weights again, and reads its operands and writes their gradients
-    exp = (2 if training else 1) * p.exps / device.exps_per_s if device.exps_per_s else 0.0
+    parts = {r: s / device.units for r, s in resources(plus(p.work, p.backward) if training else p.work, device).items()}
+    compute = overlapped(parts, model.vendor_overlap)
+    # backward reads its operands and writes their gradients
     moving = (3 if training else 1) * p.traffic / (model.bandwidth_efficiency * device.dram_bytes_per_s)
-    busy = max(matrix, exp, moving)
+    busy = max(compute, moving)
     exposed = latency = 0.0
     for x in exchanges(p, mesh, step):
         route = mesh.route(x.axis, device)
@@ -111,7 +98,7 @@ def times(p: Placed, mesh: Mesh, device: Device, step: str = "prefill") -> Times
         a_step = busy * share / route.parts if x.kind == RING else 0.0
         exposed += x.exposed(route, a_step)
         latency += x.waits(route, a_step)
-    return Times(matrix, exp, moving, exposed, latency)
+    return Times(compute, moving, exposed, latency, parts["matrix"], sum(parts.values()) - parts["matrix"])
 
 
 def hidden_from(p: Placed, tokens: int, mesh: Mesh, device: Device) -> float:
@@ -125,7 +112,7 @@ def hidden_from(p: Placed, tokens: int, mesh: Mesh, device: Device) -> float:
         raise Refused("nothing travels in a ring here")
     route = mesh.route(ring[0].axis, device)
     message = sum(x.payload for x in ring) / route.slowest.bytes_per_s
-    products = sum(n / (device.model.matrix_efficiency * device.matrix_rate(d)) for d, n in p.flops.items())
+    products = resources(p.work, device)["matrix"] / device.units
     return tokens * message / (products / route.parts)
 
 
@@ -256,11 +243,8 @@ def scheme(
         parts = [(w, placed(w), n) for w, n in ways]
     except Refused as no:
         return _refused(first, str(no))
-    total = Times(0.0, 0.0, 0.0, 0.0, 0.0)
-    seconds = 0.0
-    for w, p, n in parts:
-        t = times(p, w.mesh, device, step)
-        total, seconds = total + t.times(n), seconds + n * t.seconds
+    each = [(times(p, w.mesh, device, step), n) for w, p, n in parts]
+    total = {f.name: sum(n * getattr(t, f.name) for t, n in each) for f in fields(Times)}
     mem = memory([(p, n) for _, p, n in parts], step, weights)
     sizes = _sizes(first)
     room = device.dram_bytes
@@ -271,12 +255,21 @@ def scheme(
     short = "" if fits else f"needs {_gb(mem.total)} of the {_gb(mem.room(room))} that {device.name} has for it"
     return Scheme(
         first.name, str(first.how), all(w.exact for w, _ in ways), fits, short, mem.weights, mem.cache, mem.activations,
-        sum(n * sum(p.flops.values()) for _, p, n in parts), sum(n * p.traffic for _, p, n in parts),
+        sum(n * p.flops for _, p, n in parts), sum(n * p.traffic for _, p, n in parts),
         tuple(_exchange(x, w.mesh, device, n) for w, p, n in parts for x in exchanges(p, w.mesh, step)),
-        {"matrix": total.matrix, "exp": total.exp, "memory": total.memory, "exposed": total.exposed, "latency": total.latency},
-        seconds, total.bound, batches, max(p.even for _, p, _ in parts),
+        total, sum(n * t.seconds for t, n in each), _bound(total), batches, max(p.even for _, p, _ in parts),
         max(p.copies for _, p, _ in parts),
     )  # fmt: skip
+
+
+def _bound(t: Mapping[str, float]) -> str:
+    """What takes longest: the link, the memory, or of computing the larger part."""
+    link = t["exposed"] + t["latency"]
+    if link > max(t["compute"], t["memory"]):
+        return "link"
+    if t["memory"] > t["compute"]:
+        return "memory"
+    return "matrix" if t["matrix"] >= t["exp"] else "exp"
 
 
 def _refused(way: Way, why: str, exact: bool = True) -> Scheme:
@@ -334,11 +327,11 @@ def _explained(able: Sequence[Scheme]) -> list[Scheme]:
         if s is able[0]:
             out.append(replace(s, why=f"bound by {s.bound}{_rival(able)}{_copies(s)}"))
             continue
-        more = {k: v - able[0].parts[k] for k, v in s.parts.items()}
+        words = {"exposed": "exchanges that nothing hides", "latency": "the latency of its messages",
+                 "memory": "memory traffic", "compute": "computing"}  # fmt: skip
+        more = {k: s.parts[k] - able[0].parts[k] for k in words}
         part = max(more, key=lambda k: more[k])
-        words = {"exposed": "exchanges that nothing hides", "latency": "latency of its messages", "exp": "exponentials",
-                 "memory": "memory traffic", "matrix": "products"}  # fmt: skip
-        uneven = f", the last device has {s.even:.2f}× the mean" if part == "matrix" and s.even > 1.05 else ""
+        uneven = f", one device has {s.even:.2f}× the mean" if part == "compute" and s.even > 1.05 else ""
         reason = f"more for {words[part]}{uneven}" if more[part] > 0 else "holds more"
         out.append(replace(s, why=f"{s.seconds / able[0].seconds:.2f}× the time: {reason}{_copies(s)}"))
     return out

@@ -79,7 +79,8 @@ class Cut:
 def cut(c: Cascade, cuts: Sequence[Cut]) -> Cascade:
     """One device's part of a cascade with integer sizes. Raises CutError where a rank cannot be cut.
 
-        before   S[h,p,m] = where(m ≤ p, …K[h // 4,m,e]…)        after (m in 2, part 1)   S[h,p,m] = where(m + M/2 ≤ p, …K[h // 4,m + M/2,e]…)
+        before                     S[h,p,m] = where(m ≤ p, …K[h // 4,m,e]…)
+        after (m in 2, part 1)     S[h,p,m] = where(m + M/2 ≤ p, …K[h // 4,m + M/2,e]…)
 
     Inputs keep their shape and are read where the device's coordinates lie; every other tensor shrinks to the part.
     """

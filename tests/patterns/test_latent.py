@@ -9,11 +9,18 @@ import torch
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.chunked import linear_chunks
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.latent import Widths, absorbed, hadamard, naive, sliced
+from reattend.patterns.latent import Latent, Widths, absorbed, hadamard, naive, sliced
 
 SMALL = Widths(heads=4, latent=16, rotary=8, key=6, value=5, model=7, dtype="f64")
-SHAPE = {"batch": 2, "queries": 3, "keys": 11}
 Tensors = dict[str, torch.Tensor]
+
+
+def mla(groups: int = 1) -> Cascade:
+    return absorbed(SMALL, groups=groups, batch=2, queries=3, keys=11).cascade
+
+
+def tpla(slices: int) -> Latent:
+    return sliced(slices, SMALL, batch=2, queries=3, keys=11)
 
 
 def data(c: Cascade) -> Tensors:
@@ -26,7 +33,7 @@ def run(c: Cascade, x: Tensors) -> torch.Tensor:
 
 
 def inputs() -> Tensors:
-    return data(absorbed(SMALL, **SHAPE).cascade) | {"MU": torch.ones(1, dtype=torch.float64)}
+    return data(mla()) | {"MU": torch.ones(1, dtype=torch.float64)}
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -35,30 +42,30 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_expanded_and_absorbed_are_one_function() -> None:
     x = inputs()
-    assert close(run(naive(SMALL, **SHAPE).cascade, x | {"WUV": x["WUV"]}), run(absorbed(SMALL, **SHAPE).cascade, x))
+    assert close(run(naive(SMALL, batch=2, queries=3, keys=11).cascade, x), run(mla(), x))
 
 
 def test_TPLA_with_one_slice_is_MLA() -> None:
-    one = sliced(1, SMALL, **SHAPE)
+    one = tpla(1)
     assert one.exact
     x = inputs()
-    assert close(run(one.cascade, x), run(absorbed(SMALL, **SHAPE).cascade, x))
+    assert close(run(one.cascade, x), run(mla(), x))
 
 
 @pytest.mark.parametrize("slices", [2, 4])
 def test_TPLA_with_more_slices_is_another_function(slices: int) -> None:
-    latent = sliced(slices, SMALL, **SHAPE)
+    latent = tpla(slices)
     assert not latent.exact
     assert "is not one over the whole" in latent.why
     x = inputs() | {"MU": torch.ones(slices, dtype=torch.float64)}
-    mla = run(absorbed(SMALL, **SHAPE).cascade, x)
-    assert (run(latent.cascade, x) - mla).abs().max() > 0.05 * mla.abs().max()
+    whole = run(mla(), x)
+    assert (run(latent.cascade, x) - whole).abs().max() > 0.05 * whole.abs().max()
 
 
 def test_GLA_with_one_group_is_MLA() -> None:
     x = inputs()
-    assert close(run(absorbed(SMALL, groups=1, **SHAPE).cascade, x), run(absorbed(SMALL, **SHAPE).cascade, x))
-    grouped = absorbed(SMALL, groups=2, **SHAPE).cascade
+    assert close(run(mla(groups=1), x), run(mla(), x))
+    grouped = mla(groups=2)
     assert grouped.tensor["C"].shape == (2, 11, 2, 16)
 
 
@@ -70,7 +77,7 @@ def test_C12_an_orthogonal_change_of_latents_changes_nothing(turn: str) -> None:
     if turn == "random":
         u = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q
     turned = x | {"C": x["C"] @ u, "WUK": x["WUK"] @ u, "WUV": u.mT @ x["WUV"]}
-    c = absorbed(SMALL, **SHAPE).cascade
+    c = mla()
     before, after = run(c, x), run(c, turned)
     assert (after - before).abs().max() < 1e-12 * before.abs().max()
     assert close(turned["C"].norm(dim=-1), x["C"].norm(dim=-1))
