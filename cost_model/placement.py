@@ -211,6 +211,9 @@ class _Placement:
         self.sent: dict[tuple[str, str, str], Collective] = {}
         # exchanges before the attention's output and after it are messages of their own
         self.after = False
+        self.regions: dict[str, list[Expr]] = {}
+        for x in dict.fromkeys(x for e in c.einsums for x in e.reads):
+            self.regions.setdefault(self.region(x), []).append(x)
         self.refuse()
 
     # what an axis cuts
@@ -280,19 +283,17 @@ class _Placement:
     def static(self, name: str) -> bool:
         """A weight: an input that no token and no sequence indexes. Every device keeps the part that it needs."""
         own = {self.who.tokens, self.who.key, *self.who.batch}
-        return not any(own & x.ranks for e in self.c.einsums for x in e.reads if str(x.attr) == name)
+        read = [x for e in self.c.einsums for x in e.reads if str(x.attr) == name]
+        return name not in self.c.producers and not any(own & x.ranks for x in read)
 
     # the walk
 
     def result(self) -> Placed:
-        inputs = {t.name for t in self.c.inputs}
         for i, e in enumerate(self.c.einsums):
             cuts = self.of(i)
             for x in e.reads:
-                name = str(x.attr)
-                if name in inputs and not self.static(name):
-                    self.at_rest(name)
-                if name not in inputs or not self.static(name):
+                if not self.static(str(x.attr)):
+                    self.at_rest(x)
                     self.read(i, e, x, cuts)
             self.write(i, e, cuts)
             self.after |= self.core is not None and e.out.tensor == self.core.output
@@ -301,18 +302,26 @@ class _Placement:
             self.leave(name)
         return self.summed()
 
-    def loads(self, name: str) -> list[Expr]:
-        return [x for e in self.c.einsums for x in e.reads if str(x.attr) == name]
+    def region(self, x: Expr) -> str:
+        """The part of a tensor that a load reads: Q, K and V stacked in one tensor are three."""
+        name = str(x.attr)
+        kinds = {_fixed(y) for e in self.c.einsums for y in e.reads if y.attr == name}
+        return name if len(kinds) == 1 else f"{name}[{','.join(_fixed(x))}]"
+
+    def loads(self, region: str) -> list[Expr]:
+        return self.regions.get(region, [])
 
     def rest(self, load: Expr) -> dict[str, str]:
         return self.cuts(load.ranks, self.how.outside)
 
-    def at_rest(self, name: str) -> None:
-        if name in self.have:
+    def at_rest(self, x: Expr) -> None:
+        """An input as it lies before anything runs: cut as its first reader has it outside."""
+        region = self.region(x)
+        if region in self.have or str(x.attr) in self.c.producers:
             return
-        load = self.loads(name)[0]
+        load = self.loads(region)[0]
         rest = self.rest(load)
-        self.have[name] = {
+        self.have[region] = {
             axis: {_Held(next(d for d, t in enumerate(load.args) if rank in t.ranks))} for axis, rank in rest.items()
         }
 
@@ -323,8 +332,8 @@ class _Placement:
         return any(self.c.einsums[j].out.tensor == name for j in self.core.unit)
 
     def read(self, i: int, e: Einsum, x: Expr, cuts: Mapping[str, str]) -> None:
-        name = str(x.attr)
-        if self.internal(i, name):
+        name = self.region(x)
+        if self.internal(i, str(x.attr)):
             return
         for axis in self.parts:
             held = self.have.get(name, {}).get(axis, {_Held()})
@@ -376,13 +385,13 @@ class _Placement:
     def move(self, name: str, x: Expr, axis: str, dim: int | None, held: _Held) -> None:
         n = self.held_bytes(name)
         if dim is not None:
-            size, parts = self.shape[name][dim], self.parts[axis]
-            if size % parts:
+            size, parts = self.shape[str(x.attr)][dim], self.parts[axis]
+            # a sequence may be ragged
+            if size % parts and not {self.who.tokens, self.who.key} & x.args[dim].ranks:
                 what = "key head" if _divided(x, self.who.heads) else "head"
-                raise Refused(
-                    f"{_plural(size, what)} of {name} {_do(size)} not divide over {parts} devices: an all-to-all has at "
-                    f"most {size}"
-                )
+                sizes = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+                count = f"{_plural(size, what)} of {name} {_do(size)}"
+                raise Refused(f"{count} not divide over {parts} devices: an all-to-all takes {sizes}")
             there = self.along(name, _Held(dim))
             self.add(ALL_TO_ALL, axis, n, name, f"{name} from its {self.along(name, held)} to its {there}")
             return
@@ -391,7 +400,8 @@ class _Placement:
 
     def along(self, name: str, held: _Held) -> str:
         """The word for the rank that a dimension is indexed by."""
-        at = next((x.args for x in self.loads(name)), ()) or self.c.producers[name][-1].out.index
+        read = self.loads(name)
+        at = read[0].args if read else self.c.producers[name][-1].out.index
         ranks = at[held.dim].ranks if held.dim is not None else frozenset()
         words = {self.who.heads: "heads", self.who.tokens: "tokens", self.who.key: "keys"}
         return next((words.get(r, r) for r in sorted(ranks)), "batch")
@@ -400,9 +410,10 @@ class _Placement:
         self.sent.setdefault((name, axis, kind), Collective(kind, axis, payload, what, self.after))
 
     def held_bytes(self, name: str) -> int:
-        """A device's part of a tensor as it lies: an input at rest, or as it was made."""
-        if name in self.c.producers:
-            return self.produced_bytes(name)
+        """A device's part of a region as it lies: of an input at rest, or as it was made."""
+        tensor = name.split("[")[0]
+        if tensor in self.c.producers:
+            return self.produced_bytes(tensor)
         return max(self.bytes_of(x, self.rest(x)) for x in self.loads(name))
 
     def produced_bytes(self, name: str) -> int:
@@ -463,10 +474,12 @@ class _Placement:
     # sums
 
     def summed(self) -> Placed:
-        c, inputs = self.c, [t.name for t in self.c.inputs]
-        rest = {n: self.held_bytes(n) for n in inputs if not self.static(n)}
-        keyed = {n for n in rest if self.kept(n)}
-        weights = {n: self.needed(n) for n in inputs if self.static(n)}
+        c = self.c
+        inputs = [r for r, xs in self.regions.items() if str(xs[0].attr) not in c.producers]
+        shared = [r for r in inputs if self.static(str(self.regions[r][0].attr))]
+        rest = {r: self.held_bytes(r) for r in inputs if r not in shared}
+        keyed = {r for r in rest if self.kept(r)}
+        weights = {r: self.needed(r) for r in shared}
         cached = sum(self.entire(n) for n in keyed)
         copies = sum(rest[n] for n in keyed) * math.prod(self.parts.values()) / cached if cached else 1.0
         traffic = sum(self.needed(n) for n in inputs)
@@ -479,8 +492,8 @@ class _Placement:
             forward, backward, traffic, tuple(self.sent.values()), even, copies,
         )  # fmt: skip
 
-    def entire(self, name: str) -> int:
-        return math.prod(self.shape[name]) * WIDTH[self.c.tensor[name].dtype]
+    def entire(self, region: str) -> int:
+        return max(self.bytes_of(x, {}) for x in self.regions[region])
 
     def split(self) -> int:
         """Devices between which weights are divided: those of axes that carry more than sequences and their tokens."""
@@ -488,18 +501,21 @@ class _Placement:
         axes = {a for r, a in self.how.outside if r not in flowing}
         return math.prod(n for a, n in self.parts.items() if a in axes)
 
-    def kept(self, name: str) -> bool:
-        """A cache: numbers that keys index and queries do not."""
-        ranks = frozenset().union(*(x.ranks for x in self.loads(name)))
-        whole = self.c.tensor[name].dtype
-        return self.who.key in ranks and self.who.tokens not in ranks and whole != "b1"
+    def kept(self, region: str) -> bool:
+        """A cache: what keys index and queries do not, and what is multiplied: a mask or a bias is made anew."""
+        ranks = frozenset().union(*(x.ranks for x in self.loads(region)))
+        if self.who.key not in ranks or self.who.tokens in ranks:
+            return False
+        unit = self.core.unit if self.core is not None else frozenset()
+        return any(
+            i not in unit or any(x in ex.walk(f) for f in contraction(e) or ())
+            for i, e in enumerate(self.c.einsums) for x in e.reads if x in self.loads(region)
+        )  # fmt: skip
 
     def needed(self, name: str) -> int:
-        """Bytes of an input that one device reads, once."""
-        found = [
-            self.bytes_of(x, self.of(i)) for i, e in enumerate(self.c.einsums) for x in e.reads if str(x.attr) == name
-        ]  # fmt: skip
-        return max(found)
+        """Bytes of a region of an input that one device reads, once."""
+        read = self.regions[name]
+        return max(self.bytes_of(x, self.of(i)) for i, e in enumerate(self.c.einsums) for x in e.reads if x in read)
 
     def between(self, name: str) -> int:
         """Bytes of an intermediate tensor outside the attention, written and read; the attention's own stay on chip."""
@@ -618,6 +634,11 @@ def _linear(e: Einsum, x: Expr) -> bool:
     if e.op == "add" and contraction(e) is None and e.body is not x:
         return False
     return sum(1 for f in factors(e.body) if _bare(f) is x) == 1 and sum(y is x for y in e.reads) == 1
+
+
+def _fixed(x: Expr) -> tuple[str, ...]:
+    """The coordinates of a load that are numbers; "·" for the others."""
+    return tuple(str(i.value) if i.is_const else "·" for i in x.args)
 
 
 def _bare(e: Expr) -> Expr:

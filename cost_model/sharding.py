@@ -332,8 +332,11 @@ def _explained(able: Sequence[Scheme]) -> list[Scheme]:
         more = {k: s.parts[k] - able[0].parts[k] for k in words}
         part = max(more, key=lambda k: more[k])
         uneven = f", one device has {s.even:.2f}× the mean" if part == "compute" and s.even > 1.05 else ""
-        reason = f"more for {words[part]}{uneven}" if more[part] > 0 else "holds more"
-        out.append(replace(s, why=f"{s.seconds / able[0].seconds:.2f}× the time: {reason}{_copies(s)}"))
+        if s.seconds < 1.005 * able[0].seconds:
+            out.append(replace(s, why=f"as fast as {able[0].name}{_copies(s)}"))
+            continue
+        slower = f"{s.seconds / able[0].seconds:.2f}× the time: more for {words[part]}"
+        out.append(replace(s, why=slower + uneven + _copies(s)))
     return out
 
 

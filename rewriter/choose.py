@@ -175,7 +175,7 @@ def _decide(f: Found, hints: Mapping[str, int], request: Request) -> Decision:
     sizes = known_sizes(f, hints)
     bound = _bound_to_original(f)
     question = Question(
-        f.cascade, tuple(sorted(sizes.items())), device, request.policy, request.executable, _wants_gradient(f), bound,
+        f.cascade, tuple(sorted(sizes.items())), device, request.policy, request.executable, wants_gradient(f), bound,
         str(value.dtype).removeprefix("torch."), _written(f), request.traced,
     )  # fmt: skip
     site, calls = answer(question)
@@ -206,12 +206,12 @@ def _bound_to_original(f: Found) -> str:
     if escaped:
         reader = next(u for n in escaped for u in n.users if u not in inside and u is not f.output)
         return f"the scores or weights are read elsewhere ({reader.name}): they would be computed twice"
-    if _wants_gradient(f) and (cut := _gradient_cut(inside)):
+    if wants_gradient(f) and (cut := _gradient_cut(inside)):
         return f"a gradient is cut inside the attention (at {cut.name})"
     return ""
 
 
-def _wants_gradient(f: Found) -> bool:
+def wants_gradient(f: Found) -> bool:
     """Whether a gradient flows back through the output; under no_grad it does not, whatever the parameters want."""
     return bool(f.output.meta["val"].requires_grad)
 

@@ -68,7 +68,7 @@ def plan_graph(
         misses += missed
         if policy.mesh is not None:
             hints = choose.size_hints(region)
-            found += [(_bound(d, hints), d.found.needs_grad) for d in decisions]
+            found += [(_bound(d, hints), choose.wants_gradient(d.found)) for d in decisions]
     sharding = _sharded(found, device, policy, weights)
     note = f"captured in {captured.seconds:.1f} s, planned in {time.perf_counter() - start:.2f} s"
     return Plan(tuple(sites), tuple(misses), device, model=name, note=note, sharding=sharding)
