@@ -80,7 +80,8 @@ class HostRates:
 class Device:
     """A machine as the cost model sees it. `kind` is cuda, hip, cpu or array (a spatial accelerator).
 
-    `units` are streaming multiprocessors, compute units or threads; `link_bytes_per_s` is one direction.
+    `units` are streaming multiprocessors, compute units or threads; `link_bytes_per_s` is one direction, `link_devices` how
+    many devices it joins (a node), and `network_bytes_per_s` what one device has to other nodes.
     `basis` says whether the constants of the time model are assumed or calibrated.
     """
 
@@ -104,6 +105,10 @@ class Device:
     exps_per_unit_clock: float = 0.0
     lanes_per_unit: int = 0
     link_bytes_per_s: float = 0.0
+    link_latency_seconds: float = 0.0
+    link_devices: int = 0
+    network_bytes_per_s: float = 0.0
+    network_latency_seconds: float = 0.0
     array_lanes: int = 0
     vector_lanes: int = 0
     buffer_bytes: int = 0

@@ -10,17 +10,20 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .cost import Cost
 from .detail import Detail
 from .device import Device, device, device_from_dict, device_to_dict
 from .memory import Memory
+from .mesh_plan import MeshPlan
 from .picture import Layer, Picture
 from .sweep import Retake, Sweep, Symbol, bound_sizes, sweep
 
 # 2 added: sizes that costs are for, tile pictures, memory, open sizes and sweeps, bytes of weights.
 SCHEMA = 2
+# The ways to spread a plan's attentions over its mesh, at sizes of its symbols, on a device.
+Reshard: TypeAlias = Callable[[Device, Mapping[str, int]], MeshPlan | None]
 ORIGINAL = "original"
 
 
@@ -184,6 +187,7 @@ class Plan:
     A plan of a graph with open sizes has them in `symbols`, and in `axes` which of them move together as `seq`, `past` or
     `batch`; it can be costed again at other sizes (`at`) and over many (`over`) without a second capture, until it is
     written to a file. `sweeps` are kept for reports. `weight_bytes` are those of the model's parameters.
+    `sharding` has the ways to spread them over a mesh of such devices, where one was asked for.
     """
 
     sites: tuple[Site, ...]
@@ -195,7 +199,9 @@ class Plan:
     symbols: tuple[Symbol, ...] = ()
     axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     sweeps: tuple[Sweep, ...] = ()
+    sharding: MeshPlan | None = None
     retake: Retake | None = field(default=None, compare=False, repr=False)
+    reshard: Reshard | None = field(default=None, compare=False, repr=False)
 
     @property
     def seconds(self) -> float:
@@ -220,7 +226,7 @@ class Plan:
     def __str__(self) -> str:
         from .table import plan_table
 
-        return plan_table(self)
+        return plan_table(self) + (f"\n\n{self.sharding}" if self.sharding is not None else "")
 
     def at(self, target: str | Device | None = None, **sizes: int) -> Plan:
         """The plan at other sizes, by axis (`seq=8192`, `past=…`, `batch=…`) or by symbol, or on another device.
@@ -234,7 +240,8 @@ class Plan:
         where = device(target) if target is not None else self.device
         sites = self.retake(where, values, range(len(self.sites)))
         symbols = tuple(replace(s, value=values[s.name]) for s in self.symbols)
-        return replace(self, sites=sites, device=where, symbols=symbols, sweeps=())
+        sharding = self.reshard(where, values) if self.reshard is not None else None
+        return replace(self, sites=sites, device=where, symbols=symbols, sweeps=(), sharding=sharding)
 
     def over(self, axis: str, values: Sequence[int], targets: Sequence[str | Device] = ()) -> Sweep:
         """Which candidate wins at each value of an axis, on this plan's device or on these. Raises as `at` does."""
@@ -256,6 +263,7 @@ class Plan:
             "weight_bytes": self.weight_bytes, "symbols": [_plain(s) for s in self.symbols],
             "axes": {name: list(s) for name, s in self.axes.items()}, "sweeps": [s.to_dict() for s in self.sweeps],
             "sites": [_site_to_dict(s) for s in self.sites], "misses": [_plain(m) for m in self.misses],
+            "sharding": self.sharding.to_dict() if self.sharding is not None else None,
         }  # fmt: skip
         return json.dumps(body, indent=1, ensure_ascii=False)
 
@@ -282,6 +290,7 @@ class Plan:
                 weight_bytes=body.get("weight_bytes", 0), symbols=tuple(Symbol(**s) for s in body.get("symbols", ())),
                 axes={name: tuple(s) for name, s in body.get("axes", {}).items()},
                 sweeps=tuple(Sweep.from_dict(s) for s in body.get("sweeps", ())),
+                sharding=MeshPlan.from_dict(body["sharding"]) if body.get("sharding") else None,
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"the plan is damaged: {error}") from None

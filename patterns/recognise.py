@@ -433,6 +433,9 @@ class _Reader:
         c = self.form.c
         batch = tuple(r for r in self.output if r not in (query, self.value))
         groups = (tuple(self.prelude.values()), tuple(self.products.values()), tuple(self.row.values()))
+        twice = self.prelude.keys() & (self.products.keys() | self.row.keys())
+        if twice:
+            raise _Stop(f"{min(twice)} is read over {self.key} and over another rank of the same size", contraction, 5)
         if self.changed:
             c = self.rewritten(finish, contraction, groups)
         return Attention(c, batch, query, self.key, self.value, *groups[:2], score, groups[2], weight, values, finish,

@@ -19,6 +19,7 @@ from .options import (
     Dynamic,
     Html,
     Json,
+    Meshes,
     Model,
     Past,
     Phase,
@@ -47,13 +48,14 @@ if TYPE_CHECKING:
 
 def plan(
     model: Model, target: Targets = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None, phase: Phase = "prefill",
-    past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, sweep: Sweeps = None, html: Html = None,
-    strict: Strict = False, json: Json = False, debug: Debug = False,
+    past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, sweep: Sweeps = None, mesh: Meshes = None,
+    html: Html = None, strict: Strict = False, json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Show every attention of MODEL: what it is, its mask, the candidates' predicted times, the choice.
 
     Several --target: one capture, side by side. --sweep: one capture with open sizes, then the winner at each size and
-    where it changes. --html: a page with the masks, rooflines, parts of the time, sweeps and memory.
+    where it changes. --mesh: what each way to spread it over devices holds, sends and takes. --html: a page with the masks,
+    rooflines, parts of the time, sweeps and memory.
 
     Example: reattend plan config.json --target h200 --target a100 --dtype bf16 --sweep seq=1k:128k --html plan.html
     """
@@ -64,7 +66,7 @@ def plan(
         sweep_of(text)
     if html is not None:
         check_path(html)
-    plans, sweeps = _planned(model, shapes, devices, dynamic, sweep or [], html is not None)
+    plans, sweeps = _planned(model, shapes, devices, dynamic, sweep or [], mesh, html is not None)
     if json:
         print(plans[0].to_json() if len(plans) == 1 else "[\n" + ",\n".join(p.to_json() for p in plans) + "\n]")
     else:
@@ -159,33 +161,33 @@ def targets(json: Json = False, debug: Debug = False) -> None:
 
 
 def _planned(
-    spec: str, shapes: Shapes, devices: list[Device], dynamic: bool, sweeps: list[str], page: bool
+    spec: str, shapes: Shapes, devices: list[Device], dynamic: bool, sweeps: list[str], mesh: str | None, page: bool
 ) -> tuple[list[Plan], list[Sweep]]:
     """Plans and sweeps. A page wants open sizes for its own sweep, and does without where the capture needs fixed ones."""
     if sweeps:
-        plans, found = plan_swept(spec, shapes, devices, sweeps)
+        plans, found = plan_swept(spec, shapes, devices, sweeps, mesh)
         return [replace(p, sweeps=tuple(s.on(p.device.name) for s in found)) for p in plans], found
     if not page:
-        return plan_all(spec, shapes, devices, dynamic), []
+        return plan_all(spec, shapes, devices, dynamic, mesh), []
     from .cost_model.report.page import swept
 
-    plans = plan_all(spec, shapes, devices, True) if dynamic else _open_if_possible(spec, shapes, devices)
+    plans = plan_all(spec, shapes, devices, True, mesh) if dynamic else _open_if_possible(spec, shapes, devices, mesh)
     return [replace(p, sweeps=swept(p)) for p in plans], []
 
 
-def _open_if_possible(spec: str, shapes: Shapes, devices: list[Device]) -> list[Plan]:
+def _open_if_possible(spec: str, shapes: Shapes, devices: list[Device], mesh: str | None) -> list[Plan]:
     """Plans with open sizes, or with fixed ones where the capture needs them or finds more attentions so."""
     from .rewriter.capture import CaptureError
 
     why = ""
     plans: list[Plan] = []
     try:
-        plans = plan_all(spec, shapes, devices, True)
+        plans = plan_all(spec, shapes, devices, True, mesh)
     except CaptureError as no:
         why = str(no)
     if plans and plans[0].sites and not plans[0].misses:
         return plans
-    fixed = plan_all(spec, shapes, devices, False)
+    fixed = plan_all(spec, shapes, devices, False, mesh)
     if plans and len(plans[0].sites) >= len(fixed[0].sites):
         return plans
     why = why or "; ".join(dict.fromkeys(m.reason for m in plans[0].misses))
@@ -196,7 +198,8 @@ def _text(plans: list[Plan], sweeps: list[Sweep]) -> str:
     from .cost_model.table import plans_table
 
     head = str(plans[0]) if len(plans) == 1 else plans_table(plans)
-    return "\n\n".join([head, *map(str, sweeps)])
+    spread = [str(p.sharding) for p in plans if p.sharding is not None and len(plans) > 1]
+    return "\n\n".join([head, *spread, *map(str, sweeps)])
 
 
 def _saved(path: str) -> Plan:

@@ -78,6 +78,9 @@ Sweeps = Annotated[
     list[str] | None,
     typer.Option("--sweep", metavar="AXIS=VALUES", help="seq=1k:1M (powers of two), seq=1k,4k,32k, past=…, batch=1:64"),
 ]
+Meshes = Annotated[
+    str | None, typer.Option("--mesh", metavar="AXES", help="devices to spread it over: tp=8, or tp=8,cp=2 (tp, cp, dp)")
+]
 Html = Annotated[Path | None, typer.Option("--html", metavar="PATH", help="write one self-contained page")]
 Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 when an attention is left alone")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
@@ -102,26 +105,29 @@ def plan_one(spec: str, shapes: Shapes, target: str | None, dynamic: bool) -> Pl
     return made
 
 
-def plan_all(spec: str, shapes: Shapes, devices: Sequence[Device], dynamic: bool) -> list[Plan]:
+def plan_all(
+    spec: str, shapes: Shapes, devices: Sequence[Device], dynamic: bool, mesh: str | None = None
+) -> list[Plan]:
     """A plan for each device; the model is captured once where its graph can be kept."""
     from .rewriter.planning import plan_spec
     from .rewriter.policy import Policy
 
-    first = plan_spec(spec, shapes, devices[0], Policy(), dynamic=dynamic)
+    policy = Policy(mesh=mesh)
+    first = plan_spec(spec, shapes, devices[0], policy, dynamic=dynamic)
     if first.retake is None:
-        return [first, *(plan_spec(spec, shapes, d, Policy(), dynamic=dynamic) for d in devices[1:])]
+        return [first, *(plan_spec(spec, shapes, d, policy, dynamic=dynamic) for d in devices[1:])]
     return [first, *(first.at(d) for d in devices[1:])]
 
 
 def plan_swept(
-    spec: str, shapes: Shapes, devices: Sequence[Device], wanted: Sequence[str]
+    spec: str, shapes: Shapes, devices: Sequence[Device], wanted: Sequence[str], mesh: str | None = None
 ) -> tuple[list[Plan], list[Sweep]]:
     """Plans with open sizes, captured once, and a sweep over all devices for each of `wanted`."""
     asked = [sweep_of(text) for text in wanted]
     batched = any(axis == "batch" for axis, _ in asked)
     # A batch of one is no open size: capture takes 1 for special.
     captured = replace(shapes, batch=max(2, shapes.batch)) if batched else shapes
-    plans = plan_all(spec, captured, devices, True)
+    plans = plan_all(spec, captured, devices, True, mesh)
     if batched and plans[0].axes.get("batch"):
         plans = [p.at(batch=shapes.batch) for p in plans]
     return plans, [plans[0].over(axis, values, devices) for axis, values in asked]

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..cost_model.device import Device
+from ..cost_model.mesh import Mesh, linked
+from ..cost_model.mesh_plan import MeshPlan
 from ..cost_model.plan import Miss, Plan, Site
+from ..cost_model.sharding import Site as Sharded
+from ..cost_model.sharding import shard
 from ..cost_model.sweep import Symbol, axes
+from ..patterns.cascade import Cascade
 from . import capture, choose, export
 from .models import Shapes, Subject, load
 from .place import Place, symbols_of
@@ -30,6 +35,8 @@ def plan_model(
     Gradients are planned for where the model is in training mode and grad mode is on. Raises CaptureError.
     """
     name = name or type(model).__name__
+    if policy.mesh is not None:
+        linked(device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
         try:
             return plan_graph(export.from_export(model, args, kwargs, dynamic=dynamic), device, policy, name)
@@ -59,21 +66,50 @@ def plan_graph(captured: capture.Captured, device: Device, policy: Policy, name:
         places += found
         misses += missed
         symbols |= {s.name: s for s in symbols_of(region)}
+    weights = _weight_bytes(captured.graph)
 
     def retake(where: Device, at: Mapping[str, int], which: Sequence[int]) -> tuple[Site, ...]:
         request = choose.Request(policy, where, executable=False)
         return tuple(choose.decide_place(places[i], at, request)[0] for i in which)
 
-    sites = retake(device, {s.name: s.value for s in symbols.values()}, range(len(places)))
+    def reshard(where: Device, at: Mapping[str, int]) -> MeshPlan | None:
+        return _sharded(places, at, where, policy, weights)
+
+    traced = {s.name: s.value for s in symbols.values()}
+    sites, sharding = retake(device, traced, range(len(places))), reshard(device, traced)
     note = f"captured in {captured.seconds:.1f} s, planned in {time.perf_counter() - start:.2f} s"
     return Plan(
-        sites, tuple(misses), device, model=name, note=note, weight_bytes=_weight_bytes(captured.graph),
-        symbols=tuple(symbols.values()), axes=axes(p.cascade for p in places), retake=retake,
+        sites, tuple(misses), device, model=name, note=note, weight_bytes=weights, symbols=tuple(symbols.values()),
+        axes=axes(p.cascade for p in places), sharding=sharding, retake=retake, reshard=reshard,
     )  # fmt: skip
 
 
 def _weight_bytes(gm: fx.GraphModule) -> int:
     return sum(p.numel() * p.element_size() for p in gm.parameters())
+
+
+def _sharded(
+    places: Sequence[Place], at: Mapping[str, int], device: Device, policy: Policy, weights: int
+) -> MeshPlan | None:  # fmt: skip
+    """The ways to spread these attentions over the policy's mesh; None without a mesh or attentions."""
+    if not places or not isinstance(policy.mesh, Mesh):
+        return None
+    layers: dict[Cascade, list[Sharded]] = {}
+    for p in places:
+        site = _bound(p, at)
+        layers.setdefault(site.cascade, []).append(site)
+    sites = [replace(same[0], layers=len(same)) for same in layers.values()]
+    step = "training" if any(p.gradients for p in places) else None
+    return shard(sites, policy.mesh, linked(device), step=step, weights=weights, approximate=policy.approximate)
+
+
+def _bound(p: Place, at: Mapping[str, int]) -> Sharded:
+    """An attention at sizes of the graph's symbols."""
+    sizes = p.sizes(at)
+    missing = [n for n in p.cascade.free_symbols if n not in sizes]
+    if missing:
+        raise ValueError(f"a mesh needs sizes: {', '.join(missing)} of {p.name} has none, plan without --dynamic")
+    return Sharded(p.name, p.cascade.with_sizes(sizes))
 
 
 def _plan_pieces(
@@ -91,7 +127,7 @@ def _plan_pieces(
 
     def plan_piece(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
         captured = capture.from_dynamo(gm, inputs, names)
-        plans.append(plan_graph(captured, device, policy, name))
+        plans.append(plan_graph(captured, device, replace(policy, mesh=None), name))
         breaks.extend(b for b in [break_of(gm)] if b)
         return gm.forward
 
@@ -104,6 +140,7 @@ def _plan_pieces(
         session.detach()
     where = "; ".join(dict.fromkeys(breaks)) or why
     note = f"the model has no graph of its own and was run once; captured in {len(plans)} pieces, broken at {where}"
+    note += "; a mesh needs one whole graph, and is left out" if policy.mesh is not None else ""
     sites, misses = (tuple(x for p in plans for x in getattr(p, part)) for part in ("sites", "misses"))
     return Plan(sites, misses, device, model=name, note=note)
 
@@ -115,6 +152,8 @@ def _copied(values: Any) -> Any:
 
 def plan_spec(spec: str, shapes: Shapes, device: Device, policy: Policy, *, dynamic: bool = False) -> Plan:
     """Plan what a command line names. Raises UsageError and CaptureError."""
+    if policy.mesh is not None:
+        linked(device)
     subject = load(spec, shapes)
     try:
         return _plan_subject(subject, device, policy, dynamic)

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from ..cost_model.mesh import Mesh
+from ..cost_model.mesh import mesh as mesh_of
+
 CANDIDATES = ("original", "sdpa", "flex", "reattend")
 
 
 @dataclass(frozen=True)
 class Policy:
     """What a plan may do. All candidates of this version are exact, so `approximate` and `max_error` admit nothing more.
+
+    `mesh`, "tp=8" or a Mesh, adds to a plan what every way to spread its attentions over these devices holds, sends and
+    takes; what runs stays on one device.
 
     `allow` keeps only these candidates beside the original code, `deny` removes some; names are original, sdpa, flex,
     reattend. The original code stays where nothing else can run, denied or not. With `strict`, an attention that cannot be
@@ -22,7 +28,7 @@ class Policy:
     allow: Collection[str] = ()
     deny: Collection[str] = ()
     calibration: object = None
-    mesh: object = None
+    mesh: Mesh | str | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -35,11 +41,10 @@ class Policy:
                 raise ValueError(f"Policy({field}): unknown candidate {unknown[0]!r}; one of {', '.join(CANDIDATES)}")
         if self.max_error is not None and not self.max_error > 0:
             raise ValueError(f"Policy(max_error) must be above 0, not {self.max_error}")
-        for field in ("calibration", "mesh"):
-            if getattr(self, field) is not None:
-                raise ValueError(
-                    f"Policy({field}) is not in this version: all candidates are exact and run on one device"
-                )
+        if self.calibration is not None:
+            raise ValueError("Policy(calibration) is not in this version: all candidates are exact")
+        if self.mesh is not None:
+            object.__setattr__(self, "mesh", mesh_of(self.mesh))
 
     def permits(self, candidate: str) -> bool:
         if candidate in self.deny:

@@ -159,7 +159,9 @@ def test_the_meta_device_needs_a_target(stack: nn.Module) -> None:
         ({"allow": ("flash",)}, "unknown candidate 'flash'; one of original, sdpa, flex, reattend"),
         ({"deny": "magic"}, "unknown candidate 'magic'"),
         ({"max_error": -1.0}, "must be above 0"),
-        ({"mesh": object()}, "is not in this version"),
+        ({"mesh": object()}, "a mesh is a text such as .tp=8. or .tp=8,cp=2., not object"),
+        ({"mesh": "pp=2"}, r"mesh axis .pp. is not known: use tp \(heads and latents\), cp"),
+        ({"calibration": object()}, "is not in this version"),
     ],
 )
 def test_bad_policies_are_refused(options: dict[str, Any], sentence: str) -> None:
