@@ -503,13 +503,11 @@ class _Placement:
 
     def kept(self, region: str) -> bool:
         """A cache: what keys index and queries do not, and what is multiplied: a mask or a bias is made anew."""
-        ranks = frozenset().union(*(x.ranks for x in self.loads(region)))
-        if self.who.key not in ranks or self.who.tokens in ranks:
-            return False
+        keyed = [x for x in self.loads(region) if self.who.key in x.ranks and self.who.tokens not in x.ranks]
         unit = self.core.unit if self.core is not None else frozenset()
         return any(
             i not in unit or any(x in ex.walk(f) for f in contraction(e) or ())
-            for i, e in enumerate(self.c.einsums) for x in e.reads if x in self.loads(region)
+            for i, e in enumerate(self.c.einsums) for x in e.reads if x in keyed
         )  # fmt: skip
 
     def needed(self, name: str) -> int:

@@ -79,4 +79,6 @@ def _failed(error: Exception) -> int:
 
 
 # Errors whose message is one sentence for the user.
-_SENTENCES = ("UsageError", "UnknownDevice", "CaptureError", "StrictError", "PlanError", "SweepError", "MeshError", "ValueError")
+_SENTENCES = (
+    "UsageError", "UnknownDevice", "CaptureError", "StrictError", "PlanError", "SweepError", "MeshError", "ValueError",
+)  # fmt: skip

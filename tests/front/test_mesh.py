@@ -144,8 +144,8 @@ def test_a_parameter_inside_an_attention_trains_nothing_without_gradients() -> N
             scores = torch.cat([q @ k.mT * 0.25, self.sink[None, :, None, None].expand(*q.shape[:3], 1)], -1)
             return scores.softmax(-1)[..., :-1] @ v
 
-    x = torch.randn(1, 4, 64, 16)
+    q, k, v = torch.randn(3, 1, 4, 64, 16)
     with torch.no_grad():
-        made = reattend.plan(Sink(), (x, x, x), target="h200", policy=reattend.Policy(mesh="tp=2")).sharding
+        made = reattend.plan(Sink(), (q, k, v), target="h200", policy=reattend.Policy(mesh="tp=2")).sharding
     assert made is not None
     assert (made.step, made.scheme("heads").cache_bytes) == ("prefill", 2 * 64 * 2 * 16 * 4)
