@@ -1,10 +1,10 @@
 """Tiles: known answers and closed forms against the classification, skipping rules, and the makespan over units."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -175,7 +175,18 @@ def test_makespan_bounds(costs: list[int], slots: int) -> None:
     lower = max(c.sum() / slots, c.max())
     assert lower - 1e-9 <= found <= c.sum() / slots + c.max() + 1e-9
     heaviest_first = makespan(-np.sort(-c), slots)
-    assert heaviest_first <= 4 / 3 * lower + c.max() / 3 + 1e-9
+    # the job that ends last began when all units were busy, and is none of the longest, one a unit
+    behind = -np.sort(-c)[slots:]
+    assert heaviest_first <= max(c.max(), c.sum() / slots + (behind.max() if len(behind) else 0)) + 1e-9
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 3))
+def test_longest_first_is_within_a_third_of_the_best(costs: list[int], slots: int) -> None:
+    """Graham's bound, against the best of all assignments."""
+    c = np.array(costs, dtype=float)
+    best = min(max(np.bincount(a, c, slots)) for a in product(range(slots), repeat=len(c)))
+    assert schedule(c[None], 1, slots).longest_first <= (4 / 3 - 1 / (3 * slots)) * best + 1e-9
 
 
 @given(st.integers(40, 90), st.integers(8, 40), st.booleans())
