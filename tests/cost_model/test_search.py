@@ -17,8 +17,10 @@ from reattend.patterns.cascade import Cascade, parse, to_text, verify
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.papers import attention
 from reattend.patterns.recognise import Refusal
+from reattend.patterns.recognise import attention as recognised
 
 from ..patterns import rules
+from ..strategies import Program, programs
 
 torch.set_num_threads(1)
 M, K, EMBED, TOKEN = ("m",), ("k",), ("e",), ("i",)
@@ -242,3 +244,19 @@ def test_random_row_programs_keep_their_values(steps: Any, score: Any, tile: int
         got = evaluate(form.cascade, tensors, sizes, widen=True)["O"]
         # moments cancel: their own condition says so
         assert rules.error(got, want) <= 1e-9, str(form)
+
+
+@settings(max_examples=30)
+@given(programs(longest=33), st.integers(1, 40))
+def test_drawn_attentions_keep_their_values(program: Program, tile: int) -> None:
+    """Scores, masks and row rules drawn at random, grouped heads and symbolic lengths: one pass, and the same values."""
+    view: Any = recognised(program.cascade)
+    found = search(program.cascade, (view.key,))
+    assert found.best.passes == 1
+    tensors = program.inputs()
+    (name,) = program.cascade.outputs
+    for form in found.forms:
+        want = evaluate(program.cascade, tensors, program.sizes, widen=True)[name]
+        width = {str(r.size): tile for r in form.cascade.ranks if r.name.endswith("0")}
+        got = evaluate(form.cascade, tensors, {**program.sizes, **width}, widen=True)[name]
+        assert rules.error(got, want) <= 1e-12, str(form)
