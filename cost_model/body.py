@@ -81,7 +81,7 @@ def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
     bill.flops, bill.exps = 2 * pairs * (at.embed + at.value), pairs
     bill.bytes = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
     bill.add("fault", host.fresh(WIDTH[s.dtype] * at.batch * at.queries * at.value))
-    return bill.cost(device.basis)
+    return bill.cost(device)
 
 
 def tiles(found: Sequence[Block], at: Shape, mapping: Tiling, jobs: Jobs) -> Iterator[Block]:

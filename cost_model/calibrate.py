@@ -1,29 +1,36 @@
-"""Calibration of this machine's CPU: a few seconds of PyTorch operators, timed once and kept in a file.
+"""Calibration of this machine's CPU: PyTorch operators, timed one by one, and the file in which the rates are kept.
 
     rates of one thread  → every entry of `HostRates`;   the same with all threads → `scaling`
 
-The only file of the cost model that runs torch, and only when asked to. The file lies in the user's cache folder, one a
-processor, and `device("cpu")` reads it; without it the numbers of devices/cpu.toml stand, and plans say "uncalibrated".
+The only file of the cost model that runs torch, and only when asked to. What needs the code generator (our own kernels and
+FlexAttention) and the held-out check are in codegen/calibrate.py, which calls this. The file lies in the user's cache
+folder, one a device, and `device(name)` reads it; without it the numbers of the data file stand, and plans say
+"uncalibrated".
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .device import CALIBRATION_SCHEMA, Device, HostRates, calibration_path, device_to_dict, processor, shipped
 
 if TYPE_CHECKING:
     import torch
 
-# Timed runs of one measurement: at least so many, and at least so long.
-RUNS = 5
-SECONDS = 0.03
+T = TypeVar("T")
+# Watches the steps go by, for a progress bar: (steps, what they are) → the same steps.
+Watch = Callable[[list[T], str], Iterable[T]]
+
+# One measurement: its least time is believed when CONFIRMED runs came within NEAR of it, but not before SECONDS are spent;
+# on a machine that stays noisy the least one of PATIENCE seconds is taken.
+CONFIRMED, NEAR = 3, 0.02
+SECONDS, PATIENCE = 0.03, 0.4
 DTYPES = ("f32", "bf16", "f16")
 HEADS = 4
 KEYS = 1024
@@ -31,38 +38,67 @@ KEYS = 1024
 CALLS: Mapping[int, int] = {1: 1, 8: 8, 32: 128, 64: 256, 256: 768}
 
 
-def calibrate(threads: int | None = None, path: Path | None = None, say: Callable[[str], None] | None = None) -> Device:
-    """Measure this machine and write the calibration file. Returns the calibrated CPU.
+def unwatched(steps: list[T], what: str) -> Iterable[T]:
+    del what
+    return steps
 
-    `threads` is how many the scaling is measured with (default: torch's own number); it takes about ten seconds, and a busy
-    machine gives wrong numbers. Raises OSError when the file cannot be written.
+
+def cpu_rates(threads: int | None = None, watch: Watch[Any] = unwatched) -> Device:
+    """The CPU with this machine's rates of PyTorch's operators, measured now; nothing is written.
+
+    `threads` is how many the scaling is measured with (default: torch's own number).
     """
     import torch
 
-    threads = threads or torch.get_num_threads()
-    tell = say or (lambda text: None)
-    with _threads(1), torch.no_grad():
-        rates = _rates(shipped("cpu"), tell)
-    if threads > 1:
-        tell(f"the same with {threads} threads")
-        rates["scaling"] = _scaling(rates, threads)
     base = shipped("cpu")
-    flops = {**base.matrix_flops_per_s, **rates.pop("matrix_flops_per_s")}
-    dram = rates.pop("dram_bytes_per_s")
     assert base.host is not None
-    host = HostRates(**{**{f: getattr(base.host, f) for f in base.host.__dataclass_fields__}, **rates, "threads": threads})
-    found = replace(
+    threads = threads or torch.get_num_threads()
+    steps: list[Callable[[], dict[str, Any]]] = [_calls, _memory, *(_typed(t) for t in DTYPES)]
+    found: dict[str, Any] = {}
+    with _threads(1), torch.no_grad():
+        for step in watch(steps, "operators, one thread"):
+            merge(found, step())
+    if threads > 1:
+        with torch.no_grad():
+            found["scaling"] = _scaling(threads, watch)
+    flops = {**base.matrix_flops_per_s, **found.pop("matrix_flops_per_s")}
+    dram = found.pop("dram_bytes_per_s")
+    host = with_rates(base.host, {**found, "threads": threads})
+    return replace(
         base, title=processor(), units=threads, dram_bytes_per_s=dram, matrix_flops_per_s=flops, host=host,
         basis="calibrated",
     )  # fmt: skip
-    where = path or calibration_path()
+
+
+def merge(into: dict[str, Any], found: Mapping[str, Any]) -> None:
+    """Add rates; tables by type are joined."""
+    for name, value in found.items():
+        into[name] = {**into.get(name, {}), **value} if isinstance(value, Mapping) else value
+
+
+def with_rates(h: HostRates, found: Mapping[str, Any]) -> HostRates:
+    """Rates with some of them replaced; a table keeps the types that were not measured."""
+    joined: dict[str, Any] = {n: {**getattr(h, n), **v} if isinstance(v, Mapping) else v for n, v in found.items()}
+    return replace(h, **joined)
+
+
+def keep(d: Device, path: Path | None = None) -> Path | None:
+    """Write a calibrated device where `device(name)` finds it; None where the environment wants no file.
+
+    Raises OSError when the file cannot be written.
+    """
+    import torch
+
+    where = path or calibration_path(d.name)
     if where is None:
-        return found
+        return None
     where.parent.mkdir(parents=True, exist_ok=True)
-    body = {"schema": CALIBRATION_SCHEMA, "torch": torch.__version__, "device": device_to_dict(found)}
+    body = {
+        "schema": CALIBRATION_SCHEMA, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+        "device": device_to_dict(d),
+    }  # fmt: skip
     where.write_text(json.dumps(body, indent=1), encoding="utf-8")
-    tell(f"wrote {where}")
-    return found
+    return where
 
 
 @contextmanager
@@ -78,19 +114,25 @@ def _threads(n: int) -> Iterator[None]:
 
 
 def seconds(run: Callable[[], object], clock: Callable[[], float] = time.thread_time) -> float:
-    """The least time of several runs: what the machine can do when nobody disturbs it.
+    """The least time of a call that comes again: what the machine can do when nobody disturbs it.
 
     One thread is timed by what it ran, not by the wall: other programs then disturb little.
     """
     run()
     run()
-    best, spent, runs = float("inf"), 0.0, 0
-    while runs < RUNS or spent < SECONDS:
+    times: list[float] = []
+    spent = 0.0
+    while spent < PATIENCE and not (spent >= SECONDS and confirmed(times)):
         start = clock()
         run()
-        took = clock() - start
-        best, spent, runs = min(best, took), spent + took, runs + 1
-    return best
+        times.append(clock() - start)
+        spent += times[-1]
+    return min(times)
+
+
+def confirmed(times: list[float]) -> bool:
+    """Did the least time come several times?"""
+    return sum(t <= min(times) * (1 + NEAR) for t in times) >= CONFIRMED if times else False
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -99,28 +141,23 @@ def _dtype(name: str) -> torch.dtype:
     return {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[name]
 
 
-def _rates(base: Device, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Rates of one thread."""
-    tell("calls and memory")
-    out = _calls() | _memory()
-    assert base.host is not None
-    tables: dict[str, dict[str, Any]] = {
-        n: dict(getattr(base.host, n))
-        for n in ("gemm_half_rows", "element_seconds", "exp_seconds", "softmax_seconds", "attention_mask_seconds",
-                  "attention_row_seconds", "attention_pair_seconds", "flex_pair_seconds")
-    }  # fmt: skip
-    flops: dict[str, float] = {}
-    for t in DTYPES:
-        tell(f"products, exponentials and SDPA in {t}")
-        flops[t], tables["gemm_half_rows"][t] = _product(t)
-        tables["element_seconds"][t], tables["exp_seconds"][t], tables["softmax_seconds"][t] = _points(t)
+def _typed(t: str) -> Callable[[], dict[str, Any]]:
+    """The rates of one type: products, element-wise operators, and SDPA's fused kernel."""
+
+    def step() -> dict[str, Any]:
+        flops, half = _product(t)
+        element, exp, softmax = _points(t)
         pairs, mask, row = _attention(t)
-        tables["attention_pair_seconds"][t], tables["attention_mask_seconds"][t] = pairs, mask
-        tables["attention_row_seconds"][t] = row
-    return {**out, **tables, "matrix_flops_per_s": flops}
+        return {
+            "matrix_flops_per_s": {t: flops}, "gemm_half_rows": {t: half}, "element_seconds": {t: element},
+            "exp_seconds": {t: exp}, "softmax_seconds": {t: softmax}, "attention_pair_seconds": {t: pairs},
+            "attention_mask_seconds": {t: mask}, "attention_row_seconds": {t: row},
+        }  # fmt: skip
+
+    return step
 
 
-def _calls() -> dict[str, float]:
+def _calls() -> dict[str, Any]:
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -135,7 +172,7 @@ def _calls() -> dict[str, float]:
     }
 
 
-def _memory() -> dict[str, float]:
+def _memory() -> dict[str, Any]:
     import torch
 
     small = torch.randn(1 << 19)
@@ -208,7 +245,7 @@ def _sdpa(t: str, queries: int, keys: int, d: int, masked: bool = False) -> floa
     return seconds(lambda: sdpa(q, k, v, attn_mask=mask))
 
 
-def _scaling(rates: Mapping[str, Any], threads: int) -> dict[str, float]:
+def _scaling(threads: int, watch: Watch[Any]) -> dict[str, float]:
     """What all threads bring over one, by class of work; FlexAttention shares its work as SDPA does."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -225,13 +262,13 @@ def _scaling(rates: Mapping[str, Any], threads: int) -> dict[str, float]:
         "attention": lambda: sdpa(q, k, k),
         "element": lambda: torch.exp(x, out=x_out),
         "memory": lambda: torch.add(large, place, out=place),
-        "fresh": lambda: large + 1.0,
+        "fault": lambda: large + 1.0,
     }
-    took: dict[int, dict[str, float]] = {}
-    for n in (1, threads):
-        with _threads(n), torch.no_grad():
-            took[n] = {name: seconds(run, time.perf_counter) for name, run in runs.items()}
-    gain = {name: max(1.0, took[1][name] / took[threads][name]) for name in runs}
-    gain["fault"] = gain.pop("fresh")
-    gain["flex"] = gain["attention"]
-    return gain
+    gain = {}
+    for name in watch(list(runs), f"operators, {threads} threads"):
+        took = {}
+        for n in (1, threads):
+            with _threads(n):
+                took[n] = seconds(runs[name], time.perf_counter)
+        gain[name] = max(1.0, took[1] / took[threads])
+    return gain | {"flex": gain["attention"]}

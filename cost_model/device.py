@@ -33,6 +33,8 @@ class TimeModel:
 
     `overlap` is the share of the smaller resources' time that hides under the largest (0: a sum, 1: a maximum) in our
     kernels, `vendor_overlap` in the vendor's; `partial_factor` is how much dearer a tile is whose mask is evaluated.
+    `flex_share` is FlexAttention's rate beside our kernel's, `efficient_share` that of SDPA's memory-efficient kernel, which
+    takes a mask tensor, beside the flash kernel's.
     """
 
     matrix_efficiency: float = 0.8
@@ -40,6 +42,9 @@ class TimeModel:
     overlap: float = 0.1
     vendor_overlap: float = 0.5
     partial_factor: float = 1.4
+    vendor_partial_factor: float = 1.1
+    flex_share: float = 0.9
+    efficient_share: float = 0.6
     launch_seconds: float = 4e-6
     prologue_seconds: float = 1e-6
     load_latency_seconds: float = 7e-7
@@ -81,7 +86,9 @@ class Device:
     """A machine as the cost model sees it. `kind` is cuda, hip, cpu or array (a spatial accelerator).
 
     `units` are streaming multiprocessors, compute units or threads; `link_bytes_per_s` is one direction.
-    `basis` says whether the constants of the time model are assumed or calibrated.
+    `basis` says whether the constants of the time model are assumed ("uncalibrated") or calibrated on a machine; `band` how
+    far predictions may be off: a time within seconds / (1 + band) and seconds · (1 + band) is as predicted. A calibration
+    measures the band on shapes that it was not fitted to; without one it is stated in the data file.
     """
 
     name: str
@@ -111,6 +118,7 @@ class Device:
     model: TimeModel = TimeModel()
     host: HostRates | None = field(default=None, hash=False)
     basis: str = "uncalibrated"
+    band: float = 1.0
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -127,7 +135,7 @@ class Device:
         return self.matrix_flops_per_s.get(dtype, self.matrix_flops_per_s.get("f32", 0.0))
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.title} ({self.basis})"
+        return f"{self.name}: {self.title} ({self.basis}, times ±{self.band:.0%})"
 
 
 def _split(table: Mapping[str, Any], path: str, sources: dict[str, str]) -> dict[str, Any]:
@@ -191,7 +199,7 @@ def targets() -> list[Device]:
 
 
 def device(target: str | Device) -> Device:
-    """The device of this name; a Device is itself. "cpu" is this machine's where it has been calibrated.
+    """The device of this name, calibrated where it was on this machine; a Device is itself.
 
     Raises UnknownDevice, naming the closest and all valid names.
     """
@@ -216,8 +224,8 @@ def with_threads(d: Device, threads: int) -> Device:
 
 # --- calibration files ------------------------------------------------------------------------------------------
 
-CALIBRATION_SCHEMA = 1
-# Names another file; empty: none is read or written.
+CALIBRATION_SCHEMA = 2
+# Names another file, for whatever device is calibrated next; empty: none is read or written.
 CALIBRATION_VARIABLE = "REATTEND_CALIBRATION"
 
 
@@ -230,26 +238,26 @@ def processor() -> str:
     return platform.processor() or platform.machine() or "CPU"
 
 
-def calibration_path() -> Path | None:
-    """Where this processor's calibration lies, or None where the environment wants none."""
+def calibration_path(name: str = "cpu") -> Path | None:
+    """Where the calibration of a device lies, the CPU's under this processor's name; None where none is wanted."""
     told = os.environ.get(CALIBRATION_VARIABLE)
     if told is not None:
         return Path(told) if told else None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    word = re.sub(r"\W+", "-", processor()).strip("-").lower()
+    word = re.sub(r"\W+", "-", processor() if name == "cpu" else name).strip("-").lower()
     return cache / "reattend" / f"calibration-{word}.json"
 
 
 def _calibrated(d: Device) -> Device:
-    """The CPU with this machine's rates where a calibration file of this version is there; other devices as they are."""
-    path = calibration_path() if d.kind == "cpu" else None
+    """The device with this machine's rates where a calibration file of it is there, of this version; else as it is."""
+    path = calibration_path(d.name)
     if path is None or not path.is_file():
         return d
     found = _read_calibration(path, path.stat().st_mtime_ns)
-    return replace(found, sources=d.sources) if found is not None else d
+    return replace(found, sources=d.sources) if found is not None and found.name == d.name else d
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _read_calibration(path: Path, changed: int) -> Device | None:
     """The device of a calibration file; None where the file has another schema or is damaged."""
     del changed

@@ -81,7 +81,7 @@ def seconds(k: Kernel, d: Device, *, overlap: float, partial_factor: float, sche
     outside = {"memory": memory + merge, "l2": l2, "launch": launch}
     parts = inside | outside
     bound = bound_of({"launch": launch} if launch > busy else inside if kernel >= busy else outside | {"launch": 0.0})
-    return Cost(busy + merge + launch, bound, k.flops, k.unique_bytes + k.written_bytes, k.exps, parts, d.basis)
+    return Cost(busy + merge + launch, bound, k.flops, k.unique_bytes + k.written_bytes, k.exps, parts, d.basis, d.band)
 
 
 def _exposed(k: Kernel, d: Device, tile: Mapping[str, float]) -> float:

@@ -44,12 +44,13 @@ class Bill:
     def add(self, name: str, seconds: float) -> None:
         self.parts[name] = self.parts.get(name, 0.0) + seconds
 
-    def cost(self, basis: str) -> Cost:
+    def cost(self, d: Device) -> Cost:
         parts = {k: v for k, v in self.parts.items() if v > 0}
         by_bound: dict[str, float] = {}
         for k, v in parts.items():
             by_bound[bound_of({k: v})] = by_bound.get(bound_of({k: v}), 0.0) + v
-        return Cost(sum(parts.values()), bound_of(by_bound), self.flops, self.bytes, self.exps, parts, basis)
+        bound = bound_of(by_bound)
+        return Cost(sum(parts.values()), bound, self.flops, self.bytes, self.exps, parts, d.basis, d.band)
 
 
 class Host:
@@ -186,4 +187,4 @@ def original(operators: Sequence[Operator], d: Device) -> Cost:
     host, bill = Host(d), Bill()
     for o in operators:
         host.operator(o, bill)
-    return bill.cost(d.basis)
+    return bill.cost(d)

@@ -36,10 +36,6 @@ SCHEDULED_MAPPINGS = 3
 # Blocks of FlexAttention's mask, and the tile that stands for a vendor's kernel.
 FLEX_BLOCK = 128
 VENDOR_TILE = Tiling(tile_p=128, tile_m=128, warps=8, stages=2, body="vendor")
-# SDPA's memory-efficient kernel takes a mask tensor, and runs at about this share of the flash kernel's rate.
-EFFICIENT_SHARE = 0.6
-# FlexAttention's template beside our kernel: 0.92 to 1.14 times FlashAttention-2 on H100.
-FLEX_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,8 @@ def _operators(ops: tuple[Operator, ...], device: Device) -> Cost:
         matrix = o.flops / (model.matrix_efficiency * device.matrix_rate(o.dtype)) if o.flops else 0.0
         parts["matrix" if matrix > moving else "memory"] += max(matrix, moving)
     flops, moved = sum(o.flops for o in ops), sum(o.read_bytes + o.written_bytes for o in ops)
-    return Cost(sum(parts.values()), bound_of(parts), flops, moved, sum(o.exps for o in ops), parts, device.basis)
+    exps = sum(o.exps for o in ops)
+    return Cost(sum(parts.values()), bound_of(parts), flops, moved, exps, parts, device.basis, device.band)
 
 
 def _math(c: Cascade, s: Subject, use: VendorUse, device: Device, sizes: Mapping[str, int]) -> Cost:
@@ -208,9 +205,9 @@ def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cos
     model = device.model
     if use.backend == "flex":
         cost = gpu.seconds(kernel, device, overlap=model.overlap, partial_factor=model.partial_factor)
-        return _slower(cost, FLEX_SHARE)
-    cost = gpu.seconds(kernel, device, overlap=model.vendor_overlap, partial_factor=1.1)
-    return _slower(cost, EFFICIENT_SHARE) if use.backend == "efficient" else cost
+        return _slower(cost, model.flex_share)
+    cost = gpu.seconds(kernel, device, overlap=model.vendor_overlap, partial_factor=model.vendor_partial_factor)
+    return _slower(cost, model.efficient_share) if use.backend == "efficient" else cost
 
 
 def _split_keys(k: gpu.Kernel, device: Device) -> gpu.Kernel:
@@ -251,7 +248,7 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cos
         bill.add("fault", prices.fresh(use.built_elements * WIDTH[use.mask_dtype]))
     bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
     bill.bytes = moved + use.mask_elements * WIDTH[use.mask_dtype]
-    return bill.cost(device.basis)
+    return bill.cost(device)
 
 
 def _visited_pairs(s: Subject, at: Shape, block: int) -> int:
