@@ -29,6 +29,7 @@ from reattend.patterns.cascade import Cascade
 from reattend.patterns.mapping import Mapping as Tiling
 from reattend.patterns.papers import Builder
 from reattend.patterns.recognise import Miss, Refusal
+from reattend.rewriter.candidates import vendor_call
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 LOWEST = {"f32": -3.3e38, "bf16": -3.3e38, "f16": -6.5e4}
@@ -176,8 +177,10 @@ def _made(c: Cascade, name: str) -> vendor.VendorCall:
 
 
 def _vendor_call(c: Cascade, name: str, cell: Cell, x: Mapping[str, torch.Tensor]) -> Call:
-    made = _made(c, name)
-    return lambda: made.run(x, cell.sizes)
+    """The call as it is spliced: its result lies in memory as the model's own does."""
+    call = vendor_call(_made(c, name))
+    given = call.arguments(x, cell.sizes.__getitem__)
+    return lambda: call.target(*given)
 
 
 def _mappings(cell: Cell, d: Device, most: int = MAPPINGS) -> Iterator[tuple[str, Tiling]]:
@@ -186,11 +189,15 @@ def _mappings(cell: Cell, d: Device, most: int = MAPPINGS) -> Iterator[tuple[str
     found = ranked_mappings(c, d, cell.sizes)
     assert not isinstance(found, Miss), found
     seen: set[tuple[int, str]] = set()
+    same: set[float] = set()
     for mapping, cost in found:
-        if (mapping.tile_p, mapping.body) in seen or len(seen) == most or cost.seconds > NEAR * found[0][1].seconds:
+        known = (mapping.tile_p, mapping.body) in seen or cost.seconds in same
+        if known or len(seen) == most or cost.seconds > NEAR * found[0][1].seconds:
+            # mappings of equal cost to the last digit make the same calls
             continue
         if not isinstance(ours.build(c, mapping, d), Refusal):
             seen.add((mapping.tile_p, mapping.body))
+            same.add(cost.seconds)
             yield label(mapping), mapping
 
 

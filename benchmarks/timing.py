@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -92,12 +93,20 @@ def _clock(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def settle() -> None:
+    """Bring the allocator where a process that has run a while is: it keeps what it is given back up to its largest size."""
+    if not torch.cuda.is_available():
+        for size in (1 << 20, 8 << 20, 31 << 20):
+            torch.ones(size, dtype=torch.uint8)
+
+
 def adaptive(candidates: Mapping[str, Callable[[], object]], *, seconds: float = 2.0, noise: float = 0.03) -> Timing:
     """As `interleaved`, for candidates up to a thousand times apart: slow ones are called in fewer rounds.
 
     The A/A ratio is the fastest candidate's, which is called twice a round; if it is off by more than `noise`, the cell is
     measured again, up to three times, and the steadiest measurement stands. First calls (compilation) are apart.
     """
+    settle()
     first = {name: _clock(call) for name, call in candidates.items()}
     warm = {name: _clock(call) for name, call in candidates.items()}
     fast = min(warm, key=lambda n: warm[n])
@@ -116,13 +125,14 @@ def _rounds(
 ) -> Timing:  # fmt: skip
     times: dict[str, list[float]] = {n: [] for n in candidates}
     again: list[float] = []
+    order = random.Random(0)
     begin, count = time.perf_counter(), 0
     while count < ROUNDS or time.perf_counter() - begin < seconds:
-        due = [n for n in candidates if count % every[n] == 0]
-        # every second round runs backwards, so that a drift hits all alike
-        for n in due if count % 2 == 0 else reversed(due):
-            times[n].append(_clock(candidates[n]))
-        again.append(_clock(candidates[fast]))
+        # in another order every round: what ran before leaves its mark on the caches
+        due = [n for n in (*candidates, "") if not n or count % every[n] == 0]
+        order.shuffle(due)
+        for n in due:
+            (times[n] if n else again).append(_clock(candidates[n or fast]))
         count += 1
     medians = {n: statistics.median(t) * 1e3 for n, t in times.items()}
     retest = {n: statistics.median(t[::2]) / statistics.median(t[1::2] or t) for n, t in times.items()}

@@ -96,29 +96,32 @@ def _one_thread(run: Callable[[], object]) -> float:
 
 
 def _flex(d: Device, watch: Watch[Any]) -> Device:
-    """Compiled FlexAttention: of a call, and of a pair by two head sizes. Kept as it was where nothing can be compiled."""
+    """Compiled FlexAttention: a pair by two head sizes, a masked one. Kept as it was where nothing can be compiled."""
     assert d.host is not None
-    rates: dict[str, Any] = {"flex_pair_seconds": {}}
+    rates: dict[str, Any] = {"flex_pair_seconds": {}, "flex_mask_seconds": {}}
     for t in watch(["f32", "bf16"], "FlexAttention, compiled"):
         try:
             took = {e: _compiled_flex(t, e) for e in (64, 128)}
+            masked = _compiled_flex(t, 64, masked=True)
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as no:
             # a machine without a C++ compiler, or one that torch does not know: FlexAttention cannot run there either
             warnings.warn(f"FlexAttention was not calibrated: {type(no).__name__}", stacklevel=2)
             return d
         each = max(0.0, min(took[128] - took[64], took[64])) / 128
         rates["flex_pair_seconds"][t] = (max(0.0, took[64] - 128 * each), each)
+        rates["flex_mask_seconds"][t] = max(0.0, masked - took[64])
     return replace(d, host=with_rates(d.host, rates))
 
 
-def _compiled_flex(t: str, e: int, heads: int = 4, n: int = 768) -> float:
-    """Seconds a pair, without a mask."""
-    from torch.nn.attention.flex_attention import flex_attention
+def _compiled_flex(t: str, e: int, heads: int = 4, n: int = 768, masked: bool = False) -> float:
+    """Seconds a pair, without a mask or with one that leaves every block partial."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.reset()
     q, k, v = (torch.randn(1, heads, n, e, dtype=DTYPE[t]) for _ in range(3))
     run = torch.compile(flex_attention, dynamic=False)
-    return _one_thread(lambda: run(q, k, v)) / (heads * n * n)
+    kept = create_block_mask(lambda b, h, p, m: (p + m) % 2 == 0, None, None, n, n, device="cpu") if masked else None
+    return _one_thread(lambda: run(q, k, v, block_mask=kept)) / (heads * n * n)
 
 
 # --- the check ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ..patterns.mapping import Mapping as Tiling
 from ..patterns.masks import FULL, conjuncts
 from .cost import Cost
 from .device import Device
-from .host import CORE_CACHE, GRAIN, Bill, Host, causal_pairs
+from .host import CORE_CACHE, Bill, Host, causal_pairs
 from .subject import Shape, Subject
 from .tiles import Jobs, expected, tile_map
 from .work import EXPONENTIALS, INDEX, WIDTH, term_operations
@@ -35,6 +35,8 @@ FEW = 4096
 AROUND_CALL = 25
 AROUND_STEP = 12
 AROUND_ALL = 12
+# … and around the plan of a mask on run-time data: the extremes of its tiles, rows with a key, lists for Python.
+AROUND_DATA = 40
 # The product body's longest slice of keys, and its scores in flight for each thread.
 SLICE = 512
 SCORES = 1 << 18
@@ -59,13 +61,12 @@ class Call:
 def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) -> Cost:
     """Seconds of the tiled body over all its calls."""
     host, bill = Host(device), Bill()
-    masked = s.mask.keep is not ex.TRUE
     bill.add("launch", host.h.operator_call_seconds + AROUND_ALL * host.h.operator_seconds)
     pairs = 0
     found = blocks(s, jobs, mapping, at)
     if mapping.body == "product":
         _widened(host, bill, s, at)
-        for b in tiles(found, at, mapping, jobs):
+        for b in tiles(s, found, at, mapping):
             pairs += b.tiles * at.batch * b.rows * b.keys
             if b.keys:
                 _product(host, bill, s, at, b)
@@ -76,19 +77,19 @@ def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
             _sdpa(host, one, s, at, call)
             for name, seconds in one.parts.items():
                 bill.add(name, seconds * count)
-    if masked:
-        _added(host, bill, found, at, mapping)
+    if s.mask.keep is not ex.TRUE:
+        _added(host, bill, s, found, at, mapping)
     bill.flops, bill.exps = 2 * pairs * (at.embed + at.value), pairs
     bill.bytes = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
     bill.add("fault", host.fresh(WIDTH[s.dtype] * at.batch * at.queries * at.value))
     return bill.cost(device)
 
 
-def tiles(found: Sequence[Block], at: Shape, mapping: Tiling, jobs: Jobs) -> Iterator[Block]:
+def tiles(s: Subject, found: Sequence[Block], at: Shape, mapping: Tiling) -> Iterator[Block]:
     """Blocks for the product body, which takes one query tile at a time."""
     if at.queries * at.keys <= FEW:
-        yield Block(1, at.queries, at.keys, jobs.map is not None)
-    elif jobs.map is None:
+        yield Block(1, at.queries, at.keys, s.mask.keep is not ex.TRUE)
+    elif s.mask.keep is ex.TRUE:
         whole, rest = divmod(at.queries, mapping.tile_p)
         yield from (Block(n, rows, at.keys, False) for n, rows in ((whole, mapping.tile_p), (1, rest)) if n and rows)
     else:
@@ -98,12 +99,15 @@ def tiles(found: Sequence[Block], at: Shape, mapping: Tiling, jobs: Jobs) -> Ite
 def calls(found: Sequence[Block], s: Subject, at: Shape, jobs: Jobs) -> Iterator[Call]:
     """The calls of one attention, block by block."""
     outer = at.batch // _heads(s, at)
-    if jobs.map is None or at.queries * at.keys <= FEW:
+    if s.mask.keep is ex.TRUE or at.queries * at.keys <= FEW:
         # nothing to skip: the whole at once
-        yield Call(1, at.queries, at.keys, jobs.map is not None, at.batch)
+        yield Call(1, at.queries, at.keys, s.mask.keep is not ex.TRUE, at.batch)
         return
     for b in found:
-        if b.tiles == 1 or b.triangle:
+        if loaded(s):
+            # what a tile gets added is its own: no two of them go into one call
+            yield from [Call(1, b.rows, b.keys, b.masked, at.batch, b.triangle)] * b.tiles
+        elif b.tiles == 1 or b.triangle:
             yield Call(1, b.rows, b.keys, b.masked, at.batch, b.triangle)
             continue
         most = max(1, FOLD_ROWS // b.rows)
@@ -134,7 +138,10 @@ class Block:
 def blocks(s: Subject, jobs: Jobs, mapping: Tiling, at: Shape) -> tuple[Block, ...]:
     """The blocks of a tile map, in order; none where nothing is masked."""
     if jobs.map is None:
-        return ()
+        # conditions on run-time data keep every tile, as far as is known
+        whole, rest = divmod(at.queries, mapping.tile_p)
+        strips = ((whole, mapping.tile_p), (1, rest)) if loaded(s) else ()
+        return tuple(Block(n, rows, at.keys, True) for n, rows in strips if n and rows)
     table = np.asarray(jobs.map.classes).reshape(-1, *jobs.map.classes.shape[-2:])
     # batch entries run together: a slice covers what any of them visits
     some, every = (table != 0).any(0), (table == FULL).all(0)
@@ -212,6 +219,11 @@ def _free(s: Subject, jobs: Jobs, mapping: Tiling, at: Shape) -> NDArray[np.bool
     return np.asarray((tiles.classes.reshape(-1, *shape) == FULL).all(0))
 
 
+def has_triangles(s: Subject) -> bool:
+    """May a causal triangle be left to the fused kernel's own causal mode?"""
+    return without_causal(s) is not None and not added_to_full(s)
+
+
 @lru_cache(maxsize=256)
 def without_causal(s: Subject) -> Expr | None:
     """The mask without its condition `key ≤ query`, or None where it has no such condition."""
@@ -269,7 +281,7 @@ def _pairs(c: Call) -> int:
 def _sdpa(host: Host, bill: Bill, s: Subject, at: Shape, c: Call) -> None:
     batch = c.batch * c.tiles
     host.attention(
-        batch, c.rows, c.keys, at.embed, at.value, s.dtype, bill, masked=c.masked, causal=c.triangle
+        batch, c.rows, c.keys, at.embed, at.value, s.dtype, bill, masked=c.masked, causal=c.triangle, group=at.group
     )
     bill.add("launch", AROUND_CALL * host.h.operator_seconds)
     host.point("copy", s.dtype, batch * c.rows * at.value, 0, bill)
@@ -319,12 +331,38 @@ def _pointwise(s: Subject, masked: bool) -> tuple[str, ...]:
     return (*out, "sub")
 
 
-def _added(host: Host, bill: Bill, found: Sequence[Block], at: Shape, mapping: Tiling) -> None:
-    """What the scores get added, made once for the distances that any slice holds, and cut out for each block."""
-    reach = max((b.keys for b in found if b.masked), default=0)
-    if reach == 0:
-        return
-    points = min(mapping.tile_p, at.queries) * (reach + mapping.tile_p)
-    for _ in range(4):
-        bill.add("launch", host.h.operator_seconds * (1 if points < GRAIN else 2))
-        host.point("where", "f32", points, 0, bill)
+def _added(host: Host, bill: Bill, s: Subject, found: Sequence[Block], at: Shape, mapping: Tiling) -> None:
+    """What the scores get added.
+
+    Made once for the distances that any slice holds, and cut out for each block; where it depends on run-time data, made for
+    each tile, besides the least and greatest element of every tile.
+    """
+    a = s.attention
+    cut = [b for b in found if b.masked and not b.triangle]
+    if at.queries * at.keys <= FEW:
+        host.chosen(s.mask.keep, {**at.extent, a.query: at.queries, a.key: at.keys}, bill)
+    elif loaded(s):
+        for rows, keys, count in _sizes(cut):
+            one = Bill()
+            host.chosen(s.mask.keep, {**at.extent, a.query: rows, a.key: keys}, one)
+            for name, seconds in one.parts.items():
+                bill.add(name, seconds * count)
+        bill.add("launch", AROUND_DATA * host.h.operator_seconds)
+    elif cut:
+        rows = min(mapping.tile_p, at.queries)
+        reach = max(b.keys for b in cut)
+        host.chosen(s.mask.keep, {**at.extent, a.query: rows, a.key: reach + rows}, bill)
+
+
+def _sizes(found: Sequence[Block]) -> Iterator[tuple[int, int, int]]:
+    """(rows, keys, how many query tiles) of some blocks."""
+    out: Counter[tuple[int, int]] = Counter()
+    for b in found:
+        out[b.rows, b.keys] += b.tiles
+    yield from ((rows, keys, n) for (rows, keys), n in out.items())
+
+
+@lru_cache(maxsize=256)
+def loaded(s: Subject) -> bool:
+    """Does the mask depend on run-time data?"""
+    return bool(ex.loads(s.mask.keep))

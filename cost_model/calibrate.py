@@ -53,7 +53,7 @@ def cpu_rates(threads: int | None = None, watch: Watch[Any] = unwatched) -> Devi
     base = shipped("cpu")
     assert base.host is not None
     threads = threads or torch.get_num_threads()
-    steps: list[Callable[[], dict[str, Any]]] = [_calls, _memory, *(_typed(t) for t in DTYPES)]
+    steps: list[Callable[[], dict[str, Any]]] = [_calls, _memory, _integers, *(_typed(t) for t in DTYPES)]
     found: dict[str, Any] = {}
     with _threads(1), torch.no_grad():
         for step in watch(steps, "operators, one thread"):
@@ -146,13 +146,8 @@ def _typed(t: str) -> Callable[[], dict[str, Any]]:
 
     def step() -> dict[str, Any]:
         flops, half = _product(t)
-        element, exp, softmax = _points(t)
-        pairs, mask, row = _attention(t)
-        return {
-            "matrix_flops_per_s": {t: flops}, "gemm_half_rows": {t: half}, "element_seconds": {t: element},
-            "exp_seconds": {t: exp}, "softmax_seconds": {t: softmax}, "attention_pair_seconds": {t: pairs},
-            "attention_mask_seconds": {t: mask}, "attention_row_seconds": {t: row},
-        }  # fmt: skip
+        rates: dict[str, Any] = {"matrix_flops_per_s": flops, "gemm_half_rows": half, **_points(t), **_attention(t)}
+        return {name: {t: rate} for name, rate in rates.items()}
 
     return step
 
@@ -179,14 +174,28 @@ def _memory() -> dict[str, Any]:
     large = torch.randn(1 << 24)
     place = torch.empty_like(large)
     small_place = torch.empty_like(small)
-    in_place = seconds(lambda: torch.add(large, place, out=place))
-    fresh = seconds(lambda: large + 1.0)
-    kept = seconds(lambda: torch.add(large, 1.0, out=place))
+    dram = 12 * large.numel() / seconds(lambda: torch.add(large, place, out=place))
+    # a page that was just touched is in the cache: only the operand is read from memory
+    fresh = seconds(lambda: large + 1.0) - 4 * large.numel() / dram
     return {
         "cache_bytes_per_s": 12 * small.numel() / seconds(lambda: torch.add(small, small_place, out=small_place)),
-        "dram_bytes_per_s": 12 * large.numel() / in_place,
-        "fault_seconds_per_byte": max(0.0, fresh - kept) / (4 * large.numel()),
+        "dram_bytes_per_s": dram,
+        "fault_seconds_per_byte": max(0.0, fresh) / (4 * large.numel()),
     }
+
+
+def _integers() -> dict[str, Any]:
+    """Coordinates, as masks compute with them: a difference over queries and keys, and a comparison of it."""
+    import torch
+
+    p, m = torch.arange(512).unsqueeze(1), torch.arange(512)
+    apart, kept = p - m, torch.empty(512, 512, dtype=torch.bool)
+    n = apart.numel()
+    return {
+        "element_seconds": {
+            "i64": seconds(lambda: torch.sub(p, m, out=apart)) / n, "b1": seconds(lambda: torch.lt(apart, 64, out=kept)) / n,
+        },
+    }  # fmt: skip
 
 
 def _product(t: str) -> tuple[float, float]:
@@ -199,41 +208,53 @@ def _product(t: str) -> tuple[float, float]:
         out = torch.empty(HEADS, rows, 512, dtype=_dtype(t))
         took[rows] = seconds(lambda q=q, k=k, out=out: torch.bmm(q, k.mT, out=out)) / rows  # type: ignore[misc]
     flops = 2.0 * HEADS * 512 * 64
-    # seconds a row = (1 + half / rows) / (peak / flops)
-    half = max(0.0, (took[32] - took[256]) / (took[256] / 32 - took[32] / 256))
+    # seconds a row = (1 + half / rows) / (peak / flops); no machine takes eight times as long for an eighth of the rows
+    ratio = min(max(took[32] / took[256], 1.0), 7.0)
+    half = (ratio - 1) / (1 / 32 - ratio / 256)
     peak = flops * (1 + half / 256) / took[256]
     return peak, half
 
 
-def _points(t: str) -> tuple[float, float, float]:
+def _points(t: str) -> dict[str, float]:
     import torch
 
     x = torch.randn(1 << 18, dtype=_dtype(t))
-    out = torch.empty_like(x)
+    out, kept = torch.empty_like(x), x > 0
     rows = x.view(-1, 512)
-    n = x.numel()
-    return (
-        seconds(lambda: torch.add(x, 1.0, out=out)) / n,
-        seconds(lambda: torch.exp(x, out=out)) / n,
-        seconds(lambda: rows.softmax(-1)) / n,
-    )
+    runs: dict[str, Callable[[], object]] = {
+        "element_seconds": lambda: torch.add(x, 1.0, out=out),
+        "exp_seconds": lambda: torch.exp(x, out=out),
+        "softmax_seconds": lambda: rows.softmax(-1),
+        "where_seconds": lambda: torch.where(kept, x, -1.0),
+    }
+    return {name: seconds(run) / x.numel() for name, run in runs.items()}
 
 
-def _attention(t: str) -> tuple[dict[int, tuple[float, float]], float, float]:
-    """Of SDPA's fused kernel: seconds a pair by the rows of its blocks, from two head sizes; of a mask; of a row."""
-    call = _sdpa(t, 1, 1, 8) * HEADS
-    # a row of a key block, from short and whole blocks of keys
-    short, whole = ((_sdpa(t, 128, keys, 64) - call / HEADS) / (HEADS * 128 * keys) for keys in (64, 512))
-    row = max(0.0, (short - whole) / (1 / 64 - 1 / 512))
-    out: dict[int, tuple[float, float]] = {}
+def _attention(t: str) -> dict[str, Any]:
+    """Of SDPA's fused kernel: a pair by the rows of its blocks, from two head sizes; a key, a row, a mask.
+
+    seconds = call + heads · (keys · (e + f)·κ + rows · ⌈keys / 512⌉·ρ + rows · keys · (fixed + (e + f)·each))
+    """
+    call = _sdpa(t, 1, 1, 8)
+
+    def pair(queries: int, keys: int, d: int = 64) -> float:
+        return (_sdpa(t, queries, keys, d) - call) / (HEADS * queries * keys)
+
+    # κ: few rows share what is laid out for a key
+    key = max(0.0, pair(8, 512) - pair(32, 512)) / (128 * (1 / 8 - 1 / 32))
+    # ρ: short blocks of keys share what is done for a row
+    row = max(0.0, pair(128, 64) - pair(128, 512)) / (1 / 64 - 1 / 512)
+    pairs: dict[int, tuple[float, float]] = {}
     for block, queries in CALLS.items():
         keys = KEYS if block < 256 else KEYS // 2
-        pairs = HEADS * queries * keys
-        took = [max(_sdpa(t, queries, keys, d) - call / HEADS, 0.0) / pairs - row / 512 for d in (64, 128)]
+        took = [max(0.0, pair(queries, keys, d) - 2 * d * key / queries - row / 512) for d in (64, 128)]
         each = max(0.0, min(took[1] - took[0], took[0])) / 128
-        out[block] = (max(0.0, took[0] - 128 * each), each)
+        pairs[block] = (max(0.0, took[0] - 128 * each), each)
     masked = _sdpa(t, 128, KEYS, 64, masked=True) - _sdpa(t, 128, KEYS, 64)
-    return out, max(0.0, masked) / (HEADS * 128 * KEYS), row
+    return {
+        "attention_pair_seconds": pairs, "attention_key_seconds": key, "attention_row_seconds": row,
+        "attention_mask_seconds": max(0.0, masked) / (HEADS * 128 * KEYS),
+    }  # fmt: skip
 
 
 def _sdpa(t: str, queries: int, keys: int, d: int, masked: bool = False) -> float:

@@ -56,7 +56,8 @@ class HostRates:
 
     `attention_pair_seconds[dtype][rows]` is (fixed, per element of e + f) for one (query, key) pair inside SDPA's fused
     CPU kernel, whose own query block has 32, 64 or 256 rows; `attention_row_seconds` is for each row of a block and each
-    of its blocks of 512 keys.
+    of its blocks of 512 keys, `attention_key_seconds` for each element of a key and its value that a call lays out anew.
+    `flex_pair_seconds` are of a block that is not masked, `flex_mask_seconds` what a pair of a masked block takes more.
     """
 
     threads: int
@@ -74,10 +75,13 @@ class HostRates:
     element_seconds: Mapping[str, float]
     exp_seconds: Mapping[str, float]
     softmax_seconds: Mapping[str, float]
+    where_seconds: Mapping[str, float]
     attention_mask_seconds: Mapping[str, float]
     attention_row_seconds: Mapping[str, float]
+    attention_key_seconds: Mapping[str, float]
     attention_pair_seconds: Mapping[str, Mapping[int, tuple[float, float]]]
     flex_pair_seconds: Mapping[str, tuple[float, float]]
+    flex_mask_seconds: Mapping[str, float]
     scaling: Mapping[str, float]
 
 
@@ -104,6 +108,7 @@ class Device:
     l2_bytes_per_s: float = 0.0
     shared_bytes_per_unit: int = 0
     shared_bytes_per_block: int = 0
+    shared_bytes_per_unit_clock: int = 0
     registers_per_unit: int = 0
     registers_per_thread: int = 0
     threads_per_unit: int = 0

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 1024
+BLOCK_SIZE = tl.constexpr(BLOCK)
 
 
 @triton.jit
@@ -19,6 +20,3 @@ def exps(out, steps):
     for _ in range(steps):
         x = tl.exp2(-x)
     tl.store(out + o, x)
-
-
-BLOCK_SIZE = tl.constexpr(BLOCK)
