@@ -23,7 +23,7 @@ from ..patterns.cascade import Cascade
 from ..patterns.evaluate import DTYPE
 from ..patterns.papers import Builder, softmax
 from ..patterns.recognise import Miss
-from . import operator as ours
+from .calibrate import ready
 
 # Seconds of one measurement, and runs between two events: a single launch is shorter than the clock is exact.
 SECONDS, PATIENCE, BATCH = 0.05, 1.0, 10
@@ -128,7 +128,7 @@ def _timed(d: Device, head: int, masked: bool) -> Timed:
         raise ValueError(f"our kernel cannot be calibrated on {d.name}: {best.reason}")
     mapping = best[0]
     x = {n: torch.randn(1, HEADS, TOKENS, head, device="cuda", dtype=torch.bfloat16) for n in "QKV"}
-    return Timed(c, mapping, sizes, seconds(lambda: ours.call(c, mapping, x, sizes)))
+    return Timed(c, mapping, sizes, seconds(ready(c, mapping, x, sizes)))
 
 
 def attention(masked: bool) -> Cascade:
@@ -151,6 +151,6 @@ def checked(d: Device) -> list[tuple[str, float, float]]:
         best = best_mapping(c, d, sizes)
         assert not isinstance(best, Miss), best
         x = {t: torch.randn(batch, heads, n, head, device="cuda", dtype=torch.bfloat16) for t in "QKV"}
-        took = seconds(lambda c=c, m=best[0], x=x, s=sizes: ours.call(c, m, x, s))  # type: ignore[misc]
+        took = seconds(ready(c, best[0], x, sizes))
         out.append((f"{c.name} {batch}×{heads}×{n}×{head}", took, best[1].seconds))
     return out

@@ -11,6 +11,8 @@ folder, one a device, and `device(name)` reads it; without it the numbers of the
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +36,8 @@ SECONDS, PATIENCE = 0.03, 0.4
 DTYPES = ("f32", "bf16", "f16")
 HEADS = 4
 KEYS = 1024
+# Queries whose mask over KEYS keys is out of the core's own cache.
+FAR = 1024
 # Query rows of a call whose inner blocks have 1, 8, 32, 64 and 256 rows.
 CALLS: Mapping[int, int] = {1: 1, 8: 8, 32: 128, 64: 256, 256: 768}
 
@@ -114,7 +118,7 @@ def _threads(n: int) -> Iterator[None]:
 
 
 def seconds(run: Callable[[], object], clock: Callable[[], float] = time.thread_time) -> float:
-    """The least time of a call that comes again: what the machine can do when nobody disturbs it.
+    """What a call takes when nobody disturbs it: the median of the faster half of its runs, once the least time came again.
 
     One thread is timed by what it ran, not by the wall: other programs then disturb little.
     """
@@ -127,7 +131,12 @@ def seconds(run: Callable[[], object], clock: Callable[[], float] = time.thread_
         run()
         times.append(clock() - start)
         spent += times[-1]
-    return min(times)
+    return undisturbed(times)
+
+
+def undisturbed(times: list[float]) -> float:
+    """The median of the faster half."""
+    return statistics.median(sorted(times)[: (len(times) + 1) // 2])
 
 
 def confirmed(times: list[float]) -> bool:
@@ -170,18 +179,43 @@ def _calls() -> dict[str, Any]:
 def _memory() -> dict[str, Any]:
     import torch
 
-    small = torch.randn(1 << 19)
     large = torch.randn(1 << 24)
     place = torch.empty_like(large)
-    small_place = torch.empty_like(small)
     dram = 12 * large.numel() / seconds(lambda: torch.add(large, place, out=place))
     # a page that was just touched is in the cache: only the operand is read from memory
     fresh = seconds(lambda: large + 1.0) - 4 * large.numel() / dram
     return {
-        "cache_bytes_per_s": 12 * small.numel() / seconds(lambda: torch.add(small, small_place, out=small_place)),
-        "dram_bytes_per_s": dram,
+        "cache_bytes": _cache(), "dram_bytes_per_s": dram,
         "fault_seconds_per_byte": max(0.0, fresh) / (4 * large.numel()),
-    }
+    }  # fmt: skip
+
+
+# Bytes that a product with a number reads and writes, to find how many of them a cache holds.
+WORKING = tuple(1 << n for n in range(23, 29))
+
+
+def _cache() -> float:
+    """Bytes up to which a byte takes about as long as in the smallest working set."""
+    import torch
+
+    took = {}
+    for size in WORKING:
+        x = torch.ones(size // 8)
+        out = torch.ones_like(x)
+        took[size] = seconds(lambda x=x, out=out: torch.mul(x, 2.0, out=out)) / size  # type: ignore[misc]
+    return held(took)
+
+
+def held(took: Mapping[int, float]) -> float:
+    """Of seconds a byte by the size of the working set: the size between the last cheap and the first dear one."""
+    sizes = sorted(took)
+    dear = next((s for s in sizes if took[s] > SLOWER * took[sizes[0]]), 2 * sizes[-1])
+    cheap = max((s for s in sizes if s < dear), default=sizes[0])
+    return math.sqrt(cheap * dear)
+
+
+# A working set that is out of the cache takes so much longer for a byte.
+SLOWER = 1.4
 
 
 def _integers() -> dict[str, Any]:
@@ -219,13 +253,14 @@ def _points(t: str) -> dict[str, float]:
     import torch
 
     x = torch.randn(1 << 18, dtype=_dtype(t))
-    out, kept = torch.empty_like(x), x > 0
-    rows = x.view(-1, 512)
+    out, rows = torch.empty_like(x), x.view(-1, 512)
+    # masks change seldom along a row, so that the branch is foreseen
+    kept = torch.ones(rows.shape, dtype=torch.bool).tril()
     runs: dict[str, Callable[[], object]] = {
         "element_seconds": lambda: torch.add(x, 1.0, out=out),
         "exp_seconds": lambda: torch.exp(x, out=out),
         "softmax_seconds": lambda: rows.softmax(-1),
-        "where_seconds": lambda: torch.where(kept, x, -1.0),
+        "where_seconds": lambda: torch.where(kept, rows, -1.0),
     }
     return {name: seconds(run) / x.numel() for name, run in runs.items()}
 
@@ -250,11 +285,16 @@ def _attention(t: str) -> dict[str, Any]:
         took = [max(0.0, pair(queries, keys, d) - 2 * d * key / queries - row / 512) for d in (64, 128)]
         each = max(0.0, min(took[1] - took[0], took[0])) / 128
         pairs[block] = (max(0.0, took[0] - 128 * each), each)
-    masked = _sdpa(t, 128, KEYS, 64, masked=True) - _sdpa(t, 128, KEYS, 64)
     return {
         "attention_pair_seconds": pairs, "attention_key_seconds": key, "attention_row_seconds": row,
-        "attention_mask_seconds": max(0.0, masked) / (HEADS * 128 * KEYS),
+        "attention_mask_seconds": _mask(t, 128), "attention_far_mask_seconds": _mask(t, FAR),
     }  # fmt: skip
+
+
+def _mask(t: str, queries: int) -> float:
+    """What a mask of numbers takes, a pair."""
+    took = _sdpa(t, queries, KEYS, 64, masked=True) - _sdpa(t, queries, KEYS, 64)
+    return max(0.0, took) / (HEADS * queries * KEYS)
 
 
 def _sdpa(t: str, queries: int, keys: int, d: int, masked: bool = False) -> float:

@@ -57,6 +57,7 @@ class HostRates:
     `attention_pair_seconds[dtype][rows]` is (fixed, per element of e + f) for one (query, key) pair inside SDPA's fused
     CPU kernel, whose own query block has 32, 64 or 256 rows; `attention_row_seconds` is for each row of a block and each
     of its blocks of 512 keys, `attention_key_seconds` for each element of a key and its value that a call lays out anew.
+    `attention_far_mask_seconds` are of a pair whose mask lies out of the core's own cache.
     `flex_pair_seconds` are of a block that is not masked, `flex_mask_seconds` what a pair of a masked block takes more.
     """
 
@@ -68,7 +69,6 @@ class HostRates:
     operator_call_seconds: float
     flex_call_seconds: float
     cache_bytes: float
-    cache_bytes_per_s: float
     fault_bytes: float
     fault_seconds_per_byte: float
     gemm_half_rows: Mapping[str, float]
@@ -77,6 +77,7 @@ class HostRates:
     softmax_seconds: Mapping[str, float]
     where_seconds: Mapping[str, float]
     attention_mask_seconds: Mapping[str, float]
+    attention_far_mask_seconds: Mapping[str, float]
     attention_row_seconds: Mapping[str, float]
     attention_key_seconds: Mapping[str, float]
     attention_pair_seconds: Mapping[str, Mapping[int, tuple[float, float]]]

@@ -53,7 +53,7 @@ def operand_bytes(rows: int, keys: int, e: int, f: int, width: int, arch: str) -
     weights stay in registers or tensor memory. Source: the FlashAttention-4 paper, 3·M·N·d / 8192 cycles for its tiles.
     """
     instruction = {"sm_90": 64, "sm_100": 128, "sm_103": 128}.get(arch)
-    if instruction is None or rows < 64:
+    if instruction is None or rows < 64 or width == 4:
         return 0
     return width * (rows * e + -(-rows // instruction) * keys * (e + f))
 

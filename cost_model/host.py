@@ -160,7 +160,8 @@ class Host:
         pairs = batch * (causal_pairs(rows, keys) if causal else rows * keys)
         block = query_block(rows)
         gain = balanced(self.gain("attention"), self.threads, batch * -(-rows // block))
-        mask = rate(self.h.attention_mask_seconds, dtype) if masked else 0.0
+        far = rows * keys * WIDTH["f32"] > CORE_CACHE
+        mask = rate(self.h.attention_far_mask_seconds if far else self.h.attention_mask_seconds, dtype) if masked else 0.0
         walked = pairs / max(rows * keys, 1) * -(-keys // KEY_BLOCK) * rows * rate(self.h.attention_row_seconds, dtype)
         operands = batch * keys * (e + f)
         bill.add("launch", self.h.attention_seconds + (self.h.mask_seconds if masked else 0.0))

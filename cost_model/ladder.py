@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .device import Device, HostRates, TimeModel
 
@@ -62,10 +62,11 @@ def _gpu_ladder(d: Device) -> tuple[Device, Device, Device]:
 
 
 def _pooled(d: Device) -> Device:
-    """One unit with the rates of all, so that every launch is evenly loaded."""
+    """One unit with the rates of all, so that every launch is evenly loaded; shared memory bounds no product yet."""
     return replace(
-        d, units=1, exps_per_unit_clock=d.exps_per_unit_clock * d.units, lanes_per_unit=d.lanes_per_unit * d.units
-    )
+        d, units=1, exps_per_unit_clock=d.exps_per_unit_clock * d.units, lanes_per_unit=d.lanes_per_unit * d.units,
+        shared_bytes_per_unit_clock=0,
+    )  # fmt: skip
 
 
 # --- CPUs -----------------------------------------------------------------------------------------------------------
@@ -78,24 +79,24 @@ def _host_ladder(d: Device) -> tuple[Device, Device, Device]:
     flops = {t: r * gain for t, r in d.matrix_flops_per_s.items()}
     pooled = replace(d, units=1, matrix_flops_per_s=flops, dram_bytes_per_s=d.dram_bytes_per_s * gain)
     pair = {t: 2 / flops.get(t, flops["f32"]) for t in h.attention_pair_seconds}
+    free: dict[str, Any] = {n: dict.fromkeys(getattr(h, n), 0.0) for n in (*MASKING, *EXPONENTIAL, "gemm_half_rows")}
     roof = replace(
-        _calls_for_free(h), cache_bytes=0.0, fault_bytes=math.inf,
+        _calls_for_free(h), fault_bytes=math.inf,
         attention_pair_seconds={t: dict.fromkeys(by, (0.0, pair[t])) for t, by in h.attention_pair_seconds.items()},
-        flex_pair_seconds={t: (0.0, pair.get(t, pair["f32"])) for t in h.flex_pair_seconds},
-        **{name: dict.fromkeys(getattr(h, name), 0.0) for name in (*MASKING, *EXPONENTIAL, "gemm_half_rows")},
+        flex_pair_seconds={t: (0.0, pair.get(t, pair["f32"])) for t in h.flex_pair_seconds}, **free,
     )  # fmt: skip
-    partial = replace(roof, cache_bytes=h.cache_bytes, **{name: _shared(getattr(h, name), gain) for name in MASKING})
+    masking: dict[str, Any] = {n: _shared(getattr(h, n), gain) for n in MASKING}
+    partial = replace(roof, **masking)
+    exponential: dict[str, Any] = {n: _shared(getattr(h, n), gain) for n in EXPONENTIAL}
     exps = replace(
-        partial,
-        attention_pair_seconds={t: _pairs(by, gain) for t, by in h.attention_pair_seconds.items()},
-        flex_pair_seconds=_pairs(h.flex_pair_seconds, gain),
-        **{name: _shared(getattr(h, name), gain) for name in EXPONENTIAL},
+        partial, attention_pair_seconds={t: _pairs(by, gain) for t, by in h.attention_pair_seconds.items()},
+        flex_pair_seconds=_pairs(h.flex_pair_seconds, gain), **exponential,
     )  # fmt: skip
     return replace(pooled, host=roof), replace(pooled, host=partial), replace(pooled, host=exps)
 
 
 # Tables of seconds by type: what a mask costs, and what a softmax costs besides its products.
-MASKING = ("element_seconds", "where_seconds", "attention_mask_seconds", "flex_mask_seconds")
+MASKING = ("element_seconds", "where_seconds", "attention_mask_seconds", "attention_far_mask_seconds", "flex_mask_seconds")
 EXPONENTIAL = ("exp_seconds", "softmax_seconds", "attention_row_seconds", "attention_key_seconds")
 
 

@@ -1,7 +1,7 @@
 """Calibration with our kernels: what is refused, what is checked, the cascades and the kernel it times a GPU with."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from reattend.codegen import calibrate, calibrate_gpu
+from reattend.cost_model.cost import Cost
 from reattend.cost_model.device import Device, device, shipped
 from reattend.cost_model.predict import tiles_of
 from reattend.patterns.evaluate import evaluate
@@ -20,13 +21,6 @@ from reattend.patterns.recognise import Miss
 def test_a_device_without_kernels_is_refused() -> None:
     with pytest.raises(ValueError, match=r"fusemax runs no kernels of ours.*choose cpu or a GPU"):
         calibrate.calibrate(shipped("fusemax"))
-
-
-def scaled(d: Device, x: float) -> Device:
-    """A CPU that takes x times as long for everything in the fused kernel."""
-    assert d.host is not None
-    pairs = {t: {r: (a * x, b * x) for r, (a, b) in by.items()} for t, by in d.host.attention_pair_seconds.items()}
-    return replace(d, host=replace(d.host, attention_pair_seconds=pairs))
 
 
 @pytest.mark.parametrize(("wrong", "band"), [(0.0, calibrate.LEAST_BAND), (0.6, 0.6)])
@@ -43,7 +37,7 @@ def test_the_band_is_what_the_check_finds(
         cost.seconds
         for mask, batch, heads, n, head in calibrate.CHECKED
         for t in ("f32", "bf16")
-        for _, _, cost in calibrate._runs(*problem(mask, t, batch, heads, n, head), threads(shipped("cpu")))
+        for _, _, cost in runs(mask, t, batch, heads, n, head)
     ]
     times = iter(predicted)
 
@@ -63,16 +57,17 @@ def threads(d: Device) -> Device:
     return with_threads(d, torch.get_num_threads())
 
 
-def problem(mask: str, t: str, batch: int, heads: int, n: int, head: int) -> tuple[object, ...]:
+def runs(
+    mask: str, t: str, batch: int, heads: int, n: int, head: int
+) -> Iterator[tuple[str, Callable[[], object], Cost]]:
     c, x, sizes = calibrate._attention(mask, t, batch, heads, n, head)
-    return c, mask, x, sizes
+    return calibrate._runs(c, mask, x, sizes, threads(shipped("cpu")))
 
 
 def test_the_candidates_of_the_check_agree() -> None:
     for mask in ("none", "causal", "window"):
-        c, x, sizes = calibrate._attention(mask, "f32", 1, 2, 300, 64)
         with torch.no_grad():
-            outputs = [run() for _, run, _ in calibrate._runs(c, mask, x, sizes, threads(shipped("cpu")))]
+            outputs = [run() for _, run, _ in runs(mask, "f32", 1, 2, 300, 64)]
         assert len(outputs) == 3
         for out in outputs[1:]:
             torch.testing.assert_close(out, outputs[0], rtol=0, atol=1e-5)
@@ -101,8 +96,7 @@ def test_the_checkerboard_leaves_every_tile_partial() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_cascades_are_attention(masked: bool) -> None:
     q, k, v = (torch.randn(1, 2, 12, 8, dtype=torch.bfloat16) for _ in range(3))
-    out = evaluate(calibrate_gpu.attention(masked), {"Q": q, "K": k, "V": v})
-    got = out["O"] if isinstance(out, dict) else out
+    got = evaluate(calibrate_gpu.attention(masked), {"Q": q, "K": k, "V": v})["O"]
     i = torch.arange(12)
     kept = ((i[:, None] + i) % 2 == 0) if masked else torch.ones(12, 12, dtype=torch.bool)
     want = torch.where(kept, (q.double() @ k.double().mT) * 0.125, -torch.inf).softmax(-1) @ v.double()

@@ -27,6 +27,7 @@ def test_the_fused_kernel_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["attention_key_seconds"] == pytest.approx(KEY, rel=0.02)
     assert found["attention_row_seconds"] == pytest.approx(ROW, rel=0.02)
     assert found["attention_mask_seconds"] == pytest.approx(MASK, rel=0.02)
+    assert found["attention_far_mask_seconds"] == pytest.approx(MASK, rel=0.02)
     for block, (fixed, each) in found["attention_pair_seconds"].items():
         if block >= 32:
             assert fixed == pytest.approx(FIXED, rel=0.1)
@@ -53,13 +54,13 @@ def test_a_time_is_believed_when_it_comes_again() -> None:
 
 
 def test_a_disturbed_run_is_repeated() -> None:
-    """Twenty disturbed runs, then quiet ones: the quiet time is found, whatever came first."""
+    """Three disturbed runs, none like the other, then quiet ones: the quiet time is found."""
     now = [0.0]
     count = [0]
 
     def run() -> None:
         count[0] += 1
-        now[0] += 0.010 if count[0] > 20 else 0.013 + 0.001 * (count[0] * 7 % 5)
+        now[0] += 0.010 if count[0] > 5 else 0.013 + 0.002 * count[0]
 
     assert calibrate.seconds(run, lambda: now[0]) == pytest.approx(0.010)
 
@@ -110,3 +111,9 @@ def test_every_rate_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.Mon
 def test_no_file_is_written_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REATTEND_CALIBRATION", "")
     assert calibrate.keep(shipped("cpu")) is None
+
+
+def test_the_cache_ends_where_a_byte_gets_dear() -> None:
+    took = {1 << n: 1.0 if n < 26 else 2.0 for n in range(23, 29)}
+    assert calibrate.held(took) == pytest.approx(2**25.5)
+    assert calibrate.held(dict.fromkeys(took, 1.0)) > 1 << 28
