@@ -1,6 +1,6 @@
 """Our tiled bodies on a CPU: which calls the emitted code makes, and what they take.
 
-    block     consecutive query tiles whose key slices lie alike: folded into the batch of a call, FOLD_ROWS rows at a time
+    block     consecutive query tiles whose key slices lie alike: several of them are folded into the batch of a call
     sdpa      the fused kernel on the slice of a block, with what the scores get added where a tile of it is partial
     product   product, score and row rule, product, for some heads and at most SLICE keys of a query tile at a time
 Runs of the same calls are priced once. The code generator's skeleton (codegen/skeletons/cpu.py) is what this models.
@@ -28,8 +28,11 @@ from .subject import Shape, Subject
 from .tiles import Jobs, expected, tile_map
 from .work import EXPONENTIALS, INDEX, WIDTH, term_operations
 
-# Rows of one call when query tiles are folded into its batch; scores a head up to which nothing is skipped.
-FOLD_ROWS = 1024
+# Query tiles are folded into the batch of one call until it has so many scores, and pieces for every thread.
+CALL_SCORES = 1 << 18
+PIECES_PER_THREAD = 4
+PIECE_ROWS = 64
+# Scores a head up to which nothing is skipped.
 FEW = 4096
 # ATen calls around one call of the kernel: slices, views, the copy of the result. Around a whole attention: planning.
 AROUND_CALL = 25
@@ -71,7 +74,7 @@ def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
             if b.keys:
                 _product(host, bill, s, at, b)
     else:
-        for call, count in Counter(calls(found, s, at, jobs)).items():
+        for call, count in Counter(calls(found, s, at, host.threads)).items():
             pairs += count * call.batch * call.tiles * _pairs(call)
             one = Bill()
             _sdpa(host, one, s, at, call)
@@ -96,7 +99,7 @@ def tiles(s: Subject, found: Sequence[Block], at: Shape, mapping: Tiling) -> Ite
         yield from found
 
 
-def calls(found: Sequence[Block], s: Subject, at: Shape, jobs: Jobs) -> Iterator[Call]:
+def calls(found: Sequence[Block], s: Subject, at: Shape, threads: int) -> Iterator[Call]:
     """The calls of one attention, block by block."""
     outer = at.batch // _heads(s, at)
     if s.mask.keep is ex.TRUE or at.queries * at.keys <= FEW:
@@ -110,10 +113,16 @@ def calls(found: Sequence[Block], s: Subject, at: Shape, jobs: Jobs) -> Iterator
         elif b.tiles == 1 or b.triangle:
             yield Call(1, b.rows, b.keys, b.masked, at.batch, b.triangle)
             continue
-        most = max(1, FOLD_ROWS // b.rows)
+        most = folds(at.batch // outer, b.rows, b.keys, threads)
         for done in range(0, b.tiles, most):
             for _ in range(outer):
                 yield Call(min(most, b.tiles - done), b.rows, b.keys, b.masked, at.batch // outer)
+
+
+def folds(heads: int, rows: int, keys: int, threads: int) -> int:
+    """How many query tiles go into one call."""
+    pieces = PIECES_PER_THREAD * threads
+    return max(1, -(-CALL_SCORES // max(heads * rows * keys, 1)), -(-pieces // (heads * -(-rows // PIECE_ROWS))))
 
 
 def _heads(s: Subject, at: Shape) -> int:
