@@ -197,9 +197,9 @@ def main() -> None:
     if given.quick:
         given.seconds = min(given.seconds, 0.3)
     if given.calibrate:
-        here = present(1)
+        here = present(torch.get_num_threads())
         found_now, _ = calibrate(shipped(here.name), watch=lambda steps, what: track(steps, what, console=console))
-        console.print(found_now)
+        console.print(str(found_now))
         running_device.cache_clear()
     chosen = wanted(given)
     found = read(present(1))

@@ -20,10 +20,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from ..cost_model.accuracy import error, percentile
-from ..cost_model.calibrate import Watch, cpu_rates, keep, seconds, unwatched, with_rates
+from ..cost_model.calibrate import Watch, between, cpu_rates, keep, seconds, unwatched, with_rates
 from ..cost_model.cost import Cost
 from ..cost_model.device import Device, with_threads
-from ..cost_model.predict import VendorUse, best_mapping, predict_original, predict_vendor
+from ..cost_model.predict import VendorUse, best_mapping, predict, predict_original, predict_vendor
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade
 from ..patterns.evaluate import DTYPE
@@ -57,7 +57,10 @@ def calibrate(d: Device, path: Path | None = None, watch: Watch[Any] = unwatched
     ValueError for a device that runs no kernels of ours, OSError when the file cannot be written.
     """
     if d.kind == "cpu":
-        found = _flex(_operator_call(cpu_rates(watch=watch)), watch)
+        # twice, with the compilations in between
+        first = cpu_rates(watch=watch)
+        compiled = _flex(first, watch)
+        found = _own(_flex_of(compiled, between(first, cpu_rates(watch=watch))))
         check = tuple(_checked_on_cpu(found, watch))
     elif d.is_gpu:
         from .calibrate_gpu import checked, gpu_rates
@@ -74,16 +77,28 @@ def calibrate(d: Device, path: Path | None = None, watch: Watch[Any] = unwatched
 # --- what needs our operator or a compiler ----------------------------------------------------------------------------
 
 
-def _operator_call(d: Device) -> Device:
-    """Our operator on next to nothing, less what the model says of all else in it."""
+def _own(d: Device) -> Device:
+    """Our operator on next to nothing, less what the model says of all else in it; then a step of the product body."""
+    free = {"operator_call_seconds": 0.0, "step_factor": 1.0}
+    took, rest = _beside(_with(d, free), "sdpa", 8)
+    d = _with(d, {"operator_call_seconds": max(0.0, took - rest.seconds)})
+    took, rest = _beside(_with(d, {"step_factor": 1.0}), "product", 768)
+    steps = rest.seconds - rest.parts["launch"]
+    return _with(d, {"step_factor": max(1.0, (took - rest.parts["launch"]) / steps)})
+
+
+def _with(d: Device, rates: dict[str, float]) -> Device:
     assert d.host is not None
-    c, x, sizes = _attention("none", "f32", 1, 8, 8)
-    mapping = Tiling(32, 32, body="sdpa")
-    took = _one_thread(ready(c, mapping, x, sizes))
-    free = with_threads(replace(d, host=with_rates(d.host, {"operator_call_seconds": 0.0})), 1)
-    rest = best_mapping(c, free, sizes)
-    assert not isinstance(rest, Miss), rest
-    return replace(d, host=with_rates(d.host, {"operator_call_seconds": max(0.0, took - rest[1].seconds)}))
+    return replace(d, host=with_rates(d.host, rates))
+
+
+def _beside(d: Device, body: str, n: int) -> tuple[float, Cost]:
+    """Measured seconds of our kernel without a mask, on one thread, and its predicted cost."""
+    c, x, sizes = _attention("none", "f32", 1, 4, n)
+    mapping = Tiling(128, 128, body=body)
+    cost = predict(c, mapping, with_threads(d, 1), sizes)
+    assert isinstance(cost, Cost), cost
+    return _one_thread(ready(c, mapping, x, sizes)), cost
 
 
 def ready(
@@ -122,6 +137,16 @@ def _flex(d: Device, watch: Watch[Any]) -> Device:
     return replace(d, host=with_rates(d.host, rates))
 
 
+def _flex_of(compiled: Device, d: Device) -> Device:
+    """The device with another's rates of FlexAttention."""
+    assert compiled.host is not None
+    assert d.host is not None
+    h = compiled.host
+    return replace(
+        d, host=replace(d.host, flex_pair_seconds=h.flex_pair_seconds, flex_mask_seconds=h.flex_mask_seconds)
+    )
+
+
 def _compiled_flex(t: str, e: int, heads: int = 4, n: int = 768, masked: bool = False) -> float:
     """Seconds a pair, without a mask or with one that leaves every block partial."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -140,7 +165,7 @@ def _every_block_masked(n: int, size: int = 128) -> Any:
     blocks = n // size
     count = torch.full((1, 1, blocks), blocks, dtype=torch.int32)
     order = torch.arange(blocks, dtype=torch.int32).expand(1, 1, blocks, blocks).contiguous()
-    return BlockMask.from_kv_blocks(count, order, BLOCK_SIZE=size, mask_mod=lambda b, h, p, m: m <= p + n)
+    return BlockMask.from_kv_blocks(count, order, BLOCK_SIZE=size, mask_mod=lambda b, h, p, m: m <= p + n // 2)
 
 
 # --- the check ----------------------------------------------------------------------------------------------------------

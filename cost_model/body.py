@@ -23,7 +23,7 @@ from ..patterns.mapping import Mapping as Tiling
 from ..patterns.masks import FULL, conjuncts
 from .cost import Cost
 from .device import Device
-from .host import CORE_CACHE, Bill, Host, causal_pairs
+from .host import Bill, Host, causal_pairs
 from .subject import Shape, Subject
 from .tiles import Jobs, expected, tile_map
 from .work import EXPONENTIALS, INDEX, WIDTH, term_operations
@@ -43,8 +43,6 @@ AROUND_DATA = 40
 # The product body's longest slice of keys, and its scores in flight for each thread.
 SLICE = 512
 SCORES = 1 << 18
-# A step whose scores leave the core's own cache takes so much longer.
-SPILLED = 1.2
 # torch.exp takes so much longer where the result underflows, as it does behind a mask.
 UNDERFLOW = 7.0
 
@@ -107,10 +105,11 @@ def calls(found: Sequence[Block], s: Subject, at: Shape, threads: int) -> Iterat
         yield Call(1, at.queries, at.keys, s.mask.keep is not ex.TRUE, at.batch)
         return
     for b in found:
-        if loaded(s):
+        if b.masked and not shifted(s):
             # what a tile gets added is its own: no two of them go into one call
             yield from [Call(1, b.rows, b.keys, b.masked, at.batch, b.triangle)] * b.tiles
-        elif b.tiles == 1 or b.triangle:
+            continue
+        if b.tiles == 1 or b.triangle:
             yield Call(1, b.rows, b.keys, b.masked, at.batch, b.triangle)
             continue
         most = folds(at.batch // outer, b.rows, b.keys, threads)
@@ -313,9 +312,8 @@ def _product(host: Host, bill: Bill, s: Subject, at: Shape, b: Block) -> None:
         if op == "exp":
             host.point(op, "f32", round(points * b.cut * UNDERFLOW), 0, one)
     one.add("launch", 2 * host.h.product_seconds + (len(ops) + AROUND_STEP) * host.h.operator_seconds)
-    spilled = SPILLED if points * WIDTH["f32"] > CORE_CACHE // 2 else 1.0
     for name, seconds in one.parts.items():
-        bill.add(name, seconds * steps * count * (spilled if name != "launch" else 1.0))
+        bill.add(name, seconds * steps * count * (host.h.step_factor if name != "launch" else 1.0))
     bill.add("launch", AROUND_CALL * host.h.operator_seconds * -(-at.batch // heads) * count)
 
 
@@ -343,20 +341,20 @@ def _pointwise(s: Subject, masked: bool) -> tuple[str, ...]:
 def _added(host: Host, bill: Bill, s: Subject, found: Sequence[Block], at: Shape, mapping: Tiling) -> None:
     """What the scores get added.
 
-    Made once for the distances that any slice holds, and cut out for each block; where it depends on run-time data, made for
-    each tile, besides the least and greatest element of every tile.
+    Made once for the distances that any slice holds, and cut out for each block, where it follows from the distance of key
+    and query; else made for each tile, with run-time data after the least and greatest element of every tile.
     """
     a = s.attention
     cut = [b for b in found if b.masked and not b.triangle]
     if at.queries * at.keys <= FEW:
         host.chosen(s.mask.keep, {**at.extent, a.query: at.queries, a.key: at.keys}, bill)
-    elif loaded(s):
+    elif not shifted(s):
         for rows, keys, count in _sizes(cut):
             one = Bill()
             host.chosen(s.mask.keep, {**at.extent, a.query: rows, a.key: keys}, one)
             for name, seconds in one.parts.items():
                 bill.add(name, seconds * count)
-        bill.add("launch", AROUND_DATA * host.h.operator_seconds)
+        bill.add("launch", AROUND_DATA * host.h.operator_seconds * loaded(s))
     elif cut:
         rows = min(mapping.tile_p, at.queries)
         reach = max(b.keys for b in cut)
@@ -369,6 +367,17 @@ def _sizes(found: Sequence[Block]) -> Iterator[tuple[int, int, int]]:
     for b in found:
         out[b.rows, b.keys] += b.tiles
     yield from ((rows, keys, n) for (rows, keys), n in out.items())
+
+
+@lru_cache(maxsize=256)
+def shifted(s: Subject) -> bool:
+    """Does the mask follow from the distance of key and query alone?"""
+    a = s.attention
+    compared = [t for t in ex.walk(s.mask.keep) if t.op in ex.COMPARISONS and t.ranks]
+    forms = [affine(t.args[0]) - affine(t.args[1]) for t in compared if t.args[0].dtype in ex.INTEGERS]
+    apart = all(f.coefficient(ex.index(a.key)) == -f.coefficient(ex.index(a.query)) for f in forms)
+    plain = all(atom in (ex.index(a.key), ex.index(a.query)) or not atom.ranks for f in forms for atom in f.atoms)
+    return len(forms) == len(compared) and apart and plain and not loaded(s)
 
 
 @lru_cache(maxsize=256)

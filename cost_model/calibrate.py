@@ -20,7 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .device import CALIBRATION_SCHEMA, Device, HostRates, calibration_path, device_to_dict, processor, shipped
+from .device import (
+    CALIBRATION_SCHEMA,
+    Device,
+    HostRates,
+    calibration_path,
+    device_from_dict,
+    device_to_dict,
+    processor,
+    shipped,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +38,10 @@ T = TypeVar("T")
 # Watches the steps go by, for a progress bar: (steps, what they are) → the same steps.
 Watch = Callable[[list[T], str], Iterable[T]]
 
-# One measurement: its least time is believed when CONFIRMED runs came within NEAR of it, but not before SECONDS are spent;
-# on a machine that stays noisy the least one of PATIENCE seconds is taken.
+# One measurement: it ends when CONFIRMED runs came within NEAR of the least time, but not before SECONDS or RUNS are spent;
+# on a machine that stays noisy, after PATIENCE seconds.
 CONFIRMED, NEAR = 3, 0.02
-SECONDS, PATIENCE = 0.03, 0.4
+SECONDS, PATIENCE, RUNS = 0.05, 0.5, 2000
 DTYPES = ("f32", "bf16", "f16")
 HEADS = 4
 KEYS = 1024
@@ -86,6 +95,19 @@ def with_rates(h: HostRates, found: Mapping[str, Any]) -> HostRates:
     return replace(h, **joined)
 
 
+def between(a: Device, b: Device) -> Device:
+    """Every number half-way between two measurements of a device: clocks drift from one minute to the next."""
+    return device_from_dict(_between(device_to_dict(a), device_to_dict(b)))
+
+
+def _between(a: Any, b: Any) -> Any:
+    if isinstance(a, dict):
+        return {k: _between(a[k], b[k]) for k in a}
+    if isinstance(a, list):
+        return [_between(x, y) for x, y in zip(a, b)]
+    return a if a == b else (a + b) / 2
+
+
 def keep(d: Device, path: Path | None = None) -> Path | None:
     """Write a calibrated device where `device(name)` finds it; None where the environment wants no file.
 
@@ -126,7 +148,7 @@ def seconds(run: Callable[[], object], clock: Callable[[], float] = time.thread_
     run()
     times: list[float] = []
     spent = 0.0
-    while spent < PATIENCE and not (spent >= SECONDS and confirmed(times)):
+    while spent < PATIENCE and not ((spent >= SECONDS or len(times) >= RUNS) and confirmed(times)):
         start = clock()
         run()
         times.append(clock() - start)
@@ -141,7 +163,8 @@ def undisturbed(times: list[float]) -> float:
 
 def confirmed(times: list[float]) -> bool:
     """Did the least time come several times?"""
-    return sum(t <= min(times) * (1 + NEAR) for t in times) >= CONFIRMED if times else False
+    least = min(times, default=0.0)
+    return sum(t <= least * (1 + NEAR) for t in times) >= CONFIRMED
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -185,7 +208,7 @@ def _memory() -> dict[str, Any]:
     # a page that was just touched is in the cache: only the operand is read from memory
     fresh = seconds(lambda: large + 1.0) - 4 * large.numel() / dram
     return {
-        "cache_bytes": _cache(), "dram_bytes_per_s": dram,
+        **_cache(), "dram_bytes_per_s": dram,
         "fault_seconds_per_byte": max(0.0, fresh) / (4 * large.numel()),
     }  # fmt: skip
 
@@ -194,8 +217,8 @@ def _memory() -> dict[str, Any]:
 WORKING = tuple(1 << n for n in range(23, 29))
 
 
-def _cache() -> float:
-    """Bytes up to which a byte takes about as long as in the smallest working set."""
+def _cache() -> dict[str, float]:
+    """Bytes up to which a byte takes about as long as in the smallest working set, and the rate there."""
     import torch
 
     took = {}
@@ -203,7 +226,8 @@ def _cache() -> float:
         x = torch.ones(size // 8)
         out = torch.ones_like(x)
         took[size] = seconds(lambda x=x, out=out: torch.mul(x, 2.0, out=out)) / size  # type: ignore[misc]
-    return held(took)
+    # half is read, and half written after its lines were fetched
+    return {"cache_bytes": held(took), "cache_bytes_per_s": 1.5 / took[WORKING[0]]}
 
 
 def held(took: Mapping[int, float]) -> float:
@@ -275,14 +299,16 @@ def _attention(t: str) -> dict[str, Any]:
     def pair(queries: int, keys: int, d: int = 64) -> float:
         return (_sdpa(t, queries, keys, d) - call) / (HEADS * queries * keys)
 
-    # κ: few rows share what is laid out for a key
-    key = max(0.0, pair(8, 512) - pair(32, 512)) / (128 * (1 / 8 - 1 / 32))
+    # κ: the rows of a call share what is laid out for a key; both have blocks of 32 rows
+    key = max(0.0, pair(32, 512) - pair(128, 512)) / (128 * (1 / 32 - 1 / 128))
     # ρ: short blocks of keys share what is done for a row
     row = max(0.0, pair(128, 64) - pair(128, 512)) / (1 / 64 - 1 / 512)
     pairs: dict[int, tuple[float, float]] = {}
     for block, queries in CALLS.items():
         keys = KEYS if block < 256 else KEYS // 2
-        took = [max(0.0, pair(queries, keys, d) - 2 * d * key / queries - row / 512) for d in (64, 128)]
+        # fewer than a block's rows are priced whole
+        laid = key / queries if block >= 32 else 0.0
+        took = [max(0.0, pair(queries, keys, d) - 2 * d * laid - row / 512) for d in (64, 128)]
         each = max(0.0, min(took[1] - took[0], took[0])) / 128
         pairs[block] = (max(0.0, took[0] - 128 * each), each)
     return {

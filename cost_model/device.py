@@ -57,6 +57,7 @@ class HostRates:
     `attention_pair_seconds[dtype][rows]` is (fixed, per element of e + f) for one (query, key) pair inside SDPA's fused
     CPU kernel, whose own query block has 32, 64 or 256 rows; `attention_row_seconds` is for each row of a block and each
     of its blocks of 512 keys, `attention_key_seconds` for each element of a key and its value that a call lays out anew.
+    `step_factor` is what a step of our product body takes beside the sum of its operators, each timed on its own.
     `attention_far_mask_seconds` are of a pair whose mask lies out of the core's own cache.
     `flex_pair_seconds` are of a block that is not masked, `flex_mask_seconds` what a pair of a masked block takes more.
     """
@@ -67,8 +68,10 @@ class HostRates:
     attention_seconds: float
     mask_seconds: float
     operator_call_seconds: float
+    step_factor: float
     flex_call_seconds: float
     cache_bytes: float
+    cache_bytes_per_s: float
     fault_bytes: float
     fault_seconds_per_byte: float
     gemm_half_rows: Mapping[str, float]

@@ -2,7 +2,7 @@
 
     operator   = call + max(elements · seconds each, bytes / bandwidth) / threads' gain + first touch of fresh memory
     product    = call + FLOP / (peak · rows / (rows + half)) / threads' gain + bytes / bandwidth + first touch
-    SDPA       = call + (Σ pairs · (fixed + (E + F)·each) + keys · (E + F)·once) / threads' gain    the fused CPU kernel
+    SDPA       = call + Σ pairs · (fixed + (E + F)·(each + once / rows)) / threads' gain        the fused CPU kernel
 
 Nothing overlaps: parts add up. Rates come from the device file or a calibration of the machine.
 """
@@ -101,8 +101,12 @@ class Host:
         return flops / (peak * rows / (rows + half)) / self.gain("product", batch * rows * columns)
 
     def stream(self, moved: int, points: float = math.inf) -> float:
-        """Seconds in which operands come from memory; none where they lie in the cache."""
-        return moved / self.d.dram_bytes_per_s / self.gain("memory", points) if moved > self.h.cache_bytes else 0.0
+        """Seconds in which operands come from memory or from the last cache; none where the core's own one holds them."""
+        if moved <= CORE_CACHE:
+            return 0.0
+        if moved <= self.h.cache_bytes:
+            return moved / self.h.cache_bytes_per_s / self.gain("element", points)
+        return moved / self.d.dram_bytes_per_s / self.gain("memory", points)
 
     def point(self, name: str, dtype: str, points: int, moved: int, bill: Bill) -> None:
         """An element-wise operator; its operands lie in the cache or stream from memory."""
@@ -165,7 +169,7 @@ class Host:
         walked = pairs / max(rows * keys, 1) * -(-keys // KEY_BLOCK) * rows * rate(self.h.attention_row_seconds, dtype)
         operands = batch * keys * (e + f)
         bill.add("launch", self.h.attention_seconds + (self.h.mask_seconds if masked else 0.0))
-        bill.add("matrix", (pairs * each * (e + f) + operands * rate(self.h.attention_key_seconds, dtype)) / gain)
+        bill.add("matrix", pairs * each * (e + f) / gain)
         bill.add("exp", (pairs * (fixed + mask) + walked) / gain)
         bill.add("memory", self.stream(operands // group * WIDTH[dtype]))
 
@@ -192,18 +196,21 @@ def causal_pairs(queries: int, keys: int) -> int:
 
 
 def pair_seconds(h: HostRates, dtype: str, rows: int) -> tuple[float, float]:
-    """(fixed, per element of e + f) seconds of a pair; few rows lie between the measured ones on a logarithmic scale."""
+    """(fixed, per element of e + f) seconds of a pair: what is laid out for a key is shared by the rows of a call.
+
+    Fewer rows than a block lie between the measured numbers on a logarithmic scale.
+    """
     table = h.attention_pair_seconds.get(dtype) or h.attention_pair_seconds["f32"]
+    key = rate(h.attention_key_seconds, dtype)
     if rows >= 32:
-        return table[query_block(rows)]
-    known = sorted(table)
-    low = max(r for r in known if r <= rows)
-    high = min(r for r in known if r >= rows)
-    if low == high:
-        return table[low]
+        fixed, each = table[query_block(rows)]
+        return fixed, each + key / rows
+    whole = {**table, 32: (table[32][0], table[32][1] + key / 32)}
+    low = max(r for r in whole if r <= rows)
+    high = min(r for r in whole if r > rows)
     t = math.log(rows / low) / math.log(high / low)
-    a, b = table[low], table[high]
-    return a[0] + t * (b[0] - a[0]), _between(a[1], b[1], t)
+    (a, b), (c, d) = whole[low], whole[high]
+    return a + t * (c - a), _between(b, d, t)
 
 
 def _between(a: float, b: float, t: float) -> float:

@@ -81,7 +81,7 @@ def _host_ladder(d: Device) -> tuple[Device, Device, Device]:
     pair = {t: 2 / flops.get(t, flops["f32"]) for t in h.attention_pair_seconds}
     free: dict[str, Any] = {n: dict.fromkeys(getattr(h, n), 0.0) for n in (*MASKING, *EXPONENTIAL, "gemm_half_rows")}
     roof = replace(
-        _calls_for_free(h), fault_bytes=math.inf,
+        _calls_for_free(h), fault_bytes=math.inf, cache_bytes=math.inf, cache_bytes_per_s=math.inf,
         attention_pair_seconds={t: dict.fromkeys(by, (0.0, pair[t])) for t, by in h.attention_pair_seconds.items()},
         flex_pair_seconds={t: (0.0, pair.get(t, pair["f32"])) for t in h.flex_pair_seconds}, **free,
     )  # fmt: skip

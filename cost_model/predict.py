@@ -239,7 +239,8 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cos
         units = at.batch * -(-at.queries // FLEX_BLOCK)
         gain = host.balanced(prices.gain("flex"), prices.threads, units)
         bill.add("launch", prices.h.flex_call_seconds + use.operators * prices.h.operator_seconds)
-        again = operands * host.rate(prices.h.attention_key_seconds, s.dtype)
+        # one query reads the keys as the fused kernel does
+        again = operands * host.pair_seconds(prices.h, s.dtype, 1)[1]
         bill.add("matrix", (visited * b * (at.embed + at.value) + again) / gain)
         bill.add("exp", (visited * a + partial * mask) / gain)
         bill.add("memory", prices.stream(operands * WIDTH[s.dtype]))

@@ -31,7 +31,7 @@ def test_the_band_is_what_the_check_finds(
     where = tmp_path / "calibration.json"
     monkeypatch.setenv("REATTEND_CALIBRATION", str(where))
     monkeypatch.setattr(calibrate, "cpu_rates", lambda watch: replace(shipped("cpu"), basis="calibrated"))
-    monkeypatch.setattr(calibrate, "_operator_call", lambda d: d)
+    monkeypatch.setattr(calibrate, "_own", lambda d: d)
     monkeypatch.setattr(calibrate, "_flex", lambda d, watch: d)
     predicted = [
         cost.seconds
@@ -74,9 +74,10 @@ def test_the_candidates_of_the_check_agree() -> None:
 
 
 def test_our_operator_on_next_to_nothing_takes_some_time() -> None:
-    found = calibrate._operator_call(shipped("cpu"))
+    found = calibrate._own(shipped("cpu"))
     assert found.host is not None
     assert 0 <= found.host.operator_call_seconds < 0.1
+    assert 1 <= found.host.step_factor < 100
 
 
 # --- GPUs -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ FIXED, EACH, KEY, ROW, MASK, CALL = 3e-10, 2e-11, 8e-11, 5e-8, 2e-10, 5e-6
 
 
 def fused(t: str, queries: int, keys: int, d: int, masked: bool = False) -> float:
-    """SDPA's fused kernel by the formula that the calibration inverts."""
+    """SDPA's fused kernel by the formula that the calibration inverts, for whole blocks of rows."""
     heads = calibrate.HEADS
     pairs = queries * keys * (FIXED + 2 * d * EACH + MASK * masked)
     return CALL + heads * (keys * 2 * d * KEY + queries * -(-keys // 512) * ROW + pairs)
@@ -117,3 +117,18 @@ def test_the_cache_ends_where_a_byte_gets_dear() -> None:
     took = {1 << n: 1.0 if n < 26 else 2.0 for n in range(23, 29)}
     assert calibrate.held(took) == pytest.approx(2**25.5)
     assert calibrate.held(dict.fromkeys(took, 1.0)) > 1 << 28
+
+
+def test_two_measurements_meet_half_way() -> None:
+    from dataclasses import replace
+
+    a = shipped("cpu")
+    assert a.host is not None
+    assert calibrate.between(a, a) == a
+    slow = {t: {r: (2 * x, 2 * y) for r, (x, y) in by.items()} for t, by in a.host.attention_pair_seconds.items()}
+    b = replace(a, dram_bytes_per_s=3 * a.dram_bytes_per_s, host=replace(a.host, attention_pair_seconds=slow))
+    found = calibrate.between(a, b)
+    assert found.dram_bytes_per_s == 2 * a.dram_bytes_per_s
+    assert found.host is not None
+    assert found.host.attention_pair_seconds["f32"][64][0] == pytest.approx(1.5 * a.host.attention_pair_seconds["f32"][64][0])
+    assert found.host.exp_seconds == a.host.exp_seconds
