@@ -120,20 +120,25 @@ def _one_thread(run: Callable[[], object]) -> float:
 
 
 def _flex(d: Device, watch: Watch[Any]) -> Device:
-    """Compiled FlexAttention: a pair by two head sizes, a masked one. Kept as it was where nothing can be compiled."""
+    """Compiled FlexAttention: a pair by two head sizes, a masked one, a key. Kept as it was where nothing can be compiled.
+
+    seconds = heads · (pairs · (fixed + (e + f)·each) + blocks of 128 queries · keys · (e + f)·κ)
+    """
     assert d.host is not None
-    rates: dict[str, Any] = {"flex_pair_seconds": {}, "flex_mask_seconds": {}}
+    rates: dict[str, Any] = {"flex_pair_seconds": {}, "flex_mask_seconds": {}, "flex_key_seconds": {}}
     for t in watch(["f32", "bf16"], "FlexAttention, compiled"):
         try:
             took = {e: _compiled_flex(t, e) for e in (64, 128)}
-            masked = _compiled_flex(t, 64, masked=True)
+            masked, few = _compiled_flex(t, 64, masked=True), _compiled_flex(t, 64, queries=8)
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as no:
             # a machine without a C++ compiler, or one that torch does not know: FlexAttention cannot run there either
             warnings.warn(f"FlexAttention was not calibrated: {type(no).__name__}", stacklevel=2)
             return d
         each = max(0.0, min(took[128] - took[64], took[64])) / 128
-        rates["flex_pair_seconds"][t] = (max(0.0, took[64] - 128 * each), each)
+        key = max(0.0, few - took[64]) / (128 * (1 / 8 - 1 / 128))
+        rates["flex_pair_seconds"][t] = (max(0.0, took[64] - 128 * each), max(0.0, each - key / 128))
         rates["flex_mask_seconds"][t] = max(0.0, masked - took[64])
+        rates["flex_key_seconds"][t] = key
     return replace(d, host=with_rates(d.host, rates))
 
 
@@ -142,20 +147,19 @@ def _flex_of(compiled: Device, d: Device) -> Device:
     assert compiled.host is not None
     assert d.host is not None
     h = compiled.host
-    return replace(
-        d, host=replace(d.host, flex_pair_seconds=h.flex_pair_seconds, flex_mask_seconds=h.flex_mask_seconds)
-    )
+    flex = {"flex_pair_seconds": h.flex_pair_seconds, "flex_mask_seconds": h.flex_mask_seconds}
+    return replace(d, host=with_rates(d.host, {**flex, "flex_key_seconds": h.flex_key_seconds}))
 
 
-def _compiled_flex(t: str, e: int, heads: int = 4, n: int = 768, masked: bool = False) -> float:
+def _compiled_flex(t: str, e: int, heads: int = 4, n: int = 768, queries: int = 768, masked: bool = False) -> float:
     """Seconds a pair, without a mask or with one that leaves every block partial."""
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()
-    q, k, v = (torch.randn(1, heads, n, e, dtype=DTYPE[t]) for _ in range(3))
+    q, k, v = (torch.randn(1, heads, rows, e, dtype=DTYPE[t]) for rows in (queries, n, n))
     run = torch.compile(flex_attention, dynamic=False)
     kept = _every_block_masked(n) if masked else None
-    return _one_thread(lambda: run(q, k, v, block_mask=kept)) / (heads * n * n)
+    return _one_thread(lambda: run(q, k, v, block_mask=kept)) / (heads * queries * n)
 
 
 def _every_block_masked(n: int, size: int = 128) -> Any:

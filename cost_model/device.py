@@ -59,7 +59,8 @@ class HostRates:
     of its blocks of 512 keys, `attention_key_seconds` for each element of a key and its value that a call lays out anew.
     `step_factor` is what a step of our product body takes beside the sum of its operators, each timed on its own.
     `attention_far_mask_seconds` are of a pair whose mask lies out of the core's own cache.
-    `flex_pair_seconds` are of a block that is not masked, `flex_mask_seconds` what a pair of a masked block takes more.
+    `flex_pair_seconds` are of a pair that is not masked, `flex_mask_seconds` what one of a masked block takes more, and
+    `flex_key_seconds` are for each element of a key and its value that a block of queries lays out anew.
     """
 
     threads: int
@@ -86,6 +87,7 @@ class HostRates:
     attention_pair_seconds: Mapping[str, Mapping[int, tuple[float, float]]]
     flex_pair_seconds: Mapping[str, tuple[float, float]]
     flex_mask_seconds: Mapping[str, float]
+    flex_key_seconds: Mapping[str, float]
     scaling: Mapping[str, float]
 
 

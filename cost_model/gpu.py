@@ -119,7 +119,7 @@ def _dram_bytes(k: Kernel, d: Device, programs: int) -> float:
         return k.unique_bytes + k.written_bytes
     waves = -(-programs // slots)
     again = max(k.unique_bytes, k.unique_bytes * flying * waves)
-    return min(k.moved_bytes, again) + k.written_bytes
+    return float(min(k.moved_bytes, again) + k.written_bytes)
 
 
 def _shares(k: Kernel, d: Device, per: tuple[Mapping[str, float], ...], kernel: float) -> dict[str, float]:

@@ -97,7 +97,7 @@ def _host_ladder(d: Device) -> tuple[Device, Device, Device]:
 
 # Tables of seconds by type: what a mask costs, and what a softmax costs besides its products.
 MASKING = ("element_seconds", "where_seconds", "attention_mask_seconds", "attention_far_mask_seconds", "flex_mask_seconds")
-EXPONENTIAL = ("exp_seconds", "softmax_seconds", "attention_row_seconds", "attention_key_seconds")
+EXPONENTIAL = ("exp_seconds", "softmax_seconds", "attention_row_seconds", "attention_key_seconds", "flex_key_seconds")
 
 
 def _calls_for_free(h: HostRates) -> HostRates:

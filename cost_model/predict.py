@@ -235,13 +235,13 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cos
         visited, partial = _visited_pairs(s, at, FLEX_BLOCK)
         a, b = prices.h.flex_pair_seconds.get(s.dtype) or prices.h.flex_pair_seconds["f32"]
         mask = host.rate(prices.h.flex_mask_seconds, s.dtype)
+        # the rows of a block share what is laid out for a key
+        key = host.rate(prices.h.flex_key_seconds, s.dtype) / min(FLEX_BLOCK, at.queries)
         operands = at.batch * at.keys * (at.embed + at.value)
         units = at.batch * -(-at.queries // FLEX_BLOCK)
         gain = host.balanced(prices.gain("flex"), prices.threads, units)
         bill.add("launch", prices.h.flex_call_seconds + use.operators * prices.h.operator_seconds)
-        # one query reads the keys as the fused kernel does
-        again = operands * host.pair_seconds(prices.h, s.dtype, 1)[1]
-        bill.add("matrix", (visited * b * (at.embed + at.value) + again) / gain)
+        bill.add("matrix", visited * (b + key) * (at.embed + at.value) / gain)
         bill.add("exp", (visited * a + partial * mask) / gain)
         bill.add("memory", prices.stream(operands * WIDTH[s.dtype]))
         pairs = visited
