@@ -42,12 +42,17 @@ Row = dict[str, Any]
 console = Console(width=150)
 
 
+def here() -> Device:
+    """The device of this machine, calibrated where a calibration file of it is there."""
+    return running_device("cuda") if torch.cuda.is_available() else device("cpu")
+
+
 def present(threads: int) -> Device:
-    """The device that is measured, calibrated where a calibration file of it is there."""
+    """The same with this many threads, of which torch is told as well."""
     if torch.cuda.is_available():
-        return running_device("cuda")
+        return here()
     torch.set_num_threads(threads)
-    return with_threads(device("cpu"), threads)
+    return with_threads(here(), threads)
 
 
 def plain(d: Device) -> Device:
@@ -99,9 +104,12 @@ def read(d: Device) -> dict[cells.Cell, Row]:
     return {cell_of(r): r for r in json.loads(results(d).read_text())["rows"]}
 
 
-def write(found: Mapping[cells.Cell, Row], **more: object) -> None:
-    d = present(1)
-    timing.write(f"cost_model_{d.name}", list(found.values()), device=device_to_dict(d), **more)
+def write(found: Mapping[cells.Cell, Row], summary: Mapping[str, object] | None = None) -> None:
+    """Keep the timings, the device that predicts, and the figures of each grid as they were last judged."""
+    d = here()
+    old = json.loads(results(d).read_text()).get("summary", {}) if results(d).is_file() else {}
+    kept = {**old, **(summary or {})}
+    timing.write(f"cost_model_{d.name}", list(found.values()), device=device_to_dict(d), summary=kept)
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
@@ -137,7 +145,7 @@ def report(rows: list[Row]) -> dict[str, object]:
     outcomes = [outcome(r, present(r["threads"])) for r in rows]
     mean, p95 = noise(rows)
     figures = accuracy(outcomes)
-    console.print(f"\n{present(1)}\n{figures}", highlight=False)
+    console.print(f"\n{here()}\n{figures}", highlight=False)
     console.print(f"test-retest noise {mean:.1%} mean, {p95:.1%} p95", highlight=False)
     table = Table(box=None, pad_edge=False)
     for title in ("", "MAPE", "p95", "Spearman", "regret", "regret p95"):
@@ -197,12 +205,11 @@ def main() -> None:
     if given.quick:
         given.seconds = min(given.seconds, 0.3)
     if given.calibrate:
-        here = present(torch.get_num_threads())
-        found_now, _ = calibrate(shipped(here.name), watch=lambda steps, what: track(steps, what, console=console))
+        found_now, _ = calibrate(shipped(here().name), watch=lambda steps, what: track(steps, what, console=console))
         console.print(str(found_now))
         running_device.cache_clear()
     chosen = wanted(given)
-    found = read(present(1))
+    found = read(here())
     with torch.no_grad():
         if not given.report:
             gather(found, chosen, given)
@@ -211,7 +218,7 @@ def main() -> None:
             for r in rows:
                 show(r, present(r["threads"]))
         summary = report(rows)
-    write(found, summary={given.grid: summary})
+    write(found, {f"{given.grid}, threads {given.threads}": summary})
 
 
 if __name__ == "__main__":
