@@ -15,9 +15,10 @@ from importlib import metadata
 
 from torch import Tensor
 
+from ..cost_model.tiles import expected
 from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.masks import classify
+from ..patterns.masks import count_tiles
 from ..patterns.recognise import Refusal
 from . import cache, cpu_product, cpu_sdpa
 from .cpu_form import NAME, form, softmax
@@ -50,7 +51,7 @@ TILES = (32, 64, 128, 256, 512)
 
 
 def default_mapping(c: Cascade, sizes: Mapping[str, int]) -> Tiling:
-    """The tiling that visits the fewest elements, calls included, by the mask alone (run-time data counts as unknown)."""
+    """The tiling that visits the fewest elements, calls included, by the mask alone (run-time data may keep every key)."""
     f = form(c)
     if isinstance(f, Refusal):
         return Tiling(128, 128, body="product")
@@ -59,15 +60,16 @@ def default_mapping(c: Cascade, sizes: Mapping[str, int]) -> Tiling:
         return Tiling(128, 128, body=body)
     bound = c.with_sizes(sizes)
     extents = {r.name: int(r.size) for r in bound.ranks if isinstance(r.size, int)}
-    ranks = {r: extents[r] for r in f.mask.keep.ranks | {f.attention.query, f.attention.key}}
+    keep = expected(f.mask.keep)
+    ranks = {r: extents[r] for r in keep.ranks | {f.attention.query, f.attention.key}}
     heads = math.prod(extents[r] for r in f.attention.batch) or 1
     cost = {}
     for size in TILES:
-        tiles = classify(
-            f.mask.keep, query=f.attention.query, key=f.attention.key, extents=ranks, symbols=sizes, tile_p=size, tile_m=size
+        tiles = count_tiles(
+            keep, query=f.attention.query, key=f.attention.key, extents=ranks, symbols=sizes, tile_p=size, tile_m=size
         )
-        rows = -(-extents[f.attention.query] // size)
-        per_batch = tiles.visited * rows * -(-extents[f.attention.key] // size) / tiles.total
+        rows = tiles.shape[-2]
+        per_batch = tiles.visited * rows * tiles.shape[-1] / tiles.total
         cost[size] = per_batch * size * (size + SLOW_ROWS) + rows * CALL_ELEMENTS / heads
     best = min(TILES, key=lambda s: cost[s])
     return Tiling(best, best, body=body)

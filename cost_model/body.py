@@ -20,7 +20,7 @@ from ..patterns import expr as ex
 from ..patterns.affine import Affine, affine
 from ..patterns.expr import Expr
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.masks import FULL, conjuncts
+from ..patterns.masks import PARTIAL, TileRuns, conjuncts
 from .cost import Cost
 from .device import Device
 from .host import Bill, Host, causal_pairs
@@ -150,15 +150,11 @@ def blocks(s: Subject, jobs: Jobs, mapping: Tiling, at: Shape) -> tuple[Block, .
         whole, rest = divmod(at.queries, mapping.tile_p)
         strips = ((whole, mapping.tile_p), (1, rest)) if loaded(s) else ()
         return tuple(Block(n, rows, at.keys, True) for n, rows in strips if n and rows)
-    table = np.asarray(jobs.map.classes).reshape(-1, *jobs.map.classes.shape[-2:])
     # batch entries run together: a slice covers what any of them visits
-    some, every = (table != 0).any(0), (table == FULL).all(0)
-    n = some.shape[1]
-    count = some.sum(1)
-    first = np.where(count > 0, some.argmax(1), 0)
-    last = np.where(count > 0, n - some[:, ::-1].argmax(1), 0)
-    open_ = (some & ~every).sum(1)
-    bound = (some & ~_free(s, jobs, mapping, at)).any(1)
+    together = jobs.map.merged()
+    count, open_ = together.counts(), together.counts(PARTIAL)
+    first, last = together.ends
+    bound = _bound(s, together, mapping, at)
     walk = _Walk(mapping.tile_p, mapping.tile_m, at.keys)
     rows = zip(count.tolist(), first.tolist(), last.tolist(), open_.tolist(), bound.tolist())
     for i, (k, a, b, p, bounded) in enumerate(rows):
@@ -211,20 +207,21 @@ class _Walk:
         return True
 
 
-def _free(s: Subject, jobs: Jobs, mapping: Tiling, at: Shape) -> NDArray[np.bool_]:
-    """Tiles in which the mask only forbids keys after the query, so that the fused kernel's own causal mode does it."""
-    assert jobs.map is not None
-    shape = jobs.map.classes.shape[-2:]
+def _bound(s: Subject, together: TileRuns, mapping: Tiling, at: Shape) -> NDArray[np.bool_]:
+    """Query tiles that visit one in which the mask forbids more than keys after the query.
+
+    In the others the fused kernel's own causal mode does it.
+    """
     rest = without_causal(s)
     if rest is None or mapping.body != "sdpa" or added_to_full(s):
-        return np.zeros(shape, np.bool_)
+        return together.has_visited()
     if rest is ex.TRUE:
-        return np.ones(shape, np.bool_)
+        return np.zeros(together.rows, np.bool_)
     a = s.attention
     mask = replace(s.mask, keep=rest)
     tiles = tile_map(mask, a.query, a.key, at.extent, at.symbols, mapping.tile_p, mapping.tile_m)
     assert tiles is not None
-    return np.asarray((tiles.classes.reshape(-1, *shape) == FULL).all(0))
+    return together.outside(tiles.merged())
 
 
 def has_triangles(s: Subject) -> bool:

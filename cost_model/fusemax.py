@@ -10,13 +10,14 @@ Source: Nayak et al., "FuseMax" (MICRO 2024), and its artifact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, Einsum
 from ..patterns.mapping import Mapping as Tiling
 from .device import Device
-from .work import WIDTH, Sizes, Work, contraction, count, elements, is_view, key_tile, size_int
+from .work import WIDTH, Sizes, Work, contraction, count, elements, is_view, key_tile, product, size_int
 
 # Rows of the query that one pass over the array holds.
 ARRAY_ROWS = 256
@@ -28,6 +29,12 @@ BINDING: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("SLNV",), ("SPNV",)),
 )
 UNFUSED = (("QK",), ("GM", "SN", "SD", "A"), ("AV",))
+# FLAT's own chip has a larger buffer; it double-buffers one tile of scores beside the rows of scores it holds, and
+# otherwise spills blocks of so many rows (FuseMax artifact, accel/flat.py and flat_validation.csv).
+FLAT_BUFFER_BYTES = 32 << 20
+FLAT_SPILLED_ROWS = 4 * ARRAY_ROWS
+# The Einsum that takes its operand as it is made, so that it never reads it from the buffer.
+FLAT_STREAMED = ("SD",)
 
 
 def query_tile(queries: int, e: int, f: int, device: Device, *, scores_on_chip: bool, width: int = 2) -> int:
@@ -84,6 +91,42 @@ def unfused_seconds(c: Cascade, sizes: Mapping[str, int], device: Device, heads:
         moved = sum(size_int(_bytes(bound, n)) * width for n in names)
         total += max(points / lanes / device.clock_hz, moved / device.dram_bytes_per_s)
     return heads * total
+
+
+def flat_seconds(c: Cascade, sizes: Mapping[str, int], device: Device, heads: int = 1) -> float:
+    """Seconds of the three-pass cascade as FLAT runs it: fused by rows, both units and memory overlapped.
+
+    max(bytes / bandwidth, matrix products on the array, the softmax's Einsums on the lanes)
+    """
+    bound = Sizes(c, dict(sizes))
+    points = {e.out.tensor: size_int(elements(bound.rank, e.ranks)) for e in c.einsums}
+    array, lanes = (
+        sum(points[t] for group in UNFUSED if (len(group) == 1) is products for t in group) for products in (True, False)
+    )
+    slowest = max(array / device.array_lanes, lanes / device.vector_lanes) / device.clock_hz
+    return heads * max(slowest, flat_bytes(c, sizes) / device.dram_bytes_per_s)
+
+
+def flat_bytes(c: Cascade, sizes: Mapping[str, int], width: int = 2) -> int:
+    """Bytes of one head under FLAT: rows of scores are buffered (what does not fit is spilled), or all are spilled.
+
+    buffered  both operands of QK once a tile of the array, V once a tile of rows; spilled scores once a buffer access
+    spilled   K and V once a block of rows; scores and weights written and read
+    """
+    bound = Sizes(c, dict(sizes))
+    size = {t.name: size_int(product(bound.shape[t.name])) for t in c.tensors}
+    p, m, scores = sizes["P"], sizes["M"], size["QK"]
+    kept = [e for e in c.einsums if e.out.tensor not in FLAT_STREAMED]
+    held = ("QK", "SN", "A")
+    accesses = len(held) + sum(1 for e in kept for a in e.reads if str(a.attr) in held)
+    rows = max(ARRAY_ROWS, min(p, FLAT_BUFFER_BYTES // (width * m)))
+    room = width * rows * m + 2 * width * ARRAY_ROWS * ARRAY_ROWS
+    spilled = scores * max(0, room - FLAT_BUFFER_BYTES) / room
+    tiles = (size["Q"] * (m // ARRAY_ROWS), (size["K"] + size["V"]) * (p // ARRAY_ROWS), size["AV"])
+    buffered = sum(tiles) + accesses * spilled
+    blocks = -(-p // FLAT_SPILLED_ROWS)
+    streamed = size["Q"] + size["AV"] + blocks * (size["K"] + size["V"]) + 2 * sum(size[t] for t in ("QK", "A"))
+    return math.ceil(width * min(buffered, streamed))
 
 
 def _bytes(bound: Sizes, name: str) -> int:

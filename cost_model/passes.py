@@ -20,6 +20,7 @@ from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, Einsum, Size
 from ..patterns.expr import Expr
 from ..patterns.recognise import Miss, attention
+from .work import is_view
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,10 @@ def _per_input(c: Cascade, family: tuple[str, ...], level: Mapping[int, int]) ->
     for _ in range(2):
         for i, e in enumerate(c.einsums):
             if i not in level:
+                continue
+            if is_view(e):
+                # renaming coordinates visits nothing: whoever reads the view visits its source
+                sources[e.out.tensor] = sources.get(str(e.body.attr), frozenset())
                 continue
             followed = [r for r in e.reads if any(outer in x.ranks for x in r.args)]
             origin = frozenset().union(*(sources.get(str(r.attr), frozenset()) for r in followed))

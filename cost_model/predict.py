@@ -25,7 +25,7 @@ from .device import Device
 from .eager import Operator, operators
 from .fit import Footprint, candidates, footprint, padded, refuse
 from .subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
-from .tiles import SCHEDULED, Jobs
+from .tiles import NOTHING, SCHEDULED, Data, Jobs
 from .work import WIDTH, Work, size_int
 
 __all__ = [
@@ -123,10 +123,10 @@ def predict_vendor(c: Cascade, use: VendorUse, device: Device, sizes: Mapping[st
     return _vendor_on_gpu(s, at, use, device)
 
 
-def tiles_of(c: Cascade, mapping: Tiling, sizes: Mapping[str, int]) -> Jobs | Miss:
-    """The key tiles that a mapping visits, program by program."""
+def tiles_of(c: Cascade, mapping: Tiling, sizes: Mapping[str, int], data: Data = NOTHING) -> Jobs | Miss:
+    """The key tiles that a mapping visits, program by program, given what is known of run-time data."""
     s = subject(c)
-    return s if isinstance(s, Miss) else plan_tiles(s, shape(s.cascade, s.attention, sizes), mapping)
+    return s if isinstance(s, Miss) else plan_tiles(s, shape(s.cascade, s.attention, sizes), mapping, data)
 
 
 # --- operators ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ..patterns.mapping import Mapping as Tiling
 from ..patterns.masks import Mask, split
 from ..patterns.recognise import Attention, Miss, attention
 from ..patterns.rowstate import derive, stream
-from .tiles import Jobs, jobs, tile_map
+from .tiles import NOTHING, Data, Jobs, jobs, tile_map
 from .work import WIDTH, Sizes, Work, count, factors, size_int, term_operations
 
 # Query rows up to which the heads of a group share a row block in our kernels.
@@ -122,18 +122,19 @@ def _divisor(side: Expr, rank: str, extent: Mapping[str, int], symbols: Mapping[
     return found.pop() if len(found) == 1 else 1
 
 
-def plan_tiles(s: Subject, at: Shape, mapping: Tiling) -> Jobs:
-    """The programs of a mapping and the key tiles that each of them visits."""
+def plan_tiles(s: Subject, at: Shape, mapping: Tiling, data: Data = NOTHING) -> Jobs:
+    """The programs of a mapping and the key tiles that each of them visits, given what is known of run-time data."""
     a = s.attention
-    tiles = tile_map(s.mask, a.query, a.key, at.extent, at.symbols, mapping.tile_p, mapping.tile_m)
+    tiles = tile_map(s.mask, a.query, a.key, at.extent, at.symbols, mapping.tile_p, mapping.tile_m, data)
     rows = -(-at.queries // mapping.tile_p)
-    return jobs(tiles, at.batch * rows, rows, -(-at.keys // mapping.tile_m))
+    tile = mapping.tile_p, mapping.tile_m
+    return jobs(tiles, at.batch * rows, rows, -(-at.keys // mapping.tile_m), s.mask, data, tile)
 
 
 def work(s: Subject, at: Shape, mapping: Tiling, sizes: Mapping[str, int], tiles: Jobs) -> Work:
     """The work of the one-pass form under a mapping."""
     return count(
-        s.flow, mapping, sizes, tiles.map, query=s.attention.query, mask_ops=mask_operations(s, at, mapping)
+        s.flow, mapping, sizes, tiles.tally, query=s.attention.query, mask_ops=mask_operations(s, at, mapping)
     )
 
 

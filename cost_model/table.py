@@ -41,10 +41,10 @@ def _sites(plan: Plan, width: int) -> str:
     for s in plan.sites:
         groups.setdefault(s.alike, []).append(s)
     titles = ("what", "is", "where", "shape", "chosen", "time", "speed-up", "bound", "why")
-    table = _table(titles, right=("time", "speed-up"))
+    table = table_of(titles, right=("time", "speed-up"))
     for members in groups.values():
         table.add_row(*_row(members))
-    return _text(table, width)
+    return table_text(table, width)
 
 
 def _row(members: Sequence[Site]) -> tuple[str, ...]:
@@ -60,17 +60,47 @@ def _row(members: Sequence[Site]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def plans_table(plans: Sequence[Plan], width: int = WIDTH) -> str:
+    """The same model planned for several devices, side by side: choice, predicted time and its speed-up on each."""
+    first = plans[0]
+    n = len(first.sites)
+    what = f"{n} attention{'' if n == 1 else 's'} on {', '.join(p.device.name for p in plans)}"
+    table = table_of(("what", "shape", *(p.device.name for p in plans)))
+    for members in common_groups(plans):
+        name = first.group_name(members) + (f" ×{len(members)}" if len(members) > 1 else "")
+        table.add_row(name, str(first.sites[members[0]].shape), *(_choice(p.sites[members[0]]) for p in plans))
+    table.add_row("all", "", *(seconds_text(p.seconds) for p in plans))
+    lines = [f"{first.model}: {what}" if first.model else what, table_text(table, width)]
+    if first.misses:
+        lines += ["", f"left alone ({len(first.misses)})", _misses(first.misses, width)]
+    return "\n".join([*lines, "", first.note] if first.note else lines)
+
+
+def common_groups(plans: Sequence[Plan]) -> list[tuple[int, ...]]:
+    """Positions of sites that are alike on every device."""
+    found: dict[tuple[object, ...], list[int]] = {}
+    for i in range(len(plans[0].sites)):
+        found.setdefault(tuple(p.sites[i].alike for p in plans), []).append(i)
+    return [tuple(members) for members in found.values()]
+
+
+def _choice(s: Site) -> str:
+    cost = s.chosen.cost
+    speed = f", {s.speedup:.2f}×" if s.speedup is not None and s.chosen.name != ORIGINAL else ""
+    return f"{s.choice} {seconds_text(cost.seconds)}{speed} ({cost.bound})" if cost is not None else s.choice
+
+
 def _misses(misses: Sequence[Miss], width: int) -> str:
-    table = _table(("where", "what", "reason", "hint"))
+    table = table_of(("where", "what", "reason", "hint"))
     for m in dict.fromkeys(misses):
         many = f" ×{misses.count(m)}" if misses.count(m) > 1 else ""
         table.add_row(short_path(m.where) + many, m.what, m.reason, m.hint)
-    return _text(table, width)
+    return table_text(table, width)
 
 
 def candidates_table(candidates: Sequence[Candidate], width: int = WIDTH) -> str:
     """Every candidate of a site with its predicted cost, or why it cannot run."""
-    table = _table(
+    table = table_of(
         ("candidate", "time", "bound", "TFLOP", "GB", "G exp", "passes", "why"),
         right=("time", "TFLOP", "GB", "G exp", "passes"),
     )
@@ -82,21 +112,23 @@ def candidates_table(candidates: Sequence[Candidate], width: int = WIDTH) -> str
             c.name, seconds_text(c.cost.seconds), c.cost.bound, f"{c.cost.flops / 1e12:.3g}", f"{c.cost.bytes / 1e9:.3g}",
             f"{c.cost.exps / 1e9:.3g}", str(c.passes) if c.passes is not None else "", c.why,
         )  # fmt: skip
-    return _text(table, width)
+    return table_text(table, width)
 
 
 # What is copied from a table stays on one line.
 _WHOLE = ("what", "where", "chosen", "candidate", "time")
 
 
-def _table(titles: Sequence[str], right: Sequence[str] = ()) -> Table:
+def table_of(titles: Sequence[str], right: Sequence[str] = ()) -> Table:
+    """A table without lines; the columns `right` are flush right."""
     table = Table(box=None, pad_edge=False)
     for t in titles:
         table.add_column(t, justify="right" if t in right else "left", overflow="fold", no_wrap=t in _WHOLE)
     return table
 
 
-def _text(table: Table, width: int) -> str:
+def table_text(table: Table, width: int = WIDTH) -> str:
+    """The table as text, without blanks at the ends of lines."""
     out = io.StringIO()
     Console(file=out, width=width, force_terminal=False, highlight=False, markup=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
@@ -108,6 +140,22 @@ def seconds_text(seconds: float) -> str:
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}" if seconds / scale < 1000 else f"{seconds / scale:.0f} {unit}"
     return f"{seconds * 1e9:.3g} ns"
+
+
+def tokens_text(n: int) -> str:
+    """4096 as 4k, 1048576 as 1M; other numbers as they are."""
+    for unit, scale in (("M", 1 << 20), ("k", 1 << 10)):
+        if n >= scale and n % scale == 0:
+            return f"{n // scale}{unit}"
+    return str(n)
+
+
+def bytes_text(n: float) -> str:
+    """1.23 GB, 45.6 MB: three digits that count, in powers of ten."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= scale:
+            return f"{n / scale:.3g} {unit}" if n / scale < 1000 else f"{n / scale:.0f} {unit}"
+    return f"{n:.0f} B"
 
 
 def short_path(where: str) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
+from typing import Protocol
 
 import sympy
 
@@ -25,7 +26,6 @@ from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, Einsum, Size
 from ..patterns.expr import Expr
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.tiles import TileMap
 
 WIDTH: Mapping[str, int] = {
     "b1": 1, "u8": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8,
@@ -50,6 +50,21 @@ class Traffic:
     moved: Size
     once: Size
     written: bool = False
+
+
+class Counted(Protocol):
+    """Tiles over some batch ranks: a map, its runs, or their tally."""
+
+    @property
+    def batch(self) -> tuple[str, ...]: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def visited(self) -> int: ...
+    @property
+    def full(self) -> int: ...
+    @property
+    def partial(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -351,7 +366,7 @@ def _written(c: Cascade, sizes: Sizes, name: str) -> Size:
 
 
 def count(
-    c: Cascade, mapping: Tiling | None = None, sizes: Mapping[str, int] | None = None, tiles: TileMap | None = None, *,
+    c: Cascade, mapping: Tiling | None = None, sizes: Mapping[str, int] | None = None, tiles: Counted | None = None, *,
     query: str | None = None, mask_ops: Mapping[str, Size] | None = None,
     groups: Sequence[Sequence[str]] | None = None,
 ) -> Work:  # fmt: skip
@@ -396,7 +411,7 @@ def _whole(c: Cascade, sizes: Sizes, groups: Sequence[Sequence[str]] | None) -> 
     readers: dict[str, set[int]] = {}
     place = {t: i for i, g in enumerate(order) for t in g}
     real = [e for e in c.einsums if not is_view(e)]
-    source = _sources(c)
+    source = sources(c)
     traffic: list[Traffic] = []
     for i, g in enumerate(order):
         seen: set[str] = set()
@@ -419,7 +434,7 @@ def _whole(c: Cascade, sizes: Sizes, groups: Sequence[Sequence[str]] | None) -> 
     return replace(total, traffic=tuple(traffic))
 
 
-def _sources(c: Cascade) -> dict[str, str]:
+def sources(c: Cascade) -> dict[str, str]:
     """Renaming Einsums resolved to the tensor they view."""
     out: dict[str, str] = {}
     for e in c.einsums:
@@ -430,7 +445,7 @@ def _sources(c: Cascade) -> dict[str, str]:
 
 
 def _streamed(
-    c: Cascade, mapping: Tiling, sizes: Sizes, tiles: TileMap | None, query: str | None, mask_ops: Mapping[str, Size]
+    c: Cascade, mapping: Tiling, sizes: Sizes, tiles: Counted | None, query: str | None, mask_ops: Mapping[str, Size]
 ) -> Work:
     outer, inner, query, batch = _roles(c, query)
     extent = sizes.rank
@@ -472,7 +487,7 @@ def _output_ranks(c: Cascade) -> list[str]:
 
 def _value_ranks(c: Cascade, inner: str) -> frozenset[str]:
     """Ranks of the output that only the values have: those of an input, or a view of one, summed over the key tile."""
-    plain = {t.name for t in c.inputs} | set(_sources(c))
+    plain = {t.name for t in c.inputs} | set(sources(c))
     for e in c.einsums:
         parts = contraction(e)
         if parts is None or inner not in e.over:
@@ -485,7 +500,7 @@ def _value_ranks(c: Cascade, inner: str) -> frozenset[str]:
 
 
 def _tiles(
-    programs: Size, extent: Mapping[str, Size], outer: str, tiles: TileMap | None, batch: list[str],
+    programs: Size, extent: Mapping[str, Size], outer: str, tiles: Counted | None, batch: list[str],
     masked: bool,
 ) -> Tiles:  # fmt: skip
     total = programs * extent[outer]

@@ -6,6 +6,7 @@ look-ups a dimension. Intervals that do not lie on blocks are read element by el
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,8 @@ class BlockBounds:
         wide = [d for d, (lo, hi) in enumerate(zip(lows, highs)) if blocks[d] and _differ(lo, hi)]
         if not wide:
             return self._gather(least, lows), self._gather(most, lows)
+        if (name, blocks, tuple(wide)) not in self.tables and self._is_short(least, lows, highs, wide):
+            return _read(least, most, lows, highs, wide[0])
         least, most = self._sparse(name, blocks, tuple(wide))
         levels, corners = [], [[lo, lo] for lo in lows]
         for d in wide:
@@ -84,6 +87,13 @@ class BlockBounds:
             out = (low, high) if out is None else (self._min(out[0], low), self._max(out[1], high))
         assert out is not None
         return out
+
+    def _is_short(self, table: Array, lows: list[Array], highs: list[Array], wide: list[int]) -> bool:
+        """Do the intervals hold fewer elements than the table, which a sparse one multiplies?"""
+        if self.xp is not np or len(wide) > 1:
+            return False
+        count = math.prod(np.broadcast_shapes(*(x.shape for x in (*lows, *highs))))
+        return count * (int((highs[wide[0]] - lows[wide[0]]).max()) + 1) <= int(table.size)
 
     def _gather(self, table: Array, at: list[Array]) -> Array:
         if self.xp is not np:
@@ -130,6 +140,14 @@ class BlockBounds:
             tables.append(table)
         self.tables[name, blocks, wide] = tables[0], tables[1]
         return tables[0], tables[1]
+
+
+def _read(least: Array, most: Array, lows: list[Array], highs: list[Array], d: int) -> tuple[Array, Array]:
+    """Extremes of intervals along one dimension, block by block."""
+    length = int((highs[d] - lows[d]).max()) + 1
+    at = [lo[..., None] for lo in lows]
+    at[d] = np.minimum(lows[d][..., None] + np.arange(length), highs[d][..., None])
+    return least[tuple(at)].min(-1), most[tuple(at)].max(-1)
 
 
 def _clamp(x: Array, size: int, unknown: float) -> Array:

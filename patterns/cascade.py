@@ -55,7 +55,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Access:
-    """Where an Einsum writes: a tensor at index terms (a rank's coordinate, `m1 + 1`, or a constant)."""
+    """Where an Einsum writes: a tensor at index terms: a rank's coordinate, `m1 + 1`, a constant, or a coordinate put
+    together from the halves of a cut rank, `m1·M0 + m0` (what lies beyond the end, in a ragged tile, is not written)."""
 
     tensor: str
     index: tuple[Expr, ...]

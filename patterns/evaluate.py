@@ -231,11 +231,23 @@ def _run(
         return
     if e.out.tensor not in values:
         values[e.out.tensor] = torch.full(declared, float("nan"), device=device).to(out.dtype)
+    if any(i.op != "index" and i.ranks - set(at) for i in e.out.index):
+        _scatter(values[e.out.tensor], [terms(i) for i in e.out.index], out, [r not in e.over for r in order])
+        return
     key: list[int | slice | Tensor] = []
     for i in e.out.index:
         name = str(i.attr)
         key.append(slice(0, extent[name]) if i.op == "index" and name not in at else int(terms(i).item()))
     values[e.out.tensor][tuple(key)] = out
+
+
+def _scatter(target: Tensor, where: list[Tensor], out: Tensor, kept: list[bool]) -> None:
+    """Write at computed coordinates (`A[m1·M0 + m0]`); what lies beyond the end, in a ragged last tile, is dropped."""
+    points = [w.reshape([n for n, k in zip(w.shape, kept) if k]).expand(out.shape).reshape(-1) for w in where]
+    inside = torch.ones_like(points[0], dtype=torch.bool)
+    for w, size in zip(points, target.shape):
+        inside &= (w >= 0) & (w < size)
+    target[tuple(w[inside] for w in points)] = out.reshape(-1)[inside]
 
 
 def _sum_of_products(e: Einsum, terms: _Terms) -> Tensor | None:

@@ -7,6 +7,7 @@ Source: the repair term of Neptune and RedFuser's separability, in one statement
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -14,6 +15,7 @@ from functools import lru_cache
 import sympy
 
 from . import expr as ex
+from .constant import number
 from .expr import Expr
 
 _SYMPY: Mapping[str, Callable[..., sympy.Expr]] = {
@@ -53,10 +55,44 @@ def _primed(d: sympy.Symbol) -> sympy.Symbol:
 @lru_cache(maxsize=1024)
 def separates(e: Expr, element: Expr, rows: tuple[Expr, ...]) -> bool:
     """Is a term G(element)·H(rows)? False as well when it holds an operator that sympy has no form for."""
+    if _refuted(e, element, rows):
+        return False
     x = sympy.Symbol("x", positive=True)
     symbols = {element: x, **{r: sympy.Symbol(f"d{i}", positive=True) for i, r in enumerate(rows)}}
     g = _symbolic(e, symbols)
     return g is not None and all(multiplicative(g, x, symbols[r]) is not None for r in rows)
+
+
+def _refuted(e: Expr, element: Expr, rows: tuple[Expr, ...]) -> bool:
+    """Numbers that contradict g(x, d)·g(x', d') = g(x, d')·g(x', d), or none that support it.
+
+    Cheaper than asking sympy for a proof that fails.
+    """
+    supported = False
+    for x, y in itertools.combinations((-1.3, 0.7, 1.9, 5.1), 2):
+        for u, v in ((0.4, 1.7), (0.05, 0.9), (-0.8, 3.1)):
+            at = [(p, q) for p in (x, y) for q in (u, v)]
+            g = [float(number(e, {}, {element: p, **{r: q + 0.3 * i for i, r in enumerate(rows)}})) for p, q in at]
+            a, b = g[0] * g[3], g[1] * g[2]
+            if not (math.isfinite(a) and math.isfinite(b)):
+                continue
+            if not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12):
+                return True
+            supported |= a != 0.0
+    return not supported
+
+
+def moments(g: sympy.Expr, x: sympy.Symbol, d: sympy.Symbol) -> tuple[sympy.Expr, ...] | None:
+    """The coefficients h_0(d), h_1(d), … of Σ g(x, d) = Σ_k h_k(d)·Σ x^k, or None where g is no polynomial in x.
+
+    >>> x, d = sympy.symbols("x d", positive=True)
+    >>> moments((x - d) ** 2, x, d)
+    (d**2, -2*d, 1)
+    """
+    if not g.is_polynomial(x):
+        return None
+    coefficients = tuple(reversed(sympy.Poly(sympy.expand(g), x).all_coeffs()))
+    return coefficients if not any(h.has(x) for h in coefficients) else None
 
 
 def _symbolic(e: Expr, symbols: dict[Expr, sympy.Symbol]) -> sympy.Expr | None:

@@ -20,7 +20,7 @@ from .bounds import block_bounds
 from .conditions import conjunction, conjuncts
 from .expr import Expr
 from .intervals import Bounds, align, native, spans
-from .tiles import EMPTY, FULL, TileMap, batch_ranks, bind, classify
+from .tiles import TileMap, TileRuns, batch_ranks, bind, classify
 
 # Rows proved at once, and rows few enough to test all witnesses together.
 ROWS = 1 << 18
@@ -63,7 +63,7 @@ def _query_free(keep: Expr, query: str) -> Expr:
 
 
 def rows_with_key(
-    keep: Expr, tiles: TileMap, *, query: str, key: str, extents: Mapping[str, int],
+    keep: Expr, tiles: TileMap | TileRuns, *, query: str, key: str, extents: Mapping[str, int],
     symbols: Mapping[str, int] | None = None, bounds: Bounds | None = None, xp: Any = np,
 ) -> Array:  # fmt: skip
     """bool [*batch, n_p]: True only where every row of the query tile certainly keeps at least one key.
@@ -72,12 +72,12 @@ def rows_with_key(
     by row (the latter only in numpy).
     """
     keep = bind(keep, symbols)
-    certain = (tiles.classes == FULL).any(-1)
+    certain = tiles.has_full()
     rows = _Rows(keep, query, key, batch_ranks(keep, query, key, extents), extents, tiles.tile_p, bounds, xp)
     if xp is not np or not native(certain):
         return rows.whole_tiles(certain)
     # a query tile without any visited tile has no key at all
-    visited = (tiles.classes != EMPTY).any(-1)
+    visited = tiles.has_visited()
     if (certain | ~visited).all():
         return certain
     certain = rows.whole_tiles(certain)

@@ -18,8 +18,7 @@ from .carried import OLD, Carried
 from .constant import number
 from .expr import Expr
 from .laws import separates, unseparable
-from .recognise import Attention, elements
-from .score import reading
+from .score import elements, reading
 
 # Terms above the element that sympy is asked about.
 SMALL = 24
@@ -80,11 +79,28 @@ def powers(*groups: tuple[tuple[Bound, float], ...]) -> tuple[tuple[Bound, float
     return tuple((b, k) for b, k in table.items() if k != 0.0)
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What a split knows of the cascade around a term.
+
+    `key` is the rank that is reduced and `length` its size; `exposed` are the terms from which a running bound may be
+    subtracted, `products` tensors that are finite, `rows` the row tensors; `row` names the coordinates of a row.
+    """
+
+    key: str
+    length: Expr
+    exposed: tuple[Expr, ...]
+    products: frozenset[str]
+    rows: frozenset[str]
+    row: tuple[str, ...]
+    accumulate: str
+
+
 class Splitter:
     """Splits terms over carried names; `ops` says how each carried name is reduced, `bodies` what it sums."""
 
-    def __init__(self, a: Attention) -> None:
-        self.a, self.key = a, a.key
+    def __init__(self, ground: Ground) -> None:
+        self.ground, self.key = ground, ground.key
         self.carried: list[Carried] = []
         self.ops: dict[str, str] = {}
         self.bodies: dict[str, Expr] = {}
@@ -97,6 +113,10 @@ class Splitter:
     def rows(self, e: Expr) -> frozenset[str]:
         """The carried names that a term reads."""
         return frozenset(str(x.attr) for x in ex.loads(e) if str(x.attr) in self.ops)
+
+    def row(self, keep: Expr) -> tuple[Expr, ...]:
+        """The coordinates of the rows that a condition speaks of."""
+        return tuple(ex.index(r) for r in self.ground.row)
 
     def mixed(self, e: Expr) -> bool:
         return self.key in e.ranks and bool(self.rows(e))
@@ -117,10 +137,9 @@ class Splitter:
     @cached_property
     def can_empty(self) -> bool:
         """May a score be −∞? Products are finite; a tensor that is added may hold −∞, and large fills may add up."""
-        a = self.a
-        products = {e.out.tensor for e in a.products}
-        for root in (*(r.body for r in a.row), a.weight):
-            rowed = reading(root, a.row_names)
+        products = self.ground.products
+        for root in self.ground.exposed:
+            rowed = reading(root, self.ground.rows)
             for e in ex.walk(root):
                 if self.key not in e.ranks or e in rowed:
                     continue
@@ -199,7 +218,7 @@ class Splitter:
             case "exp" | "exp2":
                 return (self.exponential(e),)
             case "pow" if e.args[1].is_const:
-                return (self.power(e, e.args[0], float(e.args[1].value)),)
+                return self.whole_power(e, e.args[0], float(e.args[1].value))
             case "sqrt":
                 return (self.power(e, e.args[0], 0.5),)
             case "rsqrt":
@@ -298,6 +317,15 @@ class Splitter:
         known = {s for s in signs if s != 2}
         return known.pop() if len(known) == 1 else 0
 
+    def whole_power(self, e: Expr, base: Expr, k: float) -> tuple[Part, ...]:
+        """(f + h)^k = Σ C(k, i)·f^i·h^(k − i) for k = 2, 3, 4: the moments of f."""
+        if k not in (2.0, 3.0, 4.0) or len(self.split(base)) == 1:
+            return (self.power(e, base, k),)
+        out = base
+        for _ in range(int(k) - 1):
+            out = Expr("mul", (out, base), None, e.dtype)
+        return self.split(out)
+
     def power(self, e: Expr, base: Expr, k: float) -> Part:
         """(f·h)^k = f^k·h^k for whole k, or where both are at least 0."""
         parts = self.split(base)
@@ -349,14 +377,18 @@ class Splitter:
         for p in parts:
             lift = ex.where(keep, p.lift, ex.const(0.0, p.lift.dtype))
             after = p.after
-            if after or p.bounds:
+            if self.zeroed(p):
                 after = (*after, After("zero", ~(self.kept(keep) > 0.0)))
             out.append(replace(p, lift=lift, after=after))
         return tuple(out)
 
+    def zeroed(self, p: Part) -> bool:
+        """Must a row that keeps nothing be set to 0, because what moved or is guarded might make something else of it?"""
+        return bool(p.after or p.bounds)
+
     def kept(self, keep: Expr) -> Expr:
-        at = tuple(ex.index(r) for r in (*self.a.batch, self.a.query))
-        dtype = self.a.cascade.accumulate
+        at = self.row(keep)
+        dtype = self.ground.accumulate
         one = ex.where(keep, ex.const(1.0, dtype), ex.const(0.0, dtype))
         return self.carry("KEPT", "max", one, ex.load("KEPT", at, dtype), ())
 
@@ -514,7 +546,9 @@ class Splitter:
                 even = e.args[1].is_const and float(e.args[1].value) % 2 == 0
                 return 0.0 if even or self.nonnegative(e.args[0]) else -math.inf
             case "load" if str(e.attr) in self.ops:
-                c = next(c for c in self.carried if c.name == str(e.attr))
+                c = next((c for c in self.carried if c.name == str(e.attr)), None)
+                if c is None:
+                    return -math.inf
                 return self.least(c.lift) if c.op != "add" else 0.0 if self.nonnegative(c.lift) else -math.inf
         return -math.inf
 

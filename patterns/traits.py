@@ -43,8 +43,8 @@ def masked_row(a: Attention) -> dict[Expr, object] | None:
     """The conditions of all masks as they are for a row that keeps no key; None where no mask stands in the terms."""
     known: dict[Expr, object] = {}
     for e in ex.walk(*(r.body for r in a.row), a.weight):
-        if _is_mask(e, a.key):
-            known[e.args[0]] = np.asarray(_masked(e) is e.args[1])
+        if is_mask(e, a.key):
+            known[e.args[0]] = np.asarray(masked_side(e) is e.args[1])
     return known or None
 
 
@@ -70,11 +70,11 @@ def run_row(a: Attention, known: dict[Expr, object], loads: Mapping[str, object]
     return values
 
 
-def _is_mask(e: Expr, key: str) -> bool:
+def is_mask(e: Expr, key: str) -> bool:
     return e.op == "where" and key in e.args[0].ranks and (e.args[1].is_const or e.args[2].is_const)
 
 
-def _masked(e: Expr) -> Expr:
+def masked_side(e: Expr) -> Expr:
     """The side of a `where` that a masked key takes: the constant one, the smaller of two."""
     _, x, y = e.args
     if x.is_const and y.is_const:
@@ -145,9 +145,9 @@ def _limits(a: Attention) -> set[str]:
     ahead = np.array([-900_000, -300, -100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100, 300, 900_000])
     known = {ex.index(a.key): 1_000_000 + ahead, ex.index(a.query): np.asarray(1_000_000)}
     for e in ex.walk(a.score, a.weight):
-        if not _is_mask(e, a.key):
+        if not is_mask(e, a.key):
             continue
-        for c, positive in _comparisons(e.args[0], _masked(e) is e.args[2]):
+        for c, positive in _comparisons(e.args[0], masked_side(e) is e.args[2]):
             if {a.key, a.query} <= c.ranks and not ex.loads(c):
                 kept = np.broadcast_to(number(c, {}, known), ahead.shape) == positive
                 if kept.any() and not kept[-1]:

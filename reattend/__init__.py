@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .api import optimize, plan, report, restore, verify
     from .cost_model.device import Device, targets
     from .cost_model.plan import Candidate, Miss, Plan, Site
+    from .cost_model.sweep import Sweep
     from .rewriter.policy import Policy, StrictError
     from .rewriter.report import Report
     from .rewriter.verify import Verification
@@ -21,12 +22,13 @@ _WHERE = {
     "Policy": "rewriter.policy", "StrictError": "rewriter.policy", "Report": "rewriter.report",
     "Verification": "rewriter.verify", "targets": "cost_model.device", "Device": "cost_model.device",
     "Plan": "cost_model.plan", "Site": "cost_model.plan", "Candidate": "cost_model.plan", "Miss": "cost_model.plan",
+    "Sweep": "cost_model.sweep",
 }  # fmt: skip
 
 __version__ = "0.1.0"
 __all__ = [
-    "Candidate", "Device", "Miss", "Plan", "Policy", "Report", "Site", "StrictError", "Verification", "optimize", "plan",
-    "report", "restore", "targets", "verify",
+    "Candidate", "Device", "Miss", "Plan", "Policy", "Report", "Site", "StrictError", "Sweep", "Verification", "optimize",
+    "plan", "report", "restore", "targets", "verify",
 ]  # fmt: skip
 
 

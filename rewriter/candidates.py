@@ -18,12 +18,16 @@ from ..codegen import operator as ours
 from ..codegen import vendor
 from ..codegen.program import Program, loose, memory_order
 from ..cost_model.cost import Cost
+from ..cost_model.detail import detail
 from ..cost_model.device import Device
+from ..cost_model.memory import Memory, memory
 from ..cost_model.passes import key_passes
+from ..cost_model.picture import picture
 from ..cost_model.plan import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
 from ..cost_model.predict import VendorUse, best_mapping, predict, predict_original, predict_vendor, tiles_of
+from ..cost_model.tiles import assumptions
 from ..patterns import expr as ex
-from ..patterns.cascade import Cascade, show
+from ..patterns.cascade import Cascade, bind, show
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.masks import conjuncts, split
 from ..patterns.recognise import Attention, Refusal, attention, no_key_rule
@@ -66,11 +70,15 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     permitted = [x for x in order if x.feasible and q.policy.permits(x.name)]
     chosen = next(iter(permitted), None) or next(x for x in order if x.feasible)
     order = tuple(replace(x, why=_why(x, order, q)) if x is chosen else x for x in order)
-    lines = [show(stream(view, state))] if not isinstance(state := derive(view), NoAttention) else []
+    state = derive(view)
+    one_pass = stream(view, state) if not isinstance(state, NoAttention) else None
+    ours_text = next((x.mapping for x in order if x.name == "reattend"), "")
     site = Site(
-        name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q),
+        name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q, sizes),
         mask=_mask(view, c, sizes, order), proofs=_proofs(view, q), guards=(), candidates=order, choice=chosen.name,
-        cascade=show(c), chosen_cascade=lines[0] if lines and chosen.name == "reattend" else "",
+        cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.name == "reattend" else "",
+        notes=assumptions(split(view.score, view.key).keep), memory=_memory(view, c, sizes),
+        detailer=lambda: detail(c, one_pass, ours_text, sizes),
     )  # fmt: skip
     return site, calls
 
@@ -253,8 +261,18 @@ def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (),
 # --- the site's plain data ----------------------------------------------------------------------------------------
 
 
-def _shape(c: Cascade, q: Question) -> SiteShape:
-    return SiteShape({r.name: r.size if isinstance(r.size, int) else str(r.size) for r in c.ranks}, q.dtype)
+def _shape(c: Cascade, q: Question, sizes: Mapping[str, int]) -> SiteShape:
+    bound = {r.name: bind(r.size, sizes) for r in c.ranks if not isinstance(r.size, int)}
+    at = {r: n for r, n in bound.items() if isinstance(n, int)}
+    return SiteShape({r.name: r.size if isinstance(r.size, int) else str(r.size) for r in c.ranks}, q.dtype, at)
+
+
+def _memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> Memory | None:
+    """None where a size of the cascade has no value."""
+    try:
+        return memory(a, c, sizes)
+    except ValueError:
+        return None
 
 
 def _mask(a: Attention, c: Cascade, sizes: Mapping[str, int], order: tuple[Candidate, ...]) -> MaskView | None:
@@ -270,9 +288,8 @@ def _mask(a: Attention, c: Cascade, sizes: Mapping[str, int], order: tuple[Candi
     if isinstance(jobs, NoAttention) or jobs.map is None:
         return MaskView(ex.show(mask.keep), 1.0)
     m = jobs.map
-    return MaskView(
-        ex.show(mask.keep), m.density, TileCounts(tiling.tile_p, tiling.tile_m, m.total, m.visited, m.full, m.partial)
-    )
+    counts = TileCounts(tiling.tile_p, tiling.tile_m, m.total, m.visited, m.full, m.partial)
+    return MaskView(ex.show(mask.keep), m.density, counts, painter=lambda: picture(c, tiling, sizes))
 
 
 _RULES = {

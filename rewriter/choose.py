@@ -8,7 +8,6 @@ permits them, the device has them, gradients flow through them where they are wa
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,18 +21,14 @@ from torch import fx
 from ..cost_model.device import Device, targets, with_threads
 from ..cost_model.device import device as device_named
 from ..cost_model.plan import ORIGINAL, Miss, Plan, Site
-from ..cost_model.predict import VendorUse
-from ..patterns import expr as ex
 from ..patterns.cascade import Cascade
-from ..patterns.evaluate import DTYPE_NAME, infer_sizes
-from ..patterns.recognise import Attention, attention
+from ..patterns.evaluate import infer_sizes
 from . import capture, splice
 from .candidates import Question, answer, guard_sentences
 from .detect import Found, NearMiss, find
 from .guards import original_subgraph
-from .lift import arguments, op_name
-from .liveness import erase_dead, survivors
-from .operators_contract import PRODUCTS
+from .liveness import erase_dead
+from .place import Place, hints_of, interior, place
 from .policy import Policy
 
 
@@ -134,9 +129,16 @@ def decide(gm: fx.GraphModule, request: Request) -> tuple[list[Decision], list[M
     """Every attention of a graph with its decision, and what was left alone."""
     erase_dead(gm)
     found, missed = find(gm)
-    hints = _hints(gm)
+    hints = hints_of(gm)
     decisions = [_decide(f, hints, request) for f in found]
     return decisions, [_miss(m) for m in missed]
+
+
+def places(gm: fx.GraphModule) -> tuple[list[Place], list[Miss]]:
+    """Every attention of a graph as plain data, for decisions at other sizes and on other devices."""
+    erase_dead(gm)
+    found, missed = find(gm)
+    return [place(f) for f in found], [_miss(m) for m in missed]
 
 
 def _miss(m: NearMiss) -> Miss:
@@ -152,129 +154,30 @@ def _device_of(gm: fx.GraphModule) -> Device | None:
     return None
 
 
-def _hints(gm: fx.GraphModule) -> Mapping[str, int]:
-    """The size that each symbol of the graph has in the example that it was traced with."""
-    out: dict[str, int] = {}
-    for n in gm.graph.nodes:
-        value = n.meta.get("val")
-        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
-        for s in sizes:
-            if isinstance(s, torch.SymInt) and s.node.hint is not None:
-                expression = s.node.expr
-                if expression.is_Symbol:
-                    out.setdefault(str(expression), int(s.node.hint))
-    return out
-
-
 # --- one attention ------------------------------------------------------------------------------------------------
 
 
 def _decide(f: Found, hints: Mapping[str, int], request: Request) -> Decision:
-    value = f.output.meta["val"]
-    device = request.target or running_device(value.device.type)
-    sizes = {s: hints[s] for s in f.cascade.free_symbols if s in hints}
-    for name, node in f.scalars.items():
-        known = getattr(getattr(node.meta.get("val"), "node", None), "hint", None)
-        if known is not None:
-            sizes[name] = int(known)
-    bound = _bound_to_original(f)
-    question = Question(
-        f.cascade, tuple(sorted(sizes.items())), device, request.policy, request.executable, _wants_gradient(f), bound,
-        str(value.dtype).removeprefix("torch."), _written(f), request.traced,
-    )  # fmt: skip
-    site, calls = answer(question)
+    stands = place(f)
+    site, calls = decide_place(stands, hints, request)
     wished = request.choices.get(f.module, site.choice)
-    choice = wished if wished == ORIGINAL or wished in calls else site.choice
-    site = replace(
-        site, name=f.module, where=f.where, choice=choice, guards=guard_sentences(calls.get(choice)),
-        notes=(*site.notes, *f.notes),
-    )  # fmt: skip
+    if wished != site.choice and (wished == ORIGINAL or wished in calls):
+        site = replace(site, choice=wished, guards=guard_sentences(calls.get(wished)))
     return Decision(f, site, calls)
 
 
-def _bound_to_original(f: Found) -> str:
-    """Why this attention cannot be replaced where it stands, whatever its cascade says; empty when it can."""
-    inside = interior(f)
-    scores = _scores(f, inside)
-    escaped = survivors(frozenset(scores), f.output)
-    if escaped:
-        reader = next(u for n in escaped for u in n.users if u not in inside and u is not f.output)
-        return f"the scores or weights are read elsewhere ({reader.name}): they would be computed twice"
-    if _wants_gradient(f) and (cut := _gradient_cut(inside)):
-        return f"a gradient is cut inside the attention (at {cut.name})"
-    return ""
-
-
-def _wants_gradient(f: Found) -> bool:
-    """Whether a gradient flows back through the output; under no_grad it does not, whatever the parameters want."""
-    return bool(f.output.meta["val"].requires_grad)
-
-
-def interior(f: Found) -> frozenset[fx.Node]:
-    """The nodes between the inputs of an attention and its output."""
-    stop = {*f.tensors.values(), *f.scalars.values()}
-    seen: set[fx.Node] = set()
-    stack = [f.output]
-    while stack:
-        n = stack.pop()
-        if n in seen or n in stop or n.op != "call_function":
-            continue
-        seen.add(n)
-        stack.extend(n.all_input_nodes)
-    return frozenset(seen - {f.output})
-
-
-_CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
-
-
-def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:
-    """The interior nodes from the products of queries and keys on: scores, weights and what is between."""
-    order = {n: i for i, n in enumerate(f.output.graph.nodes)}
-    reached = {n for n in inside if op_name(n) in _CONTRACTIONS} or _meeting(f, inside, order)
-    for n in sorted(inside, key=lambda x: order[x]):
-        if any(i in reached for i in n.all_input_nodes):
-            reached.add(n)
-    return reached
-
-
-def _meeting(f: Found, inside: frozenset[fx.Node], order: Mapping[fx.Node, int]) -> set[fx.Node]:
-    """Where a product is spelled by hand: the nodes that depend on the query's and on the key's operand."""
-    view = attention(f.cascade)
-    assert isinstance(view, Attention), view
-    sides: list[set[fx.Node]] = [set(), set()]
-    for e in view.products:
-        for load in ex.loads(e.body):
-            if str(load.attr) in f.tensors:
-                sides[view.key in load.ranks].add(f.tensors[str(load.attr)])
-    for n in sorted(inside, key=lambda x: order[x]):
-        for reached in sides:
-            if any(i in reached for i in n.all_input_nodes):
-                reached.add(n)
-    return {n for n in inside if n in sides[0] and n in sides[1]}
-
-
-def _gradient_cut(inside: frozenset[fx.Node]) -> fx.Node | None:
-    """A node inside whose inputs want a gradient and whose floating value does not."""
-    for n in inside:
-        value = n.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
-            for i in n.all_input_nodes:
-                given = i.meta.get("val")
-                if isinstance(given, torch.Tensor) and given.requires_grad:
-                    return n
-    return None
-
-
-def _written(f: Found) -> VendorUse | None:
-    """How the model itself calls SDPA, if that is what it does; the mask that it passes is made once for many layers."""
-    if op_name(f.final) != "scaled_dot_product_attention":
-        return None
-    given = arguments(f.final)
-    mask = given["attn_mask"]
-    if not isinstance(mask, fx.Node):
-        return VendorUse("", skips=bool(given["is_causal"]))
-    value = mask.meta["val"]
-    return VendorUse("", False, math.prod(splice.hint(s) for s in value.shape), DTYPE_NAME[value.dtype])
+def decide_place(
+    stands: Place, at: Mapping[str, int], request: Request
+) -> tuple[Site, Mapping[str, splice.Call]]:
+    """The decision for an attention at sizes of the graph's symbols. Equal questions are answered once."""
+    question = Question(
+        stands.cascade, tuple(sorted(stands.sizes(at).items())), request.target or running_device(stands.device_type),
+        request.policy, request.executable, stands.gradients, stands.bound, stands.dtype, stands.call(at), request.traced,
+    )  # fmt: skip
+    site, calls = answer(question)
+    guards = guard_sentences(calls.get(site.choice))
+    site = replace(site, name=stands.name, where=stands.where, guards=guards, notes=(*site.notes, *stands.notes))
+    return site, calls
 
 
 def bind_sizes(c: Cascade, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> dict[str, int]:

@@ -41,8 +41,9 @@ class Shapes:
             raise UsageError(f"--attn {self.attn} is not known: use eager or sdpa")
         if self.dtype is not None and DTYPE.get(_short(self.dtype), torch.int8) not in _FLOATS:
             raise UsageError(f"--dtype {self.dtype} is not known: use f32, bf16, f16 or f64")
-        if self.batch < 1 or (self.seq is not None and self.seq < 1) or self.past < 0:
-            raise UsageError("--batch and --seq must be at least 1, and --past at least 0")
+        for option, value, low in (("--batch", self.batch, 1), ("--seq", self.seq, 1), ("--past", self.past, 0)):
+            if value is not None and value < low:
+                raise UsageError(f"{option} {value} is too small: give at least {low}")
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -78,8 +79,8 @@ class Subject:
 def load(spec: str, shapes: Shapes = Shapes(), *, where: str = "meta") -> Subject:
     """The subject that `spec` names. Raises UsageError with one sentence.
 
-    A config's model has no weights where `where` is "meta" or "fake" (tensors that only say they are on the CPU, for code
-    that mixes its inputs with tensors of its own), and random ones where it is "cpu".
+    A config's model has no weights where `where` is "meta" or "fake" (tensors that only say they are on the CPU, or with
+    "fake:cuda" on that device, for code that mixes its inputs with tensors of its own), and random ones where it is "cpu".
     `spec` is `package.module:factory` (returns a module, or a module with its args and kwargs), the path of a
     `config.json` or of a folder that holds one, or the path of a `.pt2`.
     """
@@ -143,8 +144,12 @@ def _from_program(path: Path) -> Subject:
     try:
         program = torch.export.load(path)
     except Exception as error:
-        # A broken archive raises whatever the unpickler met first.
-        raise UsageError(f"{path} is no exported program of this PyTorch ({type(error).__name__}: {error})") from error
+        # A broken archive, or one of another version, raises whatever the reader met first.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{path} is no exported program that PyTorch {torch.__version__} reads ({reason}): "
+            "save it with torch.export.save under this version"
+        ) from error
     return Subject(str(path), None, program=program)
 
 
@@ -153,10 +158,11 @@ def _from_program(path: Path) -> Subject:
 
 def from_config(path: Path, shapes: Shapes, where: str = "meta") -> Subject:
     """A model of the config's architecture, and inputs of the asked shapes; `where` as in `load`."""
-    with FakeTensorMode(allow_non_fake_inputs=True) if where == "fake" else contextlib.nullcontext():
-        model = build(path, shapes, "meta" if where == "meta" else "cpu")
+    kind, _, device = where.partition(":")
+    with FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else contextlib.nullcontext():
+        model = build(path, shapes, "meta" if kind == "meta" else device or "cpu")
         made = decode_inputs(model, shapes) if shapes.phase == "decode" else inputs_for(model, shapes)
-        return Subject(str(path), model, *made, where=where, note=_sizes_note(made))
+        return Subject(str(path), model, *made, where=kind, note=_sizes_note(made))
 
 
 def _sizes_note(made: tuple[tuple[Any, ...], dict[str, Any]]) -> str:

@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 
 from ..cost_model.device import Device
 from ..cost_model.plan import Miss, Plan, Site
+from ..cost_model.sweep import Symbol, axes
 from . import capture, choose, export
 from .models import Shapes, Subject, load
+from .place import Place, symbols_of
 from .policy import Policy
 from .session import Session, break_of
 
@@ -43,16 +45,35 @@ def _without_data(t: Tensor) -> bool:
 
 
 def plan_graph(captured: capture.Captured, device: Device, policy: Policy, name: str = "") -> Plan:
-    """Plan a captured graph for a device that need not be here. The graph stays as it is."""
+    """Plan a captured graph for a device that need not be here. The graph stays as it is.
+
+    Its attentions are found once. What the plan keeps of them holds no graph, so that it can be costed again at other sizes
+    and on other devices.
+    """
     start = time.perf_counter()
-    sites: list[Site] = []
+    places: list[Place] = []
     misses: list[Miss] = []
+    symbols: dict[str, Symbol] = {}
     for region in capture.regions(captured.graph):
-        decisions, missed = choose.decide(region, choose.Request(policy, device, executable=False))
-        sites += [d.site for d in decisions]
+        found, missed = choose.places(region)
+        places += found
         misses += missed
+        symbols |= {s.name: s for s in symbols_of(region)}
+
+    def retake(where: Device, at: Mapping[str, int], which: Sequence[int]) -> tuple[Site, ...]:
+        request = choose.Request(policy, where, executable=False)
+        return tuple(choose.decide_place(places[i], at, request)[0] for i in which)
+
+    sites = retake(device, {s.name: s.value for s in symbols.values()}, range(len(places)))
     note = f"captured in {captured.seconds:.1f} s, planned in {time.perf_counter() - start:.2f} s"
-    return Plan(tuple(sites), tuple(misses), device, model=name, note=note)
+    return Plan(
+        sites, tuple(misses), device, model=name, note=note, weight_bytes=_weight_bytes(captured.graph),
+        symbols=tuple(symbols.values()), axes=axes(p.cascade for p in places), retake=retake,
+    )  # fmt: skip
+
+
+def _weight_bytes(gm: fx.GraphModule) -> int:
+    return sum(p.numel() * p.element_size() for p in gm.parameters())
 
 
 def _plan_pieces(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reattend.cost_model.passes import families, key_family, key_passes, levels, passes, report
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns import papers, variants
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, verify
 from reattend.patterns.papers import Builder
 from reattend.patterns.recognise import attention
@@ -47,6 +47,64 @@ def test_known_answers(id: Any, cascade: Any, family: Any, count: Any) -> None:
 
 def test_a4_passes_of_each_input() -> None:
     assert report(papers.cascade4(), ("m",)).inputs == {"K": 3, "V": 1}
+
+
+def test_a4_views_visit_nothing() -> None:
+    """Local maxima as the paper has them read the keys for the maxima and once more for the weights; V only then."""
+    assert report(papers.local_max(), TILED).inputs == {"K": 2, "V": 1}
+    assert report(papers.cascade5(), TILED).inputs == {"K": 1, "V": 1}
+
+
+def as_soon_as_possible(c: Cascade, family: tuple[str, ...]) -> int:
+    """The known-wrong count: every barrier adds a pass, whether or not anything heavy lies between it and the last."""
+    level: dict[str, int] = {}
+    outer, whole = family[0], set(family)
+    for e in c.einsums:
+        walked = e.ranks | set(e.over)
+        reached = [
+            level[str(x.attr)] + (outer in walked and not any(outer in i.ranks for i in x.args))
+            for x in e.reads
+            if str(x.attr) in level
+        ]
+        level[e.out.tensor] = max([*reached, int(whole <= walked)])
+    return max(level.values())
+
+
+def test_a3_local_maxima_are_not_three_passes() -> None:
+    """Counting levels as soon as possible agrees on Cascades 1, 2 and 4 and is wrong on local maxima: 3 for 2."""
+    for c, family, count in ((papers.cascade1(), ("k",), 2), (papers.cascade2(), ("k",), 1), (papers.cascade4(), ("m",), 3)):
+        assert as_soon_as_possible(c, family) == passes(c, family) == count
+    assert as_soon_as_possible(papers.local_max(), TILED) == 3
+    assert passes(papers.local_max(), TILED) == 2
+
+
+FIELD = [
+    ("softmax with a cap", variants.softcap(50.0), ("m",), 3),
+    ("cosine as written", variants.cosine_softmax(), ("m",), 3),
+    ("cosine over the embedding", variants.cosine_softmax(), ("e",), 2),
+    ("sinks", papers.attention("sink", papers.softmax_sink), ("m",), 3),
+    ("differential", variants.differential(), ("m",), 3),
+    ("returned probabilities", variants.returned(), ("m",), 3),
+    ("sparsemax, 2 steps", papers.attention("sparsemax", papers.sparsemax(2)), ("m",), 4),
+    ("sparsemax, 7 steps", papers.attention("sparsemax", papers.sparsemax(7)), ("m",), 9),
+    ("entmax, 3 steps", papers.attention("entmax", variants.entmax(3)), ("m",), 5),
+    ("talking heads", variants.talking_heads(), ("m",), 3),
+    ("talking heads, over the heads", variants.talking_heads(), ("h",), 1),
+    ("split keys", variants.split_keys(), TILED, 1),
+    ("split keys, in a part", variants.split_keys(), ("m0",), 2),
+    ("layer norm", variants.layer_norm(), ("e",), 3),
+    ("layer norm by moments", variants.layer_norm_moments(), ("e",), 2),
+    ("layer norm by Welford", variants.layer_norm_welford(), ("e",), 2),
+    ("causal linear", variants.causal_linear(), ("i",), 1),
+    ("gated linear", variants.gated_linear(), ("i",), 1),
+    ("decayed linear", variants.decayed_linear(), ("i",), 1),
+]
+
+
+@pytest.mark.parametrize(("what", "cascade", "family", "count"), FIELD, ids=[t[0] for t in FIELD])
+def test_what_the_field_writes(what: Any, cascade: Any, family: Any, count: Any) -> None:
+    """Forms as written; `test_search` has what becomes of them."""
+    assert passes(cascade, family) == count
 
 
 def test_a7_levels_without_a_second_visit() -> None:
@@ -131,7 +189,7 @@ def test_light_work_between_barriers_counts_once() -> None:
 
 # --- properties ---------------------------------------------------------------------------------------------------
 
-CASCADES = [(k[1], k[2]) for k in KNOWN]
+CASCADES = [(k[1], k[2]) for k in KNOWN] + [(f[1], f[2]) for f in FIELD]
 
 
 def shuffled(c: Cascade, seed: int) -> Cascade:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from reattend.cost_model.tiles import expected, jobs, launch_span, makespan, order, tile_map
+from reattend.cost_model.schedule import launch_span, makespan, needs_split, order, schedule
+from reattend.cost_model.tiles import expected, jobs, tile_map
 from reattend.patterns import expr as ex
 from reattend.patterns.expr import Expr
 from reattend.patterns.masks import Mask
@@ -136,6 +137,30 @@ def test_b4_causal_makespans() -> None:
     assert makespan(order(costs, 1, heavy_first=False), 132) == 292
     assert makespan(order(costs, 1, heavy_first=True), 132) == 282
     assert makespan(np.sort(costs.reshape(-1))[::-1], 132) == 253
+
+
+def test_b4_orders() -> None:
+    """FIFO 292, each head's heavy rows first 282, longest first over all heads 253, and no order beats 252.12."""
+    found = schedule(causal_costs(16), 1, 132)
+    assert (found.as_written, found.rows_first, found.longest_first) == (292, 282, 253)
+    assert found.bound == pytest.approx(252.12, abs=5e-3)
+    assert found.best == "longest_first"
+    assert found.efficiency == pytest.approx(252.12 / 253, abs=1e-4)
+    # heads that are alike may be given once
+    alike = schedule(causal_costs(1), 16, 132)
+    assert (alike.as_written, alike.longest_first, alike.bound) == (292, 253, found.bound)
+    # the order is a result: heaviest programs first, whichever head they belong to
+    assert found.order[:3].tolist() == [[0, 63], [1, 63], [2, 63]]
+    assert sorted(map(tuple, found.order.tolist())) == [(h, i) for h in range(16) for i in range(64)]
+
+
+def test_b4_one_long_program_wants_its_keys_split() -> None:
+    assert needs_split(np.array([[100.0, 1.0]]), 4, 16)
+    assert not needs_split(causal_costs(16), 1, 132)
+    assert schedule(np.ones((1, 256)), 1, 132).efficiency == pytest.approx(0.97, abs=5e-3)
+    assert schedule(np.ones((1, 128)), 1, 148).efficiency == 1.0
+    with pytest.raises(ValueError, match="at least one unit"):
+        schedule(np.ones((1, 4)), 1, 0)
 
 
 def test_b4_dense_makespan() -> None:

@@ -36,12 +36,11 @@ def test_help_teaches_and_loads_no_torch() -> None:
     code = "import sys; from reattend.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("False")
-    for word in ("plan", "explain", "emit", "verify", "targets", "Examples", "config.json", "Exit codes"):
+    for word in ("plan", "explain", "emit", "bench", "verify", "diff", "targets", "Examples", "config.json", "Exit codes"):
         assert word in done.stdout
-    assert "bench" not in done.stdout
 
 
-@pytest.mark.parametrize("command", ["plan", "explain", "emit", "verify", "targets"])
+@pytest.mark.parametrize("command", ["plan", "explain", "emit", "bench", "verify", "diff", "targets"])
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -133,6 +132,18 @@ def branching_model() -> object:
             return out if out.sum().item() > 0 else -out
 
     return Branching(), (torch.randn(2, 8, 16),), {}
+
+
+def bare_attention() -> object:
+    """A call of SDPA whose head size is an input's size: it is found with fixed sizes only."""
+    import torch
+    from torch import nn
+
+    class Bare(nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, q, q)
+
+    return Bare(), (torch.randn(2, 4, 32, 16),), {}
 
 
 @pytest.fixture

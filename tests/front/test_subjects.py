@@ -161,7 +161,7 @@ def test_bad_specs_give_one_sentence(spec: str, sentence: str, here: str) -> Non
         ({"phase": "training"}, "use prefill or decode"),
         ({"attn": "flash"}, "use eager or sdpa"),
         ({"dtype": "int8"}, "use f32, bf16, f16 or f64"),
-        ({"batch": 0}, "must be at least 1"),
+        ({"batch": 0}, "--batch 0 is too small: give at least 1"),
     ],
 )
 def test_bad_shape_options_give_one_sentence(options: dict[str, Any], sentence: str) -> None:

@@ -243,19 +243,54 @@ def test_chains_without_a_one_pass_form(rule: Any, law: Any) -> None:
     assert law in miss.reason
 
 
-def test_laws_of_the_repair_term() -> None:
-    """A20 of the known answers."""
-    x, d = sympy.symbols("x d", positive=True)
-    new = sympy.Symbol("d'", positive=True)
-    assert sympy.simplify(multiplicative(sympy.exp(x - d), x, d) - sympy.exp(d - new)) == 0
-    assert sympy.simplify(multiplicative(x / d, x, d) - d / new) == 0
-    assert sympy.simplify(multiplicative(x / sympy.sqrt(d), x, d) - sympy.sqrt(d / new)) == 0
-    assert multiplicative(sympy.exp(x / d), x, d) is None
-    assert multiplicative(1 / (1 + sympy.exp(d - x)), x, d) is None
-    assert multiplicative((x - d) ** 2, x, d) is None
-    assert multiplicative(sympy.Max(x - d, 0), x, d) is None
-    assert additive(x - d, x, d) == d - new
-    assert additive(x * d, x, d) is None
+X, D = sympy.symbols("x d", positive=True)
+NEW = sympy.Symbol("d'", positive=True)
+REPAIRS = [
+    ("exp(x − d)", sympy.exp(X - D), sympy.exp(D - NEW)),
+    ("x/d", X / D, D / NEW),
+    ("x/√d", X / sympy.sqrt(D), sympy.sqrt(D / NEW)),
+    ("exp(x/d)", sympy.exp(X / D), None),
+    ("σ(x − d)", 1 / (1 + sympy.exp(D - X)), None),
+    ("relu(x − d)", sympy.Max(X - D, 0), None),
+    ("(x − d)²", (X - D) ** 2, None),
+]
+
+
+@pytest.mark.parametrize(("name", "term", "factor"), REPAIRS, ids=[r[0] for r in REPAIRS])
+def test_a20_repair_terms(name: Any, term: Any, factor: Any) -> None:
+    """What turns Σ g(x, d) into Σ g(x, d'), or nothing."""
+    found = multiplicative(term, X, D)
+    assert found is None if factor is None else sympy.simplify(found - factor) == 0
+
+
+def test_a20_shifts_of_a_maximum() -> None:
+    assert additive(X - D, X, D) == D - NEW
+    assert additive(X * D, X, D) is None
+
+
+def row_of(term: Any) -> Any:
+    """A sum over the keys of a term of the score and of an earlier sum."""
+
+    def rule(b: Any, s: Any) -> Any:
+        x = b.put("SX", "bhpm", ex.unary("sigmoid", s))
+        d = b.put("D", "bhp", x, "add", "m")
+        return x / (b.put("SD", "bhp", term(x, d), "add", "m") + 1.0)
+
+    return rule
+
+
+@pytest.mark.parametrize(
+    ("term", "one_pass"),
+    [
+        (lambda x, d: ex.exp(x - d), True), (lambda x, d: x / d, True), (lambda x, d: ex.exp(x / d), False),
+        (lambda x, d: ex.unary("sigmoid", x - d), False), (lambda x, d: ex.unary("relu", x - d), False),
+        (lambda x, d: (x - d) * (x - d), True),
+    ],
+    ids=["exp(x − d)", "x/d", "exp(x/d)", "σ(x − d)", "relu(x − d)", "(x − d)² by moments"],
+)  # fmt: skip
+def test_a20_derivation_agrees(term: Any, one_pass: Any) -> None:
+    view: Any = attention(papers.attention("x", row_of(term), rules.scaled))
+    assert isinstance(derive(view), RowState) is one_pass
 
 
 def test_separable_beyond_the_rules() -> None:

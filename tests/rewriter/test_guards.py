@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 import reattend
 from reattend.patterns.mapping import Mapping as Tiling
 from reattend.patterns.recognise import Attention, attention
-from reattend.rewriter import candidates, choose, detect, export, guards, splice
+from reattend.rewriter import candidates, choose, detect, export, guards, place, splice
 
 SDPA = reattend.Policy(deny=("original", "flex", "reattend"))
 
@@ -91,7 +91,7 @@ def test_a_call_that_cannot_run_gives_way_to_the_original_once_and_for_all() -> 
         "failing", failing, lambda tensors, size: tuple(tensors[n] for n in names), fragile=True,
         fake=lambda *given: fake.target(list(given), [], fake.arguments(dict(zip(names, given)), int)[2]),
     )  # fmt: skip
-    original = guards.original_subgraph(graph, found.output, choose.interior(found))
+    original = guards.original_subgraph(graph, found.output, place.interior(found))
     assert original is not None
     splice.replace(graph, found.output, found.tensors, found.scalars, call, name="here", original=original)
     splice.finish(graph)

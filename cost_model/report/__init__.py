@@ -1,0 +1,1 @@
+"""Reports of plans: one self-contained page that opens anywhere."""

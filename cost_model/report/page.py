@@ -1,0 +1,89 @@
+"""Plans as one self-contained page: text and tables are written here, what is drawn is drawn by the page's own script.
+
+    plans → data (plain, JSON in the page) → page.html (jinja2) with page.css and page.js inside
+
+No network, no other file. Identical attentions share one section, so that a page stays small however deep the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+from markupsafe import Markup
+
+from ..sweep import SweepError, powers_of_two, sweep
+from ..table import bytes_text, seconds_text, short_path, tokens_text
+from .data import plan_data
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+    from ..sweep import Sweep
+
+# The lengths that a page sweeps over by itself.
+SHORTEST, LONGEST = 512, 1 << 17
+
+
+def check_path(path: str | Path) -> None:
+    """Raise PlanError where a file cannot be written: before the work, not after it."""
+    from ..plan import PlanError
+
+    where = Path(path)
+    folder = where.parent
+    if not folder.is_dir():
+        raise PlanError(f"{path} cannot be written: there is no folder {folder}: make it, or give another path")
+    if where.is_dir():
+        raise PlanError(f"{path} cannot be written: it is a folder: give the path of a file, such as {where / 'plan.html'}")
+    try:
+        # Opening for appending asks the system itself, and leaves what is there.
+        existed = where.exists()
+        where.open("ab").close()
+        if not existed:
+            where.unlink()
+    except OSError as error:
+        raise PlanError(f"{path} cannot be written ({error.strerror}): give another path") from None
+
+
+def write_page(plans: Sequence[Plan], path: str | Path) -> Path:
+    """Write plans of one model, one for each device, as a page. Raises PlanError where the path cannot be written."""
+    check_path(path)
+    Path(path).write_text(page(plans), encoding="utf-8")
+    return Path(path)
+
+
+def page(plans: Sequence[Plan]) -> str:
+    """The page's text. Plans with open sizes and without a sweep are swept over their context length."""
+    data = [plan_data(p, swept(p)) for p in plans]
+    text = json.dumps({"plans": data}, ensure_ascii=False, separators=(",", ":"))
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"seconds": seconds_text, "bytes": bytes_text, "tokens": tokens_text, "short": short_path}
+    return environment.from_string(_part("page.html")).render(
+        plans=data, title=plans[0].model or "plan", css=Markup(_part("page.css")), js=Markup(_part("page.js")),
+        # What could close the script element is written as an escape.
+        data=Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
+    )  # fmt: skip
+
+
+def swept(plan: Plan) -> tuple[Sweep, ...]:
+    """The sweeps of a plan, or one of its own over the first axis of length that is open."""
+    axis = next((a for a in ("seq", "past") if a in plan.axes), None)
+    if plan.sweeps or plan.retake is None or axis is None or not plan.sites:
+        return plan.sweeps
+    moved = [s for s in plan.symbols if s.name in plan.axes[axis]]
+    own = max(s.value for s in moved)
+    high = min([max(LONGEST, 2 * own), *(s.high for s in moved if s.high is not None)])
+    values = powers_of_two(min(SHORTEST, 1 << (own.bit_length() - 1), high), high)
+    try:
+        return (sweep(plan, axis, [*values, own]),)
+    except SweepError:
+        return ()
+
+
+def _part(name: str) -> str:
+    return files(__package__).joinpath(name).read_text("utf-8")

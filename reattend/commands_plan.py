@@ -1,0 +1,248 @@
+"""Commands that plan and show plans: plan, explain, diff, targets. Nothing of a model runs."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from .options import (
+    Attn,
+    Batch,
+    Debug,
+    Dtype,
+    Dynamic,
+    Html,
+    Json,
+    Model,
+    Past,
+    Phase,
+    Seq,
+    SiteName,
+    Strict,
+    Sweeps,
+    Target,
+    Targets,
+    devices_of,
+    plan_all,
+    plan_one,
+    plan_swept,
+    shapes_of,
+    sites_of,
+    sweep_of,
+)
+
+if TYPE_CHECKING:
+    from .cost_model.device import Device
+    from .cost_model.diff import Diff
+    from .cost_model.plan import Plan
+    from .cost_model.sweep import Sweep
+    from .rewriter.models import Shapes
+
+
+def plan(
+    model: Model, target: Targets = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None, phase: Phase = "prefill",
+    past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, sweep: Sweeps = None, html: Html = None,
+    strict: Strict = False, json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Show every attention of MODEL: what it is, its mask, the candidates' predicted times, the choice.
+
+    Several --target: one capture, side by side. --sweep: one capture with open sizes, then the winner at each size and
+    where it changes. --html: a page with the masks, rooflines, parts of the time, sweeps and memory.
+
+    Example: reattend plan config.json --target h200 --target a100 --dtype bf16 --sweep seq=1k:128k --html plan.html
+    """
+    from .cost_model.report.page import check_path, write_page
+
+    devices, shapes = devices_of(target), shapes_of(batch, seq, dtype, phase, past, attn)
+    for text in sweep or ():
+        sweep_of(text)
+    if html is not None:
+        check_path(html)
+    plans, sweeps = _planned(model, shapes, devices, dynamic, sweep or [], html is not None)
+    if json:
+        print(plans[0].to_json() if len(plans) == 1 else "[\n" + ",\n".join(p.to_json() for p in plans) + "\n]")
+    else:
+        print(_text(plans, sweeps))
+    if html is not None:
+        print(f"wrote {write_page(plans, html)}", file=sys.stderr)
+    if strict:
+        from .rewriter.report import check_plan
+
+        check_plan(plans[0])
+
+
+def explain(
+    model: Model, site: SiteName = None, target: Target = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None,
+    phase: Phase = "prefill", past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Show one attention in full: its cascade before and after, passes, tiles, bytes, proofs, guards, every candidate.
+
+    Example: reattend explain config.json model.layers.0.self_attn --seq 4k --target h100
+    """
+    made = plan_one(model, shapes_of(batch, seq, dtype, phase, past, attn), target, dynamic)
+    from .rewriter.explain import explanation, explanation_data
+
+    sites = sites_of(made, site)
+    if json:
+        print(json_module.dumps([explanation_data(s) for s in sites], indent=2, ensure_ascii=False))
+        return
+    print("\n\n".join(explanation(s, made) for s in sites))
+
+
+def diff(
+    before: Annotated[str, typer.Argument(metavar="BEFORE", help="a plan (plan --json), or a MODEL with two --target")],
+    after: Annotated[
+        str | None, typer.Argument(metavar="[AFTER]", help="the plan to compare with", show_default=False)
+    ] = None,
+    target: Targets = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None, phase: Phase = "prefill",
+    past: Past = 0, attn: Attn = None,
+    tolerance: Annotated[float, typer.Option(help="share by which a choice may get slower")] = 0.05,
+    json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Compare two saved plans site by site; exits with 1 when a choice got slower by more than --tolerance.
+
+    With one MODEL and two --target it compares the devices, and exits with 0.
+
+    Example: reattend diff monday.json friday.json --tolerance 0.1
+    """
+    from .cost_model.diff import diff as compare
+    from .rewriter.models import UsageError
+
+    if tolerance < 0:
+        raise UsageError(f"--tolerance {tolerance} is no share: give 0 or more, such as 0.05 for 5%")
+    if after is None:
+        if len(target or ()) != 2:
+            raise UsageError("diff compares two plans (A.json B.json), or one MODEL on two devices (--target A --target B)")
+        old, new = plan_all(before, shapes_of(batch, seq, dtype, phase, past, attn), devices_of(target), False)
+        _show(compare(old, new, tolerance), json)
+        return
+    made = compare(_saved(before), _saved(after), tolerance, (before, after))
+    _show(made, json)
+    if made.regressions:
+        raise typer.Exit(1)
+
+
+def targets(
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="measure the present device first (under two minutes), and keep the file")
+    ] = False,
+    json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """List the devices that can be planned for, with the numbers that plans use.
+
+    Example: reattend targets --calibrate
+    """
+    from .cost_model.device import targets as all_targets
+
+    if calibrate:
+        _calibrate()
+    if json:
+        rows = [{"name": d.name, "title": d.title, "kind": d.kind, "arch": d.arch, "basis": d.basis,
+                 "band": d.band, "dram_bytes_per_s": d.dram_bytes_per_s, "matrix_flops_per_s": dict(d.matrix_flops_per_s),
+                 "sources": dict(d.sources)} for d in all_targets()]  # fmt: skip
+        print(json_module.dumps(rows, indent=2))
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("target", "device", "arch", "units", "memory TB/s", "bf16 TFLOP/s", "basis", "times"):
+        table.add_column(column, justify="right" if column in ("units", "memory TB/s", "bf16 TFLOP/s") else "left")
+    for d in all_targets():
+        table.add_row(
+            d.name, d.title, d.arch, str(d.units), f"{d.dram_bytes_per_s / 1e12:.2f}",
+            f"{d.matrix_rate('bf16') / 1e12:.1f}", d.basis, f"±{d.band:.0%}",
+        )  # fmt: skip
+    Console(width=max(100, Console().width)).print(table)
+
+
+def _calibrate() -> None:
+    """Measure the present device behind a progress bar; what the check at the end found goes to stderr."""
+    import torch
+    from rich.progress import track
+
+    from .codegen.calibrate import calibrate as measure
+    from .cost_model.device import calibration_path, shipped
+    from .rewriter.choose import running_device
+
+    here = shipped(running_device("cuda" if torch.cuda.is_available() else "cpu").name)
+    errors = Console(stderr=True)
+    found, check = measure(here, watch=lambda steps, what: track(steps, description=what, console=errors))
+    for c in check:
+        print(f"{c.name}: {c.measured * 1e3:.3g} ms, predicted {c.predicted * 1e3:.3g} ms", file=sys.stderr)
+    mean = sum(c.error for c in check) / len(check)
+    where = calibration_path(found.name)
+    print(
+        f"{found.title}: off by {mean:.1%} on average on {len(check)} timings that nothing was fitted to; plans state "
+        f"±{found.band:.0%}; {f'written to {where}' if where else 'not written: REATTEND_CALIBRATION is empty'}",
+        file=sys.stderr,
+    )  # fmt: skip
+
+
+# --- how --------------------------------------------------------------------------------------------------------
+
+
+def _planned(
+    spec: str, shapes: Shapes, devices: list[Device], dynamic: bool, sweeps: list[str], page: bool
+) -> tuple[list[Plan], list[Sweep]]:
+    """Plans and sweeps. A page wants open sizes for its own sweep, and does without where the capture needs fixed ones."""
+    if sweeps:
+        plans, found = plan_swept(spec, shapes, devices, sweeps)
+        return [replace(p, sweeps=tuple(s.on(p.device.name) for s in found)) for p in plans], found
+    if not page:
+        return plan_all(spec, shapes, devices, dynamic), []
+    from .cost_model.report.page import swept
+
+    plans = plan_all(spec, shapes, devices, True) if dynamic else _open_if_possible(spec, shapes, devices)
+    return [replace(p, sweeps=swept(p)) for p in plans], []
+
+
+def _open_if_possible(spec: str, shapes: Shapes, devices: list[Device]) -> list[Plan]:
+    """Plans with open sizes, or with fixed ones where the capture needs them or finds more attentions so."""
+    from .rewriter.capture import CaptureError
+
+    why = ""
+    plans: list[Plan] = []
+    try:
+        plans = plan_all(spec, shapes, devices, True)
+    except CaptureError as no:
+        why = str(no)
+    if plans and plans[0].sites and not plans[0].misses:
+        return plans
+    fixed = plan_all(spec, shapes, devices, False)
+    if plans and len(plans[0].sites) >= len(fixed[0].sites):
+        return plans
+    why = why or "; ".join(dict.fromkeys(m.reason for m in plans[0].misses))
+    return [replace(p, note=f"{p.note}; sizes are fixed ({why})") for p in fixed]
+
+
+def _text(plans: list[Plan], sweeps: list[Sweep]) -> str:
+    from .cost_model.table import plans_table
+
+    head = str(plans[0]) if len(plans) == 1 else plans_table(plans)
+    return "\n\n".join([head, *map(str, sweeps)])
+
+
+def _saved(path: str) -> Plan:
+    """A plan from a file. Raises UsageError and PlanError with one sentence."""
+    from .cost_model.plan import Plan, PlanError
+    from .rewriter.models import UsageError
+
+    try:
+        return Plan.from_json(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist: save a plan with `reattend plan MODEL --json > {path}`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): save a plan with `reattend plan MODEL --json`") from None
+    except PlanError as no:
+        raise UsageError(f"{path}: {no}") from None
+
+
+def _show(made: Diff, json: bool) -> None:
+    print(made.to_json() if json else made)

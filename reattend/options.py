@@ -1,0 +1,142 @@
+"""What the commands share: their arguments and options, how these are read, and the plans that they ask for.
+
+Loads no torch: what needs it is imported when a command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from .cost_model.device import Device
+    from .cost_model.plan import Plan, Site
+    from .cost_model.sweep import Sweep
+    from .rewriter.models import Shapes
+
+
+def tokens(value: str | int) -> int:
+    """4096, 4k (4096) or 1M (1048576)."""
+    text = str(value)
+    factor = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
+    digits = text if factor == 1 else text[:-1]
+    if not digits.isdigit():
+        raise typer.BadParameter(f"{text!r} is no number of tokens: write 4096, 4k or 1M")
+    return int(digits) * factor
+
+
+def sweep_of(text: str) -> tuple[str, tuple[int, ...]]:
+    """`seq=1k:1M` (powers of two) or `seq=1k,4k,32k` as an axis with its values."""
+    from .cost_model.sweep import AXES, SweepError, powers_of_two
+
+    axis, equals, span = text.partition("=")
+    form = "write seq=1k:1M (powers of two) or seq=1k,4k,32k"
+    if not equals or not span or axis not in AXES:
+        raise typer.BadParameter(f"{text!r} is no sweep over one of {', '.join(AXES)}: {form}")
+    try:
+        low, colon, high = span.partition(":")
+        values = powers_of_two(tokens(low), tokens(high)) if colon else tuple(map(tokens, span.split(",")))
+    except SweepError as no:
+        raise typer.BadParameter(f"{text!r}: {no}: {form}") from None
+    except typer.BadParameter as no:
+        raise typer.BadParameter(f"{text!r}: {no}; {form}") from None
+    if min(values) < 1:
+        raise typer.BadParameter(f"{text!r}: sizes must be at least 1: {form}")
+    return axis, values
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="config.json, package.module:factory, or .pt2", show_default=False)
+]
+SiteName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[SITE]",
+        help="module path or number of an attention; without it: each distinct one",
+        show_default=False,
+    ),
+]
+Target = Annotated[
+    str | None, typer.Option(help="device to plan for: see `reattend targets`; default: this machine's CPU")
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("--target", help="device to plan for (see `reattend targets`); several times: side by side"),
+]
+Seq = Annotated[int | None, typer.Option(parser=tokens, metavar="TOKENS", help="query tokens: 4096, 4k, 128k")]
+Batch = Annotated[int, typer.Option(help="sequences in the batch")]
+Dtype = Annotated[str | None, typer.Option(help="f32, bf16, f16; default: the config's own")]
+Phase = Annotated[str, typer.Option(help="prefill, or decode: one token over a filled cache")]
+Past = Annotated[int, typer.Option(parser=tokens, metavar="TOKENS", help="tokens in the cache, with --phase decode")]
+Attn = Annotated[str | None, typer.Option(help="the model's own implementation: eager or sdpa")]
+Dynamic = Annotated[bool, typer.Option("--dynamic", help="keep sizes symbolic where the model allows it")]
+Sweeps = Annotated[
+    list[str] | None,
+    typer.Option("--sweep", metavar="AXIS=VALUES", help="seq=1k:1M (powers of two), seq=1k,4k,32k, past=…, batch=1:64"),
+]
+Html = Annotated[Path | None, typer.Option("--html", metavar="PATH", help="write one self-contained page")]
+Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 when an attention is left alone")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+def shapes_of(batch: int, seq: int | None, dtype: str | None, phase: str, past: int, attn: str | None) -> Shapes:
+    from .rewriter.models import Shapes
+
+    return Shapes(batch, seq, dtype, phase, past, attn)
+
+
+def devices_of(names: Sequence[str] | None) -> list[Device]:
+    """The devices of these names, each once; this machine's CPU without one."""
+    from .cost_model.device import device
+
+    return [device(name) for name in dict.fromkeys(names or ["cpu"])]
+
+
+def plan_one(spec: str, shapes: Shapes, target: str | None, dynamic: bool) -> Plan:
+    (made,) = plan_all(spec, shapes, devices_of([target] if target else None), dynamic)
+    return made
+
+
+def plan_all(spec: str, shapes: Shapes, devices: Sequence[Device], dynamic: bool) -> list[Plan]:
+    """A plan for each device; the model is captured once where its graph can be kept."""
+    from .rewriter.planning import plan_spec
+    from .rewriter.policy import Policy
+
+    first = plan_spec(spec, shapes, devices[0], Policy(), dynamic=dynamic)
+    if first.retake is None:
+        return [first, *(plan_spec(spec, shapes, d, Policy(), dynamic=dynamic) for d in devices[1:])]
+    return [first, *(first.at(d) for d in devices[1:])]
+
+
+def plan_swept(
+    spec: str, shapes: Shapes, devices: Sequence[Device], wanted: Sequence[str]
+) -> tuple[list[Plan], list[Sweep]]:
+    """Plans with open sizes, captured once, and a sweep over all devices for each of `wanted`."""
+    asked = [sweep_of(text) for text in wanted]
+    batched = any(axis == "batch" for axis, _ in asked)
+    # A batch of one is no open size: capture takes 1 for special.
+    captured = replace(shapes, batch=max(2, shapes.batch)) if batched else shapes
+    plans = plan_all(spec, captured, devices, True)
+    if batched and plans[0].axes.get("batch"):
+        plans = [p.at(batch=shapes.batch) for p in plans]
+    return plans, [plans[0].over(axis, values, devices) for axis, values in asked]
+
+
+def sites_of(made: Plan, name: str | None) -> list[Site]:
+    """The sites of this name or number; without one, the first of each kind of identical sites."""
+    from .rewriter.explain import positions
+    from .rewriter.models import UsageError
+
+    if not made.sites:
+        raise UsageError("the model has no attention that was found: `reattend plan` says what was left alone and why")
+    if name is not None:
+        return [made.sites[i] for i in positions(made.sites, name)]
+    firsts: dict[object, Site] = {}
+    for s in made.sites:
+        firsts.setdefault((s.cascade, s.chosen.name), s)
+    return list(firsts.values())

@@ -1,0 +1,208 @@
+"""An attention's place in its graph: what a decision needs to know beside the cascade, whatever the sizes and the device.
+
+    Found (graph nodes)  →  Place (plain data: name, bounds, sizes of what is passed)  →  at sizes, on a device: Question
+
+A place holds no node, so that an attention can be costed again and again after its graph is gone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..cost_model.predict import VendorUse
+from ..cost_model.sweep import Symbol
+from ..patterns import expr as ex
+from ..patterns.cascade import Cascade, Size, bind
+from ..patterns.evaluate import DTYPE_NAME
+from ..patterns.recognise import Attention, attention
+from .detect import Found
+from .lift import arguments, op_name
+from .liveness import survivors
+from .operators_contract import PRODUCTS
+from .sizes import product, shape_of, size_of
+from .splice import hint
+
+# Sizes from here on are no bound that anyone set.
+UNBOUNDED = 1 << 40
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an attention stands and what binds it there.
+
+    `bound` says why it cannot be replaced, whatever its cascade says; empty when it can. `scalars` are the symbols of its
+    cascade that are no size of a graph input: as sizes of the graph, with the value that was traced. `written`: how the
+    model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes.
+    """
+
+    cascade: Cascade
+    name: str
+    where: str
+    notes: tuple[str, ...]
+    bound: str
+    gradients: bool
+    dtype: str
+    device_type: str
+    scalars: tuple[tuple[str, Size, int | None], ...]
+    written: VendorUse | None
+    mask_elements: Size
+
+    def sizes(self, at: Mapping[str, int]) -> dict[str, int]:
+        """The value of every symbol of the cascade where the graph's own symbols have the values `at`."""
+        known = {s: at[s] for s in self.cascade.free_symbols if s in at}
+        for name, size, traced in self.scalars:
+            value = bind(size, at)
+            if isinstance(value, int):
+                known[name] = value
+            elif traced is not None:
+                known[name] = traced
+        return known
+
+    def call(self, at: Mapping[str, int]) -> VendorUse | None:
+        """How the model calls SDPA at these sizes."""
+        if self.written is None:
+            return None
+        elements = bind(self.mask_elements, at)
+        return replace(self.written, mask_elements=elements) if isinstance(elements, int) else self.written
+
+
+def place(f: Found) -> Place:
+    """The place of a found attention."""
+    value = f.output.meta["val"]
+    written, mask_elements = _written(f)
+    return Place(
+        f.cascade, f.module, f.where, f.notes, _bound_to_original(f), _wants_gradient(f),
+        str(value.dtype).removeprefix("torch."), value.device.type, _scalars(f), written, mask_elements,
+    )  # fmt: skip
+
+
+def _scalars(f: Found) -> tuple[tuple[str, Size, int | None], ...]:
+    values = {name: node.meta.get("val") for name, node in f.scalars.items()}
+    return tuple((name, size_of(v), v.node.hint) for name, v in values.items() if isinstance(v, torch.SymInt))
+
+
+def _bound_to_original(f: Found) -> str:
+    """Why this attention cannot be replaced where it stands, whatever its cascade says; empty when it can."""
+    inside = interior(f)
+    scores = _scores(f, inside)
+    escaped = survivors(frozenset(scores), f.output)
+    if escaped:
+        reader = next(u for n in escaped for u in n.users if u not in inside and u is not f.output)
+        return f"the scores or weights are read elsewhere ({reader.name}): they would be computed twice"
+    if _wants_gradient(f) and (cut := _gradient_cut(inside)):
+        return f"a gradient is cut inside the attention (at {cut.name})"
+    return ""
+
+
+def _wants_gradient(f: Found) -> bool:
+    """Whether a gradient flows back through the output; under no_grad it does not, whatever the parameters want."""
+    return bool(f.output.meta["val"].requires_grad)
+
+
+def interior(f: Found) -> frozenset[fx.Node]:
+    """The nodes between the inputs of an attention and its output."""
+    stop = {*f.tensors.values(), *f.scalars.values()}
+    seen: set[fx.Node] = set()
+    stack = [f.output]
+    while stack:
+        n = stack.pop()
+        if n in seen or n in stop or n.op != "call_function":
+            continue
+        seen.add(n)
+        stack.extend(n.all_input_nodes)
+    return frozenset(seen - {f.output})
+
+
+_CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
+
+
+def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:
+    """The interior nodes from the products of queries and keys on: scores, weights and what is between."""
+    order = {n: i for i, n in enumerate(f.output.graph.nodes)}
+    reached = {n for n in inside if op_name(n) in _CONTRACTIONS} or _meeting(f, inside, order)
+    for n in sorted(inside, key=lambda x: order[x]):
+        if any(i in reached for i in n.all_input_nodes):
+            reached.add(n)
+    return reached
+
+
+def _meeting(f: Found, inside: frozenset[fx.Node], order: Mapping[fx.Node, int]) -> set[fx.Node]:
+    """Where a product is spelled by hand: the nodes that depend on the query's and on the key's operand."""
+    view = attention(f.cascade)
+    assert isinstance(view, Attention), view
+    sides: list[set[fx.Node]] = [set(), set()]
+    for e in view.products:
+        for load in ex.loads(e.body):
+            if str(load.attr) in f.tensors:
+                sides[view.key in load.ranks].add(f.tensors[str(load.attr)])
+    for n in sorted(inside, key=lambda x: order[x]):
+        for reached in sides:
+            if any(i in reached for i in n.all_input_nodes):
+                reached.add(n)
+    return {n for n in inside if n in sides[0] and n in sides[1]}
+
+
+def _gradient_cut(inside: frozenset[fx.Node]) -> fx.Node | None:
+    """A node inside whose inputs want a gradient and whose floating value does not."""
+    for n in inside:
+        value = n.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
+            for i in n.all_input_nodes:
+                given = i.meta.get("val")
+                if isinstance(given, torch.Tensor) and given.requires_grad:
+                    return n
+    return None
+
+
+def _written(f: Found) -> tuple[VendorUse | None, Size]:
+    """How the model itself calls SDPA, if that is what it does; the mask that it passes is made once for many layers."""
+    if op_name(f.final) != "scaled_dot_product_attention":
+        return None, 0
+    given = arguments(f.final)
+    mask = given["attn_mask"]
+    if not isinstance(mask, fx.Node):
+        return VendorUse("", skips=bool(given["is_causal"])), 0
+    value = mask.meta["val"]
+    traced = math.prod(hint(s) for s in value.shape)
+    return VendorUse("", False, traced, DTYPE_NAME[value.dtype]), product(shape_of(value))
+
+
+# --- open sizes ---------------------------------------------------------------------------------------------------
+
+
+def hints_of(gm: fx.GraphModule) -> Mapping[str, int]:
+    """The size that each symbol of the graph has in the example that it was traced with."""
+    out: dict[str, int] = {}
+    for n in gm.graph.nodes:
+        value = n.meta.get("val")
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for s in sizes:
+            if isinstance(s, torch.SymInt) and s.node.hint is not None:
+                expression = s.node.expr
+                if expression.is_Symbol:
+                    out.setdefault(str(expression), int(s.node.hint))
+    return out
+
+
+def symbols_of(gm: fx.GraphModule) -> tuple[Symbol, ...]:
+    """Every open size of a graph. Capture takes 0 and 1 for special, so that `low` is 2 for what may be 1 as well."""
+    hints, found = hints_of(gm), dict[str, Symbol]()
+    for n in gm.graph.nodes:
+        value = n.meta.get("val")
+        for s in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(s, torch.SymInt) and str(s.node.expr) in hints and str(s.node.expr) not in found:
+                name, known = str(s.node.expr), s.node.shape_env.var_to_range.get(s.node.expr)
+                low, high = (_number(known.lower), _number(known.upper)) if known is not None else (None, None)
+                found[name] = Symbol(name, hints[name], low or 0, high if high is None or high < UNBOUNDED else None)
+    return tuple(found.values())
+
+
+def _number(bound: Any) -> int | None:
+    """A bound of a range; None for infinity."""
+    return int(bound) if bound.is_Integer else None

@@ -1,0 +1,62 @@
+"""What stands behind a site's costs: passes, bytes by tensor and operations, against known answers."""
+
+from __future__ import annotations
+
+from reattend.cost_model.detail import Detail, detail
+from reattend.cost_model.memory import keyed_inputs
+from reattend.patterns.mapping import Mapping
+from reattend.patterns.recognise import Attention, Miss, attention
+from reattend.patterns.rowstate import derive, stream
+from tests.plans import CAUSAL, SIZES
+
+N, HEADS = 1024, 8
+
+
+def made() -> Detail:
+    view = attention(CAUSAL)
+    assert isinstance(view, Attention)
+    state = derive(view)
+    assert not isinstance(state, Miss)
+    return detail(CAUSAL, stream(view, state), Mapping(128, 64).to_text(), SIZES)
+
+
+def test_three_passes_become_one() -> None:
+    d = made()
+    before = {p.ranks: p for p in d.passes_before}
+    after = {p.ranks: p for p in d.passes_after}
+    assert before[("m",)].count == 3
+    assert before[("m",)].footprint == "1024"
+    assert after[("m1", "m0")].count == 1
+    assert after[("m1", "m0")].inputs == {"K": 1, "V": 1}
+
+
+def test_bytes_by_tensor() -> None:
+    d = made()
+    before = {t.tensor: t for t in d.bytes_before if t.written}
+    assert before["QK"].moved == HEADS * N * N * 4
+    once = {t.tensor: t.once for t in d.bytes_after}
+    assert once == {"Q": HEADS * N * 64 * 4, "K": HEADS * N * 64 * 4, "V": HEADS * N * 64 * 4, "O": HEADS * N * 64 * 4}
+    assert all(t.moved >= t.once for t in d.bytes_after)
+
+
+def test_products_of_visited_tiles_are_counted() -> None:
+    # causal in tiles of 128 × 64: 8 rows of 2, 4, … 16 key tiles
+    visited = sum(2 * (i + 1) for i in range(8))
+    assert sum(made().flops.values()) == HEADS * visited * 128 * 64 * 4 * 64
+
+
+def test_without_a_mapping_only_the_lifted_form_is_counted() -> None:
+    d = detail(CAUSAL, None, "", SIZES)
+    assert not d.passes_after
+    assert not d.bytes_after
+    assert d.passes_before
+
+
+def test_it_survives_being_plain_data() -> None:
+    assert Detail.from_dict(made().to_dict()) == made()
+
+
+def test_what_belongs_to_keys() -> None:
+    view = attention(CAUSAL)
+    assert isinstance(view, Attention)
+    assert keyed_inputs(view) & {t.name for t in CAUSAL.inputs} == {"K", "V"}

@@ -1,0 +1,180 @@
+"""The page: one file, nothing from outside, everything that a plan says, small, and safe against what names contain."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from reattend.cost_model.plan import Plan, PlanError
+from reattend.cost_model.report.data import mask_text
+from reattend.cost_model.report.page import check_path, page, swept
+from tests.plans import CAUSAL, WINDOW, plan
+
+PLAN = plan()
+
+
+class Reader(HTMLParser):
+    """Elements, attributes and texts of a page; asserts that what opens closes."""
+
+    VOID = ("meta", "link", "input", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [a for t, a in self.elements if t == tag]
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return page([PLAN])
+
+
+@pytest.fixture(scope="module")
+def read(text: str) -> Reader:
+    return Reader(text)
+
+
+def data(text: str) -> dict[str, object]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found is not None
+    made: dict[str, object] = json.loads(found[1])["plans"][0]
+    return made
+
+
+def test_nothing_comes_from_outside(text: str, read: Reader) -> None:
+    for _, attributes in read.elements:
+        for name in ("src", "href", "action", "data"):
+            assert re.match(r"#|data:,$", attributes.get(name) or "#"), attributes
+    assert "@import" not in text
+    assert not re.search(r"url\(|fetch\(|XMLHttp|import\(", text)
+    # the name space of drawings is a name, not an address that is asked for
+    assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_every_group_has_a_row_a_section_and_its_drawings(read: Reader) -> None:
+    rows = [a for a in read.all("tr") if "data-group" in a]
+    sections = [a for a in read.all("section") if "data-group" in a]
+    assert len(rows) == len(sections) == 2
+    charts = [(a["data-chart"], a.get("data-group")) for a in read.all("figure")]
+    assert ("memory", None) in charts
+    for group in ("0", "1"):
+        assert {c for c, g in charts if g == group} == {"mask", "roofline", "parts", "sweep"}
+    links = {a["href"] for a in read.all("a")}
+    assert {f"#{s['id']}" for s in sections} <= links
+
+
+def test_what_is_drawn_stands_in_text_as_well(text: str) -> None:
+    assert mask_text(PLAN.sites[0]) in text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    for word in ("Left alone", "softmax over h", "Proved", "As lifted", "Passes as lifted", "no &lt;mask&gt;", "a note"):
+        assert word in text
+
+
+def test_names_cannot_break_out(text: str, read: Reader) -> None:
+    assert text.count("</script>") == 2
+    assert "Sample &lt;/script&gt;" in text
+    assert data(text)["model"] == "Sample </script>"
+    assert "a &lt;proof&gt; &amp; more" in text
+
+
+def test_controls_can_be_named(read: Reader) -> None:
+    """Drawings and tables that scroll have names, headings do not skip levels, ids are unique."""
+    for tag, a in read.elements:
+        if a.get("role") in ("region", "radiogroup", "img"):
+            assert a.get("aria-label"), (tag, a)
+    ids = [a["id"] for _, a in read.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    for _, a in read.elements:
+        if "aria-labelledby" in a:
+            assert a["aria-labelledby"] in ids
+    levels = [int(t[1]) for t, _ in read.elements if re.fullmatch(r"h\d", t)]
+    assert levels[0] == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels))
+    assert all("scope" in a for a in read.all("th"))
+
+
+def test_a_plan_with_open_sizes_is_swept_by_itself(text: str) -> None:
+    (found,) = swept(PLAN)
+    assert found.axis == "seq"
+    assert 1024 in found.values
+    assert data(text)["memory"] is not None
+    fixed = replace(PLAN, retake=None)
+    assert swept(fixed) == ()
+    charts = [a["data-chart"] for a in Reader(page([fixed])).all("figure")]
+    assert "sweep" not in charts
+    assert "memory" not in charts
+
+
+def test_a_plan_from_a_file_gives_the_same_page(text: str) -> None:
+    kept = replace(PLAN, sweeps=swept(PLAN))
+    assert page([Plan.from_json(kept.to_json())]) == page([kept]) == text
+
+
+def test_several_devices_share_a_page() -> None:
+    read = Reader(page([PLAN, PLAN.at("a100")]))
+    assert len([a for a in read.all("button") if a.get("role") == "radio"]) == 2
+    assert len([a for a in read.all("div") if a.get("class") == "plan"]) == 2
+
+
+def test_a_plan_without_attention_has_a_page() -> None:
+    assert "No attention was found" in page([Plan((), (), PLAN.device)])
+
+
+@pytest.mark.slow
+def test_many_distinct_attentions_stay_below_two_megabytes() -> None:
+    made = plan([CAUSAL, WINDOW] * 12, "h200")
+    sites = tuple(replace(s, where=f"model.py:{i}") for i, s in enumerate(made.sites))
+    many = replace(made, sites=sites, retake=None)
+    assert len(many.groups) == 24
+    assert len(page([many]).encode()) < 2e6
+
+
+def test_a_page_is_written_and_paths_are_checked_first(tmp_path: Path) -> None:
+    fixed = replace(PLAN, retake=None)
+    assert fixed.to_html(tmp_path / "plan.html").read_text("utf-8") == page([fixed])
+    check_path(tmp_path / "new.html")
+    assert not (tmp_path / "new.html").exists()
+    with pytest.raises(PlanError, match=r"there is no folder .*nowhere: make it, or give another path"):
+        fixed.to_html(tmp_path / "nowhere" / "plan.html")
+    with pytest.raises(PlanError, match=r"it is a folder: give the path of a file, such as .*plan\.html"):
+        fixed.to_html(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PlanError, match="cannot be written"):
+        fixed.to_html(tmp_path / "file" / "plan.html")
+
+
+def test_a_page_is_made_without_torch_and_triton(tmp_path: Path) -> None:
+    where = tmp_path / "plan.json"
+    where.write_text(replace(PLAN, retake=None).to_json(), encoding="utf-8")
+    code = (
+        "import sys; from reattend.cost_model.plan import Plan; "
+        f"Plan.from_json(open({str(where)!r}).read()).to_html({str(tmp_path / 'p.html')!r}); "
+        "assert not {'torch', 'triton'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,187 @@
+"""Commands over plans: several devices, sweeps, pages, differences, and one sentence for what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reattend.cli import main
+from reattend.cost_model.plan import SCHEMA, Plan
+from reattend.options import sweep_of
+
+from .test_cli import CONFIG, run
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "axis", "values"),
+    [
+        ("seq=1k:4k", "seq", (1024, 2048, 4096)),
+        ("seq=1k,4k,32k", "seq", (1024, 4096, 32768)),
+        ("batch=1:6", "batch", (1, 2, 4, 6)),
+        ("past=512", "past", (512,)),
+    ],
+)
+def test_sweeps_are_read(text: str, axis: str, values: tuple[int, ...]) -> None:
+    assert sweep_of(text) == (axis, values)
+
+
+def test_devices_stand_side_by_side(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", config, "--seq", "256", "--target", "h200", "--target", "a100", "--target", "h200")
+    assert code == 0
+    assert "2 attentions on h200, a100" in out
+    code, out, _ = run(capsys, "plan", config, "--seq", "256", "--target", "h200", "--target", "a100", "--json")
+    assert [p["device"]["name"] for p in json.loads(out)] == ["h200", "a100"]
+
+
+def test_a_sweep_shows_the_winner_at_each_size(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("plan", config, "--seq", "256", "--target", "h200", "--target", "cpu")
+    code, out, _ = run(capsys, *arguments, "--sweep", "seq=64:256", "--sweep", "batch=1,3")
+    assert code == 0
+    lines = [x.split() for x in out.splitlines() if x]
+    assert [x[0] for x in lines if x[0] in ("64", "128", "256")] == ["64", "128", "256"]
+    assert [x[0] for x in lines if x[0] in ("1", "3") and x[1] != "sizes"] == ["1", "3"]
+    assert any(x[0] == "h200:" for x in lines)
+    code, out, _ = run(capsys, *arguments[:-2], "--sweep", "seq=64:256", "--json")
+    made = Plan.from_json(out)
+    assert made.sweeps[0].values == (64, 128, 256)
+    assert made.axes["seq"]
+
+
+def test_a_batch_sweep_keeps_the_batch_that_was_asked(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "plan", config, "--seq", "64", "--sweep", "batch=1:4", "--json")
+    made = Plan.from_json(out)
+    assert made.sites[0].shape.size("b") == 1
+    assert [p.value for p in made.sweeps[0].courses[0].points] == [1, 2, 4]
+
+
+def test_a_page_is_written(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = tmp_path / "plan.html"
+    code, _, err = run(capsys, "plan", config, "--seq", "256", "--target", "h200", "--html", str(where))
+    assert code == 0
+    assert f"wrote {where}" in err
+    text = where.read_text("utf-8")
+    assert 'data-chart="sweep"' in text
+    assert len(text.encode()) < 2e6
+
+
+def test_a_page_falls_back_to_fixed_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    code, out, _ = run(capsys, "plan", "test_cli:bare_attention", "--html", str(tmp_path / "plan.html"))
+    assert code == 0
+    assert "1 attention" in out
+    assert "sizes are fixed (a head size that is symbolic)" in out
+
+
+def saved(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_plans_are_compared(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = {}
+    for name, seq in (("short", "256"), ("long", "4k")):
+        _, out, _ = run(capsys, "plan", config, "--seq", seq, "--target", "a100", "--json")
+        plans[name] = saved(tmp_path / f"{name}.json", out)
+    code, out, _ = run(capsys, "diff", plans["short"], plans["short"])
+    assert code == 0
+    assert "2 sites are as before" in out
+    code, out, _ = run(capsys, "diff", plans["short"], plans["long"])
+    assert code == 1
+    assert "slower by more than 5%" in out
+    code, out, _ = run(capsys, "diff", plans["short"], plans["long"], "--tolerance", "1000000", "--json")
+    assert code == 0
+    assert json.loads(out)["rows"][0]["ratio"] > 1
+    code, out, _ = run(capsys, "diff", config, "--target", "h200", "--target", "a100", "--seq", "256")
+    assert code == 0
+    assert "on h200 → " in out
+
+
+def test_explain_shows_what_stands_behind(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "explain", config, "--seq", "256", "--target", "h200")
+    assert code == 0
+    for words in ("3 passes over m", "1 pass over m1·m0", "█", "keys and values", "bytes of", "products:", "time by part"):
+        assert words in out
+    _, out, _ = run(capsys, "explain", config, "0", "--seq", "256", "--json")
+    assert json.loads(out)[0]["detail"]["passes_before"]
+
+
+BAD = [
+    (["plan", "{config}", "--target", "h200", "--target", "b2000"], "unknown target 'b2000' (did you mean 'b200'?); one of: a100"),
+    (["plan", "{config}", "--seq", "0"], "--seq 0 is too small: give at least 1"),
+    (["plan", "{config}", "--batch", "0"], "--batch 0 is too small: give at least 1"),
+    (["plan", "{config}", "--sweep", "seq"], "'seq' is no sweep over one of seq, past, batch: write seq=1k:1M"),
+    (["plan", "{config}", "--sweep", "heads=1:4"], "'heads=1:4' is no sweep over one of seq, past, batch"),
+    (["plan", "{config}", "--sweep", "seq=4k:1k"], "a sweep goes up: 4096 to 1024 is empty"),
+    (["plan", "{config}", "--sweep", "seq=0:4k"], "a sweep starts at 1 or above, not at 0"),
+    (["plan", "{config}", "--sweep", "seq=0,4k"], "sizes must be at least 1"),
+    (["plan", "{config}", "--sweep", "seq=1q:4k"], "'1q' is no number of tokens"),
+    (["plan", "{config}", "--seq", "64", "--sweep", "past=1k:4k"], "the size 'past' is fixed or unknown: one of seq"),
+    (["plan", "{config}", "--html", "{folder}/none/plan.html"], "there is no folder"),
+    (["plan", "{config}", "--html", "{folder}"], "it is a folder: give the path of a file"),
+    (["plan", "{folder}/readme.json"], "is no JSON file"),
+    (["plan", "{folder}/other.json"], "has no model_type: it is no Hugging Face config.json"),
+    (["plan", "{folder}/old.pt2"], "is no exported program that PyTorch"),
+    (["diff", "{folder}/newer.json", "{folder}/newer.json"], f"the plan has schema {SCHEMA + 1}, newer than schema {SCHEMA}"),
+    (["diff", "{folder}/none.json", "{folder}/none.json"], "does not exist: save a plan with `reattend plan MODEL --json"),
+    (["diff", "{config}", "{config}"], "this is no plan: it has no schema number"),
+    (["diff", "{config}"], "diff compares two plans (A.json B.json), or one MODEL on two devices"),
+    (["diff", "{config}", "{config}", "--tolerance", "-1"], "--tolerance -1.0 is no share: give 0 or more"),
+    (["bench", "{config}", "--seconds", "0"], "--seconds 0.0 is no time to measure in"),
+    (["emit", "{config}", "--seq", "16", "-o", "{folder}/none/a.py"], "there is no folder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_mistakes_give_one_sentence_and_exit_with_two(
+    arguments: list[str], sentence: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / "newer.json", json.dumps({"schema": SCHEMA + 1}))
+    saved(tmp_path / "readme.json", "# no JSON")
+    saved(tmp_path / "other.json", '{"name": "package"}')
+    saved(tmp_path / "old.pt2", "PK but no archive")
+    filled = [a.replace("{config}", config).replace("{folder}", str(tmp_path)) for a in arguments]
+    code, _, err = run(capsys, *filled)
+    assert code == 2
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err
+
+
+def test_a_sweep_refuses_before_it_captures(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reattend.rewriter.export.from_export", lambda *_, **__: pytest.fail("captured"))
+    for bad in (["--sweep", "seq=4k:1k"], ["--html", "/nowhere/at/all.html"]):
+        with pytest.raises(SystemExit):
+            main(["plan", config, *bad])
+
+
+def test_a_program_of_another_version_says_how_to_save_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import zipfile
+
+    import torch
+
+    saved_now, saved_then = tmp_path / "now.pt2", tmp_path / "then.pt2"
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.randn(1, 2),)), saved_now)
+    with zipfile.ZipFile(saved_now) as now, zipfile.ZipFile(saved_then, "w") as then:
+        for name in now.namelist():
+            text = now.read(name)
+            if name.endswith("models/model.json"):
+                body = json.loads(text)
+                body["schema_version"]["major"] += 90
+                text = json.dumps(body).encode()
+            then.writestr(name, text)
+    code, _, err = run(capsys, "plan", str(saved_then))
+    assert code == 2
+    assert "is no exported program that PyTorch" in err
+    assert "save it with torch.export.save under this version" in err
+    assert len(err.strip().splitlines()) == 1
