@@ -21,7 +21,7 @@ from ..patterns.recognise import Miss
 from . import gpu, host
 from .body import fused, has_triangles, tiled
 from .cost import Cost, bound_of
-from .device import Device
+from .device import Device, HostRates
 from .eager import Operator, operators
 from .fit import Footprint, candidates, footprint, padded, refuse
 from .subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
@@ -235,8 +235,7 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cos
         visited, partial = _visited_pairs(s, at, FLEX_BLOCK)
         a, b = prices.h.flex_pair_seconds.get(s.dtype) or prices.h.flex_pair_seconds["f32"]
         mask = host.rate(prices.h.flex_mask_seconds, s.dtype)
-        # the rows of a block share what is laid out for a key
-        key = host.rate(prices.h.flex_key_seconds, s.dtype) / min(FLEX_BLOCK, at.queries)
+        key = _flex_key(prices.h, s.dtype, at.queries)
         operands = at.batch * at.keys * (at.embed + at.value)
         units = at.batch * -(-at.queries // FLEX_BLOCK)
         gain = host.balanced(prices.gain("flex"), prices.threads, units)
@@ -256,6 +255,13 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cos
     bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
     bill.bytes = moved + use.mask_elements * WIDTH[use.mask_dtype]
     return bill.cost(device)
+
+
+def _flex_key(h: HostRates, dtype: str, queries: int) -> float:
+    """What a block of FlexAttention lays out for a key, shared by its rows; one query reads the keys as SDPA does."""
+    if queries == 1:
+        return host.pair_seconds(h, dtype, 1)[1]
+    return host.rate(h.flex_key_seconds, dtype) / min(FLEX_BLOCK, queries)
 
 
 def _mask_on_cpu(s: Subject, at: Shape, use: VendorUse, prices: host.Host, bill: host.Bill) -> None:
