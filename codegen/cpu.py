@@ -1,6 +1,7 @@
 """CPU kernels: a cascade and a mapping become a file of plain torch code that walks tiles, and the call into it.
 
-    body "sdpa"      softmax of scale · QK + anything: torch's own kernel on slices of the keys
+    body "sdpa"      softmax of scale · QK + anything: torch's own kernel on slices of the keys, causal triangles whole
+    body "slices"    the same with every triangle cut into slices
     body "product"   every other score and row rule: two products around the printed program, with carried row state
 """
 

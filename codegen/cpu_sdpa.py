@@ -26,6 +26,8 @@ from .print_torch import Body, literal
 from .skeletons import cpu as loops
 from .tile_terms import relative_parts
 
+# The body that cuts a causal triangle into slices as well, instead of leaving it to torch's own causal mode.
+SLICES = "slices"
 LARGEST = 3.4028234663852886e38
 
 
@@ -37,7 +39,7 @@ def text(f: Form, s: Softmax, m: Tiling, version: str) -> str:
     functions = _functions(p, s, near, shared)
     tiled = f.skips or s.limit is not None
     if tiled:
-        functions.append(planned(p, s.full.added is not None, triangles=True))
+        functions.append(planned(p, s.full.added is not None, triangles=m.body != SLICES))
     table = {x.name: x for x in functions}
     main = _main(p, s, _Pieces(p, s, table, near, shared), table["planned"].call({}) if tiled else "")
     constants = [] if ex.symbols(s.score.scale) else [f"SCALE = {Body(p.scope({}), []).real(s.score.scale)}"]

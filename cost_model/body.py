@@ -1,6 +1,6 @@
 """Our tiled bodies on a CPU: which calls the emitted code makes, and what they take.
 
-    block     consecutive query tiles whose key slices lie alike: folded into the batch of a call, FOLD_ROWS rows at a time
+    block     consecutive query tiles whose key slices lie alike: several of them are folded into the batch of a call
     sdpa      the fused kernel on the slice of a block, with what the scores get added where a tile of it is partial
     product   product, score and row rule, product, for some heads and at most SLICE keys of a query tile at a time
 Runs of the same calls are priced once. The code generator's skeleton (codegen/skeletons/cpu.py) is what this models.
@@ -23,23 +23,26 @@ from ..patterns.mapping import Mapping as Tiling
 from ..patterns.masks import PARTIAL, TileRuns, conjuncts
 from .cost import Cost
 from .device import Device
-from .host import CORE_CACHE, GRAIN, Bill, Host, causal_pairs
+from .host import Bill, Host, causal_pairs
 from .subject import Shape, Subject
 from .tiles import Jobs, expected, tile_map
 from .work import EXPONENTIALS, INDEX, WIDTH, term_operations
 
-# Rows of one call when query tiles are folded into its batch; scores a head up to which nothing is skipped.
-FOLD_ROWS = 1024
+# Query tiles are folded into the batch of one call until it has so many scores, and pieces for every thread.
+CALL_SCORES = 1 << 18
+PIECES_PER_THREAD = 4
+PIECE_ROWS = 64
+# Scores a head up to which nothing is skipped.
 FEW = 4096
 # ATen calls around one call of the kernel: slices, views, the copy of the result. Around a whole attention: planning.
 AROUND_CALL = 25
 AROUND_STEP = 12
 AROUND_ALL = 12
+# … and around the plan of a mask on run-time data: the extremes of its tiles, rows with a key, lists for Python.
+AROUND_DATA = 40
 # The product body's longest slice of keys, and its scores in flight for each thread.
 SLICE = 512
 SCORES = 1 << 18
-# A step whose scores leave the core's own cache takes so much longer.
-SPILLED = 1.2
 # torch.exp takes so much longer where the result underflows, as it does behind a mask.
 UNDERFLOW = 7.0
 
@@ -59,57 +62,66 @@ class Call:
 def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) -> Cost:
     """Seconds of the tiled body over all its calls."""
     host, bill = Host(device), Bill()
-    masked = s.mask.keep is not ex.TRUE
     bill.add("launch", host.h.operator_call_seconds + AROUND_ALL * host.h.operator_seconds)
     pairs = 0
     found = blocks(s, jobs, mapping, at)
     if mapping.body == "product":
         _widened(host, bill, s, at)
-        for b in tiles(found, at, mapping, jobs):
+        for b in tiles(s, found, at, mapping):
             pairs += b.tiles * at.batch * b.rows * b.keys
             if b.keys:
                 _product(host, bill, s, at, b)
     else:
-        for call, count in Counter(calls(found, s, at, jobs)).items():
+        for call, count in Counter(calls(found, s, at, host.threads)).items():
             pairs += count * call.batch * call.tiles * _pairs(call)
             one = Bill()
             _sdpa(host, one, s, at, call)
             for name, seconds in one.parts.items():
                 bill.add(name, seconds * count)
-    if masked:
-        _added(host, bill, found, at, mapping)
+    if s.mask.keep is not ex.TRUE:
+        _added(host, bill, s, found, at, mapping)
     bill.flops, bill.exps = 2 * pairs * (at.embed + at.value), pairs
     bill.bytes = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
     bill.add("fault", host.fresh(WIDTH[s.dtype] * at.batch * at.queries * at.value))
-    return bill.cost(device.basis)
+    return bill.cost(device)
 
 
-def tiles(found: Sequence[Block], at: Shape, mapping: Tiling, jobs: Jobs) -> Iterator[Block]:
+def tiles(s: Subject, found: Sequence[Block], at: Shape, mapping: Tiling) -> Iterator[Block]:
     """Blocks for the product body, which takes one query tile at a time."""
     if at.queries * at.keys <= FEW:
-        yield Block(1, at.queries, at.keys, jobs.map is not None)
-    elif jobs.map is None:
+        yield Block(1, at.queries, at.keys, s.mask.keep is not ex.TRUE)
+    elif s.mask.keep is ex.TRUE:
         whole, rest = divmod(at.queries, mapping.tile_p)
         yield from (Block(n, rows, at.keys, False) for n, rows in ((whole, mapping.tile_p), (1, rest)) if n and rows)
     else:
         yield from found
 
 
-def calls(found: Sequence[Block], s: Subject, at: Shape, jobs: Jobs) -> Iterator[Call]:
+def calls(found: Sequence[Block], s: Subject, at: Shape, threads: int) -> Iterator[Call]:
     """The calls of one attention, block by block."""
     outer = at.batch // _heads(s, at)
-    if jobs.map is None or at.queries * at.keys <= FEW:
+    if s.mask.keep is ex.TRUE or at.queries * at.keys <= FEW:
         # nothing to skip: the whole at once
-        yield Call(1, at.queries, at.keys, jobs.map is not None, at.batch)
+        yield Call(1, at.queries, at.keys, s.mask.keep is not ex.TRUE, at.batch)
         return
     for b in found:
+        if b.masked and not shifted(s):
+            # what a tile gets added is its own: no two of them go into one call
+            yield from [Call(1, b.rows, b.keys, b.masked, at.batch, b.triangle)] * b.tiles
+            continue
         if b.tiles == 1 or b.triangle:
             yield Call(1, b.rows, b.keys, b.masked, at.batch, b.triangle)
             continue
-        most = max(1, FOLD_ROWS // b.rows)
+        most = folds(at.batch // outer, b.rows, b.keys, threads)
         for done in range(0, b.tiles, most):
             for _ in range(outer):
                 yield Call(min(most, b.tiles - done), b.rows, b.keys, b.masked, at.batch // outer)
+
+
+def folds(heads: int, rows: int, keys: int, threads: int) -> int:
+    """How many query tiles go into one call."""
+    pieces = PIECES_PER_THREAD * threads
+    return max(1, -(-CALL_SCORES // max(heads * rows * keys, 1)), -(-pieces // (heads * -(-rows // PIECE_ROWS))))
 
 
 def _heads(s: Subject, at: Shape) -> int:
@@ -134,7 +146,10 @@ class Block:
 def blocks(s: Subject, jobs: Jobs, mapping: Tiling, at: Shape) -> tuple[Block, ...]:
     """The blocks of a tile map, in order; none where nothing is masked."""
     if jobs.map is None:
-        return ()
+        # conditions on run-time data keep every tile, as far as is known
+        whole, rest = divmod(at.queries, mapping.tile_p)
+        strips = ((whole, mapping.tile_p), (1, rest)) if loaded(s) else ()
+        return tuple(Block(n, rows, at.keys, True) for n, rows in strips if n and rows)
     # batch entries run together: a slice covers what any of them visits
     together = jobs.map.merged()
     count, open_ = together.counts(), together.counts(PARTIAL)
@@ -209,6 +224,11 @@ def _bound(s: Subject, together: TileRuns, mapping: Tiling, at: Shape) -> NDArra
     return together.outside(tiles.merged())
 
 
+def has_triangles(s: Subject) -> bool:
+    """May a causal triangle be left to the fused kernel's own causal mode?"""
+    return without_causal(s) is not None and not added_to_full(s)
+
+
 @lru_cache(maxsize=256)
 def without_causal(s: Subject) -> Expr | None:
     """The mask without its condition `key ≤ query`, or None where it has no such condition."""
@@ -266,7 +286,7 @@ def _pairs(c: Call) -> int:
 def _sdpa(host: Host, bill: Bill, s: Subject, at: Shape, c: Call) -> None:
     batch = c.batch * c.tiles
     host.attention(
-        batch, c.rows, c.keys, at.embed, at.value, s.dtype, bill, masked=c.masked, causal=c.triangle
+        batch, c.rows, c.keys, at.embed, at.value, s.dtype, bill, masked=c.masked, causal=c.triangle, group=at.group
     )
     bill.add("launch", AROUND_CALL * host.h.operator_seconds)
     host.point("copy", s.dtype, batch * c.rows * at.value, 0, bill)
@@ -289,9 +309,8 @@ def _product(host: Host, bill: Bill, s: Subject, at: Shape, b: Block) -> None:
         if op == "exp":
             host.point(op, "f32", round(points * b.cut * UNDERFLOW), 0, one)
     one.add("launch", 2 * host.h.product_seconds + (len(ops) + AROUND_STEP) * host.h.operator_seconds)
-    spilled = SPILLED if points * WIDTH["f32"] > CORE_CACHE // 2 else 1.0
     for name, seconds in one.parts.items():
-        bill.add(name, seconds * steps * count * (spilled if name != "launch" else 1.0))
+        bill.add(name, seconds * steps * count * (host.h.step_factor if name != "launch" else 1.0))
     bill.add("launch", AROUND_CALL * host.h.operator_seconds * -(-at.batch // heads) * count)
 
 
@@ -316,12 +335,49 @@ def _pointwise(s: Subject, masked: bool) -> tuple[str, ...]:
     return (*out, "sub")
 
 
-def _added(host: Host, bill: Bill, found: Sequence[Block], at: Shape, mapping: Tiling) -> None:
-    """What the scores get added, made once for the distances that any slice holds, and cut out for each block."""
-    reach = max((b.keys for b in found if b.masked), default=0)
-    if reach == 0:
-        return
-    points = min(mapping.tile_p, at.queries) * (reach + mapping.tile_p)
-    for _ in range(4):
-        bill.add("launch", host.h.operator_seconds * (1 if points < GRAIN else 2))
-        host.point("where", "f32", points, 0, bill)
+def _added(host: Host, bill: Bill, s: Subject, found: Sequence[Block], at: Shape, mapping: Tiling) -> None:
+    """What the scores get added.
+
+    Made once for the distances that any slice holds, and cut out for each block, where it follows from the distance of key
+    and query; else made for each tile, with run-time data after the least and greatest element of every tile.
+    """
+    a = s.attention
+    cut = [b for b in found if b.masked and not b.triangle]
+    if at.queries * at.keys <= FEW:
+        host.chosen(s.mask.keep, {**at.extent, a.query: at.queries, a.key: at.keys}, bill)
+    elif not shifted(s):
+        for rows, keys, count in _sizes(cut):
+            one = Bill()
+            host.chosen(s.mask.keep, {**at.extent, a.query: rows, a.key: keys}, one)
+            for name, seconds in one.parts.items():
+                bill.add(name, seconds * count)
+        bill.add("launch", AROUND_DATA * host.h.operator_seconds * loaded(s))
+    elif cut:
+        rows = min(mapping.tile_p, at.queries)
+        reach = max(b.keys for b in cut)
+        host.chosen(s.mask.keep, {**at.extent, a.query: rows, a.key: reach + rows}, bill)
+
+
+def _sizes(found: Sequence[Block]) -> Iterator[tuple[int, int, int]]:
+    """(rows, keys, how many query tiles) of some blocks."""
+    out: Counter[tuple[int, int]] = Counter()
+    for b in found:
+        out[b.rows, b.keys] += b.tiles
+    yield from ((rows, keys, n) for (rows, keys), n in out.items())
+
+
+@lru_cache(maxsize=256)
+def shifted(s: Subject) -> bool:
+    """Does the mask follow from the distance of key and query alone?"""
+    a = s.attention
+    compared = [t for t in ex.walk(s.mask.keep) if t.op in ex.COMPARISONS and t.ranks]
+    forms = [affine(t.args[0]) - affine(t.args[1]) for t in compared if t.args[0].dtype in ex.INTEGERS]
+    apart = all(f.coefficient(ex.index(a.key)) == -f.coefficient(ex.index(a.query)) for f in forms)
+    plain = all(atom in (ex.index(a.key), ex.index(a.query)) or not atom.ranks for f in forms for atom in f.atoms)
+    return len(forms) == len(compared) and apart and plain and not loaded(s)
+
+
+@lru_cache(maxsize=256)
+def loaded(s: Subject) -> bool:
+    """Does the mask depend on run-time data?"""
+    return bool(ex.loads(s.mask.keep))

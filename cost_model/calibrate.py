@@ -1,68 +1,130 @@
-"""Calibration of this machine's CPU: a few seconds of PyTorch operators, timed once and kept in a file.
+"""Calibration of this machine's CPU: PyTorch operators, timed one by one, and the file in which the rates are kept.
 
     rates of one thread  → every entry of `HostRates`;   the same with all threads → `scaling`
 
-The only file of the cost model that runs torch, and only when asked to. The file lies in the user's cache folder, one a
-processor, and `device("cpu")` reads it; without it the numbers of devices/cpu.toml stand, and plans say "uncalibrated".
+The only file of the cost model that runs torch, and only when asked to. What needs the code generator (our own kernels and
+FlexAttention) and the held-out check are in codegen/calibrate.py, which calls this. The file lies in the user's cache
+folder, one a device, and `device(name)` reads it; without it the numbers of the data file stand, and plans say
+"uncalibrated".
 """
 
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .device import CALIBRATION_SCHEMA, Device, HostRates, calibration_path, device_to_dict, processor, shipped
+from .device import (
+    CALIBRATION_SCHEMA,
+    Device,
+    HostRates,
+    calibration_path,
+    device_from_dict,
+    device_to_dict,
+    processor,
+    shipped,
+)
 
 if TYPE_CHECKING:
     import torch
 
-# Timed runs of one measurement: at least so many, and at least so long.
-RUNS = 5
-SECONDS = 0.03
+T = TypeVar("T")
+# Watches the steps go by, for a progress bar: (steps, what they are) → the same steps.
+Watch = Callable[[list[T], str], Iterable[T]]
+
+# One measurement: it ends when CONFIRMED runs came within NEAR of the least time, but not before SECONDS or RUNS are spent;
+# on a machine that stays noisy, after PATIENCE seconds.
+CONFIRMED, NEAR = 3, 0.02
+SECONDS, PATIENCE, RUNS = 0.05, 0.5, 2000
 DTYPES = ("f32", "bf16", "f16")
 HEADS = 4
 KEYS = 1024
+# Queries whose mask over KEYS keys is out of the core's own cache.
+FAR = 1024
 # Query rows of a call whose inner blocks have 1, 8, 32, 64 and 256 rows.
 CALLS: Mapping[int, int] = {1: 1, 8: 8, 32: 128, 64: 256, 256: 768}
 
 
-def calibrate(threads: int | None = None, path: Path | None = None, say: Callable[[str], None] | None = None) -> Device:
-    """Measure this machine and write the calibration file. Returns the calibrated CPU.
+def unwatched(steps: list[T], what: str) -> Iterable[T]:
+    del what
+    return steps
 
-    `threads` is how many the scaling is measured with (default: torch's own number); it takes about ten seconds, and a busy
-    machine gives wrong numbers. Raises OSError when the file cannot be written.
+
+def cpu_rates(threads: int | None = None, watch: Watch[Any] = unwatched) -> Device:
+    """The CPU with this machine's rates of PyTorch's operators, measured now; nothing is written.
+
+    `threads` is how many the scaling is measured with (default: torch's own number).
     """
     import torch
 
-    threads = threads or torch.get_num_threads()
-    tell = say or (lambda text: None)
-    with _threads(1), torch.no_grad():
-        rates = _rates(shipped("cpu"), tell)
-    if threads > 1:
-        tell(f"the same with {threads} threads")
-        rates["scaling"] = _scaling(rates, threads)
     base = shipped("cpu")
-    flops = {**base.matrix_flops_per_s, **rates.pop("matrix_flops_per_s")}
-    dram = rates.pop("dram_bytes_per_s")
     assert base.host is not None
-    host = HostRates(**{**{f: getattr(base.host, f) for f in base.host.__dataclass_fields__}, **rates, "threads": threads})
-    found = replace(
+    threads = threads or torch.get_num_threads()
+    steps: list[Callable[[], dict[str, Any]]] = [_calls, _memory, _integers, *(_typed(t) for t in DTYPES)]
+    found: dict[str, Any] = {}
+    with _threads(1), torch.no_grad():
+        for step in watch(steps, "operators, one thread"):
+            merge(found, step())
+    if threads > 1:
+        with torch.no_grad():
+            found["scaling"] = _scaling(threads, watch)
+    flops = {**base.matrix_flops_per_s, **found.pop("matrix_flops_per_s")}
+    dram = found.pop("dram_bytes_per_s")
+    host = with_rates(base.host, {**found, "threads": threads})
+    return replace(
         base, title=processor(), units=threads, dram_bytes_per_s=dram, matrix_flops_per_s=flops, host=host,
         basis="calibrated",
     )  # fmt: skip
-    where = path or calibration_path()
+
+
+def merge(into: dict[str, Any], found: Mapping[str, Any]) -> None:
+    """Add rates; tables by type are joined."""
+    for name, value in found.items():
+        into[name] = {**into.get(name, {}), **value} if isinstance(value, Mapping) else value
+
+
+def with_rates(h: HostRates, found: Mapping[str, Any]) -> HostRates:
+    """Rates with some of them replaced; a table keeps the types that were not measured."""
+    joined: dict[str, Any] = {n: {**getattr(h, n), **v} if isinstance(v, Mapping) else v for n, v in found.items()}
+    return replace(h, **joined)
+
+
+def between(a: Device, b: Device) -> Device:
+    """Every number half-way between two measurements of a device: clocks drift from one minute to the next."""
+    return device_from_dict(_between(device_to_dict(a), device_to_dict(b)))
+
+
+def _between(a: Any, b: Any) -> Any:
+    if isinstance(a, dict):
+        return {k: _between(a[k], b[k]) for k in a}
+    if isinstance(a, list):
+        return [_between(x, y) for x, y in zip(a, b)]
+    return a if a == b else (a + b) / 2
+
+
+def keep(d: Device, path: Path | None = None) -> Path | None:
+    """Write a calibrated device where `device(name)` finds it; None where the environment wants no file.
+
+    Raises OSError when the file cannot be written.
+    """
+    import torch
+
+    where = path or calibration_path(d.name)
     if where is None:
-        return found
+        return None
     where.parent.mkdir(parents=True, exist_ok=True)
-    body = {"schema": CALIBRATION_SCHEMA, "torch": torch.__version__, "device": device_to_dict(found)}
+    body = {
+        "schema": CALIBRATION_SCHEMA, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+        "device": device_to_dict(d),
+    }  # fmt: skip
     where.write_text(json.dumps(body, indent=1), encoding="utf-8")
-    tell(f"wrote {where}")
-    return found
+    return where
 
 
 @contextmanager
@@ -78,19 +140,31 @@ def _threads(n: int) -> Iterator[None]:
 
 
 def seconds(run: Callable[[], object], clock: Callable[[], float] = time.thread_time) -> float:
-    """The least time of several runs: what the machine can do when nobody disturbs it.
+    """What a call takes when nobody disturbs it: the median of the faster half of its runs, once the least time came again.
 
     One thread is timed by what it ran, not by the wall: other programs then disturb little.
     """
     run()
     run()
-    best, spent, runs = float("inf"), 0.0, 0
-    while runs < RUNS or spent < SECONDS:
+    times: list[float] = []
+    spent = 0.0
+    while spent < PATIENCE and not ((spent >= SECONDS or len(times) >= RUNS) and confirmed(times)):
         start = clock()
         run()
-        took = clock() - start
-        best, spent, runs = min(best, took), spent + took, runs + 1
-    return best
+        times.append(clock() - start)
+        spent += times[-1]
+    return undisturbed(times)
+
+
+def undisturbed(times: list[float]) -> float:
+    """The median of the faster half."""
+    return statistics.median(sorted(times)[: (len(times) + 1) // 2])
+
+
+def confirmed(times: list[float]) -> bool:
+    """Did the least time come several times?"""
+    least = min(times, default=0.0)
+    return sum(t <= least * (1 + NEAR) for t in times) >= CONFIRMED
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -99,28 +173,18 @@ def _dtype(name: str) -> torch.dtype:
     return {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[name]
 
 
-def _rates(base: Device, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Rates of one thread."""
-    tell("calls and memory")
-    out = _calls() | _memory()
-    assert base.host is not None
-    tables: dict[str, dict[str, Any]] = {
-        n: dict(getattr(base.host, n))
-        for n in ("gemm_half_rows", "element_seconds", "exp_seconds", "softmax_seconds", "attention_mask_seconds",
-                  "attention_row_seconds", "attention_pair_seconds", "flex_pair_seconds")
-    }  # fmt: skip
-    flops: dict[str, float] = {}
-    for t in DTYPES:
-        tell(f"products, exponentials and SDPA in {t}")
-        flops[t], tables["gemm_half_rows"][t] = _product(t)
-        tables["element_seconds"][t], tables["exp_seconds"][t], tables["softmax_seconds"][t] = _points(t)
-        pairs, mask, row = _attention(t)
-        tables["attention_pair_seconds"][t], tables["attention_mask_seconds"][t] = pairs, mask
-        tables["attention_row_seconds"][t] = row
-    return {**out, **tables, "matrix_flops_per_s": flops}
+def _typed(t: str) -> Callable[[], dict[str, Any]]:
+    """The rates of one type: products, element-wise operators, and SDPA's fused kernel."""
+
+    def step() -> dict[str, Any]:
+        flops, half = _product(t)
+        rates: dict[str, Any] = {"matrix_flops_per_s": flops, "gemm_half_rows": half, **_points(t), **_attention(t)}
+        return {name: {t: rate} for name, rate in rates.items()}
+
+    return step
 
 
-def _calls() -> dict[str, float]:
+def _calls() -> dict[str, Any]:
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -135,21 +199,61 @@ def _calls() -> dict[str, float]:
     }
 
 
-def _memory() -> dict[str, float]:
+def _memory() -> dict[str, Any]:
     import torch
 
-    small = torch.randn(1 << 19)
     large = torch.randn(1 << 24)
     place = torch.empty_like(large)
-    small_place = torch.empty_like(small)
-    in_place = seconds(lambda: torch.add(large, place, out=place))
-    fresh = seconds(lambda: large + 1.0)
-    kept = seconds(lambda: torch.add(large, 1.0, out=place))
+    dram = 12 * large.numel() / seconds(lambda: torch.add(large, place, out=place))
+    # a page that was just touched is in the cache: only the operand is read from memory
+    fresh = seconds(lambda: large + 1.0) - 4 * large.numel() / dram
     return {
-        "cache_bytes_per_s": 12 * small.numel() / seconds(lambda: torch.add(small, small_place, out=small_place)),
-        "dram_bytes_per_s": 12 * large.numel() / in_place,
-        "fault_seconds_per_byte": max(0.0, fresh - kept) / (4 * large.numel()),
-    }
+        **_cache(), "dram_bytes_per_s": dram,
+        "fault_seconds_per_byte": max(0.0, fresh) / (4 * large.numel()),
+    }  # fmt: skip
+
+
+# Bytes that a product with a number reads and writes, to find how many of them a cache holds.
+WORKING = tuple(1 << n for n in range(23, 29))
+
+
+def _cache() -> dict[str, float]:
+    """Bytes up to which a byte takes about as long as in the smallest working set, and the rate there."""
+    import torch
+
+    took = {}
+    for size in WORKING:
+        x = torch.ones(size // 8)
+        out = torch.ones_like(x)
+        took[size] = seconds(lambda x=x, out=out: torch.mul(x, 2.0, out=out)) / size  # type: ignore[misc]
+    # half is read, and half written after its lines were fetched
+    return {"cache_bytes": held(took), "cache_bytes_per_s": 1.5 / took[WORKING[0]]}
+
+
+def held(took: Mapping[int, float]) -> float:
+    """Of seconds a byte by the size of the working set: the size between the last cheap and the first dear one."""
+    sizes = sorted(took)
+    dear = next((s for s in sizes if took[s] > SLOWER * took[sizes[0]]), 2 * sizes[-1])
+    cheap = max((s for s in sizes if s < dear), default=sizes[0])
+    return math.sqrt(cheap * dear)
+
+
+# A working set that is out of the cache takes so much longer for a byte.
+SLOWER = 1.4
+
+
+def _integers() -> dict[str, Any]:
+    """Coordinates, as masks compute with them: a difference over queries and keys, and a comparison of it."""
+    import torch
+
+    p, m = torch.arange(512).unsqueeze(1), torch.arange(512)
+    apart, kept = p - m, torch.empty(512, 512, dtype=torch.bool)
+    n = apart.numel()
+    return {
+        "element_seconds": {
+            "i64": seconds(lambda: torch.sub(p, m, out=apart)) / n, "b1": seconds(lambda: torch.lt(apart, 64, out=kept)) / n,
+        },
+    }  # fmt: skip
 
 
 def _product(t: str) -> tuple[float, float]:
@@ -162,41 +266,61 @@ def _product(t: str) -> tuple[float, float]:
         out = torch.empty(HEADS, rows, 512, dtype=_dtype(t))
         took[rows] = seconds(lambda q=q, k=k, out=out: torch.bmm(q, k.mT, out=out)) / rows  # type: ignore[misc]
     flops = 2.0 * HEADS * 512 * 64
-    # seconds a row = (1 + half / rows) / (peak / flops)
-    half = max(0.0, (took[32] - took[256]) / (took[256] / 32 - took[32] / 256))
+    # seconds a row = (1 + half / rows) / (peak / flops); no machine takes eight times as long for an eighth of the rows
+    ratio = min(max(took[32] / took[256], 1.0), 7.0)
+    half = (ratio - 1) / (1 / 32 - ratio / 256)
     peak = flops * (1 + half / 256) / took[256]
     return peak, half
 
 
-def _points(t: str) -> tuple[float, float, float]:
+def _points(t: str) -> dict[str, float]:
     import torch
 
     x = torch.randn(1 << 18, dtype=_dtype(t))
-    out = torch.empty_like(x)
-    rows = x.view(-1, 512)
-    n = x.numel()
-    return (
-        seconds(lambda: torch.add(x, 1.0, out=out)) / n,
-        seconds(lambda: torch.exp(x, out=out)) / n,
-        seconds(lambda: rows.softmax(-1)) / n,
-    )
+    out, rows = torch.empty_like(x), x.view(-1, 512)
+    # masks change seldom along a row, so that the branch is foreseen
+    kept = torch.ones(rows.shape, dtype=torch.bool).tril()
+    runs: dict[str, Callable[[], object]] = {
+        "element_seconds": lambda: torch.add(x, 1.0, out=out),
+        "exp_seconds": lambda: torch.exp(x, out=out),
+        "softmax_seconds": lambda: rows.softmax(-1),
+        "where_seconds": lambda: torch.where(kept, rows, -1.0),
+    }
+    return {name: seconds(run) / x.numel() for name, run in runs.items()}
 
 
-def _attention(t: str) -> tuple[dict[int, tuple[float, float]], float, float]:
-    """Of SDPA's fused kernel: seconds a pair by the rows of its blocks, from two head sizes; of a mask; of a row."""
-    call = _sdpa(t, 1, 1, 8) * HEADS
-    # a row of a key block, from short and whole blocks of keys
-    short, whole = ((_sdpa(t, 128, keys, 64) - call / HEADS) / (HEADS * 128 * keys) for keys in (64, 512))
-    row = max(0.0, (short - whole) / (1 / 64 - 1 / 512))
-    out: dict[int, tuple[float, float]] = {}
+def _attention(t: str) -> dict[str, Any]:
+    """Of SDPA's fused kernel: a pair by the rows of its blocks, from two head sizes; a key, a row, a mask.
+
+    seconds = call + heads · (keys · (e + f)·κ + rows · ⌈keys / 512⌉·ρ + rows · keys · (fixed + (e + f)·each))
+    """
+    call = _sdpa(t, 1, 1, 8)
+
+    def pair(queries: int, keys: int, d: int = 64) -> float:
+        return (_sdpa(t, queries, keys, d) - call) / (HEADS * queries * keys)
+
+    # κ: the rows of a call share what is laid out for a key; both have blocks of 32 rows
+    key = max(0.0, pair(32, 512) - pair(128, 512)) / (128 * (1 / 32 - 1 / 128))
+    # ρ: short blocks of keys share what is done for a row
+    row = max(0.0, pair(128, 64) - pair(128, 512)) / (1 / 64 - 1 / 512)
+    pairs: dict[int, tuple[float, float]] = {}
     for block, queries in CALLS.items():
         keys = KEYS if block < 256 else KEYS // 2
-        pairs = HEADS * queries * keys
-        took = [max(_sdpa(t, queries, keys, d) - call / HEADS, 0.0) / pairs - row / 512 for d in (64, 128)]
+        # fewer than a block's rows are priced whole
+        laid = key / queries if block >= 32 else 0.0
+        took = [max(0.0, pair(queries, keys, d) - 2 * d * laid - row / 512) for d in (64, 128)]
         each = max(0.0, min(took[1] - took[0], took[0])) / 128
-        out[block] = (max(0.0, took[0] - 128 * each), each)
-    masked = _sdpa(t, 128, KEYS, 64, masked=True) - _sdpa(t, 128, KEYS, 64)
-    return out, max(0.0, masked) / (HEADS * 128 * KEYS), row
+        pairs[block] = (max(0.0, took[0] - 128 * each), each)
+    return {
+        "attention_pair_seconds": pairs, "attention_key_seconds": key, "attention_row_seconds": row,
+        "attention_mask_seconds": _mask(t, 128), "attention_far_mask_seconds": _mask(t, FAR),
+    }  # fmt: skip
+
+
+def _mask(t: str, queries: int) -> float:
+    """What a mask of numbers takes, a pair."""
+    took = _sdpa(t, queries, KEYS, 64, masked=True) - _sdpa(t, queries, KEYS, 64)
+    return max(0.0, took) / (HEADS * queries * KEYS)
 
 
 def _sdpa(t: str, queries: int, keys: int, d: int, masked: bool = False) -> float:
@@ -208,7 +332,7 @@ def _sdpa(t: str, queries: int, keys: int, d: int, masked: bool = False) -> floa
     return seconds(lambda: sdpa(q, k, v, attn_mask=mask))
 
 
-def _scaling(rates: Mapping[str, Any], threads: int) -> dict[str, float]:
+def _scaling(threads: int, watch: Watch[Any]) -> dict[str, float]:
     """What all threads bring over one, by class of work; FlexAttention shares its work as SDPA does."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -225,13 +349,13 @@ def _scaling(rates: Mapping[str, Any], threads: int) -> dict[str, float]:
         "attention": lambda: sdpa(q, k, k),
         "element": lambda: torch.exp(x, out=x_out),
         "memory": lambda: torch.add(large, place, out=place),
-        "fresh": lambda: large + 1.0,
+        "fault": lambda: large + 1.0,
     }
-    took: dict[int, dict[str, float]] = {}
-    for n in (1, threads):
-        with _threads(n), torch.no_grad():
-            took[n] = {name: seconds(run, time.perf_counter) for name, run in runs.items()}
-    gain = {name: max(1.0, took[1][name] / took[threads][name]) for name in runs}
-    gain["fault"] = gain.pop("fresh")
-    gain["flex"] = gain["attention"]
-    return gain
+    gain = {}
+    for name in watch(list(runs), f"operators, {threads} threads"):
+        took = {}
+        for n in (1, threads):
+            with _threads(n):
+                took[n] = seconds(runs[name], time.perf_counter)
+        gain[name] = max(1.0, took[1] / took[threads])
+    return gain | {"flex": gain["attention"]}

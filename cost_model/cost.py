@@ -13,7 +13,11 @@ BOUNDS = ("matrix", "exp", "memory", "launch", "link")
 
 @dataclass(frozen=True)
 class Cost:
-    """`parts` are seconds by resource; they overlap on a GPU and add up on a CPU. `basis`: calibrated or uncalibrated.
+    """`parts` are seconds by resource; they overlap on a GPU and add up on a CPU.
+
+    `basis`: where the seconds come from, "measured", "calibrated" (the device's constants were measured on a machine) or
+    "uncalibrated" (they are data sheets and assumptions). `band`: a measured time from seconds / (1 + band) to
+    seconds · (1 + band) is as predicted; 0 where none is stated.
 
     `flops` counts two a multiply-add of the products that run; `bytes` what crosses the memory's edge; `exps` the
     exponential-class calls.
@@ -26,6 +30,7 @@ class Cost:
     exps: int
     parts: Mapping[str, float] = field(default_factory=dict, hash=False)
     basis: str = "uncalibrated"
+    band: float = 0.0
 
     def __post_init__(self) -> None:
         if self.bound not in BOUNDS:
@@ -34,7 +39,7 @@ class Cost:
     def to_dict(self) -> dict[str, Any]:
         return {
             "seconds": self.seconds, "bound": self.bound, "flops": self.flops, "bytes": self.bytes, "exps": self.exps,
-            "parts": dict(self.parts), "basis": self.basis,
+            "parts": dict(self.parts), "basis": self.basis, "band": self.band,
         }  # fmt: skip
 
     @staticmethod

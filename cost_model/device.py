@@ -33,6 +33,8 @@ class TimeModel:
 
     `overlap` is the share of the smaller resources' time that hides under the largest (0: a sum, 1: a maximum) in our
     kernels, `vendor_overlap` in the vendor's; `partial_factor` is how much dearer a tile is whose mask is evaluated.
+    `flex_share` is FlexAttention's rate beside our kernel's, `efficient_share` that of SDPA's memory-efficient kernel, which
+    takes a mask tensor, beside the flash kernel's.
     """
 
     matrix_efficiency: float = 0.8
@@ -40,6 +42,9 @@ class TimeModel:
     overlap: float = 0.1
     vendor_overlap: float = 0.5
     partial_factor: float = 1.4
+    vendor_partial_factor: float = 1.1
+    flex_share: float = 0.9
+    efficient_share: float = 0.6
     launch_seconds: float = 4e-6
     prologue_seconds: float = 1e-6
     load_latency_seconds: float = 7e-7
@@ -51,7 +56,11 @@ class HostRates:
 
     `attention_pair_seconds[dtype][rows]` is (fixed, per element of e + f) for one (query, key) pair inside SDPA's fused
     CPU kernel, whose own query block has 32, 64 or 256 rows; `attention_row_seconds` is for each row of a block and each
-    of its blocks of 512 keys.
+    of its blocks of 512 keys, `attention_key_seconds` for each element of a key and its value that a call lays out anew.
+    `step_factor` is what a step of our product body takes beside the sum of its operators, each timed on its own.
+    `attention_far_mask_seconds` are of a pair whose mask lies out of the core's own cache.
+    `flex_pair_seconds` are of a pair that is not masked, `flex_mask_seconds` what one of a masked block takes more, and
+    `flex_key_seconds` are for each element of a key and its value that a block of queries lays out anew.
     """
 
     threads: int
@@ -60,6 +69,7 @@ class HostRates:
     attention_seconds: float
     mask_seconds: float
     operator_call_seconds: float
+    step_factor: float
     flex_call_seconds: float
     cache_bytes: float
     cache_bytes_per_s: float
@@ -69,10 +79,15 @@ class HostRates:
     element_seconds: Mapping[str, float]
     exp_seconds: Mapping[str, float]
     softmax_seconds: Mapping[str, float]
+    where_seconds: Mapping[str, float]
     attention_mask_seconds: Mapping[str, float]
+    attention_far_mask_seconds: Mapping[str, float]
     attention_row_seconds: Mapping[str, float]
+    attention_key_seconds: Mapping[str, float]
     attention_pair_seconds: Mapping[str, Mapping[int, tuple[float, float]]]
     flex_pair_seconds: Mapping[str, tuple[float, float]]
+    flex_mask_seconds: Mapping[str, float]
+    flex_key_seconds: Mapping[str, float]
     scaling: Mapping[str, float]
 
 
@@ -82,7 +97,9 @@ class Device:
 
     `units` are streaming multiprocessors, compute units or threads; `link_bytes_per_s` is one direction, `link_devices` how
     many devices it joins (a node), and `network_bytes_per_s` what one device has to other nodes.
-    `basis` says whether the constants of the time model are assumed or calibrated.
+    `basis` says whether the constants of the time model are assumed ("uncalibrated") or calibrated on a machine; `band` how
+    far predictions may be off: a time within seconds / (1 + band) and seconds · (1 + band) is as predicted. A calibration
+    measures the band on shapes that it was not fitted to; without one it is stated in the data file.
     """
 
     name: str
@@ -98,6 +115,7 @@ class Device:
     l2_bytes_per_s: float = 0.0
     shared_bytes_per_unit: int = 0
     shared_bytes_per_block: int = 0
+    shared_bytes_per_unit_clock: int = 0
     registers_per_unit: int = 0
     registers_per_thread: int = 0
     threads_per_unit: int = 0
@@ -116,6 +134,7 @@ class Device:
     model: TimeModel = TimeModel()
     host: HostRates | None = field(default=None, hash=False)
     basis: str = "uncalibrated"
+    band: float = 1.0
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -132,7 +151,7 @@ class Device:
         return self.matrix_flops_per_s.get(dtype, self.matrix_flops_per_s.get("f32", 0.0))
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.title} ({self.basis})"
+        return f"{self.name}: {self.title} ({self.basis}, times ±{self.band:.0%})"
 
 
 def _split(table: Mapping[str, Any], path: str, sources: dict[str, str]) -> dict[str, Any]:
@@ -196,7 +215,7 @@ def targets() -> list[Device]:
 
 
 def device(target: str | Device) -> Device:
-    """The device of this name; a Device is itself. "cpu" is this machine's where it has been calibrated.
+    """The device of this name, calibrated where it was on this machine; a Device is itself.
 
     Raises UnknownDevice, naming the closest and all valid names.
     """
@@ -221,8 +240,8 @@ def with_threads(d: Device, threads: int) -> Device:
 
 # --- calibration files ------------------------------------------------------------------------------------------
 
-CALIBRATION_SCHEMA = 1
-# Names another file; empty: none is read or written.
+CALIBRATION_SCHEMA = 2
+# Names another file, for whatever device is calibrated next; empty: none is read or written.
 CALIBRATION_VARIABLE = "REATTEND_CALIBRATION"
 
 
@@ -235,26 +254,26 @@ def processor() -> str:
     return platform.processor() or platform.machine() or "CPU"
 
 
-def calibration_path() -> Path | None:
-    """Where this processor's calibration lies, or None where the environment wants none."""
+def calibration_path(name: str = "cpu") -> Path | None:
+    """Where the calibration of a device lies, the CPU's under this processor's name; None where none is wanted."""
     told = os.environ.get(CALIBRATION_VARIABLE)
     if told is not None:
         return Path(told) if told else None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    word = re.sub(r"\W+", "-", processor()).strip("-").lower()
+    word = re.sub(r"\W+", "-", processor() if name == "cpu" else name).strip("-").lower()
     return cache / "reattend" / f"calibration-{word}.json"
 
 
 def _calibrated(d: Device) -> Device:
-    """The CPU with this machine's rates where a calibration file of this version is there; other devices as they are."""
-    path = calibration_path() if d.kind == "cpu" else None
+    """The device with this machine's rates where a calibration file of it is there, of this version; else as it is."""
+    path = calibration_path(d.name)
     if path is None or not path.is_file():
         return d
     found = _read_calibration(path, path.stat().st_mtime_ns)
-    return replace(found, sources=d.sources) if found is not None else d
+    return replace(found, sources=d.sources) if found is not None and found.name == d.name else d
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _read_calibration(path: Path, changed: int) -> Device | None:
     """The device of a calibration file; None where the file has another schema or is damaged."""
     del changed

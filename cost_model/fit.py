@@ -137,11 +137,11 @@ def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys
 def _on_cpu(queries: int) -> Iterator[Mapping]:
     # a plan of more than a few hundred query tiles costs more than it saves
     tiles = [t for t in (32, 64, 128, 256, 512) if queries // 128 <= t < 2 * queries] or [32 if queries < 512 else 512]
-    for body in ("sdpa", "product"):
+    for body in ("sdpa", "slices", "product"):
         for tile in tiles:
             # narrower key tiles cut a slice closer to its mask
             for tile_m in sorted({tile, tile // 2, min(tile, 128)}):
-                if body == "sdpa" or tile_m == min(tile, 128):
+                if body != "product" or tile_m == min(tile, 128):
                     yield Mapping(tile_p=tile, tile_m=tile_m, warps=1, stages=1, body=body)
 
 

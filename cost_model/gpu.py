@@ -1,6 +1,7 @@
 """The time model of a GPU: tiles on units, then memory, then the launch.
 
     tile      = (1 − ω)·Σ_r c_r + ω·max_r c_r        r ∈ matrix, exp, vector          partial tiles × partial_factor
+    matrix    = max(FLOP / rate, operands / shared memory's rate): a product reads shared memory while it runs
     program   = prologue + Σ tiles;   kernel = makespan(programs, units · resident)
     seconds   = max(kernel, bytes / (η·bandwidth), L2 bytes / L2 bandwidth) + launch
 
@@ -42,17 +43,31 @@ class Kernel:
     heavy_first: bool = True
     launches: int = 1
     merge_bytes: int = 0
+    operand_bytes: int = 0
 
 
-def resources(w: Work, d: Device) -> dict[str, float]:
-    """Seconds of one unit by resource."""
+def operand_bytes(rows: int, keys: int, e: int, f: int, width: int, arch: str) -> int:
+    """Bytes that the products of one tile read from shared memory, where they read it themselves; else 0.
+
+    An instruction has so many rows (sm_90: 64 of a warp group, from sm_100 on 128) and reads all keys and values again; the
+    weights stay in registers or tensor memory. Source: the FlashAttention-4 paper, 3·M·N·d / 8192 cycles for its tiles.
+    """
+    instruction = {"sm_90": 64, "sm_100": 128, "sm_103": 128}.get(arch)
+    if instruction is None or rows < 64 or width == 4:
+        return 0
+    return width * (rows * e + -(-rows // instruction) * keys * (e + f))
+
+
+def resources(w: Work, d: Device, operands: int = 0) -> dict[str, float]:
+    """Seconds of one unit by resource; `operands` are bytes that products read from shared memory."""
     matrix = sum(
         size_int(n) / (d.matrix_rate(t) * d.model.matrix_efficiency / d.units) for t, n in w.matrix.items()
     )
     special = size_int(w.exps) + size_int(w.divisions) + sum(size_int(w.ops.get(r, 0)) for r in ROOTS)
     lanes = sum(SLOTS.get(op, 1.0) * size_int(n) for op, n in w.ops.items() if op not in (*EXPONENTIALS, *DIVISIONS))
+    reading = operands / (d.shared_bytes_per_unit_clock * d.clock_hz) if d.shared_bytes_per_unit_clock else 0.0
     return {
-        "matrix": matrix,
+        "matrix": max(matrix, reading),
         "exp": special / (d.exps_per_unit_clock * d.clock_hz),
         "vector": lanes / (d.lanes_per_unit * d.clock_hz),
     }
@@ -64,7 +79,8 @@ def overlapped(parts: Mapping[str, float], overlap: float) -> float:
 
 def seconds(k: Kernel, d: Device, *, overlap: float, partial_factor: float, scheduled: int = SCHEDULED) -> Cost:
     """The time of one kernel on a GPU."""
-    full, partial, rest = (resources(w, d) for w in (k.full_tile, k.partial_tile, k.program))
+    full, partial = (resources(w, d, k.operand_bytes) for w in (k.full_tile, k.partial_tile))
+    rest = resources(k.program, d)
     t_full, t_partial = overlapped(full, overlap) + _exposed(k, d, full), overlapped(partial, overlap)
     t_partial = max(t_partial, t_full * partial_factor)
     tiles = (k.jobs.full * t_full + k.jobs.partial * t_partial) / k.split
@@ -81,7 +97,7 @@ def seconds(k: Kernel, d: Device, *, overlap: float, partial_factor: float, sche
     outside = {"memory": memory + merge, "l2": l2, "launch": launch}
     parts = inside | outside
     bound = bound_of({"launch": launch} if launch > busy else inside if kernel >= busy else outside | {"launch": 0.0})
-    return Cost(busy + merge + launch, bound, k.flops, k.unique_bytes + k.written_bytes, k.exps, parts, d.basis)
+    return Cost(busy + merge + launch, bound, k.flops, k.unique_bytes + k.written_bytes, k.exps, parts, d.basis, d.band)
 
 
 def _exposed(k: Kernel, d: Device, tile: Mapping[str, float]) -> float:

@@ -1,8 +1,8 @@
 """The time model of a CPU: what PyTorch's operators, SDPA and our tiled bodies take, operator by operator.
 
     operator   = call + max(elements · seconds each, bytes / bandwidth) / threads' gain + first touch of fresh memory
-    product    = call + FLOP / (peak · rows / (rows + half)) / threads' gain
-    SDPA       = call + Σ query blocks · keys · (fixed + (E + F)·each) / threads' gain      the fused CPU kernel
+    product    = call + FLOP / (peak · rows / (rows + half)) / threads' gain + bytes / bandwidth + first touch
+    SDPA       = call + Σ pairs · (fixed + (E + F)·(each + once / rows)) / threads' gain        the fused CPU kernel
 
 Nothing overlaps: parts add up. Rates come from the device file or a calibration of the machine.
 """
@@ -13,6 +13,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..patterns import expr as ex
+from ..patterns.expr import Expr
 from .cost import Cost, bound_of
 from .device import Device, HostRates
 from .eager import Operator
@@ -20,15 +22,15 @@ from .work import EXPONENTIALS, WIDTH
 
 # ATen runs tensors below this many elements on one thread.
 GRAIN = 32768
-# Blocks from this share of `fault_bytes` on are sometimes given back: when several die together.
-FAIR = 0.375
+# The allocator gives its top back when twice its largest block is free: three blocks of this share, which die together.
+FAIR = 0.67
 # Bytes that a core keeps to itself.
 CORE_CACHE = 1 << 20
 # Keys of a block inside PyTorch's fused CPU kernel.
 KEY_BLOCK = 512
-# torch's vectorised exp is the unit; the others cost about this many of them.
 # Element-wise operators by what a plain addition costs, on operands in the cache.
-IN_ELEMENTS: Mapping[str, float] = {"where": 6.0, "max": 0.7, "min": 0.7}
+IN_ELEMENTS: Mapping[str, float] = {"max": 0.7, "min": 0.7}
+# torch's vectorised exp is the unit; the others cost about this many of them.
 IN_EXPS: Mapping[str, float] = {"tanh": 3.0, "sigmoid": 1.5, "softplus": 3.0, "erf": 2.0, "sin": 2.0, "cos": 2.0, "pow": 3.0}
 
 
@@ -44,12 +46,13 @@ class Bill:
     def add(self, name: str, seconds: float) -> None:
         self.parts[name] = self.parts.get(name, 0.0) + seconds
 
-    def cost(self, basis: str) -> Cost:
+    def cost(self, d: Device) -> Cost:
         parts = {k: v for k, v in self.parts.items() if v > 0}
         by_bound: dict[str, float] = {}
         for k, v in parts.items():
             by_bound[bound_of({k: v})] = by_bound.get(bound_of({k: v}), 0.0) + v
-        return Cost(sum(parts.values()), bound_of(by_bound), self.flops, self.bytes, self.exps, parts, basis)
+        bound = bound_of(by_bound)
+        return Cost(sum(parts.values()), bound, self.flops, self.bytes, self.exps, parts, d.basis, d.band)
 
 
 class Host:
@@ -74,16 +77,21 @@ class Host:
         bill.flops += o.flops
         bill.exps += o.exps
         bill.bytes += o.read_bytes + o.written_bytes
+        often = self.often(o.written_bytes)
+        # a line is fetched before it is written, unless the first touch of its page has just put it into the cache
+        moved = o.read_bytes + round(2 * (1 - often) * o.written_bytes)
         match o.kind:
             case "product":
                 bill.add("launch", self.h.product_seconds)
                 bill.add("matrix", self.product(o.batch, o.rows, o.columns, o.inner, o.dtype))
+                bill.add("memory", self.stream(moved, o.points))
             case "softmax":
                 bill.add("launch", self.h.operator_seconds)
                 bill.add("exp", o.points * rate(self.h.softmax_seconds, o.dtype) / self.gain("element", o.points))
+                bill.add("memory", self.stream(moved, o.points))
             case _:
                 bill.add("launch", self.h.operator_seconds)
-                self.point(o.name, o.dtype, o.points, o.read_bytes + o.written_bytes, bill)
+                self.point(o.name, o.dtype, o.points, moved, bill)
         bill.add("fault", self.fresh(o.written_bytes))
 
     def product(self, batch: int, rows: int, columns: int, inner: int, dtype: str) -> float:
@@ -92,45 +100,78 @@ class Host:
         flops = 2.0 * batch * rows * columns * inner
         return flops / (peak * rows / (rows + half)) / self.gain("product", batch * rows * columns)
 
+    def stream(self, moved: int, points: float = math.inf) -> float:
+        """Seconds in which operands come from memory or from the last cache; none where the core's own one holds them."""
+        if moved <= CORE_CACHE:
+            return 0.0
+        if moved <= self.h.cache_bytes:
+            return moved / self.h.cache_bytes_per_s / self.gain("element", points)
+        return moved / self.d.dram_bytes_per_s / self.gain("memory", points)
+
     def point(self, name: str, dtype: str, points: int, moved: int, bill: Bill) -> None:
         """An element-wise operator; its operands lie in the cache or stream from memory."""
         gain = self.gain("element", points)
         if name in EXPONENTIALS:
             bill.add("exp", points * rate(self.h.exp_seconds, dtype) * IN_EXPS.get(name, 1.0) / gain)
+            bill.add("memory", self.stream(moved, points))
+            return
+        if name == "where":
+            # a branch for each element: nothing is fetched ahead of it
+            bill.add("element", points * rate(self.h.where_seconds, dtype) / gain)
+            bill.add("memory", self.stream(moved, points))
             return
         busy = points * rate(self.h.element_seconds, dtype) * IN_ELEMENTS.get(name, 1.0) / gain
-        if moved > self.h.cache_bytes:
-            stream = moved / self.d.dram_bytes_per_s / self.gain("memory", points)
-            if stream > busy:
-                bill.add("memory", stream)
-                return
-        bill.add("element", busy)
+        stream = self.stream(moved, points)
+        bill.add("memory" if stream > busy else "element", max(stream, busy))
+
+    def often(self, size: int) -> float:
+        """How often a block of this size is new: a large one every time, a fair one every second time."""
+        return 1.0 if size >= self.h.fault_bytes else 0.5 if size >= FAIR * self.h.fault_bytes else 0.0
 
     def fresh(self, size: int) -> float:
-        """The first touch of a large block, which the allocator gives back every time, and of a fair one every second."""
-        often = 1.0 if size >= self.h.fault_bytes else 0.5 if size >= FAIR * self.h.fault_bytes else 0.0
-        return often * size * self.h.fault_seconds_per_byte / self.gain("fault")
+        """The first touch of a result's pages."""
+        return self.often(size) * size * self.h.fault_seconds_per_byte / self.gain("fault")
+
+    def terms(self, e: Expr, extent: Mapping[str, int], bill: Bill) -> None:
+        """A term evaluated eagerly, operator by operator, each over its own ranks, in fresh memory."""
+        for t in ex.walk(e):
+            if t.op in ("const", "index", "symbol", "load") or not t.ranks:
+                continue
+            points = math.prod(extent[r] for r in t.ranks)
+            bill.add("launch", self.h.operator_seconds)
+            self.point(t.op, t.dtype, points, points * WIDTH[t.dtype], bill)
+            bill.add("fault", self.fresh(points * WIDTH[t.dtype]))
+
+    def chosen(self, keep: Expr, extent: Mapping[str, int], bill: Bill) -> None:
+        """What is added to scores, made from a predicate: it is widened, moved to 0 and −1, and multiplied by the fill."""
+        self.terms(keep, extent, bill)
+        points = math.prod(extent[r] for r in keep.ranks)
+        for _ in range(3):
+            bill.add("launch", self.h.operator_seconds)
+            self.point("mul", "f32", points, points * WIDTH["f32"], bill)
 
     # the fused attention kernel
 
     def attention(
         self, batch: int, rows: int, keys: int, e: int, f: int, dtype: str, bill: Bill, *, masked: bool = False,
-        causal: bool = False,
+        causal: bool = False, group: int = 1,
     ) -> None:  # fmt: skip
-        """One call of the fused kernel on [batch, rows] queries and `keys` keys each; `causal`: its own causal mode."""
+        """One call of the fused kernel on [batch, rows] queries and `keys` keys each, which `group` of the batch share.
+
+        `causal`: its own causal mode.
+        """
         fixed, each = pair_seconds(self.h, dtype, rows)
         pairs = batch * (causal_pairs(rows, keys) if causal else rows * keys)
         block = query_block(rows)
         gain = balanced(self.gain("attention"), self.threads, batch * -(-rows // block))
-        mask = rate(self.h.attention_mask_seconds, dtype) if masked else 0.0
+        far = rows * keys * WIDTH["f32"] > CORE_CACHE
+        mask = rate(self.h.attention_far_mask_seconds if far else self.h.attention_mask_seconds, dtype) if masked else 0.0
         walked = pairs / max(rows * keys, 1) * -(-keys // KEY_BLOCK) * rows * rate(self.h.attention_row_seconds, dtype)
+        operands = batch * keys * (e + f)
         bill.add("launch", self.h.attention_seconds + (self.h.mask_seconds if masked else 0.0))
         bill.add("matrix", pairs * each * (e + f) / gain)
         bill.add("exp", (pairs * (fixed + mask) + walked) / gain)
-        # every query block reads its keys and values again, past the core's own cache
-        again = pairs / block * (e + f) * WIDTH[dtype]
-        if batch * keys * (e + f) * WIDTH[dtype] > CORE_CACHE:
-            bill.add("memory", again / self.d.dram_bytes_per_s / self.gain("memory"))
+        bill.add("memory", self.stream(operands // group * WIDTH[dtype]))
 
 
 def rate(table: Mapping[str, float], dtype: str) -> float:
@@ -155,18 +196,21 @@ def causal_pairs(queries: int, keys: int) -> int:
 
 
 def pair_seconds(h: HostRates, dtype: str, rows: int) -> tuple[float, float]:
-    """(fixed, per element of e + f) seconds of a pair; few rows lie between the measured ones on a logarithmic scale."""
+    """(fixed, per element of e + f) seconds of a pair: what is laid out for a key is shared by the rows of a call.
+
+    Fewer rows than a block lie between the measured numbers on a logarithmic scale.
+    """
     table = h.attention_pair_seconds.get(dtype) or h.attention_pair_seconds["f32"]
+    key = rate(h.attention_key_seconds, dtype)
     if rows >= 32:
-        return table[query_block(rows)]
-    known = sorted(table)
-    low = max(r for r in known if r <= rows)
-    high = min(r for r in known if r >= rows)
-    if low == high:
-        return table[low]
+        fixed, each = table[query_block(rows)]
+        return fixed, each + key / rows
+    whole = {**table, 32: (table[32][0], table[32][1] + key / 32)}
+    low = max(r for r in whole if r <= rows)
+    high = min(r for r in whole if r > rows)
     t = math.log(rows / low) / math.log(high / low)
-    a, b = table[low], table[high]
-    return a[0] + t * (b[0] - a[0]), _between(a[1], b[1], t)
+    (a, b), (c, d) = whole[low], whole[high]
+    return a + t * (c - a), _between(b, d, t)
 
 
 def _between(a: float, b: float, t: float) -> float:
@@ -186,4 +230,4 @@ def original(operators: Sequence[Operator], d: Device) -> Cost:
     host, bill = Host(d), Bill()
     for o in operators:
         host.operator(o, bill)
-    return bill.cost(d.basis)
+    return bill.cost(d)

@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ..patterns import expr as ex
 from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.recognise import Miss
 from . import gpu, host
-from .body import fused, tiled
+from .body import fused, has_triangles, tiled
 from .cost import Cost, bound_of
-from .device import Device
+from .device import Device, HostRates
 from .eager import Operator, operators
 from .fit import Footprint, candidates, footprint, padded, refuse
 from .subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
@@ -36,10 +37,6 @@ SCHEDULED_MAPPINGS = 3
 # Blocks of FlexAttention's mask, and the tile that stands for a vendor's kernel.
 FLEX_BLOCK = 128
 VENDOR_TILE = Tiling(tile_p=128, tile_m=128, warps=8, stages=2, body="vendor")
-# SDPA's memory-efficient kernel takes a mask tensor, and runs at about this share of the flash kernel's rate.
-EFFICIENT_SHARE = 0.6
-# FlexAttention's template beside our kernel: 0.92 to 1.14 times FlashAttention-2 on H100.
-FLEX_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,8 @@ def ranked_mappings(
     if not fitting:
         return Miss(f"no tile of head sizes {at.embed} and {at.value} fits {device.name}")
     if device.kind == "cpu":
-        able = [m for m in fitting if m.body != "sdpa" or fused(s)]
+        bodies = ("product", *(("sdpa",) if fused(s) else ()), *(("slices",) if fused(s) and has_triangles(s) else ()))
+        able = [m for m in fitting if m.body in bodies]
         found = [(m, tiled(s, at, m, plan_tiles(s, at, m), device)) for m in able]
         return tuple(sorted(found, key=lambda pair: pair[1].seconds))
     rough = sorted(fitting, key=lambda m: _ours(s, at, m, device, scheduled=0).seconds)
@@ -144,7 +142,8 @@ def _operators(ops: tuple[Operator, ...], device: Device) -> Cost:
         matrix = o.flops / (model.matrix_efficiency * device.matrix_rate(o.dtype)) if o.flops else 0.0
         parts["matrix" if matrix > moving else "memory"] += max(matrix, moving)
     flops, moved = sum(o.flops for o in ops), sum(o.read_bytes + o.written_bytes for o in ops)
-    return Cost(sum(parts.values()), bound_of(parts), flops, moved, sum(o.exps for o in ops), parts, device.basis)
+    exps = sum(o.exps for o in ops)
+    return Cost(sum(parts.values()), bound_of(parts), flops, moved, exps, parts, device.basis, device.band)
 
 
 def _math(c: Cascade, s: Subject, use: VendorUse, device: Device, sizes: Mapping[str, int]) -> Cost:
@@ -180,6 +179,8 @@ def _ours(s: Subject, at: Shape, mapping: Tiling, device: Device, scheduled: int
     w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), mapping.tile_p, mapping.tile_m)
     fit = footprint(mapping, at.embed, at.value, WIDTH[s.dtype], device)
     kernel = gpu.streaming(w, mapping, jobs, fit, at.value, at.queries, at.batch)
+    read = gpu.operand_bytes(mapping.tile_p, mapping.tile_m, at.embed, at.value, WIDTH[s.dtype], device.arch)
+    kernel = replace(kernel, operand_bytes=read)
     return gpu.seconds(
         _shared_heads(kernel, _packed(at)), device, overlap=device.model.overlap,
         partial_factor=device.model.partial_factor, scheduled=scheduled,
@@ -208,9 +209,9 @@ def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cos
     model = device.model
     if use.backend == "flex":
         cost = gpu.seconds(kernel, device, overlap=model.overlap, partial_factor=model.partial_factor)
-        return _slower(cost, FLEX_SHARE)
-    cost = gpu.seconds(kernel, device, overlap=model.vendor_overlap, partial_factor=1.1)
-    return _slower(cost, EFFICIENT_SHARE) if use.backend == "efficient" else cost
+        return _slower(cost, model.flex_share)
+    cost = gpu.seconds(kernel, device, overlap=model.vendor_overlap, partial_factor=model.vendor_partial_factor)
+    return _slower(cost, model.efficient_share) if use.backend == "efficient" else cost
 
 
 def _split_keys(k: gpu.Kernel, device: Device) -> gpu.Kernel:
@@ -231,34 +232,58 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cos
     pairs = at.batch * at.queries * at.keys
     moved = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
     if use.backend == "flex":
-        visited = _visited_pairs(s, at, FLEX_BLOCK)
+        visited, partial = _visited_pairs(s, at, FLEX_BLOCK)
         a, b = prices.h.flex_pair_seconds.get(s.dtype) or prices.h.flex_pair_seconds["f32"]
+        mask = host.rate(prices.h.flex_mask_seconds, s.dtype)
+        key = _flex_key(prices.h, s.dtype, at.queries)
+        operands = at.batch * at.keys * (at.embed + at.value)
         units = at.batch * -(-at.queries // FLEX_BLOCK)
         gain = host.balanced(prices.gain("flex"), prices.threads, units)
         bill.add("launch", prices.h.flex_call_seconds + use.operators * prices.h.operator_seconds)
-        bill.add("matrix", visited * b * (at.embed + at.value) / gain)
-        bill.add("exp", visited * a / gain)
+        bill.add("matrix", visited * (b + key) * (at.embed + at.value) / gain)
+        bill.add("exp", (visited * a + partial * mask) / gain)
+        bill.add("memory", prices.stream(operands * WIDTH[s.dtype]))
         pairs = visited
     else:
         if use.skips:
             pairs = at.batch * host.causal_pairs(at.queries, at.keys)
         prices.attention(
             at.batch, at.queries, at.keys, at.embed, at.value, s.dtype, bill, masked=use.mask_elements > 0,
-            causal=use.skips,
+            causal=use.skips, group=at.group,
         )  # fmt: skip
-        bill.add("launch", use.operators * prices.h.operator_seconds)
-        prices.point("where", use.mask_dtype, use.built_elements, use.built_elements * WIDTH[use.mask_dtype], bill)
-        bill.add("fault", prices.fresh(use.built_elements * WIDTH[use.mask_dtype]))
+        _mask_on_cpu(s, at, use, prices, bill)
     bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
     bill.bytes = moved + use.mask_elements * WIDTH[use.mask_dtype]
-    return bill.cost(device.basis)
+    return bill.cost(device)
 
 
-def _visited_pairs(s: Subject, at: Shape, block: int) -> int:
-    """Pairs in the blocks that a block mask keeps, over all batch entries; the ends of the sequence cut the last ones."""
+def _flex_key(h: HostRates, dtype: str, queries: int) -> float:
+    """What a block of FlexAttention lays out for a key, shared by its rows; one query reads the keys as SDPA does."""
+    if queries == 1:
+        return host.pair_seconds(h, dtype, 1)[1]
+    return host.rate(h.flex_key_seconds, dtype) / min(FLEX_BLOCK, queries)
+
+
+def _mask_on_cpu(s: Subject, at: Shape, use: VendorUse, prices: host.Host, bill: host.Bill) -> None:
+    """The mask that SDPA is given: made at each call, or only turned from a predicate into what is added to the scores."""
+    if use.built_elements:
+        made = prices.terms if use.mask_dtype == "b1" else prices.chosen
+        made(s.mask.keep, at.extent, bill)
+    if use.mask_dtype == "b1" and use.mask_elements:
+        prices.point("where", s.dtype, use.mask_elements, use.mask_elements * WIDTH[s.dtype], bill)
+        bill.add("fault", prices.fresh(use.mask_elements * WIDTH[s.dtype]))
+
+
+def _visited_pairs(s: Subject, at: Shape, block: int) -> tuple[int, int]:
+    """Pairs in the blocks that a block mask keeps, over all batch entries, and those of partial ones.
+
+    The ends of the sequence cut the last blocks. Conditions on run-time data leave every block partial.
+    """
     jobs = plan_tiles(s, at, Tiling(block, block))
-    visited = int(jobs.visited.sum()) * jobs.repeat
-    return min(visited * min(block, at.queries) * min(block, at.keys), at.batch * at.queries * at.keys)
+    most, size = at.batch * at.queries * at.keys, min(block, at.queries) * min(block, at.keys)
+    visited = min(int(jobs.visited.sum()) * jobs.repeat * size, most)
+    partial = min(int(jobs.partial.sum()) * jobs.repeat * size, most)
+    return visited, visited if any(ex.loads(s.mask.keep)) else partial
 
 
 def head_sizes(c: Cascade, sizes: Mapping[str, int]) -> tuple[int, int] | Miss:

@@ -131,30 +131,60 @@ def diff(
         raise typer.Exit(1)
 
 
-def targets(json: Json = False, debug: Debug = False) -> None:
+def targets(
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="measure the present device first (under two minutes), and keep the file")
+    ] = False,
+    json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
     """List the devices that can be planned for, with the numbers that plans use.
 
-    Example: reattend targets --json
+    Example: reattend targets --calibrate
     """
     from .cost_model.device import targets as all_targets
 
+    if calibrate:
+        _calibrate()
     if json:
         rows = [{"name": d.name, "title": d.title, "kind": d.kind, "arch": d.arch, "basis": d.basis,
-                 "dram_bytes_per_s": d.dram_bytes_per_s, "matrix_flops_per_s": dict(d.matrix_flops_per_s),
+                 "band": d.band, "dram_bytes_per_s": d.dram_bytes_per_s, "matrix_flops_per_s": dict(d.matrix_flops_per_s),
                  "sources": dict(d.sources)} for d in all_targets()]  # fmt: skip
         print(json_module.dumps(rows, indent=2))
         return
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("target", "device", "arch", "units", "memory TB/s", "bf16 TFLOP/s", "basis"):
+    for column in ("target", "device", "arch", "units", "memory TB/s", "bf16 TFLOP/s", "basis", "times"):
         table.add_column(column, justify="right" if column in ("units", "memory TB/s", "bf16 TFLOP/s") else "left")
     for d in all_targets():
         table.add_row(
             d.name, d.title, d.arch, str(d.units), f"{d.dram_bytes_per_s / 1e12:.2f}",
-            f"{d.matrix_rate('bf16') / 1e12:.1f}", d.basis,
+            f"{d.matrix_rate('bf16') / 1e12:.1f}", d.basis, f"±{d.band:.0%}",
         )  # fmt: skip
     Console(width=max(100, Console().width)).print(table)
+
+
+def _calibrate() -> None:
+    """Measure the present device behind a progress bar; what the check at the end found goes to stderr."""
+    import torch
+    from rich.progress import track
+
+    from .codegen.calibrate import calibrate as measure
+    from .cost_model.device import calibration_path, shipped
+    from .rewriter.choose import running_device
+
+    here = shipped(running_device("cuda" if torch.cuda.is_available() else "cpu").name)
+    errors = Console(stderr=True)
+    found, check = measure(here, watch=lambda steps, what: track(steps, description=what, console=errors))
+    for c in check:
+        print(f"{c.name}: {c.measured * 1e3:.3g} ms, predicted {c.predicted * 1e3:.3g} ms", file=sys.stderr)
+    mean = sum(c.error for c in check) / len(check)
+    where = calibration_path(found.name)
+    print(
+        f"{found.title}: off by {mean:.1%} on average on {len(check)} timings that nothing was fitted to; plans state "
+        f"±{found.band:.0%}; {f'written to {where}' if where else 'not written: REATTEND_CALIBRATION is empty'}",
+        file=sys.stderr,
+    )  # fmt: skip
 
 
 # --- how --------------------------------------------------------------------------------------------------------

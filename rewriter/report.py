@@ -9,14 +9,18 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 from rich.table import Table
 
+from ..cost_model.accuracy import within
+from ..cost_model.cost import Cost
 from ..cost_model.plan import ORIGINAL, Miss, Plan, Site
-from ..cost_model.table import group_name, short_path
+from ..cost_model.table import group_name, seconds_text, short_path
 from .policy import StrictError
+from .sampling import Samples
 
 
 @dataclass
 class Piece:
-    """One graph that Dynamo handed over. `calls` counts its runs; `fallbacks` the guards that failed, by site.
+    """One graph that Dynamo handed over. `calls` counts its runs; `fallbacks` the guards that failed, by site; `samples`
+    are times of the chosen kernels in some of the runs.
 
     `broke` says where and why Dynamo ended the graph early; `error` why nothing was rewritten in it.
     """
@@ -31,6 +35,7 @@ class Piece:
     plan_seconds: float = 0.0
     calls: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
+    samples: Samples = field(default_factory=Samples)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -57,11 +62,15 @@ def check_plan(plan: Plan) -> None:
 
 @dataclass(frozen=True)
 class SiteRun:
-    """One attention of one graph: how often its graph ran, and how often its guards fell back to the original."""
+    """One attention of one graph: how often its graph ran, and how often its guards fell back to the original.
+
+    `measured`: the median seconds of its kernel in calls that were timed, None before the first of them.
+    """
 
     site: Site
     ran: int
     fell_back: int
+    measured: float | None = None
 
     @property
     def name(self) -> str:
@@ -71,6 +80,17 @@ class SiteRun:
     def kernel(self) -> str:
         """The candidate that was chosen."""
         return self.site.choice
+
+    @property
+    def predicted(self) -> Cost | None:
+        """What the plan says that the kernel costs."""
+        return self.site.chosen.cost
+
+    @property
+    def off(self) -> bool:
+        """Was the kernel timed, and is the prediction further off than the plan's band allows?"""
+        p = self.predicted
+        return p is not None and self.measured is not None and not within(p.seconds, self.measured, p.band)
 
 
 @dataclass(frozen=True)
@@ -122,7 +142,9 @@ class Report:
 
     @property
     def sites(self) -> tuple[SiteRun, ...]:
-        return tuple(SiteRun(s, p.calls, p.fallbacks.get(s.name, 0)) for p in self.pieces for s in p.sites)
+        return tuple(
+            SiteRun(s, p.calls, p.fallbacks.get(s.name, 0), p.samples.median(s.name)) for p in self.pieces for s in p.sites
+        )
 
     @property
     def kernels(self) -> Counter[str]:
@@ -168,6 +190,7 @@ class Report:
             lines.append(_table(self.sites))
             ran = ", ".join(f"{k} {n}×" for k, n in self.kernels.most_common())
             lines.append(f"ran: {ran or 'nothing yet'}; guards that fell back: {self.fallbacks}")
+            lines += _predictions(self.sites)
         elif self.pieces and not any(p.error for p in self.pieces):
             lines.append("no attention was found in what was captured")
         lines += [f"left alone: {m.where} {m.what}: {m.reason}" for m in self.misses]
@@ -177,6 +200,26 @@ class Report:
         seconds = sum(p.capture_seconds + p.plan_seconds for p in self.pieces)
         taken = f" in {seconds:.1f} s" if self.pieces else ""
         return f"{_count(self.captures, 'graph')} captured{taken}, {_count(self.recompiles, 'recompilation')}"
+
+
+def _predictions(runs: tuple[SiteRun, ...]) -> list[str]:
+    """How the plan's times held: one line for all of them, and one for each group of sites where they did not."""
+    timed = [r for r in runs if r.measured is not None and r.predicted is not None]
+    groups: dict[tuple[object, ...], list[SiteRun]] = {}
+    for r in timed:
+        if r.off:
+            groups.setdefault(r.site.alike, []).append(r)
+    lines = [f"predicted times: {len(timed) - sum(map(len, groups.values()))} of {len(timed)} hold"] if timed else []
+    for members in groups.values():
+        r = members[0]
+        assert r.predicted is not None
+        assert r.measured is not None
+        lines.append(
+            f"prediction off: {group_name([m.name for m in members])}, {r.kernel}: {seconds_text(r.measured)} on the clock, "
+            f"{seconds_text(r.predicted.seconds)} ±{r.predicted.band:.0%} predicted ({r.predicted.basis}): "
+            "`reattend targets --calibrate` measures this machine"
+        )
+    return lines
 
 
 _NOT_OPTIMISED = "reattend: this model is not optimised: call reattend.optimize(model)"

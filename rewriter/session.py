@@ -25,7 +25,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._dynamo.utils import get_compilation_metrics
 
 from ..cost_model.device import Device
-from . import capture, choose
+from . import capture, choose, sampling
 from .guards import Guarded
 from .policy import Policy, StrictError
 from .report import Piece
@@ -222,6 +222,7 @@ class Session:
         )
         start = time.perf_counter()
         run: Callable[..., Any] = gm.forward
+        captured: capture.Captured | None = None
         try:
             with _marked():
                 captured = capture.from_dynamo(gm, inputs, self.names())
@@ -245,13 +246,18 @@ class Session:
             piece.check()
         with self.lock:
             self.pieces.append(piece)
-        return self._counted(piece, run)
+        # Inductor's code has no nodes that could be run one by one.
+        sampled = captured.graph if captured is not None and not self.inductor and not piece.error else None
+        return self._counted(piece, run, sampled)
 
-    def _counted(self, piece: Piece, run: Callable[..., Any]) -> Callable[..., Any]:
+    def _counted(self, piece: Piece, run: Callable[..., Any], sampled: fx.GraphModule | None) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             with self.lock:
                 piece.calls += 1
+                number = piece.calls
             _running.pieces = getattr(_running, "pieces", 0) + 1
+            if sampled is not None and sampling.due(number):
+                return sampling.timed(sampled, piece.samples, *args)
             return run(*args)
 
         return call

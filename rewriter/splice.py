@@ -26,6 +26,9 @@ from .lift import op_name
 from .liveness import ARITHMETIC, erase_dead, is_pure
 from .sizes import same, shape_of, size_of
 
+# In the metadata of what is spliced in: the site that it computes.
+SITE = "reattend_site"
+
 
 class SpliceError(RuntimeError):
     """A replacement that does not fit its place: a bug of whoever made it. The graph is thrown away, not used."""
@@ -89,6 +92,7 @@ def replace(
         if token is not None:
             graph.call_function(torch.amp.autocast_mode._exit_autocast, (token,))
         new.meta["reattend"] = call.name
+        new.meta[SITE] = name
         new = _fit(graph, output, new, sizes)
     output.replace_all_uses_with(new)
     new.meta.setdefault("replaces", output.name)

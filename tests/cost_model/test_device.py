@@ -1,6 +1,7 @@
 """Devices: every number has a source, rates are dense, unknown names are told what to say instead."""
 
 import json
+import math
 import tomllib
 from collections.abc import Iterator
 from importlib.resources import files
@@ -109,3 +110,32 @@ def test_a_calibration_file_is_read_and_a_damaged_one_is_not(tmp_path: Path, mon
     where.write_text("{}")
     devices._read_calibration.cache_clear()
     assert device("cpu").basis == "uncalibrated"
+
+
+@pytest.mark.parametrize(("name", "sparse"), [("h100", 1979e12), ("h200", 1979e12), ("l4", 242e12), ("a100", 624e12), ("b200", 4500e12), ("mi300x", 2614.9e12)])
+def test_no_rate_is_the_sparse_one(name: str, sparse: float) -> None:
+    """Known wrong: the figures with 2:4 sparsity, twice the dense ones, which some tables list as peaks."""
+    d = shipped(name)
+    for dtype in ("bf16", "f16"):
+        assert d.matrix_rate(dtype) < 0.6 * sparse
+        # the dense rate is what the units can do: a power of two of multiply-adds a clock
+        per_clock = d.matrix_rate(dtype) / (d.units * d.clock_hz)
+        assert per_clock == pytest.approx(2 ** round(math.log2(per_clock)), rel=0.03)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_device_states_a_band(name: str) -> None:
+    d = shipped(name)
+    assert d.basis == "uncalibrated"
+    assert 0 < d.band <= 1
+    assert "band" in d.sources
+
+
+def test_a_calibration_belongs_to_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = tmp_path / "calibration.json"
+    monkeypatch.setenv("REATTEND_CALIBRATION", str(where))
+    body = {**device_to_dict(shipped("h200")), "basis": "calibrated", "band": 0.15}
+    where.write_text(json.dumps({"schema": devices.CALIBRATION_SCHEMA, "device": body}))
+    assert device("h200").basis == "calibrated"
+    assert device("h200").band == 0.15
+    assert device("h100").basis == device("cpu").basis == "uncalibrated"

@@ -1,8 +1,10 @@
 """Predictions: laws that every cost obeys, the order of candidates where it is beyond doubt, and the time it takes."""
 
 import time
-from dataclasses import replace
+from collections.abc import Mapping as Mapping_
+from dataclasses import fields, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -83,6 +85,38 @@ def test_rates_times_x_divide_the_time_by_x(d: Device, x: float) -> None:
         )
 
 
+def faster_host(d: Device, x: float) -> Device:
+    """Every rate of a CPU times x, every time divided by it; sizes of caches, gains and factors stay."""
+
+    def scaled(value: Any, factor: float) -> Any:
+        if isinstance(value, Mapping_):
+            return {k: scaled(v, factor) for k, v in value.items()}
+        return tuple(v * factor for v in value) if isinstance(value, tuple) else value * factor
+
+    assert d.host is not None
+    rates = {f.name: getattr(d.host, f.name) for f in fields(d.host)}
+    times = {n: scaled(v, 1 / x) for n, v in rates.items() if "seconds" in n}
+    speeds = {n: scaled(v, x) for n, v in rates.items() if n.endswith("_per_s")}
+    flops = {t: r * x for t, r in d.matrix_flops_per_s.items()}
+    host = replace(d.host, **times, **speeds)
+    return replace(d, dram_bytes_per_s=d.dram_bytes_per_s * x, matrix_flops_per_s=flops, host=host)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("x", [0.5, 2.0, 10.0])
+def test_a_cpu_x_times_as_fast_takes_the_time_by_x(threads: int, x: float) -> None:
+    d = cpu(threads)
+    quick = faster_host(d, x)
+    for c in (FULL, CAUSAL, WINDOW, CAPPED):
+        assert predict_original(c, quick, sizes(2048)).seconds * x == pytest.approx(predict_original(c, d, sizes(2048)).seconds)
+        for body in ("sdpa", "slices", "product"):
+            base = known(predict(c, Mapping(64, 64, body=body), d, sizes(2048)))
+            assert known(predict(c, Mapping(64, 64, body=body), quick, sizes(2048))).seconds * x == pytest.approx(base.seconds)
+        for use in (FLASH, VendorUse("flex", skips=True)):
+            base = known(predict_vendor(c, use, d, sizes(2048)))
+            assert known(predict_vendor(c, use, quick, sizes(2048))).seconds * x == pytest.approx(base.seconds)
+
+
 @pytest.mark.parametrize("d", [*GPUS, cpu(1), cpu(2)], ids=lambda d: f"{d.name}-{d.units}")
 @pytest.mark.parametrize("c", [FULL, CAUSAL, WINDOW, CAPPED, SIGMOID], ids=lambda c: c.name)
 def test_time_grows_with_length(d: Device, c: Cascade) -> None:
@@ -138,7 +172,7 @@ def test_the_fused_kernel_is_not_offered_what_it_cannot_do() -> None:
     assert {m.body for m, _ in found} == {"product"}
     found = ranked_mappings(CAUSAL, cpu(), sizes(1024))
     assert not isinstance(found, Miss)
-    assert {m.body for m, _ in found} == {"product", "sdpa"}
+    assert {m.body for m, _ in found} == {"product", "sdpa", "slices"}
     assert all(a[1].seconds <= b[1].seconds for a, b in pairwise(found))
 
 

@@ -200,3 +200,33 @@ def test_debug_shows_the_traceback(config: str) -> None:
 
 def test_token_counts() -> None:
     assert [tokens("4096"), tokens("4k"), tokens("128K"), tokens("1M")] == [4096, 4096, 131072, 1 << 20]
+
+
+def test_targets_calibrates_first_and_says_how_far_it_is_off(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    from reattend.codegen import calibrate
+    from reattend.cost_model.calibrate import keep
+    from reattend.cost_model.device import Device, shipped
+
+    monkeypatch.setenv("REATTEND_CALIBRATION", str(tmp_path / "calibration.json"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def measured(d: Device, watch: object) -> tuple[Device, tuple[calibrate.Checked, ...]]:
+        assert d is shipped("cpu")
+        found = replace(d, title="a quick one", basis="calibrated", band=0.2)
+        keep(found)
+        return found, (calibrate.Checked("sdpa, causal", 1e-3, 1.1e-3), calibrate.Checked("original, causal", 2e-3, 1.8e-3))
+
+    monkeypatch.setattr(calibrate, "calibrate", measured)
+    code, out, err = run(capsys, "targets", "--calibrate")
+    assert code == 0
+    assert "sdpa, causal: 1 ms, predicted 1.1 ms" in err
+    assert "a quick one: off by 10.0% on average on 2 timings that nothing was fitted to; plans state ±20%" in err
+    assert "calibration.json" in err
+    line = next(x for x in out.splitlines() if x.startswith("cpu"))
+    assert "a quick one" in line
+    assert "calibrated" in line
+    assert "±20%" in line

@@ -1,0 +1,225 @@
+"""The cost model beside the clock: every candidate measured over a grid of shapes and masks on this device.
+
+    python benchmarks/cost_model.py [--grid heldout] [--calibrate] [--quick] [--report] [--budget SECONDS] [--again]
+                                    [--threads 1,2] [--masks …] [--dtypes …] [--lengths …] [--no-flex]
+
+Prints a row a cell, then per device: MAPE, 95th percentile, Spearman's rank correlation, the regret of the model's choice,
+the test-retest noise of the timings, and the ablation from a plain roofline to the calibrated model. Timings are kept in
+benchmarks/results/cost_model_DEVICE.json; cells that are there are not measured again (unless --again, or where the
+mapping that the model likes best has not been timed), so that a grid may be measured piece by piece, and --report judges
+what is there. Works on a CPU and on a CUDA device as it stands. Compilation is not timed; it is printed apart.
+
+Grids: `heldout` judges the model and was looked at by nobody who wrote it; `regret` (8 heads of 64, window, causal and no
+mask, 512 to 8192 tokens) and `development` were looked at. The calibration sees none of them: see benchmarks/cells.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import cells
+import timing
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from reattend.codegen.calibrate import calibrate
+from reattend.cost_model.accuracy import Outcome, accuracy, percentile
+from reattend.cost_model.device import Device, device, device_to_dict, shipped, with_threads
+from reattend.cost_model.ladder import ladder
+from reattend.patterns.mapping import Mapping as Tiling
+from reattend.rewriter.choose import running_device
+
+Row = dict[str, Any]
+console = Console(width=150)
+
+
+def here() -> Device:
+    """The device of this machine, calibrated where a calibration file of it is there."""
+    return running_device("cuda") if torch.cuda.is_available() else device("cpu")
+
+
+def present(threads: int) -> Device:
+    """The same with this many threads, of which torch is told as well."""
+    if torch.cuda.is_available():
+        return here()
+    torch.set_num_threads(threads)
+    return with_threads(here(), threads)
+
+
+def plain(d: Device) -> Device:
+    return with_threads(shipped(d.name), d.units) if d.kind == "cpu" else shipped(d.name)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(cell: cells.Cell, d: Device, flex: bool, seconds: float) -> Row:
+    """Timings of a cell's candidates."""
+    torch._dynamo.reset()
+    calls, mappings = cells.calls(cell, d, flex)
+    found = timing.adaptive(calls, seconds=seconds)
+    texts = {name: m.to_text() for name, m in mappings.items()}
+    return timing.as_row(found, **cells.as_data(cell), mappings=texts, date=time.strftime("%Y-%m-%d"))
+
+
+def cell_of(row: Mapping[str, Any]) -> cells.Cell:
+    return cells.Cell(**{f: row[f] for f in cells.Cell.__dataclass_fields__})
+
+
+def stale(row: Row, d: Device) -> bool:
+    """Is the mapping that the model likes best by now among those that were timed?"""
+    return not set(dict(cells.best(cell_of(row), d))) <= set(row["mappings"])
+
+
+def gather(found: dict[cells.Cell, Row], wanted: list[cells.Cell], given: argparse.Namespace) -> None:
+    """Measure what is wanted and not there, until the budget is spent; everything found is written at once."""
+    due = [c for c in wanted if given.again or c not in found or stale(found[c], present(c.threads))]
+    begin = time.perf_counter()
+    for cell in track(due, description="measuring", console=console):
+        if time.perf_counter() - begin > given.budget:
+            console.print(f"the budget of {given.budget:.0f} s is spent: call again to go on")
+            return
+        d = present(cell.threads)
+        found[cell] = measure(cell, d, given.flex, given.seconds)
+        show(found[cell], d)
+        write(found)
+
+
+def results(d: Device) -> Path:
+    return timing.RESULTS / f"cost_model_{d.name}.json"
+
+
+def read(d: Device) -> dict[cells.Cell, Row]:
+    if not results(d).is_file():
+        return {}
+    return {cell_of(r): r for r in json.loads(results(d).read_text())["rows"]}
+
+
+def write(found: Mapping[cells.Cell, Row], summary: Mapping[str, object] | None = None) -> None:
+    """Keep the timings, the device that predicts, and the figures of each grid as they were last judged."""
+    d = here()
+    old = json.loads(results(d).read_text()).get("summary", {}) if results(d).is_file() else {}
+    kept = {**old, **(summary or {})}
+    timing.write(f"cost_model_{d.name}", list(found.values()), device=device_to_dict(d), summary=kept)
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+def outcome(row: Row, d: Device, masked: bool = True) -> Outcome:
+    names = list(row["milliseconds"])
+    mappings = {n: Tiling.parse(t) for n, t in row["mappings"].items()}
+    found = cells.costs(cell_of(row), names, mappings, d, masked)
+    return Outcome({n: ms / 1e3 for n, ms in row["milliseconds"].items()}, {n: c.seconds for n, c in found.items()})
+
+
+def show(row: Row, d: Device) -> None:
+    o = outcome(row, d)
+    shown = sorted(o.measured, key=lambda n: o.measured[n])
+    pairs = "  ".join(f"{n} {o.measured[n] * 1e3:.3g}/{o.predicted[n] * 1e3:.3g}" for n in shown)
+    compiled = max(row["first_call_seconds"].values())
+    console.print(
+        f"{cell_of(row)}  chose {o.chosen}, best {o.best}, regret {o.regret:.1%} (A/A {row['aa']:.3f}; first call "
+        f"{compiled:.1f} s)\n    measured/predicted ms: {pairs}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def noise(rows: Iterable[Row]) -> tuple[float, float]:
+    """Test-retest: how far the medians of odd and of even rounds are apart, mean and 95th percentile."""
+    apart = [abs(x - 1) for r in rows for x in r["retest"].values()]
+    return statistics.mean(apart), percentile(apart, 0.95)
+
+
+def report(rows: list[Row]) -> dict[str, object]:
+    """Print the figures of some rows; the same as plain data."""
+    outcomes = [outcome(r, present(r["threads"])) for r in rows]
+    mean, p95 = noise(rows)
+    figures = accuracy(outcomes)
+    console.print(f"\n{here()}\n{figures}", highlight=False)
+    console.print(f"test-retest noise {mean:.1%} mean, {p95:.1%} p95", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "MAPE", "p95", "Spearman", "regret", "regret p95"):
+        table.add_column(title, justify="right" if title else "left")
+    steps: dict[str, object] = {}
+    ladders = {r["threads"]: ladder(plain(present(r["threads"])), present(r["threads"])) for r in rows}
+    for k, rung in enumerate(next(iter(ladders.values()))):
+        a = accuracy([outcome(r, ladders[r["threads"]][k].device, rung.masked) for r in rows])
+        table.add_row(
+            rung.name, f"{a.mape:.1%}", f"{a.p95:.1%}", f"{a.spearman:.3f}", f"{a.regret:.1%}", f"{a.regret_p95:.1%}"
+        )
+        steps[rung.name] = vars(a)
+    console.print(table)
+    _by_candidate(rows, outcomes)
+    return {"accuracy": vars(figures), "retest": {"mean": mean, "p95": p95}, "ablation": steps}
+
+
+def _by_candidate(rows: list[Row], outcomes: list[Outcome]) -> None:
+    """Mean error and bias of each kind of candidate."""
+    kinds: dict[str, list[float]] = {}
+    for o in outcomes:
+        for n, m in o.measured.items():
+            kinds.setdefault(" ".join(n.split()[:2]), []).append(o.predicted[n] / m)
+    for kind, ratios in sorted(kinds.items()):
+        console.print(
+            f"{kind:18} {len(ratios):4}  error {statistics.mean(abs(r - 1) for r in ratios):6.1%}  "
+            f"predicted/measured {statistics.median(ratios):.2f} (median)",
+            highlight=False,
+        )  # fmt: skip
+
+
+def wanted(given: argparse.Namespace) -> list[cells.Cell]:
+    out = [c for t in map(int, given.threads.split(",")) for c in cells.GRIDS[given.grid](t)]
+    if torch.cuda.is_available():
+        # threads are the GPU's own affair, and products in fp32 nobody's aim
+        out = [c for c in out if c.threads == 1 and c.dtype != "f32"]
+    for field, text in (("mask", given.masks), ("dtype", given.dtypes), ("queries", given.lengths)):
+        out = [c for c in out if not text or str(getattr(c, field)) in text.split(",")]
+    return out[:: max(1, len(out) // 6)] if given.quick else out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", choices=list(cells.GRIDS), default="heldout")
+    parser.add_argument("--calibrate", action="store_true", help="measure the device first and keep the file")
+    parser.add_argument("--report", action="store_true", help="measure nothing: judge the timings that are kept")
+    parser.add_argument("--quick", action="store_true", help="about six cells of the grid, timed briefly")
+    parser.add_argument("--again", action="store_true", help="measure cells that are there as well")
+    parser.add_argument("--threads", default="1,2")
+    for name in ("masks", "dtypes", "lengths"):
+        parser.add_argument(f"--{name}", default="", help="only these")
+    parser.add_argument("--seconds", type=float, default=2.0, help="measuring time of a cell, at least")
+    parser.add_argument("--budget", type=float, default=1e9, help="stop after so many seconds; what is found is kept")
+    parser.add_argument("--no-flex", dest="flex", action="store_false")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if given.quick:
+        given.seconds = min(given.seconds, 0.3)
+    if given.calibrate:
+        found_now, _ = calibrate(shipped(here().name), watch=lambda steps, what: track(steps, what, console=console))
+        console.print(str(found_now))
+        running_device.cache_clear()
+    chosen = wanted(given)
+    found = read(here())
+    with torch.no_grad():
+        if not given.report:
+            gather(found, chosen, given)
+        rows = [found[c] for c in chosen if c in found]
+        if given.report:
+            for r in rows:
+                show(r, present(r["threads"]))
+        summary = report(rows)
+    write(found, {f"{given.grid}, threads {given.threads}": summary})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Calibration of the present device, with its check: `reattend targets --calibrate`.
+
+    operators and kernels, timed        → rates and constants of the time model
+    shapes that nothing was fitted to   → how far the model is off there: the band that plans state
+
+The CPU's operators are timed in cost_model/calibrate.py, a GPU's rates in calibrate_gpu.py; here is what needs our operator
+or a compiled FlexAttention on the CPU, and the check at the end. Under two minutes on a CPU, less on a GPU.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from ..cost_model.accuracy import error, percentile
+from ..cost_model.calibrate import Watch, between, cpu_rates, keep, seconds, unwatched, with_rates
+from ..cost_model.cost import Cost
+from ..cost_model.device import Device, with_threads
+from ..cost_model.predict import VendorUse, best_mapping, predict, predict_original, predict_vendor
+from ..patterns import expr as ex
+from ..patterns.cascade import Cascade
+from ..patterns.evaluate import DTYPE
+from ..patterns.mapping import Mapping as Tiling
+from ..patterns.papers import Builder, softmax
+from ..patterns.recognise import Miss
+from .operator import program_text
+from .program import loose
+
+# No band is narrower: neighbours, clocks and thermal limits are not known to any calibration.
+LEAST_BAND = 0.15
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One shape of the check: what was timed and what the calibrated model says, in seconds."""
+
+    name: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        return error(self.predicted, self.measured)
+
+
+def calibrate(d: Device, path: Path | None = None, watch: Watch[Any] = unwatched) -> tuple[Device, tuple[Checked, ...]]:
+    """Measure the present device, check the result on other shapes, and keep it. `d` is the device as its data file has it.
+
+    Returns the calibrated device, whose band is the check's 95th percentile (at least 15 %), and the check. Raises
+    ValueError for a device that runs no kernels of ours, OSError when the file cannot be written.
+    """
+    if d.kind == "cpu":
+        # twice, with the compilations in between
+        first = cpu_rates(watch=watch)
+        compiled = _flex(first, watch)
+        found = _own(_flex_of(compiled, between(first, cpu_rates(watch=watch))))
+        check = tuple(_checked_on_cpu(found, watch))
+    elif d.is_gpu:
+        from .calibrate_gpu import checked, gpu_rates
+
+        found = gpu_rates(d, watch)
+        check = tuple(Checked(*row) for row in checked(found))
+    else:
+        raise ValueError(f"{d.name} runs no kernels of ours, so there is nothing to calibrate: choose cpu or a GPU")
+    found = replace(found, band=max(LEAST_BAND, percentile([c.error for c in check], 0.95)))
+    keep(found, path)
+    return found, check
+
+
+# --- what needs our operator or a compiler ----------------------------------------------------------------------------
+
+
+def _own(d: Device) -> Device:
+    """Our operator on next to nothing, less what the model says of all else in it; then a step of the product body."""
+    free = {"operator_call_seconds": 0.0, "step_factor": 1.0}
+    took, rest = _beside(_with(d, free), "sdpa", 8)
+    d = _with(d, {"operator_call_seconds": max(0.0, took - rest.seconds)})
+    took, rest = _beside(_with(d, {"step_factor": 1.0}), "product", 768)
+    steps = rest.seconds - rest.parts["launch"]
+    return _with(d, {"step_factor": max(1.0, (took - rest.parts["launch"]) / steps)})
+
+
+def _with(d: Device, rates: dict[str, float]) -> Device:
+    assert d.host is not None
+    return replace(d, host=with_rates(d.host, rates))
+
+
+def _beside(d: Device, body: str, n: int) -> tuple[float, Cost]:
+    """Measured seconds of our kernel without a mask, on one thread, and its predicted cost."""
+    c, x, sizes = _attention("none", "f32", 1, 4, n)
+    mapping = Tiling(128, 128, body=body)
+    cost = predict(c, mapping, with_threads(d, 1), sizes)
+    assert isinstance(cost, Cost), cost
+    return _one_thread(ready(c, mapping, x, sizes)), cost
+
+
+def ready(
+    c: Cascade, mapping: Tiling, tensors: dict[str, torch.Tensor], sizes: dict[str, int]
+) -> Callable[[], torch.Tensor]:
+    """A call of our operator with everything laid out, as it stands in a rewritten graph."""
+    operands, loose_sizes, text = [tensors[t.name] for t in c.inputs], [sizes[n] for n in loose(c)], program_text(c, mapping)
+    return lambda: torch.ops.reattend.cascade.default(operands, loose_sizes, text)
+
+
+def _one_thread(run: Callable[[], object]) -> float:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            return seconds(run)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _flex(d: Device, watch: Watch[Any]) -> Device:
+    """Compiled FlexAttention: a pair by two head sizes, a masked one, a key. Kept as it was where nothing can be compiled.
+
+    seconds = heads · (pairs · (fixed + (e + f)·each) + blocks of 128 queries · keys · (e + f)·κ)
+    """
+    assert d.host is not None
+    rates: dict[str, Any] = {"flex_pair_seconds": {}, "flex_mask_seconds": {}, "flex_key_seconds": {}}
+    for t in watch(["f32", "bf16"], "FlexAttention, compiled"):
+        try:
+            took = {e: _compiled_flex(t, e) for e in (64, 128)}
+            masked, few = _compiled_flex(t, 64, masked=True), _compiled_flex(t, 64, queries=8)
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as no:
+            # a machine without a C++ compiler, or one that torch does not know: FlexAttention cannot run there either
+            warnings.warn(f"FlexAttention was not calibrated: {type(no).__name__}", stacklevel=2)
+            return d
+        each = max(0.0, min(took[128] - took[64], took[64])) / 128
+        key = max(0.0, few - took[64]) / (128 * (1 / 8 - 1 / 128))
+        rates["flex_pair_seconds"][t] = (max(0.0, took[64] - 128 * each), max(0.0, each - key / 128))
+        rates["flex_mask_seconds"][t] = max(0.0, masked - took[64])
+        rates["flex_key_seconds"][t] = key
+    return replace(d, host=with_rates(d.host, rates))
+
+
+def _flex_of(compiled: Device, d: Device) -> Device:
+    """The device with another's rates of FlexAttention."""
+    assert compiled.host is not None
+    assert d.host is not None
+    h = compiled.host
+    flex = {"flex_pair_seconds": h.flex_pair_seconds, "flex_mask_seconds": h.flex_mask_seconds}
+    return replace(d, host=with_rates(d.host, {**flex, "flex_key_seconds": h.flex_key_seconds}))
+
+
+def _compiled_flex(t: str, e: int, heads: int = 4, n: int = 768, queries: int = 768, masked: bool = False) -> float:
+    """Seconds a pair, without a mask or with one that leaves every block partial."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(1, heads, rows, e, dtype=DTYPE[t]) for rows in (queries, n, n))
+    run = torch.compile(flex_attention, dynamic=False)
+    kept = _every_block_masked(n) if masked else None
+    return _one_thread(lambda: run(q, k, v, block_mask=kept)) / (heads * queries * n)
+
+
+def _every_block_masked(n: int, size: int = 128) -> Any:
+    """A block mask whose blocks are all visited and all evaluated, by one comparison as in a causal mask."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    blocks = n // size
+    count = torch.full((1, 1, blocks), blocks, dtype=torch.int32)
+    order = torch.arange(blocks, dtype=torch.int32).expand(1, 1, blocks, blocks).contiguous()
+    return BlockMask.from_kv_blocks(count, order, BLOCK_SIZE=size, mask_mod=lambda b, h, p, m: m <= p + n // 2)
+
+
+# --- the check ----------------------------------------------------------------------------------------------------------
+
+# (mask, batch, heads, tokens, head size), for all types: neither of the micro-benchmarks nor of benchmarks/cells.py
+CHECKED = (("none", 1, 6, 850, 64), ("causal", 1, 6, 1250, 64), ("window", 1, 8, 1800, 64), ("causal", 1, 4, 640, 128))
+WINDOW = 200
+
+
+def _checked_on_cpu(d: Device, watch: Watch[Any]) -> Iterator[Checked]:
+    here = with_threads(d, torch.get_num_threads())
+    for mask, batch, heads, n, head in watch(list(CHECKED), "check on other shapes"):
+        for t in ("f32", "bf16"):
+            c, x, sizes = _attention(mask, t, batch, heads, n, head)
+            for name, run, cost in _runs(c, mask, x, sizes, here):
+                with torch.no_grad():
+                    took = seconds(run, time.perf_counter)
+                yield Checked(f"{name}, {mask} {batch}×{heads}×{n}×{head} {t}", took, cost.seconds)
+
+
+def _runs(
+    c: Cascade, mask: str, x: dict[str, torch.Tensor], sizes: dict[str, int], d: Device
+) -> Iterator[tuple[str, Callable[[], object], Cost]]:
+    q, k, v = x["Q"], x["K"], x["V"]
+    n = q.shape[2]
+    at = torch.arange(n)
+    kept = None if mask == "none" else (at[:, None] >= at) & (at[:, None] - at < (WINDOW if mask == "window" else n))
+
+    def original() -> torch.Tensor:
+        s = q @ k.mT * 0.125
+        return (s if kept is None else torch.where(kept, s, -3e38)).softmax(-1) @ v
+
+    yield "original", original, predict_original(c, d, sizes)
+    causal = mask == "causal"
+    use = VendorUse("flash", skips=causal, mask_elements=n * n if mask == "window" else 0)
+    cost = predict_vendor(c, use, d, sizes)
+    assert isinstance(cost, Cost), cost
+    yield "sdpa", lambda: sdpa(q, k, v, attn_mask=None if causal else kept, is_causal=causal), cost
+    best = best_mapping(c, d, sizes)
+    assert not isinstance(best, Miss), best
+    yield "reattend", ready(c, best[0], x, sizes), best[1]
+
+
+def _attention(
+    mask: str, t: str, batch: int, heads: int, n: int, head: int = 64
+) -> tuple[Cascade, dict[str, torch.Tensor], dict[str, int]]:
+    """Softmax attention in one type, as the eager code computes it, with random operands."""
+    b, p, m = Builder(), ex.index("p"), ex.index("m")
+    b.sizes |= {"m": b.extent("p")}
+    q, k, v = (b.input(name, ranks, t) for name, ranks in (("Q", "bhpe"), ("K", "bhme"), ("V", "bhmf")))
+    s = b.put("QK", "bhpm", q * k, "add", "e") * 0.125
+    if mask != "none":
+        kept = m <= p if mask == "causal" else (m <= p) & (p - m < WINDOW)
+        s = ex.where(kept, s, -3e38)
+    w = b.put("A", "bhpm", softmax(b, b.put("S", "bhpm", s)))
+    b.put("O", "bhpf", w * v, "add", "m")
+    sizes = {"B": batch, "H": heads, "P": n, "M": n, "E": head, "F": head}
+    tensors = {name: torch.randn(batch, heads, n, head, dtype=DTYPE[t]) for name in "QKV"}
+    return b.cascade(mask, "O"), tensors, sizes

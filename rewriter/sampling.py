@@ -1,0 +1,99 @@
+"""Predictions beside the clock, while a model runs: some calls of a graph run node by node, with the spliced kernels timed.
+
+    calls    1, 3, 5, 6, 7, …  the graph as it is                  2, 4, 8, 16, …  node by node
+
+The first call is left out, because kernels compile in it. A time counts only where the inputs have the sizes that the plan
+was made for and no guard fell back. All other calls pay one comparison of an integer.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from .guards import Guarded
+from .splice import SITE, hint
+
+# Times that are kept of a site; the newest ones count.
+KEPT = 8
+
+
+@dataclass
+class Samples:
+    """Seconds of the chosen kernels by site, of the last calls that were timed."""
+
+    seconds: dict[str, deque[float]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, site: str, seconds: float) -> None:
+        with self.lock:
+            self.seconds.setdefault(site, deque(maxlen=KEPT)).append(seconds)
+
+    def median(self, site: str) -> float | None:
+        """The median of a site's times; None where none was taken."""
+        with self.lock:
+            taken = list(self.seconds.get(site, ()))
+        return statistics.median(taken) if taken else None
+
+
+def due(call: int) -> bool:
+    """Is a graph's call of this number (from 1 on) timed: 2, 4, 8, …"""
+    return call > 1 and call & (call - 1) == 0
+
+
+def timed(graph: fx.GraphModule, samples: Samples, *args: Any) -> Any:
+    """Run a graph node by node, with the times of its spliced kernels added to the samples."""
+    return _Timed(graph, samples).run(*args)
+
+
+class _Timed(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule, samples: Samples) -> None:
+        super().__init__(graph)
+        self.extra_traceback = False
+        self.samples = samples
+
+    def run_node(self, n: fx.Node) -> Any:
+        site = n.meta.get(SITE)
+        if site is None or not self._as_planned(n):
+            return super().run_node(n)
+        guard = self.submodules.get(str(n.target)) if n.op == "call_module" else None
+        before = guard.fallbacks[site] if isinstance(guard, Guarded) else 0
+        on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in _leaves(self.map_nodes_to_values(n.args, n)))
+        out, seconds = (_by_events if on_gpu else _by_clock)(lambda: super(_Timed, self).run_node(n))
+        if not isinstance(guard, Guarded) or guard.fallbacks[site] == before:
+            self.samples.add(site, seconds)
+        return out
+
+    def _as_planned(self, n: fx.Node) -> bool:
+        """Have the tensors the sizes with which the graph was captured?"""
+        given = _leaves(self.map_nodes_to_values(n.args, n))
+        planned = _leaves(fx.map_arg(n.args, lambda x: x.meta["val"]))
+        pairs = [(g, p) for g, p in zip(given, planned) if isinstance(p, torch.Tensor)]
+        return all(list(g.shape) == [hint(s) for s in p.shape] for g, p in pairs)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(tree)
+
+
+def _by_clock(run: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    out = run()
+    return out, time.perf_counter() - start
+
+
+def _by_events(run: Callable[[], Any]) -> tuple[Any, float]:
+    start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+    start.record()
+    out = run()
+    end.record()
+    end.synchronize()
+    return out, start.elapsed_time(end) * 1e-3

@@ -1,0 +1,82 @@
+"""The cost model walks the calls that the printed CPU kernel makes: the same number, sizes, masks and triangles."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from reattend.codegen import cache, cpu
+from reattend.cost_model.body import blocks, calls
+from reattend.cost_model.subject import Subject, plan_tiles, shape, subject
+from reattend.patterns import expr as ex
+from reattend.patterns import papers
+from reattend.patterns.cascade import Cascade
+from reattend.patterns.mapping import Mapping
+
+Shape = tuple[int, int, bool, bool]
+P, M = ex.index("p"), ex.index("m")
+
+
+def masked(keep: ex.Expr) -> Cascade:
+    return papers.attention("masked", papers.softmax, lambda b, s: ex.where(keep, s * 0.125, -3e38))
+
+
+def padded() -> Cascade:
+    def score(b: papers.Builder, s: ex.Expr) -> ex.Expr:
+        return ex.where(b.input("Kept", "bm", "b1"), s * 0.125, -3e38)
+
+    return papers.attention("padded", papers.softmax, score)
+
+
+CASES = {
+    "none": papers.attention("none", papers.softmax),
+    "causal": masked(M <= P),
+    "window": masked((M <= P) & (P - M < 200)),
+    "prefix": masked((M <= P) | (M < 70)),
+    "padding": padded(),
+}
+
+
+def made(c: Cascade, mapping: Mapping, queries: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> Counter[Shape]:
+    """(queries, keys, masked, causal) of every call of torch's kernel, once a batch entry and head."""
+    kernel = cpu.build(c, mapping)
+    assert isinstance(kernel, cpu.Kernel), kernel
+    module, seen = cache.load(kernel.source), Counter[Shape]()
+    real = module.attend
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: object, causal: bool, *rest: object) -> object:
+        seen[q.shape[2], k.shape[2], mask is not None, causal] += q.shape[0] * q.shape[1]
+        return real(q, k, v, mask, causal, *rest)
+
+    monkeypatch.setattr(module, "attend", attend)
+    x = {n: torch.randn(2, 3, rows, 16) for n, rows in (("Q", queries), ("K", keys), ("V", keys))}
+    if "Kept" in {t.name for t in c.inputs}:
+        x["Kept"] = torch.ones(2, keys, dtype=torch.bool)
+    kernel.run(x, {})
+    return seen
+
+
+def planned(c: Cascade, mapping: Mapping, queries: int, keys: int) -> Counter[Shape]:
+    s = subject(c)
+    assert isinstance(s, Subject)
+    at = shape(s.cascade, s.attention, {"B": 2, "H": 3, "P": queries, "M": keys, "E": 16, "F": 16})
+    seen = Counter[Shape]()
+    found = blocks(s, plan_tiles(s, at, mapping), mapping, at)
+    for call in calls(found, s, at, torch.get_num_threads()):
+        seen[call.rows, call.keys, call.masked, call.triangle] += call.batch * call.tiles
+    return seen
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("body", ["sdpa", "slices"])
+@pytest.mark.parametrize(("tile_p", "tile_m"), [(32, 16), (64, 64), (128, 64)])
+@pytest.mark.parametrize(("queries", "keys"), [(512, 512), (700, 700)])
+def test_the_model_walks_the_kernels_calls(
+    name: str, body: str, tile_p: int, tile_m: int, queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapping = Mapping(tile_p, tile_m, body=body)
+    kernel, model = made(CASES[name], mapping, queries, keys, monkeypatch), planned(CASES[name], mapping, queries, keys)
+    if name == "padding":
+        # every key is kept: the kernel finds out and masks nothing, the model cannot know
+        kernel, model = (Counter({(*k[:2], False, False): n for k, n in c.items()}) for c in (kernel, model))
+    assert kernel == model

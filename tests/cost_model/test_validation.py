@@ -1,0 +1,59 @@
+"""The cells of benchmarks/cost_model.py: the split is what the file says, and all candidates of a cell compute the same."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from reattend.codegen import calibrate
+from reattend.cost_model.calibrate import CALLS, HEADS
+from reattend.cost_model.device import shipped, with_threads
+from reattend.cost_model.ladder import ladder
+
+
+@pytest.fixture(scope="module")
+def cells() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "cells.py"
+    spec = importlib.util.spec_from_file_location("benchmark_cells", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_held_out_cells_are_in_no_other_grid_and_no_calibration(cells: ModuleType) -> None:
+    grids = {name: {c for t in (1, 2) for c in make(t)} for name, make in cells.GRIDS.items()}
+    assert not grids["heldout"] & (grids["regret"] | grids["development"])
+    assert len(grids["regret"]) == 60
+    timed = {(q, HEADS) for q in CALLS.values()} | {(n, heads) for _, _, heads, n, _ in calibrate.CHECKED}
+    assert not {(c.queries, c.heads) for c in grids["heldout"] if c.queries > 8} & timed
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "window", "prefix", "padding"])
+def test_the_candidates_of_a_cell_agree(cells: ModuleType, mask: str) -> None:
+    cell = cells.square(mask, "f32", 400, 1, batch=2, heads=4, group=2, head=16)
+    d = with_threads(shipped("cpu"), 1)
+    with torch.no_grad():
+        made, mappings = cells.calls(cell, d, False)
+        outputs = {name: call() for name, call in made.items()}
+    assert {"original", "sdpa"} < set(outputs)
+    for out in outputs.values():
+        torch.testing.assert_close(out, outputs["original"], rtol=0, atol=1e-5)
+    for rung in ladder(d, d):
+        costs = cells.costs(cell, [*outputs, "flex"], mappings, rung.device, rung.masked)
+        assert all(c.seconds > 0 for c in costs.values())
+
+
+def test_decode_rows_see_all_keys(cells: ModuleType) -> None:
+    cell = cells.Cell("causal", "f32", 3, 300, heads=4, group=2, head=16)
+    with torch.no_grad():
+        made, _ = cells.calls(cell, with_threads(shipped("cpu"), 1), False)
+        outputs = {name: call() for name, call in made.items()}
+    for out in outputs.values():
+        torch.testing.assert_close(out, outputs["original"], rtol=0, atol=1e-5)
+    assert "3×300" in str(cell)
