@@ -226,7 +226,8 @@ function drawLines(plot, spec) {
   out.append(line(l, b, r, b, { class: "axis" }), words((l + r) / 2, height - 6, title));
   levels.forEach((v, i) => {
     out.append(line(l, Y(v.value), r, Y(v.value), { stroke: "var(--dim)", "stroke-dasharray": "5 4" }));
-    out.append(i ? words(r - 6, Y(v.value) + 14, v.name, "end") : words(l + 6, Y(v.value) - 5, v.name, "start"));
+    const close = i && Math.abs(Y(v.value) - Y(levels[0].value)) < 22;
+    out.append(close ? words(r - 6, Y(v.value) + 14, v.name, "end") : words(l + 6, Y(v.value) - 5, v.name, "start"));
   });
   const turns = marks.map((m) => X(Math.sqrt(m.low * m.high)));
   for (const x of turns) out.append(line(x, t, x, b, { stroke: "var(--ink)", "stroke-dasharray": "2 3" }));
