@@ -6,12 +6,13 @@ Counted from the cascade as lifted, from its one-pass form and from a mapping; m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..patterns.cascade import Cascade, bind
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.recognise import Miss
+from ..patterns.recognise import Miss, attention
+from .describe import describe
 from .passes import families, report
 from .predict import tiles_of
 from .subject import shape, subject, work
@@ -39,6 +40,29 @@ class TensorBytes:
 
 
 @dataclass(frozen=True)
+class Revisit:
+    """A tensor that a later pass reads again, and one way to have it there: kept on chip, written and read, or recomputed.
+
+    Numbers are for all query rows; text where a size is open.
+    """
+
+    tensor: str
+    how: str
+    held_bytes: int | str
+    moved_bytes: int | str
+    flops: int | str
+
+
+@dataclass(frozen=True)
+class Form:
+    """The best form of the cascade with this many passes over the keys, and the rewrites that lead there."""
+
+    passes: int
+    rewrites: tuple[str, ...]
+    conditions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Detail:
     """`before`: the cascade as lifted, Einsum by Einsum; `after`: its one-pass form under `mapping`, where it has one."""
 
@@ -49,6 +73,8 @@ class Detail:
     flops: Mapping[str, int] = field(default_factory=dict, hash=False)
     operations: Mapping[str, int] = field(default_factory=dict, hash=False)
     mapping: str = ""
+    revisits: tuple[Revisit, ...] = ()
+    forms: tuple[Form, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,7 +84,9 @@ class Detail:
         """Read what `to_dict` wrote. Raises KeyError or TypeError on other data."""
         passes = {k: tuple(PassCount(**{**p, "ranks": tuple(p["ranks"])}) for p in d[k]) for k in _PASSES}
         moved = {k: tuple(TensorBytes(**t) for t in d[k]) for k in _BYTES}
-        return Detail(**{**d, **passes, **moved})
+        revisits = tuple(Revisit(**r) for r in d["revisits"])
+        forms = tuple(Form(f["passes"], tuple(f["rewrites"]), tuple(f["conditions"])) for f in d["forms"])
+        return Detail(**{**d, **passes, **moved, "revisits": revisits, "forms": forms})
 
 
 _PASSES = ("passes_before", "passes_after")
@@ -72,17 +100,35 @@ def detail(c: Cascade, one_pass: Cascade | None, mapping: str, sizes: Mapping[st
     s = subject(c)
     if isinstance(s, Miss) or not mapping or one_pass is None:
         flops, operations = _counts(written.matrix), _counts(written.ops)
-        return Detail(before.passes_before, (), before.bytes_before, (), flops, operations)
+        return replace(before, flops=flops, operations=operations, **_described(c, 1, sizes))
     tiling = Tiling.parse(mapping)
     at = shape(s.cascade, s.attention, sizes)
     jobs = tiles_of(c, tiling, sizes)
     assert not isinstance(jobs, Miss), jobs
     tiled = work(s, at, tiling, sizes, jobs)
     known = {**sizes, **_tile(one_pass, tiling)}
-    return Detail(
-        before.passes_before, _passes(one_pass, known), before.bytes_before, _bytes(tiled.traffic),
-        _counts(tiled.matrix), _counts(tiled.ops), mapping,
+    return replace(
+        before, passes_after=_passes(one_pass, known), bytes_after=_bytes(tiled.traffic), flops=_counts(tiled.matrix),
+        operations=_counts(tiled.ops), mapping=mapping, **_described(c, tiling.tile_p, sizes),
     )  # fmt: skip
+
+
+def _described(c: Cascade, rows: int, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What must live between the passes over the keys, with its choices for `rows` query rows, and the forms of fewer."""
+    view = attention(c)
+    if isinstance(view, Miss):
+        return {}
+    found = describe(view.cascade, sizes, query=view.query, rows=rows, family=(view.key,))
+    families = [f for f in found["families"] if f["ranks"] == [view.key]]
+    revisits = tuple(
+        Revisit(r["tensor"], x["how"], x["held_bytes"], x["moved_bytes"], x["flops"])
+        for f in families for r in f["revisited"] for x in r["choices"]
+    )  # fmt: skip
+    forms = tuple(
+        Form(f["passes"], tuple(r["name"] for r in f["rewrites"]), tuple(s for r in f["rewrites"] for s in r["conditions"]))
+        for f in found["forms"]
+    )  # fmt: skip
+    return {"revisits": revisits, "forms": forms}
 
 
 def _tile(one_pass: Cascade, tiling: Tiling) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
         mask=_mask(view, c, sizes, order), proofs=_proofs(view, q), guards=(), candidates=order, choice=chosen.name,
         cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.name == "reattend" else "",
         notes=assumptions(split(view.score, view.key).keep), memory=_memory(view, c, sizes),
-        detailer=lambda: detail(c, one_pass, ours_text, sizes),
+        detailer=cache(lambda: detail(c, one_pass, ours_text, sizes)),
     )  # fmt: skip
     return site, calls
 
@@ -289,7 +289,7 @@ def _mask(a: Attention, c: Cascade, sizes: Mapping[str, int], order: tuple[Candi
         return MaskView(ex.show(mask.keep), 1.0)
     m = jobs.map
     counts = TileCounts(tiling.tile_p, tiling.tile_m, m.total, m.visited, m.full, m.partial)
-    return MaskView(ex.show(mask.keep), m.density, counts, painter=lambda: picture(c, tiling, sizes))
+    return MaskView(ex.show(mask.keep), m.density, counts, painter=cache(lambda: picture(c, tiling, sizes)))
 
 
 _RULES = {

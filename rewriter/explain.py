@@ -37,6 +37,7 @@ def explanation(site: Site, plan: Plan) -> str:
     parts = [
         [f"{title}{many}   {site.where}", f"{' '.join([site.kind, *sorted(site.traits)])}   {site.shape}"],
         ["as lifted", _indented(site.cascade), *_passes(details.passes_before if details else ())],
+        _between(details),
         _chosen(site, details),
         _mask(site),
         _memory(site),
@@ -62,6 +63,23 @@ def _chosen(site: Site, details: Detail | None) -> list[str]:
     what = "the model's own code" if site.chosen.name == ORIGINAL else "a vendor's kernel"
     lines = [f"as chosen: {site.chosen.name}, {what}"]
     return [*lines, "  our one-pass form would make:", *_passes(after)] if after else lines
+
+
+def _between(details: Detail | None) -> list[str]:
+    """What lives between the passes as lifted and how it may, and the forms with fewer passes."""
+    if details is None or not (details.revisits or details.forms):
+        return []
+    table = table_of(("read by a later pass", "how", "held on chip", "moved", "computed again"))
+    for r in details.revisits:
+        held, moved = (bytes_text(n) if isinstance(n, int) else n for n in (r.held_bytes, r.moved_bytes))
+        flops = f"{r.flops / 1e9:.3g} GFLOP" if isinstance(r.flops, int) else r.flops
+        table.add_row(r.tensor, r.how, held, moved, flops if r.flops else "–")
+    lines = [_indented(table_text(table))] if details.revisits else []
+    for f in details.forms:
+        many = "pass" if f.passes == 1 else "passes"
+        lines.append(f"  {f.passes} {many}: {', then '.join(f.rewrites) or 'as lifted'}")
+        lines += [f"    {c}" for c in f.conditions]
+    return ["between passes, and forms with fewer", *lines]
 
 
 def _passes(found: Sequence[PassCount]) -> list[str]:

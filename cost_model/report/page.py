@@ -1,6 +1,6 @@
 """Plans as one self-contained page: text and tables are written here, what is drawn is drawn by the page's own script.
 
-    plans → data (plain, JSON in the page) → page.html (jinja2) with page.css and page.js inside
+    plans → data (plain, JSON in the page) → page.html (jinja2) with page.css and the script inside
 
 No network, no other file. Identical attentions share one section, so that a page stays small however deep the model.
 """
@@ -64,7 +64,7 @@ def page(plans: Sequence[Plan]) -> str:
     )
     environment.filters |= {"seconds": seconds_text, "bytes": bytes_text, "tokens": tokens_text, "short": short_path}
     return environment.from_string(_part("page.html")).render(
-        plans=data, title=plans[0].model or "plan", css=Markup(_part("page.css")), js=Markup(_part("page.js")),
+        plans=data, title=plans[0].model or "plan", css=Markup(_part("page.css")), js=Markup(_script()),
         # What could close the script element is written as an escape.
         data=Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
     )  # fmt: skip
@@ -83,6 +83,12 @@ def swept(plan: Plan) -> tuple[Sweep, ...]:
         return (sweep(plan, axis, [*values, own]),)
     except SweepError:
         return ()
+
+
+def _script() -> str:
+    """The page's script: its files in order, with names of their own."""
+    parts = "\n".join(_part(name) for name in ("tools.js", "charts.js", "page.js"))
+    return f'"use strict";\n(() => {{\n{parts}}})();'
 
 
 def _part(name: str) -> str:

@@ -30,6 +30,17 @@ def test_three_passes_become_one() -> None:
     assert after[("m1", "m0")].inputs == {"K": 1, "V": 1}
 
 
+def test_what_lives_between_the_passes_has_its_choices() -> None:
+    d = made()
+    assert {r.tensor for r in d.revisits} == {"S", "SN"}
+    assert {r.how for r in d.revisits} == {"buffer", "spill", "recompute"}
+    spilled = next(r for r in d.revisits if r.how == "spill" and r.tensor == "S")
+    # written once and read once by each head
+    assert spilled.moved_bytes == 2 * HEADS * N * N * 4
+    assert [(f.passes, f.rewrites) for f in d.forms][-1] == (3, ())
+    assert any(f.passes == 1 and "repair" in f.rewrites for f in d.forms)
+
+
 def test_bytes_by_tensor() -> None:
     d = made()
     before = {t.tensor: t for t in d.bytes_before if t.written}

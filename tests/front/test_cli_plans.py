@@ -110,7 +110,7 @@ def test_plans_are_compared(config: str, tmp_path: Path, capsys: pytest.CaptureF
 def test_explain_shows_what_stands_behind(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "explain", config, "--seq", "256", "--target", "h200")
     assert code == 0
-    for words in ("3 passes over m", "1 pass over m1·m0", "█", "keys and values", "bytes of", "products:", "time by part"):
+    for words in ("3 passes over m", "1 pass over m1·m0", "█", "keys and values", "bytes of", "products:", "time by part", "spill", "3 passes: as lifted"):
         assert words in out
     _, out, _ = run(capsys, "explain", config, "0", "--seq", "256", "--json")
     assert json.loads(out)[0]["detail"]["passes_before"]
