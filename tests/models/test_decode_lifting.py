@@ -17,7 +17,7 @@ from . import zoo
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "mistral", "gemma2"))])
 def test_each_step_of_a_decode(name: str, cache: str) -> None:
     torch._dynamo.reset()
     model = zoo.build(name)

@@ -15,11 +15,11 @@ from reattend.rewriter.capture import from_dynamo
 from . import zoo
 from .count import CountAttention
 
-CASES = [(n, a) for n in zoo.CONFIGS for a in ("eager", "sdpa") if not (a == "sdpa" and n in zoo.WITHOUT_SDPA)]
+CASES = zoo.CASES
 
 
 @pytest.mark.parametrize(("name", "attn"), CASES)
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 def test_found_and_lifted(name: str, attn: str, dynamic: bool | None) -> None:
     """‖evaluate − eager‖∞ ≤ 1e-12·‖eager‖∞, 1e-6 where the module casts to a narrower type inside."""
     if dynamic and attn == "sdpa":

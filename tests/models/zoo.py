@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -51,6 +52,11 @@ CAUSAL = ("gpt2", "llama", "mistral", "gemma2", "bloom", "gpt_oss")
 PAIRS = ("t5", "bart", "whisper")
 IMAGES = ("vit", "clip")
 WITHOUT_SDPA = ("gemma2", "bloom", "gpt_oss")
+# Every architecture as it is written out, and through SDPA where it has that: the second ones are left to the long run.
+CASES = [
+    *((n, "eager") for n in CONFIGS),
+    *(pytest.param(n, "sdpa", marks=pytest.mark.slow) for n in CONFIGS if n not in WITHOUT_SDPA),
+]
 
 
 def build(name: str, attn: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
