@@ -10,8 +10,8 @@ mapping that the model likes best has not been timed), so that a grid may be mea
 what is there. Works on a CPU and on a CUDA device as it stands. Compilation is not timed; it is printed apart.
 
 Grids: `heldout` judges the model: no constant was fitted to it, but one mechanism (how FlexAttention lays out keys on a CPU)
-was mended after a look at it. `regret` (8 heads of 64, window, causal and no mask, 512 to 8192 tokens) and `development` were
-looked at throughout. The calibration sees none of them: see benchmarks/cells.py.
+was mended after a look at it. `regret` (8 heads of 64, window, causal and no mask, 512 to 8192 tokens) and `development`
+were looked at throughout. The calibration sees none of them: see benchmarks/cells.py.
 """
 
 from __future__ import annotations
