@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ..patterns import expr as ex
 from ..patterns.expr import Expr
 from ..patterns.mapping import Mapping as Tiling
-from .cpu_form import Form, Softmax
+from .cpu_form import Form, Softmax, rows_keep_a_key
 from .cpu_plan import planned
 from .cpu_print import (
     Function,
@@ -158,9 +158,11 @@ def _empty(f: Form, s: Softmax) -> float | None:
     """What a row without a key yields, where torch's kernel does not give it by itself."""
     if s.score.added is None or (s.ending.finish is None and s.ending.empty == 0):
         return None
-    lowest = sum(x for x in f.mask.fills)
-    loaded = any(x.is_float and f.attention.key in x.ranks for x in ex.loads(s.score.added))
-    return s.ending.empty if loaded or lowest < -LARGEST else None
+    a, lowest = f.attention, sum(x for x in f.mask.fills)
+    if any(x.is_float and a.key in x.ranks for x in ex.loads(s.score.added)):
+        return s.ending.empty
+    # where every row is proved to keep a key, nobody has to look for those that do not
+    return s.ending.empty if lowest < -LARGEST and rows_keep_a_key(a, f.mask.keep) else None
 
 
 def _scale(p: Printer, s: Softmax) -> str:

@@ -23,11 +23,12 @@ from ..patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
 from ..patterns.latent import Latent, Widths, absorbed, sliced
 from .capacity import Memory, largest_batch, memory
 from .collectives import RING, Collective, backward, packed
+from .core import Refused, Roles, core, roles
 from .device import Device
 from .gpu import overlapped, resources
 from .mesh import Mesh, MeshError
 from .mesh_plan import Exchange, MeshPlan, Scheme
-from .placement import Assignment, Placed, Refused, Roles, core, place, roles
+from .placement import Assignment, Placed, place
 from .work import plus, size_int
 
 STEPS = ("prefill", "decode", "training")

@@ -207,3 +207,10 @@ def test_strided_operands(name: str, body: str) -> None:
     strange["V"] = torch.stack([x["V"], x["V"]], -1)[..., 0]
     a, b = (run(case, Mapping(8, 8, body=body), y) for y in (x, strange))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_nobody_looks_for_rows_without_a_key_where_there_are_none() -> None:
+    """Under a causal −∞ each row keeps its own key; behind padding a row may keep none, and then yields NaN."""
+    causal = kernel(build(masked(CAUSAL), square=True), Mapping(8, 8, body="sdpa"))
+    assert "empty=" not in causal.source
+    assert "empty=nan" in kernel(VARIANTS["nan_padding"](), Mapping(8, 8, body="sdpa")).source

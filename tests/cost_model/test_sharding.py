@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.cost_model.capacity import Memory, largest_batch
+from reattend.cost_model.core import Refused, Roles, core, roles
 from reattend.cost_model.device import Device, TimeModel, device
 from reattend.cost_model.mesh import Axis, Mesh, MeshError, parse
 from reattend.cost_model.mesh_plan import MeshPlan
-from reattend.cost_model.placement import Assignment, Placed, Refused, Roles, core, place, roles, scalars
+from reattend.cost_model.placement import Assignment, Placed, place, scalars
 from reattend.cost_model.sharding import (
     LATENT_ROLES,
     Site,
