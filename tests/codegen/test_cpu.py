@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.codegen import cpu
+from reattend.codegen.cpu_form import rows_keep_a_key
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import Mapping
-from reattend.patterns.recognise import Refusal
+from reattend.patterns.recognise import Attention, Refusal, attention
 from tests import strategies
 from tests.codegen.attentions import CAUSAL, VARIANTS, Case, aux, build, masked
 
@@ -214,3 +215,11 @@ def test_nobody_looks_for_rows_without_a_key_where_there_are_none() -> None:
     causal = kernel(build(masked(CAUSAL), square=True), Mapping(8, 8, body="sdpa"))
     assert "empty=" not in causal.source
     assert "empty=nan" in kernel(VARIANTS["nan_padding"](), Mapping(8, 8, body="sdpa")).source
+
+
+def test_no_witness_proves_nothing() -> None:
+    """A mask that keeps no key leaves no witness; "no condition" would say that every row keeps one."""
+    view = attention(VARIANTS["causal"]().cascade)
+    assert isinstance(view, Attention)
+    assert rows_keep_a_key(view, CAUSAL) == ()
+    assert rows_keep_a_key(view, ex.FALSE) != ()
