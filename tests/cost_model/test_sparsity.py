@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -25,6 +22,7 @@ from reattend.patterns.masks import FULL, PARTIAL, Mask, count_tiles
 from reattend.patterns.recognise import Miss
 from reattend.patterns.tiles import pairs
 from reattend.patterns.windows import flat, laid_out, neighborhood, residue_order, tile_order, unflat, unfolded
+from tests.loading import benchmark
 
 B, H, P, M = (ex.index(r) for r in "bhpm")
 CAUSAL = M <= P
@@ -452,15 +450,7 @@ def test_b23_sparse_and_linear() -> None:
 
 @pytest.fixture(scope="module")
 def natten() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "natten_timings.py"
-    spec = importlib.util.spec_from_file_location("natten_timings", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("natten_timings")
 
 
 def test_b21_ratios(natten: ModuleType) -> None:

@@ -1,8 +1,5 @@
 """The cells of benchmarks/cost_model.py: the split is what the file says, and all candidates of a cell compute the same."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,18 +9,12 @@ from reattend.codegen import calibrate
 from reattend.cost_model.calibrate import CALLS, HEADS
 from reattend.cost_model.device import shipped, with_threads
 from reattend.cost_model.ladder import ladder
+from tests.loading import benchmark
 
 
 @pytest.fixture(scope="module")
 def cells() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "cells.py"
-    spec = importlib.util.spec_from_file_location("benchmark_cells", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("cells")
 
 
 def test_held_out_cells_are_in_no_other_grid_and_no_calibration(cells: ModuleType) -> None:
