@@ -34,8 +34,10 @@ PIECES_PER_THREAD = 4
 PIECE_ROWS = 64
 # Scores a head up to which nothing is skipped.
 FEW = 4096
-# ATen calls around one call of the kernel: slices, views, the copy of the result. Around a whole attention: planning.
+# ATen calls around one call of the kernel: slices, views, the copy of the result; fewer where the tiles of a block were cut
+# before. Around a whole attention: planning.
 AROUND_CALL = 25
+AROUND_NEXT = 13
 AROUND_STEP = 12
 AROUND_ALL = 12
 # … and around the plan of a mask on run-time data: the extremes of its tiles, rows with a key, lists for Python.
@@ -57,6 +59,7 @@ class Call:
     masked: bool
     batch: int
     triangle: bool = False
+    around: int = AROUND_CALL
 
 
 def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) -> Cost:
@@ -114,8 +117,8 @@ def calls(found: Sequence[Block], s: Subject, at: Shape, threads: int) -> Iterat
             continue
         most = folds(at.batch // outer, b.rows, b.keys, threads)
         for done in range(0, b.tiles, most):
-            for _ in range(outer):
-                yield Call(min(most, b.tiles - done), b.rows, b.keys, b.masked, at.batch // outer)
+            around = AROUND_NEXT if done else AROUND_CALL
+            yield from [Call(min(most, b.tiles - done), b.rows, b.keys, b.masked, at.batch // outer, around=around)] * outer
 
 
 def folds(heads: int, rows: int, keys: int, threads: int) -> int:
@@ -288,7 +291,7 @@ def _sdpa(host: Host, bill: Bill, s: Subject, at: Shape, c: Call) -> None:
     host.attention(
         batch, c.rows, c.keys, at.embed, at.value, s.dtype, bill, masked=c.masked, causal=c.triangle, group=at.group
     )
-    bill.add("launch", AROUND_CALL * host.h.operator_seconds)
+    bill.add("launch", c.around * host.h.operator_seconds)
     host.point("copy", s.dtype, batch * c.rows * at.value, 0, bill)
 
 

@@ -312,19 +312,19 @@ def folded(
     mask = four(added(p0, p0 + rows, m0, m1), rows, m1 - m0) if masked and added is not None else None
     count = folds(q.shape[1], rows, m1 - m0)
     for z in range(q.shape[0]):
-        for a in range(p0, p1, count * rows):
-            n = min(count, (p1 - a) // rows)
-            stop = a + n * rows
-            # [n, H, rows, E] and [n, H/G, m1 - m0, E]
-            queries = q[z, :, a:stop].unfold(1, rows, rows).permute(1, 0, 3, 2)
-            first, last = m0 + a - p0, m1 + stop - rows - p0
-            keys, values = (t[z, :, first:last].unfold(1, m1 - m0, rows).permute(1, 0, 3, 2) for t in (k, v))
-            o, lse = attend(queries, keys, values, mask, False, scale, empty, out.shape[3])
+        # [tiles, H, rows, E], [tiles, H/G, m1 - m0, E], [tiles, H, rows, F]: cut once, a call takes some of the tiles
+        queries, ends = (t[z, :, p0:p1].unfold(1, rows, rows).permute(1, 0, 3, 2) for t in (q, out))
+        stop = m1 + queries.shape[0] * rows - rows
+        keys, values = (t[z, :, m0:stop].unfold(1, m1 - m0, rows).permute(1, 0, 3, 2) for t in (k, v))
+        for a in range(0, queries.shape[0], count):
+            at = slice(a, a + count)
+            o, lse = attend(queries[at], keys[at], values[at], mask, False, scale, empty, out.shape[3])
             if finish is None:
-                out[z, :, a:stop].unfold(1, rows, rows).copy_(o.permute(1, 0, 3, 2))
+                ends[at] = o
             else:
                 o, lse = o.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
-                out[z, :, a:stop] = finish(o[None], lse[None], z, z + 1, a, stop)[0]
+                p = p0 + a * rows
+                out[z, :, p : p + o.shape[1]] = finish(o[None], lse[None], z, z + 1, p, p + o.shape[1])[0]
 
 
 def reach(q: Tensor, k: Tensor, scale: float) -> float:
