@@ -8,7 +8,8 @@ A place holds no node, so that an attention can be costed again and again after 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,12 +73,19 @@ class Place:
         return replace(self.written, mask_elements=elements) if isinstance(elements, int) else self.written
 
 
-def place(f: Found) -> Place:
+def named(found: Iterable[Found], taken: Counter[str]) -> Iterator[tuple[Found, str]]:
+    """A name for every attention: its module's path, and where a module has several, path, path#2, path#3."""
+    for f in found:
+        taken[f.module] += 1
+        yield f, f.module if taken[f.module] == 1 else f"{f.module}#{taken[f.module]}"
+
+
+def place(f: Found, name: str) -> Place:
     """The place of a found attention."""
     value = f.output.meta["val"]
     written, mask_elements = _written(f)
     return Place(
-        f.cascade, f.module, f.where, f.notes, _bound_to_original(f), _wants_gradient(f),
+        f.cascade, name, f.where, f.notes, _bound_to_original(f), _wants_gradient(f),
         str(value.dtype).removeprefix("torch."), value.device.type, _scalars(f), written, mask_elements,
     )  # fmt: skip
 
@@ -115,8 +123,28 @@ def interior(f: Found) -> frozenset[fx.Node]:
         if n in seen or n in stop or n.op != "call_function":
             continue
         seen.add(n)
-        stack.extend(n.all_input_nodes)
+        stack.extend(_data(n))
     return frozenset(seen - {f.output})
+
+
+# Operators that read no element of an argument: its shape, type and device alone.
+_LENT: Mapping[str, int] = {
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), 0),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
+    **dict.fromkeys(("expand_as", "type_as", "view_as", "reshape_as"), 1),
+}
+
+
+def _data(n: fx.Node) -> Iterator[fx.Node]:
+    """The nodes whose elements a node reads: no sizes, no empty part of a concatenation, nothing that lends its shape."""
+    at = _LENT.get(op_name(n))
+    lent = n.args[at] if at is not None and at < len(n.args) else None
+    for i in n.all_input_nodes:
+        value = i.meta.get("val")
+        plain = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
+        empty = isinstance(value, torch.Tensor) and any(isinstance(s, int) and s == 0 for s in value.shape)
+        if i is not lent and not plain and not empty:
+            yield i
 
 
 _CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}

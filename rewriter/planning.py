@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,8 +62,9 @@ def plan_graph(captured: capture.Captured, device: Device, policy: Policy, name:
     places: list[Place] = []
     misses: list[Miss] = []
     symbols: dict[str, Symbol] = {}
+    taken: Counter[str] = Counter()
     for region in capture.regions(captured.graph):
-        found, missed = choose.places(region)
+        found, missed = choose.places(region, taken)
         places += found
         misses += missed
         symbols |= {s.name: s for s in symbols_of(region)}
