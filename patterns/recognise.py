@@ -436,6 +436,9 @@ class _Reader:
         twice = self.prelude.keys() & (self.products.keys() | self.row.keys())
         if twice:
             raise _Stop(f"{min(twice)} is read over {self.key} and over another rank of the same size", contraction, 5)
+        for e in (x for g in groups for x in g):
+            if contraction.out.tensor in {str(x.attr) for x in e.reads}:
+                raise _Stop(f"{e.out.tensor} reads {contraction.out.tensor}, which would come after it", contraction, 5)
         if self.changed:
             c = self.rewritten(finish, contraction, groups)
         return Attention(c, batch, query, self.key, self.value, *groups[:2], score, groups[2], weight, values, finish,
