@@ -228,10 +228,13 @@ def _channel_ways(found: Latents, mesh: Mesh) -> Iterator[Way]:
         return
     batch = _both((_first(who.batch), "dp"))
     whole, heads = tuple((r, "tp") for r in dict.fromkeys((*a.keys, a.values)) if r), (who.heads, "tp")
-    yield Way("latent summed scores", a.cascade, who, _joined([Assignment(whole, (*whole, heads)), batch]), mesh)
+    beside = " × batch" if mesh.size("dp") > 1 else ""
+    spread = _joined([Assignment(whole, (*whole, heads)), batch])
+    yield Way(f"latent summed scores{beside}", a.cascade, who, spread, mesh)
     for g in sorted({2, n}):
         cut = slices(a, g) if n % g == 0 else None
         if isinstance(cut, Cascade):
             rank = next(r.name for r in cut.ranks if r.name not in a.cascade.rank)
             why = f"a softmax over each of {g} slices of the latent is not one over the whole, however latents are turned"
-            yield from _slice_ways(Latent(cut, False, why), who, g, rank, mesh, "tp", batch)
+            for way in _slice_ways(Latent(cut, False, why), who, g, rank, mesh, "tp", batch):
+                yield replace(way, name=f"{way.name}{beside}")

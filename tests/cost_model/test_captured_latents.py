@@ -153,6 +153,16 @@ def test_long_prefills_expand_and_short_steps_absorb() -> None:
     assert one.scheme("latent expanded heads").seconds > 5 * one.scheme("latent heads").seconds
 
 
+def test_the_batch_lies_beside_every_layout() -> None:
+    site = Site("attn", plain(V3, 1, 4), 61, made(V3, 1, 4), V3.model)
+    found = shard([site], parse("tp=2,dp=2"), H200)
+    assert all(s.name.endswith(" × batch") for s in found.schemes)
+    alone = shard([replace(site, cascade=plain(V3, 1, 2), upstream=made(V3, 1, 2))], parse("tp=2"), H200)
+    for s in alone.schemes:
+        there = found.scheme(f"{s.name} × batch")
+        assert (there.cache_bytes, there.flops, there.sent_bytes) == (s.cache_bytes, s.flops, s.sent_bytes), s.name
+
+
 def test_training_keeps_no_latents() -> None:
     site = Site("attn", plain(K2, 1024, keys=1024), 61, made(K2, 1024, keys=1024), K2.model)
     found = shard([site], parse("tp=8"), H200, step="training")
