@@ -109,6 +109,48 @@ def test_latents_are_found_by_data_flow(shared: int) -> None:
     assert found.scheme("TPLA 4 slices").feasible
 
 
+class Grouped(nn.Module):
+    """Two latents, each of half the heads (GLA)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ask, self.small = nn.Linear(128, 8 * 16, bias=False), nn.Linear(128, 64, bias=False)
+        self.up_k, self.up_v = (nn.Parameter(torch.randn(2, 32, 4 * 16)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q = self.ask(x).view(batch, tokens, 8, 16).transpose(1, 2)
+        c = self.small(x).view(batch, tokens, 2, 32).transpose(1, 2)
+        k, v = ((c @ w).view(batch, 2, tokens, 4, 16).transpose(2, 3).reshape(batch, 8, tokens, 16) for w in (self.up_k, self.up_v))
+        out: Tensor = torch.softmax(q @ k.transpose(-1, -2) * 0.25, -1) @ v
+        return out
+
+
+def test_latents_of_groups_of_heads_are_divided_with_them() -> None:
+    with torch.no_grad():
+        found = reattend.plan(Grouped(), (torch.randn(2, 64, 128),), target="h200", policy=reattend.Policy(mesh="tp=2")).sharding
+    assert found is not None
+    assert (found.scheme("heads").token_bytes, found.scheme("latent heads").token_bytes) == (4 * 128, 4 * 32)
+    assert found.scheme("latent heads").copies == 1.0
+    assert not any("TPLA" in s.name for s in found.schemes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "mesh", "bytes_by_way"), [
+    ("deepseek-v3", "tp=16", {"heads": 5120, "latent heads": 1152, "latent merge": 72, "TPLA 2 slices": 640}),
+    ("deepseek-v2-lite", "tp=8", {"heads": 1280, "latent heads": 1152, "latent merge": 144, "TPLA 2 slices": 640}),
+])  # fmt: skip
+def test_the_configs_of_the_examples(
+    name: str, mesh: str, bytes_by_way: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Path(__file__).parents[2] / "examples" / "configs" / f"{name}.json"
+    words = ("--target", "h200", "--dtype", "bf16", "--mesh", mesh, "--phase", "decode", "--past", "32767", "--batch", "16")
+    found = MeshPlan.from_dict(json.loads(run(capsys, "plan", str(config), *words, "--json"))["sharding"])
+    assert {n: found.scheme(n).token_bytes for n in bytes_by_way} == bytes_by_way
+    assert found.best is not None
+    assert found.best.name == "latent merge"
+
+
 def test_open_sizes_are_bound_in_what_keys_are_made_of() -> None:
     policy = reattend.Policy(mesh="tp=4")
     x = torch.randn(2, 256, 128)
