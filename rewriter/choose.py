@@ -25,12 +25,14 @@ from ..cost_model.plan import ORIGINAL, Miss, Plan, Site
 from ..patterns.cascade import Cascade
 from ..patterns.evaluate import infer_sizes
 from . import capture, splice
+from .aliases import Aliases
 from .candidates import Question, answer, guard_sentences
 from .detect import Found, NearMiss, find
 from .guards import original_subgraph
 from .liveness import erase_dead
 from .place import Place, hints_of, interior, named, place
 from .policy import Policy
+from .upstream import Reached, projection_width, upstream
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,25 @@ def decide(
     return decisions, [_miss(m) for m in missed]
 
 
-def places(gm: fx.GraphModule, taken: Counter[str]) -> tuple[list[Place], list[Miss]]:
-    """Every attention of a graph as plain data, for decisions at other sizes and on other devices."""
+def places(
+    gm: fx.GraphModule, taken: Counter[str], *, sharded: bool = False
+) -> tuple[list[Place], list[Miss]]:
+    """Every attention of a graph as plain data, for decisions at other sizes and on other devices.
+
+    With `sharded` they also say what their keys and values are made of.
+    """
     erase_dead(gm)
     found, missed = find(gm)
-    return [place(f, name) for f, name in named(found, taken)], [_miss(m) for m in missed]
+    out = [place(f, name) for f, name in named(found, taken)]
+    if sharded:
+        aliases = Aliases(gm.graph)
+        out = [_with_upstream(p, f, aliases) for p, f in zip(out, found)]
+    return out, [_miss(m) for m in missed]
+
+
+def _with_upstream(p: Place, f: Found, aliases: Aliases) -> Place:
+    made = upstream(f.output.graph, aliases, f)
+    return replace(p, upstream=made.cascade if isinstance(made, Reached) else made, model=projection_width(f.output))
 
 
 def _miss(m: NearMiss) -> Miss:

@@ -21,7 +21,7 @@ from ..cost_model.sweep import Symbol
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, Size, bind
 from ..patterns.evaluate import DTYPE_NAME
-from ..patterns.recognise import Attention, attention
+from ..patterns.recognise import Attention, Miss, attention
 from .detect import Found
 from .lift import arguments, op_name
 from .liveness import survivors
@@ -39,7 +39,8 @@ class Place:
 
     `bound` says why it cannot be replaced, whatever its cascade says; empty when it can. `scalars` are the symbols of its
     cascade that are no size of a graph input: as sizes of the graph, with the value that was traced. `written`: how the
-    model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes.
+    model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes. `upstream` has what
+    makes its keys and values, where that was asked for, and `model` the channels of the projection behind it.
     """
 
     cascade: Cascade
@@ -53,10 +54,13 @@ class Place:
     scalars: tuple[tuple[str, Size, int | None], ...]
     written: VendorUse | None
     mask_elements: Size
+    upstream: Cascade | Miss | None = None
+    model: Size = 0
 
     def sizes(self, at: Mapping[str, int]) -> dict[str, int]:
         """The value of every symbol of the cascade where the graph's own symbols have the values `at`."""
-        known = {s: at[s] for s in self.cascade.free_symbols if s in at}
+        wider = self.upstream.free_symbols if isinstance(self.upstream, Cascade) else ()
+        known = {s: at[s] for s in (*self.cascade.free_symbols, *wider) if s in at}
         for name, size, traced in self.scalars:
             value = bind(size, at)
             if isinstance(value, int):

@@ -19,7 +19,7 @@ from ..cost_model.plan import Miss, Plan, Site
 from ..cost_model.sharding import Site as Sharded
 from ..cost_model.sharding import shard
 from ..cost_model.sweep import Symbol, axes
-from ..patterns.cascade import Cascade
+from ..patterns.cascade import Cascade, bind
 from . import capture, choose, export
 from .models import Shapes, Subject, load
 from .place import Place, symbols_of
@@ -64,7 +64,7 @@ def plan_graph(captured: capture.Captured, device: Device, policy: Policy, name:
     symbols: dict[str, Symbol] = {}
     taken: Counter[str] = Counter()
     for region in capture.regions(captured.graph):
-        found, missed = choose.places(region, taken)
+        found, missed = choose.places(region, taken, sharded=policy.mesh is not None)
         places += found
         misses += missed
         symbols |= {s.name: s for s in symbols_of(region)}
@@ -96,10 +96,10 @@ def _sharded(
     """The ways to spread these attentions over the policy's mesh; None without a mesh or attentions."""
     if not places or not isinstance(policy.mesh, Mesh):
         return None
-    layers: dict[Cascade, list[Sharded]] = {}
+    layers: dict[Sharded, list[Sharded]] = {}
     for p in places:
         site = _bound(p, at)
-        layers.setdefault(site.cascade, []).append(site)
+        layers.setdefault(replace(site, name=""), []).append(site)
     sites = [replace(same[0], layers=len(same)) for same in layers.values()]
     step = "training" if any(p.gradients for p in places) else None
     return shard(sites, policy.mesh, linked(device), step=step, weights=weights, approximate=policy.approximate)
@@ -111,7 +111,9 @@ def _bound(p: Place, at: Mapping[str, int]) -> Sharded:
     missing = [n for n in p.cascade.free_symbols if n not in sizes]
     if missing:
         raise ValueError(f"a mesh needs sizes: {', '.join(missing)} of {p.name} has none, plan without --dynamic")
-    return Sharded(p.name, p.cascade.with_sizes(sizes))
+    upstream = p.upstream.with_sizes(sizes) if isinstance(p.upstream, Cascade) else p.upstream
+    model = bind(p.model, sizes)
+    return Sharded(p.name, p.cascade.with_sizes(sizes), upstream=upstream, model=model if isinstance(model, int) else 0)
 
 
 def _plan_pieces(
