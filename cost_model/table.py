@@ -23,9 +23,16 @@ def plan_table(plan: Plan, width: int = WIDTH) -> str:
         lines.append(_sites(plan, width))
     if plan.misses:
         lines += ["", f"left alone ({len(plan.misses)})", _misses(plan.misses, width)]
+    lines += _notes([plan])
     if plan.note:
         lines += ["", plan.note]
     return "\n".join(lines)
+
+
+def _notes(plans: Sequence[Plan]) -> list[str]:
+    """What was assumed or is worth knowing, once each."""
+    found = list(dict.fromkeys(n for p in plans for s in p.sites for n in s.notes))
+    return ["", *found] if found else []
 
 
 def _heading(plan: Plan) -> str:
@@ -73,6 +80,7 @@ def plans_table(plans: Sequence[Plan], width: int = WIDTH) -> str:
     lines = [f"{first.model}: {what}" if first.model else what, table_text(table, width)]
     if first.misses:
         lines += ["", f"left alone ({len(first.misses)})", _misses(first.misses, width)]
+    lines += _notes(plans)
     return "\n".join([*lines, "", first.note] if first.note else lines)
 
 
