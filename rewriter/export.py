@@ -28,7 +28,7 @@ def from_export(
     start = time.perf_counter()
     inputs, given = held_tensors((args, dict(kwargs or {})))
     flat = _Flat(model, given)
-    shapes = (tuple(dict.fromkeys(range(t.dim()), torch.export.Dim.AUTO) for t in inputs),) if dynamic else None
+    shapes = (tuple(map(_open_dims, inputs)),) if dynamic else None
     try:
         program = torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
@@ -39,6 +39,12 @@ def from_export(
     for n, t in zip((n for n in captured.graph.graph.nodes if n.op == "placeholder"), inputs):
         n.meta["argument"] = names.get(id(t), str(n.target))
     return Captured(captured.graph, "export", time.perf_counter() - start)
+
+
+def _open_dims(t: Tensor) -> dict[int, Any]:
+    """Which sizes export may leave open: it takes 0 and 1 for special."""
+    dim = torch.export.Dim
+    return {i: dim.AUTO if n > 1 else dim.STATIC for i, n in enumerate(t.shape)}
 
 
 def _arguments_of(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Mapping[int, str]:
