@@ -144,14 +144,15 @@ function drawRoofline(plot, plan, group) {
   out.append(words((l + r) / 2, height - 6, "FLOP a byte"));
   const low = Math.max(x0, y0 / band);
   out.append(path(`M${X(low)} ${Y(band * low)}L${X(ridge)} ${Y(peak)}L${r} ${Y(peak)}`, "var(--roof)"));
-  out.append(words(r, Y(peak) - 7, `${rate(peak)} ${group.dtype}`, "end"));
-  const slope = (speed, name, attributes) => {
-    // Written along the line, where there is room for it left of the ridge.
-    const x = Math.sqrt(Math.max(x0, y0 / speed) * peak / speed), angle = -Math.atan2(b - t, r - l) * 180 / Math.PI;
-    const tilt = Math.atan((Y(speed * x * 2) - Y(speed * x)) / (X(x * 2) - X(x))) * 180 / Math.PI || angle;
-    if (X(peak / speed) - l > 90) out.append(words(X(x), Y(speed * x) - 7, name, "middle", { transform: `rotate(${tilt} ${X(x)} ${Y(speed * x)})`, ...attributes }));
-  };
-  slope(band, `${dram < band ? "last cache " : ""}${bytes(band)}/s`, {});
+  const top = `${rate(peak)} ${group.dtype}`, labels = [[r - 7 * top.length, Y(peak) - 19, r, Y(peak) - 3]];
+  out.append(words(r, Y(peak) - 7, top, "end"));
+  // The bandwidth is written along its line, where there is room left of the ridge.
+  const x = Math.sqrt(Math.max(x0, y0 / band) * ridge), cx = X(x), cy = Y(band * x), speed = `${dram < band ? "last cache " : ""}${bytes(band)}/s`;
+  if (X(ridge) - l > 90 && width > 420) {
+    const tilt = Math.atan((Y(2 * band * x) - cy) / (X(2 * x) - cx)) * 180 / Math.PI;
+    labels.push([cx - 4 * speed.length, cy - 34, cx + 4 * speed.length, cy - 2]);
+    out.append(words(cx, cy - 7, speed, "middle", { transform: `rotate(${tilt} ${cx} ${cy})` }));
+  }
   if (dram < band) {
     const from = Math.max(x0, y0 / dram), to = Math.min(x1, peak / dram);
     out.append(svg("path", { d: `M${X(from)} ${Y(dram * from)}L${X(to)} ${Y(dram * to)}`, stroke: "var(--dim)", "stroke-dasharray": "5 4", fill: "none" }));
@@ -160,6 +161,7 @@ function drawRoofline(plot, plan, group) {
     const off = 1 + p.c.cost.band;
     return [X(p.x) - 8, Math.min(Y(p.y) - 8, Y(Math.min(p.y * off, roof(p.x)))), X(p.x) + 8, Math.max(Y(p.y) + 8, Y(p.y / off))];
   });
+  taken.push(...labels);
   const apart = (a, o) => a[2] < o[0] || a[0] > o[2] || a[3] < o[1] || a[1] > o[3];
   const free = (box) => box[0] >= l && box[2] <= r && taken.every((o) => apart(box, o));
   for (const p of [...points].sort((a, c) => c.y - a.y)) {
@@ -179,7 +181,7 @@ function drawRoofline(plot, plan, group) {
       const from = side > 0 ? x + 12 : x - 12 - wide;
       return { side, dy, box: [from, y + dy - 8, from + wide, y + dy + 6] };
     });
-    const to = places.find((s) => free(s.box)) || places[0];
+    const inside = (s) => s.box[0] >= l && s.box[2] <= r, to = places.find((s) => free(s.box)) || places.find(inside) || places[0];
     taken.push(to.box);
     if (to.dy) g.append(line(x, y, x + to.side * 10, y + to.dy, { class: "axis" }));
     g.append(words(x + to.side * 12, y + to.dy + 4, p.c.name, to.side > 0 ? "start" : "end", { class: "strong" }));
@@ -298,7 +300,8 @@ function drawLines(plot, spec) {
     point(i, e.clientX, e.clientY);
   });
   cover.addEventListener("pointerleave", leave); cover.addEventListener("blur", leave);
-  cover.addEventListener("focus", () => point(now, ...here()));
+  cover.told = () => point(now, ...here());
+  cover.addEventListener("focus", cover.told);
   cover.addEventListener("keydown", (e) => {
     const steps = { ArrowRight: now + 1, ArrowUp: now + 1, ArrowLeft: now - 1, ArrowDown: now - 1, Home: 0, End: values.length - 1 };
     const to = steps[e.key];
