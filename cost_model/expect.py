@@ -122,6 +122,9 @@ def known(
 
     Of several tensors that come from one input the first keeps a share of blocks, and the others all that it keeps.
     """
+    if any(n not in sizes for n in c.free_symbols):
+        # nothing is predicted of an attention without sizes
+        wishes = ()
     keep = split(a.score, a.key).keep
     tables: dict[str, NDArray[Any]] = {}
     expected: list[Expectation] = []

@@ -23,8 +23,9 @@ class Policy:
     reattend. The original code stays where nothing else can run, denied or not. With `strict`, an attention that cannot be
     rewritten raises at the first capture instead of being left alone.
 
-    `expect` says what to expect of run-time data that masks read, for the prediction alone: texts such as
-    "attention_mask=length:700" (cost_model/expect.py has the forms). Raises ValueError with one sentence.
+    `expect` says what to expect of run-time data that masks read, for the predictions of `plan` alone: texts such as
+    "attention_mask=length:700" (cost_model/expect.py has the forms). It names the model's arguments, which the graphs of an
+    optimised model do not know by these names. Raises ValueError with one sentence.
     """
 
     approximate: bool = False

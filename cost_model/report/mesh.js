@@ -5,12 +5,19 @@ const STEP_NAMES = {
 };
 const HOLDS = { weights: 5, cache: 0, activations: 2 };
 const HOLDS_NAMES = { weights: "weights", cache: "keys and values", activations: "inputs and output" };
+// Messages by kind and axis, each as long as it takes where nothing hides it.
+const messages = (way) => {
+  const sums = {};
+  for (const x of way.exchanges) sums[`${x.kind} over ${x.axis}`] = (sums[`${x.kind} over ${x.axis}`] || 0) + x.seconds * x.layers;
+  const parts = Object.entries(sums).map(([name, s]) => `${name} ${seconds(s)}`);
+  return parts.length ? `: ${parts.join(", ")}, were nothing to hide them` : "";
+};
 const wayColour = (i) => `var(--p${[0, 1, 3, 4, 6, 2, 5][i % 7]})`;
 const told = (way) => [
   `${way.name}: ${seconds(way.seconds)} a step`, `${way.range}, bound by ${way.bound}`,
   ...Object.keys(STEP).filter((n) => way.parts[n]).map((n) => `${STEP_NAMES[n]} ${seconds(way.parts[n])}`),
   `holds ${bytes(way.held)}: weights ${bytes(way.weights)}, keys and values ${bytes(way.cache)}, inputs and output ${bytes(way.activations)}`,
-  `sends ${bytes(way.sent)}`, way.why,
+  `sends ${bytes(way.sent)}${messages(way)}`, way.why,
 ].filter(Boolean).join("\n");
 const clipped = (text, most) => text.length > most ? `${text.slice(0, most - 1)}…` : text;
 // Rows of bars with a name to the left: above them on narrow screens. `cells(row)` gives [part, from, to, thin].

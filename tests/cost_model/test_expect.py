@@ -137,6 +137,13 @@ def test_what_is_not_expected_is_said() -> None:
     assert unknowns(PACKED[1]) == ("seg", "pos")
 
 
+def test_without_sizes_nothing_is_expected() -> None:
+    """A table has the sizes of its tokens."""
+    short = known(*PAD, {"B": 2}, [parse("pad=length:300")], {})
+    assert short.data.tables == {}
+    assert short.words == ("predicted as if pad kept every key",)
+
+
 def test_names_are_checked() -> None:
     checked([parse("attention_mask=0.5"), parse("X2=0.5")], {"X2": ("attention_mask",)})
     with pytest.raises(ExpectError, match="no mask reads 'mask': one of attention_mask"):
