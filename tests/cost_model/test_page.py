@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -224,6 +225,36 @@ def test_many_distinct_attentions_stay_below_two_megabytes() -> None:
     many = replace(made, sites=sites, retake=None)
     assert len(many.groups) == 24
     assert len(page([many]).encode()) < 2e6
+
+
+BROWSER = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if b), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium on the PATH")
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_draws_every_figure_without_an_error(theme: str, width: int, tmp_path: Path) -> None:
+    """Two devices, a mesh and a sweep. Before it prints, a page draws all figures of the device that is shown."""
+    where = tmp_path / "plan.html"
+    text = page([MESH, PLAN.at("cpu")])
+    printed = '<script>dispatchEvent(new Event("beforeprint"));</script></body>'
+    where.write_text(text.replace("</body>", printed), encoding="utf-8")
+    assert BROWSER is not None
+    done = subprocess.run(
+        [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
+         f"--user-data-dir={tmp_path}", f"--window-size={width},2000",
+         f"{where.as_uri()}?theme={theme}"],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert f'data-theme="{theme}"' in done.stdout
+    assert not re.search(r'="[^"]*(NaN|Infinity|undefined)', done.stdout)
+    shown = done.stdout.split('data-plan="1"')[0]
+    figures = re.findall(r'<figure class="chart[^>]*data-chart="(\w+)".*?</figure>', shown, re.DOTALL)
+    drawn = re.findall(r'<figure class="chart[^>]*data-chart="(\w+)"(?:(?!</figure>).)*?<(?:svg|canvas) ', shown, re.DOTALL)
+    assert figures == drawn
+    assert {"mask", "roofline", "parts", "sweep", "memory", "meshtime", "meshmemory", "meshsweep"} == set(drawn)
 
 
 def test_a_page_is_written_and_paths_are_checked_first(tmp_path: Path) -> None:
