@@ -447,7 +447,7 @@ class _Reader:
         made: set[str] = set()
         for e in (*(e for g in groups for e in g), contraction):
             if apart := [str(y.attr) for y in self.reductions(e.body) if str(y.attr) not in made]:
-                raise _Stop(f"{e.out.tensor} reads {apart[0]} over other keys than {self.key}", contraction, 5)
+                raise _Stop(f"{e.out.tensor} reads {apart[0]}, which would come after it", contraction, 5)
             made.add(e.out.tensor)
 
     def rewritten(self, finish: Expr, contraction: Einsum, groups: tuple[tuple[Einsum, ...], ...]) -> Cascade:

@@ -192,6 +192,7 @@ def decide_place(
     question = Question(
         stands.cascade, tuple(sorted(stands.sizes(at).items())), request.target or running_device(stands.device_type),
         request.policy, request.executable, stands.gradients, stands.bound, stands.dtype, stands.call(at), request.traced,
+        stands.origins,
     )  # fmt: skip
     site, calls = answer(question)
     guards = guard_sentences(calls.get(site.choice))

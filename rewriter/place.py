@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..cost_model.expect import unknowns
 from ..cost_model.predict import VendorUse
 from ..cost_model.sweep import Symbol
 from ..patterns import expr as ex
@@ -40,7 +41,8 @@ class Place:
     `bound` says why it cannot be replaced, whatever its cascade says; empty when it can. `scalars` are the symbols of its
     cascade that are no size of a graph input: as sizes of the graph, with the value that was traced. `written`: how the
     model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes. `upstream` has what
-    makes its keys and values, where that was asked for, and `model` the channels of the projection behind it.
+    makes its keys and values, where that was asked for, and `model` the channels of the projection behind it. `origins`:
+    the graph's inputs behind each tensor that its mask reads.
     """
 
     cascade: Cascade
@@ -54,6 +56,7 @@ class Place:
     scalars: tuple[tuple[str, Size, int | None], ...]
     written: VendorUse | None
     mask_elements: Size
+    origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
     upstream: Cascade | Miss | None = None
     model: Size = 0
 
@@ -91,7 +94,28 @@ def place(f: Found, name: str) -> Place:
     return Place(
         f.cascade, name, f.where, f.notes, _bound_to_original(f), _wants_gradient(f),
         str(value.dtype).removeprefix("torch."), value.device.type, _scalars(f), written, mask_elements,
+        _origins(f),
     )  # fmt: skip
+
+
+def _origins(f: Found) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The graph's inputs whose values, not sizes, reach the tensors that the mask reads."""
+    view = attention(f.cascade)
+    assert isinstance(view, Attention), view
+    return tuple((name, _inputs_behind(f.tensors[name])) for name in unknowns(view) if name in f.tensors)
+
+
+def _inputs_behind(node: fx.Node) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    seen, stack = {node}, [node]
+    while stack:
+        n = stack.pop()
+        if n.op == "placeholder":
+            found[str(n.meta.get("argument", n.target))] = None
+        fresh = [i for i in n.all_input_nodes if i not in seen and isinstance(i.meta.get("val"), torch.Tensor)]
+        seen |= set(fresh)
+        stack += fresh
+    return tuple(sorted(found))
 
 
 def _scalars(f: Found) -> tuple[tuple[str, Size, int | None], ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..cost_model.device import Device
+from ..cost_model.expect import checked
 from ..cost_model.mesh import Mesh, linked
 from ..cost_model.mesh_plan import MeshPlan
 from ..cost_model.plan import Miss, Plan, Site
@@ -52,11 +53,13 @@ def _without_data(t: Tensor) -> bool:
     return t.device.type == "meta" or isinstance(t, torch._subclasses.FakeTensor)
 
 
-def plan_graph(captured: capture.Captured, device: Device, policy: Policy, name: str = "") -> Plan:
+def plan_graph(
+    captured: capture.Captured, device: Device, policy: Policy, name: str = "", *, whole: bool = True
+) -> Plan:
     """Plan a captured graph for a device that need not be here. The graph stays as it is.
 
     Its attentions are found once. What the plan keeps of them holds no graph, so that it can be costed again at other sizes
-    and on other devices.
+    and on other devices. Raises ExpectError for an expectation of what no mask of the `whole` reads.
     """
     start = time.perf_counter()
     places: list[Place] = []
@@ -68,6 +71,8 @@ def plan_graph(captured: capture.Captured, device: Device, policy: Policy, name:
         places += found
         misses += missed
         symbols |= {s.name: s for s in symbols_of(region)}
+    if whole:
+        checked(policy.expectations, {name: came for p in places for name, came in p.origins})
     weights = _weight_bytes(captured.graph)
 
     def retake(where: Device, at: Mapping[str, int], which: Sequence[int]) -> tuple[Site, ...]:
@@ -131,7 +136,7 @@ def _plan_pieces(
 
     def plan_piece(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
         captured = capture.from_dynamo(gm, inputs, names)
-        plans.append(plan_graph(captured, device, replace(policy, mesh=None), name))
+        plans.append(plan_graph(captured, device, replace(policy, mesh=None), name, whole=False))
         breaks.extend(b for b in [break_of(gm)] if b)
         return gm.forward
 
