@@ -42,6 +42,8 @@ Watch = Callable[[list[T], str], Iterable[T]]
 # on a machine that stays noisy, after PATIENCE seconds.
 CONFIRMED, NEAR = 3, 0.02
 SECONDS, PATIENCE, RUNS = 0.05, 0.5, 2000
+# How often each gain of threads is measured, far apart: a neighbour that takes a core for a second spoils one of them.
+ROUNDS = 7
 DTYPES = ("f32", "bf16", "f16")
 HEADS = 4
 KEYS = 1024
@@ -351,11 +353,13 @@ def _scaling(threads: int, watch: Watch[Any]) -> dict[str, float]:
         "memory": lambda: torch.add(large, place, out=place),
         "fault": lambda: large + 1.0,
     }
-    gain = {}
-    for name in watch(list(runs), f"operators, {threads} threads"):
-        took = {}
-        for n in (1, threads):
-            with _threads(n):
-                took[n] = seconds(runs[name], time.perf_counter)
-        gain[name] = max(1.0, took[1] / took[threads])
+    ratios: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in watch(list(range(ROUNDS)), f"operators, {threads} threads"):
+        for name, run in runs.items():
+            took = {}
+            for n in (1, threads):
+                with _threads(n):
+                    took[n] = seconds(run, time.perf_counter)
+            ratios[name].append(took[1] / took[threads])
+    gain = {name: max(1.0, statistics.median(r)) for name, r in ratios.items()}
     return gain | {"flex": gain["attention"]}
