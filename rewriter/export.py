@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,25 @@ def from_export(
     flat = _Flat(model, given)
     shapes = (tuple(dict.fromkeys(range(t.dim()), torch.export.Dim.AUTO) for t in inputs),) if dynamic else None
     try:
-        program = torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=False)
+        with _no_hook_left():
+            program = torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         # Export reports what it cannot trace with many types of error, from user code as well.
         raise CaptureError(f"{type(error).__name__}: {first_line(error)}") from error
     captured = from_program(program, drop="model")
     return Captured(captured.graph, "export", time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _no_hook_left() -> Iterator[None]:
+    """Export that fails leaves its hook on buffers in all modules: Dynamo then breaks every graph that assigns one."""
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    finally:
+        for left in set(hooks) - before:
+            del hooks[left]
 
 
 class _Flat(nn.Module):
