@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ def from_export(
     flat = _Flat(model, given)
     shapes = (tuple(dict.fromkeys(range(t.dim()), torch.export.Dim.AUTO) for t in inputs),) if dynamic else None
     try:
-        with _no_hook_left():
+        with _no_hook_left(), quietly():
             program = torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         # Export reports what it cannot trace with many types of error, from user code as well.
@@ -47,6 +48,22 @@ def _no_hook_left() -> Iterator[None]:
     finally:
         for left in set(hooks) - before:
             del hooks[left]
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Capture logs whole tracebacks and graphs of what it then raises: the error says it. Levels that a user set are kept."""
+    mine = [log for log in map(logging.getLogger, _LOGS) if log.level == logging.NOTSET]
+    for log in mine:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for log in mine:
+            log.setLevel(logging.NOTSET)
+
+
+_LOGS = ("torch._subclasses.fake_tensor", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 
 
 class _Flat(nn.Module):
