@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,7 +32,7 @@ def from_export(
     flat = _Flat(model, given)
     shapes = (tuple(dict.fromkeys(range(t.dim()), torch.export.Dim.AUTO) for t in inputs),) if dynamic else None
     try:
-        with _no_hook_left(), quietly():
+        with _no_hook_left(), quietly(), _without_graph():
             program = torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         # Export reports what it cannot trace with many types of error, from user code as well.
@@ -52,7 +55,7 @@ def _no_hook_left() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Capture logs whole tracebacks and graphs of what it then raises: the error says it. Levels that a user set are kept."""
+    """Capture logs whole tracebacks of what it then raises: the error says it. Levels that a user set are kept."""
     mine = [log for log in map(logging.getLogger, _LOGS) if log.level == logging.NOTSET]
     for log in mine:
         log.setLevel(logging.CRITICAL)
@@ -63,6 +66,23 @@ def quietly() -> Iterator[None]:
             log.setLevel(logging.NOTSET)
 
 
+@contextlib.contextmanager
+def _without_graph() -> Iterator[None]:
+    """Export prints the graph so far beside some errors; what else was said meanwhile is passed on."""
+    said, graph = io.StringIO(), ""
+    with _redirecting:
+        try:
+            with contextlib.redirect_stderr(said):
+                yield
+        except Exception as error:
+            graph = str(getattr(error, "partial_fx_graph", ""))
+            raise
+        finally:
+            sys.stderr.write(said.getvalue().replace(f"{graph}\n", "") if graph else said.getvalue())
+
+
+# Standard error is one for all threads.
+_redirecting = threading.RLock()
 _LOGS = ("torch._subclasses.fake_tensor", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 
 
