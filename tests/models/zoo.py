@@ -60,10 +60,12 @@ CASES = [
 ]
 
 
-def build(name: str, attn: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """The base model of an architecture, in evaluation mode."""
+def build(name: str, attn: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 0) -> Any:
+    """The base model of an architecture, in evaluation mode, with `layers` instead of its own number."""
     torch.manual_seed(seed)
     config = CONFIGS[name]()
+    if layers:
+        config.num_hidden_layers = layers
     if dtype == torch.float64:
         # the grouped product of experts takes no float64
         config._experts_implementation = "eager"
