@@ -93,8 +93,9 @@ def _shared_bytes(s: Streaming, mapping: Tiling, arch: str) -> int:
     """query tile + buffers · (key tile + value tile), as Triton's compiler lays them out.
 
     Where the tensor cores read shared memory (from sm_90 on, 64 rows and more, 16-bit types) `stages` tiles are in
-    flight; elsewhere they pass through registers and one buffer less is enough, but weights change their layout in
-    shared memory when a warp holds fewer rows than one instruction. AMD keeps the query tile in registers.
+    flight (from sm_100 on, of keys one less where a head is cut in pieces: the second waits for the first); elsewhere
+    they pass through registers and one buffer less is enough, but weights change their layout in shared memory when a
+    warp holds fewer rows than one instruction. AMD keeps the query tile in registers.
     """
     rows, keys = mapping.tile_p, mapping.tile_m
     query = rows * sum(_BYTES[p.query.dtype] * w for p in s.products for _, w in p.chunks)
@@ -107,7 +108,8 @@ def _shared_bytes(s: Streaming, mapping: Tiling, arch: str) -> int:
     if mapping.stages == 1:
         return query + max(key, value)
     if arch in ("sm_90", "sm_100", "sm_103") and rows >= 64 and not plain:
-        return query + mapping.stages * (key + value)
+        late = arch != "sm_90" and any(len(p.chunks) > 1 for p in s.products)
+        return query + mapping.stages * (key + value) - late * key
     relaid = plain or rows < max(16 * mapping.warps, s.value_width)
     return query + (mapping.stages - 1) * (key + value) + relaid * rows * keys * _BYTES[s.values.dtype]
 

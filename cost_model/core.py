@@ -49,6 +49,8 @@ def core(c: Cascade, key: str = "") -> Core | None:
         return None
     best: tuple[bool, str, Attention] | None = None
     for e in c.einsums:
+        if key and e.op is not None and key not in e.over:
+            continue
         view = attention(_until(c, e.out.tensor))
         if isinstance(view, Attention) and key in ("", view.key) and (best is None or bool(view.row) >= best[0]):
             best = (bool(view.row), e.out.tensor, view)

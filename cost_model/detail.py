@@ -16,6 +16,7 @@ from .describe import describe
 from .passes import families, report
 from .predict import tiles_of
 from .subject import shape, subject, work
+from .tiles import NOTHING, Data
 from .work import count, size_int
 
 
@@ -93,7 +94,9 @@ _PASSES = ("passes_before", "passes_after")
 _BYTES = ("bytes_before", "bytes_after")
 
 
-def detail(c: Cascade, one_pass: Cascade | None, mapping: str, sizes: Mapping[str, int]) -> Detail:
+def detail(
+    c: Cascade, one_pass: Cascade | None, mapping: str, sizes: Mapping[str, int], data: Data = NOTHING
+) -> Detail:
     """The detail of a lifted cascade at these sizes. `mapping` is the text of how its one-pass form is tiled, or ""."""
     written = count(c, None, sizes)
     before = Detail(_passes(c, sizes), bytes_before=_bytes(written.traffic))
@@ -103,7 +106,7 @@ def detail(c: Cascade, one_pass: Cascade | None, mapping: str, sizes: Mapping[st
         return replace(before, flops=flops, operations=operations, **_described(c, 1, sizes))
     tiling = Tiling.parse(mapping)
     at = shape(s.cascade, s.attention, sizes)
-    jobs = tiles_of(c, tiling, sizes)
+    jobs = tiles_of(c, tiling, sizes, data)
     assert not isinstance(jobs, Miss), jobs
     tiled = work(s, at, tiling, sizes, jobs)
     known = {**sizes, **_tile(one_pass, tiling)}

@@ -22,6 +22,8 @@ SMALLEST_DOT = 16
 LONG = 2048
 # Where the tensor cores read their operands from shared memory.
 WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
+# … and accumulate in tensor memory: the product over the second piece of a head waits for the first.
+TENSOR_MEMORY = ("sm_100", "sm_103")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def chunked(n: int) -> int:
 def shared_bytes(mapping: Mapping, e: int, f: int, width: int, device: Device) -> int:
     """Bytes of shared memory of one program; `e` and `f` are head sizes, `width` the bytes of an element.
 
-    Where the tensor cores read shared memory, `stages` tiles are in flight; elsewhere they pass through registers, one
+    Where the tensor cores read shared memory, `stages` tiles are in flight (of keys one less where they accumulate in tensor
+    memory and the head is cut in two); elsewhere they pass through registers, one
     buffer less is enough, and weights change their layout in shared memory when a warp holds fewer rows than one
     instruction. AMD keeps the query tile in registers.
     """
@@ -65,7 +68,8 @@ def shared_bytes(mapping: Mapping, e: int, f: int, width: int, device: Device) -
     if stages == 1:
         return query + width * keys * max(chunked(e), padded(f))
     if device.arch in WARP_GROUPS and rows >= 64 and not plain:
-        return query + stages * tile
+        late = device.arch in TENSOR_MEMORY and chunked(e) != padded(e)
+        return query + stages * tile - late * width * keys * chunked(e)
     relaid = plain or rows < max(16 * mapping.warps, padded(f))
     return query + (stages - 1) * tile + relaid * weights
 

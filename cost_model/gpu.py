@@ -10,7 +10,7 @@ Source: the FlashAttention-3 and -4 papers (resources per tile), NATTEN's profil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..patterns.mapping import Mapping as Tiling
@@ -35,8 +35,6 @@ class Kernel:
     moved_bytes: int
     unique_bytes: int
     written_bytes: int
-    flops: int
-    exps: int
     resident: int
     split: int = 1
     stages: int = 2
@@ -44,6 +42,26 @@ class Kernel:
     launches: int = 1
     merge_bytes: int = 0
     operand_bytes: int = 0
+
+    @property
+    def programs(self) -> int:
+        """Programs of the launch, before their keys are split."""
+        return self.jobs.full.size * self.jobs.repeat
+
+    @property
+    def flops(self) -> int:
+        """FLOP that the programs do, whole tiles each: what the units are timed with."""
+        return self._done(lambda w: size_int(w.flops))
+
+    @property
+    def exps(self) -> int:
+        """Exponential-class calls of the programs."""
+        return self._done(lambda w: size_int(w.exps))
+
+    def _done(self, of: Callable[[Work], int]) -> int:
+        full, partial = float(self.jobs.full.sum()), float(self.jobs.partial.sum())
+        tiles = full * of(self.full_tile) + partial * of(self.partial_tile)
+        return round(tiles * self.jobs.repeat) + of(self.program) * self.programs
 
 
 def operand_bytes(rows: int, keys: int, e: int, f: int, width: int, arch: str) -> int:
@@ -126,8 +144,7 @@ def _shares(k: Kernel, d: Device, per: tuple[Mapping[str, float], ...], kernel: 
     """The kernel's time by resource, were each alone and the units evenly loaded."""
     full, partial, rest = per
     n_full, n_partial = int(k.jobs.full.sum()) * k.jobs.repeat, int(k.jobs.partial.sum()) * k.jobs.repeat
-    programs = k.jobs.full.size * k.jobs.repeat
-    out = {r: (full[r] * n_full + partial[r] * n_partial + rest[r] * programs) / d.units for r in full}
+    out = {r: (full[r] * n_full + partial[r] * n_partial + rest[r] * k.programs) / d.units for r in full}
     return out | {"makespan": kernel}
 
 
@@ -144,6 +161,6 @@ def streaming(w: Work, mapping: Tiling, jobs: Jobs, fit: Footprint, value: int, 
         moved_bytes=sum(size_int(t.moved) for t in read),
         unique_bytes=sum(size_int(t.once) for t in read),
         written_bytes=sum(size_int(t.once) for t in w.traffic if t.written),
-        flops=size_int(w.flops), exps=size_int(w.exps), resident=fit.resident, split=mapping.split_m,
-        stages=mapping.stages, heavy_first=mapping.heavy_first, launches=2 if mapping.split_m > 1 else 1, merge_bytes=merge,
+        resident=fit.resident, split=mapping.split_m, stages=mapping.stages, heavy_first=mapping.heavy_first,
+        launches=2 if mapping.split_m > 1 else 1, merge_bytes=merge,
     )  # fmt: skip

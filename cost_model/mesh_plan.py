@@ -29,7 +29,8 @@ class Scheme:
     `parts` are seconds by part: compute and memory (they overlap), exposed and latency of exchanges (they add up); matrix
     and exp are what computing is made of.
     `batches`: the most sequences of each context length that the mesh can hold. `even`: the most that a device has to do
-    over the mean; `copies`: on how many devices each cached number lies.
+    over the mean; `copies`: on how many devices each cached number lies. `token_bytes`: what a device caches of one token
+    in one layer, on average.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Scheme:
     batches: Mapping[int, int] = field(default_factory=dict, hash=False)
     even: float = 1.0
     copies: float = 1.0
+    token_bytes: float = 0.0
 
     @property
     def held_bytes(self) -> int:

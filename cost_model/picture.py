@@ -17,6 +17,7 @@ from ..patterns.mapping import Mapping as Tiling
 from ..patterns.recognise import Miss, attention
 from ..patterns.tiles import Run
 from .predict import tiles_of
+from .tiles import NOTHING, Data
 from .work import Sizes, size_int
 
 # Cells of a side, and characters of all layers together, beyond which a picture is made coarser.
@@ -51,7 +52,7 @@ class Picture:
     omitted: int = 0
 
 
-def picture(c: Cascade, tiling: Tiling, sizes: Mapping[str, int]) -> Picture | None:
+def picture(c: Cascade, tiling: Tiling, sizes: Mapping[str, int], data: Data = NOTHING) -> Picture | None:
     """The picture of an attention's mask as a mapping walks it; None where nothing is masked or a size has no value.
 
     Cells are classified themselves, so that a picture costs as much as its cells, however long the sequence.
@@ -67,7 +68,7 @@ def picture(c: Cascade, tiling: Tiling, sizes: Mapping[str, int]) -> Picture | N
     scale = 1 << max(0, math.ceil(math.log2(max(*sides, 1) / SIDE)))
     while True:
         tile = replace(tiling, tile_p=tiling.tile_p * scale, tile_m=tiling.tile_m * scale)
-        jobs = tiles_of(c, tile, sizes)
+        jobs = tiles_of(c, tile, sizes, data)
         if isinstance(jobs, Miss) or jobs.map is None:
             return None
         tiles = jobs.map

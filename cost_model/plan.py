@@ -20,8 +20,9 @@ from .mesh_plan import MeshPlan
 from .picture import Layer, Picture
 from .sweep import Retake, Sweep, Symbol, bound_sizes, sweep
 
+# 3 added: meshes over a sweep.
 # 2 added: sizes that costs are for, tile pictures, memory, open sizes and sweeps, bytes of weights.
-SCHEMA = 2
+SCHEMA = 3
 # The ways to spread a plan's attentions over its mesh, at sizes of its symbols, on a device.
 Reshard: TypeAlias = Callable[[Device, Mapping[str, int]], MeshPlan | None]
 ORIGINAL = "original"

@@ -56,33 +56,37 @@ class VendorUse:
     operators: int = 0
 
 
-def predict(c: Cascade, mapping: Tiling, device: Device, sizes: Mapping[str, int] | None = None) -> Cost | Miss:
+def predict(
+    c: Cascade, mapping: Tiling, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
+) -> Cost | Miss:
     """The time of our kernel for a lifted cascade under a mapping; a Miss where it has no one-pass form or does not fit.
 
-    Raises ValueError when a size of the cascade has no value.
+    `data` is what is known of run-time data. Raises ValueError when a size of the cascade has no value.
     """
     s = subject(c)
     if isinstance(s, Miss):
         return s
     at = shape(s.cascade, s.attention, sizes or {})
     if device.kind == "cpu":
-        return tiled(s, at, mapping, plan_tiles(s, at, mapping), device)
+        return _ours_on_cpu(s, at, mapping, device, data)
     if not device.is_gpu:
         return Miss(f"{device.name} runs no kernels of ours: only papers' cascades are timed on it")
     reason = refuse(mapping, at.embed, at.value, WIDTH[s.dtype], device)
     if reason is not None:
         return Miss(f"{mapping} {reason}")
-    return _ours(s, at, mapping, device)
+    return _ours(s, at, mapping, device, data)
 
 
-def best_mapping(c: Cascade, device: Device, sizes: Mapping[str, int] | None = None) -> tuple[Tiling, Cost] | Miss:
+def best_mapping(
+    c: Cascade, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
+) -> tuple[Tiling, Cost] | Miss:
     """The mapping of our kernel with the least predicted time. Raises ValueError when a size has no value."""
-    found = ranked_mappings(c, device, sizes)
+    found = ranked_mappings(c, device, sizes, data)
     return found if isinstance(found, Miss) else found[0]
 
 
 def ranked_mappings(
-    c: Cascade, device: Device, sizes: Mapping[str, int] | None = None
+    c: Cascade, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
 ) -> tuple[tuple[Tiling, Cost], ...] | Miss:
     """Mappings that fit, best first: all of them on a CPU, the best few on a GPU. Raises ValueError without sizes."""
     s = subject(c)
@@ -98,10 +102,10 @@ def ranked_mappings(
     if device.kind == "cpu":
         bodies = ("product", *(("sdpa",) if fused(s) else ()), *(("slices",) if fused(s) and has_triangles(s) else ()))
         able = [m for m in fitting if m.body in bodies]
-        found = [(m, tiled(s, at, m, plan_tiles(s, at, m), device)) for m in able]
+        found = [(m, _ours_on_cpu(s, at, m, device, data)) for m in able]
         return tuple(sorted(found, key=lambda pair: pair[1].seconds))
-    rough = sorted(fitting, key=lambda m: _ours(s, at, m, device, scheduled=0).seconds)
-    few = [(m, _ours(s, at, m, device)) for m in rough[:SCHEDULED_MAPPINGS]]
+    rough = sorted(fitting, key=lambda m: _ours(s, at, m, device, data, scheduled=0).seconds)
+    few = [(m, _ours(s, at, m, device, data)) for m in rough[:SCHEDULED_MAPPINGS]]
     return tuple(sorted(few, key=lambda pair: pair[1].seconds))
 
 
@@ -110,7 +114,9 @@ def predict_original(c: Cascade, device: Device, sizes: Mapping[str, int] | None
     return _operators(operators(c, sizes or {}), device)
 
 
-def predict_vendor(c: Cascade, use: VendorUse, device: Device, sizes: Mapping[str, int] | None = None) -> Cost | Miss:
+def predict_vendor(
+    c: Cascade, use: VendorUse, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
+) -> Cost | Miss:
     """SDPA or FlexAttention, called as `use` says. A Miss where the cascade is no streaming attention."""
     s = subject(c)
     if isinstance(s, Miss):
@@ -119,8 +125,8 @@ def predict_vendor(c: Cascade, use: VendorUse, device: Device, sizes: Mapping[st
     if use.backend == "math":
         return _math(c, s, use, device, sizes or {})
     if device.kind == "cpu":
-        return _vendor_on_cpu(s, at, use, device)
-    return _vendor_on_gpu(s, at, use, device)
+        return _vendor_on_cpu(s, at, use, device, data)
+    return _vendor_on_gpu(s, at, use, device, data)
 
 
 def tiles_of(c: Cascade, mapping: Tiling, sizes: Mapping[str, int], data: Data = NOTHING) -> Jobs | Miss:
@@ -154,6 +160,28 @@ def _math(c: Cascade, s: Subject, use: VendorUse, device: Device, sizes: Mapping
     return _operators(ops, device)
 
 
+# --- our kernel on a CPU --------------------------------------------------------------------------------------------
+
+
+def _ours_on_cpu(s: Subject, at: Shape, mapping: Tiling, device: Device, data: Data) -> Cost:
+    """The tiled body; of keys and values, what its tiles visit crosses the memory's edge."""
+    jobs = plan_tiles(s, at, mapping, data)
+    cost = tiled(s, at, mapping, jobs, device)
+    unseen = at.keys - _keys_visited(jobs, at.keys)
+    return replace(cost, bytes=cost.bytes - WIDTH[s.dtype] * (at.batch // at.group) * unseen * (at.embed + at.value))
+
+
+def _keys_visited(jobs: Jobs, keys: int) -> int:
+    """The keys from the first that any program visits to the last."""
+    if jobs.map is None:
+        return keys
+    first, last = jobs.map.merged().ends
+    seen = last > first
+    if not seen.any():
+        return 0
+    return min(int(last[seen].max()) * jobs.map.tile_m, keys) - int(first[seen].min()) * jobs.map.tile_m
+
+
 # --- our kernel on a GPU --------------------------------------------------------------------------------------------
 
 
@@ -168,15 +196,17 @@ def _packed(at: Shape) -> int:
 
 
 @lru_cache(maxsize=256)
-def _tile_work(s: Subject, sizes: tuple[tuple[str, int], ...], tile_p: int, tile_m: int) -> tuple[Work, Jobs]:
+def _tile_work(
+    s: Subject, sizes: tuple[tuple[str, int], ...], tile_p: int, tile_m: int, data: Data
+) -> tuple[Work, Jobs]:
     at = shape(s.cascade, s.attention, dict(sizes))
     mapping = Tiling(tile_p, tile_m)
-    tiles = plan_tiles(s, at, mapping)
+    tiles = plan_tiles(s, at, mapping, data)
     return work(s, at, mapping, dict(sizes), tiles), tiles
 
 
-def _ours(s: Subject, at: Shape, mapping: Tiling, device: Device, scheduled: int = SCHEDULED) -> Cost:
-    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), mapping.tile_p, mapping.tile_m)
+def _ours(s: Subject, at: Shape, mapping: Tiling, device: Device, data: Data, scheduled: int = SCHEDULED) -> Cost:
+    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), mapping.tile_p, mapping.tile_m, data)
     fit = footprint(mapping, at.embed, at.value, WIDTH[s.dtype], device)
     kernel = gpu.streaming(w, mapping, jobs, fit, at.value, at.queries, at.batch)
     read = gpu.operand_bytes(mapping.tile_p, mapping.tile_m, at.embed, at.value, WIDTH[s.dtype], device.arch)
@@ -198,8 +228,8 @@ def _shared_heads(k: gpu.Kernel, group: int) -> gpu.Kernel:
 # --- vendors' kernels -----------------------------------------------------------------------------------------------
 
 
-def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cost:
-    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), VENDOR_TILE.tile_p, VENDOR_TILE.tile_m)
+def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: Data) -> Cost:
+    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), VENDOR_TILE.tile_p, VENDOR_TILE.tile_m, data)
     if not use.skips:
         jobs = replace(jobs, full=jobs.full * 0 + -(-at.keys // VENDOR_TILE.tile_m), partial=jobs.partial * 0, map=None)
     kernel = gpu.streaming(w, VENDOR_TILE, jobs, Footprint(0, 0, 0, 1), at.value, at.queries, at.batch)
@@ -216,9 +246,8 @@ def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cos
 
 def _split_keys(k: gpu.Kernel, device: Device) -> gpu.Kernel:
     """Vendors split the keys of a launch that leaves units idle."""
-    programs = k.jobs.full.size * k.jobs.repeat
     longest = int(k.jobs.visited.max()) if k.jobs.full.size else 1
-    split = max(1, min(device.units // max(programs, 1), longest // 2, 32))
+    split = max(1, min(device.units // max(k.programs, 1), longest // 2, 32))
     return replace(k, split=split, launches=2 if split > 1 else 1)
 
 
@@ -227,12 +256,12 @@ def _slower(cost: Cost, share: float) -> Cost:
     return replace(cost, seconds=(cost.seconds - launch) / share + launch)
 
 
-def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device) -> Cost:
+def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: Data) -> Cost:
     prices, bill = host.Host(device), host.Bill()
     pairs = at.batch * at.queries * at.keys
     moved = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
     if use.backend == "flex":
-        visited, partial = _visited_pairs(s, at, FLEX_BLOCK)
+        visited, partial = _visited_pairs(s, at, FLEX_BLOCK, data)
         a, b = prices.h.flex_pair_seconds.get(s.dtype) or prices.h.flex_pair_seconds["f32"]
         mask = host.rate(prices.h.flex_mask_seconds, s.dtype)
         key = _flex_key(prices.h, s.dtype, at.queries)
@@ -274,12 +303,12 @@ def _mask_on_cpu(s: Subject, at: Shape, use: VendorUse, prices: host.Host, bill:
         bill.add("fault", prices.fresh(use.mask_elements * WIDTH[s.dtype]))
 
 
-def _visited_pairs(s: Subject, at: Shape, block: int) -> tuple[int, int]:
+def _visited_pairs(s: Subject, at: Shape, block: int, data: Data) -> tuple[int, int]:
     """Pairs in the blocks that a block mask keeps, over all batch entries, and those of partial ones.
 
     The ends of the sequence cut the last blocks. Conditions on run-time data leave every block partial.
     """
-    jobs = plan_tiles(s, at, Tiling(block, block))
+    jobs = plan_tiles(s, at, Tiling(block, block), data)
     most, size = at.batch * at.queries * at.keys, min(block, at.queries) * min(block, at.keys)
     visited = min(int(jobs.visited.sum()) * jobs.repeat * size, most)
     partial = min(int(jobs.partial.sum()) * jobs.repeat * size, most)

@@ -3,58 +3,46 @@
     T = max(compute, bytes / bandwidth) + exchanges that computing waits for + their latency
     compute: products, exponentials and other element work, overlapped as the device's time model has it
 
-A way is an assignment of the cascade's ranks to mesh axes (`placement` derives the rest). Named ones, on an axis a:
-    heads        h→a                                        tensor parallel
-    ring         p→a, keys at rest m→a, whole inside        context parallel; contiguous, or zigzag for causal masks
-    all-to-all   p→a and m→a outside, h→a inside            Ulysses
-    merge        m→a inside, h→a outside                    context-parallel decode: DCP, Helix; tree attention
-Sources: Megatron-LM; Ring Attention; DeepSpeed-Ulysses; Helix Parallelism; "TPLA"; the exactness of each is derived.
+A way is an assignment of the cascade's ranks to mesh axes: `ways` names them, `placement` derives the rest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import product
 
-from ..patterns import expr as ex
-from ..patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
-from ..patterns.latent import Latent, Widths, absorbed, sliced
-from .capacity import Memory, largest_batch, memory
+from ..patterns.absorb import weighted
+from ..patterns.cascade import Cascade
+from ..patterns.ranks import fuse
+from ..patterns.recognise import Attention, Miss, attention
+from .capacity import RESERVE, Memory, largest_batch, memory
 from .collectives import RING, Collective, backward, packed
-from .core import Refused, Roles, core, roles
+from .core import Refused, Roles, roles
 from .device import Device
 from .gpu import overlapped, resources
 from .mesh import Mesh, MeshError
 from .mesh_plan import Exchange, MeshPlan, Scheme
-from .placement import Assignment, Placed, place
+from .placement import Placed, place
+from .ways import FORMS, LATENT_ROLES, Latents, Way, assignments, captured_ways, latent_ways, latents, with_projection
 from .work import plus, size_int
 
 STEPS = ("prefill", "decode", "training")
-LATENT_ROLES = Roles(("b",), "h", "p", "m")
-
-
-@dataclass(frozen=True)
-class Way:
-    """A candidate: a cascade on a mesh under an assignment. `mesh` may cut an axis of the user's mesh in two."""
-
-    name: str
-    cascade: Cascade
-    who: Roles
-    how: Assignment
-    mesh: Mesh
-    exact: bool = True
-    why: str = ""
 
 
 @dataclass(frozen=True)
 class Site:
-    """An attention with integer sizes, and how many layers of the model are like it."""
+    """An attention with integer sizes, and how many layers of the model are like it.
+
+    `upstream` is the same attention with what makes its keys and values, or why that is not known; `model` the channels
+    of its output projection, 0 where they are not known.
+    """
 
     name: str
     cascade: Cascade
     layers: int = 1
+    upstream: Cascade | Miss | None = None
+    model: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,113 +105,6 @@ def hidden_from(p: Placed, tokens: int, mesh: Mesh, device: Device) -> float:
     return tokens * message / (products / route.parts)
 
 
-# --- ways -------------------------------------------------------------------------------------------------------------
-
-
-def with_projection(c: Cascade, who: Roles) -> Cascade:
-    """The output projection behind an attention, of a model as wide as its heads together: there the heads meet.
-
-        before   … O[b,h,p,f]        after   …  Y[b,p,d] = Σ_h,f O[b,h,p,f]·WO[h,f,d],   d = h·f
-    """
-    found = core(c)
-    out = c.producers[c.outputs[0]][-1].out
-    if found is None or found.output != out.tensor or any(t.op != "index" for t in out.index):
-        return c
-    within = tuple(r for r in (who.heads, found.view.value) if r)
-    width = math.prod(size_int(c.rank[r].size) for r in within)
-    dtype = c.tensor[out.tensor].dtype
-    rank, weight, result = (_unused(n, c) for n in ("d", "WO", "Y"))
-    kept = tuple(t for t in out.index if t.attr not in within)
-    d = ex.index(rank)
-    wo = ex.load(weight, (*(ex.index(r) for r in within), d), dtype)
-    e = Einsum(Access(result, (*kept, d)), ex.load(out.tensor, out.index, dtype) * wo, "add", within)
-    shape = tuple(c.rank[str(t.attr)].size for t in kept)
-    made = (
-        Tensor(weight, (*(c.rank[r].size for r in within), width), dtype),
-        Tensor(result, (*shape, width), dtype),
-    )
-    return replace(
-        c, ranks=(*c.ranks, Rank(rank, width)), tensors=(*c.tensors, *made), einsums=(*c.einsums, e), outputs=(result,)
-    )
-
-
-def _unused(name: str, c: Cascade) -> str:
-    while name in c.rank or name in c.tensor:
-        name += "_"
-    return name
-
-
-def assignments(who: Roles, mesh: Mesh) -> list[tuple[str, Assignment]]:
-    """Every named way on a mesh: `tp` carries heads where `cp` carries the sequence, either carries all alone."""
-    single = {a.name for a in mesh.axes} & {"tp", "cp"}
-    options: list[list[tuple[str, Assignment]]] = []
-    for axis in mesh.axes:
-        if axis.name == "dp":
-            options.append([("batch", _both((_first(who.batch), "dp")))])
-        elif axis.name == "tp" and len(single) > 1:
-            options.append([("heads", _heads(who, axis.name))])
-        else:
-            options.append([*([("heads", _heads(who, axis.name))] if axis.name == "tp" else []), *_sequence(who, axis.name)])
-    out = []
-    for chosen in product(*options):
-        name = " × ".join(n for n, _ in chosen)
-        out.append((name, _joined([a for _, a in chosen])))
-    return out
-
-
-def _first(batch: tuple[str, ...]) -> str:
-    return batch[0] if batch else ""
-
-
-def _both(*pairs: tuple[str, str]) -> Assignment:
-    return Assignment(pairs, pairs)
-
-
-def _heads(who: Roles, a: str) -> Assignment:
-    return _both((who.heads, a))
-
-
-def _sequence(who: Roles, a: str) -> list[tuple[str, Assignment]]:
-    tokens, keys, heads = (who.tokens, a), (who.key, a), (who.heads, a)
-    ring = Assignment((tokens,), (tokens, keys), ring=True)
-    return [
-        ("ring", ring), ("ring zigzag", replace(ring, order="zigzag")),
-        ("all-to-all", Assignment((heads,), (tokens, keys))), ("merge", Assignment((keys,), (keys, heads), "interleaved")),
-    ]  # fmt: skip
-
-
-def _joined(parts: Sequence[Assignment]) -> Assignment:
-    inside = tuple(dict.fromkeys(x for a in parts for x in a.inside))
-    # the sequence comes first: a cache that keys and heads index is cut along its keys
-    outside = tuple(x for a in reversed(parts) for x in a.outside)
-    order = next((a.order for a in parts if a.order != "contiguous"), "contiguous")
-    return Assignment(inside, outside, order, any(a.ring for a in parts))
-
-
-def latent_ways(w: Widths, mesh: Mesh, *, batch: int = 1, queries: int = 1, keys: int, axis: str = "tp") -> list[Way]:
-    """Ways to decode over cached latents on one axis: heads, the sequence, scores summed over slices, and TPLA.
-
-    All but TPLA compute what the model does; TPLA is there for 2 slices and for one slice a device.
-    """
-    mla = absorbed(w, batch=batch, queries=queries, keys=keys)
-    n, heads, seq = mesh.size(axis), ("h", axis), ("m", axis)
-    whole = ("c", axis), ("k", axis)
-    out = [
-        Way("heads", mla.cascade, LATENT_ROLES, _both(heads), mesh),
-        Way("merge", mla.cascade, LATENT_ROLES, Assignment((seq,), (seq, heads), "interleaved"), mesh),
-        Way("summed scores", mla.cascade, LATENT_ROLES, Assignment(whole, (*whole, heads)), mesh),
-    ]
-    for g in sorted({2, n} if n > 1 else set()):
-        if n % g == 0 and w.latent % g == 0:
-            out.append(_tpla(sliced(g, w, batch=batch, queries=queries, keys=keys), g, mesh, axis))
-    return out
-
-
-def _tpla(latent: Latent, g: int, mesh: Mesh, axis: str) -> Way:
-    how = _both(("g", "slice"), ("h", axis))
-    return Way(f"TPLA {g} slices", latent.cascade, LATENT_ROLES, how, mesh.split(axis, "slice", g), latent.exact, latent.why)
-
-
 # --- one way --------------------------------------------------------------------------------------------------------
 
 
@@ -236,14 +117,11 @@ def scheme(
     ways: Sequence[tuple[Way, int]], device: Device, *, step: str, weights: int = 0, approximate: bool = False
 ) -> Scheme:
     """One way over all attentions of a model: (way, layers) pairs of the same name. `weights`: bytes of the model's."""
-    first = ways[0][0]
-    if any(not w.exact for w, _ in ways) and not approximate:
-        why = next(w.why for w, _ in ways if not w.exact)
-        return _refused(first, f"approximate: {why}; Policy(approximate=True) admits it", exact=False)
+    first, exact = ways[0][0], all(w.exact for w, _ in ways)
     try:
         parts = [(w, placed(w), n) for w, n in ways]
     except Refused as no:
-        return _refused(first, str(no))
+        return Scheme(first.name, str(first.how), exact, False, str(no))
     each = [(times(p, w.mesh, device, step), n) for w, p, n in parts]
     total = {f.name: sum(n * getattr(t, f.name) for t, n in each) for f in fields(Times)}
     mem = memory([(p, n) for _, p, n in parts], step, weights)
@@ -253,14 +131,29 @@ def scheme(
     batches = {
         n: largest_batch(mem, room, sizes["batch"], sizes["keys"], n) * sizes["groups"] for n in _lengths(sizes["keys"])
     }
-    short = "" if fits else f"needs {_gb(mem.total)} of the {_gb(mem.room(room))} that {device.name} has for it"
     return Scheme(
-        first.name, str(first.how), all(w.exact for w, _ in ways), fits, short, mem.weights, mem.cache, mem.activations,
+        first.name, str(first.how), exact, fits and (exact or approximate), _against(ways, mem, device, approximate),
+        mem.weights, mem.cache, mem.activations,
         sum(n * p.flops for _, p, n in parts), sum(n * p.traffic for _, p, n in parts),
         tuple(_exchange(x, w.mesh, device, n) for w, p, n in parts for x in exchanges(p, w.mesh, step)),
         total, sum(n * t.seconds for t, n in each), _bound(total), batches, max(p.even for _, p, _ in parts),
-        max(p.copies for _, p, _ in parts),
+        max(p.copies for _, p, _ in parts), _token_bytes(parts),
     )  # fmt: skip
+
+
+def _against(ways: Sequence[tuple[Way, int]], mem: Memory, device: Device, approximate: bool) -> str:
+    """Why a way whose cost is known may not be taken; empty where it may."""
+    inexact = next((w.why for w, _ in ways if not w.exact), "")
+    if inexact and not approximate:
+        return f"approximate: {inexact}; Policy(approximate=True) admits it"
+    room = mem.room(device.dram_bytes)
+    return "" if mem.total <= room else f"needs {_gb(mem.total)} of the {_gb(room)} that {device.name} has for it"
+
+
+def _token_bytes(parts: Sequence[tuple[Way, Placed, int]]) -> float:
+    """Cached bytes of a device by layers and by the tokens of its sequences."""
+    tokens = [n * s["batch"] * s["keys"] for w, _, n in parts for s in [_sizes(w)]]
+    return sum(p.cache_bytes * n for _, p, n in parts) / sum(tokens)
 
 
 def _bound(t: Mapping[str, float]) -> str:
@@ -271,10 +164,6 @@ def _bound(t: Mapping[str, float]) -> str:
     if t["memory"] > t["compute"]:
         return "memory"
     return "matrix" if t["matrix"] >= t["exp"] else "exp"
-
-
-def _refused(way: Way, why: str, exact: bool = True) -> Scheme:
-    return Scheme(way.name, str(way.how), exact, False, why)
 
 
 def _sizes(way: Way) -> dict[str, int]:
@@ -317,8 +206,22 @@ def rank_ways(
         mesh.route(a.name, device)
     found = [scheme(w, device, step=step, weights=weights, approximate=approximate) for w in ways.values()]
     able = sorted((s for s in found if s.feasible), key=lambda s: (s.seconds, s.held_bytes))
-    rest = [s for s in found if not s.feasible]
+    rest = sorted((s for s in found if not s.feasible), key=lambda s: (not s.parts, not s.exact, s.seconds))
+    note += _crowded(found, mesh, device) if not able else ""
     return MeshPlan(str(mesh), mesh.devices, device.name, step, (*_explained(able), *rest), note)
+
+
+def _crowded(found: Sequence[Scheme], mesh: Mesh, device: Device) -> str:
+    """Where weights alone fill every device: on how many they would lie."""
+    least = min((s.weight_bytes for s in found if s.parts and s.exact), default=0)
+    room = (1 - RESERVE) * device.dram_bytes
+    if least <= room:
+        return ""
+    devices = math.ceil(least / room * mesh.devices)
+    return (
+        f"; weights alone take {_gb(least)} of a device's {_gb(room)}: they need {devices} devices that share them, or a "
+        "smaller type"
+    )
 
 
 def _explained(able: Sequence[Scheme]) -> list[Scheme]:
@@ -361,24 +264,80 @@ def shard(
     Raises MeshError where the mesh does not divide the heads or the batch, naming the sizes that do.
     """
     ready: list[tuple[Site, Cascade, Roles]] = []
-    for s in sites:
+    for s in map(_with_one_head_rank, sites):
         who = roles(s.cascade)
         _check(s, who, mesh)
-        ready.append((s, with_projection(s.cascade, who), who))
+        ready.append((s, with_projection(s.cascade, who, s.model), who))
     decoding = all(size_int(c.rank[w.tokens].size) == 1 for _, c, w in ready)
+    step = step or ("decode" if decoding else "prefill")
+    narrow = [_latents(s, c, who, step) for s, c, who in ready]
+    some = any(isinstance(x, Latents) for x in narrow)
     ways: dict[str, list[tuple[Way, int]]] = {}
-    for s, c, who in ready:
-        for name, how in assignments(who, mesh):
-            ways.setdefault(name, []).append((Way(name, c, who, how, mesh), s.layers))
+    for (s, c, who), found in zip(ready, narrow):
+        for name, way in _by_name(c, found, who, mesh, some):
+            ways.setdefault(name, []).append((way, s.layers))
     note = (
-        "per device and step, attention layers with their output projection (taken as wide as the heads together); "
+        "per device and step, attention layers with their output projection"
+        f"{'' if all(s.model for s in sites) else ' (taken as wide as the heads together where it is not known)'}; "
         "feed-forward exchanges and the gradients' sum over dp are not counted"
     )
     note += "" if weights else "; the model's weights are not known here and not counted"
-    return rank_ways(
-        ways, mesh, device, step=step or ("decode" if decoding else "prefill"), weights=weights, approximate=approximate,
-        note=note,
-    )  # fmt: skip
+    note += _said(sites, narrow)
+    return rank_ways(ways, mesh, device, step=step, weights=weights, approximate=approximate, note=note)
+
+
+def _with_one_head_rank(s: Site) -> Site:
+    """Heads that are there as groups and members become one rank: ranks that index weights belong to no sequence."""
+    if not isinstance(s.upstream, Cascade):
+        return s
+    view = attention(s.cascade)
+    assert isinstance(view, Attention), view
+    found = [r for r in view.batch if r in weighted(s.upstream, view.key, view.query)]
+    while len(found) > 1:
+        high, low, *rest = found
+        here, above = fuse(s.cascade, high, low), fuse(s.upstream, high, low)
+        if here is s.cascade or above is s.upstream:
+            return s
+        s, found = replace(s, cascade=here, upstream=above), [f"{high}{low}", *rest]
+    return s
+
+
+def _latents(s: Site, plain: Cascade, who: Roles, step: str) -> Latents | Miss | None:
+    """The latent forms of an attention; None where nobody asked, or nothing is cached."""
+    if s.upstream is None or step == "training":
+        return None
+    upstream = s.upstream if isinstance(s.upstream, Miss) else with_projection(s.upstream, who, s.model)
+    return latents(upstream, plain, who)
+
+
+def _by_name(
+    plain: Cascade, found: Latents | Miss | None, who: Roles, mesh: Mesh, some: bool
+) -> Iterator[tuple[str, Way]]:  # fmt: skip
+    """The ways of one attention; where others of the model have latents, one that has none takes its plain way beside."""
+    own = found if isinstance(found, Latents) else None
+    for way in captured_ways(plain, own, who, mesh):
+        yield way.name, way
+        if some and own is None:
+            yield from ((f"{form} {way.name}", way) for form in FORMS)
+
+
+def _said(sites: Sequence[Site], narrow: Sequence[Latents | Miss | None]) -> str:
+    """What latents are kept, and why others have none: each sentence once."""
+    out: dict[str, None] = {}
+    without: dict[str, list[str]] = {}
+    for s, found in zip(sites, narrow):
+        if isinstance(found, Miss):
+            without.setdefault(found.reason, []).append(s.name or "an attention")
+        elif found is not None:
+            kept = " + ".join(f"{name} {n}" for name, n in found.kept)
+            said = (
+                f"; latent ways keep {kept} bytes a token and layer in place of {found.instead} of keys and "
+                "values: a layout of the cache to plan with, which optimize() does not make"
+            )
+            out[said] = None
+    for reason, (first, *more) in without.items():
+        out[f"; no latent form of {first}{f' and {len(more)} like it' if more else ''}: {reason}"] = None
+    return "".join(out)
 
 
 def _check(s: Site, who: Roles, mesh: Mesh) -> None:

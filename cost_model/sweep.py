@@ -19,6 +19,7 @@ from ..patterns.cascade import Cascade, Size
 from ..patterns.recognise import Attention, attention
 from .device import Device
 from .memory import Memory
+from .mesh_sweep import MeshCourse, spread
 
 if TYPE_CHECKING:
     from .plan import Plan, Site
@@ -102,7 +103,7 @@ class Course:
 class Sweep:
     """All courses of a plan along one axis. `str()` is a table; `skipped` says which values the capture does not admit.
 
-    `seconds` is how long it took to cost them.
+    `seconds` is how long it took to cost them. `meshes`: with a mesh, the ways to spread all attentions over it.
     """
 
     axis: str
@@ -110,10 +111,14 @@ class Sweep:
     courses: tuple[Course, ...]
     skipped: str = ""
     seconds: float = field(default=0.0, compare=False)
+    meshes: tuple[MeshCourse, ...] = ()
 
     def on(self, device: str) -> Sweep:
         """The courses of one device."""
-        return replace(self, courses=tuple(c for c in self.courses if c.device == device))
+        return replace(
+            self, courses=tuple(c for c in self.courses if c.device == device),
+            meshes=tuple(m for m in self.meshes if m.device == device),
+        )  # fmt: skip
 
     def __str__(self) -> str:
         from .table_sweep import sweep_table
@@ -127,7 +132,8 @@ class Sweep:
     def from_dict(d: Mapping[str, Any]) -> Sweep:
         """Read what `to_dict` wrote. Raises KeyError or TypeError on other data."""
         courses = tuple(map(_course, d["courses"]))
-        return Sweep(d["axis"], tuple(d["values"]), courses, d["skipped"], d["seconds"])
+        meshes = tuple(map(MeshCourse.from_dict, d.get("meshes", ())))
+        return Sweep(d["axis"], tuple(d["values"]), courses, d["skipped"], d["seconds"], meshes)
 
 
 def _course(d: Mapping[str, Any]) -> Course:
@@ -243,7 +249,8 @@ def sweep(plan: Plan, axis: str, values: Sequence[int], devices: Sequence[Device
             points = tuple(map(at, kept))
             changes = tuple(c for a, b in pairwise(points) for c in _between(at, a, b))
             courses.append(Course(plan.group_name(members), members[0], len(members), device.name, points, changes))
-    return Sweep(axis, tuple(kept), tuple(courses), skipped, time.perf_counter() - start)
+    meshes = spread(plan, axis, kept, devices or (plan.device,))
+    return Sweep(axis, tuple(kept), tuple(courses), skipped, time.perf_counter() - start, meshes)
 
 
 def _costed(retake: Retake, plan: Plan, axis: str, device: Device, index: int) -> Callable[[int], Point]:

@@ -25,9 +25,16 @@ def plan_table(plan: Plan, width: int = WIDTH) -> str:
         lines += ["", f"left alone ({len(plan.misses)})", _misses(plan.misses, width)]
     if not plan.sites and not plan.misses:
         lines += ["", "no two products with a row rule between them were met: the model runs as written"]
+    lines += _notes([plan])
     if plan.note:
         lines += ["", plan.note]
     return "\n".join(lines)
+
+
+def _notes(plans: Sequence[Plan]) -> list[str]:
+    """What was assumed or is worth knowing, once each."""
+    found = list(dict.fromkeys(n for p in plans for s in p.sites for n in s.notes))
+    return ["", *found] if found else []
 
 
 def _heading(plan: Plan) -> str:
@@ -35,7 +42,8 @@ def _heading(plan: Plan) -> str:
     what = f"{n} attention{'' if n == 1 else 's'}" if n else "no attention"
     model = f"{plan.model}: " if plan.model else ""
     total = f", {seconds_text(plan.seconds)} in all" if n else ""
-    return f"{model}{what} on {plan.device.name} ({plan.device.title}; {plan.device.basis} times){total}"
+    d = plan.device
+    return f"{model}{what} on {d.name} ({d.title}; {d.basis} times, ±{d.band:.0%}){total}"
 
 
 def _sites(plan: Plan, width: int) -> str:
@@ -75,6 +83,7 @@ def plans_table(plans: Sequence[Plan], width: int = WIDTH) -> str:
     lines = [f"{first.model}: {what}" if first.model else what, table_text(table, width)]
     if first.misses:
         lines += ["", f"left alone ({len(first.misses)})", _misses(first.misses, width)]
+    lines += _notes(plans)
     return "\n".join([*lines, "", first.note] if first.note else lines)
 
 
@@ -142,6 +151,13 @@ def seconds_text(seconds: float) -> str:
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}" if seconds / scale < 1000 else f"{seconds / scale:.0f} {unit}"
     return f"{seconds * 1e9:.3g} ns"
+
+
+def between(seconds: float, band: float) -> str:
+    """The band of a time: `6.53 to 11.9 µs`; the unit stands once where both ends share it."""
+    low, high = seconds_text(seconds / (1 + band)), seconds_text(seconds * (1 + band))
+    number, _, unit = low.partition(" ")
+    return f"{number if high.endswith(f' {unit}') else low} to {high}"
 
 
 def tokens_text(n: int) -> str:

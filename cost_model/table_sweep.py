@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .diff import CHANGED, GONE, NEW, Diff
+from .mesh_sweep import MeshCourse
 from .sweep import Course, Point, Sweep
-from .table import WIDTH, group_name, seconds_text, table_of, table_text, tokens_text
+from .table import WIDTH, bytes_text, group_name, seconds_text, table_of, table_text, tokens_text
 
 
 def sweep_table(sweep: Sweep, width: int = WIDTH) -> str:
@@ -19,10 +20,29 @@ def sweep_table(sweep: Sweep, width: int = WIDTH) -> str:
         for i, value in enumerate(sweep.values):
             table.add_row(tokens_text(value), *(_cell(c, i) for c in courses))
         lines += [f"{name}{many}", table_text(table, width), *_changes(sweep.axis, courses), ""]
+    lines += [line for name in dict.fromkeys(m.mesh for m in sweep.meshes) for line in _spread(sweep, name, width)]
     devices = len({c.device for c in sweep.courses})
     where = f" on {devices} devices" if devices > 1 else ""
     last = f"{len(sweep.values)} sizes{where} costed in {sweep.seconds:.2f} s from one capture"
     return "\n".join([*lines, sweep.skipped, last] if sweep.skipped else [*lines, last])
+
+
+def _spread(sweep: Sweep, name: str, width: int) -> list[str]:
+    """A row a value: on every device the fastest way that fits, its step and what a device holds."""
+    courses = [m for m in sweep.meshes if m.mesh == name]
+    table = table_of((sweep.axis, *(m.device for m in courses)), right=(sweep.axis,))
+    for i, value in enumerate(sweep.values):
+        table.add_row(tokens_text(value), *(_way(m, i) for m in courses))
+    return [f"all attentions, spread over {name}", table_text(table, width), ""]
+
+
+def _way(m: MeshCourse, i: int) -> str:
+    p = m.points[i]
+    best = p.way(p.best)
+    if best is None:
+        return p.why
+    mark = "→ " if i and m.points[i - 1].best != p.best else ""
+    return f"{mark}{p.best} {seconds_text(best.seconds)}, holds {bytes_text(best.held_bytes)}"
 
 
 def _cell(c: Course, i: int) -> str:

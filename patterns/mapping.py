@@ -33,5 +33,8 @@ class Mapping:
         return Mapping(**json.loads(text))
 
     def __str__(self) -> str:
+        tile = f"{self.body} {self.tile_p}×{self.tile_m}"
+        if self.body != "triton":
+            return tile
         split = f", keys split in {self.split_m}" if self.split_m > 1 else ""
-        return f"{self.body} {self.tile_p}×{self.tile_m}, {self.warps} warps, {self.stages} stages{split}"
+        return f"{tile}, {self.warps} warps, {self.stages} stages{split}"

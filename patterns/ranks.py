@@ -2,6 +2,7 @@
 
     split   O[r,p,f] with terms r // H and r % H   →   O[b,h,p,f], r = b·H + h        (a (B·H)-flattened batch)
     unify   S[r1,r2,p,m] read as S[b,h,p,m]        →   S is defined over b, h          (bound names are free to choose)
+    fuse    O[b,h,g,p,f] with terms h·G + g        →   O[b,n,p,f], h = n // G, g = n % G       (heads in groups)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 import sympy
 
 from . import expr as ex
-from .cascade import Access, Cascade, Einsum, Rank, Size, Tensor, term_size
+from .cascade import Access, Cascade, Einsum, Rank, Size, Tensor, size_term, term_size
 from .expr import Expr
 
 
@@ -144,3 +145,48 @@ def _rename(e: Einsum, table: Mapping[Expr, Expr]) -> Einsum:
         out=Access(e.out.tensor, tuple(table.get(i, i) for i in e.out.index)),
         body=ex.substitute(e.body, table),
     )
+
+
+def fuse(c: Cascade, high: str, low: str) -> Cascade:
+    """Two ranks of the output as one: the inverse of `split`; the cascade itself where they do not stay side by side.
+
+    Tensors that only one of them indexes keep it, and are read at its quotient or remainder.
+    """
+    name = f"{high}{low}"
+    h, g, n, size = ex.index(high), ex.index(low), ex.index(name), size_term(c.rank[low].size)
+    table = {h: n // size, g: n % size}
+    both = {t for t, es in c.producers.items() if all(h in e.out.index and g in e.out.index for e in es)}
+    if name in c.rank or any(_apart(e, both, h, g) for e in c.einsums):
+        return c
+
+    def place(args: tuple[Expr, ...], x: Expr, y: Expr) -> tuple[Expr, ...]:
+        return tuple(n if i is x else i for i in args if i is not y)
+
+    def rule(e: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if e.op == "load" and str(e.attr) in both:
+            return ex.load(str(e.attr), place(args, table[h], table[g]), e.dtype)
+        whole = e.op == "add" and args[0] is table[h] * size and args[1] is table[g]
+        return n if whole else table.get(e)
+
+    def shape(t: Tensor) -> Tensor:
+        if t.name not in both:
+            return t
+        out = c.producers[t.name][-1].out.index
+        sizes = [s if i is not h else s * c.rank[low].size for i, s in zip(out, t.shape) if i is not g]
+        return replace(t, shape=tuple(sizes))
+
+    einsums = tuple(
+        replace(e, out=Access(e.out.tensor, place(e.out.index, h, g)), body=ex.rebuild(e.body, rule))
+        if e.out.tensor in both else e for e in c.einsums
+    )  # fmt: skip
+    used = frozenset().union(*(e.ranks | set(e.over) for e in einsums))
+    fused = Rank(name, c.rank[high].size * c.rank[low].size)
+    ranks = [x for r in c.ranks for x in ((fused, r) if r.name == high else (r,)) if x.name in used]
+    return replace(c, ranks=tuple(ranks), tensors=tuple(shape(t) for t in c.tensors), einsums=einsums)
+
+
+def _apart(e: Einsum, both: set[str], h: Expr, g: Expr) -> bool:
+    """Does an Einsum keep the two ranks of a tensor apart: reduce one, or read the tensor elsewhere than at both?"""
+    read = [x for x in e.reads if str(x.attr) in both]
+    elsewhere = [x for x in read if e.out.tensor not in both or h not in x.args or g not in x.args]
+    return bool(elsewhere) or bool({str(h.attr), str(g.attr)} & set(e.over))

@@ -436,10 +436,19 @@ class _Reader:
         twice = self.prelude.keys() & (self.products.keys() | self.row.keys())
         if twice:
             raise _Stop(f"{min(twice)} is read over {self.key} and over another rank of the same size", contraction, 5)
+        self.check_order(groups, contraction)
         if self.changed:
             c = self.rewritten(finish, contraction, groups)
         return Attention(c, batch, query, self.key, self.value, *groups[:2], score, groups[2], weight, values, finish,
                          contraction)  # fmt: skip
+
+    def check_order(self, groups: tuple[tuple[Einsum, ...], ...], contraction: Einsum) -> None:
+        """What comes first reads nothing that comes later: a row that also sees other keys than these has no such order."""
+        made: set[str] = set()
+        for e in (*(e for g in groups for e in g), contraction):
+            if apart := [str(y.attr) for y in self.reductions(e.body) if str(y.attr) not in made]:
+                raise _Stop(f"{e.out.tensor} reads {apart[0]}, which would come after it", contraction, 5)
+            made.add(e.out.tensor)
 
     def rewritten(self, finish: Expr, contraction: Einsum, groups: tuple[tuple[Einsum, ...], ...]) -> Cascade:
         """The cascade over the reader's ranks; needed only when a reduction was read through an index map."""

@@ -8,20 +8,41 @@ m is the key's rank, f stands for a term that varies over it, h for row scalars.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 from . import expr as ex
-from .carried import OLD
-from .cascade import IDENTITY, Einsum
+from .cascade import Einsum
 from .expr import Expr
-from .separate import Bound, Ground, Splitter, Stop
+from .separate import After, Bound, Ground, Part, Splitter, Stop
 
 
-class Reducer(Splitter):
+class Reducer(Splitter, ABC):
     """Walks a chain of reductions; `final` says what each row tensor is in terms of carried ones."""
 
     def __init__(self, ground: Ground) -> None:
         super().__init__(ground)
         self.final: dict[Expr, Expr] = {}
+
+    @abstractmethod
+    def carry(self, name: str, op: str, lift: Expr, here: Expr, bounds: tuple[tuple[Bound, float], ...]) -> Expr:
+        """Carry one more scalar and answer its load."""
+
+    def row(self, keep: Expr) -> tuple[Expr, ...]:
+        """The coordinates of the rows that a condition speaks of."""
+        return tuple(ex.index(r) for r in self.ground.row)
+
+    def zeroed(self, p: Part) -> bool:
+        """Must a row that keeps nothing be set to 0, because what moved or is guarded might make something else of it?"""
+        return bool(p.after or p.bounds)
+
+    def emptied(self, p: Part, keep: Expr) -> tuple[After, ...]:
+        return (After("zero", ~(self.kept(keep) > 0.0)),) if self.zeroed(p) else ()
+
+    def kept(self, keep: Expr) -> Expr:
+        """Carry whether a mask kept a key of the row."""
+        dtype = self.ground.accumulate
+        one = ex.where(keep, ex.const(1.0, dtype), ex.const(0.0, dtype))
+        return self.carry("KEPT", "max", one, ex.load("KEPT", self.row(keep), dtype), ())
 
     def reduction(self, r: Einsum, dtype: str) -> Expr:
         """Carry what a reduction needs and answer its value; raises Stop with the law that fails."""
@@ -89,20 +110,3 @@ class Reducer(Splitter):
         like = ex.load(name, here.args, self.ground.accumulate)
         one = ex.where(ex.cast(body, "b1"), ex.const(1.0, like.dtype), ex.const(0.0, like.dtype))
         return self.carry(name, "max" if op == "or" else "min", one, like, ()) > 0.0
-
-    def correction(self, bounds: tuple[tuple[Bound, float], ...], lift: Expr) -> Expr | None:
-        """The factor that moves a sum from the old bounds to the new ones: ∏ base^(k·(d_old − d̂_new))."""
-        out: Expr | None = None
-        for b, k in bounds:
-            if k < 0:
-                raise Stop(lift, "a term grows as its running bound rises: no correction stays below 1")
-            by = self.before(b.d) - self.guarded(b.d)
-            factor = ex.unary(b.base, by if k == 1.0 else by * k)
-            if not b.rises:
-                start = [ex.load(OLD + str(x.attr), x.args, x.dtype) for x in self.reads(b.d)]
-                for x in start:
-                    op = self.ops[str(x.attr).removeprefix(OLD)]
-                    empty = ex.equal(x, float(IDENTITY[op]))
-                    factor = ex.where(empty, ex.const(0.0, factor.dtype), factor)
-            out = factor if out is None else out * factor
-        return out

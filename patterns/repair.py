@@ -21,9 +21,8 @@ from .chain import Reading, empty_rows, exposed, products, rebuilt, unused
 from .constant import number
 from .expr import Expr
 from .recognise import Refusal
-from .reductions import Reducer
 from .rewrites import Family, Rewritten
-from .separate import Bound, Ground, Part, Stop
+from .separate import Bound, Ground, Part, Splitter, Stop
 
 # Stages of one sweep over the tiles: what its loop reads, the loop, the values at its end, and what follows from them.
 BEFORE, LOOP, END, AFTER = range(4)
@@ -65,7 +64,7 @@ def repair(c: Cascade, family: Family) -> Rewritten | Refusal:
     return _Repair(c, *family).rewritten()
 
 
-class _Repair(Reducer):
+class _Repair(Splitter):
     """Finds the sweep of every reduction; `ops` holds those that run in the present one."""
 
     def __init__(self, c: Cascade, outer: str, inner: str) -> None:
@@ -84,10 +83,6 @@ class _Repair(Reducer):
         for e in c.einsums:
             found = (self.behind.get(n, frozenset()) | {n} & set(self.pairs) for n in (str(x.attr) for x in e.reads))
             self.behind[e.out.tensor] = frozenset().union(*found)
-
-    def zeroed(self, p: Part) -> bool:
-        # a guarded sum over nothing is 0 by itself
-        return False
 
     def rewritten(self) -> Rewritten | Refusal:
         pending = list(self.pairs.values())

@@ -15,6 +15,7 @@ import numpy as np
 
 from . import expr as ex
 from .carried import OLD, Carried
+from .cascade import IDENTITY
 from .constant import number
 from .expr import Expr
 from .laws import separates, unseparable
@@ -106,17 +107,9 @@ class Splitter:
         self.bodies: dict[str, Expr] = {}
         self.memo: dict[Expr, tuple[Part, ...]] = {}
 
-    def carry(self, name: str, op: str, lift: Expr, here: Expr, bounds: tuple[tuple[Bound, float], ...]) -> Expr:
-        """Carry one more scalar and answer its load."""
-        raise NotImplementedError
-
     def rows(self, e: Expr) -> frozenset[str]:
         """The carried names that a term reads."""
         return frozenset(str(x.attr) for x in ex.loads(e) if str(x.attr) in self.ops)
-
-    def row(self, keep: Expr) -> tuple[Expr, ...]:
-        """The coordinates of the rows that a condition speaks of."""
-        return tuple(ex.index(r) for r in self.ground.row)
 
     def mixed(self, e: Expr) -> bool:
         return self.key in e.ranks and bool(self.rows(e))
@@ -376,21 +369,12 @@ class Splitter:
         out = []
         for p in parts:
             lift = ex.where(keep, p.lift, ex.const(0.0, p.lift.dtype))
-            after = p.after
-            if self.zeroed(p):
-                after = (*after, After("zero", ~(self.kept(keep) > 0.0)))
-            out.append(replace(p, lift=lift, after=after))
+            out.append(replace(p, lift=lift, after=(*p.after, *self.emptied(p, keep))))
         return tuple(out)
 
-    def zeroed(self, p: Part) -> bool:
-        """Must a row that keeps nothing be set to 0, because what moved or is guarded might make something else of it?"""
-        return bool(p.after or p.bounds)
-
-    def kept(self, keep: Expr) -> Expr:
-        at = self.row(keep)
-        dtype = self.ground.accumulate
-        one = ex.where(keep, ex.const(1.0, dtype), ex.const(0.0, dtype))
-        return self.carry("KEPT", "max", one, ex.load("KEPT", at, dtype), ())
+    def emptied(self, p: Part, keep: Expr) -> tuple[After, ...]:
+        """What is done to the finished sum of a row that keeps nothing: none here, a guarded sum over nothing is 0."""
+        return ()
 
     def of_the_row(self, c: Expr) -> Expr:
         """A condition on a probability p = u/l (l = Σ u ≥ 0 and maybe more) that holds for a whole row or for no key.
@@ -446,6 +430,23 @@ class Splitter:
         while body.op == "cast":
             body = body.args[0]
         return self.ops.get(str(total.attr)) == "add" and body is u and self.nonnegative(u)
+
+    def correction(self, bounds: tuple[tuple[Bound, float], ...], lift: Expr) -> Expr | None:
+        """The factor that moves a sum from the old bounds to the new ones: ∏ base^(k·(d_old − d̂_new))."""
+        out: Expr | None = None
+        for b, k in bounds:
+            if k < 0:
+                raise Stop(lift, "a term grows as its running bound rises: no correction stays below 1")
+            by = self.before(b.d) - self.guarded(b.d)
+            factor = ex.unary(b.base, by if k == 1.0 else by * k)
+            if not b.rises:
+                start = [ex.load(OLD + str(x.attr), x.args, x.dtype) for x in self.reads(b.d)]
+                for x in start:
+                    op = self.ops[str(x.attr).removeprefix(OLD)]
+                    empty = ex.equal(x, float(IDENTITY[op]))
+                    factor = ex.where(empty, ex.const(0.0, factor.dtype), factor)
+            out = factor if out is None else out * factor
+        return out
 
     # additive split
 

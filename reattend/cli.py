@@ -80,5 +80,6 @@ def _failed(error: Exception) -> int:
 
 # Errors whose message is one sentence for the user.
 _SENTENCES = (
-    "UsageError", "UnknownDevice", "CaptureError", "StrictError", "PlanError", "SweepError", "MeshError", "ValueError",
+    "UsageError", "UnknownDevice", "CaptureError", "StrictError", "PlanError", "SweepError", "MeshError", "ExpectError",
+    "ValueError",
 )  # fmt: skip

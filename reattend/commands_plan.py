@@ -17,6 +17,7 @@ from .options import (
     Debug,
     Dtype,
     Dynamic,
+    Expects,
     Html,
     Json,
     Meshes,
@@ -33,6 +34,7 @@ from .options import (
     plan_all,
     plan_one,
     plan_swept,
+    policy_of,
     shapes_of,
     sites_of,
     sweep_of,
@@ -44,18 +46,20 @@ if TYPE_CHECKING:
     from .cost_model.plan import Plan
     from .cost_model.sweep import Sweep
     from .rewriter.models import Shapes
+    from .rewriter.policy import Policy
 
 
 def plan(
     model: Model, target: Targets = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None, phase: Phase = "prefill",
     past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, sweep: Sweeps = None, mesh: Meshes = None,
-    html: Html = None, strict: Strict = False, json: Json = False, debug: Debug = False,
+    expect: Expects = None, html: Html = None, strict: Strict = False, json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Show every attention of MODEL: what it is, its mask, the candidates' predicted times, the choice.
 
     Several --target: one capture, side by side. --sweep: one capture with open sizes, then the winner at each size and
     where it changes. --mesh: what each way to spread it over devices holds, sends and takes. --html: a page with the masks,
-    rooflines, parts of the time, sweeps and memory.
+    rooflines, parts of the time, sweeps and memory. --expect: what masks are expected to read at run time (padding, packing,
+    block tables), else they are taken to keep every key.
 
     Example: reattend plan config.json --target h200 --target a100 --dtype bf16 --sweep seq=1k:128k --html plan.html
     """
@@ -66,7 +70,8 @@ def plan(
         sweep_of(text)
     if html is not None:
         check_path(html)
-    plans, sweeps = _planned(model, shapes, devices, dynamic, sweep or [], mesh, html is not None)
+    policy = policy_of(mesh, expect)
+    plans, sweeps = _planned(model, shapes, devices, dynamic, sweep or [], policy, html is not None)
     if json:
         print(plans[0].to_json() if len(plans) == 1 else "[\n" + ",\n".join(p.to_json() for p in plans) + "\n]")
     else:
@@ -81,14 +86,14 @@ def plan(
 
 def explain(
     model: Model, site: SiteName = None, target: Target = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None,
-    phase: Phase = "prefill", past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, json: Json = False,
-    debug: Debug = False,
+    phase: Phase = "prefill", past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, expect: Expects = None,
+    json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Show one attention in full: its cascade before and after, passes, tiles, bytes, proofs, guards, every candidate.
 
     Example: reattend explain config.json model.layers.0.self_attn --seq 4k --target h100
     """
-    made = plan_one(model, shapes_of(batch, seq, dtype, phase, past, attn), target, dynamic)
+    made = plan_one(model, shapes_of(batch, seq, dtype, phase, past, attn), target, dynamic, expect or ())
     from .rewriter.explain import explanation, explanation_data
 
     sites = sites_of(made, site)
@@ -191,33 +196,33 @@ def _calibrate() -> None:
 
 
 def _planned(
-    spec: str, shapes: Shapes, devices: list[Device], dynamic: bool, sweeps: list[str], mesh: str | None, page: bool
+    spec: str, shapes: Shapes, devices: list[Device], dynamic: bool, sweeps: list[str], policy: Policy, page: bool
 ) -> tuple[list[Plan], list[Sweep]]:
     """Plans and sweeps. A page wants open sizes for its own sweep, and does without where the capture needs fixed ones."""
     if sweeps:
-        plans, found = plan_swept(spec, shapes, devices, sweeps, mesh)
+        plans, found = plan_swept(spec, shapes, devices, sweeps, policy)
         return [replace(p, sweeps=tuple(s.on(p.device.name) for s in found)) for p in plans], found
     if not page:
-        return plan_all(spec, shapes, devices, dynamic, mesh), []
+        return plan_all(spec, shapes, devices, dynamic, policy), []
     from .cost_model.report.page import swept
 
-    plans = plan_all(spec, shapes, devices, True, mesh) if dynamic else _open_if_possible(spec, shapes, devices, mesh)
+    plans = plan_all(spec, shapes, devices, True, policy) if dynamic else _open_if_possible(spec, shapes, devices, policy)
     return [replace(p, sweeps=swept(p)) for p in plans], []
 
 
-def _open_if_possible(spec: str, shapes: Shapes, devices: list[Device], mesh: str | None) -> list[Plan]:
+def _open_if_possible(spec: str, shapes: Shapes, devices: list[Device], policy: Policy) -> list[Plan]:
     """Plans with open sizes, or with fixed ones where the capture needs them or finds more attentions so."""
     from .rewriter.capture import CaptureError
 
     why = ""
     plans: list[Plan] = []
     try:
-        plans = plan_all(spec, shapes, devices, True, mesh)
+        plans = plan_all(spec, shapes, devices, True, policy)
     except CaptureError as no:
         why = str(no)
     if plans and plans[0].sites and not plans[0].misses:
         return plans
-    fixed = plan_all(spec, shapes, devices, False, mesh)
+    fixed = plan_all(spec, shapes, devices, False, policy)
     if plans and len(plans[0].sites) >= len(fixed[0].sites):
         return plans
     why = why or "; ".join(dict.fromkeys(m.reason for m in plans[0].misses))

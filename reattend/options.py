@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .cost_model.plan import Plan, Site
     from .cost_model.sweep import Sweep
     from .rewriter.models import Shapes
+    from .rewriter.policy import Policy
 
 
 def tokens(value: str | int) -> int:
@@ -81,6 +82,11 @@ Sweeps = Annotated[
 Meshes = Annotated[
     str | None, typer.Option("--mesh", metavar="AXES", help="devices to spread it over: tp=8, or tp=8,cp=2 (tp, cp, dp)")
 ]
+Expects = Annotated[
+    list[str] | None,
+    typer.Option("--expect", metavar="NAME=FORM", help="what to expect of run-time data that a mask reads: "
+                 "attention_mask=length:700, position_ids=segments:8, table=blocks:16, table=0.25"),
+]  # fmt: skip
 Html = Annotated[Path | None, typer.Option("--html", metavar="PATH", help="write one self-contained page")]
 Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 when an attention is left alone")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
@@ -100,19 +106,25 @@ def devices_of(names: Sequence[str] | None) -> list[Device]:
     return [device(name) for name in dict.fromkeys(names or ["cpu"])]
 
 
-def plan_one(spec: str, shapes: Shapes, target: str | None, dynamic: bool) -> Plan:
-    (made,) = plan_all(spec, shapes, devices_of([target] if target else None), dynamic)
+def plan_one(spec: str, shapes: Shapes, target: str | None, dynamic: bool, expect: Sequence[str] = ()) -> Plan:
+    policy = policy_of(None, expect)
+    (made,) = plan_all(spec, shapes, devices_of([target] if target else None), dynamic, policy)
     return made
 
 
+def policy_of(mesh: str | None, expect: Sequence[str] | None) -> Policy:
+    """The policy of a command: a mesh to spread over, and what is expected of run-time data."""
+    from .rewriter.policy import Policy
+
+    return Policy(mesh=mesh, expect=tuple(expect or ()))
+
+
 def plan_all(
-    spec: str, shapes: Shapes, devices: Sequence[Device], dynamic: bool, mesh: str | None = None
+    spec: str, shapes: Shapes, devices: Sequence[Device], dynamic: bool, policy: Policy | None = None
 ) -> list[Plan]:
     """A plan for each device; the model is captured once where its graph can be kept."""
     from .rewriter.planning import plan_spec
-    from .rewriter.policy import Policy
-
-    policy = Policy(mesh=mesh)
+    policy = policy or policy_of(None, ())
     first = plan_spec(spec, shapes, devices[0], policy, dynamic=dynamic)
     if first.retake is None:
         return [first, *(plan_spec(spec, shapes, d, policy, dynamic=dynamic) for d in devices[1:])]
@@ -120,7 +132,7 @@ def plan_all(
 
 
 def plan_swept(
-    spec: str, shapes: Shapes, devices: Sequence[Device], wanted: Sequence[str], mesh: str | None = None
+    spec: str, shapes: Shapes, devices: Sequence[Device], wanted: Sequence[str], policy: Policy
 ) -> tuple[list[Plan], list[Sweep]]:
     """Plans with open sizes, captured once, and a sweep over all devices for each of `wanted`."""
     asked = [sweep_of(text) for text in wanted]
@@ -129,7 +141,7 @@ def plan_swept(
     batched = any(axis == "batch" for axis, _ in asked)
     # A batch of one is no open size: capture takes 1 for special.
     captured = replace(shapes, batch=max(2, shapes.batch)) if batched else shapes
-    plans = plan_all(spec, captured, devices, True, mesh)
+    plans = plan_all(spec, captured, devices, True, policy)
     if batched and plans[0].axes.get("batch"):
         plans = [p.at(batch=shapes.batch) for p in plans]
     return plans, [plans[0].over(axis, values, devices) for axis, values in asked]

@@ -13,6 +13,7 @@ import io
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,8 +155,9 @@ def bench_subject(subject: Subject, site: str | None, seconds: float, step: Step
             assert subject.model is not None
             captured = export.from_export(subject.model, subject.args, subject.kwargs)
         found: list[tuple[fx.GraphModule, choose.Decision]] = []
+        taken: Counter[str] = Counter()
         for region in capture.regions(captured.graph):
-            found += [(region, d) for d in choose.decide(region, choose.Request(Policy()))[0]]
+            found += [(region, d) for d in choose.decide(region, choose.Request(Policy()), taken)[0]]
         groups = _groups([d.site for _, d in found], site)
         done: list[SiteBench] = []
         for i, members in enumerate(groups):

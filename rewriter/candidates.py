@@ -20,12 +20,13 @@ from ..codegen.program import Program, loose, memory_order
 from ..cost_model.cost import Cost
 from ..cost_model.detail import detail
 from ..cost_model.device import Device
+from ..cost_model.expect import known
 from ..cost_model.memory import Memory, memory
 from ..cost_model.passes import key_passes
 from ..cost_model.picture import picture
 from ..cost_model.plan import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
 from ..cost_model.predict import VendorUse, best_mapping, predict, predict_original, predict_vendor, tiles_of
-from ..cost_model.tiles import assumptions
+from ..cost_model.tiles import Data
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, bind, show
 from ..patterns.mapping import Mapping as Tiling
@@ -41,7 +42,10 @@ from .policy import Policy
 
 @dataclass(frozen=True)
 class Question:
-    """All that a decision depends on: equal questions have equal answers."""
+    """All that a decision depends on: equal questions have equal answers.
+
+    `origins` names the inputs of the graph behind each tensor that the mask reads.
+    """
 
     cascade: Cascade
     sizes: tuple[tuple[str, int], ...]
@@ -53,6 +57,7 @@ class Question:
     dtype: str
     written: VendorUse | None
     traced: bool
+    origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @lru_cache(maxsize=1024)
@@ -60,9 +65,10 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     c, sizes = q.cascade, dict(q.sizes)
     view = attention(c)
     assert isinstance(view, Attention), view
+    taken = known(c, view, sizes, q.policy.expectations, dict(q.origins))
     candidates: list[Candidate] = []
     calls: dict[str, splice.Call] = {}
-    for candidate, call in _candidates(q, sizes):
+    for candidate, call in _candidates(q, sizes, taken.data):
         candidates.append(candidate)
         if call is not None:
             calls[candidate.name] = call
@@ -75,10 +81,11 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     ours_text = next((x.mapping for x in order if x.name == "reattend"), "")
     site = Site(
         name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q, sizes),
-        mask=_mask(view, c, sizes, order), proofs=_proofs(view, q), guards=(), candidates=order, choice=chosen.name,
+        mask=_mask(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
+        choice=chosen.name,
         cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.name == "reattend" else "",
-        notes=assumptions(split(view.score, view.key).keep), memory=_memory(view, c, sizes),
-        detailer=cache(lambda: detail(c, one_pass, ours_text, sizes)),
+        notes=taken.words, memory=_memory(view, c, sizes),
+        detailer=cache(lambda: detail(c, one_pass, ours_text, sizes, taken.data)),
     )  # fmt: skip
     return site, calls
 
@@ -106,10 +113,12 @@ def _why(chosen: Candidate, order: tuple[Candidate, ...], q: Question) -> str:
 # --- candidates ---------------------------------------------------------------------------------------------------
 
 
-def _candidates(q: Question, sizes: Mapping[str, int]) -> Iterator[tuple[Candidate, splice.Call | None]]:
+def _candidates(
+    q: Question, sizes: Mapping[str, int], data: Data
+) -> Iterator[tuple[Candidate, splice.Call | None]]:
     yield Candidate(ORIGINAL, cost=_original_cost(q, sizes)), None
     for make in (_ours, _sdpa, _flex):
-        candidate, call = make(q, sizes)
+        candidate, call = make(q, sizes, data)
         no = q.bound or ("" if q.policy.permits(candidate.name) else "the policy does not permit it")
         if no and candidate.feasible:
             candidate, call = replace(candidate, feasible=False, why=no), None
@@ -142,12 +151,12 @@ def _refused(name: str, why: str) -> tuple[Candidate, None]:
     return Candidate(name, feasible=False, why=why), None
 
 
-def _ours(q: Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
+def _ours(q: Question, sizes: Mapping[str, int], data: Data) -> tuple[Candidate, splice.Call | None]:
     name = "reattend"
     if q.gradients:
         return _refused(name, "our kernel has no backward yet, and gradients are wanted here")
     refusal = ""
-    for mapping, predicted in _mappings(q, sizes):
+    for mapping, predicted in _mappings(q, sizes, data):
         cost = predicted
         kernel = ours.build(q.cascade, mapping, q.device)
         if not isinstance(kernel, Refusal):
@@ -166,10 +175,10 @@ def _ours(q: Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call
     return candidate, our_call(q.cascade, mapping, fragile=q.device.is_gpu and not q.traced)
 
 
-def _mappings(q: Question, sizes: Mapping[str, int]) -> Iterator[tuple[Tiling, Cost]]:
+def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> Iterator[tuple[Tiling, Cost]]:
     """The best mapping by prediction; where no kernel can be built for it, the best of another body."""
     try:
-        best = best_mapping(q.cascade, q.device, sizes)
+        best = best_mapping(q.cascade, q.device, sizes, data)
     except ValueError:
         return
     if not isinstance(best, tuple):
@@ -178,7 +187,7 @@ def _mappings(q: Question, sizes: Mapping[str, int]) -> Iterator[tuple[Tiling, C
     for body in ("sdpa", "product"):
         if q.device.kind == "cpu" and body != best[0].body:
             mapping = replace(best[0], body=body)
-            cost = predict(q.cascade, mapping, q.device, sizes)
+            cost = predict(q.cascade, mapping, q.device, sizes, data)
             if isinstance(cost, Cost):
                 yield mapping, cost
 
@@ -202,15 +211,17 @@ def our_call(c: Cascade, mapping: Tiling, fragile: bool = False) -> splice.Call:
     return splice.Call("reattend", torch.ops.reattend.cascade.default, arguments, closed=False, fragile=fragile)
 
 
-def _sdpa(q: Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
-    return _vendor("sdpa", vendor.sdpa, q, sizes)
+def _sdpa(q: Question, sizes: Mapping[str, int], data: Data) -> tuple[Candidate, splice.Call | None]:
+    return _vendor("sdpa", vendor.sdpa, q, sizes, data)
 
 
-def _flex(q: Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
-    return _vendor("flex", vendor.flex, q, sizes)
+def _flex(q: Question, sizes: Mapping[str, int], data: Data) -> tuple[Candidate, splice.Call | None]:
+    return _vendor("flex", vendor.flex, q, sizes, data)
 
 
-def _vendor(name: str, make: Any, q: Question, sizes: Mapping[str, int]) -> tuple[Candidate, splice.Call | None]:
+def _vendor(
+    name: str, make: Any, q: Question, sizes: Mapping[str, int], data: Data
+) -> tuple[Candidate, splice.Call | None]:
     """A vendor's function, with the kernel that it would run here; under a guard where only rows without a key differ."""
     made = make(q.cascade)
     conditions: tuple[Condition, ...] = ()
@@ -223,7 +234,7 @@ def _vendor(name: str, make: Any, q: Question, sizes: Mapping[str, int]) -> tupl
         made, conditions = keyed, (every_row_keeps_a_key(q.cascade, view),)
     try:
         use = vendor.use(made, q.device, sizes, gradients=q.gradients)
-        cost = predict_vendor(q.cascade, use, q.device, sizes) if isinstance(use, VendorUse) else None
+        cost = predict_vendor(q.cascade, use, q.device, sizes, data) if isinstance(use, VendorUse) else None
     except ValueError as no:
         return _refused(name, str(no))
     if isinstance(use, Refusal):
@@ -275,21 +286,24 @@ def _memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> Memory | None
         return None
 
 
-def _mask(a: Attention, c: Cascade, sizes: Mapping[str, int], order: tuple[Candidate, ...]) -> MaskView | None:
+def _mask(
+    a: Attention, c: Cascade, sizes: Mapping[str, int], order: tuple[Candidate, ...], data: Data
+) -> MaskView | None:
     mask = split(a.score, a.key)
     if mask.keep is ex.TRUE:
         return None
     text = next((x.mapping for x in order if x.name == "reattend" and x.mapping), "")
     tiling = Tiling.parse(text) if text else Tiling(64, 64)
     try:
-        jobs = tiles_of(c, tiling, sizes)
+        jobs = tiles_of(c, tiling, sizes, data)
     except ValueError:
         return MaskView(ex.show(mask.keep), 1.0)
-    if isinstance(jobs, NoAttention) or jobs.map is None:
+    n = jobs.tally if not isinstance(jobs, NoAttention) else None
+    if n is None:
         return MaskView(ex.show(mask.keep), 1.0)
-    m = jobs.map
-    counts = TileCounts(tiling.tile_p, tiling.tile_m, m.total, m.visited, m.full, m.partial)
-    return MaskView(ex.show(mask.keep), m.density, counts, painter=cache(lambda: picture(c, tiling, sizes)))
+    counts = TileCounts(tiling.tile_p, tiling.tile_m, n.total, n.visited, n.full, n.partial)
+    paint = cache(lambda: picture(c, tiling, sizes, data))
+    return MaskView(ex.show(mask.keep), n.visited / max(n.total, 1), counts, painter=paint)
 
 
 _RULES = {

@@ -20,6 +20,7 @@ from torch._guards import TracingContext
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .autocast import explicit_casts
+from .weights import PARAMETER
 
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
@@ -79,6 +80,9 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     for node, value in zip((n for n in graph.graph.nodes if n.op == "placeholder"), flat):
         if isinstance(value, Tensor) and value.requires_grad:
             _mark(node.meta["val"])
+    for node, given in zip((n for n in graph.graph.nodes if n.op == "placeholder"), inputs):
+        if isinstance(given, nn.Parameter):
+            node.meta[PARAMETER] = True
     finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names))
     return Captured(graph, "dynamo", time.perf_counter() - start)
 

@@ -9,6 +9,7 @@ permits them, the device has them, gradients flow through them where they are wa
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -24,19 +25,21 @@ from ..cost_model.plan import ORIGINAL, Miss, Plan, Site
 from ..patterns.cascade import Cascade
 from ..patterns.evaluate import infer_sizes
 from . import capture, splice
+from .aliases import Aliases
 from .candidates import Question, answer, guard_sentences
 from .detect import Found, NearMiss, find
 from .guards import original_subgraph
 from .liveness import erase_dead
-from .place import Place, hints_of, interior, place
+from .place import Place, hints_of, interior, named, place
 from .policy import Policy
+from .upstream import Reached, projection_width, upstream
 
 
 @dataclass(frozen=True)
 class Request:
     """What a graph is planned for. `executable`: the plan will run in this process, on the tensors' own device.
 
-    `choices` names the candidate of some sites, by module path, instead of the cheapest. `traced`: the rewritten graph goes
+    `choices` names the candidate of some sites, by name, instead of the cheapest. `traced`: the rewritten graph goes
     to Inductor, where nothing can branch on data.
     """
 
@@ -111,8 +114,9 @@ def rewrite(captured: capture.Captured, request: Request) -> Plan:
     sites: list[Site] = []
     misses: list[Miss] = []
     where = request.target
+    taken: Counter[str] = Counter()
     for region in capture.regions(captured.graph):
-        decisions, missed = decide(region, request)
+        decisions, missed = decide(region, request, taken)
         for d in decisions:
             if d.call is not None:
                 f = d.found
@@ -125,20 +129,36 @@ def rewrite(captured: capture.Captured, request: Request) -> Plan:
     return Plan(tuple(sites), tuple(misses), where or running_device("cpu"))
 
 
-def decide(gm: fx.GraphModule, request: Request) -> tuple[list[Decision], list[Miss]]:
-    """Every attention of a graph with its decision, and what was left alone."""
+def decide(
+    gm: fx.GraphModule, request: Request, taken: Counter[str] | None = None
+) -> tuple[list[Decision], list[Miss]]:
+    """Every attention of a graph with its decision, and what was left alone. `taken` counts the names given before."""
     erase_dead(gm)
     found, missed = find(gm)
     hints = hints_of(gm)
-    decisions = [_decide(f, hints, request) for f in found]
+    decisions = [_decide(f, name, hints, request) for f, name in named(found, Counter() if taken is None else taken)]
     return decisions, [_miss(m) for m in missed]
 
 
-def places(gm: fx.GraphModule) -> tuple[list[Place], list[Miss]]:
-    """Every attention of a graph as plain data, for decisions at other sizes and on other devices."""
+def places(
+    gm: fx.GraphModule, taken: Counter[str], *, sharded: bool = False
+) -> tuple[list[Place], list[Miss]]:
+    """Every attention of a graph as plain data, for decisions at other sizes and on other devices.
+
+    With `sharded` they also say what their keys and values are made of.
+    """
     erase_dead(gm)
     found, missed = find(gm)
-    return [place(f) for f in found], [_miss(m) for m in missed]
+    out = [place(f, name) for f, name in named(found, taken)]
+    if sharded:
+        aliases = Aliases(gm.graph)
+        out = [_with_upstream(p, f, aliases) for p, f in zip(out, found)]
+    return out, [_miss(m) for m in missed]
+
+
+def _with_upstream(p: Place, f: Found, aliases: Aliases) -> Place:
+    made = upstream(f.output.graph, aliases, f)
+    return replace(p, upstream=made.cascade if isinstance(made, Reached) else made, model=projection_width(f.output))
 
 
 def _miss(m: NearMiss) -> Miss:
@@ -157,10 +177,9 @@ def _device_of(gm: fx.GraphModule) -> Device | None:
 # --- one attention ------------------------------------------------------------------------------------------------
 
 
-def _decide(f: Found, hints: Mapping[str, int], request: Request) -> Decision:
-    stands = place(f)
-    site, calls = decide_place(stands, hints, request)
-    wished = request.choices.get(f.module, site.choice)
+def _decide(f: Found, name: str, hints: Mapping[str, int], request: Request) -> Decision:
+    site, calls = decide_place(place(f, name), hints, request)
+    wished = request.choices.get(name, site.choice)
     if wished != site.choice and (wished == ORIGINAL or wished in calls):
         site = replace(site, choice=wished, guards=guard_sentences(calls.get(wished)))
     return Decision(f, site, calls)
@@ -173,6 +192,7 @@ def decide_place(
     question = Question(
         stands.cascade, tuple(sorted(stands.sizes(at).items())), request.target or running_device(stands.device_type),
         request.policy, request.executable, stands.gradients, stands.bound, stands.dtype, stands.call(at), request.traced,
+        stands.origins,
     )  # fmt: skip
     site, calls = answer(question)
     guards = guard_sentences(calls.get(site.choice))

@@ -22,6 +22,7 @@ from .names import canonical
 from .operators_contract import peel
 from .sizes import shape_of
 from .twins import match
+from .weights import is_weight
 from .where import module_path, source_line
 
 RULES: Mapping[str, Rule] = {
@@ -135,6 +136,8 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
     if refusal := _weights_are_parameters(view):
         return _near(n, refusal, 0)
     leaves = {t.name: lifter.leaves[t.name] for t in cascade.inputs}
+    if refusal := _projects(view, leaves):
+        return _near(n, refusal, 0)
     for name, node in leaves.items():
         read = lifter.read_at.get(node)
         if read is not None and aliases.written_between(node, read - 1, output):
@@ -296,6 +299,18 @@ def _weights_are_parameters(view: recognise.Attention) -> str:
     key_side |= view.values.ranks & batch
     if query_side and not key_side:
         return "keys and values are shared by every batch element: weights, not tokens"
+    return ""
+
+
+def _projects(view: recognise.Attention, leaves: Mapping[str, fx.Node]) -> str:
+    """Without a row rule, a chain of two products is an attention only between tokens: (x · W) · Kᵀ is a projection."""
+    if view.row:
+        return ""
+    keys = [x for e in view.products for x in ex.loads(e.body) if view.key in x.ranks]
+    for side, loads in (("keys", keys), ("values", ex.loads(view.values))):
+        read = [leaves[str(x.attr)] for x in loads if str(x.attr) in leaves]
+        if read and all(is_weight(n) for n in read):
+            return f"the {side} are weights of the model and nothing is normalised over them: a projection"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import logging
 import sys
@@ -24,13 +25,14 @@ def from_export(
     """One whole graph of a model on real, meta or fake tensors. Nothing is computed. Raises CaptureError.
 
     The graph takes every tensor of the arguments, in order (tensors inside caches and other objects too), and answers every
-    tensor of the result (itself where it is one tensor); parameters, buffers and constants are its attributes. With
-    `dynamic`, every input size that the model does not fix is symbolic.
+    tensor of the result (itself where it is one tensor); parameters, buffers and constants are its attributes. Each input's
+    `meta["argument"]` names the argument that held it. With `dynamic`, every input size that the model does not fix is
+    symbolic.
     """
     start = time.perf_counter()
     inputs, given = held_tensors((args, dict(kwargs or {})))
     flat = _Flat(model, given)
-    shapes = (tuple(dict.fromkeys(range(t.dim()), torch.export.Dim.AUTO) for t in inputs),) if dynamic else None
+    shapes = (tuple(map(_open_dims, inputs)),) if dynamic else None
     try:
         with _no_hook_left(), quietly(), _without_graph():
             program = torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=False)
@@ -38,6 +40,9 @@ def from_export(
         # Export reports what it cannot trace with many types of error, from user code as well.
         raise CaptureError(f"{type(error).__name__}: {first_line(error)}") from error
     captured = from_program(program, drop="model")
+    names = _arguments_of(model, args, kwargs or {})
+    for n, t in zip((n for n in captured.graph.graph.nodes if n.op == "placeholder"), inputs):
+        n.meta["argument"] = names.get(id(t), str(n.target))
     return Captured(captured.graph, "export", time.perf_counter() - start)
 
 
@@ -84,6 +89,24 @@ def _without_graph() -> Iterator[None]:
 # Standard error is one for all threads.
 _redirecting = threading.RLock()
 _LOGS = ("torch._subclasses.fake_tensor", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
+
+
+def _open_dims(t: Tensor) -> dict[int, Any]:
+    """Which sizes export may leave open: it takes 0 and 1 for special."""
+    dim = torch.export.Dim
+    return {i: dim.AUTO if n > 1 else dim.STATIC for i, n in enumerate(t.shape)}
+
+
+def _arguments_of(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Mapping[int, str]:
+    """The name of the model's argument that holds each tensor, by the tensor's identity."""
+    parameters = inspect.signature(model.forward).parameters
+    names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    given = {**dict(zip(names, args)), **kwargs}
+    out: dict[int, str] = {}
+    for name, value in given.items():
+        for t in held_tensors(value)[0]:
+            out.setdefault(id(t), name)
+    return out
 
 
 class _Flat(nn.Module):

@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..patterns import expr as ex
-from ..patterns.cascade import Cascade, bind
+from ..patterns.cascade import Cascade, Einsum, bind
+from ..patterns.evaluate import evaluate
 from ..patterns.expr import Expr
 from ..patterns.masks import runtime_classify, split
 from ..patterns.recognise import Attention
@@ -41,18 +42,38 @@ class Condition:
 
 
 def every_row_keeps_a_key(c: Cascade, a: Attention) -> Condition:
-    """Proved tile by tile from the mask and its run-time data; a row that is not proved to keep a key counts as empty."""
+    """Proved tile by tile from the mask and its run-time data; a row that is not proved to keep a key counts as empty.
+
+    What the mask reads of the attention's prelude (a number of padded tokens) is computed for it.
+    """
     keep = split(a.score, a.key).keep
-    names = tuple(dict.fromkeys(str(x.attr) for x in ex.loads(keep)))
+    read = tuple(dict.fromkeys(str(x.attr) for x in ex.loads(keep)))
+    before = _upstream(a.prelude, read)
+    made = tuple(n for n in read if n in {e.out.tensor for e in before})
+    given = dict.fromkeys(str(x.attr) for e in before for x in e.reads if str(x.attr) not in c.producers)
+    names = (*(n for n in read if n not in made), *(n for n in given if n not in read))
     ranks = {r: c.rank[r].size for r in {*keep.ranks, a.query, a.key}}
     symbols = tuple(s for s in c.free_symbols)
 
     def holds(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
         known = bind_shapes(c, tensors, sizes)
         extents = {r: int(bind(n, known)) for r, n in ranks.items()}
-        return _rows_are_keyed(keep, a, extents, known, {n: tensors[n].detach() for n in names})
+        data = {n: tensors[n].detach() for n in names}
+        if made:
+            data |= evaluate(replace(c, einsums=before, outputs=made), data, known)
+        return _rows_are_keyed(keep, a, extents, known, {n: data[n] for n in read})
 
     return Condition("every row keeps a key", names or (c.inputs[0].name,), symbols, holds)
+
+
+def _upstream(einsums: Sequence[Einsum], names: Sequence[str]) -> tuple[Einsum, ...]:
+    """Those of some Einsums in order that the named tensors depend on."""
+    wanted, out = set(names), list[Einsum]()
+    for e in reversed(einsums):
+        if e.out.tensor in wanted:
+            wanted |= {str(x.attr) for x in e.reads}
+            out.append(e)
+    return tuple(reversed(out))
 
 
 def _rows_are_keyed(

@@ -89,6 +89,9 @@ def dtype_of(n: fx.Node) -> str:
     return name
 
 
+_REPEATS = frozenset(("expand", "expand_as", "broadcast_to"))
+
+
 class Lifter:
     """One attempt to lift the value of one node. Collects ranks, tensors and Einsums as they are demanded."""
 
@@ -177,8 +180,8 @@ class Lifter:
         out = ex.cast(out, dtype_of(n))
         self.visited.add(n)
         self._memo[key] = out
-        # the most downstream node that strides can address
-        if out not in self.origin or is_simple(at):
+        # the most downstream node that strides can address; one that repeats another says no more than that one
+        if out not in self.origin or (is_simple(at) and op_name(n) not in _REPEATS):
             self.origin[out] = Origin(n, at)
         return out
 

@@ -245,7 +245,8 @@ def matmul(lifter: Lifter, n: fx.Node) -> Contraction:
     return Contraction(operands, sx[-1], shape, lambda at: with_matrixdims_of(at, ZERO))
 
 
-def _batch_product(lifter: Lifter, n: fx.Node) -> Contraction:
+def batch_product(lifter: Lifter, n: fx.Node) -> Contraction:
+    """The product of addmm and baddbmm, without what they add."""
     a = arguments(n)
     x = typed("fx.Node", a.get("batch1", a.get("mat1")))
     y = typed("fx.Node", a.get("batch2", a.get("mat2")))
@@ -259,7 +260,7 @@ def _batch_product(lifter: Lifter, n: fx.Node) -> Contraction:
 def baddbmm(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     """out = beta·input + alpha·(batch1 @ batch2)"""
     dtype = dtype_of(n)
-    out = contract(lifter, n, _batch_product(lifter, n), at)
+    out = contract(lifter, n, batch_product(lifter, n), at)
     if a["alpha"] != 1:
         out = out * ex.cast(lifter.arg(a["alpha"], at), dtype)
     if a["beta"] == 0:

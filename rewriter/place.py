@@ -8,19 +8,21 @@ A place holds no node, so that an attention can be costed again and again after 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..cost_model.expect import unknowns
 from ..cost_model.predict import VendorUse
 from ..cost_model.sweep import Symbol
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, Size, bind
 from ..patterns.evaluate import DTYPE_NAME
-from ..patterns.recognise import Attention, attention
+from ..patterns.recognise import Attention, Miss, attention
 from .detect import Found
 from .lift import arguments, op_name
 from .liveness import survivors
@@ -38,7 +40,9 @@ class Place:
 
     `bound` says why it cannot be replaced, whatever its cascade says; empty when it can. `scalars` are the symbols of its
     cascade that are no size of a graph input: as sizes of the graph, with the value that was traced. `written`: how the
-    model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes.
+    model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes. `upstream` has what
+    makes its keys and values, where that was asked for, and `model` the channels of the projection behind it. `origins`:
+    the graph's inputs behind each tensor that its mask reads.
     """
 
     cascade: Cascade
@@ -52,10 +56,14 @@ class Place:
     scalars: tuple[tuple[str, Size, int | None], ...]
     written: VendorUse | None
     mask_elements: Size
+    origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    upstream: Cascade | Miss | None = None
+    model: Size = 0
 
     def sizes(self, at: Mapping[str, int]) -> dict[str, int]:
         """The value of every symbol of the cascade where the graph's own symbols have the values `at`."""
-        known = {s: at[s] for s in self.cascade.free_symbols if s in at}
+        wider = self.upstream.free_symbols if isinstance(self.upstream, Cascade) else ()
+        known = {s: at[s] for s in (*self.cascade.free_symbols, *wider) if s in at}
         for name, size, traced in self.scalars:
             value = bind(size, at)
             if isinstance(value, int):
@@ -72,14 +80,42 @@ class Place:
         return replace(self.written, mask_elements=elements) if isinstance(elements, int) else self.written
 
 
-def place(f: Found) -> Place:
+def named(found: Iterable[Found], taken: Counter[str]) -> Iterator[tuple[Found, str]]:
+    """A name for every attention: its module's path, and where a module has several, path, path#2, path#3."""
+    for f in found:
+        taken[f.module] += 1
+        yield f, f.module if taken[f.module] == 1 else f"{f.module}#{taken[f.module]}"
+
+
+def place(f: Found, name: str) -> Place:
     """The place of a found attention."""
     value = f.output.meta["val"]
     written, mask_elements = _written(f)
     return Place(
-        f.cascade, f.module, f.where, f.notes, _bound_to_original(f), _wants_gradient(f),
+        f.cascade, name, f.where, f.notes, _bound_to_original(f), _wants_gradient(f),
         str(value.dtype).removeprefix("torch."), value.device.type, _scalars(f), written, mask_elements,
+        _origins(f),
     )  # fmt: skip
+
+
+def _origins(f: Found) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The graph's inputs whose values, not sizes, reach the tensors that the mask reads."""
+    view = attention(f.cascade)
+    assert isinstance(view, Attention), view
+    return tuple((name, _inputs_behind(f.tensors[name])) for name in unknowns(view) if name in f.tensors)
+
+
+def _inputs_behind(node: fx.Node) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    seen, stack = {node}, [node]
+    while stack:
+        n = stack.pop()
+        if n.op == "placeholder":
+            found[str(n.meta.get("argument", n.target))] = None
+        fresh = [i for i in n.all_input_nodes if i not in seen and isinstance(i.meta.get("val"), torch.Tensor)]
+        seen |= set(fresh)
+        stack += fresh
+    return tuple(sorted(found))
 
 
 def _scalars(f: Found) -> tuple[tuple[str, Size, int | None], ...]:
@@ -115,8 +151,28 @@ def interior(f: Found) -> frozenset[fx.Node]:
         if n in seen or n in stop or n.op != "call_function":
             continue
         seen.add(n)
-        stack.extend(n.all_input_nodes)
+        stack.extend(_data(n))
     return frozenset(seen - {f.output})
+
+
+# Operators that read no element of an argument: its shape, type and device alone.
+_LENT: Mapping[str, int] = {
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), 0),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
+    **dict.fromkeys(("expand_as", "type_as", "view_as", "reshape_as"), 1),
+}
+
+
+def _data(n: fx.Node) -> Iterator[fx.Node]:
+    """The nodes whose elements a node reads: no sizes, no empty part of a concatenation, nothing that lends its shape."""
+    at = _LENT.get(op_name(n))
+    lent = n.args[at] if at is not None and at < len(n.args) else None
+    for i in n.all_input_nodes:
+        value = i.meta.get("val")
+        plain = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
+        empty = isinstance(value, torch.Tensor) and any(isinstance(s, int) and s == 0 for s in value.shape)
+        if i is not lent and not plain and not empty:
+            yield i
 
 
 _CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..cost_model.device import Device
+from ..cost_model.expect import checked
 from ..cost_model.mesh import Mesh, linked
 from ..cost_model.mesh_plan import MeshPlan
 from ..cost_model.plan import Miss, Plan, Site
 from ..cost_model.sharding import Site as Sharded
 from ..cost_model.sharding import shard
 from ..cost_model.sweep import Symbol, axes
-from ..patterns.cascade import Cascade
+from ..patterns.cascade import Cascade, bind
 from . import capture, choose, export
 from .models import Shapes, Subject, load, run
 from .place import Place, symbols_of
@@ -52,21 +54,26 @@ def _without_data(t: Tensor) -> bool:
     return t.device.type == "meta" or isinstance(t, torch._subclasses.FakeTensor)
 
 
-def plan_graph(captured: capture.Captured, device: Device, policy: Policy, name: str = "") -> Plan:
+def plan_graph(
+    captured: capture.Captured, device: Device, policy: Policy, name: str = "", *, whole: bool = True
+) -> Plan:
     """Plan a captured graph for a device that need not be here. The graph stays as it is.
 
     Its attentions are found once. What the plan keeps of them holds no graph, so that it can be costed again at other sizes
-    and on other devices.
+    and on other devices. Raises ExpectError for an expectation of what no mask of the `whole` reads.
     """
     start = time.perf_counter()
     places: list[Place] = []
     misses: list[Miss] = []
     symbols: dict[str, Symbol] = {}
+    taken: Counter[str] = Counter()
     for region in capture.regions(captured.graph):
-        found, missed = choose.places(region)
+        found, missed = choose.places(region, taken, sharded=policy.mesh is not None)
         places += found
         misses += missed
         symbols |= {s.name: s for s in symbols_of(region)}
+    if whole:
+        checked(policy.expectations, {name: came for p in places for name, came in p.origins})
     weights = _weight_bytes(captured.graph)
 
     def retake(where: Device, at: Mapping[str, int], which: Sequence[int]) -> tuple[Site, ...]:
@@ -95,10 +102,10 @@ def _sharded(
     """The ways to spread these attentions over the policy's mesh; None without a mesh or attentions."""
     if not places or not isinstance(policy.mesh, Mesh):
         return None
-    layers: dict[Cascade, list[Sharded]] = {}
+    layers: dict[Sharded, list[Sharded]] = {}
     for p in places:
         site = _bound(p, at)
-        layers.setdefault(site.cascade, []).append(site)
+        layers.setdefault(replace(site, name=""), []).append(site)
     sites = [replace(same[0], layers=len(same)) for same in layers.values()]
     step = "training" if any(p.gradients for p in places) else None
     return shard(sites, policy.mesh, linked(device), step=step, weights=weights, approximate=policy.approximate)
@@ -110,7 +117,9 @@ def _bound(p: Place, at: Mapping[str, int]) -> Sharded:
     missing = [n for n in p.cascade.free_symbols if n not in sizes]
     if missing:
         raise ValueError(f"a mesh needs sizes: {', '.join(missing)} of {p.name} has none, plan without --dynamic")
-    return Sharded(p.name, p.cascade.with_sizes(sizes))
+    upstream = p.upstream.with_sizes(sizes) if isinstance(p.upstream, Cascade) else p.upstream
+    model = bind(p.model, sizes)
+    return Sharded(p.name, p.cascade.with_sizes(sizes), upstream=upstream, model=model if isinstance(model, int) else 0)
 
 
 def _plan_pieces(
@@ -128,7 +137,7 @@ def _plan_pieces(
 
     def plan_piece(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
         captured = capture.from_dynamo(gm, inputs, names)
-        plans.append(plan_graph(captured, device, replace(policy, mesh=None), name))
+        plans.append(plan_graph(captured, device, replace(policy, mesh=None), name, whole=False))
         breaks.extend(b for b in [break_of(gm)] if b)
         return gm.forward
 

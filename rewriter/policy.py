@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from ..cost_model.expect import Expect, parse
 from ..cost_model.mesh import Mesh
 from ..cost_model.mesh import mesh as mesh_of
 
@@ -20,7 +21,11 @@ class Policy:
 
     `allow` keeps only these candidates beside the original code, `deny` removes some; names are original, sdpa, flex,
     reattend. The original code stays where nothing else can run, denied or not. With `strict`, an attention that cannot be
-    rewritten raises at the first capture instead of being left alone. Raises ValueError with one sentence.
+    rewritten raises at the first capture instead of being left alone.
+
+    `expect` says what to expect of run-time data that masks read, for the predictions of `plan` alone: texts such as
+    "attention_mask=length:700" (cost_model/expect.py has the forms). It names the model's arguments, which the graphs of an
+    optimised model do not know by these names. Raises ValueError with one sentence.
     """
 
     approximate: bool = False
@@ -30,6 +35,7 @@ class Policy:
     calibration: object = None
     mesh: Mesh | str | None = None
     strict: bool = False
+    expect: Collection[str] = ()
 
     def __post_init__(self) -> None:
         for field in ("allow", "deny"):
@@ -43,8 +49,16 @@ class Policy:
             raise ValueError(f"Policy(max_error) must be above 0, not {self.max_error}")
         if self.calibration is not None:
             raise ValueError("Policy(calibration) is not in this version: all candidates are exact")
+        wishes = (self.expect,) if isinstance(self.expect, str) else tuple(self.expect)
+        object.__setattr__(self, "expect", wishes)
+        for text in wishes:
+            parse(text)
         if self.mesh is not None:
             object.__setattr__(self, "mesh", mesh_of(self.mesh))
+
+    @property
+    def expectations(self) -> tuple[Expect, ...]:
+        return tuple(map(parse, self.expect))
 
     def permits(self, candidate: str) -> bool:
         if candidate in self.deny:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -169,9 +170,9 @@ class _Checker:
             captured = capture.from_dynamo(gm, inputs, names)
         except capture.CaptureError:
             return gm.forward
-        decisions = {}
+        decisions, taken = {}, Counter[str]()
         for region in capture.regions(captured.graph):
-            made, _ = choose.decide(region, choose.Request(self.policy, choices=self.choices))
+            made, _ = choose.decide(region, choose.Request(self.policy, choices=self.choices), taken)
             decisions.update({d.found.output: d for d in made})
         return lambda *values: _Checking(captured.graph, decisions, self.checks).run(*values)
 

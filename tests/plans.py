@@ -8,9 +8,13 @@ from reattend.cost_model.cost import Cost
 from reattend.cost_model.detail import detail
 from reattend.cost_model.device import Device, shipped
 from reattend.cost_model.memory import memory
+from reattend.cost_model.mesh import parse
+from reattend.cost_model.mesh_plan import MeshPlan
 from reattend.cost_model.picture import picture
 from reattend.cost_model.plan import Candidate, MaskView, Miss, Plan, Site, SiteShape, TileCounts, ranked
 from reattend.cost_model.predict import best_mapping, predict_original, tiles_of
+from reattend.cost_model.sharding import Site as Sharded
+from reattend.cost_model.sharding import shard
 from reattend.cost_model.sweep import Symbol, axes
 from reattend.patterns import expr as ex
 from reattend.patterns import papers
@@ -58,18 +62,25 @@ def site(c: Cascade, d: Device, at: Mapping[str, int], name: str) -> Site:
     )  # fmt: skip
 
 
-def plan(cascades: Sequence[Cascade] = (CAUSAL, CAUSAL, WINDOW), device: str = "h200", **high: int) -> Plan:
-    """A plan with the sizes open; `P=…` bounds the values for which it holds."""
+def plan(
+    cascades: Sequence[Cascade] = (CAUSAL, CAUSAL, WINDOW), device: str = "h200", mesh: str = "", **high: int
+) -> Plan:
+    """A plan with the sizes open, over a mesh where one is named; `P=…` bounds the values for which it holds."""
 
     def retake(d: Device, at: Mapping[str, int], which: Sequence[int]) -> tuple[Site, ...]:
         return tuple(site(cascades[i], d, at, f"layers.{i}.attn") for i in which)
+
+    def reshard(d: Device, at: Mapping[str, int]) -> MeshPlan | None:
+        if not mesh:
+            return None
+        return shard([Sharded(f"layers.{i}.attn", c.with_sizes(at)) for i, c in enumerate(cascades)], parse(mesh), d)
 
     d = shipped(device)
     symbols = tuple(Symbol(n, v, 2, high.get(n)) for n, v in SIZES.items())
     misses = (Miss("/some/where/model.py:9", "product", "softmax over h", "nothing"),)
     return Plan(
         retake(d, SIZES, range(len(cascades))), misses, d, "Sample </script>", "a note", 10**9, symbols, axes(cascades),
-        retake=retake,
+        sharding=reshard(d, SIZES), retake=retake, reshard=reshard,
     )  # fmt: skip
 
 

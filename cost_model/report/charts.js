@@ -110,7 +110,8 @@ function drawMask(plot, plan, group) {
     e.preventDefault(); say.textContent = `Zoom ${digits(view.zoom)}. In the middle: ${told(.5, .5).replace(/\n/g, ", ")}`;
   });
   const count = (n) => n.toLocaleString("en"), tiles = picture.scale > 1 ? ` (${picture.scale}×${picture.scale} tiles)` : "";
-  const sides = `↓ ${count(picture.queries)} queries   → ${count(picture.keys)} keys   cell ${picture.cell_p}×${picture.cell_m}${tiles}`;
+  const named = (n, one, many) => `${count(n)} ${n === 1 ? one : many}`;
+  const sides = `↓ ${named(picture.queries, "query", "queries")}   → ${named(picture.keys, "key", "keys")}   cell ${picture.cell_p}×${picture.cell_m}${tiles}`;
   const axes = node("p", { class: "dim mono" }, sides);
   plot.append(tools, canvas, axes);
   legend(plot, [
@@ -123,18 +124,19 @@ function drawMask(plot, plan, group) {
 // --- the roofline ---------------------------------------------------------------------------------------------------
 function drawRoofline(plot, plan, group) {
   const found = group.candidates.filter((c) => c.cost && c.cost.flops > 0 && c.cost.bytes > 0 && c.cost.seconds > 0);
-  if (!found.length || !group.peak) { nothing(plot, "No candidate has a predicted time."); return; }
-  const peak = group.peak, band = plan.device.bandwidth, ridge = peak / band;
+  if (!found.length || !group.roof.flops_per_s) { nothing(plot, "No candidate has a predicted time."); return; }
+  const peak = group.roof.flops_per_s, band = group.roof.bytes_per_s, dram = group.roof.dram_bytes_per_s, ridge = peak / band;
   const points = found.map((c) => ({ c, x: c.cost.flops / c.cost.bytes, y: c.cost.flops / c.cost.seconds }));
-  const x0 = Math.min(ridge, ...points.map((p) => p.x)) / 4, x1 = Math.max(ridge, ...points.map((p) => p.x)) * 4;
-  const y0 = Math.min(...points.map((p) => p.y), peak) / 6, y1 = Math.max(peak, ...points.map((p) => p.y)) * 2.5;
+  const x0 = Math.min(ridge, ...points.map((p) => p.x)) / 8, x1 = Math.max(ridge, ...points.map((p) => p.x)) * 4;
+  const y0 = Math.min(...points.map((p) => p.y / (1 + p.c.cost.band)), peak) / 6, y1 = Math.max(peak, ...points.map((p) => p.y)) * 2.5;
   const told = points.map((p) => `${p.c.name} ${rate(p.y)} at ${digits(p.x)} FLOP a byte`).join("; ");
+  const roof = (x) => Math.min(peak, band * x);
   const title = `Roofline of ${plan.device.name}: ${told}. Peak ${rate(peak)}, ${bytes(band)} a second.`;
   const { out, width, height } = frame(plot, 290, title);
   out.setAttribute("role", "group");
   const l = 78, r = width - 12, t = 12, b = height - 40, X = log(x0, x1, l, r), Y = log(y0, y1, b, t);
   for (const v of decades(x0, x1)) {
-    out.append(line(X(v), t, X(v), b), words(X(v), b + 16, v >= 1e4 ? v.toExponential(0).replace("e+", "e") : digits(v)));
+    out.append(line(X(v), t, X(v), b), words(X(v), b + 16, v >= 1e6 ? `${v / 1e6}M` : v >= 1e3 ? `${v / 1e3}k` : digits(v)));
   }
   for (const v of decades(y0, y1)) {
     out.append(line(l, Y(v), r, Y(v)), words(l - 8, Y(v) + 4, rate(v).replace("FLOP/s", "F/s"), "end"));
@@ -142,25 +144,44 @@ function drawRoofline(plot, plan, group) {
   out.append(words((l + r) / 2, height - 6, "FLOP a byte"));
   const low = Math.max(x0, y0 / band);
   out.append(path(`M${X(low)} ${Y(band * low)}L${X(ridge)} ${Y(peak)}L${r} ${Y(peak)}`, "var(--roof)"));
-  out.append(words(r, Y(peak) - 7, `${rate(peak)} ${group.dtype}`, "end"));
-  const taken = points.map((p) => [X(p.x) - 8, Y(p.y) - 8, X(p.x) + 8, Y(p.y) + 8]);
+  const top = `${rate(peak)} ${group.dtype}`, labels = [[r - 7 * top.length, Y(peak) - 19, r, Y(peak) - 3]];
+  out.append(words(r, Y(peak) - 7, top, "end"));
+  // The bandwidth is written along its line, where there is room left of the ridge.
+  const x = Math.sqrt(Math.max(x0, y0 / band) * ridge), cx = X(x), cy = Y(band * x), speed = `${dram < band ? "last cache " : ""}${bytes(band)}/s`;
+  if (X(ridge) - l > 90 && width > 420) {
+    const tilt = Math.atan((Y(2 * band * x) - cy) / (X(2 * x) - cx)) * 180 / Math.PI;
+    labels.push([cx - 4 * speed.length, cy - 34, cx + 4 * speed.length, cy - 2]);
+    out.append(words(cx, cy - 7, speed, "middle", { transform: `rotate(${tilt} ${cx} ${cy})` }));
+  }
+  if (dram < band) {
+    const from = Math.max(x0, y0 / dram), to = Math.min(x1, peak / dram);
+    out.append(svg("path", { d: `M${X(from)} ${Y(dram * from)}L${X(to)} ${Y(dram * to)}`, stroke: "var(--dim)", "stroke-dasharray": "5 4", fill: "none" }));
+  }
+  const taken = points.map((p) => {
+    const off = 1 + p.c.cost.band;
+    return [X(p.x) - 8, Math.min(Y(p.y) - 8, Y(Math.min(p.y * off, roof(p.x)))), X(p.x) + 8, Math.max(Y(p.y) + 8, Y(p.y / off))];
+  });
+  taken.push(...labels);
   const apart = (a, o) => a[2] < o[0] || a[0] > o[2] || a[3] < o[1] || a[1] > o[3];
   const free = (box) => box[0] >= l && box[2] <= r && taken.every((o) => apart(box, o));
   for (const p of [...points].sort((a, c) => c.y - a.y)) {
-    const x = X(p.x), y = Y(p.y), bound = Math.min(peak, band * p.x);
+    const x = X(p.x), y = Y(p.y), bound = roof(p.x), off = 1 + p.c.cost.band;
     const text = [
-      p.c.name, `${seconds(p.c.cost.seconds)}, bound by ${p.c.cost.bound}`,
+      p.c.name, `${seconds(p.c.cost.seconds)}, bound by ${p.c.cost.bound}`, `${p.c.range}, ${p.c.cost.basis}`,
       `${rate(p.y)}: ${Math.round(100 * p.y / bound)}% of the roof`, `${digits(p.x)} FLOP a byte`,
     ].join("\n");
     const g = spot(text);
-    g.append(svg("circle", { cx: x, cy: y, r: 13, fill: "transparent" }), mark(p.c.name, x, y));
+    g.append(svg("circle", { cx: x, cy: y, r: 13, fill: "transparent" }));
+    // No time is shorter than the roof allows.
+    if (off > 1) g.append(whisker(Y(p.y / off), Y(Math.max(p.y, Math.min(p.y * off, bound))), x, true));
+    g.append(mark(p.c.name, x, y));
     const wide = p.c.name.length * 7;
     // Beside the mark where there is room, else further down or up.
     const places = [0, 16, -16, 32, -32, 48, -48, 64].flatMap((dy) => [[1, dy], [-1, dy]]).map(([side, dy]) => {
       const from = side > 0 ? x + 12 : x - 12 - wide;
       return { side, dy, box: [from, y + dy - 8, from + wide, y + dy + 6] };
     });
-    const to = places.find((s) => free(s.box)) || places[0];
+    const inside = (s) => s.box[0] >= l && s.box[2] <= r, to = places.find((s) => free(s.box)) || places.find(inside) || places[0];
     taken.push(to.box);
     if (to.dy) g.append(line(x, y, x + to.side * 10, y + to.dy, { class: "axis" }));
     g.append(words(x + to.side * 12, y + to.dy + 4, p.c.name, to.side > 0 ? "start" : "end", { class: "strong" }));
@@ -175,7 +196,7 @@ function drawParts(plot, plan, group) {
   const there = new Set(found.flatMap((c) => Object.keys(c.parts)));
   const names = [...new Set([...Object.keys(PARTS).filter((n) => there.has(n)), ...there])];
   const sum = (c) => Object.values(c.parts).reduce((a, v) => a + v, 0);
-  const top = Math.max(...found.map((c) => Math.max(sum(c), c.cost.seconds)));
+  const top = Math.max(...found.map((c) => Math.max(sum(c), c.cost.seconds * (1 + c.cost.band))));
   const told = found.map((c) => `${c.name} ${seconds(c.cost.seconds)}`).join("; ");
   const { out, width, height } = frame(plot, found.length * 46 + 40, `Time by part: ${told}`);
   out.setAttribute("role", "group");
@@ -184,7 +205,7 @@ function drawParts(plot, plan, group) {
   found.forEach((c, i) => {
     const y = 8 + i * 46;
     const told = names.filter((n) => c.parts[n]).map((n) => `${n} ${seconds(c.parts[n])}`).join("\n");
-    const g = spot(`${c.name}, ${seconds(c.cost.seconds)} in all: ${told}`);
+    const g = spot(`${c.name}, ${seconds(c.cost.seconds)} in all, ${c.range}, ${c.cost.basis}: ${told}`);
     g.append(svg("rect", { x: l, y: y - 2, width: r - l, height: 34, fill: "transparent", class: "ring" }));
     let from = 0;
     for (const n of names) {
@@ -197,16 +218,20 @@ function drawParts(plot, plan, group) {
     }
     const x = X(c.cost.seconds);
     g.append(line(x, y, x, y + 28, { stroke: "var(--ink)", "stroke-width": 2 }));
+    const off = 1 + c.cost.band, ends = Math.max(X(from), X(c.cost.seconds * off));
+    if (off > 1) g.append(whisker(X(c.cost.seconds / off), X(c.cost.seconds * off), y + 14));
     g.append(words(l - 10, y + 18, c.name, "end", { class: "strong" }));
-    g.append(words(Math.max(x, X(from)) + 8, y + 18, seconds(c.cost.seconds), "start"));
-    explain(g, `${c.name}: ${seconds(c.cost.seconds)}\n${told}`); out.append(g);
+    g.append(words(ends + 8, y + 18, seconds(c.cost.seconds), "start"));
+    explain(g, `${c.name}: ${seconds(c.cost.seconds)}\n${c.range}, ${c.cost.basis}\n${told}`); out.append(g);
   });
-  legend(plot, [...names.map((n) => [n, part(n, names)]), ["predicted time", "var(--ink)"]]);
+  legend(plot, [...names.map((n) => [n, part(n, names)]), ["predicted time and its range", RANGE]]);
 }
 
 // --- lines over a size ------------------------------------------------------------------------------------------------
 function drawLines(plot, spec) {
-  const { points, lines, marks = [], levels = [], winners = null, text, x: title } = spec;
+  const { points, lines, marks = [], winners = null, text, x: title, band = 0, paint = colour } = spec;
+  // A device whose memory is not bounded has no level.
+  const levels = (spec.levels || []).filter((v) => v.value > 0);
   const values = points.map((p) => p.value), first = values[0], last = values[values.length - 1];
   const all = [...lines.flatMap((n) => n.values), ...levels.map((v) => v.value)].filter((v) => v > 0);
   const { out, width, height } = frame(plot, winners ? 310 : 290, spec.label);
@@ -233,8 +258,14 @@ function drawLines(plot, spec) {
   for (const x of turns) out.append(line(x, t, x, b, { stroke: "var(--ink)", "stroke-dasharray": "2 3" }));
   if (winners) [...marks.map((m) => m.before), winners[winners.length - 1]].forEach((name, i) => {
     const from = i ? turns[i - 1] : l, to = i < turns.length ? turns[i] : r;
-    out.append(svg("rect", { x: from, y: b + 8, width: Math.max(1, to - from), height: 8, fill: colour(name) }));
+    out.append(svg("rect", { x: from, y: b + 8, width: Math.max(1, to - from), height: 8, fill: paint(name) }));
   });
+  for (const n of band ? lines : []) {
+    const at = n.values.map((v, i) => v > 0 ? [X(values[i]), Y(v * (1 + band)), Y(v / (1 + band))] : null).filter(Boolean);
+    if (!at.length) continue;
+    const up = at.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`), down = at.map(([x, , y]) => `${x.toFixed(1)} ${y.toFixed(1)}`);
+    out.append(svg("path", { d: `M${[...up, ...down.reverse()].join("L")}Z`, fill: n.colour, class: "band" }));
+  }
   for (const n of lines) {
     const spots = n.values.map((v, i) => v > 0 ? [X(values[i]), Y(v)] : null).filter(Boolean);
     out.append(path(spots.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join(""), n.colour));
@@ -247,7 +278,8 @@ function drawLines(plot, spec) {
   });
   let now = 0;
   const told = (i) => {
-    const rows = lines.filter((n) => n.values[i] > 0).map((n) => `${n.name} ${text(n.values[i])}`);
+    const ranged = (v) => band ? `${text(v)} (${text(v / (1 + band))} to ${text(v * (1 + band))})` : text(v);
+    const rows = lines.filter((n) => n.values[i] > 0).map((n) => `${n.name} ${ranged(n.values[i])}`);
     return [`${tokens(values[i])}${winners ? `: ${winners[i]}` : ""}`, ...rows].join("\n");
   };
   const point = (i, x, y) => {
@@ -268,7 +300,8 @@ function drawLines(plot, spec) {
     point(i, e.clientX, e.clientY);
   });
   cover.addEventListener("pointerleave", leave); cover.addEventListener("blur", leave);
-  cover.addEventListener("focus", () => point(now, ...here()));
+  cover.told = () => point(now, ...here());
+  cover.addEventListener("focus", cover.told);
   cover.addEventListener("keydown", (e) => {
     const steps = { ArrowRight: now + 1, ArrowUp: now + 1, ArrowLeft: now - 1, ArrowDown: now - 1, Home: 0, End: values.length - 1 };
     const to = steps[e.key];
@@ -281,7 +314,7 @@ function drawLines(plot, spec) {
 function drawSweep(plot, plan, group, index) {
   const s = group.sweeps[index];
   drawLines(plot, {
-    points: s.points, x: s.title, text: seconds, winners: s.points.map((p) => p.choice), marks: s.changes,
+    points: s.points, x: s.title, text: seconds, band: plan.device.band, winners: s.points.map((p) => p.choice), marks: s.changes,
     lines: s.names.map((n) => ({ name: n, colour: colour(n), mark: n, values: s.points.map((p) => p.times[n] || 0) })),
     label: `Predicted time over ${s.title}. Choice: ${s.text}.`,
   });

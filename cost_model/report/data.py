@@ -7,14 +7,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..cost import TOTAL
-from ..table import bytes_text, tokens_text
+from ..roofline import roof
+from ..table import between, bytes_text, tokens_text
+from .basis import basis_rows, basis_text
+from .mesh_data import TITLES, mesh_data
 
 if TYPE_CHECKING:
     from ..plan import Candidate, Plan, Site
     from ..sweep import Course, Sweep
 
-# What an axis counts.
-TITLES = {"seq": "query tokens (seq)", "past": "tokens in the cache (past)", "batch": "sequences in the batch"}
 # Short names of types in device files, by the names that torch has for them.
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 
@@ -31,9 +32,10 @@ def plan_data(plan: Plan, sweeps: Sequence[Sweep]) -> dict[str, Any]:
         "speedup": sum(c.seconds for c in before if c is not None) / plan.seconds if known else None,
         "weight_bytes": plan.weight_bytes,
         "device": {
-            "name": d.name, "title": d.title, "basis": d.basis, "gpu": d.is_gpu, "dram_bytes": d.dram_bytes,
-            "bandwidth": d.dram_bytes_per_s,
+            "name": d.name, "title": d.title, "basis": d.basis, "band": d.band, "gpu": d.is_gpu, "dram_bytes": d.dram_bytes,
+            "rests": basis_rows(d), "text": basis_text(d),
         },
+        "range": between(plan.seconds, d.band), "mesh": mesh_data(plan, sweeps),
         "groups": [_group(plan, members, sweeps) for members in plan.groups],
         "memory": _memory(sweeps, d.name),
         "misses": [asdict(m) for m in dict.fromkeys(plan.misses)],
@@ -45,6 +47,7 @@ def _group(plan: Plan, members: Sequence[int], sweeps: Sequence[Sweep]) -> dict[
     cost = s.chosen.cost
     details = s.details()
     dtype = _SHORT.get(s.shape.dtype, s.shape.dtype)
+    limit = roof(plan.device, dtype)
     courses = [
         (x.axis, c) for x in sweeps for c in x.courses if c.index == members[0] and c.device == plan.device.name
     ]
@@ -52,7 +55,8 @@ def _group(plan: Plan, members: Sequence[int], sweeps: Sequence[Sweep]) -> dict[
         "name": plan.group_name(members), "count": len(members), "where": s.where, "kind": s.kind,
         "traits": sorted(s.traits), "shape": str(s.shape), "choice": s.choice, "why": s.chosen.why,
         "seconds": cost.seconds if cost is not None else None, "bound": cost.bound if cost is not None else "",
-        "speedup": s.speedup, "mask": _mask(s), "peak": plan.device.matrix_rate(dtype), "dtype": dtype,
+        "speedup": s.speedup, "mask": _mask(s), "roof": asdict(limit), "dtype": dtype,
+        "range": between(cost.seconds, cost.band) if cost is not None else "",
         "memory": asdict(s.memory) if s.memory is not None else None,
         "candidates": [_candidate(c) for c in s.candidates],
         "detail": details.to_dict() if details is not None else None,
@@ -66,6 +70,7 @@ def _candidate(c: Candidate) -> dict[str, Any]:
     parts = {k: v for k, v in c.cost.parts.items() if k != TOTAL and v > 0} if able and c.cost is not None else {}
     return {
         "name": c.name, "feasible": able, "why": c.why, "passes": c.passes, "mapping": c.mapping, "parts": parts,
+        "range": between(c.cost.seconds, c.cost.band) if able and c.cost is not None else "",
         "cost": {k: v for k, v in c.cost.to_dict().items() if k != "parts"} if able and c.cost is not None else None,
     }  # fmt: skip
 

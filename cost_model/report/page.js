@@ -1,5 +1,7 @@
 // --- drawing what is seen ----------------------------------------------------------------------------------------------
-const DRAW = { mask: drawMask, roofline: drawRoofline, parts: drawParts, sweep: drawSweep, memory: drawMemory };
+const DRAW = { mask: drawMask, roofline: drawRoofline, parts: drawParts, sweep: drawSweep, memory: drawMemory,
+  meshtime: drawMeshTime, meshmemory: drawMeshMemory, meshsweep: drawMeshSweep,
+};
 const draw = (figure) => {
   const plot = figure.querySelector(".plot"), d = figure.dataset, plan = PLANS[Number(d.plan)];
   plot.replaceChildren();

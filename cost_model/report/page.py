@@ -87,7 +87,7 @@ def swept(plan: Plan) -> tuple[Sweep, ...]:
 
 def _script() -> str:
     """The page's script: its files in order, with names of their own."""
-    parts = "\n".join(_part(name) for name in ("tools.js", "charts.js", "page.js"))
+    parts = "\n".join(_part(name) for name in ("tools.js", "charts.js", "mesh.js", "page.js"))
     return f'"use strict";\n(() => {{\n{parts}}})();'
 
 

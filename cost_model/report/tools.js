@@ -55,14 +55,20 @@ const hideTip = () => { tip.hidden = true; };
 const explain = (element, text) => {
   element.addEventListener("pointermove", (e) => showTip(text, e.clientX, e.clientY));
   element.addEventListener("pointerleave", hideTip);
-  element.addEventListener("focus", () => {
+  element.told = () => {
     const box = element.getBoundingClientRect();
     showTip(text, box.left + box.width / 2, box.top);
-  });
+  };
+  element.addEventListener("focus", element.told);
   element.addEventListener("blur", hideTip);
 };
 addEventListener("keydown", (e) => { if (e.key === "Escape") hideTip(); });
-addEventListener("scroll", hideTip, { passive: true });
+// What the keyboard stands on keeps its tip when focus scrolls the page there.
+addEventListener("scroll", () => {
+  const at = document.activeElement, shown = !tip.hidden;
+  hideTip();
+  if (shown && at && at.told && at.matches(":focus-visible")) at.told();
+}, { passive: true });
 
 const log = (low, high, a, b) => (x) => a + (Math.log(x) - Math.log(low)) / (Math.log(high) - Math.log(low) || 1) * (b - a);
 const linear = (low, high, a, b) => (x) => a + (x - low) / (high - low || 1) * (b - a);
@@ -90,6 +96,15 @@ const frame = (plot, height, label) => {
   const out = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
   plot.append(out);
   return { out, width, height };
+};
+// A range as the key of a legend: a line in the middle.
+const RANGE = "linear-gradient(var(--ink), var(--ink)) center / 100% 2px no-repeat";
+// The ends of a range, across (x from … to) or up (y from … to).
+const whisker = (from, to, at, up = false) => {
+  const d = up
+    ? `M${at} ${from}V${to}M${at - 4} ${from}h8M${at - 4} ${to}h8`
+    : `M${from} ${at}H${to}M${from} ${at - 4}v8M${to} ${at - 4}v8`;
+  return svg("path", { d, fill: "none", stroke: "var(--ink)", "stroke-width": 1.25, class: "whisker" });
 };
 const nothing = (plot, why) => plot.append(node("p", { class: "dim" }, why));
 const legend = (plot, rows) => {

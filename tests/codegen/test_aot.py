@@ -150,6 +150,18 @@ def test_head_sizes_in_two_pieces() -> None:
 
 @pytest.mark.aot
 @pytest.mark.slow
+@pytest.mark.parametrize(("e", "f"), [(80, 64), (96, 96), (192, 128)])
+@pytest.mark.parametrize("mapping", [Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2)], ids=str)
+def test_head_sizes_in_two_pieces_on_blackwell(e: int, f: int, mapping: Tiling) -> None:
+    """One buffer of keys less, and up to 1 KiB of barriers and reductions."""
+    c = attention(lambda s: s, strategies.ROWS["softmax"], h=8, e=e, f=f, dtype="bf16").cascade
+    report, predicted = compiled(c, mapping, "sm_100"), shared_bytes(c, mapping, "sm_100")
+    assert isinstance(predicted, int)
+    assert predicted <= report.shared_bytes <= predicted + 1024
+
+
+@pytest.mark.aot
+@pytest.mark.slow
 def test_amd() -> None:
     c = llama(64)
     report = compiled(c, default(c, "gfx942"), "gfx942")

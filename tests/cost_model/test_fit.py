@@ -40,7 +40,7 @@ def test_tiles_that_spill_are_refused(name: str, head: int, width: int, sizes: t
     assert refuse(Mapping(*sizes), head, head, width, device(name)) is not None
 
 
-@pytest.mark.parametrize("name", ["a100", "h200", "mi300x"])
+@pytest.mark.parametrize("name", ["a100", "h200", "b200", "mi300x"])
 @pytest.mark.parametrize(("e", "f", "dtype"), [(64, 64, "bf16"), (80, 80, "bf16"), (192, 128, "f16"), (64, 64, "f32")])
 def test_the_code_generator_predicts_the_same(name: str, e: int, f: int, dtype: str) -> None:
     from reattend.codegen import triton_kernel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,12 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from reattend.cost_model.device import shipped
 from reattend.cost_model.plan import Plan, PlanError
+from reattend.cost_model.report.basis import basis_rows, basis_text
 from reattend.cost_model.report.data import mask_text
 from reattend.cost_model.report.page import check_path, page, swept
+from reattend.cost_model.table import between
 from tests.plans import CAUSAL, WINDOW, plan
 
 PLAN = plan()
+MESH = plan(mesh="tp=4")
 
 
 class Reader(HTMLParser):
@@ -133,12 +138,80 @@ def test_a_plan_with_open_sizes_is_swept_by_itself(text: str) -> None:
 def test_a_plan_from_a_file_gives_the_same_page(text: str) -> None:
     kept = replace(PLAN, sweeps=swept(PLAN))
     assert page([Plan.from_json(kept.to_json())]) == page([kept]) == text
+    spread = replace(MESH, sweeps=swept(MESH))
+    assert page([Plan.from_json(spread.to_json())]) == page([MESH])
 
 
 def test_several_devices_share_a_page() -> None:
     read = Reader(page([PLAN, PLAN.at("a100")]))
     assert len([a for a in read.all("button") if a.get("role") == "radio"]) == 2
     assert len([a for a in read.all("div") if a.get("class") == "plan"]) == 2
+
+
+def test_a_mesh_has_its_section() -> None:
+    """Every way with what a device holds, does and sends; both drawings, both courses, and the ways that cannot be had."""
+    text = page([MESH])
+    read = Reader(text)
+    charts = [a["data-chart"] for a in read.all("figure")]
+    assert [c for c in charts if c and c.startswith("mesh")] == ["meshtime", "meshmemory", "meshsweep", "meshsweep"]
+    assert MESH.sharding is not None
+    for s in MESH.sharding.schemes:
+        assert s.name in text
+        assert s.assignment in text
+    mesh = data(text)["mesh"]
+    assert isinstance(mesh, dict)
+    best = MESH.sharding.best
+    assert best is not None
+    assert mesh["best"] == best.name
+    assert mesh["room"] == pytest.approx(0.9 * 141e9)
+    first = mesh["ways"][0]
+    assert (first["held"], first["sent"]) == (best.held_bytes, best.sent_bytes)
+    (course,) = mesh["courses"]
+    assert len(course["values"]) == len(course["best"]) == len(course["held"][0]["values"])
+    assert {n for h in course["held"] for n in h["names"]} == set(course["names"])
+    # a plan without a mesh says nothing of one
+    assert data(page([PLAN]))["mesh"] is None
+    assert "Spread over" not in page([PLAN])
+
+
+def test_a_way_that_nobody_named_shows_by_itself() -> None:
+    """The section reads what there is: a way of another name, one that does not fit, and one that cannot be had."""
+    assert MESH.sharding is not None
+    first = MESH.sharding.schemes[0]
+    strange = replace(first, name="latents <cut> in 4", assignment="c→tp", why="approximate, and more", exact=False)
+    large = replace(first, name="too large", feasible=False, cache_bytes=10**12, why="needs 1000 GB")
+    ways = (strange, large, replace(first, name="never", feasible=False, parts={}, why="no such thing"))
+    text = page([replace(MESH, sharding=replace(MESH.sharding, schemes=ways))])
+    for word in ("latents &lt;cut&gt; in 4", "approximate, and more", "needs 1000 GB", "no such thing", "cannot be had"):
+        assert word in text
+    none = replace(MESH.sharding, schemes=ways[1:])
+    assert "No way fits: needs 1000 GB" in page([replace(MESH, sharding=none)])
+
+
+def test_times_stand_with_their_range_and_what_they_rest_on(text: str) -> None:
+    """A band of 35%: from seconds / 1.35 to seconds · 1.35, in tables and in what is drawn; each number has its source."""
+    cost = PLAN.sites[0].chosen.cost
+    assert cost is not None
+    assert between(cost.seconds, cost.band) in text
+    assert between(1.35e-3, 0.35) == "1 to 1.82 ms"
+    assert between(0.9e-3, 0.35) == "667 µs to 1.22 ms"
+    made = data(text)
+    assert made["device"]["band"] == 0.35  # type: ignore[index]
+    rests = made["device"]["rests"]  # type: ignore[index]
+    kinds = {r["name"]: r["kind"] for r in rests}
+    assert (kinds["dram_bytes_per_s"], kinds["link_latency_seconds"]) == ("published", "assumed")
+    assert "within a factor of 1.35, as stated" in text
+
+
+def test_a_calibrated_number_is_told_from_one_of_the_file() -> None:
+    cpu = shipped("cpu")
+    own = replace(cpu, basis="calibrated", band=0.2, dram_bytes_per_s=1.5e10)
+    kinds = {r["name"]: (r["kind"], r["source"]) for r in basis_rows(own)}
+    assert kinds["dram_bytes_per_s"] == ("calibrated", "this machine")
+    assert kinds["matrix_flops_per_s.f32"][0] == "measured"
+    assert kinds["matrix_flops_per_s.f64"][0] == "assumed"
+    assert "within a factor of 1.2, as measured" in basis_text(own)
+    assert basis_rows(replace(cpu, name="nobody")) == []
 
 
 def test_a_plan_without_attention_has_a_page() -> None:
@@ -152,6 +225,36 @@ def test_many_distinct_attentions_stay_below_two_megabytes() -> None:
     many = replace(made, sites=sites, retake=None)
     assert len(many.groups) == 24
     assert len(page([many]).encode()) < 2e6
+
+
+BROWSER = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if b), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium on the PATH")
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_draws_every_figure_without_an_error(theme: str, width: int, tmp_path: Path) -> None:
+    """Two devices, a mesh and a sweep. Before it prints, a page draws all figures of the device that is shown."""
+    where = tmp_path / "plan.html"
+    text = page([MESH, PLAN.at("cpu")])
+    printed = '<script>dispatchEvent(new Event("beforeprint"));</script></body>'
+    where.write_text(text.replace("</body>", printed), encoding="utf-8")
+    assert BROWSER is not None
+    done = subprocess.run(
+        [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
+         f"--user-data-dir={tmp_path}", f"--window-size={width},2000",
+         f"{where.as_uri()}?theme={theme}"],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert f'data-theme="{theme}"' in done.stdout
+    assert not re.search(r'="[^"]*(NaN|Infinity|undefined)', done.stdout)
+    shown = done.stdout.split('data-plan="1"')[0]
+    figures = re.findall(r'<figure class="chart[^>]*data-chart="(\w+)".*?</figure>', shown, re.DOTALL)
+    drawn = re.findall(r'<figure class="chart[^>]*data-chart="(\w+)"(?:(?!</figure>).)*?<(?:svg|canvas) ', shown, re.DOTALL)
+    assert figures == drawn
+    assert {"mask", "roofline", "parts", "sweep", "memory", "meshtime", "meshmemory", "meshsweep"} == set(drawn)
 
 
 def test_a_page_is_written_and_paths_are_checked_first(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_ranked_puts_the_infeasible_last() -> None:
     assert [c.name for c in ranked((SDPA, ORIGINAL, OURS))] == ["reattend", "original", "sdpa"]
 
 
-HEADING = "llama: 33 attentions on h200 (NVIDIA H200 SXM 141 GB; uncalibrated times), 44 ms in all"
+HEADING = "llama: 33 attentions on h200 (NVIDIA H200 SXM 141 GB; uncalibrated times, ±35%), 44 ms in all"
 
 
 def test_the_table_groups_identical_attentions() -> None:

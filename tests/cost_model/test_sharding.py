@@ -474,33 +474,60 @@ def test_sequence_sharding_wins_from_a_batch_on() -> None:
     assert (best(1), best(8)) == ("heads", "merge")
 
 
-def test_C11_capacity_is_part_of_the_measured_gain() -> None:
-    """Kimi-K2 without experts on two 80 GB devices, 32k: a larger batch is what lifts TPLA towards its bound.
+# What an 80 GB H800 takes for a step over 32k tokens with DeepSeek-V3 or Kimi-K2 without experts: 61 layers of attention,
+# embeddings and head, the feed-forward of the first layers. Sources: the models' configs; TPLA, section 5 (1.79 and 1.93).
+DENSE = {"V3": (V3, 129280, 3, 1.79), "K2": (K2, 163840, 1, 1.93)}
 
-    Reported 1.79 (V3) and 1.93 (K2). The bandwidth bound is 1.8 and the weights' reading lowers it; the batch that fits
-    in memory lifts it again. 1.93 lies above what bytes explain, so that the tolerance is wide.
+
+def dense_bytes(w: Widths, vocabulary: int, first: int) -> int:
+    layer = 7168 * 1536 + 1536 * w.heads * 192 + 7168 * 576 + 512 * w.heads * 256 + w.heads * 128 * 7168
+    return 2 * (61 * layer + 2 * vocabulary * 7168 + first * 3 * 7168 * 18432)
+
+
+def tokens_per_s(name: str, w: Widths, weights: int, batch: int | None = None) -> tuple[float, int]:
+    """Tokens a second at a batch (None: the largest that fits), every weight read once a step; and the batch."""
+    h800, m = replace(H100, link_bytes_per_s=200e9), parse("tp=2")
+
+    def at(n: int) -> tuple[MeshPlan, Way]:
+        way = next(x for x in latent_ways(w, m, keys=M, batch=n) if x.name == name)
+        return rank_ways({name: [(way, 61)]}, m, h800, step="decode", weights=weights, approximate=True), way
+
+    n = batch or at(1)[0].scheme(name).batch(M)
+    plan, way = at(n)
+    s = plan.scheme(name)
+    others = s.weight_bytes - 61 * sum(placed(way).weights.values())
+    return n / (s.seconds + others / (h800.model.bandwidth_efficiency * h800.dram_bytes_per_s)), n
+
+
+@pytest.mark.parametrize(("model", "predicted", "tolerance"), [("V3", 1.738, 0.03), ("K2", 1.756, 0.10)])
+def test_C11_capacity_is_part_of_the_measured_gain(model: str, predicted: float, tolerance: float) -> None:
+    """TPLA over MLA at the largest batch of each, nothing fitted: 2.9% below the 1.79 reported for V3, 9.0% below K2's 1.93.
+
+    At equal batches reading the weights lowers the bound of 1.8; the batch that fits in memory lifts it again, to 1.8 and
+    what rounding down a batch may add. 1.93 lies above even that, so that it holds more than bytes and room explain.
     """
-    h800 = replace(H100, link_bytes_per_s=200e9)
+    w, vocabulary, first, reported = DENSE[model]
+    weights = dense_bytes(w, vocabulary, first)
+    mla, few = tokens_per_s("heads", w, weights)
+    tpla, many = tokens_per_s("TPLA 2 slices, heads behind", w, weights)
+    equal, _ = tokens_per_s("TPLA 2 slices, heads behind", w, weights, few)
+    assert equal / mla < 1.6 < tpla / mla <= many / few <= 1.8 * (few + 1) / few
+    assert tpla / mla == pytest.approx(predicted, abs=2e-3)
+    assert tpla / mla == pytest.approx(reported, rel=tolerance)
+    if model == "K2":
+        assert 1.8 * (few + 1) / few < reported
+
+
+def test_TPLA_with_heads_behind_divides_the_output_weights() -> None:
+    """The same cache; half the output's weights, for a reduce-scatter of what heads yield and a gather of queries."""
     m = parse("tp=2")
-    layer = 7168 * 1536 + 1536 * 64 * 192 + 7168 * 576 + 512 * 64 * 256 + 64 * 128 * 7168
-    weights = 2 * (61 * layer + 2 * 163840 * 7168)
-
-    def rate(name: str, batch: int) -> float:
-        ways = latent_ways(K2, m, keys=M, batch=batch)
-        s = scheme([(next(w for w in ways if w.name == name), 61)], h800, step="decode", weights=weights, approximate=True)
-        return batch / s.seconds
-
-    ways = {w.name: w for w in latent_ways(K2, m, keys=M)}
-    fits = {
-        n: scheme([(ways[n], 61)], h800, step="decode", weights=weights, approximate=True).batch(M)
-        for n in ("heads", "TPLA 2 slices")
-    }
-    equal = rate("TPLA 2 slices", fits["heads"]) / rate("heads", fits["heads"])
-    largest = rate("TPLA 2 slices", fits["TPLA 2 slices"]) / rate("heads", fits["heads"])
-    assert fits["TPLA 2 slices"] > 1.6 * fits["heads"]
-    assert equal < largest <= 1.8
-    assert largest == pytest.approx(1.79, rel=0.12)
-    assert largest == pytest.approx(1.93, rel=0.15)
+    ways = {x.name: x for x in latent_ways(V3, m, keys=M)}
+    whole, dealt = (placed(ways[n]) for n in ("TPLA 2 slices", "TPLA 2 slices, heads behind"))
+    assert whole.cache == dealt.cache
+    assert whole.weights["WO"] == 2 * dealt.weights["WO"]
+    assert [x.kind for x in whole.exchanges] == ["all-reduce"]
+    sent = exchanges(dealt, ways["TPLA 2 slices"].mesh, "decode")
+    assert sorted(x.kind for x in sent) == ["all-gather", "all-reduce", "reduce-scatter"]
 
 
 @given(length=st.sampled_from([1024, 4096, M]), batch=st.integers(1, 8), weights=st.integers(0, 10**10))

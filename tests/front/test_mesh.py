@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,67 @@ def test_bad_meshes_are_one_sentence(
     assert (code, out) == (2, "")
     assert err.startswith(f"reattend: {sentence}")
     assert len(err.splitlines()) == 1
+
+
+def test_a_mesh_over_a_sweep_on_two_devices_with_a_page(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = tmp_path / "plan.html"
+    arguments = ("plan", config, "--seq", "256", "--target", "h200", "--target", "a100", "--mesh", "tp=2,cp=2")
+    code, out, err = run(capsys, *arguments, "--sweep", "seq=256:1k", "--html", str(where))
+    assert code == 0, err
+    assert "sharded over tp=2,cp=2 (4 h200), prefill" in out
+    assert "sharded over tp=2,cp=2 (4 a100), prefill" in out
+    rows = out[out.index("all attentions, spread over tp=2,cp=2") :].splitlines()
+    assert [r.split()[0] for r in rows[2:5]] == ["256", "512", "1k"]
+    text = where.read_text("utf-8")
+    assert text.count("<h2 id=\"d") == 2
+    assert text.count('data-chart="meshsweep"') == 4
+    code, out, _ = run(capsys, *arguments, "--sweep", "seq=256:1k", "--json")
+    for made in json.loads(out):
+        (course,) = made["sweeps"][0]["meshes"]
+        assert course["device"] == made["device"]["name"]
+        assert [p["value"] for p in course["points"]] == [256, 512, 1024]
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_a_row(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(
+        capsys, "plan", config, "--seq", "128", "--batch", "4", "--target", "h200", "--mesh", "dp=4", "--sweep", "batch=1:8"
+    )
+    assert code == 0, err
+    assert "mesh dp=4 does not divide a batch of 2" in out
+    assert any(r.split()[:2] == ["8", "batch"] for r in out.splitlines())
+
+
+def test_a_page_sweeps_a_mesh_by_itself(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = tmp_path / "plan.html"
+    code, _, err = run(
+        capsys, "plan", config, "--phase", "decode", "--past", "1k", "--batch", "2", "--target", "h200", "--mesh", "tp=2",
+        "--html", str(where),
+    )  # fmt: skip
+    assert code == 0, err
+    assert 'data-chart="meshsweep"' in where.read_text("utf-8")
+
+
+@pytest.mark.parametrize("option", [["--sweep", "seq=64:256"], ["--html", "{page}"], ["--json"]])
+@pytest.mark.parametrize(
+    ("target", "mesh", "sentence"),
+    [
+        ("cpu", "tp=2", "cpu has no link to other devices: drop the mesh"),
+        ("h200", "tp=3", "mesh tp=3 does not divide the 8 query heads"),
+        ("h200", "dp=3", "mesh dp=3 does not divide a batch of 1"),
+    ],
+)
+def test_with_other_options_a_mistake_is_still_one_sentence(
+    option: list[str], target: str, mesh: str, sentence: str, config: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    filled = [o.replace("{page}", str(tmp_path / "plan.html")) for o in option]
+    code, out, err = run(capsys, "plan", config, "--seq", "64", "--target", target, "--mesh", mesh, *filled)
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "plan.html").exists()
 
 
 def test_a_bad_mesh_stops_a_policy() -> None:

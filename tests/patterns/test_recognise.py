@@ -627,3 +627,12 @@ def test_names_of_ranks_and_tensors_mean_nothing(rule: Any, score: Any, seed: An
 def test_a_parsed_cascade_is_read_alike() -> None:
     c = papers.attention("x", papers.softmax_sink, rules.padded, group=2)
     assert seen(parse(to_text(c))) == seen(c)
+
+
+def test_a_row_of_weights_is_no_attention_of_the_product_that_it_reads() -> None:
+    """Channels that are as many as keys: the sum over channels might be values, were its own row not made of it."""
+    b = Builder({"h": 2, "p": 5, "m": 5, "c": 5, "e": 3})
+    ql = b.put("QL", "hpc", b.input("Q", "hpe") * b.input("W", "hec"), "add", "e")
+    qk = b.put("QK", "hpm", ql * b.input("C", "mc"), "add", "c")
+    b.put("SN", "hpm", ex.exp(qk - b.put("GM", "hp", qk, "max", "m")))
+    assert missed(b.cascade("weights", "SN")) == "GM reads QK, which would come after it"

@@ -127,3 +127,26 @@ def test_inductor_gets_no_guarded_candidates() -> None:
     (decision,), _ = choose.decide(graph, choose.Request(SDPA, traced=True))
     assert decision.site.choice == "original"
     assert "NaN" in decision.site.candidate("sdpa").why
+
+
+def test_a_guard_computes_what_its_mask_reads_of_the_prelude() -> None:
+    """Chunks that are counted from the first token that is no padding: their start is a sum over the mask."""
+
+    class Chunked(nn.Module):
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            i = torch.arange(24)
+            start = (keep.long().cumsum(-1) == 0).long().sum(-1)[:, None]
+            chunk = (i[None] - start) // 8
+            allowed = (chunk[:, :, None] == chunk[:, None, :]) & keep[:, None, :] & (i[:, None] >= i)
+            s = (x @ x.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
+            out: Tensor = s.softmax(-1) @ x
+            return out
+
+    x = torch.randn(2, 24, 16)
+    model = reattend.optimize(Chunked(), policy=reattend.Policy(allow=("sdpa", "flex"), deny="original"))
+    for padded in (0, 5):
+        keep = torch.arange(24) >= torch.tensor([0, padded])[:, None]
+        same(model(x, keep), model.forward(x, keep))
+    report = reattend.report(model)
+    assert not any(p.error for p in report.pieces)
+    assert report.fallbacks == 1
