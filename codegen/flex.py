@@ -191,9 +191,10 @@ ATTEND = '''def fused(q, k, v, options):
     return flex_attention(q, k, v, **options)
 
 
-@lru_cache(maxsize=1)
-def compiled():
-    return torch.compile(fused)
+@lru_cache
+def compiled(threads):
+    """For as many threads as run it: before 2.13 PyTorch's cache on disk gave kernels out whatever their threads."""
+    return torch.compile(fused, options={"cpp.threads": threads})
 
 
 def attention(q, k, v, **options):
@@ -201,7 +202,7 @@ def attention(q, k, v, **options):
     if torch.compiler.is_compiling():
         return fused(q, k, v, options)
     if torch._guards.detect_fake_mode((q, k, v)) is None:
-        return compiled()(q, k, v, options)
+        return compiled(torch.get_num_threads())(q, k, v, options)
     with warnings.catch_warnings():
         # that the uncompiled form is slow does not matter to a tracer
         warnings.simplefilter("ignore")

@@ -23,6 +23,8 @@ def plan_table(plan: Plan, width: int = WIDTH) -> str:
         lines.append(_sites(plan, width))
     if plan.misses:
         lines += ["", f"left alone ({len(plan.misses)})", _misses(plan.misses, width)]
+    if not plan.sites and not plan.misses:
+        lines += ["", "no two products with a row rule between them were met: the model runs as written"]
     lines += _notes([plan])
     if plan.note:
         lines += ["", plan.note]

@@ -38,7 +38,7 @@ OPERATORS = (*UNARY, *BINARY, "where", "cast")
 class Expr:
     """One term. Build terms with the functions below or with operators, never with this constructor."""
 
-    __slots__ = ("__weakref__", "args", "attr", "dtype", "op", "ranks")
+    __slots__ = ("__weakref__", "args", "attr", "below", "dtype", "op", "ranks")
     _table: ClassVar[WeakValueDictionary[tuple[object, ...], Expr]] = WeakValueDictionary()
 
     op: str
@@ -46,6 +46,8 @@ class Expr:
     attr: object
     dtype: str
     ranks: frozenset[str]
+    # what `walk` finds under the term, once it was walked
+    below: tuple[Expr, ...] | None
 
     def __new__(cls, op: str, args: tuple[Expr, ...], attr: object, dtype: str) -> Expr:
         # repr keeps 0 and False, 0.0 and -0.0, and the NaNs apart
@@ -56,7 +58,7 @@ class Expr:
         self = super().__new__(cls)
         self.op, self.args, self.attr, self.dtype = op, args, attr, dtype
         own = frozenset([str(attr)]) if op == "index" else frozenset()
-        self.ranks = own.union(*(a.ranks for a in args))
+        self.ranks, self.below = own.union(*(a.ranks for a in args)), None
         return cls._table.setdefault(key, self)
 
     def __repr__(self) -> str:
@@ -458,18 +460,31 @@ def make(op: str, args: tuple[Expr, ...], attr: object = None, dtype: str | None
 
 def walk(*roots: Expr) -> Iterator[Expr]:
     """Every distinct sub-term, arguments before the terms that use them."""
+    if len(roots) != 1:
+        return iter(_ordered(roots))
+    (root,) = roots
+    if root.below is not None:
+        return iter((*root.below, root))
+    found = _ordered(roots)
+    # Terms are walked again and again; those of a long chain would hold one another's many times over.
+    if len(found) <= 256:
+        root.below = tuple(found[:-1])
+    return iter(found)
+
+
+def _ordered(roots: tuple[Expr, ...]) -> list[Expr]:
+    found: list[Expr] = []
     seen: set[Expr] = set()
     stack: list[tuple[Expr, bool]] = [(r, False) for r in reversed(roots)]
     while stack:
         e, done = stack.pop()
         if done:
-            yield e
-            continue
-        if e in seen:
-            continue
-        seen.add(e)
-        stack.append((e, True))
-        stack.extend((a, False) for a in reversed(e.args) if a not in seen)
+            found.append(e)
+        elif e not in seen:
+            seen.add(e)
+            stack.append((e, True))
+            stack.extend((a, False) for a in reversed(e.args) if a not in seen)
+    return found
 
 
 def rebuild(root: Expr, rule: Callable[[Expr, tuple[Expr, ...]], Expr | None]) -> Expr:

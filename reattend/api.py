@@ -12,7 +12,7 @@ from .cost_model.device import Device, device
 from .cost_model.plan import Plan
 from .rewriter import choose
 from .rewriter.export import held_tensors
-from .rewriter.models import Shapes, UsageError, inputs_for
+from .rewriter.models import Shapes, UsageError, check_devices, inputs_for
 from .rewriter.planning import plan_model
 from .rewriter.policy import Policy
 from .rewriter.report import Entered, Report
@@ -103,7 +103,7 @@ def plan(
     given: Mapping[str, Any] = kwargs or {}
     if not args and not given:
         args, given = inputs_for(model, Shapes())
-    _check_devices(model, args, given)
+    check_devices(model, args, given)
     where = device(target) if target is not None else _device_of(model, args, given)
     return plan_model(model, args, given, where, policy or Policy(), dynamic=dynamic)
 
@@ -125,7 +125,7 @@ def verify(
     given: Mapping[str, Any] = kwargs or {}
     if not args and not given:
         args, given = inputs_for(model, Shapes(seq=64))
-    _check_devices(model, args, given)
+    check_devices(model, args, given)
     session = session_of(model)
     policy = session.policy if session is not None else Policy()
     return _verify(model, args, given, policy, plan)
@@ -157,17 +157,6 @@ def _check_target(model: nn.Module, target: Device | None) -> None:
 
 def _device_type(target: Device) -> str:
     return "cuda" if target.is_gpu else target.kind
-
-
-def _check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Inputs with elements to compute on lie where the model does (a scalar may lie on the CPU)."""
-    own = {p.device.type for p in model.parameters()}
-    for t in held_tensors((args, dict(kwargs)))[0]:
-        if len(own) == 1 and t.device.type not in own and t.dim() > 0:
-            (there,) = own
-            raise UsageError(
-                f"an input of shape {tuple(t.shape)} is on {t.device.type}, the model is on {there}: move one of them"
-            )
 
 
 def _device_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Device:

@@ -136,6 +136,8 @@ def plan_swept(
 ) -> tuple[list[Plan], list[Sweep]]:
     """Plans with open sizes, captured once, and a sweep over all devices for each of `wanted`."""
     asked = [sweep_of(text) for text in wanted]
+    if shapes.phase != "decode" and any(axis == "past" for axis, _ in asked):
+        raise typer.BadParameter("a prefill has no past: sweep past with --phase decode, or sweep seq")
     batched = any(axis == "batch" for axis, _ in asked)
     # A batch of one is no open size: capture takes 1 for special.
     captured = replace(shapes, batch=max(2, shapes.batch)) if batched else shapes

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import io
+import logging
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +34,8 @@ def from_export(
     flat = _Flat(model, given)
     shapes = (tuple(map(_open_dims, inputs)),) if dynamic else None
     try:
-        program = torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=False)
+        with _no_hook_left(), quietly(), _without_graph():
+            program = torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         # Export reports what it cannot trace with many types of error, from user code as well.
         raise CaptureError(f"{type(error).__name__}: {first_line(error)}") from error
@@ -39,6 +44,51 @@ def from_export(
     for n, t in zip((n for n in captured.graph.graph.nodes if n.op == "placeholder"), inputs):
         n.meta["argument"] = names.get(id(t), str(n.target))
     return Captured(captured.graph, "export", time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _no_hook_left() -> Iterator[None]:
+    """Export that fails leaves its hook on buffers in all modules: Dynamo then breaks every graph that assigns one."""
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    finally:
+        for left in set(hooks) - before:
+            del hooks[left]
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Capture logs whole tracebacks of what it then raises: the error says it. Levels that a user set are kept."""
+    mine = [log for log in map(logging.getLogger, _LOGS) if log.level == logging.NOTSET]
+    for log in mine:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for log in mine:
+            log.setLevel(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def _without_graph() -> Iterator[None]:
+    """Export prints the graph so far beside some errors; what else was said meanwhile is passed on."""
+    said, graph = io.StringIO(), ""
+    with _redirecting:
+        try:
+            with contextlib.redirect_stderr(said):
+                yield
+        except Exception as error:
+            graph = str(getattr(error, "partial_fx_graph", ""))
+            raise
+        finally:
+            sys.stderr.write(said.getvalue().replace(f"{graph}\n", "") if graph else said.getvalue())
+
+
+# Standard error is one for all threads.
+_redirecting = threading.RLock()
+_LOGS = ("torch._subclasses.fake_tensor", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 
 
 def _open_dims(t: Tensor) -> dict[int, Any]:

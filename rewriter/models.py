@@ -91,6 +91,8 @@ def load(spec: str, shapes: Shapes = Shapes(), *, where: str = "meta") -> Subjec
         return from_config(path, shapes, where)
     if path.suffix == ".pt2":
         return _from_program(path)
+    if path.is_dir():
+        raise UsageError(f"the folder {spec} holds no config.json: give one, or package.module:factory, or a .pt2 file")
     if ":" in spec:
         return _from_factory(spec, shapes)
     raise UsageError(f"{spec} is no model: give package.module:factory, the path of a config.json, or a .pt2 file")
@@ -110,18 +112,59 @@ def _from_factory(spec: str, shapes: Shapes) -> Subject:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise UsageError(f"{spec}: {module_name} has no callable named {attribute or '(empty)'}")
+    needed = _needed(factory)
+    if needed:
+        raise UsageError(f"{spec} needs an argument ({needed[0]!r}): name a function that takes none")
     try:
         made = factory()
     except Exception as error:
         # A user's function may raise anything; the sentence names it, --debug shows the rest.
-        raise UsageError(f"{spec} raised {type(error).__name__}: {error}") from error
+        raise UsageError(f"{spec} raised {named(error)} (--debug shows where)") from error
     model, args, kwargs = _unpack(spec, made)
     if shapes.torch_dtype is not None:
         model = model.to(shapes.torch_dtype)
         args, kwargs = torch.utils._pytree.tree_map(lambda x: _to(x, shapes.torch_dtype), (args, kwargs))
     if not args and not kwargs:
-        args, kwargs = inputs_for(model, shapes)
+        try:
+            args, kwargs = inputs_for(model, shapes)
+        except UsageError as no:
+            raise UsageError(f"{spec}: {no}; a factory may return (module, args, kwargs)") from no
+    check_devices(model, args, kwargs)
     return Subject(spec, model, args, kwargs)
+
+
+def _needed(function: Callable[..., object]) -> list[str]:
+    """The arguments that a call must give; none where a function does not say."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return []
+    return [n for n, p in parameters.items() if p.default is p.empty and p.kind in (0, 1, 3)]
+
+
+def named(error: BaseException) -> str:
+    """An error in one line: its type, and what it says."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Inputs with elements to compute on lie where the model does (a scalar may lie on the CPU). Raises UsageError."""
+    own = {p.device.type for p in model.parameters()}
+    for t in torch.utils._pytree.tree_leaves((args, dict(kwargs))):
+        if isinstance(t, Tensor) and len(own) == 1 and t.device.type not in own and t.dim() > 0:
+            (there,) = own
+            raise UsageError(
+                f"an input of shape {tuple(t.shape)} is on {t.device.type}, the model is on {there}: move one of them"
+            )
+
+
+def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What the model answers. Raises UsageError where its own code raises: these inputs are not for it."""
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        raise UsageError(f"{type(model).__name__} itself fails on these inputs ({named(error)}): change them") from error
 
 
 def _unpack(spec: str, made: object) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -200,7 +243,7 @@ def build(path: Path, shapes: Shapes, where: str = "meta") -> nn.Module:
         raise
     except Exception as error:
         # The model's own constructor: a size that does not divide, an implementation that it does not have, ...
-        raise UsageError(f"{path}: the model cannot be built ({type(error).__name__}: {error})") from error
+        raise UsageError(f"{path}: the model cannot be built ({named(error)})") from error
     assert isinstance(model, nn.Module)
     return model.eval()
 
@@ -215,7 +258,7 @@ def _config(transformers: Any, path: Path, raw: dict[str, Any]) -> Any:
     try:
         return known[raw["model_type"]].from_dict(raw)
     except Exception as error:
-        raise UsageError(f"{path}: the config is not valid ({type(error).__name__}: {error})") from error
+        raise UsageError(f"{path}: the config is not valid ({named(error)})") from error
 
 
 def _model_class(transformers: Any, path: Path, raw: dict[str, Any], config: Any) -> Callable[..., Any]:
@@ -224,7 +267,10 @@ def _model_class(transformers: Any, path: Path, raw: dict[str, Any], config: Any
         if hasattr(transformers, name):
             return getattr(transformers, name)._from_config  # type: ignore[no-any-return]
     if names:
-        raise UsageError(f"{path}: transformers {transformers.__version__} has no class {names[0]}")
+        raise UsageError(
+            f"{path}: transformers {transformers.__version__} has no class {names[0]}: upgrade it, or take architectures "
+            "out of the config for the bare model"
+        )
     if type(config) not in transformers.AutoModel._model_mapping:
         raise UsageError(f"{path}: AutoModel has no class for {raw['model_type']!r}: name one in architectures")
     return transformers.AutoModel.from_config  # type: ignore[no-any-return]
@@ -239,7 +285,7 @@ def inputs_for(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], dict[
     main = getattr(model, "main_input_name", None)
     parameters = inspect.signature(model.forward).parameters
     if config is None or main is None or main not in parameters:
-        needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind in (0, 1, 3)]
+        needed = _needed(model.forward)
         if not needed:
             return (), {}
         raise UsageError(

@@ -22,7 +22,7 @@ from ..cost_model.sharding import shard
 from ..cost_model.sweep import Symbol, axes
 from ..patterns.cascade import Cascade, bind
 from . import capture, choose, export
-from .models import Shapes, Subject, load
+from .models import Shapes, Subject, load, run
 from .place import Place, symbols_of
 from .policy import Policy
 from .session import Session, break_of
@@ -34,7 +34,8 @@ def plan_model(
 ) -> Plan:  # fmt: skip
     """Plan a model. A model that has no graph of its own is run once, and its pieces are planned, when it has data.
 
-    Gradients are planned for where the model is in training mode and grad mode is on. Raises CaptureError.
+    Gradients are planned for where the model is in training mode and grad mode is on. Raises CaptureError, and UsageError
+    where the model's own code fails on these inputs.
     """
     name = name or type(model).__name__
     if policy.mesh is not None:
@@ -144,7 +145,8 @@ def _plan_pieces(
     session.install(model)
     try:
         args, kwargs = _copied((args, dict(kwargs)))
-        model(*args, **kwargs)
+        with export.quietly():
+            run(model, args, kwargs)
     finally:
         session.detach()
     where = "; ".join(dict.fromkeys(breaks)) or why

@@ -265,18 +265,28 @@ class Session:
 
 @contextmanager
 def _marked() -> Iterator[None]:
+    """This thread is at a graph of ours. Dynamo runs one such thread at a time.
+
+    Before PyTorch 2.13 a call in another thread takes fx's flag for a trace of its own and raises, unless it sees this flag,
+    which Dynamo raises itself since.
+    """
+    before, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
     _capturing.add(threading.get_ident())
     try:
         yield
     finally:
         _capturing.discard(threading.get_ident())
+        torch.compiler._is_compiling_flag = before
 
 
 def _runnable(graph: fx.GraphModule, inputs: Sequence[object], inductor: bool) -> Callable[..., Any]:
     if inductor:
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, list(inputs))  # type: ignore[return-value, arg-type]
+        # Named, the threads are part of the key in Inductor's cache on disk: before PyTorch 2.13 FlexAttention compiled for
+        # one thread came back in a process of two, and wrote past its buffers. Dynamo compiles again when they change.
+        threads = {"cpp.threads": torch.get_num_threads()}
+        return compile_fx(graph, list(inputs), config_patches=threads)  # type: ignore[return-value, arg-type]
     for body in list(capture.regions(graph)):
         for n in body.graph.nodes:
             if n.op == "call_function" and n.target is capture.CHECKPOINT:

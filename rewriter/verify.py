@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from ..cost_model.plan import Plan
 from ..patterns.evaluate import evaluate
 from . import capture, choose
+from .models import run
 from .policy import Policy
 from .session import Session, session_of
 
@@ -120,7 +121,7 @@ def _whole(
 ) -> tuple[float, float]:
     """Largest difference of the outputs, relative to the largest output, and the limit for their type."""
     state = torch.get_rng_state()
-    expected = _floats(model(*_again(args), **_again(dict(kwargs))))
+    expected = _floats(run(model, _again(args), _again(dict(kwargs))))
     session = Session(policy, None, choices=_choices(plan))
     session.install(model)
     try:

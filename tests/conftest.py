@@ -32,6 +32,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="accept what the code prints now as the golden text")
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Few files hold interpreted kernels: their process imports no other, and the other process none that has only these."""
+    if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    if INTERPRETED:
+        return True if "pytest.mark.interpreter" not in text else None
+    return True if "\npytestmark = pytest.mark.interpreter\n" in text else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests of this process's tier: interpreted kernels under TRITON_INTERPRET=1, all others without it."""
     kept = [i for i in items if (i.get_closest_marker("interpreter") is not None) == INTERPRETED]

@@ -143,11 +143,6 @@ def test_without_triton_the_source_is_still_printed(monkeypatch: pytest.MonkeyPa
         _ = made.module
 
 
-def test_importing_the_code_generators_does_not_import_triton() -> None:
-    code = "import sys, reattend.codegen.triton_kernel, reattend.codegen.aot; sys.exit('triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 def test_refusals_say_why() -> None:
     p = attention(lambda s: s, strategies.ROWS["softmax"], dtype="f64")
     out = build(p.cascade, Tiling(64, 32))
@@ -155,8 +150,9 @@ def test_refusals_say_why() -> None:
     assert out.reason == "Q, K, V, O is float64; the kernel computes in float32"
 
 
+@pytest.mark.slow
 def test_the_interpreter_tier_runs() -> None:
-    """A few interpreted kernels from a plain `pytest`: the tier has a process of its own."""
+    """A few interpreted kernels from a plain `pytest`: the tier has a process of its own, which `./run tests` starts too."""
     here = Path(__file__)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(

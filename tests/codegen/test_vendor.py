@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,6 +155,32 @@ def test_flex_skips_by_our_tiles() -> None:
     call = taken(vendor.flex(VARIANTS["window"]().cascade))
     for length in (300, 257, 128):
         check(call, VARIANTS["window"](p=length))
+
+
+MORE_THREADS = """
+import torch
+from reattend.codegen import vendor
+from reattend.patterns.evaluate import evaluate
+from tests.codegen.attentions import VARIANTS
+
+case = VARIANTS["window"](p=600)
+call, x = vendor.flex(case.cascade), case.inputs()
+exact = evaluate(case.cascade, x, case.sizes, widen=True)["O"]
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for _ in range(30):
+        torch.testing.assert_close(call.run(x, case.sizes).double(), exact, rtol=0, atol=3e-6)
+"""
+
+
+@pytest.mark.slow
+def test_flex_compiled_for_one_thread_runs_on_two(tmp_path: Path) -> None:
+    """In a process of its own: PyTorch's kernel keeps room for as many threads as it was compiled for, and would write past it."""
+    done = subprocess.run(
+        [sys.executable, "-c", MORE_THREADS], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name", NOT_FLEX)

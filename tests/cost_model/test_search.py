@@ -242,8 +242,8 @@ def test_random_row_programs_keep_their_values(steps: Any, score: Any, tile: int
     want = evaluate(c, tensors, sizes, widen=True)["O"]
     for form in found.forms:
         got = evaluate(form.cascade, tensors, sizes, widen=True)["O"]
-        # moments cancel: their own condition says so
-        assert rules.error(got, want) <= 1e-9, str(form)
+        # moments cancel: their own condition says so. A rule that is zero everywhere has no size to measure rounding by.
+        assert rules.error(got, want) <= 1e-9 or float((got - want).abs().max()) <= 1e-15, str(form)
 
 
 @settings(max_examples=30)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from .commands import CONFIG
 
 
 class Block(nn.Module):
@@ -79,6 +83,13 @@ def left_padded(batch: int = 2, length: int = 12, padding: int = 4) -> dict[str,
     keep = torch.ones_like(ids)
     keep[0, :padding] = 0
     return {"input_ids": ids.masked_fill(keep == 0, 0), "attention_mask": keep}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from reattend import backend
 
@@ -48,6 +48,27 @@ def test_training_through_inductor(stack: nn.Module, x: Tensor) -> None:
         assert p.grad is not None
         assert q.grad is not None
         close(p.grad, q.grad, 1e-4)
+
+
+def test_inductor_is_told_the_threads(stack: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are part of the key in its cache: what was compiled for one thread must not run on two."""
+    told: list[int] = []
+
+    def compile_fx(graph: fx.GraphModule, inputs: object, config_patches: dict[str, int]) -> Any:
+        told.append(config_patches["cpp.threads"])
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr(backend, "_missing_compiler", lambda: "")
+    compiled, threads = torch.compile(stack, backend="reattend"), torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            for n in (1, 2):
+                torch.set_num_threads(n)
+                close(compiled(x), stack(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert told == [1, 2]
 
 
 def test_unknown_options_are_named(stack: nn.Module, x: Tensor) -> None:

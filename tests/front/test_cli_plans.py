@@ -11,14 +11,7 @@ from reattend.cli import main
 from reattend.cost_model.plan import SCHEMA, Plan
 from reattend.options import sweep_of
 
-from .test_cli import CONFIG, run
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> str:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(CONFIG))
-    return str(path)
+from .commands import run
 
 
 @pytest.mark.parametrize(
@@ -77,7 +70,7 @@ def test_a_page_falls_back_to_fixed_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    code, out, _ = run(capsys, "plan", "test_cli:bare_attention", "--html", str(tmp_path / "plan.html"))
+    code, out, _ = run(capsys, "plan", "commands:bare_attention", "--html", str(tmp_path / "plan.html"))
     assert code == 0
     assert "1 attention" in out
     assert "sizes are fixed (a head size that is symbolic)" in out
@@ -126,7 +119,7 @@ BAD = [
     (["plan", "{config}", "--sweep", "seq=0:4k"], "a sweep starts at 1 or above, not at 0"),
     (["plan", "{config}", "--sweep", "seq=0,4k"], "sizes must be at least 1"),
     (["plan", "{config}", "--sweep", "seq=1q:4k"], "'1q' is no number of tokens"),
-    (["plan", "{config}", "--seq", "64", "--sweep", "past=1k:4k"], "the size 'past' is fixed or unknown: one of seq"),
+    (["plan", "{config}", "--seq", "64", "--sweep", "past=1k:4k"], "a prefill has no past: sweep past with --phase decode, or sweep seq"),
     (["plan", "{config}", "--html", "{folder}/none/plan.html"], "there is no folder"),
     (["plan", "{config}", "--html", "{folder}"], "it is a folder: give the path of a file"),
     (["plan", "{folder}/readme.json"], "is no JSON file"),

@@ -13,7 +13,7 @@ from torch import nn
 import reattend
 from reattend.cost_model.plan import Plan
 
-from .test_cli import CONFIG, run
+from .commands import CONFIG, run
 
 
 @pytest.fixture

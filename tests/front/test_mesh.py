@@ -10,14 +10,10 @@ import torch
 from torch import nn
 
 import reattend
-from reattend.cli import main
 from reattend.cost_model.mesh import Axis, Mesh, MeshError
 from reattend.cost_model.plan import Plan
 
-CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 32,
-    "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 99,
-}  # fmt: skip
+from .commands import run
 
 
 class Causal(nn.Module):
@@ -28,20 +24,6 @@ class Causal(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> str:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(CONFIG))
-    return str(path)
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    out = capsys.readouterr()
-    return int(stop.value.code or 0), out.out, out.err
 
 
 def plan(mesh: str | Mesh, tokens: int = 512, train: bool = False, dynamic: bool = False) -> Plan:

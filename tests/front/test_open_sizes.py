@@ -13,10 +13,13 @@ from reattend.cost_model.plan import PlanError
 from reattend.cost_model.sweep import SweepError
 from reattend.rewriter import export
 
+from .conftest import Stack
 
-@pytest.fixture
-def plan(stack: nn.Module, x: Tensor) -> reattend.Plan:
-    return reattend.plan(stack, (x,), target="h200", dynamic=True)
+
+@pytest.fixture(scope="module")
+def plan() -> reattend.Plan:
+    torch.manual_seed(0)
+    return reattend.plan(Stack().eval(), (torch.randn(2, 40, 16),), target="h200", dynamic=True)
 
 
 def test_sizes_stay_open_and_have_names(plan: reattend.Plan) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import reattend
-from reattend.rewriter import choose
+from reattend.rewriter import capture, choose
 
 
 def close(a: Tensor, b: Tensor, limit: float = 1e-5) -> None:
@@ -305,7 +305,7 @@ def test_the_encoder_in_generate_goes_through_us() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0, pad_token_id=0,
+        d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=64, decoder_start_token_id=0, pad_token_id=0,
         eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -378,3 +378,31 @@ def test_a_trace_in_another_thread_is_not_ours(stack: nn.Module, x: Tensor, monk
         monkeypatch.setattr(session, "_capturing", {-1})
         stack(x)
         assert reattend.report(stack).calls == before + 1
+
+
+def test_a_call_beside_a_capture_goes_through(stack: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread stands in the middle of a trace while another calls a model that was captured before."""
+    with torch.no_grad():
+        expected = stack(x)
+    reattend.optimize(stack, example=x)
+    other = reattend.optimize(copy.deepcopy(stack))
+    tracing, called = threading.Event(), threading.Event()
+    run_node = capture._Run.run_node
+
+    def paused(self: capture._Run, n: torch.fx.Node) -> Any:
+        tracing.set()
+        assert called.wait(60)
+        return run_node(self, n)
+
+    monkeypatch.setattr(capture._Run, "run_node", paused)
+    thread = threading.Thread(target=lambda: reattend.optimize(other, example=x))
+    thread.start()
+    try:
+        assert tracing.wait(60)
+        with torch.no_grad():
+            close(stack(x), expected)
+    finally:
+        called.set()
+        thread.join()
+    assert reattend.report(stack).calls == 2
+    assert reattend.report(other).calls == 1

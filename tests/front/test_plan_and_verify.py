@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -173,6 +175,7 @@ def test_a_model_without_attention_has_an_empty_plan() -> None:
     plan = reattend.plan(nn.Linear(4, 4), (torch.randn(2, 4),))
     assert plan.sites == ()
     assert "no attention" in str(plan)
+    assert "no two products with a row rule between them were met: the model runs as written" in str(plan)
 
 
 def test_inputs_on_the_wrong_device_are_named(stack: nn.Module, x: Tensor) -> None:
@@ -184,9 +187,26 @@ def test_inputs_on_the_wrong_device_are_named(stack: nn.Module, x: Tensor) -> No
         stack(x.to("meta"))
 
 
-def test_inputs_of_the_wrong_shape_say_what_does_not_fit(stack: nn.Module) -> None:
-    with pytest.raises(RuntimeError, match=r"mat1 and mat2|shapes|size"):
-        reattend.plan(stack, (torch.randn(2, 40, 17),))
+@pytest.mark.parametrize("verb", [reattend.plan, reattend.verify])
+def test_inputs_of_the_wrong_shape_say_what_does_not_fit(verb: Callable[..., object], stack: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"Stack itself fails on these inputs \(RuntimeError: mat1 and mat2 .*: change them"):
+        verb(stack, (torch.randn(2, 40, 17),))
+
+
+def test_a_failed_capture_says_what_it_has_to_say_once(stack: nn.Module) -> None:
+    """Export logs the traceback of what it raises, and whole graphs; the loggers are as before afterwards."""
+    heard: list[logging.LogRecord] = []
+    handler, log = logging.Handler(), logging.getLogger("torch._subclasses.fake_tensor")
+    handler.emit = heard.append  # type: ignore[method-assign, assignment]
+    log.addHandler(handler)
+    try:
+        with pytest.raises(ValueError, match="itself fails"):
+            reattend.plan(stack, (torch.randn(2, 40, 17),))
+        assert not heard
+        log.error("something else")
+        assert len(heard) == 1
+    finally:
+        log.removeHandler(handler)
 
 
 def test_a_model_that_calls_sdpa_is_costed_as_such(x: Tensor) -> None:

@@ -96,6 +96,7 @@ def test_training_keeps_its_gradients(name: str) -> None:
             assert relative(p.grad, q.grad) <= 1e-3, path
 
 
+@pytest.mark.slow
 def test_a_change_of_type_plans_again() -> None:
     torch._dynamo.reset()
     model = zoo.build("llama")

@@ -14,9 +14,10 @@ _DECODER = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-_ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+# One layer where every layer is the same, two where they differ or share something; several equal ones are Llama's case.
+_ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
 _PAIR = {
-    "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
@@ -28,13 +29,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**_DECODER),
     "mistral": lambda: transformers.MistralConfig(**_DECODER, sliding_window=8),
     "gemma2": lambda: transformers.Gemma2Config(**_DECODER, head_dim=16, sliding_window=8),
-    "bloom": lambda: transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCAB, **_SPECIAL),
+    "bloom": lambda: transformers.BloomConfig(hidden_size=64, n_layer=1, n_head=4, vocab_size=VOCAB, **_SPECIAL),
     "gpt_oss": lambda: transformers.GptOssConfig(
         **_DECODER | {"intermediate_size": 64}, head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=8
     ),
     "bert": lambda: transformers.BertConfig(**_ENCODER, vocab_size=VOCAB),
     "modernbert": lambda: transformers.ModernBertConfig(
-        **_ENCODER, vocab_size=VOCAB, global_attn_every_n_layers=2, local_attention=32, cls_token_id=1, sep_token_id=2, **_SPECIAL
+        **_ENCODER | {"num_hidden_layers": 2}, vocab_size=VOCAB, global_attn_every_n_layers=2, local_attention=32, cls_token_id=1, sep_token_id=2, **_SPECIAL
     ),
     "t5": lambda: transformers.T5Config(
         d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0, dropout_rate=0.0
@@ -59,10 +60,12 @@ CASES = [
 ]
 
 
-def build(name: str, attn: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """The base model of an architecture, in evaluation mode."""
+def build(name: str, attn: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 0) -> Any:
+    """The base model of an architecture, in evaluation mode, with `layers` instead of its own number."""
     torch.manual_seed(seed)
     config = CONFIGS[name]()
+    if layers:
+        config.num_hidden_layers = layers
     if dtype == torch.float64:
         # the grouped product of experts takes no float64
         config._experts_implementation = "eager"

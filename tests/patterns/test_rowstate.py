@@ -15,7 +15,7 @@ from reattend.patterns import papers
 from reattend.patterns.cascade import parse, to_text, verify
 from reattend.patterns.constant import number
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.laws import additive, multiplicative
+from reattend.patterns.laws import additive, multiplicative, separates
 from reattend.patterns.recognise import Attention, Miss, attention
 from reattend.patterns.rowstate import RowState, derive, stream
 
@@ -261,6 +261,16 @@ def test_a20_repair_terms(name: Any, term: Any, factor: Any) -> None:
     """What turns Σ g(x, d) into Σ g(x, d'), or nothing."""
     found = multiplicative(term, X, D)
     assert found is None if factor is None else sympy.simplify(found - factor) == 0
+
+
+def test_a_proof_that_has_no_end_is_not_begun() -> None:
+    """Numbers do not refute it (it hardly varies), and sympy simplifies what is left of it for hours."""
+    x, *rows = (ex.load(n, (), "f32") for n in ("x", "a", "b", "c"))
+    term = x
+    for r in rows:
+        term = ex.unary("sigmoid", term / (r + 40.0))
+    assert not separates(term, x, tuple(rows))
+    assert separates(ex.exp(x / 40.0) * rows[0], x, (rows[0],))
 
 
 def test_a20_shifts_of_a_maximum() -> None:

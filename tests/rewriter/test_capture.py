@@ -156,6 +156,19 @@ def test_writes_happen_once_and_in_order() -> None:
     assert names.index("aten::add_") < names.index("aten::mul") < names.index("aten::mul_")
 
 
+def test_a_failed_export_leaves_no_hook() -> None:
+    """One that stays sees every assignment of a buffer in the process, and Dynamo breaks graphs there."""
+
+    class Unexportable(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    before = list(torch.nn.modules.module._global_buffer_registration_hooks)
+    with pytest.raises(capture.CaptureError):
+        export.from_export(Unexportable(), (torch.randn(3),), {})
+    assert list(torch.nn.modules.module._global_buffer_registration_hooks) == before
+
+
 def test_symbolic_sizes_stay_symbolic() -> None:
     a, b, graph = run(Plain(), torch.randn(2, 5, 8), dynamic=True)
     assert torch.equal(a, b)
