@@ -3,9 +3,10 @@
     cell        mask, type, sizes, threads         → cascade → candidates: original, sdpa, flex, ours under several mappings
     prediction  by the candidate's name, from the cascade and a device alone, so that stored timings can be judged again
 
-Nothing of these shapes is known to the calibration: it times operators with 4 heads on 1 to 768 queries and 64 to 1024 keys
-(cost_model/calibrate.py). `GRIDS` says which cells were looked at while the model was written (`development`, `regret`) and
-which only judge it (`heldout`).
+Nothing of these shapes is known to the calibration: it times operators and kernels of shapes of its own
+(cost_model/calibrate.py, codegen/calibrate.py). `GRIDS` says which cells were looked at while the model was written
+(`development`, `regret`), which were looked at once and by whole kinds of candidates since (`heldout`), and which only judge
+it (`fresh`: nothing was changed after a look at its cells).
 """
 
 from __future__ import annotations
@@ -52,11 +53,13 @@ class Cell:
     heads: int = 8
     group: int = 1
     head: int = 64
+    window: int = WINDOW
 
     def __str__(self) -> str:
         heads = f"{self.heads}/{self.heads // self.group}" if self.group > 1 else str(self.heads)
         size = str(self.queries) if self.queries == self.keys else f"{self.queries}×{self.keys}"
-        return f"{self.mask:8}{self.dtype:5}{self.batch}×{heads}×{self.head:<4}{size:>10} ×{self.threads}"
+        mask = self.mask if self.window == WINDOW else f"{self.mask} {self.window}"
+        return f"{mask:11}{self.dtype:5}{self.batch}×{heads}×{self.head:<4}{size:>10} ×{self.threads}"
 
     @property
     def past(self) -> int:
@@ -101,7 +104,7 @@ def _keep(b: Builder, cell: Cell) -> ex.Expr:
         case "causal":
             return m <= row
         case "window":
-            return (m <= row) & (row - m < WINDOW)
+            return (m <= row) & (row - m < cell.window)
         case "prefix":
             return (m <= row) | (m < PREFIX)
         case "padding":
@@ -128,7 +131,7 @@ def keep_tensor(cell: Cell, x: Mapping[str, torch.Tensor]) -> torch.Tensor | Non
         return x["Kept"][:, None, None]
     where = x["Q"].device
     p, m = torch.arange(cell.queries, device=where)[:, None] + cell.past, torch.arange(cell.keys, device=where)
-    return {"causal": m <= p, "window": (m <= p) & (p - m < WINDOW), "prefix": (m <= p) | (m < PREFIX)}[cell.mask]
+    return {"causal": m <= p, "window": (m <= p) & (p - m < cell.window), "prefix": (m <= p) | (m < PREFIX)}[cell.mask]
 
 
 # --- candidates -----------------------------------------------------------------------------------------------------
@@ -278,8 +281,27 @@ def _heldout(threads: int) -> Iterator[Cell]:
         yield Cell("causal", t, 350, 1900, threads, heads=8, head=64)
 
 
+def _fresh(threads: int) -> Iterator[Cell]:
+    for t in ("f32", "bf16"):
+        yield square("none", t, 930, threads, heads=10)
+        yield square("none", t, 333, threads, batch=3, heads=5)
+        yield Cell("none", t, 210, 2750, threads, heads=10)
+        yield square("causal", t, 810, threads, heads=10)
+        yield square("causal", t, 1700, threads, heads=9, head=128, group=3)
+        yield square("causal", t, 2300, threads, batch=2, heads=3, head=80)
+        yield square("window", t, 1450, threads, heads=10, window=100)
+        yield square("window", t, 2900, threads, heads=6, head=96, group=2, window=333)
+        yield square("window", t, 5200, threads, heads=3, window=700)
+        yield square("prefix", t, 1310, threads, heads=6, head=96)
+        yield square("padding", t, 450, threads, batch=3, heads=10)
+        yield Cell("causal", t, 1, 4700, threads, heads=20, group=5, head=128)
+        yield Cell("none", t, 1, 3500, threads, batch=5, heads=8)
+        yield Cell("causal", t, 7, 1900, threads, heads=18, group=3)
+        yield Cell("causal", t, 620, 2100, threads, heads=7)
+
+
 GRIDS: Mapping[str, Callable[[int], Iterator[Cell]]] = {
-    "regret": _regret, "development": _development, "heldout": _heldout,
+    "regret": _regret, "development": _development, "heldout": _heldout, "fresh": _fresh,
 }  # fmt: skip
 
 

@@ -1,17 +1,21 @@
 """The cost model beside the clock: every candidate measured over a grid of shapes and masks on this device.
 
-    python benchmarks/cost_model.py [--grid heldout] [--calibrate] [--quick] [--report] [--budget SECONDS] [--again]
+    python benchmarks/cost_model.py [--grid fresh] [--calibrate] [--quick] [--report] [--budget SECONDS] [--again]
                                     [--threads 1,2] [--masks …] [--dtypes …] [--lengths …] [--no-flex]
+                                    [--calibrations FILE …]
 
 Prints a row a cell, then per device: MAPE, 95th percentile, Spearman's rank correlation, the regret of the model's choice,
 the test-retest noise of the timings, and the ablation from a plain roofline to the calibrated model. Timings are kept in
-benchmarks/results/cost_model_DEVICE.json; cells that are there are not measured again (unless --again, or where the
-mapping that the model likes best has not been timed), so that a grid may be measured piece by piece, and --report judges
-what is there. Works on a CPU and on a CUDA device as it stands. Compilation is not timed; it is printed apart.
+benchmarks/results/cost_model_DEVICE.json (the grid `fresh` by itself); cells that are there are not measured again (unless
+--again, or where the mapping that the model likes best has not been timed), so that a grid may be measured piece by piece,
+and --report judges what is there. Works on a CPU and on a CUDA device as it stands. Compilation is not timed; it is printed
+apart.
 
-Grids: `heldout` judges the model: no constant was fitted to it, but one mechanism (how FlexAttention lays out keys on a CPU)
-was mended after a look at it. `regret` (8 heads of 64, window, causal and no mask, 512 to 8192 tokens) and `development`
-were looked at throughout. The calibration sees none of them: see benchmarks/cells.py.
+Grids: `fresh` judges the model: nothing was changed after a look at its cells. No constant was
+fitted to `heldout` either, but one mechanism (how FlexAttention lays out keys on a CPU) was mended after a look at it.
+`regret` (8 heads of 64, window, causal and no mask, 512 to 8192 tokens) and `development` were looked at throughout. The
+calibration sees none of them: see benchmarks/cells.py. --calibrations judges the same timings with each of several files
+that `reattend targets --calibrate` wrote (REATTEND_CALIBRATION=FILE), and prints the median and the range.
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ from rich.progress import track
 from rich.table import Table
 
 from reattend.codegen.calibrate import calibrate
-from reattend.cost_model.accuracy import Outcome, accuracy, percentile
-from reattend.cost_model.device import Device, device, device_to_dict, shipped, with_threads
+from reattend.cost_model.accuracy import Outcome, accuracy, percentile, within
+from reattend.cost_model.device import Device, device, device_from_dict, device_to_dict, shipped, with_threads
 from reattend.cost_model.ladder import ladder
 from reattend.patterns.mapping import Mapping as Tiling
 from reattend.rewriter.choose import running_device
@@ -73,7 +77,7 @@ def measure(cell: cells.Cell, d: Device, flex: bool, seconds: float) -> Row:
 
 
 def cell_of(row: Mapping[str, Any]) -> cells.Cell:
-    return cells.Cell(**{f: row[f] for f in cells.Cell.__dataclass_fields__})
+    return cells.Cell(**{f: row[f] for f in cells.Cell.__dataclass_fields__ if f in row})
 
 
 def stale(row: Row, d: Device) -> bool:
@@ -92,25 +96,29 @@ def gather(found: dict[cells.Cell, Row], wanted: list[cells.Cell], given: argpar
         d = present(cell.threads)
         found[cell] = measure(cell, d, given.flex, given.seconds)
         show(found[cell], d)
-        write(found)
+        write(found, given.grid)
 
 
-def results(d: Device) -> Path:
-    return timing.RESULTS / f"cost_model_{d.name}.json"
+def name_of(d: Device, grid: str) -> str:
+    return f"cost_model_{d.name}_fresh" if grid == "fresh" else f"cost_model_{d.name}"
 
 
-def read(d: Device) -> dict[cells.Cell, Row]:
-    if not results(d).is_file():
+def results(d: Device, grid: str) -> Path:
+    return timing.RESULTS / f"{name_of(d, grid)}.json"
+
+
+def read(d: Device, grid: str) -> dict[cells.Cell, Row]:
+    if not results(d, grid).is_file():
         return {}
-    return {cell_of(r): r for r in json.loads(results(d).read_text())["rows"]}
+    return {cell_of(r): r for r in json.loads(results(d, grid).read_text())["rows"]}
 
 
-def write(found: Mapping[cells.Cell, Row], summary: Mapping[str, object] | None = None) -> None:
+def write(found: Mapping[cells.Cell, Row], grid: str, summary: Mapping[str, object] | None = None) -> None:
     """Keep the timings, the device that predicts, and the figures of each grid as they were last judged."""
     d = here()
-    old = json.loads(results(d).read_text()).get("summary", {}) if results(d).is_file() else {}
-    kept = {**old, **(summary or {})}
-    timing.write(f"cost_model_{d.name}", list(found.values()), device=device_to_dict(d), summary=kept)
+    kept = results(d, grid)
+    old = json.loads(kept.read_text()).get("summary", {}) if kept.is_file() else {}
+    timing.write(name_of(d, grid), list(found.values()), device=device_to_dict(d), summary={**old, **(summary or {})})
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
@@ -164,6 +172,29 @@ def report(rows: list[Row]) -> dict[str, object]:
     return {"accuracy": vars(figures), "retest": {"mean": mean, "p95": p95}, "ablation": steps}
 
 
+FIGURES = ("mape", "p95", "spearman", "regret", "regret_p95", "regret_geometric")
+
+
+def several(rows: list[Row], files: list[Path]) -> dict[str, object]:
+    """Print the figures of some rows with each of several calibrations, their medians and ranges; the same as plain data."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("calibration", "band", *FIGURES, "within the band"):
+        table.add_column(title, justify="left" if title == "calibration" else "right")
+    out: dict[str, dict[str, float]] = {}
+    for file in files:
+        d = device_from_dict(json.loads(file.read_text())["device"])
+        outcomes = [outcome(r, with_threads(d, r["threads"])) for r in rows]
+        pairs = [(o.predicted[n], o.measured[n]) for o in outcomes for n in o.measured]
+        held = statistics.mean(within(p, m, d.band) for p, m in pairs)
+        out[file.stem] = {"band": d.band, **{f: vars(accuracy(outcomes))[f] for f in FIGURES}, "held": held}
+    for name, of in (("median", statistics.median), ("least", min), ("most", max)):
+        out[name] = {f: of([out[file.stem][f] for file in files]) for f in out[files[0].stem]}
+    for name, figures in out.items():
+        table.add_row(name, *(f"{x:.3f}" if f == "spearman" else f"{x:.1%}" for f, x in figures.items()))
+    console.print(table)
+    return {"calibrations": out}
+
+
 def _by_candidate(rows: list[Row], outcomes: list[Outcome]) -> None:
     """Mean error and bias of each kind of candidate."""
     kinds: dict[str, list[float]] = {}
@@ -190,7 +221,7 @@ def wanted(given: argparse.Namespace) -> list[cells.Cell]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", choices=list(cells.GRIDS), default="heldout")
+    parser.add_argument("--grid", choices=list(cells.GRIDS), default="fresh")
     parser.add_argument("--calibrate", action="store_true", help="measure the device first and keep the file")
     parser.add_argument("--report", action="store_true", help="measure nothing: judge the timings that are kept")
     parser.add_argument("--quick", action="store_true", help="about six cells of the grid, timed briefly")
@@ -201,6 +232,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="measuring time of a cell, at least")
     parser.add_argument("--budget", type=float, default=1e9, help="stop after so many seconds; what is found is kept")
     parser.add_argument("--no-flex", dest="flex", action="store_false")
+    parser.add_argument("--calibrations", type=Path, nargs="*", default=[], help="judge with each of these files as well")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     if given.quick:
@@ -210,7 +242,7 @@ def main() -> None:
         console.print(str(found_now))
         running_device.cache_clear()
     chosen = wanted(given)
-    found = read(here())
+    found = read(here(), given.grid)
     with torch.no_grad():
         if not given.report:
             gather(found, chosen, given)
@@ -219,7 +251,9 @@ def main() -> None:
             for r in rows:
                 show(r, present(r["threads"]))
         summary = report(rows)
-    write(found, {f"{given.grid}, threads {given.threads}": summary})
+        if given.calibrations:
+            summary |= several(rows, given.calibrations)
+    write(found, given.grid, {f"{given.grid}, threads {given.threads}": summary})
 
 
 if __name__ == "__main__":

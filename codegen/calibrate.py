@@ -49,6 +49,11 @@ class Checked:
     def error(self) -> float:
         return error(self.predicted, self.measured)
 
+    @property
+    def apart(self) -> float:
+        """The narrowest band within which the prediction holds: too high and too low count alike."""
+        return max(self.predicted / self.measured, self.measured / self.predicted) - 1
+
 
 def calibrate(d: Device, path: Path | None = None, watch: Watch[Any] = unwatched) -> tuple[Device, tuple[Checked, ...]]:
     """Measure the present device, check the result on other shapes, and keep it. `d` is the device as its data file has it.
@@ -69,7 +74,7 @@ def calibrate(d: Device, path: Path | None = None, watch: Watch[Any] = unwatched
         check = tuple(Checked(*row) for row in checked(found))
     else:
         raise ValueError(f"{d.name} runs no kernels of ours, so there is nothing to calibrate: choose cpu or a GPU")
-    found = replace(found, band=max(LEAST_BAND, percentile([c.error for c in check], 0.95)))
+    found = replace(found, band=max(LEAST_BAND, percentile([c.apart for c in check], 0.95)))
     keep(found, path)
     return found, check
 

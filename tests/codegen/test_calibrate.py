@@ -23,11 +23,11 @@ def test_a_device_without_kernels_is_refused() -> None:
         calibrate.calibrate(shipped("fusemax"))
 
 
-@pytest.mark.parametrize(("wrong", "band"), [(0.0, calibrate.LEAST_BAND), (0.6, 0.6)])
+@pytest.mark.parametrize(("wrong", "band"), [(0.0, calibrate.LEAST_BAND), (0.6, 0.6), (-0.375, 0.6)])
 def test_the_band_is_what_the_check_finds(
     wrong: float, band: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine on which everything takes as predicted, or all of it (1 + wrong) times less."""
+    """A machine on which everything takes as predicted, or all of it (1 + wrong) times less: too high and too low count alike."""
     where = tmp_path / "calibration.json"
     monkeypatch.setenv("REATTEND_CALIBRATION", str(where))
     monkeypatch.setattr(calibrate, "cpu_rates", lambda watch: replace(shipped("cpu"), basis="calibrated"))

@@ -20,9 +20,11 @@ def cells() -> ModuleType:
 def test_held_out_cells_are_in_no_other_grid_and_no_calibration(cells: ModuleType) -> None:
     grids = {name: {c for t in (1, 2) for c in make(t)} for name, make in cells.GRIDS.items()}
     assert not grids["heldout"] & (grids["regret"] | grids["development"])
+    assert not grids["fresh"] & (grids["heldout"] | grids["regret"] | grids["development"])
     assert len(grids["regret"]) == 60
     timed = {(q, HEADS) for q in CALLS.values()} | {(n, heads) for _, _, heads, n, _ in calibrate.CHECKED}
-    assert not {(c.queries, c.heads) for c in grids["heldout"] if c.queries > 8} & timed
+    for name in ("heldout", "fresh"):
+        assert not {(c.queries, c.heads) for c in grids[name] if c.queries > 8} & timed
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "window", "prefix", "padding"])
