@@ -23,7 +23,7 @@ def test_a_device_without_kernels_is_refused() -> None:
         calibrate.calibrate(shipped("fusemax"))
 
 
-@pytest.mark.parametrize(("wrong", "band"), [(0.0, calibrate.LEAST_BAND), (0.6, 0.6), (-0.375, 0.6)])
+@pytest.mark.parametrize(("wrong", "band"), [(0.0, calibrate.LEAST_BAND["cpu"]), (0.8, 0.8), (-4 / 9, 0.8)])
 def test_the_band_is_what_the_check_finds(
     wrong: float, band: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
