@@ -165,13 +165,15 @@ _LENT: Mapping[str, int] = {
 
 def _data(n: fx.Node) -> Iterator[fx.Node]:
     """The nodes whose elements a node reads: no sizes, no empty part of a concatenation, nothing that lends its shape."""
-    at = _LENT.get(op_name(n))
-    lent = n.args[at] if at is not None and at < len(n.args) else None
+    at = _LENT.get(op_name(n), len(n.args))
+    read = torch.utils._pytree.tree_leaves((n.args[:at], n.args[at + 1 :], dict(n.kwargs)))
     for i in n.all_input_nodes:
+        if i not in read:
+            continue
         value = i.meta.get("val")
         plain = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
         empty = isinstance(value, torch.Tensor) and any(isinstance(s, int) and s == 0 for s in value.shape)
-        if i is not lent and not plain and not empty:
+        if not plain and not empty:
             yield i
 
 

@@ -59,6 +59,18 @@ def test_what_lends_only_its_shape_is_no_part_of_an_attention(part: str) -> None
     assert [s.choice for s in sites(Layers(part).eval().requires_grad_(False), torch.randn(2, 24, 16))] == ["reattend"] * 2
 
 
+def test_what_lends_its_type_to_itself_is_read_all_the_same() -> None:
+    class Twin(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            s = q @ k.transpose(-1, -2)
+            return s.type_as(s).softmax(-1) @ v, s.sum(-1)
+
+    q, k, v = (torch.randn(2, 4, 24, 16) for _ in range(3))
+    (site,) = reattend.plan(Twin(), (q, k, v)).sites
+    assert site.choice == ORIGINAL
+    assert "read elsewhere" in site.chosen.why
+
+
 def test_a_mask_that_is_expanded_to_the_scores_reads_none_of_them() -> None:
     class Filled(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
