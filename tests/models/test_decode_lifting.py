@@ -13,6 +13,7 @@ from reattend.patterns.evaluate import evaluate
 from reattend.rewriter import detect
 from reattend.rewriter.capture import from_dynamo
 
+from ..rewriter.helpers import recorded
 from . import zoo
 
 
@@ -30,14 +31,7 @@ def test_each_step_of_a_decode(name: str, cache: str) -> None:
         found, _ = detect.find(captured)
 
         def run(*args: Any) -> Any:
-            values: dict[fx.Node, Any] = {}
-
-            class Record(fx.Interpreter):
-                def run_node(self, n: fx.Node) -> Any:
-                    values[n] = super().run_node(n)
-                    return values[n]
-
-            out = Record(captured).run(*args)
+            out, values = recorded(captured, args)
             for f in found:
                 sizes = {k: values[v] for k, v in f.scalars.items()}
                 got = evaluate(f.cascade, {k: values[v] for k, v in f.tensors.items()}, sizes)[f.cascade.outputs[0]]

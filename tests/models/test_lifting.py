@@ -15,6 +15,7 @@ from reattend.rewriter import detect
 from reattend.rewriter.capture import from_dynamo
 from reattend.rewriter.export import from_export
 
+from ..rewriter.helpers import recorded
 from . import zoo
 from .count import CountAttention
 
@@ -37,14 +38,7 @@ def check(captured: fx.GraphModule, errors: list[float], missed: list[str]) -> C
     missed.extend(m.reason for m in near)
 
     def run(*args: Any) -> Any:
-        values: dict[fx.Node, Any] = {}
-
-        class Record(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                values[n] = super().run_node(n)
-                return values[n]
-
-        out = Record(captured).run(*args)
+        out, values = recorded(captured, args)
         for f in found:
             tensors = {k: values[v] for k, v in f.tensors.items()}
             got = evaluate(f.cascade, tensors, {k: values[v] for k, v in f.scalars.items()})[f.cascade.outputs[0]]

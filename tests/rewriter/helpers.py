@@ -18,19 +18,21 @@ def graph_of(fn: Callable[..., Any], args: Sequence[torch.Tensor]) -> fx.GraphMo
     return make_fx(fn, pre_dispatch=True, tracing_mode="fake", _allow_non_fake_inputs=True)(*[a.detach() for a in args])
 
 
-def values_of(gm: fx.GraphModule, args: Sequence[torch.Tensor]) -> dict[fx.Node, Any]:
-    """The value of every node at the time when it is computed."""
+def recorded(gm: fx.GraphModule, args: Sequence[Any]) -> tuple[Any, dict[fx.Node, Any]]:
+    """What a graph answers, and the value of every node at the time when it is computed."""
     values: dict[fx.Node, Any] = {}
 
     class Record(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            out = super().run_node(n)
-            values[n] = out
-            return out
+            values[n] = super().run_node(n)
+            return values[n]
 
+    return Record(gm).run(*args), values
+
+
+def values_of(gm: fx.GraphModule, args: Sequence[torch.Tensor]) -> dict[fx.Node, Any]:
     with torch.no_grad():
-        Record(gm).run(*[a.detach() for a in args])
-    return values
+        return recorded(gm, [a.detach() for a in args])[1]
 
 
 def error_of(found: Found, values: dict[fx.Node, Any]) -> float:
