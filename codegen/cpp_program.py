@@ -150,9 +150,9 @@ class Program:
         members, load = self._load(set(re.findall(r"[^\W\d]\w*", code)))
         first = " ".join(f"state[{i}] = {_identity(c)};" for i, c in enumerate(self.f.state.carried))
         parts.append("\n".join([
-            "struct Program {", *("  " + x for x in members), "",
+            "struct Program {", *("  " + x for x in members), *([""] if members else []),
             *("  " + x for x in load), "",
-            *("  " + x for x in row), "",
+            *("  " + x if x else "" for x in row), "",
             f"  static void start(float* state) {{ {first} }}".replace("{  }", "{}"), "",
             *("  " + x for x in steps), "",
             *("  " + x for x in finish), "};",
@@ -196,11 +196,13 @@ class Program:
             elif str(x.attr) == a.contraction.out.tensor:
                 loop.bind(x, "acc[i]")
         result = loop.real(self.ending)
-        lines = [f"const int32_t {self.ranks[a.value]} = i;"] if _mentions(self.ranks[a.value], [*loop.lines, result]) else []
+        inner = [*loop.lines, f"out[i] = OUT({result});"]
+        if _mentions(self.ranks[a.value], inner):
+            inner.insert(0, f"const int32_t {self.ranks[a.value]} = i;")
         head = "INLINE void finish(const Row& row, const float* acc, const float* state, OUT* out) const {"
         return [
-            head, *(f"  {x}" for x in body.lines), "#pragma omp simd", "  for (int i = 0; i < F; i++) {",
-            *(f"    {x}" for x in [*lines, *loop.lines, f"out[i] = OUT({result});"]), "  }", "}",
+            head, *(f"  {x}" for x in [*self.fields.unpacked([*body.lines, *inner]), *body.lines]),
+            "  #pragma omp simd", "  for (int i = 0; i < F; i++) {", *(f"    {x}" for x in inner), "  }", "}",
         ]  # fmt: skip
 
 
@@ -273,6 +275,10 @@ class _Fields:
         taken.add(name)
         return name
 
+    def unpacked(self, lines: Sequence[str]) -> list[str]:
+        """Lines that give the fields which others use their names."""
+        return [f"{t if t.endswith('*') else f'const {t}'} {n} = row.{n};" for n, t in self.types.items() if _mentions(n, lines)]
+
     def text(self) -> list[str]:
         """`Row` and `row`."""
         p, at = self.p, self.p.f.heads
@@ -343,6 +349,7 @@ class _Step:
         self.around = _Around(p, self.body, p.key, "TILE_M", "m0")
         self.phases, self.last = self._order()
         self.buffer: int | None = None
+        self.tile: dict[str, str] = {}
 
     def _order(self) -> tuple[list[int], int]:
         """In which loop each scalar is reduced: after all that it reads. The weights are written by the last loop."""
@@ -358,7 +365,7 @@ class _Step:
 
     def lines(self) -> list[str]:
         p, body = self.p, self.body
-        body.lines += [f"float* const {x} = x[{i}];" for i, x in enumerate(p.inputs) if self._reads(i)]
+        body.lines += [f"float* const {x} = x[{i}];" for i, x in enumerate(p.inputs)]
         for i, c in enumerate(self.state.carried):
             body.lines.append(f"const float {p.old[c.name]} = state[{i}];")
         for e in {x for t in corrections(self.state) for x in ex.loads(t) if str(x.attr).startswith(OLD)}:
@@ -369,11 +376,7 @@ class _Step:
         correction = self.state.correction
         factor = "1.0f" if correction is None else body.let("c", correction)
         body.lines += [f"state[{i}] = {p.carried[c.name]};" for i, c in enumerate(self.state.carried)]
-        fields = [f"const {t} {n} = row.{n};" for n, t in p.fields.types.items() if _mentions(n, body.lines)]
-        return [*fields, *body.lines, f"return {factor};"]
-
-    def _reads(self, i: int) -> bool:
-        return True
+        return [*p.fields.unpacked(body.lines), *body.lines, f"return {factor};"]
 
     def _terms(self, phase: int) -> list[Expr]:
         out = [c.lift for c, n in zip(self.state.carried, self.phases) if n == phase]
@@ -388,16 +391,15 @@ class _Step:
         scores = any(self.here in ex.loads(t) for t in terms)
         first = scores and self.buffer is None
         roots = [*terms, *([self.score] if first else [])]
-        # a scope of its own: what the function has named is known, what the loop names is not known after it
         names = dict(p.scope.names) | {key: p.ranks[p.key]}
         loop = Body(replace(p.scope, names=names), roots, body.taken, self.around, key)
-        loop.memo |= {e: t for e, t in body.memo.items() if p.key not in e.ranks}
         self._products(loop, roots)
         if first:
             self._first(loop, phase)
         elif scores:
-            loop.lines.append(f"const float s = {p.inputs[self.buffer or 0]}[i];")
-            loop.bind(self.here, "s")
+            name = loop.fresh("s")
+            loop.lines.append(f"const float {name} = {p.inputs[self.buffer or 0]}[i];")
+            loop.bind(self.here, name)
         loop.count(terms)
         clauses = self._reduce(loop, phase)
         if phase == self.last:
@@ -447,7 +449,7 @@ class _Step:
             clauses.setdefault(sign, []).append(name)
             if sign in DECLARED:
                 p.reductions.add(sign)
-            self.tile = {**getattr(self, "tile", {}), c.name: name}
+            self.tile[c.name] = name
         return "".join(f" reduction({sign} : {', '.join(names)})" for sign, names in clauses.items())
 
     def _update(self, phase: int) -> None:

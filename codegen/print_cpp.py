@@ -176,7 +176,7 @@ class Body:
 
     def let(self, stem: str, e: Expr) -> str:
         """Give a term a name of its own, unless it has one, and answer it."""
-        text = self._real(e) if e.is_float else self._put(e)
+        text = self._real(e, stem) if e.is_float else self._put(e, stem)
         if text.code.isidentifier():
             return text.code
         wanted = kind(e, self.scope.extent)
@@ -192,13 +192,13 @@ class Body:
         """The term as a float."""
         return self._real(e).code
 
-    def _put(self, root: Expr) -> Text:
+    def _put(self, root: Expr, stem: str = "t") -> Text:
         for e in self._unprinted(root):
             text = self._step(e)
             branch = text.level == CHOICE
             if (self.uses.get(e, 1) > 1 or e.op == "load" or branch) and not text.code.isidentifier():
                 wanted = kind(e, self.scope.extent)
-                name = self.fresh(f"{self.scope.tensors[str(e.attr)].name}_x" if e.op == "load" else "t")
+                name = self.fresh(f"{self.scope.tensors[str(e.attr)].name}_x" if e.op == "load" else stem if e is root else "t")
                 self.lines.append(f"const {wanted} {name} = {text.code};")
                 text = Text(name, ATOM, wanted)
             self.memo[e] = text
@@ -376,11 +376,11 @@ class Body:
             return self._put(e)
         return Text(f"{self._put(e).within(SUM)} != 0", _LEVEL["ne"], "bool")
 
-    def _real(self, e: Expr) -> Text:
+    def _real(self, e: Expr, stem: str = "t") -> Text:
         if e.is_const:
             code = number(float(e.value))
             return Text(code, UNARY if code.startswith("-") else ATOM, "float")
-        text = self._put(e)
+        text = self._put(e, stem)
         return text if text.kind == "float" else Text(f"(float){text.within(ATOM)}", UNARY, "float")
 
     def _cast(self, e: Expr) -> Text:
