@@ -17,9 +17,11 @@ from ..patterns.cascade import size_term
 from ..patterns.conditions import simplify_under
 from ..patterns.expr import TRUE, Expr
 from ..patterns.rowstate import OLD, Carried, RowState
+from .base2 import Terms
 from .cpu_form import Form
 from .print_cpp import STORED, At, Body, Operand, Scope, identifier, kind
 from .print_torch import PrintError
+from .skip import mapped_state
 
 # Names that the printed text and the loop around it use.
 RESERVED = frozenset(
@@ -41,12 +43,6 @@ DECLARED = {
     "least": "// the least, where a NaN stays one\n#pragma omp declare reduction(least : float : omp_out = "
     "min_(omp_out, omp_in)) initializer(omp_priv = INFINITY)",
 }
-ALONG = """// n elements one after the other: where they lie, or copied
-template <class N> INLINE const N* along(const N* at, int64_t stride, int n, N* room) {
-  if (stride == 1) return at;
-  for (int i = 0; i < n; i++) room[i] = at[i * stride];
-  return room;
-}"""
 
 
 @dataclass(frozen=True)
@@ -57,30 +53,26 @@ class Tile:
     state: RowState
 
 
-def tiles(f: Form) -> tuple[Tile, Tile]:
+def tiles(t: Terms) -> tuple[Tile, Tile]:
     """Partial and full tiles; equal where the mask changes nothing."""
-    partial = Tile(f.attention.score, f.state)
-    if f.mask.keep is TRUE:
+    partial = Tile(t.score, t.state)
+    if t.mask.keep is TRUE:
         return partial, partial
-    facts = {f.mask.keep: True}
+    facts = {t.mask.keep: True}
 
     def kept(e: Expr) -> Expr:
-        return simplify_under(ex.substitute(e, {partial.score: f.mask.full}), facts)
+        return simplify_under(ex.substitute(e, {t.score: t.mask.full}), facts)
 
-    return partial, Tile(f.mask.full, _mapped(f.state, kept))
-
-
-def _mapped(state: RowState, f: Callable[[Expr], Expr]) -> RowState:
-    """What varies over the key, rewritten."""
-    return replace(state, carried=tuple(replace(c, lift=f(c.lift)) for c in state.carried), weight=f(state.weight))
+    return partial, Tile(t.mask.full, mapped_state(t.state, kept))
 
 
 class Program:
     """The text of the holes, and which tensors and sizes `load` reads, in order."""
 
-    def __init__(self, f: Form, given: Iterable[str]) -> None:
-        """`given`: the tensors that exist when the kernel is called."""
+    def __init__(self, f: Form, t: Terms, given: Iterable[str]) -> None:
+        """`t`: the terms to print for the form; `given`: the tensors that exist when the kernel is called."""
         self.f, self.a, c = f, f.attention, f.cascade
+        self.state = t.state
         self.key = self.a.key
         taken = set(RESERVED)
 
@@ -95,17 +87,18 @@ class Program:
         self.outer = {
             x: x * p.outside for x, p in zip(self.products, f.products) if not (p.outside.is_const and p.outside.value == 1)
         }
-        self.tiles = tuple(self._outer(t) for t in tiles(f))
-        self.ending = ex.substitute(f.state.finish, self.outer)
+        self.tiles = tuple(self._outer(x) for x in tiles(t))
+        self.ending = ex.substitute(t.state.finish, self.outer)
         self.tensors = self._tensors(set(given))
         operands = {}
-        for t in self.tensors:
-            name, shape = take(t), c.tensor[t].shape
-            operands[t] = Operand(name, tuple(take(f"{name}_{d}") for d in range(len(shape))), shape, stored(f, t))
+        for tensor in self.tensors:
+            name, shape = take(tensor), c.tensor[tensor].shape
+            strides = tuple(take(f"{name}_{d}") for d in range(len(shape)))
+            operands[tensor] = Operand(name, strides, shape, stored(f, tensor))
         self.symbols = c.free_symbols
         symbols = {n: take(n) for n in self.symbols}
         self.ranks = {r.name: take(r.name) for r in c.ranks}
-        self.carried = {x.name: take(x.name.lower()) for x in f.state.carried}
+        self.carried = {x.name: take(x.name.lower()) for x in t.state.carried}
         self.old = {n: take(f"{v}_old") for n, v in self.carried.items()}
         self.inputs = [take(f"x{i}") for i in range(len(self.products))]
         self.taken = taken
@@ -113,11 +106,13 @@ class Program:
         self.scope = Scope(names, operands, {r.name: r.size for r in c.ranks})
         self.fields = _Fields(self)
         self.reductions: set[str] = set()
+        # tensor → the dimension along which its elements have to lie next to one another
+        self.unit: dict[str, int] = {}
 
     def _outer(self, t: Tile) -> Tile:
         """What multiplies a product outside of its sum belongs to the score."""
         here = ex.load(SCORE, (ex.index(self.key),), t.score.dtype)
-        state = _mapped(t.state, lambda e: ex.substitute(ex.substitute(e, {t.score: here}), self.outer))
+        state = mapped_state(t.state, lambda e: ex.substitute(ex.substitute(e, {t.score: here}), self.outer))
         return Tile(ex.substitute(t.score, self.outer), state)
 
     def terms(self) -> list[Expr]:
@@ -145,10 +140,8 @@ class Program:
         row = self.fields.text()
         code = "\n".join(["", *steps, *finish, *row])
         parts = [DECLARED[r] for r in sorted(self.reductions)]
-        if "along(" in code:
-            parts.append(ALONG)
         members, load = self._load(set(re.findall(r"[^\W\d]\w*", code)))
-        first = " ".join(f"state[{i}] = {_identity(c)};" for i, c in enumerate(self.f.state.carried))
+        first = " ".join(f"state[{i}] = {_identity(c)};" for i, c in enumerate(self.state.carried))
         parts.append("\n".join([
             "struct Program {", *("  " + x for x in members), *([""] if members else []),
             *("  " + x for x in load), "",
@@ -189,7 +182,7 @@ class Program:
         body = Body(self.scope, [self.ending], set(self.taken), self.fields)
         value = ex.index(a.value)
         names = dict(self.scope.names) | {value: self.ranks[a.value]}
-        loop = Body(replace(self.scope, names=names), [self.ending], body.taken, _Around(self, body, a.value, "F", ""), value)
+        loop = Body(replace(self.scope, names=names), [self.ending], body.taken, _Around(self, body, a.value), value)
         for x in ex.loads(self.ending):
             if str(x.attr) in self.carried:
                 _read_state(self, body, x)
@@ -267,8 +260,8 @@ class _Fields:
         t = self.p.scope.tensors[tensor]
         return self._field(self.body.pointer(tensor, at), f"const {STORED[t.dtype]}*", taken)
 
-    def line(self, tensor: str, at: At, d: int, taken: set[str]) -> str:
-        raise PrintError(f"{tensor} is read along a rank that is no loop's")
+    def unit(self, tensor: str, d: int) -> bool:
+        return False
 
     def _field(self, name: str, ctype: str, taken: set[str]) -> str:
         self.types[name] = ctype
@@ -312,10 +305,8 @@ class _Fields:
 class _Around:
     """What lies around a loop over keys or values: the function that it stands in."""
 
-    def __init__(self, p: Program, body: Body, rank: str, room: str, start: str) -> None:
-        """`room`: the most elements that the loop sees; `start`: its first coordinate ("": 0)."""
-        self.p, self.body, self.rank, self.room, self.start = p, body, rank, room, start
-        self.lines: dict[tuple[str, At], str] = {}
+    def __init__(self, p: Program, body: Body, rank: str) -> None:
+        self.p, self.body, self.rank = p, body, rank
 
     def covers(self, e: Expr) -> bool:
         return self.rank not in e.ranks
@@ -326,17 +317,9 @@ class _Around:
     def pointer(self, tensor: str, at: At, taken: set[str]) -> str:
         return self.body.pointer(tensor, at)
 
-    def line(self, tensor: str, at: At, d: int, taken: set[str]) -> str:
-        if (tensor, at) not in self.lines:
-            t, body = self.p.scope.tensors[tensor], self.body
-            base = body.pointer(tensor, at) if any(i is not None for i in at) else t.name
-            name, room = body.fresh(f"{t.name}_line"), body.fresh(f"{t.name}_room")
-            first = f"{base} + {self.start} * {t.strides[d]}" if self.start else base
-            many = "n" if self.room != "F" else "F"
-            body.lines.append(f"{STORED[t.dtype]} {room}[{self.room}];")
-            body.lines.append(f"const {STORED[t.dtype]}* {name} = along({first}, {t.strides[d]}, {many}, {room});")
-            self.lines[tensor, at] = name
-        return self.lines[tensor, at]
+    def unit(self, tensor: str, d: int) -> bool:
+        """The host lays each tensor out along the first dimension that a loop runs along."""
+        return self.p.unit.setdefault(tensor, d) == d
 
 
 class _Step:
@@ -346,7 +329,7 @@ class _Step:
         self.p, self.score, self.state = p, tile.score, tile.state
         self.here = ex.load(SCORE, (ex.index(p.key),), tile.score.dtype)
         self.body = Body(p.scope, corrections(tile.state), set(p.taken), p.fields)
-        self.around = _Around(p, self.body, p.key, "TILE_M", "m0")
+        self.around = _Around(p, self.body, p.key)
         self.phases, self.last = self._order()
         self.buffer: int | None = None
         self.tile: dict[str, str] = {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 
 from torch import Tensor
@@ -101,6 +101,5 @@ def build(c: Cascade, mapping: Tiling) -> Kernel | Refusal:
     except PrintError as no:
         return Refusal(f"{NAME} {mapping.body}", str(no))
     made = cache.load(source)
-    return Kernel(
-        source, tuple(t.name for t in c.inputs), loose(c), made.attention, getattr(made, "compiled", None)
-    )  # fmt: skip
+    compiled = partial(made.compiled, made.SOURCE) if mapping.body == "fused" else None
+    return Kernel(source, tuple(t.name for t in c.inputs), loose(c), made.attention, compiled)

@@ -13,6 +13,7 @@ from ..patterns import expr as ex
 from ..patterns.expr import TRUE, Expr
 from ..patterns.mapping import Mapping as Tiling
 from . import cache, native
+from .base2 import Terms, in_base2
 from .cpp_program import Program, stored
 from .cpu_form import Form, softmax
 from .cpu_plan import classes
@@ -56,19 +57,24 @@ class _File:
         self.p = Printer(f, reserved=[*parts(cpu_fused), *parts(native), "tiles"])
         a = f.attention
         given = [t.name for t in f.cascade.inputs] + [e.out.tensor for e in a.prelude]
-        self.program = Program(f, given)
         self.type = common([_kind(e) for x in f.products for e in (x.near, x.far)] + [_kind(f.values)])
         self.out = f.cascade.tensor[f.cascade.outputs[0]].dtype
         if self.type not in OPERANDS or self.out not in OPERANDS:
             raise PrintError(f"operands are {self.type} and the output is {self.out}: the fused body has {', '.join(OPERANDS)}")
+        terms = Terms(a.score, f.mask, f.state)
+        if self.type != "f32":
+            products = {str(e.out.tensor) for e in a.products}
+            terms = in_base2(terms, a.key, frozenset(x for x in ex.loads(a.score) if str(x.attr) in products))
+        self.program = Program(f, terms, given)
 
     def text(self, version: str) -> str:
         f, p = self.f, self.p
+        holes = self._constants()
         limit = self._limit()
         planned = classes(p, limit is not None) if f.mask.keep is not TRUE else None
         body = self._main(planned, limit)
         constants = [f"# Scores below this leave masked weights at exactly 0.\nLIMIT = {limit[0]!r}"] if limit else []
-        constants.append(f"SOURCE = r'''\n{native.source(self._constants()).strip()}\n'''")
+        constants.append(f"SOURCE = r'''\n{native.source(holes).strip()}\n'''")
         printed = [*([planned.text] if planned else []), body]
         return file(p, self.m, printed, (cache, native, cpu, cpu_fused), constants, BODY, version)
 
@@ -79,7 +85,7 @@ class _File:
         return "\n".join([
             f"// ---- printed from the attention: {f.cascade.name}", "",
             f"constexpr int PRODUCTS = {len(depths)}, TILE_P = {m.tile_p}, TILE_M = {m.tile_m}, "
-            f"CARRIED = {len(f.state.carried)};",
+            f"CARRIED = {len(self.program.state.carried)};",
             f"constexpr int E[PRODUCTS] = {{{', '.join(map(str, depths))}}}, F = {self._length((f.attention.value,))};",
             f"using T = {STORED[self.type]};", f"using OUT = {STORED[self.out]};", "", self.program.text(),
         ])  # fmt: skip
@@ -117,7 +123,7 @@ class _File:
         if planned is not None:
             lines.append(f"tiles = {self._classes(planned, limit, queries, keys)}")
         lines.append(
-            f"run([{', '.join(q)}], [{', '.join(k)}], v, rows, ({p.batch}, {heads}, {shared}, {queries}, {keys}), "
+            f"run(SOURCE, [{', '.join(q)}], [{', '.join(k)}], v, rows, ({p.batch}, {heads}, {shared}, {queries}, {keys}), "
             f"{'tiles' if planned else 'None'}, [{', '.join(tensors)}], [{', '.join(sizes)}])"
         )
         return entry(p, lines, setup, self._checks())
@@ -153,7 +159,13 @@ class _File:
             lines.append(f"q{suffix} = dense({q}{self._as(x.near)})")
             lines.append(f"k{suffix} = dense({_spread(k, group)}{self._as(x.far)})")
         lines.append(f"v = dense({_spread(values, group)}{self._as(f.values)})")
-        return [*self._beforehand(), *lines], group
+        units = [f"{p.names.tensors[t]} = unit({p.names.tensors[t]}, {d})" for t, d in self.units().items()]
+        return [*self._beforehand(), *units, *lines], group
+
+    def units(self) -> dict[str, int]:
+        """Tensors that are read along a dimension, by their names in the cascade."""
+        tensors = {x.name: t for t, x in self.program.scope.tensors.items()}
+        return {tensors[name]: d for name, d in self.program.unit.items()}
 
     def _beforehand(self) -> list[str]:
         """What was computed beforehand, in the type in which the program reads it."""

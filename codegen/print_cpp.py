@@ -103,8 +103,8 @@ class Outer(Protocol):
     def pointer(self, tensor: str, at: At, taken: set[str]) -> str:
         """The name of a pointer that was moved along some dimensions (None: not along this one)."""
 
-    def line(self, tensor: str, at: At, d: int, taken: set[str]) -> str:
-        """The name of a pointer to the elements along dimension `d` that a loop `i` reads, one after the other."""
+    def unit(self, tensor: str, d: int) -> bool:
+        """Do the elements along this dimension, which a loop runs along, lie next to one another?"""
 
 
 def identifier(text: str, taken: Iterable[str] = ()) -> str:
@@ -148,7 +148,7 @@ class Body:
     def __init__(
         self, scope: Scope, roots: Iterable[Expr], taken: set[str], outer: Outer | None = None, lane: Expr | None = None
     ) -> None:  # fmt: skip
-        """`lane`: the coordinate that a loop `i` runs along."""
+        """`lane`: the coordinate that a loop runs along."""
         self.scope, self.outer, self.taken, self.lane = scope, outer, taken, lane
         self.lines: list[str] = []
         self.memo: dict[Expr, Text] = {e: Text(t, ATOM, kind(e, scope.extent)) for e, t in scope.names.items()}
@@ -260,7 +260,7 @@ class Body:
         if e.dtype == "b1":
             return self._truth(a).within(UNARY)
         text = self._real(a) if e.is_float else self._as(a, kind(e, self.scope.extent))
-        if a.is_const or text.level == ATOM and text.code.isidentifier():
+        if a.is_const or text.code.isidentifier():
             return text.code
         name = self.fresh("t")
         self.lines.append(f"const {kind(e, self.scope.extent)} {name} = {text.code};")
@@ -404,11 +404,6 @@ class Body:
             raise PrintError(f"the tensor {e.attr} is not at hand in this function")
         outside = tuple(self._outside(i) for i in e.args)
         inside = tuple(None if self._still(i) or o is not None else i for i, o in zip(e.args, outside))
-        varying = [d for d, i in enumerate(inside) if i is not None]
-        if self.outer is not None and self.lane is not None and len(varying) == 1:
-            (d,) = varying
-            if inside[d] is self.lane and in_range(self.lane, t.shape[d], self.scope.extent):
-                return self.element(t, f"{self.outer.line(str(e.attr), outside, d, self.taken)}[i]")
         base = t.name
         if self.outer is not None and any(i is not None for i in outside):
             base = self.outer.pointer(str(e.attr), outside, self.taken)
@@ -458,7 +453,7 @@ class Body:
     def steps(self, t: Operand, at: At) -> str:
         """What a pointer moves by along some dimensions (None: not along this one)."""
         parts = []
-        for i, stride, size in zip(at, t.strides, t.shape, strict=True):
+        for d, (i, stride, size) in enumerate(zip(at, t.strides, t.shape, strict=True)):
             if i is None:
                 continue
             text = self._put(i)
@@ -466,7 +461,8 @@ class Body:
                 last = replace(self.scope, names=self.sizes())
                 limit = Body(last, (), set())._as(size_term(size) - 1, text.kind)
                 text = Text(f"min_(max_({text.code}, ({text.kind})0), ({text.kind}){limit.within(ATOM)})", ATOM, text.kind)
-            parts.append(f"{text.within(PRODUCT)} * {stride}")
+            alone = i is self.lane and self.outer is not None and self.outer.unit(t.name, d)
+            parts.append(text.within(SUM) if alone else f"{text.within(PRODUCT)} * {stride}")
         return " + ".join(parts)
 
     def sizes(self) -> dict[Expr, str]:

@@ -16,16 +16,13 @@ from torch import Tensor
 
 from ..native import Operand, call_type, load
 
-# The C++ text; the printed file has its own.
-SOURCE: str
-
 
 @lru_cache(maxsize=1)
-def compiled() -> Callable[[object], int]:
-    """The kernel, compiled where this machine has not compiled it before."""
-    entry = load(SOURCE).attention
+def compiled(source: str) -> Callable[[object], int]:
+    """The loop's entry, compiled where this machine has not compiled it before."""
+    entry = load(source).attention
     entry.restype, entry.argtypes = ctypes.c_int, [ctypes.c_void_p]
-    return entry  # type: ignore[no-any-return]
+    return entry
 
 
 def expect(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -37,6 +34,14 @@ def expect(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> 
 def dense(t: Tensor) -> Tensor:
     """The tensor with its last dimension without gaps."""
     return t if t.stride(3) == 1 else t.contiguous()
+
+
+def unit(t: Tensor, d: int) -> Tensor:
+    """The tensor with the elements along a dimension next to one another; what is repeated is not copied."""
+    if t.stride(d) == 1 or t.shape[d] == 1:
+        return t
+    once = t[tuple(slice(0, 1) if s == 0 and i != d else slice(None) for i, s in enumerate(t.stride()))]
+    return once.movedim(d, -1).contiguous().movedim(-1, d).expand(t.shape)
 
 
 def operand(t: Tensor) -> Operand:
@@ -66,8 +71,8 @@ def all_partial(rows: int, columns: int) -> Tensor:
 
 
 def run(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], values: Tensor, out: Tensor, size: tuple[int, int, int, int, int],
-    classes: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int],
+    source: str, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Tensor, out: Tensor,
+    size: tuple[int, int, int, int, int], classes: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int],
 ) -> None:  # fmt: skip
     """Compute `out` [Z, H, P, F]. `size`: Z, H, HKV, P, M. `tensors`, `sizes`: what the printed program loads."""
     one = Operand * len(queries)
@@ -82,7 +87,7 @@ def run(
         one(*map(operand, queries)), one(*map(operand, keys)), operand(values), out.data_ptr(), z, h, p, *size, *tiles,
         torch.get_num_threads(), ctypes.addressof(data), ctypes.addressof(numbers),
     )  # fmt: skip
-    failed = compiled()(ctypes.addressof(call))
+    failed = compiled(source)(ctypes.addressof(call))
     if failed:
         raise RuntimeError(f"the fused attention kernel failed with number {failed}: {FAILURES.get(failed, 'unknown')}")
 
