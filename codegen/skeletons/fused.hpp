@@ -72,11 +72,11 @@ constexpr int64_t depths() {
 }
 
 // Where each part lies. An item: its queries, acc, state and rows; a packed tile: its keys, then its values.
-constexpr int64_t TILE_BYTES = bytes_of(depths() * TILE_M * sizeof(Right)) + bytes_of(TILE_M * WIDE * sizeof(Right));
+constexpr int64_t KEYS = depths() * TILE_M, PACKED = KEYS + WIDE * TILE_M, TILE_BYTES = PACKED * sizeof(Right);
 constexpr int64_t Q_BYTES = bytes_of(depths() * TILE_P * sizeof(Left)), ACC_BYTES = bytes_of(TILE_P * WIDE * sizeof(float));
 constexpr int64_t STATE_BYTES = bytes_of(TILE_P * CARRIED * sizeof(float)), ROW_BYTES = bytes_of(TILE_P * sizeof(Program::Row));
 constexpr int64_t ITEM_BYTES = Q_BYTES + ACC_BYTES + STATE_BYTES + ROW_BYTES;
-constexpr int64_t S_BYTES = bytes_of(TILE_P * TILE_M * sizeof(float)), W_BYTES = bytes_of(TILE_P * TILE_M * sizeof(Left));
+constexpr int64_t S_BYTES = bytes_of(TILE_P * LD * sizeof(float)), W_BYTES = bytes_of(TILE_P * LD * sizeof(Left));
 constexpr int64_t FIXED_BYTES = PRODUCTS * S_BYTES + W_BYTES + bytes_of(TILE_P * sizeof(float));
 constexpr int64_t CHUNK_TILES = std::max<int64_t>(1, CHUNK_BYTES / TILE_BYTES);
 
@@ -126,7 +126,7 @@ struct Worker {
   Left* weights() const { return reinterpret_cast<Left*>(base + PRODUCTS * S_BYTES); }
   float* factors() const { return reinterpret_cast<float*>(base + PRODUCTS * S_BYTES + W_BYTES); }
   char* items() const { return base + FIXED_BYTES; }
-  char* tile(int64_t i) const { return items() + task.per_unit * ITEM_BYTES + i * TILE_BYTES; }
+  Right* tile(int64_t i) const { return reinterpret_cast<Right*>(items() + task.per_unit * ITEM_BYTES) + i * PACKED; }
 
   Item item(int64_t i) const {
     const int64_t t = i / task.group, h = unit.kv * task.group + i % task.group, p0 = t * TILE_P;
@@ -152,35 +152,34 @@ struct Worker {
     }
   }
 
-  template <int I = 0> void products(const Left* q, const Right* k, int rows) const {
+  template <int I = 0> void products(const Left* q, const Right* k, int at, int rows) const {
     if constexpr (I < PRODUCTS) {
-      Micro::scores<E[I]>(q, k, scores(I), rows);
-      products<I + 1>(q + Micro::deep(E[I]) * TILE_P, k + Micro::deep(E[I]) * TILE_M, rows);
+      Micro::scores<E[I]>(q, k, scores(I) + at, rows);
+      products<I + 1>(q + Micro::deep(E[I]) * TILE_P, k + Micro::deep(E[I]) * TILE_M, at, rows);
     }
   }
 
-  // n is a constant where it is TILE_M, so that the loops of a printed step have no remainder.
-  template <bool PARTIAL> INLINE void step(const Item& x, int64_t m0, int n) const {
+  // Weights of a run of `tiles` key tiles, of which n keys are there.
+  template <bool PARTIAL> INLINE void step(const Item& x, int64_t m0, int tiles, int n) const {
     for (int i = 0; i < x.rows; i++) {
       float* s[PRODUCTS];
-      for (int j = 0; j < PRODUCTS; j++) s[j] = scores(j) + i * TILE_M;
+      for (int j = 0; j < PRODUCTS; j++) s[j] = scores(j) + i * LD;
       const float c = factors()[i] = task.program.template step<PARTIAL>(x.row()[i], s, s[0], x.state(i), m0, n);
-      for (int j = n; j < TILE_M; j++) s[0][j] = 0.0f;
+      for (int j = n; j < tiles * TILE_M; j++) s[0][j] = 0.0f;
       Micro::scale(x.acc() + i * WIDE, c);
-      Micro::narrow(weights() + i * TILE_M, s[0]);
+      Micro::narrow(weights() + i * LD, s[0], tiles * TILE_M);
     }
   }
 
-  void visit(const Item& x, char* packed, int64_t m, bool partial) const {
+  // Tiles m, m + 1, … of a chunk that begins with c0. Rows past the end are zeros in Q, and nothing reads their results.
+  void visit(const Item& x, int64_t c0, int64_t m, int tiles, bool partial) const {
     const int64_t m0 = m * TILE_M;
-    const int n = int(std::min<int64_t>(TILE_M, task.call.M - m0)), rows = int(up(x.rows, Micro::ROWS));
-    const Right* k = reinterpret_cast<const Right*>(packed);
-    products(x.q(), k, rows);
-    if (n < TILE_M) step<true>(x, m0, n);
-    else if (partial) step<true>(x, m0, TILE_M);
-    else step<false>(x, m0, TILE_M);
-    // rows past the end: their queries are zeros and what is accumulated for them is not read
-    Micro::accumulate(scores(0), weights(), k + depths() * TILE_M, factors(), x.acc(), rows);
+    const int n = int(std::min<int64_t>(tiles * TILE_M, task.call.M - m0)), rows = int(up(x.rows, Micro::ROWS));
+    for (int t = 0; t < tiles; t++) products(x.q(), tile(m - c0 + t), t * TILE_M, rows);
+    if (n < tiles * TILE_M) step<true>(x, m0, tiles, n);
+    else if (partial) step<true>(x, m0, tiles, tiles * TILE_M);
+    else step<false>(x, m0, tiles, tiles * TILE_M);
+    Micro::accumulate(scores(0), weights(), tile(m - c0) + KEYS, tiles, PACKED, factors(), x.acc(), rows);
   }
 
   void begin(const Item& x) const {
@@ -198,24 +197,41 @@ struct Worker {
       task.program.finish(x.row()[i], x.acc() + i * WIDE, x.state(i), out + i * task.call.out_p);
   }
 
+  void pack(int64_t c0, int64_t m, int tiles, bool* packed) const {
+    for (int64_t t = m; t < m + tiles; t++) {
+      if (packed[t - c0]) continue;
+      pack_tile(t * TILE_M, int(std::min<int64_t>(TILE_M, task.call.M - t * TILE_M)), tile(t - c0));
+      packed[t - c0] = true;
+    }
+  }
+
+  // Neighbouring tiles that are not empty become runs of about the same length.
+  void visit_chunk(const Item& x, int64_t c0, int64_t c1, bool* packed) const {
+    const auto seen = [&](int64_t m) { return x.classes ? x.classes[m] : 2; };
+    for (int64_t m = c0, stop; m < c1; m = stop) {
+      for (stop = m; stop < c1 && seen(stop);) stop++;
+      for (int64_t runs = up(stop - m, RUN_TILES) / RUN_TILES; runs; runs--) {
+        const int tiles = int(up(stop - m, runs) / runs);
+        bool partial = false;
+        for (int t = 0; t < tiles; t++) partial |= seen(m + t) == 1;
+        pack(c0, m, tiles, packed);
+        visit(x, c0, m, tiles, partial);
+        m += tiles;
+      }
+      while (stop < c1 && !seen(stop)) stop++;
+    }
+  }
+
   void run() const {
-    int64_t begun = 0;
-    for (int64_t c0 = 0; c0 < task.tiles_m || !begun; c0 += CHUNK_TILES) {
+    for (int64_t c0 = 0; c0 == 0 || c0 < task.tiles_m; c0 += CHUNK_TILES) {
       const int64_t c1 = std::min(task.tiles_m, c0 + CHUNK_TILES);
       bool packed[CHUNK_TILES] = {};
       for (int64_t i = unit.first; i < unit.last; i++) {
         const Item x = item(i);
-        if (!begun) begin(x);
-        for (int64_t m = c0; m < c1; m++) {
-          const uint8_t seen = x.classes ? x.classes[m] : 2;
-          if (!seen) continue;
-          if (!packed[m - c0]) pack_tile(m * TILE_M, int(std::min<int64_t>(TILE_M, task.call.M - m * TILE_M)), reinterpret_cast<Right*>(tile(m - c0)));
-          packed[m - c0] = true;
-          visit(x, tile(m - c0), m, seen == 1);
-        }
-        if (c1 >= task.tiles_m) end(x);
+        if (c0 == 0) begin(x);
+        visit_chunk(x, c0, c1, packed);
+        if (c1 == task.tiles_m) end(x);
       }
-      begun = 1;
     }
   }
 };

@@ -33,6 +33,12 @@ typedef int32_t Lane __attribute__((vector_size(LANES * sizeof(float))));
 
 constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Key tiles that a run may have: its scores of all products lie in the L1 cache. Rows of scores and weights are LD numbers
+// apart, which is not a power of two: rows do not share their places in the cache.
+constexpr int SCORES_BYTES = 32 << 10;
+constexpr int RUN_TILES = std::max<int>(1, SCORES_BYTES / int(sizeof(float)) / (PRODUCTS * TILE_P * TILE_M));
+constexpr int LD = RUN_TILES * TILE_M + 32;
+
 // LANES numbers from memory, zeros after the first `count`.
 template <class N> INLINE Vector load(const N* from, int count) {
   Vector out;
@@ -116,43 +122,43 @@ struct Fma {
           *(Vector*)(to + j) = n < rows ? load(from + n * stride + f + j, F - f - j) : Vector{};
   }
 
-  // out = (c out) + A B for one block; c: a factor for each row, or null for no sum
-  template <bool ADD> static INLINE void block(const float* a, int lda, const float* b, int depth, const float* c, float* out, int ldo) {
+  // out = (c out) + A B for one block. A: rows of `lda`, DEPTH numbers for each of `tiles`; B: a panel of each tile,
+  // `next` numbers apart; c: a factor for each row.
+  template <bool ADD, int DEPTH>
+  static INLINE void block(const float* a, int lda, const float* b, int tiles, int64_t next, const float* c, float* out, int ldo) {
     Vector s[BLOCK_ROWS][2];
 #pragma GCC unroll 16
     for (int i = 0; i < BLOCK_ROWS; i++)
       for (int j = 0; j < 2; j++) s[i][j] = ADD ? c[i] * *(const Vector*)(out + i * ldo + j * LANES) : Vector{};
-    for (int k = 0; k < depth; k++, b += BLOCK) {
-      const Vector b0 = *(const Vector*)b, b1 = *(const Vector*)(b + LANES);
+    for (int t = 0; t < tiles; t++, a += DEPTH, b += next - DEPTH * BLOCK)
+      for (int k = 0; k < DEPTH; k++, b += BLOCK) {
+        const Vector b0 = *(const Vector*)b, b1 = *(const Vector*)(b + LANES);
 #pragma GCC unroll 16
-      for (int i = 0; i < BLOCK_ROWS; i++) {
-        s[i][0] += a[i * lda + k] * b0;
-        s[i][1] += a[i * lda + k] * b1;
+        for (int i = 0; i < BLOCK_ROWS; i++) {
+          s[i][0] += a[i * lda + k] * b0;
+          s[i][1] += a[i * lda + k] * b1;
+        }
       }
-    }
 #pragma GCC unroll 16
     for (int i = 0; i < BLOCK_ROWS; i++)
       for (int j = 0; j < 2; j++) *(Vector*)(out + i * ldo + j * LANES) = s[i][j];
   }
 
-  template <bool ADD, int DEPTH, int COLUMNS>
-  static void multiply(const float* a, const float* b, const float* c, float* out, int rows) {
-    for (int j = 0; j < COLUMNS; j += BLOCK)
-      for (int i = 0; i < rows; i += BLOCK_ROWS)
-        block<ADD>(a + i * DEPTH, DEPTH, b + j * DEPTH, DEPTH, c + i, out + i * COLUMNS + j, COLUMNS);
-  }
-
-  // S = Q Kᵀ
+  // S = Q Kᵀ of one tile
   template <int E> static void scores(const float* q, const float* k, float* s, int rows) {
-    multiply<false, deep(E), TILE_M>(q, k, q, s, rows);
+    constexpr int D = deep(E);
+    for (int j = 0; j < TILE_M; j += BLOCK)
+      for (int i = 0; i < rows; i += BLOCK_ROWS) block<false, D>(q + i * D, D, k + j * D, 1, 0, q, s + i * LD + j, LD);
   }
   // Factors are applied by the product.
   static INLINE void scale(float*, float) {}
   // Weights are read where `step` wrote them.
-  static INLINE void narrow(float*, const float*) {}
-  // acc = c·acc + W V
-  static void accumulate(const float* w, const float*, const float* v, const float* c, float* acc, int rows) {
-    multiply<true, TILE_M, wide(F)>(w, v, c, acc, rows);
+  static INLINE void narrow(float*, const float*, int) {}
+  // acc = c·acc + W V over the tiles of a run; `next`: from one tile's values to the next one's
+  static void accumulate(const float* w, const float*, const float* v, int tiles, int64_t next, const float* c, float* acc, int rows) {
+    for (int j = 0; j < wide(F); j += BLOCK)
+      for (int i = 0; i < rows; i += BLOCK_ROWS)
+        block<true, TILE_M>(w + i * LD, LD, v + j * TILE_M, tiles, next, c + i, acc + i * wide(F) + j, wide(F));
   }
 };
 
@@ -210,8 +216,10 @@ struct Tiles {
       }
   }
 
-  // out[16 R, 16 C] = (out) + A B. A: rows of `lda`; B: tiles [column][depth].
-  template <bool ADD, int DEPTH, int R, int C> static INLINE void block(const bf16* a, const bf16* b, float* out, int ldo) {
+  // out[16 R, 16 C] = (out) + A B. A: rows of `lda`, DEPTH numbers for each of `tiles`; B: [column / 16][depth / 32] of each
+  // tile, `next` numbers apart.
+  template <bool ADD, int DEPTH, int R, int C>
+  static INLINE void block(const bf16* a, int lda, const bf16* b, int tiles, int64_t next, float* out, int ldo) {
     const int64_t row = ldo * sizeof(float);
     float* const low = out + 16 * ldo;
     if constexpr (ADD) {
@@ -225,61 +233,64 @@ struct Tiles {
       if constexpr (R > 1) _tile_zero(2);
       if constexpr (R > 1 && C > 1) _tile_zero(3);
     }
-#pragma GCC unroll 8
-    for (int k = 0; k < DEPTH; k += 32) {
-      _tile_loadd(4, a + k, DEPTH * sizeof(bf16));
-      _tile_loadd(6, b + k * 16, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (C > 1) {
-        _tile_loadd(7, b + (DEPTH + k) * 16, 64);
-        _tile_dpbf16ps(1, 4, 7);
+    for (int t = 0; t < tiles; t++, a += DEPTH, b += next)
+#pragma GCC unroll 4
+      for (int k = 0; k < DEPTH; k += 32) {
+        _tile_loadd(4, a + k, lda * sizeof(bf16));
+        _tile_loadd(6, b + k * 16, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (C > 1) {
+          _tile_loadd(7, b + (DEPTH + k) * 16, 64);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (R > 1) {
+          _tile_loadd(5, a + 16 * lda + k, lda * sizeof(bf16));
+          _tile_dpbf16ps(2, 5, 6);
+          if constexpr (C > 1) _tile_dpbf16ps(3, 5, 7);
+        }
       }
-      if constexpr (R > 1) {
-        _tile_loadd(5, a + 16 * DEPTH + k, DEPTH * sizeof(bf16));
-        _tile_dpbf16ps(2, 5, 6);
-        if constexpr (C > 1) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
     _tile_stored(0, out, row);
     if constexpr (C > 1) _tile_stored(1, out + 16, row);
     if constexpr (R > 1) _tile_stored(2, low, row);
     if constexpr (R > 1 && C > 1) _tile_stored(3, low + 16, row);
   }
 
-  template <bool ADD, int DEPTH, int COLUMNS, int R> static INLINE void rows_of(const bf16* a, const bf16* b, float* out) {
+  template <bool ADD, int DEPTH, int COLUMNS, int R>
+  static INLINE void columns(const bf16* a, int lda, const bf16* b, int tiles, int64_t next, float* out, int ldo) {
     int j = 0;
-    for (; j + 32 <= COLUMNS; j += 32) block<ADD, DEPTH, R, 2>(a, b + j * DEPTH, out + j, COLUMNS);
-    if constexpr (COLUMNS % 32 != 0) block<ADD, DEPTH, R, 1>(a, b + j * DEPTH, out + j, COLUMNS);
+    for (; j + 32 <= COLUMNS; j += 32) block<ADD, DEPTH, R, 2>(a, lda, b + j * DEPTH, tiles, next, out + j, ldo);
+    if constexpr (COLUMNS % 32 != 0) block<ADD, DEPTH, R, 1>(a, lda, b + j * DEPTH, tiles, next, out + j, ldo);
   }
 
-  template <bool ADD, int DEPTH, int COLUMNS> static void multiply(const bf16* a, const bf16* b, float* out, int rows) {
+  template <bool ADD, int DEPTH, int COLUMNS>
+  static INLINE void multiply(const bf16* a, int lda, const bf16* b, int tiles, int64_t next, float* out, int ldo, int rows) {
     int i = 0;
-    for (; i + 32 <= rows; i += 32) rows_of<ADD, DEPTH, COLUMNS, 2>(a + i * DEPTH, b, out + i * COLUMNS);
-    if (i < rows) rows_of<ADD, DEPTH, COLUMNS, 1>(a + i * DEPTH, b, out + i * COLUMNS);
+    for (; i + 32 <= rows; i += 32) columns<ADD, DEPTH, COLUMNS, 2>(a + i * lda, lda, b, tiles, next, out + i * ldo, ldo);
+    if (i < rows) columns<ADD, DEPTH, COLUMNS, 1>(a + i * lda, lda, b, tiles, next, out + i * ldo, ldo);
   }
 
-  // S = Q Kᵀ
+  // S = Q Kᵀ of one tile
   template <int E> static void scores(const bf16* q, const bf16* k, float* s, int rows) {
-    multiply<false, deep(E), TILE_M>(q, k, s, rows);
+    multiply<false, deep(E), TILE_M>(q, deep(E), k, 1, 0, s, LD, rows);
   }
   // The unit has no factors: they are applied to a row of the accumulator before the product.
   static INLINE void scale(float* acc, float c) {
     for (int f = 0; f < wide(F); f++) acc[f] *= c;
   }
   // One row of weights.
-  static INLINE void narrow(bf16* to, const float* w) {
+  static INLINE void narrow(bf16* to, const float* w, int n) {
 #ifdef __AVX512BF16__
-    for (int i = 0; i < TILE_M; i += 32) {
+    for (int i = 0; i < n; i += 32) {
       const __m512bh x = _mm512_cvtne2ps_pbh(_mm512_load_ps(w + i + 16), _mm512_load_ps(w + i));
       std::memcpy((void*)(to + i), &x, sizeof x);
     }
 #else
-    for (int i = 0; i < TILE_M; i++) to[i] = bf16(w[i]);
+    for (int i = 0; i < n; i++) to[i] = bf16(w[i]);
 #endif
   }
-  // acc = acc + W V
-  static void accumulate(const float*, const bf16* w, const bf16* v, const float*, float* acc, int rows) {
-    multiply<true, TILE_M, wide(F)>(w, v, acc, rows);
+  // acc = acc + W V over the tiles of a run; `next`: from one tile's values to the next one's
+  static void accumulate(const float*, const bf16* w, const bf16* v, int tiles, int64_t next, const float*, float* acc, int rows) {
+    multiply<true, TILE_M, wide(F)>(w, LD, v, tiles, next, acc, wide(F), rows);
   }
 };
 using Micro = std::conditional_t<std::is_same_v<T, bf16>, Tiles, Fma>;
