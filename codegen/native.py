@@ -25,6 +25,7 @@ from typing import Any
 
 from .cache import directory
 
+SKELETON = ("fused_scalar", "fused_micro", "fused")
 COMPILERS = ("g++", "clang++", "c++")
 # Infinities and NaN are values of the scores: nothing that assumes their absence. Products may be fused with sums.
 FLAGS = (
@@ -47,8 +48,8 @@ class CompilerError(RuntimeError):
 def source(program: str) -> str:
     """The whole text of a kernel: number types and scalar functions, the printed program, the loop around it."""
     folder = files(__package__).joinpath("skeletons")
-    head, loop = (folder.joinpath(f"{n}.hpp").read_text(encoding="utf-8") for n in ("fused_scalar", "fused"))
-    return f"{head}\n{program}\n{loop}"
+    scalar, micro, loop = (folder.joinpath(f"{n}.hpp").read_text(encoding="utf-8") for n in SKELETON)
+    return f"{scalar}\n{program}\n{micro}\n{loop}"
 
 
 def attention(text: str) -> Callable[..., int]:

@@ -14,7 +14,6 @@
 #include <omp.h>
 #endif
 #include <algorithm>
-#include <unistd.h>
 
 struct Operand {
   const void* data;
@@ -38,80 +37,17 @@ struct Call {
 namespace {
 
 // What `attention` returns.
-enum Status { DONE = 0, NO_MEMORY = 1 };
+enum Status { DONE = 0, NO_MEMORY = 1, NO_TILES = 2 };
+
+using Left = Micro::Left;
+using Right = Micro::Right;
+constexpr int WIDE = Micro::wide(F);
 
 constexpr int64_t CACHE_LINE = 64;
 // Packed keys and values of a chunk, and what a unit's items keep: both lie in the L2 cache.
 constexpr int64_t CHUNK_BYTES = 512 << 10, ITEMS_BYTES = 512 << 10;
 // Units a thread should get, so that their ends differ little.
 constexpr int64_t UNITS_A_THREAD = 4;
-
-constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// ---- products: float vectors of the width that the machine has
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, BLOCK_ROWS = 8;
-#elif defined(__AVX__)
-constexpr int LANES = 8, BLOCK_ROWS = 4;
-#else
-constexpr int LANES = 4, BLOCK_ROWS = 4;
-#endif
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
-constexpr int BLOCK_COLUMNS = 2 * LANES;
-static_assert(TILE_P % 16 == 0 && TILE_M % 32 == 0, "tiles of 16 queries and 32 keys, or multiples");
-
-using Left = float;
-using Right = float;
-constexpr int deep(int k) { return k; }
-constexpr int wide(int n) { return int(up(n, BLOCK_COLUMNS)); }
-
-// C[rows, columns] = (c C) + A B for one block. A: rows of `lda`; B: one panel, BLOCK_COLUMNS for each k.
-template <bool ADD> INLINE void block(const float* a, int lda, const float* b, int depth, const float* c, float* out, int ldo) {
-  Vector s[BLOCK_ROWS][2];
-  for (int i = 0; i < BLOCK_ROWS; i++)
-    for (int j = 0; j < 2; j++) s[i][j] = ADD ? c[i] * *(const Vector*)(out + i * ldo + j * LANES) : Vector{};
-  for (int k = 0; k < depth; k++, b += BLOCK_COLUMNS) {
-    const Vector b0 = *(const Vector*)b, b1 = *(const Vector*)(b + LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < BLOCK_ROWS; i++) {
-      s[i][0] += a[i * lda + k] * b0;
-      s[i][1] += a[i * lda + k] * b1;
-    }
-  }
-  for (int i = 0; i < BLOCK_ROWS; i++)
-    for (int j = 0; j < 2; j++) *(Vector*)(out + i * ldo + j * LANES) = s[i][j];
-}
-
-template <bool ADD, int DEPTH, int COLUMNS> void multiply(const float* a, const float* b, const float* c, float* out, int rows) {
-  for (int j = 0; j < COLUMNS; j += BLOCK_COLUMNS)
-    for (int i = 0; i < rows; i += BLOCK_ROWS)
-      block<ADD>(a + i * DEPTH, DEPTH, b + j * DEPTH, DEPTH, c + i, out + i * COLUMNS + j, COLUMNS);
-}
-
-// Queries as rows of floats; those past the end are zeros.
-template <int DEPTH> void pack_left(float* to, const T* from, int64_t stride, int rows) {
-  for (int i = 0; i < TILE_P; i++)
-    for (int e = 0; e < DEPTH; e++) to[i * DEPTH + e] = i < rows ? float(from[i * stride + e]) : 0.0f;
-}
-
-// Keys [n, e] as panels [n / BLOCK_COLUMNS][e][BLOCK_COLUMNS].
-template <int DEPTH> void pack_keys(float* to, const T* from, int64_t stride, int rows) {
-  for (int n = 0; n < TILE_M; n++) {
-    float* at = to + n / BLOCK_COLUMNS * BLOCK_COLUMNS * DEPTH + n % BLOCK_COLUMNS;
-    for (int e = 0; e < DEPTH; e++) at[e * BLOCK_COLUMNS] = n < rows ? float(from[n * stride + e]) : 0.0f;
-  }
-}
-
-// Values [n, f] as panels [f / BLOCK_COLUMNS][n][BLOCK_COLUMNS].
-void pack_values(float* to, const T* from, int64_t stride, int rows) {
-  for (int j = 0; j < wide(F); j += BLOCK_COLUMNS)
-    for (int n = 0; n < TILE_M; n++, to += BLOCK_COLUMNS)
-      for (int f = 0; f < BLOCK_COLUMNS; f++) to[f] = n < rows && j + f < F ? float(from[n * stride + j + f]) : 0.0f;
-}
-
-// Weights as the product reads them: what `step` wrote, in place.
-INLINE const Left* narrowed(const float* w, Left*) { return w; }
 
 // ---- scratch of a thread: one block, grown on demand, kept between calls
 
@@ -131,16 +67,16 @@ struct Scratch {
 constexpr int64_t bytes_of(int64_t n) { return up(n, CACHE_LINE); }
 constexpr int64_t depths() {
   int64_t out = 0;
-  for (int i = 0; i < PRODUCTS; i++) out += deep(E[i]);
+  for (int i = 0; i < PRODUCTS; i++) out += Micro::deep(E[i]);
   return out;
 }
 
 // Where each part lies. An item: its queries, acc, state and rows; a packed tile: its keys, then its values.
-constexpr int64_t TILE_BYTES = bytes_of(depths() * TILE_M * sizeof(Right)) + bytes_of(TILE_M * wide(F) * sizeof(Right));
-constexpr int64_t Q_BYTES = bytes_of(depths() * TILE_P * sizeof(Left)), ACC_BYTES = bytes_of(TILE_P * wide(F) * sizeof(float));
+constexpr int64_t KEYS = depths() * TILE_M, PACKED = KEYS + WIDE * TILE_M, TILE_BYTES = PACKED * sizeof(Right);
+constexpr int64_t Q_BYTES = bytes_of(depths() * TILE_P * sizeof(Left)), ACC_BYTES = bytes_of(TILE_P * WIDE * sizeof(float));
 constexpr int64_t STATE_BYTES = bytes_of(TILE_P * CARRIED * sizeof(float)), ROW_BYTES = bytes_of(TILE_P * sizeof(Program::Row));
 constexpr int64_t ITEM_BYTES = Q_BYTES + ACC_BYTES + STATE_BYTES + ROW_BYTES;
-constexpr int64_t S_BYTES = bytes_of(TILE_P * TILE_M * sizeof(float)), W_BYTES = bytes_of(TILE_P * TILE_M * sizeof(Left));
+constexpr int64_t S_BYTES = bytes_of(TILE_P * LD * sizeof(float)), W_BYTES = bytes_of(TILE_P * LD * sizeof(Left));
 constexpr int64_t FIXED_BYTES = PRODUCTS * S_BYTES + W_BYTES + bytes_of(TILE_P * sizeof(float));
 constexpr int64_t CHUNK_TILES = std::max<int64_t>(1, CHUNK_BYTES / TILE_BYTES);
 
@@ -190,7 +126,7 @@ struct Worker {
   Left* weights() const { return reinterpret_cast<Left*>(base + PRODUCTS * S_BYTES); }
   float* factors() const { return reinterpret_cast<float*>(base + PRODUCTS * S_BYTES + W_BYTES); }
   char* items() const { return base + FIXED_BYTES; }
-  char* tile(int64_t i) const { return items() + task.per_unit * ITEM_BYTES + i * TILE_BYTES; }
+  Right* tile(int64_t i) const { return reinterpret_cast<Right*>(items() + task.per_unit * ITEM_BYTES) + i * PACKED; }
 
   Item item(int64_t i) const {
     const int64_t t = i / task.group, h = unit.kv * task.group + i % task.group, p0 = t * TILE_P;
@@ -200,8 +136,8 @@ struct Worker {
   template <int I = 0> void pack_queries(const Item& x, Left* to) const {
     if constexpr (I < PRODUCTS) {
       const Operand& q = task.call.q[I];
-      pack_left<E[I]>(to, static_cast<const T*>(q.data) + x.z * q.z + x.h * q.h + x.p0 * q.n, q.n, x.rows);
-      pack_queries<I + 1>(x, to + deep(E[I]) * TILE_P);
+      Micro::pack_left<E[I]>(to, static_cast<const T*>(q.data) + x.z * q.z + x.h * q.h + x.p0 * q.n, q.n, x.rows);
+      pack_queries<I + 1>(x, to + Micro::deep(E[I]) * TILE_P);
     }
   }
 
@@ -209,46 +145,46 @@ struct Worker {
     const Operand& x = I < PRODUCTS ? task.call.k[I < PRODUCTS ? I : 0] : task.call.v;
     const T* from = static_cast<const T*>(x.data) + unit.z * x.z + unit.kv * x.h + m0 * x.n;
     if constexpr (I < PRODUCTS) {
-      pack_keys<E[I]>(to, from, x.n, n);
-      pack_tile<I + 1>(m0, n, to + deep(E[I]) * TILE_M);
+      Micro::pack_keys<E[I]>(to, from, x.n, n);
+      pack_tile<I + 1>(m0, n, to + Micro::deep(E[I]) * TILE_M);
     } else {
-      pack_values(to, from, x.n, n);
+      Micro::pack_values(to, from, x.n, n);
     }
   }
 
-  template <int I = 0> void products(const Left* q, const Right* k, int rows) const {
+  template <int I = 0> void products(const Left* q, const Right* k, int at, int rows) const {
     if constexpr (I < PRODUCTS) {
-      multiply<false, deep(E[I]), TILE_M>(q, k, nullptr, scores(I), rows);
-      products<I + 1>(q + deep(E[I]) * TILE_P, k + deep(E[I]) * TILE_M, rows);
+      Micro::scores<E[I]>(q, k, scores(I) + at, rows);
+      products<I + 1>(q + Micro::deep(E[I]) * TILE_P, k + Micro::deep(E[I]) * TILE_M, at, rows);
     }
   }
 
-  // n is a constant where it is TILE_M, so that the loops of a printed step have no remainder.
-  template <bool PARTIAL> INLINE void step(const Item& x, int64_t m0, int n) const {
+  // Weights of a run of `tiles` key tiles, of which n keys are there.
+  template <bool PARTIAL> INLINE void step(const Item& x, int64_t m0, int tiles, int n) const {
     for (int i = 0; i < x.rows; i++) {
       float* s[PRODUCTS];
-      for (int j = 0; j < PRODUCTS; j++) s[j] = scores(j) + i * TILE_M;
-      factors()[i] = task.program.template step<PARTIAL>(x.row()[i], s, s[0], x.state(i), m0, n);
-      for (int j = n; j < TILE_M; j++) s[0][j] = 0.0f;
+      for (int j = 0; j < PRODUCTS; j++) s[j] = scores(j) + i * LD;
+      const float c = factors()[i] = task.program.template step<PARTIAL>(x.row()[i], s, s[0], x.state(i), m0, n);
+      for (int j = n; j < tiles * TILE_M; j++) s[0][j] = 0.0f;
+      Micro::scale(x.acc() + i * WIDE, c);
+      Micro::narrow(weights() + i * LD, s[0], tiles * TILE_M);
     }
   }
 
-  void visit(const Item& x, char* packed, int64_t m, bool partial) const {
+  // Tiles m, m + 1, … of a chunk that begins with c0. Rows past the end are zeros in Q, and nothing reads their results.
+  void visit(const Item& x, int64_t c0, int64_t m, int tiles, bool partial) const {
     const int64_t m0 = m * TILE_M;
-    const int n = int(std::min<int64_t>(TILE_M, task.call.M - m0)), rows = int(up(x.rows, BLOCK_ROWS));
-    const Right* k = reinterpret_cast<const Right*>(packed);
-    products(x.q(), k, rows);
-    if (n < TILE_M) step<true>(x, m0, n);
-    else if (partial) step<true>(x, m0, TILE_M);
-    else step<false>(x, m0, TILE_M);
-    for (int i = x.rows * TILE_M; i < rows * TILE_M; i++) scores(0)[i] = 0.0f;
-    for (int i = x.rows; i < rows; i++) factors()[i] = 1.0f;
-    multiply<true, TILE_M, wide(F)>(narrowed(scores(0), weights()), k + depths() * TILE_M, factors(), x.acc(), rows);
+    const int n = int(std::min<int64_t>(tiles * TILE_M, task.call.M - m0)), rows = int(up(x.rows, Micro::ROWS));
+    for (int t = 0; t < tiles; t++) products(x.q(), tile(m - c0 + t), t * TILE_M, rows);
+    if (n < tiles * TILE_M) step<true>(x, m0, tiles, n);
+    else if (partial) step<true>(x, m0, tiles, tiles * TILE_M);
+    else step<false>(x, m0, tiles, tiles * TILE_M);
+    Micro::accumulate(scores(0), weights(), tile(m - c0) + KEYS, tiles, PACKED, factors(), x.acc(), rows);
   }
 
   void begin(const Item& x) const {
     pack_queries(x, x.q());
-    std::fill_n(x.acc(), TILE_P * wide(F), 0.0f);
+    std::fill_n(x.acc(), TILE_P * WIDE, 0.0f);
     for (int i = 0; i < x.rows; i++) {
       Program::start(x.state(i));
       x.row()[i] = task.program.row(x.z, x.h, x.p0 + i);
@@ -258,27 +194,44 @@ struct Worker {
   void end(const Item& x) const {
     OUT* out = static_cast<OUT*>(task.call.out) + x.z * task.call.out_z + x.h * task.call.out_h + x.p0 * task.call.out_p;
     for (int i = 0; i < x.rows; i++)
-      task.program.finish(x.row()[i], x.acc() + i * wide(F), x.state(i), out + i * task.call.out_p);
+      task.program.finish(x.row()[i], x.acc() + i * WIDE, x.state(i), out + i * task.call.out_p);
+  }
+
+  void pack(int64_t c0, int64_t m, int tiles, bool* packed) const {
+    for (int64_t t = m; t < m + tiles; t++) {
+      if (packed[t - c0]) continue;
+      pack_tile(t * TILE_M, int(std::min<int64_t>(TILE_M, task.call.M - t * TILE_M)), tile(t - c0));
+      packed[t - c0] = true;
+    }
+  }
+
+  // Neighbouring tiles that are not empty become runs of about the same length.
+  void visit_chunk(const Item& x, int64_t c0, int64_t c1, bool* packed) const {
+    const auto seen = [&](int64_t m) { return x.classes ? x.classes[m] : 2; };
+    for (int64_t m = c0, stop; m < c1; m = stop) {
+      for (stop = m; stop < c1 && seen(stop);) stop++;
+      for (int64_t runs = up(stop - m, RUN_TILES) / RUN_TILES; runs; runs--) {
+        const int tiles = int(up(stop - m, runs) / runs);
+        bool partial = false;
+        for (int t = 0; t < tiles; t++) partial |= seen(m + t) == 1;
+        pack(c0, m, tiles, packed);
+        visit(x, c0, m, tiles, partial);
+        m += tiles;
+      }
+      while (stop < c1 && !seen(stop)) stop++;
+    }
   }
 
   void run() const {
-    int64_t begun = 0;
-    for (int64_t c0 = 0; c0 < task.tiles_m || !begun; c0 += CHUNK_TILES) {
+    for (int64_t c0 = 0; c0 == 0 || c0 < task.tiles_m; c0 += CHUNK_TILES) {
       const int64_t c1 = std::min(task.tiles_m, c0 + CHUNK_TILES);
       bool packed[CHUNK_TILES] = {};
       for (int64_t i = unit.first; i < unit.last; i++) {
         const Item x = item(i);
-        if (!begun) begin(x);
-        for (int64_t m = c0; m < c1; m++) {
-          const uint8_t seen = x.classes ? x.classes[m] : 2;
-          if (!seen) continue;
-          if (!packed[m - c0]) pack_tile(m * TILE_M, int(std::min<int64_t>(TILE_M, task.call.M - m * TILE_M)), reinterpret_cast<Right*>(tile(m - c0)));
-          packed[m - c0] = true;
-          visit(x, tile(m - c0), m, seen == 1);
-        }
-        if (c1 >= task.tiles_m) end(x);
+        if (c0 == 0) begin(x);
+        visit_chunk(x, c0, c1, packed);
+        if (c1 == task.tiles_m) end(x);
       }
-      begun = 1;
     }
   }
 };
@@ -286,7 +239,9 @@ struct Worker {
 int compute(const Task& task, const Unit* units, int64_t count) {
   static thread_local Scratch scratch;
   if (!scratch.reserve(task.scratch())) return NO_MEMORY;
+  Micro::start();
   for (int64_t i = 0; i < count; i++) Worker{task, units[i], scratch.base}.run();
+  Micro::stop();
   return DONE;
 }
 
@@ -294,6 +249,7 @@ int compute(const Task& task, const Unit* units, int64_t count) {
 
 extern "C" __attribute__((visibility("default"))) int attention(const Call* call) {
   if (!call->Z || !call->H || !call->P) return DONE;
+  if (!Micro::ready()) return NO_TILES;
   const Task task(*call);
   const int64_t count = call->Z * call->HKV * task.ranges();
   int status = DONE;
