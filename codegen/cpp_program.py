@@ -37,6 +37,8 @@ REDUCE = {
     "max": ("top", "-INFINITY", "{0} = max_({0}, {1})"),
     "min": ("least", "INFINITY", "{0} = min_({0}, {1})"),
 }
+# The same in one instruction, which loses a NaN: where the row is NaN anyhow.
+PLAIN = {"max": ("max", "-INFINITY", "{0} = {1} > {0} ? {1} : {0}"), "min": ("min", "INFINITY", "{0} = {1} < {0} ? {1} : {0}")}
 DECLARED = {
     "top": "// the largest, where a NaN stays one\n#pragma omp declare reduction(top : float : omp_out = "
     "max_(omp_out, omp_in)) initializer(omp_priv = -INFINITY)",
@@ -208,6 +210,23 @@ def stored(f: Form, tensor: str) -> str:
     return "f32" if before and dtype in ex.FLOATS else dtype
 
 
+# Operators with a NaN for a result wherever an argument is one.
+KEEP_NAN = frozenset(["add", "sub", "mul", "div", "max", "min", "neg", "abs", "relu", "sign", *ex.FLOAT_UNARY])
+
+
+def keeps_nan(root: Expr, source: Expr) -> bool:
+    """Is a term NaN wherever `source` is?"""
+    kept: dict[Expr, bool] = {}
+    for e in ex.walk(root):
+        sides = [kept[a] for a in e.args]
+        if e.op == "where":
+            kept[e] = sides[1] and sides[2]
+        else:
+            passes = e.is_float and (e.op in KEEP_NAN or e.op == "cast")
+            kept[e] = e is source or (passes and any(sides))
+    return kept[root]
+
+
 def corrections(state: RowState) -> list[Expr]:
     return [e for e in (state.correction, *(c.correction for c in state.carried)) if e is not None]
 
@@ -331,6 +350,9 @@ class _Step:
         self.body = Body(p.scope, corrections(tile.state), set(p.taken), p.fields)
         self.around = _Around(p, self.body, p.key)
         self.phases, self.last = self._order()
+        # a score that is NaN makes its row NaN, whatever bounds the row holds
+        total = [x for x in ex.loads(p.ending) if str(x.attr) == p.a.contraction.out.tensor]
+        self.spoils = keeps_nan(self.state.weight, self.here) and any(keeps_nan(p.ending, x) for x in total)
         self.buffer: int | None = None
         self.tile: dict[str, str] = {}
 
@@ -425,7 +447,8 @@ class _Step:
                 continue
             if c.op not in REDUCE:
                 raise PrintError(f"the row scalar {c.name} reduces {c.lift} by {c.op}")
-            sign, first, rule = REDUCE[c.op]
+            table = PLAIN if c.op in PLAIN and c.lift is self.here and self.spoils else REDUCE
+            sign, first, rule = table[c.op]
             name = self.body.fresh(f"{p.carried[c.name]}_tile")
             self.body.lines.append(f"float {name} = {first};")
             loop.lines.append(rule.format(name, loop.real(c.lift)) + ";")
