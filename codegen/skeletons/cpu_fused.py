@@ -18,9 +18,9 @@ from ..native import Operand, call_type, load
 
 
 @lru_cache(maxsize=1)
-def compiled(source: str) -> Callable[[object], int]:
+def compiled(text: str) -> Callable[[object], int]:
     """The loop's entry, compiled where this machine has not compiled it before."""
-    entry = load(source).attention
+    entry = load(text).attention
     entry.restype, entry.argtypes = ctypes.c_int, [ctypes.c_void_p]
     return entry
 
@@ -71,7 +71,7 @@ def all_partial(rows: int, columns: int) -> Tensor:
 
 
 def run(
-    source: str, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Tensor, out: Tensor,
+    text: str, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Tensor, out: Tensor,
     size: tuple[int, int, int, int, int], classes: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int],
 ) -> None:  # fmt: skip
     """Compute `out` [Z, H, P, F]. `size`: Z, H, HKV, P, M. `tensors`, `sizes`: what the printed program loads."""
@@ -87,7 +87,7 @@ def run(
         one(*map(operand, queries)), one(*map(operand, keys)), operand(values), out.data_ptr(), z, h, p, *size, *tiles,
         torch.get_num_threads(), ctypes.addressof(data), ctypes.addressof(numbers),
     )  # fmt: skip
-    failed = compiled(source)(ctypes.addressof(call))
+    failed = compiled(text)(ctypes.addressof(call))
     if failed:
         raise RuntimeError(f"the fused attention kernel failed with number {failed}: {FAILURES.get(failed, 'unknown')}")
 
