@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..patterns import expr as ex
@@ -24,12 +24,13 @@ from .print_torch import PrintError
 from .skip import mapped_state
 
 # Names that the printed text and the loop around it use.
-RESERVED = frozenset(
-    """x w n m0 i state acc out row at_z at_h at_p tensors sizes Row Program T OUT E F TILE_P TILE_M PRODUCTS CARRIED PARTIAL
-    N room along least top start step finish load self bits power up block deep wide std INF NAN INFINITY SHIFT INLINE max_
-    min_ floor_div floor_mod exp_ exp2_ log_ log1p_ log2_ tanh_ sigmoid_ softplus_ sqrt_ rsqrt_ abs_ floor_ erf_ sin_ cos_
-    pow_ bf16 f16 int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t""".split()
-)
+RESERVED = frozenset([
+    "x", "w", "n", "m0", "i", "state", "acc", "out", "row", "at_z", "at_h", "at_p", "tensors", "sizes", "Row", "Program",
+    "T", "OUT", "E", "F", "TILE_P", "TILE_M", "PRODUCTS", "CARRIED", "PARTIAL", "least", "top", "start", "step", "finish", "load",
+    "self", "bits", "std", "INF", "NAN", "INFINITY", "INLINE", "max_", "min_", "floor_div", "floor_mod", "exp_", "exp2_",
+    "log_", "log1p_", "log2_", "tanh_", "sigmoid_", "softplus_", "sqrt_", "rsqrt_", "abs_", "floor_", "erf_", "sin_", "cos_",
+    "pow_", "bf16", "f16", "int8_t", "int16_t", "int32_t", "int64_t", "uint8_t",
+])  # fmt: skip
 SCORE = "score of the tile"
 # How a loop over keys reduces: the clause's operator, the first value, one more element.
 REDUCE = {
@@ -38,7 +39,10 @@ REDUCE = {
     "min": ("least", "INFINITY", "{0} = min_({0}, {1})"),
 }
 # The same in one instruction, which loses a NaN: where the row is NaN anyhow.
-PLAIN = {"max": ("max", "-INFINITY", "{0} = {1} > {0} ? {1} : {0}"), "min": ("min", "INFINITY", "{0} = {1} < {0} ? {1} : {0}")}
+PLAIN = {
+    "max": ("max", "-INFINITY", "{0} = {1} > {0} ? {1} : {0}"),
+    "min": ("min", "INFINITY", "{0} = {1} < {0} ? {1} : {0}"),
+}
 DECLARED = {
     "top": "// the largest, where a NaN stays one\n#pragma omp declare reduction(top : float : omp_out = "
     "max_(omp_out, omp_in)) initializer(omp_priv = -INFINITY)",
@@ -83,9 +87,8 @@ class Program:
             taken.add(name)
             return name
 
-        self.products = {
-            ex.load(p.name, e.out.index, c.tensor[p.name].dtype): i for i, (p, e) in enumerate(zip(f.products, self.a.products))
-        }
+        loads = (ex.load(e.out.tensor, e.out.index, c.tensor[e.out.tensor].dtype) for e in self.a.products)
+        self.products = {x: i for i, x in enumerate(loads)}
         self.outer = {
             x: x * p.outside for x, p in zip(self.products, f.products) if not (p.outside.is_const and p.outside.value == 1)
         }
@@ -180,7 +183,7 @@ class Program:
         return members, [head, "  Program self;", *(f"  {x}" for x in lines), "  return self;", "}"]
 
     def _finish(self) -> list[str]:
-        f, a = self.f, self.a
+        a = self.a
         body = Body(self.scope, [self.ending], set(self.taken), self.fields)
         value = ex.index(a.value)
         names = dict(self.scope.names) | {value: self.ranks[a.value]}
@@ -289,7 +292,8 @@ class _Fields:
 
     def unpacked(self, lines: Sequence[str]) -> list[str]:
         """Lines that give the fields which others use their names."""
-        return [f"{t if t.endswith('*') else f'const {t}'} {n} = row.{n};" for n, t in self.types.items() if _mentions(n, lines)]
+        used = [n for n in self.types if _mentions(n, lines)]
+        return [f"{self.types[n] if self.types[n].endswith('*') else f'const {self.types[n]}'} {n} = row.{n};" for n in used]
 
     def text(self) -> list[str]:
         """`Row` and `row`."""

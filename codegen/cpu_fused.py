@@ -60,7 +60,8 @@ class _File:
         self.type = common([_kind(e) for x in f.products for e in (x.near, x.far)] + [_kind(f.values)])
         self.out = f.cascade.tensor[f.cascade.outputs[0]].dtype
         if self.type not in OPERANDS or self.out not in OPERANDS:
-            raise PrintError(f"operands are {self.type} and the output is {self.out}: the fused body has {', '.join(OPERANDS)}")
+            kinds = ", ".join(OPERANDS)
+            raise PrintError(f"operands are {self.type} and the output is {self.out}: the fused body has {kinds}")
         terms = Terms(a.score, f.mask, f.state)
         if self.type != "f32":
             products = {str(e.out.tensor) for e in a.products}
@@ -104,7 +105,8 @@ class _File:
         if self.f.rule != "bounded":
             return None
         s = softmax(self.f)
-        if isinstance(s, str) or s.limit is None:
+        # a scale of a head or a query would belong to the operand
+        if isinstance(s, str) or s.limit is None or s.product is not self.f.products[0]:
             return None
         return s.limit, Body(self.p.scope({}), [s.score.scale]).real(s.score.scale)
 
@@ -138,11 +140,12 @@ class _File:
         return f"{every} if {queries} * {keys} <= FEW else {call}"
 
     def _checks(self) -> list[str]:
-        p, n = self.p, self.p.names
+        n = self.p.names
         out = []
         for t in self.f.cascade.inputs:
-            shape = ", ".join(n.size(s) for s in t.shape)
-            out.append(f'expect("{t.name}", {n.tensors[t.name]}, {TYPES[t.dtype]}, ({shape}{"," if len(t.shape) == 1 else ""}))')
+            shape = "".join(f"{n.size(s)}, " for s in t.shape)
+            shape = shape.rstrip() if len(t.shape) == 1 else shape[:-2]
+            out.append(f'expect("{t.name}", {n.tensors[t.name]}, {TYPES[t.dtype]}, ({shape}))')
         return out
 
     def _operands(self) -> tuple[list[str], int]:

@@ -243,7 +243,8 @@ def einsum(p: Printer, e: Einsum) -> str:
 
 
 MODULES = (
-    "ctypes", "hashlib", "math", "os", "platform", "shlex", "shutil", "subprocess", "sys", "tempfile", "threading", "warnings",
+    "ctypes", "hashlib", "math", "os", "platform", "shlex", "shutil", "subprocess", "sys", "tempfile", "threading",
+    "warnings",
 )  # fmt: skip
 NAMES = {
     "collections.abc": ("Callable", "Iterator", "Sequence"), "functools": ("cache", "lru_cache"), "pathlib": ("Path",),

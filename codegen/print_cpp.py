@@ -27,13 +27,16 @@ STORED: Mapping[str, str] = {
     "f16": "f16", "bf16": "bf16", "f32": "float",
 }  # fmt: skip
 NARROW: Mapping[str, str] = {"u8": "uint8_t", "i8": "int8_t", "i16": "int16_t"}
-KEYWORDS = frozenset(
-    """alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr continue
-    decltype default delete do double dynamic_cast else enum explicit export extern false float for friend goto if inline
-    int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public register
-    reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template this throw true
-    try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq unix linux""".split()
-)
+KEYWORDS = frozenset([
+    "alignas", "alignof", "and", "and_eq", "asm", "auto", "bitand", "bitor", "bool", "break", "case", "catch", "char",
+    "class", "compl", "const", "constexpr", "continue", "decltype", "default", "delete", "do", "double",
+    "dynamic_cast", "else", "enum", "explicit", "export", "extern", "false", "float", "for", "friend", "goto", "if",
+    "inline", "int", "long", "mutable", "namespace", "new", "noexcept", "not", "not_eq", "nullptr", "operator", "or",
+    "or_eq", "private", "protected", "public", "register", "reinterpret_cast", "return", "short", "signed", "sizeof",
+    "static", "static_assert", "static_cast", "struct", "switch", "template", "this", "throw", "true", "try",
+    "typedef", "typeid", "typename", "union", "unsigned", "using", "virtual", "void", "volatile", "wchar_t", "while",
+    "xor", "xor_eq", "unix", "linux",
+])  # fmt: skip
 
 # Levels of C++'s operators: an argument below the level that is asked for gets parentheses.
 CHOICE, ANY, SUM, PRODUCT, UNARY, ATOM = 0, 1, 7, 8, 9, 10
@@ -139,7 +142,7 @@ def kind(e: Expr, extent: Mapping[str, Size]) -> str:
     if e.is_float:
         return "float"
     lo, hi = bounds(e, extent)
-    return "int32_t" if -INT32 - 1 <= lo and hi <= INT32 else "int64_t"
+    return "int32_t" if lo >= -INT32 - 1 and hi <= INT32 else "int64_t"
 
 
 class Body:
@@ -198,7 +201,8 @@ class Body:
             branch = text.level == CHOICE
             if (self.uses.get(e, 1) > 1 or e.op == "load" or branch) and not text.code.isidentifier():
                 wanted = kind(e, self.scope.extent)
-                name = self.fresh(f"{self.scope.tensors[str(e.attr)].name}_x" if e.op == "load" else stem if e is root else "t")
+                own = stem if e is root else "t"
+                name = self.fresh(f"{self.scope.tensors[str(e.attr)].name}_x" if e.op == "load" else own)
                 self.lines.append(f"const {wanted} {name} = {text.code};")
                 text = Text(name, ATOM, wanted)
             self.memo[e] = text

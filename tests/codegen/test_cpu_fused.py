@@ -36,7 +36,6 @@ from tests.codegen.attentions import (
     H,
     M,
     P,
-    added,
     aux,
     build,
     masked,
@@ -361,7 +360,6 @@ def test_memory_of_another_kind_is_refused() -> None:
         made.run({**x, "V": x["V"][:, :, :30]}, {})
 
 
-def test_a_learned_fill_is_added(fill: float = -1e4) -> None:
-    """What is added under a small fill is seen tile by tile where the scores are too large for it."""
-    case = build(added(CAUSAL, fill), square=True, p=70)
-    assert "drowned" in kernel(case.cascade).source
+def test_small_fills_ask_for_small_scores() -> None:
+    """Tiles under a small fill are skipped where a bound on the scores says that it hides them."""
+    assert "classes(s, reach(q, k, 0.25) <= LIMIT)" in kernel(VARIANTS["small_added"]().cascade).source
