@@ -76,8 +76,7 @@ constexpr int64_t KEYS = depths() * TILE_M, PACKED = KEYS + WIDE * TILE_M, TILE_
 constexpr int64_t Q_BYTES = bytes_of(depths() * TILE_P * sizeof(Left)), ACC_BYTES = bytes_of(TILE_P * WIDE * sizeof(float));
 constexpr int64_t STATE_BYTES = bytes_of(TILE_P * CARRIED * sizeof(float)), ROW_BYTES = bytes_of(TILE_P * sizeof(Program::Row));
 constexpr int64_t ITEM_BYTES = Q_BYTES + ACC_BYTES + STATE_BYTES + ROW_BYTES;
-constexpr int64_t S_BYTES = bytes_of(TILE_P * LD * sizeof(float)), W_BYTES = bytes_of(TILE_P * LD * sizeof(Left));
-constexpr int64_t FIXED_BYTES = PRODUCTS * S_BYTES + W_BYTES + bytes_of(TILE_P * sizeof(float));
+constexpr int64_t S_BYTES = bytes_of(TILE_P * LD * sizeof(float)), FIXED_BYTES = PRODUCTS * S_BYTES + bytes_of(TILE_P * sizeof(float));
 constexpr int64_t CHUNK_TILES = std::max<int64_t>(1, CHUNK_BYTES / TILE_BYTES);
 
 struct Item {
@@ -123,8 +122,7 @@ struct Worker {
   char* base;
 
   float* scores(int i) const { return reinterpret_cast<float*>(base + i * S_BYTES); }
-  Left* weights() const { return reinterpret_cast<Left*>(base + PRODUCTS * S_BYTES); }
-  float* factors() const { return reinterpret_cast<float*>(base + PRODUCTS * S_BYTES + W_BYTES); }
+  float* factors() const { return reinterpret_cast<float*>(base + PRODUCTS * S_BYTES); }
   char* items() const { return base + FIXED_BYTES; }
   Right* tile(int64_t i) const { return reinterpret_cast<Right*>(items() + task.per_unit * ITEM_BYTES) + i * PACKED; }
 
@@ -159,27 +157,28 @@ struct Worker {
     }
   }
 
-  // Weights of a run of `tiles` key tiles, of which n keys are there.
-  template <bool PARTIAL> INLINE void step(const Item& x, int64_t m0, int tiles, int n) const {
+  // Weights of a run of `tiles` key tiles. WHOLE: the compiler sees that n is a multiple of the vector's length.
+  template <bool PARTIAL, bool WHOLE> __attribute__((noinline)) void step(const Item& x, int64_t m0, int tiles) const {
+    const int n = WHOLE ? tiles * TILE_M : int(task.call.M - m0);
     for (int i = 0; i < x.rows; i++) {
       float* s[PRODUCTS];
       for (int j = 0; j < PRODUCTS; j++) s[j] = scores(j) + i * LD;
       const float c = factors()[i] = task.program.template step<PARTIAL>(x.row()[i], s, s[0], x.state(i), m0, n);
       for (int j = n; j < tiles * TILE_M; j++) s[0][j] = 0.0f;
       Micro::scale(x.acc() + i * WIDE, c);
-      Micro::narrow(weights() + i * LD, s[0], tiles * TILE_M);
+      Micro::narrow(s[0], tiles * TILE_M);
     }
   }
 
   // Tiles m, m + 1, … of a chunk that begins with c0. Rows past the end are zeros in Q, and nothing reads their results.
   void visit(const Item& x, int64_t c0, int64_t m, int tiles, bool partial) const {
     const int64_t m0 = m * TILE_M;
-    const int n = int(std::min<int64_t>(tiles * TILE_M, task.call.M - m0)), rows = int(up(x.rows, Micro::ROWS));
+    const int rows = int(up(x.rows, Micro::ROWS));
     for (int t = 0; t < tiles; t++) products(x.q(), tile(m - c0 + t), t * TILE_M, rows);
-    if (n < tiles * TILE_M) step<true>(x, m0, tiles, n);
-    else if (partial) step<true>(x, m0, tiles, tiles * TILE_M);
-    else step<false>(x, m0, tiles, tiles * TILE_M);
-    Micro::accumulate(scores(0), weights(), tile(m - c0) + KEYS, tiles, PACKED, factors(), x.acc(), rows);
+    if (m0 + tiles * TILE_M > task.call.M) step<true, false>(x, m0, tiles);
+    else if (partial) step<true, true>(x, m0, tiles);
+    else step<false, true>(x, m0, tiles);
+    Micro::accumulate(scores(0), tile(m - c0) + KEYS, tiles, PACKED, factors(), x.acc(), rows);
   }
 
   void begin(const Item& x) const {

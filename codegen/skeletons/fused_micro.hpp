@@ -35,7 +35,7 @@ constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Key tiles that a run may have: its scores of all products lie in the L1 cache. Rows of scores and weights are LD numbers
 // apart, which is not a power of two: rows do not share their places in the cache.
-constexpr int SCORES_BYTES = 32 << 10;
+constexpr int SCORES_BYTES = 36 << 10;
 constexpr int RUN_TILES = std::max<int>(1, SCORES_BYTES / int(sizeof(float)) / (PRODUCTS * TILE_P * TILE_M));
 constexpr int LD = RUN_TILES * TILE_M + 32;
 
@@ -122,14 +122,20 @@ struct Fma {
           *(Vector*)(to + j) = n < rows ? load(from + n * stride + f + j, F - f - j) : Vector{};
   }
 
-  // out = (c out) + A B for one block. A: rows of `lda`, DEPTH numbers for each of `tiles`; B: a panel of each tile,
-  // `next` numbers apart; c: a factor for each row.
-  template <bool ADD, int DEPTH>
+  // What a block does with its result's earlier value.
+  enum Before { NONE, ADDED, SCALED };
+
+  // out = A B, out + A B or c out + A B for one block. A: rows of `lda`, DEPTH numbers for each of `tiles`; B: a panel of each
+  // tile, `next` numbers apart; c: a factor for each row.
+  template <Before B, int DEPTH>
   static INLINE void block(const float* a, int lda, const float* b, int tiles, int64_t next, const float* c, float* out, int ldo) {
     Vector s[BLOCK_ROWS][2];
 #pragma GCC unroll 16
     for (int i = 0; i < BLOCK_ROWS; i++)
-      for (int j = 0; j < 2; j++) s[i][j] = ADD ? c[i] * *(const Vector*)(out + i * ldo + j * LANES) : Vector{};
+      for (int j = 0; j < 2; j++) {
+        s[i][j] = B == NONE ? Vector{} : *(const Vector*)(out + i * ldo + j * LANES);
+        if (B == SCALED) s[i][j] *= c[i];
+      }
     for (int t = 0; t < tiles; t++, a += DEPTH, b += next - DEPTH * BLOCK)
       for (int k = 0; k < DEPTH; k++, b += BLOCK) {
         const Vector b0 = *(const Vector*)b, b1 = *(const Vector*)(b + LANES);
@@ -148,17 +154,24 @@ struct Fma {
   template <int E> static void scores(const float* q, const float* k, float* s, int rows) {
     constexpr int D = deep(E);
     for (int j = 0; j < TILE_M; j += BLOCK)
-      for (int i = 0; i < rows; i += BLOCK_ROWS) block<false, D>(q + i * D, D, k + j * D, 1, 0, q, s + i * LD + j, LD);
+      for (int i = 0; i < rows; i += BLOCK_ROWS) block<NONE, D>(q + i * D, D, k + j * D, 1, 0, q, s + i * LD + j, LD);
   }
   // Factors are applied by the product.
   static INLINE void scale(float*, float) {}
   // Weights are read where `step` wrote them.
-  static INLINE void narrow(float*, const float*, int) {}
-  // acc = c·acc + W V over the tiles of a run; `next`: from one tile's values to the next one's
-  static void accumulate(const float* w, const float*, const float* v, int tiles, int64_t next, const float* c, float* acc, int rows) {
+  static INLINE void narrow(float*, int) {}
+  // acc = c·acc + W V over the tiles of a run; `next`: from one tile's values to the next one's. A panel of values over some
+  // tiles stays in the L1 cache while all rows use it.
+  static void accumulate(const float* w, const float* v, int tiles, int64_t next, const float* c, float* acc, int rows) {
+    constexpr int TILES = std::max<int>(1, (16 << 10) / int(sizeof(float)) / (TILE_M * BLOCK));
+    part<true>(w, v, std::min(tiles, TILES), next, c, acc, rows);
+    for (int t = TILES; t < tiles; t += TILES) part<false>(w + t * TILE_M, v + t * next, std::min(tiles - t, TILES), next, c, acc, rows);
+  }
+  template <bool FIRST>
+  static void part(const float* w, const float* v, int tiles, int64_t next, const float* c, float* acc, int rows) {
     for (int j = 0; j < wide(F); j += BLOCK)
       for (int i = 0; i < rows; i += BLOCK_ROWS)
-        block<true, TILE_M>(w + i * LD, LD, v + j * TILE_M, tiles, next, c + i, acc + i * wide(F) + j, wide(F));
+        block<FIRST ? SCALED : ADDED, TILE_M>(w + i * LD, LD, v + j * TILE_M, tiles, next, c + i, acc + i * wide(F) + j, wide(F));
   }
 };
 
@@ -277,20 +290,22 @@ struct Tiles {
   static INLINE void scale(float* acc, float c) {
     for (int f = 0; f < wide(F); f++) acc[f] *= c;
   }
-  // One row of weights.
-  static INLINE void narrow(bf16* to, const float* w, int n) {
+  // One row of weights, in place: what is written lies at or before what was read.
+  static INLINE void narrow(float* w, int n) {
+    char* to = (char*)w;
+    for (int i = 0; i < n; i += 32, to += 64) {
 #ifdef __AVX512BF16__
-    for (int i = 0; i < n; i += 32) {
       const __m512bh x = _mm512_cvtne2ps_pbh(_mm512_load_ps(w + i + 16), _mm512_load_ps(w + i));
-      std::memcpy((void*)(to + i), &x, sizeof x);
-    }
 #else
-    for (int i = 0; i < n; i++) to[i] = bf16(w[i]);
+      bf16 x[32];
+      for (int j = 0; j < 32; j++) x[j] = bf16(w[i + j]);
 #endif
+      std::memcpy(to, &x, sizeof x);
+    }
   }
   // acc = acc + W V over the tiles of a run; `next`: from one tile's values to the next one's
-  static void accumulate(const float*, const bf16* w, const bf16* v, int tiles, int64_t next, const float*, float* acc, int rows) {
-    multiply<true, TILE_M, wide(F)>(w, LD, v, tiles, next, acc, wide(F), rows);
+  static void accumulate(const float* w, const bf16* v, int tiles, int64_t next, const float*, float* acc, int rows) {
+    multiply<true, TILE_M, wide(F)>((const bf16*)(const void*)w, 2 * LD, v, tiles, next, acc, wide(F), rows);
   }
 };
 using Micro = std::conditional_t<std::is_same_v<T, bf16>, Tiles, Fma>;

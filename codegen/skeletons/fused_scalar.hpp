@@ -58,9 +58,15 @@ struct f16 {
 #endif
 };
 
-// torch's rule: a NaN on either side is the result
-template <class N> INLINE N max_(N a, N b) { return a > b || a != a ? a : b; }
-template <class N> INLINE N min_(N a, N b) { return a < b || a != a ? a : b; }
+// torch's rule: a NaN on either side is the result. In a reduction a is what was carried: only one comparison waits for it.
+template <class N> INLINE N max_(N a, N b) {
+  const N larger = b > a ? b : a;
+  return b != b ? b : larger;
+}
+template <class N> INLINE N min_(N a, N b) {
+  const N smaller = b < a ? b : a;
+  return b != b ? b : smaller;
+}
 
 // towards −∞; the remainder has the divisor's sign
 template <class N> INLINE N floor_div(N a, N b) { return a / b - ((a % b != 0) & ((a % b < 0) != (b < 0))); }
@@ -72,9 +78,13 @@ INLINE float floor_mod(float a, float b) { return a - b * std::floor(a / b); }
 constexpr float SHIFT = 12582912.0f + 126.0f;
 INLINE float power(float shifted) { return bits<float>(bits<uint32_t>(shifted) << 23); }
 
+// 0 below the smallest result, ∞ above the largest. (Clamping x first, the compiler would split the loop over the cases.)
+INLINE float ends(float x, float low, float high, float y) {
+  y = x < low ? 0.0f : y;
+  return x >= high ? INF : y;
+}
+
 INLINE float exp_(float x) {
-  x = -87.6f > x ? -87.6f : x;
-  x = 89.0f < x ? 89.0f : x;
   const float t = x * 1.44269504f + SHIFT, n = t - SHIFT;
   const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
   float p = 2.0f / 720;
@@ -84,12 +94,10 @@ INLINE float exp_(float x) {
   p = p * r + 1.0f;
   p = p * r + 2.0f;
   p = p * r + 2.0f;
-  return p * power(t);
+  return ends(x, -87.6f, 88.72284f, p * power(t));
 }
 
 INLINE float exp2_(float x) {
-  x = -126.4f > x ? -126.4f : x;
-  x = 128.4f < x ? 128.4f : x;
   const float t = x + SHIFT, r = x - (t - SHIFT);
   float p = 2 * 1.5403530e-4f;
   p = p * r + 2 * 1.3333558e-3f;
@@ -98,7 +106,7 @@ INLINE float exp2_(float x) {
   p = p * r + 2 * 2.4022651e-1f;
   p = p * r + 2 * 6.9314718e-1f;
   p = p * r + 2.0f;
-  return p * power(t);
+  return ends(x, -126.4f, 128.0f, p * power(t));
 }
 
 INLINE float log_(float x) {
