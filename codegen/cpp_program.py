@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..patterns import expr as ex
-from ..patterns.cascade import size_term
+from ..patterns.cascade import Size, size_term
 from ..patterns.conditions import simplify_under
 from ..patterns.expr import TRUE, Expr
 from ..patterns.rowstate import OLD, Carried, RowState
@@ -22,6 +22,7 @@ from .cpu_form import Form
 from .print_cpp import STORED, At, Body, Operand, Scope, identifier, kind
 from .print_torch import PrintError
 from .skip import mapped_state
+from .tile_terms import relative
 
 # Names that the printed text and the loop around it use.
 RESERVED = frozenset([
@@ -73,6 +74,42 @@ def tiles(t: Terms) -> tuple[Tile, Tile]:
     return partial, Tile(t.mask.full, mapped_state(t.state, kept))
 
 
+@dataclass(frozen=True)
+class Diagonal:
+    """A term over m − p, tabulated: element [P − 1 − p, m] of a view in which both dimensions have stride 1."""
+
+    name: str
+    part: Expr
+    shape: tuple[Size, Size]
+    dtype: str
+
+    def load(self, query: str, key: str) -> Expr:
+        at = (size_term(self.shape[0]) - 1 - ex.index(query), ex.index(key))
+        return ex.cast(ex.load(self.name, at, self.dtype), self.part.dtype)
+
+
+# What takes longer to compute than to read.
+COSTLY = frozenset(["pow", "floordiv", "mod", *ex.FLOAT_UNARY])
+
+
+def costly(root: Expr, query: str, key: str) -> list[Expr]:
+    """The largest sub-terms over m − p and sizes alone that are not quickly computed."""
+    out: dict[Expr, None] = {}
+    seen: set[Expr] = set()
+    stack = [root]
+    while stack:
+        e = stack.pop()
+        if e in seen or not {query, key} <= e.ranks:
+            continue
+        seen.add(e)
+        if e.ranks == {query, key} and not ex.loads(e) and relative(e, query, key):
+            if any(x.op in COSTLY and x.ranks for x in ex.walk(e)):
+                out[e] = None
+        else:
+            stack.extend(reversed(e.args))
+    return list(out)
+
+
 class Program:
     """The text of the holes, and which tensors and sizes `load` reads, in order."""
 
@@ -93,14 +130,20 @@ class Program:
         self.outer = {
             x: x * p.outside for x, p in zip(self.products, f.products) if not (p.outside.is_const and p.outside.value == 1)
         }
-        self.tiles = tuple(self._outer(x) for x in tiles(t))
+        written = tiles(t)
+        self.diagonals = self._diagonals(written)
+        self.tiles = tuple(self._outer(x) for x in written)
         self.ending = ex.substitute(t.state.finish, self.outer)
-        self.tensors = self._tensors(set(given))
+        own = self._tensors(set(given))
+        self.tensors = [*own, *(d.name for d in self.diagonals.values())]
         operands = {}
-        for tensor in self.tensors:
+        for tensor in own:
             name, shape = take(tensor), c.tensor[tensor].shape
             strides = tuple(take(f"{name}_{d}") for d in range(len(shape)))
             operands[tensor] = Operand(name, strides, shape, stored(f, tensor))
+        for d in self.diagonals.values():
+            name = take(d.name)
+            operands[d.name] = Operand(name, (take(f"{name}_0"), take(f"{name}_1")), d.shape, d.dtype)
         self.symbols = c.free_symbols
         symbols = {n: take(n) for n in self.symbols}
         self.ranks = {r.name: take(r.name) for r in c.ranks}
@@ -116,10 +159,23 @@ class Program:
         self.unit: dict[str, int] = {}
 
     def _outer(self, t: Tile) -> Tile:
-        """What multiplies a product outside of its sum belongs to the score."""
+        """What multiplies a product outside of its sum belongs to the score; what the host tabulates is read."""
         here = ex.load(SCORE, (ex.index(self.key),), t.score.dtype)
-        state = mapped_state(t.state, lambda e: ex.substitute(ex.substitute(e, {t.score: here}), self.outer))
-        return Tile(ex.substitute(t.score, self.outer), state)
+        table = self.outer | {part: d.load(self.a.query, self.key) for part, d in self.diagonals.items()}
+        state = mapped_state(t.state, lambda e: ex.substitute(ex.substitute(e, {t.score: here}), table))
+        return Tile(ex.substitute(t.score, table), state)
+
+    def _diagonals(self, written: Iterable[Tile]) -> dict[Expr, Diagonal]:
+        """Costly terms over m − p alone, by which the host makes a table of each."""
+        extent = {r.name: r.size for r in self.f.cascade.ranks}
+        shape = (extent[self.a.query], extent[self.key])
+        found: dict[Expr, Diagonal] = {}
+        for t in written:
+            for e in (t.score, t.state.weight, *(c.lift for c in t.state.carried)):
+                for part in costly(e, self.a.query, self.key):
+                    dtype = {"int32_t": "i32", "int64_t": "i64"}.get(kind(part, extent), "f32" if part.is_float else "b1")
+                    found.setdefault(part, Diagonal(f"diagonal {len(found)}", part, shape, dtype))
+        return found
 
     def terms(self) -> list[Expr]:
         out = [self.ending]

@@ -326,6 +326,17 @@ def test_what_a_row_shares_is_computed_once_a_row() -> None:
     assert "bias + h * bias_1 + p * bias_2" in holes(VARIANTS["bias"]().cascade)
 
 
+def test_costly_terms_over_the_distance_are_tabulated() -> None:
+    """The host computes a cosine once a diagonal, for all lengths; what is quickly computed stays in the loop."""
+    factor = ex.unary("cos", ex.cast(P - M, "f32") * 0.1)
+    case = build(lambda s: masked((M <= P) & (P - M < 30))(s * factor), p=40, m=70)
+    assert "cos" not in holes(case.cascade)
+    assert "p - m < 30" in holes(case.cascade)
+    for p, m in ((40, 70), (70, 40), (1, 33), (33, 1)):
+        case = build(lambda s: masked((M <= P) & (P - M < 30))(s * factor), p=p, m=m)
+        close(case.cascade, case.inputs(), case.sizes)
+
+
 def test_full_tiles_have_no_mask() -> None:
     """Where every key is kept nothing asks for the mask, and nobody reads what it is made of."""
     partial, full = holes(VARIANTS["segments"]().cascade).split("} else {")
