@@ -130,9 +130,10 @@ struct Worker {
   char* items() const { return base + FIXED_BYTES; }
   Right* tile(int64_t i) const { return reinterpret_cast<Right*>(items() + task.per_unit * ITEM_BYTES) + i * PACKED; }
 
-  Item item(int64_t i) const {
+  // Item i, kept at a place of the scratch.
+  Item item(int64_t i, int64_t place) const {
     const int64_t t = i / task.group, h = unit.kv * task.group + i % task.group, p0 = t * TILE_P;
-    return {items() + (i - unit.first) * ITEM_BYTES, unit.z, h, p0, int(std::min<int64_t>(TILE_P, task.call.P - p0)), task.classes(unit.z, h, t)};
+    return {items() + place * ITEM_BYTES, unit.z, h, p0, int(std::min<int64_t>(TILE_P, task.call.P - p0)), task.classes(unit.z, h, t)};
   }
 
   template <int I = 0> void pack_queries(const Item& x, Left* to) const {
@@ -225,16 +226,36 @@ struct Worker {
     }
   }
 
+  // The first and last tile that an item of the unit sees.
+  void range(int64_t& first, int64_t& last) const {
+    first = task.tiles_m, last = 0;
+    const uint8_t* before = nullptr;
+    for (int64_t i = unit.first; i < unit.last; i++) {
+      const uint8_t* classes = item(i, 0).classes;
+      if (classes && classes == before) continue;
+      before = classes;
+      int64_t a = 0, b = task.tiles_m;
+      while (classes && a < first && !classes[a]) a++;
+      while (classes && b > last && !classes[b - 1]) b--;
+      first = std::min(first, a), last = std::max(last, b);
+    }
+  }
+
+  // Where one chunk has all that the unit sees, its items take turns in one place, which stays in the L1 cache.
   void run() const {
-    for (int64_t c0 = 0; c0 == 0 || c0 < task.tiles_m; c0 += CHUNK_TILES) {
-      const int64_t c1 = std::min(task.tiles_m, c0 + CHUNK_TILES);
+    int64_t start, stop;
+    range(start, stop);
+    const int64_t places = stop - start <= CHUNK_TILES ? 0 : 1;
+    for (int64_t c0 = start, c1; c0 == start || c0 < stop; c0 = c1) {
+      c1 = std::max(c0, std::min(stop, c0 + CHUNK_TILES));
       bool packed[CHUNK_TILES] = {};
       for (int64_t i = unit.first; i < unit.last; i++) {
-        const Item x = item(i);
-        if (c0 == 0) begin(x);
+        const Item x = item(i, (i - unit.first) * places);
+        if (c0 == start) begin(x);
         visit_chunk(x, c0, c1, packed);
-        if (c1 == task.tiles_m) end(x);
+        if (c1 >= stop) end(x);
       }
+      if (c1 == c0) break;
     }
   }
 };

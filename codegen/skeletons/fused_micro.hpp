@@ -20,16 +20,7 @@ namespace {
 
 static_assert(TILE_P % 16 == 0 && TILE_M % 32 == 0, "tiles of 16 queries and 32 keys, or multiples");
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, BLOCK_ROWS = 8;
-#elif defined(__AVX__)
-constexpr int LANES = 8, BLOCK_ROWS = 4;
-#else
-constexpr int LANES = 4, BLOCK_ROWS = 4;
-#endif
-constexpr int BLOCK = 2 * LANES;
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
-typedef int32_t Lane __attribute__((vector_size(LANES * sizeof(float))));
+constexpr int BLOCK_ROWS = LANES == 16 ? 8 : 4, BLOCK = 2 * LANES;
 
 constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -52,16 +43,6 @@ template <class N> INLINE Vector load(const N* from, int count) {
   else
     for (int i = 0; i < LANES; i++) row[i] = i < count ? float(from[i]) : 0.0f;
   return *(const Vector*)row;
-}
-
-// Half of an exchange between rows that are S apart: lanes with bit S cross over.
-template <int S, bool SECOND, int... I> INLINE Vector exchange(Vector a, Vector b, std::integer_sequence<int, I...>) {
-  // lanes of b are numbered from LANES on
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, (SECOND ? ((I & S) ? I + LANES : I + S) : ((I & S) ? I - S + LANES : I))...);
-#else
-  return __builtin_shuffle(a, b, Lane{(SECOND ? ((I & S) ? I + LANES : I + S) : ((I & S) ? I - S + LANES : I))...});
-#endif
 }
 
 // x[i][j] -> x[j][i]
@@ -199,34 +180,46 @@ struct Tiles {
   }
   static void stop() { _tile_release(); }
 
+  // 32 numbers from memory, zeros after the first `count`.
+  static INLINE Vector load(const bf16* from, int count) {
+    Vector out{};
+    if (count >= 32) std::memcpy(&out, from, 64);
+    else if (count > 0) std::memcpy(&out, from, count * sizeof(bf16));
+    return out;
+  }
+
   // Queries [rows, E].
   template <int E> static void pack_left(bf16* to, const bf16* from, int64_t stride, int rows) {
-    std::memset(to, 0, TILE_P * deep(E) * sizeof(bf16));
-    for (int i = 0; i < rows; i++) std::memcpy(to + i * deep(E), from + i * stride, E * sizeof(bf16));
+    for (int i = 0; i < TILE_P; i++)
+      for (int e = 0; e < deep(E); e += 32)
+        *(Vector*)(void*)(to + i * deep(E) + e) = i < rows ? load(from + i * stride + e, E - e) : Vector{};
   }
 
   // Keys [rows, E] as tiles [n / 16][e / 32] of [e pairs][n]: pairs move as one number.
   template <int E> static void pack_keys(bf16* to, const bf16* from, int64_t stride, int rows) {
     for (int n = 0; n < TILE_M; n += 16)
       for (int e = 0; e < deep(E); e += 32, to += 512)
-        store_transposed((float*)(void*)to, 16, [&](int i) {
-          Vector out{};
-          if (n + i < rows) std::memcpy(&out, from + (n + i) * stride + e, std::min(32, E - e) * sizeof(bf16));
-          return out;
-        });
+        store_transposed((float*)(void*)to, 16, [&](int i) { return n + i < rows ? load(from + (n + i) * stride + e, E - e) : Vector{}; });
   }
 
   // Values [rows, F] as tiles [f / 16][n / 32] of [n pairs][f].
   static void pack_values(bf16* to, const bf16* from, int64_t stride, int rows) {
     for (int f = 0; f < wide(F); f += 16)
       for (int n = 0; n < TILE_M; n += 2, to += 32) {
-        const int count = std::min(16, F - f), there = std::max(0, std::min(2, rows - n));
         uint16_t x[2][16] = {};
-        for (int i = 0; i < there; i++) std::memcpy(x[i], from + (n + i) * stride + f, count * sizeof(bf16));
-        uint32_t pairs[16];
-        for (int i = 0; i < 16; i++) pairs[i] = x[0][i] | uint32_t(x[1][i]) << 16;
-        std::memcpy((void*)to, pairs, sizeof pairs);
+        const bf16* at = from + n * stride + f;
+        if (F - f >= 16 && n + 2 <= rows) {
+          pair((const uint16_t*)(const void*)at, (const uint16_t*)(const void*)(at + stride), to);
+          continue;
+        }
+        for (int i = 0; i < std::min(2, rows - n); i++) std::memcpy(x[i], at + i * stride, std::min(16, F - f) * sizeof(bf16));
+        pair(x[0], x[1], to);
       }
+  }
+  static INLINE void pair(const uint16_t* a, const uint16_t* b, bf16* to) {
+    uint32_t pairs[16];
+    for (int i = 0; i < 16; i++) pairs[i] = a[i] | uint32_t(b[i]) << 16;
+    std::memcpy((void*)to, pairs, sizeof pairs);
   }
 
   // out[16 R, 16 C] = (out) + A B. A: rows of `lda`, DEPTH numbers for each of `tiles`; B: [column / 16][depth / 32] of each
