@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from ..patterns.expr import TRUE, Expr
 from ..patterns.rowstate import OLD, Carried, RowState
 from .base2 import Terms
 from .cpu_form import Form
-from .print_cpp import STORED, At, Body, Operand, Scope, identifier, kind
+from .print_cpp import STORED, At, Body, Operand, Scope, identifier, kind, number
 from .print_torch import PrintError
 from .skip import mapped_state
 from .tile_terms import relative
@@ -28,10 +29,10 @@ from .tile_terms import relative
 RESERVED = frozenset([
     "x", "w", "n", "m0", "i", "state", "acc", "out", "row", "at_z", "at_h", "at_p", "tensors", "sizes", "Row",
     "Program", "T", "OUT", "E", "F", "TILE_P", "TILE_M", "PRODUCTS", "CARRIED", "PARTIAL", "least", "top", "start",
-    "step", "finish", "load", "self", "bits", "std", "INF", "NAN", "INFINITY", "INLINE", "max_", "min_", "floor_div",
-    "floor_mod", "exp_", "exp2_", "log_", "log1p_", "log2_", "tanh_", "sigmoid_", "softplus_", "sqrt_", "rsqrt_",
-    "abs_", "floor_", "erf_", "sin_", "cos_", "pow_", "bf16", "f16", "int8_t", "int16_t", "int32_t", "int64_t",
-    "uint8_t",
+    "step", "finish", "load", "self", "bits", "std", "INF", "NAN", "INFINITY", "INLINE", "max_", "min_", "row_max",
+    "row_sum", "floor_div", "floor_mod", "exp_", "exp2_", "log_", "log1p_", "log2_", "tanh_", "sigmoid_", "softplus_",
+    "sqrt_", "rsqrt_", "abs_", "floor_", "erf_", "sin_", "cos_", "pow_", "bf16", "f16", "int8_t", "int16_t",
+    "int32_t", "int64_t", "uint8_t",
 ])  # fmt: skip
 SCORE = "score of the tile"
 # How a loop over keys reduces: the clause's operator, the first value, one more element.
@@ -39,11 +40,6 @@ REDUCE = {
     "add": ("+", "0.0f", "{0} += {1}"),
     "max": ("top", "-INFINITY", "{0} = max_({0}, {1})"),
     "min": ("least", "INFINITY", "{0} = min_({0}, {1})"),
-}
-# The same in one instruction, which loses a NaN: where the row is NaN anyhow.
-PLAIN = {
-    "max": ("max", "-INFINITY", "{0} = {1} > {0} ? {1} : {0}"),
-    "min": ("min", "INFINITY", "{0} = {1} < {0} ? {1} : {0}"),
 }
 DECLARED = {
     "top": "// the largest, where a NaN stays one\n#pragma omp declare reduction(top : float : omp_out = "
@@ -134,6 +130,9 @@ class Program:
         self.diagonals = self._diagonals(written)
         self.tiles = tuple(self._outer(x) for x in written)
         self.ending = ex.substitute(t.state.finish, self.outer)
+        if t.state.correction is not None:
+            # the weights' largest is 1: their sum has a reciprocal
+            self.ending = _reciprocals(self.ending, self.a.value)
         own = self._tensors(set(given))
         self.tensors = [*own, *(d.name for d in self.diagonals.values())]
         operands = {}
@@ -271,21 +270,15 @@ def stored(f: Form, tensor: str) -> str:
     return "f32" if before and dtype in ex.FLOATS else dtype
 
 
-# Operators with a NaN for a result wherever an argument is one.
-KEEP_NAN = frozenset(["add", "sub", "mul", "div", "max", "min", "neg", "abs", "relu", *ex.FLOAT_UNARY])
+def _reciprocals(root: Expr, value: str) -> Expr:
+    """Quotients by what no value changes as products: one division a row."""
 
+    def rule(e: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if e.op != "div" or value not in args[0].ranks or value in args[1].ranks:
+            return None
+        return args[0] * ex.unary("reciprocal", ex.cast(args[1], "f32"))
 
-def keeps_nan(root: Expr, source: Expr) -> bool:
-    """Is a term NaN wherever `source` is?"""
-    kept: dict[Expr, bool] = {}
-    for e in ex.walk(root):
-        sides = [kept[a] for a in e.args]
-        if e.op == "where":
-            kept[e] = sides[1] and sides[2]
-        else:
-            passes = e.is_float and (e.op in KEEP_NAN or e.op == "cast")
-            kept[e] = e is source or (passes and any(sides))
-    return kept[root]
+    return ex.rebuild(root, rule)
 
 
 def corrections(state: RowState) -> list[Expr]:
@@ -412,11 +405,12 @@ class _Step:
         self.body = Body(p.scope, corrections(tile.state), set(p.taken), p.fields)
         self.around = _Around(p, self.body, p.key)
         self.phases, self.last = self._order()
-        # a score that is NaN makes its row NaN, whatever bounds the row holds
-        total = [x for x in ex.loads(p.ending) if str(x.attr) == p.a.contraction.out.tensor]
-        self.spoils = keeps_nan(self.state.weight, self.here) and any(keeps_nan(p.ending, x) for x in total)
+        # a product times a positive number is computed again by each loop; its largest is that of the products
+        self.scale = self._scale()
+        # which product's memory holds another score, once it does
         self.buffer: int | None = None
-        self.tile: dict[str, str] = {}
+        # what a scalar's elements come to, by its name
+        self.rows: dict[str, str] = {}
 
     def _order(self) -> tuple[list[int], int]:
         """In which loop each scalar is reduced: after all that it reads. The weights are written by the last loop."""
@@ -429,6 +423,14 @@ class _Step:
         for c in self.state.carried:
             phase[c.name] = after(c.lift, c.correction)
         return list(phase.values()), max([after(self.state.weight, self.state.correction), *phase.values()])
+
+    def _scale(self) -> tuple[int, float] | None:
+        if self.score.op != "mul":
+            return None
+        for x, c in (self.score.args, self.score.args[::-1]):
+            if x in self.p.products and c.is_const and 0 < float(c.value) < math.inf:
+                return self.p.products[x], float(c.value)
+        return None
 
     def lines(self) -> list[str]:
         p, body = self.p, self.body
@@ -456,12 +458,15 @@ class _Step:
             return
         key = ex.index(p.key)
         scores = any(self.here in ex.loads(t) for t in terms)
-        first = scores and self.buffer is None
-        roots = [*terms, *([self.score] if first else [])]
+        scaled = scores and self.scale is not None
+        first = scores and self.buffer is None and not scaled
+        roots = [*terms, *([self.score] if first or scaled else [])]
         names = dict(p.scope.names) | {key: p.ranks[p.key]}
         loop = Body(replace(p.scope, names=names), roots, body.taken, self.around, key)
         self._products(loop, roots)
-        if first:
+        if scaled:
+            loop.bind(self.here, loop.let("s", self.score))
+        elif first:
             self._first(loop, phase)
         elif scores:
             name = loop.fresh("s")
@@ -471,6 +476,9 @@ class _Step:
         clauses = self._reduce(loop, phase)
         if phase == self.last:
             loop.lines.append(f"w[i] = {loop.real(self.state.weight)};")
+        if all(" = " in x and x.startswith("const ") for x in loop.lines):
+            # nothing but names: what is reduced lies there already
+            return
         name = p.ranks[p.key]
         where = [f"const int32_t {name} = int32_t(m0) + i;"] if _mentions(name, loop.lines) else []
         body.lines += [
@@ -509,16 +517,28 @@ class _Step:
                 continue
             if c.op not in REDUCE:
                 raise PrintError(f"the row scalar {c.name} reduces {c.lift} by {c.op}")
-            table = PLAIN if c.op in PLAIN and c.lift is self.here and self.spoils else REDUCE
-            sign, first, rule = table[c.op]
+            if row := self._whole_row(c, phase):
+                self.rows[c.name] = row
+                continue
+            sign, first, rule = REDUCE[c.op]
             name = self.body.fresh(f"{p.carried[c.name]}_tile")
             self.body.lines.append(f"float {name} = {first};")
             loop.lines.append(rule.format(name, loop.real(c.lift)) + ";")
             clauses.setdefault(sign, []).append(name)
             if sign in DECLARED:
                 p.reductions.add(sign)
-            self.tile[c.name] = name
+            self.rows[c.name] = name
         return "".join(f" reduction({sign} : {', '.join(names)})" for sign, names in clauses.items())
+
+    def _whole_row(self, c: Carried, phase: int) -> str:
+        """The reduction of numbers that lie in memory as they are: scores by now, or weights. Else nothing."""
+        old = self.p.old[c.name]
+        if c.op == "max" and c.lift is self.here and self.scale is not None:
+            product, factor = self.scale
+            return f"max_({old}, row_max({self.p.inputs[product]}, n, -INFINITY) * {number(factor)})"
+        if c.op == "max" and c.lift is self.here and self.buffer is not None:
+            return f"row_max({self.p.inputs[self.buffer]}, n, {old})"
+        return "row_sum(w, n)" if c.op == "add" and c.lift is self.state.weight and phase == self.last else ""
 
     def _update(self, phase: int) -> None:
         """The scalars of a loop, brought up to date."""
@@ -526,12 +546,13 @@ class _Step:
         for c, n in zip(self.state.carried, self.phases):
             if n != phase:
                 continue
-            new, old, tile = p.carried[c.name], p.old[c.name], self.tile[c.name]
+            new, old, row = p.carried[c.name], p.old[c.name], self.rows[c.name]
             if c.op == "add":
                 before = old if c.correction is None else f"{old} * {body.let('c', c.correction)}"
-                body.lines.append(f"const float {new} = {before} + {tile};")
-            else:
-                body.lines.append(f"const float {new} = {c.op}_({old}, {tile});")
+                row = f"{before} + {row}"
+            elif row.isidentifier():
+                row = f"{c.op}_({old}, {row})"
+            body.lines.append(f"const float {new} = {row};")
             for t in (*self._all(), *corrections(self.state)):
                 for x in ex.loads(t):
                     if str(x.attr) == c.name:
