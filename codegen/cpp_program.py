@@ -407,7 +407,9 @@ class _Step:
         self.phases, self.last = self._order()
         # a product times a positive number is computed again by each loop; its largest is that of the products
         self.scale = self._scale()
-        # which product's memory holds another score, once it does
+        # products whose memory may hold another score: no term reads them beside it
+        self.free = [i for x, i in p.products.items() if all(x not in ex.loads(t) for t in self._all())]
+        # which one does
         self.buffer: int | None = None
         # what a scalar's elements come to, by its name
         self.rows: dict[str, str] = {}
@@ -458,13 +460,13 @@ class _Step:
             return
         key = ex.index(p.key)
         scores = any(self.here in ex.loads(t) for t in terms)
-        scaled = scores and self.scale is not None
-        first = scores and self.buffer is None and not scaled
-        roots = [*terms, *([self.score] if first or scaled else [])]
+        again = scores and (self.scale is not None or not self.free)
+        first = scores and self.buffer is None and not again
+        roots = [*terms, *([self.score] if first or again else [])]
         names = dict(p.scope.names) | {key: p.ranks[p.key]}
         loop = Body(replace(p.scope, names=names), roots, body.taken, self.around, key)
         self._products(loop, roots)
-        if scaled:
+        if again:
             loop.bind(self.here, loop.let("s", self.score))
         elif first:
             self._first(loop, phase)
@@ -502,10 +504,7 @@ class _Step:
         if self.score in p.products:
             self.buffer = p.products[self.score]
         elif any(self.here in ex.loads(t) for t in later):
-            free = [i for x, i in p.products.items() if all(x not in ex.loads(t) for t in later)]
-            if not free:
-                raise PrintError("the row rule reads each product beside the score")
-            self.buffer = free[0]
+            self.buffer = self.free[0]
             loop.lines.append(f"{p.inputs[self.buffer]}[i] = {name};")
 
     def _reduce(self, loop: Body, phase: int) -> str:
