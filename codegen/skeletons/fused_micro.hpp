@@ -80,14 +80,14 @@ struct Fma {
   static void stop() {}
 
   // Queries [rows, E].
-  template <int E> static void pack_left(float* to, const T* from, int64_t stride, int rows) {
+  template <int E> static APART void pack_left(float* to, const T* from, int64_t stride, int rows) {
     for (int i = 0; i < TILE_P; i++)
       for (int e = 0; e < deep(E); e += LANES)
         *(Vector*)(to + i * deep(E) + e) = i < rows ? load(from + i * stride + e, E - e) : Vector{};
   }
 
   // Keys [rows, E] as panels [n / BLOCK][e][BLOCK].
-  template <int E> static void pack_keys(float* to, const T* from, int64_t stride, int rows) {
+  template <int E> static APART void pack_keys(float* to, const T* from, int64_t stride, int rows) {
     for (int n = 0; n < TILE_M; n += LANES) {
       float* panel = to + n / BLOCK * BLOCK * deep(E) + n % BLOCK;
       for (int e = 0; e < deep(E); e += LANES)
@@ -96,7 +96,7 @@ struct Fma {
   }
 
   // Values [rows, F] as panels [f / BLOCK][n][BLOCK].
-  static void pack_values(float* to, const T* from, int64_t stride, int rows) {
+  static APART void pack_values(float* to, const T* from, int64_t stride, int rows) {
     for (int f = 0; f < wide(F); f += BLOCK)
       for (int n = 0; n < TILE_M; n++, to += BLOCK)
         for (int j = 0; j < BLOCK; j += LANES)
@@ -132,7 +132,7 @@ struct Fma {
   }
 
   // S = Q Kᵀ of one tile
-  template <int E> static void scores(const float* q, const float* k, float* s, int rows) {
+  template <int E> static APART void scores(const float* q, const float* k, float* s, int rows) {
     constexpr int D = deep(E);
     for (int j = 0; j < TILE_M; j += BLOCK)
       for (int i = 0; i < rows; i += BLOCK_ROWS) block<NONE, D>(q + i * D, D, k + j * D, 1, 0, q, s + i * LD + j, LD);
@@ -149,7 +149,7 @@ struct Fma {
     for (int t = TILES; t < tiles; t += TILES) part<false>(w + t * TILE_M, v + t * next, std::min(tiles - t, TILES), next, c, acc, rows);
   }
   template <bool FIRST>
-  static void part(const float* w, const float* v, int tiles, int64_t next, const float* c, float* acc, int rows) {
+  static APART void part(const float* w, const float* v, int tiles, int64_t next, const float* c, float* acc, int rows) {
     for (int j = 0; j < wide(F); j += BLOCK)
       for (int i = 0; i < rows; i += BLOCK_ROWS)
         block<FIRST ? SCALED : ADDED, TILE_M>(w + i * LD, LD, v + j * TILE_M, tiles, next, c + i, acc + i * wide(F) + j, wide(F));
@@ -189,21 +189,21 @@ struct Tiles {
   }
 
   // Queries [rows, E].
-  template <int E> static void pack_left(bf16* to, const bf16* from, int64_t stride, int rows) {
+  template <int E> static APART void pack_left(bf16* to, const bf16* from, int64_t stride, int rows) {
     for (int i = 0; i < TILE_P; i++)
       for (int e = 0; e < deep(E); e += 32)
         *(Vector*)(void*)(to + i * deep(E) + e) = i < rows ? load(from + i * stride + e, E - e) : Vector{};
   }
 
   // Keys [rows, E] as tiles [n / 16][e / 32] of [e pairs][n]: pairs move as one number.
-  template <int E> static void pack_keys(bf16* to, const bf16* from, int64_t stride, int rows) {
+  template <int E> static APART void pack_keys(bf16* to, const bf16* from, int64_t stride, int rows) {
     for (int n = 0; n < TILE_M; n += 16)
       for (int e = 0; e < deep(E); e += 32, to += 512)
         store_transposed((float*)(void*)to, 16, [&](int i) { return n + i < rows ? load(from + (n + i) * stride + e, E - e) : Vector{}; });
   }
 
   // Values [rows, F] as tiles [f / 16][n / 32] of [n pairs][f].
-  static void pack_values(bf16* to, const bf16* from, int64_t stride, int rows) {
+  static APART void pack_values(bf16* to, const bf16* from, int64_t stride, int rows) {
     for (int f = 0; f < wide(F); f += 16)
       for (int n = 0; n < TILE_M; n += 2, to += 32) {
         uint16_t x[2][16] = {};
@@ -276,7 +276,7 @@ struct Tiles {
   }
 
   // S = Q Kᵀ of one tile
-  template <int E> static void scores(const bf16* q, const bf16* k, float* s, int rows) {
+  template <int E> static APART void scores(const bf16* q, const bf16* k, float* s, int rows) {
     multiply<false, deep(E), TILE_M>(q, deep(E), k, 1, 0, s, LD, rows);
   }
   // The unit has no factors: they are applied to a row of the accumulator before the product.
@@ -297,7 +297,7 @@ struct Tiles {
     }
   }
   // acc = acc + W V over the tiles of a run; `next`: from one tile's values to the next one's
-  static void accumulate(const float* w, const bf16* v, int tiles, int64_t next, const float*, float* acc, int rows) {
+  static APART void accumulate(const float* w, const bf16* v, int tiles, int64_t next, const float*, float* acc, int rows) {
     multiply<true, TILE_M, wide(F)>((const bf16*)(const void*)w, 2 * LD, v, tiles, next, acc, wide(F), rows);
   }
 };

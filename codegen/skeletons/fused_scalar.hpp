@@ -15,6 +15,8 @@ namespace {
 
 constexpr float INF = __builtin_inff();
 #define INLINE inline __attribute__((always_inline))
+// Inner loops in functions of their own have all registers for themselves.
+#define APART __attribute__((noinline))
 
 template <class To, class From> INLINE To bits(From x) {
   static_assert(sizeof(To) == sizeof(From), "the same bits in another type");
