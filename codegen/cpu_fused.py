@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..patterns import expr as ex
 from ..patterns.expr import TRUE, Expr
@@ -30,11 +31,14 @@ from .cpu_print import (
 from .print_cpp import STORED
 from .print_torch import TYPES, Body, PrintError
 from .skeletons import cpu, cpu_fused
+from .streaming import mapped_state
 
 BODY = "one pass in C++ around the score and the row's state"
 # What the loop is made for: rows of its register blocks, columns of two vectors.
 ROWS, COLUMNS = 16, 32
 OPERANDS = ("f32", "bf16", "f16")
+# Constants between this and its inverse have a reciprocal in float32, and products with one another.
+SMALLEST = 1e-15
 # More names that the printed Python uses for itself.
 LOCALS = ("tiles", "drowned", "row", "column", *(f"diagonal_{i}" for i in range(16)))
 
@@ -68,7 +72,7 @@ class _File:
         terms = Terms(a.score, f.mask, f.state)
         if self.type != "f32":
             products = {str(e.out.tensor) for e in a.products}
-            terms = in_base2(terms, a.key, frozenset(x for x in ex.loads(a.score) if str(x.attr) in products))
+            terms = in_base2(_multiplied(terms), a.key, frozenset(x for x in ex.loads(a.score) if str(x.attr) in products))
         self.program = Program(f, terms, given)
 
     def text(self, version: str) -> str:
@@ -203,6 +207,29 @@ class _File:
 
     def _as(self, e: Expr) -> str:
         return "" if _kind(e) == self.type and (e.op != "load" or e.is_float) else f".to({TYPES[self.type]})"
+
+
+def _multiplied(t: Terms) -> Terms:
+    """Quotients by a constant as products, and factors that follow one another as one.        x · 0.25 / 5 = x · 0.05"""
+
+    def times(x: Expr, c: float) -> Expr:
+        if x.op == "mul" and x.args[1].is_const:
+            return x.args[0] * ex.const(float(x.args[1].value) * c, "f32")
+        return x * ex.const(c, "f32")
+
+    def rule(e: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if e.dtype != "f32" or e.op not in ("mul", "div") or not args[1].is_const or args[0].dtype != "f32":
+            return None
+        c = abs(float(args[1].value))
+        if not SMALLEST < c < 1 / SMALLEST:
+            return None
+        return times(args[0], float(args[1].value) if e.op == "mul" else 1.0 / float(args[1].value))
+
+    def rewritten(e: Expr) -> Expr:
+        return ex.rebuild(e, rule)
+
+    mask = replace(t.mask, keep=rewritten(t.mask.keep), full=rewritten(t.mask.full))
+    return Terms(rewritten(t.score), mask, mapped_state(t.state, rewritten))
 
 
 def _identifier(name: str) -> str:

@@ -349,6 +349,11 @@ def test_exponentials_are_by_base_two_for_narrow_operands() -> None:
     assert "exp2_(" not in holes(VARIANTS["causal"](dtype="f32").cascade)
 
 
+def test_constants_are_one_factor_for_narrow_operands() -> None:
+    assert "qk * 0.05f" in holes(VARIANTS["softcap"](dtype="bf16").cascade)
+    assert "/ 5.0f" in holes(VARIANTS["softcap"](dtype="f32").cascade)
+
+
 def test_scores_and_weights_in_memory_are_reduced_row_by_row() -> None:
     """Largest score and sum of weights by the loop's own reductions; a plain product needs no pass of its own."""
     text = holes(VARIANTS["causal"]().cascade)
