@@ -118,6 +118,7 @@ struct Fma {
         if (B == SCALED) s[i][j] *= c[i];
       }
     for (int t = 0; t < tiles; t++, a += DEPTH, b += next - DEPTH * BLOCK)
+#pragma GCC unroll 4
       for (int k = 0; k < DEPTH; k++, b += BLOCK) {
         const Vector b0 = *(const Vector*)b, b1 = *(const Vector*)(b + LANES);
 #pragma GCC unroll 16
