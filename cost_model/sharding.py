@@ -145,7 +145,7 @@ def _against(ways: Sequence[tuple[Way, int]], mem: Memory, device: Device, appro
     """Why a way whose cost is known may not be taken; empty where it may."""
     inexact = next((w.why for w, _ in ways if not w.exact), "")
     if inexact and not approximate:
-        return f"approximate: {inexact}; Policy(approximate=True) admits it"
+        return f"approximate: {inexact}; Policy(approximate=True) or --approximate admits it"
     room = mem.room(device.dram_bytes)
     return "" if mem.total <= room else f"needs {_gb(mem.total)} of the {_gb(room)} that {device.name} has for it"
 
