@@ -147,7 +147,8 @@ class _File:
         body = Body(p.scope({ex.index(a.query): "row", ex.index(a.key): "column"}, views=False), [d.part])
         value = body.real(d.part) if d.part.is_float else body.term(d.part)
         lines = [
-            f'row, column = torch.zeros(1, dtype=torch.int64, device="cpu"), torch.arange(1 - {queries}, {keys}, device="cpu")',
+            'row = torch.zeros(1, dtype=torch.int64, device="cpu")',
+            f'column = torch.arange(1 - {queries}, {keys}, device="cpu")',
             *(x.strip() for x in body.lines),
             f"return ({value}).to({TYPES[d.dtype]}).as_strided(({queries}, {keys}), (1, 1))",
         ]
