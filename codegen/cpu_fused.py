@@ -13,9 +13,10 @@ from dataclasses import replace
 from ..patterns import expr as ex
 from ..patterns.expr import TRUE, Expr
 from ..patterns.mapping import Mapping as Tiling
-from . import cache, native
+from . import cache, cpp_program, native
 from .base2 import Terms, in_base2
-from .cpp_program import Diagonal, Program, stored
+from .cpp_names import Program, stored
+from .cpp_terms import Diagonal
 from .cpu_form import Form, softmax
 from .cpu_plan import classes
 from .cpu_print import (
@@ -97,7 +98,7 @@ class _File:
             f"constexpr int PRODUCTS = {len(depths)}, TILE_P = {m.tile_p}, TILE_M = {m.tile_m}, "
             f"CARRIED = {len(self.program.state.carried)};",
             f"constexpr int E[PRODUCTS] = {{{', '.join(map(str, depths))}}}, F = {self._length((f.attention.value,))};",
-            f"using T = {STORED[self.type]};", f"using OUT = {STORED[self.out]};", "", self.program.text(),
+            f"using T = {STORED[self.type]};", f"using OUT = {STORED[self.out]};", "", cpp_program.text(self.program),
         ])  # fmt: skip
 
     def _length(self, ranks: Sequence[str]) -> int:
