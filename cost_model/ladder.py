@@ -103,7 +103,7 @@ EXPONENTIAL = ("exp_seconds", "softmax_seconds", "attention_row_seconds", "atten
 def _calls_for_free(h: HostRates) -> HostRates:
     return replace(
         h, threads=1, operator_seconds=0.0, product_seconds=0.0, attention_seconds=0.0, mask_seconds=0.0,
-        operator_call_seconds=0.0, flex_call_seconds=0.0,
+        operator_call_seconds=0.0, flex_call_seconds=0.0, flex_blocks_seconds=0.0, company_factor={}, company_decay=0.0,
     )  # fmt: skip
 
 

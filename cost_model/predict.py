@@ -269,6 +269,7 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
         units = at.batch * -(-at.queries // FLEX_BLOCK)
         gain = host.balanced(prices.gain("flex"), prices.threads, units)
         bill.add("launch", prices.h.flex_call_seconds + use.operators * prices.h.operator_seconds)
+        bill.add("launch", prices.h.flex_blocks_seconds if use.skips else 0.0)
         bill.add("matrix", visited * (b + key) * (at.embed + at.value) / gain)
         bill.add("exp", (visited * a + partial * mask) / gain)
         bill.add("memory", prices.stream(operands * WIDTH[s.dtype]))
@@ -283,7 +284,7 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
         _mask_on_cpu(s, at, use, prices, bill)
     bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
     bill.bytes = moved + use.mask_elements * WIDTH[use.mask_dtype]
-    return bill.cost(device)
+    return bill.cost(device, "flex" if use.backend == "flex" else "sdpa", s.dtype)
 
 
 def _flex_key(h: HostRates, dtype: str, queries: int) -> float:
