@@ -322,7 +322,8 @@ def _fresh(threads: int) -> Iterator[Cell]:
 # (mask, score, kind of shape) of the cells that are drawn.
 DRAWN = (
     ("none", "plain", "square"), ("none", "plain", "cross"), ("none", "bias", "square"), ("causal", "plain", "square"),
-    ("causal", "plain", "grouped"), ("causal", "softcap", "square"), ("causal", "bias", "square"), ("causal", "plain", "past"),
+    ("causal", "plain", "grouped"), ("causal", "softcap", "square"), ("causal", "bias", "square"),
+    ("causal", "plain", "past"),
     ("window", "plain", "square"), ("window", "plain", "grouped"), ("window", "softcap", "square"),
     ("prefix", "plain", "square"), ("padding", "plain", "batch"), ("causal", "plain", "decode"), ("none", "plain", "few"),
 )  # fmt: skip
@@ -343,7 +344,8 @@ def _drawn(draw: random.Random, mask: str, score: str, kind: str, dtype: str, th
     head = draw.choice((40, 48, 64, 72, 80, 96, 112, 128))
     keys = _log_uniform(draw, 220, 7000)
     queries = {"cross": _log_uniform(draw, 60, 900), "decode": 1, "few": draw.randint(2, 15)}.get(kind, keys)
-    keys = min(keys, int(PAIRS / (batch * heads * queries)), int(math.sqrt(PAIRS / (batch * heads))) if queries == keys else keys)
+    most = PAIRS / (batch * heads)
+    keys = min(keys, int(math.sqrt(most) if queries == keys else most / queries))
     queries = max(keys // 3, 20) if kind == "past" else min(queries, keys)
     window = _log_uniform(draw, 40, 900)
     return Cell(

@@ -6,14 +6,14 @@
 
 Prints a row a cell, then per device: MAPE, 95th percentile, Spearman's rank correlation, the regret of the model's choice,
 the test-retest noise of the timings, and the ablation from a plain roofline to the calibrated model. Timings are kept in
-benchmarks/results/cost_model_DEVICE.json (`fresh` and `unseen` by themselves); cells that are there are not measured again (unless
---again, or where the mapping that the model likes best has not been timed), so that a grid may be measured piece by piece,
-and --report judges what is there. Works on a CPU and on a CUDA device as it stands. Compilation is not timed; it is printed
-apart.
+benchmarks/results/cost_model_DEVICE.json (`fresh` and `unseen` by themselves); cells that are there are not measured again
+(unless --again, or where the mapping that the model likes best has not been timed), so that a grid may be measured piece by
+piece, and --report judges what is there. Works on a CPU and on a CUDA device as it stands. Compilation is not timed; it is
+printed apart.
 
-Grids: `unseen` judges the model: shapes drawn from wide ranges, and nothing was changed after a look at its cells. No constant
-was fitted to `fresh` or `heldout` either, but mechanisms were mended after a look at them (products of one row, heads that
-share keys in the product body, how FlexAttention lays out keys, calls in company).
+Grids: `unseen` judges the model: shapes drawn from wide ranges, and nothing was changed after a look at its cells. No
+constant was fitted to `fresh` or `heldout` either, but mechanisms were mended after a look at them (products of one row,
+heads that share keys in the product body, how FlexAttention lays out keys, calls in company).
 `regret` (8 heads of 64, window, causal and no mask, 512 to 8192 tokens) and `development` were looked at throughout. The
 calibration sees none of them: see benchmarks/cells.py. --calibrations judges the same timings with each of several files
 that `reattend targets --calibrate` wrote (REATTEND_CALIBRATION=FILE), and prints the median and the range.

@@ -60,7 +60,7 @@ def calibrate(d: Device, path: Path | None = None, watch: Watch[Any] = unwatched
         # twice, with all else in between: clocks and neighbours change from one minute to the next
         first = cpu_rates(watch=watch)
         compiled = _flex(first, watch)
-        found_runs = runs(compiled, watch, flex=compiled is not first)
+        found_runs = runs(compiled, watch)
         rates = _own(alone(_flex_of(compiled, between(first, cpu_rates(watch=watch)))))
         found = in_company(rates, found_runs)
         check = tuple(_checked_on_cpu(found, watch))
@@ -183,7 +183,7 @@ def _checked_on_cpu(d: Device, watch: Watch[Any]) -> Iterator[Checked]:
     here = with_threads(d, torch.get_num_threads())
     for shape in watch(list(CHECKED), "check on other shapes"):
         for t in TYPES:
-            found = list(ways(cascade(shape, t), shape, tensors(shape, t), here, flex=False))
+            found = list(ways(cascade(shape, t), shape, tensors(shape, t), here))
             with torch.no_grad():
                 took = rounds([w.call for w in found])
             name = f"{shape.mask} {shape.batch}×{shape.heads}×{shape.queries}×{shape.head} {t}"

@@ -38,13 +38,14 @@ from .operator import program_text
 from .program import loose
 
 Call = Callable[[], object]
+Price = Callable[[Device], Cost]
 TYPES = ("f32", "bf16")
 # Rounds of a shape. A way so many times slower than the fastest one is called in every second round, and so on.
-ROUNDS, SLOW, SELDOM = 7, 3.0, 3
+ROUNDS, SLOW, SELDOM = 6, 3.0, 3
 # Mappings of a body whose predicted time is so much above the best one's are not run.
 NEAR = 4.0
-# No kind of way is believed to be off by more.
-LEAST, MOST = 0.6, 2.0
+# No kind of way is believed to be faster in company, or slower by more.
+LEAST, MOST = 1.0, 2.0
 STEEPEST = 0.2
 
 
@@ -60,7 +61,6 @@ class Shape:
     head: int = 64
     group: int = 1
     window: int = 150
-    flex: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -69,11 +69,11 @@ class Shape:
 
 
 SHAPES = (
-    Shape("none", 2, 5, 410, 410, flex=True), Shape("none", 1, 8, 150, 1280), Shape("none", 1, 4, 980, 980, 128),
-    Shape("causal", 1, 8, 560, 560, flex=True), Shape("causal", 1, 5, 1160, 1160, 96),
+    Shape("none", 2, 5, 410, 410), Shape("none", 1, 8, 150, 1280), Shape("none", 1, 4, 980, 980, 128),
+    Shape("causal", 1, 8, 560, 560), Shape("causal", 1, 5, 1160, 1160, 96),
     Shape("causal", 1, 12, 770, 770, group=3), Shape("causal", 1, 6, 300, 1450), Shape("causal", 1, 4, 2350, 2350),
-    Shape("window", 1, 8, 1040, 1040, flex=True), Shape("window", 1, 4, 2150, 2150, 80, window=310),
-    Shape("window", 2, 4, 1600, 1600, window=70), Shape("prefix", 1, 6, 890, 890, flex=True), Shape("bias", 1, 6, 690, 690),
+    Shape("window", 1, 8, 1040, 1040), Shape("window", 1, 4, 2150, 2150, 80, window=310),
+    Shape("window", 2, 4, 1600, 1600, window=70), Shape("prefix", 1, 6, 890, 890), Shape("bias", 1, 6, 690, 690),
     Shape("padding", 2, 6, 580, 580), Shape("causal", 1, 24, 1, 2600, 128, group=4),
     Shape("none", 4, 8, 1, 2050), Shape("causal", 1, 12, 6, 1420, group=3),
 )  # fmt: skip
@@ -81,7 +81,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run an attention: its kind (original, sdpa, flex, our-BODY), the call, and what a device says it costs."""
+    """One way to run an attention: its kind (original, sdpa or our-BODY), the call, and what a device says it costs."""
 
     kind: str
     call: Call
@@ -98,18 +98,20 @@ class Run:
     seconds: float
 
     def timed(self, d: Device) -> Timed:
-        return Timed(self.way.kind, self.dtype, self.threads, self.seconds, self.way.price(with_threads(d, self.threads)).seconds)
+        predicted = self.way.price(with_threads(d, self.threads)).seconds
+        return Timed(self.way.kind, self.dtype, self.threads, self.seconds, predicted, size_of(predicted, d))
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of a way, measured in company and predicted alone."""
+    """Seconds of a way, measured in company and predicted alone; its size as the host model has it."""
 
     kind: str
     dtype: str
     threads: int
     measured: float
     predicted: float
+    size: float
 
     @property
     def off(self) -> float:
@@ -123,18 +125,17 @@ def in_company(d: Device, found: list[Run]) -> Device:
     return replace(d, host=with_rates(d.host, factors([r.timed(d) for r in found])))
 
 
-def runs(d: Device, watch: Watch[Any], flex: bool = True) -> list[Run]:
+def runs(d: Device, watch: Watch[Any]) -> list[Run]:
     """Every way of every shape, type and number of threads, timed now. `d` says which of our mappings are worth it."""
     steps = [(shape, t) for shape in SHAPES for t in TYPES]
     with torch.no_grad():
-        return [r for shape, t in watch(steps, "attentions in company") for r in _runs(shape, t, alone(d), flex)]
+        return [r for shape, t in watch(steps, "attentions in company") for r in _runs(shape, t, alone(d))]
 
 
-def _runs(shape: Shape, t: str, d: Device, flex: bool) -> Iterator[Run]:
+def _runs(shape: Shape, t: str, d: Device) -> Iterator[Run]:
     c, x = cascade(shape, t), tensors(shape, t)
     for threads in sorted({1, d.units}):
-        # compiled for each number of threads: once is enough
-        found = list(ways(c, shape, x, with_threads(d, threads), flex and shape.flex and threads == d.units))
+        found = list(ways(c, shape, x, with_threads(d, threads)))
         with _threads(threads):
             took = rounds([w.call for w in found])
         yield from (Run(w, t, threads, s) for w, s in zip(found, took))
@@ -184,11 +185,10 @@ def factors(found: list[Timed]) -> dict[str, Any]:
     by_type: dict[str, dict[str, float]] = {}
     for kind, t in sorted({(w.kind, w.dtype) for w in found}):
         own = decay if kind != "original" else 0.0
-        off = statistics.median(w.off + own * size_of(w.predicted) for w in found if (w.kind, w.dtype) == (kind, t))
+        off = statistics.median(w.off + own * w.size for w in found if (w.kind, w.dtype) == (kind, t))
         by_type.setdefault(kind, {})[t] = min(max(math.exp(off), LEAST), MOST)
-    for table in by_type.values():
-        table["f16"] = table["bf16"]
-    return {"company_factor": by_type, "company_decay": decay}
+    with_f16 = {kind: {**table, **({"f16": table["bf16"]} if "bf16" in table else {})} for kind, table in by_type.items()}
+    return {"company_factor": with_f16, "company_decay": decay}
 
 
 def _decay(found: list[Timed]) -> float:
@@ -199,7 +199,7 @@ def _decay(found: list[Timed]) -> float:
     slopes = []
     for group in alike.values():
         for a, b in combinations(group, 2):
-            apart = size_of(a.predicted) - size_of(b.predicted)
+            apart = a.size - b.size
             if abs(apart) > math.log(2) / math.log(APART):
                 slopes.append(-(a.off - b.off) / apart)
     return min(max(statistics.median(slopes), 0.0), STEEPEST) if slopes else 0.0
@@ -208,15 +208,14 @@ def _decay(found: list[Timed]) -> float:
 # --- the ways of a shape ------------------------------------------------------------------------------------------------
 
 
-def ways(c: Cascade, shape: Shape, x: Mapping[str, torch.Tensor], d: Device, flex: bool) -> Iterator[Way]:
-    """Everything that can run this attention on the CPU; of our mappings the best few by prediction."""
+def ways(c: Cascade, shape: Shape, x: Mapping[str, torch.Tensor], d: Device) -> Iterator[Way]:
+    """What can run this attention on the CPU without a compiler; of our mappings the best few by prediction."""
     sizes = shape.sizes
     yield Way("original", original(shape, x), lambda d: predict_original(c, d, sizes))
-    for make in (vendor.sdpa, vendor.flex)[: 1 + flex]:
-        made = make(c)
-        made = make(c, keyed=True) if isinstance(made, Refusal) else made
-        if not isinstance(made, Refusal) and isinstance(vendor.use(made, d, sizes), VendorUse):
-            yield Way(made.name, partial(_vendor, made, x, sizes), partial(_vendor_price, made, sizes))
+    made = vendor.sdpa(c)
+    made = vendor.sdpa(c, keyed=True) if isinstance(made, Refusal) else made
+    if not isinstance(made, Refusal):
+        yield Way("sdpa", partial(_vendor, made, x, sizes), partial(_vendor_price, made, sizes))
     found = ranked_mappings(c, d, sizes)
     assert not isinstance(found, Miss), found
     for mapping in _different(found):
@@ -248,11 +247,11 @@ def _different(found: tuple[tuple[Tiling, Cost], ...], each: int = 2) -> Iterato
     costs: set[float] = set()
     for mapping, cost in found:
         rows = seen.setdefault(mapping.body, set())
-        if len(rows) < each and mapping.tile_p not in rows and cost.seconds not in costs:
-            if cost.seconds < NEAR * found[0][1].seconds:
-                rows.add(mapping.tile_p)
-                costs.add(cost.seconds)
-                yield mapping
+        known = mapping.tile_p in rows or cost.seconds in costs
+        if not known and len(rows) < each and cost.seconds < NEAR * found[0][1].seconds:
+            rows.add(mapping.tile_p)
+            costs.add(cost.seconds)
+            yield mapping
 
 
 def ready(c: Cascade, mapping: Tiling, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> Call:

@@ -180,7 +180,8 @@ def _typed(t: str) -> Callable[[], dict[str, Any]]:
 
     def step() -> dict[str, Any]:
         flops, half = _product(t)
-        rates: dict[str, Any] = {"matrix_flops_per_s": flops, "gemm_half_rows": half, "row_flops_per_s": _row(t), **_points(t), **_attention(t)}
+        products = {"matrix_flops_per_s": flops, "gemm_half_rows": half, "row_flops_per_s": _row(t)}
+        rates: dict[str, Any] = {**products, **_points(t), **_attention(t)}
         return {name: {t: rate} for name, rate in rates.items()}
 
     return step

@@ -28,8 +28,9 @@ FAIR = 0.67
 CORE_CACHE = 1 << 20
 # Keys of a block inside PyTorch's fused CPU kernel.
 KEY_BLOCK = 512
-# Seconds of a call of middling size; one so many times shorter or longer is as small or large as any.
-MIDDLE, APART = 5e-3, 6.0
+# A call of middling size takes as long as the memory for so many bytes; one so many times shorter or longer is as small or
+# large as any.
+MIDDLE, APART = 2e8, 6.0
 # Element-wise operators by what a plain addition costs, on operands in the cache.
 IN_ELEMENTS: Mapping[str, float] = {"max": 0.7, "min": 0.7}
 # torch's vectorised exp is the unit; the others cost about this many of them.
@@ -50,7 +51,7 @@ class Bill:
 
     def cost(self, d: Device, kind: str, dtype: str) -> Cost:
         """The cost of a way of this kind: original, sdpa, flex or our-BODY."""
-        factor = company(d.host, kind, dtype, sum(self.parts.values())) if d.host is not None else 1.0
+        factor = company(d, kind, dtype, sum(self.parts.values()))
         parts = {k: v * factor for k, v in self.parts.items() if v > 0}
         by_bound: dict[str, float] = {}
         for k, v in parts.items():
@@ -59,16 +60,20 @@ class Bill:
         return Cost(sum(parts.values()), bound, self.flops, self.bytes, self.exps, parts, d.basis, d.band)
 
 
-def company(h: HostRates, kind: str, dtype: str, seconds: float) -> float:
-    """What a call takes between other work beside what it takes alone, over and over."""
-    own = rate(h.company_factor[kind], dtype) if kind in h.company_factor else 1.0
-    # the original's operators pass through the memory whatever their size
-    return own if kind == "original" else own * math.exp(-h.company_decay * size_of(seconds))
+def company(d: Device, kind: str, dtype: str, seconds: float) -> float:
+    """What a call takes between other work beside what it takes alone, over and over: never less.
+
+    FlexAttention has no factor of its own, because it takes long to compile in a calibration. The original's operators pass
+    through the memory whatever their size, and have no decay.
+    """
+    assert d.host is not None
+    own = rate(d.host.company_factor[kind], dtype) if kind in d.host.company_factor else 1.0
+    return max(1.0, own if kind == "original" else own * math.exp(-d.host.company_decay * size_of(seconds, d)))
 
 
-def size_of(seconds: float) -> float:
-    """The size of a call by its seconds: −1 for a small one, 1 for a large one, logarithmic in between."""
-    return min(max(math.log(max(seconds, 1e-9) / MIDDLE) / math.log(APART), -1.0), 1.0)
+def size_of(seconds: float, d: Device) -> float:
+    """The size of a call: −1 for a small one, 1 for a large one, logarithmic in between."""
+    return min(max(math.log(max(seconds, 1e-9) * d.dram_bytes_per_s / MIDDLE) / math.log(APART), -1.0), 1.0)
 
 
 class Host:
