@@ -47,6 +47,8 @@ NEAR = 4.0
 # No kind of way is believed to be faster in company, or slower by more.
 LEAST, MOST = 1.0, 2.0
 STEEPEST = 0.2
+# Of what a kind is off, the share that is believed: the machine drifts by about as much between one minute and the next.
+BELIEVED = 0.5
 
 
 @dataclass(frozen=True)
@@ -177,16 +179,16 @@ def _threads(n: int) -> Iterator[None]:
 def factors(found: list[Timed]) -> dict[str, Any]:
     """The rates of company from timings of every kind of way.
 
-    log(measured / predicted) = what the kind and type are off − decay · size. Medians at each step, so that a disturbed
-    shape moves nothing; a kind that was not run keeps what it has. The original's operators pass through the memory
-    whatever their size: it has no decay.
+    log(measured / predicted) = what the kind and type are off − decay · size, of which the former is believed by half.
+    Medians at each step, so that a disturbed shape moves nothing; a kind that was not run has no factor. The original's
+    operators pass through the memory whatever their size: it has no decay.
     """
     decay = _decay([w for w in found if w.kind != "original"])
     by_type: dict[str, dict[str, float]] = {}
     for kind, t in sorted({(w.kind, w.dtype) for w in found}):
         own = decay if kind != "original" else 0.0
         off = statistics.median(w.off + own * w.size for w in found if (w.kind, w.dtype) == (kind, t))
-        by_type.setdefault(kind, {})[t] = min(max(math.exp(off), LEAST), MOST)
+        by_type.setdefault(kind, {})[t] = min(max(math.exp(BELIEVED * off), LEAST), MOST)
     with_f16 = {kind: {**table, **({"f16": table["bf16"]} if "bf16" in table else {})} for kind, table in by_type.items()}
     return {"company_factor": with_f16, "company_decay": decay}
 

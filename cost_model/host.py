@@ -30,7 +30,7 @@ CORE_CACHE = 1 << 20
 KEY_BLOCK = 512
 # A call of middling size takes as long as the memory for so many bytes; one so many times shorter or longer is as small or
 # large as any.
-MIDDLE, APART = 2e8, 6.0
+MIDDLE, APART = 1e8, 6.0
 # Element-wise operators by what a plain addition costs, on operands in the cache.
 IN_ELEMENTS: Mapping[str, float] = {"max": 0.7, "min": 0.7}
 # torch's vectorised exp is the unit; the others cost about this many of them.
@@ -61,14 +61,14 @@ class Bill:
 
 
 def company(d: Device, kind: str, dtype: str, seconds: float) -> float:
-    """What a call takes between other work beside what it takes alone, over and over: never less.
+    """What a call takes between other work beside what the rates of small ones say that are timed alone, over and over.
 
     FlexAttention has no factor of its own, because it takes long to compile in a calibration. The original's operators pass
     through the memory whatever their size, and have no decay.
     """
     assert d.host is not None
     own = rate(d.host.company_factor[kind], dtype) if kind in d.host.company_factor else 1.0
-    return max(1.0, own if kind == "original" else own * math.exp(-d.host.company_decay * size_of(seconds, d)))
+    return own if kind == "original" else own * math.exp(-d.host.company_decay * size_of(seconds, d))
 
 
 def size_of(seconds: float, d: Device) -> float:

@@ -91,7 +91,7 @@ def timed(noise: Callable[[int], float]) -> list[company.Timed]:
         for k, s in enumerate((4e-4, 1e-3, 3e-3, 6e-3, 1.1e-2, 2.4e-2, 9e-2)):
             size = size_of(s, shipped("cpu"))
             more = 1.0 if kind == "original" else math.exp(-DECAY * size)
-            out.append(company.Timed(kind, t, 1 + k % 2, s * OFF[kind, t] * more * noise(k), s, size))
+            out.append(company.Timed(kind, t, 1 + k % 2, s * OFF[kind, t] ** (1 / company.BELIEVED) * more * noise(k), s, size))
     return out
 
 
@@ -110,7 +110,7 @@ def test_a_disturbed_shape_moves_no_factor_far() -> None:
 
 
 def test_no_factor_is_beyond_belief() -> None:
-    found = company.factors(timed(lambda k: 40.0))
+    found = company.factors(timed(lambda k: 400.0))
     assert found["company_factor"]["sdpa"]["f32"] == company.MOST
     found = company.factors(timed(lambda k: 0.01))
     assert found["company_factor"]["sdpa"]["f32"] == company.LEAST
@@ -122,8 +122,9 @@ def test_predictions_in_company_are_what_was_measured() -> None:
     (way,) = [w for w in ways(company.Shape("none", 1, 4, 400, 400)) if w.kind == "sdpa"]
     before = way.price(base).seconds
     assert base.host is not None
-    rates = company.factors([company.Timed("sdpa", "f32", 1, 1.25 * before, before, 0.0)])
+    rates = company.factors([company.Timed("sdpa", "f32", 1, 1.25**2 * before, before, 0.0)])
     after = way.price(replace(base, host=with_rates(base.host, rates)))
+    assert company.BELIEVED == 0.5
     assert after.seconds == pytest.approx(1.25 * before)
     assert sum(after.parts.values()) == pytest.approx(after.seconds)
 
