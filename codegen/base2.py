@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..patterns import expr as ex
 from ..patterns.expr import Expr
-from ..patterns.rowstate import OLD
-from .streaming import Streaming, mapped
+from ..patterns.masks import Mask
+from ..patterns.rowstate import OLD, RowState
+from .streaming import Streaming, mapped_state
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -24,34 +25,44 @@ LN2 = math.log(2.0)
 FILL = 1e30
 
 
+@dataclass(frozen=True)
+class Terms:
+    """The element-wise program of an attention: the score as written, its mask, and the row state over it."""
+
+    score: Expr
+    mask: Mask
+    state: RowState
+
+
 def base2(s: Streaming) -> Streaming:
     """The same row program in base 2, or `s` itself where that is not exact enough or not of use."""
-    if any(p.query.dtype == "f32" for p in s.products) or _adds_tensor(s):
+    products = frozenset(p.load for p in s.products)
+    if any(p.query.dtype == "f32" for p in s.products):
         return s
-    carried = {c.name for c in s.state.carried if c.op in ("max", "min")}
+    out = in_base2(Terms(s.score, s.mask, s.state), s.key, products)
+    return replace(s, score=out.score, mask=out.mask, state=out.state)
+
+
+def in_base2(t: Terms, key: str, products: frozenset[Expr]) -> Terms:
+    """The terms with exponentials in base 2, or as they are where a tensor is added or no bound is subtracted."""
+    carried = {c.name for c in t.state.carried if c.op in ("max", "min")}
     bounds = {
         str(x.attr)
-        for e in (s.state.weight, *(c.lift for c in s.state.carried))
-        for t in ex.walk(e)
-        if t.op == "exp"
-        for x in ex.loads(t)
+        for e in (t.state.weight, *(c.lift for c in t.state.carried))
+        for y in ex.walk(e)
+        if y.op == "exp"
+        for x in ex.loads(y)
         if str(x.attr) in carried
     }
-    if not bounds:
-        return s
+    if not bounds or any(x.is_float and key in x.ranks and x not in products for x in ex.loads(t.score)):
+        return t
     scaling = _Scaling(frozenset(bounds))
-    out = mapped(s, scaling.rewrite)
+    new = mapped_state(t.state, scaling.rewrite)
     lifts = tuple(
-        replace(c, lift=scaling.scaled(o.lift)) if c.name in bounds else c
-        for c, o in zip(out.state.carried, s.state.carried)
+        replace(c, lift=scaling.scaled(o.lift)) if c.name in bounds else c for c, o in zip(new.carried, t.state.carried)
     )
-    mask = replace(s.mask, keep=out.mask.keep, full=scaling.scaled(s.mask.full))
-    return replace(out, score=scaling.scaled(s.score), mask=mask, state=replace(out.state, carried=lifts))
-
-
-def _adds_tensor(s: Streaming) -> bool:
-    products = {p.load for p in s.products}
-    return any(x.is_float and s.key in x.ranks and x not in products for x in ex.loads(s.score))
+    mask = replace(t.mask, keep=scaling.rewrite(t.mask.keep), full=scaling.scaled(t.mask.full))
+    return Terms(scaling.scaled(t.score), mask, replace(new, carried=lifts))
 
 
 class _Scaling:

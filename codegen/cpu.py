@@ -3,6 +3,7 @@
     body "sdpa"      softmax of scale · QK + anything: torch's own kernel on slices of the keys, causal triangles whole
     body "slices"    the same with every triangle cut into slices
     body "product"   every other score and row rule: two products around the printed program, with carried row state
+    body "fused"     any score and row rule in one pass of C++ around the printed program, compiled at the first call
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.masks import count_tiles
 from ..patterns.recognise import Refusal
-from . import cache, cpu_product, cpu_sdpa
+from . import cache, cpu_fused, cpu_product, cpu_sdpa
 from .cpu_form import NAME, form, softmax
 from .print_torch import PrintError
 from .program import loose
@@ -34,10 +35,16 @@ class Kernel:
     inputs: tuple[str, ...]
     sizes: tuple[str, ...]
     entry: Callable[..., Tensor]
+    compiled: Callable[[], object] | None = None
 
     def run(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
         """The cascade's output, from its inputs by name and the sizes that no input has as a dimension."""
         return self.entry(*[tensors[n] for n in self.inputs], **{n: sizes[n] for n in self.sizes})
+
+    def prepare(self) -> None:
+        """Compile now what would be compiled at the first call. Raises CompilerError's sentence where that fails."""
+        if self.compiled is not None:
+            self.compiled()
 
 
 def version() -> str:
@@ -84,6 +91,8 @@ def build(c: Cascade, mapping: Tiling) -> Kernel | Refusal:
     try:
         if mapping.body == "product":
             source = cpu_product.text(f, mapping, version())
+        elif mapping.body == "fused":
+            source = cpu_fused.text(f, mapping, version())
         else:
             s = softmax(f)
             if isinstance(s, str):
@@ -91,4 +100,6 @@ def build(c: Cascade, mapping: Tiling) -> Kernel | Refusal:
             source = cpu_sdpa.text(f, s, mapping, version())
     except PrintError as no:
         return Refusal(f"{NAME} {mapping.body}", str(no))
-    return Kernel(source, tuple(t.name for t in c.inputs), loose(c), cache.load(source).attention)
+    made = cache.load(source)
+    compiled = partial(made.compiled, made.SOURCE) if mapping.body == "fused" else None
+    return Kernel(source, tuple(t.name for t in c.inputs), loose(c), made.attention, compiled)

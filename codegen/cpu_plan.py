@@ -1,4 +1,4 @@
-"""Prints `planned`: which slices of the keys every tile of queries visits, from the mask's interval over a tile.
+"""Prints which tiles are visited, from the mask's interval over a tile: `planned` as slices, `classes` tile by tile.
 
     low, high       tables of a load's least and greatest element over tiles
     some, every     is some point of a tile kept, are all?        alive     do all rows of a tile certainly keep a key?
@@ -34,13 +34,37 @@ def planned(p: Printer, always: bool, triangles: bool) -> Function:
     size = f"({p.batch}, {n.rank(a.query)}, {n.rank(a.key)})"
     alive = "alive" if f.guarded else "None"
     lines.append(f"return plans(some, every, {alive}, {given}, {size}, (TILE_P, TILE_M), {always})")
+    return _function(p, "planned", "Which slices of the keys every tile of queries visits.", lines)
+
+
+def classes(p: Printer, bounded: bool) -> Function:
+    """The function `classes`: empty, partial and full tiles. Its answer is cached where no run-time data decides.
+
+    `bounded`: it takes `drowned`, whether scores are small enough for the fill to hide keys entirely.
+    """
+    f, a, n = p.f, p.f.attention, p.names
+    lines = tile_lines(p, f.mask.keep, None, ("TILE_P", "TILE_M"))
+    skip = "True" if f.skips or bounded else "False"
+    if f.guarded and skip == "True":
+        lines += _alive(p)
+        skip = "alive"
+    if bounded:
+        skip = "drowned" if skip == "True" else f"{skip} if drowned else False"
+    shape = ", ".join(f"-(-({n.rank(r)}) // {t})" for r, t in ((a.query, "TILE_P"), (a.key, "TILE_M")))
+    lines.append(f"return tile_classes(some, every, {skip}, ({shape}))")
+    doc = "Which tiles are empty (0), partial (1) and full (2)."
+    return _function(p, "classes", doc, lines, ("drowned",) if bounded else ())
+
+
+def _corners(p: Printer, lines: list[str]) -> list[str]:
+    """Lines that make the coordinates that others use: of tiles, and of the batch."""
+    a, n = p.f.attention, p.names
     used = used_names("\n".join(lines))
-    coordinates = [
+    return [
         f"{'pn' if 'pn' in used else '_'}, p0, p1 = corners({n.rank(a.query)}, TILE_P, 1)",
         f"{'mn' if 'mn' in used else '_'}, m0, m1 = corners({n.rank(a.key)}, TILE_M, 0)",
-        *(f"{p.ranks[r]} = {p.coordinate(r)}" for r in f.heads.order if p.ranks[r] in used),
+        *(f"{p.ranks[r]} = {p.coordinate(r)}" for r in p.f.heads.order if p.ranks[r] in used),
     ]
-    return _function(p, [*coordinates, *lines])
 
 
 def tile_lines(p: Printer, keep: Expr, rest: Expr | None, tile: tuple[str, str]) -> list[str]:
@@ -84,13 +108,15 @@ def _says_at_most_zero(e: Expr, form: Affine) -> bool:
     return (difference if e.op in ("le", "ge") else difference + Affine((), 1)) == form
 
 
-def _function(p: Printer, lines: list[str]) -> Function:
+def _function(p: Printer, name: str, doc: str, lines: list[str], given: tuple[str, ...] = ()) -> Function:
+    """The function of these lines: its parameters are what they use of tensors and sizes, then `given`."""
+    lines = [*_corners(p, lines), *lines]
     used = used_names("\n".join(lines))
     data = [t for t in p.names.tensors.values() if t in used]
-    params = (*data, *(x for x in p.names.symbols.values() if x in used))
-    head = f'def planned({", ".join(params)}):\n    """Which slices of the keys every tile of queries visits."""'
+    params = (*data, *(x for x in p.names.symbols.values() if x in used), *given)
+    head = f'def {name}({", ".join(params)}):\n    """{doc}"""'
     text = "\n".join([head, *(f"    {x}" for x in lines)])
-    return Function("planned", params, text if data else f"@lru_cache(maxsize=256)\n{text}")
+    return Function(name, params, text if data else f"@lru_cache(maxsize=256)\n{text}")
 
 
 class _Tables:

@@ -36,7 +36,7 @@ RESERVED = (
 
 
 @cache
-def _parts(module: ModuleType) -> Mapping[str, tuple[str, frozenset[str]]]:
+def parts(module: ModuleType) -> Mapping[str, tuple[str, frozenset[str]]]:
     """Top-level definitions of a skeleton: name → (text, names that it uses)."""
     text = inspect.getsource(module)
     lines = text.splitlines()
@@ -48,26 +48,33 @@ def _parts(module: ModuleType) -> Mapping[str, tuple[str, frozenset[str]]]:
         while start > before and lines[start - 1].startswith("#"):
             start -= 1
         before = node.end_lineno or first
-        name = node.name if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else ""
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-        if name:
-            used = frozenset(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
-            out[name] = "\n".join(lines[start:before]), used
+        used = frozenset(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
+        out |= {name: ("\n".join(lines[start:before]), used) for name in _defined(node)}
     return out
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    """The names that a top-level statement gives a value."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        targets = [node.target]
+    return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
 
 
 def skeleton(modules: Sequence[ModuleType], wanted: Iterable[str]) -> list[str]:
     """The text of the named definitions and of all that they use, in the skeletons' order."""
-    parts = {name: part for m in modules for name, part in _parts(m).items()}
+    known = {name: part for m in modules for name, part in parts(m).items()}
     taken: set[str] = set()
-    todo = [w for w in wanted if w in parts]
+    todo = [w for w in wanted if w in known]
     while todo:
         name = todo.pop()
         if name not in taken:
             taken.add(name)
-            todo.extend(u for u in parts[name][1] if u in parts)
-    return [text.replace("  # fmt: skip", "") for name, (text, _) in parts.items() if name in taken]
+            todo.extend(u for u in known[name][1] if u in known)
+    found = dict.fromkeys(text for name, (text, _) in known.items() if name in taken)
+    return [text.replace("  # fmt: skip", "") for text in found]
 
 
 def used_names(text: str) -> frozenset[str]:
@@ -89,10 +96,10 @@ class Function:
 class Printer:
     """Names of one kernel's tensors, sizes and coordinates, and functions printed from terms over them."""
 
-    def __init__(self, f: Form, cached: bool = True) -> None:
+    def __init__(self, f: Form, cached: bool = True, reserved: Iterable[str] = ()) -> None:
         self.f = f
         c = f.cascade
-        taken = set(RESERVED)
+        taken = {*RESERVED, *reserved}
 
         def take(stem: str) -> str:
             name = identifier(stem, taken)
@@ -235,18 +242,24 @@ def einsum(p: Printer, e: Einsum) -> str:
     return f"({text}).expand({shape}).{pick}({dims})"
 
 
+MODULES = (
+    "ctypes", "hashlib", "math", "os", "platform", "shlex", "shutil", "subprocess", "sys", "tempfile", "threading",
+    "warnings",
+)  # fmt: skip
+NAMES = {
+    "collections.abc": ("Callable", "Iterator", "Sequence"), "functools": ("cache", "lru_cache"), "pathlib": ("Path",),
+    "typing": ("Any", "NamedTuple"),
+}  # fmt: skip
+
+
 def imports(code: str) -> str:
     """The import lines that a text needs."""
     used = used_names(code)
     lines = ["from __future__ import annotations", ""]
-    lines += [f"import {n}" for n in ("math", "warnings") if n in used]
-    collections = [n for n in ("Callable", "Iterator", "Sequence") if n in used]
-    if collections:
-        lines.append(f"from collections.abc import {', '.join(collections)}")
-    if "lru_cache" in used:
-        lines.append("from functools import lru_cache")
-    if "NamedTuple" in used:
-        lines.append("from typing import NamedTuple")
+    lines += [f"import {n}" for n in MODULES if n in used]
+    for module, names in NAMES.items():
+        if found := [n for n in names if n in used]:
+            lines.append(f"from {module} import {', '.join(found)}")
     if lines[-1]:
         lines.append("")
     lines.append("import torch")
@@ -263,7 +276,7 @@ def file(
 ) -> str:  # fmt: skip
     """The whole file: what it computes, what varies, the loops, and `attention`."""
     text = "\n\n\n".join(printed)
-    rule = p.f.rule if "planned" in text else "never"
+    rule = p.f.rule if "planned" in text or "classes" in text else "never"
     loops = skeleton(modules, used_names(text))
     decision = [
         f"Tiles of {m.tile_p} queries and {m.tile_m} keys; {body}.",
@@ -273,10 +286,8 @@ def file(
     ]  # fmt: skip
     numbers = [f"TILE_P, TILE_M = {m.tile_p}, {m.tile_m}", *constants]
     numbers += [line for name, line in CONSTANTS.items() if name in used_names(text)]
-    parts = [
-        header(p.f, decision, version), imports("\n".join([text, *loops])), "\n".join(numbers), *loops, text,
-    ]  # fmt: skip
-    return "\n\n\n".join(parts) + "\n"
+    out = [header(p.f, decision, version), imports("\n".join([text, *loops])), "\n".join(numbers), *loops, text]
+    return "\n\n\n".join(out) + "\n"
 
 
 def header(f: Form, decision: Sequence[str], version: str) -> str:
@@ -290,11 +301,11 @@ def indented(lines: Iterable[str]) -> list[str]:
     return [f"    {x}" if x else "" for x in lines]
 
 
-def entry(p: Printer, lines: Sequence[str], setup: Sequence[str] = ()) -> str:
+def entry(p: Printer, lines: Sequence[str], setup: Sequence[str] = (), checks: Sequence[str] = ()) -> str:
     """The text of `attention`: sizes, what is computed beforehand, coordinates, the output's memory, then `lines`."""
     names = p.names
     before = [f"{names.tensors[e.out.tensor]} = {einsum(p, e)}" for e in p.f.attention.prelude]
-    body = [*sizes(p), *before, *setup, *coordinates(p, "\n".join(lines)), *allocation(p), *lines, "return out"]
+    body = [*sizes(p), *checks, *before, *setup, *coordinates(p, "\n".join(lines)), *allocation(p), *lines, "return out"]
     head = f'def attention({signature(p)}):\n    """The output {p.f.cascade.outputs[0]}."""\n'
     return head + "\n".join(indented(body))
 

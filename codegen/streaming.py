@@ -253,19 +253,23 @@ def _flattened(e: Einsum, extent: dict[str, Size]) -> tuple[Expr, str]:
 
 def mapped(s: Streaming, f: Callable[[Expr], Expr]) -> Streaming:
     """Every term of the element-wise program rewritten by `f`."""
+    mask = replace(s.mask, keep=f(s.mask.keep), full=f(s.mask.full))
+    return replace(s, score=f(s.score), mask=mask, state=mapped_state(s.state, f))
+
+
+def mapped_state(state: RowState, f: Callable[[Expr], Expr]) -> RowState:
+    """Every term of a row state rewritten by `f`."""
 
     def carried(k: Carried) -> Carried:
         return replace(k, lift=f(k.lift), correction=None if k.correction is None else f(k.correction))
 
-    state = replace(
-        s.state,
-        carried=tuple(carried(k) for k in s.state.carried),
-        weight=f(s.state.weight),
-        correction=None if s.state.correction is None else f(s.state.correction),
-        finish=f(s.state.finish),
+    return replace(
+        state,
+        carried=tuple(carried(k) for k in state.carried),
+        weight=f(state.weight),
+        correction=None if state.correction is None else f(state.correction),
+        finish=f(state.finish),
     )
-    mask = replace(s.mask, keep=f(s.mask.keep), full=f(s.mask.full))
-    return replace(s, score=f(s.score), mask=mask, state=state)
 
 
 def _factored(s: Streaming) -> Streaming:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from reattend.codegen import cache, interpret, library
-from reattend.codegen.print_triton import Body, Operand, PrintError, Scope, bounds, identifier, in_range
+from reattend.codegen.integers import bounds, in_range
+from reattend.codegen.print_triton import Body, Operand, PrintError, Scope, identifier
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import DTYPE, _Terms
 from reattend.patterns.expr import Expr

@@ -1,0 +1,191 @@
+"""Prints the CPU kernel in one pass: C++ around the printed program, compiled where it runs, and the Python that calls it.
+
+    SOURCE         number types, constants, `struct Program`, the loop: one C++ text without dependencies
+    classes        which tiles are empty, partial or full, from the mask's interval over a tile
+    attention      lays the operands out as [Z, H, n, ·], allocates the output as models read it, calls the loop
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..patterns import expr as ex
+from ..patterns.expr import TRUE, Expr
+from ..patterns.mapping import Mapping as Tiling
+from . import cache, native
+from .base2 import Terms, in_base2
+from .cpp_program import Program, stored
+from .cpu_form import Form, softmax
+from .cpu_plan import classes
+from .cpu_print import (
+    Function,
+    Printer,
+    common,
+    entry,
+    file,
+    operands,
+    parts,
+)  # fmt: skip
+from .print_cpp import STORED
+from .print_torch import TYPES, Body, PrintError
+from .skeletons import cpu, cpu_fused
+
+BODY = "one pass in C++ around the score and the row's state"
+# What the loop is made for: rows of its register blocks, columns of two vectors.
+ROWS, COLUMNS = 16, 32
+OPERANDS = ("f32", "bf16", "f16")
+
+
+def text(f: Form, m: Tiling, version: str) -> str:
+    """The kernel's file. Raises PrintError where the body does not fit the attention or the machine."""
+    if m.tile_p % ROWS or m.tile_m % COLUMNS:
+        raise PrintError(f"tiles of {m.tile_p} × {m.tile_m}: the fused body takes multiples of {ROWS} × {COLUMNS}")
+    if f.real != "f32":
+        raise PrintError("an input or the output is float64; the fused body computes in float32")
+    try:
+        native.compiler()
+    except native.CompilerError as no:
+        raise PrintError(str(no)) from no
+    return _File(f, m).text(version)
+
+
+class _File:
+    """The parts of one kernel's file."""
+
+    def __init__(self, f: Form, m: Tiling) -> None:
+        self.f, self.m = f, m
+        self.p = Printer(f, reserved=[*parts(cpu_fused), *parts(native), "tiles"])
+        a = f.attention
+        given = [t.name for t in f.cascade.inputs] + [e.out.tensor for e in a.prelude]
+        self.type = common([_kind(e) for x in f.products for e in (x.near, x.far)] + [_kind(f.values)])
+        self.out = f.cascade.tensor[f.cascade.outputs[0]].dtype
+        if self.type not in OPERANDS or self.out not in OPERANDS:
+            kinds = ", ".join(OPERANDS)
+            raise PrintError(f"operands are {self.type} and the output is {self.out}: the fused body has {kinds}")
+        terms = Terms(a.score, f.mask, f.state)
+        if self.type != "f32":
+            products = {str(e.out.tensor) for e in a.products}
+            terms = in_base2(terms, a.key, frozenset(x for x in ex.loads(a.score) if str(x.attr) in products))
+        self.program = Program(f, terms, given)
+
+    def text(self, version: str) -> str:
+        f, p = self.f, self.p
+        holes = self._constants()
+        limit = self._limit()
+        planned = classes(p, limit is not None) if f.mask.keep is not TRUE else None
+        body = self._main(planned, limit)
+        constants = [f"# Scores below this leave masked weights at exactly 0.\nLIMIT = {limit[0]!r}"] if limit else []
+        constants.append(f"SOURCE = r'''\n{native.source(holes).strip()}\n'''")
+        printed = [*([planned.text] if planned else []), body]
+        return file(p, self.m, printed, (cache, native, cpu, cpu_fused), constants, BODY, version)
+
+    def _constants(self) -> str:
+        """What is printed of the C++: constants, types, `struct Program`."""
+        f, m = self.f, self.m
+        depths = [self._length(x.over) for x in f.products]
+        return "\n".join([
+            f"// ---- printed from the attention: {f.cascade.name}", "",
+            f"constexpr int PRODUCTS = {len(depths)}, TILE_P = {m.tile_p}, TILE_M = {m.tile_m}, "
+            f"CARRIED = {len(self.program.state.carried)};",
+            f"constexpr int E[PRODUCTS] = {{{', '.join(map(str, depths))}}}, F = {self._length((f.attention.value,))};",
+            f"using T = {STORED[self.type]};", f"using OUT = {STORED[self.out]};", "", self.program.text(),
+        ])  # fmt: skip
+
+    def _length(self, ranks: Sequence[str]) -> int:
+        out = 1
+        for r in ranks:
+            size = self.f.cascade.rank[r].size
+            if not isinstance(size, int):
+                raise PrintError(f"the head size {r} = {size} is no constant: the fused body is compiled for one")
+            out *= size
+        return out
+
+    def _limit(self) -> tuple[float, str] | None:
+        """Where a fill hides keys only beside small scores: the bound on them, and their scale."""
+        if self.f.rule != "bounded":
+            return None
+        s = softmax(self.f)
+        # a scale of a head or a query would belong to the operand
+        if isinstance(s, str) or s.limit is None or s.product is not self.f.products[0]:
+            return None
+        return s.limit, Body(self.p.scope({}), [s.score.scale]).real(s.score.scale)
+
+    def _main(self, planned: Function | None, limit: tuple[float, str] | None) -> str:
+        f, a, p = self.f, self.f.attention, self.p
+        n = p.names
+        setup, group = self._operands()
+        queries, keys = n.rank(a.query), n.rank(a.key)
+        heads = n.rank(f.heads.head) if f.heads.head else "1"
+        shared = heads if group == 1 else f"{heads} // {group}" if group else "1"
+        many = len(f.products)
+        q, k = ([x] if many == 1 else [f"{x}_{i}" for i in range(many)] for x in "qk")
+        tensors = [n.tensors[t] for t in self.program.tensors]
+        sizes = [f"*{t}.stride()" for t in tensors] + [n.symbols[s] for s in self.program.symbols]
+        lines = []
+        if planned is not None:
+            lines.append(f"tiles = {self._classes(planned, limit, queries, keys)}")
+        lines.append(
+            f"run(SOURCE, [{', '.join(q)}], [{', '.join(k)}], v, rows, ({p.batch}, {heads}, {shared}, {queries}, {keys}), "
+            f"{'tiles' if planned else 'None'}, [{', '.join(tensors)}], [{', '.join(sizes)}])"
+        )
+        return entry(p, lines, setup, self._checks())
+
+    def _classes(self, planned: Function, limit: tuple[float, str] | None, queries: str, keys: str) -> str:
+        given = {"drowned": f"reach(q, k, {limit[1]}) <= LIMIT"} if limit else {}
+        call = planned.call(given)
+        if planned.text.startswith("@"):
+            return call
+        # of few scores it costs more to find out which to skip
+        every = f"all_partial(-(-({queries}) // TILE_P), -(-({keys}) // TILE_M))"
+        return f"{every} if {queries} * {keys} <= FEW else {call}"
+
+    def _checks(self) -> list[str]:
+        n = self.p.names
+        out = []
+        for t in self.f.cascade.inputs:
+            shape = "".join(f"{n.size(s)}, " for s in t.shape)
+            shape = shape.rstrip() if len(t.shape) == 1 else shape[:-2]
+            out.append(f'expect("{t.name}", {n.tensors[t.name]}, {TYPES[t.dtype]}, ({shape}))')
+        return out
+
+    def _operands(self) -> tuple[list[str], int]:
+        """Lines that make the operands, and how many heads share the keys of one (0: all)."""
+        f, p, a = self.f, self.p, self.f.attention
+        values = operands(p, a.key, f.values, (a.value,))
+        far = [operands(p, a.key, x.far, x.over) for x in f.products]
+        shares = {share for _, share in (*far, values) if share}
+        group = 0 if not shares else shares.pop() if len(shares) == 1 else 1
+        lines = []
+        for i, (x, k) in enumerate(zip(f.products, far)):
+            suffix = "" if len(far) == 1 else f"_{i}"
+            q = operands(p, a.query, x.near, x.over)[0]
+            lines.append(f"q{suffix} = dense({q}{self._as(x.near)})")
+            lines.append(f"k{suffix} = dense({_spread(k, group)}{self._as(x.far)})")
+        lines.append(f"v = dense({_spread(values, group)}{self._as(f.values)})")
+        units = [f"{p.names.tensors[t]} = unit({p.names.tensors[t]}, {d})" for t, d in self.units().items()]
+        return [*self._beforehand(), *units, *lines], group
+
+    def units(self) -> dict[str, int]:
+        """Tensors that are read along a dimension, by their names in the cascade."""
+        tensors = {x.name: t for t, x in self.program.scope.tensors.items()}
+        return {tensors[name]: d for name, d in self.program.unit.items()}
+
+    def _beforehand(self) -> list[str]:
+        """What was computed beforehand, in the type in which the program reads it."""
+        names = self.p.names.tensors
+        made = [e.out.tensor for e in self.f.attention.prelude if e.out.tensor in self.program.tensors]
+        return [f"{names[t]} = {names[t]}.to({TYPES[stored(self.f, t)]})" for t in made]
+
+    def _as(self, e: Expr) -> str:
+        return "" if _kind(e) == self.type and (e.op != "load" or e.is_float) else f".to({TYPES[self.type]})"
+
+
+def _kind(e: Expr) -> str:
+    """The type of an operand's elements."""
+    return e.dtype if e.op == "load" and e.is_float else "f32"
+
+
+def _spread(k: tuple[str, int], group: int) -> str:
+    """Keys or values, an element a head where others share them differently."""
+    text, share = k
+    return f"{text}.repeat_interleave({share}, 1)" if share > 1 and share != group else text

@@ -1,0 +1,264 @@
+// The loop of the emitted CPU kernels: attention in one pass over the keys, around the printed `Program`.
+//
+//     Q [Z, H, P, E]   K [Z, H/G, M, E]   V [Z, H/G, M, F]   out [Z, H, P, F]     S, acc, state: float, in a thread's scratch
+//
+//     unit: items (a tile of queries of one head) that share keys                 threads take units, heavy ones first
+//       for each chunk of key tiles:   pack K and V as the product reads them     no more than the L2 cache holds
+//         for each item, each visited tile of its chunk:
+//           S = Q Kᵀ;   c, W, state = step(S, state);   acc = c·acc + W V
+//       out = finish(acc, state)
+//
+// What is printed before this text: PRODUCTS, E[PRODUCTS], F, TILE_P, TILE_M, CARRIED, T, OUT and struct Program.
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#include <algorithm>
+
+struct Operand {
+  const void* data;
+  // strides in elements: batch, head, row; the last dimension is contiguous
+  int64_t z, h, n;
+};
+
+struct Call {
+  Operand q[PRODUCTS], k[PRODUCTS], v;
+  void* out;
+  int64_t out_z, out_h, out_p;
+  int64_t Z, H, HKV, P, M;
+  // [.., query tiles, key tiles]: 0 empty, 1 partial, 2 full; null: all full
+  const uint8_t* classes;
+  int64_t class_z, class_h, class_p;
+  int32_t threads;
+  const void* const* tensors;
+  const int64_t* sizes;
+};
+
+namespace {
+
+// What `attention` returns.
+enum Status { DONE = 0, NO_MEMORY = 1, NO_TILES = 2 };
+
+using Left = Micro::Left;
+using Right = Micro::Right;
+constexpr int WIDE = Micro::wide(F);
+
+constexpr int64_t CACHE_LINE = 64;
+// Packed keys and values of a chunk, and what a unit's items keep: both lie in the L2 cache.
+constexpr int64_t CHUNK_BYTES = 512 << 10, ITEMS_BYTES = 512 << 10;
+// Units a thread should get, so that their ends differ little.
+constexpr int64_t UNITS_A_THREAD = 4;
+
+// ---- scratch of a thread: one block, grown on demand, kept between calls
+
+struct Scratch {
+  char* base = nullptr;
+  int64_t size = 0;
+  ~Scratch() { std::free(base); }
+  bool reserve(int64_t bytes) {
+    if (bytes <= size) return true;
+    std::free(base);
+    base = static_cast<char*>(std::aligned_alloc(CACHE_LINE, size_t(up(bytes, CACHE_LINE))));
+    size = base ? bytes : 0;
+    return base != nullptr;
+  }
+};
+
+constexpr int64_t bytes_of(int64_t n) { return up(n, CACHE_LINE); }
+constexpr int64_t depths() {
+  int64_t out = 0;
+  for (int i = 0; i < PRODUCTS; i++) out += Micro::deep(E[i]);
+  return out;
+}
+
+// Where each part lies. An item: its queries, acc, state and rows; a packed tile: its keys, then its values.
+constexpr int64_t KEYS = depths() * TILE_M, PACKED = KEYS + WIDE * TILE_M, TILE_BYTES = PACKED * sizeof(Right);
+constexpr int64_t Q_BYTES = bytes_of(depths() * TILE_P * sizeof(Left)), ACC_BYTES = bytes_of(TILE_P * WIDE * sizeof(float));
+constexpr int64_t STATE_BYTES = bytes_of(TILE_P * CARRIED * sizeof(float)), ROW_BYTES = bytes_of(TILE_P * sizeof(Program::Row));
+constexpr int64_t ITEM_BYTES = Q_BYTES + ACC_BYTES + STATE_BYTES + ROW_BYTES;
+constexpr int64_t S_BYTES = bytes_of(TILE_P * LD * sizeof(float)), FIXED_BYTES = PRODUCTS * S_BYTES + bytes_of(TILE_P * sizeof(float));
+constexpr int64_t CHUNK_TILES = std::max<int64_t>(1, CHUNK_BYTES / TILE_BYTES);
+
+struct Item {
+  char* at;
+  int64_t z, h, p0;
+  int rows;
+  const uint8_t* classes;
+
+  Left* q() const { return reinterpret_cast<Left*>(at); }
+  float* acc() const { return reinterpret_cast<float*>(at + Q_BYTES); }
+  float* state(int i) const { return reinterpret_cast<float*>(at + Q_BYTES + ACC_BYTES) + i * CARRIED; }
+  Program::Row* row() const { return reinterpret_cast<Program::Row*>(at + Q_BYTES + ACC_BYTES + STATE_BYTES); }
+};
+
+struct Unit {
+  int64_t z, kv, first, last, weight;
+};
+
+// One call: what all threads read.
+struct Task {
+  const Call& call;
+  Program program;
+  int64_t group, tiles_p, tiles_m, items, per_unit;
+
+  explicit Task(const Call& c)
+      : call(c), program(Program::load(c.tensors, c.sizes)), group(c.H / c.HKV), tiles_p(up(c.P, TILE_P) / TILE_P),
+        tiles_m(up(c.M, TILE_M) / TILE_M), items(tiles_p * group) {
+    const int64_t all = items * c.Z * c.HKV, fair = up(all, UNITS_A_THREAD * c.threads) / (UNITS_A_THREAD * c.threads);
+    per_unit = std::max<int64_t>(1, std::min({items, fair, ITEMS_BYTES / ITEM_BYTES}));
+  }
+  int64_t ranges() const { return up(items, per_unit) / per_unit; }
+  int64_t scratch() const { return FIXED_BYTES + std::min(CHUNK_TILES, tiles_m) * TILE_BYTES + per_unit * ITEM_BYTES; }
+  // Heads that share keys lie next to one another: item = tile · group + head in the group.
+  const uint8_t* classes(int64_t z, int64_t h, int64_t tile) const {
+    return call.classes ? call.classes + z * call.class_z + h * call.class_h + tile * call.class_p : nullptr;
+  }
+};
+
+// The work of one thread on one unit.
+struct Worker {
+  const Task& task;
+  const Unit& unit;
+  char* base;
+
+  float* scores(int i) const { return reinterpret_cast<float*>(base + i * S_BYTES); }
+  float* factors() const { return reinterpret_cast<float*>(base + PRODUCTS * S_BYTES); }
+  char* items() const { return base + FIXED_BYTES; }
+  Right* tile(int64_t i) const { return reinterpret_cast<Right*>(items() + task.per_unit * ITEM_BYTES) + i * PACKED; }
+
+  Item item(int64_t i) const {
+    const int64_t t = i / task.group, h = unit.kv * task.group + i % task.group, p0 = t * TILE_P;
+    return {items() + (i - unit.first) * ITEM_BYTES, unit.z, h, p0, int(std::min<int64_t>(TILE_P, task.call.P - p0)), task.classes(unit.z, h, t)};
+  }
+
+  template <int I = 0> void pack_queries(const Item& x, Left* to) const {
+    if constexpr (I < PRODUCTS) {
+      const Operand& q = task.call.q[I];
+      Micro::pack_left<E[I]>(to, static_cast<const T*>(q.data) + x.z * q.z + x.h * q.h + x.p0 * q.n, q.n, x.rows);
+      pack_queries<I + 1>(x, to + Micro::deep(E[I]) * TILE_P);
+    }
+  }
+
+  template <int I = 0> void pack_tile(int64_t m0, int n, Right* to) const {
+    const Operand& x = I < PRODUCTS ? task.call.k[I < PRODUCTS ? I : 0] : task.call.v;
+    const T* from = static_cast<const T*>(x.data) + unit.z * x.z + unit.kv * x.h + m0 * x.n;
+    if constexpr (I < PRODUCTS) {
+      Micro::pack_keys<E[I]>(to, from, x.n, n);
+      pack_tile<I + 1>(m0, n, to + Micro::deep(E[I]) * TILE_M);
+    } else {
+      Micro::pack_values(to, from, x.n, n);
+    }
+  }
+
+  template <int I = 0> void products(const Left* q, const Right* k, int at, int rows) const {
+    if constexpr (I < PRODUCTS) {
+      Micro::scores<E[I]>(q, k, scores(I) + at, rows);
+      products<I + 1>(q + Micro::deep(E[I]) * TILE_P, k + Micro::deep(E[I]) * TILE_M, at, rows);
+    }
+  }
+
+  // Weights of a run of `tiles` key tiles. WHOLE: the compiler sees that n is a multiple of the vector's length.
+  template <bool PARTIAL, bool WHOLE> __attribute__((noinline)) void step(const Item& x, int64_t m0, int tiles) const {
+    const int n = WHOLE ? tiles * TILE_M : int(task.call.M - m0);
+    for (int i = 0; i < x.rows; i++) {
+      float* s[PRODUCTS];
+      for (int j = 0; j < PRODUCTS; j++) s[j] = scores(j) + i * LD;
+      const float c = factors()[i] = task.program.template step<PARTIAL>(x.row()[i], s, s[0], x.state(i), m0, n);
+      for (int j = n; j < tiles * TILE_M; j++) s[0][j] = 0.0f;
+      Micro::scale(x.acc() + i * WIDE, c);
+      Micro::narrow(s[0], tiles * TILE_M);
+    }
+  }
+
+  // Tiles m, m + 1, … of a chunk that begins with c0. Rows past the end are zeros in Q, and nothing reads their results.
+  void visit(const Item& x, int64_t c0, int64_t m, int tiles, bool partial) const {
+    const int64_t m0 = m * TILE_M;
+    const int rows = int(up(x.rows, Micro::ROWS));
+    for (int t = 0; t < tiles; t++) products(x.q(), tile(m - c0 + t), t * TILE_M, rows);
+    if (m0 + tiles * TILE_M > task.call.M) step<true, false>(x, m0, tiles);
+    else if (partial) step<true, true>(x, m0, tiles);
+    else step<false, true>(x, m0, tiles);
+    Micro::accumulate(scores(0), tile(m - c0) + KEYS, tiles, PACKED, factors(), x.acc(), rows);
+  }
+
+  void begin(const Item& x) const {
+    pack_queries(x, x.q());
+    std::fill_n(x.acc(), TILE_P * WIDE, 0.0f);
+    for (int i = 0; i < x.rows; i++) {
+      Program::start(x.state(i));
+      x.row()[i] = task.program.row(x.z, x.h, x.p0 + i);
+    }
+  }
+
+  void end(const Item& x) const {
+    OUT* out = static_cast<OUT*>(task.call.out) + x.z * task.call.out_z + x.h * task.call.out_h + x.p0 * task.call.out_p;
+    for (int i = 0; i < x.rows; i++)
+      task.program.finish(x.row()[i], x.acc() + i * WIDE, x.state(i), out + i * task.call.out_p);
+  }
+
+  void pack(int64_t c0, int64_t m, int tiles, bool* packed) const {
+    for (int64_t t = m; t < m + tiles; t++) {
+      if (packed[t - c0]) continue;
+      pack_tile(t * TILE_M, int(std::min<int64_t>(TILE_M, task.call.M - t * TILE_M)), tile(t - c0));
+      packed[t - c0] = true;
+    }
+  }
+
+  // Neighbouring tiles that are not empty become runs of about the same length.
+  void visit_chunk(const Item& x, int64_t c0, int64_t c1, bool* packed) const {
+    const auto seen = [&](int64_t m) { return x.classes ? x.classes[m] : 2; };
+    for (int64_t m = c0, stop; m < c1; m = stop) {
+      for (stop = m; stop < c1 && seen(stop);) stop++;
+      for (int64_t runs = up(stop - m, RUN_TILES) / RUN_TILES; runs; runs--) {
+        const int tiles = int(up(stop - m, runs) / runs);
+        bool partial = false;
+        for (int t = 0; t < tiles; t++) partial |= seen(m + t) == 1;
+        pack(c0, m, tiles, packed);
+        visit(x, c0, m, tiles, partial);
+        m += tiles;
+      }
+      while (stop < c1 && !seen(stop)) stop++;
+    }
+  }
+
+  void run() const {
+    for (int64_t c0 = 0; c0 == 0 || c0 < task.tiles_m; c0 += CHUNK_TILES) {
+      const int64_t c1 = std::min(task.tiles_m, c0 + CHUNK_TILES);
+      bool packed[CHUNK_TILES] = {};
+      for (int64_t i = unit.first; i < unit.last; i++) {
+        const Item x = item(i);
+        if (c0 == 0) begin(x);
+        visit_chunk(x, c0, c1, packed);
+        if (c1 == task.tiles_m) end(x);
+      }
+    }
+  }
+};
+
+int compute(const Task& task, const Unit* units, int64_t count) {
+  static thread_local Scratch scratch;
+  if (!scratch.reserve(task.scratch())) return NO_MEMORY;
+  Micro::start();
+  for (int64_t i = 0; i < count; i++) Worker{task, units[i], scratch.base}.run();
+  Micro::stop();
+  return DONE;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) int attention(const Call* call) {
+  if (!call->Z || !call->H || !call->P) return DONE;
+  if (!Micro::ready()) return NO_TILES;
+  const Task task(*call);
+  const int64_t count = call->Z * call->HKV * task.ranges();
+  int status = DONE;
+  const auto unit = [&](int64_t u) {
+    // later queries first: under a causal mask they have the most keys
+    const int64_t r = task.ranges() - 1 - u / (call->Z * call->HKV), at = u % (call->Z * call->HKV), first = r * task.per_unit;
+    const Unit x{at / call->HKV, at % call->HKV, first, std::min(first + task.per_unit, task.items), 0};
+    return compute(task, &x, 1);
+  };
+#pragma omp parallel for schedule(dynamic, 1) num_threads(call->threads) reduction(max : status) if (call->threads > 1 && count > 1)
+  for (int64_t u = 0; u < count; u++) status = std::max(status, unit(u));
+  return status;
+}
