@@ -25,11 +25,12 @@ from .skip import mapped_state
 
 # Names that the printed text and the loop around it use.
 RESERVED = frozenset([
-    "x", "w", "n", "m0", "i", "state", "acc", "out", "row", "at_z", "at_h", "at_p", "tensors", "sizes", "Row", "Program",
-    "T", "OUT", "E", "F", "TILE_P", "TILE_M", "PRODUCTS", "CARRIED", "PARTIAL", "least", "top", "start", "step", "finish", "load",
-    "self", "bits", "std", "INF", "NAN", "INFINITY", "INLINE", "max_", "min_", "floor_div", "floor_mod", "exp_", "exp2_",
-    "log_", "log1p_", "log2_", "tanh_", "sigmoid_", "softplus_", "sqrt_", "rsqrt_", "abs_", "floor_", "erf_", "sin_", "cos_",
-    "pow_", "bf16", "f16", "int8_t", "int16_t", "int32_t", "int64_t", "uint8_t",
+    "x", "w", "n", "m0", "i", "state", "acc", "out", "row", "at_z", "at_h", "at_p", "tensors", "sizes", "Row",
+    "Program", "T", "OUT", "E", "F", "TILE_P", "TILE_M", "PRODUCTS", "CARRIED", "PARTIAL", "least", "top", "start",
+    "step", "finish", "load", "self", "bits", "std", "INF", "NAN", "INFINITY", "INLINE", "max_", "min_", "floor_div",
+    "floor_mod", "exp_", "exp2_", "log_", "log1p_", "log2_", "tanh_", "sigmoid_", "softplus_", "sqrt_", "rsqrt_",
+    "abs_", "floor_", "erf_", "sin_", "cos_", "pow_", "bf16", "f16", "int8_t", "int16_t", "int32_t", "int64_t",
+    "uint8_t",
 ])  # fmt: skip
 SCORE = "score of the tile"
 # How a loop over keys reduces: the clause's operator, the first value, one more element.
@@ -134,13 +135,13 @@ class Program:
         """The struct, and what it needs before it."""
         partial, full = self.tiles
         if partial == full:
-            steps = ["template <bool PARTIAL>", *self._step(["    " + x for x in _Step(self, partial).lines()])]
+            steps = self._step(["    " + x for x in _Step(self, partial).lines()])
         else:
             inner = [
                 "    if constexpr (PARTIAL) {", *("      " + x for x in _Step(self, partial).lines()),
                 "    } else {", *("      " + x for x in _Step(self, full).lines()), "    }",
             ]  # fmt: skip
-            steps = ["template <bool PARTIAL>", *self._step(inner)]
+            steps = self._step(inner)
         finish = self._finish()
         row = self.fields.text()
         code = "\n".join(["", *steps, *finish, *row])
@@ -160,7 +161,8 @@ class Program:
     @staticmethod
     def _step(inner: Sequence[str]) -> list[str]:
         head = "INLINE float step(const Row& row, float* const* x, float* w, float* state, int64_t m0, int n) const {"
-        return [head, *(x[2:] for x in inner), "}"]
+        doc = "// n scores of a row from key m0 on: its weights, its new state, and the factor of what was summed before"
+        return [doc, "template <bool PARTIAL>", head, *(x[2:] for x in inner), "}"]
 
     def _load(self, used: set[str]) -> tuple[list[str], list[str]]:
         """Members, and the function that fills them: tensors in order, their strides one after the other, then sizes."""
@@ -199,7 +201,7 @@ class Program:
             inner.insert(0, f"const int32_t {self.ranks[a.value]} = i;")
         head = "INLINE void finish(const Row& row, const float* acc, const float* state, OUT* out) const {"
         return [
-            head, *(f"  {x}" for x in [*self.fields.unpacked([*body.lines, *inner]), *body.lines]),
+            "// the end of a row", head, *(f"  {x}" for x in [*self.fields.unpacked([*body.lines, *inner]), *body.lines]),
             "  #pragma omp simd", "  for (int i = 0; i < F; i++) {", *(f"    {x}" for x in inner), "  }", "}",
         ]  # fmt: skip
 
@@ -214,7 +216,7 @@ def stored(f: Form, tensor: str) -> str:
 
 
 # Operators with a NaN for a result wherever an argument is one.
-KEEP_NAN = frozenset(["add", "sub", "mul", "div", "max", "min", "neg", "abs", "relu", "sign", *ex.FLOAT_UNARY])
+KEEP_NAN = frozenset(["add", "sub", "mul", "div", "max", "min", "neg", "abs", "relu", *ex.FLOAT_UNARY])
 
 
 def keeps_nan(root: Expr, source: Expr) -> bool:

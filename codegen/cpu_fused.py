@@ -84,7 +84,8 @@ class _File:
         f, m = self.f, self.m
         depths = [self._length(x.over) for x in f.products]
         return "\n".join([
-            f"// ---- printed from the attention: {f.cascade.name}", "",
+            f"// ---- printed from {f.cascade.name}. What a row carries over the keys {f.attention.key}:", "//",
+            *(f"//     {x}" for x in str(self.program.state).splitlines()), "",
             f"constexpr int PRODUCTS = {len(depths)}, TILE_P = {m.tile_p}, TILE_M = {m.tile_m}, "
             f"CARRIED = {len(self.program.state.carried)};",
             f"constexpr int E[PRODUCTS] = {{{', '.join(map(str, depths))}}}, F = {self._length((f.attention.value,))};",

@@ -52,9 +52,9 @@ def source(program: str) -> str:
     return f"{scalar}\n{program}\n{micro}\n{loop}"
 
 
-def attention(text: str) -> Callable[..., int]:
+def attention(text: str, flags: Sequence[str] | None = None) -> Callable[..., int]:
     """The compiled entry of a kernel's text: takes a pointer to a filled `call_type` and returns an error number."""
-    entry: Any = load(text).attention
+    entry: Any = load(text, flags).attention
     entry.restype, entry.argtypes = ctypes.c_int, [ctypes.c_void_p]
     return entry  # type: ignore[no-any-return]
 

@@ -299,7 +299,7 @@ class Body:
                 return Text(f"1.0f / {args[0].within(UNARY)}", PRODUCT, "float")
             case "sign":
                 x = self.let("t", ex.cast(e.args[0], "f32"))
-                return Text(f"{x} > 0.0f ? 1.0f : {x} < 0.0f ? -1.0f : {x} * 0.0f", CHOICE, "float")
+                return Text(f"(float)(({x} > 0.0f) - ({x} < 0.0f))", UNARY, "float")
             case "pow" if e.args[1].is_const and float(e.args[1].value) in (-1.0, 0.5, 2.0, 3.0, 4.0):
                 return self._power(e.args[0], float(e.args[1].value))
         if e.op in _CALL:

@@ -10,10 +10,8 @@
 //
 // What is printed before this text: PRODUCTS, E[PRODUCTS], F, TILE_P, TILE_M, CARRIED, T, OUT and struct Program.
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #include <algorithm>
+#include <atomic>
 
 struct Operand {
   const void* data;
@@ -92,7 +90,7 @@ struct Item {
 };
 
 struct Unit {
-  int64_t z, kv, first, last, weight;
+  int64_t z, kv, first, last;
 };
 
 // One call: what all threads read.
@@ -108,6 +106,12 @@ struct Task {
     per_unit = std::max<int64_t>(1, std::min({items, fair, ITEMS_BYTES / ITEM_BYTES}));
   }
   int64_t ranges() const { return up(items, per_unit) / per_unit; }
+  int64_t units() const { return call.Z * call.HKV * ranges(); }
+  // Later queries first: under a causal mask they have the most keys.
+  Unit unit(int64_t u) const {
+    const int64_t heads = call.Z * call.HKV, first = (ranges() - 1 - u / heads) * per_unit, at = u % heads;
+    return {at / call.HKV, at % call.HKV, first, std::min(first + per_unit, items)};
+  }
   int64_t scratch() const { return FIXED_BYTES + std::min(CHUNK_TILES, tiles_m) * TILE_BYTES + per_unit * ITEM_BYTES; }
   // Heads that share keys lie next to one another: item = tile · group + head in the group.
   const uint8_t* classes(int64_t z, int64_t h, int64_t tile) const {
@@ -118,7 +122,7 @@ struct Task {
 // The work of one thread on one unit.
 struct Worker {
   const Task& task;
-  const Unit& unit;
+  const Unit unit;
   char* base;
 
   float* scores(int i) const { return reinterpret_cast<float*>(base + i * S_BYTES); }
@@ -235,14 +239,18 @@ struct Worker {
   }
 };
 
-int compute(const Task& task, const Unit* units, int64_t count) {
+// One thread: units from the common counter until none is left.
+int compute(const Task& task, std::atomic<int64_t>& next) {
   static thread_local Scratch scratch;
   if (!scratch.reserve(task.scratch())) return NO_MEMORY;
   Micro::start();
-  for (int64_t i = 0; i < count; i++) Worker{task, units[i], scratch.base}.run();
+  for (int64_t u; (u = next++) < task.units();) Worker{task, task.unit(u), scratch.base}.run();
   Micro::stop();
   return DONE;
 }
+
+// A forked process has none of its parent's threads, and the OpenMP library would wait for them.
+const pid_t home = getpid();
 
 }  // namespace
 
@@ -250,15 +258,11 @@ extern "C" __attribute__((visibility("default"))) int attention(const Call* call
   if (!call->Z || !call->H || !call->P) return DONE;
   if (!Micro::ready()) return NO_TILES;
   const Task task(*call);
-  const int64_t count = call->Z * call->HKV * task.ranges();
+  const int64_t threads = getpid() == home ? std::min<int64_t>(call->threads, task.units()) : 1;
+  std::atomic<int64_t> next{0};
+  if (threads < 2) return compute(task, next);
   int status = DONE;
-  const auto unit = [&](int64_t u) {
-    // later queries first: under a causal mask they have the most keys
-    const int64_t r = task.ranges() - 1 - u / (call->Z * call->HKV), at = u % (call->Z * call->HKV), first = r * task.per_unit;
-    const Unit x{at / call->HKV, at % call->HKV, first, std::min(first + task.per_unit, task.items), 0};
-    return compute(task, &x, 1);
-  };
-#pragma omp parallel for schedule(dynamic, 1) num_threads(call->threads) reduction(max : status) if (call->threads > 1 && count > 1)
-  for (int64_t u = 0; u < count; u++) status = std::max(status, unit(u));
+#pragma omp parallel num_threads(threads) reduction(max : status)
+  status = compute(task, next);
   return status;
 }

@@ -18,10 +18,12 @@ import torch
 from hypothesis import given, settings
 
 from reattend.codegen import cache, cpu, native, operator
+from reattend.codegen.program import Program
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, verify
 from reattend.patterns.cascade import Tensor as Shape
 from reattend.patterns.evaluate import evaluate
+from reattend.patterns.expr import Expr
 from reattend.patterns.mapping import Mapping
 from reattend.patterns.recognise import Refusal
 from tests import programs, strategies
@@ -174,6 +176,42 @@ def test_two_products_and_keys_of_all_heads() -> None:
     assert "PRODUCTS = 2" in kernel(c).source
 
 
+def shared(table: Map[Expr, Expr], heads: Map[str, int]) -> tuple[Cascade, dict[str, torch.Tensor], Map[str, int]]:
+    """An attention of four heads whose keys or values are read otherwise: fewer heads of some tensors."""
+    base = strategies.attention(lambda s: ex.where(CAUSAL, s, -float("inf")), strategies.ROWS["softmax"], h=4)
+    einsums = tuple(Einsum(e.out, ex.substitute(e.body, table), e.op, e.over) for e in base.cascade.einsums)
+    shapes = tuple(replace(t, shape=(1, heads[t.name], *t.shape[2:])) if t.name in heads else t for t in base.cascade.tensors)
+    x = {n: t[:, : heads.get(n, 4)] for n, t in base.inputs().items()}
+    return verify(replace(base.cascade, tensors=shapes, einsums=einsums)), x, base.sizes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [ex.const(0), H // 2, H])
+@pytest.mark.parametrize("values", [ex.const(0), H // 2, H])
+def test_heads_that_share_keys_otherwise_than_values(keys: Expr, values: Expr) -> None:
+    many = {ex.const(0): 1, H // 2: 2, H: 4}
+    table = {ex.load("K", (B, H, M, E), "f32"): ex.load("K", (B, keys, M, E), "f32"),
+             ex.load("V", (B, H, M, F), "f32"): ex.load("V", (B, values, M, F), "f32")}  # fmt: skip
+    close(*shared(table, {"K": many[keys], "V": many[values]}))
+
+
+@pytest.mark.slow
+def test_what_is_computed_beforehand() -> None:
+    """Scores over relative positions, a small product that is whole before the loop, read at p − m."""
+    base = strategies.attention(lambda s: s, strategies.ROWS["softmax"], p=40, m=40)
+    r, qk = ex.index("r"), ex.load("QK", (B, H, P, M), "f32")
+    far = ex.minimum(ex.maximum(P - M + 8, 0), 15)
+    part = ex.load("Q", (B, H, P, E), "f32") * ex.load("R", (r, E), "f32")
+    table = {qk: qk + ex.load("C", (B, H, P, far), "f32")}
+    einsums = [Einsum(e.out, ex.substitute(e.body, table), e.op, e.over) for e in base.cascade.einsums]
+    shapes = (Shape("R", (16, 16)), Shape("C", (1, 2, strategies.QUERIES, 16)))
+    c = verify(Cascade(
+        "relative", (*base.cascade.ranks, Rank("r", 16)), (*base.cascade.tensors, *shapes),
+        (Einsum(Access("C", (B, H, P, r)), part, "add", ("e",)), *einsums), ("O",),
+    ))  # fmt: skip
+    close(c, {**base.inputs(), "R": torch.randn(16, 16, generator=torch.Generator().manual_seed(3))}, base.sizes, atol=2e-5)
+
+
 @pytest.mark.slow
 def test_an_operand_that_is_computed() -> None:
     """A rotation in the query, values held as integers."""
@@ -228,7 +266,7 @@ def test_the_output_needs_no_copy() -> None:
     case = VARIANTS["causal"](p=70, b=1)
     x = case.inputs()
     out = kernel(case.cascade).run(x, {})
-    assert out.stride() == operator.allocate(operator.Program(case.cascade, FUSED), [x[n] for n in "QKV"], []).stride()
+    assert out.stride() == operator.allocate(Program(case.cascade, FUSED), [x[n] for n in "QKV"], []).stride()
     assert torch.equal(operator.call(case.cascade, FUSED, x, {}), out)
 
 
