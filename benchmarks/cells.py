@@ -88,7 +88,7 @@ def square(mask: str, dtype: str, n: int, threads: int, **more: int) -> Cell:
 @lru_cache(maxsize=512)
 def cascade(cell: Cell, masked: bool = True) -> Cascade:
     """Eager attention as it is lifted: product, scale, mask, softmax, product, all in the inputs' type."""
-    b, i = Builder(), ex.index
+    b, i = Builder({"e": cell.head, "f": cell.head}), ex.index
     if not cell.past:
         b.sizes |= {"m": b.extent("p")}
     q = b.input("Q", "bhpe", cell.dtype)

@@ -25,7 +25,10 @@ from ..cost_model.device import Device, alone, with_threads
 from ..cost_model.predict import predict
 from ..patterns.evaluate import DTYPE
 from ..patterns.mapping import Mapping as Tiling
+from ..patterns.recognise import Refusal
+from . import cpu
 from .company import TYPES, Shape, cascade, in_company, ready, rounds, runs, tensors, ways
+from .native import CompilerError
 
 # No band is narrower: neighbours, clocks and thermal limits are not known to any calibration. On CPUs 95% of 397 timings of
 # shapes that nothing was fitted to lay within this one (benchmarks/results/cost_model_cpu_fresh.json, six calibrations).
@@ -62,7 +65,7 @@ def calibrate(d: Device, path: Path | None = None, watch: Watch[Any] = unwatched
         compiled = _flex(first, watch)
         found_runs = runs(compiled, watch)
         rates = _own(alone(_flex_of(compiled, between(first, cpu_rates(watch=watch)))))
-        found = in_company(rates, found_runs)
+        found = in_company(_fused(rates, watch), found_runs)
         check = tuple(_checked_on_cpu(found, watch))
     elif d.is_gpu:
         from .calibrate_gpu import checked, gpu_rates
@@ -90,7 +93,7 @@ def _own(d: Device) -> Device:
     return _with(d, {"step_factor": max(1.0, (took - rest.parts["launch"]) / steps)})
 
 
-def _with(d: Device, rates: dict[str, float]) -> Device:
+def _with(d: Device, rates: Mapping[str, Any]) -> Device:
     assert d.host is not None
     return replace(d, host=with_rates(d.host, rates))
 
@@ -112,6 +115,65 @@ def _one_thread(run: Callable[[], object]) -> float:
             return seconds(run)
     finally:
         torch.set_num_threads(before)
+
+
+def _fused(d: Device, watch: Watch[Any]) -> Device:
+    """Our fused body, compiled: a multiply-add and a pair by two head sizes, a key, a row, an operator, an exponential.
+
+    seconds = call + heads · (rows·ρ + pairs · (fixed + (e + f)·each) + keys · (e + f)·κ)     a unit a head
+    """
+    try:
+        call = _compiled_body("f32", queries=16, keys=64)
+    except CompilerError as no:
+        warnings.warn(f"our fused body was not calibrated: {no}", stacklevel=2)
+        return d
+    found: dict[str, Any] = {"fused_multiply_seconds": {}, "fused_pair_seconds": {}, "fused_key_seconds": {}}
+    found |= {"fused_element_seconds": 0.0, "fused_exp_seconds": 0.0}
+    for t in watch(["f32", "bf16"], "our fused body, compiled"):
+        pair = {e: (_compiled_body(t, e) - call) / (4 * 768**2) for e in (64, 128)}
+        few = (_compiled_body(t, queries=64) - call) / (4 * 64 * 768)
+        # a short row has few keys to share what is done for it
+        short = (_compiled_body(t, keys=64) - call) / (4 * 768 * 64)
+        row, key = (max(0.0, x - pair[64]) / (1 / 64 - 1 / 768) for x in (short, few))
+        each = max(0.0, min(pair[128] - pair[64] - key / 768, pair[64])) / 128
+        found["fused_key_seconds"][t], found["fused_multiply_seconds"][t] = key / 128, each
+        found["fused_pair_seconds"][t] = max(0.0, pair[64] - 128 * each - (row + key) / 768)
+        found.setdefault("fused_row_seconds", row)
+    for table in ("fused_multiply_seconds", "fused_pair_seconds", "fused_key_seconds"):
+        found[table]["f16"] = found[table]["f32"]
+    assert d.host is not None
+    found["fused_call_seconds"] = max(0.0, call - d.host.operator_call_seconds)
+    # what the model says of all else, taken off: a narrow window leaves every tile partial
+    for name, shape in (("fused_element_seconds", BAND), ("fused_exp_seconds", CAPPED)):
+        without, unit = (_with(d, {**found, name: x}) for x in (0.0, 1e-10))
+        rest, more = (_price(shape, alone(with_threads(x, 1))) for x in (without, unit))
+        found[name] = max(0.0, _body(shape, "f32") - rest) / max(more - rest, 1e-12) * 1e-10
+    return _with(d, found)
+
+
+# Shapes of the fused body whose mask and whose exponentials are measured, and the tiles of its rates.
+BAND, CAPPED = Shape("window", 1, 4, 2304, 2304, window=64), Shape("none", 1, 4, 768, 768, cap=30.0)
+FUSED = Tiling(128, 64, warps=1, stages=1, body="fused")
+
+
+def _price(shape: Shape, d: Device) -> float:
+    cost = predict(cascade(shape, "f32", constant=True), FUSED, d, shape.sizes)
+    assert isinstance(cost, Cost), cost
+    return cost.seconds
+
+
+def _compiled_body(t: str, e: int = 64, queries: int = 768, keys: int = 768) -> float:
+    """Seconds of our fused body for four heads on one thread."""
+    return _body(Shape("none", 1, 4, queries, keys, e), t)
+
+
+def _body(shape: Shape, t: str) -> float:
+    c = cascade(shape, t, constant=True)
+    kernel = cpu.build(c, FUSED)
+    if isinstance(kernel, Refusal):
+        raise CompilerError(kernel.reason)
+    kernel.prepare()
+    return _one_thread(ready(c, FUSED, tensors(shape, t), shape.sizes))
 
 
 def _flex(d: Device, watch: Watch[Any]) -> Device:

@@ -53,7 +53,10 @@ BELIEVED = 0.5
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention. `mask`: none, causal (the last query sees all keys), window, prefix, bias or padding (by key)."""
+    """One attention. `cap` of the scores, 0: none.
+
+    `mask`: none, causal (the last query sees all keys), window, prefix, bias or padding (by key).
+    """
 
     mask: str
     batch: int
@@ -63,6 +66,7 @@ class Shape:
     head: int = 64
     group: int = 1
     window: int = 150
+    cap: float = 0.0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -190,6 +194,9 @@ def factors(found: list[Timed]) -> dict[str, Any]:
         off = statistics.median(w.off + own * w.size for w in found if (w.kind, w.dtype) == (kind, t))
         by_type.setdefault(kind, {})[t] = min(max(math.exp(BELIEVED * off), LEAST), MOST)
     with_f16 = {kind: {**table, **({"f16": table["bf16"]} if "bf16" in table else {})} for kind, table in by_type.items()}
+    if "our-sdpa" in with_f16:
+        # not run, because every shape would be compiled
+        with_f16["our-fused"] = with_f16["our-sdpa"]
     return {"company_factor": with_f16, "company_decay": decay}
 
 
@@ -289,15 +296,17 @@ PREFIX = 100
 LOWEST = -3e38
 
 
-def cascade(shape: Shape, t: str) -> Cascade:
-    """Softmax attention as the eager code computes it, all in the type of its inputs."""
-    b, i = Builder(), ex.index
+def cascade(shape: Shape, t: str, constant: bool = False) -> Cascade:
+    """Softmax attention as the eager code computes it, all in the type of its inputs; `constant`: head sizes are numbers."""
+    b, i = Builder({"e": shape.head, "f": shape.head} if constant else {}), ex.index
     if shape.queries == shape.keys:
         b.sizes |= {"m": b.extent("p")}
     q = b.input("Q", "bhpe", t)
     few, at = (b.extent("b"), b.extent("h") / shape.group, b.extent("m")), (i("b"), i("h") // shape.group, i("m"))
     k, v = b.given("K", (*few, b.extent("e")), (*at, i("e")), t), b.given("V", (*few, b.extent("f")), (*at, i("f")), t)
     s = b.put("QK", "bhpm", q * k, "add", "e") * shape.head**-0.5
+    if shape.cap:
+        s = ex.unary("tanh", s / shape.cap) * shape.cap
     if shape.mask == "bias":
         s = s + b.input("Bias", "hpm", t)
     elif shape.mask != "none":

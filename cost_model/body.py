@@ -270,8 +270,8 @@ def added_to_full(s: Subject) -> bool:
 
 
 @lru_cache(maxsize=256)
-def fused(s: Subject) -> bool:
-    """Can the fused kernel do it: one product, linear in the score, a softmax? The code generator has the last word."""
+def by_sdpa(s: Subject) -> bool:
+    """Can SDPA's kernel do it: one product, linear in the score, a softmax? The code generator has the last word."""
     a = s.attention
     if len(a.products) != 1 or [e.op for e in a.row][:1] != ["max"]:
         return False
@@ -311,7 +311,7 @@ def _product(host: Host, bill: Bill, s: Subject, at: Shape, b: Block) -> None:
     # by the next query tile, the other heads' operands have passed through the cache
     moved = host.stream(at.batch // at.group * keys * (at.embed + at.value) * WIDTH["f32"])
     one.add("memory", moved * shared / (at.batch // at.group) / slices)
-    ops = _pointwise(s, b.masked)
+    ops = pointwise(s, b.masked)
     for op in ops:
         host.point(op, "f32", points, 0, one)
         if op == "exp":
@@ -333,7 +333,7 @@ def _widened(host: Host, bill: Bill, s: Subject, at: Shape) -> None:
 
 
 @lru_cache(maxsize=256)
-def _pointwise(s: Subject, masked: bool) -> tuple[str, ...]:
+def pointwise(s: Subject, masked: bool) -> tuple[str, ...]:
     """Operators over all elements of a block: the score, the row rule's reductions, the weight and its cast."""
     a = s.attention
     score = a.score if masked else s.mask.full

@@ -63,6 +63,11 @@ class HostRates:
     `flex_pair_seconds` are of a pair that is not masked, `flex_mask_seconds` what one of a masked block takes more, and
     `flex_key_seconds` are for each element of a key and its value that a block of queries lays out anew,
     `flex_blocks_seconds` for the block mask, which is made at each call.
+    Of our fused body: `fused_multiply_seconds` are of a multiply-add, `fused_pair_seconds` of a plain softmax a pair,
+    `fused_element_seconds` and `fused_exp_seconds` of another operator and another exponential a pair, `fused_row_seconds`
+    of a row, `fused_key_seconds` of an element of a key and its value that a unit lays out.
+    `company_factor[kind][dtype]` is what a call takes between other calls beside what all these say, exp(`company_decay`)
+    how much dearer small calls are than middling ones (see host.company).
     """
 
     threads: int
@@ -92,6 +97,13 @@ class HostRates:
     flex_pair_seconds: Mapping[str, tuple[float, float]]
     flex_mask_seconds: Mapping[str, float]
     flex_key_seconds: Mapping[str, float]
+    fused_call_seconds: float
+    fused_row_seconds: float
+    fused_element_seconds: float
+    fused_exp_seconds: float
+    fused_multiply_seconds: Mapping[str, float]
+    fused_pair_seconds: Mapping[str, float]
+    fused_key_seconds: Mapping[str, float]
     scaling: Mapping[str, float]
     company_factor: Mapping[str, Mapping[str, float]]
     company_decay: float

@@ -19,11 +19,12 @@ from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.recognise import Miss
 from . import gpu, host
-from .body import fused, has_triangles, tiled
+from .body import by_sdpa, has_triangles, tiled
 from .cost import Cost, bound_of
 from .device import Device, HostRates
 from .eager import Operator, operators
 from .fit import Footprint, candidates, footprint, padded, refuse
+from .fused import fits, fused
 from .subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
 from .tiles import NOTHING, SCHEDULED, Data, Jobs
 from .work import WIDTH, Work, size_int
@@ -100,13 +101,18 @@ def ranked_mappings(
     if not fitting:
         return Miss(f"no tile of head sizes {at.embed} and {at.value} fits {device.name}")
     if device.kind == "cpu":
-        bodies = ("product", *(("sdpa",) if fused(s) else ()), *(("slices",) if fused(s) and has_triangles(s) else ()))
-        able = [m for m in fitting if m.body in bodies]
+        able = [m for m in fitting if m.body in _bodies(s)]
         found = [(m, _ours_on_cpu(s, at, m, device, data)) for m in able]
         return tuple(sorted(found, key=lambda pair: pair[1].seconds))
     rough = sorted(fitting, key=lambda m: _ours(s, at, m, device, data, scheduled=0).seconds)
     few = [(m, _ours(s, at, m, device, data)) for m in rough[:SCHEDULED_MAPPINGS]]
     return tuple(sorted(few, key=lambda pair: pair[1].seconds))
+
+
+def _bodies(s: Subject) -> tuple[str, ...]:
+    """Bodies that may be printed for an attention on a CPU."""
+    sdpa = (("sdpa", "slices") if has_triangles(s) else ("sdpa",)) if by_sdpa(s) else ()
+    return ("product", *sdpa, *(("fused",) if fits(s) else ()))
 
 
 def predict_original(c: Cascade, device: Device, sizes: Mapping[str, int] | None = None) -> Cost:
@@ -166,7 +172,7 @@ def _math(c: Cascade, s: Subject, use: VendorUse, device: Device, sizes: Mapping
 def _ours_on_cpu(s: Subject, at: Shape, mapping: Tiling, device: Device, data: Data) -> Cost:
     """The tiled body; of keys and values, what its tiles visit crosses the memory's edge."""
     jobs = plan_tiles(s, at, mapping, data)
-    cost = tiled(s, at, mapping, jobs, device)
+    cost = (fused if mapping.body == "fused" else tiled)(s, at, mapping, jobs, device)
     unseen = at.keys - _keys_visited(jobs, at.keys)
     return replace(cost, bytes=cost.bytes - WIDTH[s.dtype] * (at.batch // at.group) * unseen * (at.embed + at.value))
 

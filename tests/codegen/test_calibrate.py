@@ -35,6 +35,7 @@ def test_the_band_is_what_the_check_finds(
     monkeypatch.setattr(calibrate, "cpu_rates", lambda watch: replace(shipped("cpu"), basis="calibrated"))
     monkeypatch.setattr(calibrate, "_own", lambda d: d)
     monkeypatch.setattr(calibrate, "_flex", lambda d, watch: d)
+    monkeypatch.setattr(calibrate, "_fused", lambda d, watch: d)
     monkeypatch.setattr(calibrate, "runs", lambda d, watch: [])
     monkeypatch.setattr(calibrate, "in_company", lambda d, found: d)
     here = threads(alone(shipped("cpu")))
