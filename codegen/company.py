@@ -126,8 +126,8 @@ class Timed:
 
 def in_company(d: Device, found: list[Run]) -> Device:
     """The device with the factors that follow from its rates and some runs."""
-    assert d.host is not None
     d = alone(d)
+    assert d.host is not None
     return replace(d, host=with_rates(d.host, factors([r.timed(d) for r in found])))
 
 

@@ -166,13 +166,11 @@ def _ours(
     name = "reattend"
     if q.gradients:
         return _refused(name, "our kernel has no backward yet, and gradients are wanted here")
+    found = _mappings(q, sizes, data)
+    order, held = _paid_back(found, rival)
     refusal = ""
-    held = ""
-    for mapping, predicted in _mappings(q, sizes, data):
+    for mapping, predicted in order:
         cost = predicted
-        if mapping.body == "fused" and (why := _held_back(q, sizes, data, cost, rival)):
-            held = why
-            continue
         kernel = ours.build(q.cascade, mapping, q.device)
         if not isinstance(kernel, Refusal):
             break
@@ -192,32 +190,29 @@ def _ours(
     return candidate, our_call(q.cascade, mapping, fragile=compiles and not q.traced)
 
 
-def _held_back(q: Question, sizes: Mapping[str, int], data: Data, cost: Cost, rival: float) -> str:
-    """Why a kernel that must be compiled is not worth it here; empty where it is."""
-    others = [c.seconds for m, c in _ranked(q, sizes, data) if m.body != "fused"]
-    saved = min([rival, *others], default=math.inf) - cost.seconds
-    if saved >= PAYBACK_SECONDS:
-        return ""
-    if saved <= 0:
-        return "the fused body would save nothing, and must be compiled"
-    return f"the fused body would save {saved * 1e3:.2g} ms a call, which does not pay for its compilation"
-
-
-def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> Iterator[tuple[Tiling, Cost]]:
-    """The best mapping by prediction; where no kernel can be built for it, the best of every other body."""
-    seen: set[str] = set()
-    for mapping, cost in _ranked(q, sizes, data):
-        if mapping.body not in seen:
-            seen.add(mapping.body)
-            yield mapping, cost
-
-
-def _ranked(q: Question, sizes: Mapping[str, int], data: Data) -> tuple[tuple[Tiling, Cost], ...]:
+def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[Tiling, Cost]]:
+    """The best mapping of every body by prediction, best first: where no kernel can be built for one, the next may do."""
     try:
         found = ranked_mappings(q.cascade, q.device, sizes, data)
     except ValueError:
-        return ()
-    return () if isinstance(found, NoAttention) else found
+        return []
+    best: dict[str, tuple[Tiling, Cost]] = {}
+    for mapping, cost in () if isinstance(found, NoAttention) else found:
+        best.setdefault(mapping.body, (mapping, cost))
+    return list(best.values())
+
+
+def _paid_back(found: list[tuple[Tiling, Cost]], rival: float) -> tuple[list[tuple[Tiling, Cost]], str]:
+    """Mappings in the order in which they are tried, and what is said of one that does not pay for its compilation."""
+    compiled = [(m, c) for m, c in found if m.body == "fused"]
+    others = [(m, c) for m, c in found if m.body != "fused"]
+    if not compiled or not others:
+        return found, ""
+    saved = min(rival, others[0][1].seconds) - compiled[0][1].seconds
+    if saved >= PAYBACK_SECONDS:
+        return found, ""
+    said = f"the fused body would save {saved * 1e3:.2g} ms a call, which does not pay for its compilation"
+    return [*others, *compiled], said if saved > 0 else ""
 
 
 def _no_mapping(q: Question, sizes: Mapping[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_calls_come_in_turn_and_slow_ones_seldom(monkeypatch: pytest.MonkeyPatch
 
         return call
 
-    monkeypatch.setattr(company.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     took = company.rounds([run("fast", 1.0), run("near", 2.0), run("slow", 9.5)])
     assert took == pytest.approx([1.0, 2.0, 9.5])
     assert seen.count("fast") == seen.count("near") == 1 + company.ROUNDS
