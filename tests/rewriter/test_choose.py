@@ -65,7 +65,7 @@ class Windowed(nn.Module):
 
 
 def test_a_kernel_that_must_be_compiled_has_to_pay_for_it() -> None:
-    long, short = (decide(Windowed(), *qkv(1, 8, n, 64)).site.candidate("reattend") for n in (3000, 110))
+    long, short = (decide(Windowed(), *qkv(1, 8, n, 64)).site.candidate("reattend") for n in (3000, 80))
     assert long.feasible
     assert long.mapping is not None
     assert '"body":"fused"' in long.mapping
