@@ -38,6 +38,8 @@ SCHEDULED_MAPPINGS = 3
 # Blocks of FlexAttention's mask, and the tile that stands for a vendor's kernel.
 FLEX_BLOCK = 128
 VENDOR_TILE = Tiling(tile_p=128, tile_m=128, warps=8, stages=2, body="vendor")
+# … and rows of a vendor's tile where few queries share the keys: FlashAttention-2 splits those over blocks of 64 rows.
+FEW_VENDOR_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -235,10 +237,11 @@ def _shared_heads(k: gpu.Kernel, group: int) -> gpu.Kernel:
 
 
 def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: Data) -> Cost:
-    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), VENDOR_TILE.tile_p, VENDOR_TILE.tile_m, data)
+    tile = replace(VENDOR_TILE, tile_p=FEW_VENDOR_ROWS) if _rows(at) <= FEW_VENDOR_ROWS else VENDOR_TILE
+    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), tile.tile_p, tile.tile_m, data)
     if not use.skips:
-        jobs = replace(jobs, full=jobs.full * 0 + -(-at.keys // VENDOR_TILE.tile_m), partial=jobs.partial * 0, map=None)
-    kernel = gpu.streaming(w, VENDOR_TILE, jobs, Footprint(0, 0, 0, 1), at.value, at.queries, at.batch)
+        jobs = replace(jobs, full=jobs.full * 0 + -(-at.keys // tile.tile_m), partial=jobs.partial * 0, map=None)
+    kernel = gpu.streaming(w, tile, jobs, Footprint(0, 0, 0, 1), at.value, at.queries, at.batch)
     kernel = _split_keys(_shared_heads(kernel, _packed(at)), device)
     extra = use.mask_elements * WIDTH[use.mask_dtype]
     kernel = replace(kernel, unique_bytes=kernel.unique_bytes + extra, moved_bytes=kernel.moved_bytes + extra)
