@@ -5,12 +5,14 @@
 
 Nothing of these shapes is known to the calibration: it times operators and kernels of shapes of its own
 (cost_model/calibrate.py, codegen/calibrate.py). `GRIDS` says which cells were looked at while the model was written
-(`development`, `regret`), which were looked at once and by whole kinds of candidates since (`heldout`), and which only judge
-it (`fresh`: nothing was changed after a look at its cells).
+(`development`, `regret`, and since the calibration in company `fresh`), which were looked at once and by whole kinds of
+candidates since (`heldout`), and which only judge it (`unseen`: drawn from wider ranges, not looked at).
 """
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -34,7 +36,7 @@ from reattend.rewriter.candidates import vendor_call
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 LOWEST = {"f32": -3.3e38, "bf16": -3.3e38, "f16": -6.5e4}
-WINDOW, PREFIX = 256, 192
+WINDOW, PREFIX, CAP = 256, 192, 30.0
 # Mappings of our kernel that are timed, and how much slower than the best one the model may find them.
 MAPPINGS, NEAR = 4, 4.0
 Call = Callable[[], object]
@@ -42,7 +44,10 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Cell:
-    """One attention. `mask`: none, causal (the last query sees all keys), window, prefix or padding (by key)."""
+    """One attention. `mask`: none, causal (the last query sees all keys), window, prefix or padding (by key).
+
+    `score`: plain, softcap (of CAP) or bias (a table added to the scores).
+    """
 
     mask: str
     dtype: str
@@ -54,11 +59,13 @@ class Cell:
     group: int = 1
     head: int = 64
     window: int = WINDOW
+    score: str = "plain"
 
     def __str__(self) -> str:
         heads = f"{self.heads}/{self.heads // self.group}" if self.group > 1 else str(self.heads)
         size = str(self.queries) if self.queries == self.keys else f"{self.queries}×{self.keys}"
         mask = self.mask if self.window == WINDOW else f"{self.mask} {self.window}"
+        mask = mask if self.score == "plain" else f"{mask} {self.score}"
         return f"{mask:11}{self.dtype:5}{self.batch}×{heads}×{self.head:<4}{size:>10} ×{self.threads}"
 
     @property
@@ -81,7 +88,7 @@ def square(mask: str, dtype: str, n: int, threads: int, **more: int) -> Cell:
 @lru_cache(maxsize=512)
 def cascade(cell: Cell, masked: bool = True) -> Cascade:
     """Eager attention as it is lifted: product, scale, mask, softmax, product, all in the inputs' type."""
-    b, i = Builder(), ex.index
+    b, i = Builder({"e": cell.head, "f": cell.head}), ex.index
     if not cell.past:
         b.sizes |= {"m": b.extent("p")}
     q = b.input("Q", "bhpe", cell.dtype)
@@ -89,6 +96,10 @@ def cascade(cell: Cell, masked: bool = True) -> Cascade:
     k = b.given("K", (*shape, b.extent("e")), (*at, i("e")), cell.dtype)
     v = b.given("V", (*shape, b.extent("f")), (*at, i("f")), cell.dtype)
     s = b.put("QK", "bhpm", q * k, "add", "e") * cell.head**-0.5
+    if cell.score == "softcap":
+        s = ex.unary("tanh", s / CAP) * CAP
+    if cell.score == "bias":
+        s = s + b.input("Bias", "hpm", cell.dtype)
     if masked and cell.mask != "none":
         s = ex.where(_keep(b, cell), s, LOWEST[cell.dtype])
     s = b.put("S", "bhpm", s)
@@ -118,6 +129,8 @@ def tensors(cell: Cell, where: str) -> dict[str, torch.Tensor]:
     few = cell.heads // cell.group
     shapes = {"Q": (cell.heads, cell.queries), "K": (few, cell.keys), "V": (few, cell.keys)}
     made = {n: torch.randn(cell.batch, *s, cell.head, dtype=DTYPES[cell.dtype], device=where) for n, s in shapes.items()}
+    if cell.score == "bias":
+        made["Bias"] = torch.randn(cell.heads, cell.queries, cell.keys, dtype=DTYPES[cell.dtype], device=where)
     if cell.mask == "padding":
         made["Kept"] = (torch.arange(cell.keys, device=where) >= cell.keys // 8).repeat(cell.batch, 1)
     return made
@@ -141,8 +154,10 @@ def calls(cell: Cell, d: Device, flex: bool) -> tuple[dict[str, Call], dict[str,
     """Everything that can compute the cell, as a plan would run it, and the mappings among them by name."""
     c, x = cascade(cell), tensors(cell, "cpu" if d.kind == "cpu" else "cuda")
     keep = keep_tensor(cell, x)
-    out: dict[str, Call] = {"original": _eager(cell, x, keep), "sdpa": _vendor_call(c, "sdpa", cell, x)}
-    if cell.mask not in ("none", "causal"):
+    out: dict[str, Call] = {"original": _eager(cell, x, keep)}
+    if cell.score != "softcap":
+        out["sdpa"] = _vendor_call(c, "sdpa", cell, x)
+    if cell.mask not in ("none", "causal") and cell.score == "plain":
         out["sdpa given mask"] = lambda: sdpa(x["Q"], x["K"], x["V"], attn_mask=keep, enable_gqa=cell.group > 1)
     if flex:
         out["flex"] = _vendor_call(c, "flex", cell, x)
@@ -161,6 +176,10 @@ def _eager(cell: Cell, x: Mapping[str, torch.Tensor], keep: torch.Tensor | None)
 
     def original() -> object:
         s = (x["Q"] @ shared(x["K"]).mT) * cell.head**-0.5
+        if cell.score == "softcap":
+            s = torch.tanh(s / CAP) * CAP
+        if cell.score == "bias":
+            s = s + x["Bias"]
         if keep is not None:
             s = torch.where(keep, s, LOWEST[cell.dtype])
         return s.softmax(-1) @ shared(x["V"])
@@ -300,8 +319,46 @@ def _fresh(threads: int) -> Iterator[Cell]:
         yield Cell("causal", t, 620, 2100, threads, heads=7)
 
 
+# (mask, score, kind of shape) of the cells that are drawn.
+DRAWN = (
+    ("none", "plain", "square"), ("none", "plain", "cross"), ("none", "bias", "square"), ("causal", "plain", "square"),
+    ("causal", "plain", "grouped"), ("causal", "softcap", "square"), ("causal", "bias", "square"),
+    ("causal", "plain", "past"),
+    ("window", "plain", "square"), ("window", "plain", "grouped"), ("window", "softcap", "square"),
+    ("prefix", "plain", "square"), ("padding", "plain", "batch"), ("causal", "plain", "decode"), ("none", "plain", "few"),
+)  # fmt: skip
+# Pairs of queries and keys of a drawn cell, at most.
+PAIRS = 4e7
+
+
+def _unseen(threads: int) -> Iterator[Cell]:
+    for t in ("f32", "bf16"):
+        draw = random.Random(2611)
+        yield from (_drawn(draw, mask, score, kind, t, threads) for mask, score, kind in DRAWN)
+
+
+def _drawn(draw: random.Random, mask: str, score: str, kind: str, dtype: str, threads: int) -> Cell:
+    group = draw.choice((2, 3, 4)) if kind in ("grouped", "decode") else 1
+    heads = group * draw.randint(2, max(2, 16 // group))
+    batch = draw.randint(2, 4) if kind in ("batch", "few") else 1
+    head = draw.choice((40, 48, 64, 72, 80, 96, 112, 128))
+    keys = _log_uniform(draw, 220, 7000)
+    queries = {"cross": _log_uniform(draw, 60, 900), "decode": 1, "few": draw.randint(2, 15)}.get(kind, keys)
+    most = PAIRS / (batch * heads)
+    keys = min(keys, int(math.sqrt(most) if queries == keys else most / queries))
+    queries = max(keys // 3, 20) if kind == "past" else min(queries, keys)
+    window = _log_uniform(draw, 40, 900)
+    return Cell(
+        mask, dtype, queries, keys, threads, batch, heads, group, head, window if mask == "window" else WINDOW, score
+    )
+
+
+def _log_uniform(draw: random.Random, low: float, high: float) -> int:
+    return round(math.exp(draw.uniform(math.log(low), math.log(high))))
+
+
 GRIDS: Mapping[str, Callable[[int], Iterator[Cell]]] = {
-    "regret": _regret, "development": _development, "heldout": _heldout, "fresh": _fresh,
+    "regret": _regret, "development": _development, "heldout": _heldout, "fresh": _fresh, "unseen": _unseen,
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Calibration of the present device, with its check: `reattend targets --calibrate`.
 
     operators and kernels, timed        → rates and constants of the time model
+    all ways of some shapes, in turn    → what calls between other work take beside what they take alone (company.py)
     shapes that nothing was fitted to   → how far the model is off there: the band that plans state
 
 The CPU's operators are timed in cost_model/calibrate.py, a GPU's rates in calibrate_gpu.py; here is what needs our operator
@@ -9,7 +10,6 @@ or a compiled FlexAttention on the CPU, and the check at the end. Under two minu
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,21 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from ..cost_model.accuracy import error, percentile
 from ..cost_model.calibrate import Watch, between, cpu_rates, keep, seconds, unwatched, with_rates
 from ..cost_model.cost import Cost
-from ..cost_model.device import Device, with_threads
-from ..cost_model.predict import VendorUse, best_mapping, predict, predict_original, predict_vendor
-from ..patterns import expr as ex
-from ..patterns.cascade import Cascade
+from ..cost_model.device import Device, alone, with_threads
+from ..cost_model.predict import predict
 from ..patterns.evaluate import DTYPE
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.papers import Builder, softmax
-from ..patterns.recognise import Miss
-from .operator import program_text
-from .program import loose
+from ..patterns.recognise import Refusal
+from . import cpu
+from .company import TYPES, Shape, cascade, in_company, ready, rounds, runs, tensors, ways
+from .native import CompilerError
 
 # No band is narrower: neighbours, clocks and thermal limits are not known to any calibration. On CPUs 95% of 397 timings of
 # shapes that nothing was fitted to lay within this one (benchmarks/results/cost_model_cpu_fresh.json, six calibrations).
@@ -63,10 +60,12 @@ def calibrate(d: Device, path: Path | None = None, watch: Watch[Any] = unwatched
     Raises ValueError for a device that runs no kernels of ours, OSError when the file cannot be written.
     """
     if d.kind == "cpu":
-        # twice, with the compilations in between
+        # twice, with all else in between: clocks and neighbours change from one minute to the next
         first = cpu_rates(watch=watch)
         compiled = _flex(first, watch)
-        found = _own(_flex_of(compiled, between(first, cpu_rates(watch=watch))))
+        found_runs = runs(compiled, watch)
+        rates = _own(alone(_flex_of(compiled, between(first, cpu_rates(watch=watch)))))
+        found = in_company(_fused(rates, watch), found_runs)
         check = tuple(_checked_on_cpu(found, watch))
     elif d.is_gpu:
         from .calibrate_gpu import checked, gpu_rates
@@ -94,26 +93,18 @@ def _own(d: Device) -> Device:
     return _with(d, {"step_factor": max(1.0, (took - rest.parts["launch"]) / steps)})
 
 
-def _with(d: Device, rates: dict[str, float]) -> Device:
+def _with(d: Device, rates: Mapping[str, Any]) -> Device:
     assert d.host is not None
     return replace(d, host=with_rates(d.host, rates))
 
 
 def _beside(d: Device, body: str, n: int) -> tuple[float, Cost]:
     """Measured seconds of our kernel without a mask, on one thread, and its predicted cost."""
-    c, x, sizes = _attention("none", "f32", 1, 4, n)
-    mapping = Tiling(128, 128, body=body)
-    cost = predict(c, mapping, with_threads(d, 1), sizes)
+    shape = Shape("none", 1, 4, n, n)
+    c, mapping = cascade(shape, "f32"), Tiling(128, 128, body=body)
+    cost = predict(c, mapping, with_threads(d, 1), shape.sizes)
     assert isinstance(cost, Cost), cost
-    return _one_thread(ready(c, mapping, x, sizes)), cost
-
-
-def ready(
-    c: Cascade, mapping: Tiling, tensors: dict[str, torch.Tensor], sizes: dict[str, int]
-) -> Callable[[], torch.Tensor]:
-    """A call of our operator with everything laid out, as it stands in a rewritten graph."""
-    operands, loose_sizes, text = [tensors[t.name] for t in c.inputs], [sizes[n] for n in loose(c)], program_text(c, mapping)
-    return lambda: torch.ops.reattend.cascade.default(operands, loose_sizes, text)
+    return _one_thread(ready(c, mapping, tensors(shape, "f32"), shape.sizes)), cost
 
 
 def _one_thread(run: Callable[[], object]) -> float:
@@ -124,6 +115,65 @@ def _one_thread(run: Callable[[], object]) -> float:
             return seconds(run)
     finally:
         torch.set_num_threads(before)
+
+
+def _fused(d: Device, watch: Watch[Any]) -> Device:
+    """Our fused body, compiled: a multiply-add and a pair by two head sizes, a key, a row, an operator, an exponential.
+
+    seconds = call + heads · (rows·ρ + pairs · (fixed + (e + f)·each) + keys · (e + f)·κ)     a unit a head
+    """
+    try:
+        call = _compiled_body("f32", queries=16, keys=64)
+    except CompilerError as no:
+        warnings.warn(f"our fused body was not calibrated: {no}", stacklevel=2)
+        return d
+    found: dict[str, Any] = {"fused_multiply_seconds": {}, "fused_pair_seconds": {}, "fused_key_seconds": {}}
+    found |= {"fused_element_seconds": 0.0, "fused_exp_seconds": 0.0}
+    for t in watch(["f32", "bf16"], "our fused body, compiled"):
+        pair = {e: (_compiled_body(t, e) - call) / (4 * 768**2) for e in (64, 128)}
+        few = (_compiled_body(t, queries=64) - call) / (4 * 64 * 768)
+        # a short row has few keys to share what is done for it
+        short = (_compiled_body(t, keys=64) - call) / (4 * 768 * 64)
+        row, key = (max(0.0, x - pair[64]) / (1 / 64 - 1 / 768) for x in (short, few))
+        each = max(0.0, min(pair[128] - pair[64] - key / 768, pair[64])) / 128
+        found["fused_key_seconds"][t], found["fused_multiply_seconds"][t] = key / 128, each
+        found["fused_pair_seconds"][t] = max(0.0, pair[64] - 128 * each - (row + key) / 768)
+        found.setdefault("fused_row_seconds", row)
+    for table in ("fused_multiply_seconds", "fused_pair_seconds", "fused_key_seconds"):
+        found[table]["f16"] = found[table]["f32"]
+    assert d.host is not None
+    found["fused_call_seconds"] = max(0.0, call - d.host.operator_call_seconds)
+    # what the model says of all else, taken off: a narrow window leaves every tile partial
+    for name, shape in (("fused_element_seconds", BAND), ("fused_exp_seconds", CAPPED)):
+        without, unit = (_with(d, {**found, name: x}) for x in (0.0, 1e-10))
+        rest, more = (_price(shape, alone(with_threads(x, 1))) for x in (without, unit))
+        found[name] = max(0.0, _body(shape, "f32") - rest) / max(more - rest, 1e-12) * 1e-10
+    return _with(d, found)
+
+
+# Shapes of the fused body whose mask and whose exponentials are measured, and the tiles of its rates.
+BAND, CAPPED = Shape("window", 1, 4, 2304, 2304, window=64), Shape("none", 1, 4, 768, 768, cap=30.0)
+FUSED = Tiling(128, 64, warps=1, stages=1, body="fused")
+
+
+def _price(shape: Shape, d: Device) -> float:
+    cost = predict(cascade(shape, "f32", constant=True), FUSED, d, shape.sizes)
+    assert isinstance(cost, Cost), cost
+    return cost.seconds
+
+
+def _compiled_body(t: str, e: int = 64, queries: int = 768, keys: int = 768) -> float:
+    """Seconds of our fused body for four heads on one thread."""
+    return _body(Shape("none", 1, 4, queries, keys, e), t)
+
+
+def _body(shape: Shape, t: str) -> float:
+    c = cascade(shape, t, constant=True)
+    kernel = cpu.build(c, FUSED)
+    if isinstance(kernel, Refusal):
+        raise CompilerError(kernel.reason)
+    kernel.prepare()
+    return _one_thread(ready(c, FUSED, tensors(shape, t), shape.sizes))
 
 
 def _flex(d: Device, watch: Watch[Any]) -> Device:
@@ -146,6 +196,7 @@ def _flex(d: Device, watch: Watch[Any]) -> Device:
         rates["flex_pair_seconds"][t] = (max(0.0, took[64] - 128 * each), max(0.0, each - key / 128))
         rates["flex_mask_seconds"][t] = max(0.0, masked - took[64])
         rates["flex_key_seconds"][t] = key
+    rates["flex_blocks_seconds"] = _one_thread(lambda: _every_block_masked(768))
     return replace(d, host=with_rates(d.host, rates))
 
 
@@ -154,8 +205,9 @@ def _flex_of(compiled: Device, d: Device) -> Device:
     assert compiled.host is not None
     assert d.host is not None
     h = compiled.host
-    flex = {"flex_pair_seconds": h.flex_pair_seconds, "flex_mask_seconds": h.flex_mask_seconds}
-    return replace(d, host=with_rates(d.host, {**flex, "flex_key_seconds": h.flex_key_seconds}))
+    flex: dict[str, Any] = {"flex_pair_seconds": h.flex_pair_seconds, "flex_mask_seconds": h.flex_mask_seconds}
+    flex |= {"flex_key_seconds": h.flex_key_seconds, "flex_blocks_seconds": h.flex_blocks_seconds}
+    return replace(d, host=with_rates(d.host, flex))
 
 
 def _compiled_flex(t: str, e: int, heads: int = 4, n: int = 768, queries: int = 768, masked: bool = False) -> float:
@@ -181,58 +233,20 @@ def _every_block_masked(n: int, size: int = 128) -> Any:
 
 # --- the check ----------------------------------------------------------------------------------------------------------
 
-# (mask, batch, heads, tokens, head size), for all types: neither of the micro-benchmarks nor of benchmarks/cells.py
-CHECKED = (("none", 1, 6, 850, 64), ("causal", 1, 6, 1250, 64), ("window", 1, 8, 1800, 64), ("causal", 1, 4, 640, 128))
-WINDOW = 200
+# For all types: neither of what rates or factors are made from nor of benchmarks/cells.py.
+CHECKED = (
+    Shape("none", 1, 6, 850, 850), Shape("causal", 1, 6, 1250, 1250), Shape("window", 1, 8, 1800, 1800, window=200),
+    Shape("causal", 1, 4, 640, 640, 128),
+)  # fmt: skip
 
 
 def _checked_on_cpu(d: Device, watch: Watch[Any]) -> Iterator[Checked]:
+    """Every way of some shapes, called in turn."""
     here = with_threads(d, torch.get_num_threads())
-    for mask, batch, heads, n, head in watch(list(CHECKED), "check on other shapes"):
-        for t in ("f32", "bf16"):
-            c, x, sizes = _attention(mask, t, batch, heads, n, head)
-            for name, run, cost in _runs(c, mask, x, sizes, here):
-                with torch.no_grad():
-                    took = seconds(run, time.perf_counter)
-                yield Checked(f"{name}, {mask} {batch}×{heads}×{n}×{head} {t}", took, cost.seconds)
-
-
-def _runs(
-    c: Cascade, mask: str, x: dict[str, torch.Tensor], sizes: dict[str, int], d: Device
-) -> Iterator[tuple[str, Callable[[], object], Cost]]:
-    q, k, v = x["Q"], x["K"], x["V"]
-    n = q.shape[2]
-    at = torch.arange(n)
-    kept = None if mask == "none" else (at[:, None] >= at) & (at[:, None] - at < (WINDOW if mask == "window" else n))
-
-    def original() -> torch.Tensor:
-        s = q @ k.mT * 0.125
-        return (s if kept is None else torch.where(kept, s, -3e38)).softmax(-1) @ v
-
-    yield "original", original, predict_original(c, d, sizes)
-    causal = mask == "causal"
-    use = VendorUse("flash", skips=causal, mask_elements=n * n if mask == "window" else 0)
-    cost = predict_vendor(c, use, d, sizes)
-    assert isinstance(cost, Cost), cost
-    yield "sdpa", lambda: sdpa(q, k, v, attn_mask=None if causal else kept, is_causal=causal), cost
-    best = best_mapping(c, d, sizes)
-    assert not isinstance(best, Miss), best
-    yield "reattend", ready(c, best[0], x, sizes), best[1]
-
-
-def _attention(
-    mask: str, t: str, batch: int, heads: int, n: int, head: int = 64
-) -> tuple[Cascade, dict[str, torch.Tensor], dict[str, int]]:
-    """Softmax attention in one type, as the eager code computes it, with random operands."""
-    b, p, m = Builder(), ex.index("p"), ex.index("m")
-    b.sizes |= {"m": b.extent("p")}
-    q, k, v = (b.input(name, ranks, t) for name, ranks in (("Q", "bhpe"), ("K", "bhme"), ("V", "bhmf")))
-    s = b.put("QK", "bhpm", q * k, "add", "e") * 0.125
-    if mask != "none":
-        kept = m <= p if mask == "causal" else (m <= p) & (p - m < WINDOW)
-        s = ex.where(kept, s, -3e38)
-    w = b.put("A", "bhpm", softmax(b, b.put("S", "bhpm", s)))
-    b.put("O", "bhpf", w * v, "add", "m")
-    sizes = {"B": batch, "H": heads, "P": n, "M": n, "E": head, "F": head}
-    tensors = {name: torch.randn(batch, heads, n, head, dtype=DTYPE[t]) for name in "QKV"}
-    return b.cascade(mask, "O"), tensors, sizes
+    for shape in watch(list(CHECKED), "check on other shapes"):
+        for t in TYPES:
+            found = list(ways(cascade(shape, t), shape, tensors(shape, t), here))
+            with torch.no_grad():
+                took = rounds([w.call for w in found])
+            name = f"{shape.mask} {shape.batch}×{shape.heads}×{shape.queries}×{shape.head} {t}"
+            yield from (Checked(f"{w.kind}, {name}", s, w.price(here).seconds) for w, s in zip(found, took))

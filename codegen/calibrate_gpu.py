@@ -23,7 +23,7 @@ from ..patterns.cascade import Cascade
 from ..patterns.evaluate import DTYPE
 from ..patterns.papers import Builder, softmax
 from ..patterns.recognise import Miss
-from .calibrate import ready
+from .company import ready
 
 # Seconds of one measurement, and runs between two events: a single launch is shorter than the clock is exact.
 SECONDS, PATIENCE, BATCH = 0.05, 1.0, 10

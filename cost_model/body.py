@@ -86,7 +86,7 @@ def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
     bill.flops, bill.exps = 2 * pairs * (at.embed + at.value), pairs
     bill.bytes = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
     bill.add("fault", host.fresh(WIDTH[s.dtype] * at.batch * at.queries * at.value))
-    return bill.cost(device)
+    return bill.cost(device, f"our-{mapping.body}", s.dtype)
 
 
 def tiles(s: Subject, found: Sequence[Block], at: Shape, mapping: Tiling) -> Iterator[Block]:
@@ -270,8 +270,8 @@ def added_to_full(s: Subject) -> bool:
 
 
 @lru_cache(maxsize=256)
-def fused(s: Subject) -> bool:
-    """Can the fused kernel do it: one product, linear in the score, a softmax? The code generator has the last word."""
+def by_sdpa(s: Subject) -> bool:
+    """Can SDPA's kernel do it: one product, linear in the score, a softmax? The code generator has the last word."""
     a = s.attention
     if len(a.products) != 1 or [e.op for e in a.row][:1] != ["max"]:
         return False
@@ -304,9 +304,14 @@ def _product(host: Host, bill: Bill, s: Subject, at: Shape, b: Block) -> None:
     steps = -(-at.batch // heads) * slices
     points = heads * rows * -(-keys // slices)
     one = Bill()
-    one.add("matrix", host.product(heads, rows, keys // slices, at.embed, "f32"))
-    one.add("matrix", host.product(heads, rows, at.value, keys // slices, "f32"))
-    ops = _pointwise(s, b.masked)
+    # heads that share keys lie below one another
+    shared, below = heads // at.group, at.group * rows
+    one.add("matrix", host.product(shared, below, keys // slices, at.embed, "f32"))
+    one.add("matrix", host.product(shared, below, at.value, keys // slices, "f32"))
+    # by the next query tile, the other heads' operands have passed through the cache
+    moved = host.stream(at.batch // at.group * keys * (at.embed + at.value) * WIDTH["f32"])
+    one.add("memory", moved * shared / (at.batch // at.group) / slices)
+    ops = pointwise(s, b.masked)
     for op in ops:
         host.point(op, "f32", points, 0, one)
         if op == "exp":
@@ -322,12 +327,13 @@ def _widened(host: Host, bill: Bill, s: Subject, at: Shape) -> None:
     if WIDTH[s.dtype] >= WIDTH["f32"]:
         return
     points = at.batch * at.queries * at.embed + at.batch // at.group * at.keys * (at.embed + at.value)
-    host.point("cast", "f32", points, points * 6, bill)
+    # read, and written to lines that are fetched first
+    host.point("cast", "f32", points, points * (WIDTH[s.dtype] + 2 * WIDTH["f32"]), bill)
     bill.add("launch", 3 * host.h.operator_seconds)
 
 
 @lru_cache(maxsize=256)
-def _pointwise(s: Subject, masked: bool) -> tuple[str, ...]:
+def pointwise(s: Subject, masked: bool) -> tuple[str, ...]:
     """Operators over all elements of a block: the score, the row rule's reductions, the weight and its cast."""
     a = s.attention
     score = a.score if masked else s.mask.full

@@ -180,7 +180,8 @@ def _typed(t: str) -> Callable[[], dict[str, Any]]:
 
     def step() -> dict[str, Any]:
         flops, half = _product(t)
-        rates: dict[str, Any] = {"matrix_flops_per_s": flops, "gemm_half_rows": half, **_points(t), **_attention(t)}
+        products = {"matrix_flops_per_s": flops, "gemm_half_rows": half, "row_flops_per_s": _row(t)}
+        rates: dict[str, Any] = {**products, **_points(t), **_attention(t)}
         return {name: {t: rate} for name, rate in rates.items()}
 
     return step
@@ -273,6 +274,16 @@ def _product(t: str) -> tuple[float, float]:
     half = (ratio - 1) / (1 / 32 - ratio / 256)
     peak = flops * (1 + half / 256) / took[256]
     return peak, half
+
+
+def _row(t: str) -> float:
+    """FLOP/s of products of one row: as a query with its keys, and as weights with values."""
+    import torch
+
+    q, w = (torch.randn(HEADS, 1, n, dtype=_dtype(t)) for n in (64, 2 * KEYS))
+    k = torch.randn(HEADS, 2 * KEYS, 64, dtype=_dtype(t))
+    took = seconds(lambda: torch.bmm(q, k.mT)) + seconds(lambda: torch.bmm(w, k))
+    return 2 * 2.0 * HEADS * 2 * KEYS * 64 / took
 
 
 def _points(t: str) -> dict[str, float]:

@@ -57,10 +57,17 @@ class HostRates:
     `attention_pair_seconds[dtype][rows]` is (fixed, per element of e + f) for one (query, key) pair inside SDPA's fused
     CPU kernel, whose own query block has 32, 64 or 256 rows; `attention_row_seconds` is for each row of a block and each
     of its blocks of 512 keys, `attention_key_seconds` for each element of a key and its value that a call lays out anew.
+    `row_flops_per_s` is the rate of products of one row, which no product falls below.
     `step_factor` is what a step of our product body takes beside the sum of its operators, each timed on its own.
     `attention_far_mask_seconds` are of a pair whose mask lies out of the core's own cache.
     `flex_pair_seconds` are of a pair that is not masked, `flex_mask_seconds` what one of a masked block takes more, and
-    `flex_key_seconds` are for each element of a key and its value that a block of queries lays out anew.
+    `flex_key_seconds` are for each element of a key and its value that a block of queries lays out anew,
+    `flex_blocks_seconds` for the block mask, which is made at each call.
+    Of our fused body: `fused_multiply_seconds` are of a multiply-add, `fused_pair_seconds` of a plain softmax a pair,
+    `fused_element_seconds` and `fused_exp_seconds` of another operator and another exponential a pair, `fused_row_seconds`
+    of a row, `fused_key_seconds` of an element of a key and its value that a unit lays out.
+    `company_factor[kind][dtype]` is what a call takes between other calls beside what all these say, exp(`company_decay`)
+    how much dearer small calls are than middling ones (see host.company).
     """
 
     threads: int
@@ -71,11 +78,13 @@ class HostRates:
     operator_call_seconds: float
     step_factor: float
     flex_call_seconds: float
+    flex_blocks_seconds: float
     cache_bytes: float
     cache_bytes_per_s: float
     fault_bytes: float
     fault_seconds_per_byte: float
     gemm_half_rows: Mapping[str, float]
+    row_flops_per_s: Mapping[str, float]
     element_seconds: Mapping[str, float]
     exp_seconds: Mapping[str, float]
     softmax_seconds: Mapping[str, float]
@@ -88,7 +97,16 @@ class HostRates:
     flex_pair_seconds: Mapping[str, tuple[float, float]]
     flex_mask_seconds: Mapping[str, float]
     flex_key_seconds: Mapping[str, float]
+    fused_call_seconds: float
+    fused_row_seconds: float
+    fused_element_seconds: float
+    fused_exp_seconds: float
+    fused_multiply_seconds: Mapping[str, float]
+    fused_pair_seconds: Mapping[str, float]
+    fused_key_seconds: Mapping[str, float]
     scaling: Mapping[str, float]
+    company_factor: Mapping[str, Mapping[str, float]]
+    company_decay: float
 
 
 @dataclass(frozen=True)
@@ -169,6 +187,12 @@ def _split(table: Mapping[str, Any], path: str, sources: dict[str, str]) -> dict
     return out
 
 
+def alone(d: Device) -> Device:
+    """The device as if every call found the machine as it left it: what operators take when they are timed one by one."""
+    assert d.host is not None
+    return replace(d, host=replace(d.host, company_factor={}, company_decay=0.0))
+
+
 def host_rates(table: Mapping[str, Any]) -> HostRates:
     """Host rates from plain nested data (a device file or a calibration file)."""
     values = dict(table)
@@ -240,7 +264,7 @@ def with_threads(d: Device, threads: int) -> Device:
 
 # --- calibration files ------------------------------------------------------------------------------------------
 
-CALIBRATION_SCHEMA = 2
+CALIBRATION_SCHEMA = 3
 # Names another file, for whatever device is calibrated next; empty: none is read or written.
 CALIBRATION_VARIABLE = "REATTEND_CALIBRATION"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from ..patterns.mapping import Mapping
 from .device import Device
@@ -141,6 +142,9 @@ def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys
 def _on_cpu(queries: int) -> Iterator[Mapping]:
     # a plan of more than a few hundred query tiles costs more than it saves
     tiles = [t for t in (32, 64, 128, 256, 512) if queries // 128 <= t < 2 * queries] or [32 if queries < 512 else 512]
+    if queries >= SMALLEST_DOT:
+        for tile, tile_m in product((64, 128), (64, 128)):
+            yield Mapping(tile_p=tile, tile_m=tile_m, warps=1, stages=1, body="fused")
     for body in ("sdpa", "slices", "product"):
         for tile in tiles:
             # narrower key tiles cut a slice closer to its mask

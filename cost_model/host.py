@@ -1,7 +1,7 @@
 """The time model of a CPU: what PyTorch's operators, SDPA and our tiled bodies take, operator by operator.
 
     operator   = call + max(elements · seconds each, bytes / bandwidth) / threads' gain + first touch of fresh memory
-    product    = call + FLOP / (peak · rows / (rows + half)) / threads' gain + bytes / bandwidth + first touch
+    product    = call + FLOP / max(peak · rows / (rows + half), one row's) / threads' gain + bytes / bandwidth + first touch
     SDPA       = call + Σ pairs · (fixed + (E + F)·(each + once / rows)) / threads' gain        the fused CPU kernel
 
 Nothing overlaps: parts add up. Rates come from the device file or a calibration of the machine.
@@ -28,6 +28,9 @@ FAIR = 0.67
 CORE_CACHE = 1 << 20
 # Keys of a block inside PyTorch's fused CPU kernel.
 KEY_BLOCK = 512
+# A call of middling size takes as long as the memory for so many bytes; one so many times shorter or longer is as small or
+# large as any.
+MIDDLE, APART = 1e8, 6.0
 # Element-wise operators by what a plain addition costs, on operands in the cache.
 IN_ELEMENTS: Mapping[str, float] = {"max": 0.7, "min": 0.7}
 # torch's vectorised exp is the unit; the others cost about this many of them.
@@ -46,13 +49,31 @@ class Bill:
     def add(self, name: str, seconds: float) -> None:
         self.parts[name] = self.parts.get(name, 0.0) + seconds
 
-    def cost(self, d: Device) -> Cost:
-        parts = {k: v for k, v in self.parts.items() if v > 0}
+    def cost(self, d: Device, kind: str, dtype: str) -> Cost:
+        """The cost of a way of this kind: original, sdpa, flex or our-BODY."""
+        factor = company(d, kind, dtype, sum(self.parts.values()))
+        parts = {k: v * factor for k, v in self.parts.items() if v > 0}
         by_bound: dict[str, float] = {}
         for k, v in parts.items():
             by_bound[bound_of({k: v})] = by_bound.get(bound_of({k: v}), 0.0) + v
         bound = bound_of(by_bound)
         return Cost(sum(parts.values()), bound, self.flops, self.bytes, self.exps, parts, d.basis, d.band)
+
+
+def company(d: Device, kind: str, dtype: str, seconds: float) -> float:
+    """What a call takes between other work beside what the rates of small ones say that are timed alone, over and over.
+
+    FlexAttention has no factor of its own, because it takes long to compile in a calibration. The original's operators pass
+    through the memory whatever their size, and have no decay.
+    """
+    assert d.host is not None
+    own = rate(d.host.company_factor[kind], dtype) if kind in d.host.company_factor else 1.0
+    return own if kind == "original" else own * math.exp(-d.host.company_decay * size_of(seconds, d))
+
+
+def size_of(seconds: float, d: Device) -> float:
+    """The size of a call: −1 for a small one, 1 for a large one, logarithmic in between."""
+    return min(max(math.log(max(seconds, 1e-9) * d.dram_bytes_per_s / MIDDLE) / math.log(APART), -1.0), 1.0)
 
 
 class Host:
@@ -96,9 +117,9 @@ class Host:
 
     def product(self, batch: int, rows: int, columns: int, inner: int, dtype: str) -> float:
         half = rate(self.h.gemm_half_rows, dtype)
-        peak = self.d.matrix_rate(dtype)
-        flops = 2.0 * batch * rows * columns * inner
-        return flops / (peak * rows / (rows + half)) / self.gain("product", batch * rows * columns)
+        speed = max(self.d.matrix_rate(dtype) * rows / (rows + half), rate(self.h.row_flops_per_s, dtype))
+        # what the threads share is the result, or the operand that few rows read
+        return 2.0 * batch * rows * columns * inner / speed / self.gain("product", batch * columns * max(rows, inner))
 
     def stream(self, moved: int, points: float = math.inf) -> float:
         """Seconds in which operands come from memory or from the last cache; none where the core's own one holds them."""
@@ -230,4 +251,4 @@ def original(operators: Sequence[Operator], d: Device) -> Cost:
     host, bill = Host(d), Bill()
     for o in operators:
         host.operator(o, bill)
-    return bill.cost(d)
+    return bill.cost(d, "original", operators[-1].dtype if operators else "f32")

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from .device import Device, HostRates, TimeModel
+from .device import Device, HostRates, TimeModel, alone
 
 K = TypeVar("K", bound=Hashable)
 
@@ -31,7 +31,10 @@ class Rung:
 
 
 def ladder(plain: Device, calibrated: Device) -> tuple[Rung, ...]:
-    """The rungs for a device: `plain` as its data file has it, `calibrated` as it was measured (or the same)."""
+    """The rungs for a device: `plain` as its data file has it, `calibrated` as it was measured (or the same).
+
+    What calls take between other calls comes with the calibration.
+    """
     step = _host_ladder if plain.host is not None else _gpu_ladder
     roof, partial, exps = step(plain)
     return (
@@ -39,7 +42,7 @@ def ladder(plain: Device, calibrated: Device) -> tuple[Rung, ...]:
         Rung("+ tiles", roof),
         Rung("+ partial-tile cost", partial),
         Rung("+ exponentials", exps),
-        Rung("+ makespan", plain),
+        Rung("+ makespan", plain if plain.host is None else alone(plain)),
         Rung("+ calibration", calibrated),
     )
 
@@ -73,6 +76,7 @@ def _pooled(d: Device) -> Device:
 
 
 def _host_ladder(d: Device) -> tuple[Device, Device, Device]:
+    d = alone(d)
     h = d.host
     assert h is not None
     gain = max(d.units, 1)
@@ -103,7 +107,7 @@ EXPONENTIAL = ("exp_seconds", "softmax_seconds", "attention_row_seconds", "atten
 def _calls_for_free(h: HostRates) -> HostRates:
     return replace(
         h, threads=1, operator_seconds=0.0, product_seconds=0.0, attention_seconds=0.0, mask_seconds=0.0,
-        operator_call_seconds=0.0, flex_call_seconds=0.0,
+        operator_call_seconds=0.0, flex_call_seconds=0.0, flex_blocks_seconds=0.0,
     )  # fmt: skip
 
 

@@ -19,11 +19,12 @@ from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.recognise import Miss
 from . import gpu, host
-from .body import fused, has_triangles, tiled
+from .body import by_sdpa, has_triangles, tiled
 from .cost import Cost, bound_of
 from .device import Device, HostRates
 from .eager import Operator, operators
 from .fit import Footprint, candidates, footprint, padded, refuse
+from .fused import fits, fused
 from .subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
 from .tiles import NOTHING, SCHEDULED, Data, Jobs
 from .work import WIDTH, Work, size_int
@@ -37,6 +38,8 @@ SCHEDULED_MAPPINGS = 3
 # Blocks of FlexAttention's mask, and the tile that stands for a vendor's kernel.
 FLEX_BLOCK = 128
 VENDOR_TILE = Tiling(tile_p=128, tile_m=128, warps=8, stages=2, body="vendor")
+# … and rows of a vendor's tile where few queries share the keys: FlashAttention-2 splits those over blocks of 64 rows.
+FEW_VENDOR_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,18 @@ def ranked_mappings(
     if not fitting:
         return Miss(f"no tile of head sizes {at.embed} and {at.value} fits {device.name}")
     if device.kind == "cpu":
-        bodies = ("product", *(("sdpa",) if fused(s) else ()), *(("slices",) if fused(s) and has_triangles(s) else ()))
-        able = [m for m in fitting if m.body in bodies]
+        able = [m for m in fitting if m.body in _bodies(s)]
         found = [(m, _ours_on_cpu(s, at, m, device, data)) for m in able]
         return tuple(sorted(found, key=lambda pair: pair[1].seconds))
     rough = sorted(fitting, key=lambda m: _ours(s, at, m, device, data, scheduled=0).seconds)
     few = [(m, _ours(s, at, m, device, data)) for m in rough[:SCHEDULED_MAPPINGS]]
     return tuple(sorted(few, key=lambda pair: pair[1].seconds))
+
+
+def _bodies(s: Subject) -> tuple[str, ...]:
+    """Bodies that may be printed for an attention on a CPU."""
+    sdpa = (("sdpa", "slices") if has_triangles(s) else ("sdpa",)) if by_sdpa(s) else ()
+    return ("product", *sdpa, *(("fused",) if fits(s) else ()))
 
 
 def predict_original(c: Cascade, device: Device, sizes: Mapping[str, int] | None = None) -> Cost:
@@ -166,7 +174,7 @@ def _math(c: Cascade, s: Subject, use: VendorUse, device: Device, sizes: Mapping
 def _ours_on_cpu(s: Subject, at: Shape, mapping: Tiling, device: Device, data: Data) -> Cost:
     """The tiled body; of keys and values, what its tiles visit crosses the memory's edge."""
     jobs = plan_tiles(s, at, mapping, data)
-    cost = tiled(s, at, mapping, jobs, device)
+    cost = (fused if mapping.body == "fused" else tiled)(s, at, mapping, jobs, device)
     unseen = at.keys - _keys_visited(jobs, at.keys)
     return replace(cost, bytes=cost.bytes - WIDTH[s.dtype] * (at.batch // at.group) * unseen * (at.embed + at.value))
 
@@ -229,10 +237,11 @@ def _shared_heads(k: gpu.Kernel, group: int) -> gpu.Kernel:
 
 
 def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: Data) -> Cost:
-    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), VENDOR_TILE.tile_p, VENDOR_TILE.tile_m, data)
+    tile = replace(VENDOR_TILE, tile_p=FEW_VENDOR_ROWS) if _rows(at) <= FEW_VENDOR_ROWS else VENDOR_TILE
+    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), tile.tile_p, tile.tile_m, data)
     if not use.skips:
-        jobs = replace(jobs, full=jobs.full * 0 + -(-at.keys // VENDOR_TILE.tile_m), partial=jobs.partial * 0, map=None)
-    kernel = gpu.streaming(w, VENDOR_TILE, jobs, Footprint(0, 0, 0, 1), at.value, at.queries, at.batch)
+        jobs = replace(jobs, full=jobs.full * 0 + -(-at.keys // tile.tile_m), partial=jobs.partial * 0, map=None)
+    kernel = gpu.streaming(w, tile, jobs, Footprint(0, 0, 0, 1), at.value, at.queries, at.batch)
     kernel = _split_keys(_shared_heads(kernel, _packed(at)), device)
     extra = use.mask_elements * WIDTH[use.mask_dtype]
     kernel = replace(kernel, unique_bytes=kernel.unique_bytes + extra, moved_bytes=kernel.moved_bytes + extra)
@@ -269,6 +278,7 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
         units = at.batch * -(-at.queries // FLEX_BLOCK)
         gain = host.balanced(prices.gain("flex"), prices.threads, units)
         bill.add("launch", prices.h.flex_call_seconds + use.operators * prices.h.operator_seconds)
+        bill.add("launch", prices.h.flex_blocks_seconds if use.skips else 0.0)
         bill.add("matrix", visited * (b + key) * (at.embed + at.value) / gain)
         bill.add("exp", (visited * a + partial * mask) / gain)
         bill.add("memory", prices.stream(operands * WIDTH[s.dtype]))
@@ -283,7 +293,7 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
         _mask_on_cpu(s, at, use, prices, bill)
     bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
     bill.bytes = moved + use.mask_elements * WIDTH[use.mask_dtype]
-    return bill.cost(device)
+    return bill.cost(device, "flex" if use.backend == "flex" else "sdpa", s.dtype)
 
 
 def _flex_key(h: HostRates, dtype: str, queries: int) -> float:

@@ -7,6 +7,7 @@ Source: Williams, Waterman, Patterson, "Roofline" (CACM 2009); Ilic, Pratas, Sou
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .device import Device, HostRates
@@ -44,7 +45,9 @@ def roof(d: Device, dtype: str) -> Roof:
         2 / min(each for _, each in fused.values()) * _gain(d, d.host, "attention"),
         2 / flex[1] * _gain(d, d.host, "flex"),
     )
-    return Roof(peak, max(dram, cache), dram)
+    # large calls run faster than the small ones that the rates are of
+    more = math.exp(d.host.company_decay)
+    return Roof(peak * more, max(dram, cache) * more, dram * more)
 
 
 def _gain(d: Device, h: HostRates, kind: str) -> float:

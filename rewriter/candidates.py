@@ -6,6 +6,7 @@ attentions are decided once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -25,7 +26,7 @@ from ..cost_model.memory import Memory, memory
 from ..cost_model.passes import key_passes
 from ..cost_model.picture import picture
 from ..cost_model.plan import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
-from ..cost_model.predict import VendorUse, best_mapping, predict, predict_original, predict_vendor, tiles_of
+from ..cost_model.predict import VendorUse, best_mapping, predict_original, predict_vendor, ranked_mappings, tiles_of
 from ..cost_model.tiles import Data
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade, bind, show
@@ -116,9 +117,11 @@ def _why(chosen: Candidate, order: tuple[Candidate, ...], q: Question) -> str:
 def _candidates(
     q: Question, sizes: Mapping[str, int], data: Data
 ) -> Iterator[tuple[Candidate, splice.Call | None]]:
-    yield Candidate(ORIGINAL, cost=_original_cost(q, sizes)), None
-    for make in (_ours, _sdpa, _flex):
-        candidate, call = make(q, sizes, data)
+    original = Candidate(ORIGINAL, cost=_original_cost(q, sizes))
+    yield original, None
+    sdpa = _sdpa(q, sizes, data)
+    ready = [c.cost.seconds for c in (original, sdpa[0]) if c.feasible and c.cost is not None]
+    for candidate, call in (_ours(q, sizes, data, min(ready, default=math.inf)), sdpa, _flex(q, sizes, data)):
         no = q.bound or ("" if q.policy.permits(candidate.name) else "the policy does not permit it")
         if no and candidate.feasible:
             candidate, call = replace(candidate, feasible=False, why=no), None
@@ -151,12 +154,22 @@ def _refused(name: str, why: str) -> tuple[Candidate, None]:
     return Candidate(name, feasible=False, why=why), None
 
 
-def _ours(q: Question, sizes: Mapping[str, int], data: Data) -> tuple[Candidate, splice.Call | None]:
+# What a call of a kernel that must be compiled has to save over what need not: some seconds of a compiler, once for a
+# machine, are paid back within 10 000 calls. Where nothing takes long, nobody waits for a compiler.
+PAYBACK_SECONDS = 3e-4
+
+
+def _ours(
+    q: Question, sizes: Mapping[str, int], data: Data, rival: float = math.inf
+) -> tuple[Candidate, splice.Call | None]:
+    """Our kernel; `rival` is the least time of what runs without a compiler and is not ours."""
     name = "reattend"
     if q.gradients:
         return _refused(name, "our kernel has no backward yet, and gradients are wanted here")
+    found = _mappings(q, sizes, data)
+    order, held = _paid_back(found, rival)
     refusal = ""
-    for mapping, predicted in _mappings(q, sizes, data):
+    for mapping, predicted in order:
         cost = predicted
         kernel = ours.build(q.cascade, mapping, q.device)
         if not isinstance(kernel, Refusal):
@@ -168,28 +181,38 @@ def _ours(q: Question, sizes: Mapping[str, int], data: Data) -> tuple[Candidate,
     assert isinstance(view, Attention)
     state = derive(view)
     passes = key_passes(stream(view, state)) if not isinstance(state, NoAttention) else None
+    why = "; ".join(s for s in (str(mapping), held or refusal) if s)
     candidate = Candidate(
-        name, passes=passes, cost=cost, mapping=mapping.to_text(), why=str(mapping), maker=lambda: str(kernel.source)
+        name, passes=passes, cost=cost, mapping=mapping.to_text(), why=why, maker=lambda: str(kernel.source)
     )
-    # Triton compiles at the first launch; what is printed for the CPU was loaded when it was built.
-    return candidate, our_call(q.cascade, mapping, fragile=q.device.is_gpu and not q.traced)
+    # Triton and the fused body compile at the first launch; what else is printed for the CPU was loaded when it was built.
+    compiles = q.device.is_gpu or mapping.body == "fused"
+    return candidate, our_call(q.cascade, mapping, fragile=compiles and not q.traced)
 
 
-def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> Iterator[tuple[Tiling, Cost]]:
-    """The best mapping by prediction; where no kernel can be built for it, the best of another body."""
+def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[Tiling, Cost]]:
+    """The best mapping of every body by prediction, best first: where no kernel can be built for one, the next may do."""
     try:
-        best = best_mapping(q.cascade, q.device, sizes, data)
+        found = ranked_mappings(q.cascade, q.device, sizes, data)
     except ValueError:
-        return
-    if not isinstance(best, tuple):
-        return
-    yield best
-    for body in ("sdpa", "product"):
-        if q.device.kind == "cpu" and body != best[0].body:
-            mapping = replace(best[0], body=body)
-            cost = predict(q.cascade, mapping, q.device, sizes, data)
-            if isinstance(cost, Cost):
-                yield mapping, cost
+        return []
+    best: dict[str, tuple[Tiling, Cost]] = {}
+    for mapping, cost in () if isinstance(found, NoAttention) else found:
+        best.setdefault(mapping.body, (mapping, cost))
+    return list(best.values())
+
+
+def _paid_back(found: list[tuple[Tiling, Cost]], rival: float) -> tuple[list[tuple[Tiling, Cost]], str]:
+    """Mappings in the order in which they are tried, and what is said of one that does not pay for its compilation."""
+    compiled = [(m, c) for m, c in found if m.body == "fused"]
+    others = [(m, c) for m, c in found if m.body != "fused"]
+    if not compiled or not others:
+        return found, ""
+    saved = min(rival, others[0][1].seconds) - compiled[0][1].seconds
+    if saved >= PAYBACK_SECONDS:
+        return found, ""
+    said = f"the fused body would save {saved * 1e3:.2g} ms a call, which does not pay for its compilation"
+    return [*others, *compiled], said if saved > 0 else ""
 
 
 def _no_mapping(q: Question, sizes: Mapping[str, int]) -> str:

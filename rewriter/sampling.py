@@ -2,7 +2,8 @@
 
     calls    1, 3, 5, 6, 7, …  the graph as it is                  2, 4, 8, 16, …  node by node
 
-The first call is left out, because kernels compile in it. A time counts only where the inputs have the sizes that the plan
+The first call is left out, because kernels compile in it, and before a kernel's first time it runs once more, so that a
+machine that was busy with something else has it at hand. A time counts only where the inputs have the sizes that the plan
 was made for and no guard fell back. All other calls pay one comparison of an integer.
 """
 
@@ -67,6 +68,8 @@ class _Timed(fx.Interpreter):
         guard = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         before = guard.fallbacks[site] if isinstance(guard, Guarded) else 0
         on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in _leaves(self.map_nodes_to_values(n.args, n)))
+        if guard is None and self.samples.median(site) is None:
+            super().run_node(n)
         out, seconds = (_by_events if on_gpu else _by_clock)(lambda: super(_Timed, self).run_node(n))
         if not isinstance(guard, Guarded) or guard.fallbacks[site] == before:
             self.samples.add(site, seconds)

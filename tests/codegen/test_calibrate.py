@@ -1,7 +1,9 @@
 """Calibration with our kernels: what is refused, what is checked, the cascades and the kernel it times a GPU with."""
 
+import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from reattend.codegen import calibrate, calibrate_gpu
-from reattend.cost_model.cost import Cost
-from reattend.cost_model.device import Device, device, shipped
+from reattend.codegen import calibrate, calibrate_gpu, company
+from reattend.cost_model.calibrate import with_rates
+from reattend.cost_model.device import Device, alone, device, shipped, with_threads
+from reattend.cost_model.host import size_of
 from reattend.cost_model.predict import tiles_of
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import Mapping
@@ -33,44 +36,25 @@ def test_the_band_is_what_the_check_finds(
     monkeypatch.setattr(calibrate, "cpu_rates", lambda watch: replace(shipped("cpu"), basis="calibrated"))
     monkeypatch.setattr(calibrate, "_own", lambda d: d)
     monkeypatch.setattr(calibrate, "_flex", lambda d, watch: d)
-    predicted = [
-        cost.seconds
-        for mask, batch, heads, n, head in calibrate.CHECKED
-        for t in ("f32", "bf16")
-        for _, _, cost in runs(mask, t, batch, heads, n, head)
-    ]
-    times = iter(predicted)
-
-    def instead(run: Callable[[], object], clock: object = None) -> float:
-        return next(times) / (1 + wrong)
-
-    monkeypatch.setattr(calibrate, "seconds", instead)
+    monkeypatch.setattr(calibrate, "_fused", lambda d, watch: d)
+    monkeypatch.setattr(calibrate, "runs", lambda d, watch: [])
+    monkeypatch.setattr(calibrate, "in_company", lambda d, found: d)
+    here = threads(alone(shipped("cpu")))
+    predicted = iter([[w.price(here).seconds for w in ways(s, t)] for s in calibrate.CHECKED for t in company.TYPES])
+    monkeypatch.setattr(calibrate, "rounds", lambda runs: [s / (1 + wrong) for s in next(predicted)])
     found, check = calibrate.calibrate(shipped("cpu"))
-    assert len(check) == 3 * 2 * len(calibrate.CHECKED)
+    assert {c.name.partition(",")[0] for c in check} >= {"original", "sdpa", "our-sdpa", "our-slices"}
     assert found.band == pytest.approx(band)
     assert device("cpu").band == pytest.approx(band)
 
 
 def threads(d: Device) -> Device:
-    from reattend.cost_model.device import with_threads
-
     return with_threads(d, torch.get_num_threads())
 
 
-def runs(
-    mask: str, t: str, batch: int, heads: int, n: int, head: int
-) -> Iterator[tuple[str, Callable[[], object], Cost]]:
-    c, x, sizes = calibrate._attention(mask, t, batch, heads, n, head)
-    return calibrate._runs(c, mask, x, sizes, threads(shipped("cpu")))
-
-
-def test_the_candidates_of_the_check_agree() -> None:
-    for mask in ("none", "causal", "window"):
-        with torch.no_grad():
-            outputs = [run() for _, run, _ in runs(mask, "f32", 1, 2, 300, 64)]
-        assert len(outputs) == 3
-        for out in outputs[1:]:
-            torch.testing.assert_close(out, outputs[0], rtol=0, atol=1e-5)
+def ways(shape: company.Shape, t: str = "f32") -> list[company.Way]:
+    c, x = company.cascade(shape, t), company.tensors(shape, t)
+    return list(company.ways(c, shape, x, threads(shipped("cpu"))))
 
 
 def test_our_operator_on_next_to_nothing_takes_some_time() -> None:
@@ -78,6 +62,107 @@ def test_our_operator_on_next_to_nothing_takes_some_time() -> None:
     assert found.host is not None
     assert 0 <= found.host.operator_call_seconds < 0.1
     assert 1 <= found.host.step_factor < 100
+
+
+# --- in company -------------------------------------------------------------------------------------------------------
+
+SMALLER = [
+    company.Shape("none", 2, 2, 70, 70), company.Shape("causal", 1, 2, 90, 90, 48), company.Shape("window", 1, 2, 300, 300),
+    company.Shape("prefix", 1, 2, 130, 130), company.Shape("bias", 1, 2, 60, 60), company.Shape("padding", 2, 2, 50, 50),
+    company.Shape("causal", 1, 4, 1, 80, 32, group=2), company.Shape("causal", 1, 2, 30, 100),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SMALLER, ids=lambda s: f"{s.mask}-{s.queries}")
+def test_all_ways_of_a_shape_agree(shape: company.Shape) -> None:
+    with torch.no_grad():
+        outputs = {w.kind: w.call() for w in ways(shape)}
+    assert {"original", "sdpa", "our-sdpa"} <= set(outputs)
+    for out in outputs.values():
+        torch.testing.assert_close(out, outputs["original"], rtol=0, atol=1e-5)
+
+
+DECAY = 0.12
+OFF = {("sdpa", "f32"): 1.1, ("sdpa", "bf16"): 1.2, ("our-sdpa", "f32"): 1.3, ("original", "f32"): 1.4, ("original", "bf16"): 1.05}
+
+
+def timed(noise: Callable[[int], float]) -> list[company.Timed]:
+    """A machine on which every kind is off by its own factor, and small calls but the original's by more."""
+    out = []
+    for kind, t in OFF:
+        for k, s in enumerate((4e-4, 1e-3, 3e-3, 6e-3, 1.1e-2, 2.4e-2, 9e-2)):
+            size = size_of(s, shipped("cpu"))
+            more = 1.0 if kind == "original" else math.exp(-DECAY * size)
+            out.append(company.Timed(kind, t, 1 + k % 2, s * OFF[kind, t] ** (1 / company.BELIEVED) * more * noise(k), s, size))
+    return out
+
+
+def test_the_factors_of_a_machine_come_back() -> None:
+    found = company.factors(timed(lambda k: 1.0))
+    assert found["company_decay"] == pytest.approx(DECAY)
+    for (kind, t), off in OFF.items():
+        assert found["company_factor"][kind][t] == pytest.approx(off)
+    assert found["company_factor"]["sdpa"]["f16"] == found["company_factor"]["sdpa"]["bf16"]
+
+
+def test_a_disturbed_shape_moves_no_factor_far() -> None:
+    found = company.factors(timed(lambda k: 6.0 if k == 3 else 1.0))
+    for (kind, t), off in OFF.items():
+        assert found["company_factor"][kind][t] == pytest.approx(off, rel=0.1)
+
+
+def test_no_factor_is_beyond_belief() -> None:
+    found = company.factors(timed(lambda k: 400.0))
+    assert found["company_factor"]["sdpa"]["f32"] == company.MOST
+    found = company.factors(timed(lambda k: 0.01))
+    assert found["company_factor"]["sdpa"]["f32"] == company.LEAST
+
+
+def test_predictions_in_company_are_what_was_measured() -> None:
+    """A device with these factors predicts the times that they were made from."""
+    base = alone(shipped("cpu"))
+    (way,) = [w for w in ways(company.Shape("none", 1, 4, 400, 400)) if w.kind == "sdpa"]
+    before = way.price(base).seconds
+    assert base.host is not None
+    rates = company.factors([company.Timed("sdpa", "f32", 1, 1.25**2 * before, before, 0.0)])
+    after = way.price(replace(base, host=with_rates(base.host, rates)))
+    assert company.BELIEVED == 0.5
+    assert after.seconds == pytest.approx(1.25 * before)
+    assert sum(after.parts.values()) == pytest.approx(after.seconds)
+
+
+def test_calls_come_in_turn_and_slow_ones_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seen = [0.0], []
+
+    def run(name: str, seconds: float) -> Callable[[], object]:
+        def call() -> None:
+            seen.append(name)
+            now[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    took = company.rounds([run("fast", 1.0), run("near", 2.0), run("slow", 9.5)])
+    assert took == pytest.approx([1.0, 2.0, 9.5])
+    assert seen.count("fast") == seen.count("near") == 1 + company.ROUNDS
+    assert seen.count("slow") == 1 + len(range(0, company.ROUNDS, company.SELDOM))
+
+
+@pytest.mark.usefixtures("brief")
+def test_every_way_is_run_with_one_thread_and_all() -> None:
+    d = with_threads(shipped("cpu"), 2)
+    found = company.runs(d, lambda steps, what: steps)
+    assert {r.threads for r in found} == {1, 2}
+    assert {r.dtype for r in found} == set(company.TYPES)
+    changed = company.in_company(d, found).host
+    assert changed is not None
+    assert {"original", "sdpa", "our-sdpa"} <= set(changed.company_factor)
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(company, "SHAPES", tuple(SMALLER[:2]))
+    monkeypatch.setattr(company, "ROUNDS", 1)
 
 
 # --- GPUs -------------------------------------------------------------------------------------------------------------

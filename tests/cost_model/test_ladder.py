@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from reattend.cost_model.cost import Cost
-from reattend.cost_model.device import Device, shipped, targets, with_threads
+from reattend.cost_model.device import Device, alone, shipped, targets, with_threads
 from reattend.cost_model.ladder import Rung, ladder
 from reattend.cost_model.predict import VendorUse, predict, predict_original, predict_vendor
 from reattend.patterns import expr as ex
@@ -41,7 +41,7 @@ def test_six_rungs_end_with_the_devices_themselves(d: Device) -> None:
         "roofline", "+ tiles", "+ partial-tile cost", "+ exponentials", "+ makespan", "+ calibration",
     ]  # fmt: skip
     assert [r.masked for r in rungs] == [False, True, True, True, True, True]
-    assert rungs[-2].device is d
+    assert rungs[-2].device == (alone(d) if d.host is not None else d)
     assert rungs[-1].device is other
 
 
@@ -50,7 +50,8 @@ def test_six_rungs_end_with_the_devices_themselves(d: Device) -> None:
 def test_each_mechanism_costs_time(d: Device, candidate: str) -> None:
     rungs = ladder(d, d)
     roofline = seconds(rungs[0], candidate, FULL)
-    times = [seconds(r, candidate, CAUSAL) for r in rungs[1:]]
+    # what was measured may lie below what was assumed
+    times = [seconds(r, candidate, CAUSAL) for r in rungs[1:-1]]
     assert all(a <= b * (1 + 1e-9) for a, b in pairwise(times)), times
     assert times[0] < times[-1]
     if candidate == "ours":

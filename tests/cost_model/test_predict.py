@@ -269,3 +269,12 @@ def test_a_wave_reads_what_is_in_flight() -> None:
     waves = 131072 / 128 / h100.units
     assert once / h100.dram_bytes_per_s < cost.parts["memory"] < 3 * once * waves / h100.dram_bytes_per_s
     assert cost.bound != "memory"
+
+
+@pytest.mark.parametrize("d", GPUS, ids=lambda d: d.name)
+def test_a_vendor_decodes_in_tiles_of_fewer_rows(d: Device) -> None:
+    """One query costs as much as 64, which one tile holds, and less than 128."""
+    at = sizes(4096, 128, heads=32)
+    one, some, more = (known(predict_vendor(FULL, FLASH, d, {**at, "P": n})) for n in (1, 64, 128))
+    assert one.parts["matrix"] == pytest.approx(some.parts["matrix"])
+    assert one.parts["matrix"] < 0.6 * more.parts["matrix"]

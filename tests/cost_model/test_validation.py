@@ -5,7 +5,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from reattend.codegen import calibrate
+from reattend.codegen import calibrate, company
 from reattend.cost_model.calibrate import CALLS, HEADS
 from reattend.cost_model.device import shipped, with_threads
 from reattend.cost_model.ladder import ladder
@@ -21,10 +21,26 @@ def test_held_out_cells_are_in_no_other_grid_and_no_calibration(cells: ModuleTyp
     grids = {name: {c for t in (1, 2) for c in make(t)} for name, make in cells.GRIDS.items()}
     assert not grids["heldout"] & (grids["regret"] | grids["development"])
     assert not grids["fresh"] & (grids["heldout"] | grids["regret"] | grids["development"])
-    assert len(grids["regret"]) == 60
-    timed = {(q, HEADS) for q in CALLS.values()} | {(n, heads) for _, _, heads, n, _ in calibrate.CHECKED}
-    for name in ("heldout", "fresh"):
-        assert not {(c.queries, c.heads) for c in grids[name] if c.queries > 8} & timed
+    assert not grids["unseen"] & set().union(*(g for name, g in grids.items() if name != "unseen"))
+    assert len(grids["regret"]) == len(grids["unseen"]) == 60
+    shapes = (*calibrate.CHECKED, *company.SHAPES)
+    assert not {(s.mask, s.heads, s.queries, s.keys) for s in calibrate.CHECKED} & {
+        (s.mask, s.heads, s.queries, s.keys) for s in company.SHAPES
+    }
+    timed = {(q, HEADS, q) for q in CALLS.values()} | {(s.queries, s.heads, s.keys) for s in shapes}
+    for name in ("heldout", "fresh", "unseen"):
+        assert not {(c.queries, c.heads, c.keys) for c in grids[name]} & timed
+
+
+@pytest.mark.parametrize(("mask", "score"), [("causal", "softcap"), ("none", "bias"), ("window", "bias")])
+def test_the_candidates_of_a_cell_with_a_score_agree(cells: ModuleType, mask: str, score: str) -> None:
+    cell = cells.Cell(mask, "f32", 300, 300, 1, heads=3, head=40, window=70, score=score)
+    with torch.no_grad():
+        made, _ = cells.calls(cell, with_threads(shipped("cpu"), 1), False)
+        outputs = {name: call() for name, call in made.items()}
+    assert {"original"} < set(outputs)
+    for out in outputs.values():
+        torch.testing.assert_close(out, outputs["original"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "window", "prefix", "padding"])

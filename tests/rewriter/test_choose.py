@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from reattend.codegen import cpu, native
 from reattend.cost_model.device import device
 from reattend.cost_model.plan import Site
-from reattend.rewriter import choose, export
+from reattend.rewriter import candidates, choose, export
 from reattend.rewriter.policy import Policy
 
 
@@ -52,7 +53,40 @@ def test_devices_that_are_not_here_are_planned_for() -> None:
         assert site.chosen.cost.flops == 4 * 4096**2 * 128 * 32
         why = site.candidate("reattend").why
         # what matters of a mapping: a CPU has no warps
-        assert re.search(r"triton \d+×\d+, \d warps, \d stages" if name != "cpu" else r"\b(sdpa|slices|product) \d+×\d+$", why)
+        assert re.search(r"triton \d+×\d+, \d warps, \d stages" if name != "cpu" else r"\b(sdpa|slices|product|fused) \d+×\d+", why)
+
+
+class Windowed(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i = torch.arange(q.shape[-2])
+        kept = (i[:, None] >= i) & (i[:, None] - i < 100)
+        s = torch.tanh(q @ k.transpose(-1, -2) * 0.01) * 30.0
+        return s.masked_fill(~kept, float("-inf")).softmax(-1) @ v
+
+
+def test_a_kernel_that_must_be_compiled_has_to_pay_for_it() -> None:
+    long, short = (decide(Windowed(), *qkv(1, 8, n, 64)).site.candidate("reattend") for n in (3000, 80))
+    assert long.feasible
+    assert long.mapping is not None
+    assert '"body":"fused"' in long.mapping
+    assert short.mapping is not None
+    assert '"body":"fused"' not in short.mapping
+    assert re.search(r"the fused body would save 0\.\d+ ms a call, which does not pay for its compilation", short.why)
+
+
+def test_without_a_compiler_another_body_is_taken_and_the_plan_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> tuple[str, ...]:
+        raise native.CompilerError("the fused CPU kernel needs a C++ compiler: install g++ or clang++, or set CXX to one")
+
+    monkeypatch.setattr(native, "compiler", none)
+    cpu.build.cache_clear()
+    candidates.answer.cache_clear()
+    found = decide(Windowed(), *qkv(1, 8, 3000, 64)).site.candidate("reattend")
+    cpu.build.cache_clear()
+    candidates.answer.cache_clear()
+    assert found.feasible
+    assert found.why.startswith("product ")
+    assert "needs a C++ compiler: install g++ or clang++" in found.why
 
 
 def test_symbolic_sizes_are_planned_with_their_hints() -> None:

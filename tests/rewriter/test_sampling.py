@@ -61,6 +61,20 @@ def test_only_the_sizes_of_the_plan_count() -> None:
     assert samples.median("attention") is not None
 
 
+def test_a_kernel_runs_once_before_its_first_time() -> None:
+    calls = []
+
+    def relu(x: Tensor) -> Tensor:
+        calls.append(x)
+        return torch.relu(x)
+
+    samples = Samples()
+    for expected in (2, 3, 4):
+        timed(graph(relu), samples, torch.ones(4))
+        assert len(calls) == expected
+    assert len(samples.seconds["attention"]) == 3
+
+
 def test_a_guard_that_falls_back_is_not_timed() -> None:
     def fails(x: Tensor) -> Tensor:
         raise RuntimeError("no")

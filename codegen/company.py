@@ -1,0 +1,342 @@
+"""Calibration in company: what every way to run an attention takes when the others run between its calls.
+
+    rates       operators timed alone, over and over: caches, the allocator's memory and the clock are as they left them
+    in company  every way of a shape in turn, in another order every round, with one thread and with all
+    measured / predicted  →  a factor for each kind of way and type, and how much dearer small calls are
+
+A model calls an attention between other work, as the rounds do. Shapes are neither the check's nor of benchmarks/cells.py.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from ..cost_model.calibrate import Watch, undisturbed, with_rates
+from ..cost_model.cost import Cost
+from ..cost_model.device import Device, alone, with_threads
+from ..cost_model.host import APART, size_of
+from ..cost_model.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
+from ..patterns import expr as ex
+from ..patterns.cascade import Cascade
+from ..patterns.evaluate import DTYPE
+from ..patterns.mapping import Mapping as Tiling
+from ..patterns.papers import Builder
+from ..patterns.recognise import Miss, Refusal
+from . import vendor
+from .operator import program_text
+from .program import loose
+
+Call = Callable[[], object]
+Price = Callable[[Device], Cost]
+TYPES = ("f32", "bf16")
+# Rounds of a shape. A way so many times slower than the fastest one is called in every second round, and so on.
+ROUNDS, SLOW, SELDOM = 6, 3.0, 3
+# Mappings of a body whose predicted time is so much above the best one's are not run.
+NEAR = 4.0
+# No kind of way is believed to be faster in company, or slower by more.
+LEAST, MOST = 1.0, 2.0
+STEEPEST = 0.2
+# Of what a kind is off, the share that is believed: the machine drifts by about as much between one minute and the next.
+BELIEVED = 0.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention. `cap` of the scores, 0: none.
+
+    `mask`: none, causal (the last query sees all keys), window, prefix, bias or padding (by key).
+    """
+
+    mask: str
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head: int = 64
+    group: int = 1
+    window: int = 150
+    cap: float = 0.0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        out = {"B": self.batch, "H": self.heads, "P": self.queries, "M": self.keys, "E": self.head, "F": self.head}
+        return out | ({"past": self.keys - self.queries} if self.keys > self.queries else {})
+
+
+SHAPES = (
+    Shape("none", 2, 5, 410, 410), Shape("none", 1, 8, 150, 1280), Shape("none", 1, 4, 980, 980, 128),
+    Shape("causal", 1, 8, 560, 560), Shape("causal", 1, 5, 1160, 1160, 96),
+    Shape("causal", 1, 12, 770, 770, group=3), Shape("causal", 1, 6, 300, 1450), Shape("causal", 1, 4, 2350, 2350),
+    Shape("window", 1, 8, 1040, 1040), Shape("window", 1, 4, 2150, 2150, 80, window=310),
+    Shape("window", 2, 4, 1600, 1600, window=70), Shape("prefix", 1, 6, 890, 890), Shape("bias", 1, 6, 690, 690),
+    Shape("padding", 2, 6, 580, 580), Shape("causal", 1, 24, 1, 2600, 128, group=4),
+    Shape("none", 4, 8, 1, 2050), Shape("causal", 1, 12, 6, 1420, group=3),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run an attention: its kind (original, sdpa or our-BODY), the call, and what a device says it costs."""
+
+    kind: str
+    call: Call
+    price: Price
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a way of some type took with so many threads, in company."""
+
+    way: Way
+    dtype: str
+    threads: int
+    seconds: float
+
+    def timed(self, d: Device) -> Timed:
+        predicted = self.way.price(with_threads(d, self.threads)).seconds
+        return Timed(self.way.kind, self.dtype, self.threads, self.seconds, predicted, size_of(predicted, d))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of a way, measured in company and predicted alone; its size as the host model has it."""
+
+    kind: str
+    dtype: str
+    threads: int
+    measured: float
+    predicted: float
+    size: float
+
+    @property
+    def off(self) -> float:
+        return math.log(self.measured / self.predicted)
+
+
+def in_company(d: Device, found: list[Run]) -> Device:
+    """The device with the factors that follow from its rates and some runs."""
+    d = alone(d)
+    assert d.host is not None
+    return replace(d, host=with_rates(d.host, factors([r.timed(d) for r in found])))
+
+
+def runs(d: Device, watch: Watch[Any]) -> list[Run]:
+    """Every way of every shape, type and number of threads, timed now. `d` says which of our mappings are worth it."""
+    steps = [(shape, t) for shape in SHAPES for t in TYPES]
+    with torch.no_grad():
+        return [r for shape, t in watch(steps, "attentions in company") for r in _runs(shape, t, alone(d))]
+
+
+def _runs(shape: Shape, t: str, d: Device) -> Iterator[Run]:
+    c, x = cascade(shape, t), tensors(shape, t)
+    for threads in sorted({1, d.units}):
+        found = list(ways(c, shape, x, with_threads(d, threads)))
+        with _threads(threads):
+            took = rounds([w.call for w in found])
+        yield from (Run(w, t, threads, s) for w, s in zip(found, took))
+
+
+def rounds(runs: list[Call]) -> list[float]:
+    """Seconds of calls that come in turn, in another order every round, when nobody else disturbs them."""
+    order = random.Random(0)
+    times: list[list[float]] = [[_clock(run)] for run in runs]
+    fastest = min(t[0] for t in times)
+    every = [min(SELDOM, max(1, round(t[0] / (SLOW * fastest)))) for t in times]
+    for n in range(ROUNDS):
+        due = [i for i in range(len(runs)) if n % every[i] == 0]
+        order.shuffle(due)
+        for i in due:
+            times[i].append(_clock(runs[i]))
+    return [undisturbed(t[1:]) for t in times]
+
+
+def _clock(run: Call) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- the factors --------------------------------------------------------------------------------------------------------
+
+
+def factors(found: list[Timed]) -> dict[str, Any]:
+    """The rates of company from timings of every kind of way.
+
+    log(measured / predicted) = what the kind and type are off − decay · size, of which the former is believed by half.
+    Medians at each step, so that a disturbed shape moves nothing; a kind that was not run has no factor. The original's
+    operators pass through the memory whatever their size: it has no decay.
+    """
+    decay = _decay([w for w in found if w.kind != "original"])
+    by_type: dict[str, dict[str, float]] = {}
+    for kind, t in sorted({(w.kind, w.dtype) for w in found}):
+        own = decay if kind != "original" else 0.0
+        off = statistics.median(w.off + own * w.size for w in found if (w.kind, w.dtype) == (kind, t))
+        by_type.setdefault(kind, {})[t] = min(max(math.exp(BELIEVED * off), LEAST), MOST)
+    with_f16 = {kind: {**table, **({"f16": table["bf16"]} if "bf16" in table else {})} for kind, table in by_type.items()}
+    if "our-sdpa" in with_f16:
+        # not run, because every shape would be compiled
+        with_f16["our-fused"] = with_f16["our-sdpa"]
+    return {"company_factor": with_f16, "company_decay": decay}
+
+
+def _decay(found: list[Timed]) -> float:
+    """How much dearer small calls are: the median slope of pairs of the same kind, type and threads."""
+    alike: dict[tuple[str, str, int], list[Timed]] = {}
+    for w in found:
+        alike.setdefault((w.kind, w.dtype, w.threads), []).append(w)
+    slopes = []
+    for group in alike.values():
+        for a, b in combinations(group, 2):
+            apart = a.size - b.size
+            if abs(apart) > math.log(2) / math.log(APART):
+                slopes.append(-(a.off - b.off) / apart)
+    return min(max(statistics.median(slopes), 0.0), STEEPEST) if slopes else 0.0
+
+
+# --- the ways of a shape ------------------------------------------------------------------------------------------------
+
+
+def ways(c: Cascade, shape: Shape, x: Mapping[str, torch.Tensor], d: Device) -> Iterator[Way]:
+    """What can run this attention on the CPU without a compiler; of our mappings the best few by prediction."""
+    sizes = shape.sizes
+    yield Way("original", original(shape, x), lambda d: predict_original(c, d, sizes))
+    made = vendor.sdpa(c)
+    made = vendor.sdpa(c, keyed=True) if isinstance(made, Refusal) else made
+    if not isinstance(made, Refusal):
+        yield Way("sdpa", partial(_vendor, made, x, sizes), partial(_vendor_price, made, sizes))
+    found = ranked_mappings(c, d, sizes)
+    assert not isinstance(found, Miss), found
+    for mapping in _different(found):
+        yield Way(f"our-{mapping.body}", ready(c, mapping, x, sizes), partial(_our_price, c, mapping, sizes))
+
+
+def _vendor(made: vendor.VendorCall, x: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
+    return made.run(x, sizes).contiguous()
+
+
+def _vendor_price(made: vendor.VendorCall, sizes: Mapping[str, int], d: Device) -> Cost:
+    use = vendor.use(made, d, sizes)
+    assert isinstance(use, VendorUse), use
+    return _known(predict_vendor(made.cascade, use, d, sizes))
+
+
+def _our_price(c: Cascade, mapping: Tiling, sizes: Mapping[str, int], d: Device) -> Cost:
+    return _known(predict(c, mapping, d, sizes))
+
+
+def _known(cost: Cost | Miss) -> Cost:
+    assert isinstance(cost, Cost), cost
+    return cost
+
+
+def _different(found: tuple[tuple[Tiling, Cost], ...], each: int = 2) -> Iterator[Tiling]:
+    """The best mappings of every body, which differ in their rows and make other calls."""
+    seen: dict[str, set[int]] = {}
+    costs: set[float] = set()
+    for mapping, cost in found:
+        rows = seen.setdefault(mapping.body, set())
+        known = mapping.tile_p in rows or cost.seconds in costs
+        if not known and len(rows) < each and cost.seconds < NEAR * found[0][1].seconds:
+            rows.add(mapping.tile_p)
+            costs.add(cost.seconds)
+            yield mapping
+
+
+def ready(c: Cascade, mapping: Tiling, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> Call:
+    """A call of our operator with everything laid out, as it stands in a rewritten graph."""
+    operands, loose_sizes, text = [tensors[t.name] for t in c.inputs], [sizes[n] for n in loose(c)], program_text(c, mapping)
+    return lambda: torch.ops.reattend.cascade.default(operands, loose_sizes, text)
+
+
+def original(shape: Shape, x: Mapping[str, torch.Tensor]) -> Call:
+    """The eager code, with its mask as a tensor that was made before."""
+    p, m = torch.arange(shape.queries)[:, None] + shape.keys - shape.queries, torch.arange(shape.keys)
+    kept = {
+        "causal": m <= p, "window": (m <= p) & (p - m < shape.window), "prefix": (m <= p) | (m < PREFIX),
+        "padding": x["Kept"][:, None, None] if "Kept" in x else None,
+    }.get(shape.mask)  # fmt: skip
+
+    def shared(t: torch.Tensor) -> torch.Tensor:
+        b, h, n, e = t.shape
+        return t if shape.group == 1 else t[:, :, None].expand(b, h, shape.group, n, e).reshape(b, -1, n, e)
+
+    def run() -> object:
+        s = (x["Q"] @ shared(x["K"]).mT) * shape.head**-0.5
+        if "Bias" in x:
+            s = s + x["Bias"]
+        if kept is not None:
+            s = torch.where(kept, s, LOWEST)
+        return s.softmax(-1) @ shared(x["V"])
+
+    return run
+
+
+PREFIX = 100
+LOWEST = -3e38
+
+
+def cascade(shape: Shape, t: str, constant: bool = False) -> Cascade:
+    """Softmax attention as the eager code computes it, all in the type of its inputs; `constant`: head sizes are numbers."""
+    b, i = Builder({"e": shape.head, "f": shape.head} if constant else {}), ex.index
+    if shape.queries == shape.keys:
+        b.sizes |= {"m": b.extent("p")}
+    q = b.input("Q", "bhpe", t)
+    few, at = (b.extent("b"), b.extent("h") / shape.group, b.extent("m")), (i("b"), i("h") // shape.group, i("m"))
+    k, v = b.given("K", (*few, b.extent("e")), (*at, i("e")), t), b.given("V", (*few, b.extent("f")), (*at, i("f")), t)
+    s = b.put("QK", "bhpm", q * k, "add", "e") * shape.head**-0.5
+    if shape.cap:
+        s = ex.unary("tanh", s / shape.cap) * shape.cap
+    if shape.mask == "bias":
+        s = s + b.input("Bias", "hpm", t)
+    elif shape.mask != "none":
+        s = ex.where(_keep(b, shape), s, LOWEST)
+    s = b.put("S", "bhpm", s)
+    sn = b.put("SN", "bhpm", ex.exp(s - b.put("GM", "bhp", s, "max", "m")))
+    b.put("O", "bhpf", b.put("A", "bhpm", sn / b.put("SD", "bhp", sn, "add", "m")) * v, "add", "m")
+    return b.cascade(shape.mask, "O")
+
+
+def _keep(b: Builder, shape: Shape) -> ex.Expr:
+    m = ex.index("m")
+    row = ex.index("p") + ex.symbol("past") if shape.keys > shape.queries else ex.index("p")
+    match shape.mask:
+        case "causal":
+            return m <= row
+        case "window":
+            return (m <= row) & (row - m < shape.window)
+        case "prefix":
+            return (m <= row) | (m < PREFIX)
+    return b.input("Kept", "bm", "b1")
+
+
+def tensors(shape: Shape, t: str) -> dict[str, torch.Tensor]:
+    """Random inputs; a padded batch keeps most of its keys, the last ones."""
+    few = shape.heads // shape.group
+    of = {"Q": (shape.heads, shape.queries), "K": (few, shape.keys), "V": (few, shape.keys)}
+    out = {n: torch.randn(shape.batch, *s, shape.head, dtype=DTYPE[t]) for n, s in of.items()}
+    if shape.mask == "bias":
+        out["Bias"] = torch.randn(shape.heads, shape.queries, shape.keys, dtype=DTYPE[t])
+    if shape.mask == "padding":
+        out["Kept"] = (torch.arange(shape.keys) >= shape.keys // 9).repeat(shape.batch, 1)
+    return out
