@@ -8,29 +8,31 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..patterns import expr as ex
-from ..patterns.cascade import size_term
+from ..patterns.cascade import Size, size_term
 from ..patterns.conditions import simplify_under
 from ..patterns.expr import TRUE, Expr
 from ..patterns.rowstate import OLD, Carried, RowState
 from .base2 import Terms
 from .cpu_form import Form
-from .print_cpp import STORED, At, Body, Operand, Scope, identifier, kind
+from .print_cpp import STORED, At, Body, Operand, Scope, identifier, kind, number
 from .print_torch import PrintError
 from .skip import mapped_state
+from .tile_terms import relative
 
 # Names that the printed text and the loop around it use.
 RESERVED = frozenset([
     "x", "w", "n", "m0", "i", "state", "acc", "out", "row", "at_z", "at_h", "at_p", "tensors", "sizes", "Row",
     "Program", "T", "OUT", "E", "F", "TILE_P", "TILE_M", "PRODUCTS", "CARRIED", "PARTIAL", "least", "top", "start",
-    "step", "finish", "load", "self", "bits", "std", "INF", "NAN", "INFINITY", "INLINE", "max_", "min_", "floor_div",
-    "floor_mod", "exp_", "exp2_", "log_", "log1p_", "log2_", "tanh_", "sigmoid_", "softplus_", "sqrt_", "rsqrt_",
-    "abs_", "floor_", "erf_", "sin_", "cos_", "pow_", "bf16", "f16", "int8_t", "int16_t", "int32_t", "int64_t",
-    "uint8_t",
+    "step", "finish", "load", "self", "bits", "std", "INF", "NAN", "INFINITY", "INLINE", "max_", "min_", "row_max",
+    "row_sum", "floor_div", "floor_mod", "exp_", "exp2_", "log_", "log1p_", "log2_", "tanh_", "sigmoid_", "softplus_",
+    "sqrt_", "rsqrt_", "abs_", "floor_", "erf_", "sin_", "cos_", "pow_", "bf16", "f16", "int8_t", "int16_t",
+    "int32_t", "int64_t", "uint8_t",
 ])  # fmt: skip
 SCORE = "score of the tile"
 # How a loop over keys reduces: the clause's operator, the first value, one more element.
@@ -38,11 +40,6 @@ REDUCE = {
     "add": ("+", "0.0f", "{0} += {1}"),
     "max": ("top", "-INFINITY", "{0} = max_({0}, {1})"),
     "min": ("least", "INFINITY", "{0} = min_({0}, {1})"),
-}
-# The same in one instruction, which loses a NaN: where the row is NaN anyhow.
-PLAIN = {
-    "max": ("max", "-INFINITY", "{0} = {1} > {0} ? {1} : {0}"),
-    "min": ("min", "INFINITY", "{0} = {1} < {0} ? {1} : {0}"),
 }
 DECLARED = {
     "top": "// the largest, where a NaN stays one\n#pragma omp declare reduction(top : float : omp_out = "
@@ -73,6 +70,42 @@ def tiles(t: Terms) -> tuple[Tile, Tile]:
     return partial, Tile(t.mask.full, mapped_state(t.state, kept))
 
 
+@dataclass(frozen=True)
+class Diagonal:
+    """A term over m − p, tabulated: element [P − 1 − p, m] of a view in which both dimensions have stride 1."""
+
+    name: str
+    part: Expr
+    shape: tuple[Size, Size]
+    dtype: str
+
+    def load(self, query: str, key: str) -> Expr:
+        at = (size_term(self.shape[0]) - 1 - ex.index(query), ex.index(key))
+        return ex.cast(ex.load(self.name, at, self.dtype), self.part.dtype)
+
+
+# What takes longer to compute than to read.
+COSTLY = frozenset(["pow", "floordiv", "mod", *ex.FLOAT_UNARY])
+
+
+def costly(root: Expr, query: str, key: str) -> list[Expr]:
+    """The largest sub-terms over m − p and sizes alone that are not quickly computed."""
+    out: dict[Expr, None] = {}
+    seen: set[Expr] = set()
+    stack = [root]
+    while stack:
+        e = stack.pop()
+        if e in seen or not {query, key} <= e.ranks:
+            continue
+        seen.add(e)
+        if e.ranks == {query, key} and not ex.loads(e) and relative(e, query, key):
+            if any(x.op in COSTLY and x.ranks for x in ex.walk(e)):
+                out[e] = None
+        else:
+            stack.extend(reversed(e.args))
+    return list(out)
+
+
 class Program:
     """The text of the holes, and which tensors and sizes `load` reads, in order."""
 
@@ -93,14 +126,23 @@ class Program:
         self.outer = {
             x: x * p.outside for x, p in zip(self.products, f.products) if not (p.outside.is_const and p.outside.value == 1)
         }
-        self.tiles = tuple(self._outer(x) for x in tiles(t))
+        written = tiles(t)
+        self.diagonals = self._diagonals(written)
+        self.tiles = tuple(self._outer(x) for x in written)
         self.ending = ex.substitute(t.state.finish, self.outer)
-        self.tensors = self._tensors(set(given))
+        if t.state.correction is not None:
+            # the weights' largest is 1: their sum has a reciprocal
+            self.ending = _reciprocals(self.ending, self.a.value)
+        own = self._tensors(set(given))
+        self.tensors = [*own, *(d.name for d in self.diagonals.values())]
         operands = {}
-        for tensor in self.tensors:
+        for tensor in own:
             name, shape = take(tensor), c.tensor[tensor].shape
             strides = tuple(take(f"{name}_{d}") for d in range(len(shape)))
             operands[tensor] = Operand(name, strides, shape, stored(f, tensor))
+        for d in self.diagonals.values():
+            name = take(d.name)
+            operands[d.name] = Operand(name, (take(f"{name}_0"), take(f"{name}_1")), d.shape, d.dtype)
         self.symbols = c.free_symbols
         symbols = {n: take(n) for n in self.symbols}
         self.ranks = {r.name: take(r.name) for r in c.ranks}
@@ -116,10 +158,23 @@ class Program:
         self.unit: dict[str, int] = {}
 
     def _outer(self, t: Tile) -> Tile:
-        """What multiplies a product outside of its sum belongs to the score."""
+        """What multiplies a product outside of its sum belongs to the score; what the host tabulates is read."""
         here = ex.load(SCORE, (ex.index(self.key),), t.score.dtype)
-        state = mapped_state(t.state, lambda e: ex.substitute(ex.substitute(e, {t.score: here}), self.outer))
-        return Tile(ex.substitute(t.score, self.outer), state)
+        table = self.outer | {part: d.load(self.a.query, self.key) for part, d in self.diagonals.items()}
+        state = mapped_state(t.state, lambda e: ex.substitute(ex.substitute(e, {t.score: here}), table))
+        return Tile(ex.substitute(t.score, table), state)
+
+    def _diagonals(self, written: Iterable[Tile]) -> dict[Expr, Diagonal]:
+        """Costly terms over m − p alone, by which the host makes a table of each."""
+        extent = {r.name: r.size for r in self.f.cascade.ranks}
+        shape = (extent[self.a.query], extent[self.key])
+        found: dict[Expr, Diagonal] = {}
+        for t in written:
+            for e in (t.score, t.state.weight, *(c.lift for c in t.state.carried)):
+                for part in costly(e, self.a.query, self.key):
+                    dtype = {"int32_t": "i32", "int64_t": "i64"}.get(kind(part, extent), "f32" if part.is_float else "b1")
+                    found.setdefault(part, Diagonal(f"diagonal {len(found)}", part, shape, dtype))
+        return found
 
     def terms(self) -> list[Expr]:
         out = [self.ending]
@@ -215,21 +270,15 @@ def stored(f: Form, tensor: str) -> str:
     return "f32" if before and dtype in ex.FLOATS else dtype
 
 
-# Operators with a NaN for a result wherever an argument is one.
-KEEP_NAN = frozenset(["add", "sub", "mul", "div", "max", "min", "neg", "abs", "relu", *ex.FLOAT_UNARY])
+def _reciprocals(root: Expr, value: str) -> Expr:
+    """Quotients by what no value changes as products: one division a row."""
 
+    def rule(e: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if e.op != "div" or value not in args[0].ranks or value in args[1].ranks:
+            return None
+        return args[0] * ex.unary("reciprocal", ex.cast(args[1], "f32"))
 
-def keeps_nan(root: Expr, source: Expr) -> bool:
-    """Is a term NaN wherever `source` is?"""
-    kept: dict[Expr, bool] = {}
-    for e in ex.walk(root):
-        sides = [kept[a] for a in e.args]
-        if e.op == "where":
-            kept[e] = sides[1] and sides[2]
-        else:
-            passes = e.is_float and (e.op in KEEP_NAN or e.op == "cast")
-            kept[e] = e is source or (passes and any(sides))
-    return kept[root]
+    return ex.rebuild(root, rule)
 
 
 def corrections(state: RowState) -> list[Expr]:
@@ -356,11 +405,14 @@ class _Step:
         self.body = Body(p.scope, corrections(tile.state), set(p.taken), p.fields)
         self.around = _Around(p, self.body, p.key)
         self.phases, self.last = self._order()
-        # a score that is NaN makes its row NaN, whatever bounds the row holds
-        total = [x for x in ex.loads(p.ending) if str(x.attr) == p.a.contraction.out.tensor]
-        self.spoils = keeps_nan(self.state.weight, self.here) and any(keeps_nan(p.ending, x) for x in total)
+        # a product times a positive number is computed again by each loop; its largest is that of the products
+        self.scale = self._scale()
+        # products whose memory may hold another score: no term reads them beside it
+        self.free = [i for x, i in p.products.items() if all(x not in ex.loads(t) for t in self._all())]
+        # which one does
         self.buffer: int | None = None
-        self.tile: dict[str, str] = {}
+        # what a scalar's elements come to, by its name
+        self.rows: dict[str, str] = {}
 
     def _order(self) -> tuple[list[int], int]:
         """In which loop each scalar is reduced: after all that it reads. The weights are written by the last loop."""
@@ -373,6 +425,14 @@ class _Step:
         for c in self.state.carried:
             phase[c.name] = after(c.lift, c.correction)
         return list(phase.values()), max([after(self.state.weight, self.state.correction), *phase.values()])
+
+    def _scale(self) -> tuple[int, float] | None:
+        if self.score.op != "mul":
+            return None
+        for x, c in (self.score.args, self.score.args[::-1]):
+            if x in self.p.products and c.is_const and 0 < float(c.value) < math.inf:
+                return self.p.products[x], float(c.value)
+        return None
 
     def lines(self) -> list[str]:
         p, body = self.p, self.body
@@ -400,12 +460,15 @@ class _Step:
             return
         key = ex.index(p.key)
         scores = any(self.here in ex.loads(t) for t in terms)
-        first = scores and self.buffer is None
-        roots = [*terms, *([self.score] if first else [])]
+        again = scores and (self.scale is not None or not self.free)
+        first = scores and self.buffer is None and not again
+        roots = [*terms, *([self.score] if first or again else [])]
         names = dict(p.scope.names) | {key: p.ranks[p.key]}
         loop = Body(replace(p.scope, names=names), roots, body.taken, self.around, key)
         self._products(loop, roots)
-        if first:
+        if again:
+            loop.bind(self.here, loop.let("s", self.score))
+        elif first:
             self._first(loop, phase)
         elif scores:
             name = loop.fresh("s")
@@ -415,6 +478,9 @@ class _Step:
         clauses = self._reduce(loop, phase)
         if phase == self.last:
             loop.lines.append(f"w[i] = {loop.real(self.state.weight)};")
+        if all(" = " in x and x.startswith("const ") for x in loop.lines):
+            # nothing but names: what is reduced lies there already
+            return
         name = p.ranks[p.key]
         where = [f"const int32_t {name} = int32_t(m0) + i;"] if _mentions(name, loop.lines) else []
         body.lines += [
@@ -438,10 +504,7 @@ class _Step:
         if self.score in p.products:
             self.buffer = p.products[self.score]
         elif any(self.here in ex.loads(t) for t in later):
-            free = [i for x, i in p.products.items() if all(x not in ex.loads(t) for t in later)]
-            if not free:
-                raise PrintError("the row rule reads each product beside the score")
-            self.buffer = free[0]
+            self.buffer = self.free[0]
             loop.lines.append(f"{p.inputs[self.buffer]}[i] = {name};")
 
     def _reduce(self, loop: Body, phase: int) -> str:
@@ -453,16 +516,28 @@ class _Step:
                 continue
             if c.op not in REDUCE:
                 raise PrintError(f"the row scalar {c.name} reduces {c.lift} by {c.op}")
-            table = PLAIN if c.op in PLAIN and c.lift is self.here and self.spoils else REDUCE
-            sign, first, rule = table[c.op]
+            if row := self._whole_row(c, phase):
+                self.rows[c.name] = row
+                continue
+            sign, first, rule = REDUCE[c.op]
             name = self.body.fresh(f"{p.carried[c.name]}_tile")
             self.body.lines.append(f"float {name} = {first};")
             loop.lines.append(rule.format(name, loop.real(c.lift)) + ";")
             clauses.setdefault(sign, []).append(name)
             if sign in DECLARED:
                 p.reductions.add(sign)
-            self.tile[c.name] = name
+            self.rows[c.name] = name
         return "".join(f" reduction({sign} : {', '.join(names)})" for sign, names in clauses.items())
+
+    def _whole_row(self, c: Carried, phase: int) -> str:
+        """The reduction of numbers that lie in memory as they are: scores by now, or weights. Else nothing."""
+        old = self.p.old[c.name]
+        if c.op == "max" and c.lift is self.here and self.scale is not None:
+            product, factor = self.scale
+            return f"max_({old}, row_max({self.p.inputs[product]}, n, -INFINITY) * {number(factor)})"
+        if c.op == "max" and c.lift is self.here and self.buffer is not None:
+            return f"row_max({self.p.inputs[self.buffer]}, n, {old})"
+        return "row_sum(w, n)" if c.op == "add" and c.lift is self.state.weight and phase == self.last else ""
 
     def _update(self, phase: int) -> None:
         """The scalars of a loop, brought up to date."""
@@ -470,12 +545,13 @@ class _Step:
         for c, n in zip(self.state.carried, self.phases):
             if n != phase:
                 continue
-            new, old, tile = p.carried[c.name], p.old[c.name], self.tile[c.name]
+            new, old, row = p.carried[c.name], p.old[c.name], self.rows[c.name]
             if c.op == "add":
                 before = old if c.correction is None else f"{old} * {body.let('c', c.correction)}"
-                body.lines.append(f"const float {new} = {before} + {tile};")
-            else:
-                body.lines.append(f"const float {new} = {c.op}_({old}, {tile});")
+                row = f"{before} + {row}"
+            elif row.isidentifier():
+                row = f"{c.op}_({old}, {row})"
+            body.lines.append(f"const float {new} = {row};")
             for t in (*self._all(), *corrections(self.state)):
                 for x in ex.loads(t):
                     if str(x.attr) == c.name:

@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..patterns import expr as ex
 from ..patterns.expr import TRUE, Expr
 from ..patterns.mapping import Mapping as Tiling
 from . import cache, native
 from .base2 import Terms, in_base2
-from .cpp_program import Program, stored
+from .cpp_program import Diagonal, Program, stored
 from .cpu_form import Form, softmax
 from .cpu_plan import classes
 from .cpu_print import (
@@ -25,15 +26,21 @@ from .cpu_print import (
     file,
     operands,
     parts,
+    used_names,
 )  # fmt: skip
 from .print_cpp import STORED
 from .print_torch import TYPES, Body, PrintError
 from .skeletons import cpu, cpu_fused
+from .streaming import mapped_state
 
 BODY = "one pass in C++ around the score and the row's state"
 # What the loop is made for: rows of its register blocks, columns of two vectors.
 ROWS, COLUMNS = 16, 32
 OPERANDS = ("f32", "bf16", "f16")
+# Constants between this and its inverse have a reciprocal in float32, and products with one another.
+SMALLEST = 1e-15
+# More names that the printed Python uses for itself.
+LOCALS = ("tiles", "drowned", "row", "column", *(f"diagonal_{i}" for i in range(16)))
 
 
 def text(f: Form, m: Tiling, version: str) -> str:
@@ -54,7 +61,7 @@ class _File:
 
     def __init__(self, f: Form, m: Tiling) -> None:
         self.f, self.m = f, m
-        self.p = Printer(f, reserved=[*parts(cpu_fused), *parts(native), "tiles"])
+        self.p = Printer(f, reserved=[*parts(cpu_fused), *parts(native), *LOCALS])
         a = f.attention
         given = [t.name for t in f.cascade.inputs] + [e.out.tensor for e in a.prelude]
         self.type = common([_kind(e) for x in f.products for e in (x.near, x.far)] + [_kind(f.values)])
@@ -65,7 +72,7 @@ class _File:
         terms = Terms(a.score, f.mask, f.state)
         if self.type != "f32":
             products = {str(e.out.tensor) for e in a.products}
-            terms = in_base2(terms, a.key, frozenset(x for x in ex.loads(a.score) if str(x.attr) in products))
+            terms = in_base2(_multiplied(terms), a.key, frozenset(x for x in ex.loads(a.score) if str(x.attr) in products))
         self.program = Program(f, terms, given)
 
     def text(self, version: str) -> str:
@@ -73,10 +80,11 @@ class _File:
         holes = self._constants()
         limit = self._limit()
         planned = classes(p, limit is not None) if f.mask.keep is not TRUE else None
+        self.tables = [self._table(d) for d in self.program.diagonals.values()]
         body = self._main(planned, limit)
         constants = [f"# Scores below this leave masked weights at exactly 0.\nLIMIT = {limit[0]!r}"] if limit else []
         constants.append(f"SOURCE = r'''\n{native.source(holes).strip()}\n'''")
-        printed = [*([planned.text] if planned else []), body]
+        printed = [*(x.text for x in self.tables), *([planned.text] if planned else []), body]
         return file(p, self.m, printed, (cache, native, cpu, cpu_fused), constants, BODY, version)
 
     def _constants(self) -> str:
@@ -120,9 +128,10 @@ class _File:
         shared = heads if group == 1 else f"{heads} // {group}" if group else "1"
         many = len(f.products)
         q, k = ([x] if many == 1 else [f"{x}_{i}" for i in range(many)] for x in "qk")
-        tensors = [n.tensors[t] for t in self.program.tensors]
+        tables = {_identifier(d.name): x for d, x in zip(self.program.diagonals.values(), self.tables)}
+        tensors = [n.tensors.get(t, _identifier(t)) for t in self.program.tensors]
         sizes = [f"*{t}.stride()" for t in tensors] + [n.symbols[s] for s in self.program.symbols]
-        lines = []
+        lines = [f"{name} = {x.call({})}" for name, x in tables.items()]
         if planned is not None:
             lines.append(f"tiles = {self._classes(planned, limit, queries, keys)}")
         lines.append(
@@ -130,6 +139,24 @@ class _File:
             f"{'tiles' if planned else 'None'}, [{', '.join(tensors)}], [{', '.join(sizes)}])"
         )
         return entry(p, lines, setup, self._checks())
+
+    def _table(self, d: Diagonal) -> Function:
+        """The function that tabulates a term over m − p, once for its sizes."""
+        p, a = self.p, self.f.attention
+        queries, keys = (p.names.rank(r) for r in (a.query, a.key))
+        body = Body(p.scope({ex.index(a.query): "row", ex.index(a.key): "column"}, views=False), [d.part])
+        value = body.real(d.part) if d.part.is_float else body.term(d.part)
+        lines = [
+            f'row, column = torch.zeros(1, dtype=torch.int64, device="cpu"), torch.arange(1 - {queries}, {keys}, device="cpu")',
+            *(x.strip() for x in body.lines),
+            f"return ({value}).to({TYPES[d.dtype]}).as_strided(({queries}, {keys}), (1, 1))",
+        ]
+        used = used_names("\n".join(lines))
+        params = tuple(x for x in p.names.symbols.values() if x in used)
+        name, at = f"tabulated_{_identifier(d.name)}", f"[{queries} - 1 - {p.ranks[a.query]}, {p.ranks[a.key]}]"
+        doc = f"{_shown(d.part)}: element {at} is that of {p.ranks[a.query]} and {p.ranks[a.key]}."
+        head = f'@lru_cache(maxsize=64)\ndef {name}({", ".join(params)}):\n    """{doc}"""'
+        return Function(name, params, "\n".join([head, *(f"    {x}" for x in lines)]))
 
     def _classes(self, planned: Function, limit: tuple[float, str] | None, queries: str, keys: str) -> str:
         given = {"drowned": f"reach(q, k, {limit[1]}) <= LIMIT"} if limit else {}
@@ -169,7 +196,8 @@ class _File:
     def units(self) -> dict[str, int]:
         """Tensors that are read along a dimension, by their names in the cascade."""
         tensors = {x.name: t for t, x in self.program.scope.tensors.items()}
-        return {tensors[name]: d for name, d in self.program.unit.items()}
+        made = {d.name for d in self.program.diagonals.values()}
+        return {tensors[name]: d for name, d in self.program.unit.items() if tensors[name] not in made}
 
     def _beforehand(self) -> list[str]:
         """What was computed beforehand, in the type in which the program reads it."""
@@ -179,6 +207,38 @@ class _File:
 
     def _as(self, e: Expr) -> str:
         return "" if _kind(e) == self.type and (e.op != "load" or e.is_float) else f".to({TYPES[self.type]})"
+
+
+def _multiplied(t: Terms) -> Terms:
+    """Quotients by a constant as products, and factors that follow one another as one.        x · 0.25 / 5 = x · 0.05"""
+
+    def times(x: Expr, c: float) -> Expr:
+        if x.op == "mul" and x.args[1].is_const:
+            return x.args[0] * ex.const(float(x.args[1].value) * c, "f32")
+        return x * ex.const(c, "f32")
+
+    def rule(e: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if e.dtype != "f32" or e.op not in ("mul", "div") or not args[1].is_const or args[0].dtype != "f32":
+            return None
+        c = abs(float(args[1].value))
+        if not SMALLEST < c < 1 / SMALLEST:
+            return None
+        return times(args[0], float(args[1].value) if e.op == "mul" else 1.0 / float(args[1].value))
+
+    def rewritten(e: Expr) -> Expr:
+        return ex.rebuild(e, rule)
+
+    mask = replace(t.mask, keep=rewritten(t.mask.keep), full=rewritten(t.mask.full))
+    return Terms(rewritten(t.score), mask, mapped_state(t.state, rewritten))
+
+
+def _identifier(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def _shown(e: Expr) -> str:
+    text = str(e)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _kind(e: Expr) -> str:

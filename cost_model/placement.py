@@ -32,7 +32,7 @@ from ..patterns.recognise import Attention, Miss, attention
 from ..patterns.rowstate import RowState, derive, stream
 from .collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, RING, Collective
 from .core import Refused, Roles, core, divided
-from .tiles import tile_map
+from .tiles import NOTHING, Data, jobs, tile_map
 from .work import INDEX, MASKING, WIDTH, Work, contraction, factors, footprint, operations, plus, scaled, size_int
 
 # Tiles over which a mask's share is counted.
@@ -91,12 +91,14 @@ class Placed:
 # --- derivation -----------------------------------------------------------------------------------------------------
 
 
-def place(c: Cascade, who: Roles, how: Assignment, parts: Mapping[str, int]) -> Placed:
+def place(c: Cascade, who: Roles, how: Assignment, parts: Mapping[str, int], data: Data = NOTHING) -> Placed:
     """One device's part of a cascade with integer sizes, under an assignment to axes of these sizes.
+
+    `data` is what is known or expected of tensors that the mask reads.
 
     Raises Refused where a rank does not divide, a row state does not merge, or carried state does not combine.
     """
-    return _Placement(c, who, how, parts).result()
+    return _Placement(c, who, how, parts, data).result()
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ class _Held:
 
 
 class _Placement:
-    def __init__(self, c: Cascade, who: Roles, how: Assignment, parts: Mapping[str, int]) -> None:
-        self.c, self.who, self.how = c, who, how
+    def __init__(self, c: Cascade, who: Roles, how: Assignment, parts: Mapping[str, int], data: Data) -> None:
+        self.c, self.who, self.how, self.data = c, who, how, data
         self.parts = {a: n for a, n in parts.items() if n > 1}
         self.whole = {r.name: size_int(r.size) for r in c.ranks}
         self.shape = {t.name: tuple(size_int(s) for s in t.shape) for t in c.tensors}
@@ -499,11 +501,11 @@ class _Placement:
 
     def kept_share(self, deal: tuple[Cut, ...]) -> float:
         assert self.core is not None
-        return _kept(self.core.view, deal)
+        return _kept(self.core.view, deal, self.data)
 
 
 @lru_cache(maxsize=512)
-def _kept(view: Attention, deal: tuple[Cut, ...]) -> float:
+def _kept(view: Attention, deal: tuple[Cut, ...], data: Data) -> float:
     """The share of tiles that the mask keeps on one device."""
     try:
         here = cut(view.cascade, deal)
@@ -513,8 +515,11 @@ def _kept(view: Attention, deal: tuple[Cut, ...]) -> float:
     if isinstance(a, Miss):
         raise Refused(f"a part of the attention reads as none: {a}")
     extents = {r.name: size_int(r.size) for r in a.cascade.ranks}
-    tiles = tile_map(split(a.score, a.key), a.query, a.key, extents, {}, min(TILE, extents[a.query]), TILE)
-    return 1.0 if tiles is None else tiles.visited / max(tiles.total, 1)
+    mask, tile = split(a.score, a.key), (min(TILE, extents[a.query]), TILE)
+    tiles = tile_map(mask, a.query, a.key, extents, {}, *tile, data)
+    rows, keys = (-(-extents[r] // n) for r, n in zip((a.query, a.key), tile))
+    found = jobs(tiles, 1, rows, keys, mask, data, tile)
+    return float(found.visited.sum()) / max(found.visited.size * keys, 1)
 
 
 @lru_cache(maxsize=256)

@@ -24,6 +24,7 @@ from .gpu import overlapped, resources
 from .mesh import Mesh, MeshError
 from .mesh_plan import Exchange, MeshPlan, Scheme
 from .placement import Placed, place
+from .tiles import NOTHING, Data
 from .ways import FORMS, LATENT_ROLES, Latents, Way, assignments, captured_ways, latent_ways, latents, with_projection
 from .work import plus, size_int
 
@@ -35,7 +36,7 @@ class Site:
     """An attention with integer sizes, and how many layers of the model are like it.
 
     `upstream` is the same attention with what makes its keys and values, or why that is not known; `model` the channels
-    of its output projection, 0 where they are not known.
+    of its output projection, 0 where they are not known; `data` what is known or expected of run-time data in its mask.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Site:
     layers: int = 1
     upstream: Cascade | Miss | None = None
     model: int = 0
+    data: Data = NOTHING
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def hidden_from(p: Placed, tokens: int, mesh: Mesh, device: Device) -> float:
 
 def placed(way: Way) -> Placed:
     """One device's part. Raises Refused with the reason where the cascade or the mesh does not allow it."""
-    return place(way.cascade, way.who, way.how, {a.name: a.size for a in way.mesh.axes})
+    return place(way.cascade, way.who, way.how, {a.name: a.size for a in way.mesh.axes}, way.data)
 
 
 def scheme(
@@ -145,7 +147,7 @@ def _against(ways: Sequence[tuple[Way, int]], mem: Memory, device: Device, appro
     """Why a way whose cost is known may not be taken; empty where it may."""
     inexact = next((w.why for w, _ in ways if not w.exact), "")
     if inexact and not approximate:
-        return f"approximate: {inexact}; Policy(approximate=True) admits it"
+        return f"approximate: {inexact}; Policy(approximate=True) or --approximate admits it"
     room = mem.room(device.dram_bytes)
     return "" if mem.total <= room else f"needs {_gb(mem.total)} of the {_gb(room)} that {device.name} has for it"
 
@@ -275,7 +277,7 @@ def shard(
     ways: dict[str, list[tuple[Way, int]]] = {}
     for (s, c, who), found in zip(ready, narrow):
         for name, way in _by_name(c, found, who, mesh, some):
-            ways.setdefault(name, []).append((way, s.layers))
+            ways.setdefault(name, []).append((replace(way, data=s.data), s.layers))
     note = (
         "per device and step, attention layers with their output projection"
         f"{'' if all(s.model for s in sites) else ' (taken as wide as the heads together where it is not known)'}; "

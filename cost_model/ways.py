@@ -28,6 +28,7 @@ from ..patterns.recognise import Miss
 from .core import Roles, core
 from .mesh import Mesh
 from .placement import Assignment, place
+from .tiles import NOTHING, Data
 from .work import size_int
 
 # Forms over latents, which take every assignment.
@@ -46,6 +47,7 @@ class Way:
     mesh: Mesh
     exact: bool = True
     why: str = ""
+    data: Data = NOTHING
 
 
 # --- assignments ----------------------------------------------------------------------------------------------------

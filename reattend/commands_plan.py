@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from .options import (
+    Approximate,
     Attn,
     Batch,
     Debug,
@@ -52,14 +53,15 @@ if TYPE_CHECKING:
 def plan(
     model: Model, target: Targets = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None, phase: Phase = "prefill",
     past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, sweep: Sweeps = None, mesh: Meshes = None,
-    expect: Expects = None, html: Html = None, strict: Strict = False, json: Json = False, debug: Debug = False,
+    approximate: Approximate = False, expect: Expects = None, html: Html = None, strict: Strict = False,
+    json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Show every attention of MODEL: what it is, its mask, the candidates' predicted times, the choice.
 
     Several --target: one capture, side by side. --sweep: one capture with open sizes, then the winner at each size and
-    where it changes. --mesh: what each way to spread it over devices holds, sends and takes. --html: a page with the masks,
-    rooflines, parts of the time, sweeps and memory. --expect: what masks are expected to read at run time (padding, packing,
-    block tables), else they are taken to keep every key.
+    where it changes. --mesh: what each way to spread it over devices holds, sends and takes (--approximate takes ways that
+    are not exact, too). --html: a page with the masks, rooflines, parts of the time, sweeps and memory. --expect: what masks
+    are expected to read at run time (padding, packing, block tables), else they are taken to keep every key.
 
     Example: reattend plan config.json --target h200 --target a100 --dtype bf16 --sweep seq=1k:128k --html plan.html
     """
@@ -70,7 +72,7 @@ def plan(
         sweep_of(text)
     if html is not None:
         check_path(html)
-    policy = policy_of(mesh, expect)
+    policy = policy_of(mesh, expect, approximate)
     plans, sweeps = _planned(model, shapes, devices, dynamic, sweep or [], policy, html is not None)
     if json:
         print(plans[0].to_json() if len(plans) == 1 else "[\n" + ",\n".join(p.to_json() for p in plans) + "\n]")

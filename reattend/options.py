@@ -82,6 +82,9 @@ Sweeps = Annotated[
 Meshes = Annotated[
     str | None, typer.Option("--mesh", metavar="AXES", help="devices to spread it over: tp=8, or tp=8,cp=2 (tp, cp, dp)")
 ]
+Approximate = Annotated[
+    bool, typer.Option("--approximate", help="with --mesh: also take ways that are not exact (TPLA), which are shown anyhow")
+]
 Expects = Annotated[
     list[str] | None,
     typer.Option("--expect", metavar="NAME=FORM", help="what to expect of run-time data that a mask reads: "
@@ -112,11 +115,11 @@ def plan_one(spec: str, shapes: Shapes, target: str | None, dynamic: bool, expec
     return made
 
 
-def policy_of(mesh: str | None, expect: Sequence[str] | None) -> Policy:
-    """The policy of a command: a mesh to spread over, and what is expected of run-time data."""
+def policy_of(mesh: str | None, expect: Sequence[str] | None, approximate: bool = False) -> Policy:
+    """The policy of a command: a mesh to spread over, what is expected of run-time data, and whether results may differ."""
     from .rewriter.policy import Policy
 
-    return Policy(mesh=mesh, expect=tuple(expect or ()))
+    return Policy(mesh=mesh, expect=tuple(expect or ()), approximate=approximate)
 
 
 def plan_all(

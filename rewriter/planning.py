@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..cost_model.device import Device
-from ..cost_model.expect import checked
+from ..cost_model.expect import checked, known
 from ..cost_model.mesh import Mesh, linked
 from ..cost_model.mesh_plan import MeshPlan
 from ..cost_model.plan import Miss, Plan, Site
@@ -21,6 +21,7 @@ from ..cost_model.sharding import Site as Sharded
 from ..cost_model.sharding import shard
 from ..cost_model.sweep import Symbol, axes
 from ..patterns.cascade import Cascade, bind
+from ..patterns.recognise import Attention, attention
 from . import capture, choose, export
 from .models import Shapes, Subject, load, run
 from .place import Place, symbols_of
@@ -103,23 +104,30 @@ def _sharded(
     if not places or not isinstance(policy.mesh, Mesh):
         return None
     layers: dict[Sharded, list[Sharded]] = {}
+    said: dict[str, None] = {}
     for p in places:
-        site = _bound(p, at)
+        site, words = _bound(p, at, policy)
         layers.setdefault(replace(site, name=""), []).append(site)
+        said.update(dict.fromkeys(words))
     sites = [replace(same[0], layers=len(same)) for same in layers.values()]
     step = "training" if any(p.gradients for p in places) else None
-    return shard(sites, policy.mesh, linked(device), step=step, weights=weights, approximate=policy.approximate)
+    made = shard(sites, policy.mesh, linked(device), step=step, weights=weights, approximate=policy.approximate)
+    return replace(made, note="; ".join([made.note, *said]))
 
 
-def _bound(p: Place, at: Mapping[str, int]) -> Sharded:
-    """An attention at sizes of the graph's symbols."""
+def _bound(p: Place, at: Mapping[str, int], policy: Policy) -> tuple[Sharded, tuple[str, ...]]:
+    """An attention at sizes of the graph's symbols, and what is taken of run-time data there, in words."""
     sizes = p.sizes(at)
     missing = [n for n in p.cascade.free_symbols if n not in sizes]
     if missing:
         raise ValueError(f"a mesh needs sizes: {', '.join(missing)} of {p.name} has none, plan without --dynamic")
     upstream = p.upstream.with_sizes(sizes) if isinstance(p.upstream, Cascade) else p.upstream
-    model = bind(p.model, sizes)
-    return Sharded(p.name, p.cascade.with_sizes(sizes), upstream=upstream, model=model if isinstance(model, int) else 0)
+    c, model = p.cascade.with_sizes(sizes), bind(p.model, sizes)
+    view = attention(c)
+    assert isinstance(view, Attention), view
+    taken = known(c, view, {}, policy.expectations, dict(p.origins))
+    width = model if isinstance(model, int) else 0
+    return Sharded(p.name, c, upstream=upstream, model=width, data=taken.data), taken.words if policy.expect else ()
 
 
 def _plan_pieces(

@@ -14,7 +14,8 @@ CANDIDATES = ("original", "sdpa", "flex", "reattend")
 
 @dataclass(frozen=True)
 class Policy:
-    """What a plan may do. All candidates of this version are exact, so `approximate` and `max_error` admit nothing more.
+    """What a plan may do. All candidates of this version are exact, so `approximate` admits only ways on a mesh that are not
+    (TPLA), and `max_error` nothing.
 
     `mesh`, "tp=8" or a Mesh, adds to a plan what every way to spread its attentions over these devices holds, sends and
     takes; what runs stays on one device.

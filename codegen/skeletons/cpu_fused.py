@@ -67,7 +67,7 @@ def tile_classes(some: Tensor, every: Tensor, skip: Tensor | bool, shape: tuple[
 @lru_cache(maxsize=256)
 def all_partial(rows: int, columns: int) -> Tensor:
     """Classes under which every tile is visited and masked."""
-    return torch.ones((1, 1, rows, columns), dtype=torch.uint8)
+    return torch.ones((1, 1, rows, columns), dtype=torch.uint8, device="cpu")
 
 
 def run(

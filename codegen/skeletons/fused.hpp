@@ -119,6 +119,33 @@ struct Task {
   }
 };
 
+// A range of key tiles, which of them are packed, and the one after the last of these.
+struct Chunk {
+  int64_t first, last, next = 0;
+  bool packed[CHUNK_TILES] = {};
+};
+
+// Rows that will be read or written soon, asked for row by row while the processor computes.
+struct Ahead {
+  static constexpr int STREAMS = 2 * PRODUCTS + 2;
+  struct {
+    const char* at;
+    int64_t stride, bytes, rows;
+  } stream[STREAMS];
+  int count = 0;
+
+  template <class N> void add(const N* at, int64_t stride, int64_t size, int64_t rows) {
+    stream[count++] = {(const char*)at, stride * int64_t(sizeof(N)), size * int64_t(sizeof(N)), rows};
+  }
+  INLINE void row(int i) const {
+    for (int s = 0; s < count; s++) {
+      if (i >= stream[s].rows) continue;
+      const char* at = stream[s].at + i * stream[s].stride;
+      for (int64_t b = 0; b < stream[s].bytes; b += CACHE_LINE) __builtin_prefetch(at + b, 0, 2);
+    }
+  }
+};
+
 // The work of one thread on one unit.
 struct Worker {
   const Task& task;
@@ -130,22 +157,42 @@ struct Worker {
   char* items() const { return base + FIXED_BYTES; }
   Right* tile(int64_t i) const { return reinterpret_cast<Right*>(items() + task.per_unit * ITEM_BYTES) + i * PACKED; }
 
-  Item item(int64_t i) const {
+  // Item i, kept at a place of the scratch.
+  Item item(int64_t i, int64_t place) const {
     const int64_t t = i / task.group, h = unit.kv * task.group + i % task.group, p0 = t * TILE_P;
-    return {items() + (i - unit.first) * ITEM_BYTES, unit.z, h, p0, int(std::min<int64_t>(TILE_P, task.call.P - p0)), task.classes(unit.z, h, t)};
+    return {items() + place * ITEM_BYTES, unit.z, h, p0, int(std::min<int64_t>(TILE_P, task.call.P - p0)), task.classes(unit.z, h, t)};
+  }
+
+  static const T* at(const Operand& o, int64_t z, int64_t h, int64_t n) { return static_cast<const T*>(o.data) + z * o.z + h * o.h + n * o.n; }
+  OUT* out(const Item& x) const {
+    return static_cast<OUT*>(task.call.out) + x.z * task.call.out_z + x.h * task.call.out_h + x.p0 * task.call.out_p;
+  }
+
+  // The next item's queries and output, and the first tile of keys that is not packed.
+  Ahead ahead(int64_t i, int64_t m) const {
+    Ahead out_;
+    if (i < unit.last) {
+      const Item x = item(i, 0);
+      for (int j = 0; j < PRODUCTS; j++) out_.add(at(task.call.q[j], x.z, x.h, x.p0), task.call.q[j].n, E[j], x.rows);
+      out_.add(out(x), task.call.out_p, F, x.rows);
+    }
+    const int64_t rows = std::min<int64_t>(TILE_M, task.call.M - m * TILE_M);
+    for (int j = 0; j < PRODUCTS; j++) out_.add(at(task.call.k[j], unit.z, unit.kv, m * TILE_M), task.call.k[j].n, E[j], rows);
+    out_.add(at(task.call.v, unit.z, unit.kv, m * TILE_M), task.call.v.n, F, rows);
+    return out_;
   }
 
   template <int I = 0> void pack_queries(const Item& x, Left* to) const {
     if constexpr (I < PRODUCTS) {
       const Operand& q = task.call.q[I];
-      Micro::pack_left<E[I]>(to, static_cast<const T*>(q.data) + x.z * q.z + x.h * q.h + x.p0 * q.n, q.n, x.rows);
+      Micro::pack_left<E[I]>(to, at(q, x.z, x.h, x.p0), q.n, x.rows);
       pack_queries<I + 1>(x, to + Micro::deep(E[I]) * TILE_P);
     }
   }
 
   template <int I = 0> void pack_tile(int64_t m0, int n, Right* to) const {
     const Operand& x = I < PRODUCTS ? task.call.k[I < PRODUCTS ? I : 0] : task.call.v;
-    const T* from = static_cast<const T*>(x.data) + unit.z * x.z + unit.kv * x.h + m0 * x.n;
+    const T* from = at(x, unit.z, unit.kv, m0);
     if constexpr (I < PRODUCTS) {
       Micro::pack_keys<E[I]>(to, from, x.n, n);
       pack_tile<I + 1>(m0, n, to + Micro::deep(E[I]) * TILE_M);
@@ -162,10 +209,11 @@ struct Worker {
   }
 
   // Weights of a run of `tiles` key tiles. WHOLE: the compiler sees that n is a multiple of the vector's length.
-  template <bool PARTIAL, bool WHOLE> __attribute__((noinline)) void step(const Item& x, int64_t m0, int tiles) const {
+  template <bool PARTIAL, bool WHOLE> APART void step(const Item& x, int64_t m0, int tiles, const Ahead& next) const {
     const int n = WHOLE ? tiles * TILE_M : int(task.call.M - m0);
     for (int i = 0; i < x.rows; i++) {
       float* s[PRODUCTS];
+      next.row(i);
       for (int j = 0; j < PRODUCTS; j++) s[j] = scores(j) + i * LD;
       const float c = factors()[i] = task.program.template step<PARTIAL>(x.row()[i], s, s[0], x.state(i), m0, n);
       for (int j = n; j < tiles * TILE_M; j++) s[0][j] = 0.0f;
@@ -175,17 +223,17 @@ struct Worker {
   }
 
   // Tiles m, m + 1, … of a chunk that begins with c0. Rows past the end are zeros in Q, and nothing reads their results.
-  void visit(const Item& x, int64_t c0, int64_t m, int tiles, bool partial) const {
+  void visit(const Item& x, int64_t c0, int64_t m, int tiles, bool partial, const Ahead& next) const {
     const int64_t m0 = m * TILE_M;
     const int rows = int(up(x.rows, Micro::ROWS));
     for (int t = 0; t < tiles; t++) products(x.q(), tile(m - c0 + t), t * TILE_M, rows);
-    if (m0 + tiles * TILE_M > task.call.M) step<true, false>(x, m0, tiles);
-    else if (partial) step<true, true>(x, m0, tiles);
-    else step<false, true>(x, m0, tiles);
+    if (m0 + tiles * TILE_M > task.call.M) step<true, false>(x, m0, tiles, next);
+    else if (partial) step<true, true>(x, m0, tiles, next);
+    else step<false, true>(x, m0, tiles, next);
     Micro::accumulate(scores(0), tile(m - c0) + KEYS, tiles, PACKED, factors(), x.acc(), rows);
   }
 
-  void begin(const Item& x) const {
+  APART void begin(const Item& x) const {
     pack_queries(x, x.q());
     std::fill_n(x.acc(), TILE_P * WIDE, 0.0f);
     for (int i = 0; i < x.rows; i++) {
@@ -194,48 +242,70 @@ struct Worker {
     }
   }
 
-  void end(const Item& x) const {
-    OUT* out = static_cast<OUT*>(task.call.out) + x.z * task.call.out_z + x.h * task.call.out_h + x.p0 * task.call.out_p;
+  APART void end(const Item& x) const {
     for (int i = 0; i < x.rows; i++)
-      task.program.finish(x.row()[i], x.acc() + i * WIDE, x.state(i), out + i * task.call.out_p);
+      task.program.finish(x.row()[i], x.acc() + i * WIDE, x.state(i), out(x) + i * task.call.out_p);
   }
 
-  void pack(int64_t c0, int64_t m, int tiles, bool* packed) const {
+  void pack(Chunk& c, int64_t m, int tiles) const {
     for (int64_t t = m; t < m + tiles; t++) {
-      if (packed[t - c0]) continue;
-      pack_tile(t * TILE_M, int(std::min<int64_t>(TILE_M, task.call.M - t * TILE_M)), tile(t - c0));
-      packed[t - c0] = true;
+      if (c.packed[t - c.first]) continue;
+      pack_tile(t * TILE_M, int(std::min<int64_t>(TILE_M, task.call.M - t * TILE_M)), tile(t - c.first));
+      c.packed[t - c.first] = true;
+      c.next = std::max(c.next, t + 1);
     }
   }
 
   // Neighbouring tiles that are not empty become runs of about the same length.
-  void visit_chunk(const Item& x, int64_t c0, int64_t c1, bool* packed) const {
+  void visit_chunk(const Item& x, int64_t i, Chunk& c) const {
+    bool asked = false;
     const auto seen = [&](int64_t m) { return x.classes ? x.classes[m] : 2; };
-    for (int64_t m = c0, stop; m < c1; m = stop) {
-      for (stop = m; stop < c1 && seen(stop);) stop++;
+    for (int64_t m = c.first, stop; m < c.last; m = stop) {
+      for (stop = m; stop < c.last && seen(stop);) stop++;
       for (int64_t runs = up(stop - m, RUN_TILES) / RUN_TILES; runs; runs--) {
         const int tiles = int(up(stop - m, runs) / runs);
         bool partial = false;
         for (int t = 0; t < tiles; t++) partial |= seen(m + t) == 1;
-        pack(c0, m, tiles, packed);
-        visit(x, c0, m, tiles, partial);
+        pack(c, m, tiles);
+        visit(x, c.first, m, tiles, partial, asked ? Ahead{} : ahead(i + 1, c.next));
+        asked = true;
         m += tiles;
       }
-      while (stop < c1 && !seen(stop)) stop++;
+      while (stop < c.last && !seen(stop)) stop++;
     }
   }
 
-  void run() const {
-    for (int64_t c0 = 0; c0 == 0 || c0 < task.tiles_m; c0 += CHUNK_TILES) {
-      const int64_t c1 = std::min(task.tiles_m, c0 + CHUNK_TILES);
-      bool packed[CHUNK_TILES] = {};
-      for (int64_t i = unit.first; i < unit.last; i++) {
-        const Item x = item(i);
-        if (c0 == 0) begin(x);
-        visit_chunk(x, c0, c1, packed);
-        if (c1 == task.tiles_m) end(x);
-      }
+  // The first and last tile that an item of the unit sees.
+  void range(int64_t& first, int64_t& last) const {
+    first = task.tiles_m, last = 0;
+    const uint8_t* before = nullptr;
+    for (int64_t i = unit.first; i < unit.last; i++) {
+      const uint8_t* classes = item(i, 0).classes;
+      if (classes && classes == before) continue;
+      before = classes;
+      int64_t a = 0, b = task.tiles_m;
+      while (classes && a < first && !classes[a]) a++;
+      while (classes && b > last && !classes[b - 1]) b--;
+      first = std::min(first, a), last = std::max(last, b);
     }
+  }
+
+  // Where one chunk has all that the unit sees, its items take turns in one place, which stays in the L1 cache.
+  void run() const {
+    int64_t start, stop;
+    range(start, stop);
+    stop = std::max(start, stop);
+    const int64_t places = stop - start <= CHUNK_TILES ? 0 : 1;
+    Chunk c{start, start};
+    do {
+      c = {c.last, std::min(stop, c.last + CHUNK_TILES), c.last};
+      for (int64_t i = unit.first; i < unit.last; i++) {
+        const Item x = item(i, (i - unit.first) * places);
+        if (c.first == start) begin(x);
+        visit_chunk(x, i, c);
+        if (c.last == stop) end(x);
+      }
+    } while (c.last < stop);
   }
 };
 

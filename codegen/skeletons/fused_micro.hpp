@@ -20,16 +20,7 @@ namespace {
 
 static_assert(TILE_P % 16 == 0 && TILE_M % 32 == 0, "tiles of 16 queries and 32 keys, or multiples");
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, BLOCK_ROWS = 8;
-#elif defined(__AVX__)
-constexpr int LANES = 8, BLOCK_ROWS = 4;
-#else
-constexpr int LANES = 4, BLOCK_ROWS = 4;
-#endif
-constexpr int BLOCK = 2 * LANES;
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
-typedef int32_t Lane __attribute__((vector_size(LANES * sizeof(float))));
+constexpr int BLOCK_ROWS = LANES == 16 ? 8 : 4, BLOCK = 2 * LANES;
 
 constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -52,16 +43,6 @@ template <class N> INLINE Vector load(const N* from, int count) {
   else
     for (int i = 0; i < LANES; i++) row[i] = i < count ? float(from[i]) : 0.0f;
   return *(const Vector*)row;
-}
-
-// Half of an exchange between rows that are S apart: lanes with bit S cross over.
-template <int S, bool SECOND, int... I> INLINE Vector exchange(Vector a, Vector b, std::integer_sequence<int, I...>) {
-  // lanes of b are numbered from LANES on
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, (SECOND ? ((I & S) ? I + LANES : I + S) : ((I & S) ? I - S + LANES : I))...);
-#else
-  return __builtin_shuffle(a, b, Lane{(SECOND ? ((I & S) ? I + LANES : I + S) : ((I & S) ? I - S + LANES : I))...});
-#endif
 }
 
 // x[i][j] -> x[j][i]
@@ -99,14 +80,14 @@ struct Fma {
   static void stop() {}
 
   // Queries [rows, E].
-  template <int E> static void pack_left(float* to, const T* from, int64_t stride, int rows) {
+  template <int E> static APART void pack_left(float* to, const T* from, int64_t stride, int rows) {
     for (int i = 0; i < TILE_P; i++)
       for (int e = 0; e < deep(E); e += LANES)
         *(Vector*)(to + i * deep(E) + e) = i < rows ? load(from + i * stride + e, E - e) : Vector{};
   }
 
   // Keys [rows, E] as panels [n / BLOCK][e][BLOCK].
-  template <int E> static void pack_keys(float* to, const T* from, int64_t stride, int rows) {
+  template <int E> static APART void pack_keys(float* to, const T* from, int64_t stride, int rows) {
     for (int n = 0; n < TILE_M; n += LANES) {
       float* panel = to + n / BLOCK * BLOCK * deep(E) + n % BLOCK;
       for (int e = 0; e < deep(E); e += LANES)
@@ -115,7 +96,7 @@ struct Fma {
   }
 
   // Values [rows, F] as panels [f / BLOCK][n][BLOCK].
-  static void pack_values(float* to, const T* from, int64_t stride, int rows) {
+  static APART void pack_values(float* to, const T* from, int64_t stride, int rows) {
     for (int f = 0; f < wide(F); f += BLOCK)
       for (int n = 0; n < TILE_M; n++, to += BLOCK)
         for (int j = 0; j < BLOCK; j += LANES)
@@ -137,6 +118,7 @@ struct Fma {
         if (B == SCALED) s[i][j] *= c[i];
       }
     for (int t = 0; t < tiles; t++, a += DEPTH, b += next - DEPTH * BLOCK)
+#pragma GCC unroll 4
       for (int k = 0; k < DEPTH; k++, b += BLOCK) {
         const Vector b0 = *(const Vector*)b, b1 = *(const Vector*)(b + LANES);
 #pragma GCC unroll 16
@@ -151,7 +133,7 @@ struct Fma {
   }
 
   // S = Q Kᵀ of one tile
-  template <int E> static void scores(const float* q, const float* k, float* s, int rows) {
+  template <int E> static APART void scores(const float* q, const float* k, float* s, int rows) {
     constexpr int D = deep(E);
     for (int j = 0; j < TILE_M; j += BLOCK)
       for (int i = 0; i < rows; i += BLOCK_ROWS) block<NONE, D>(q + i * D, D, k + j * D, 1, 0, q, s + i * LD + j, LD);
@@ -168,7 +150,7 @@ struct Fma {
     for (int t = TILES; t < tiles; t += TILES) part<false>(w + t * TILE_M, v + t * next, std::min(tiles - t, TILES), next, c, acc, rows);
   }
   template <bool FIRST>
-  static void part(const float* w, const float* v, int tiles, int64_t next, const float* c, float* acc, int rows) {
+  static APART void part(const float* w, const float* v, int tiles, int64_t next, const float* c, float* acc, int rows) {
     for (int j = 0; j < wide(F); j += BLOCK)
       for (int i = 0; i < rows; i += BLOCK_ROWS)
         block<FIRST ? SCALED : ADDED, TILE_M>(w + i * LD, LD, v + j * TILE_M, tiles, next, c + i, acc + i * wide(F) + j, wide(F));
@@ -199,34 +181,46 @@ struct Tiles {
   }
   static void stop() { _tile_release(); }
 
+  // 32 numbers from memory, zeros after the first `count`.
+  static INLINE Vector load(const bf16* from, int count) {
+    Vector out{};
+    if (count >= 32) std::memcpy(&out, from, 64);
+    else if (count > 0) std::memcpy(&out, from, count * sizeof(bf16));
+    return out;
+  }
+
   // Queries [rows, E].
-  template <int E> static void pack_left(bf16* to, const bf16* from, int64_t stride, int rows) {
-    std::memset(to, 0, TILE_P * deep(E) * sizeof(bf16));
-    for (int i = 0; i < rows; i++) std::memcpy(to + i * deep(E), from + i * stride, E * sizeof(bf16));
+  template <int E> static APART void pack_left(bf16* to, const bf16* from, int64_t stride, int rows) {
+    for (int i = 0; i < TILE_P; i++)
+      for (int e = 0; e < deep(E); e += 32)
+        *(Vector*)(void*)(to + i * deep(E) + e) = i < rows ? load(from + i * stride + e, E - e) : Vector{};
   }
 
   // Keys [rows, E] as tiles [n / 16][e / 32] of [e pairs][n]: pairs move as one number.
-  template <int E> static void pack_keys(bf16* to, const bf16* from, int64_t stride, int rows) {
+  template <int E> static APART void pack_keys(bf16* to, const bf16* from, int64_t stride, int rows) {
     for (int n = 0; n < TILE_M; n += 16)
       for (int e = 0; e < deep(E); e += 32, to += 512)
-        store_transposed((float*)(void*)to, 16, [&](int i) {
-          Vector out{};
-          if (n + i < rows) std::memcpy(&out, from + (n + i) * stride + e, std::min(32, E - e) * sizeof(bf16));
-          return out;
-        });
+        store_transposed((float*)(void*)to, 16, [&](int i) { return n + i < rows ? load(from + (n + i) * stride + e, E - e) : Vector{}; });
   }
 
   // Values [rows, F] as tiles [f / 16][n / 32] of [n pairs][f].
-  static void pack_values(bf16* to, const bf16* from, int64_t stride, int rows) {
+  static APART void pack_values(bf16* to, const bf16* from, int64_t stride, int rows) {
     for (int f = 0; f < wide(F); f += 16)
       for (int n = 0; n < TILE_M; n += 2, to += 32) {
-        const int count = std::min(16, F - f), there = std::max(0, std::min(2, rows - n));
         uint16_t x[2][16] = {};
-        for (int i = 0; i < there; i++) std::memcpy(x[i], from + (n + i) * stride + f, count * sizeof(bf16));
-        uint32_t pairs[16];
-        for (int i = 0; i < 16; i++) pairs[i] = x[0][i] | uint32_t(x[1][i]) << 16;
-        std::memcpy((void*)to, pairs, sizeof pairs);
+        const bf16* at = from + n * stride + f;
+        if (F - f >= 16 && n + 2 <= rows) {
+          pair((const uint16_t*)(const void*)at, (const uint16_t*)(const void*)(at + stride), to);
+          continue;
+        }
+        for (int i = 0; i < std::min(2, rows - n); i++) std::memcpy(x[i], at + i * stride, std::min(16, F - f) * sizeof(bf16));
+        pair(x[0], x[1], to);
       }
+  }
+  static INLINE void pair(const uint16_t* a, const uint16_t* b, bf16* to) {
+    uint32_t pairs[16];
+    for (int i = 0; i < 16; i++) pairs[i] = a[i] | uint32_t(b[i]) << 16;
+    std::memcpy((void*)to, pairs, sizeof pairs);
   }
 
   // out[16 R, 16 C] = (out) + A B. A: rows of `lda`, DEPTH numbers for each of `tiles`; B: [column / 16][depth / 32] of each
@@ -283,7 +277,7 @@ struct Tiles {
   }
 
   // S = Q Kᵀ of one tile
-  template <int E> static void scores(const bf16* q, const bf16* k, float* s, int rows) {
+  template <int E> static APART void scores(const bf16* q, const bf16* k, float* s, int rows) {
     multiply<false, deep(E), TILE_M>(q, deep(E), k, 1, 0, s, LD, rows);
   }
   // The unit has no factors: they are applied to a row of the accumulator before the product.
@@ -304,7 +298,7 @@ struct Tiles {
     }
   }
   // acc = acc + W V over the tiles of a run; `next`: from one tile's values to the next one's
-  static void accumulate(const float* w, const bf16* v, int tiles, int64_t next, const float*, float* acc, int rows) {
+  static APART void accumulate(const float* w, const bf16* v, int tiles, int64_t next, const float*, float* acc, int rows) {
     multiply<true, TILE_M, wide(F)>((const bf16*)(const void*)w, 2 * LD, v, tiles, next, acc, wide(F), rows);
   }
 };

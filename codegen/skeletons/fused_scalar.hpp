@@ -9,11 +9,14 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 namespace {
 
 constexpr float INF = __builtin_inff();
 #define INLINE inline __attribute__((always_inline))
+// Inner loops in functions of their own have all registers for themselves.
+#define APART __attribute__((noinline))
 
 template <class To, class From> INLINE To bits(From x) {
   static_assert(sizeof(To) == sizeof(From), "the same bits in another type");
@@ -158,5 +161,59 @@ inline float sin_(float x) { return std::sin(x); }
 inline float cos_(float x) { return std::cos(x); }
 inline float pow_(float x, float y) { return std::pow(x, y); }
 inline float log2_(float x) { return std::log2(x); }
+
+// ---- whole rows
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+typedef int32_t Lane __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+
+// Half of an exchange between rows that are S apart: lanes with bit S cross over.
+template <int S, bool SECOND, int... I> INLINE Vector exchange(Vector a, Vector b, std::integer_sequence<int, I...>) {
+  // lanes of b are numbered from LANES on
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (SECOND ? ((I & S) ? I + LANES : I + S) : ((I & S) ? I - S + LANES : I))...);
+#else
+  return __builtin_shuffle(a, b, Lane{(SECOND ? ((I & S) ? I + LANES : I + S) : ((I & S) ? I - S + LANES : I))...});
+#endif
+}
+
+// max_ for vectors
+INLINE Vector larger(Vector a, Vector b) {
+  const Vector x = b > a ? b : a;
+  return b != b ? b : x;
+}
+
+// One number from all lanes: in each round halves that are S apart meet.
+template <int S = LANES / 2, class Meet> INLINE float fold(Vector x, Meet meet) {
+  if constexpr (S == 0) return x[0];
+  else {
+    return fold<S / 2>(meet(x, exchange<S, true>(x, x, std::make_integer_sequence<int, LANES>())), meet);
+  }
+}
+
+// Reduces x[0 … n-1], aligned to vectors, in two chains; `first` takes part once and is the value of no numbers.
+template <class Meet, class One> INLINE float reduce(const float* x, int n, float first, float neutral, Meet meet, One one) {
+  Vector a = Vector{} + neutral, b = a;
+  int i = 0;
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    a = meet(a, *(const Vector*)(x + i));
+    b = meet(b, *(const Vector*)(x + i + LANES));
+  }
+  for (; i + LANES <= n; i += LANES) a = meet(a, *(const Vector*)(x + i));
+  for (; i < n; i++) first = one(first, x[i]);
+  return one(first, fold(meet(a, b), meet));
+}
+
+INLINE float row_sum(const float* x, int n) {
+  return reduce(x, n, 0.0f, 0.0f, [](Vector a, Vector b) { return a + b; }, [](float a, float b) { return a + b; });
+}
+INLINE float row_max(const float* x, int n, float first) { return reduce(x, n, first, -INF, larger, max_<float>); }
 
 }  // namespace

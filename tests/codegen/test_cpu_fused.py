@@ -326,6 +326,17 @@ def test_what_a_row_shares_is_computed_once_a_row() -> None:
     assert "bias + h * bias_1 + p * bias_2" in holes(VARIANTS["bias"]().cascade)
 
 
+def test_costly_terms_over_the_distance_are_tabulated() -> None:
+    """The host computes a cosine once a diagonal, for all lengths; what is quickly computed stays in the loop."""
+    factor = ex.unary("cos", ex.cast(P - M, "f32") * 0.1)
+    case = build(lambda s: masked((M <= P) & (P - M < 30))(s * factor), p=40, m=70)
+    assert "cos" not in holes(case.cascade)
+    assert "p - m < 30" in holes(case.cascade)
+    for p, m in ((40, 70), (70, 40), (1, 33), (33, 1)):
+        case = build(lambda s: masked((M <= P) & (P - M < 30))(s * factor), p=p, m=m)
+        close(case.cascade, case.inputs(), case.sizes)
+
+
 def test_full_tiles_have_no_mask() -> None:
     """Where every key is kept nothing asks for the mask, and nobody reads what it is made of."""
     partial, full = holes(VARIANTS["segments"]().cascade).split("} else {")
@@ -338,10 +349,24 @@ def test_exponentials_are_by_base_two_for_narrow_operands() -> None:
     assert "exp2_(" not in holes(VARIANTS["causal"](dtype="f32").cascade)
 
 
-def test_nan_is_looked_for_where_the_row_does_not_show_it() -> None:
-    """`where(max = −∞, 0, …)` hides a NaN from the output: there the largest score itself has to keep it."""
-    assert "reduction(max : gm_tile)" in holes(VARIANTS["causal"]().cascade)
-    assert "reduction(top : gm_tile)" in holes(VARIANTS["sdpa_padding"]().cascade)
+def test_constants_are_one_factor_for_narrow_operands() -> None:
+    assert "qk * 0.05f" in holes(VARIANTS["softcap"](dtype="bf16").cascade)
+    assert "/ 5.0f" in holes(VARIANTS["softcap"](dtype="f32").cascade)
+
+
+def test_scores_and_weights_in_memory_are_reduced_row_by_row() -> None:
+    """Largest score and sum of weights by the loop's own reductions; a plain product needs no pass of its own."""
+    text = holes(VARIANTS["causal"]().cascade)
+    assert "row_max(x0, n, gm_old)" in text
+    assert "max_(gm_old, row_max(x0, n, -INFINITY) * 0.25f)" in text
+    assert "row_sum(w, n)" in text
+    for scale in (1.0, 0.25):
+        assert holes(build(lambda s: s, scale=scale).cascade).count("for (int i = 0; i < n; i++)") == 1
+
+
+def test_one_division_a_row_where_the_sum_is_no_less_than_one() -> None:
+    assert "1.0f / sd" in holes(VARIANTS["causal"]().cascade)
+    assert "acc[i] / ss" in holes(VARIANTS["square"]().cascade)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

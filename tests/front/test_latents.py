@@ -109,6 +109,15 @@ def test_latents_are_found_by_data_flow(shared: int) -> None:
     assert found.scheme("TPLA 4 slices").feasible
 
 
+def test_ways_that_are_not_exact_are_taken_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = sharding(capsys, tmp_path, "V3", "--seq", "256")
+    asked = sharding(capsys, tmp_path, "V3", "--seq", "256", "--approximate")
+    inexact = {s.name for s in plain.schemes if not s.exact}
+    assert inexact
+    assert not any(s.feasible for s in plain.schemes if not s.exact)
+    assert {s.name for s in asked.schemes if s.feasible} - {s.name for s in plain.schemes if s.feasible} == inexact
+
+
 class Grouped(nn.Module):
     """Two latents, each of half the heads (GLA)."""
 
