@@ -30,8 +30,8 @@ from . import cpu
 from .company import TYPES, Shape, cascade, in_company, ready, rounds, runs, tensors, ways
 from .native import CompilerError
 
-# No band is narrower: neighbours, clocks and thermal limits are not known to any calibration. On CPUs 95% of 397 timings of
-# shapes that nothing was fitted to lay within this one (benchmarks/results/cost_model_cpu_fresh.json, six calibrations).
+# No band is narrower: neighbours, clocks and thermal limits are not known to any calibration. On CPUs 97% of 397 timings of
+# shapes that no constant was fitted to lay within this one (benchmarks/results/cost_model_cpu_fresh.json).
 LEAST_BAND: Mapping[str, float] = {"cpu": 0.6, "gpu": 0.15}
 
 
