@@ -71,7 +71,13 @@ def call_type(products: int) -> type[ctypes.Structure]:
     one, size, address = Operand * products, ctypes.c_int64, ctypes.c_void_p
     fields = [("q", one), ("k", one), ("v", Operand), ("out", address)]
     fields += [(n, size) for n in ("out_z", "out_h", "out_p", "Z", "H", "HKV", "P", "M")]
-    fields += [("classes", address), ("class_z", size), ("class_h", size), ("class_p", size), ("threads", ctypes.c_int32)]
+    fields += [
+        ("classes", address),
+        ("class_z", size),
+        ("class_h", size),
+        ("class_p", size),
+        ("threads", ctypes.c_int32),
+    ]
     fields += [("tensors", address), ("sizes", address)]
     return type("Call", (ctypes.Structure,), {"_fields_": fields})
 
@@ -103,7 +109,8 @@ def build(text: str, path: Path, flags: Sequence[str]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = next((s for s in done.stderr.splitlines() if "error" in s), done.stderr.strip())[:SHOWN]
-            raise CompilerError(f"{shlex.join(command[:1])} could not compile the kernel; set CXX to a C++17 compiler: {said}")
+            name = compiler()[0]
+            raise CompilerError(f"{name} could not compile the kernel; set CXX to a C++17 compiler: {said}")
         # Renaming is atomic: another process sees the whole library or none.
         os.replace(made, path)
 
