@@ -2,7 +2,7 @@
 //
 //     Q [Z, H, P, E]   K [Z, H/G, M, E]   V [Z, H/G, M, F]   out [Z, H, P, F]     S, acc, state: float, in a thread's scratch
 //
-//     unit: items (a tile of queries of one head) that share keys                 threads take units, heavy ones first
+//     unit: items (a tile of queries of one head) that share keys                 threads take units, late queries first
 //       for each chunk of key tiles:   pack K and V as the product reads them     no more than the L2 cache holds
 //         for each item, each visited tile of its chunk:
 //           S = Q Kᵀ;   c, W, state = step(S, state);   acc = c·acc + W V
@@ -32,6 +32,23 @@ struct Call {
   const int64_t* sizes;
 };
 
+// Scratch of a thread: one block, grown on demand, kept between calls. All kernels of a process share it: it is the one
+// symbol besides the entry that is not hidden, and its number changes with its layout.
+struct __attribute__((visibility("default"))) ReattendScratch1 {
+  char* base = nullptr;
+  int64_t size = 0;
+  ~ReattendScratch1() { std::free(base); }
+  bool reserve(int64_t bytes) {
+    if (bytes <= size) return true;
+    std::free(base);
+    size = (bytes + 4095) / 4096 * 4096;
+    base = static_cast<char*>(std::aligned_alloc(4096, size_t(size)));
+    if (!base) size = 0;
+    return base != nullptr;
+  }
+};
+__attribute__((visibility("default"))) inline thread_local ReattendScratch1 reattend_scratch_1;
+
 namespace {
 
 // What `attention` returns.
@@ -47,21 +64,6 @@ constexpr int64_t CHUNK_BYTES = 512 << 10, ITEMS_BYTES = 512 << 10;
 // Units a thread should get, so that their ends differ little.
 constexpr int64_t UNITS_A_THREAD = 4;
 
-// ---- scratch of a thread: one block, grown on demand, kept between calls
-
-struct Scratch {
-  char* base = nullptr;
-  int64_t size = 0;
-  ~Scratch() { std::free(base); }
-  bool reserve(int64_t bytes) {
-    if (bytes <= size) return true;
-    std::free(base);
-    base = static_cast<char*>(std::aligned_alloc(CACHE_LINE, size_t(up(bytes, CACHE_LINE))));
-    size = base ? bytes : 0;
-    return base != nullptr;
-  }
-};
-
 constexpr int64_t bytes_of(int64_t n) { return up(n, CACHE_LINE); }
 constexpr int64_t depths() {
   int64_t out = 0;
@@ -74,7 +76,8 @@ constexpr int64_t KEYS = depths() * TILE_M, PACKED = KEYS + WIDE * TILE_M, TILE_
 constexpr int64_t Q_BYTES = bytes_of(depths() * TILE_P * sizeof(Left)), ACC_BYTES = bytes_of(TILE_P * WIDE * sizeof(float));
 constexpr int64_t STATE_BYTES = bytes_of(TILE_P * CARRIED * sizeof(float)), ROW_BYTES = bytes_of(TILE_P * sizeof(Program::Row));
 constexpr int64_t ITEM_BYTES = Q_BYTES + ACC_BYTES + STATE_BYTES + ROW_BYTES;
-constexpr int64_t S_BYTES = bytes_of(TILE_P * LD * sizeof(float)), FIXED_BYTES = PRODUCTS * S_BYTES + bytes_of(TILE_P * sizeof(float));
+constexpr int64_t S_BYTES = bytes_of(TILE_P * LD * sizeof(float));
+constexpr int64_t FIXED_BYTES = PRODUCTS * S_BYTES + bytes_of(TILE_P * sizeof(float));
 constexpr int64_t CHUNK_TILES = std::max<int64_t>(1, CHUNK_BYTES / TILE_BYTES);
 
 struct Item {
@@ -102,7 +105,7 @@ struct Task {
   explicit Task(const Call& c)
       : call(c), program(Program::load(c.tensors, c.sizes)), group(c.H / c.HKV), tiles_p(up(c.P, TILE_P) / TILE_P),
         tiles_m(up(c.M, TILE_M) / TILE_M), items(tiles_p * group) {
-    const int64_t all = items * c.Z * c.HKV, fair = up(all, UNITS_A_THREAD * c.threads) / (UNITS_A_THREAD * c.threads);
+    const int64_t wanted = UNITS_A_THREAD * std::max(1, c.threads), fair = up(items * c.Z * c.HKV, wanted) / wanted;
     per_unit = std::max<int64_t>(1, std::min({items, fair, ITEMS_BYTES / ITEM_BYTES}));
   }
   int64_t ranges() const { return up(items, per_unit) / per_unit; }
@@ -160,26 +163,30 @@ struct Worker {
   // Item i, kept at a place of the scratch.
   Item item(int64_t i, int64_t place) const {
     const int64_t t = i / task.group, h = unit.kv * task.group + i % task.group, p0 = t * TILE_P;
-    return {items() + place * ITEM_BYTES, unit.z, h, p0, int(std::min<int64_t>(TILE_P, task.call.P - p0)), task.classes(unit.z, h, t)};
+    const int rows = int(std::min<int64_t>(TILE_P, task.call.P - p0));
+    return {items() + place * ITEM_BYTES, unit.z, h, p0, rows, task.classes(unit.z, h, t)};
   }
 
-  static const T* at(const Operand& o, int64_t z, int64_t h, int64_t n) { return static_cast<const T*>(o.data) + z * o.z + h * o.h + n * o.n; }
+  static const T* at(const Operand& o, int64_t z, int64_t h, int64_t n) {
+    return static_cast<const T*>(o.data) + z * o.z + h * o.h + n * o.n;
+  }
   OUT* out(const Item& x) const {
     return static_cast<OUT*>(task.call.out) + x.z * task.call.out_z + x.h * task.call.out_h + x.p0 * task.call.out_p;
   }
 
   // The next item's queries and output, and the first tile of keys that is not packed.
   Ahead ahead(int64_t i, int64_t m) const {
-    Ahead out_;
+    const Call& c = task.call;
+    Ahead next;
     if (i < unit.last) {
       const Item x = item(i, 0);
-      for (int j = 0; j < PRODUCTS; j++) out_.add(at(task.call.q[j], x.z, x.h, x.p0), task.call.q[j].n, E[j], x.rows);
-      out_.add(out(x), task.call.out_p, F, x.rows);
+      for (int j = 0; j < PRODUCTS; j++) next.add(at(c.q[j], x.z, x.h, x.p0), c.q[j].n, E[j], x.rows);
+      next.add(out(x), c.out_p, F, x.rows);
     }
-    const int64_t rows = std::min<int64_t>(TILE_M, task.call.M - m * TILE_M);
-    for (int j = 0; j < PRODUCTS; j++) out_.add(at(task.call.k[j], unit.z, unit.kv, m * TILE_M), task.call.k[j].n, E[j], rows);
-    out_.add(at(task.call.v, unit.z, unit.kv, m * TILE_M), task.call.v.n, F, rows);
-    return out_;
+    const int64_t m0 = m * TILE_M, rows = std::min<int64_t>(TILE_M, c.M - m0);
+    for (int j = 0; j < PRODUCTS; j++) next.add(at(c.k[j], unit.z, unit.kv, m0), c.k[j].n, E[j], rows);
+    next.add(at(c.v, unit.z, unit.kv, m0), c.v.n, F, rows);
+    return next;
   }
 
   template <int I = 0> void pack_queries(const Item& x, Left* to) const {
@@ -311,10 +318,9 @@ struct Worker {
 
 // One thread: units from the common counter until none is left.
 int compute(const Task& task, std::atomic<int64_t>& next) {
-  static thread_local Scratch scratch;
-  if (!scratch.reserve(task.scratch())) return NO_MEMORY;
+  if (!reattend_scratch_1.reserve(task.scratch())) return NO_MEMORY;
   Micro::start();
-  for (int64_t u; (u = next++) < task.units();) Worker{task, task.unit(u), scratch.base}.run();
+  for (int64_t u; (u = next++) < task.units();) Worker{task, task.unit(u), reattend_scratch_1.base}.run();
   Micro::stop();
   return DONE;
 }

@@ -171,14 +171,18 @@ struct Tiles {
     return granted;
   }
   // Eight tiles of 16 rows of 64 bytes.
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
   static void start() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
+    static const Config config;
+    settle();
     _tile_loadconfig(&config);
   }
+  // The compiler is not told that tiles are read from memory: what was written before has to be there.
+  static INLINE void settle() { __asm__ volatile("" ::: "memory"); }
   static void stop() { _tile_release(); }
 
   // 32 numbers from memory, zeros after the first `count`.
@@ -264,6 +268,7 @@ struct Tiles {
 
   template <bool ADD, int DEPTH, int COLUMNS, int R>
   static INLINE void columns(const bf16* a, int lda, const bf16* b, int tiles, int64_t next, float* out, int ldo) {
+    settle();
     int j = 0;
     for (; j + 32 <= COLUMNS; j += 32) block<ADD, DEPTH, R, 2>(a, lda, b + j * DEPTH, tiles, next, out + j, ldo);
     if constexpr (COLUMNS % 32 != 0) block<ADD, DEPTH, R, 1>(a, lda, b + j * DEPTH, tiles, next, out + j, ldo);
