@@ -1,6 +1,6 @@
 // The loop of the emitted CPU kernels: attention in one pass over the keys, around the printed `Program`.
 //
-//     Q [Z, H, P, E]   K [Z, H/G, M, E]   V [Z, H/G, M, F]   out [Z, H, P, F]     S, acc, state: float, in a thread's scratch
+//     Q [Z, H, P, E]   K [Z, H/G, M, E]   V [Z, H/G, M, F]   out [Z, H, P, F]   S, acc, state: float, a thread's scratch
 //
 //     unit: items (a tile of queries of one head) that share keys                 threads take units, late queries first
 //       for each chunk of key tiles:   pack K and V as the product reads them     no more than the L2 cache holds
@@ -74,7 +74,8 @@ constexpr int64_t depths() {
 // Where each part lies. An item: its queries, acc, state and rows; a packed tile: its keys, then its values.
 constexpr int64_t KEYS = depths() * TILE_M, PACKED = KEYS + WIDE * TILE_M, TILE_BYTES = PACKED * sizeof(Right);
 constexpr int64_t Q_BYTES = bytes_of(depths() * TILE_P * sizeof(Left)), ACC_BYTES = bytes_of(TILE_P * WIDE * sizeof(float));
-constexpr int64_t STATE_BYTES = bytes_of(TILE_P * CARRIED * sizeof(float)), ROW_BYTES = bytes_of(TILE_P * sizeof(Program::Row));
+constexpr int64_t STATE_BYTES = bytes_of(TILE_P * CARRIED * sizeof(float));
+constexpr int64_t ROW_BYTES = bytes_of(TILE_P * sizeof(Program::Row));
 constexpr int64_t ITEM_BYTES = Q_BYTES + ACC_BYTES + STATE_BYTES + ROW_BYTES;
 constexpr int64_t S_BYTES = bytes_of(TILE_P * LD * sizeof(float));
 constexpr int64_t FIXED_BYTES = PRODUCTS * S_BYTES + bytes_of(TILE_P * sizeof(float));

@@ -91,7 +91,9 @@ struct Fma {
     for (int n = 0; n < TILE_M; n += LANES) {
       float* panel = to + n / BLOCK * BLOCK * deep(E) + n % BLOCK;
       for (int e = 0; e < deep(E); e += LANES)
-        store_transposed(panel + e * BLOCK, BLOCK, [&](int i) { return n + i < rows ? load(from + (n + i) * stride + e, E - e) : Vector{}; });
+        store_transposed(panel + e * BLOCK, BLOCK, [&](int i) {
+          return n + i < rows ? load(from + (n + i) * stride + e, E - e) : Vector{};
+        });
     }
   }
 
@@ -106,10 +108,11 @@ struct Fma {
   // What a block does with its result's earlier value.
   enum Before { NONE, ADDED, SCALED };
 
-  // out = A B, out + A B or c out + A B for one block. A: rows of `lda`, DEPTH numbers for each of `tiles`; B: a panel of each
-  // tile, `next` numbers apart; c: a factor for each row.
+  // out = A B, out + A B or c out + A B for one block. A: rows of `lda`, DEPTH numbers for each of `tiles`; B: a panel of
+  // each tile, `next` numbers apart; c: a factor for each row.
   template <Before B, int DEPTH>
-  static INLINE void block(const float* a, int lda, const float* b, int tiles, int64_t next, const float* c, float* out, int ldo) {
+  static INLINE void block(const float* a, int lda, const float* b, int tiles, int64_t next, const float* c, float* out,
+                           int ldo) {
     Vector s[BLOCK_ROWS][2];
 #pragma GCC unroll 16
     for (int i = 0; i < BLOCK_ROWS; i++)
@@ -136,24 +139,27 @@ struct Fma {
   template <int E> static APART void scores(const float* q, const float* k, float* s, int rows) {
     constexpr int D = deep(E);
     for (int j = 0; j < TILE_M; j += BLOCK)
-      for (int i = 0; i < rows; i += BLOCK_ROWS) block<NONE, D>(q + i * D, D, k + j * D, 1, 0, q, s + i * LD + j, LD);
+      for (int i = 0; i < rows; i += BLOCK_ROWS)
+        block<NONE, D>(q + i * D, D, k + j * D, 1, 0, nullptr, s + i * LD + j, LD);
   }
   // Factors are applied by the product.
   static INLINE void scale(float*, float) {}
   // Weights are read where `step` wrote them.
   static INLINE void narrow(float*, int) {}
-  // acc = c·acc + W V over the tiles of a run; `next`: from one tile's values to the next one's. A panel of values over some
-  // tiles stays in the L1 cache while all rows use it.
+  // acc = c·acc + W V over the tiles of a run; `next`: from one tile's values to the next one's. A panel of values over
+  // some tiles stays in the L1 cache while all rows use it.
   static void accumulate(const float* w, const float* v, int tiles, int64_t next, const float* c, float* acc, int rows) {
     constexpr int TILES = std::max<int>(1, (16 << 10) / int(sizeof(float)) / (TILE_M * BLOCK));
     part<true>(w, v, std::min(tiles, TILES), next, c, acc, rows);
-    for (int t = TILES; t < tiles; t += TILES) part<false>(w + t * TILE_M, v + t * next, std::min(tiles - t, TILES), next, c, acc, rows);
+    for (int t = TILES; t < tiles; t += TILES)
+      part<false>(w + t * TILE_M, v + t * next, std::min(tiles - t, TILES), next, c, acc, rows);
   }
   template <bool FIRST>
   static APART void part(const float* w, const float* v, int tiles, int64_t next, const float* c, float* acc, int rows) {
     for (int j = 0; j < wide(F); j += BLOCK)
       for (int i = 0; i < rows; i += BLOCK_ROWS)
-        block<FIRST ? SCALED : ADDED, TILE_M>(w + i * LD, LD, v + j * TILE_M, tiles, next, c + i, acc + i * wide(F) + j, wide(F));
+        block<FIRST ? SCALED : ADDED, TILE_M>(w + i * LD, LD, v + j * TILE_M, tiles, next, c + i, acc + i * wide(F) + j,
+                                              wide(F));
   }
 };
 
@@ -204,7 +210,9 @@ struct Tiles {
   template <int E> static APART void pack_keys(bf16* to, const bf16* from, int64_t stride, int rows) {
     for (int n = 0; n < TILE_M; n += 16)
       for (int e = 0; e < deep(E); e += 32, to += 512)
-        store_transposed((float*)(void*)to, 16, [&](int i) { return n + i < rows ? load(from + (n + i) * stride + e, E - e) : Vector{}; });
+        store_transposed((float*)(void*)to, 16, [&](int i) {
+          return n + i < rows ? load(from + (n + i) * stride + e, E - e) : Vector{};
+        });
   }
 
   // Values [rows, F] as tiles [f / 16][n / 32] of [n pairs][f].
@@ -217,7 +225,8 @@ struct Tiles {
           pair((const uint16_t*)(const void*)at, (const uint16_t*)(const void*)(at + stride), to);
           continue;
         }
-        for (int i = 0; i < std::min(2, rows - n); i++) std::memcpy(x[i], at + i * stride, std::min(16, F - f) * sizeof(bf16));
+        for (int i = 0; i < std::min(2, rows - n); i++)
+          std::memcpy(x[i], at + i * stride, std::min(16, F - f) * sizeof(bf16));
         pair(x[0], x[1], to);
       }
   }
@@ -275,9 +284,11 @@ struct Tiles {
   }
 
   template <bool ADD, int DEPTH, int COLUMNS>
-  static INLINE void multiply(const bf16* a, int lda, const bf16* b, int tiles, int64_t next, float* out, int ldo, int rows) {
+  static INLINE void multiply(const bf16* a, int lda, const bf16* b, int tiles, int64_t next, float* out, int ldo,
+                              int rows) {
     int i = 0;
-    for (; i + 32 <= rows; i += 32) columns<ADD, DEPTH, COLUMNS, 2>(a + i * lda, lda, b, tiles, next, out + i * ldo, ldo);
+    for (; i + 32 <= rows; i += 32)
+      columns<ADD, DEPTH, COLUMNS, 2>(a + i * lda, lda, b, tiles, next, out + i * ldo, ldo);
     if (i < rows) columns<ADD, DEPTH, COLUMNS, 1>(a + i * lda, lda, b, tiles, next, out + i * ldo, ldo);
   }
 
@@ -303,7 +314,8 @@ struct Tiles {
     }
   }
   // acc = acc + W V over the tiles of a run; `next`: from one tile's values to the next one's
-  static APART void accumulate(const float* w, const bf16* v, int tiles, int64_t next, const float*, float* acc, int rows) {
+  static APART void accumulate(const float* w, const bf16* v, int tiles, int64_t next, const float*, float* acc,
+                               int rows) {
     multiply<true, TILE_M, wide(F)>((const bf16*)(const void*)w, 2 * LD, v, tiles, next, acc, wide(F), rows);
   }
 };
