@@ -153,7 +153,7 @@ def _fused(d: Device, watch: Watch[Any]) -> Device:
 
 # Shapes of the fused body whose mask and whose exponentials are measured, and the tiles of its rates.
 BAND, CAPPED = Shape("window", 1, 4, 2304, 2304, window=64), Shape("none", 1, 4, 768, 768, cap=30.0)
-FUSED = Tiling(128, 64, warps=1, stages=1, body="fused")
+FUSED = Tiling(32, 32, warps=1, stages=1, body="fused")
 
 
 def _price(shape: Shape, d: Device) -> float:

@@ -8,6 +8,7 @@ Runs of the same calls are priced once. The code generator's skeleton (codegen/s
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,7 +76,7 @@ def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
             if b.keys:
                 _product(host, bill, s, at, b)
     else:
-        for call, count in Counter(calls(found, s, at, host.threads)).items():
+        for call, count in Counter(calls(found, s, at, mapping, host.threads)).items():
             pairs += count * call.batch * call.tiles * _pairs(call)
             one = Bill()
             _sdpa(host, one, s, at, call)
@@ -83,6 +84,10 @@ def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
                 bill.add(name, seconds * count)
     if s.mask.keep is not ex.TRUE:
         _added(host, bill, s, found, at, mapping)
+    share = pairs / max(at.batch * at.queries * at.keys, 1)
+    bill.add("memory", host.stream(bias_bytes(s, at, share)))
+    if mapping.body != "product" and s.mask.keep is not ex.TRUE:
+        host.biases(biases(s, at, share), mapping.tile_p / at.queries, bill)
     bill.flops, bill.exps = 2 * pairs * (at.embed + at.value), pairs
     bill.bytes = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
     bill.add("fault", host.fresh(WIDTH[s.dtype] * at.batch * at.queries * at.value))
@@ -94,21 +99,30 @@ def tiles(s: Subject, found: Sequence[Block], at: Shape, mapping: Tiling) -> Ite
     if at.queries * at.keys <= FEW:
         yield Block(1, at.queries, at.keys, s.mask.keep is not ex.TRUE)
     elif s.mask.keep is ex.TRUE:
-        whole, rest = divmod(at.queries, mapping.tile_p)
-        yield from (Block(n, rows, at.keys, False) for n, rows in ((whole, mapping.tile_p), (1, rest)) if n and rows)
+        yield from _strips(at, mapping)
     else:
         yield from found
 
 
-def calls(found: Sequence[Block], s: Subject, at: Shape, threads: int) -> Iterator[Call]:
+def _strips(at: Shape, mapping: Tiling) -> tuple[Block, ...]:
+    """Query tiles that see every key."""
+    whole, rest = divmod(at.queries, mapping.tile_p)
+    strips = ((whole, mapping.tile_p), (1, rest))
+    return tuple(Block(n, rows, at.keys, False) for n, rows in strips if n and rows)
+
+
+def calls(found: Sequence[Block], s: Subject, at: Shape, mapping: Tiling, threads: int) -> Iterator[Call]:
     """The calls of one attention, block by block."""
     outer = at.batch // _heads(s, at)
-    if s.mask.keep is ex.TRUE or at.queries * at.keys <= FEW:
+    added = added_to_full(s)
+    if at.queries * at.keys <= FEW or (s.mask.keep is ex.TRUE and not added):
         # nothing to skip: the whole at once
-        yield Call(1, at.queries, at.keys, s.mask.keep is not ex.TRUE, at.batch)
+        yield Call(1, at.queries, at.keys, added or s.mask.keep is not ex.TRUE, at.batch)
         return
-    for b in found:
-        if b.masked and not shifted(s):
+    if s.mask.keep is ex.TRUE:
+        found = _strips(at, mapping)
+    for b in (replace(b, masked=b.masked or added) for b in found):
+        if b.masked and not (shifted(s) and not added):
             # what a tile gets added is its own: no two of them go into one call
             yield from [Call(1, b.rows, b.keys, b.masked, at.batch, b.triangle)] * b.tiles
             continue
@@ -267,6 +281,20 @@ def added_to_full(s: Subject) -> bool:
     return any(
         a.key in x.ranks and not holds[x] for t in ex.walk(s.mask.full) if t.op != "load" and holds[t] for x in t.args
     )
+
+
+def bias_bytes(s: Subject, at: Shape, share: float = 1.0) -> int:
+    """Bytes of biases with an element for each query and key, of which a kernel reads a share."""
+    return sum(WIDTH[dtype] * n for dtype, n in biases(s, at, share))
+
+
+def biases(s: Subject, at: Shape, share: float = 1.0) -> tuple[tuple[str, int], ...]:
+    """(type, elements that are read) of each tensor in the score with an element for each query and key."""
+    a = s.attention
+    made = {e.out.tensor for e in a.products}
+    loads = dict.fromkeys(ex.loads(s.mask.full))
+    read = (x for x in loads if str(x.attr) not in made and {a.query, a.key} <= {i.attr for i in x.args})
+    return tuple((x.dtype, round(share * math.prod(at.extent[r] for r in x.ranks))) for x in read)
 
 
 @lru_cache(maxsize=256)

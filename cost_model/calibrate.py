@@ -43,7 +43,7 @@ Watch = Callable[[list[T], str], Iterable[T]]
 CONFIRMED, NEAR = 3, 0.02
 SECONDS, PATIENCE, RUNS = 0.05, 0.5, 2000
 # How often each gain of threads is measured, far apart: a neighbour that takes a core for a second spoils one of them.
-ROUNDS = 7
+ROUNDS = 5
 DTYPES = ("f32", "bf16", "f16")
 HEADS = 4
 KEYS = 1024

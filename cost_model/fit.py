@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 
 from ..patterns.mapping import Mapping
 from .device import Device
@@ -129,7 +128,7 @@ def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys
     bytes, so they come where nothing larger fits the head. On a CPU `body` and tile sizes vary.
     """
     if device.kind == "cpu":
-        return tuple(_on_cpu(queries))
+        return tuple(_on_cpu(queries, keys))
     if queries <= SMALLEST_DOT:
         return tuple(m for m in _short(device, keys) if refuse(m, e, f, width, device) is None)
     for least in (64, 32, 16) if min(queries, keys) > LONG else (32, 16):
@@ -139,12 +138,17 @@ def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys
     return ()
 
 
-def _on_cpu(queries: int) -> Iterator[Mapping]:
+# Tiles of a class map that is made in a fraction of the kernel's time.
+CLASSES = 1 << 18
+
+
+def _on_cpu(queries: int, keys: int) -> Iterator[Mapping]:
     # a plan of more than a few hundred query tiles costs more than it saves
     tiles = [t for t in (32, 64, 128, 256, 512) if queries // 128 <= t < 2 * queries] or [32 if queries < 512 else 512]
     if queries >= SMALLEST_DOT:
-        for tile, tile_m in product((64, 128), (64, 128)):
-            yield Mapping(tile_p=tile, tile_m=tile_m, warps=1, stages=1, body="fused")
+        # small tiles keep a block's scores near the core, and follow the mask closely
+        tile = next((t for t in (32, 64) if queries * keys <= CLASSES * t * t), 128)
+        yield Mapping(tile_p=tile, tile_m=tile, warps=1, stages=1, body="fused")
     for body in ("sdpa", "slices", "product"):
         for tile in tiles:
             # narrower key tiles cut a slice closer to its mask

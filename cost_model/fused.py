@@ -13,7 +13,7 @@ import numpy as np
 
 from ..patterns import expr as ex
 from ..patterns.mapping import Mapping as Tiling
-from .body import AROUND_ALL, AROUND_DATA, loaded, pointwise
+from .body import AROUND_ALL, AROUND_DATA, bias_bytes, loaded, pointwise
 from .cost import Cost
 from .device import Device
 from .host import IN_EXPS, Bill, Host, balanced, rate
@@ -50,8 +50,8 @@ def fused(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
     deep, wide = (_padded(n, DEEP[t]) for n in (at.embed, at.value))
     units = at.batch // at.group * _ranges(at, mapping, t, host.threads)
     gain = balanced(host.gain("product"), host.threads, units)
-    plain = rate(h.fused_pair_seconds, t) + _more(host, pointwise(s, False), PLAIN)
-    masked = _more(host, pointwise(s, True), pointwise(s, False)) if s.mask.keep is not ex.TRUE else 0.0
+    plain = rate(h.fused_pair_seconds, t) + more(host, pointwise(s, False), PLAIN)
+    masked = more(host, pointwise(s, True), pointwise(s, False)) if s.mask.keep is not ex.TRUE else 0.0
     packed = _packed(jobs, at, mapping, units) * (deep + wide)
     bill.add("launch", h.operator_call_seconds + h.fused_call_seconds)
     if s.mask.keep is not ex.TRUE:
@@ -60,6 +60,7 @@ def fused(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
     bill.add("exp", (pairs * plain + partial * tile * masked + at.batch * rows * filled * h.fused_row_seconds) / gain)
     bill.add("element", packed * rate(h.fused_key_seconds, t) / gain)
     bill.add("memory", host.stream(at.batch // at.group * at.keys * (at.embed + at.value) * WIDTH[t]))
+    bill.add("memory", host.stream(bias_bytes(s, at, pairs / max(at.batch * at.queries * at.keys, 1))))
     bill.add("fault", host.fresh(WIDTH[t] * at.batch * at.queries * at.value))
     bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
     bill.bytes = WIDTH[t] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
@@ -70,7 +71,7 @@ def _padded(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def _more(host: Host, ops: tuple[str, ...], than: tuple[str, ...]) -> float:
+def more(host: Host, ops: tuple[str, ...], than: tuple[str, ...]) -> float:
     """Seconds a pair of a program's operators beside another's."""
     return max(0.0, _program(host, ops) - _program(host, than))
 

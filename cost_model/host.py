@@ -171,6 +171,14 @@ class Host:
             bill.add("launch", self.h.operator_seconds)
             self.point("mul", "f32", points, points * WIDTH["f32"], bill)
 
+    def biases(self, read: Sequence[tuple[str, int]], part: float, bill: Bill) -> None:
+        """Biases that are chosen by a mask and cast to the type of the operands, a `part` of them at a time."""
+        for dtype, n in read:
+            gain = self.gain("element", n * part)
+            bill.add("element", n * (rate(self.h.where_seconds, dtype) + rate(self.h.element_seconds, dtype)) / gain)
+            size = round(n * part * WIDTH[dtype])
+            bill.add("fault", 2 * self.fresh(size) / max(part, 1e-9))
+
     # the fused attention kernel
 
     def attention(

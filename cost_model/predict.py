@@ -19,12 +19,12 @@ from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.recognise import Miss
 from . import gpu, host
-from .body import by_sdpa, has_triangles, tiled
+from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, tiled
 from .cost import Cost, bound_of
 from .device import Device, HostRates
 from .eager import Operator, operators
 from .fit import Footprint, candidates, footprint, padded, refuse
-from .fused import fits, fused
+from .fused import PLAIN, fits, fused, more
 from .subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
 from .tiles import NOTHING, SCHEDULED, Data, Jobs
 from .work import WIDTH, Work, size_int
@@ -280,8 +280,8 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
         bill.add("launch", prices.h.flex_call_seconds + use.operators * prices.h.operator_seconds)
         bill.add("launch", prices.h.flex_blocks_seconds if use.skips else 0.0)
         bill.add("matrix", visited * (b + key) * (at.embed + at.value) / gain)
-        bill.add("exp", (visited * a + partial * mask) / gain)
-        bill.add("memory", prices.stream(operands * WIDTH[s.dtype]))
+        bill.add("exp", (visited * (a + more(prices, pointwise(s, False), PLAIN)) + partial * mask) / gain)
+        bill.add("memory", prices.stream(operands * WIDTH[s.dtype] + bias_bytes(s, at)))
         pairs = visited
     else:
         if use.skips:
@@ -304,8 +304,13 @@ def _flex_key(h: HostRates, dtype: str, queries: int) -> float:
 
 
 def _mask_on_cpu(s: Subject, at: Shape, use: VendorUse, prices: host.Host, bill: host.Bill) -> None:
-    """The mask that SDPA is given: made at each call, or only turned from a predicate into what is added to the scores."""
+    """The mask that SDPA is given: made at each call, or only turned from a predicate into what is added to the scores.
+
+    A bias for each query and key comes from memory.
+    """
+    bill.add("memory", prices.stream(bias_bytes(s, at)))
     if use.built_elements:
+        prices.biases(biases(s, at), 1.0, bill)
         made = prices.terms if use.mask_dtype == "b1" else prices.chosen
         made(s.mask.keep, at.extent, bill)
     if use.mask_dtype == "b1" and use.mask_elements:

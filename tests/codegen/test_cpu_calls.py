@@ -28,12 +28,23 @@ def padded() -> Cascade:
     return papers.attention("padded", papers.softmax, score)
 
 
+def biased(keep: ex.Expr | None) -> Cascade:
+    def score(b: papers.Builder, s: ex.Expr) -> ex.Expr:
+        added = s * 0.125 + b.input("Bias", "hpm")
+        return added if keep is None else ex.where(keep, added, -3e38)
+
+    return papers.attention("biased", papers.softmax, score)
+
+
 CASES = {
     "none": papers.attention("none", papers.softmax),
     "causal": masked(M <= P),
     "window": masked((M <= P) & (P - M < 200)),
     "prefix": masked((M <= P) | (M < 70)),
     "padding": padded(),
+    "bias": biased(None),
+    "causal bias": biased(M <= P),
+    "window bias": biased((M <= P) & (P - M < 200)),
 }
 
 
@@ -52,6 +63,8 @@ def made(c: Cascade, mapping: Mapping, queries: int, keys: int, monkeypatch: pyt
     x = {n: torch.randn(2, 3, rows, 16) for n, rows in (("Q", queries), ("K", keys), ("V", keys))}
     if "Kept" in {t.name for t in c.inputs}:
         x["Kept"] = torch.ones(2, keys, dtype=torch.bool)
+    if "Bias" in {t.name for t in c.inputs}:
+        x["Bias"] = torch.randn(3, queries, keys)
     kernel.run(x, {})
     return seen
 
@@ -62,7 +75,7 @@ def planned(c: Cascade, mapping: Mapping, queries: int, keys: int) -> Counter[Sh
     at = shape(s.cascade, s.attention, {"B": 2, "H": 3, "P": queries, "M": keys, "E": 16, "F": 16})
     seen = Counter[Shape]()
     found = blocks(s, plan_tiles(s, at, mapping), mapping, at)
-    for call in calls(found, s, at, torch.get_num_threads()):
+    for call in calls(found, s, at, mapping, torch.get_num_threads()):
         seen[call.rows, call.keys, call.masked, call.triangle] += call.batch * call.tiles
     return seen
 

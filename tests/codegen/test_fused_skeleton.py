@@ -226,6 +226,10 @@ def run_softmax(c: Case, flags: Sequence[str] | None = None) -> None:
 
 
 DTYPES = pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+# A compilation for each: one type is tried always.
+SOME_DTYPES = pytest.mark.parametrize(
+    "dtype", [pytest.param(t, marks=[] if t is torch.bfloat16 else pytest.mark.slow, id=n) for t, n in NAMES.items()]
+)
 
 
 @DTYPES
@@ -249,18 +253,21 @@ def test_softmax_over_a_causal_window(case: Case, dtype: torch.dtype) -> None:
     run_softmax(replace(case, dtype=dtype))
 
 
-@DTYPES
-@pytest.mark.parametrize(("e", "f"), [(1, 1), (40, 80), (80, 96), (128, 128), (33, 256)])
+@SOME_DTYPES
+@pytest.mark.parametrize(
+    ("e", "f"), [(40, 80), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((1, 1), (80, 96), (128, 128), (33, 256)))]
+)
 def test_head_sizes(e: int, f: int, dtype: torch.dtype) -> None:
     run_softmax(Case(p=75, m=75, window=50, e=(e,), f=f, dtype=dtype))
 
 
+@pytest.mark.slow
 def test_tiles_of_other_sizes() -> None:
     run_softmax(Case(p=100, m=100, tile=(64, 96), window=70, e=(96,), dtype=torch.bfloat16))
     run_softmax(Case(p=100, m=100, tile=(16, 64), window=70))
 
 
-@DTYPES
+@SOME_DTYPES
 @pytest.mark.parametrize("case", [Case(p=95, m=95), Case(p=50, m=211, e=(24,), f=40)], ids=str)
 def test_weights_without_row_state(case: Case, dtype: torch.dtype) -> None:
     c = replace(case, dtype=dtype, window=60)
@@ -269,7 +276,7 @@ def test_weights_without_row_state(case: Case, dtype: torch.dtype) -> None:
     check(c, out, sigmoid(c, kept(c), torch.float64), sigmoid(c, kept(c), dtype))
 
 
-@DTYPES
+@SOME_DTYPES
 @pytest.mark.parametrize("group", [1, 4])
 def test_two_products_of_different_sizes(group: int, dtype: torch.dtype) -> None:
     c = Case(p=45, m=77, e=(64, 20), f=48, group=group, dtype=dtype)
@@ -379,7 +386,7 @@ def test_a_forked_process_computes() -> None:
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names processors of one family")
 @pytest.mark.parametrize("processor", ["x86-64-v3", "x86-64"])
-@DTYPES
+@SOME_DTYPES
 def test_other_vector_lengths(processor: str, dtype: torch.dtype) -> None:
     run_softmax(Case(p=100, m=100, window=50, e=(40,), f=72, dtype=dtype), (f"-march={processor}",))
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -235,7 +236,8 @@ def test_drawn_programs(program: strategies.Program) -> None:
     """Whatever SDPA takes it computes as the model does, rows without a key included.
 
     Every element is right in exact arithmetic, or what the model's own arithmetic makes of it: where −1e9 is added to all
-    scores of a row, float32 drowns them and float64 does not.
+    scores of a row, float32 drowns them and float64 does not. Where it is −1e4, the order of the sums decides on the last
+    digits of what is left of them.
     """
     call = vendor.sdpa(program.cascade)
     if isinstance(call, Refusal):
@@ -246,7 +248,10 @@ def test_drawn_programs(program: strategies.Program) -> None:
     out = call.run(x, program.sizes).double()
     assert torch.equal(out.isnan(), written.isnan())
     off = torch.minimum((out - exact).abs(), (out - written).abs())
-    assert float(off.nan_to_num().max()) <= 1e-4
+    scores = evaluate(replace(program.cascade, outputs=("S",)), x, program.sizes, widen=True)["S"]
+    # of the scores that count in a row, two roundings; beyond −1e4 nothing is left of them
+    rounding = 2 * torch.finfo(torch.float32).eps * scores.amax(-1, keepdim=True).abs().nan_to_num(0.0, 0.0, 0.0)
+    assert bool((off.nan_to_num() <= 1e-4 + rounding.clamp(max=5e-3)).all())
 
 
 def test_nothing_is_made_that_is_not_used() -> None:

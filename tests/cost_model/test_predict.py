@@ -42,6 +42,7 @@ CAUSAL = papers.attention("causal", papers.softmax, masked(M <= P))
 WINDOW = papers.attention("window", papers.softmax, masked((M <= P) & (P - M < 256)))
 GROUPED = papers.attention("grouped", papers.softmax, masked(M <= P + ex.symbol("past")), group=4)
 CAPPED = papers.attention("capped", papers.softmax, lambda b, qk: ex.unary("tanh", qk * 0.02) * 50.0)
+BIASED = papers.attention("biased", papers.softmax, lambda b, qk: qk * 0.125 + b.input("bias", "hpm"))
 SIGMOID = papers.attention("sigmoid", papers.sigmoid, masked(M <= P))
 
 
@@ -278,3 +279,23 @@ def test_a_vendor_decodes_in_tiles_of_fewer_rows(d: Device) -> None:
     one, some, more = (known(predict_vendor(FULL, FLASH, d, {**at, "P": n})) for n in (1, 64, 128))
     assert one.parts["matrix"] == pytest.approx(some.parts["matrix"])
     assert one.parts["matrix"] < 0.6 * more.parts["matrix"]
+
+
+@pytest.mark.parametrize("body", ["sdpa", "product", "fused"])
+def test_a_bias_for_each_pair_is_read_from_memory(body: str) -> None:
+    """Eight heads of 2000 × 2000 numbers are 128 MB beside 4 MB of operands; SDPA is called for every tile of them."""
+    at = sizes(2000)
+    fixed = {"E": 64, "F": 64}
+    plain, biased = (known(predict(c.with_sizes(fixed), Mapping(64, 64, body=body), cpu(), at)) for c in (FULL, BIASED))
+    bias = 8 * 2000 * 2000 * 4 / cpu().dram_bytes_per_s
+    if body == "sdpa":
+        # each call reads the keys again
+        assert biased.parts["memory"] - plain.parts["memory"] > bias
+        small, large = (known(predict(BIASED, Mapping(n, n, body=body), cpu(), at)) for n in (32, 256))
+        assert small.parts["launch"] > 4 * large.parts["launch"]
+        assert small.seconds > large.seconds
+    else:
+        assert biased.parts["memory"] - plain.parts["memory"] == pytest.approx(bias, rel=0.05)
+    use = replace(FLASH, mask_elements=8 * 2000**2, mask_dtype="f32")
+    given, without = (known(predict_vendor(c, u, cpu(), at)) for c, u in ((BIASED, use), (FULL, FLASH)))
+    assert given.parts["memory"] - without.parts["memory"] == pytest.approx(bias, rel=0.1)

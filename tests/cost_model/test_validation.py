@@ -32,6 +32,7 @@ def test_held_out_cells_are_in_no_other_grid_and_no_calibration(cells: ModuleTyp
         assert not {(c.queries, c.heads, c.keys) for c in grids[name]} & timed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mask", "score"), [("causal", "softcap"), ("none", "bias"), ("window", "bias")])
 def test_the_candidates_of_a_cell_with_a_score_agree(cells: ModuleType, mask: str, score: str) -> None:
     cell = cells.Cell(mask, "f32", 300, 300, 1, heads=3, head=40, window=70, score=score)
@@ -43,7 +44,9 @@ def test_the_candidates_of_a_cell_with_a_score_agree(cells: ModuleType, mask: st
         torch.testing.assert_close(out, outputs["original"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "window", "prefix", "padding"])
+@pytest.mark.parametrize(
+    "mask", ["causal", "padding", *(pytest.param(m, marks=pytest.mark.slow) for m in ("none", "window", "prefix"))]
+)
 def test_the_candidates_of_a_cell_agree(cells: ModuleType, mask: str) -> None:
     cell = cells.square(mask, "f32", 400, 1, batch=2, heads=4, group=2, head=16)
     d = with_threads(shipped("cpu"), 1)

@@ -139,6 +139,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_a_row(config: str, capsys: pyt
     assert any(r.split()[:2] == ["8", "batch"] for r in out.splitlines())
 
 
+@pytest.mark.slow
 def test_a_page_sweeps_a_mesh_by_itself(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = tmp_path / "plan.html"
     code, _, err = run(
