@@ -51,10 +51,13 @@ from tests.test_unnamed_variants import found_in, is_right
 FUSED = Mapping(32, 32, body="fused")
 TYPES = test_cpu.TYPES
 FAST = {("causal_padding", "bf16"), ("sinks", "f32"), ("gqa", "f16")}
+# float16 is widened as it is laid out, and then computed as float32 is: a few show that.
+HALF = ("bias", "causal_padding", "gqa", "sinks")
 EVERY = [
     pytest.param(name, dtype, marks=[] if (name, dtype) in FAST else pytest.mark.slow)
     for name in sorted(VARIANTS)
     for dtype in TYPES
+    if dtype != "f16" or name in HALF
 ]  # fmt: skip
 
 
@@ -79,7 +82,7 @@ def test_attentions(name: str, dtype: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(strategies.programs())
 def test_drawn_programs(program: strategies.Program) -> None:
     """Scores, masks and row rules that no file names."""
@@ -94,7 +97,7 @@ def test_drawn_programs(program: strategies.Program) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(programs.programs())
 def test_programs_as_a_user_writes_them(program: programs.Program) -> None:
     args = programs.inputs()
