@@ -93,7 +93,9 @@ def test_drawn_programs(program: strategies.Program) -> None:
     eager = evaluate(program.cascade, x, program.sizes)["O"]
     assert torch.equal(out.isnan(), exact.isnan())
     worst = [float((t - exact)[~exact.isnan()].abs().max()) if not exact.isnan().all() else 0.0 for t in (out, eager)]
-    assert worst[0] <= max(test_cpu.MOST * worst[1], 1e-6), program.label
+    # a few digits of the largest number, where the eager code happens to round well
+    digits = 4 * torch.finfo(torch.float32).eps * float(exact.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    assert worst[0] <= max(test_cpu.MOST * worst[1], 1e-6, digits), program.label
 
 
 @pytest.mark.slow
