@@ -167,10 +167,12 @@ class Step:
     def _whole_row(self, c: Carried, phase: int) -> str:
         """The reduction of numbers that lie in memory as they are: scores by now, or weights. Else nothing."""
         old = self.p.old[c.name]
-        if c.op == "max" and c.lift is self.here and self.scale is not None:
+        # the last loop writes the weights, which may lie where the scores were
+        there = c.op == "max" and c.lift is self.here and phase < self.last
+        if there and self.scale is not None:
             product, factor = self.scale
             return f"max_({old}, row_max({self.p.inputs[product]}, n, -INFINITY) * {number(factor)})"
-        if c.op == "max" and c.lift is self.here and self.buffer is not None:
+        if there and self.buffer is not None:
             return f"row_max({self.p.inputs[self.buffer]}, n, {old})"
         return "row_sum(w, n)" if c.op == "add" and c.lift is self.state.weight and phase == self.last else ""
 

@@ -339,7 +339,8 @@ class Body:
                 return Text(f"{_CALL[e.op]}({listed})", ATOM, wide)
             case "floordiv" | "mod":
                 (low, _), (least, _) = (bounds(a, self.scope.extent) for a in e.args)
-                if low < 0 or least < 0:
+                # the functions also bear a divisor of 0, where a processor would end the process; sizes are none
+                if low < 0 or (least < 1 and e.args[1].op != "symbol"):
                     return Text(f"{_CALL[e.op]}({listed})", ATOM, wide)
             case "pow":
                 exponent = e.args[1]

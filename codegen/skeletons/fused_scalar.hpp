@@ -71,9 +71,16 @@ template <class N> INLINE N min_(N a, N b) {
   return b != b ? b : smaller;
 }
 
-// towards −∞; the remainder has the divisor's sign
-template <class N> INLINE N floor_div(N a, N b) { return a / b - ((a % b != 0) & ((a % b < 0) != (b < 0))); }
-template <class N> INLINE N floor_mod(N a, N b) { return a % b + ((a % b != 0) & ((a % b < 0) != (b < 0)) ? b : N(0)); }
+// towards −∞; the remainder has the divisor's sign. Where PyTorch raises, by 0, the result is that of 1
+template <class N> INLINE N divisor(N b) { return b + (b == 0); }
+template <class N> INLINE N floor_div(N a, N b) {
+  b = divisor(b);
+  return a / b - ((a % b != 0) & ((a % b < 0) != (b < 0)));
+}
+template <class N> INLINE N floor_mod(N a, N b) {
+  b = divisor(b);
+  return a % b + ((a % b != 0) & ((a % b < 0) != (b < 0)) ? b : N(0));
+}
 INLINE float floor_div(float a, float b) { return std::floor(a / b); }
 INLINE float floor_mod(float a, float b) { return a - b * std::floor(a / b); }
 

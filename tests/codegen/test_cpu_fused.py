@@ -5,6 +5,7 @@ Each kernel is a compile of about a second: a few run in the fast tier, the brea
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from reattend.codegen import cache, cpu, native, operator
 from reattend.codegen.program import Program
 from reattend.patterns import expr as ex
+from reattend.patterns import papers
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, verify
 from reattend.patterns.cascade import Tensor as Shape
 from reattend.patterns.evaluate import evaluate
@@ -254,6 +256,33 @@ def test_scores_that_a_small_fill_does_not_drown(name: str) -> None:
     steady = (eager - exact).abs().amax(-1) < 1e-3
     assert float(steady.double().mean()) > 0.9
     torch.testing.assert_close(out.double()[steady], exact[steady], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.125])
+def test_a_bound_that_no_weight_reads_is_that_of_the_scores(scale: float) -> None:
+    """The weights are written over the scores by the very loop that is the bound's."""
+
+    def rule(b: papers.Builder, s: Expr) -> Expr:
+        return ex.unary("sigmoid", s) / (ex.unary("abs", b.put("GM", "bhp", s, "max", "m")) + 1.0)
+
+    c = papers.attention("bounded after", rule, lambda b, qk: qk * scale).with_sizes({"E": 16, "F": 16})
+    x = {n: torch.randn(1, 2, 90, 16) for n in "QKV"}
+    close(c, x, {"B": 1, "H": 2, "P": 90, "M": 90})
+
+
+def test_a_divisor_of_zero_ends_no_process() -> None:
+    """PyTorch raises there; where the divisor is none the blocks are what they are."""
+
+    def score(b: papers.Builder, qk: Expr) -> Expr:
+        block = b.input("Block", "h", "i64")
+        return ex.where((P // block >= M // block), qk, -math.inf)
+
+    c = papers.attention("blocks", papers.softmax, score).with_sizes({"E": 16, "F": 16})
+    x = {n: torch.randn(1, 2, 50, 16) for n in "QKV"}
+    sizes = {"B": 1, "H": 2, "P": 50, "M": 50}
+    close(c, {**x, "Block": torch.tensor([7, 16])}, sizes)
+    # the tiles of few scores are not looked for
+    kernel(c).run({**x, "Block": torch.tensor([0, 16])}, {n: sizes[n] for n in kernel(c).sizes})
 
 
 def test_not_a_number_stays_one() -> None:
