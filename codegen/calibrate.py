@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..cost_model.accuracy import error, percentile
-from ..cost_model.calibrate import Watch, between, cpu_rates, keep, seconds, unwatched, with_rates
+from ..cost_model.calibrate import Watch, between, cpu_rates, keep, seconds, torch_threads, unwatched, with_rates
 from ..cost_model.cost import Cost
 from ..cost_model.device import Device, alone, with_threads
 from ..cost_model.predict import predict
@@ -108,13 +108,8 @@ def _beside(d: Device, body: str, n: int) -> tuple[float, Cost]:
 
 
 def _one_thread(run: Callable[[], object]) -> float:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            return seconds(run)
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(1), torch.no_grad():
+        return seconds(run)
 
 
 def _fused(d: Device, watch: Watch[Any]) -> Device:

@@ -14,7 +14,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..cost_model.calibrate import Watch, undisturbed, with_rates
+from ..cost_model.calibrate import Watch, torch_threads, undisturbed, with_rates
 from ..cost_model.cost import Cost
 from ..cost_model.device import Device, alone, with_threads
 from ..cost_model.host import APART, size_of
@@ -143,7 +142,7 @@ def _runs(shape: Shape, t: str, d: Device) -> Iterator[Run]:
     c, x = cascade(shape, t), tensors(shape, t)
     for threads in sorted({1, d.units}):
         found = list(ways(c, shape, x, with_threads(d, threads)))
-        with _threads(threads):
+        with torch_threads(threads):
             took = rounds([w.call for w in found])
         yield from (Run(w, t, threads, s) for w, s in zip(found, took))
 
@@ -166,16 +165,6 @@ def _clock(run: Call) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- the factors --------------------------------------------------------------------------------------------------------

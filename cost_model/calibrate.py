@@ -70,7 +70,7 @@ def cpu_rates(threads: int | None = None, watch: Watch[Any] = unwatched) -> Devi
     threads = threads or torch.get_num_threads()
     steps: list[Callable[[], dict[str, Any]]] = [_calls, _memory, _integers, *(_typed(t) for t in DTYPES)]
     found: dict[str, Any] = {}
-    with _threads(1), torch.no_grad():
+    with torch_threads(1), torch.no_grad():
         for step in watch(steps, "operators, one thread"):
             merge(found, step())
     if threads > 1:
@@ -130,7 +130,8 @@ def keep(d: Device, path: Path | None = None) -> Path | None:
 
 
 @contextmanager
-def _threads(n: int) -> Iterator[None]:
+def torch_threads(n: int) -> Iterator[None]:
+    """Tell torch of so many threads for a while."""
     import torch
 
     before = torch.get_num_threads()
@@ -369,7 +370,7 @@ def _scaling(threads: int, watch: Watch[Any]) -> dict[str, float]:
         for name, run in runs.items():
             took = {}
             for n in (1, threads):
-                with _threads(n):
+                with torch_threads(n):
                     took[n] = seconds(run, time.perf_counter)
             ratios[name].append(took[1] / took[threads])
     gain = {name: max(1.0, statistics.median(r)) for name, r in ratios.items()}
