@@ -5,8 +5,8 @@
 
 Nothing of these shapes is known to the calibration: it times operators and kernels of shapes of its own
 (cost_model/calibrate.py, codegen/calibrate.py). `GRIDS` says which cells were looked at while the model was written
-(`development`, `regret`, and since the calibration in company `fresh`), which were looked at once and by whole kinds of
-candidates since (`heldout`), and which only judge it (`unseen`: drawn from wider ranges, not looked at).
+(`development`, `regret`, `heldout`, `fresh`, and `drawn` and `again`: drawn from wide ranges), and which only judge it
+(`unseen`: drawn from the same ranges with another seed, not looked at).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 
 import torch
@@ -27,6 +27,7 @@ from reattend.codegen.program import loose, program_text
 from reattend.cost_model.cost import Cost
 from reattend.cost_model.device import Device
 from reattend.cost_model.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
+from reattend.cost_model.tiles import NOTHING, Data
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.mapping import Mapping as Tiling
@@ -132,8 +133,12 @@ def tensors(cell: Cell, where: str) -> dict[str, torch.Tensor]:
     if cell.score == "bias":
         made["Bias"] = torch.randn(cell.heads, cell.queries, cell.keys, dtype=DTYPES[cell.dtype], device=where)
     if cell.mask == "padding":
-        made["Kept"] = (torch.arange(cell.keys, device=where) >= cell.keys // 8).repeat(cell.batch, 1)
+        made["Kept"] = _kept(cell).to(where)
     return made
+
+
+def _kept(cell: Cell) -> torch.Tensor:
+    return (torch.arange(cell.keys) >= cell.keys // 8).repeat(cell.batch, 1)
 
 
 def keep_tensor(cell: Cell, x: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -208,7 +213,7 @@ def _vendor_call(c: Cascade, name: str, cell: Cell, x: Mapping[str, torch.Tensor
 def _mappings(cell: Cell, d: Device, most: int = MAPPINGS) -> Iterator[tuple[str, Tiling]]:
     """Our kernel under the mapping that the model likes best, and under others that differ in tile or body."""
     c = cascade(cell)
-    found = ranked_mappings(c, d, cell.sizes)
+    found = ranked_mappings(c, d, cell.sizes, data(cell))
     assert not isinstance(found, Miss), found
     seen: set[tuple[int, str]] = set()
     same: set[float] = set()
@@ -248,17 +253,26 @@ def _cost(c: Cascade, cell: Cell, name: str, mappings: Mapping[str, Tiling], d: 
     if name == "sdpa given mask":
         elements = cell.keys * (cell.batch if cell.mask == "padding" else cell.queries)
         backend = "flash" if d.kind == "cpu" else "efficient"
-        return predict_vendor(c, VendorUse(backend, mask_elements=elements if masked else 0), d, cell.sizes)
+        return predict_vendor(c, VendorUse(backend, mask_elements=elements if masked else 0), d, cell.sizes, data(cell))
     if name in ("sdpa", "flex"):
         use = vendor.use(_made(c, name), d, cell.sizes)
         assert isinstance(use, VendorUse), use
-        return predict_vendor(c, use, d, cell.sizes)
-    return predict(c, mappings[name], d, cell.sizes)
+        return predict_vendor(c, use, d, cell.sizes, data(cell))
+    return predict(c, mappings[name], d, cell.sizes, data(cell))
+
+
+def data(cell: Cell) -> Data:
+    """What padding keeps, which a plan is told by `--expect`."""
+    return Data.of({"Kept": _kept(cell).numpy()}) if cell.mask == "padding" else NOTHING
 
 
 def _known(cost: Cost | Miss) -> Cost:
     assert isinstance(cost, Cost), cost
     return cost
+
+
+# What is timed beside every cell of a grid.
+PROBE = Cell("none", "f32", 768, 512, heads=4)
 
 
 # --- grids ----------------------------------------------------------------------------------------------------------
@@ -331,13 +345,13 @@ DRAWN = (
 PAIRS = 4e7
 
 
-def _unseen(threads: int) -> Iterator[Cell]:
+def _drawn(seed: int, threads: int) -> Iterator[Cell]:
     for t in ("f32", "bf16"):
-        draw = random.Random(2711)
-        yield from (_drawn(draw, mask, score, kind, t, threads) for mask, score, kind in DRAWN)
+        draw = random.Random(seed)
+        yield from (_draw(draw, mask, score, kind, t, threads) for mask, score, kind in DRAWN)
 
 
-def _drawn(draw: random.Random, mask: str, score: str, kind: str, dtype: str, threads: int) -> Cell:
+def _draw(draw: random.Random, mask: str, score: str, kind: str, dtype: str, threads: int) -> Cell:
     group = draw.choice((2, 3, 4)) if kind in ("grouped", "decode") else 1
     heads = group * draw.randint(2, max(2, 16 // group))
     batch = draw.randint(2, 4) if kind in ("batch", "few") else 1
@@ -358,7 +372,8 @@ def _log_uniform(draw: random.Random, low: float, high: float) -> int:
 
 
 GRIDS: Mapping[str, Callable[[int], Iterator[Cell]]] = {
-    "regret": _regret, "development": _development, "heldout": _heldout, "fresh": _fresh, "unseen": _unseen,
+    "regret": _regret, "development": _development, "heldout": _heldout, "fresh": _fresh,
+    "drawn": partial(_drawn, 2711), "again": partial(_drawn, 6007), "unseen": partial(_drawn, 9341),
 }  # fmt: skip
 
 

@@ -6,17 +6,18 @@
 
 Prints a row a cell, then per device: MAPE, 95th percentile, Spearman's rank correlation, the regret of the model's choice,
 the test-retest noise of the timings, and the ablation from a plain roofline to the calibrated model. Timings are kept in
-benchmarks/results/cost_model_DEVICE.json (`fresh` and `unseen` by themselves); cells that are there are not measured again
-(unless --again, or where the mapping that the model likes best has not been timed), so that a grid may be measured piece by
-piece, and --report judges what is there. Works on a CPU and on a CUDA device as it stands. Compilation is not timed; it is
-printed apart.
+benchmarks/results/cost_model_DEVICE.json (`fresh` and what is drawn by themselves); cells that are there are not
+measured again (unless --again, or where the mapping that the model likes best has not been timed), so that a grid may be
+measured piece by piece, and --report judges what is there. Works on a CPU and on a CUDA device as it stands. Compilation
+is not timed; it is printed apart. A shared machine's clock drifts by a tenth and more from minute to minute: one and the
+same call is timed beside every cell, and the error is printed once more with that taken off.
 
-Grids: `unseen` judges the model: shapes drawn from wide ranges, and nothing was changed after a look at its cells (a first
-draw, with another seed, showed that biases and FlexAttention's scores were not priced, and is not kept). Mechanisms were
-mended after a look at `fresh` and `heldout` (products of one row, heads that share keys in the product body, how
-FlexAttention lays out keys, calls in company), and one constant was chosen on them: that half of a factor is believed.
-`regret` (8 heads of 64, window, causal and no mask, 512 to 8192 tokens) and `development` were looked at throughout. The
-calibration sees none of them: see benchmarks/cells.py. --calibrations judges the same timings with each of several files
+Grids: `unseen` judges the model: shapes drawn from wide ranges, and nothing was changed after a look at its cells.
+Mechanisms were mended after a look at `fresh`, `heldout`, `drawn` and `again` (products of one row, heads that share keys in
+the product body, how FlexAttention lays out keys, biases, keys that fill no register, calls in company), and one constant
+was chosen on them: the share that is believed of what a kind is off. `regret` (8 heads of 64, window, causal and no mask,
+512 to 8192 tokens) and `development` were looked at throughout. The calibration sees none of them: see benchmarks/cells.py.
+--calibrations judges the same timings with each of several files
 that `reattend targets --calibrate` wrote (REATTEND_CALIBRATION=FILE), and prints the median and the range.
 """
 
@@ -40,13 +41,14 @@ from rich.table import Table
 
 from reattend.codegen.calibrate import calibrate
 from reattend.cost_model.accuracy import Outcome, accuracy, percentile, within
-from reattend.cost_model.device import Device, device, device_from_dict, device_to_dict, shipped, with_threads
+from reattend.cost_model.device import Device, alone, device, device_from_dict, device_to_dict, shipped, with_threads
 from reattend.cost_model.ladder import ladder
 from reattend.patterns.mapping import Mapping as Tiling
 from reattend.rewriter.choose import running_device
 
 # Grids that are kept in files of their own.
-APART = ("fresh", "unseen")
+APART = ("fresh", "drawn", "again", "unseen")
+PROBES = 25
 Row = dict[str, Any]
 console = Console(width=150)
 
@@ -75,9 +77,24 @@ def measure(cell: cells.Cell, d: Device, flex: bool, seconds: float) -> Row:
     """Timings of a cell's candidates."""
     torch._dynamo.reset()
     calls, mappings = cells.calls(cell, d, flex)
+    before = probe(d)
     found = timing.adaptive(calls, seconds=seconds)
     texts = {name: m.to_text() for name, m in mappings.items()}
-    return timing.as_row(found, **cells.as_data(cell), mappings=texts, date=time.strftime("%Y-%m-%d"))
+    more = {"probe_milliseconds": statistics.mean((before, probe(d)))} if d.kind == "cpu" else {}
+    return timing.as_row(found, **cells.as_data(cell), mappings=texts, date=time.strftime("%Y-%m-%d"), **more)
+
+
+def probe(d: Device) -> float:
+    """Milliseconds of one call on a CPU, the same for every cell: how fast the machine is just now."""
+    if d.kind != "cpu":
+        return 0.0
+    x = cells.tensors(cells.PROBE, "cpu")
+    took = []
+    for _ in range(PROBES):
+        start = time.perf_counter()
+        torch.nn.functional.scaled_dot_product_attention(x["Q"], x["K"], x["V"])
+        took.append(time.perf_counter() - start)
+    return statistics.median(took) * 1e3
 
 
 def cell_of(row: Mapping[str, Any]) -> cells.Cell:
@@ -128,6 +145,21 @@ def write(found: Mapping[cells.Cell, Row], grid: str, summary: Mapping[str, obje
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
+def drifted(row: Row, d: Device) -> float:
+    """How much slower the machine was while a cell was measured than the model takes it to be; 1 where nobody looked."""
+    if "probe_milliseconds" not in row:
+        return 1.0
+    # called over and over, it is not in company
+    (cost,) = cells.costs(cells.PROBE, ["sdpa"], {}, alone(d)).values()
+    return float(row["probe_milliseconds"]) / 1e3 / cost.seconds
+
+
+def steadied(row: Row, d: Device) -> Outcome:
+    """The outcome as if the machine had been as fast as the model takes it to be."""
+    o, slower = outcome(row, d), drifted(row, d)
+    return Outcome({n: t / slower for n, t in o.measured.items()}, o.predicted)
+
+
 def outcome(row: Row, d: Device, masked: bool = True) -> Outcome:
     names = list(row["milliseconds"])
     mappings = {n: Tiling.parse(t) for n, t in row["mappings"].items()}
@@ -160,6 +192,13 @@ def report(rows: list[Row]) -> dict[str, object]:
     figures = accuracy(outcomes)
     console.print(f"\n{here()}\n{figures}", highlight=False)
     console.print(f"test-retest noise {mean:.1%} mean, {p95:.1%} p95", highlight=False)
+    apart = [drifted(r, present(r["threads"])) for r in rows]
+    steady = accuracy([steadied(r, present(r["threads"])) for r in rows])
+    console.print(
+        f"the machine beside its calibration, by a probe at every cell: {min(apart):.2f} to {max(apart):.2f} times as slow, "
+        f"median {statistics.median(apart):.2f}; with that taken off, MAPE {steady.mape:.1%}, p95 {steady.p95:.1%}",
+        highlight=False,
+    )
     table = Table(box=None, pad_edge=False)
     for title in ("", "MAPE", "p95", "Spearman", "regret", "regret p95"):
         table.add_column(title, justify="right" if title else "left")
@@ -173,7 +212,7 @@ def report(rows: list[Row]) -> dict[str, object]:
         steps[rung.name] = vars(a)
     console.print(table)
     _by_candidate(rows, outcomes)
-    return {"accuracy": vars(figures), "retest": {"mean": mean, "p95": p95}, "ablation": steps}
+    return {"accuracy": vars(figures), "steadied": vars(steady), "retest": {"mean": mean, "p95": p95}, "ablation": steps}
 
 
 FIGURES = ("mape", "p95", "spearman", "regret", "regret_p95", "regret_geometric")
@@ -182,7 +221,7 @@ FIGURES = ("mape", "p95", "spearman", "regret", "regret_p95", "regret_geometric"
 def several(rows: list[Row], files: list[Path]) -> dict[str, object]:
     """Print the figures of some rows with each of several calibrations, their medians and ranges; the same as plain data."""
     table = Table(box=None, pad_edge=False)
-    for title in ("calibration", "band", *FIGURES, "within the band"):
+    for title in ("calibration", "band", *FIGURES, "within the band", "slower", "mape, steadied"):
         table.add_column(title, justify="left" if title == "calibration" else "right")
     out: dict[str, dict[str, float]] = {}
     for file in files:
@@ -190,7 +229,10 @@ def several(rows: list[Row], files: list[Path]) -> dict[str, object]:
         outcomes = [outcome(r, with_threads(d, r["threads"])) for r in rows]
         pairs = [(o.predicted[n], o.measured[n]) for o in outcomes for n in o.measured]
         held = statistics.mean(within(p, m, d.band) for p, m in pairs)
-        out[file.stem] = {"band": d.band, **{f: vars(accuracy(outcomes))[f] for f in FIGURES}, "held": held}
+        slower = statistics.median(drifted(r, with_threads(d, r["threads"])) for r in rows)
+        steady = accuracy([steadied(r, with_threads(d, r["threads"])) for r in rows]).mape
+        figures = {f: vars(accuracy(outcomes))[f] for f in FIGURES}
+        out[file.stem] = {"band": d.band, **figures, "held": held, "slower": slower - 1, "steadied": steady}
     for name, of in (("median", statistics.median), ("least", min), ("most", max)):
         out[name] = {f: of([out[file.stem][f] for file in files]) for f in out[files[0].stem]}
     for name, figures in out.items():

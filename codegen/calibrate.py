@@ -26,8 +26,8 @@ from ..cost_model.predict import predict
 from ..patterns.evaluate import DTYPE
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.recognise import Refusal
-from . import cpu
-from .company import TYPES, Shape, cascade, in_company, ready, rounds, runs, tensors, ways
+from . import cpu, vendor
+from .company import FUSED_TILES, TYPES, Shape, cascade, in_company, prepare, ready, rounds, runs, tensors, ways
 from .native import CompilerError
 
 # No band is narrower: neighbours, clocks and thermal limits are not known to any calibration. On CPUs 97% of 397 timings of
@@ -63,9 +63,11 @@ def calibrate(d: Device, path: Path | None = None, watch: Watch[Any] = unwatched
         # twice, with all else in between: clocks and neighbours change from one minute to the next
         first = cpu_rates(watch=watch)
         compiled = _flex(first, watch)
-        found_runs = runs(compiled, watch)
+        prepared = prepare(compiled, watch)
+        before = runs(prepared, watch)
         rates = _own(alone(_flex_of(compiled, between(first, cpu_rates(watch=watch)))))
-        found = in_company(_fused(rates, watch), found_runs)
+        rates = _fused(rates, watch)
+        found = in_company(rates, [*before, *runs(prepared, watch)])
         check = tuple(_checked_on_cpu(found, watch))
     elif d.is_gpu:
         from .calibrate_gpu import checked, gpu_rates
@@ -122,7 +124,8 @@ def _fused(d: Device, watch: Watch[Any]) -> Device:
     except CompilerError as no:
         warnings.warn(f"our fused body was not calibrated: {no}", stacklevel=2)
         return d
-    found: dict[str, Any] = {"fused_multiply_seconds": {}, "fused_pair_seconds": {}, "fused_key_seconds": {}}
+    tables = ("fused_multiply_seconds", "fused_pair_seconds", "fused_key_seconds")
+    found: dict[str, Any] = {name: {} for name in (*tables, "fused_bias_seconds")}
     found |= {"fused_element_seconds": 0.0, "fused_exp_seconds": 0.0}
     for t in watch(["f32", "bf16"], "our fused body, compiled"):
         pair = {e: (_compiled_body(t, e) - call) / (4 * 768**2) for e in (64, 128)}
@@ -134,7 +137,7 @@ def _fused(d: Device, watch: Watch[Any]) -> Device:
         found["fused_key_seconds"][t], found["fused_multiply_seconds"][t] = key / 128, each
         found["fused_pair_seconds"][t] = max(0.0, pair[64] - 128 * each - (row + key) / 768)
         found.setdefault("fused_row_seconds", row)
-    for table in ("fused_multiply_seconds", "fused_pair_seconds", "fused_key_seconds"):
+    for table in tables:
         found[table]["f16"] = found[table]["f32"]
     assert d.host is not None
     found["fused_call_seconds"] = max(0.0, call - d.host.operator_call_seconds)
@@ -143,16 +146,21 @@ def _fused(d: Device, watch: Watch[Any]) -> Device:
         without, unit = (_with(d, {**found, name: x}) for x in (0.0, 1e-10))
         rest, more = (_price(shape, alone(with_threads(x, 1))) for x in (without, unit))
         found[name] = max(0.0, _body(shape, "f32") - rest) / max(more - rest, 1e-12) * 1e-10
+    for t in ("f32", "bf16"):
+        rest = _price(BIASED, alone(with_threads(_with(d, {**found, "fused_bias_seconds": {t: 0.0}}), 1)), t)
+        found["fused_bias_seconds"][t] = max(0.0, _body(BIASED, t) - rest) / BIASED.pairs
+    found["fused_bias_seconds"]["f16"] = found["fused_bias_seconds"]["bf16"]
     return _with(d, found)
 
 
-# Shapes of the fused body whose mask and whose exponentials are measured, and the tiles of its rates.
+# Shapes of the fused body whose mask, whose exponentials and whose bias are measured.
 BAND, CAPPED = Shape("window", 1, 4, 2304, 2304, window=64), Shape("none", 1, 4, 768, 768, cap=30.0)
-FUSED = Tiling(32, 32, warps=1, stages=1, body="fused")
+# A bias that no cache of a core holds.
+BIASED = Shape("bias", 1, 4, 1536, 1536)
 
 
-def _price(shape: Shape, d: Device) -> float:
-    cost = predict(cascade(shape, "f32", constant=True), FUSED, d, shape.sizes)
+def _price(shape: Shape, d: Device, t: str = "f32") -> float:
+    cost = predict(cascade(shape, t, constant=True), FUSED_TILES, d, shape.sizes)
     assert isinstance(cost, Cost), cost
     return cost.seconds
 
@@ -164,66 +172,92 @@ def _compiled_body(t: str, e: int = 64, queries: int = 768, keys: int = 768) -> 
 
 def _body(shape: Shape, t: str) -> float:
     c = cascade(shape, t, constant=True)
-    kernel = cpu.build(c, FUSED)
+    kernel = cpu.build(c, FUSED_TILES)
     if isinstance(kernel, Refusal):
         raise CompilerError(kernel.reason)
     kernel.prepare()
-    return _one_thread(ready(c, FUSED, tensors(shape, t), shape.sizes))
+    return _one_thread(ready(c, FUSED_TILES, tensors(shape, t), shape.sizes))
 
 
 def _flex(d: Device, watch: Watch[Any]) -> Device:
-    """Compiled FlexAttention: a pair by two head sizes, a masked one, a key. Kept as it was where nothing can be compiled.
+    """Compiled FlexAttention: a pair by two head sizes, a masked one, a key; scores that no cache holds, or that lie askew.
 
-    seconds = heads · (pairs · (fixed + (e + f)·each) + blocks of 128 queries · keys · (e + f)·κ)
+    seconds = heads · (pairs · (fixed + (e + f)·each) + blocks of queries · keys · (e + f)·κ)     blocks of 128 queries
+    Kept as it was where nothing can be compiled.
     """
-    assert d.host is not None
-    rates: dict[str, Any] = {"flex_pair_seconds": {}, "flex_mask_seconds": {}, "flex_key_seconds": {}}
+    rates: dict[str, Any] = {name: {} for name in FLEX_TABLES}
     for t in watch(["f32", "bf16"], "FlexAttention, compiled"):
         try:
-            took = {e: _compiled_flex(t, e) for e in (64, 128)}
-            masked, few = _compiled_flex(t, 64, masked=True), _compiled_flex(t, 64, queries=8)
+            took = {e: _compiled_flex(t, e, blocks="full") for e in (64, 128)}
+            masked, few = _compiled_flex(t, blocks="partial"), _compiled_flex(t, queries=8)
+            far = _compiled_flex(t, keys=1008, queries=1008)
+            if t == "f32":
+                # scores are in fp32 for any type
+                capped = _compiled_flex(t, blocks="full", score=_capped) - took[64]
+            askew = _compiled_flex(t, keys=1002, queries=1002) if t == "bf16" else far
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as no:
             # a machine without a C++ compiler, or one that torch does not know: FlexAttention cannot run there either
             warnings.warn(f"FlexAttention was not calibrated: {type(no).__name__}", stacklevel=2)
             return d
         each = max(0.0, min(took[128] - took[64], took[64])) / 128
         key = max(0.0, few - took[64]) / (128 * (1 / 8 - 1 / 128))
-        rates["flex_pair_seconds"][t] = (max(0.0, took[64] - 128 * each), max(0.0, each - key / 128))
+        rates["flex_pair_seconds"][t] = (max(0.0, took[64] - 128 * each), each)
         rates["flex_mask_seconds"][t] = max(0.0, masked - took[64])
         rates["flex_key_seconds"][t] = key
-    rates["flex_blocks_seconds"] = _one_thread(lambda: _every_block_masked(768))
-    return replace(d, host=with_rates(d.host, rates))
+        rates["flex_far_seconds"][t], rates["flex_left_seconds"][t] = max(0.0, far - took[64]), max(0.0, askew - far) / 128
+    for name in ("flex_far_seconds", "flex_left_seconds"):
+        rates[name]["f16"] = rates[name]["bf16"]
+    rates["flex_blocks_seconds"] = _one_thread(_printed_blocks())
+    rates["flex_score_seconds"] = max(0.0, capped)
+    return _with(d, rates)
+
+
+FLEX_TABLES = ("flex_pair_seconds", "flex_mask_seconds", "flex_key_seconds", "flex_far_seconds", "flex_left_seconds")
+FLEX_NUMBERS = ("flex_blocks_seconds", "flex_score_seconds")
 
 
 def _flex_of(compiled: Device, d: Device) -> Device:
     """The device with another's rates of FlexAttention."""
-    assert compiled.host is not None
-    assert d.host is not None
-    h = compiled.host
-    flex: dict[str, Any] = {"flex_pair_seconds": h.flex_pair_seconds, "flex_mask_seconds": h.flex_mask_seconds}
-    flex |= {"flex_key_seconds": h.flex_key_seconds, "flex_blocks_seconds": h.flex_blocks_seconds}
-    return replace(d, host=with_rates(d.host, flex))
+    return _with(d, {name: getattr(compiled.host, name) for name in (*FLEX_TABLES, *FLEX_NUMBERS)})
 
 
-def _compiled_flex(t: str, e: int, heads: int = 4, n: int = 768, queries: int = 768, masked: bool = False) -> float:
-    """Seconds a pair, without a mask or with one that leaves every block partial."""
+def _compiled_flex(
+    t: str, e: int = 64, *, keys: int = 768, queries: int = 768, blocks: str = "", score: Any = None
+) -> float:  # fmt: skip
+    """Seconds a pair: all keys at once, or in blocks of 128 that are all `full` or all `partial`; `score`: a score_mod."""
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()
-    q, k, v = (torch.randn(1, heads, rows, e, dtype=DTYPE[t]) for rows in (queries, n, n))
+    q, k, v = (torch.randn(1, 4, rows, e, dtype=DTYPE[t]) for rows in (queries, keys, keys))
     run = torch.compile(flex_attention, dynamic=False)
-    kept = _every_block_masked(n) if masked else None
-    return _one_thread(lambda: run(q, k, v, block_mask=kept)) / (heads * queries * n)
+    kept = _every_block(keys, blocks == "full") if blocks else None
+    return _one_thread(lambda: run(q, k, v, score, block_mask=kept)) / (4 * queries * keys)
 
 
-def _every_block_masked(n: int, size: int = 128) -> Any:
-    """A block mask whose blocks are all visited and all evaluated, by one comparison as in a causal mask."""
+def _capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(score / 30.0) * 30.0
+
+
+def _every_block(n: int, full: bool, size: int = 128) -> Any:
+    """A block mask whose blocks are all visited; all without the mask, or all by one comparison as in a causal mask."""
     from torch.nn.attention.flex_attention import BlockMask
 
     blocks = n // size
     count = torch.full((1, 1, blocks), blocks, dtype=torch.int32)
     order = torch.arange(blocks, dtype=torch.int32).expand(1, 1, blocks, blocks).contiguous()
-    return BlockMask.from_kv_blocks(count, order, BLOCK_SIZE=size, mask_mod=lambda b, h, p, m: m <= p + n // 2)
+    # the compiled kernel takes no tensor twice
+    lists = (count, order, torch.zeros_like(count), order.clone())
+    lists = (*lists[2:], *lists[:2]) if full else lists
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=size, mask_mod=lambda b, h, p, m: m <= p + n // 2)
+
+
+def _printed_blocks(n: int = 768) -> Callable[[], Any]:
+    """The block mask of a causal attention, as the printed call makes it."""
+    shape = Shape("causal", 1, 4, n, n)
+    made, q = vendor.flex(cascade(shape, "f32")), tensors(shape, "f32")["Q"]
+    assert not isinstance(made, Refusal), made
+    blocks = made.function.__globals__["blocks"]
+    return lambda: blocks(lambda b, h, p, m: m <= p, q, n)
 
 
 # --- the check ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     rates       operators timed alone, over and over: caches, the allocator's memory and the clock are as they left them
     in company  every way of a shape in turn, in another order every round, with one thread and with all
-    measured / predicted  →  a factor for each kind of way and type, and how much dearer small calls are
+    measured / predicted  →  a factor for each kind of way and type; measured − predicted of small calls  →  seconds a call
 
 A model calls an attention between other work, as the rounds do. Shapes are neither the check's nor of benchmarks/cells.py.
 """
@@ -13,18 +13,17 @@ import math
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import torch
 
-from ..cost_model.calibrate import Watch, torch_threads, undisturbed, with_rates
+from ..cost_model.calibrate import Watch, torch_threads, with_rates
 from ..cost_model.cost import Cost
 from ..cost_model.device import Device, alone, with_threads
-from ..cost_model.host import APART, size_of
 from ..cost_model.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
 from ..patterns import expr as ex
 from ..patterns.cascade import Cascade
@@ -32,7 +31,8 @@ from ..patterns.evaluate import DTYPE
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.papers import Builder
 from ..patterns.recognise import Miss, Refusal
-from . import vendor
+from . import cpu, vendor
+from .native import CompilerError
 from .operator import program_text
 from .program import loose
 
@@ -40,15 +40,15 @@ Call = Callable[[], object]
 Price = Callable[[Device], Cost]
 TYPES = ("f32", "bf16")
 # Rounds of a shape. A way so many times slower than the fastest one is called in every second round, and so on.
-ROUNDS, SLOW, SELDOM = 5, 3.0, 3
+ROUNDS, SLOW, SELDOM = 4, 3.0, 2
 # Mappings of a body whose predicted time is so much above the best one's are not run.
 NEAR = 4.0
 # No kind of way is believed to be faster in company, or slower by more.
 LEAST, MOST = 1.0, 2.0
-STEEPEST = 0.2
-# Of what a kind is off, the share that is believed. Chosen on the grids fresh, heldout and regret, where all of it
-# overshoots: from one minute to the next the machine drifts by about as much.
-BELIEVED = 0.5
+# The share of what a kind is off beside the others that is believed: the rest is as much its shapes' as its own.
+OWN = 0.5
+# Pairs of queries and keys of a shape that shows what a call takes by itself.
+TINY = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Shape:
     """One attention. `cap` of the scores, 0: none.
 
     `mask`: none, causal (the last query sees all keys), window, prefix, bias or padding (by key).
+
+    `compiled`: what is run although it is compiled first, fused or flex.
     """
 
     mask: str
@@ -67,6 +69,11 @@ class Shape:
     group: int = 1
     window: int = 150
     cap: float = 0.0
+    compiled: tuple[str, ...] = ()
+
+    @property
+    def pairs(self) -> int:
+        return self.batch * self.heads * self.queries * self.keys
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -74,14 +81,17 @@ class Shape:
         return out | ({"past": self.keys - self.queries} if self.keys > self.queries else {})
 
 
+FUSED = ("fused",)
 SHAPES = (
-    Shape("none", 2, 5, 410, 410), Shape("none", 1, 8, 150, 1280), Shape("none", 1, 4, 980, 980, 128),
-    Shape("causal", 1, 8, 560, 560), Shape("causal", 1, 5, 1160, 1160, 96),
-    Shape("causal", 1, 12, 770, 770, group=3), Shape("causal", 1, 6, 300, 1450), Shape("causal", 1, 4, 2350, 2350),
-    Shape("window", 1, 8, 1040, 1040), Shape("window", 1, 4, 2150, 2150, 80, window=310),
-    Shape("window", 2, 4, 1600, 1600, window=70), Shape("prefix", 1, 6, 890, 890), Shape("bias", 1, 6, 690, 690),
-    Shape("padding", 2, 6, 580, 580), Shape("causal", 1, 24, 1, 2600, 128, group=4),
-    Shape("none", 4, 8, 1, 2050), Shape("causal", 1, 12, 6, 1420, group=3),
+    Shape("none", 2, 5, 410, 410), Shape("none", 1, 8, 150, 1280), Shape("none", 1, 4, 980, 980, 128, compiled=FUSED),
+    Shape("causal", 1, 8, 560, 560, compiled=FUSED), Shape("causal", 1, 5, 1160, 1160, 96, compiled=("flex",)),
+    Shape("causal", 1, 12, 770, 770, group=3), Shape("causal", 1, 6, 300, 1450),
+    Shape("causal", 1, 4, 2350, 2350, compiled=FUSED), Shape("window", 1, 8, 1040, 1040, compiled=("flex",)),
+    Shape("window", 1, 4, 2150, 2150, 80, window=310), Shape("window", 2, 4, 1600, 1600, window=70),
+    Shape("prefix", 1, 6, 890, 890), Shape("bias", 1, 6, 690, 690), Shape("padding", 2, 6, 580, 580),
+    Shape("causal", 1, 24, 1, 2600, 128, group=4), Shape("none", 4, 8, 1, 2050), Shape("causal", 1, 12, 6, 1420, group=3),
+    Shape("none", 1, 2, 30, 60, compiled=FUSED), Shape("causal", 1, 8, 1, 300, group=2, compiled=("flex",)),
+    Shape("none", 1, 4, 1, 520), Shape("causal", 1, 3, 60, 60),
 )  # fmt: skip
 
 
@@ -102,22 +112,23 @@ class Run:
     dtype: str
     threads: int
     seconds: float
+    tiny: bool
 
     def timed(self, d: Device) -> Timed:
         predicted = self.way.price(with_threads(d, self.threads)).seconds
-        return Timed(self.way.kind, self.dtype, self.threads, self.seconds, predicted, size_of(predicted, d))
+        return Timed(self.way.kind, self.dtype, self.threads, self.seconds, predicted, self.tiny)
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of a way, measured in company and predicted alone; its size as the host model has it."""
+    """Seconds of a way, measured in company and predicted alone. `tiny`: it is hardly more than a call."""
 
     kind: str
     dtype: str
     threads: int
     measured: float
     predicted: float
-    size: float
+    tiny: bool = False
 
     @property
     def off(self) -> float:
@@ -131,24 +142,50 @@ def in_company(d: Device, found: list[Run]) -> Device:
     return replace(d, host=with_rates(d.host, factors([r.timed(d) for r in found])))
 
 
-def runs(d: Device, watch: Watch[Any]) -> list[Run]:
-    """Every way of every shape, type and number of threads, timed now. `d` says which of our mappings are worth it."""
+@dataclass(frozen=True)
+class Round:
+    """The ways of a shape and type with so many threads, ready to be called in turn."""
+
+    ways: tuple[Way, ...]
+    dtype: str
+    threads: int
+    tiny: bool
+
+    def runs(self) -> list[Run]:
+        with torch_threads(self.threads), torch.no_grad():
+            took = rounds([w.call for w in self.ways])
+        return [Run(w, self.dtype, self.threads, s, self.tiny) for w, s in zip(self.ways, took)]
+
+
+def prepare(d: Device, watch: Watch[Any]) -> list[Round]:
+    """Every way of every shape, type and number of threads, built. `d` says which of our mappings are worth it."""
+    _settle()
     steps = [(shape, t) for shape in SHAPES for t in TYPES]
     with torch.no_grad():
-        return [r for shape, t in watch(steps, "attentions in company") for r in _runs(shape, t, alone(d))]
+        return [r for shape, t in watch(steps, "attentions, built") for r in _prepared(shape, t, alone(d))]
 
 
-def _runs(shape: Shape, t: str, d: Device) -> Iterator[Run]:
+def _prepared(shape: Shape, t: str, d: Device) -> Iterator[Round]:
     c, x = cascade(shape, t), tensors(shape, t)
     for threads in sorted({1, d.units}):
-        found = list(ways(c, shape, x, with_threads(d, threads)))
         with torch_threads(threads):
-            took = rounds([w.call for w in found])
-        yield from (Run(w, t, threads, s) for w, s in zip(found, took))
+            yield Round(tuple(ways(c, shape, x, with_threads(d, threads))), t, threads, shape.pairs <= TINY)
+
+
+def runs(prepared: list[Round], watch: Watch[Any]) -> list[Run]:
+    """All of them timed now."""
+    _settle()
+    return [run for r in watch(prepared, "attentions in company") for run in r.runs()]
+
+
+def _settle() -> None:
+    """Bring the allocator where a process that has run a while is: it keeps what it is given back up to its largest size."""
+    for size in (1 << 20, 8 << 20, 31 << 20):
+        torch.ones(size, dtype=torch.uint8)
 
 
 def rounds(runs: list[Call]) -> list[float]:
-    """Seconds of calls that come in turn, in another order every round, when nobody else disturbs them."""
+    """Seconds of calls that come in turn, in another order every round, as often more as less."""
     order = random.Random(0)
     times: list[list[float]] = [[_clock(run)] for run in runs]
     fastest = min(t[0] for t in times)
@@ -158,7 +195,7 @@ def rounds(runs: list[Call]) -> list[float]:
         order.shuffle(due)
         for i in due:
             times[i].append(_clock(runs[i]))
-    return [undisturbed(t[1:]) for t in times]
+    return [statistics.median(t[1:]) for t in times]
 
 
 def _clock(run: Call) -> float:
@@ -173,42 +210,50 @@ def _clock(run: Call) -> float:
 def factors(found: list[Timed]) -> dict[str, Any]:
     """The rates of company from timings of every kind of way.
 
-    log(measured / predicted) = what the kind and type are off − decay · size, of which the former is believed by half.
-    Medians at each step, so that a disturbed shape moves nothing; a kind that was not run has no factor. The original's
-    operators pass through the memory whatever their size: it has no decay.
+    measured = predicted · factor of the kind and type, with so many threads + seconds of the kind, from tiny calls
+    Medians, so that a disturbed shape moves nothing; a kind that was not run has neither.
     """
-    decay = _decay([w for w in found if w.kind != "original"])
-    by_type: dict[str, dict[str, float]] = {}
-    for kind, t in sorted({(w.kind, w.dtype) for w in found}):
-        own = decay if kind != "original" else 0.0
-        off = statistics.median(w.off + own * w.size for w in found if (w.kind, w.dtype) == (kind, t))
-        by_type.setdefault(kind, {})[t] = min(max(math.exp(BELIEVED * off), LEAST), MOST)
-    with_f16 = {kind: {**table, **({"f16": table["bf16"]} if "bf16" in table else {})} for kind, table in by_type.items()}
-    if "our-sdpa" in with_f16:
-        # not run, because every shape would be compiled
-        with_f16["our-fused"] = with_f16["our-sdpa"]
-    return {"company_factor": with_f16, "company_decay": decay}
+    off: dict[str, dict[str, tuple[float, float]]] = {}
+    for kind, t in sorted({(w.kind, w.dtype) for w in found if not w.tiny}):
+        alike = [w for w in found if (w.kind, w.dtype, w.tiny) == (kind, t, False)]
+        one, several = ([w.off for w in alike if (w.threads > 1) == more] for more in (False, True))
+        off.setdefault(kind, {})[t] = (statistics.median(one or several), statistics.median(several or one))
+    # of the machine more than of the kind: between the operators' turn and theirs its clock has changed
+    common = [statistics.median(x[k] for table in off.values() for x in table.values()) if off else 0.0 for k in (0, 1)]
+    made = {
+        kind: {t: (_factor(x[0], common[0]), _factor(x[1], common[1])) for t, x in table.items()}
+        for kind, table in off.items()
+    }
+    for table in made.values():
+        table |= {"f16": table["bf16"]} if "bf16" in table else {}
+    return {"company_factor": made, "company_call_seconds": _calls(found, made)}
 
 
-def _decay(found: list[Timed]) -> float:
-    """How much dearer small calls are: the median slope of pairs of the same kind, type and threads."""
-    alike: dict[tuple[str, str, int], list[Timed]] = {}
+def _factor(off: float, common: float) -> float:
+    return min(max(math.exp(common + OWN * (off - common)), LEAST), MOST)
+
+
+def _calls(found: list[Timed], made: Mapping[str, Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """What a call takes by itself, by the kind of way."""
+    calls: dict[str, list[float]] = {}
     for w in found:
-        alike.setdefault((w.kind, w.dtype, w.threads), []).append(w)
-    slopes = []
-    for group in alike.values():
-        for a, b in combinations(group, 2):
-            apart = a.size - b.size
-            if abs(apart) > math.log(2) / math.log(APART):
-                slopes.append(-(a.off - b.off) / apart)
-    return min(max(statistics.median(slopes), 0.0), STEEPEST) if slopes else 0.0
+        if w.tiny:
+            own = made.get(w.kind, {}).get(w.dtype, (1.0, 1.0))[w.threads > 1]
+            calls.setdefault(w.kind, []).append(w.measured - own * w.predicted)
+    if "our-sdpa" in calls:
+        # on few queries it makes the same calls, and is not run twice
+        calls.setdefault("our-slices", calls["our-sdpa"])
+    return {kind: max(0.0, statistics.median(more)) for kind, more in sorted(calls.items())}
 
 
 # --- the ways of a shape ------------------------------------------------------------------------------------------------
 
 
 def ways(c: Cascade, shape: Shape, x: Mapping[str, torch.Tensor], d: Device) -> Iterator[Way]:
-    """What can run this attention on the CPU without a compiler; of our mappings the best few by prediction."""
+    """What can run this attention on the CPU; of our mappings the best few by prediction.
+
+    What needs a compiler is run where the shape asks for it and there is one.
+    """
     sizes = shape.sizes
     yield Way("original", original(shape, x), lambda d: predict_original(c, d, sizes))
     made = vendor.sdpa(c)
@@ -219,6 +264,40 @@ def ways(c: Cascade, shape: Shape, x: Mapping[str, torch.Tensor], d: Device) -> 
     assert not isinstance(found, Miss), found
     for mapping in _different(found):
         yield Way(f"our-{mapping.body}", ready(c, mapping, x, sizes), partial(_our_price, c, mapping, sizes))
+    if "fused" in shape.compiled:
+        yield from _fused(shape, x)
+    if "flex" in shape.compiled and d.units == 1:
+        # compiled anew for another number of threads
+        yield from _flex(c, x, sizes)
+
+
+# Tiles of the fused body here.
+FUSED_TILES = Tiling(32, 32, warps=1, stages=1, body="fused")
+
+
+def _fused(shape: Shape, x: Mapping[str, torch.Tensor]) -> Iterator[Way]:
+    c = cascade(shape, next(t for t, d in DTYPE.items() if d == x["Q"].dtype), constant=True)
+    kernel = cpu.build(c, FUSED_TILES)
+    try:
+        if not isinstance(kernel, Refusal):
+            kernel.prepare()
+            yield Way("our-fused", ready(c, FUSED_TILES, x, shape.sizes), partial(_our_price, c, FUSED_TILES, shape.sizes))
+    except CompilerError as no:
+        warnings.warn(f"our fused body was not run: {no}", stacklevel=2)
+
+
+def _flex(c: Cascade, x: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> Iterator[Way]:
+    made = vendor.flex(c)
+    made = vendor.flex(c, keyed=True) if isinstance(made, Refusal) else made
+    assert not isinstance(made, Refusal), made
+    call = partial(_vendor, made, x, sizes)
+    try:
+        call()
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as no:
+        # a machine without a C++ compiler, or one that torch does not know: FlexAttention cannot run there either
+        warnings.warn(f"FlexAttention was not run: {type(no).__name__}", stacklevel=2)
+        return
+    yield Way("flex", call, partial(_vendor_price, made, sizes))
 
 
 def _vendor(made: vendor.VendorCall, x: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:

@@ -14,11 +14,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import sympy
-
 from ..patterns import expr as ex
 from ..patterns.cascade import Size, size_term
 from ..patterns.expr import Expr
+from .integers import in_range
 
 TYPES: Mapping[str, str] = {
     "b1": "torch.bool", "u8": "torch.uint8", "i8": "torch.int8", "i16": "torch.int16", "i32": "torch.int32",
@@ -83,22 +82,6 @@ def size_source(size: Size, names: Mapping[str, str]) -> str:
 def is_number(e: Expr, numbers: frozenset[Expr] = frozenset()) -> bool:
     """Made of sizes and constants alone: a plain Python number, which has no `.to`."""
     return not e.ranks and all(x.op != "load" or x in numbers for x in ex.walk(e))
-
-
-def in_range(index: Expr, size: Size, extent: Mapping[str, Size]) -> bool:
-    """Is a coordinate always inside a dimension of this size, while every rank stays inside its own?"""
-    if index.is_const:
-        return isinstance(size, int) and 0 <= int(index.value) < size
-    if index.op == "index":
-        return bool(sympy.sympify(size) == sympy.sympify(extent[str(index.attr)]))
-    # the head of a group: h // G with H ≤ G·size heads, h % G with G ≤ size
-    if index.op in ("floordiv", "mod") and index.args[0].op == "index" and index.args[1].is_const:
-        group = int(index.args[1].value)
-        heads = sympy.sympify(extent[str(index.args[0].attr)])
-        if index.op == "floordiv":
-            return bool(sympy.expand(heads - group * sympy.sympify(size)).is_nonpositive)
-        return bool((sympy.sympify(size) - group).is_nonnegative)
-    return False
 
 
 # --- printing ---------------------------------------------------------------------------------------------------

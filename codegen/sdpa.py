@@ -105,9 +105,14 @@ def _call(f: Form, s: Softmax, mask: Expr | None) -> VendorCall:
     return VendorCall(NAME, text, f.cascade, None if causal else mask, causal, grouped)
 
 
+def _as_it_is(f: Form, mask: Expr) -> bool:
+    """Is it a tensor of the operands' type, which torch's kernels widen by themselves?"""
+    return mask.op == "load" and mask.dtype == _dtype(f)
+
+
 def _mask_lines(p: Printer, mask: Expr) -> list[str]:
     """Lines that make the mask, with four dimensions that broadcast and one element a key."""
-    body = Whole.of(p, [mask])
+    body = Whole.of(p, [mask], frozenset({mask} if _as_it_is(p.f, mask) else ()))
     text = body.term(mask) if mask.dtype == "b1" else body.real(mask)
     lines = [*(x.strip() for x in body.lines), f"mask = {text}"]
     lead, key = p.f.heads.lead, p.f.attention.key
@@ -197,6 +202,12 @@ def use(call: VendorCall, device: Device, sizes: Mapping[str, int], *, gradients
         return VendorUse(backend, skips=call.causal and backend != "math")
     rank = call.cascade.rank
     count = math.prod(int(bind(rank[r].size, sizes)) for r in call.mask.ranks if r in rank)
-    bare = call.mask.op == "load"
+    bare, dtype = call.mask.op == "load", call.mask.dtype
     operators = 0 if bare else sum(1 for x in ex.walk(call.mask) if x.op not in ("const", "index", "symbol", "load"))
-    return VendorUse(backend, False, count, call.mask.dtype, 0 if bare else count, operators)
+    if device.kind == "cpu" and dtype != "b1":
+        f = form(call.cascade)
+        assert not isinstance(f, Refusal)
+        # numbers are made in fp32; a tensor of another type than the operands' is widened first
+        bare = bare and (_as_it_is(f, call.mask) or dtype == "f32")
+        dtype = dtype if bare else "f32"
+    return VendorUse(backend, False, count, dtype, 0 if bare else count, operators)

@@ -58,11 +58,13 @@ class Whole(Body):
     """Terms over whole ranks: a tensor that is read plainly is a view, everything else a gather."""
 
     printer: Printer
+    kept: frozenset[Expr]
 
     @staticmethod
-    def of(p: Printer, roots: Sequence[Expr]) -> Whole:
+    def of(p: Printer, roots: Sequence[Expr], kept: frozenset[Expr] = frozenset()) -> Whole:
+        """`kept`: tensors that keep their type, where they are all of a term."""
         body = Whole(p.scope({}, views=False), roots)
-        body.printer = p
+        body.printer, body.kept = p, kept
         body.taken |= p.taken
         return body
 
@@ -72,7 +74,8 @@ class Whole(Body):
             found = view(e, p.order, p.f.heads, p.names)
             if found is not None and found[1] < 2:
                 real = p.f.real
-                return (found[0] if e.dtype == real or not e.is_float else f"{found[0]}.to({_torch(real)})"), 9
+                wide = e.dtype == real or not e.is_float or e in self.kept
+                return (found[0] if wide else f"{found[0]}.to({_torch(real)})"), 9
         return super()._load(e)
 
 

@@ -86,8 +86,8 @@ def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
         _added(host, bill, s, found, at, mapping)
     share = pairs / max(at.batch * at.queries * at.keys, 1)
     bill.add("memory", host.stream(bias_bytes(s, at, share)))
-    if mapping.body != "product" and s.mask.keep is not ex.TRUE:
-        host.biases(biases(s, at, share), mapping.tile_p / at.queries, bill)
+    if mapping.body != "product":
+        host.biases(biases(s, at, share), mapping.tile_p / at.queries, bill, chosen=s.mask.keep is not ex.TRUE)
     bill.flops, bill.exps = 2 * pairs * (at.embed + at.value), pairs
     bill.bytes = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
     bill.add("fault", host.fresh(WIDTH[s.dtype] * at.batch * at.queries * at.value))
@@ -317,8 +317,9 @@ def _pairs(c: Call) -> int:
 def _sdpa(host: Host, bill: Bill, s: Subject, at: Shape, c: Call) -> None:
     batch = c.batch * c.tiles
     host.attention(
-        batch, c.rows, c.keys, at.embed, at.value, s.dtype, bill, masked=c.masked, causal=c.triangle, group=at.group
-    )
+        batch, c.rows, c.keys, at.embed, at.value, s.dtype, bill, masked=c.masked, causal=c.triangle, group=at.group,
+        mask_dtype="f32",
+    )  # fmt: skip
     bill.add("launch", c.around * host.h.operator_seconds)
     host.point("copy", s.dtype, batch * c.rows * at.value, 0, bill)
 

@@ -30,6 +30,7 @@ from .device import (
     processor,
     shipped,
 )
+from .host import VECTOR
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ Watch = Callable[[list[T], str], Iterable[T]]
 # One measurement: it ends when CONFIRMED runs came within NEAR of the least time, but not before SECONDS or RUNS are spent;
 # on a machine that stays noisy, after PATIENCE seconds.
 CONFIRMED, NEAR = 3, 0.02
-SECONDS, PATIENCE, RUNS = 0.05, 0.5, 2000
+SECONDS, PATIENCE, RUNS = 0.04, 0.35, 2000
 # How often each gain of threads is measured, far apart: a neighbour that takes a core for a second spoils one of them.
 ROUNDS = 5
 DTYPES = ("f32", "bf16", "f16")
@@ -86,9 +87,13 @@ def cpu_rates(threads: int | None = None, watch: Watch[Any] = unwatched) -> Devi
 
 
 def merge(into: dict[str, Any], found: Mapping[str, Any]) -> None:
-    """Add rates; tables by type are joined."""
+    """Add rates; tables by type, and tables of them, are joined."""
     for name, value in found.items():
-        into[name] = {**into.get(name, {}), **value} if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            into[name] = {**into.get(name, {})}
+            merge(into[name], value)
+        else:
+            into[name] = value
 
 
 def with_rates(h: HostRates, found: Mapping[str, Any]) -> HostRates:
@@ -183,7 +188,7 @@ def _typed(t: str) -> Callable[[], dict[str, Any]]:
         flops, half = _product(t)
         products = {"matrix_flops_per_s": flops, "gemm_half_rows": half, "row_flops_per_s": _row(t)}
         rates: dict[str, Any] = {**products, **_points(t), **_attention(t)}
-        return {name: {t: rate} for name, rate in rates.items()}
+        return {**{name: {t: rate} for name, rate in rates.items()}, "curve_seconds": _curves(t)}
 
     return step
 
@@ -303,8 +308,24 @@ def _points(t: str) -> dict[str, float]:
     return {name: seconds(run) / x.numel() for name, run in runs.items()}
 
 
+# What torch has kernels of its own for.
+CURVES = ("tanh", "sigmoid", "erf", "sin", "cos")
+
+
+def _curves(t: str) -> dict[str, dict[str, float]]:
+    import torch
+
+    x = torch.randn(1 << 16, dtype=_dtype(t))
+    out = torch.empty_like(x)
+    return {op: {t: seconds(lambda op=op: getattr(torch, op)(x, out=out)) / x.numel()} for op in CURVES}  # type: ignore[misc]
+
+
+# Keys of which the last fill no vector register: some such numbers suit the kernel less than others.
+ASKEW = (355, 363, 373, 426, 470)
+
+
 def _attention(t: str) -> dict[str, Any]:
-    """Of SDPA's fused kernel: a pair by the rows of its blocks, from two head sizes; a key, a row, a mask.
+    """Of SDPA's fused kernel: a pair by the rows of its blocks, from two head sizes; a key, a row, a row's odd end, a mask.
 
     seconds = call + heads · (keys · (e + f)·κ + rows · ⌈keys / 512⌉·ρ + rows · keys · (fixed + (e + f)·each))
     """
@@ -325,7 +346,10 @@ def _attention(t: str) -> dict[str, Any]:
         took = [max(0.0, pair(queries, keys, d) - 2 * d * laid - row / 512) for d in (64, 128)]
         each = max(0.0, min(took[1] - took[0], took[0])) / 128
         pairs[block] = (max(0.0, took[0] - 128 * each), each)
+    # as many keys as fill registers, and a few more
+    left = [max(0.0, pair(256, n) - pair(256, n // VECTOR * VECTOR)) * n for n in ASKEW]
     return {
+        "attention_left_seconds": statistics.median(left),
         "attention_pair_seconds": pairs, "attention_key_seconds": key, "attention_row_seconds": row,
         "attention_mask_seconds": _mask(t, 128), "attention_far_mask_seconds": _mask(t, FAR),
     }  # fmt: skip
@@ -352,8 +376,8 @@ def _scaling(threads: int, watch: Watch[Any]) -> dict[str, float]:
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     heads = max(HEADS, 2 * threads)
-    q, k = torch.randn(1, heads, 256, 64), torch.randn(1, heads, 512, 64)
-    out = torch.empty(heads, 256, 512)
+    q, k = torch.randn(1, heads, 768, 64), torch.randn(1, heads, 512, 64)
+    out = torch.empty(heads, 768, 512)
     x = torch.randn(1 << 20)
     x_out = torch.empty_like(x)
     large = torch.randn(1 << 24)

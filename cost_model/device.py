@@ -59,15 +59,20 @@ class HostRates:
     of its blocks of 512 keys, `attention_key_seconds` for each element of a key and its value that a call lays out anew.
     `row_flops_per_s` is the rate of products of one row, which no product falls below.
     `step_factor` is what a step of our product body takes beside the sum of its operators, each timed on its own.
-    `attention_far_mask_seconds` are of a pair whose mask lies out of the core's own cache.
+    `attention_far_mask_seconds` are of a pair whose mask lies out of the core's own cache, `attention_left_seconds` of a row
+    whose last keys fill no vector register.
+    `curve_seconds[operator][dtype]` are of an element of tanh and the like; what has no entry is so many exponentials.
     `flex_pair_seconds` are of a pair that is not masked, `flex_mask_seconds` what one of a masked block takes more, and
     `flex_key_seconds` are for each element of a key and its value that a block of queries lays out anew,
+    `flex_left_seconds` for a pair of a block whose keys fill no vector register, an element of e + f, `flex_far_seconds`
+    for one of a block whose scores the core's own cache does not hold, `flex_score_seconds` for one whose score is changed,
     `flex_blocks_seconds` for the block mask, which is made at each call.
     Of our fused body: `fused_multiply_seconds` are of a multiply-add, `fused_pair_seconds` of a plain softmax a pair,
     `fused_element_seconds` and `fused_exp_seconds` of another operator and another exponential a pair, `fused_row_seconds`
-    of a row, `fused_key_seconds` of an element of a key and its value that a unit lays out.
-    `company_factor[kind][dtype]` is what a call takes between other calls beside what all these say, exp(`company_decay`)
-    how much dearer small calls are than middling ones (see host.company).
+    of a row, `fused_key_seconds` of an element of a key and its value that a unit lays out, `fused_bias_seconds` of an
+    element of a bias.
+    `company_factor[kind][dtype]` is what a call takes between other calls beside what all these say, with one thread and
+    with several, `company_call_seconds[kind]` what it takes longer until its code and its operands are back in the caches.
     """
 
     threads: int
@@ -79,6 +84,7 @@ class HostRates:
     step_factor: float
     flex_call_seconds: float
     flex_blocks_seconds: float
+    flex_score_seconds: float
     cache_bytes: float
     cache_bytes_per_s: float
     fault_bytes: float
@@ -87,16 +93,20 @@ class HostRates:
     row_flops_per_s: Mapping[str, float]
     element_seconds: Mapping[str, float]
     exp_seconds: Mapping[str, float]
+    curve_seconds: Mapping[str, Mapping[str, float]]
     softmax_seconds: Mapping[str, float]
     where_seconds: Mapping[str, float]
     attention_mask_seconds: Mapping[str, float]
     attention_far_mask_seconds: Mapping[str, float]
     attention_row_seconds: Mapping[str, float]
     attention_key_seconds: Mapping[str, float]
+    attention_left_seconds: Mapping[str, float]
     attention_pair_seconds: Mapping[str, Mapping[int, tuple[float, float]]]
     flex_pair_seconds: Mapping[str, tuple[float, float]]
     flex_mask_seconds: Mapping[str, float]
     flex_key_seconds: Mapping[str, float]
+    flex_left_seconds: Mapping[str, float]
+    flex_far_seconds: Mapping[str, float]
     fused_call_seconds: float
     fused_row_seconds: float
     fused_element_seconds: float
@@ -104,9 +114,10 @@ class HostRates:
     fused_multiply_seconds: Mapping[str, float]
     fused_pair_seconds: Mapping[str, float]
     fused_key_seconds: Mapping[str, float]
+    fused_bias_seconds: Mapping[str, float]
     scaling: Mapping[str, float]
-    company_factor: Mapping[str, Mapping[str, float]]
-    company_decay: float
+    company_factor: Mapping[str, Mapping[str, tuple[float, float]]]
+    company_call_seconds: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -190,7 +201,7 @@ def _split(table: Mapping[str, Any], path: str, sources: dict[str, str]) -> dict
 def alone(d: Device) -> Device:
     """The device as if every call found the machine as it left it: what operators take when they are timed one by one."""
     assert d.host is not None
-    return replace(d, host=replace(d.host, company_factor={}, company_decay=0.0))
+    return replace(d, host=replace(d.host, company_factor={}, company_call_seconds={}))
 
 
 def host_rates(table: Mapping[str, Any]) -> HostRates:
@@ -201,6 +212,8 @@ def host_rates(table: Mapping[str, Any]) -> HostRates:
         dtype: {int(rows): (float(t[0]), float(t[1])) for rows, t in by_rows.items()} for dtype, by_rows in pairs.items()
     }
     values["flex_pair_seconds"] = {d: (float(t[0]), float(t[1])) for d, t in values["flex_pair_seconds"].items()}
+    off = values["company_factor"]
+    values["company_factor"] = {k: {d: (float(x), float(y)) for d, (x, y) in table.items()} for k, table in off.items()}
     missing = {f.name for f in fields(HostRates)} - set(values)
     if missing:
         raise ValueError(f"host rates lack {', '.join(sorted(missing))}")
@@ -264,7 +277,7 @@ def with_threads(d: Device, threads: int) -> Device:
 
 # --- calibration files ------------------------------------------------------------------------------------------
 
-CALIBRATION_SCHEMA = 3
+CALIBRATION_SCHEMA = 4
 # Names another file, for whatever device is calibrated next; empty: none is read or written.
 CALIBRATION_VARIABLE = "REATTEND_CALIBRATION"
 

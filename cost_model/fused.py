@@ -13,7 +13,7 @@ import numpy as np
 
 from ..patterns import expr as ex
 from ..patterns.mapping import Mapping as Tiling
-from .body import AROUND_ALL, AROUND_DATA, bias_bytes, loaded, pointwise
+from .body import AROUND_ALL, AROUND_DATA, bias_bytes, biases, loaded, pointwise
 from .cost import Cost
 from .device import Device
 from .host import IN_EXPS, Bill, Host, balanced, rate
@@ -61,6 +61,7 @@ def fused(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
     bill.add("element", packed * rate(h.fused_key_seconds, t) / gain)
     bill.add("memory", host.stream(at.batch // at.group * at.keys * (at.embed + at.value) * WIDTH[t]))
     bill.add("memory", host.stream(bias_bytes(s, at, pairs / max(at.batch * at.queries * at.keys, 1))))
+    bill.add("element", pairs * len(biases(s, at)) * rate(h.fused_bias_seconds, t) / gain)
     bill.add("fault", host.fresh(WIDTH[t] * at.batch * at.queries * at.value))
     bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
     bill.bytes = WIDTH[t] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)

@@ -3,6 +3,7 @@
     operator   = call + max(elements · seconds each, bytes / bandwidth) / threads' gain + first touch of fresh memory
     product    = call + FLOP / max(peak · rows / (rows + half), one row's) / threads' gain + bytes / bandwidth + first touch
     SDPA       = call + Σ pairs · (fixed + (E + F)·(each + once / rows)) / threads' gain        the fused CPU kernel
+    between other calls: everything · a factor of the kind of way + what it takes until its code is back in the caches
 
 Nothing overlaps: parts add up. Rates come from the device file or a calibration of the machine.
 """
@@ -23,17 +24,16 @@ from .work import EXPONENTIALS, WIDTH
 # ATen runs tensors below this many elements on one thread.
 GRAIN = 32768
 # The allocator gives its top back when twice its largest block is free: three blocks of this share, which die together.
-FAIR = 0.67
+FAIR = 0.85
 # Bytes that a core keeps to itself.
 CORE_CACHE = 1 << 20
 # Keys of a block inside PyTorch's fused CPU kernel.
 KEY_BLOCK = 512
-# A call of middling size takes as long as the memory for so many bytes; one so many times shorter or longer is as small or
-# large as any.
-MIDDLE, APART = 1e8, 6.0
+# Keys that fill a vector register, whatever the machine: the kernels' products and their rows are the slower for a rest.
+VECTOR = 16
 # Element-wise operators by what a plain addition costs, on operands in the cache.
 IN_ELEMENTS: Mapping[str, float] = {"max": 0.7, "min": 0.7}
-# torch's vectorised exp is the unit; the others cost about this many of them.
+# torch's vectorised exp is the unit; what was not timed costs about so many of them.
 IN_EXPS: Mapping[str, float] = {"tanh": 3.0, "sigmoid": 1.5, "softplus": 3.0, "erf": 2.0, "sin": 2.0, "cos": 2.0, "pow": 3.0}
 
 
@@ -51,8 +51,9 @@ class Bill:
 
     def cost(self, d: Device, kind: str, dtype: str) -> Cost:
         """The cost of a way of this kind: original, sdpa, flex or our-BODY."""
-        factor = company(d, kind, dtype, sum(self.parts.values()))
+        factor, more = company(d, kind, dtype)
         parts = {k: v * factor for k, v in self.parts.items() if v > 0}
+        parts["launch"] = parts.get("launch", 0.0) + more
         by_bound: dict[str, float] = {}
         for k, v in parts.items():
             by_bound[bound_of({k: v})] = by_bound.get(bound_of({k: v}), 0.0) + v
@@ -60,20 +61,12 @@ class Bill:
         return Cost(sum(parts.values()), bound, self.flops, self.bytes, self.exps, parts, d.basis, d.band)
 
 
-def company(d: Device, kind: str, dtype: str, seconds: float) -> float:
-    """What a call takes between other work beside what the rates of small ones say that are timed alone, over and over.
-
-    FlexAttention has no factor of its own, because it takes long to compile in a calibration. The original's operators pass
-    through the memory whatever their size, and have no decay.
-    """
+def company(d: Device, kind: str, dtype: str) -> tuple[float, float]:
+    """A call between other work, beside what the rates say that are timed over and over: a factor, and seconds more."""
     assert d.host is not None
-    own = rate(d.host.company_factor[kind], dtype) if kind in d.host.company_factor else 1.0
-    return own if kind == "original" else own * math.exp(-d.host.company_decay * size_of(seconds, d))
-
-
-def size_of(seconds: float, d: Device) -> float:
-    """The size of a call: −1 for a small one, 1 for a large one, logarithmic in between."""
-    return min(max(math.log(max(seconds, 1e-9) * d.dram_bytes_per_s / MIDDLE) / math.log(APART), -1.0), 1.0)
+    table = d.host.company_factor.get(kind, {})
+    one, several = table.get(dtype) or table.get("f32") or (1.0, 1.0)
+    return several if d.units > 1 else one, d.host.company_call_seconds.get(kind, 0.0)
 
 
 class Host:
@@ -121,11 +114,15 @@ class Host:
         # what the threads share is the result, or the operand that few rows read
         return 2.0 * batch * rows * columns * inner / speed / self.gain("product", batch * columns * max(rows, inner))
 
-    def stream(self, moved: int, points: float = math.inf) -> float:
-        """Seconds in which operands come from memory or from the last cache; none where the core's own one holds them."""
-        if moved <= CORE_CACHE:
+    def stream(self, moved: float, points: float = math.inf, held: float | None = None) -> float:
+        """Seconds in which operands come from memory or from the last cache; none where the core's own one holds them.
+
+        `held`: the bytes that lie there, where some of them are read several times.
+        """
+        held = moved if held is None else held
+        if held <= CORE_CACHE:
             return 0.0
-        if moved <= self.h.cache_bytes:
+        if held <= self.h.cache_bytes:
             return moved / self.h.cache_bytes_per_s / self.gain("element", points)
         return moved / self.d.dram_bytes_per_s / self.gain("memory", points)
 
@@ -133,7 +130,7 @@ class Host:
         """An element-wise operator; its operands lie in the cache or stream from memory."""
         gain = self.gain("element", points)
         if name in EXPONENTIALS:
-            bill.add("exp", points * rate(self.h.exp_seconds, dtype) * IN_EXPS.get(name, 1.0) / gain)
+            bill.add("exp", points * self.curve(name, dtype) / gain)
             bill.add("memory", self.stream(moved, points))
             return
         if name == "where":
@@ -144,6 +141,12 @@ class Host:
         busy = points * rate(self.h.element_seconds, dtype) * IN_ELEMENTS.get(name, 1.0) / gain
         stream = self.stream(moved, points)
         bill.add("memory" if stream > busy else "element", max(stream, busy))
+
+    def curve(self, name: str, dtype: str) -> float:
+        """Seconds of an element of an exponential, or of what is made of exponentials."""
+        if name in self.h.curve_seconds:
+            return rate(self.h.curve_seconds[name], dtype)
+        return rate(self.h.exp_seconds, dtype) * IN_EXPS.get(name, 1.0)
 
     def often(self, size: int) -> float:
         """How often a block of this size is new: a large one every time, a fair one every second time."""
@@ -171,36 +174,45 @@ class Host:
             bill.add("launch", self.h.operator_seconds)
             self.point("mul", "f32", points, points * WIDTH["f32"], bill)
 
-    def biases(self, read: Sequence[tuple[str, int]], part: float, bill: Bill) -> None:
-        """Biases that are chosen by a mask and cast to the type of the operands, a `part` of them at a time."""
+    def biases(self, read: Sequence[tuple[str, int]], part: float, bill: Bill, *, chosen: bool) -> None:
+        """Biases in fp32 as a mask of numbers, a `part` of them at a time: widened, and `chosen` by a predicate."""
+        wide = WIDTH["f32"]
         for dtype, n in read:
-            gain = self.gain("element", n * part)
-            bill.add("element", n * (rate(self.h.where_seconds, dtype) + rate(self.h.element_seconds, dtype)) / gain)
-            size = round(n * part * WIDTH[dtype])
-            bill.add("fault", 2 * self.fresh(size) / max(part, 1e-9))
+            widened = WIDTH[dtype] < wide
+            each = widened * rate(self.h.element_seconds, dtype) + chosen * rate(self.h.where_seconds, "f32")
+            written, size = widened + chosen, round(n * part * wide)
+            bill.add("element", n * each / self.gain("element", n * part))
+            moved = n * (WIDTH[dtype] + 2 * (1 - self.often(size)) * wide * written)
+            bill.add("memory", self.stream(moved, n * part, moved * part) if written else 0.0)
+            bill.add("fault", written * self.fresh(size) / max(part, 1e-9))
 
     # the fused attention kernel
 
     def attention(
         self, batch: int, rows: int, keys: int, e: int, f: int, dtype: str, bill: Bill, *, masked: bool = False,
-        causal: bool = False, group: int = 1,
+        causal: bool = False, group: int = 1, mask_dtype: str = "",
     ) -> None:  # fmt: skip
         """One call of the fused kernel on [batch, rows] queries and `keys` keys each, which `group` of the batch share.
 
-        `causal`: its own causal mode.
+        `causal`: its own causal mode. `mask_dtype`: of a mask of numbers, where it is not the operands'.
         """
         fixed, each = pair_seconds(self.h, dtype, rows)
         pairs = batch * (causal_pairs(rows, keys) if causal else rows * keys)
         block = query_block(rows)
         gain = balanced(self.gain("attention"), self.threads, batch * -(-rows // block))
         far = rows * keys * WIDTH["f32"] > CORE_CACHE
-        mask = rate(self.h.attention_far_mask_seconds if far else self.h.attention_mask_seconds, dtype) if masked else 0.0
+        masks = self.h.attention_far_mask_seconds if far else self.h.attention_mask_seconds
+        mask = rate(masks, mask_dtype or dtype) if masked else 0.0
         walked = pairs / max(rows * keys, 1) * -(-keys // KEY_BLOCK) * rows * rate(self.h.attention_row_seconds, dtype)
-        operands = batch * keys * (e + f)
+        left = batch * last_rows(rows, keys, causal) * rate(self.h.attention_left_seconds, dtype) if keys % VECTOR else 0.0
+        head = keys * (e + f) * WIDTH[dtype]
         bill.add("launch", self.h.attention_seconds + (self.h.mask_seconds if masked else 0.0))
         bill.add("matrix", pairs * each * (e + f) / gain)
-        bill.add("exp", (pairs * (fixed + mask) + walked) / gain)
-        bill.add("memory", self.stream(operands // group * WIDTH[dtype]))
+        bill.add("exp", (pairs * (fixed + mask) + walked + left) / gain)
+        bill.add("memory", self.stream(batch // group * head))
+        # every block of queries after the first reads the keys of its head again
+        share = pairs / max(batch * rows * keys, 1)
+        bill.add("memory", self.stream(batch * (-(-rows // block) - 1) * head * share, held=head))
 
 
 def rate(table: Mapping[str, float], dtype: str) -> float:
@@ -222,6 +234,14 @@ def causal_pairs(queries: int, keys: int) -> int:
         walked = -(-min(end, keys) // KEY_BLOCK) * KEY_BLOCK
         total += (end - start) * min(walked, keys)
     return total
+
+
+def last_rows(queries: int, keys: int, causal: bool) -> int:
+    """Rows of the fused kernel that reach the last block of keys."""
+    if not causal:
+        return queries
+    block, start = query_block(queries), (keys - 1) // KEY_BLOCK * KEY_BLOCK
+    return max(0, queries - start // block * block)
 
 
 def pair_seconds(h: HostRates, dtype: str, rows: int) -> tuple[float, float]:

@@ -101,13 +101,17 @@ def _host_ladder(d: Device) -> tuple[Device, Device, Device]:
 
 # Tables of seconds by type: what a mask costs, and what a softmax costs besides its products.
 MASKING = ("element_seconds", "where_seconds", "attention_mask_seconds", "attention_far_mask_seconds", "flex_mask_seconds")
-EXPONENTIAL = ("exp_seconds", "softmax_seconds", "attention_row_seconds", "attention_key_seconds", "flex_key_seconds")
+EXPONENTIAL = (
+    "exp_seconds", "softmax_seconds", "attention_row_seconds", "attention_key_seconds", "attention_left_seconds",
+    "flex_key_seconds", "flex_left_seconds", "flex_far_seconds",
+)  # fmt: skip
 
 
 def _calls_for_free(h: HostRates) -> HostRates:
     return replace(
         h, threads=1, operator_seconds=0.0, product_seconds=0.0, attention_seconds=0.0, mask_seconds=0.0,
-        operator_call_seconds=0.0, flex_call_seconds=0.0, flex_blocks_seconds=0.0,
+        operator_call_seconds=0.0, flex_call_seconds=0.0, flex_blocks_seconds=0.0, flex_score_seconds=0.0,
+        curve_seconds={},
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from .cost import Cost, bound_of
 from .device import Device, HostRates
 from .eager import Operator, operators
 from .fit import Footprint, candidates, footprint, padded, refuse
-from .fused import PLAIN, fits, fused, more
+from .fused import PLAIN, fits, fused
 from .subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
 from .tiles import NOTHING, SCHEDULED, Data, Jobs
 from .work import WIDTH, Work, size_int
@@ -270,25 +270,13 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
     pairs = at.batch * at.queries * at.keys
     moved = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
     if use.backend == "flex":
-        visited, partial = _visited_pairs(s, at, FLEX_BLOCK, data)
-        a, b = prices.h.flex_pair_seconds.get(s.dtype) or prices.h.flex_pair_seconds["f32"]
-        mask = host.rate(prices.h.flex_mask_seconds, s.dtype)
-        key = _flex_key(prices.h, s.dtype, at.queries)
-        operands = at.batch * at.keys * (at.embed + at.value)
-        units = at.batch * -(-at.queries // FLEX_BLOCK)
-        gain = host.balanced(prices.gain("flex"), prices.threads, units)
-        bill.add("launch", prices.h.flex_call_seconds + use.operators * prices.h.operator_seconds)
-        bill.add("launch", prices.h.flex_blocks_seconds if use.skips else 0.0)
-        bill.add("matrix", visited * (b + key) * (at.embed + at.value) / gain)
-        bill.add("exp", (visited * (a + more(prices, pointwise(s, False), PLAIN)) + partial * mask) / gain)
-        bill.add("memory", prices.stream(operands * WIDTH[s.dtype] + bias_bytes(s, at)))
-        pairs = visited
+        pairs = _flex_on_cpu(s, at, use, prices, bill, data)
     else:
         if use.skips:
             pairs = at.batch * host.causal_pairs(at.queries, at.keys)
         prices.attention(
             at.batch, at.queries, at.keys, at.embed, at.value, s.dtype, bill, masked=use.mask_elements > 0,
-            causal=use.skips, group=at.group,
+            causal=use.skips, group=at.group, mask_dtype=s.dtype if use.mask_dtype == "b1" else use.mask_dtype,
         )  # fmt: skip
         _mask_on_cpu(s, at, use, prices, bill)
     bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
@@ -296,11 +284,37 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
     return bill.cost(device, "flex" if use.backend == "flex" else "sdpa", s.dtype)
 
 
-def _flex_key(h: HostRates, dtype: str, queries: int) -> float:
-    """What a block of FlexAttention lays out for a key, shared by its rows; one query reads the keys as SDPA does."""
+def _flex_on_cpu(s: Subject, at: Shape, use: VendorUse, prices: host.Host, bill: host.Bill, data: Data) -> int:
+    """FlexAttention, compiled, and the pairs that it visits. Without a block mask all keys are one block."""
+    h, t = prices.h, s.dtype
+    rows, keys = (min(FLEX_BLOCK, n) if use.skips else n for n in (at.queries, at.keys))
+    visited, partial = _visited_pairs(s, at, FLEX_BLOCK, data)
+    a, b = h.flex_pair_seconds.get(t) or h.flex_pair_seconds["f32"]
+    units = at.batch * -(-at.queries // rows)
+    gain = host.balanced(prices.gain("flex"), prices.threads, units)
+    # the last block's keys lie askew
+    share = (at.keys % keys or keys) / at.keys if at.keys % host.VECTOR else 0.0
+    askew = visited * share * host.rate(h.flex_left_seconds, t)
+    operands = at.batch * at.keys * (at.embed + at.value)
+    bill.add("launch", h.flex_call_seconds + use.operators * h.operator_seconds)
+    bill.add("launch", h.flex_blocks_seconds if use.skips else 0.0)
+    bill.add("matrix", (visited * (b + _few_rows(h, t, at.queries)) + askew) * (at.embed + at.value) / gain)
+    # a bias is read as our fused body reads it
+    changed = len(pointwise(s, False)) > len(PLAIN) or bool(biases(s, at))
+    score = changed * h.flex_score_seconds + len(biases(s, at)) * host.rate(h.fused_bias_seconds, t)
+    bill.add("exp", (visited * (a + score) + partial * host.rate(h.flex_mask_seconds, t)) / gain)
+    bill.add("memory", prices.stream(operands * WIDTH[t] + bias_bytes(s, at)))
+    # the scores of a block are written and read in turn by the product, the scale, the maximum and the exponential
+    far = WIDTH["f32"] * rows * keys > host.CORE_CACHE
+    bill.add("memory", visited * host.rate(h.flex_far_seconds, t) / gain if far else 0.0)
+    return visited
+
+
+def _few_rows(h: HostRates, dtype: str, queries: int) -> float:
+    """What a pair takes more where fewer rows than a block's share a key; one query reads the keys as SDPA does."""
     if queries == 1:
         return host.pair_seconds(h, dtype, 1)[1]
-    return host.rate(h.flex_key_seconds, dtype) / min(FLEX_BLOCK, queries)
+    return host.rate(h.flex_key_seconds, dtype) * (1 / min(FLEX_BLOCK, queries) - 1 / FLEX_BLOCK)
 
 
 def _mask_on_cpu(s: Subject, at: Shape, use: VendorUse, prices: host.Host, bill: host.Bill) -> None:
@@ -310,7 +324,7 @@ def _mask_on_cpu(s: Subject, at: Shape, use: VendorUse, prices: host.Host, bill:
     """
     bill.add("memory", prices.stream(bias_bytes(s, at)))
     if use.built_elements:
-        prices.biases(biases(s, at), 1.0, bill)
+        prices.biases(biases(s, at), 1.0, bill, chosen=s.mask.keep is not ex.TRUE)
         made = prices.terms if use.mask_dtype == "b1" else prices.chosen
         made(s.mask.keep, at.extent, bill)
     if use.mask_dtype == "b1" and use.mask_elements:

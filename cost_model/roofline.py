@@ -7,7 +7,6 @@ Source: Williams, Waterman, Patterson, "Roofline" (CACM 2009); Ilic, Pratas, Sou
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from .device import Device, HostRates
@@ -45,9 +44,7 @@ def roof(d: Device, dtype: str) -> Roof:
         2 / min(each for _, each in fused.values()) * _gain(d, d.host, "attention"),
         2 / flex[1] * _gain(d, d.host, "flex"),
     )
-    # large calls run faster than the small ones that the rates are of
-    more = math.exp(d.host.company_decay)
-    return Roof(peak * more, max(dram, cache) * more, dram * more)
+    return Roof(peak, max(dram, cache), dram)
 
 
 def _gain(d: Device, h: HostRates, kind: str) -> float:

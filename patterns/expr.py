@@ -250,14 +250,28 @@ def _minimum(a: Scalar, b: Scalar) -> Scalar:
     return math.nan if a != a or b != b else min(a, b)
 
 
+def _total(f: Callable[[float], float], pole: float = math.nan) -> Callable[[float], float]:
+    """A function as tensors compute it: ∞ beyond all numbers, −∞ at its pole, NaN where it is not defined. Python raises."""
+
+    def of(x: float) -> float:
+        try:
+            return f(x)
+        except OverflowError:
+            return math.inf
+        except ValueError:
+            return -math.inf if x == pole else math.nan
+
+    return of
+
+
 _FOLD: Mapping[str, Callable[..., Scalar]] = {
     "neg": operator.neg, "abs": abs, "relu": lambda x: max(x, type(x)(0)), "floor": lambda x: math.floor(x),
     "ceil": lambda x: math.ceil(x), "trunc": lambda x: math.trunc(x), "sign": lambda x: (x > 0) - (x < 0),
     "isnan": lambda x: x != x, "isinf": lambda x: isinstance(x, float) and math.isinf(x),
-    "exp": math.exp, "exp2": lambda x: 2.0**x, "expm1": math.expm1, "log": math.log, "log2": math.log2,
-    "log1p": math.log1p, "tanh": math.tanh, "sigmoid": _sigmoid, "sqrt": math.sqrt,
-    "rsqrt": lambda x: 1.0 / math.sqrt(x), "reciprocal": lambda x: _true_div(1.0, x), "sin": math.sin,
-    "cos": math.cos, "erf": math.erf,
+    "exp": _total(math.exp), "exp2": _total(lambda x: 2.0**x), "expm1": _total(math.expm1), "log": _total(math.log, 0.0),
+    "log2": _total(math.log2, 0.0), "log1p": _total(math.log1p, -1.0), "tanh": math.tanh, "sigmoid": _sigmoid,
+    "sqrt": _total(math.sqrt), "rsqrt": _total(lambda x: _true_div(1.0, math.sqrt(x))),
+    "reciprocal": lambda x: _true_div(1.0, x), "sin": _total(math.sin), "cos": _total(math.cos), "erf": math.erf,
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": _true_div,
     "floordiv": operator.floordiv, "mod": operator.mod, "max": _maximum, "min": _minimum, "pow": operator.pow,
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,

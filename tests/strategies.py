@@ -97,12 +97,17 @@ def _rectified(s: Expr, reduce: Reduce) -> Expr:
     return ex.unary("relu", s) / (reduce("SR", "add", ex.unary("relu", s)) + 1.0)
 
 
+def _leveled(s: Expr, reduce: Reduce) -> Expr:
+    # the row's largest score is read after the sum, by no weight
+    return ex.unary("sigmoid", s) / (ex.unary("abs", reduce("GM", "max", s)) + 1.0)
+
+
 # From scores to weights. The second half cannot take a fill: it is masked on the weights instead.
 ROWS: Mapping[str, Callable[[Expr, Reduce], Expr]] = {
     "softmax": _softmax, "zero": _zero, "sink": _sink, "sigmoid": lambda s, _: ex.unary("sigmoid", s),
-    "square": _square, "rectified": _rectified, "linear": lambda s, _: s * 0.1,
+    "leveled": _leveled, "square": _square, "rectified": _rectified, "linear": lambda s, _: s * 0.1,
 }  # fmt: skip
-FILLED = ("softmax", "zero", "sink", "sigmoid")
+FILLED = ("softmax", "zero", "sink", "sigmoid", "leveled")
 
 _AUXILIARY: Mapping[str, Callable[[int, int], tuple[tuple[Size, ...], str]]] = {
     "slope": lambda b, h: ((h,), "f32"), "bias": lambda b, h: ((1, h, QUERIES, KEYS), "f32"),

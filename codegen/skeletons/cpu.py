@@ -247,7 +247,8 @@ def attend(
         shape = q.shape[:3]
         return q.new_full((*shape, width), empty or 0.0), q.new_full(shape, -torch.inf, dtype=torch.float32)
     o, lse = torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
-    if mask is not None and empty is not None:
+    # of a row without a key the sum is 0: only where some row looks like one is the mask searched
+    if mask is not None and empty is not None and bool(((lse == 0) | ~lse.isfinite()).any()):
         dead = (mask == -torch.inf).all(-1, keepdim=True)
         o.masked_fill_(dead, empty)
         lse.masked_fill_(dead.squeeze(-1), -torch.inf)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from reattend.codegen.print_torch import Body, PrintError, Scope, identifier, in_range, literal, size_source
+from reattend.codegen.integers import in_range
+from reattend.codegen.print_torch import Body, PrintError, Scope, identifier, literal, size_source
 from reattend.codegen.skeletons.cpu import choose, tile
 from reattend.codegen.tile_terms import Corners, relative, relative_parts
 from reattend.patterns import expr as ex
@@ -73,7 +74,7 @@ TERMS: dict[str, tuple[Expr, str]] = {
     "padding": (ex.where(load("pad", M), 0.0, -1e4), "choose(pad[m], 0.0, -10000.0)"),
     "slope": (load("slope", H) * ex.cast(M - P, "f32"), "slope[h] * (m - p).to(torch.float32)"),
     "bias": (load("bias", H, P, M) * 0.5, "tile(bias, h, p, m) * 0.5"),
-    "gather": (load("slope", (P + M) % 3), "slope[((p + m) % 3).clamp(0, 2)]"),
+    "gather": (load("slope", (P + M) % 3), "slope[(p + m) % 3]"),
     "group": (load("wide", H // 2, M), "wide[h // 2, m]"),
     "negative": (-(load("slope", H) - 1.0), "-(slope[h] - 1.0)"),
     "clamp": (ex.minimum(ex.maximum(P - M, -2), 2), "(p - m).clamp(min=-2).clamp(max=2)"),

@@ -18,10 +18,11 @@ from torch.profiler import profile
 from reattend.codegen import vendor
 from reattend.codegen.vendor_call import VendorCall
 from reattend.cost_model.device import Device, device
+from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.recognise import Refusal
 from tests import strategies
-from tests.codegen.attentions import CAUSAL, VARIANTS, Case, M, P, build, masked, no_batch, windows
+from tests.codegen.attentions import CAUSAL, VARIANTS, Case, M, P, S, T, aux, build, masked, no_batch, windows
 
 OWN_RULE = ("sigmoid", "square")
 NOT_SDPA = ("small_fill", "softcap", "sinks", "cosine_cap", "checkerboard", "nan_padding", *OWN_RULE)
@@ -59,6 +60,19 @@ def test_sdpa_in_narrow_types(name: str, dtype: str) -> None:
         assert "drowns" in made.reason
         return
     check(taken(made), case, {"bf16": torch.bfloat16, "f16": torch.float16}[dtype], 3e-2)
+
+
+@pytest.mark.parametrize(("of", "widened"), [("bf16", False), ("f16", True)])
+def test_a_bias_of_the_operands_type_is_not_widened(of: str, widened: bool) -> None:
+    """PyTorch's kernels take it as it is, and it is as large as all scores."""
+    bias = ex.load("bias", (ex.const(0), ex.index("h"), P, M), of)
+    case = build(lambda s: s + bias, aux=(aux("bias", (1, 4, S, T), of),), dtype="bf16")
+    call = taken(vendor.sdpa(case.cascade))
+    assert (".to(torch.float32)" in call.source) == widened
+    use = vendor.use(call, device("cpu"), case.sizes)
+    assert not isinstance(use, Refusal)
+    assert (use.mask_dtype, use.built_elements > 0) == (("f32", True) if widened else ("bf16", False))
+    check(call, case, torch.bfloat16, 3e-2)
 
 
 @pytest.mark.parametrize(("name", "reason"), [
@@ -161,6 +175,7 @@ def test_flex_skips_by_our_tiles() -> None:
 MORE_THREADS = """
 import torch
 from reattend.codegen import vendor
+from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import evaluate
 from tests.codegen.attentions import VARIANTS
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.cost_model.cost import BOUNDS, Cost
-from reattend.cost_model.device import Device, shipped, targets, with_threads
+from reattend.cost_model.device import Device, alone, shipped, targets, with_threads
 from reattend.cost_model.predict import (
     VendorUse,
     best_mapping,
@@ -285,17 +285,17 @@ def test_a_vendor_decodes_in_tiles_of_fewer_rows(d: Device) -> None:
 def test_a_bias_for_each_pair_is_read_from_memory(body: str) -> None:
     """Eight heads of 2000 × 2000 numbers are 128 MB beside 4 MB of operands; SDPA is called for every tile of them."""
     at = sizes(2000)
-    fixed = {"E": 64, "F": 64}
-    plain, biased = (known(predict(c.with_sizes(fixed), Mapping(64, 64, body=body), cpu(), at)) for c in (FULL, BIASED))
-    bias = 8 * 2000 * 2000 * 4 / cpu().dram_bytes_per_s
+    fixed, d = {"E": 64, "F": 64}, alone(cpu())
+    plain, biased = (known(predict(c.with_sizes(fixed), Mapping(64, 64, body=body), d, at)) for c in (FULL, BIASED))
+    bias = 8 * 2000 * 2000 * 4 / d.dram_bytes_per_s
     if body == "sdpa":
         # each call reads the keys again
         assert biased.parts["memory"] - plain.parts["memory"] > bias
-        small, large = (known(predict(BIASED, Mapping(n, n, body=body), cpu(), at)) for n in (32, 256))
+        small, large = (known(predict(BIASED, Mapping(n, n, body=body), d, at)) for n in (32, 256))
         assert small.parts["launch"] > 4 * large.parts["launch"]
         assert small.seconds > large.seconds
     else:
         assert biased.parts["memory"] - plain.parts["memory"] == pytest.approx(bias, rel=0.05)
     use = replace(FLASH, mask_elements=8 * 2000**2, mask_dtype="f32")
-    given, without = (known(predict_vendor(c, u, cpu(), at)) for c, u in ((BIASED, use), (FULL, FLASH)))
+    given, without = (known(predict_vendor(c, u, d, at)) for c, u in ((BIASED, use), (FULL, FLASH)))
     assert given.parts["memory"] - without.parts["memory"] == pytest.approx(bias, rel=0.1)

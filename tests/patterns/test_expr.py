@@ -150,6 +150,17 @@ def test_folded_functions_are_torchs(op: Any, a: Any) -> None:
     assert torch.allclose(folded.double(), want.double(), rtol=1e-12, atol=1e-300, equal_nan=True)
 
 
+@pytest.mark.parametrize("op", [op for op in ex.UNARY if op != "not"])
+@pytest.mark.parametrize("a", [1096.63, -1096.63, 0.0, -1.0, -2.0, math.inf, -math.inf, math.nan])
+def test_functions_are_folded_where_python_has_no_value(op: str, a: float) -> None:
+    """Beyond all numbers and outside of a function's domain: what is not folded would be printed, and raise in Python."""
+    folded = ex.unary(op, ex.const(a, "f64"))
+    if op not in ("floor", "ceil", "trunc", "round", "softplus"):
+        assert folded.is_const
+    if folded.is_const:
+        assert torch.allclose(value(folded, widen=True).double(), torch_value(op, (a,), "f64").double(), equal_nan=True)
+
+
 @given(
     st.sampled_from(("add", "sub", "mul", "div", "max", "min")),
     _floats,
