@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,25 @@ from ..patterns.evaluate import DTYPE
 from ..patterns.mapping import Mapping as Tiling
 from ..patterns.recognise import Refusal
 from . import cpu, vendor
-from .company import FUSED_TILES, TYPES, Shape, cascade, in_company, prepare, ready, rounds, runs, tensors, ways
+from .company import (
+    FUSED,
+    FUSED_TILES,
+    SHAPES,
+    TYPES,
+    Shape,
+    cascade,
+    in_company,
+    prepare,
+    ready,
+    rounds,
+    runs,
+    tensors,
+    ways,
+)
 from .native import CompilerError
 
-# No band is narrower: neighbours, clocks and thermal limits are not known to any calibration. On CPUs 97% of 397 timings of
-# shapes that no constant was fitted to lay within this one (benchmarks/results/cost_model_cpu_fresh.json).
+# No band is narrower: neighbours, clocks and thermal limits are not known to any calibration. On CPUs 97% of 393 timings of
+# shapes that no constant was fitted to lay within this one (benchmarks/results/cost_model_cpu_unseen.json).
 LEAST_BAND: Mapping[str, float] = {"cpu": 0.6, "gpu": 0.15}
 
 
@@ -62,6 +78,7 @@ def calibrate(d: Device, path: Path | None = None, watch: Watch[Any] = unwatched
     if d.kind == "cpu":
         # twice, with all else in between: clocks and neighbours change from one minute to the next
         first = cpu_rates(watch=watch)
+        _compile_ahead()
         compiled = _flex(first, watch)
         prepared = prepare(compiled, watch)
         before = runs(prepared, watch)
@@ -115,18 +132,17 @@ def _one_thread(run: Callable[[], object]) -> float:
 
 
 def _fused(d: Device, watch: Watch[Any]) -> Device:
-    """Our fused body, compiled: a multiply-add and a pair by two head sizes, a key, a row, an operator, an exponential.
+    """Our fused body, compiled: a multiply-add and a pair by two head sizes, a key, a row, an exponential, a bias.
 
     seconds = call + heads · (rows·ρ + pairs · (fixed + (e + f)·each) + keys · (e + f)·κ)     a unit a head
     """
+    assert d.host is not None
     try:
         call = _compiled_body("f32", queries=16, keys=64)
     except CompilerError as no:
         warnings.warn(f"our fused body was not calibrated: {no}", stacklevel=2)
         return d
-    tables = ("fused_multiply_seconds", "fused_pair_seconds", "fused_key_seconds")
-    found: dict[str, Any] = {name: {} for name in (*tables, "fused_bias_seconds")}
-    found |= {"fused_element_seconds": 0.0, "fused_exp_seconds": 0.0}
+    found: dict[str, Any] = {name: {} for name in FUSED_TABLES}
     for t in watch(["f32", "bf16"], "our fused body, compiled"):
         pair = {e: (_compiled_body(t, e) - call) / (4 * 768**2) for e in (64, 128)}
         few = (_compiled_body(t, queries=64) - call) / (4 * 64 * 768)
@@ -137,32 +153,43 @@ def _fused(d: Device, watch: Watch[Any]) -> Device:
         found["fused_key_seconds"][t], found["fused_multiply_seconds"][t] = key / 128, each
         found["fused_pair_seconds"][t] = max(0.0, pair[64] - 128 * each - (row + key) / 768)
         found.setdefault("fused_row_seconds", row)
-    for table in tables:
+    for table in FUSED_TABLES:
         found[table]["f16"] = found[table]["f32"]
-    assert d.host is not None
     found["fused_call_seconds"] = max(0.0, call - d.host.operator_call_seconds)
-    # what the model says of all else, taken off: a narrow window leaves every tile partial
-    for name, shape in (("fused_element_seconds", BAND), ("fused_exp_seconds", CAPPED)):
-        without, unit = (_with(d, {**found, name: x}) for x in (0.0, 1e-10))
-        rest, more = (_price(shape, alone(with_threads(x, 1))) for x in (without, unit))
-        found[name] = max(0.0, _body(shape, "f32") - rest) / max(more - rest, 1e-12) * 1e-10
-    for t in ("f32", "bf16"):
-        rest = _price(BIASED, alone(with_threads(_with(d, {**found, "fused_bias_seconds": {t: 0.0}}), 1)), t)
-        found["fused_bias_seconds"][t] = max(0.0, _body(BIASED, t) - rest) / BIASED.pairs
-    found["fused_bias_seconds"]["f16"] = found["fused_bias_seconds"]["bf16"]
-    return _with(d, found)
+    return _fused_scores(_with(d, found))
 
 
-# Shapes of the fused body whose mask, whose exponentials and whose bias are measured.
-BAND, CAPPED = Shape("window", 1, 4, 2304, 2304, window=64), Shape("none", 1, 4, 768, 768, cap=30.0)
-# A bias that no cache of a core holds.
-BIASED = Shape("bias", 1, 4, 1536, 1536)
+FUSED_TABLES = ("fused_multiply_seconds", "fused_pair_seconds", "fused_key_seconds")
+
+
+def _fused_scores(d: Device) -> Device:
+    """An exponential and a bias more: what the model says of all else, taken off."""
+    without, unit = (_with(d, {"fused_exp_seconds": x}) for x in (0.0, 1e-10))
+    rest, more = (_price(CAPPED, x) for x in (without, unit))
+    d = _with(d, {"fused_exp_seconds": max(0.0, _body(CAPPED, "f32") - rest) / max(more - rest, 1e-12) * 1e-10})
+    none = _with(d, {"fused_bias_seconds": dict.fromkeys(("f32", "bf16", "f16"), 0.0)})
+    biases = {t: max(0.0, _body(BIASED, t) - _price(BIASED, none, t)) / BIASED.pairs for t in ("f32", "bf16")}
+    return _with(d, {"fused_bias_seconds": {**biases, "f16": biases["bf16"]}})
+
+
+# Shapes of the fused body whose exponentials and whose bias are measured; no cache of a core holds the bias.
+CAPPED, BIASED = Shape("none", 1, 4, 768, 768, cap=30.0), Shape("bias", 1, 4, 1536, 1536)
 
 
 def _price(shape: Shape, d: Device, t: str = "f32") -> float:
-    cost = predict(cascade(shape, t, constant=True), FUSED_TILES, d, shape.sizes)
+    cost = predict(cascade(shape, t, constant=True), FUSED_TILES, alone(with_threads(d, 1)), shape.sizes)
     assert isinstance(cost, Cost), cost
     return cost.seconds
+
+
+def _compile_ahead() -> None:
+    """Every kernel of our fused body that is timed later, compiled on all cores at once."""
+    shapes = (*(s for s in SHAPES if s.compiled == FUSED), CAPPED, BIASED)
+    alike = {(s.mask, s.head, s.cap, s.group): s for s in shapes}
+    kernels = [cpu.build(cascade(s, t, constant=True), FUSED_TILES) for s in alike.values() for t in TYPES]
+    with ThreadPoolExecutor() as pool, suppress(CompilerError):
+        # whoever runs them says so where there is no compiler
+        list(pool.map(lambda k: None if isinstance(k, Refusal) else k.prepare(), kernels))
 
 
 def _compiled_body(t: str, e: int = 64, queries: int = 768, keys: int = 768) -> float:
@@ -180,38 +207,40 @@ def _body(shape: Shape, t: str) -> float:
 
 
 def _flex(d: Device, watch: Watch[Any]) -> Device:
-    """Compiled FlexAttention: a pair by two head sizes, a masked one, a key; scores that no cache holds, or that lie askew.
+    """Compiled FlexAttention, as few compilations as tell: a pair by two head sizes for each type.
 
     seconds = heads · (pairs · (fixed + (e + f)·each) + blocks of queries · keys · (e + f)·κ)     blocks of 128 queries
-    Kept as it was where nothing can be compiled.
+    What happens to a score is in fp32 for any type, and is timed where products hide it least. Kept as it was where nothing
+    can be compiled.
     """
     rates: dict[str, Any] = {name: {} for name in FLEX_TABLES}
-    for t in watch(["f32", "bf16"], "FlexAttention, compiled"):
-        try:
-            took = {e: _compiled_flex(t, e, blocks="full") for e in (64, 128)}
-            masked, few = _compiled_flex(t, blocks="partial"), _compiled_flex(t, queries=8)
-            far = _compiled_flex(t, keys=1008, queries=1008)
-            if t == "f32":
-                # scores are in fp32 for any type
-                capped = _compiled_flex(t, blocks="full", score=_capped) - took[64]
-            askew = _compiled_flex(t, keys=1002, queries=1002) if t == "bf16" else far
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as no:
-            # a machine without a C++ compiler, or one that torch does not know: FlexAttention cannot run there either
-            warnings.warn(f"FlexAttention was not calibrated: {type(no).__name__}", stacklevel=2)
-            return d
-        each = max(0.0, min(took[128] - took[64], took[64])) / 128
-        key = max(0.0, few - took[64]) / (128 * (1 / 8 - 1 / 128))
-        rates["flex_pair_seconds"][t] = (max(0.0, took[64] - 128 * each), each)
-        rates["flex_mask_seconds"][t] = max(0.0, masked - took[64])
-        rates["flex_key_seconds"][t] = key
-        rates["flex_far_seconds"][t], rates["flex_left_seconds"][t] = max(0.0, far - took[64]), max(0.0, askew - far) / 128
-    for name in ("flex_far_seconds", "flex_left_seconds"):
-        rates[name]["f16"] = rates[name]["bf16"]
-    rates["flex_blocks_seconds"] = _one_thread(_printed_blocks())
-    rates["flex_score_seconds"] = max(0.0, capped)
+    try:
+        with torch.no_grad():
+            full = {(t, e): _compiled_flex(t, e, blocks="full") for t, e in watch(FLEX_PAIRS, "FlexAttention, compiled")}
+            plain = full["bf16", 64]
+            masked = _compiled_flex("bf16", blocks="partial")
+            capped = _compiled_flex("bf16", blocks="full", score=_capped)
+            far, askew = (_compiled_flex("bf16", keys=n, queries=n) for n in (1008, 1002))
+            few = _compiled_flex("f32", queries=8)
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as no:
+        # a machine without a C++ compiler, or one that torch does not know: FlexAttention cannot run there either
+        warnings.warn(f"FlexAttention was not calibrated: {type(no).__name__}", stacklevel=2)
+        return d
+    for t in ("f32", "bf16"):
+        each = max(0.0, min(full[t, 128] - full[t, 64], full[t, 64])) / 128
+        rates["flex_pair_seconds"][t] = (max(0.0, full[t, 64] - 128 * each), each)
+    every = {
+        "flex_mask_seconds": masked - plain, "flex_far_seconds": far - plain,
+        "flex_key_seconds": (few - full["f32", 64]) / (128 * (1 / 8 - 1 / 128)),
+    }  # fmt: skip
+    rates |= {name: dict.fromkeys(("f32", "bf16", "f16"), max(0.0, x)) for name, x in every.items()}
+    # fp32 has no units that want their operands aligned
+    rates["flex_left_seconds"] = {"f32": 0.0} | dict.fromkeys(("bf16", "f16"), max(0.0, askew - far) / 128)
+    rates["flex_blocks_seconds"], rates["flex_score_seconds"] = _one_thread(_printed_blocks()), max(0.0, capped - plain)
     return _with(d, rates)
 
 
+FLEX_PAIRS = [("f32", 64), ("f32", 128), ("bf16", 64), ("bf16", 128)]
 FLEX_TABLES = ("flex_pair_seconds", "flex_mask_seconds", "flex_key_seconds", "flex_far_seconds", "flex_left_seconds")
 FLEX_NUMBERS = ("flex_blocks_seconds", "flex_score_seconds")
 

@@ -40,7 +40,7 @@ Call = Callable[[], object]
 Price = Callable[[Device], Cost]
 TYPES = ("f32", "bf16")
 # Rounds of a shape. A way so many times slower than the fastest one is called in every second round, and so on.
-ROUNDS, SLOW, SELDOM = 4, 3.0, 2
+ROUNDS, SLOW, SELDOM = 3, 3.0, 2
 # Mappings of a body whose predicted time is so much above the best one's are not run.
 NEAR = 4.0
 # No kind of way is believed to be faster in company, or slower by more.
@@ -57,7 +57,7 @@ class Shape:
 
     `mask`: none, causal (the last query sees all keys), window, prefix, bias or padding (by key).
 
-    `compiled`: what is run although it is compiled first, fused or flex.
+    `compiled`: what is run although it is compiled first: fused, flex f32, flex bf16.
     """
 
     mask: str
@@ -84,13 +84,13 @@ class Shape:
 FUSED = ("fused",)
 SHAPES = (
     Shape("none", 2, 5, 410, 410), Shape("none", 1, 8, 150, 1280), Shape("none", 1, 4, 980, 980, 128, compiled=FUSED),
-    Shape("causal", 1, 8, 560, 560, compiled=FUSED), Shape("causal", 1, 5, 1160, 1160, 96, compiled=("flex",)),
+    Shape("causal", 1, 8, 560, 560, compiled=FUSED), Shape("causal", 1, 5, 1160, 1160, 96, compiled=("flex bf16",)),
     Shape("causal", 1, 12, 770, 770, group=3), Shape("causal", 1, 6, 300, 1450),
-    Shape("causal", 1, 4, 2350, 2350, compiled=FUSED), Shape("window", 1, 8, 1040, 1040, compiled=("flex",)),
-    Shape("window", 1, 4, 2150, 2150, 80, window=310), Shape("window", 2, 4, 1600, 1600, window=70),
+    Shape("causal", 1, 4, 2350, 2350, compiled=FUSED), Shape("window", 1, 8, 1040, 1040),
+    Shape("window", 1, 4, 1550, 1550, 80, window=310), Shape("window", 2, 4, 920, 920, window=70),
     Shape("prefix", 1, 6, 890, 890), Shape("bias", 1, 6, 690, 690), Shape("padding", 2, 6, 580, 580),
     Shape("causal", 1, 24, 1, 2600, 128, group=4), Shape("none", 4, 8, 1, 2050), Shape("causal", 1, 12, 6, 1420, group=3),
-    Shape("none", 1, 2, 30, 60, compiled=FUSED), Shape("causal", 1, 8, 1, 300, group=2, compiled=("flex",)),
+    Shape("none", 1, 2, 30, 60, compiled=FUSED), Shape("causal", 1, 8, 1, 300, group=2, compiled=("flex f32",)),
     Shape("none", 1, 4, 1, 520), Shape("causal", 1, 3, 60, 60),
 )  # fmt: skip
 
@@ -225,7 +225,9 @@ def factors(found: list[Timed]) -> dict[str, Any]:
         for kind, table in off.items()
     }
     for table in made.values():
-        table |= {"f16": table["bf16"]} if "bf16" in table else {}
+        # a type that was not run is taken to be like the other
+        both = {**dict.fromkeys(("f32", "bf16"), next(iter(table.values()))), **table}
+        table |= both | {"f16": both["bf16"]}
     return {"company_factor": made, "company_call_seconds": _calls(found, made)}
 
 
@@ -266,8 +268,8 @@ def ways(c: Cascade, shape: Shape, x: Mapping[str, torch.Tensor], d: Device) -> 
         yield Way(f"our-{mapping.body}", ready(c, mapping, x, sizes), partial(_our_price, c, mapping, sizes))
     if "fused" in shape.compiled:
         yield from _fused(shape, x)
-    if "flex" in shape.compiled and d.units == 1:
-        # compiled anew for another number of threads
+    if f"flex {c.tensor['Q'].dtype}" in shape.compiled and d.units == 1:
+        # compiled anew for every type and number of threads, four seconds each
         yield from _flex(c, x, sizes)
 
 

@@ -29,7 +29,7 @@ SKELETON = ("fused_scalar", "fused_micro", "fused")
 COMPILERS = ("g++", "clang++", "c++")
 # Infinities and NaN are values of the scores: nothing that assumes their absence. Products may be fused with sums.
 FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden",
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-fwrapv",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w",
 )  # fmt: skip
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): a process asks once for the registers of AMX.
@@ -39,6 +39,7 @@ SHOWN = 600
 
 _lock = threading.Lock()
 _libraries: dict[Path, ctypes.CDLL] = {}
+_turns: dict[Path, threading.Lock] = {}
 
 
 class CompilerError(RuntimeError):
@@ -86,6 +87,9 @@ def load(text: str, flags: Sequence[str] | None = None) -> ctypes.CDLL:
     """The library of a text, compiled where the cache has none; the same object for the same text."""
     path = library(text, flags)
     with _lock:
+        turn = _turns.setdefault(path, threading.Lock())
+    # each text once, different ones at the same time
+    with turn:
         if path not in _libraries:
             if not path.exists():
                 build(text, path, tuple(flags if flags is not None else target_flags()))

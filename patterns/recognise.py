@@ -19,6 +19,7 @@ from functools import lru_cache
 from . import expr as ex
 from .cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from .expr import Expr
+from .overflow import passes
 from .score import elements, factors, only, score, without
 from .traits import kind, no_key_rule, traits
 
@@ -111,7 +112,12 @@ def attention(c: Cascade) -> Attention | Miss:
         return Miss(f"the output joins {len(found)} products with values ({names}): several attentions", depth=9)
     if not found and not missed:
         return Miss("no Einsum sums over a rank that the output lacks: there is no product with values")
-    return found[0] if found else max(missed, key=lambda m: m.depth)
+    return _integers_fit(found[0]) if found else max(missed, key=lambda m: m.depth)
+
+
+def _integers_fit(a: Attention) -> Attention | Miss:
+    large = passes(a.score, a.cascade.rank)
+    return a if large is None else Miss(f"{large} may be too large for {large.dtype}, where tensors wrap around", depth=9)
 
 
 class _Form:

@@ -33,6 +33,7 @@ def test_the_band_is_what_the_check_finds(
     monkeypatch.setenv("REATTEND_CALIBRATION", str(where))
     monkeypatch.setattr(calibrate, "cpu_rates", lambda watch: replace(shipped("cpu"), basis="calibrated"))
     monkeypatch.setattr(calibrate, "_own", lambda d: d)
+    monkeypatch.setattr(calibrate, "_compile_ahead", lambda: None)
     monkeypatch.setattr(calibrate, "_flex", lambda d, watch: d)
     monkeypatch.setattr(calibrate, "_fused", lambda d, watch: d)
     monkeypatch.setattr(calibrate, "prepare", lambda d, watch: [])
@@ -193,7 +194,7 @@ def test_what_must_be_compiled_is_run_where_a_shape_asks_for_it() -> None:
 
 @pytest.mark.slow
 def test_flex_attention_is_run_with_one_thread() -> None:
-    shape = company.Shape("causal", 1, 2, 20, 20, compiled=("flex",))
+    shape = company.Shape("causal", 1, 2, 20, 20, compiled=("flex f32",))
     c, x = company.cascade(shape, "f32"), company.tensors(shape, "f32")
     with torch.no_grad(), torch_threads(1):
         found = {w.kind: w.call() for w in company.ways(c, shape, x, with_threads(shipped("cpu"), 1))}

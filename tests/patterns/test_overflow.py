@@ -1,0 +1,46 @@
+"""Integers that wrap around: an attention whose mask may have some is left alone."""
+
+import pytest
+
+from reattend.patterns import expr as ex
+from reattend.patterns import papers
+from reattend.patterns.cascade import Rank
+from reattend.patterns.expr import Expr
+from reattend.patterns.overflow import DATA, passes
+from reattend.patterns.recognise import Attention, Miss, attention
+
+P, M, N = ex.index("p"), ex.index("m"), ex.symbol("n")
+RANKS = {"p": Rank("p", N), "m": Rank("m", 4096)}
+SEGMENT = ex.load("segment", (P,), "i64")
+NARROW = ex.load("segment", (P,), "i32")
+
+
+@pytest.mark.parametrize("e", [
+    P * N + M, (P * N + M) * 3 % 7, SEGMENT * SEGMENT, P - SEGMENT < 4, NARROW - ex.cast(M, "i32"), (P * 2654435761 + M) % 65536,
+    ex.where(P < M, P, 2**62), M * 2**50, -(2**62) + P,
+], ids=str)  # fmt: skip
+def test_what_fits(e: Expr) -> None:
+    assert passes(e, RANKS) is None
+
+
+@pytest.mark.parametrize("e", [
+    P * 6364136223846793005 + M, (P * N * N) < 3, SEGMENT * SEGMENT * SEGMENT, M * 2**51, P + 2**63 - 1, NARROW * NARROW,
+    ex.make("xor", (P * 2**39, M)), (P * 2**40) % 5,
+], ids=str)  # fmt: skip
+def test_what_may_wrap_around(e: Expr) -> None:
+    assert passes(e, RANKS) is not None
+
+
+def test_the_numbers_are_those_of_the_types() -> None:
+    assert passes(ex.index("m") * (2**63 // 4096 - 1), RANKS) is None
+    assert passes(SEGMENT * (2**63 // DATA + 1), RANKS) is not None
+
+
+def test_an_attention_whose_mask_may_wrap_around_is_left_alone() -> None:
+    def hashed(k: int) -> papers.Score:
+        return lambda b, qk: ex.where((P * k + M) > 0, qk, -3e38)
+
+    assert isinstance(attention(papers.attention("small", papers.softmax, hashed(3))), Attention)
+    found = attention(papers.attention("hash", papers.softmax, hashed(6364136223846793005)))
+    assert isinstance(found, Miss)
+    assert "too large for i64, where tensors wrap around" in found.reason
