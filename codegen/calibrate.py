@@ -168,7 +168,10 @@ def _fused_scores(d: Device) -> Device:
     rest, more = (_price(CAPPED, x) for x in (without, unit))
     d = _with(d, {"fused_exp_seconds": max(0.0, _body(CAPPED, "f32") - rest) / max(more - rest, 1e-12) * 1e-10})
     none = _with(d, {"fused_bias_seconds": dict.fromkeys(("f32", "bf16", "f16"), 0.0)})
-    biases = {t: max(0.0, _body(BIASED, t) - _price(BIASED, none, t)) / BIASED.pairs for t in ("f32", "bf16")}
+    # neighbours take the last cache as well: twice, with the other type in between
+    took = [{t: _body(BIASED, t) for t in ("f32", "bf16")} for _ in range(2)]
+    least = {t: min(x[t] for x in took) for t in took[0]}
+    biases = {t: max(0.0, least[t] - _price(BIASED, none, t)) / BIASED.pairs for t in least}
     return _with(d, {"fused_bias_seconds": {**biases, "f16": biases["bf16"]}})
 
 

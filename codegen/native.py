@@ -27,9 +27,10 @@ from .cache import directory
 
 SKELETON = ("fused_scalar", "fused_micro", "fused")
 COMPILERS = ("g++", "clang++", "c++")
-# Infinities and NaN are values of the scores: nothing that assumes their absence. Products may be fused with sums.
+# Infinities and NaN are values of the scores: nothing that assumes their absence. Products may be fused with sums. Integers
+# that may wrap around do not come here (patterns/overflow.py): -fwrapv would make biases half as dear again.
 FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-fwrapv",
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w",
 )  # fmt: skip
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): a process asks once for the registers of AMX.
