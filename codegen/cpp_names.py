@@ -109,6 +109,12 @@ class Program:
             out += [t.score, t.state.weight, *(c.lift for c in t.state.carried), *corrections(t.state)]
         return out
 
+    def by_pairs(self, tensor: str) -> bool:
+        """Has the tensor an element for each query and key?"""
+        pair = {self.a.query, self.key}
+        loads = (x for e in self.terms() for x in ex.loads(e) if str(x.attr) == tensor)
+        return any(pair <= {str(i.attr) for i in x.args if i.op == "index"} for x in loads)
+
     def _tensors(self, given: set[str]) -> list[str]:
         found = {str(x.attr): None for e in self.terms() for x in ex.loads(e)}
         return [t for t in found if t in given]
@@ -137,6 +143,8 @@ class Fields:
         self.body = Body(replace(p.scope, names=names), p.terms(), p.taken)
         self.known: dict[Expr, bool] = {}
         self.types: dict[str, str] = {}
+        # name of a pointer → the tensor that it points into
+        self.pointers: dict[str, str] = {}
         self.used: dict[int, set[str]] = {}
 
     def covers(self, e: Expr) -> bool:
@@ -157,7 +165,9 @@ class Fields:
     def pointer(self, tensor: str, at: At, taken: set[str]) -> str:
         self.body.taken |= taken
         t = self.p.scope.tensors[tensor]
-        return self._field(self.body.pointer(tensor, at), f"const {STORED[t.dtype]}*", taken)
+        name = self._field(self.body.pointer(tensor, at), f"const {STORED[t.dtype]}*", taken)
+        self.pointers[name] = tensor
+        return name
 
     def unit(self, tensor: str, d: int) -> bool:
         return False

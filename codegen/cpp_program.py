@@ -1,6 +1,7 @@
 """Prints `struct Program`: the holes of the fused CPU loop, from an attention's score, mask and row state.
 
     load      pointers, strides and sizes by name        row       what belongs to a row alone
+    fetch     what the scores of a row will read
     step      a row's scores to weights                  finish    the end of a row, a loop over its values
 """
 
@@ -31,6 +32,7 @@ def text(p: Program) -> str:
         steps = _step(inner)
     finish = _finish(p)
     row = p.fields.text()
+    fetch = _fetch(p, steps)
     code = "\n".join(["", *steps, *finish, *row])
     parts = [DECLARED[r] for r in sorted(p.reductions)]
     members, load = _load(p, set(re.findall(r"[^\W\d]\w*", code)))
@@ -40,6 +42,7 @@ def text(p: Program) -> str:
         *("  " + x for x in load), "",
         *("  " + x if x else "" for x in row), "",
         f"  static void start(float* state) {{ {first} }}".replace("{  }", "{}"), "",
+        *("  " + x for x in fetch), "",
         *("  " + x for x in steps), "",
         *("  " + x for x in finish), "};",
     ]))  # fmt: skip
@@ -50,6 +53,16 @@ def _step(inner: Sequence[str]) -> list[str]:
     head = "INLINE float step(const Row& row, float* const* x, float* w, float* state, int64_t m0, int n) const {"
     doc = "// n scores of a row from key m0 on: its weights, its new state, and the factor of what was summed before"
     return [doc, "template <bool PARTIAL>", head, *(x[2:] for x in inner), "}"]
+
+
+def _fetch(p: Program, steps: Sequence[str]) -> list[str]:
+    """A cache line after the other of what has an element for each query and key."""
+    key = p.ranks[p.a.key]
+    read = [n for n, tensor in p.fields.pointers.items() if p.by_pairs(tensor) and any(f"{n}[{key}]" in x for x in steps)]
+    line = "for (int i = 0; i < n; i += 64 / int(sizeof *row.{x})) __builtin_prefetch(row.{x} + m0 + i, 0, 2);"
+    lines = [line.format(x=x) for x in read]
+    head = "INLINE void fetch(const Row& row, int64_t m0, int n) const {"
+    return ["// n elements from key m0 on of what a row's scores read", head, *(f"  {x}" for x in lines), "}"]
 
 
 def _load(p: Program, used: set[str]) -> tuple[list[str], list[str]]:

@@ -5,7 +5,7 @@
 //     unit: items (a tile of queries of one head) that share keys                 threads take units, late queries first
 //       for each chunk of key tiles:   pack K and V as the product reads them     no more than the L2 cache holds
 //         for each item, each visited tile of its chunk:
-//           S = Q Kᵀ;   c, W, state = step(S, state);   acc = c·acc + W V
+//           fetch;   S = Q Kᵀ;   c, W, state = step(S, state);   acc = c·acc + W V
 //       out = finish(acc, state)
 //
 // What is printed before this text: PRODUCTS, E[PRODUCTS], F, TILE_P, TILE_M, CARRIED, T, OUT and struct Program.
@@ -234,6 +234,8 @@ struct Worker {
   void visit(const Item& x, int64_t c0, int64_t m, int tiles, bool partial, const Ahead& next) const {
     const int64_t m0 = m * TILE_M;
     const int rows = int(up(x.rows, Micro::ROWS));
+    // no prefetcher follows rows so short: what the scores read is on its way while their products are computed
+    for (int i = 0; i < x.rows; i++) task.program.fetch(x.row()[i], m0, tiles * TILE_M);
     for (int t = 0; t < tiles; t++) products(x.q(), tile(m - c0 + t), t * TILE_M, rows);
     if (m0 + tiles * TILE_M > task.call.M) step<true, false>(x, m0, tiles, next);
     else if (partial) step<true, true>(x, m0, tiles, next);

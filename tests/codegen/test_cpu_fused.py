@@ -360,6 +360,12 @@ def test_what_a_row_shares_is_computed_once_a_row() -> None:
     assert "bias + h * bias_1 + p * bias_2" in holes(VARIANTS["bias"]().cascade)
 
 
+@pytest.mark.parametrize(("name", "fetched"), [("bias", 1), ("alibi", 0), ("padding", 0), ("causal", 0)])
+def test_what_has_an_element_for_each_query_and_key_is_fetched_before(name: str, fetched: int) -> None:
+    text = holes(VARIANTS[name]().cascade)
+    assert text.count("__builtin_prefetch") == fetched
+
+
 def test_costly_terms_over_the_distance_are_tabulated() -> None:
     """The host computes a cosine once a diagonal, for all lengths; what is quickly computed stays in the loop."""
     factor = ex.unary("cos", ex.cast(P - M, "f32") * 0.1)

@@ -29,6 +29,7 @@ SOFTMAX = """
   static Program load(const void* const*, const int64_t* sizes) { return {sizes[0]}; }
   struct Row { int64_t p; };
   Row row(int64_t, int64_t, int64_t p) const { return {p}; }
+  void fetch(const Row&, int64_t, int) const {}
   static void start(float* state) { state[0] = -INF; state[1] = 0.0f; }
   template <bool PARTIAL> INLINE float step(const Row& r, float* const* x, float* w, float* state, int64_t m0, int n) const {
     float* s = x[0];
@@ -58,6 +59,7 @@ SIGMOID = """
   static Program load(const void* const*, const int64_t* sizes) { return {sizes[0]}; }
   struct Row { int64_t p; };
   Row row(int64_t, int64_t, int64_t p) const { return {p}; }
+  void fetch(const Row&, int64_t, int) const {}
   static void start(float*) {}
   template <bool PARTIAL> INLINE float step(const Row& r, float* const* x, float* w, float*, int64_t m0, int n) const {
     const float* s = x[0];
@@ -79,6 +81,7 @@ TWO = """
   static Program load(const void* const* tensors, const int64_t* sizes) { return {static_cast<const float*>(tensors[0]), sizes[0]}; }
   struct Row { const float* table; };
   Row row(int64_t, int64_t h, int64_t) const { return {table + h * keys}; }
+  void fetch(const Row&, int64_t, int) const {}
   static void start(float* state) { state[0] = 0.0f; }
   template <bool PARTIAL> INLINE float step(const Row& r, float* const* x, float* w, float* state, int64_t m0, int n) const {
     const float *a = x[0], *b = x[1], *t = r.table + m0;
