@@ -42,7 +42,7 @@ Watch = Callable[[list[T], str], Iterable[T]]
 # One measurement: it ends when CONFIRMED runs came within NEAR of the least time, but not before SECONDS or RUNS are spent;
 # on a machine that stays noisy, after PATIENCE seconds.
 CONFIRMED, NEAR = 3, 0.02
-SECONDS, PATIENCE, RUNS = 0.04, 0.35, 2000
+SECONDS, PATIENCE, RUNS = 0.03, 0.3, 2000
 # How often each gain of threads is measured, far apart: a neighbour that takes a core for a second spoils one of them.
 ROUNDS = 5
 DTYPES = ("f32", "bf16", "f16")
