@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from reattend.codegen.company import settle
+
 RESULTS = Path(__file__).parent / "results"
 # A candidate so many times slower than the fastest one is called in every second round, twice that in every third, …
 SLOW = 3.0
@@ -93,20 +95,14 @@ def _clock(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def settle() -> None:
-    """Bring the allocator where a process that has run a while is: it keeps what it is given back up to its largest size."""
-    if not torch.cuda.is_available():
-        for size in (1 << 20, 8 << 20, 31 << 20):
-            torch.ones(size, dtype=torch.uint8)
-
-
 def adaptive(candidates: Mapping[str, Callable[[], object]], *, seconds: float = 2.0, noise: float = 0.03) -> Timing:
     """As `interleaved`, for candidates up to a thousand times apart: slow ones are called in fewer rounds.
 
     The A/A ratio is the fastest candidate's, which is called twice a round; if it is off by more than `noise`, the cell is
     measured again, up to three times, and the steadiest measurement stands. First calls (compilation) are apart.
     """
-    settle()
+    if not torch.cuda.is_available():
+        settle()
     first = {name: _clock(call) for name, call in candidates.items()}
     warm = {name: _clock(call) for name, call in candidates.items()}
     fast = min(warm, key=lambda n: warm[n])

@@ -159,7 +159,7 @@ class Round:
 
 def prepare(d: Device, watch: Watch[Any]) -> list[Round]:
     """Every way of every shape, type and number of threads, built. `d` says which of our mappings are worth it."""
-    _settle()
+    settle()
     steps = [(shape, t) for shape in SHAPES for t in TYPES]
     with torch.no_grad():
         return [r for shape, t in watch(steps, "attentions, built") for r in _prepared(shape, t, alone(d))]
@@ -174,11 +174,11 @@ def _prepared(shape: Shape, t: str, d: Device) -> Iterator[Round]:
 
 def runs(prepared: list[Round], watch: Watch[Any]) -> list[Run]:
     """All of them timed now."""
-    _settle()
+    settle()
     return [run for r in watch(prepared, "attentions in company") for run in r.runs()]
 
 
-def _settle() -> None:
+def settle() -> None:
     """Bring the allocator where a process that has run a while is: it keeps what it is given back up to its largest size."""
     for size in (1 << 20, 8 << 20, 31 << 20):
         torch.ones(size, dtype=torch.uint8)

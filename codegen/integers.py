@@ -13,9 +13,8 @@ import sympy
 from ..patterns import expr as ex
 from ..patterns.cascade import Size
 from ..patterns.expr import Expr
+from ..patterns.overflow import REACH
 
-# What a coordinate or a size may reach when it is symbolic: tables beyond 16 million rows use 64-bit terms anyhow.
-REACH = 2**24
 INT32 = 2**31 - 1
 
 

@@ -99,15 +99,20 @@ def _call(f: Form, s: Softmax, mask: Expr | None) -> VendorCall:
         arguments.append("enable_gqa=True")
     lines.append(f"out = torch.nn.functional.scaled_dot_product_attention({', '.join(arguments)})")
     out = a.cascade.tensor[a.cascade.outputs[0]].dtype
-    given = common([t.dtype if t.op == "load" else f.real for t in terms])
-    lines.append(f"return {result(p, 'out')}{'' if out == given else f'.to({TYPES[out]})'}")
+    lines.append(f"return {result(p, 'out')}{'' if out == _common(f) else f'.to({TYPES[out]})'}")
     text = file(f, "Attention by torch's SDPA, printed by reattend.", [], [function(p, NAME, lines)])
     return VendorCall(NAME, text, f.cascade, None if causal else mask, causal, grouped)
 
 
+def _common(f: Form) -> str:
+    """The type in which torch gets the operands."""
+    terms = (f.products[0].near, f.products[0].far, f.values)
+    return common([t.dtype if t.op == "load" else f.real for t in terms])
+
+
 def _as_it_is(f: Form, mask: Expr) -> bool:
     """Is it a tensor of the operands' type, which torch's kernels widen by themselves?"""
-    return mask.op == "load" and mask.dtype == _dtype(f)
+    return mask.op == "load" and mask.dtype == _common(f)
 
 
 def _mask_lines(p: Printer, mask: Expr) -> list[str]:

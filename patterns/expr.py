@@ -236,6 +236,11 @@ def _sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
 
 
+def _softplus(x: float) -> float:
+    # linear from there on, as in torch
+    return x if x > 20 else math.log1p(math.exp(x))
+
+
 def _true_div(a: float, b: float) -> float:
     if b == 0:
         return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1.0, b)
@@ -264,13 +269,19 @@ def _total(f: Callable[[float], float], pole: float = math.nan) -> Callable[[flo
     return of
 
 
+def _rounding(f: Callable[[Scalar], int]) -> Callable[[Scalar], Scalar]:
+    """∞ and NaN stay what they are, as in tensors."""
+    return lambda x: f(x) if math.isfinite(x) else x
+
+
 _FOLD: Mapping[str, Callable[..., Scalar]] = {
-    "neg": operator.neg, "abs": abs, "relu": lambda x: max(x, type(x)(0)), "floor": lambda x: math.floor(x),
-    "ceil": lambda x: math.ceil(x), "trunc": lambda x: math.trunc(x), "sign": lambda x: (x > 0) - (x < 0),
-    "isnan": lambda x: x != x, "isinf": lambda x: isinstance(x, float) and math.isinf(x),
+    "neg": operator.neg, "abs": abs, "relu": lambda x: max(x, type(x)(0)), "floor": _rounding(math.floor),
+    "ceil": _rounding(math.ceil), "trunc": _rounding(math.trunc), "round": _rounding(round),
+    "sign": lambda x: (x > 0) - (x < 0), "isnan": lambda x: x != x,
+    "isinf": lambda x: isinstance(x, float) and math.isinf(x),
     "exp": _total(math.exp), "exp2": _total(lambda x: 2.0**x), "expm1": _total(math.expm1), "log": _total(math.log, 0.0),
     "log2": _total(math.log2, 0.0), "log1p": _total(math.log1p, -1.0), "tanh": math.tanh, "sigmoid": _sigmoid,
-    "sqrt": _total(math.sqrt), "rsqrt": _total(lambda x: _true_div(1.0, math.sqrt(x))),
+    "softplus": _softplus, "sqrt": _total(math.sqrt), "rsqrt": _total(lambda x: _true_div(1.0, math.sqrt(x))),
     "reciprocal": lambda x: _true_div(1.0, x), "sin": _total(math.sin), "cos": _total(math.cos), "erf": math.erf,
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": _true_div,
     "floordiv": operator.floordiv, "mod": operator.mod, "max": _maximum, "min": _minimum, "pow": operator.pow,

@@ -11,7 +11,8 @@ from . import expr as ex
 from .cascade import Rank
 from .expr import Expr
 
-# What coordinates and sizes stay below, and what run-time integers do (positions, identifiers of segments).
+# What coordinates and sizes stay below where they are symbolic, and what run-time integers do (positions, segments): tables
+# beyond 16 million rows use 64-bit terms anyhow.
 REACH, DATA = 2**24, 2**29
 LARGEST: Mapping[str, int] = {"i32": 2**31 - 1, "i64": 2**63 - 1}
 _WIDTH: Mapping[str, int] = {"b1": 1, "u8": 2**8, "i8": 2**7, "i16": 2**15}
@@ -43,10 +44,15 @@ def _magnitude(e: Expr, args: list[int], ranks: Mapping[str, Rank]) -> int:
             return args[0] + args[1]
         case "mul":
             return args[0] * args[1]
-        case "neg" | "abs" | "floordiv" | "not":
+        case "neg" | "abs" | "relu" | "sign" | "floordiv":
             return args[0]
+        case "not" if e.dtype != "b1":
+            return args[0] + 1
         case "mod":
             return args[1]
+        case "pow":
+            # no base but 0, 1 and −1 has a 64th power of 64 bits
+            return int(args[0] ** min(args[1], 64))
         case "max" | "min":
             return max(args)
         case "where":

@@ -116,7 +116,8 @@ def attention(c: Cascade) -> Attention | Miss:
 
 
 def _integers_fit(a: Attention) -> Attention | Miss:
-    large = passes(a.score, a.cascade.rank)
+    terms = (a.score, a.weight, a.values, a.finish, *(e.body for e in (*a.prelude, *a.products, *a.row)))
+    large = next((found for e in terms if (found := passes(e, a.cascade.rank)) is not None), None)
     return a if large is None else Miss(f"{large} may be too large for {large.dtype}, where tensors wrap around", depth=9)
 
 

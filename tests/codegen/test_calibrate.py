@@ -183,7 +183,6 @@ def test_every_way_is_run_with_one_thread_and_all() -> None:
     assert changed is not None
     # these are tiny
     assert {"original", "sdpa", "our-sdpa"} <= set(changed.company_call_seconds)
-    assert min(changed.company_call_seconds.values()) >= 0
 
 
 def test_what_must_be_compiled_is_run_where_a_shape_asks_for_it() -> None:

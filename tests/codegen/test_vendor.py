@@ -75,6 +75,22 @@ def test_a_bias_of_the_operands_type_is_not_widened(of: str, widened: bool) -> N
     check(call, case, torch.bfloat16, 3e-2)
 
 
+def test_a_bias_is_as_wide_as_the_operands_once_they_have_one_type() -> None:
+    """Keys in fp32 make the queries fp32 as well, and torch takes no bias narrower than them."""
+    bias = ex.load("bias", (ex.const(0), ex.index("h"), P, M), "bf16")
+    case = build(lambda s: s + bias, aux=(aux("bias", (1, 4, S, T), "bf16"),), dtype="bf16")
+
+    def widened(e: ex.Expr) -> ex.Expr:
+        return ex.substitute(e, {x: ex.load("K", x.args, "f32") for x in ex.loads(e) if x.attr == "K"})
+
+    tensors = tuple(replace(t, dtype="f32") if t.name == "K" else t for t in case.cascade.tensors)
+    einsums = tuple(replace(e, body=widened(e.body)) for e in case.cascade.einsums)
+    mixed = replace(case.cascade, tensors=tensors, einsums=einsums)
+    x = {n: t.float() if n == "K" else t for n, t in case.inputs(torch.bfloat16).items()}
+    out = taken(vendor.sdpa(mixed)).run(x, case.sizes)
+    torch.testing.assert_close(out.double(), evaluate(mixed, x, case.sizes, widen=True)["O"], rtol=0, atol=3e-2)
+
+
 @pytest.mark.parametrize(("name", "reason"), [
     ("softcap", "no multiple of the product"), ("cosine_cap", "no multiple"), ("sinks", "ends with more"),
     ("checkerboard", "gives NaN in the model and 0 in SDPA"), ("nan_padding", "gives NaN"), ("sigmoid", "no softmax"),
