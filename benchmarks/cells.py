@@ -29,10 +29,10 @@ from reattend.cost_model.device import Device
 from reattend.cost_model.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
 from reattend.cost_model.tiles import NOTHING, Data
 from reattend.patterns import expr as ex
+from reattend.patterns.attention.recognise import Miss, Refusal
 from reattend.patterns.cascade import Cascade
+from reattend.patterns.library.papers import Builder
 from reattend.patterns.mapping import Mapping as Tiling
-from reattend.patterns.papers import Builder
-from reattend.patterns.recognise import Miss, Refusal
 from reattend.rewriter.candidates import vendor_call
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

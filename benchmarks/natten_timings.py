@@ -22,8 +22,8 @@ from typing import Any
 from reattend.cost_model.neighborhood import Axis, GridTiles, grid_tiles
 from reattend.cost_model.schedule import launch_span
 from reattend.patterns import expr as ex
-from reattend.patterns.recognise import Miss
-from reattend.patterns.windows import neighborhood
+from reattend.patterns.attention.recognise import Miss
+from reattend.patterns.masks.windows import neighborhood
 
 DATA: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("natten.toml").read_text())
 

@@ -1,1 +1,1 @@
-
+"""Cascade + mapping → source that runs: Triton, CPU, the vendors' calls."""

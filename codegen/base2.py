@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..patterns import expr as ex
+from ..patterns.attention.rowstate import OLD, RowState
 from ..patterns.expr import Expr
-from ..patterns.masks import Mask
-from ..patterns.rowstate import OLD, RowState
+from ..patterns.masks.split import Mask
 from .streaming import Streaming, mapped_state
 
 LOG2E = math.log2(math.e)

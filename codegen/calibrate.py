@@ -25,9 +25,9 @@ from ..cost_model.calibrate import Watch, between, cpu_rates, keep, seconds, tor
 from ..cost_model.cost import Cost
 from ..cost_model.device import Device, alone, with_threads
 from ..cost_model.predict import predict
+from ..patterns.attention.recognise import Refusal
 from ..patterns.evaluate import DTYPE
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.recognise import Refusal
 from . import cpu, vendor
 from .company import (
     FUSED,

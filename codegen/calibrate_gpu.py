@@ -19,10 +19,10 @@ from ..cost_model.constants import Timed, fitted
 from ..cost_model.device import Device
 from ..cost_model.predict import best_mapping
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Miss
 from ..patterns.cascade import Cascade
 from ..patterns.evaluate import DTYPE
-from ..patterns.papers import Builder, softmax
-from ..patterns.recognise import Miss
+from ..patterns.library.papers import Builder, softmax
 from .company import ready
 
 # Seconds of one measurement, and runs between two events: a single launch is shorter than the clock is exact.

@@ -26,11 +26,11 @@ from ..cost_model.cost import Cost
 from ..cost_model.device import Device, alone, with_threads
 from ..cost_model.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Miss, Refusal
 from ..patterns.cascade import Cascade
 from ..patterns.evaluate import DTYPE
+from ..patterns.library.papers import Builder
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.papers import Builder
-from ..patterns.recognise import Miss, Refusal
 from . import cpu, vendor
 from .native import CompilerError
 from .operator import program_text

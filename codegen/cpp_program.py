@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..patterns import expr as ex
+from ..patterns.attention.rowstate import Carried
 from ..patterns.expr import Expr
-from ..patterns.rowstate import Carried
 from .cpp_names import Around, Program, mentions
 from .cpp_step import DECLARED, Step
 from .print_cpp import STORED, Body

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..patterns import expr as ex
+from ..patterns.attention.rowstate import OLD, Carried
 from ..patterns.expr import Expr
-from ..patterns.rowstate import OLD, Carried
 from .cpp_names import SCORE, Around, Program, mentions
 from .cpp_terms import Tile, corrections
 from .print_cpp import Body, number

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..patterns import expr as ex
+from ..patterns.attention.rowstate import RowState
 from ..patterns.cascade import Size, size_term
-from ..patterns.conditions import simplify_under
 from ..patterns.expr import TRUE, Expr
-from ..patterns.rowstate import RowState
+from ..patterns.terms.conditions import simplify_under
 from .base2 import Terms
 from .skip import mapped_state
 from .tile_terms import relative

@@ -17,10 +17,10 @@ from importlib import metadata
 from torch import Tensor
 
 from ..cost_model.tiles import expected
+from ..patterns.attention.recognise import Refusal
 from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.masks import count_tiles
-from ..patterns.recognise import Refusal
+from ..patterns.masks.split import count_tiles
 from . import cache, cpu_fused, cpu_product, cpu_sdpa
 from .cpu_form import NAME, form, softmax
 from .print_torch import PrintError

@@ -8,14 +8,14 @@ from functools import lru_cache
 import numpy as np
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention, Miss, Refusal, attention
+from ..patterns.attention.rowstate import RowState, derive
 from ..patterns.cascade import Cascade, size_term
-from ..patterns.conditions import conjunction, conjuncts, simplify_under
 from ..patterns.expr import FALSE, TRUE, Expr
-from ..patterns.intervals import spans
-from ..patterns.masks import VANISHING, Mask, split
-from ..patterns.recognise import Attention, Miss, Refusal, attention
-from ..patterns.rows import witnesses
-from ..patterns.rowstate import RowState, derive
+from ..patterns.masks.rows import witnesses
+from ..patterns.masks.split import VANISHING, Mask, split
+from ..patterns.terms.conditions import conjunction, conjuncts, simplify_under
+from ..patterns.terms.intervals import spans
 from . import skip
 from .operands import Heads, Product, heads, plain, product
 from .scaled import Ending, Scaled, ending, scaled

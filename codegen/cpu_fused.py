@@ -19,16 +19,7 @@ from .cpp_names import Program, stored
 from .cpp_terms import Diagonal
 from .cpu_form import Form, softmax
 from .cpu_plan import classes
-from .cpu_print import (
-    Function,
-    Printer,
-    common,
-    entry,
-    file,
-    operands,
-    parts,
-    used_names,
-)  # fmt: skip
+from .cpu_print import Function, Printer, common, entry, file, operands, parts, used_names  # fmt: skip
 from .print_cpp import STORED
 from .print_torch import TYPES, Body, PrintError
 from .skeletons import cpu, cpu_fused

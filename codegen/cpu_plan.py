@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import sympy
 
 from ..patterns import expr as ex
-from ..patterns.affine import Affine, affine
 from ..patterns.cascade import Size
-from ..patterns.conditions import conjunction, conjuncts
 from ..patterns.expr import Expr
+from ..patterns.terms.affine import Affine, affine
+from ..patterns.terms.conditions import conjunction, conjuncts
 from .cpu_print import Function, Printer, used_names
 from .print_torch import Body, Scope, identifier
 from .tile_terms import Corners, Table

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..patterns import expr as ex
+from ..patterns.attention.rowstate import OLD, Carried
 from ..patterns.expr import TRUE, Expr
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.rowstate import OLD, Carried
 from .cpu_form import Form
 from .cpu_plan import planned
-from .cpu_print import (
+from .cpu_print import (  # fmt: skip
     Function,
     Printer,
     entry,
@@ -26,7 +26,7 @@ from .cpu_print import (
     operands,
     relatives,
     shared_alike,
-)  # fmt: skip
+)
 from .print_torch import TYPES, Body, PrintError, identifier, is_number, literal
 from .skeletons import cpu, cpu_product
 from .tile_terms import relative_parts

@@ -9,7 +9,7 @@ from ..patterns.expr import Expr
 from ..patterns.mapping import Mapping as Tiling
 from .cpu_form import Form, Softmax, rows_keep_a_key
 from .cpu_plan import planned
-from .cpu_print import (
+from .cpu_print import (  # fmt: skip
     Function,
     Printer,
     common_type,
@@ -21,7 +21,7 @@ from .cpu_print import (
     operands,
     relatives,
     shared_alike,
-)  # fmt: skip
+)
 from .print_torch import Body, literal
 from .skeletons import cpu as loops
 from .tile_terms import relative_parts

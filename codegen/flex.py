@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from ..cost_model.device import Device
 from ..cost_model.predict import VendorUse
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Refusal, no_key_rule
 from ..patterns.cascade import Cascade
 from ..patterns.expr import TRUE, Expr
-from ..patterns.recognise import Refusal, no_key_rule
 from .cpu_form import Form, form, rows_keep_a_key
 from .cpu_plan import tile_lines
 from .cpu_print import Printer, common, common_type, indented, operands, shared_alike, used_names

@@ -13,7 +13,7 @@ import sympy
 from ..patterns import expr as ex
 from ..patterns.cascade import Size
 from ..patterns.expr import Expr
-from ..patterns.overflow import REACH
+from ..patterns.terms.overflow import REACH
 
 INT32 = 2**31 - 1
 

@@ -28,7 +28,7 @@ from .cache import directory
 SKELETON = ("fused_scalar", "fused_micro", "fused")
 COMPILERS = ("g++", "clang++", "c++")
 # Infinities and NaN are values of the scores: nothing that assumes their absence. Products may be fused with sums. Integers
-# that may wrap around do not come here (patterns/overflow.py): -fwrapv would make biases half as dear again.
+# that may wrap around do not come here (patterns/terms/overflow.py): -fwrapv would make biases half as dear again.
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w",

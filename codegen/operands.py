@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import sympy
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention, factors
 from ..patterns.cascade import Cascade, Einsum, Size
 from ..patterns.expr import Expr
-from ..patterns.recognise import Attention, factors
 from .print_torch import Body, Scope, size_source
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..cost_model.device import Device
+from ..patterns.attention.recognise import Refusal
 from ..patterns.cascade import Cascade
 from ..patterns.evaluate import DTYPE
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.recognise import Refusal
 from . import cpu, triton_kernel
 from .program import Program, memory_order, output_shape, program_text, read_program
 

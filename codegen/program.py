@@ -15,9 +15,9 @@ from typing import Any
 
 import sympy
 
+from ..patterns.attention.recognise import Attention, attention
 from ..patterns.cascade import Cascade, CascadeError, bind, parse, to_text
 from ..patterns.mapping import Mapping
-from ..patterns.recognise import Attention, attention
 
 SCHEMA = 1
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..patterns import expr as ex
+from ..patterns.attention.rowstate import OLD, Carried, RowState
 from ..patterns.expr import Expr
-from ..patterns.rowstate import OLD, Carried, RowState
 from .device_function import Function, Names, Printed, coordinates, ragged
 from .print_triton import number
 from .skip import null

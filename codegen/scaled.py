@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..patterns import expr as ex
-from ..patterns.constant import number
+from ..patterns.attention.recognise import Attention
+from ..patterns.attention.rowstate import RowState
 from ..patterns.expr import Expr
-from ..patterns.recognise import Attention
-from ..patterns.rowstate import RowState
+from ..patterns.terms.constant import number
 from .operands import plain
 
 # Added to any finite score in float32 it leaves itself: a fill at or below this may as well be added.

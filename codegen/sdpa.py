@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from ..cost_model.device import Device
 from ..cost_model.predict import VendorUse
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Refusal, no_key_rule
 from ..patterns.cascade import Cascade, bind
-from ..patterns.conditions import conjuncts
 from ..patterns.expr import TRUE, Expr
-from ..patterns.recognise import Refusal, no_key_rule
+from ..patterns.terms.conditions import conjuncts
 from .cpu_form import Form, Softmax, form, rows_keep_a_key, softmax
 from .cpu_plan import without_causal
 from .cpu_print import Printer, common, common_type, operands, shared_alike

@@ -14,11 +14,11 @@ from dataclasses import replace
 import numpy as np
 
 from ..patterns import expr as ex
-from ..patterns.conditions import negated, simplify_under
+from ..patterns.attention.rowstate import RowState
 from ..patterns.expr import Expr
-from ..patterns.intervals import Span, spans
-from ..patterns.masks import VANISHING, Mask
-from ..patterns.rowstate import RowState
+from ..patterns.masks.split import VANISHING, Mask
+from ..patterns.terms.conditions import negated, simplify_under
+from ..patterns.terms.intervals import Span, spans
 
 # Largest magnitude of a finite score that the proofs allow; fills lie far beyond it.
 FINITE = 1e29

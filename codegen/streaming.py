@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention, Miss, Refusal, attention, factors
+from ..patterns.attention.rowstate import Carried, RowState, derive
 from ..patterns.cascade import Cascade, Einsum, Size
-from ..patterns.conditions import simplify_under
 from ..patterns.expr import Expr
-from ..patterns.masks import Mask, split
-from ..patterns.recognise import Attention, Miss, Refusal, attention, factors
-from ..patterns.rowstate import Carried, RowState, derive
+from ..patterns.masks.split import Mask, split
+from ..patterns.terms.conditions import simplify_under
 from .skip import fits_half, predicate, rule
 
 NAME = "triton"

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..patterns import expr as ex
-from ..patterns.affine import Affine, affine
 from ..patterns.expr import FALSE, TRUE, Expr
+from ..patterns.terms.affine import Affine, affine
 
 Ends = tuple[Expr, Expr]
 

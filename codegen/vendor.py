@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..cost_model.device import Device
 from ..cost_model.predict import VendorUse
-from ..patterns.recognise import Refusal
+from ..patterns.attention.recognise import Refusal
 from . import flex as _flex
 from . import sdpa as _sdpa
 from .flex import flex

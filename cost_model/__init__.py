@@ -1,1 +1,1 @@
-
+"""Cascade + mapping + device → seconds, bytes, and why; the plan as plain data."""

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..patterns import expr as ex
-from ..patterns.affine import Affine, affine
 from ..patterns.expr import Expr
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.masks import PARTIAL, TileRuns, conjuncts
+from ..patterns.masks.split import PARTIAL, TileRuns, conjuncts
+from ..patterns.terms.affine import Affine, affine
 from .cost import Cost
 from .device import Device
 from .host import Bill, Host, causal_pairs

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention, attention
 from ..patterns.cascade import Cascade
 from ..patterns.expr import Expr
-from ..patterns.recognise import Attention, attention
 from .work import factors
 
 

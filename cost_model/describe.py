@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..patterns.cascade import Cascade, Size
-from ..patterns.rewrites import Family
+from ..patterns.passes.rewrites import Family
 from .footprint import Choice, choices, ground, revisited
 from .passes import families, levels, report
 from .search import Form, search

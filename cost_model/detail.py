@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..patterns.attention.recognise import Miss, attention
 from ..patterns.cascade import Cascade, bind
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.recognise import Miss, attention
 from .describe import describe
 from .passes import families, report
 from .predict import tiles_of

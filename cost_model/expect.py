@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention
 from ..patterns.cascade import Cascade
 from ..patterns.expr import Expr
-from ..patterns.masks import conjuncts, split
-from ..patterns.recognise import Attention
+from ..patterns.masks.split import conjuncts, split
 from .tiles import Data, Expectation
 from .work import Sizes, size_int
 

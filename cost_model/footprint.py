@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..patterns.cascade import Cascade, Einsum, Size
-from ..patterns.rewrites import Family
+from ..patterns.passes.rewrites import Family
 from .passes import levels
 from .work import WIDTH, Sizes, ceiling, is_view, operations, product, sources
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention
 from ..patterns.cascade import Cascade
 from ..patterns.expr import Expr
-from ..patterns.recognise import Attention
 from .eager import operators
 from .work import WIDTH, Sizes, product, size_int
 

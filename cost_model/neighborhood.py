@@ -17,11 +17,11 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from ..patterns.conditions import conjunction, conjuncts, normal
+from ..patterns.attention.recognise import Miss
 from ..patterns.expr import Expr
-from ..patterns.masks import FULL, TileRuns, count_tiles
-from ..patterns.recognise import Miss
-from ..patterns.tiles import pairs
+from ..patterns.masks.split import FULL, TileRuns, count_tiles
+from ..patterns.masks.tiles import pairs
+from ..patterns.terms.conditions import conjunction, conjuncts, normal
 from .tiles import Jobs
 
 Ints = NDArray[np.int64]

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import sympy
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Miss, attention
 from ..patterns.cascade import Cascade, Einsum, Size
 from ..patterns.expr import Expr
-from ..patterns.recognise import Miss, attention
 from .work import is_view
 
 

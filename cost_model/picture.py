@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..patterns.attention.recognise import Miss, attention
 from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.recognise import Miss, attention
-from ..patterns.tiles import Run
+from ..patterns.masks.tiles import Run
 from .predict import tiles_of
 from .tiles import NOTHING, Data
 from .work import Sizes, size_int

@@ -24,12 +24,12 @@ from functools import lru_cache
 import sympy
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention, Miss, attention
+from ..patterns.attention.rowstate import RowState, derive, stream
 from ..patterns.cascade import Cascade, Einsum, Size
-from ..patterns.cut import Cut, CutError, cut
 from ..patterns.expr import Expr
-from ..patterns.masks import split
-from ..patterns.recognise import Attention, Miss, attention
-from ..patterns.rowstate import RowState, derive, stream
+from ..patterns.masks.split import split
+from ..patterns.passes.cut import Cut, CutError, cut
 from .collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, RING, Collective
 from .core import Refused, Roles, core, divided
 from .tiles import NOTHING, Data, jobs, tile_map

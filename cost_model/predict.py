@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Miss
 from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.recognise import Miss
 from . import gpu, host
 from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, tiled
 from .cost import Cost, bound_of

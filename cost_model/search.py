@@ -13,12 +13,12 @@ from functools import lru_cache
 
 import sympy
 
-from ..patterns.bounded import unbound
+from ..patterns.attention.recognise import Refusal
 from ..patterns.cascade import Cascade, Size
-from ..patterns.recognise import Refusal
-from ..patterns.repair import repair
-from ..patterns.rewrites import Family, Rewrite, Rewritten, defer, exchange, expand, moments
-from ..patterns.tiling import partition
+from ..patterns.passes.bounded import unbound
+from ..patterns.passes.repair import repair
+from ..patterns.passes.rewrites import Family, Rewrite, Rewritten, defer, exchange, expand, moments
+from ..patterns.passes.tiling import partition
 from .passes import passes
 from .work import EXPONENTIALS, Sizes, elements, operations, size_int
 

@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-from ..patterns.absorb import weighted
+from ..patterns.attention.ranks import fuse
+from ..patterns.attention.recognise import Attention, Miss, attention
 from ..patterns.cascade import Cascade
-from ..patterns.ranks import fuse
-from ..patterns.recognise import Attention, Miss, attention
+from ..patterns.passes.absorb import weighted
 from .capacity import RESERVE, Memory, largest_batch, memory
 from .collectives import RING, Collective, backward, packed
 from .core import Refused, Roles, roles

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention, Miss, attention
+from ..patterns.attention.rowstate import derive, stream
 from ..patterns.cascade import Cascade, Einsum, Size
 from ..patterns.expr import Expr
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.masks import Mask, split
-from ..patterns.recognise import Attention, Miss, attention
-from ..patterns.rowstate import derive, stream
+from ..patterns.masks.split import Mask, split
 from .tiles import NOTHING, Data, Jobs, jobs, tile_map
 from .work import WIDTH, Sizes, Work, count, factors, size_int, term_operations
 

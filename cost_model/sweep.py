@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 
+from ..patterns.attention.recognise import Attention, attention
 from ..patterns.cascade import Cascade, Size
-from ..patterns.recognise import Attention, attention
 from .device import Device
 from .memory import Memory
 from .mesh_sweep import MeshCourse, spread

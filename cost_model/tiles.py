@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..patterns import expr as ex
 from ..patterns.expr import Expr
-from ..patterns.masks import FULL, PARTIAL, Mask, TileRuns, block_bounds, conjuncts, count_tiles, rows_with_key
+from ..patterns.masks.split import FULL, PARTIAL, Mask, TileRuns, block_bounds, conjuncts, count_tiles, rows_with_key
 from .schedule import SCHEDULED, launch_span, makespan, order
 
 __all__ = [

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from ..patterns import expr as ex
-from ..patterns.absorb import Absorbed, absorb, shared, slices
+from ..patterns.attention.latent import Latent, Widths, absorbed, sliced
+from ..patterns.attention.recognise import Miss
 from ..patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
-from ..patterns.latent import Latent, Widths, absorbed, sliced
-from ..patterns.recognise import Miss
+from ..patterns.passes.absorb import Absorbed, absorb, shared, slices
 from .core import Roles, core
 from .mesh import Mesh
 from .placement import Assignment, place

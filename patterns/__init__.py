@@ -1,1 +1,1 @@
-
+"""The vocabulary: terms, the cascade and its meaning, masks, what counts as attention."""

@@ -1,1 +1,1 @@
-
+"""Graph ↔ cascade: capture, lift, find, choose, splice, run."""

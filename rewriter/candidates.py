@@ -29,13 +29,13 @@ from ..cost_model.plan import ORIGINAL, Candidate, MaskView, Site, SiteShape, Ti
 from ..cost_model.predict import VendorUse, best_mapping, predict_original, predict_vendor, ranked_mappings, tiles_of
 from ..cost_model.tiles import Data
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention, Refusal, attention, no_key_rule
+from ..patterns.attention.recognise import Miss as NoAttention
+from ..patterns.attention.rowstate import derive, stream
+from ..patterns.attention.traits import kind, traits
 from ..patterns.cascade import Cascade, bind, show
 from ..patterns.mapping import Mapping as Tiling
-from ..patterns.masks import conjuncts, split
-from ..patterns.recognise import Attention, Refusal, attention, no_key_rule
-from ..patterns.recognise import Miss as NoAttention
-from ..patterns.rowstate import derive, stream
-from ..patterns.traits import kind, traits
+from ..patterns.masks.split import conjuncts, split
 from . import splice
 from .guards import Condition, every_row_keeps_a_key
 from .policy import Policy

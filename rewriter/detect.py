@@ -9,8 +9,8 @@ import sympy
 import torch
 from torch import fx
 
-from ..patterns import concat, ranks, recognise
 from ..patterns import expr as ex
+from ..patterns.attention import concat, ranks, recognise
 from ..patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from ..patterns.expr import Expr
 from . import operators_contract, operators_point, operators_reduce, operators_view

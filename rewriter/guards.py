@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention
 from ..patterns.cascade import Cascade, Einsum, bind
 from ..patterns.evaluate import evaluate
 from ..patterns.expr import Expr
-from ..patterns.masks import runtime_classify, split
-from ..patterns.recognise import Attention
+from ..patterns.masks.split import runtime_classify, split
 from .aliases import Aliases
 from .autocast import no_autocast
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention, attention
 from ..patterns.cascade import Access, Cascade, Einsum
-from ..patterns.recognise import Attention, attention
 
 T = TypeVar("T")
 _BATCH = ("b", "h", "g", "i", "j", "u", "v", "w")

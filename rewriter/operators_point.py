@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from ..patterns import expr as ex
-from ..patterns.affine import affine
 from ..patterns.evaluate import DTYPE_NAME
 from ..patterns.expr import Expr
+from ..patterns.terms.affine import affine
 from .lift import ZERO, At, CannotLift, Lifter, Rule, dtype_of, tensor_of
 from .operators_view import dim_of, source, term_of
 from .sizes import shape_of

@@ -20,9 +20,9 @@ from ..cost_model.expect import unknowns
 from ..cost_model.predict import VendorUse
 from ..cost_model.sweep import Symbol
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention, Miss, attention
 from ..patterns.cascade import Cascade, Size, bind
 from ..patterns.evaluate import DTYPE_NAME
-from ..patterns.recognise import Attention, Miss, attention
 from .detect import Found
 from .lift import arguments, op_name
 from .liveness import survivors

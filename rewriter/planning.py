@@ -20,8 +20,8 @@ from ..cost_model.plan import Miss, Plan, Site
 from ..cost_model.sharding import Site as Sharded
 from ..cost_model.sharding import shard
 from ..cost_model.sweep import Symbol, axes
+from ..patterns.attention.recognise import Attention, attention
 from ..patterns.cascade import Cascade, bind
-from ..patterns.recognise import Attention, attention
 from . import capture, choose, export
 from .models import Shapes, Subject, load, run
 from .place import Place, symbols_of

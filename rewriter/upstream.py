@@ -18,9 +18,9 @@ import torch
 from torch import fx
 
 from ..patterns import expr as ex
+from ..patterns.attention.recognise import Attention, Miss, attention
 from ..patterns.cascade import Access, Cascade, Einsum, Size, Tensor, verify
 from ..patterns.expr import Expr
-from ..patterns.recognise import Attention, Miss, attention
 from . import operators_contract, operators_view
 from .aliases import Aliases
 from .detect import Found

@@ -17,12 +17,12 @@ from reattend.cost_model.sharding import Site as Sharded
 from reattend.cost_model.sharding import shard
 from reattend.cost_model.sweep import Symbol, axes
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns.attention.recognise import Attention, attention
+from reattend.patterns.attention.recognise import Miss as NoAttention
+from reattend.patterns.attention.rowstate import derive, stream
 from reattend.patterns.cascade import Cascade, show
-from reattend.patterns.masks import split
-from reattend.patterns.recognise import Attention, attention
-from reattend.patterns.recognise import Miss as NoAttention
-from reattend.patterns.rowstate import derive, stream
+from reattend.patterns.library import papers
+from reattend.patterns.masks.split import split
 
 P, M = ex.index("p"), ex.index("m")
 CAUSAL = papers.attention("causal", papers.softmax, lambda b, qk: ex.where(M <= P, qk * 0.125, -3e38))

@@ -14,9 +14,9 @@ from reattend.codegen import calibrate, calibrate_gpu, company
 from reattend.cost_model.calibrate import torch_threads, with_rates
 from reattend.cost_model.device import Device, alone, device, shipped, with_threads
 from reattend.cost_model.predict import tiles_of
+from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import Mapping
-from reattend.patterns.recognise import Miss
 
 
 def test_a_device_without_kernels_is_refused() -> None:

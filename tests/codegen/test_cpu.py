@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from reattend.codegen import cpu
 from reattend.codegen.cpu_form import rows_keep_a_key
 from reattend.patterns import expr as ex
+from reattend.patterns.attention.recognise import Attention, Refusal, attention
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import Mapping
-from reattend.patterns.recognise import Attention, Refusal, attention
 from tests import strategies
 from tests.codegen.attentions import CAUSAL, VARIANTS, Case, aux, build, masked
 

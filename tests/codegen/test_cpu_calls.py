@@ -9,8 +9,8 @@ from reattend.codegen import cache, cpu
 from reattend.cost_model.body import blocks, calls
 from reattend.cost_model.subject import Subject, plan_tiles, shape, subject
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
 from reattend.patterns.cascade import Cascade
+from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
 
 Shape = tuple[int, int, bool, bool]

@@ -21,13 +21,13 @@ from hypothesis import given, settings
 from reattend.codegen import cache, cpu, native, operator
 from reattend.codegen.program import Program
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, verify
 from reattend.patterns.cascade import Tensor as Shape
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.expr import Expr
+from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
-from reattend.patterns.recognise import Refusal
 from tests import programs, strategies
 from tests.codegen import test_cpu
 from tests.codegen.attentions import (

@@ -16,9 +16,9 @@ import pytest
 from reattend.codegen import cache, library, triton_kernel
 from reattend.codegen.triton_kernel import Kernel, build
 from reattend.patterns import expr as ex
+from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.mapping import Mapping as Tiling
-from reattend.patterns.recognise import Refusal
 
 from .. import strategies
 from ..strategies import INF, LOWEST, H, M, P, attention

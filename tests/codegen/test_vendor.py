@@ -19,8 +19,8 @@ from reattend.codegen import vendor
 from reattend.codegen.vendor_call import VendorCall
 from reattend.cost_model.device import Device, device
 from reattend.patterns import expr as ex
+from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.recognise import Refusal
 from tests import strategies
 from tests.codegen.attentions import CAUSAL, VARIANTS, Case, M, P, S, T, aux, build, masked, no_batch, windows
 

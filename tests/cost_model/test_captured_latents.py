@@ -13,10 +13,10 @@ from reattend.cost_model.placement import Placed
 from reattend.cost_model.sharding import Site, latent_ways, placed, shard
 from reattend.cost_model.ways import LATENT_ROLES, Latents, Way, captured_ways, latents, with_projection
 from reattend.patterns import expr as ex
+from reattend.patterns.attention.latent import K2, V3, Widths, naive
+from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.cascade import Cascade
-from reattend.patterns.latent import K2, V3, Widths, naive
-from reattend.patterns.papers import Builder
-from reattend.patterns.recognise import Miss
+from reattend.patterns.library.papers import Builder
 
 from .test_sharding import heads
 

@@ -10,8 +10,8 @@ from reattend.cost_model.cost import Cost
 from reattend.cost_model.device import Device, shipped
 from reattend.cost_model.predict import predict
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
 from reattend.patterns.cascade import Cascade
+from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
 
 from .test_predict import narrow

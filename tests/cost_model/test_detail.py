@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from reattend.cost_model.detail import Detail, detail
 from reattend.cost_model.memory import keyed_inputs
+from reattend.patterns.attention.recognise import Attention, Miss, attention
+from reattend.patterns.attention.rowstate import derive, stream
 from reattend.patterns.mapping import Mapping
-from reattend.patterns.recognise import Attention, Miss, attention
-from reattend.patterns.rowstate import derive, stream
 from tests.plans import CAUSAL, SIZES
 
 N, HEADS = 1024, 8

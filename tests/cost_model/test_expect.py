@@ -12,11 +12,11 @@ from reattend.cost_model.device import shipped
 from reattend.cost_model.expect import Expect, ExpectError, Known, checked, known, parse, unknowns
 from reattend.cost_model.predict import best_mapping, tiles_of
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns.attention.recognise import Attention, Miss, attention
 from reattend.patterns.cascade import Cascade
+from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
-from reattend.patterns.masks import PARTIAL
-from reattend.patterns.recognise import Attention, Miss, attention
+from reattend.patterns.masks.split import PARTIAL
 
 B, P, M = ex.index("b"), ex.index("p"), ex.index("m")
 SIZES = {"B": 2, "H": 4, "P": 1024, "M": 1024, "E": 64, "F": 64}

@@ -5,7 +5,7 @@ import pytest
 from reattend.cost_model.device import device
 from reattend.cost_model.fit import candidates, chunked, footprint, padded, refuse, shared_bytes
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
 
 # Read back from kernels compiled ahead of time: device, head size, bytes an element, mapping, bytes of shared memory.

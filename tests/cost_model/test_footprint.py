@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from reattend.cost_model import fusemax
 from reattend.cost_model.device import device
-from reattend.cost_model.footprint import (
+from reattend.cost_model.footprint import (  # fmt: skip
     BUFFER,
     RECOMPUTE,
     REREAD,
@@ -19,9 +19,9 @@ from reattend.cost_model.footprint import (
     ground,
     moved,
     revisited,
-)  # fmt: skip
+)
 from reattend.cost_model.search import search
-from reattend.patterns import papers, variants
+from reattend.patterns.library import papers, variants
 
 K = 1024
 M = ("m",)

@@ -11,8 +11,8 @@ from reattend.cost_model.fused import fits
 from reattend.cost_model.predict import predict, ranked_mappings
 from reattend.cost_model.subject import Subject, subject
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
 from reattend.patterns.cascade import Cascade
+from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
 
 P, M = ex.index("p"), ex.index("m")

@@ -9,10 +9,10 @@ from reattend.cost_model.predict import predict, tiles_of
 from reattend.cost_model.tiles import makespan, order
 from reattend.cost_model.work import Work
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.cascade import Cascade
+from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
-from reattend.patterns.recognise import Miss
 
 P, M = ex.index("p"), ex.index("m")
 CAUSAL = papers.attention("causal", papers.softmax, lambda b, s: ex.where(M <= P, s * 0.125, -3e38))

@@ -9,8 +9,8 @@ from reattend.cost_model.device import Device, alone, shipped, targets, with_thr
 from reattend.cost_model.ladder import Rung, ladder
 from reattend.cost_model.predict import VendorUse, predict, predict_original, predict_vendor
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
 from reattend.patterns.cascade import Cascade
+from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
 
 P, M = ex.index("p"), ex.index("m")

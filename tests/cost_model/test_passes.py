@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from reattend.cost_model.passes import families, key_family, key_passes, levels, passes, report
 from reattend.patterns import expr as ex
-from reattend.patterns import papers, variants
+from reattend.patterns.attention.recognise import attention
+from reattend.patterns.attention.rowstate import RowState, derive, stream
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, verify
-from reattend.patterns.papers import Builder
-from reattend.patterns.recognise import attention
-from reattend.patterns.rowstate import RowState, derive, stream
+from reattend.patterns.library import papers, variants
+from reattend.patterns.library.papers import Builder
 
 TILED = ("m1", "m0")
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from reattend.cost_model import picture as pictures
 from reattend.cost_model.picture import Layer, picture
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
 from reattend.patterns.cascade import Cascade
+from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
 
 P, M, H = ex.index("p"), ex.index("m"), ex.index("h")

@@ -22,10 +22,10 @@ from reattend.cost_model.predict import (
     tiles_of,
 )
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.cascade import Cascade
+from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
-from reattend.patterns.recognise import Miss
 
 P, M = ex.index("p"), ex.index("m")
 GPUS = [d for d in targets() if d.is_gpu]

@@ -15,7 +15,7 @@ from reattend.cost_model.device import Device, TimeModel, device
 from reattend.cost_model.mesh import Axis, Mesh, MeshError, parse
 from reattend.cost_model.mesh_plan import MeshPlan
 from reattend.cost_model.placement import Assignment, Placed, place, scalars
-from reattend.cost_model.sharding import (
+from reattend.cost_model.sharding import (  # fmt: skip
     LATENT_ROLES,
     Site,
     Way,
@@ -29,17 +29,17 @@ from reattend.cost_model.sharding import (
     shard,
     times,
     with_projection,
-)  # fmt: skip
+)
 from reattend.cost_model.work import operations
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns.attention.latent import K2, V3, Latent, Widths, absorbed, naive, sliced
+from reattend.patterns.attention.rowstate import RowState, derive
 from reattend.patterns.cascade import Cascade, to_text
 from reattend.patterns.cascade import parse as parse_cascade
-from reattend.patterns.chunked import linear_chunks
 from reattend.patterns.expr import Expr
-from reattend.patterns.latent import K2, V3, Latent, Widths, absorbed, naive, sliced
-from reattend.patterns.papers import Builder
-from reattend.patterns.rowstate import RowState, derive
+from reattend.patterns.library import papers
+from reattend.patterns.library.chunked import linear_chunks
+from reattend.patterns.library.papers import Builder
 
 H100, H200 = device("h100"), device("h200")
 M = 32768

@@ -16,12 +16,12 @@ from reattend.cost_model.neighborhood import Axis, GridTiles, end_to_end, grid_t
 from reattend.cost_model.tiles import Data, Expectation, assumptions, expected, jobs, tile_map
 from reattend.cost_model.work import count
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.expr import Expr
-from reattend.patterns.masks import FULL, PARTIAL, Mask, count_tiles
-from reattend.patterns.recognise import Miss
-from reattend.patterns.tiles import pairs
-from reattend.patterns.windows import flat, laid_out, neighborhood, residue_order, tile_order, unflat, unfolded
+from reattend.patterns.library import papers
+from reattend.patterns.masks.split import FULL, PARTIAL, Mask, count_tiles
+from reattend.patterns.masks.tiles import pairs
+from reattend.patterns.masks.windows import flat, laid_out, neighborhood, residue_order, tile_order, unflat, unfolded
 from tests.loading import benchmark
 
 B, H, P, M = (ex.index(r) for r in "bhpm")

@@ -12,7 +12,7 @@ from reattend.cost_model.schedule import launch_span, makespan, needs_split, ord
 from reattend.cost_model.tiles import expected, jobs, tile_map
 from reattend.patterns import expr as ex
 from reattend.patterns.expr import Expr
-from reattend.patterns.masks import Mask
+from reattend.patterns.masks.split import Mask
 
 INF = float("inf")
 P, M = ex.index("p"), ex.index("m")

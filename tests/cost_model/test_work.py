@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from reattend.cost_model import fusemax
 from reattend.cost_model.device import device
 from reattend.cost_model.work import Work, count, key_tile
-from reattend.patterns import papers
 from reattend.patterns.cascade import Cascade
+from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
 
 E, F, M, P, M0 = 64, 64, 4096, 4096, 128

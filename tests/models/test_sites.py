@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 import reattend
 from reattend.codegen import vendor
+from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.recognise import Refusal
 from reattend.rewriter import capture, choose
 from reattend.rewriter.session import Session
 

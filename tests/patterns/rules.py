@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
-from reattend.patterns.papers import attention
+from reattend.patterns.library import papers
+from reattend.patterns.library.papers import attention
 
 INF = float("inf")
 LOWEST = -3.4028234663852886e38

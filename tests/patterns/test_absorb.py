@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns.absorb import Absorbed, absorb, pieces, shared, slices, weighted
+from reattend.patterns.attention.latent import Widths, absorbed, naive
+from reattend.patterns.attention.ranks import fuse
+from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.latent import Widths, absorbed, naive
-from reattend.patterns.papers import Builder
-from reattend.patterns.ranks import fuse
-from reattend.patterns.recognise import Miss
+from reattend.patterns.library.papers import Builder
+from reattend.patterns.passes.absorb import Absorbed, absorb, pieces, shared, slices, weighted
 
 SMALL = Widths(heads=4, latent=8, rotary=4, key=6, value=5, model=7, dtype="f64")
 

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
 from reattend.patterns.cascade import (
     SCHEMA,
     Access,
@@ -27,6 +26,7 @@ from reattend.patterns.cascade import (
     verify,
 )
 from reattend.patterns.evaluate import evaluate
+from reattend.patterns.library import papers
 
 S, N = (sympy.Symbol(n, integer=True, positive=True) for n in "SN")
 P, M = ex.index("p"), ex.index("m")

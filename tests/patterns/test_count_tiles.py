@@ -14,14 +14,23 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from reattend.patterns import expr as ex
-from reattend.patterns import periodic
-from reattend.patterns.closed_form import in_closed_form
-from reattend.patterns.constant import number
-from reattend.patterns.descent import Grid, Work, descend
 from reattend.patterns.expr import Expr
-from reattend.patterns.masks import EMPTY, FULL, PARTIAL, TileRuns, block_bounds, classify, count_tiles, rows_with_key
-from reattend.patterns.runs import Intervals, tile_runs
-from reattend.patterns.tiles import pairs
+from reattend.patterns.masks import periodic
+from reattend.patterns.masks.closed_form import in_closed_form
+from reattend.patterns.masks.descent import Grid, Work, descend
+from reattend.patterns.masks.runs import Intervals, tile_runs
+from reattend.patterns.masks.split import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    TileRuns,
+    block_bounds,
+    classify,
+    count_tiles,
+    rows_with_key,
+)
+from reattend.patterns.masks.tiles import pairs
+from reattend.patterns.terms.constant import number
 
 B, H, P, M = (ex.index(r) for r in "bhpm")
 CAUSAL = M <= P
@@ -220,7 +229,7 @@ def test_drawn_masks_have_no_difference(keep: Expr, tile: tuple[int, int], coars
     expected = brute_classes(mask, tile)
     if coarse:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("reattend.patterns.descent.COARSE", 4)
+            patch.setattr("reattend.patterns.masks.descent.COARSE", 4)
             found = runs_of(descend(Work(keep, bounds), grid, settle=True), grid)
     else:
         found = count_tiles(keep, query="p", key="m", extents=EXTENTS, tile_p=tile[0], tile_m=tile[1], bounds=bounds)

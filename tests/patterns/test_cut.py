@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns.attention.latent import Widths, absorbed
+from reattend.patterns.attention.recognise import Attention, attention
+from reattend.patterns.attention.rowstate import RowState, derive
 from reattend.patterns.cascade import Cascade
-from reattend.patterns.cut import PART, Cut, CutError, cut, merge, pieces
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.expr import Expr
-from reattend.patterns.latent import Widths, absorbed
-from reattend.patterns.papers import Builder
-from reattend.patterns.recognise import Attention, attention
-from reattend.patterns.rowstate import RowState, derive
+from reattend.patterns.library import papers
+from reattend.patterns.library.papers import Builder
+from reattend.patterns.passes.cut import PART, Cut, CutError, cut, merge, pieces
 
 Tensors = dict[str, torch.Tensor]
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
 from reattend.patterns.evaluate import DTYPE, DTYPE_NAME, evaluate, infer_sizes
-from reattend.patterns.papers import Builder, size
+from reattend.patterns.library import papers
+from reattend.patterns.library.papers import Builder, size
 
 torch.set_num_threads(1)
 P, M = ex.index("p"), ex.index("m")

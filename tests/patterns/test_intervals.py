@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns.affine import affine
-from reattend.patterns.bounds import block_bounds
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
 from reattend.patterns.evaluate import DTYPE_NAME, evaluate
 from reattend.patterns.expr import Expr
-from reattend.patterns.intervals import spans
+from reattend.patterns.terms.affine import affine
+from reattend.patterns.terms.bounds import block_bounds
+from reattend.patterns.terms.intervals import spans
 
 EXTENTS = {"h": 3, "p": 13, "m": 17}
 H, P, M = (ex.index(r) for r in EXTENTS)

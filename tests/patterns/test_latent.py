@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from reattend.patterns.attention.latent import Latent, Widths, absorbed, hadamard, naive, sliced
 from reattend.patterns.cascade import Cascade
-from reattend.patterns.chunked import linear_chunks
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.latent import Latent, Widths, absorbed, hadamard, naive, sliced
+from reattend.patterns.library.chunked import linear_chunks
 
 SMALL = Widths(heads=4, latent=16, rotary=8, key=6, value=5, model=7, dtype="f64")
 Tensors = dict[str, torch.Tensor]

@@ -17,7 +17,7 @@ from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
 from reattend.patterns.evaluate import DTYPE_NAME, evaluate
 from reattend.patterns.expr import TRUE, Expr
-from reattend.patterns.masks import (
+from reattend.patterns.masks.split import (
     EMPTY,
     FULL,
     PARTIAL,
@@ -29,7 +29,7 @@ from reattend.patterns.masks import (
     simplify_under,
     split,
 )
-from reattend.patterns.tiles import pairs
+from reattend.patterns.masks.tiles import pairs
 
 B, H, P, M = (ex.index(r) for r in "bhpm")
 CAUSAL = M <= P

@@ -3,11 +3,11 @@
 import pytest
 
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns.attention.recognise import Attention, Miss, attention
 from reattend.patterns.cascade import Rank
 from reattend.patterns.expr import Expr
-from reattend.patterns.overflow import DATA, passes
-from reattend.patterns.recognise import Attention, Miss, attention
+from reattend.patterns.library import papers
+from reattend.patterns.terms.overflow import DATA, passes
 
 P, M, N = ex.index("p"), ex.index("m"), ex.symbol("n")
 RANKS = {"p": Rank("p", N), "m": Rank("m", 4096)}

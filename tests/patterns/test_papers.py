@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from reattend.patterns import papers
 from reattend.patterns.cascade import parse, show, to_text, verify
 from reattend.patterns.evaluate import evaluate
+from reattend.patterns.library import papers
 
 E, F, P, M1, M0 = 3, 2, 5, 4, 6
 SIZES = {"E": E, "F": F, "P": P, "M": M1 * M0, "M1": M1, "M0": M0}

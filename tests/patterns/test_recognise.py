@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns.attention.recognise import Attention, Miss, attention, elements, kind, no_key_rule, traits
+from reattend.patterns.attention.rowstate import RowState, derive, stream
 from reattend.patterns.cascade import Access, Cascade, Rank, Tensor, parse, to_text, verify
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.papers import Builder
-from reattend.patterns.recognise import Attention, Miss, attention, elements, kind, no_key_rule, traits
-from reattend.patterns.rowstate import RowState, derive, stream
+from reattend.patterns.library import papers
+from reattend.patterns.library.papers import Builder
 
 from . import rules
 

@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns import papers, rewrites, tiling, variants
-from reattend.patterns.bounded import depends, unbound
+from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, parse, to_text, verify
-from reattend.patterns.chain import Reading
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.laws import moments as moment_basis
-from reattend.patterns.papers import Builder, attention, size
-from reattend.patterns.recognise import Refusal
-from reattend.patterns.repair import repair
+from reattend.patterns.library import papers, variants
+from reattend.patterns.library.papers import Builder, attention, size
+from reattend.patterns.passes import rewrites, tiling
+from reattend.patterns.passes.bounded import depends, unbound
+from reattend.patterns.passes.chain import Reading
+from reattend.patterns.passes.repair import repair
+from reattend.patterns.terms.laws import moments as moment_basis
 
 from . import rules
 

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns import papers
+from reattend.patterns.attention.recognise import Attention, Miss, attention
+from reattend.patterns.attention.rowstate import RowState, derive, stream
 from reattend.patterns.cascade import parse, to_text, verify
-from reattend.patterns.constant import number
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.laws import additive, multiplicative, separates
-from reattend.patterns.recognise import Attention, Miss, attention
-from reattend.patterns.rowstate import RowState, derive, stream
+from reattend.patterns.library import papers
+from reattend.patterns.terms.constant import number
+from reattend.patterns.terms.laws import additive, multiplicative, separates
 
 from . import rules
 

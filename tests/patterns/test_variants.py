@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from reattend.patterns import variants
 from reattend.patterns.cascade import parse, to_text, verify
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.papers import attention
+from reattend.patterns.library import variants
+from reattend.patterns.library.papers import attention
 
 from . import rules
 

@@ -10,9 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns.constant import number
 from reattend.patterns.expr import Expr
-from reattend.patterns.windows import flat, inside, laid_out, neighborhood, residue_order, tile_order, unflat, unfolded
+from reattend.patterns.masks.windows import (
+    flat,
+    inside,
+    laid_out,
+    neighborhood,
+    residue_order,
+    tile_order,
+    unflat,
+    unfolded,
+)
+from reattend.patterns.terms.constant import number
 
 P, M = ex.index("p"), ex.index("m")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reattend.patterns import recognise
+from reattend.patterns.attention import recognise
 from reattend.rewriter import detect
 
 from .helpers import error_of, graph_of, values_of

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import reattend
+from reattend.patterns.attention.recognise import Attention, attention
 from reattend.patterns.mapping import Mapping as Tiling
-from reattend.patterns.recognise import Attention, attention
 from reattend.rewriter import candidates, choose, detect, export, guards, place, splice
 
 SDPA = reattend.Policy(deny=("original", "flex", "reattend"))

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from reattend.cost_model.core import roles
-from reattend.patterns.absorb import Absorbed, absorb
+from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.recognise import Miss
+from reattend.patterns.passes.absorb import Absorbed, absorb
 from reattend.rewriter import export
 from reattend.rewriter.aliases import Aliases
 from reattend.rewriter.detect import Found, find

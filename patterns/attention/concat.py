@@ -1,0 +1,149 @@
+"""Concatenated scores: a reduction over pieces laid end to end is the merge of reductions over each piece.
+
+    before   GM[p] = max_r where(r < M, S[p,r], sink)          r over M + 1 elements
+    after    GM_1[p] = max_m S[p,m];  GM[p] = max(GM_1[p], sink)
+
+This is how attention sinks and other extra columns become part of the row state instead of a longer rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import sympy
+
+from .. import expr as ex
+from ..cascade import Access, Cascade, Einsum, Rank, Size, Tensor, size_term, term_size
+from ..expr import Expr
+
+
+def split(c: Cascade) -> Cascade:
+    """Split every reduction over a rank that joins pieces; a cascade without such a rank is answered unchanged."""
+    c = _inline(c)
+    joined = {r: cut for e in c.einsums for r in e.over if (cut := _cut(c, e, r)) is not None}
+    if not joined:
+        return settle(c)
+    ranks = dict(c.rank)
+    tensors = {t.name: t for t in c.tensors}
+    einsums: list[Einsum] = []
+    for e in c.einsums:
+        (rank,) = e.over if len(e.over) == 1 else ("",)
+        cut = joined.get(rank)
+        if e.op is None or cut is None:
+            einsums.append(e)
+            continue
+        pieces = [_first(e, rank, cut, ranks), _rest(e, rank, cut, ranks)]
+        merged: Expr | None = None
+        for n, (body, over) in enumerate(pieces):
+            term = body
+            if over:
+                part = f"{e.out.tensor}_{n + 1}"
+                own = tensors[e.out.tensor]
+                tensors[part] = Tensor(part, own.shape, own.dtype)
+                einsums.append(Einsum(Access(part, e.out.index), body, e.op, (over,)))
+                term = ex.load(part, e.out.index, own.dtype)
+            merged = term if merged is None else ex.binary(e.op, merged, term)
+        assert merged is not None
+        einsums.append(Einsum(e.out, merged))
+    used = {str(r.attr) for e in einsums for r in e.reads} | {e.out.tensor for e in einsums}
+    return settle(
+        replace(
+            c,
+            ranks=tuple(ranks.values()),
+            tensors=tuple(t for t in tensors.values() if t.name in used),
+            einsums=tuple(einsums),
+        )
+    )
+
+
+def _cut(c: Cascade, e: Einsum, rank: str) -> Size | None:
+    """Where a rank is cut: `rank < cut` selects between pieces in the body, with the cut inside the rank."""
+    for t in ex.walk(e.body):
+        if t.op != "where" or t.args[0].op != "lt" or t.args[0].args[0] is not ex.index(rank):
+            continue
+        limit = t.args[0].args[1]
+        if _is_size(limit) and _at_least(c.rank[rank].size, cut := term_size(limit), 1):
+            return cut
+    return None
+
+
+def _at_least(a: Size, b: Size, n: int) -> bool:
+    difference = sympy.expand(sympy.sympify(a) - sympy.sympify(b) - n)
+    return bool(difference.is_nonnegative)
+
+
+def _inline(c: Cascade) -> Cascade:
+    """Pointwise Einsums over a rank that joins pieces are put where they are read."""
+    bodies: dict[str, Einsum] = {}
+    kept: list[Einsum] = []
+    for e in c.einsums:
+        e = replace(e, body=_expand(e.body, bodies))
+        ranks = frozenset().union(*(i.ranks for i in e.out.index))
+        if e.op is None and e.out.tensor not in c.outputs and any(_cut(c, e, r) is not None for r in ranks):
+            bodies[e.out.tensor] = e
+        else:
+            kept.append(e)
+    return replace(c, einsums=tuple(kept)) if bodies else c
+
+
+def _expand(root: Expr, bodies: dict[str, Einsum]) -> Expr:
+    def rule(e: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        producer = bodies.get(str(e.attr)) if e.op == "load" else None
+        if producer is None:
+            return None
+        return ex.substitute(producer.body, dict(zip(producer.out.index, args)))
+
+    return ex.rebuild(root, rule)
+
+
+def _first(e: Einsum, rank: str, cut: Size, ranks: dict[str, Rank]) -> tuple[Expr, str]:
+    body = ex.substitute(e.body, {ex.index(rank) < size_term(cut): ex.TRUE})
+    return _over(e, body, rank, ex.const(0), cut, ranks)
+
+
+def _rest(e: Einsum, rank: str, cut: Size, ranks: dict[str, Rank]) -> tuple[Expr, str]:
+    body = ex.substitute(e.body, {ex.index(rank) < size_term(cut): ex.FALSE})
+    left = sympy.expand(sympy.sympify(ranks[rank].size) - sympy.sympify(cut))
+    return _over(e, body, rank, size_term(cut), int(left) if left.is_Integer else left, ranks)
+
+
+def _over(e: Einsum, body: Expr, rank: str, start: Expr, size: Size, ranks: dict[str, Rank]) -> tuple[Expr, str]:
+    """The body over one piece: at its only coordinate, or over a rank of the piece's size."""
+    if size == 1:
+        return ex.substitute(body, {ex.index(rank): start}), ""
+    taken = frozenset().union(*(i.ranks for i in e.out.index))
+    name = next((r.name for r in ranks.values() if r.size == size and r.name not in taken and r.name != rank), "")
+    if not name:
+        name = f"{rank}_{len(ranks)}"
+        ranks[name] = Rank(name, size)
+    return ex.substitute(body, {ex.index(rank): start + ex.index(name)}), name
+
+
+def settle(c: Cascade) -> Cascade:
+    """Decide comparisons of a coordinate with a bound outside its rank, and drop ranks and tensors that nobody uses."""
+    table: dict[Expr, Expr] = {}
+    for e in c.einsums:
+        for t in ex.walk(e.body):
+            if t.op in ("lt", "ge") and t.args[0].op == "index" and _is_size(t.args[1]):
+                size = c.rank[str(t.args[0].attr)].size
+                if _at_least(term_size(t.args[1]), size, 0):
+                    table[t] = ex.TRUE if t.op == "lt" else ex.FALSE
+                elif t.args[1].is_const and t.args[1].value <= 0:
+                    table[t] = ex.FALSE if t.op == "lt" else ex.TRUE
+    einsums = tuple(replace(e, body=ex.substitute(e.body, table)) for e in c.einsums) if table else c.einsums
+    live = set(c.outputs)
+    for e in reversed(einsums):
+        if e.out.tensor in live:
+            live.update(str(r.attr) for r in e.reads)
+    einsums = tuple(e for e in einsums if e.out.tensor in live)
+    used = frozenset().union(*(e.ranks | set(e.over) for e in einsums))
+    return replace(
+        c,
+        einsums=einsums,
+        ranks=tuple(r for r in c.ranks if r.name in used),
+        tensors=tuple(t for t in c.tensors if t.name in live),
+    )
+
+
+def _is_size(e: Expr) -> bool:
+    return not e.ranks and all(x.op in ("const", "symbol", "add", "sub", "mul", "floordiv", "mod") for x in ex.walk(e))

@@ -1,0 +1,590 @@
+"""Splitting a term into what varies over the key and what is a row scalar: the laws of the one-pass derivation.
+
+multiplicative   u = Σ lift(element, d̂)·after(row)      exponentials keep their running bound d inside
+additive         u = element + Σ ±row
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from .. import expr as ex
+from ..cascade import IDENTITY
+from ..expr import Expr
+from ..terms.constant import number
+from ..terms.laws import separates, unseparable
+from .carried import OLD, Carried
+from .score import elements, reading
+
+# Terms above the element that sympy is asked about.
+SMALL = 24
+
+
+class Stop(Exception):
+    """Carries a Miss to the one place that catches it."""
+
+    def __init__(self, term: Expr, law: str) -> None:
+        super().__init__(law)
+        self.term, self.law = term, law
+
+
+@dataclass(frozen=True)
+class After:
+    """One thing that is done to a finished sum: times or divided by a row scalar, or 0 where a row condition holds."""
+
+    how: str
+    term: Expr
+
+    def __call__(self, x: Expr) -> Expr:
+        match self.how:
+            case "mul":
+                return x * self.term
+            case "div":
+                return x / self.term
+        return ex.where(self.term, ex.const(0.0, x.dtype), x)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A running bound d that `base`^(element − d) subtracts. `rises`: d never falls as tiles are added."""
+
+    base: str
+    d: Expr
+    rises: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """A summand: `lift` keeps the key (and the guarded bounds), `after` what was deferred, `bounds` what is repaired."""
+
+    lift: Expr
+    after: tuple[After, ...] = ()
+    bounds: tuple[tuple[Bound, float], ...] = ()
+
+    def done(self, x: Expr) -> Expr:
+        for a in self.after:
+            x = a(x)
+        return x
+
+
+def powers(*groups: tuple[tuple[Bound, float], ...]) -> tuple[tuple[Bound, float], ...]:
+    table: dict[Bound, float] = {}
+    for g in groups:
+        for b, k in g:
+            table[b] = table.get(b, 0.0) + k
+    return tuple((b, k) for b, k in table.items() if k != 0.0)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a split knows of the cascade around a term.
+
+    `key` is the rank that is reduced and `length` its size; `exposed` are the terms from which a running bound may be
+    subtracted, `products` tensors that are finite, `rows` the row tensors; `row` names the coordinates of a row.
+    """
+
+    key: str
+    length: Expr
+    exposed: tuple[Expr, ...]
+    products: frozenset[str]
+    rows: frozenset[str]
+    row: tuple[str, ...]
+    accumulate: str
+
+
+class Splitter:
+    """Splits terms over carried names; `ops` says how each carried name is reduced, `bodies` what it sums."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.ground, self.key = ground, ground.key
+        self.carried: list[Carried] = []
+        self.ops: dict[str, str] = {}
+        self.bodies: dict[str, Expr] = {}
+        self.memo: dict[Expr, tuple[Part, ...]] = {}
+
+    def rows(self, e: Expr) -> frozenset[str]:
+        """The carried names that a term reads."""
+        return frozenset(str(x.attr) for x in ex.loads(e) if str(x.attr) in self.ops)
+
+    def mixed(self, e: Expr) -> bool:
+        return self.key in e.ranks and bool(self.rows(e))
+
+    def reads(self, e: Expr) -> tuple[Expr, ...]:
+        return tuple(x for x in ex.loads(e) if str(x.attr) in self.ops)
+
+    def before(self, e: Expr) -> Expr:
+        """The term with the values before this tile."""
+        return ex.substitute(e, {x: ex.load(OLD + str(x.attr), x.args, x.dtype) for x in self.reads(e)})
+
+    def guarded(self, d: Expr) -> Expr:
+        """d̂: the bound, or 0 where it is −∞; the bound itself where the scores cannot be −∞."""
+        if not self.can_empty:
+            return d
+        return ex.where(ex.equal(d, -math.inf), ex.const(0.0, d.dtype), d)
+
+    @cached_property
+    def can_empty(self) -> bool:
+        """May a score be −∞? Products are finite; a tensor that is added may hold −∞, and large fills may add up."""
+        products = self.ground.products
+        for root in self.ground.exposed:
+            rowed = reading(root, self.ground.rows)
+            for e in ex.walk(root):
+                if self.key not in e.ranks or e in rowed:
+                    continue
+                if any(x.is_const and x.is_float and not abs(x.value) < 1e30 for x in e.args):
+                    return True
+                if e.op == "load" and e.is_float and str(e.attr) not in products:
+                    return True
+                if e.op in ("log", "log2", "log1p", "div", "reciprocal", "rsqrt") and self.key in e.args[-1].ranks:
+                    return True
+        return False
+
+    def split(self, e: Expr) -> tuple[Part, ...]:
+        """The term as a sum of parts lift·after; raises Stop with the law that fails."""
+        if e not in self.memo:
+            try:
+                self.memo[e] = self._split(e)
+            except Stop:
+                part = self.probed(e)
+                if part is None:
+                    raise
+                self.memo[e] = (part,)
+        return self.memo[e]
+
+    def probed(self, e: Expr) -> Part | None:
+        """g(x, r) = g(x, 1)·g(x₀, r)/g(x₀, 1), where sympy proves that g separates and no rule above knows how."""
+        found = elements(e, frozenset(self.ops), self.key)
+        rows = self.reads(e)
+        if len(found) != 1 or sum(1 for _ in ex.walk(e)) > SMALL + sum(1 for _ in ex.walk(found[0])):
+            return None
+        (x,) = found
+        if not separates(e, x, rows):
+            return None
+        for point in (1.0, 2.0):
+            part = self.at_point(e, x, rows, point)
+            if part is not None:
+                return part
+        return None
+
+    def at_point(self, e: Expr, x: Expr, rows: tuple[Expr, ...], point: float) -> Part | None:
+        one, at = {r: ex.const(1.0, r.dtype) for r in rows}, {x: ex.const(point, x.dtype)}
+        lift, row, unit = (
+            ex.substitute(e, one),
+            ex.substitute(e, at),
+            float(number(ex.substitute(e, {**one, **at}), {})),
+        )
+        if unit == 0.0 or not math.isfinite(unit):
+            return None
+        # The proof is for positive symbols: signs, zero and domains are tried.
+        for v, d in itertools.product((-1.7, -0.3, 0.0, 0.4, 2.1), (0.3, 1.9)):
+            known = {x: v, **dict.fromkeys(rows, d)}
+            with np.errstate(all="ignore"):
+                apart = number(lift, {}, known) * number(row, {}, known) / unit
+            if not np.isclose(number(e, {}, known), apart, rtol=1e-9, atol=0.0, equal_nan=True):
+                return None
+        return Part(lift, (After("mul", row / unit),))
+
+    def _split(self, e: Expr) -> tuple[Part, ...]:
+        if not self.rows(e):
+            return (Part(e),)
+        if self.key not in e.ranks:
+            return (Part(ex.const(1.0, e.dtype if e.is_float else "f32"), (After("mul", e),)),)
+        match e.op:
+            case "add" | "sub":
+                right = self.split(e.args[1])
+                if e.op == "sub":
+                    right = tuple(replace(p, lift=-p.lift) for p in right)
+                return _merge((*self.split(e.args[0]), *right))
+            case "neg":
+                return tuple(replace(p, lift=-p.lift) for p in self.split(e.args[0]))
+            case "cast":
+                return tuple(replace(p, lift=ex.cast(p.lift, e.dtype)) for p in self.split(e.args[0]))
+            case "mul":
+                return self.product(e)
+            case "div" | "reciprocal":
+                return self.quotient(e)
+            case "exp" | "exp2":
+                return (self.exponential(e),)
+            case "pow" if e.args[1].is_const:
+                return self.whole_power(e, e.args[0], float(e.args[1].value))
+            case "sqrt":
+                return (self.power(e, e.args[0], 0.5),)
+            case "rsqrt":
+                return (self.power(e, e.args[0], -0.5),)
+            case "abs" | "relu":
+                return (self.homogeneous(e),)
+            case "where":
+                return self.select(e)
+        raise self.stop(e)
+
+    def stop(self, e: Expr) -> Stop:
+        return Stop(e, unseparable(e, self.key, self.rows(e)))
+
+    def product(self, e: Expr) -> tuple[Part, ...]:
+        left, right = (self.split(x) for x in e.args)
+        return _merge(
+            tuple(
+                Part(_unit(x.lift * y.lift, x.lift, y.lift), x.after + y.after, powers(x.bounds, y.bounds))
+                for x in left
+                for y in right
+            )
+        )
+
+    def quotient(self, e: Expr) -> tuple[Part, ...]:
+        above = self.split(e.args[0]) if e.op == "div" else (Part(ex.const(1.0, e.dtype)),)
+        below = e.args[-1]
+        if self.key not in below.ranks:
+            return tuple(replace(p, after=(*p.after, After("div", below))) for p in above)
+        parts = self.split(below)
+        if len(parts) != 1 or any(a.how == "zero" for a in parts[0].after):
+            raise self.stop(e)
+        turned = tuple(After("div" if a.how == "mul" else "mul", a.term) for a in parts[0].after)
+        down = tuple((b, -k) for b, k in parts[0].bounds)
+        return tuple(Part(p.lift / parts[0].lift, p.after + turned, powers(p.bounds, down)) for p in above)
+
+    def exponential(self, e: Expr) -> Part:
+        """exp(s − d − log l) = exp(s − d)/l: bounds stay inside and are repaired, sums move behind."""
+        try:
+            element, rest = self.apart(e.args[0])
+        except Stop as stop:
+            raise Stop(e, f"{e.op} of a term that splits into no sum: {stop.law}") from stop
+        after: list[After] = []
+        falls: list[tuple[int, Expr]] = []
+        log = "log" if e.op == "exp" else "log2"
+        for sign, t in rest:
+            ops = {self.ops[n] for n in self.rows(t)}
+            if ops & {"max", "min"}:
+                if ops - {"max", "min"}:
+                    raise self.stop(e)
+                falls.append((sign, t))
+            elif t.op == log:
+                after.append(After("mul" if sign > 0 else "div", t.args[0]))
+            else:
+                after.append(After("mul" if sign > 0 else "div", ex.unary(e.op, t)))
+        if not falls:
+            return Part(ex.unary(e.op, element), tuple(after))
+        d = self.bound(falls)
+        if self.slope(d) < 0:
+            # exp(s + max s) grows by itself, as the model wrote it: nothing to keep small
+            return Part(ex.unary(e.op, element), (*after, After("div", ex.unary(e.op, d))))
+        bound = Bound(e.op, d, self.slope(d) > 0)
+        u = e.args[0]
+        if after and self.can_empty and u.op == "sub" and u.args[0] is element:
+            # exp(s − (d + log l)): with all scores at a large fill, d swallows log l, and the model's weights are 1
+            after = [After("mul", ex.unary(e.op, d - u.args[1]))]
+        return Part(ex.unary(e.op, element - self.guarded(d)), tuple(after), ((bound, 1.0),))
+
+    def bound(self, falls: list[tuple[int, Expr]]) -> Expr:
+        """d = −Σ of the row addends."""
+        out: Expr | None = None
+        for sign, t in sorted(falls, key=lambda f: f[0]):
+            if out is None:
+                out = t if sign < 0 else -t
+            else:
+                out = out + t if sign < 0 else out - t
+        assert out is not None
+        return out
+
+    def slope(self, d: Expr) -> int:
+        """1: never falls as keys are added; −1: never rises; 0: unknown."""
+        if not self.rows(d):
+            return 2
+        if d.op == "load":
+            return {"max": 1, "min": -1}.get(self.ops.get(str(d.attr), ""), 0)
+        signs = [self.slope(x) for x in d.args]
+        if d.op == "neg":
+            return -signs[0]
+        if d.op == "sub":
+            signs[1] = -signs[1] if abs(signs[1]) == 1 else signs[1]
+        if d.op == "mul" and any(x.is_const and float(x.value) < 0 for x in d.args):
+            signs = [-s if abs(s) == 1 else s for s in signs]
+        if d.op in ("mul", "div") and not any(x.is_const for x in d.args):
+            return 0
+        if d.op not in ("add", "sub", "max", "min", "mul", "div", "cast"):
+            return 0
+        known = {s for s in signs if s != 2}
+        return known.pop() if len(known) == 1 else 0
+
+    def whole_power(self, e: Expr, base: Expr, k: float) -> tuple[Part, ...]:
+        """(f + h)^k = Σ C(k, i)·f^i·h^(k − i) for k = 2, 3, 4: the moments of f."""
+        if k not in (2.0, 3.0, 4.0) or len(self.split(base)) == 1:
+            return (self.power(e, base, k),)
+        out = base
+        for _ in range(int(k) - 1):
+            out = Expr("mul", (out, base), None, e.dtype)
+        return self.split(out)
+
+    def power(self, e: Expr, base: Expr, k: float) -> Part:
+        """(f·h)^k = f^k·h^k for whole k, or where both are at least 0."""
+        parts = self.split(base)
+        if len(parts) != 1:
+            raise self.stop(e)
+        (p,) = parts
+        if not k.is_integer() and not (all(self.nonnegative(a.term) for a in p.after) and self.nonnegative(p.lift)):
+            raise Stop(e, "a root of a product splits only where both factors are provably at least 0")
+        if k < 0 and any(a.how == "zero" for a in p.after):
+            raise self.stop(e)
+        after = tuple(a if a.how == "zero" else After(a.how, _power(a.term, k)) for a in p.after)
+        return Part(_power(p.lift, k), after, tuple((b, k * n) for b, n in p.bounds))
+
+    def homogeneous(self, e: Expr) -> Part:
+        """|f·h| = |f|·|h|; relu(f·h) = relu(f)·h where h > 0."""
+        parts = self.split(e.args[0])
+        if len(parts) != 1:
+            raise self.stop(e)
+        (p,) = parts
+        if e.op == "relu" and not all(a.how == "zero" or self.positive(a.term) for a in p.after):
+            raise Stop(e, "relu(f·h) = relu(f)·h needs h > 0")
+        after = p.after if e.op == "relu" else tuple(
+            a if a.how == "zero" else After(a.how, ex.unary("abs", a.term)) for a in p.after
+        )  # fmt: skip
+        return replace(p, lift=ex.unary(e.op, p.lift), after=after)
+
+    def select(self, e: Expr) -> tuple[Part, ...]:
+        c, x, y = e.args
+        if self.mixed(c):
+            c = self.of_the_row(c)
+            return self.split(ex.where(c, x, y)) if self.mixed(ex.where(c, x, y)) else (Part(ex.where(c, x, y)),)
+        if self.key not in c.ranks:
+            if _zero(x):
+                return tuple(replace(p, after=(*p.after, After("zero", c))) for p in self.split(y))
+            if _zero(y):
+                return tuple(replace(p, after=(*p.after, After("zero", ~c))) for p in self.split(x))
+            raise Stop(e, "a row condition selects between two terms, neither of which is 0")
+        if _zero(x) or _zero(y):
+            return self.masked(e, c if _zero(y) else ~c, x if _zero(y) else y)
+        left, right = self.split(x), self.split(y)
+        if len(left) == len(right) == 1 and (left[0].after, left[0].bounds) == (right[0].after, right[0].bounds):
+            return (replace(left[0], lift=ex.where(c, left[0].lift, right[0].lift)),)
+        raise self.stop(e)
+
+    def masked(self, e: Expr, keep: Expr, x: Expr) -> tuple[Part, ...]:
+        """where(keep, f·h, 0) = where(keep, f, 0)·h, and 0 for a row that keeps nothing, whatever h is."""
+        parts = self.split(x)
+        out = []
+        for p in parts:
+            lift = ex.where(keep, p.lift, ex.const(0.0, p.lift.dtype))
+            out.append(replace(p, lift=lift, after=(*p.after, *self.emptied(p, keep))))
+        return tuple(out)
+
+    def emptied(self, p: Part, keep: Expr) -> tuple[After, ...]:
+        """What is done to the finished sum of a row that keeps nothing: none here, a guarded sum over nothing is 0."""
+        return ()
+
+    def of_the_row(self, c: Expr) -> Expr:
+        """A condition on a probability p = u/l (l = Σ u ≥ 0 and maybe more) that holds for a whole row or for no key.
+
+        isnan(p) = isnan(l) or l = 0, because each u is in [0, l]; for the same reason p is never ±∞.
+        """
+        match c.op:
+            case "and" | "or":
+                return ex.binary(c.op, *(self.of_the_row(x) if self.mixed(x) else x for x in c.args))
+            case "not":
+                return ~self.of_the_row(c.args[0])
+            case "isnan":
+                return self.nan_rows(c.args[0])
+            case "ne" if c.args[0] is c.args[1]:
+                return self.nan_rows(c.args[0])
+            case "isinf":
+                self.nan_rows(c.args[0])
+                return ex.FALSE
+            case "eq" if c.args[1].is_const and math.isinf(c.args[1].value):
+                self.nan_rows(c.args[0])
+                return ex.FALSE
+        raise Stop(c, "a condition on elements depends on a row scalar: a threshold does not split")
+
+    def nan_rows(self, p: Expr) -> Expr:
+        while p.op == "cast":
+            p = p.args[0]
+        if p.op == "div" and self.key not in p.args[1].ranks and self.covers(p.args[1], p.args[0]):
+            total = p.args[1]
+            return ex.unary("isnan", total) | ex.equal(total, 0.0)
+        if p.op in ("exp", "exp2"):
+            _, rest = self.apart(p.args[0])
+            out: Expr = ex.FALSE
+            for _, t in rest:
+                out = out | ex.unary("isnan", t)
+            logs = [t.args[0] for sign, t in rest if sign < 0 and t.op in ("log", "log2")]
+            for t in logs:
+                out = out | ex.equal(t, 0.0)
+            if logs:
+                return out
+        raise Stop(p, "whether an element is NaN is a fact of the row only for u/Σu with u ≥ 0")
+
+    def covers(self, total: Expr, u: Expr) -> bool:
+        """total = Σ u (+ terms that are at least 0), with u ≥ 0."""
+        while total.op == "cast":
+            total = total.args[0]
+        while u.op == "cast":
+            u = u.args[0]
+        if total.op == "add":
+            return any(self.covers(x, u) and self.nonnegative(y) for x, y in (total.args, total.args[::-1]))
+        if total.op != "load" or str(total.attr) not in self.bodies:
+            return False
+        body = self.bodies[str(total.attr)]
+        while body.op == "cast":
+            body = body.args[0]
+        return self.ops.get(str(total.attr)) == "add" and body is u and self.nonnegative(u)
+
+    def correction(self, bounds: tuple[tuple[Bound, float], ...], lift: Expr) -> Expr | None:
+        """The factor that moves a sum from the old bounds to the new ones: ∏ base^(k·(d_old − d̂_new))."""
+        out: Expr | None = None
+        for b, k in bounds:
+            if k < 0:
+                raise Stop(lift, "a term grows as its running bound rises: no correction stays below 1")
+            by = self.before(b.d) - self.guarded(b.d)
+            factor = ex.unary(b.base, by if k == 1.0 else by * k)
+            if not b.rises:
+                start = [ex.load(OLD + str(x.attr), x.args, x.dtype) for x in self.reads(b.d)]
+                for x in start:
+                    op = self.ops[str(x.attr).removeprefix(OLD)]
+                    empty = ex.equal(x, float(IDENTITY[op]))
+                    factor = ex.where(empty, ex.const(0.0, factor.dtype), factor)
+            out = factor if out is None else out * factor
+        return out
+
+    # additive split
+
+    def apart(self, u: Expr) -> tuple[Expr, list[tuple[int, Expr]]]:
+        """u = element + Σ ±t: the sub-term with the key and the row addends, equal ones cancelled."""
+        element: list[tuple[int, Expr]] = []
+        rest: dict[Expr, int] = {}
+        plain: list[tuple[int, Expr]] = []
+        for sign, t in self.addends(u, 1):
+            if self.key in t.ranks:
+                element.append((sign, t))
+            elif self.rows(t):
+                rest[t] = rest.get(t, 0) + sign
+            else:
+                plain.append((sign, t))
+        if not element:
+            raise self.stop(u)
+        out: Expr | None = None
+        for sign, t in sorted(element, key=lambda p: -p[0]) + plain:
+            if out is None:
+                out = t if sign > 0 else -t
+            else:
+                out = out + t if sign > 0 else out - t
+        assert out is not None
+        return out, [(1 if n > 0 else -1, t) for t, n in rest.items() for _ in range(abs(n))]
+
+    def addends(self, u: Expr, sign: int) -> list[tuple[int, Expr]]:
+        if u.op in ("max", "min") and self.key not in u.ranks and self.rows(u):
+            return self.common(u, sign)
+        if not self.mixed(u) and not (self.key not in u.ranks and self.rows(u)):
+            return [(sign, u)]
+        match u.op:
+            case "add" | "sub":
+                left = self.addends(u.args[0], sign)
+                return left + self.addends(u.args[1], sign if u.op == "add" else -sign)
+            case "neg":
+                return self.addends(u.args[0], -sign)
+            case "cast":
+                return [(s, ex.cast(t, u.dtype)) for s, t in self.addends(u.args[0], sign)]
+            case "mul":
+                for x, k in (u.args, u.args[::-1]):
+                    if self.key not in k.ranks and not self.rows(k):
+                        return [(s, t * k) for s, t in self.addends(x, sign)]
+            case "div":
+                x, k = u.args
+                if self.key not in k.ranks and not self.rows(k):
+                    return [(s, t / k) for s, t in self.addends(x, sign)]
+        if self.mixed(u):
+            raise Stop(u, f"{u.op} is no element + h({', '.join(sorted(self.rows(u)))})")
+        return [(sign, u)]
+
+    def common(self, u: Expr, sign: int) -> list[tuple[int, Expr]]:
+        """max(x − d, y − d) = max(x, y) − d"""
+        left, right = (self.addends(x, 1) for x in u.args)
+        shared = [p for p in left if p in right]
+        if not shared:
+            return [(sign, u)]
+        out = []
+        for side in (left, right):
+            left_over = list(side)
+            for p in shared:
+                left_over.remove(p)
+            term: Expr = ex.const(0.0, u.dtype)
+            for s, t in left_over:
+                term = term + t if s > 0 else term - t
+            out.append(term)
+        return [(sign, ex.binary(u.op, *out)), *((sign * s, t) for s, t in shared)]
+
+    # signs
+
+    def nonnegative(self, e: Expr) -> bool:
+        return self.least(e) >= 0.0
+
+    def least(self, e: Expr) -> float:
+        """A lower bound of a term (−∞ where nothing is known)."""
+        match e.op:
+            case "const":
+                return float(e.value)
+            case "exp" | "exp2" | "sigmoid" | "softplus" | "abs" | "sqrt" | "rsqrt":
+                return 0.0
+            case "tanh" | "sin" | "cos" | "erf":
+                return -1.0
+            case "relu":
+                return max(0.0, self.least(e.args[0]))
+            case "cast":
+                return self.least(e.args[0])
+            case "add":
+                return sum(self.least(x) for x in e.args)
+            case "min" | "where":
+                return min(self.least(x) for x in e.args[-2:])
+            case "max":
+                return max(self.least(x) for x in e.args)
+            case "mul" if e.args[0] is e.args[1]:
+                return 0.0
+            case "mul" | "div" | "reciprocal":
+                return 0.0 if all(self.nonnegative(x) for x in e.args) else -math.inf
+            case "pow":
+                even = e.args[1].is_const and float(e.args[1].value) % 2 == 0
+                return 0.0 if even or self.nonnegative(e.args[0]) else -math.inf
+            case "load" if str(e.attr) in self.ops:
+                c = next((c for c in self.carried if c.name == str(e.attr)), None)
+                if c is None:
+                    return -math.inf
+                return self.least(c.lift) if c.op != "add" else 0.0 if self.nonnegative(c.lift) else -math.inf
+        return -math.inf
+
+    def positive(self, e: Expr) -> bool:
+        """More than 0, or the row is degenerate in the model as well (a sum of squares that is 0 divides by 0)."""
+        return self.nonnegative(e)
+
+
+def _merge(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    table: dict[tuple[object, object], Part] = {}
+    for p in parts:
+        k = (p.after, p.bounds)
+        table[k] = replace(p, lift=table[k].lift + p.lift) if k in table else p
+    return tuple(table.values())
+
+
+def _unit(whole: Expr, x: Expr, y: Expr) -> Expr:
+    return y if _one(x) and y.is_float else x if _one(y) and x.is_float else whole
+
+
+def _one(e: Expr) -> bool:
+    return e.is_const and e.attr == 1.0
+
+
+def _zero(e: Expr) -> bool:
+    while e.op == "cast":
+        e = e.args[0]
+    return e.is_const and e.attr == 0
+
+
+def _power(e: Expr, k: float) -> Expr:
+    if k == 0.5:
+        return ex.unary("sqrt", e)
+    if k == -0.5:
+        return ex.unary("rsqrt", e)
+    if k == 2.0:
+        return e * e
+    return ex.binary("pow", e, k)

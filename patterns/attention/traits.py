@@ -1,0 +1,186 @@
+"""What can be said about an attention: the rule for rows without a key, a word for its row rule, its traits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import expr as ex
+from ..expr import Expr
+from ..terms.constant import REDUCE, number
+from .score import factors, reading
+
+if TYPE_CHECKING:
+    from .recognise import Attention
+
+# The made-up row: two products and two values.
+SCORES, VALUES = np.array([0.3, -0.7]), np.array([1.0, 3.0])
+
+
+def no_key_rule(a: Attention) -> str:
+    """What the model computes for a row all of whose keys are masked, found by running its row program on one.
+
+    "nan"; "uniform" (the mean over all keys); "zero"; "never" (no mask can empty a row); "unmasked" (an additive
+    fill that is too small to drown the scores, or a fill the row rule shifts away: the row attends as if unmasked).
+    Only masks that stand in the terms count: a float tensor that is added is a bias.
+    """
+    known = masked_row(a)
+    if known is None:
+        return "never"
+    values = run_row(a, known)
+    out = float(number(a.finish, values))
+    if np.isnan(out):
+        return "nan"
+    if out == 0.0:
+        return "zero"
+    first, second = np.broadcast_to(number(a.weight, values, known), (2,))
+    return "uniform" if first == second else "unmasked"
+
+
+def masked_row(a: Attention) -> dict[Expr, object] | None:
+    """The conditions of all masks as they are for a row that keeps no key; None where no mask stands in the terms."""
+    known: dict[Expr, object] = {}
+    for e in ex.walk(*(r.body for r in a.row), a.weight):
+        if is_mask(e, a.key):
+            known[e.args[0]] = np.asarray(masked_side(e) is e.args[1])
+    return known or None
+
+
+def two_keys(a: Attention, known: Mapping[Expr, object]) -> dict[Expr, object]:
+    """`known`, and a row of two keys with scores of their own."""
+    scores = {ex.load(e.out.tensor, e.out.index, a.cascade.tensor[e.out.tensor].dtype): SCORES for e in a.products}
+    return {**scores, ex.index(a.key): np.array([0, 1]), **known}
+
+
+def run_row(a: Attention, known: dict[Expr, object], loads: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Row tensors and contraction of one made-up row of two keys with values 1 and 3.
+
+    `known` gives terms a value, `loads` tensors; other floats are 0.5. `known` is completed by the row's scores.
+    """
+    values: dict[str, object] = dict(loads or {})
+    known.update(two_keys(a, known))
+    for r in a.row:
+        assert r.op is not None
+        values[r.out.tensor] = REDUCE[r.op](np.broadcast_to(number(r.body, values, known), (2,)))
+    weight = np.broadcast_to(number(a.weight, values, known), (2,))
+    with np.errstate(all="ignore"):
+        values[a.contraction.out.tensor] = np.sum(weight * VALUES)
+    return values
+
+
+def is_mask(e: Expr, key: str) -> bool:
+    return e.op == "where" and key in e.args[0].ranks and (e.args[1].is_const or e.args[2].is_const)
+
+
+def masked_side(e: Expr) -> Expr:
+    """The side of a `where` that a masked key takes: the constant one, the smaller of two."""
+    _, x, y = e.args
+    if x.is_const and y.is_const:
+        return x if x.value < y.value else y
+    return x if x.is_const else y
+
+
+def kind(a: Attention) -> str:
+    """A word for the row rule. For people to read; no code depends on it."""
+    above = [e for e in ex.walk(a.weight) if a.key in e.ranks and e not in set(ex.walk(a.score))]
+    ops = {e.op for e in above}
+    sums = any(r.op == "add" for r in a.row)
+    if ops & {"exp", "exp2"}:
+        return "softmax" if sums else "exp"
+    for op in ("sigmoid", "softplus", "relu", "tanh", "sin", "cos"):
+        if op in ops:
+            return op
+    if "pow" in ops or any(e.op == "mul" and e.args[0] is e.args[1] for e in above):
+        return "power"
+    return "linear" if not ops - {"mul", "div", "cast", "neg", "where"} else "pointwise"
+
+
+def traits(a: Attention) -> frozenset[str]:
+    """Words for what stands in the terms. For people to read; no code depends on them.
+
+    gqa, latent, causal, window, alibi, bias, mask (data), varlen (segment ids), softcap, sink, prelude, decode, cross.
+    """
+    out = _operands(a) | _limits(a)
+    products = {e.out.tensor for e in a.products}
+    for e in ex.walk(a.score):
+        if e.op == "tanh":
+            out.add("softcap")
+        if e.op == "load" and str(e.attr) not in products and a.key in e.ranks:
+            out.add(_data(e, a))
+        if e.op == "mul" and _slope(e, a):
+            out.add("alibi")
+    if any(str(e.attr) not in products | a.row_names for e in _row_loads(a)):
+        out.add("sink")
+    if a.prelude:
+        out.add("prelude")
+    size = {n: a.cascade.rank[n].size for n in (a.query, a.key)}
+    if size[a.query] == 1:
+        out.add("decode")
+    elif size[a.query] != size[a.key] and not out & {"causal", "window"}:
+        out.add("cross")
+    return frozenset(out)
+
+
+def _operands(a: Attention) -> set[str]:
+    keyed = [f for e in a.products for f in factors(e.body)[0] if a.key in f.ranks]
+    heads = [f.ranks & set(a.batch) for f in keyed]
+    out = {"latent"} if any(h != heads[0] for h in heads) else set()
+    if any(i.op == "floordiv" for f in keyed for x in ex.loads(f) for i in x.args):
+        out.add("gqa")
+    return out
+
+
+def _data(e: Expr, a: Attention) -> str:
+    if not e.is_float:
+        return "mask" if e.dtype == "b1" else "varlen"
+    # slopes times positions, computed before: they vary over heads and keys and know no query
+    return "alibi" if a.query not in e.ranks and len(e.ranks & set(a.batch)) > 1 else "bias"
+
+
+def _limits(a: Attention) -> set[str]:
+    """Does a mask cut off the keys after the query (causal), those far before it, or both (window)?"""
+    out: set[str] = set()
+    ahead = np.array([-900_000, -300, -100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100, 300, 900_000])
+    known = {ex.index(a.key): 1_000_000 + ahead, ex.index(a.query): np.asarray(1_000_000)}
+    for e in ex.walk(a.score, a.weight):
+        if not is_mask(e, a.key):
+            continue
+        for c, positive in _comparisons(e.args[0], masked_side(e) is e.args[2]):
+            if {a.key, a.query} <= c.ranks and not ex.loads(c):
+                kept = np.broadcast_to(number(c, {}, known), ahead.shape) == positive
+                if kept.any() and not kept[-1]:
+                    out.add("causal" if kept[0] else "window")
+                if kept.any() and not kept[0]:
+                    out.add("window")
+    return out
+
+
+def _comparisons(c: Expr, positive: bool) -> Iterator[tuple[Expr, bool]]:
+    """The order comparisons of a condition, each with whether it stands for keeping."""
+    if c.op in ("and", "or"):
+        for x in c.args:
+            yield from _comparisons(x, positive)
+    elif c.op == "not":
+        yield from _comparisons(c.args[0], not positive)
+    elif c.op in ("lt", "le", "gt", "ge"):
+        yield c, positive
+
+
+def _row_loads(a: Attention) -> list[Expr]:
+    """Loads without the key that meet row tensors, in row reductions, weight or epilogue."""
+    out: list[Expr] = []
+    for t in (*(r.body for r in a.row), a.weight, a.finish):
+        for e in ex.walk(t):
+            if e.op in ("max", "add") and a.key not in e.ranks and reading(e, a.row_names):
+                out += [x for x in ex.loads(e) if x.ranks.isdisjoint([a.value]) and x.is_float]
+    return out
+
+
+def _slope(e: Expr, a: Attention) -> bool:
+    """A product of the key's distance and something that varies over the batch ranks."""
+    for x, y in (e.args, e.args[::-1]):
+        if a.key in x.ranks and not ex.loads(x) and y.ranks <= set(a.batch) and not y.is_const:
+            return True
+    return False

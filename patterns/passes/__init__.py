@@ -1,0 +1,1 @@
+"""Rewrites with conditions: cascade → cascade."""
