@@ -4,9 +4,9 @@
     prediction  by the candidate's name, from the cascade and a device alone, so that stored timings can be judged again
 
 Nothing of these shapes is known to the calibration: it times operators and kernels of shapes of its own
-(cost_model/calibrate.py, codegen/calibrate.py). `GRIDS` says which cells were looked at while the model was written
-(`development`, `regret`, `heldout`, `fresh`, and `drawn` and `again`: drawn from wide ranges), and which only judge it
-(`unseen`: drawn from the same ranges with another seed, not looked at).
+(cost_model/calibration/calibrate.py, codegen/calibrate.py). `GRIDS` says which cells were looked at while the model was
+written (`development`, `regret`, `heldout`, `fresh`, and `drawn` and `again`: drawn from wide ranges), and which only judge
+it (`unseen`: drawn from the same ranges with another seed, not looked at).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from reattend.codegen import operator as ours
 from reattend.codegen import vendor
 from reattend.codegen.program import loose, program_text
-from reattend.cost_model.cost import Cost
-from reattend.cost_model.device import Device
-from reattend.cost_model.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
-from reattend.cost_model.tiles import NOTHING, Data
+from reattend.cost_model.count.tiles import NOTHING, Data
+from reattend.cost_model.devices.device import Device
+from reattend.cost_model.time.cost import Cost
+from reattend.cost_model.time.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Miss, Refusal
 from reattend.patterns.cascade import Cascade

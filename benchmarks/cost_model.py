@@ -40,9 +40,17 @@ from rich.progress import track
 from rich.table import Table
 
 from reattend.codegen.calibrate import calibrate
-from reattend.cost_model.accuracy import Outcome, accuracy, percentile, within
-from reattend.cost_model.device import Device, alone, device, device_from_dict, device_to_dict, shipped, with_threads
-from reattend.cost_model.ladder import ladder
+from reattend.cost_model.calibration.accuracy import Outcome, accuracy, percentile, within
+from reattend.cost_model.devices.device import (
+    Device,
+    alone,
+    device,
+    device_from_dict,
+    device_to_dict,
+    shipped,
+    with_threads,
+)
+from reattend.cost_model.time.ladder import ladder
 from reattend.patterns.mapping import Mapping as Tiling
 from reattend.rewriter.choose import running_device
 

@@ -19,8 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from reattend.cost_model.neighborhood import Axis, GridTiles, grid_tiles
-from reattend.cost_model.schedule import launch_span
+from reattend.cost_model.count.neighborhood import Axis, GridTiles, grid_tiles
+from reattend.cost_model.count.schedule import launch_span
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.masks.windows import neighborhood

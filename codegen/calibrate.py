@@ -4,8 +4,8 @@
     all ways of some shapes, in turn    → what calls between other work take beside what they take alone (company.py)
     shapes that nothing was fitted to   → how far the model is off there: the band that plans state
 
-The CPU's operators are timed in cost_model/calibrate.py, a GPU's rates in calibrate_gpu.py; here is what needs our operator
-or a compiled FlexAttention on the CPU, and the check at the end. Under two minutes on a CPU, less on a GPU.
+The CPU's operators are timed in cost_model/calibration/calibrate.py, a GPU's rates in calibrate_gpu.py; here is what needs
+our operator or a compiled FlexAttention on the CPU, and the check at the end. Under two minutes on a CPU, less on a GPU.
 """
 
 from __future__ import annotations
@@ -20,11 +20,20 @@ from typing import Any
 
 import torch
 
-from ..cost_model.accuracy import error, percentile
-from ..cost_model.calibrate import Watch, between, cpu_rates, keep, seconds, torch_threads, unwatched, with_rates
-from ..cost_model.cost import Cost
-from ..cost_model.device import Device, alone, with_threads
-from ..cost_model.predict import predict
+from ..cost_model.calibration.accuracy import error, percentile
+from ..cost_model.calibration.calibrate import (
+    Watch,
+    between,
+    cpu_rates,
+    keep,
+    seconds,
+    torch_threads,
+    unwatched,
+    with_rates,
+)
+from ..cost_model.devices.device import Device, alone, with_threads
+from ..cost_model.time.cost import Cost
+from ..cost_model.time.predict import predict
 from ..patterns.attention.recognise import Refusal
 from ..patterns.evaluate import DTYPE
 from ..patterns.mapping import Mapping as Tiling

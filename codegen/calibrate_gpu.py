@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ..cost_model.calibrate import Watch, confirmed, unwatched
-from ..cost_model.constants import Timed, fitted
-from ..cost_model.device import Device
-from ..cost_model.predict import best_mapping
+from ..cost_model.calibration.calibrate import Watch, confirmed, unwatched
+from ..cost_model.calibration.constants import Timed, fitted
+from ..cost_model.devices.device import Device
+from ..cost_model.time.predict import best_mapping
 from ..patterns import expr as ex
 from ..patterns.attention.recognise import Miss
 from ..patterns.cascade import Cascade

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from ..cost_model.calibrate import Watch, torch_threads, with_rates
-from ..cost_model.cost import Cost
-from ..cost_model.device import Device, alone, with_threads
-from ..cost_model.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
+from ..cost_model.calibration.calibrate import Watch, torch_threads, with_rates
+from ..cost_model.devices.device import Device, alone, with_threads
+from ..cost_model.time.cost import Cost
+from ..cost_model.time.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
 from ..patterns import expr as ex
 from ..patterns.attention.recognise import Miss, Refusal
 from ..patterns.cascade import Cascade

@@ -16,7 +16,7 @@ from importlib import metadata
 
 from torch import Tensor
 
-from ..cost_model.tiles import expected
+from ..cost_model.count.tiles import expected
 from ..patterns.attention.recognise import Refusal
 from ..patterns.cascade import Cascade
 from ..patterns.mapping import Mapping as Tiling

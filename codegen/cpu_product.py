@@ -15,7 +15,7 @@ from ..patterns.expr import TRUE, Expr
 from ..patterns.mapping import Mapping as Tiling
 from .cpu_form import Form
 from .cpu_plan import planned
-from .cpu_print import (  # fmt: skip
+from .cpu_print import (
     Function,
     Printer,
     entry,

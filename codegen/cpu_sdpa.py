@@ -9,7 +9,7 @@ from ..patterns.expr import Expr
 from ..patterns.mapping import Mapping as Tiling
 from .cpu_form import Form, Softmax, rows_keep_a_key
 from .cpu_plan import planned
-from .cpu_print import (  # fmt: skip
+from .cpu_print import (
     Function,
     Printer,
     common_type,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..cost_model.device import Device
-from ..cost_model.predict import VendorUse
+from ..cost_model.devices.device import Device
+from ..cost_model.time.predict import VendorUse
 from ..patterns import expr as ex
 from ..patterns.attention.recognise import Refusal, no_key_rule
 from ..patterns.cascade import Cascade

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cost_model.device import Device
+from ..cost_model.devices.device import Device
 from ..patterns.attention.recognise import Refusal
 from ..patterns.cascade import Cascade
 from ..patterns.evaluate import DTYPE

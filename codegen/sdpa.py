@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ..cost_model.device import Device
-from ..cost_model.predict import VendorUse
+from ..cost_model.devices.device import Device
+from ..cost_model.time.predict import VendorUse
 from ..patterns import expr as ex
 from ..patterns.attention.recognise import Refusal, no_key_rule
 from ..patterns.cascade import Cascade, bind

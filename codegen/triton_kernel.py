@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cost_model.device import Device
+from ..cost_model.devices.device import Device
 from ..patterns.attention.recognise import Refusal
 from ..patterns.cascade import Cascade, bind
 from ..patterns.evaluate import DTYPE, evaluate

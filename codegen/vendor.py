@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..cost_model.device import Device
-from ..cost_model.predict import VendorUse
+from ..cost_model.devices.device import Device
+from ..cost_model.time.predict import VendorUse
 from ..patterns.attention.recognise import Refusal
 from . import flex as _flex
 from . import sdpa as _sdpa

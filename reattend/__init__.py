@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import optimize, plan, report, restore, verify
-    from .cost_model.device import Device, targets
-    from .cost_model.plan import Candidate, Miss, Plan, Site
-    from .cost_model.sweep import Sweep
+    from .cost_model.devices.device import Device, targets
+    from .cost_model.plan.plan import Candidate, Miss, Plan, Site
+    from .cost_model.plan.sweep import Sweep
     from .rewriter.policy import Policy, StrictError
     from .rewriter.report import Report
     from .rewriter.verify import Verification
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 _WHERE = {
     "optimize": "api", "restore": "api", "report": "api", "plan": "api", "verify": "api",
     "Policy": "rewriter.policy", "StrictError": "rewriter.policy", "Report": "rewriter.report",
-    "Verification": "rewriter.verify", "targets": "cost_model.device", "Device": "cost_model.device",
-    "Plan": "cost_model.plan", "Site": "cost_model.plan", "Candidate": "cost_model.plan", "Miss": "cost_model.plan",
-    "Sweep": "cost_model.sweep",
+    "Verification": "rewriter.verify", "targets": "cost_model.devices.device", "Device": "cost_model.devices.device",
+    "Plan": "cost_model.plan.plan", "Site": "cost_model.plan.plan", "Candidate": "cost_model.plan.plan",
+    "Miss": "cost_model.plan.plan", "Sweep": "cost_model.plan.sweep",
 }  # fmt: skip
 
 __version__ = "0.1.0"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .cost_model.device import Device, device
-from .cost_model.plan import Plan
+from .cost_model.devices.device import Device, device
+from .cost_model.plan.plan import Plan
 from .rewriter import choose
 from .rewriter.export import held_tensors
 from .rewriter.models import Shapes, UsageError, check_devices, inputs_for

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from .cost_model.device import device
+from .cost_model.devices.device import device
 from .rewriter.policy import Policy
 from .rewriter.session import Session
 

@@ -42,10 +42,10 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from .cost_model.device import Device
-    from .cost_model.diff import Diff
-    from .cost_model.plan import Plan
-    from .cost_model.sweep import Sweep
+    from .cost_model.devices.device import Device
+    from .cost_model.plan.diff import Diff
+    from .cost_model.plan.plan import Plan
+    from .cost_model.plan.sweep import Sweep
     from .rewriter.models import Shapes
     from .rewriter.policy import Policy
 
@@ -121,7 +121,7 @@ def diff(
 
     Example: reattend diff monday.json friday.json --tolerance 0.1
     """
-    from .cost_model.diff import diff as compare
+    from .cost_model.plan.diff import diff as compare
     from .rewriter.models import UsageError
 
     if tolerance < 0:
@@ -148,7 +148,7 @@ def targets(
 
     Example: reattend targets --calibrate
     """
-    from .cost_model.device import targets as all_targets
+    from .cost_model.devices.device import targets as all_targets
 
     if calibrate:
         _calibrate()
@@ -177,7 +177,7 @@ def _calibrate() -> None:
     from rich.progress import track
 
     from .codegen.calibrate import calibrate as measure
-    from .cost_model.device import calibration_path, shipped
+    from .cost_model.devices.device import calibration_path, shipped
     from .rewriter.choose import running_device
 
     here = shipped(running_device("cuda" if torch.cuda.is_available() else "cpu").name)
@@ -232,7 +232,7 @@ def _open_if_possible(spec: str, shapes: Shapes, devices: list[Device], policy: 
 
 
 def _text(plans: list[Plan], sweeps: list[Sweep]) -> str:
-    from .cost_model.table import plans_table
+    from .cost_model.plan.table import plans_table
 
     head = str(plans[0]) if len(plans) == 1 else plans_table(plans)
     spread = [str(p.sharding) for p in plans if p.sharding is not None and len(plans) > 1]
@@ -241,7 +241,7 @@ def _text(plans: list[Plan], sweeps: list[Sweep]) -> str:
 
 def _saved(path: str) -> Plan:
     """A plan from a file. Raises UsageError and PlanError with one sentence."""
-    from .cost_model.plan import Plan, PlanError
+    from .cost_model.plan.plan import Plan, PlanError
     from .rewriter.models import UsageError
 
     try:

@@ -27,7 +27,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from .cost_model.plan import Site
+    from .cost_model.plan.plan import Site
 
 
 def emit(

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from .cost_model.device import Device
-    from .cost_model.plan import Plan, Site
-    from .cost_model.sweep import Sweep
+    from .cost_model.devices.device import Device
+    from .cost_model.plan.plan import Plan, Site
+    from .cost_model.plan.sweep import Sweep
     from .rewriter.models import Shapes
     from .rewriter.policy import Policy
 
@@ -32,7 +32,7 @@ def tokens(value: str | int) -> int:
 
 def sweep_of(text: str) -> tuple[str, tuple[int, ...]]:
     """`seq=1k:1M` (powers of two) or `seq=1k,4k,32k` as an axis with its values."""
-    from .cost_model.sweep import AXES, SweepError, powers_of_two
+    from .cost_model.plan.sweep import AXES, SweepError, powers_of_two
 
     axis, equals, span = text.partition("=")
     form = "write seq=1k:1M (powers of two) or seq=1k,4k,32k"
@@ -104,7 +104,7 @@ def shapes_of(batch: int, seq: int | None, dtype: str | None, phase: str, past: 
 
 def devices_of(names: Sequence[str] | None) -> list[Device]:
     """The devices of these names, each once; this machine's CPU without one."""
-    from .cost_model.device import device
+    from .cost_model.devices.device import device
 
     return [device(name) for name in dict.fromkeys(names or ["cpu"])]
 

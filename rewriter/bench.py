@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
-from ..cost_model.plan import ORIGINAL, Candidate, Site
-from ..cost_model.table import bytes_text, group_name, seconds_text
+from ..cost_model.plan.plan import ORIGINAL, Candidate, Site
+from ..cost_model.plan.table import bytes_text, group_name, seconds_text
 from . import capture, choose, export
 from .explain import positions
 from .guards import original_subgraph

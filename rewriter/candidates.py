@@ -18,16 +18,23 @@ from torch import fx
 from ..codegen import operator as ours
 from ..codegen import vendor
 from ..codegen.program import Program, loose, memory_order
-from ..cost_model.cost import Cost
-from ..cost_model.detail import detail
-from ..cost_model.device import Device
-from ..cost_model.expect import known
-from ..cost_model.memory import Memory, memory
-from ..cost_model.passes import key_passes
-from ..cost_model.picture import picture
-from ..cost_model.plan import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
-from ..cost_model.predict import VendorUse, best_mapping, predict_original, predict_vendor, ranked_mappings, tiles_of
-from ..cost_model.tiles import Data
+from ..cost_model.count.expect import known
+from ..cost_model.count.memory import Memory, memory
+from ..cost_model.count.passes import key_passes
+from ..cost_model.count.tiles import Data
+from ..cost_model.devices.device import Device
+from ..cost_model.plan.detail import detail
+from ..cost_model.plan.picture import picture
+from ..cost_model.plan.plan import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
+from ..cost_model.time.cost import Cost
+from ..cost_model.time.predict import (
+    VendorUse,
+    best_mapping,
+    predict_original,
+    predict_vendor,
+    ranked_mappings,
+    tiles_of,
+)
 from ..patterns import expr as ex
 from ..patterns.attention.recognise import Attention, Refusal, attention, no_key_rule
 from ..patterns.attention.recognise import Miss as NoAttention

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..cost_model.device import Device, targets, with_threads
-from ..cost_model.device import device as device_named
-from ..cost_model.plan import ORIGINAL, Miss, Plan, Site
+from ..cost_model.devices.device import Device, targets, with_threads
+from ..cost_model.devices.device import device as device_named
+from ..cost_model.plan.plan import ORIGINAL, Miss, Plan, Site
 from ..patterns.cascade import Cascade
 from ..patterns.evaluate import infer_sizes
 from . import capture, splice

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..cost_model.cost import TOTAL
-from ..cost_model.detail import Detail, PassCount, TensorBytes
-from ..cost_model.plan import ORIGINAL, Candidate, Plan, Site
-from ..cost_model.table import bytes_text, candidates_table, group_name, seconds_text, table_of, table_text
+from ..cost_model.plan.detail import Detail, PassCount, TensorBytes
+from ..cost_model.plan.plan import ORIGINAL, Candidate, Plan, Site
+from ..cost_model.plan.table import bytes_text, candidates_table, group_name, seconds_text, table_of, table_text
+from ..cost_model.time.cost import TOTAL
 from ..patterns.mapping import Mapping as Tiling
 from .models import UsageError
 

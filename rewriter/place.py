@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..cost_model.expect import unknowns
-from ..cost_model.predict import VendorUse
-from ..cost_model.sweep import Symbol
+from ..cost_model.count.expect import unknowns
+from ..cost_model.plan.sweep import Symbol
+from ..cost_model.time.predict import VendorUse
 from ..patterns import expr as ex
 from ..patterns.attention.recognise import Attention, Miss, attention
 from ..patterns.cascade import Cascade, Size, bind

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..cost_model.device import Device
-from ..cost_model.expect import checked, known
-from ..cost_model.mesh import Mesh, linked
-from ..cost_model.mesh_plan import MeshPlan
-from ..cost_model.plan import Miss, Plan, Site
-from ..cost_model.sharding import Site as Sharded
-from ..cost_model.sharding import shard
-from ..cost_model.sweep import Symbol, axes
+from ..cost_model.count.expect import checked, known
+from ..cost_model.devices.device import Device
+from ..cost_model.mesh.mesh import Mesh, linked
+from ..cost_model.mesh.plan import MeshPlan
+from ..cost_model.mesh.sharding import Site as Sharded
+from ..cost_model.mesh.sharding import shard
+from ..cost_model.plan.plan import Miss, Plan, Site
+from ..cost_model.plan.sweep import Symbol, axes
 from ..patterns.attention.recognise import Attention, attention
 from ..patterns.cascade import Cascade, bind
 from . import capture, choose, export

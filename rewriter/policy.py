@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..cost_model.expect import Expect, parse
-from ..cost_model.mesh import Mesh
-from ..cost_model.mesh import mesh as mesh_of
+from ..cost_model.count.expect import Expect, parse
+from ..cost_model.mesh.mesh import Mesh
+from ..cost_model.mesh.mesh import mesh as mesh_of
 
 CANDIDATES = ("original", "sdpa", "flex", "reattend")
 
@@ -25,8 +25,8 @@ class Policy:
     rewritten raises at the first capture instead of being left alone.
 
     `expect` says what to expect of run-time data that masks read, for the predictions of `plan` alone: texts such as
-    "attention_mask=length:700" (cost_model/expect.py has the forms). It names the model's arguments, which the graphs of an
-    optimised model do not know by these names. Raises ValueError with one sentence.
+    "attention_mask=length:700" (cost_model/count/expect.py has the forms). It names the model's arguments, which the graphs
+    of an optimised model do not know by these names. Raises ValueError with one sentence.
     """
 
     approximate: bool = False

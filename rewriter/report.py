@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 from rich.table import Table
 
-from ..cost_model.accuracy import within
-from ..cost_model.cost import Cost
-from ..cost_model.plan import ORIGINAL, Miss, Plan, Site
-from ..cost_model.table import group_name, seconds_text, short_path
+from ..cost_model.calibration.accuracy import within
+from ..cost_model.plan.plan import ORIGINAL, Miss, Plan, Site
+from ..cost_model.plan.table import group_name, seconds_text, short_path
+from ..cost_model.time.cost import Cost
 from .policy import StrictError
 from .sampling import Samples
 

@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._dynamo.utils import get_compilation_metrics
 
-from ..cost_model.device import Device
+from ..cost_model.devices.device import Device
 from . import capture, choose, sampling
 from .guards import Guarded
 from .policy import Policy, StrictError

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from ..cost_model.plan import Plan
+from ..cost_model.plan.plan import Plan
 from ..patterns.evaluate import evaluate
 from . import capture, choose
 from .models import run

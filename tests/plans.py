@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from reattend.cost_model.cost import Cost
-from reattend.cost_model.detail import detail
-from reattend.cost_model.device import Device, shipped
-from reattend.cost_model.memory import memory
-from reattend.cost_model.mesh import parse
-from reattend.cost_model.mesh_plan import MeshPlan
-from reattend.cost_model.picture import picture
-from reattend.cost_model.plan import Candidate, MaskView, Miss, Plan, Site, SiteShape, TileCounts, ranked
-from reattend.cost_model.predict import best_mapping, predict_original, tiles_of
-from reattend.cost_model.sharding import Site as Sharded
-from reattend.cost_model.sharding import shard
-from reattend.cost_model.sweep import Symbol, axes
+from reattend.cost_model.count.memory import memory
+from reattend.cost_model.devices.device import Device, shipped
+from reattend.cost_model.mesh.mesh import parse
+from reattend.cost_model.mesh.plan import MeshPlan
+from reattend.cost_model.mesh.sharding import Site as Sharded
+from reattend.cost_model.mesh.sharding import shard
+from reattend.cost_model.plan.detail import detail
+from reattend.cost_model.plan.picture import picture
+from reattend.cost_model.plan.plan import Candidate, MaskView, Miss, Plan, Site, SiteShape, TileCounts, ranked
+from reattend.cost_model.plan.sweep import Symbol, axes
+from reattend.cost_model.time.cost import Cost
+from reattend.cost_model.time.predict import best_mapping, predict_original, tiles_of
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Attention, attention
 from reattend.patterns.attention.recognise import Miss as NoAttention

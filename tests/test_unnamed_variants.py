@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from reattend.codegen import cpu, triton_kernel
-from reattend.cost_model.device import device
-from reattend.cost_model.predict import best_mapping
+from reattend.cost_model.devices.device import device
+from reattend.cost_model.time.predict import best_mapping
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import Mapping as Tiling
 from reattend.rewriter import detect

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ..device import Device, device_to_dict, shipped
+from ..devices.device import Device, device_to_dict, shipped
 
 CALIBRATED, PUBLISHED, ASSUMED, MEASURED = "calibrated", "published", "assumed", "measured"
 # Words with which the source of a number begins that is nobody's measurement.

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..cost import TOTAL
-from ..roofline import roof
-from ..table import between, bytes_text, tokens_text
+from ..plan.table import between, bytes_text, tokens_text
+from ..time.cost import TOTAL
+from ..time.roofline import roof
 from .basis import basis_rows, basis_text
 from .mesh_data import TITLES, mesh_data
 
 if TYPE_CHECKING:
-    from ..plan import Candidate, Plan, Site
-    from ..sweep import Course, Sweep
+    from ..plan.plan import Candidate, Plan, Site
+    from ..plan.sweep import Course, Sweep
 
 # Short names of types in device files, by the names that torch has for them.
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
@@ -22,7 +22,7 @@ _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f6
 
 def plan_data(plan: Plan, sweeps: Sequence[Sweep]) -> dict[str, Any]:
     """Everything that tables and drawings of one plan need."""
-    from ..plan import ORIGINAL
+    from ..plan.plan import ORIGINAL
 
     d = plan.device
     before = [s.candidate(ORIGINAL).cost if any(c.name == ORIGINAL for c in s.candidates) else None for s in plan.sites]

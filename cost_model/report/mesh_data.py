@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..capacity import RESERVE
-from ..mesh_plan import MeshPlan, Scheme
-from ..mesh_sweep import MeshCourse
-from ..table import between, bytes_text, seconds_text, tokens_text
+from ..mesh.capacity import RESERVE
+from ..mesh.plan import MeshPlan, Scheme
+from ..plan.mesh_sweep import MeshCourse
+from ..plan.table import between, bytes_text, seconds_text, tokens_text
 
 if TYPE_CHECKING:
-    from ..plan import Plan
-    from ..sweep import Sweep
+    from ..plan.plan import Plan
+    from ..plan.sweep import Sweep
 
 # What an axis of a sweep counts, and what one of a mesh carries.
 TITLES = {"seq": "query tokens (seq)", "past": "tokens in the cache (past)", "batch": "sequences in the batch"}

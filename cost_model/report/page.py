@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import jinja2
 from markupsafe import Markup
 
-from ..sweep import SweepError, powers_of_two, sweep
-from ..table import bytes_text, seconds_text, short_path, tokens_text
+from ..plan.sweep import SweepError, powers_of_two, sweep
+from ..plan.table import bytes_text, seconds_text, short_path, tokens_text
 from .data import plan_data
 
 if TYPE_CHECKING:
-    from ..plan import Plan
-    from ..sweep import Sweep
+    from ..plan.plan import Plan
+    from ..plan.sweep import Sweep
 
 # The lengths that a page sweeps over by itself.
 SHORTEST, LONGEST = 512, 1 << 17
@@ -30,7 +30,7 @@ SHORTEST, LONGEST = 512, 1 << 17
 
 def check_path(path: str | Path) -> None:
     """Raise PlanError where a file cannot be written: before the work, not after it."""
-    from ..plan import PlanError
+    from ..plan.plan import PlanError
 
     where = Path(path)
     folder = where.parent

@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 
 from reattend.codegen import aot, cache
 from reattend.codegen.triton_kernel import Kernel, build, default_mapping, shared_bytes
-from reattend.cost_model.device import Device, device
+from reattend.cost_model.devices.device import Device, device
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Cascade

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from reattend.codegen import calibrate, calibrate_gpu, company
-from reattend.cost_model.calibrate import torch_threads, with_rates
-from reattend.cost_model.device import Device, alone, device, shipped, with_threads
-from reattend.cost_model.predict import tiles_of
+from reattend.cost_model.calibration.calibrate import torch_threads, with_rates
+from reattend.cost_model.devices.device import Device, alone, device, shipped, with_threads
+from reattend.cost_model.time.predict import tiles_of
 from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import Mapping

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from reattend.codegen import cache, cpu
-from reattend.cost_model.body import blocks, calls
-from reattend.cost_model.subject import Subject, plan_tiles, shape, subject
+from reattend.cost_model.count.subject import Subject, plan_tiles, shape, subject
+from reattend.cost_model.time.body import blocks, calls
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers

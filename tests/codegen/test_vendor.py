@@ -17,7 +17,7 @@ from torch.profiler import profile
 
 from reattend.codegen import vendor
 from reattend.codegen.vendor_call import VendorCall
-from reattend.cost_model.device import Device, device
+from reattend.cost_model.devices.device import Device, device
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.evaluate import evaluate

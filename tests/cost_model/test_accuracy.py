@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reattend.cost_model.accuracy import Outcome, accuracy, error, percentile, ranks, spearman, within
+from reattend.cost_model.calibration.accuracy import Outcome, accuracy, error, percentile, ranks, spearman, within
 
 TIMES = st.floats(1e-6, 10.0)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from reattend.cost_model import calibrate
-from reattend.cost_model.device import device, shipped
-from reattend.cost_model.host import Bill, Host
+from reattend.cost_model.calibration import calibrate
+from reattend.cost_model.devices.device import device, shipped
+from reattend.cost_model.time.host import Bill, Host
 
 FIXED, EACH, KEY, ROW, MASK, LEFT, CALL = 3e-10, 2e-11, 8e-11, 5e-8, 2e-10, 9e-8, 5e-6
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from reattend.cost_model.device import device
-from reattend.cost_model.mesh import parse
-from reattend.cost_model.mesh_plan import MeshPlan
-from reattend.cost_model.placement import Placed
-from reattend.cost_model.sharding import Site, latent_ways, placed, shard
-from reattend.cost_model.ways import LATENT_ROLES, Latents, Way, captured_ways, latents, with_projection
+from reattend.cost_model.devices.device import device
+from reattend.cost_model.mesh.mesh import parse
+from reattend.cost_model.mesh.placement import Placed
+from reattend.cost_model.mesh.plan import MeshPlan
+from reattend.cost_model.mesh.sharding import Site, latent_ways, placed, shard
+from reattend.cost_model.mesh.ways import LATENT_ROLES, Latents, Way, captured_ways, latents, with_projection
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.latent import K2, V3, Widths, naive
 from reattend.patterns.attention.recognise import Miss

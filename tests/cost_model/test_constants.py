@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from reattend.cost_model.constants import Timed, fitted, least, misfit
-from reattend.cost_model.cost import Cost
-from reattend.cost_model.device import Device, shipped
-from reattend.cost_model.predict import predict
+from reattend.cost_model.calibration.constants import Timed, fitted, least, misfit
+from reattend.cost_model.devices.device import Device, shipped
+from reattend.cost_model.time.cost import Cost
+from reattend.cost_model.time.predict import predict
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers

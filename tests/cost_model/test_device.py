@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from reattend.cost_model import device as devices
-from reattend.cost_model.device import (
+from reattend.cost_model.devices import device as devices
+from reattend.cost_model.devices.device import (
     UnknownDevice,
     calibration_path,
     device,

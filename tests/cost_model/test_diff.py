@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from reattend.cost_model.device import shipped
-from reattend.cost_model.diff import CHANGED, GONE, NEW, SAME, diff
-from reattend.cost_model.plan import Candidate, Plan, Site, SiteShape
+from reattend.cost_model.devices.device import shipped
+from reattend.cost_model.plan.diff import CHANGED, GONE, NEW, SAME, diff
+from reattend.cost_model.plan.plan import Candidate, Plan, Site, SiteShape
 from tests.plans import cost
 
 

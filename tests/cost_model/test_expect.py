@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reattend.cost_model.device import shipped
-from reattend.cost_model.expect import Expect, ExpectError, Known, checked, known, parse, unknowns
-from reattend.cost_model.predict import best_mapping, tiles_of
+from reattend.cost_model.count.expect import Expect, ExpectError, Known, checked, known, parse, unknowns
+from reattend.cost_model.devices.device import shipped
+from reattend.cost_model.time.predict import best_mapping, tiles_of
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Attention, Miss, attention
 from reattend.patterns.cascade import Cascade

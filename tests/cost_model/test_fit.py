@@ -2,8 +2,8 @@
 
 import pytest
 
-from reattend.cost_model.device import device
-from reattend.cost_model.fit import candidates, chunked, footprint, padded, refuse, shared_bytes
+from reattend.cost_model.devices.device import device
+from reattend.cost_model.time.fit import candidates, chunked, footprint, padded, refuse, shared_bytes
 from reattend.patterns import expr as ex
 from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping

@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reattend.cost_model import fusemax
-from reattend.cost_model.device import device
-from reattend.cost_model.footprint import (  # fmt: skip
+from reattend.cost_model.count.footprint import (
     BUFFER,
     RECOMPUTE,
     REREAD,
@@ -20,7 +18,9 @@ from reattend.cost_model.footprint import (  # fmt: skip
     moved,
     revisited,
 )
-from reattend.cost_model.search import search
+from reattend.cost_model.count.search import search
+from reattend.cost_model.devices.device import device
+from reattend.cost_model.time import fusemax
 from reattend.patterns.library import papers, variants
 
 K = 1024

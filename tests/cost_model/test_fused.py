@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from reattend.cost_model.cost import Cost
-from reattend.cost_model.device import Device, alone, shipped, with_threads
-from reattend.cost_model.fit import candidates
-from reattend.cost_model.fused import fits
-from reattend.cost_model.predict import predict, ranked_mappings
-from reattend.cost_model.subject import Subject, subject
+from reattend.cost_model.count.subject import Subject, subject
+from reattend.cost_model.devices.device import Device, alone, shipped, with_threads
+from reattend.cost_model.time.cost import Cost
+from reattend.cost_model.time.fit import candidates
+from reattend.cost_model.time.fused import fits
+from reattend.cost_model.time.predict import predict, ranked_mappings
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers

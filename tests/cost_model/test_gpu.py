@@ -2,12 +2,12 @@
 
 import pytest
 
-from reattend.cost_model.cost import Cost
-from reattend.cost_model.device import Device, shipped
-from reattend.cost_model.gpu import operand_bytes, overlapped, resources
-from reattend.cost_model.predict import predict, tiles_of
-from reattend.cost_model.tiles import makespan, order
-from reattend.cost_model.work import Work
+from reattend.cost_model.count.tiles import makespan, order
+from reattend.cost_model.count.work import Work
+from reattend.cost_model.devices.device import Device, shipped
+from reattend.cost_model.time.cost import Cost
+from reattend.cost_model.time.gpu import operand_bytes, overlapped, resources
+from reattend.cost_model.time.predict import predict, tiles_of
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.cascade import Cascade

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reattend.cost_model.collectives import KINDS, Collective, backward, packed
-from reattend.cost_model.device import device
-from reattend.cost_model.mesh import Axis, Link, Mesh, MeshError, Route, linked, mesh, parse
+from reattend.cost_model.devices.device import device
+from reattend.cost_model.mesh.collectives import KINDS, Collective, backward, packed
+from reattend.cost_model.mesh.mesh import Axis, Link, Mesh, MeshError, Route, linked, mesh, parse
 
 H100 = device("h100")
 

@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import pytest
 
-from reattend.cost_model.capacity import RESERVE
-from reattend.cost_model.device import shipped
-from reattend.cost_model.mesh_sweep import MeshCourse, MeshPoint, WayPoint
-from reattend.cost_model.plan import Plan
-from reattend.cost_model.sweep import Sweep
+from reattend.cost_model.devices.device import shipped
+from reattend.cost_model.mesh.capacity import RESERVE
+from reattend.cost_model.plan.mesh_sweep import MeshCourse, MeshPoint, WayPoint
+from reattend.cost_model.plan.plan import Plan
+from reattend.cost_model.plan.sweep import Sweep
 from tests.plans import CAUSAL, plan
 
 PLAN = plan([CAUSAL], mesh="tp=4")

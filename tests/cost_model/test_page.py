@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from reattend.cost_model.device import shipped
-from reattend.cost_model.plan import Plan, PlanError
+from reattend.cost_model.devices.device import shipped
+from reattend.cost_model.plan.plan import Plan, PlanError
+from reattend.cost_model.plan.table import between
 from reattend.cost_model.report.basis import basis_rows, basis_text
 from reattend.cost_model.report.data import mask_text
 from reattend.cost_model.report.page import check_path, page, swept
-from reattend.cost_model.table import between
 from tests.plans import CAUSAL, WINDOW, plan
 
 PLAN = plan()
@@ -275,7 +275,7 @@ def test_a_page_is_made_without_torch_and_triton(tmp_path: Path) -> None:
     where = tmp_path / "plan.json"
     where.write_text(replace(PLAN, retake=None).to_json(), encoding="utf-8")
     code = (
-        "import sys; from reattend.cost_model.plan import Plan; "
+        "import sys; from reattend.cost_model.plan.plan import Plan; "
         f"Plan.from_json(open({str(where)!r}).read()).to_html({str(tmp_path / 'p.html')!r}); "
         "assert not {'torch', 'triton'} & set(sys.modules)"
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reattend.cost_model.passes import families, key_family, key_passes, levels, passes, report
+from reattend.cost_model.count.passes import families, key_family, key_passes, levels, passes, report
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import attention
 from reattend.patterns.attention.rowstate import RowState, derive, stream

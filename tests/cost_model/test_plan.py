@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from reattend.cost_model.cost import Cost
-from reattend.cost_model.device import shipped
-from reattend.cost_model.plan import (
+from reattend.cost_model.devices.device import shipped
+from reattend.cost_model.plan.plan import (
     SCHEMA,
     Candidate,
     MaskView,
@@ -21,7 +20,8 @@ from reattend.cost_model.plan import (
     TileCounts,
     ranked,
 )
-from reattend.cost_model.table import candidates_table, group_name, plan_table, seconds_text
+from reattend.cost_model.plan.table import candidates_table, group_name, plan_table, seconds_text
+from reattend.cost_model.time.cost import Cost
 
 OURS = Candidate(
     "reattend", passes=1, cost=Cost(1e-3, "matrix", 10**12, 10**9, 10**9, {"matrix": 1e-3}), why="skips half",
@@ -145,7 +145,7 @@ def test_plans_are_read_without_torch_and_triton(tmp_path) -> None:  # type: ign
     where = tmp_path / "plan.json"
     where.write_text(PLAN.to_json(), encoding="utf-8")
     code = (
-        "import sys; from reattend.cost_model.plan import Plan; "
+        "import sys; from reattend.cost_model.plan.plan import Plan; "
         f"print(Plan.from_json(open({str(where)!r}).read())); assert not {{'torch', 'triton'}} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

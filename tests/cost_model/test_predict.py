@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reattend.cost_model.cost import BOUNDS, Cost
-from reattend.cost_model.device import Device, alone, shipped, targets, with_threads
-from reattend.cost_model.predict import (
+from reattend.cost_model.devices.device import Device, alone, shipped, targets, with_threads
+from reattend.cost_model.time.cost import BOUNDS, Cost
+from reattend.cost_model.time.predict import (
     VendorUse,
     best_mapping,
     predict,

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reattend.cost_model.describe import describe
-from reattend.cost_model.passes import passes, report
-from reattend.cost_model.search import TILED, WHOLE, Form, search, state
+from reattend.cost_model.count.describe import describe
+from reattend.cost_model.count.passes import passes, report
+from reattend.cost_model.count.search import TILED, WHOLE, Form, search, state
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.attention.recognise import attention as recognised

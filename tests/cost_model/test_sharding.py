@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reattend.cost_model.capacity import Memory, largest_batch
-from reattend.cost_model.core import Refused, Roles, core, roles
-from reattend.cost_model.device import Device, TimeModel, device
-from reattend.cost_model.mesh import Axis, Mesh, MeshError, parse
-from reattend.cost_model.mesh_plan import MeshPlan
-from reattend.cost_model.placement import Assignment, Placed, place, scalars
-from reattend.cost_model.sharding import (  # fmt: skip
+from reattend.cost_model.count.work import operations
+from reattend.cost_model.devices.device import Device, TimeModel, device
+from reattend.cost_model.mesh.capacity import Memory, largest_batch
+from reattend.cost_model.mesh.core import Refused, Roles, core, roles
+from reattend.cost_model.mesh.mesh import Axis, Mesh, MeshError, parse
+from reattend.cost_model.mesh.placement import Assignment, Placed, place, scalars
+from reattend.cost_model.mesh.plan import MeshPlan
+from reattend.cost_model.mesh.sharding import (
     LATENT_ROLES,
     Site,
     Way,
@@ -30,7 +31,6 @@ from reattend.cost_model.sharding import (  # fmt: skip
     times,
     with_projection,
 )
-from reattend.cost_model.work import operations
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.latent import K2, V3, Latent, Widths, absorbed, naive, sliced
 from reattend.patterns.attention.rowstate import RowState, derive

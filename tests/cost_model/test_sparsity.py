@@ -12,9 +12,9 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reattend.cost_model.neighborhood import Axis, GridTiles, end_to_end, grid_tiles, separated
-from reattend.cost_model.tiles import Data, Expectation, assumptions, expected, jobs, tile_map
-from reattend.cost_model.work import count
+from reattend.cost_model.count.neighborhood import Axis, GridTiles, end_to_end, grid_tiles, separated
+from reattend.cost_model.count.tiles import Data, Expectation, assumptions, expected, jobs, tile_map
+from reattend.cost_model.count.work import count
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.expr import Expr

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reattend.cost_model.device import Device, shipped
-from reattend.cost_model.plan import Plan, PlanError, Site
-from reattend.cost_model.sweep import (
+from reattend.cost_model.devices.device import Device, shipped
+from reattend.cost_model.plan.plan import Plan, PlanError, Site
+from reattend.cost_model.plan.sweep import (
     Change,
     Course,
     Estimate,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from reattend.cost_model.schedule import launch_span, makespan, needs_split, order, schedule
-from reattend.cost_model.tiles import expected, jobs, tile_map
+from reattend.cost_model.count.schedule import launch_span, makespan, needs_split, order, schedule
+from reattend.cost_model.count.tiles import expected, jobs, tile_map
 from reattend.patterns import expr as ex
 from reattend.patterns.expr import Expr
 from reattend.patterns.masks.split import Mask

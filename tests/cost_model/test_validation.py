@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from reattend.codegen import calibrate, company
-from reattend.cost_model.calibrate import CALLS, HEADS
-from reattend.cost_model.device import shipped, with_threads
-from reattend.cost_model.ladder import ladder
+from reattend.cost_model.calibration.calibrate import CALLS, HEADS
+from reattend.cost_model.devices.device import shipped, with_threads
+from reattend.cost_model.time.ladder import ladder
 from tests.loading import benchmark
 
 

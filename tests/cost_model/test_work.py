@@ -5,9 +5,9 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reattend.cost_model import fusemax
-from reattend.cost_model.device import device
-from reattend.cost_model.work import Work, count, key_tile
+from reattend.cost_model.count.work import Work, count, key_tile
+from reattend.cost_model.devices.device import device
+from reattend.cost_model.time import fusemax
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping

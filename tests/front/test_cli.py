@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from reattend.cli import main, tokens
-from reattend.cost_model.plan import Plan
+from reattend.cost_model.plan.plan import Plan
 
 from .commands import run
 
@@ -173,8 +173,8 @@ def test_targets_calibrates_first_and_says_how_far_it_is_off(
     from dataclasses import replace
 
     from reattend.codegen import calibrate
-    from reattend.cost_model.calibrate import keep
-    from reattend.cost_model.device import Device, shipped
+    from reattend.cost_model.calibration.calibrate import keep
+    from reattend.cost_model.devices.device import Device, shipped
 
     monkeypatch.setenv("REATTEND_CALIBRATION", str(tmp_path / "calibration.json"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

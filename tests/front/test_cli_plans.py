@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from reattend.cli import main
-from reattend.cost_model.plan import SCHEMA, Plan
+from reattend.cost_model.plan.plan import SCHEMA, Plan
 from reattend.options import sweep_of
 
 from .commands import run

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import reattend
-from reattend.cost_model.plan import Plan
+from reattend.cost_model.plan.plan import Plan
 
 from .commands import CONFIG, run
 

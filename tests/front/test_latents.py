@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import reattend
 from reattend.cli import main
-from reattend.cost_model.mesh_plan import MeshPlan
+from reattend.cost_model.mesh.plan import MeshPlan
 
 # Heads 8; keys of 32 + 16 rotary, values of 24, a latent of 64.
 SIZES = {

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import reattend
-from reattend.cost_model.mesh import Axis, Mesh, MeshError
-from reattend.cost_model.plan import Plan
+from reattend.cost_model.mesh.mesh import Axis, Mesh, MeshError
+from reattend.cost_model.plan.plan import Plan
 
 from .commands import run
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from reattend.cost_model.device import device
+from reattend.cost_model.devices.device import device
 from reattend.rewriter.models import Shapes, UsageError, load
 from reattend.rewriter.planning import plan_spec
 from reattend.rewriter.policy import Policy

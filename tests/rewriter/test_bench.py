@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reattend.cost_model.plan import ORIGINAL
+from reattend.cost_model.plan.plan import ORIGINAL
 from reattend.rewriter import bench, choose, export
 from reattend.rewriter.models import Shapes, Subject, UsageError
 from reattend.rewriter.policy import Policy

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from reattend.codegen import cpu, native
-from reattend.cost_model.device import device
-from reattend.cost_model.plan import Site
+from reattend.cost_model.devices.device import device
+from reattend.cost_model.plan.plan import Site
 from reattend.rewriter import candidates, choose, export
 from reattend.rewriter.policy import Policy
 

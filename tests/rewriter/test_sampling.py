@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import reattend
-from reattend.cost_model.cost import Cost
-from reattend.cost_model.device import shipped
-from reattend.cost_model.plan import Candidate, Plan, Site, SiteShape
+from reattend.cost_model.devices.device import shipped
+from reattend.cost_model.plan.plan import Candidate, Plan, Site, SiteShape
+from reattend.cost_model.time.cost import Cost
 from reattend.rewriter.guards import Guarded
 from reattend.rewriter.report import Entered, Piece, Report, SiteRun
 from reattend.rewriter.sampling import KEPT, Samples, due, timed

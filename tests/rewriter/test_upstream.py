@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from reattend.cost_model.core import roles
+from reattend.cost_model.mesh.core import roles
 from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.passes.absorb import Absorbed, absorb

@@ -1,0 +1,1 @@
+"""Work counted from a cascade and a mapping, with sizes alone: it never meets a device."""

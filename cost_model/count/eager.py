@@ -1,0 +1,167 @@
+"""The original code as a list of operators, read off the lifted cascade: one kernel each, every result written.
+
+    Σ of products        → a batched product; a grouped operand (h // G) is copied out to all heads first
+    max, exp, Σ, /       → one softmax
+    any other operator   → one pointwise or reducing operator over its ranks
+Terms without computed tensors (masks, biases of coordinates) were built before: an operand that is read, not work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ...patterns import expr as ex
+from ...patterns.cascade import Cascade, Einsum
+from ...patterns.expr import Expr
+from .work import EXPONENTIALS, WIDTH, Sizes, contraction, elements, is_view, size_int
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator call. `kind`: product, softmax, point, reduce or copy; bytes are of its operands and its result.
+
+    A product is `batch` products of `rows` × `inner` by `inner` × `columns`. `points` are the elements it computes over.
+    """
+
+    kind: str
+    name: str
+    dtype: str
+    points: int
+    read_bytes: int
+    written_bytes: int
+    batch: int = 1
+    rows: int = 1
+    columns: int = 1
+    inner: int = 1
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.points if self.kind == "product" else 0
+
+    @property
+    def exps(self) -> int:
+        if self.kind == "softmax":
+            return self.points
+        return self.points * EXPONENTIALS.get(self.name, 0) if self.kind == "point" else 0
+
+
+def operators(c: Cascade, sizes: Mapping[str, int]) -> tuple[Operator, ...]:
+    """Every operator that the original code runs, in order. Raises ValueError when a size has no value."""
+    bound = Sizes(c, sizes)
+    extent = {r: size_int(n) for r, n in bound.rank.items()}
+    chains = _softmaxes(c)
+    out: list[Operator] = []
+    for i, e in enumerate(c.einsums):
+        if is_view(e):
+            continue
+        if i in chains:
+            if chains[i] is not None:
+                out.append(_softmax(c, e, extent))
+            continue
+        out += _einsum(c, e, extent)
+    return tuple(out)
+
+
+@lru_cache(maxsize=256)
+def _softmaxes(c: Cascade) -> Mapping[int, str | None]:
+    """Einsums that belong to a softmax: the maximum stands for the whole (its source's name), the others for nothing."""
+    out: dict[int, str | None] = {}
+    for i, e in enumerate(c.einsums):
+        chain = _chain(c, i, e)
+        if chain:
+            out.update(dict.fromkeys(chain))
+            out[i] = str(e.body.attr)
+    return out
+
+
+def _chain(c: Cascade, i: int, top: Einsum) -> tuple[int, ...]:
+    """Positions of  GM = max S;  SN = exp(S − GM);  SD = Σ SN;  A = SN / SD  from the maximum on; empty if not so."""
+    if top.op != "max" or top.body.op != "load":
+        return ()
+    gm = top.out.tensor
+    after = list(enumerate(c.einsums))[i + 1 :]
+    for j, e in after:
+        minus = e.body.args[0] if e.op is None and e.body.op == "exp" else None
+        if minus is None or minus.op != "sub" or minus.args[0] is not top.body or minus.args[1].attr != gm:
+            continue
+        for k, total in after:
+            if total.op == "add" and total.over == top.over and total.body.op == "load" and total.body.attr == e.out.tensor:
+                for n, last in after:
+                    if last.op is None and _divides(last.body, e.out.tensor, total.out.tensor):
+                        return i, j, k, n
+    return ()
+
+
+def _divides(body: Expr, above: str, below: str) -> bool:
+    return any(
+        t.op == "div" and t.args[0].attr == above and t.args[1].attr == below and t.args[0].op == t.args[1].op == "load"
+        for t in ex.walk(body)
+    )
+
+
+def _softmax(c: Cascade, e: Einsum, extent: Mapping[str, int]) -> Operator:
+    points = _count(extent, e.body.ranks)
+    return Operator("softmax", "softmax", e.body.dtype, points, points * WIDTH[e.body.dtype], points * WIDTH[e.body.dtype])
+
+
+def _count(extent: Mapping[str, int], ranks: frozenset[str]) -> int:
+    return size_int(elements(extent, ranks))
+
+
+def _einsum(c: Cascade, e: Einsum, extent: Mapping[str, int]) -> list[Operator]:
+    made = set(c.producers)
+    parts = contraction(e)
+    if parts is None:
+        out = _points(e.body, made, extent)
+        if e.op is not None:
+            points = _count(extent, e.ranks)
+            width = WIDTH[e.body.dtype]
+            result = _count(extent, e.ranks - set(e.over))
+            out.append(Operator("reduce", e.op, e.body.dtype, points, points * width, result * width))
+        return out
+    out = [o for f in parts for o in (*_points(f, made, extent), *_copies(f, extent))]
+    out.append(_product(e, parts, extent))
+    return out
+
+
+def _computed(e: Expr, made: set[str]) -> bool:
+    return any(str(x.attr) in made for x in ex.loads(e))
+
+
+def _points(body: Expr, made: set[str], extent: Mapping[str, int]) -> list[Operator]:
+    """The pointwise operators of a term; what holds no computed tensor is an operand that lies in memory."""
+    out = []
+    for t in ex.walk(body):
+        if t.op in ("const", "index", "symbol", "load") or not t.ranks or not _computed(t, made):
+            continue
+        points = _count(extent, t.ranks)
+        read = sum(_count(extent, a.ranks) * WIDTH[a.dtype] for a in t.args if a.ranks)
+        out.append(Operator("point", t.op, t.dtype, points, read, points * WIDTH[t.dtype]))
+    return out
+
+
+def _copies(f: Expr, extent: Mapping[str, int]) -> list[Operator]:
+    """An operand that several heads share is copied out to each of them before the product."""
+    grouped = any(t.op == "floordiv" and t.ranks for load in ex.loads(f) for i in load.args for t in ex.walk(i))
+    if not grouped:
+        return []
+    points = _count(extent, f.ranks)
+    width = WIDTH[f.dtype]
+    return [Operator("copy", "copy", f.dtype, points, points * width, points * width)]
+
+
+def _product(e: Einsum, parts: Sequence[Expr], extent: Mapping[str, int]) -> Operator:
+    out = e.ranks - set(e.over)
+    left, right = parts[0].ranks, parts[-1].ranks
+    shared = {r for r in out if r in left and r in right}
+    rows = _count(extent, frozenset(left & out - shared))
+    columns = _count(extent, frozenset(right & out - shared))
+    dtype = min((f.dtype for f in parts), key=lambda d: WIDTH[d])
+    width = WIDTH[dtype]
+    read = sum(_count(extent, f.ranks) * width for f in (parts[0], parts[-1]))
+    return Operator(
+        "product", "matmul", dtype, _count(extent, e.ranks), read, _count(extent, frozenset(out)) * width,
+        batch=_count(extent, frozenset(shared)), rows=rows, columns=columns, inner=_count(extent, frozenset(e.over)),
+    )  # fmt: skip

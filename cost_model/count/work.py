@@ -1,0 +1,545 @@
+"""Work: what a cascade costs in operations and bytes, counted by walking its Einsums and their iteration spaces.
+
+    points(term)   = product of the sizes of the ranks that the term depends on      (loop invariants move out)
+    matrix         = 2 FLOP a point of a sum of products whose factors have different ranks
+    moved(tensor)  = footprint of one program's tile · programs · tiles visited      (no cache)
+    once(tensor)   = every element crosses once                                       (a perfect cache)
+
+A cascade without a mapping runs Einsum by Einsum (or in `groups`), every intermediate written and read back. With a
+mapping it runs as one streaming program per query tile: intermediates stay on chip. Sizes may be symbolic; with all
+sizes given, everything is an integer. Seconds are somebody else's business.
+Source of the traffic model: Nayak et al., "FuseMax" (MICRO 2024), section III, and its artifact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from typing import Protocol
+
+import sympy
+
+from ...patterns import expr as ex
+from ...patterns.cascade import Cascade, Einsum, Size
+from ...patterns.expr import Expr
+from ...patterns.mapping import Mapping as Tiling
+
+WIDTH: Mapping[str, int] = {
+    "b1": 1, "u8": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8,
+}  # fmt: skip
+# Calls of the special-function unit that one operator takes on a GPU; a division's reciprocal is counted apart.
+EXPONENTIALS: Mapping[str, int] = {
+    "exp": 1, "exp2": 1, "expm1": 1, "log": 1, "log2": 1, "log1p": 1, "tanh": 1, "sigmoid": 1, "sin": 1, "cos": 1,
+    "erf": 1, "softplus": 2, "pow": 2,
+}  # fmt: skip
+ROOTS = ("sqrt", "rsqrt")
+DIVISIONS = ("div", "reciprocal")
+MAXIMA = ("max", "min")
+MASKING = (*ex.COMPARISONS, *ex.LOGICAL, "where", "isnan", "isinf")
+INDEX = "index"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one tensor over the chip's edge: `moved` with no cache, `once` if every element crosses once."""
+
+    tensor: str
+    moved: Size
+    once: Size
+    written: bool = False
+
+
+class Counted(Protocol):
+    """Tiles over some batch ranks: a map, its runs, or their tally."""
+
+    @property
+    def batch(self) -> tuple[str, ...]: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def visited(self) -> int: ...
+    @property
+    def full(self) -> int: ...
+    @property
+    def partial(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Key tiles over all programs: `visited` = `full` + `partial` (the mask is evaluated in partial ones)."""
+
+    total: Size
+    visited: Size
+    full: Size
+    partial: Size
+
+    @property
+    def density(self) -> float:
+        return float(self.visited / self.total) if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations by kind and bytes by tensor. `matrix`: FLOP by dtype; `ops`: element operations by operator.
+
+    A streaming cascade also says what one full tile, one partial tile and the rest of one program take, and how many
+    programs there are.
+    """
+
+    matrix: Mapping[str, Size]
+    ops: Mapping[str, Size]
+    traffic: tuple[Traffic, ...] = ()
+    tiles: Tiles | None = None
+    programs: Size = 1
+    full_tile: Work | None = None
+    partial_tile: Work | None = None
+    program: Work | None = None
+
+    @property
+    def flops(self) -> Size:
+        """FLOP of the products, two a multiply-add."""
+        return sum(self.matrix.values(), 0)
+
+    @property
+    def exps(self) -> Size:
+        """Exponential-class calls (exp, tanh, log, …)."""
+        return sum((self.ops.get(op, 0) * n for op, n in EXPONENTIALS.items()), 0)
+
+    @property
+    def divisions(self) -> Size:
+        return sum((self.ops.get(op, 0) for op in DIVISIONS), 0)
+
+    @property
+    def maxima(self) -> Size:
+        return sum((self.ops.get(op, 0) for op in MAXIMA), 0)
+
+    @property
+    def elementwise(self) -> Size:
+        """All element operations but the exponential class."""
+        return sum((n for op, n in self.ops.items() if op not in EXPONENTIALS), 0)
+
+    @property
+    def bytes(self) -> Size:
+        """Bytes moved with no cache in between."""
+        return sum((t.moved for t in self.traffic), 0)
+
+    @property
+    def unique_bytes(self) -> Size:
+        return sum((t.once for t in self.traffic), 0)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------
+
+
+class Sizes:
+    """Sizes of ranks and tensors, bound once; `of` a size is an integer when all its symbols are."""
+
+    def __init__(self, c: Cascade, known: Mapping[str, int] | None = None) -> None:
+        self.known = dict(known or {})
+        self.memo: dict[Size, Size] = {}
+        self.rank = {r.name: self.of(r.size) for r in c.ranks}
+        self.shape = {t.name: tuple(self.of(s) for s in t.shape) for t in c.tensors}
+
+    def of(self, size: Size) -> Size:
+        if isinstance(size, int):
+            return size
+        if size not in self.memo:
+            self.memo[size] = self._bound(size)
+        return self.memo[size]
+
+    def _bound(self, size: sympy.Expr) -> Size:
+        value = self._number(size)
+        if value is not None and value.denominator == 1:
+            return int(value)
+        out = size.subs({s: self.known[str(s)] for s in size.free_symbols if str(s) in self.known})
+        return int(out) if out.is_Integer else out
+
+    def _number(self, size: sympy.Expr) -> Fraction | None:
+        """The value of a size without symbols left, by plain arithmetic: sympy's substitution takes milliseconds."""
+        if isinstance(size, sympy.Symbol):
+            n = self.known.get(str(size))
+            return Fraction(n) if n is not None else None
+        if size.is_Rational:
+            return Fraction(int(size.p), int(size.q))
+        args = [self._number(a) for a in size.args]
+        known = [a for a in args if a is not None]
+        if len(known) < len(args):
+            return None
+        if isinstance(size, sympy.Add):
+            return sum(known, Fraction(0))
+        if isinstance(size, sympy.Mul):
+            return math.prod(known, start=Fraction(1))
+        if isinstance(size, sympy.floor):
+            return Fraction(math.floor(known[0]))
+        if isinstance(size, sympy.Mod) and known[1]:
+            return known[0] % known[1]
+        if isinstance(size, sympy.Pow) and known[0] and known[1].denominator == 1:
+            return known[0] ** int(known[1])
+        return None
+
+
+def ceiling(a: Size, b: Size) -> Size:
+    """⌈a / b⌉"""
+    if isinstance(a, int) and isinstance(b, int):
+        return -(-a // b)
+    return sympy.floor((a + b - 1) / b)
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    out: Size = 1
+    for s in sizes:
+        out = out * s
+    return out
+
+
+def least(a: Size, b: Size) -> Size:
+    """The smaller of two sizes; the first where that cannot be known."""
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else a
+
+
+def elements(extent: Mapping[str, Size], ranks: Iterable[str]) -> Size:
+    return product(extent[r] for r in sorted(ranks))
+
+
+# --- operations -------------------------------------------------------------------------------------------------
+
+
+def factors(e: Expr) -> tuple[Expr, ...]:
+    """The factors of a product in one float dtype, left to right."""
+    if e.op == "mul" and e.is_float:
+        return tuple(f for a in e.args for f in (factors(a) if a.dtype == e.dtype else (a,)))
+    return (e,)
+
+
+@lru_cache(maxsize=4096)
+def is_view(e: Einsum) -> bool:
+    """An Einsum that only renames coordinates: a bare load, or a cast of one to its own dtype."""
+    return e.op is None and e.body.op == "load"
+
+
+@lru_cache(maxsize=4096)
+def contraction(e: Einsum) -> tuple[Expr, ...] | None:
+    """The factors of a sum of products for the matrix unit: at least two with different ranks; else None."""
+    if e.op != "add":
+        return None
+    parts = tuple(f for f in factors(e.body) if f.ranks)
+    if len(parts) < 2 or not e.body.is_float:
+        return None
+    return parts if len({f.ranks for f in parts}) > 1 and any(set(e.over) & f.ranks for f in parts) else None
+
+
+def _stored_dtype(e: Expr) -> str:
+    """The dtype in which a factor reaches the matrix unit: widening casts happen inside it."""
+    while e.op == "cast" and e.args[0].is_float and WIDTH[e.args[0].dtype] < WIDTH[e.dtype]:
+        e = e.args[0]
+    return e.dtype
+
+
+@lru_cache(maxsize=8192)
+def _sites(e: Einsum) -> tuple[tuple[str, frozenset[str]], ...]:
+    """(operator, ranks) of everything the body computes, the products of a contraction left out; once an Einsum."""
+    parts = contraction(e)
+    roots = parts if parts is not None else (e.body,)
+    found: list[tuple[str, frozenset[str]]] = []
+    for t in ex.walk(*roots, *e.out.index):
+        if not t.ranks or t.op in ("const", "index", "symbol", "load"):
+            continue
+        arithmetic = t.dtype in ex.INTEGERS and t.op not in MASKING
+        found.append((INDEX if arithmetic else t.op, t.ranks))
+    if parts is not None and len(parts) < len(factors(e.body)):
+        # a scalar factor is applied once to each result
+        found.append(("mul", e.ranks - set(e.over)))
+    return tuple(found)
+
+
+def operations(einsums: Sequence[Einsum], extent: Mapping[str, Size]) -> Work:
+    """Operations of some Einsums over these extents, without traffic."""
+    matrix: dict[str, Size] = {}
+    ops: dict[str, Size] = {}
+    for e in einsums:
+        if is_view(e):
+            continue
+        for op, ranks in _sites(e):
+            ops[op] = ops.get(op, 0) + elements(extent, ranks)
+        parts = contraction(e)
+        points = elements(extent, e.ranks)
+        if parts is not None:
+            dtype = max((_stored_dtype(f) for f in parts), key=lambda d: WIDTH[d])
+            matrix[dtype] = matrix.get(dtype, 0) + 2 * points
+        elif e.op is not None:
+            ops[e.op] = ops.get(e.op, 0) + points
+    return Work(matrix, ops)
+
+
+def term_operations(e: Expr, extent: Mapping[str, Size]) -> Mapping[str, Size]:
+    """Element operations of a term by operator, each over its own ranks."""
+    ops: dict[str, Size] = {}
+    for t in ex.walk(e):
+        if t.ranks and t.op not in ("const", "index", "symbol", "load"):
+            op = INDEX if t.dtype in ex.INTEGERS and t.op not in MASKING else t.op
+            ops[op] = ops.get(op, 0) + elements(extent, t.ranks)
+    return ops
+
+
+def scaled(w: Work, factor: Size) -> Work:
+    return Work({d: n * factor for d, n in w.matrix.items()}, {o: n * factor for o, n in w.ops.items()})
+
+
+def plus(*works: Work) -> Work:
+    """Operations added up."""
+    matrix: dict[str, Size] = {}
+    ops: dict[str, Size] = {}
+    for w in works:
+        for d, n in w.matrix.items():
+            matrix[d] = matrix.get(d, 0) + n
+        for o, n in w.ops.items():
+            ops[o] = ops.get(o, 0) + n
+    return Work(matrix, ops)
+
+
+def minus(w: Work, ops: Mapping[str, Size]) -> Work:
+    return Work(w.matrix, {o: n - ops.get(o, 0) for o, n in w.ops.items()})
+
+
+# --- traffic ----------------------------------------------------------------------------------------------------
+
+
+def span(term: Expr, extent: Mapping[str, Size]) -> tuple[Size, Size]:
+    """The lowest and highest value of an index term over these extents; a gather may reach anything (0, ∞)."""
+    anywhere = (0, sympy.oo)
+    match term.op:
+        case "const":
+            return int(term.value), int(term.value)
+        case "symbol":
+            s = sympy.Symbol(str(term.attr), integer=True, positive=True)
+            return s, s
+        case "index":
+            return 0, extent[str(term.attr)] - 1
+        case "add" | "sub" | "mul" | "floordiv":
+            (a, b), (c, d) = (span(x, extent) for x in term.args)
+            if term.op == "add":
+                return a + c, b + d
+            if term.op == "sub":
+                return a - d, b - c
+            if term.args[1].ranks:
+                return anywhere
+            return (a * c, b * d) if term.op == "mul" else (_floor(a, c), _floor(b, d))
+        case "mod":
+            n = term.args[1]
+            return (0, span(n, extent)[1] - 1) if not n.ranks else anywhere
+        case "min" | "max":
+            return span(term.args[0] if term.args[0].ranks else term.args[1], extent)
+    return anywhere
+
+
+def _floor(a: Size, b: Size) -> Size:
+    return a // b if isinstance(a, int) and isinstance(b, int) and b else sympy.floor(a / b)
+
+
+def footprint(load: Expr, shape: Sequence[Size], extent: Mapping[str, Size]) -> Size:
+    """How many elements of a tensor one load touches over these extents."""
+    out: Size = 1
+    for term, size in zip(load.args, shape):
+        if not term.ranks:
+            continue
+        points = elements(extent, term.ranks)
+        lo, hi = span(term, extent)
+        wide = hi - lo + 1
+        if wide is not sympy.oo:
+            points = least(points, wide) if isinstance(wide, int) else points
+        out = out * least(points, size)
+    return out
+
+
+def _reads(einsums: Sequence[Einsum]) -> tuple[Expr, ...]:
+    return tuple(dict.fromkeys(a for e in einsums for a in e.reads))
+
+
+def _written(c: Cascade, sizes: Sizes, name: str) -> Size:
+    return product(sizes.shape[name]) * WIDTH[c.tensor[name].dtype]
+
+
+# --- counting ---------------------------------------------------------------------------------------------------
+
+
+def count(
+    c: Cascade, mapping: Tiling | None = None, sizes: Mapping[str, int] | None = None, tiles: Counted | None = None, *,
+    query: str | None = None, mask_ops: Mapping[str, Size] | None = None,
+    groups: Sequence[Sequence[str]] | None = None,
+) -> Work:  # fmt: skip
+    """The work of a cascade.
+
+    Without a mapping: each Einsum (or each group, named by the tensors it writes) is a kernel of its own that reads its
+    inputs and writes its result. With a mapping, `c` is a streaming cascade (it has an iterative rank): one program per
+    `tile_p` rows of rank `query` walks the key tiles; `tiles` says which are visited, else all are; `mask_ops` are
+    the element operations a tile saves when it is full. Raises ValueError when a mapping meets a cascade that does not
+    stream, or a query rank is unknown.
+    """
+    bound = Sizes(c, _with_tile(c, mapping, sizes))
+    if mapping is None:
+        return _whole(c, bound, groups)
+    return _streamed(c, mapping, bound, tiles, query, mask_ops or {})
+
+
+def _with_tile(c: Cascade, mapping: Tiling | None, sizes: Mapping[str, int] | None) -> dict[str, int]:
+    """Sizes with the key tile's symbol bound by the mapping."""
+    known = dict(sizes or {})
+    if mapping is not None:
+        inner = key_tile(c)
+        if inner is not None and isinstance(c.rank[inner].size, sympy.Symbol):
+            known[str(c.rank[inner].size)] = mapping.tile_m
+    return known
+
+
+def key_tile(c: Cascade) -> str | None:
+    """The rank inside a key tile (m0): reduced by Einsums that walk the iterative rank."""
+    outer = [r.name for r in c.ranks if r.iterative]
+    inner = [r for e in c.einsums for r in e.over if e.ranks & set(outer)]
+    # the value or embed rank of a score product is reduced there as well, but never in a pure row reduction
+    for e in reversed(c.einsums):
+        if e.over and e.ranks & set(outer) and contraction(e) is None:
+            return e.over[0]
+    return inner[-1] if inner else None
+
+
+def _whole(c: Cascade, sizes: Sizes, groups: Sequence[Sequence[str]] | None) -> Work:
+    order = list(groups) if groups is not None else [[t] for t in c.producers]
+    total = operations(c.einsums, sizes.rank)
+    readers: dict[str, set[int]] = {}
+    place = {t: i for i, g in enumerate(order) for t in g}
+    real = [e for e in c.einsums if not is_view(e)]
+    source = sources(c)
+    traffic: list[Traffic] = []
+    for i, g in enumerate(order):
+        seen: set[str] = set()
+        for e in (e for e in real if place[e.out.tensor] == i):
+            for a in e.reads:
+                name = source.get(str(a.attr), str(a.attr))
+                if (name in place and place[name] == i) or name in seen:
+                    continue
+                seen.add(name)
+                readers.setdefault(name, set()).add(i)
+                n = _written(c, sizes, name)
+                traffic.append(Traffic(name, n, n))
+        for t in g:
+            kept = t in c.outputs or any(
+                source.get(str(a.attr), str(a.attr)) == t and place[e.out.tensor] != i for e in real for a in e.reads
+            )
+            if kept and t not in source:
+                n = _written(c, sizes, t)
+                traffic.append(Traffic(t, n, n, written=True))
+    return replace(total, traffic=tuple(traffic))
+
+
+def sources(c: Cascade) -> dict[str, str]:
+    """Renaming Einsums resolved to the tensor they view."""
+    out: dict[str, str] = {}
+    for e in c.einsums:
+        if is_view(e):
+            name = str(e.body.attr)
+            out[e.out.tensor] = out.get(name, name)
+    return out
+
+
+def _streamed(
+    c: Cascade, mapping: Tiling, sizes: Sizes, tiles: Counted | None, query: str | None, mask_ops: Mapping[str, Size]
+) -> Work:
+    outer, inner, query, batch = _roles(c, query)
+    extent = sizes.rank
+    programs = ceiling(extent[query], mapping.tile_p) * elements(extent, batch)
+    seen = _tiles(programs, extent, outer, tiles, batch, bool(mask_ops))
+    one = {**extent, **dict.fromkeys(batch, 1), query: mapping.tile_p, outer: 1, inner: mapping.tile_m}
+    walked = [e for e in c.einsums if outer in e.ranks]
+    rest = [e for e in c.einsums if outer not in e.ranks]
+    full = minus(operations(walked, one), mask_ops)
+    partial, program = operations(walked, one), operations(rest, one)
+    if tiles is None:
+        total = operations(c.einsums, extent)
+    else:
+        total = plus(scaled(full, seen.full), scaled(partial, seen.partial), scaled(program, programs))
+    traffic = _stream_traffic(c, sizes, one, extent, (outer, inner), query, batch, programs, seen, mapping)
+    return replace(
+        total, traffic=traffic, tiles=seen, programs=programs, full_tile=full, partial_tile=partial, program=program
+    )
+
+
+def _roles(c: Cascade, query: str | None) -> tuple[str, str, str, list[str]]:
+    """The ranks of a streaming cascade: key tiles, keys of a tile, query, batch."""
+    outer = [r.name for r in c.ranks if r.iterative]
+    inner = key_tile(c)
+    if len(outer) != 1 or inner is None:
+        raise ValueError(f"cascade {c.name!r} does not stream: a mapping needs one iterative rank with a tile inside")
+    values = _value_ranks(c, inner)
+    rows = [r for r in _output_ranks(c) if r not in values]
+    if not rows or (query is not None and query not in rows):
+        raise ValueError(f"cascade {c.name!r}: its output has no query rank {query or ''}")
+    query = query or rows[-1]
+    return outer[0], inner, query, [r for r in rows if r != query]
+
+
+def _output_ranks(c: Cascade) -> list[str]:
+    out = c.producers[c.outputs[0]][-1]
+    return [str(i.attr) for i in out.out.index if i.op == "index"]
+
+
+def _value_ranks(c: Cascade, inner: str) -> frozenset[str]:
+    """Ranks of the output that only the values have: those of an input, or a view of one, summed over the key tile."""
+    plain = {t.name for t in c.inputs} | set(sources(c))
+    for e in c.einsums:
+        parts = contraction(e)
+        if parts is None or inner not in e.over:
+            continue
+        values = [f for f in parts if f.op == "load" and f.attr in plain]
+        rest = frozenset[str]().union(*(f.ranks for f in parts if f not in values))
+        if values and rest:
+            return frozenset[str]().union(*(f.ranks for f in values)) - rest - {inner}
+    return frozenset()
+
+
+def _tiles(
+    programs: Size, extent: Mapping[str, Size], outer: str, tiles: Counted | None, batch: list[str],
+    masked: bool,
+) -> Tiles:  # fmt: skip
+    total = programs * extent[outer]
+    if tiles is None:
+        return Tiles(total, total, 0, total) if masked else Tiles(total, total, total, 0)
+    # a mask that does not depend on some batch ranks is the same in all of them
+    repeat = int(elements(extent, [r for r in batch if r not in tiles.batch]))
+    return Tiles(tiles.total * repeat, tiles.visited * repeat, tiles.full * repeat, tiles.partial * repeat)
+
+
+def _stream_traffic(
+    c: Cascade, sizes: Sizes, one: Mapping[str, Size], extent: Mapping[str, Size], key: tuple[str, str], query: str,
+    batch: list[str], programs: Size, seen: Tiles, mapping: Tiling,
+) -> tuple[Traffic, ...]:  # fmt: skip
+    inputs = {t.name for t in c.inputs}
+    row: list[Traffic] = []
+    for a in _reads(c.einsums):
+        name = str(a.attr)
+        if name not in inputs:
+            continue
+        width, shape = WIDTH[c.tensor[name].dtype], sizes.shape[name]
+        if a.ranks & set(key):
+            moved = seen.visited * footprint(a, shape, one)
+        else:
+            # a query tile's rows sum up to all rows, however many tiles there are
+            rows = {**one, query: extent[query]} if query in a.ranks else one
+            times = elements(extent, batch) if query in a.ranks else programs
+            moved = times * footprint(a, shape, rows)
+        row.append(Traffic(name, moved * width * mapping.split_m if not a.ranks & set(key) else moved * width,
+                           least(product(shape) * width, moved * width)))  # fmt: skip
+    for name in c.outputs:
+        n = _written(c, sizes, name)
+        row.append(Traffic(name, n, n, written=True))
+    return tuple(row)
+
+
+def size_int(x: Size | float) -> int:
+    """An integer of a bound count. Raises ValueError when a symbol is left."""
+    if isinstance(x, sympy.Expr) and x.free_symbols:
+        names = ", ".join(sorted(map(str, x.free_symbols)))
+        raise ValueError(f"no value for size {names}: give sizes to predict seconds")
+    return math.ceil(float(x)) if not isinstance(x, int) else x

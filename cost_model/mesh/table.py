@@ -1,0 +1,76 @@
+"""The table of a sharding plan: what a device holds and sends under every way, how long a step takes, and why."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from ..plan.table import seconds_text
+from .plan import MeshPlan, Scheme
+
+WIDTH = 180
+COLUMNS = ("way", "exact", "holds", "of it cache", "a token", "computes", "sends", "step", "bound", "largest batch", "why")
+RIGHT = ("holds", "of it cache", "a token", "computes", "sends", "step", "largest batch")
+
+
+def mesh_table(plan: MeshPlan, width: int = WIDTH) -> str:
+    """One row a way, best first; those that cannot run say why instead."""
+    table = Table(box=None, pad_edge=False)
+    for c in COLUMNS:
+        table.add_column(c, justify="right" if c in RIGHT else "left", overflow="fold", no_wrap=c not in ("why",))
+    for s in _grouped(plan.schemes):
+        table.add_row(*_row(s))
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=False, highlight=False, markup=False).print(table)
+    head = f"sharded over {plan.mesh} ({plan.devices} {plan.device}), {plan.step}"
+    lines = [head, *(line.rstrip() for line in out.getvalue().rstrip().splitlines())]
+    return "\n".join([*lines, f"({plan.note})"] if plan.note else lines)
+
+
+def _grouped(schemes: Sequence[Scheme]) -> list[Scheme]:
+    """Ways that cannot be for one reason are one row, which names them all."""
+    alike: dict[str, list[Scheme]] = {}
+    for s in schemes:
+        alike.setdefault(s.name if s.parts else s.why, []).append(s)
+    return [
+        replace(first, why=f"{first.why}; the same goes for {', '.join(s.name for s in more)}" if more else first.why)
+        for first, *more in alike.values()
+    ]
+
+
+def _row(s: Scheme) -> tuple[str, ...]:
+    exact = "yes" if s.exact else "no"
+    if not s.parts:
+        return (s.name, exact, "–", "", "", "", "", "–", "", "", s.why)
+    step = seconds_text(s.seconds) if s.feasible else f"({seconds_text(s.seconds)})"
+    return (
+        s.name, exact, bytes_text(s.held_bytes), bytes_text(s.cache_bytes), f"{s.token_bytes:.0f} B", _flop(s.flops),
+        bytes_text(s.sent_bytes), step, s.bound, _batches(s), s.why,
+    )  # fmt: skip
+
+
+def _batches(s: Scheme) -> str:
+    """The two lengths at which readers compare; JSON has them all."""
+    return ", ".join(f"{s.batches[n]} at {_length(n)}" for n in sorted(s.batches) if n in (32768, 131072))
+
+
+def _flop(n: float) -> str:
+    """1.23 TFLOP, 45.6 GFLOP"""
+    unit, scale = ("TFLOP", 1e12) if n >= 1e12 else ("GFLOP", 1e9)
+    return f"{n / scale:.3g} {unit}"
+
+
+def _length(n: int) -> str:
+    return f"{n // 1024}k" if n % 1024 == 0 else str(n)
+
+
+def bytes_text(n: float) -> str:
+    """1.23 GB, 45.6 MB, 0 B: three digits that count."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= scale:
+            return f"{n / scale:.3g} {unit}"
+    return f"{n:.0f} B"

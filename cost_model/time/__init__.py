@@ -1,0 +1,1 @@
+"""Counts and a device's rates → seconds, with what bounds them."""

@@ -1,0 +1,181 @@
+"""Fit: which mappings a device can hold, from the shared memory and registers of our own kernels.
+
+    shared     = queries + buffers · (keys + values) [+ weights, where their layout changes on the way]
+    registers  = (scores + accumulator + weights) / threads + addresses, fitted to kernels compiled ahead of time
+
+The shared memory is what Triton's compiler lays out, byte for byte; registers are a heuristic that refuses tiles that spill
+more than a few bytes. Head sizes are cut and padded as the kernel does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ...patterns.mapping import Mapping
+from ..devices.device import Device
+
+# Registers for addresses, bounds and the row state: with operands in shared memory, and with operands in registers.
+FIXED_REGISTERS, FIXED_REGISTERS_OLDER = 72, 100
+SMALLEST_DOT = 16
+# Sequences beyond this are cut into tiles of at least 64.
+LONG = 2048
+# Where the tensor cores read their operands from shared memory.
+WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
+# … and accumulate in tensor memory: the product over the second piece of a head waits for the first.
+TENSOR_MEMORY = ("sm_100", "sm_103")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one program takes: bytes of shared memory, registers of a thread, threads; programs that fit on a unit."""
+
+    shared_bytes: int
+    registers: int
+    threads: int
+    resident: int
+
+
+def padded(n: int) -> int:
+    """A head size as kernels see it: the next power of two, at least 16."""
+    return max(SMALLEST_DOT, 1 << (max(n, 1) - 1).bit_length())
+
+
+def chunked(n: int) -> int:
+    """A contracted head size, cut in two powers of two where they are smaller than one: 80 → 64 + 16, 112 → 128."""
+    whole = padded(n)
+    first = whole // 2
+    if n < SMALLEST_DOT or n == whole:
+        return whole
+    return min(whole, first + padded(n - first))
+
+
+def shared_bytes(mapping: Mapping, e: int, f: int, width: int, device: Device) -> int:
+    """Bytes of shared memory of one program; `e` and `f` are head sizes, `width` the bytes of an element.
+
+    Where the tensor cores read shared memory, `stages` tiles are in flight (of keys one less where they accumulate in tensor
+    memory and the head is cut in two); elsewhere they pass through registers, one
+    buffer less is enough, and weights change their layout in shared memory when a warp holds fewer rows than one
+    instruction. AMD keeps the query tile in registers.
+    """
+    rows, keys, stages = mapping.tile_p, mapping.tile_m, mapping.stages
+    query, tile = width * rows * chunked(e), width * keys * (chunked(e) + padded(f))
+    plain = width == 4
+    weights = width * rows * keys
+    if device.kind == "hip":
+        relaid = plain or rows < 32 * mapping.warps
+        return max(1, stages - 1) * tile + relaid * weights
+    if stages == 1:
+        return query + width * keys * max(chunked(e), padded(f))
+    if device.arch in WARP_GROUPS and rows >= 64 and not plain:
+        late = device.arch in TENSOR_MEMORY and chunked(e) != padded(e)
+        return query + stages * tile - late * width * keys * chunked(e)
+    relaid = plain or rows < max(16 * mapping.warps, padded(f))
+    return query + (stages - 1) * tile + relaid * weights
+
+
+def registers(mapping: Mapping, e: int, f: int, width: int, device: Device) -> int:
+    """Registers of a thread, fitted to kernels compiled for sm_80, sm_90 and gfx942 with head sizes 64 and 128."""
+    e, f = padded(e), padded(f)
+    threads = mapping.warps * device.threads_per_warp
+    rows, keys = mapping.tile_p, mapping.tile_m
+    if device.kind == "hip":
+        # each wave holds all keys of its rows
+        return round(30 + 2.2 * keys * (1 + max(0, f - 64) / 256) + 0.6 * f + max(0, rows - 64) * f / 256)
+    if width == 4:
+        # products in fp32 run on the vector lanes, with their operands in registers
+        return round(30 + 3 * (2 * rows * keys + rows * f + keys * e / 2) / threads)
+    words = (rows * keys * (1 + width / 4) + rows * f) / threads
+    return round(words + (FIXED_REGISTERS if device.arch in WARP_GROUPS else FIXED_REGISTERS_OLDER))
+
+
+def register_limit(mapping: Mapping, device: Device) -> int:
+    """Registers that a thread may have: 255 on CUDA; on CDNA a SIMD's registers are shared by its waves."""
+    if device.kind == "hip":
+        return device.registers_per_thread // max(1, mapping.warps // 4)
+    return device.registers_per_thread
+
+
+def footprint(mapping: Mapping, e: int, f: int, width: int, device: Device) -> Footprint:
+    shared = shared_bytes(mapping, e, f, width, device)
+    regs = min(registers(mapping, e, f, width, device), register_limit(mapping, device))
+    threads = mapping.warps * device.threads_per_warp
+    resident = min(
+        device.shared_bytes_per_unit // max(shared, 1),
+        device.registers_per_unit // max(regs * threads, 1),
+        device.threads_per_unit // threads,
+    )
+    return Footprint(shared, regs, threads, max(resident, 1))
+
+
+def refuse(mapping: Mapping, e: int, f: int, width: int, device: Device) -> str | None:
+    """Why this mapping does not fit the device, or None."""
+    if not device.is_gpu:
+        return None
+    need = shared_bytes(mapping, e, f, width, device)
+    if need > device.shared_bytes_per_block:
+        return f"needs {need} bytes of shared memory, a block of {device.name} has {device.shared_bytes_per_block}"
+    regs, limit = registers(mapping, e, f, width, device), register_limit(mapping, device)
+    if regs > limit:
+        return f"needs about {regs} registers a thread, {device.name} has {limit}"
+    return None
+
+
+def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys: int) -> tuple[Mapping, ...]:
+    """Mappings worth predicting on this device, feasible ones only.
+
+    Few queries get one short query tile and their keys split over programs. On long sequences small tiles only move more
+    bytes, so they come where nothing larger fits the head. On a CPU `body` and tile sizes vary.
+    """
+    if device.kind == "cpu":
+        return tuple(_on_cpu(queries, keys))
+    if queries <= SMALLEST_DOT:
+        return tuple(m for m in _short(device, keys) if refuse(m, e, f, width, device) is None)
+    for least in (64, 32, 16) if min(queries, keys) > LONG else (32, 16):
+        found = tuple(m for m in _tall(device, queries, least) if refuse(m, e, f, width, device) is None)
+        if found:
+            return found
+    return ()
+
+
+# Tiles of a class map that is made in a fraction of the kernel's time.
+CLASSES = 1 << 18
+
+
+def _on_cpu(queries: int, keys: int) -> Iterator[Mapping]:
+    # a plan of more than a few hundred query tiles costs more than it saves
+    tiles = [t for t in (32, 64, 128, 256, 512) if queries // 128 <= t < 2 * queries] or [32 if queries < 512 else 512]
+    if queries >= SMALLEST_DOT:
+        # small tiles keep a block's scores near the core, and follow the mask closely
+        tile = next((t for t in (32, 64) if queries * keys <= CLASSES * t * t), 128)
+        yield Mapping(tile_p=tile, tile_m=tile, warps=1, stages=1, body="fused")
+    for body in ("sdpa", "slices", "product"):
+        for tile in tiles:
+            # narrower key tiles cut a slice closer to its mask
+            for tile_m in sorted({tile, tile // 2, min(tile, 128)}):
+                if body != "product" or tile_m == min(tile, 128):
+                    yield Mapping(tile_p=tile, tile_m=tile_m, warps=1, stages=1, body=body)
+
+
+def _stages(device: Device) -> tuple[int, ...]:
+    return (1, 2) if device.kind == "hip" else (2, 3, 4)
+
+
+def _short(device: Device, keys: int) -> Iterator[Mapping]:
+    for tile_m in (32, 64, 128):
+        for split in (1, 2, 4, 8, 16, 32):
+            # a program should keep some key tiles to stream
+            if split == 1 or keys >= 4 * split * tile_m:
+                for s in _stages(device):
+                    yield Mapping(SMALLEST_DOT, tile_m, warps=4, stages=s, split_m=split)
+
+
+def _tall(device: Device, queries: int, least: int) -> Iterator[Mapping]:
+    stages = sorted({1, *_stages(device)}) if least < 32 else _stages(device)
+    for tile_p in (16, 32, 64, 128):
+        if tile_p < least or (tile_p >= 2 * queries and tile_p > 32):
+            continue
+        for tile_m in (16, 32, 64, 128):
+            for warps in (4, 8):
+                if tile_m >= least:
+                    yield from (Mapping(tile_p, tile_m, warps=warps, stages=s) for s in stages)

@@ -1,0 +1,166 @@
+"""The time model of a GPU: tiles on units, then memory, then the launch.
+
+    tile      = (1 − ω)·Σ_r c_r + ω·max_r c_r        r ∈ matrix, exp, vector          partial tiles × partial_factor
+    matrix    = max(FLOP / rate, operands / shared memory's rate): a product reads shared memory while it runs
+    program   = prologue + Σ tiles;   kernel = makespan(programs, units · resident)
+    seconds   = max(kernel, bytes / (η·bandwidth), L2 bytes / L2 bandwidth) + launch
+
+Source: the FlashAttention-3 and -4 papers (resources per tile), NATTEN's profiles (partial tiles).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ...patterns.mapping import Mapping as Tiling
+from ..count.tiles import SCHEDULED, Jobs, launch_span
+from ..count.work import DIVISIONS, EXPONENTIALS, ROOTS, Work, size_int
+from ..devices.device import Device
+from .cost import Cost, bound_of
+from .fit import Footprint
+
+# Issue slots of a lane: half of the multiplies and additions fuse, conversions run at half a slot beside others.
+SLOTS: Mapping[str, float] = {"mul": 0.75, "add": 0.75, "sub": 0.75, "cast": 0.5, "neg": 0.0}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel's time follows from, whoever wrote it."""
+
+    full_tile: Work
+    partial_tile: Work
+    program: Work
+    jobs: Jobs
+    moved_bytes: int
+    unique_bytes: int
+    written_bytes: int
+    resident: int
+    split: int = 1
+    stages: int = 2
+    heavy_first: bool = True
+    launches: int = 1
+    merge_bytes: int = 0
+    operand_bytes: int = 0
+
+    @property
+    def programs(self) -> int:
+        """Programs of the launch, before their keys are split."""
+        return self.jobs.full.size * self.jobs.repeat
+
+    @property
+    def flops(self) -> int:
+        """FLOP that the programs do, whole tiles each: what the units are timed with."""
+        return self._done(lambda w: size_int(w.flops))
+
+    @property
+    def exps(self) -> int:
+        """Exponential-class calls of the programs."""
+        return self._done(lambda w: size_int(w.exps))
+
+    def _done(self, of: Callable[[Work], int]) -> int:
+        full, partial = float(self.jobs.full.sum()), float(self.jobs.partial.sum())
+        tiles = full * of(self.full_tile) + partial * of(self.partial_tile)
+        return round(tiles * self.jobs.repeat) + of(self.program) * self.programs
+
+
+def operand_bytes(rows: int, keys: int, e: int, f: int, width: int, arch: str) -> int:
+    """Bytes that the products of one tile read from shared memory, where they read it themselves; else 0.
+
+    An instruction has so many rows (sm_90: 64 of a warp group, from sm_100 on 128) and reads all keys and values again; the
+    weights stay in registers or tensor memory. Source: the FlashAttention-4 paper, 3·M·N·d / 8192 cycles for its tiles.
+    """
+    instruction = {"sm_90": 64, "sm_100": 128, "sm_103": 128}.get(arch)
+    if instruction is None or rows < 64 or width == 4:
+        return 0
+    return width * (rows * e + -(-rows // instruction) * keys * (e + f))
+
+
+def resources(w: Work, d: Device, operands: int = 0) -> dict[str, float]:
+    """Seconds of one unit by resource; `operands` are bytes that products read from shared memory."""
+    matrix = sum(
+        size_int(n) / (d.matrix_rate(t) * d.model.matrix_efficiency / d.units) for t, n in w.matrix.items()
+    )
+    special = size_int(w.exps) + size_int(w.divisions) + sum(size_int(w.ops.get(r, 0)) for r in ROOTS)
+    lanes = sum(SLOTS.get(op, 1.0) * size_int(n) for op, n in w.ops.items() if op not in (*EXPONENTIALS, *DIVISIONS))
+    reading = operands / (d.shared_bytes_per_unit_clock * d.clock_hz) if d.shared_bytes_per_unit_clock else 0.0
+    return {
+        "matrix": max(matrix, reading),
+        "exp": special / (d.exps_per_unit_clock * d.clock_hz),
+        "vector": lanes / (d.lanes_per_unit * d.clock_hz),
+    }
+
+
+def overlapped(parts: Mapping[str, float], overlap: float) -> float:
+    return (1 - overlap) * sum(parts.values()) + overlap * max(parts.values(), default=0.0)
+
+
+def seconds(k: Kernel, d: Device, *, overlap: float, partial_factor: float, scheduled: int = SCHEDULED) -> Cost:
+    """The time of one kernel on a GPU."""
+    full, partial = (resources(w, d, k.operand_bytes) for w in (k.full_tile, k.partial_tile))
+    rest = resources(k.program, d)
+    t_full, t_partial = overlapped(full, overlap) + _exposed(k, d, full), overlapped(partial, overlap)
+    t_partial = max(t_partial, t_full * partial_factor)
+    tiles = (k.jobs.full * t_full + k.jobs.partial * t_partial) / k.split
+    # programs that share a unit share its rates as well
+    costs = d.model.prologue_seconds + (tiles + overlapped(rest, overlap)) * k.resident
+    repeat = k.jobs.repeat * k.split
+    kernel = launch_span(costs, repeat, d.units * k.resident, k.heavy_first, scheduled)
+    memory = _dram_bytes(k, d, costs.size * repeat) / (d.model.bandwidth_efficiency * d.dram_bytes_per_s)
+    l2 = k.moved_bytes / d.l2_bytes_per_s if d.l2_bytes_per_s else 0.0
+    launch = k.launches * d.model.launch_seconds
+    merge = k.merge_bytes / (d.model.bandwidth_efficiency * d.dram_bytes_per_s)
+    busy = max(kernel, memory, l2)
+    inside = _shares(k, d, (full, partial, rest), kernel)
+    outside = {"memory": memory + merge, "l2": l2, "launch": launch}
+    parts = inside | outside
+    bound = bound_of({"launch": launch} if launch > busy else inside if kernel >= busy else outside | {"launch": 0.0})
+    return Cost(busy + merge + launch, bound, k.flops, k.unique_bytes + k.written_bytes, k.exps, parts, d.basis, d.band)
+
+
+def _exposed(k: Kernel, d: Device, tile: Mapping[str, float]) -> float:
+    """Latency of a tile's loads that neither earlier stages nor other programs of the unit cover."""
+    covered = (k.stages - 1 + k.resident - 1) * sum(tile.values())
+    return max(0.0, d.model.load_latency_seconds - covered)
+
+
+def _dram_bytes(k: Kernel, d: Device, programs: int) -> float:
+    """Operands come once while the second-level cache holds those of the programs in flight, else again for each wave.
+
+    Programs of one batch entry follow one another and walk the same keys side by side: a wave reads the operands of the
+    few entries in flight, once.
+    """
+    slots = d.units * k.resident
+    entries = max(1, k.jobs.full.shape[0] * k.jobs.repeat)
+    flying = min(entries, slots * entries / programs + 1) / entries
+    if k.unique_bytes * flying <= d.l2_bytes:
+        return k.unique_bytes + k.written_bytes
+    waves = -(-programs // slots)
+    again = max(k.unique_bytes, k.unique_bytes * flying * waves)
+    return float(min(k.moved_bytes, again) + k.written_bytes)
+
+
+def _shares(k: Kernel, d: Device, per: tuple[Mapping[str, float], ...], kernel: float) -> dict[str, float]:
+    """The kernel's time by resource, were each alone and the units evenly loaded."""
+    full, partial, rest = per
+    n_full, n_partial = int(k.jobs.full.sum()) * k.jobs.repeat, int(k.jobs.partial.sum()) * k.jobs.repeat
+    out = {r: (full[r] * n_full + partial[r] * n_partial + rest[r] * k.programs) / d.units for r in full}
+    return out | {"makespan": kernel}
+
+
+def streaming(w: Work, mapping: Tiling, jobs: Jobs, fit: Footprint, value: int, queries: int, batch: int) -> Kernel:
+    """Our kernel: the one-pass cascade under a mapping."""
+    assert w.full_tile is not None
+    assert w.partial_tile is not None
+    assert w.program is not None
+    read = [t for t in w.traffic if not t.written]
+    # split keys: every part writes its accumulator, maximum and sum in fp32, and the merge reads them
+    merge = 8 * mapping.split_m * batch * queries * (value + 2) if mapping.split_m > 1 else 0
+    return Kernel(
+        w.full_tile, w.partial_tile, w.program, jobs,
+        moved_bytes=sum(size_int(t.moved) for t in read),
+        unique_bytes=sum(size_int(t.once) for t in read),
+        written_bytes=sum(size_int(t.once) for t in w.traffic if t.written),
+        resident=fit.resident, split=mapping.split_m, stages=mapping.stages, heavy_first=mapping.heavy_first,
+        launches=2 if mapping.split_m > 1 else 1, merge_bytes=merge,
+    )  # fmt: skip

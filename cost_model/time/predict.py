@@ -1,0 +1,353 @@
+"""Predictions: seconds, with their bound, of every way to compute an attention on a device.
+
+    predict            our tiled kernel: the one-pass form of the cascade under a mapping
+    predict_original   the original code, operator by operator
+    predict_vendor     SDPA and FlexAttention, as they are called
+    best_mapping       the mapping of our kernel that the model likes best on a device
+
+All is counted from the cascade; what a vendor's kernel is told stands in `VendorUse`. A "no" is a Miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from ...patterns import expr as ex
+from ...patterns.attention.recognise import Miss
+from ...patterns.cascade import Cascade
+from ...patterns.mapping import Mapping as Tiling
+from ..count.eager import Operator, operators
+from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
+from ..count.tiles import NOTHING, SCHEDULED, Data, Jobs
+from ..count.work import WIDTH, Work, size_int
+from ..devices.device import Device, HostRates
+from . import gpu, host
+from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, tiled
+from .cost import Cost, bound_of
+from .fit import Footprint, candidates, footprint, padded, refuse
+from .fused import PLAIN, fits, fused
+
+__all__ = [
+    "Cost", "VendorUse", "best_mapping", "predict", "predict_original", "predict_vendor", "ranked_mappings", "tiles_of",
+]  # fmt: skip
+
+# Mappings whose queue is run job by job; the others are compared by an even load.
+SCHEDULED_MAPPINGS = 3
+# Blocks of FlexAttention's mask, and the tile that stands for a vendor's kernel.
+FLEX_BLOCK = 128
+VENDOR_TILE = Tiling(tile_p=128, tile_m=128, warps=8, stages=2, body="vendor")
+# … and rows of a vendor's tile where few queries share the keys: FlashAttention-2 splits those over blocks of 64 rows.
+FEW_VENDOR_ROWS = 64
+
+
+@dataclass(frozen=True)
+class VendorUse:
+    """How a vendor's function is called for an attention.
+
+    `backend`: "flash", "cudnn", "efficient" or "math" of SDPA, or "flex". `skips`: the kernel leaves out tiles that the mask
+    empties (SDPA's is_causal, FlexAttention's block mask). `mask_elements` counts the mask tensor that is passed, in
+    `mask_dtype`; `built_elements` what of it is made anew at each call. `operators`: ATen calls around it.
+    """
+
+    backend: str
+    skips: bool = False
+    mask_elements: int = 0
+    mask_dtype: str = "b1"
+    built_elements: int = 0
+    operators: int = 0
+
+
+def predict(
+    c: Cascade, mapping: Tiling, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
+) -> Cost | Miss:
+    """The time of our kernel for a lifted cascade under a mapping; a Miss where it has no one-pass form or does not fit.
+
+    `data` is what is known of run-time data. Raises ValueError when a size of the cascade has no value.
+    """
+    s = subject(c)
+    if isinstance(s, Miss):
+        return s
+    at = shape(s.cascade, s.attention, sizes or {})
+    if device.kind == "cpu":
+        return _ours_on_cpu(s, at, mapping, device, data)
+    if not device.is_gpu:
+        return Miss(f"{device.name} runs no kernels of ours: only papers' cascades are timed on it")
+    reason = refuse(mapping, at.embed, at.value, WIDTH[s.dtype], device)
+    if reason is not None:
+        return Miss(f"{mapping} {reason}")
+    return _ours(s, at, mapping, device, data)
+
+
+def best_mapping(
+    c: Cascade, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
+) -> tuple[Tiling, Cost] | Miss:
+    """The mapping of our kernel with the least predicted time. Raises ValueError when a size has no value."""
+    found = ranked_mappings(c, device, sizes, data)
+    return found if isinstance(found, Miss) else found[0]
+
+
+def ranked_mappings(
+    c: Cascade, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
+) -> tuple[tuple[Tiling, Cost], ...] | Miss:
+    """Mappings that fit, best first: all of them on a CPU, the best few on a GPU. Raises ValueError without sizes."""
+    s = subject(c)
+    if isinstance(s, Miss):
+        return s
+    if device.kind not in ("cpu", "cuda", "hip"):
+        return Miss(f"{device.name} runs no kernels of ours: only papers' cascades are timed on it")
+    at = shape(s.cascade, s.attention, sizes or {})
+    width = WIDTH[s.dtype]
+    fitting = candidates(device, e=at.embed, f=at.value, width=width, queries=_rows(at), keys=at.keys)
+    if not fitting:
+        return Miss(f"no tile of head sizes {at.embed} and {at.value} fits {device.name}")
+    if device.kind == "cpu":
+        able = [m for m in fitting if m.body in _bodies(s)]
+        found = [(m, _ours_on_cpu(s, at, m, device, data)) for m in able]
+        return tuple(sorted(found, key=lambda pair: pair[1].seconds))
+    rough = sorted(fitting, key=lambda m: _ours(s, at, m, device, data, scheduled=0).seconds)
+    few = [(m, _ours(s, at, m, device, data)) for m in rough[:SCHEDULED_MAPPINGS]]
+    return tuple(sorted(few, key=lambda pair: pair[1].seconds))
+
+
+def _bodies(s: Subject) -> tuple[str, ...]:
+    """Bodies that may be printed for an attention on a CPU."""
+    sdpa = (("sdpa", "slices") if has_triangles(s) else ("sdpa",)) if by_sdpa(s) else ()
+    return ("product", *sdpa, *(("fused",) if fits(s) else ()))
+
+
+def predict_original(c: Cascade, device: Device, sizes: Mapping[str, int] | None = None) -> Cost:
+    """The original code as lifted: every operator a kernel, every result written. Raises ValueError without sizes."""
+    return _operators(operators(c, sizes or {}), device)
+
+
+def predict_vendor(
+    c: Cascade, use: VendorUse, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
+) -> Cost | Miss:
+    """SDPA or FlexAttention, called as `use` says. A Miss where the cascade is no streaming attention."""
+    s = subject(c)
+    if isinstance(s, Miss):
+        return s
+    at = shape(s.cascade, s.attention, sizes or {})
+    if use.backend == "math":
+        return _math(c, s, use, device, sizes or {})
+    if device.kind == "cpu":
+        return _vendor_on_cpu(s, at, use, device, data)
+    return _vendor_on_gpu(s, at, use, device, data)
+
+
+def tiles_of(c: Cascade, mapping: Tiling, sizes: Mapping[str, int], data: Data = NOTHING) -> Jobs | Miss:
+    """The key tiles that a mapping visits, program by program, given what is known of run-time data."""
+    s = subject(c)
+    return s if isinstance(s, Miss) else plan_tiles(s, shape(s.cascade, s.attention, sizes), mapping, data)
+
+
+# --- operators ----------------------------------------------------------------------------------------------------
+
+
+def _operators(ops: tuple[Operator, ...], device: Device) -> Cost:
+    if device.kind == "cpu":
+        return host.original(ops, device)
+    model = device.model
+    parts = {"matrix": 0.0, "memory": 0.0, "launch": len(ops) * model.launch_seconds}
+    for o in ops:
+        moving = (o.read_bytes + o.written_bytes) / (model.bandwidth_efficiency * device.dram_bytes_per_s)
+        matrix = o.flops / (model.matrix_efficiency * device.matrix_rate(o.dtype)) if o.flops else 0.0
+        parts["matrix" if matrix > moving else "memory"] += max(matrix, moving)
+    flops, moved = sum(o.flops for o in ops), sum(o.read_bytes + o.written_bytes for o in ops)
+    exps = sum(o.exps for o in ops)
+    return Cost(sum(parts.values()), bound_of(parts), flops, moved, exps, parts, device.basis, device.band)
+
+
+def _math(c: Cascade, s: Subject, use: VendorUse, device: Device, sizes: Mapping[str, int]) -> Cost:
+    """SDPA's fall-back: the operators of the original, in fp32 on a CPU whatever the type of the inputs."""
+    ops = operators(c, sizes)
+    if device.kind == "cpu" and s.dtype in ("bf16", "f16"):
+        ops = tuple(replace(o, dtype="f32", read_bytes=2 * o.read_bytes, written_bytes=2 * o.written_bytes) for o in ops)
+    return _operators(ops, device)
+
+
+# --- our kernel on a CPU --------------------------------------------------------------------------------------------
+
+
+def _ours_on_cpu(s: Subject, at: Shape, mapping: Tiling, device: Device, data: Data) -> Cost:
+    """The tiled body; of keys and values, what its tiles visit crosses the memory's edge."""
+    jobs = plan_tiles(s, at, mapping, data)
+    cost = (fused if mapping.body == "fused" else tiled)(s, at, mapping, jobs, device)
+    unseen = at.keys - _keys_visited(jobs, at.keys)
+    return replace(cost, bytes=cost.bytes - WIDTH[s.dtype] * (at.batch // at.group) * unseen * (at.embed + at.value))
+
+
+def _keys_visited(jobs: Jobs, keys: int) -> int:
+    """The keys from the first that any program visits to the last."""
+    if jobs.map is None:
+        return keys
+    first, last = jobs.map.merged().ends
+    seen = last > first
+    if not seen.any():
+        return 0
+    return min(int(last[seen].max()) * jobs.map.tile_m, keys) - int(first[seen].min()) * jobs.map.tile_m
+
+
+# --- our kernel on a GPU --------------------------------------------------------------------------------------------
+
+
+def _rows(at: Shape) -> int:
+    """Query rows that one tile may hold: with few queries, the heads of a group come together."""
+    return at.queries * _packed(at)
+
+
+def _packed(at: Shape) -> int:
+    few = at.queries < FEW_ROWS and at.group > 1 and at.queries * at.group <= SHARED_ROWS
+    return at.group if few else 1
+
+
+@lru_cache(maxsize=256)
+def _tile_work(
+    s: Subject, sizes: tuple[tuple[str, int], ...], tile_p: int, tile_m: int, data: Data
+) -> tuple[Work, Jobs]:
+    at = shape(s.cascade, s.attention, dict(sizes))
+    mapping = Tiling(tile_p, tile_m)
+    tiles = plan_tiles(s, at, mapping, data)
+    return work(s, at, mapping, dict(sizes), tiles), tiles
+
+
+def _ours(s: Subject, at: Shape, mapping: Tiling, device: Device, data: Data, scheduled: int = SCHEDULED) -> Cost:
+    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), mapping.tile_p, mapping.tile_m, data)
+    fit = footprint(mapping, at.embed, at.value, WIDTH[s.dtype], device)
+    kernel = gpu.streaming(w, mapping, jobs, fit, at.value, at.queries, at.batch)
+    read = gpu.operand_bytes(mapping.tile_p, mapping.tile_m, at.embed, at.value, WIDTH[s.dtype], device.arch)
+    kernel = replace(kernel, operand_bytes=read)
+    return gpu.seconds(
+        _shared_heads(kernel, _packed(at)), device, overlap=device.model.overlap,
+        partial_factor=device.model.partial_factor, scheduled=scheduled,
+    )  # fmt: skip
+
+
+def _shared_heads(k: gpu.Kernel, group: int) -> gpu.Kernel:
+    """One program serves the heads of a group: so many fewer programs, and the keys are read once for all of them."""
+    if group == 1:
+        return k
+    jobs = replace(k.jobs, repeat=max(1, k.jobs.repeat // group))
+    return replace(k, jobs=jobs, moved_bytes=max(k.unique_bytes, k.moved_bytes // group))
+
+
+# --- vendors' kernels -----------------------------------------------------------------------------------------------
+
+
+def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: Data) -> Cost:
+    tile = replace(VENDOR_TILE, tile_p=FEW_VENDOR_ROWS) if _rows(at) <= FEW_VENDOR_ROWS else VENDOR_TILE
+    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), tile.tile_p, tile.tile_m, data)
+    if not use.skips:
+        jobs = replace(jobs, full=jobs.full * 0 + -(-at.keys // tile.tile_m), partial=jobs.partial * 0, map=None)
+    kernel = gpu.streaming(w, tile, jobs, Footprint(0, 0, 0, 1), at.value, at.queries, at.batch)
+    kernel = _split_keys(_shared_heads(kernel, _packed(at)), device)
+    extra = use.mask_elements * WIDTH[use.mask_dtype]
+    kernel = replace(kernel, unique_bytes=kernel.unique_bytes + extra, moved_bytes=kernel.moved_bytes + extra)
+    model = device.model
+    if use.backend == "flex":
+        cost = gpu.seconds(kernel, device, overlap=model.overlap, partial_factor=model.partial_factor)
+        return _slower(cost, model.flex_share)
+    cost = gpu.seconds(kernel, device, overlap=model.vendor_overlap, partial_factor=model.vendor_partial_factor)
+    return _slower(cost, model.efficient_share) if use.backend == "efficient" else cost
+
+
+def _split_keys(k: gpu.Kernel, device: Device) -> gpu.Kernel:
+    """Vendors split the keys of a launch that leaves units idle."""
+    longest = int(k.jobs.visited.max()) if k.jobs.full.size else 1
+    split = max(1, min(device.units // max(k.programs, 1), longest // 2, 32))
+    return replace(k, split=split, launches=2 if split > 1 else 1)
+
+
+def _slower(cost: Cost, share: float) -> Cost:
+    launch = cost.parts.get("launch", 0.0)
+    return replace(cost, seconds=(cost.seconds - launch) / share + launch)
+
+
+def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: Data) -> Cost:
+    prices, bill = host.Host(device), host.Bill()
+    pairs = at.batch * at.queries * at.keys
+    moved = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
+    if use.backend == "flex":
+        pairs = _flex_on_cpu(s, at, use, prices, bill, data)
+    else:
+        if use.skips:
+            pairs = at.batch * host.causal_pairs(at.queries, at.keys)
+        prices.attention(
+            at.batch, at.queries, at.keys, at.embed, at.value, s.dtype, bill, masked=use.mask_elements > 0,
+            causal=use.skips, group=at.group, mask_dtype=s.dtype if use.mask_dtype == "b1" else use.mask_dtype,
+        )  # fmt: skip
+        _mask_on_cpu(s, at, use, prices, bill)
+    bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
+    bill.bytes = moved + use.mask_elements * WIDTH[use.mask_dtype]
+    return bill.cost(device, "flex" if use.backend == "flex" else "sdpa", s.dtype)
+
+
+def _flex_on_cpu(s: Subject, at: Shape, use: VendorUse, prices: host.Host, bill: host.Bill, data: Data) -> int:
+    """FlexAttention, compiled, and the pairs that it visits. Without a block mask all keys are one block."""
+    h, t = prices.h, s.dtype
+    rows, keys = (min(FLEX_BLOCK, n) if use.skips else n for n in (at.queries, at.keys))
+    visited, partial = _visited_pairs(s, at, FLEX_BLOCK, data)
+    a, b = h.flex_pair_seconds.get(t) or h.flex_pair_seconds["f32"]
+    units = at.batch * -(-at.queries // rows)
+    gain = host.balanced(prices.gain("flex"), prices.threads, units)
+    # the last block's keys lie askew
+    share = (at.keys % keys or keys) / at.keys if at.keys % host.VECTOR else 0.0
+    askew = visited * share * host.rate(h.flex_left_seconds, t)
+    operands = at.batch * at.keys * (at.embed + at.value)
+    bill.add("launch", h.flex_call_seconds + use.operators * h.operator_seconds)
+    bill.add("launch", h.flex_blocks_seconds if use.skips else 0.0)
+    bill.add("matrix", (visited * (b + _few_rows(h, t, at.queries)) + askew) * (at.embed + at.value) / gain)
+    # a bias is read as our fused body reads it
+    changed = len(pointwise(s, False)) > len(PLAIN) or bool(biases(s, at))
+    score = changed * h.flex_score_seconds + len(biases(s, at)) * host.rate(h.fused_bias_seconds, t)
+    bill.add("exp", (visited * (a + score) + partial * host.rate(h.flex_mask_seconds, t)) / gain)
+    bill.add("memory", prices.stream(operands * WIDTH[t] + bias_bytes(s, at)))
+    # the scores of a block are written and read in turn by the product, the scale, the maximum and the exponential
+    far = WIDTH["f32"] * rows * keys > host.CORE_CACHE
+    bill.add("memory", visited * host.rate(h.flex_far_seconds, t) / gain if far else 0.0)
+    return visited
+
+
+def _few_rows(h: HostRates, dtype: str, queries: int) -> float:
+    """What a pair takes more where fewer rows than a block's share a key; one query reads the keys as SDPA does."""
+    if queries == 1:
+        return host.pair_seconds(h, dtype, 1)[1]
+    return host.rate(h.flex_key_seconds, dtype) * (1 / min(FLEX_BLOCK, queries) - 1 / FLEX_BLOCK)
+
+
+def _mask_on_cpu(s: Subject, at: Shape, use: VendorUse, prices: host.Host, bill: host.Bill) -> None:
+    """The mask that SDPA is given: made at each call, or only turned from a predicate into what is added to the scores.
+
+    A bias for each query and key comes from memory.
+    """
+    bill.add("memory", prices.stream(bias_bytes(s, at)))
+    if use.built_elements:
+        prices.biases(biases(s, at), 1.0, bill, chosen=s.mask.keep is not ex.TRUE)
+        made = prices.terms if use.mask_dtype == "b1" else prices.chosen
+        made(s.mask.keep, at.extent, bill)
+    if use.mask_dtype == "b1" and use.mask_elements:
+        prices.point("where", s.dtype, use.mask_elements, use.mask_elements * WIDTH[s.dtype], bill)
+        bill.add("fault", prices.fresh(use.mask_elements * WIDTH[s.dtype]))
+
+
+def _visited_pairs(s: Subject, at: Shape, block: int, data: Data) -> tuple[int, int]:
+    """Pairs in the blocks that a block mask keeps, over all batch entries, and those of partial ones.
+
+    The ends of the sequence cut the last blocks. Conditions on run-time data leave every block partial.
+    """
+    jobs = plan_tiles(s, at, Tiling(block, block), data)
+    most, size = at.batch * at.queries * at.keys, min(block, at.queries) * min(block, at.keys)
+    visited = min(int(jobs.visited.sum()) * jobs.repeat * size, most)
+    partial = min(int(jobs.partial.sum()) * jobs.repeat * size, most)
+    return visited, visited if any(ex.loads(s.mask.keep)) else partial
+
+
+def head_sizes(c: Cascade, sizes: Mapping[str, int]) -> tuple[int, int] | Miss:
+    """Head sizes (query and key, value) as the kernel pads them."""
+    s = subject(c)
+    if isinstance(s, Miss):
+        return s
+    at = shape(s.cascade, s.attention, sizes)
+    return padded(at.embed), padded(size_int(at.value))
