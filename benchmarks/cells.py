@@ -4,9 +4,9 @@
     prediction  by the candidate's name, from the cascade and a device alone, so that stored timings can be judged again
 
 Nothing of these shapes is known to the calibration: it times operators and kernels of shapes of its own
-(cost_model/calibration/calibrate.py, codegen/calibrate.py). `GRIDS` says which cells were looked at while the model was
-written (`development`, `regret`, `heldout`, `fresh`, and `drawn` and `again`: drawn from wide ranges), and which only judge
-it (`unseen`: drawn from the same ranges with another seed, not looked at).
+(cost_model/calibration/calibrate.py, codegen/measure/calibrate.py). `GRIDS` says which cells were looked at while the model
+was written (`development`, `regret`, `heldout`, `fresh`, and `drawn` and `again`: drawn from wide ranges), and which only
+judge it (`unseen`: drawn from the same ranges with another seed, not looked at).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from reattend.codegen import operator as ours
-from reattend.codegen import vendor
-from reattend.codegen.program import loose, program_text
+from reattend.codegen.forms.program import loose, program_text
+from reattend.codegen.vendor import use as vendor
 from reattend.cost_model.count.tiles import NOTHING, Data
 from reattend.cost_model.devices.device import Device
 from reattend.cost_model.time.cost import Cost

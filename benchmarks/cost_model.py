@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from reattend.codegen.calibrate import calibrate
+from reattend.codegen.measure.calibrate import calibrate
 from reattend.cost_model.calibration.accuracy import Outcome, accuracy, percentile, within
 from reattend.cost_model.devices.device import (
     Device,

@@ -17,7 +17,8 @@ import timing
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from reattend.codegen import cpu, vendor
+from reattend.codegen.cpu import kernel as cpu
+from reattend.codegen.vendor import use as vendor
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Cascade

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from reattend.codegen.company import settle
+from reattend.codegen.measure.company import settle
 
 RESULTS = Path(__file__).parent / "results"
 # A candidate so many times slower than the fastest one is called in every second round, twice that in every third, …

@@ -21,8 +21,9 @@ from ..patterns.attention.recognise import Refusal
 from ..patterns.cascade import Cascade
 from ..patterns.evaluate import DTYPE
 from ..patterns.mapping import Mapping as Tiling
-from . import cpu, triton_kernel
-from .program import Program, memory_order, output_shape, program_text, read_program
+from .cpu import kernel as cpu
+from .forms.program import Program, memory_order, output_shape, program_text, read_program
+from .triton import kernel as triton_kernel
 
 __all__ = ["NO_GRADIENT", "build", "call", "program_text"]
 

@@ -176,7 +176,7 @@ def _calibrate() -> None:
     import torch
     from rich.progress import track
 
-    from .codegen.calibrate import calibrate as measure
+    from .codegen.measure.calibrate import calibrate as measure
     from .cost_model.devices.device import calibration_path, shipped
     from .rewriter.choose import running_device
 

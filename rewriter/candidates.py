@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from ..codegen import operator as ours
-from ..codegen import vendor
-from ..codegen.program import Program, loose, memory_order
+from ..codegen.forms.program import Program, loose, memory_order
+from ..codegen.vendor import use as vendor
 from ..cost_model.count.expect import known
 from ..cost_model.count.memory import Memory, memory
 from ..cost_model.count.passes import key_passes

@@ -63,7 +63,7 @@ def test_help_loads_no_torch() -> None:
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # importing it fails, finding it answers None
-import torch, reattend, reattend.codegen.aot, reattend.codegen.triton_kernel
+import torch, reattend, reattend.codegen.triton.aot, reattend.codegen.triton.kernel
 
 class Causal(torch.nn.Module):
     def forward(self, q, k, v):

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from reattend.codegen import cpu, triton_kernel
+from reattend.codegen.cpu import kernel as cpu
+from reattend.codegen.triton import kernel as triton_kernel
 from reattend.cost_model.devices.device import device
 from reattend.cost_model.time.predict import best_mapping
 from reattend.patterns.evaluate import evaluate

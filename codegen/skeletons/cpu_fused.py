@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..native import Operand, call_type, load
+from ..files.native import Operand, call_type, load
 
 
 @lru_cache(maxsize=1)

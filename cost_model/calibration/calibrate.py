@@ -3,8 +3,8 @@
     rates of one thread  → every entry of `HostRates`;   the same with all threads → `scaling`
 
 The only file of the cost model that runs torch, and only when asked to. What needs the code generator (our own kernels and
-FlexAttention) and the held-out check are in codegen/calibrate.py, which calls this. The file lies in the user's cache
-folder, one a device, and `device(name)` reads it; without it the numbers of the data file stand, and plans say
+FlexAttention) and the held-out check are in codegen/measure/calibrate.py, which calls this. The file lies in the user's
+cache folder, one a device, and `device(name)` reads it; without it the numbers of the data file stand, and plans say
 "uncalibrated".
 """
 

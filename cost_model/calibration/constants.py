@@ -3,7 +3,7 @@
     overlap           from attentions without a mask, of several head sizes: matrix and exponentials in other proportions
     partial_factor    from the same with a mask that leaves every tile partial
 
-Pure arithmetic: who times (codegen/calibrate_gpu.py) and who fits do not know each other.
+Pure arithmetic: who times (codegen/measure/calibrate_gpu.py) and who fits do not know each other.
 """
 
 from __future__ import annotations

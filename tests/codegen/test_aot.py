@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 
-from reattend.codegen import aot, cache
-from reattend.codegen.triton_kernel import Kernel, build, default_mapping, shared_bytes
+from reattend.codegen.files import cache
+from reattend.codegen.triton import aot
+from reattend.codegen.triton.kernel import Kernel, build, default_mapping, shared_bytes
 from reattend.cost_model.devices.device import Device, device
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Refusal

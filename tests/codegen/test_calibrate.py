@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from reattend.codegen import calibrate, calibrate_gpu, company
+from reattend.codegen.measure import calibrate, calibrate_gpu, company
 from reattend.cost_model.calibration.calibrate import torch_threads, with_rates
 from reattend.cost_model.devices.device import Device, alone, device, shipped, with_threads
 from reattend.cost_model.time.predict import tiles_of

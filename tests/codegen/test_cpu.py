@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reattend.codegen import cpu
-from reattend.codegen.cpu_form import rows_keep_a_key
+from reattend.codegen.cpu import kernel as cpu
+from reattend.codegen.forms.form import rows_keep_a_key
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Attention, Refusal, attention
 from reattend.patterns.evaluate import evaluate

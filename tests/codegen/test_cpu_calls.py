@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from reattend.codegen import cache, cpu
+from reattend.codegen.cpu import kernel as cpu
+from reattend.codegen.files import cache
 from reattend.cost_model.count.subject import Subject, plan_tiles, shape, subject
 from reattend.cost_model.time.body import blocks, calls
 from reattend.patterns import expr as ex

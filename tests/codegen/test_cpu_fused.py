@@ -18,8 +18,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from reattend.codegen import cache, cpu, native, operator
-from reattend.codegen.program import Program
+from reattend.codegen import operator
+from reattend.codegen.cpu import kernel as cpu
+from reattend.codegen.files import cache, native
+from reattend.codegen.forms.program import Program
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, verify

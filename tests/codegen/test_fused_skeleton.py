@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reattend.codegen import native
+from reattend.codegen.files import native
 
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 # Largest error over that of the same arithmetic by PyTorch in the same type.

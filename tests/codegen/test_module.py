@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from reattend.codegen import cache, library, triton_kernel
-from reattend.codegen.triton_kernel import Kernel, build
+from reattend.codegen.files import cache, library
+from reattend.codegen.triton import kernel as triton_kernel
+from reattend.codegen.triton.kernel import Kernel, build
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Cascade

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from reattend.codegen import operator as ours
-from reattend.codegen.program import loose, program_text, read_program
+from reattend.codegen.forms.program import loose, program_text, read_program
 from reattend.patterns.cascade import CascadeError
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import Mapping

@@ -9,9 +9,9 @@ from importlib.resources import files
 import pytest
 import torch
 
-from reattend.codegen import native
-from reattend.codegen.print_cpp import STORED, Body, Operand, Scope, identifier, kind
-from reattend.codegen.print_torch import PrintError
+from reattend.codegen.files import native
+from reattend.codegen.text.print_cpp import STORED, Body, Operand, Scope, identifier, kind
+from reattend.codegen.text.print_torch import PrintError
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import DTYPE, _Terms
 from reattend.patterns.expr import Expr

@@ -10,10 +10,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from reattend.codegen.integers import in_range
-from reattend.codegen.print_torch import Body, PrintError, Scope, identifier, literal, size_source
 from reattend.codegen.skeletons.cpu import choose, tile
-from reattend.codegen.tile_terms import Corners, relative, relative_parts
+from reattend.codegen.text.integers import in_range
+from reattend.codegen.text.print_torch import Body, PrintError, Scope, identifier, literal, size_source
+from reattend.codegen.text.tile_terms import Corners, relative, relative_parts
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
 from reattend.patterns.evaluate import evaluate

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from reattend.codegen import cache, interpret, library
-from reattend.codegen.integers import bounds, in_range
-from reattend.codegen.print_triton import Body, Operand, PrintError, Scope, identifier
+from reattend.codegen.files import cache, library
+from reattend.codegen.text.integers import bounds, in_range
+from reattend.codegen.text.print_triton import Body, Operand, PrintError, Scope, identifier
+from reattend.codegen.triton import interpret
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import DTYPE, _Terms
 from reattend.patterns.expr import Expr

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from reattend.codegen import cache
-from reattend.codegen.triton_kernel import Kernel, build
+from reattend.codegen.files import cache
+from reattend.codegen.triton.kernel import Kernel, build
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, verify
 from reattend.patterns.cascade import Tensor as Shape

@@ -15,8 +15,8 @@ from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import profile
 
-from reattend.codegen import vendor
-from reattend.codegen.vendor_call import VendorCall
+from reattend.codegen.vendor import use as vendor
+from reattend.codegen.vendor.call import VendorCall
 from reattend.cost_model.devices.device import Device, device
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.recognise import Refusal

@@ -43,7 +43,7 @@ def test_tiles_that_spill_are_refused(name: str, head: int, width: int, sizes: t
 @pytest.mark.parametrize("name", ["a100", "h200", "b200", "mi300x"])
 @pytest.mark.parametrize(("e", "f", "dtype"), [(64, 64, "bf16"), (80, 80, "bf16"), (192, 128, "f16"), (64, 64, "f32")])
 def test_the_code_generator_predicts_the_same(name: str, e: int, f: int, dtype: str) -> None:
-    from reattend.codegen import triton_kernel
+    from reattend.codegen.triton import kernel as triton_kernel
 
     b = papers.Builder({"b": 1, "h": 2, "e": e, "f": f})
     q, k, v = (b.input(n, r, dtype) for n, r in (("Q", "bhpe"), ("K", "bhme"), ("V", "bhmf")))

@@ -5,7 +5,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from reattend.codegen import calibrate, company
+from reattend.codegen.measure import calibrate, company
 from reattend.cost_model.calibration.calibrate import CALLS, HEADS
 from reattend.cost_model.devices.device import shipped, with_threads
 from reattend.cost_model.time.ladder import ladder

@@ -172,7 +172,7 @@ def test_targets_calibrates_first_and_says_how_far_it_is_off(
 ) -> None:
     from dataclasses import replace
 
-    from reattend.codegen import calibrate
+    from reattend.codegen.measure import calibrate
     from reattend.cost_model.calibration.calibrate import keep
     from reattend.cost_model.devices.device import Device, shipped
 

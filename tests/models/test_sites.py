@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 import reattend
-from reattend.codegen import vendor
+from reattend.codegen.vendor import use as vendor
 from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.evaluate import evaluate
 from reattend.rewriter import capture, choose

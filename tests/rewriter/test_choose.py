@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reattend.codegen import cpu, native
+from reattend.codegen.cpu import kernel as cpu
+from reattend.codegen.files import native
 from reattend.cost_model.devices.device import device
 from reattend.cost_model.plan.plan import Site
 from reattend.rewriter import candidates, choose, export

@@ -1,0 +1,108 @@
+"""CPU kernels: a cascade and a mapping become a file of plain torch code that walks tiles, and the call into it.
+
+    body "sdpa"      softmax of scale · QK + anything: torch's own kernel on slices of the keys, causal triangles whole
+    body "slices"    the same with every triangle cut into slices
+    body "product"   every other score and row rule: two products around the printed program, with carried row state
+    body "fused"     any score and row rule in one pass of C++ around the printed program, compiled at the first call
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib import metadata
+
+from torch import Tensor
+
+from ...cost_model.count.tiles import expected
+from ...patterns.attention.recognise import Refusal
+from ...patterns.cascade import Cascade
+from ...patterns.mapping import Mapping as Tiling
+from ...patterns.masks.split import count_tiles
+from ..files import cache
+from ..forms.form import NAME, form, softmax
+from ..forms.program import loose
+from ..text.print_torch import PrintError
+from . import fused as cpu_fused
+from . import product as cpu_product
+from . import sdpa as cpu_sdpa
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A printed kernel: the file's text, and a call that runs exactly that text."""
+
+    source: str
+    inputs: tuple[str, ...]
+    sizes: tuple[str, ...]
+    entry: Callable[..., Tensor]
+    compiled: Callable[[], object] | None = None
+
+    def run(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+        """The cascade's output, from its inputs by name and the sizes that no input has as a dimension."""
+        return self.entry(*[tensors[n] for n in self.inputs], **{n: sizes[n] for n in self.sizes})
+
+    def prepare(self) -> None:
+        """Compile now what would be compiled at the first call. Raises CompilerError's sentence where that fails."""
+        if self.compiled is not None:
+            self.compiled()
+
+
+def version() -> str:
+    return metadata.version("reattend")
+
+
+# What one more call costs, in elements of a score matrix; and how many rows a tile gives up to reach full speed.
+CALL_ELEMENTS = 8192
+SLOW_ROWS = 2
+TILES = (32, 64, 128, 256, 512)
+
+
+def default_mapping(c: Cascade, sizes: Mapping[str, int]) -> Tiling:
+    """The tiling that visits the fewest elements, calls included, by the mask alone (run-time data may keep every key)."""
+    f = form(c)
+    if isinstance(f, Refusal):
+        return Tiling(128, 128, body="product")
+    body = "product" if isinstance(softmax(f), str) else "sdpa"
+    if f.rule == "never":
+        return Tiling(128, 128, body=body)
+    bound = c.with_sizes(sizes)
+    extents = {r.name: int(r.size) for r in bound.ranks if isinstance(r.size, int)}
+    keep = expected(f.mask.keep)
+    ranks = {r: extents[r] for r in keep.ranks | {f.attention.query, f.attention.key}}
+    heads = math.prod(extents[r] for r in f.attention.batch) or 1
+    cost = {}
+    for size in TILES:
+        tiles = count_tiles(
+            keep, query=f.attention.query, key=f.attention.key, extents=ranks, symbols=sizes, tile_p=size, tile_m=size
+        )
+        rows = tiles.shape[-2]
+        per_batch = tiles.visited * rows * tiles.shape[-1] / tiles.total
+        cost[size] = per_batch * size * (size + SLOW_ROWS) + rows * CALL_ELEMENTS / heads
+    best = min(TILES, key=lambda s: cost[s])
+    return Tiling(best, best, body=body)
+
+
+@lru_cache(maxsize=512)
+def build(c: Cascade, mapping: Tiling) -> Kernel | Refusal:
+    """The kernel of a cascade under a mapping, or why there is none."""
+    f = form(c)
+    if isinstance(f, Refusal):
+        return f
+    try:
+        if mapping.body == "product":
+            source = cpu_product.text(f, mapping, version())
+        elif mapping.body == "fused":
+            source = cpu_fused.text(f, mapping, version())
+        else:
+            s = softmax(f)
+            if isinstance(s, str):
+                return Refusal(f"{NAME} sdpa", s)
+            source = cpu_sdpa.text(f, s, mapping, version())
+    except PrintError as no:
+        return Refusal(f"{NAME} {mapping.body}", str(no))
+    made = cache.load(source)
+    compiled = partial(made.compiled, made.SOURCE) if mapping.body == "fused" else None
+    return Kernel(source, tuple(t.name for t in c.inputs), loose(c), made.attention, compiled)

@@ -1,0 +1,1 @@
+"""Printed text → a file kept on disk → a loaded module or library."""

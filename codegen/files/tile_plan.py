@@ -1,0 +1,181 @@
+"""Prints which tiles are visited, from the mask's interval over a tile: `planned` as slices, `classes` tile by tile.
+
+    low, high       tables of a load's least and greatest element over tiles
+    some, every     is some point of a tile kept, are all?        alive     do all rows of a tile certainly keep a key?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+
+from ...patterns import expr as ex
+from ...patterns.cascade import Size
+from ...patterns.expr import Expr
+from ...patterns.terms.affine import Affine, affine
+from ...patterns.terms.conditions import conjunction, conjuncts
+from ..text.print_torch import Body, Scope, identifier
+from ..text.tile_terms import Corners, Table
+from .torch_file import Function, Printer, used_names
+
+
+def planned(p: Printer, always: bool, triangles: bool) -> Function:
+    """The function; its answer is cached where no run-time data decides.
+
+    `always`: full tiles get something added, too. `triangles`: a causal triangle may be one tile.
+    """
+    f, a, n = p.f, p.f.attention, p.names
+    rest = without_causal(p) if triangles and not always else None
+    lines = tile_lines(p, f.mask.keep, rest if rest is not None and not rest.is_const else None, ("TILE_P", "TILE_M"))
+    if f.guarded:
+        lines += _alive(p)
+    given = "None" if rest is None else "p0 == p0" if rest.is_const else "free"
+    size = f"({p.batch}, {n.rank(a.query)}, {n.rank(a.key)})"
+    alive = "alive" if f.guarded else "None"
+    lines.append(f"return plans(some, every, {alive}, {given}, {size}, (TILE_P, TILE_M), {always})")
+    return _function(p, "planned", "Which slices of the keys every tile of queries visits.", lines)
+
+
+def classes(p: Printer, bounded: bool) -> Function:
+    """The function `classes`: empty, partial and full tiles. Its answer is cached where no run-time data decides.
+
+    `bounded`: it takes `drowned`, whether scores are small enough for the fill to hide keys entirely.
+    """
+    f, a, n = p.f, p.f.attention, p.names
+    lines = tile_lines(p, f.mask.keep, None, ("TILE_P", "TILE_M"))
+    skip = "True" if f.skips or bounded else "False"
+    if f.guarded and skip == "True":
+        lines += _alive(p)
+        skip = "alive"
+    if bounded:
+        skip = "drowned" if skip == "True" else f"{skip} if drowned else False"
+    shape = ", ".join(f"-(-({n.rank(r)}) // {t})" for r, t in ((a.query, "TILE_P"), (a.key, "TILE_M")))
+    lines.append(f"return tile_classes(some, every, {skip}, ({shape}))")
+    doc = "Which tiles are empty (0), partial (1) and full (2)."
+    return _function(p, "classes", doc, lines, ("drowned",) if bounded else ())
+
+
+def _corners(p: Printer, lines: list[str]) -> list[str]:
+    """Lines that make the coordinates that others use: of tiles, and of the batch."""
+    a, n = p.f.attention, p.names
+    used = used_names("\n".join(lines))
+    return [
+        f"{'pn' if 'pn' in used else '_'}, p0, p1 = corners({n.rank(a.query)}, TILE_P, 1)",
+        f"{'mn' if 'mn' in used else '_'}, m0, m1 = corners({n.rank(a.key)}, TILE_M, 0)",
+        *(f"{p.ranks[r]} = {p.coordinate(r)}" for r in p.f.heads.order if p.ranks[r] in used),
+    ]
+
+
+def tile_lines(p: Printer, keep: Expr, rest: Expr | None, tile: tuple[str, str]) -> list[str]:
+    """Lines that find `some` and `every` of a mask over tiles, and `free`, every of `rest`.
+
+    They use the tiles' numbers `pn`, `mn` and their first and last coordinates `p0`, `p1`, `m0`, `m1`.
+    """
+    a = p.f.attention
+    corners = Corners.of(a.query, a.key)
+    every, some = corners.predicate(keep)
+    wanted = {"some": some, "every": every}
+    if rest is not None:
+        wanted["free"] = corners.predicate(rest)[0]
+    tables = _Tables(p, {a.query: tile[0], a.key: tile[1]})
+    reading = [line for t in corners.tables.values() for line in tables.read(t)]
+    body = Body(_scope(p, corners, tables), wanted.values())
+    texts = {name: body.term(e) for name, e in wanted.items()}
+    return [*reading, *(x.strip() for x in body.lines), *(f"{name} = {_tensor(text)}" for name, text in texts.items())]
+
+
+def _tensor(text: str) -> str:
+    """A predicate that holds everywhere or nowhere, as a tensor."""
+    return {"True": "p0 == p0", "False": "p0 != p0"}.get(text, text)
+
+
+def without_causal(p: Printer) -> Expr | None:
+    """The mask without its condition `key ≤ query`, or None where it has no such condition."""
+    a = p.f.attention
+    after = affine(ex.index(a.key) - ex.index(a.query))
+    parts = conjuncts(p.f.mask.keep)
+    kept = tuple(e for e in parts if not _says_at_most_zero(e, after))
+    return conjunction(kept) if len(kept) < len(parts) else None
+
+
+def _says_at_most_zero(e: Expr, form: Affine) -> bool:
+    """Is a comparison of integers `form ≤ 0`?"""
+    if e.op not in ("lt", "le", "gt", "ge") or any(a.dtype not in ex.INTEGERS for a in e.args):
+        return False
+    a, b = e.args if e.op in ("lt", "le") else e.args[::-1]
+    difference = affine(a) - affine(b)
+    return (difference if e.op in ("le", "ge") else difference + Affine((), 1)) == form
+
+
+def _function(p: Printer, name: str, doc: str, lines: list[str], given: tuple[str, ...] = ()) -> Function:
+    """The function of these lines: its parameters are what they use of tensors and sizes, then `given`."""
+    lines = [*_corners(p, lines), *lines]
+    used = used_names("\n".join(lines))
+    data = [t for t in p.names.tensors.values() if t in used]
+    params = (*data, *(x for x in p.names.symbols.values() if x in used), *given)
+    head = f'def {name}({", ".join(params)}):\n    """{doc}"""'
+    text = "\n".join([head, *(f"    {x}" for x in lines)])
+    return Function(name, params, text if data else f"@lru_cache(maxsize=256)\n{text}")
+
+
+class _Tables:
+    """Names and shapes of the tables of least and greatest elements."""
+
+    def __init__(self, p: Printer, tile: Mapping[str, str]) -> None:
+        self.p, self.tile = p, tile
+        self.names: dict[str, str] = {}
+        self.shapes: dict[str, tuple[Size, ...]] = {}
+        self.taken = set(p.taken)
+
+    def read(self, t: Table) -> list[str]:
+        """Lines that make one tensor's tables."""
+        tensor = self.p.names.tensors[t.tensor]
+        names = []
+        for end in ("low", "high"):
+            names.append(identifier(f"{tensor}_{end}", self.taken))
+            self.taken.add(names[-1])
+        low, high = names
+        shape = list(self.p.names.c.tensor[t.tensor].shape)
+        lines: list[str] = []
+        source = (tensor, tensor)
+        for d, rank in t.blocked:
+            lines.append(f"{low}, {high} = extremes({source[0]}, {source[1]}, {self.tile[rank]}, {d})")
+            source, shape[d] = (low, high), _count(rank)
+        for d in t.whole:
+            lines.append(f"{low}, {high} = {source[0]}.amin({d}, keepdim=True), {source[1]}.amax({d}, keepdim=True)")
+            source, shape[d] = (low, high), 1
+        for end, name in (("low", low), ("high", high)):
+            self.names[f"{t.key}:{end}"] = name
+            self.shapes[f"{t.key}:{end}"] = tuple(shape)
+        return lines
+
+
+def _count(rank: str) -> Size:
+    """A symbol for the number of tiles of a rank."""
+    return sympy.Symbol(f"tiles of {rank}", integer=True, positive=True)
+
+
+def _scope(p: Printer, c: Corners, tables: _Tables) -> Scope:
+    names: dict[Expr, str] = {}
+    extent: dict[str, Size] = {}
+    for r, letter in ((c.query, "p"), (c.key, "m")):
+        names |= {c.low[r]: f"{letter}0", c.high[r]: f"{letter}1", c.number[r]: f"{letter}n"}
+        extent[str(c.number[r].attr)] = _count(r)
+    scope = p.scope(names, tables.names, views=False)
+    scope.shapes = {**scope.shapes, **tables.shapes}
+    scope.extent = {**scope.extent, **extent}
+    return scope
+
+
+def _alive(p: Printer) -> list[str]:
+    """Lines that find the tiles of queries all of whose rows are proved to keep a key."""
+    query = p.f.attention.query
+    proof = p.f.proof[0]
+    for t in p.f.proof[1:]:
+        proof = proof | t
+    body = Body(p.scope({ex.index(query): "row"}, views=False), [proof])
+    text = body.term(proof)
+    start = [f"row = axis({p.names.rank(query)}, 1)"]
+    return [*start, *(x.strip() for x in body.lines), f"rows = ({text}).squeeze(-1)",
+            "alive = extremes(rows, rows, TILE_P, -1)[0]"]  # fmt: skip

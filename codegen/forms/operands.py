@@ -1,0 +1,199 @@
+"""The operands of an attention's products as torch tensors: views where index maps allow it, a gather where not.
+
+    QK[b,h,p,m] = Σ_e c · Q[b,h,p,e] · K[b,h//2,m,e]
+        near = Q as [b, h, p, e]     far = K as [b, h//2, m, e]     outside = c, all that does not vary over e
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from ...patterns import expr as ex
+from ...patterns.attention.recognise import Attention, factors
+from ...patterns.cascade import Cascade, Einsum, Size
+from ...patterns.expr import Expr
+from ..text.print_torch import Body, Scope, size_source
+
+
+@dataclass(frozen=True)
+class Product:
+    """A score-shaped contraction: `outside · Σ_over near·far`; `near` lacks the key, `far` the query."""
+
+    name: str
+    near: Expr
+    far: Expr
+    over: tuple[str, ...]
+    outside: Expr
+
+
+def product(e: Einsum, query: str, key: str) -> Product | str:
+    """Split a contraction into its two operands, or say why it has no two."""
+    above, below = factors(e.body)
+    over = frozenset(e.over)
+    sides: dict[str, Expr] = {}
+
+    def put(side: str, f: Expr, up: bool) -> None:
+        if side not in sides:
+            sides[side] = f if up else ex.const(1.0, f.dtype) / f
+        else:
+            sides[side] = sides[side] * f if up else sides[side] / f
+
+    for f, up in [(f, True) for f in above] + [(f, False) for f in below]:
+        f = plain(f)
+        if not f.ranks & over:
+            put("outside", f, up)
+        elif {query, key} <= f.ranks:
+            return f"{e.out.tensor} sums a term over {', '.join(e.over)} that varies over both {query} and {key}: no product"
+        else:
+            put("far" if key in f.ranks else "near", f, up)
+    if "near" not in sides or "far" not in sides:
+        return f"{e.out.tensor} has only one operand"
+    return Product(e.out.tensor, sides["near"], sides["far"], tuple(e.over), sides.get("outside", ex.const(1.0)))
+
+
+def plain(e: Expr) -> Expr:
+    """The term without casts between float types: operands are taken in the type that they have."""
+    while e.op == "cast" and e.is_float and e.args[0].is_float:
+        e = e.args[0]
+    return e
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Batch ranks as kernels take them: all but one in front, then the head, whose groups of `group` share keys."""
+
+    lead: tuple[str, ...]
+    head: str
+    group: int
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        return (*self.lead, self.head) if self.head else self.lead
+
+
+def heads(a: Attention, sides: Sequence[Expr]) -> Heads:
+    """The head is the rank by whose quotient keys or values are read, else the last batch rank."""
+    groups: dict[str, set[int]] = {}
+    for s in sides:
+        for load in ex.loads(s):
+            for i in load.args:
+                if i.op == "floordiv" and i.args[0].op == "index" and i.args[1].is_const:
+                    groups.setdefault(str(i.args[0].attr), set()).add(int(i.args[1].value))
+    found = [(r, g) for r, g in groups.items() if r in a.batch and len(g) == 1]
+    if len(found) == 1 and len(groups) == 1:
+        ((head, group),) = found
+        return Heads(tuple(r for r in a.batch if r != head), head, min(group))
+    return Heads(a.batch[:-1], a.batch[-1] if a.batch else "", 1)
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a cascade's tensors and sizes are called in the text; `device`: where coordinates are made (empty: cached)."""
+
+    c: Cascade
+    tensors: Mapping[str, str]
+    symbols: Mapping[str, str]
+    device: str = ""
+
+    def axis(self, size: str, after: int) -> str:
+        """Text of the coordinates 0 … size - 1 along a dimension that has `after` dimensions behind it."""
+        if not self.device:
+            return f"axis({size}, {after})"
+        shape = ", ".join(["-1", *["1"] * after])
+        return f"torch.arange({size}, device={self.device})" + (f".view({shape})" if after else "")
+
+    def size(self, s: Size) -> str:
+        return size_source(s, self.symbols)
+
+    def rank(self, r: str) -> str:
+        return self.size(self.c.rank[r].size)
+
+    def scope(self, names: Mapping[Expr, str], real: str, views: bool = True) -> Scope:
+        known = {**{ex.symbol(n): t for n, t in self.symbols.items()}, **names}
+        shapes = {t.name: t.shape for t in self.c.tensors}
+        return Scope(known, self.tensors, shapes, {r.name: r.size for r in self.c.ranks}, real, views)
+
+
+def operand(e: Expr, order: Sequence[str], at: Heads, names: Names, real: str) -> tuple[str, int, bool]:
+    """Text of a term as a tensor [lead..., head, ...] over the ranks of `order`, absent ones of size 1.
+
+    Also: how many heads share one element along the head's dimension (0: it has size 1), and whether the tensor is
+    a view of an input as it is.
+    """
+    if e.op == "load":
+        found = view(e, order, at, names)
+        if found is not None:
+            return *found, True
+    return _gathered(e, order, names, real), (1 if at.head in e.ranks else 0), False
+
+
+def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, int] | None:
+    """A chain of views, or None where an index map needs more."""
+    text = names.tensors[str(e.attr)]
+    shape = list(names.c.tensor[str(e.attr)].shape)
+    picks: list[str] = []
+    ranks: list[str] = []
+    share = 0
+    for i, size in zip(e.args, shape, strict=True):
+        rank, start = _plain_index(i)
+        extent = names.c.rank[rank].size if rank else 1
+        if i.is_const:
+            picks.append(str(int(i.value)))
+            continue
+        if i.op == "floordiv" and i.args[0] is ex.index(at.head) and i.args[1].is_const and i.args[1].value == at.group:
+            rank, start, share = at.head, 0, at.group
+            extent = sympy.sympify(names.c.rank[rank].size) / at.group
+        elif rank == at.head and rank:
+            share = 1
+        if not rank or rank in ranks or start < 0:
+            return None
+        ranks.append(rank)
+        whole = start == 0 and sympy.sympify(size) == sympy.sympify(extent)
+        stop = names.size(sympy.floor(extent) + start if isinstance(extent, sympy.Expr) else extent + start)
+        picks.append(":" if whole else f"{start or ''}:{stop}")
+    if not set(ranks) <= set(order):
+        return None
+    if set(picks) != {":"}:
+        while picks[-1] == ":":
+            picks.pop()
+        text += f"[{', '.join(picks)}]"
+    wanted = [r for r in order if r in ranks]
+    if wanted != ranks:
+        text += f".permute({', '.join(str(ranks.index(r)) for r in wanted)})"
+    for d, r in enumerate(order):
+        if r not in ranks:
+            text += f".unsqueeze({d})"
+    return text, share
+
+
+def _plain_index(i: Expr) -> tuple[str, int]:
+    """The rank and offset of `rank + constant`; no rank where an index is something else."""
+    if i.op == "index":
+        return str(i.attr), 0
+    if i.op == "add" and i.args[0].op == "index" and i.args[1].is_const:
+        return str(i.args[0].attr), int(i.args[1].value)
+    return "", 0
+
+
+def _gathered(e: Expr, order: Sequence[str], names: Names, real: str) -> str:
+    """The term computed over all its coordinates."""
+    coordinates = {
+        ex.index(r): names.axis(names.rank(r), len(order) - 1 - d) for d, r in enumerate(order) if r in e.ranks
+    }
+    body = Body(names.scope(coordinates, real), [])
+    text = body.real(e)
+    shape = ", ".join(names.rank(r) if r in e.ranks else "1" for r in order)
+    return f"({text}).expand({shape})"
+
+
+def joined(text: str, lead: Sequence[str], present: frozenset[str], names: Names) -> str:
+    """A tensor [lead..., head, row, column] with one batch dimension in front."""
+    if not lead:
+        return f"{text}.unsqueeze(0)"
+    missing = [r for r in lead if r not in present]
+    if missing:
+        text += f".expand({', '.join(names.rank(r) if r in missing else '-1' for r in lead)}, -1, -1, -1)"
+    return text if len(lead) == 1 else f"{text}.flatten(0, {len(lead) - 1})"

@@ -1,0 +1,99 @@
+"""A program: a cascade and its mapping as one text, and what an operator needs to know of it without a kernel.
+
+    text   {"schema": 1, "cascade": canonical text, "mapping": canonical text}
+    out    the output as kernels allocate it: memory in the order batch…, query, last batch rank, value, seen as declared
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping as Map
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import sympy
+
+from ...patterns.attention.recognise import Attention, attention
+from ...patterns.cascade import Cascade, CascadeError, bind, parse, to_text
+from ...patterns.mapping import Mapping
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Program:
+    """A cascade with the mapping that it runs by."""
+
+    cascade: Cascade
+    mapping: Mapping
+
+    @property
+    def loose(self) -> tuple[str, ...]:
+        """Sizes that no dimension of an input tells: a caller gives them, in this order."""
+        return loose(self.cascade)
+
+
+def program_text(c: Cascade, mapping: Mapping) -> str:
+    """Canonical text; equal programs have equal texts."""
+    body = {"schema": SCHEMA, "cascade": to_text(c), "mapping": mapping.to_text()}
+    return json.dumps(body, separators=(",", ":"), sort_keys=True)
+
+
+@lru_cache(maxsize=1024)
+def read_program(text: str) -> Program:
+    """Read a program. Raises CascadeError for another schema, naming both numbers."""
+    body = json.loads(text)
+    if body.get("schema") != SCHEMA:
+        raise CascadeError(f"program text has schema {body.get('schema')}; this version reads schema {SCHEMA}")
+    return Program(parse(body["cascade"]), Mapping.parse(body["mapping"]))
+
+
+@lru_cache(maxsize=1024)
+def bindings(c: Cascade) -> tuple[tuple[str, str, int], ...]:
+    """(symbol, tensor, dimension) for every size that is itself a dimension of an input."""
+    out: dict[str, tuple[str, str, int]] = {}
+    for t in c.inputs:
+        for d, s in enumerate(t.shape):
+            if isinstance(s, sympy.Symbol):
+                out.setdefault(str(s), (str(s), t.name, d))
+    return tuple(out.values())
+
+
+@lru_cache(maxsize=1024)
+def loose(c: Cascade) -> tuple[str, ...]:
+    """Symbols that no dimension of an input is."""
+    bound = {s for s, _, _ in bindings(c)}
+    return tuple(s for s in c.free_symbols if s not in bound)
+
+
+@lru_cache(maxsize=1024)
+def memory_order(c: Cascade) -> tuple[int, ...]:
+    """The output's dimensions, outermost in memory first: heads lie inside a query, as models put them together."""
+    a = attention(c)
+    n = len(c.tensor[c.outputs[0]].shape)
+    if not isinstance(a, Attention) or not a.batch:
+        return tuple(range(n))
+    (e,) = c.producers[c.outputs[0]]
+    place = {str(i.attr): d for d, i in enumerate(e.out.index)}
+    wanted = (*a.batch[:-1], a.query, a.batch[-1], a.value)
+    return tuple(place[r] for r in wanted) if set(wanted) == set(place) else tuple(range(n))
+
+
+def output_shape(c: Cascade, shapes: Map[str, Sequence[Any]], sizes: Map[str, Any]) -> list[Any]:
+    """The output's sizes; values may be integers or symbolic integers of a tracer."""
+    known = {s: shapes[t][d] for s, t, d in bindings(c)} | dict(sizes)
+    return [_value(s, known) for s in c.tensor[c.outputs[0]].shape]
+
+
+def _value(size: Any, known: Map[str, Any]) -> Any:
+    if isinstance(size, int):
+        return size
+    if isinstance(size, sympy.Symbol):
+        return known[str(size)]
+    if all(isinstance(known[str(s)], int) for s in size.free_symbols):
+        return bind(size, known)
+    # a symbolic integer of torch takes part in Python's arithmetic only
+    names = sorted(str(s) for s in size.free_symbols)
+    return sympy.lambdify(names, size, modules=[{"floor": lambda x: x // 1}, "math"])(*(known[n] for n in names))

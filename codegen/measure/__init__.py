@@ -1,0 +1,1 @@
+"""Kernels run on this machine, for its calibration."""

@@ -1,0 +1,1 @@
+"""A term as text, one printer a language."""

@@ -1,0 +1,182 @@
+"""Compile a kernel ahead of time for a GPU that is not there, and read back what it takes.
+
+    compile(kernel, "sm_90")  →  registers, spilled bytes, shared memory, matrix instructions
+    compile_merge(…)          →  the same of the kernel that merges the parts of split keys
+
+The signature is that of contiguous inputs: unit innermost strides, everything else as 32-bit integers, pointers (and
+strides known to be so) divisible by 16, as Triton specialises them at a launch. Needs a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ...patterns.cascade import Size
+from . import entry
+from .interpret import interpreting
+from .kernel import MISSING, Kernel, available
+
+POINTER: Mapping[str, str] = {
+    "b1": "*i1", "u8": "*u8", "i8": "*i8", "i16": "*i16", "i32": "*i32", "i64": "*i64", "f16": "*fp16",
+    "bf16": "*bf16", "f32": "*fp32", "f64": "*fp64",
+}  # fmt: skip
+# Instructions that multiply matrices, by the first words of their names.
+MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "v_mfma")
+
+
+@dataclass(frozen=True)
+class AotReport:
+    """What a compiled kernel takes: `registers` of one thread (AMD: vector registers), instructions in its text."""
+
+    arch: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    warps: int
+    stages: int
+    matrix_instructions: int
+    exponentials: int
+    assembly: str = field(repr=False)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.arch}: {self.registers} registers, {self.spill_bytes} bytes spilled, {self.shared_bytes} bytes of "
+            f"shared memory, {self.matrix_instructions} matrix instructions"
+        )
+
+
+def compile(kernel: Kernel, arch: str) -> AotReport:
+    """Compile for an architecture such as "sm_80" or "gfx942".
+
+    Raises ImportError without Triton, RuntimeError in a process that interprets.
+    """
+    made = _module(kernel)
+    return _compiled(kernel, made.stream, dict(made.CONSTANTS), arch)
+
+
+def compile_merge(kernel: Kernel, arch: str) -> AotReport:
+    """Compile the second kernel of a mapping that splits keys. Raises ValueError for one that does not."""
+    if kernel.mapping.split_m == 1:
+        raise ValueError(f"{kernel.mapping} has no parts to merge")
+    made = _module(kernel)
+    return _compiled(kernel, made.merge, dict(made.MERGE), arch)
+
+
+def _module(kernel: Kernel) -> ModuleType:
+    if not available():
+        raise ImportError(MISSING)
+    if interpreting():
+        raise RuntimeError("TRITON_INTERPRET=1: this process interprets kernels and cannot compile them")
+    return kernel.module
+
+
+def _compiled(kernel: Kernel, function: Any, constants: dict[str, Any], arch: str) -> AotReport:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
+    signature, literals, attributes = _arguments(kernel, function.arg_names, constants)
+    source = ASTSource(fn=function, signature=signature, constexprs=literals, attrs=attributes)
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options=options)
+    usage = _amd_usage(compiled.asm["amdgcn"]) if amd else _cuda_usage(compiled.asm["cubin"])
+    registers, spilled, assembly = usage
+    names = re.findall(r"^\s*(v_\w+)" if amd else r"\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", assembly, re.M)
+    return AotReport(
+        arch=arch,
+        registers=registers,
+        spill_bytes=spilled,
+        shared_bytes=int(compiled.metadata.shared),
+        warps=int(compiled.metadata.num_warps),
+        stages=kernel.mapping.stages,
+        matrix_instructions=sum(n.startswith(MATRIX) for n in names),
+        exponentials=len(re.findall(r"MUFU\.EX2|v_exp_f32", assembly)),
+        assembly=assembly,
+    )
+
+
+# --- the signature ----------------------------------------------------------------------------------------------
+
+
+def _arguments(
+    kernel: Kernel, names: list[str], constants: dict[str, Any]
+) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Types, compile-time values and divisibility of every argument, nested as the arguments are."""
+    import triton.language as tl
+
+    s = kernel.streaming
+    tensors = s.attention.cascade.tensor
+    listed = entry.needs_lists(s)
+    signature: dict[str, Any] = dict.fromkeys(names, "constexpr")
+    signature |= dict.fromkeys((n for n in ("n_rows", "n_full", "n_all") if n in names), "i32")
+    signature["sizes"] = ("i32",) * len(s.cascade.free_symbols)
+    signature["parts"] = ("*fp32", "*fp32") if kernel.mapping.split_m > 1 else ()
+    signature["tiles"] = ("*i32", "*i32", "*i32", "*i32", "i32") if listed else ()
+    literals: dict[Any, Any] = {(names.index(n),): v for n, v in constants.items()}
+    literals |= {(names.index("INDEX"),): tl.int32, (names.index("LISTED"),): listed}
+    attributes: dict[Any, Any] = {}
+    aligned = [["tt.divisibility", 16]]
+
+    def tensor(path: tuple[int, ...], name: str) -> tuple[str, ...]:
+        t = tensors[name]
+        kinds = [POINTER[t.dtype]]
+        attributes[(*path, 0)] = aligned
+        for d in range(len(t.shape)):
+            if d == len(t.shape) - 1:
+                kinds.append("constexpr")
+                literals[(*path, d + 1)] = 1
+                continue
+            kinds.append("i32")
+            if _divisible(t.shape[d + 1 :]):
+                attributes[(*path, d + 1)] = aligned
+        return tuple(kinds)
+
+    signature["out"] = tensor((names.index("out"),), s.cascade.outputs[0])
+    at = names.index("inputs")
+    signature["inputs"] = tuple(tensor((at, i), n) for i, n in enumerate(s.inputs))
+    for i in range(4 if listed else 0):
+        attributes[(names.index("tiles"), i)] = aligned
+    return signature, literals, attributes
+
+
+def _divisible(sizes: tuple[Size, ...]) -> bool:
+    return math.prod(n for n in sizes if isinstance(n, int)) % 16 == 0
+
+
+# --- reading it back --------------------------------------------------------------------------------------------
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, bytes of stack (spills: these kernels have no arrays of their own) and SASS."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        usage = _tool(tool, "--dump-resource-usage", f.name)
+        sass = _tool(tool, "--dump-sass", f.name)
+    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return found["REG"], found["STACK"] + found["LOCAL"], sass
+
+
+def _tool(tool: Path, *arguments: str) -> str:
+    return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _amd_usage(assembly: str) -> tuple[int, int, str]:
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        return int(found.group(1)) if found else 0
+
+    return field("vgpr_count"), 4 * field("vgpr_spill_count"), assembly

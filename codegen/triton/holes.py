@@ -1,0 +1,188 @@
+"""Prints the functions that fill the streaming skeleton's holes, a few lines each, from the attention's terms.
+
+    batch, rows    which coordinates a program and a row have       products    the score-shaped contractions of a tile
+    queries        the tiles that a row block keeps                 values      the tile that is summed
+    finish         the epilogue, and the store                      row_holes   has those of the row state
+"""
+
+from __future__ import annotations
+
+from ...patterns import expr as ex
+from ..text.print_triton import TYPES
+from . import row_holes
+from .device_function import Function, Names, Printed, atom, coordinates, ragged
+from .streaming import Product, Side, Streaming
+
+
+def printed(s: Streaming, tile_m: int, split: bool = False) -> tuple[Printed, ...]:
+    """All holes of a streaming attention for key tiles of `tile_m`, with those for split keys."""
+    names = Names(s)
+    before = (_batch(names), _rows(names), _queries(names), _products(names, tile_m))
+    return (*before, *row_holes.printed(names, tile_m, split), _values(names, tile_m), _finish(names))
+
+
+# --- coordinates ------------------------------------------------------------------------------------------------
+
+
+def mask_ranks(s: Streaming) -> tuple[str, ...]:
+    """Ranks of the grid along which tile lists differ."""
+    return tuple(r for r in s.grid if r in s.mask.keep.ranks)
+
+
+def _batch(names: Names) -> Printed:
+    """The program's number, last rank fastest, and the number of its tile list."""
+    s = names.s
+    f = Function(names, "batch", "i, sizes", ())
+    for r in reversed(s.grid):
+        if r == s.grid[0]:
+            f.body.line(f"{names.ranks[r]} = i")
+            continue
+        f.body.line(f"{names.ranks[r]} = i % {atom(f.size(r))}")
+        f.body.line(f"i = i // {atom(f.size(r))}")
+    listed = "0"
+    for r in mask_ranks(s):
+        listed = names.ranks[r] if listed == "0" else f"({listed}) * {atom(f.size(r))} + {names.ranks[r]}"
+    at = "".join(f"{names.ranks[r]}.to(tl.int64), " for r in s.grid)
+    f.body.line(f"return ({at.strip() if len(s.grid) == 1 else at.rstrip(', ')}), {listed}")
+    return f.printed("Coordinates of a program, and the number of the tile list that it walks.")
+
+
+def _rows(names: Names) -> Printed:
+    """Row r as coordinates, last rank fastest; rows past the end repeat the last one and are not stored."""
+    s = names.s
+    f = Function(names, "rows", "r, batch, sizes", ())
+    own = s.rows
+    total = " * ".join(atom(f.size(r)) for r in own) or "1"
+    f.body.line(f"inside = r < {total}")
+    if own:
+        f.body.line(f"r = tl.minimum(r, {total} - 1)")
+    for r in reversed(own[1:]):
+        f.body.line(f"{names.ranks[r]} = r % {atom(f.size(r))}")
+        f.body.line(f"r = r // {atom(f.size(r))}")
+    if own:
+        f.body.line(f"{names.ranks[own[0]]} = r")
+    at = ", ".join(names.ranks[r] for r in coordinates(s))
+    f.body.line(f"return ({at}{',' if len(coordinates(s)) == 1 else ''}), inside")
+    return f.printed("Coordinates of the block's rows, and which of them exist.")
+
+
+# --- operands ---------------------------------------------------------------------------------------------------
+
+
+def _operand(f: Function, side: Side, stem: str, tile_m: int = 0) -> str:
+    """The tile of an operand in the type in which it enters the tensor cores; `tile_m`: it is a tile of keys."""
+    name = f.body.fresh(stem)
+    if not (tile_m and ragged(f.names.s, tile_m)):
+        f.body.line(f"{name} = {_operand_text(f, side)}")
+        return name
+    m = f.names.ranks[f.names.s.key]
+    with f.body.block("if PARTIAL:"):
+        # Keys past the end are not read: NaN in memory would survive a weight of 0.
+        others = f.body.scope.guards
+        f.body.scope.guards = {f.names.s.key: f"{m} < {f.size(f.names.s.key)}", **others}
+        f.body.line(f"{name} = {_operand_text(f, side)}")
+        f.body.scope.guards = others
+    with f.body.block("else:"):
+        f.body.line(f"{name} = {_operand_text(f, side)}")
+    return name
+
+
+def _operand_text(f: Function, side: Side) -> str:
+    if side.load is not None:
+        return f.body.load_text(side.load)
+    text = f.body.number_text(side.term)
+    return text if side.dtype == "f32" else f"({text}).to({TYPES[side.dtype]})"
+
+
+def _embed(f: Function, p: Product, piece: tuple[int, int], axis: str) -> None:
+    """Name the embed coordinates of one piece, and guard them where the piece is padded."""
+    start, width = piece
+    e = f.names.ranks[p.embed]
+    span = f"tl.arange(0, {width}){axis}"
+    f.body.line(f"{e} = {span}" if start == 0 else f"{e} = {start} + {span}")
+    f.body.bind(ex.index(p.embed), e)
+    f.body.scope.guards = {r: g for r, g in f.body.scope.guards.items() if r != p.embed}
+    if start + width > p.size:
+        f.body.scope.guards[p.embed] = f"{e} < {p.size}"
+    # A term over other embed coordinates is another term.
+    f.body.memo = {t: v for t, v in f.body.memo.items() if p.embed not in t.ranks or t.op == "index"}
+    f.body.count([p.query.term, p.key.term])
+
+
+def _queries(names: Names) -> Printed:
+    s = names.s
+    f = Function(names, "queries", "at, inputs, sizes", coordinates(s), [p.query.term for p in s.products])
+    tiles = []
+    for p in s.products:
+        for piece in p.chunks:
+            _embed(f, p, piece, "[None, :]")
+            tiles.append(_operand(f, p.query, "q"))
+    f.body.line(f"return ({', '.join(tiles)},)")
+    shapes = ", ".join(f"[BM, {w}]" for p in s.products for _, w in p.chunks)
+    return f.printed(f"The query operands of a row block: {shapes}.")
+
+
+def _products(names: Names, tile_m: int) -> Printed:
+    s = names.s
+    ranks = (*coordinates(s), s.key)
+    f = Function(
+        names, "products", f"q, at, {names.ranks[s.key]}, inputs, sizes, PARTIAL: tl.constexpr", ranks,
+        [p.key.term for p in s.products],
+    )  # fmt: skip
+    out, n = [], 0
+    for p in s.products:
+        name = names.products[p.load]
+        for i, piece in enumerate(p.chunks):
+            _embed(f, p, piece, "[:, None]")
+            k = _operand(f, p.key, "k", tile_m)
+            so_far = f", {name}" if i else ""
+            f.body.line(f'{name} = tl.dot(q[{n}], {k}{so_far}, input_precision="ieee")')
+            n += 1
+        out.append(name)
+    f.body.line(f"return ({', '.join(out)},)")
+    return f.printed("Scores of a tile, [BM, BN]: the contractions over the embed ranks.")
+
+
+def _values(names: Names, tile_m: int) -> Printed:
+    s = names.s
+    m, v = names.ranks[s.key], names.ranks[s.value]
+    guards = {}
+    if s.value_width != s.extent[s.value]:
+        guards[s.value] = f"{v} < {s.extent[s.value]}"
+    f = Function(
+        names, "values", f"at, {m}, {v}, inputs, sizes, PARTIAL: tl.constexpr", (*coordinates(s), s.key, s.value),
+        [s.values.term], guards,
+    )  # fmt: skip
+    name = _operand(f, s.values, "v", tile_m)
+    f.body.line(f"return {name}")
+    return f.printed("The values of a key tile, [BN, BF].")
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def _finish(names: Names) -> Printed:
+    s = names.s
+    v = names.ranks[s.value]
+    f = Function(
+        names, "finish", f"out, acc, state, at, {v}, inside, inputs, sizes", (*coordinates(s), s.value), [s.state.finish]
+    )  # fmt: skip
+    order = [c.name for c in s.state.carried]
+    for x in ex.loads(s.state.finish):
+        if str(x.attr) == s.accumulator:
+            f.body.bind(x, "acc")
+        elif str(x.attr) in order:
+            name = names.carried[str(x.attr)]
+            if x not in f.body.memo:
+                f.body.line(f"{name} = state[{order.index(str(x.attr))}]")
+            f.body.bind(x, name)
+    o = f.body.fresh("o")
+    f.body.line(f"{o} = {f.body.number_text(s.state.finish)}")
+    target = names.operands[s.cascade.outputs[0]]
+    at, _ = f.body.address(s.cascade.outputs[0], s.output, clamp=False)
+    mask = ["inside"]
+    if s.value_width != s.extent[s.value]:
+        mask.append(f"({v} < {s.extent[s.value]})")
+    f.body.line(f"p_out = {at}")
+    f.body.line(f"tl.store(p_out, {o}.to({target.name}.dtype.element_ty), mask={' & '.join(mask)})")
+    return f.printed("The output of a row block from its sum and its row state.")

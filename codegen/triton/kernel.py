@@ -1,0 +1,333 @@
+"""Our Triton kernel as a candidate: a cascade and a mapping become a module on disk, ready to launch.
+
+    build(cascade, mapping, target)  →  Kernel(.source, .run(tensors, sizes))  or  Refusal
+
+Nothing here imports Triton before a kernel is launched; without it `build` still prints the source.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cost_model.devices.device import Device
+from ...patterns.attention.recognise import Refusal
+from ...patterns.cascade import Cascade, bind
+from ...patterns.evaluate import DTYPE, evaluate
+from ...patterns.mapping import Mapping as Tiling
+from ...patterns.masks.split import EMPTY, PARTIAL, TileMap, classify, rows_with_key, runtime_classify
+from ..files import cache
+from ..text.print_torch import PrintError as TorchPrintError
+from ..text.print_triton import PrintError
+from . import entry, interpret, module
+from .device_function import Names
+from .streaming import FEW_ROWS, NAME, Streaming, power_of_two, read
+
+MISSING = "Triton is not installed: pip install 'reattend[triton]' (a CUDA build of torch brings its own)"
+# Bytes of shared memory that one block may have, where the target is an architecture and no device.
+SHARED_BYTES: Mapping[str, int] = {
+    "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_103": 232448,
+    "sm_120": 101376, "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840,
+}  # fmt: skip
+# Static tile lists kept by a kernel, one for each combination of sizes.
+KEPT_LISTS = 64
+
+
+def available() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def architecture(target: Device | str | None) -> str:
+    return "" if target is None else target if isinstance(target, str) else target.arch
+
+
+def shared_limit(target: Device | str | None) -> int | None:
+    if isinstance(target, Device):
+        return target.shared_bytes_per_block or None
+    return SHARED_BYTES.get(target) if target is not None else None
+
+
+def build(c: Cascade, mapping: Tiling, target: Device | str | None = None) -> Kernel | Refusal:
+    """The kernel of an attention under a mapping, or why there is none.
+
+    `target`: a device, an architecture such as "sm_90" or "gfx942", or None (no limit is checked).
+    """
+    s = read(c)
+    if isinstance(s, Refusal):
+        return s
+    for name, n in (("tile_p", mapping.tile_p), ("tile_m", mapping.tile_m)):
+        if n < 16 or n & (n - 1):
+            return Refusal(NAME, f"{name} = {n} is no power of two of at least 16")
+    limit = shared_limit(target)
+    need = _shared_bytes(s, mapping, architecture(target))
+    if limit is not None and need > limit:
+        return Refusal(NAME, f"{mapping} needs {need} bytes of shared memory; {architecture(target)} has {limit}")
+    try:
+        source = module.emit(s, mapping)
+    except (PrintError, TorchPrintError) as e:
+        return Refusal(NAME, str(e))
+    return Kernel(s, mapping, source)
+
+
+# --- shared memory and mappings ---------------------------------------------------------------------------------
+
+_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
+
+
+def shared_bytes(c: Cascade, mapping: Tiling, target: Device | str = "sm_90") -> int | Refusal:
+    """Bytes of shared memory that Triton gives one program of the kernel."""
+    s = read(c)
+    return s if isinstance(s, Refusal) else _shared_bytes(s, mapping, architecture(target))
+
+
+def _shared_bytes(s: Streaming, mapping: Tiling, arch: str) -> int:
+    """query tile + buffers · (key tile + value tile), as Triton's compiler lays them out.
+
+    Where the tensor cores read shared memory (from sm_90 on, 64 rows and more, 16-bit types) `stages` tiles are in
+    flight (from sm_100 on, of keys one less where a head is cut in pieces: the second waits for the first); elsewhere
+    they pass through registers and one buffer less is enough, but weights change their layout in shared memory when a
+    warp holds fewer rows than one instruction. AMD keeps the query tile in registers.
+    """
+    rows, keys = mapping.tile_p, mapping.tile_m
+    query = rows * sum(_BYTES[p.query.dtype] * w for p in s.products for _, w in p.chunks)
+    key = keys * sum(_BYTES[p.key.dtype] * w for p in s.products for _, w in p.chunks)
+    value = keys * _BYTES[s.values.dtype] * s.value_width
+    plain = "f32" in {s.values.dtype, *(p.query.dtype for p in s.products)}
+    if arch.startswith("gfx"):
+        relaid = plain or rows < 32 * mapping.warps
+        return max(1, mapping.stages - 1) * (key + value) + relaid * rows * keys * _BYTES[s.values.dtype]
+    if mapping.stages == 1:
+        return query + max(key, value)
+    if arch in ("sm_90", "sm_100", "sm_103") and rows >= 64 and not plain:
+        late = arch != "sm_90" and any(len(p.chunks) > 1 for p in s.products)
+        return query + mapping.stages * (key + value) - late * key
+    relaid = plain or rows < max(16 * mapping.warps, s.value_width)
+    return query + (mapping.stages - 1) * (key + value) + relaid * rows * keys * _BYTES[s.values.dtype]
+
+
+# Where to start, by the widest operand: tile_p, tile_m, warps, stages without spills (read back by aot.compile).
+_START: Mapping[str, Mapping[int, tuple[int, int, int, int]]] = {
+    "sm_80": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 1024: (32, 32, 8, 1)},
+    "sm_90": {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), 1024: (32, 32, 8, 2)},
+    "sm_100": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 1024: (32, 32, 8, 2)},
+    "gfx": {64: (128, 64, 4, 2), 128: (128, 64, 4, 2), 256: (64, 32, 4, 2), 1024: (32, 16, 4, 1)},
+    "f32": {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 1024: (16, 16, 8, 1)},
+}
+
+
+@lru_cache(maxsize=256)
+def default_mapping(c: Cascade, target: Device | str = "sm_90") -> Tiling | Refusal:
+    """The mapping to start from on an architecture: large tiles whose accumulators stay in registers."""
+    s = read(c)
+    if isinstance(s, Refusal):
+        return s
+    arch, limit = architecture(target), shared_limit(target)
+    for mapping in _smaller(_first(s, arch)):
+        if limit is None or _shared_bytes(s, mapping, arch) <= limit:
+            return mapping
+    return Refusal(NAME, f"no tile of head size {s.value_width} fits into the {limit} bytes of shared memory of {arch}")
+
+
+def _first(s: Streaming, arch: str) -> Tiling:
+    wide = max(s.value_width, *(sum(w for _, w in p.chunks) for p in s.products))
+    family = "gfx" if arch.startswith("gfx") else arch if arch in _START else "sm_80"
+    if "f32" in {s.values.dtype, *(p.query.dtype for p in s.products)}:
+        family = "f32"
+    table = _START[family]
+    tile_p, tile_m, warps, stages = table[min(w for w in table if w >= wide)]
+    rows = [s.extent[r] for r in s.rows]
+    few = [n for n in rows if isinstance(n, int)]
+    if len(few) == len(rows) and math.prod(few) <= tile_p // 2:
+        tile_p, warps, stages = power_of_two(math.prod(few)), 4, max(stages, 2)
+    return Tiling(tile_p, tile_m, warps, stages)
+
+
+def _smaller(mapping: Tiling) -> Iterator[Tiling]:
+    """The mapping, then smaller ones: fewer stages before smaller tiles."""
+    while True:
+        yield mapping
+        if mapping.stages > 2:
+            mapping = replace(mapping, stages=2)
+        elif mapping.tile_m > 32:
+            mapping = replace(mapping, tile_m=mapping.tile_m // 2)
+        elif mapping.stages > 1:
+            mapping = replace(mapping, stages=1)
+        elif mapping.tile_p > 16:
+            mapping = replace(mapping, tile_p=mapping.tile_p // 2)
+        elif mapping.tile_m > 16:
+            mapping = replace(mapping, tile_m=16)
+        else:
+            return
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """A compiled-on-first-use kernel. `source` is the whole self-contained file."""
+
+    name = NAME
+
+    def __init__(self, s: Streaming, mapping: Tiling, source: str) -> None:
+        self.streaming, self.mapping, self.source = s, mapping, source
+        self.cascade = s.cascade
+        self._lists: dict[tuple[object, ...], tuple[Any, ...]] = {}
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.cascade.name}, {self.mapping})"
+
+    @cached_property
+    def module(self) -> ModuleType:
+        """The generated file, imported. Raises ImportError without Triton."""
+        if not available():
+            raise ImportError(MISSING)
+        # The default changes in Triton 3.10; products and sums are to be fused as they are now.
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+        if interpret.interpreting():
+            interpret.repair()
+        return cache.load(self.source)
+
+    def run(
+        self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Launch on the inputs by name; returns the cascade's output in its rank order.
+
+        Raises ValueError for a missing tensor, another type than the cascade's, or shapes that contradict it.
+        """
+        s, made = self.streaming, self.module
+        inputs = self._inputs(tensors)
+        device = next(t.device for t in inputs if t.dim())
+        bound = made.sizes_of(*inputs, **self._named(sizes))
+        shape, programs, row_blocks, walk = made.plan_of(*bound)
+        if self._listed and self._queries(bound) >= FEW_ROWS:
+            walk = self._walk(tensors, bound, device)
+        # Numbers without dimensions may lie on the host, where Dynamo puts a module's floats.
+        inputs = [t if t.dim() else t.to(device) for t in inputs]
+        if s.attention.prelude:
+            inputs += self._prelude(tensors, bound)
+        if out is None:
+            out = torch.empty(shape, dtype=self._dtype, device=device)
+        result: Tensor
+        if self.mapping.split_m > 1:
+            kernels, constants = (made.stream, made.merge), (made.CONSTANTS, made.MERGE)
+            count = len(s.state.carried)
+            result = made.launch_split(
+                kernels, constants, count, out, tuple(inputs), bound, programs, row_blocks, walk
+            )  # fmt: skip
+        else:
+            result = made.launch(made.stream, made.CONSTANTS, out, tuple(inputs), bound, programs, row_blocks, walk)
+        return result
+
+    def _inputs(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        try:
+            inputs = [tensors[t.name] for t in self.cascade.inputs]
+        except KeyError:
+            missing = [t.name for t in self.cascade.inputs if t.name not in tensors]
+            raise ValueError(
+                f"attention {self.cascade.name!r} needs {', '.join(missing)}; given {', '.join(sorted(tensors))}"
+            ) from None
+        for t, x in zip(self.cascade.inputs, inputs):
+            if x.dtype != DTYPE[t.dtype]:
+                raise ValueError(f"{t.name} is {x.dtype}; the kernel was built for {t.dtype}")
+        return inputs
+
+    def _named(self, sizes: Mapping[str, int] | None) -> dict[str, int]:
+        """The sizes that no shape shows, under their names in the module. Raises ValueError for one without a value."""
+        if missing := [n for n in self._unbound if n not in (sizes or {})]:
+            raise ValueError(f"attention {self.cascade.name!r}: no value for size {', '.join(missing)}")
+        return {name: int((sizes or {})[n]) for n, name in self._unbound.items()}
+
+    @cached_property
+    def _unbound(self) -> dict[str, str]:
+        names = Names(self.streaming)
+        return {n: names.symbols[n] for n in entry.unbound(self.streaming)}
+
+    @cached_property
+    def _listed(self) -> bool:
+        return entry.needs_lists(self.streaming)
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        return DTYPE[self.cascade.tensor[self.cascade.outputs[0]].dtype]
+
+    def _known(self, bound: tuple[int, ...]) -> dict[str, int]:
+        return dict(zip(self.cascade.free_symbols, bound))
+
+    def _queries(self, bound: tuple[int, ...]) -> int:
+        size = self.streaming.extent[self.streaming.attention.query]
+        return size if isinstance(size, int) else int(bind(size, self._known(bound)))
+
+    def _prelude(self, tensors: Mapping[str, Tensor], bound: tuple[int, ...]) -> list[Tensor]:
+        """Tensors that the attention reads and that are computed beforehand, in plain torch."""
+        before = self.streaming.attention.prelude
+        names = tuple(e.out.tensor for e in before)
+        made = evaluate(replace(self.cascade, einsums=before, outputs=names), tensors, self._known(bound))
+        return [made[n] for n in names]
+
+    # which tiles to visit
+
+    def _walk(self, tensors: Mapping[str, Tensor], bound: tuple[int, ...], device: torch.device) -> tuple[Any, ...]:
+        """Tile lists: of one combination of sizes, or of the tensors that the mask reads."""
+        if not entry.is_static(self.streaming):
+            return self._fresh_lists(tensors, bound, device)
+        key = (bound, device)
+        if key not in self._lists:
+            if len(self._lists) >= KEPT_LISTS:
+                self._lists.clear()
+            self._lists[key] = self._fresh_lists(tensors, bound, device)
+        return self._lists[key]
+
+    def _fresh_lists(self, tensors: Mapping[str, Tensor], bound: tuple[int, ...], device: torch.device) -> tuple[Any, ...]:
+        s, known = self.streaming, self._known(bound)
+        wanted = (*s.grid, s.attention.query, s.key)
+        extents = {r: int(bind(n, known)) for r, n in s.extent.items() if r in wanted}
+        classes = self.classes(tensors, extents, known, device.type != "cpu")
+        if not isinstance(classes, Tensor):
+            classes = torch.tensor(classes, device=device)
+        ragged = extents[s.key] % self.mapping.tile_m != 0
+        lists: tuple[Any, ...] = self.module.tile_lists(
+            classes.reshape(-1, *classes.shape[-2:]), ragged, self.mapping.heavy_first
+        )
+        return lists
+
+    def classes(
+        self, tensors: Mapping[str, Tensor], extents: Mapping[str, int], sizes: Mapping[str, int], on_device: bool
+    ) -> Any:
+        """Tile classes with the rule for skipping applied: uint8 [*lists, row blocks, key tiles], numpy or a tensor.
+
+        `on_device`: what data decides is computed where the tensors are, without waiting for it.
+        """
+        s = self.streaming
+        where: dict[str, Any] = {
+            "query": s.attention.query, "key": s.key, "extents": extents, "symbols": sizes,
+        }  # fmt: skip
+        tiles: dict[str, Any] = {"tile_p": self.mapping.tile_p, "tile_m": self.mapping.tile_m}
+        certain = None
+        if entry.is_static(s):
+            found = classify(s.mask.keep, **where, **tiles)
+            if s.skipping == "guarded":
+                certain = rows_with_key(s.mask.keep, found, **where)
+        else:
+            arrays = {t: tensors[t].detach() for t in entry.mask_tensors(s)}
+            walk = runtime_classify(s.mask.keep, **where, **tiles, arrays=arrays, xp=torch if on_device else np)
+            found, certain = walk.tiles, walk.certain
+        return _visited(found, certain, s.skipping)
+
+
+def _visited(found: TileMap, certain: Any, skip: str) -> Any:
+    if skip == "always":
+        return found.classes
+    if skip == "guarded":
+        return found.guarded(certain).classes
+    empty = found.classes == EMPTY
+    return found.classes + empty * (np.uint8(PARTIAL) if isinstance(empty, np.ndarray) else PARTIAL)

@@ -1,0 +1,1 @@
+"""PyTorch's own kernels as candidates: SDPA and FlexAttention."""
