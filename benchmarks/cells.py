@@ -33,7 +33,7 @@ from reattend.patterns.attention.recognise import Miss, Refusal
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library.papers import Builder
 from reattend.patterns.mapping import Mapping as Tiling
-from reattend.rewriter.candidates import vendor_call
+from reattend.rewriter.choose.candidates import vendor_call
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 LOWEST = {"f32": -3.3e38, "bf16": -3.3e38, "f16": -6.5e4}

@@ -52,7 +52,7 @@ from reattend.cost_model.devices.device import (
 )
 from reattend.cost_model.time.ladder import ladder
 from reattend.patterns.mapping import Mapping as Tiling
-from reattend.rewriter.choose import running_device
+from reattend.rewriter.choose.choose import running_device
 
 # Grids that are kept in files of their own.
 APART = ("fresh", "drawn", "again", "unseen")

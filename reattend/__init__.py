@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from .cost_model.devices.device import Device, targets
     from .cost_model.plan.plan import Candidate, Miss, Plan, Site
     from .cost_model.plan.sweep import Sweep
-    from .rewriter.policy import Policy, StrictError
-    from .rewriter.report import Report
-    from .rewriter.verify import Verification
+    from .rewriter.choose.policy import Policy, StrictError
+    from .rewriter.run.report import Report
+    from .rewriter.run.verify import Verification
 
 _WHERE = {
     "optimize": "api", "restore": "api", "report": "api", "plan": "api", "verify": "api",
-    "Policy": "rewriter.policy", "StrictError": "rewriter.policy", "Report": "rewriter.report",
-    "Verification": "rewriter.verify", "targets": "cost_model.devices.device", "Device": "cost_model.devices.device",
+    "Policy": "rewriter.choose.policy", "StrictError": "rewriter.choose.policy", "Report": "rewriter.run.report",
+    "Verification": "rewriter.run.verify", "targets": "cost_model.devices.device", "Device": "cost_model.devices.device",
     "Plan": "cost_model.plan.plan", "Site": "cost_model.plan.plan", "Candidate": "cost_model.plan.plan",
     "Miss": "cost_model.plan.plan", "Sweep": "cost_model.plan.sweep",
 }  # fmt: skip

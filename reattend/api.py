@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from .cost_model.devices.device import Device, device
 from .cost_model.plan.plan import Plan
-from .rewriter import choose
-from .rewriter.export import held_tensors
-from .rewriter.models import Shapes, UsageError, check_devices, inputs_for
-from .rewriter.planning import plan_model
-from .rewriter.policy import Policy
-from .rewriter.report import Entered, Report
-from .rewriter.session import Session, is_copy, session_of
-from .rewriter.verify import Verification
-from .rewriter.verify import verify as _verify
+from .rewriter.capture.export import held_tensors
+from .rewriter.capture.models import Shapes, UsageError, check_devices, inputs_for
+from .rewriter.choose import choose
+from .rewriter.choose.policy import Policy
+from .rewriter.run.planning import plan_model
+from .rewriter.run.report import Entered, Report
+from .rewriter.run.session import Session, is_copy, session_of
+from .rewriter.run.verify import Verification
+from .rewriter.run.verify import verify as _verify
 
 if TYPE_CHECKING:
     from typing import TypeVar

@@ -9,8 +9,8 @@ from typing import Any
 from torch import fx
 
 from .cost_model.devices.device import device
-from .rewriter.policy import Policy
-from .rewriter.session import Session
+from .rewriter.choose.policy import Policy
+from .rewriter.run.session import Session
 
 _OPTIONS = ("rest", "target", "allow", "deny", "strict")
 

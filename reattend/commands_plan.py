@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from .cost_model.plan.diff import Diff
     from .cost_model.plan.plan import Plan
     from .cost_model.plan.sweep import Sweep
-    from .rewriter.models import Shapes
-    from .rewriter.policy import Policy
+    from .rewriter.capture.models import Shapes
+    from .rewriter.choose.policy import Policy
 
 
 def plan(
@@ -81,7 +81,7 @@ def plan(
     if html is not None:
         print(f"wrote {write_page(plans, html)}", file=sys.stderr)
     if strict:
-        from .rewriter.report import check_plan
+        from .rewriter.run.report import check_plan
 
         check_plan(plans[0])
 
@@ -96,7 +96,7 @@ def explain(
     Example: reattend explain config.json model.layers.0.self_attn --seq 4k --target h100
     """
     made = plan_one(model, shapes_of(batch, seq, dtype, phase, past, attn), target, dynamic, expect or ())
-    from .rewriter.explain import explanation, explanation_data
+    from .rewriter.run.explain import explanation, explanation_data
 
     sites = sites_of(made, site)
     if json:
@@ -122,7 +122,7 @@ def diff(
     Example: reattend diff monday.json friday.json --tolerance 0.1
     """
     from .cost_model.plan.diff import diff as compare
-    from .rewriter.models import UsageError
+    from .rewriter.capture.models import UsageError
 
     if tolerance < 0:
         raise UsageError(f"--tolerance {tolerance} is no share: give 0 or more, such as 0.05 for 5%")
@@ -178,7 +178,7 @@ def _calibrate() -> None:
 
     from .codegen.measure.calibrate import calibrate as measure
     from .cost_model.devices.device import calibration_path, shipped
-    from .rewriter.choose import running_device
+    from .rewriter.choose.choose import running_device
 
     here = shipped(running_device("cuda" if torch.cuda.is_available() else "cpu").name)
     errors = Console(stderr=True)
@@ -214,7 +214,7 @@ def _planned(
 
 def _open_if_possible(spec: str, shapes: Shapes, devices: list[Device], policy: Policy) -> list[Plan]:
     """Plans with open sizes, or with fixed ones where the capture needs them or finds more attentions so."""
-    from .rewriter.capture import CaptureError
+    from .rewriter.capture.capture import CaptureError
 
     why = ""
     plans: list[Plan] = []
@@ -242,7 +242,7 @@ def _text(plans: list[Plan], sweeps: list[Sweep]) -> str:
 def _saved(path: str) -> Plan:
     """A plan from a file. Raises UsageError and PlanError with one sentence."""
     from .cost_model.plan.plan import Plan, PlanError
-    from .rewriter.models import UsageError
+    from .rewriter.capture.models import UsageError
 
     try:
         return Plan.from_json(Path(path).read_text(encoding="utf-8"))

@@ -66,7 +66,7 @@ def verify(
     Example: reattend verify config.json --seq 512 --batch 2
     """
     from .api import verify as verify_model
-    from .rewriter.models import UsageError, load
+    from .rewriter.capture.models import UsageError, load
 
     subject = load(model, shapes_of(batch, seq, dtype, "prefill", 0, attn), where="cpu")
     if subject.model is None:
@@ -93,8 +93,8 @@ def bench(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .rewriter.bench import bench_spec
-    from .rewriter.models import UsageError
+    from .rewriter.capture.models import UsageError
+    from .rewriter.run.bench import bench_spec
 
     if not seconds > 0:
         raise UsageError(f"--seconds {seconds} is no time to measure in: give more than 0")
@@ -111,7 +111,7 @@ def bench(
 
 
 def _source(site: Site, candidate: str) -> str:
-    from .rewriter.models import UsageError
+    from .rewriter.capture.models import UsageError
 
     wanted = site.chosen.name if candidate == "chosen" else candidate
     found = next((c for c in site.candidates if c.name == wanted), None)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .cost_model.devices.device import Device
     from .cost_model.plan.plan import Plan, Site
     from .cost_model.plan.sweep import Sweep
-    from .rewriter.models import Shapes
-    from .rewriter.policy import Policy
+    from .rewriter.capture.models import Shapes
+    from .rewriter.choose.policy import Policy
 
 
 def tokens(value: str | int) -> int:
@@ -97,7 +97,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 
 
 def shapes_of(batch: int, seq: int | None, dtype: str | None, phase: str, past: int, attn: str | None) -> Shapes:
-    from .rewriter.models import Shapes
+    from .rewriter.capture.models import Shapes
 
     return Shapes(batch, seq, dtype, phase, past, attn)
 
@@ -117,7 +117,7 @@ def plan_one(spec: str, shapes: Shapes, target: str | None, dynamic: bool, expec
 
 def policy_of(mesh: str | None, expect: Sequence[str] | None, approximate: bool = False) -> Policy:
     """The policy of a command: a mesh to spread over, what is expected of run-time data, and whether results may differ."""
-    from .rewriter.policy import Policy
+    from .rewriter.choose.policy import Policy
 
     return Policy(mesh=mesh, expect=tuple(expect or ()), approximate=approximate)
 
@@ -126,7 +126,7 @@ def plan_all(
     spec: str, shapes: Shapes, devices: Sequence[Device], dynamic: bool, policy: Policy | None = None
 ) -> list[Plan]:
     """A plan for each device; the model is captured once where its graph can be kept."""
-    from .rewriter.planning import plan_spec
+    from .rewriter.run.planning import plan_spec
     policy = policy or policy_of(None, ())
     first = plan_spec(spec, shapes, devices[0], policy, dynamic=dynamic)
     if first.retake is None:
@@ -152,8 +152,8 @@ def plan_swept(
 
 def sites_of(made: Plan, name: str | None) -> list[Site]:
     """The sites of this name or number; without one, the first of each kind of identical sites."""
-    from .rewriter.explain import positions
-    from .rewriter.models import UsageError
+    from .rewriter.capture.models import UsageError
+    from .rewriter.run.explain import positions
 
     if not made.sites:
         raise UsageError("the model has no attention that was found: `reattend plan` says what was left alone and why")

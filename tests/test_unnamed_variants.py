@@ -13,7 +13,7 @@ from reattend.cost_model.devices.device import device
 from reattend.cost_model.time.predict import best_mapping
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import Mapping as Tiling
-from reattend.rewriter import detect
+from reattend.rewriter.find import detect
 
 from . import programs
 from .rewriter.helpers import error_of, graph_of, values_of

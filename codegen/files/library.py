@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 
-from .. import skeletons
+# Their text is read here, never imported: Triton need not be there.
+SKELETONS = "reattend.codegen.skeletons"
 
 
 @cache
 def functions(skeleton: str) -> Mapping[str, str]:
-    """The top-level functions and constants of a skeleton file as written. Read as text: Triton need not be there."""
-    source = files(skeletons).joinpath(f"{skeleton}.py").read_text(encoding="utf-8")
+    """The top-level functions and constants of a skeleton file as written."""
+    source = files(SKELETONS).joinpath(f"{skeleton}.py").read_text(encoding="utf-8")
     lines = source.splitlines()
     out: dict[str, str] = {}
     for node in ast.parse(source).body:

@@ -23,8 +23,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .. import skeletons
 from .cache import directory
+from .library import SKELETONS
 
 SKELETON = ("fused_scalar", "fused_micro", "fused")
 COMPILERS = ("g++", "clang++", "c++")
@@ -50,7 +50,7 @@ class CompilerError(RuntimeError):
 
 def source(program: str) -> str:
     """The whole text of a kernel: number types and scalar functions, the printed program, the loop around it."""
-    folder = files(skeletons)
+    folder = files(SKELETONS)
     scalar, micro, loop = (folder.joinpath(f"{n}.hpp").read_text(encoding="utf-8") for n in SKELETON)
     return f"{scalar}\n{program}\n{micro}\n{loop}"
 

@@ -152,7 +152,7 @@ def test_mistakes_give_one_sentence_and_exit_with_two(
 
 
 def test_a_sweep_refuses_before_it_captures(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reattend.rewriter.export.from_export", lambda *_, **__: pytest.fail("captured"))
+    monkeypatch.setattr("reattend.rewriter.capture.export.from_export", lambda *_, **__: pytest.fail("captured"))
     for bad in (["--sweep", "seq=4k:1k"], ["--html", "/nowhere/at/all.html"]):
         with pytest.raises(SystemExit):
             main(["plan", config, *bad])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import reattend
 from reattend.cost_model.plan.plan import PlanError
 from reattend.cost_model.plan.sweep import SweepError
-from reattend.rewriter import export
+from reattend.rewriter.capture import export
 
 from .conftest import Stack
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import reattend
-from reattend.rewriter import capture, choose
+from reattend.rewriter.capture import capture
+from reattend.rewriter.choose import choose
 
 
 def close(a: Tensor, b: Tensor, limit: float = 1e-5) -> None:
@@ -367,7 +368,7 @@ def test_a_call_that_nothing_was_captured_of_is_counted(x: Tensor) -> None:
 
 def test_a_trace_in_another_thread_is_not_ours(stack: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """fx has one flag for all threads: while we capture in one, calls of another go through all the same."""
-    from reattend.rewriter import session
+    from reattend.rewriter.run import session
 
     reattend.optimize(stack, example=(x,))
     monkeypatch.setattr(torch.fx._symbolic_trace, "is_fx_symbolic_tracing", lambda: True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import reattend
-from reattend.rewriter import candidates, splice
+from reattend.rewriter.choose import candidates
+from reattend.rewriter.splice import splice
 
 
 def test_a_plan_says_what_where_and_why(stack: nn.Module, x: Tensor) -> None:
@@ -120,7 +121,7 @@ def test_a_wrong_kernel_fails_verification(stack: nn.Module, x: Tensor, monkeypa
         others = tuple(c for c in site.candidates if c.name != "reattend")
         return replace(site, choice="reattend", candidates=(candidate, *others)), {**calls, "reattend": call}
 
-    monkeypatch.setattr("reattend.rewriter.choose.answer", spoiled)
+    monkeypatch.setattr("reattend.rewriter.choose.choose.answer", spoiled)
     result = reattend.verify(stack, (x,))
     assert not result.ok
     assert "FAILED" in str(result)

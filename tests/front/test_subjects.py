@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from reattend.cost_model.devices.device import device
-from reattend.rewriter.models import Shapes, UsageError, load
-from reattend.rewriter.planning import plan_spec
-from reattend.rewriter.policy import Policy
+from reattend.rewriter.capture.models import Shapes, UsageError, load
+from reattend.rewriter.choose.policy import Policy
+from reattend.rewriter.run.planning import plan_spec
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 SEQ2SEQ = {

@@ -10,8 +10,8 @@ import transformers
 from torch import fx
 
 from reattend.patterns.evaluate import evaluate
-from reattend.rewriter import detect
-from reattend.rewriter.capture import from_dynamo
+from reattend.rewriter.capture.capture import from_dynamo
+from reattend.rewriter.find import detect
 
 from ..rewriter.helpers import recorded
 from . import zoo

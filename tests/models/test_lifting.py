@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from reattend.patterns.evaluate import evaluate
-from reattend.rewriter import detect
-from reattend.rewriter.capture import from_dynamo
-from reattend.rewriter.export import from_export
+from reattend.rewriter.capture.capture import from_dynamo
+from reattend.rewriter.capture.export import from_export
+from reattend.rewriter.find import detect
 
 from ..rewriter.helpers import recorded
 from . import zoo

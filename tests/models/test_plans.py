@@ -34,7 +34,7 @@ def test_a_plan_with_open_sizes(name: str) -> None:
 
 
 def test_identical_layers_are_costed_once_per_size() -> None:
-    from reattend.rewriter import candidates
+    from reattend.rewriter.choose import candidates
 
     model = build("llama")
     plan = reattend.plan(model, (), {**inputs("llama", pad="none"), "use_cache": False}, target="h200", dynamic=True)

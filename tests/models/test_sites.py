@@ -13,8 +13,9 @@ import reattend
 from reattend.codegen.vendor import use as vendor
 from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.evaluate import evaluate
-from reattend.rewriter import capture, choose
-from reattend.rewriter.session import Session
+from reattend.rewriter.capture import capture
+from reattend.rewriter.choose import choose
+from reattend.rewriter.run.session import Session
 
 from . import zoo
 

@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from reattend.patterns.evaluate import evaluate
-from reattend.rewriter.detect import Found
+from reattend.rewriter.find.detect import Found
 
 
 def graph_of(fn: Callable[..., Any], args: Sequence[torch.Tensor]) -> fx.GraphModule:

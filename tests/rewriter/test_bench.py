@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from reattend.cost_model.plan.plan import ORIGINAL
-from reattend.rewriter import bench, choose, export
-from reattend.rewriter.models import Shapes, Subject, UsageError
-from reattend.rewriter.policy import Policy
+from reattend.rewriter.capture import export
+from reattend.rewriter.capture.models import Shapes, Subject, UsageError
+from reattend.rewriter.choose import choose
+from reattend.rewriter.choose.policy import Policy
+from reattend.rewriter.run import bench
 
 
 class Causal(nn.Module):

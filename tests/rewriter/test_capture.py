@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from reattend.rewriter import capture, export
+from reattend.rewriter.capture import capture, export
 
 
 class Recorder:
@@ -200,7 +200,7 @@ def test_autocast_is_made_explicit() -> None:
             assert types == {n.meta["val"].dtype}, n.format_node()
     made = [n for n in graph.graph.nodes if "autocast_for" in n.meta]
     assert made
-    from reattend.rewriter import autocast
+    from reattend.rewriter.capture import autocast
 
     autocast.remove_unused_casts(graph)
     graph.graph.lint()

@@ -13,8 +13,9 @@ from reattend.codegen.cpu import kernel as cpu
 from reattend.codegen.files import native
 from reattend.cost_model.devices.device import device
 from reattend.cost_model.plan.plan import Site
-from reattend.rewriter import candidates, choose, export
-from reattend.rewriter.policy import Policy
+from reattend.rewriter.capture import export
+from reattend.rewriter.choose import candidates, choose
+from reattend.rewriter.choose.policy import Policy
 
 
 class Eager(nn.Module):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from reattend.patterns.attention import recognise
-from reattend.rewriter import detect
+from reattend.rewriter.find import detect
 
 from .helpers import error_of, graph_of, values_of
 

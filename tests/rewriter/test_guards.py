@@ -11,7 +11,10 @@ from torch import Tensor, fx, nn
 import reattend
 from reattend.patterns.attention.recognise import Attention, attention
 from reattend.patterns.mapping import Mapping as Tiling
-from reattend.rewriter import candidates, choose, detect, export, guards, place, splice
+from reattend.rewriter.capture import export
+from reattend.rewriter.choose import candidates, choose
+from reattend.rewriter.find import detect, place
+from reattend.rewriter.splice import guards, splice
 
 SDPA = reattend.Policy(deny=("original", "flex", "reattend"))
 

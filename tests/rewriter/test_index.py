@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.rewriter import index
+from reattend.rewriter.lift import index
 
 
 def factorisations(n: int) -> list[tuple[int, ...]]:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Access, Cascade, Einsum, Tensor, verify
 from reattend.patterns.evaluate import DTYPE_NAME, evaluate
-from reattend.rewriter.aliases import Aliases
-from reattend.rewriter.detect import RULES
-from reattend.rewriter.lift import ZERO, Lifter
+from reattend.rewriter.find.detect import RULES
+from reattend.rewriter.graph.aliases import Aliases
+from reattend.rewriter.lift.lift import ZERO, Lifter
 
 from .helpers import graph_of, values_of
 

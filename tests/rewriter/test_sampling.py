@@ -10,10 +10,10 @@ import reattend
 from reattend.cost_model.devices.device import shipped
 from reattend.cost_model.plan.plan import Candidate, Plan, Site, SiteShape
 from reattend.cost_model.time.cost import Cost
-from reattend.rewriter.guards import Guarded
-from reattend.rewriter.report import Entered, Piece, Report, SiteRun
-from reattend.rewriter.sampling import KEPT, Samples, due, timed
-from reattend.rewriter.splice import SITE
+from reattend.rewriter.run.report import Entered, Piece, Report, SiteRun
+from reattend.rewriter.splice.guards import Guarded
+from reattend.rewriter.splice.sampling import KEPT, Samples, due, timed
+from reattend.rewriter.splice.splice import SITE
 
 
 class Window(nn.Module):

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from reattend.patterns.evaluate import evaluate
-from reattend.rewriter import detect, export, liveness, splice
+from reattend.rewriter.capture import export
+from reattend.rewriter.find import detect
+from reattend.rewriter.graph import liveness
+from reattend.rewriter.splice import splice
 
 
 def oracle(found: detect.Found) -> splice.Call:

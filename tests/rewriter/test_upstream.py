@@ -14,10 +14,10 @@ from reattend.cost_model.mesh.core import roles
 from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.passes.absorb import Absorbed, absorb
-from reattend.rewriter import export
-from reattend.rewriter.aliases import Aliases
-from reattend.rewriter.detect import Found, find
-from reattend.rewriter.upstream import Reached, projection_width, upstream
+from reattend.rewriter.capture import export
+from reattend.rewriter.find.detect import Found, find
+from reattend.rewriter.find.upstream import Reached, projection_width, upstream
+from reattend.rewriter.graph.aliases import Aliases
 
 from .helpers import values_of
 

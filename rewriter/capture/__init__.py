@@ -1,0 +1,1 @@
+"""A model → its graphs of pre-dispatch ATen operators."""

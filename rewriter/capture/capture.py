@@ -1,0 +1,311 @@
+"""Capture: a running model as pre-dispatch ATen graphs, where softmax and SDPA are still one operator.
+
+Dynamo gives pieces of any model, as it runs, with symbolic sizes of its own (rewriter/capture/export.py gives one whole
+graph, for planning). Either way each node carries a fake value (`meta["val"]`), whose `requires_grad`
+says whether a gradient flows into it, the user's stack trace, and the path of its module.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.fx.traceback as traceback
+from torch import Tensor, fx, nn
+from torch._guards import TracingContext
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .autocast import explicit_casts
+from .weights import PARAMETER
+
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+_DETACHING = ("aten::detach", "aten::detach_", "aten::lift_fresh_copy")
+NO_NAMES: Mapping[int, str] = MappingProxyType({})
+_ROOTS = ("L['self'].", "L['self']", "L['model'].", "L['model']", "L__self___")
+
+
+class CaptureError(RuntimeError):
+    """A graph that has no pre-dispatch ATen form; the sentence says why. The model itself is untouched."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A pre-dispatch ATen graph: `graph` takes the inputs of the graph that it was made from, in the same order."""
+
+    graph: fx.GraphModule
+    route: str
+    seconds: float
+
+
+# --- Dynamo -----------------------------------------------------------------------------------------------------
+
+
+def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str] = NO_NAMES) -> Captured:
+    """The ATen form of a graph that Dynamo hands to its backend, under Dynamo's own fake mode and symbols.
+
+    before   a graph of torch functions (`torch.matmul`, `Tensor.softmax`, `F.linear`, ...)
+    after    a graph of ATen operators, in the same order, in-place writes and random state included
+
+    `names` are the paths of the model's modules by identity: Dynamo's own are relative to the function that it compiles.
+    Raises CaptureError.
+    """
+    start = time.perf_counter()
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        raise CaptureError("the graph does not come from Dynamo: it has no fake mode")
+    mode = context.fake_mode
+
+    def fake(x: object) -> object:
+        if not isinstance(x, Tensor):
+            return x
+        known = context.tensor_to_context.get(x)  # type: ignore[no-untyped-call]
+        source = known.tensor_source if known is not None else None
+        return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
+
+    held = {n: attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
+    held = {n: v for n, v in held.items() if isinstance(v, Tensor)}
+    attributes = list(held)
+    with mode:
+        flat = [fake(x) for x in (*inputs, *held.values())]
+    graph = _trace(gm, flat, len(inputs), attributes, mode)
+    _bind_attributes(
+        graph, len(inputs), {str(n.target): v for n, v in held.items()}, [str(n.target) for n in attributes]
+    )
+    for node, value in zip((n for n in graph.graph.nodes if n.op == "placeholder"), flat):
+        if isinstance(value, Tensor) and value.requires_grad:
+            _mark(node.meta["val"])
+    for node, given in zip((n for n in graph.graph.nodes if n.op == "placeholder"), inputs):
+        if isinstance(given, nn.Parameter):
+            node.meta[PARAMETER] = True
+    finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names))
+    return Captured(graph, "dynamo", time.perf_counter() - start)
+
+
+def _trace(
+    gm: fx.GraphModule, flat: list[object], count: int, held: list[fx.Node], mode: torch._subclasses.FakeTensorMode
+) -> fx.GraphModule:
+    def run(*values: object) -> object:
+        runner = _Run(gm, dict(zip(held, values[count:], strict=True)))
+        try:
+            with traceback.preserve_node_meta():
+                return runner.run(*values[:count])
+        finally:
+            runner.leave_regions()
+
+    try:
+        # Grad mode switches inside the graph act on this thread while it is traced.
+        with mode, torch.set_grad_enabled(torch.is_grad_enabled()):
+            return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*flat)
+    except Exception as error:
+        # Whatever operator has no pre-dispatch form: the caller runs the graph as it came and reports this sentence.
+        raise CaptureError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+class _Run(fx.Interpreter):
+    """Runs a graph with the values of its tensor attributes given, so that they are traced as inputs."""
+
+    def __init__(self, gm: fx.GraphModule, held: Mapping[fx.Node, object]) -> None:
+        super().__init__(gm)
+        self.held = held
+        self.regions: dict[fx.Node, tuple[str, bool, torch.dtype]] = {}
+
+    def leave_regions(self) -> None:
+        """Restore the state around the graph when an error left a region open."""
+        while self.regions:
+            _set_autocast(*self.regions.popitem()[1])
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.held:
+            return self.held[n]
+        if n.target is ENTER_AUTOCAST:
+            # Tracing records the region but does not enter it; the types of the values depend on it.
+            device, dtype, enabled, *_ = n.args
+            token = super().run_node(n)
+            self.regions[n] = (
+                str(device),
+                torch.is_autocast_enabled(str(device)),
+                torch.get_autocast_dtype(str(device)),
+            )
+            _set_autocast(str(device), bool(enabled), dtype)  # type: ignore[arg-type]
+            return token
+        if n.target is EXIT_AUTOCAST:
+            _set_autocast(*self.regions.pop(n.args[0]))  # type: ignore[arg-type]
+            return super().run_node(n)
+        if n.target is CHECKPOINT:
+            body = attribute(self.module, str(n.args[0].target))  # type: ignore[union-attr]
+            # Tracing the region reads this entry, which Dynamo writes for selective checkpointing only.
+            body.meta.setdefault("_checkpoint_context_fn", _recompute_all)  # type: ignore[attr-defined]
+        return super().run_node(n)
+
+
+def _set_autocast(device: str, enabled: bool, dtype: torch.dtype | None) -> None:
+    torch.set_autocast_enabled(device, enabled)
+    if dtype is not None:
+        torch.set_autocast_dtype(device, dtype)
+    torch.clear_autocast_cache()
+
+
+def _recompute_all() -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    return create_selective_checkpoint_contexts(  # type: ignore[no-untyped-call]
+        lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE
+    )
+
+
+def checkpointed(body: fx.GraphModule, *args: object, **options: Any) -> object:
+    """Run a checkpointed region eagerly; random state is kept, so that dropout repeats itself when recomputed."""
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(body, *args, **{"preserve_rng_state": True, **options, "use_reentrant": False})
+
+
+def regions(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graph and the bodies of its checkpointed regions, outermost first."""
+    yield gm
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and n.target in (CHECKPOINT, checkpointed):
+            body = attribute(gm, str(n.args[0].target))
+            assert isinstance(body, fx.GraphModule)
+            yield from regions(body)
+
+
+def attribute(root: nn.Module, path: str) -> object:
+    value: object = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _bind_attributes(gm: fx.GraphModule, count: int, values: Mapping[str, object], paths: Sequence[str]) -> None:
+    """Turn the trailing placeholders back into attributes of the graph."""
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for i, (node, path) in enumerate(zip(inputs[count:], paths, strict=True)):
+        name = f"_held{i}"
+        value = values[path]
+        if isinstance(value, nn.Parameter):
+            gm.register_parameter(name, value)
+        else:
+            gm.register_buffer(name, value, persistent=False)  # type: ignore[arg-type]
+        with gm.graph.inserting_before(node):
+            new = gm.graph.get_attr(name)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0] if lines else ""
+
+
+# --- both -------------------------------------------------------------------------------------------------------
+
+
+def finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str = "") -> None:
+    """Module paths as in `named_modules()`, gradients and casts. `frame`: the module whose own code the graph is."""
+    for n in gm.graph.nodes:
+        stack = n.meta.get("nn_module_stack") or ({"": (frame, nn.Module)} if frame and n.op == "call_function" else {})
+        if stack:
+            n.meta["nn_module_stack"] = {k: (path_of(k, str(p)) if k else p, t) for k, (p, t) in stack.items()}
+    mark_gradients(gm, torch.is_grad_enabled())
+    explicit_casts(gm)
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and n.target is CHECKPOINT:
+            body = attribute(gm, str(n.args[0].target))
+            assert isinstance(body, fx.GraphModule)
+            for inner, given in zip((x for x in body.graph.nodes if x.op == "placeholder"), n.args[1:]):
+                if isinstance(given, fx.Node) and _wants(given):
+                    _mark(inner.meta.get("val"))
+            finish(body, path_of, frame)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _identity(key: str) -> int:
+    """Dynamo's key of a module in a stack is its identity, with the number of the call."""
+    text = key.split("@")[0]
+    return int(text) if text.isdigit() else 0
+
+
+def _frame_module(names: Mapping[int, str]) -> str:
+    """The path of the module that the compiled function belongs to: a method's operators carry no stack for it."""
+    tx = getattr(torch._dynamo.symbolic_convert.tls, "current_tx", None)
+    root = getattr(getattr(tx, "output", None), "root_tx", None)
+    for value in getattr(root, "f_locals", {}).values():
+        if isinstance(value, nn.Module) and id(value) in names:
+            return names[id(value)]
+    return ""
+
+
+def _plain_path(path: str) -> str:
+    """`L['self'].layers.0` → `layers.0`"""
+    for root in _ROOTS:
+        if path.startswith(root):
+            return path.removeprefix(root).strip(".")
+    return path
+
+
+def mark_gradients(gm: fx.GraphModule, enabled: bool) -> None:
+    """Say on every fake value whether a gradient flows into it; tracing detaches them.
+
+    A value wants a gradient when grad mode is on where it is made, it is floating, and one of its inputs wants one.
+    """
+    for n in gm.graph.nodes:
+        value = n.meta.get("val")
+        if n.op == "call_function" and n.target is torch._C._set_grad_enabled:
+            enabled = bool(n.args[0])
+        if n.op in ("placeholder", "get_attr"):
+            held = attribute(gm, str(n.target)) if n.op == "get_attr" else None
+            wants = isinstance(held, Tensor) and held.requires_grad
+            if isinstance(value, Tensor) and (wants or _was_wanted(n)):
+                _mark(value)
+            continue
+        if n.op != "call_function" or not enabled or _detaches(n):
+            continue
+        if any(_wants(i) for i in n.all_input_nodes):
+            for v in value if isinstance(value, (list, tuple)) else [value]:
+                _mark(v)
+            for written in written_arguments(n):
+                _mark(written.meta.get("val"))
+
+
+def _was_wanted(n: fx.Node) -> bool:
+    value = n.meta.get("val")
+    return isinstance(value, Tensor) and (value.requires_grad or isinstance(value, nn.Parameter))
+
+
+def _wants(n: fx.Node) -> bool:
+    value = n.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+def _mark(value: object) -> None:
+    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and not value.requires_grad:
+        value.requires_grad_(True)
+
+
+def _detaches(n: fx.Node) -> bool:
+    return isinstance(n.target, torch._ops.OpOverload) and n.target._schema.name in _DETACHING
+
+
+def written_arguments(n: fx.Node) -> list[fx.Node]:
+    """The nodes that an operator writes in place, by its schema."""
+    if not isinstance(n.target, torch._ops.OpOverload):
+        return []
+    out: list[fx.Node] = []
+    for i, a in enumerate(n.target._schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            value = n.args[i] if i < len(n.args) else n.kwargs.get(a.name)
+            out.extend(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node))
+    return out
+
+
+Backend = Callable[[fx.GraphModule, Sequence[object]], Callable[..., Any]]

@@ -1,0 +1,399 @@
+"""Subjects of a plan: a model and inputs from a factory, a Hugging Face config (no weights), or an exported program."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from ...patterns.evaluate import DTYPE
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done; the message is one sentence that says what to change."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shape options of the command line. `seq` and `past` count tokens; `None` leaves the choice to the model."""
+
+    batch: int = 1
+    seq: int | None = None
+    dtype: str | None = None
+    phase: str = "prefill"
+    past: int = 0
+    attn: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.phase not in ("prefill", "decode"):
+            raise UsageError(f"--phase {self.phase} is not known: use prefill or decode")
+        if self.attn not in (None, "eager", "sdpa"):
+            raise UsageError(f"--attn {self.attn} is not known: use eager or sdpa")
+        if self.dtype is not None and DTYPE.get(_short(self.dtype), torch.int8) not in _FLOATS:
+            raise UsageError(f"--dtype {self.dtype} is not known: use f32, bf16, f16 or f64")
+        for option, value, low in (("--batch", self.batch, 1), ("--seq", self.seq, 1), ("--past", self.past, 0)):
+            if value is not None and value < low:
+                raise UsageError(f"{option} {value} is too small: give at least {low}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return DTYPE[_short(self.dtype)] if self.dtype is not None else None
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LONG = {"float32": "f32", "fp32": "f32", "float": "f32", "bfloat16": "bf16", "float16": "f16", "half": "f16",
+         "fp16": "f16", "float64": "f64", "fp64": "f64", "double": "f64"}  # fmt: skip
+_DEFAULT_SEQ = 2048
+
+
+def _short(dtype: str) -> str:
+    return _LONG.get(dtype, dtype)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: a module with its inputs, or an exported program.
+
+    `where` says what its tensors are: "meta", "fake", or "" for tensors with data.
+    """
+
+    name: str
+    model: nn.Module | None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    program: torch.export.ExportedProgram | None = None
+    where: str = ""
+    note: str = ""
+
+
+def load(spec: str, shapes: Shapes = Shapes(), *, where: str = "meta") -> Subject:
+    """The subject that `spec` names. Raises UsageError with one sentence.
+
+    A config's model has no weights where `where` is "meta" or "fake" (tensors that only say they are on the CPU, or with
+    "fake:cuda" on that device, for code that mixes its inputs with tensors of its own), and random ones where it is "cpu".
+    `spec` is `package.module:factory` (returns a module, or a module with its args and kwargs), the path of a
+    `config.json` or of a folder that holds one, or the path of a `.pt2`.
+    """
+    path = Path(spec)
+    if path.is_dir() and (path / "config.json").is_file():
+        path = path / "config.json"
+    if path.suffix == ".json":
+        return from_config(path, shapes, where)
+    if path.suffix == ".pt2":
+        return _from_program(path)
+    if path.is_dir():
+        raise UsageError(f"the folder {spec} holds no config.json: give one, or package.module:factory, or a .pt2 file")
+    if ":" in spec:
+        return _from_factory(spec, shapes)
+    raise UsageError(f"{spec} is no model: give package.module:factory, the path of a config.json, or a .pt2 file")
+
+
+# --- factories and programs -------------------------------------------------------------------------------------
+
+
+def _from_factory(spec: str, shapes: Shapes) -> Subject:
+    module_name, _, attribute = spec.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"{spec}: cannot import {module_name} ({error}); run from the folder that holds it") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise UsageError(f"{spec}: {module_name} has no callable named {attribute or '(empty)'}")
+    needed = _needed(factory)
+    if needed:
+        raise UsageError(f"{spec} needs an argument ({needed[0]!r}): name a function that takes none")
+    try:
+        made = factory()
+    except Exception as error:
+        # A user's function may raise anything; the sentence names it, --debug shows the rest.
+        raise UsageError(f"{spec} raised {named(error)} (--debug shows where)") from error
+    model, args, kwargs = _unpack(spec, made)
+    if shapes.torch_dtype is not None:
+        model = model.to(shapes.torch_dtype)
+        args, kwargs = torch.utils._pytree.tree_map(lambda x: _to(x, shapes.torch_dtype), (args, kwargs))
+    if not args and not kwargs:
+        try:
+            args, kwargs = inputs_for(model, shapes)
+        except UsageError as no:
+            raise UsageError(f"{spec}: {no}; a factory may return (module, args, kwargs)") from no
+    check_devices(model, args, kwargs)
+    return Subject(spec, model, args, kwargs)
+
+
+def _needed(function: Callable[..., object]) -> list[str]:
+    """The arguments that a call must give; none where a function does not say."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return []
+    return [n for n, p in parameters.items() if p.default is p.empty and p.kind in (0, 1, 3)]
+
+
+def named(error: BaseException) -> str:
+    """An error in one line: its type, and what it says."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Inputs with elements to compute on lie where the model does (a scalar may lie on the CPU). Raises UsageError."""
+    own = {p.device.type for p in model.parameters()}
+    for t in torch.utils._pytree.tree_leaves((args, dict(kwargs))):
+        if isinstance(t, Tensor) and len(own) == 1 and t.device.type not in own and t.dim() > 0:
+            (there,) = own
+            raise UsageError(
+                f"an input of shape {tuple(t.shape)} is on {t.device.type}, the model is on {there}: move one of them"
+            )
+
+
+def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What the model answers. Raises UsageError where its own code raises: these inputs are not for it."""
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        raise UsageError(f"{type(model).__name__} itself fails on these inputs ({named(error)}): change them") from error
+
+
+def _unpack(spec: str, made: object) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    parts = made if isinstance(made, tuple) else (made,)
+    model, args, kwargs = (*parts, (), {})[:3] if len(parts) == 1 else (*parts, {})[:3]
+    if not isinstance(model, nn.Module) or len(parts) > 3 or not isinstance(kwargs, dict):
+        raise UsageError(
+            f"{spec} must return a torch module, or (module, args, kwargs); it returned {type(made).__name__}"
+        )
+    return model, args if isinstance(args, (tuple, list)) and not isinstance(args, Tensor) else (args,), kwargs  # type: ignore[return-value]
+
+
+def _to(x: object, dtype: torch.dtype | None) -> object:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _from_program(path: Path) -> Subject:
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        # A broken archive, or one of another version, raises whatever the reader met first.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{path} is no exported program that PyTorch {torch.__version__} reads ({reason}): "
+            "save it with torch.export.save under this version"
+        ) from error
+    return Subject(str(path), None, program=program)
+
+
+# --- Hugging Face configs ---------------------------------------------------------------------------------------
+
+
+def from_config(path: Path, shapes: Shapes, where: str = "meta") -> Subject:
+    """A model of the config's architecture, and inputs of the asked shapes; `where` as in `load`."""
+    kind, _, device = where.partition(":")
+    with FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else contextlib.nullcontext():
+        model = build(path, shapes, "meta" if kind == "meta" else device or "cpu")
+        made = decode_inputs(model, shapes) if shapes.phase == "decode" else inputs_for(model, shapes)
+        return Subject(str(path), model, *made, where=kind, note=_sizes_note(made))
+
+
+def _sizes_note(made: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    """The inputs that were built, so that a reader knows what was planned."""
+    shown = {n: list(t.shape) for n, t in made[1].items() if isinstance(t, Tensor)}
+    return "inputs: " + ", ".join(f"{n} {shape}" for n, shape in shown.items())
+
+
+def build(path: Path, shapes: Shapes, where: str = "meta") -> nn.Module:
+    """The config's model on a device, `meta` for none: the class from `architectures`, else AutoModel."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is no JSON file ({error})") from error
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise UsageError(f"{path} has no model_type: it is no Hugging Face config.json")
+    if "auto_map" in raw:
+        raise UsageError(
+            f"{path} asks for remote code (auto_map), which is not run: import the class and give module:factory"
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError("a config.json needs transformers: pip install 'reattend[models]'") from error
+    config = _config(transformers, path, raw)
+    options: dict[str, Any] = {"dtype": shapes.torch_dtype} if shapes.torch_dtype is not None else {}
+    if shapes.attn is not None:
+        options["attn_implementation"] = shapes.attn
+    try:
+        with torch.device(where):
+            model = _model_class(transformers, path, raw, config)(config, **options)
+    except UsageError:
+        raise
+    except Exception as error:
+        # The model's own constructor: a size that does not divide, an implementation that it does not have, ...
+        raise UsageError(f"{path}: the model cannot be built ({named(error)})") from error
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def _config(transformers: Any, path: Path, raw: dict[str, Any]) -> Any:
+    known = transformers.CONFIG_MAPPING
+    if raw["model_type"] not in known:
+        raise UsageError(
+            f"{path}: transformers {transformers.__version__} knows no architecture {raw['model_type']!r}: "
+            "upgrade it, or build the model yourself and give module:factory"
+        )
+    try:
+        return known[raw["model_type"]].from_dict(raw)
+    except Exception as error:
+        raise UsageError(f"{path}: the config is not valid ({named(error)})") from error
+
+
+def _model_class(transformers: Any, path: Path, raw: dict[str, Any], config: Any) -> Callable[..., Any]:
+    names = raw.get("architectures") or []
+    for name in names:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)._from_config  # type: ignore[no-any-return]
+    if names:
+        raise UsageError(
+            f"{path}: transformers {transformers.__version__} has no class {names[0]}: upgrade it, or take architectures "
+            "out of the config for the bare model"
+        )
+    if type(config) not in transformers.AutoModel._model_mapping:
+        raise UsageError(f"{path}: AutoModel has no class for {raw['model_type']!r}: name one in architectures")
+    return transformers.AutoModel.from_config  # type: ignore[no-any-return]
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------
+
+
+def inputs_for(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs for a model that says what its main input is. Raises UsageError that names the missing argument."""
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    parameters = inspect.signature(model.forward).parameters
+    if config is None or main is None or main not in parameters:
+        needed = _needed(model.forward)
+        if not needed:
+            return (), {}
+        raise UsageError(
+            f"the argument {needed[0]!r} of {type(model).__name__}.forward is missing: pass args or kwargs"
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    kwargs: dict[str, Any] = {}
+    for name in _wanted(config, main, parameters, shapes.batch):
+        maker = _MAKERS.get(name)
+        if maker is None:
+            raise UsageError(f"no way is known to build {name!r} of {type(model).__name__}: pass args or kwargs")
+        kwargs[name] = maker(config, shapes, device, dtype)
+    if "use_cache" in parameters or hasattr(config, "use_cache"):
+        kwargs["use_cache"] = False
+    return (), kwargs
+
+
+def _wanted(config: Any, main: str, parameters: Mapping[str, inspect.Parameter], batch: int) -> list[str]:
+    """The main input, and what goes with it: the decoder's ids, the other tower of a dual encoder, a padding mask.
+
+    One sequence alone needs no padding, so it has no mask.
+    """
+    names = [main]
+    if main == "input_ids" and "attention_mask" in parameters and batch > 1:
+        names.append("attention_mask")
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+        names.append("decoder_input_ids")
+    dual = hasattr(config, "vision_config") and hasattr(config, "text_config") and not _image_token(config)
+    for other in ("input_ids", "pixel_values"):
+        if dual and other in parameters and other not in names:
+            names.append(other)
+    return names
+
+
+def _image_token(config: Any) -> bool:
+    return any(getattr(config, n, None) is not None for n in ("image_token_id", "image_token_index"))
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def tokens(config: Any, shapes: Shapes) -> int:
+    if shapes.seq is not None:
+        return shapes.seq
+    limit = getattr(_text(config), "max_position_embeddings", None) or getattr(_text(config), "n_positions", None)
+    return min(_DEFAULT_SEQ, limit) if isinstance(limit, int) and limit > 0 else _DEFAULT_SEQ
+
+
+def _ids(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shapes.batch, tokens(config, shapes), dtype=torch.long, device=device)
+
+
+def _mask(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.ones(shapes.batch, tokens(config, shapes), dtype=torch.long, device=device)
+
+
+def _pixels(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    channels = getattr(vision, "num_channels", 3)
+    frames = getattr(vision, "num_frames", None)
+    shape = (channels, height, width) if frames is None else (frames, channels, height, width)
+    return torch.zeros(shapes.batch, *shape, dtype=dtype, device=device)
+
+
+def _features(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Mel frames: bins × frames where the model fixes the number of frames, else frames × bins."""
+    bins: Any = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
+    source: int | None = getattr(config, "max_source_positions", None)
+    if hasattr(config, "num_mel_bins") and source is not None:
+        return torch.zeros(shapes.batch, bins, 2 * source, dtype=dtype, device=device)
+    return torch.zeros(shapes.batch, tokens(config, shapes), bins, dtype=dtype, device=device)
+
+
+def _samples(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One second of sound at 16 kHz, or `seq` samples."""
+    return torch.zeros(shapes.batch, shapes.seq or 16000, dtype=dtype, device=device)
+
+
+_MAKERS: Mapping[str, Callable[[Any, Shapes, torch.device, torch.dtype], Tensor]] = {
+    "input_ids": _ids, "decoder_input_ids": _ids, "attention_mask": _mask, "pixel_values": _pixels,
+    "pixel_values_videos": _pixels, "input_features": _features, "input_values": _samples,
+}  # fmt: skip
+
+
+# --- one decoding step ------------------------------------------------------------------------------------------
+
+
+def decode_inputs(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of a step of `seq` tokens (one where unset) after `past` tokens (the model's default length where 0)."""
+    config = getattr(model, "config", None)
+    cached = "past_key_values" in inspect.signature(model.forward).parameters
+    if config is None or getattr(config, "is_encoder_decoder", False) or not cached:
+        raise UsageError("--phase decode needs a decoder-only model: this one has no cache to decode from")
+    past = shapes.past or tokens(config, Shapes(shapes.batch))
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            filled = model(input_ids=torch.zeros(shapes.batch, past, dtype=torch.long, device=device), use_cache=True)
+    except RuntimeError as error:
+        raise UsageError(
+            f"--phase decode: the model cannot fill its cache ({error}); another --dtype may do"
+        ) from error
+    cache = getattr(filled, "past_key_values", None)
+    if cache is None:
+        raise UsageError(f"--phase decode: {type(model).__name__} returns no cache of keys and values")
+    ids = torch.zeros(shapes.batch, shapes.seq or 1, dtype=torch.long, device=device)
+    return (), {"input_ids": ids, "past_key_values": cache, "use_cache": True}

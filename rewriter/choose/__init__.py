@@ -1,0 +1,1 @@
+"""One attention → its candidates, and the decision of the policy among them."""

@@ -1,0 +1,367 @@
+"""The candidates of one attention: what each would cost on a device, what is spliced for it, and which one is chosen.
+
+Everything here depends on the cascade, its sizes, the device and a few facts about its place (`Question`), so that identical
+attentions are decided once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...codegen import operator as ours
+from ...codegen.forms.program import Program, loose, memory_order
+from ...codegen.vendor import use as vendor
+from ...cost_model.count.expect import known
+from ...cost_model.count.memory import Memory, memory
+from ...cost_model.count.passes import key_passes
+from ...cost_model.count.tiles import Data
+from ...cost_model.devices.device import Device
+from ...cost_model.plan.detail import detail
+from ...cost_model.plan.picture import picture
+from ...cost_model.plan.plan import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
+from ...cost_model.time.cost import Cost
+from ...cost_model.time.predict import (
+    VendorUse,
+    best_mapping,
+    predict_original,
+    predict_vendor,
+    ranked_mappings,
+    tiles_of,
+)
+from ...patterns import expr as ex
+from ...patterns.attention.recognise import Attention, Refusal, attention, no_key_rule
+from ...patterns.attention.recognise import Miss as NoAttention
+from ...patterns.attention.rowstate import derive, stream
+from ...patterns.attention.traits import kind, traits
+from ...patterns.cascade import Cascade, bind, show
+from ...patterns.mapping import Mapping as Tiling
+from ...patterns.masks.split import conjuncts, split
+from ..splice import splice
+from ..splice.guards import Condition, every_row_keeps_a_key
+from .policy import Policy
+
+
+@dataclass(frozen=True)
+class Question:
+    """All that a decision depends on: equal questions have equal answers.
+
+    `origins` names the inputs of the graph behind each tensor that the mask reads.
+    """
+
+    cascade: Cascade
+    sizes: tuple[tuple[str, int], ...]
+    device: Device
+    policy: Policy
+    executable: bool
+    gradients: bool
+    bound: str
+    dtype: str
+    written: VendorUse | None
+    traced: bool
+    origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+@lru_cache(maxsize=1024)
+def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
+    c, sizes = q.cascade, dict(q.sizes)
+    view = attention(c)
+    assert isinstance(view, Attention), view
+    taken = known(c, view, sizes, q.policy.expectations, dict(q.origins))
+    candidates: list[Candidate] = []
+    calls: dict[str, splice.Call] = {}
+    for candidate, call in _candidates(q, sizes, taken.data):
+        candidates.append(candidate)
+        if call is not None:
+            calls[candidate.name] = call
+    order = ranked(tuple(candidates))
+    permitted = [x for x in order if x.feasible and q.policy.permits(x.name)]
+    chosen = next(iter(permitted), None) or next(x for x in order if x.feasible)
+    order = tuple(replace(x, why=_why(x, order, q)) if x is chosen else x for x in order)
+    state = derive(view)
+    one_pass = stream(view, state) if not isinstance(state, NoAttention) else None
+    ours_text = next((x.mapping for x in order if x.name == "reattend"), "")
+    site = Site(
+        name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q, sizes),
+        mask=_mask(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
+        choice=chosen.name,
+        cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.name == "reattend" else "",
+        notes=taken.words, memory=_memory(view, c, sizes),
+        detailer=cache(lambda: detail(c, one_pass, ours_text, sizes, taken.data)),
+    )  # fmt: skip
+    return site, calls
+
+
+def _why(chosen: Candidate, order: tuple[Candidate, ...], q: Question) -> str:
+    """Why this one: what it saves, or why nothing else may run."""
+    others = [c for c in order if c.feasible and c.name != chosen.name]
+    if chosen.name == ORIGINAL:
+        if q.bound:
+            return q.bound
+        if others:
+            return "predicted fastest"
+        return "; ".join(f"{c.name}: {c.why}" for c in order if not c.feasible) or "nothing else is allowed"
+    if others and others[0].cost is not None and chosen.cost is not None and chosen.cost.seconds > 0:
+        ratio = others[0].cost.seconds / chosen.cost.seconds
+        why = (
+            f"predicted {ratio:.2f}× faster than {others[0].name}"
+            if ratio >= 1
+            else "the fastest that the policy permits"
+        )
+        return f"{why}; {chosen.why}" if chosen.why else why
+    return chosen.why
+
+
+# --- candidates ---------------------------------------------------------------------------------------------------
+
+
+def _candidates(
+    q: Question, sizes: Mapping[str, int], data: Data
+) -> Iterator[tuple[Candidate, splice.Call | None]]:
+    original = Candidate(ORIGINAL, cost=_original_cost(q, sizes))
+    yield original, None
+    sdpa = _sdpa(q, sizes, data)
+    ready = [c.cost.seconds for c in (original, sdpa[0]) if c.feasible and c.cost is not None]
+    for candidate, call in (_ours(q, sizes, data, min(ready, default=math.inf)), sdpa, _flex(q, sizes, data)):
+        no = q.bound or ("" if q.policy.permits(candidate.name) else "the policy does not permit it")
+        if no and candidate.feasible:
+            candidate, call = replace(candidate, feasible=False, why=no), None
+        yield candidate, call
+
+
+def _original_cost(q: Question, sizes: Mapping[str, int]) -> Cost | None:
+    """The predicted time of the model's own code; None where a size of the cascade has no value to predict with."""
+    try:
+        if q.written is None:
+            return predict_original(q.cascade, q.device, sizes)
+        cost = predict_vendor(q.cascade, _original_use(q, q.written, sizes), q.device, sizes)
+    except ValueError:
+        return None
+    return cost if isinstance(cost, Cost) else None
+
+
+def _original_use(q: Question, written: VendorUse, sizes: Mapping[str, int]) -> VendorUse:
+    """The model's own call with the kernel that torch would run for it."""
+    made = vendor.sdpa(q.cascade)
+    if isinstance(made, Refusal):
+        return replace(written, backend="math", skips=False)
+    mask = ex.load("mask", (), written.mask_dtype) if written.mask_elements else None
+    able = vendor.backends(replace(made, mask=mask), q.device, sizes, gradients=q.gradients)
+    backend = next(b for b, why in able.items() if not why)
+    return replace(written, backend=backend, skips=written.skips and backend != "math")
+
+
+def _refused(name: str, why: str) -> tuple[Candidate, None]:
+    return Candidate(name, feasible=False, why=why), None
+
+
+# What a call of a kernel that must be compiled has to save over what need not: some seconds of a compiler, once for a
+# machine, are paid back within 10 000 calls. Where nothing takes long, nobody waits for a compiler.
+PAYBACK_SECONDS = 3e-4
+
+
+def _ours(
+    q: Question, sizes: Mapping[str, int], data: Data, rival: float = math.inf
+) -> tuple[Candidate, splice.Call | None]:
+    """Our kernel; `rival` is the least time of what runs without a compiler and is not ours."""
+    name = "reattend"
+    if q.gradients:
+        return _refused(name, "our kernel has no backward yet, and gradients are wanted here")
+    found = _mappings(q, sizes, data)
+    order, held = _paid_back(found, rival)
+    refusal = ""
+    for mapping, predicted in order:
+        cost = predicted
+        kernel = ours.build(q.cascade, mapping, q.device)
+        if not isinstance(kernel, Refusal):
+            break
+        refusal = refusal or kernel.reason
+    else:
+        return _refused(name, refusal or _no_mapping(q, sizes))
+    view = attention(q.cascade)
+    assert isinstance(view, Attention)
+    state = derive(view)
+    passes = key_passes(stream(view, state)) if not isinstance(state, NoAttention) else None
+    why = "; ".join(s for s in (str(mapping), held or refusal) if s)
+    candidate = Candidate(
+        name, passes=passes, cost=cost, mapping=mapping.to_text(), why=why, maker=lambda: str(kernel.source)
+    )
+    # Triton and the fused body compile at the first launch; what else is printed for the CPU was loaded when it was built.
+    compiles = q.device.is_gpu or mapping.body == "fused"
+    return candidate, our_call(q.cascade, mapping, fragile=compiles and not q.traced)
+
+
+def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[Tiling, Cost]]:
+    """The best mapping of every body by prediction, best first: where no kernel can be built for one, the next may do."""
+    try:
+        found = ranked_mappings(q.cascade, q.device, sizes, data)
+    except ValueError:
+        return []
+    best: dict[str, tuple[Tiling, Cost]] = {}
+    for mapping, cost in () if isinstance(found, NoAttention) else found:
+        best.setdefault(mapping.body, (mapping, cost))
+    return list(best.values())
+
+
+def _paid_back(found: list[tuple[Tiling, Cost]], rival: float) -> tuple[list[tuple[Tiling, Cost]], str]:
+    """Mappings in the order in which they are tried, and what is said of one that does not pay for its compilation."""
+    compiled = [(m, c) for m, c in found if m.body == "fused"]
+    others = [(m, c) for m, c in found if m.body != "fused"]
+    if not compiled or not others:
+        return found, ""
+    saved = min(rival, others[0][1].seconds) - compiled[0][1].seconds
+    if saved >= PAYBACK_SECONDS:
+        return found, ""
+    said = f"the fused body would save {saved * 1e3:.2g} ms a call, which does not pay for its compilation"
+    return [*others, *compiled], said if saved > 0 else ""
+
+
+def _no_mapping(q: Question, sizes: Mapping[str, int]) -> str:
+    try:
+        best = best_mapping(q.cascade, q.device, sizes)
+    except ValueError as no:
+        return str(no)
+    return best.reason if isinstance(best, NoAttention) else ""
+
+
+def our_call(c: Cascade, mapping: Tiling, fragile: bool = False) -> splice.Call:
+    """Our operator: tensors in the order of the cascade's inputs, then the sizes that no input tells."""
+    names, sizes = [t.name for t in c.inputs], loose(c)
+    text = ours.program_text(c, mapping)
+
+    def arguments(tensors: Mapping[str, fx.Node], size: Any) -> tuple[Any, ...]:
+        return [tensors[n] for n in names], [size(s) for s in sizes], text
+
+    return splice.Call("reattend", torch.ops.reattend.cascade.default, arguments, closed=False, fragile=fragile)
+
+
+def _sdpa(q: Question, sizes: Mapping[str, int], data: Data) -> tuple[Candidate, splice.Call | None]:
+    return _vendor("sdpa", vendor.sdpa, q, sizes, data)
+
+
+def _flex(q: Question, sizes: Mapping[str, int], data: Data) -> tuple[Candidate, splice.Call | None]:
+    return _vendor("flex", vendor.flex, q, sizes, data)
+
+
+def _vendor(
+    name: str, make: Any, q: Question, sizes: Mapping[str, int], data: Data
+) -> tuple[Candidate, splice.Call | None]:
+    """A vendor's function, with the kernel that it would run here; under a guard where only rows without a key differ."""
+    made = make(q.cascade)
+    conditions: tuple[Condition, ...] = ()
+    if isinstance(made, Refusal):
+        keyed = make(q.cascade, keyed=True)
+        if isinstance(keyed, Refusal) or q.traced:
+            return _refused(name, made.reason)
+        view = attention(q.cascade)
+        assert isinstance(view, Attention)
+        made, conditions = keyed, (every_row_keeps_a_key(q.cascade, view),)
+    try:
+        use = vendor.use(made, q.device, sizes, gradients=q.gradients)
+        cost = predict_vendor(q.cascade, use, q.device, sizes, data) if isinstance(use, VendorUse) else None
+    except ValueError as no:
+        return _refused(name, str(no))
+    if isinstance(use, Refusal):
+        return _refused(name, use.reason)
+    if not isinstance(cost, Cost):
+        return _refused(name, cost.reason if cost is not None else "it has no predicted time")
+    fragile = name == "flex"
+    if fragile and q.traced:
+        return _refused(name, "it is compiled when it first runs, which cannot be guarded inside Inductor's graph")
+    why = f"{use.backend} kernel" + (", which leaves masked tiles out" if use.skips else "")
+    why += "".join(f", where {c.sentence}" for c in conditions)
+    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions, fragile)
+
+
+def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (), fragile: bool = False) -> splice.Call:
+    """A printed function as an ordinary call of the graph; its result lies in memory as our operator's does."""
+    names, loose_sizes = made.inputs, made.sizes
+    order = memory_order(made.cascade)
+    back = [order.index(d) for d in range(len(order))]
+    program = Program(made.cascade, Tiling(1, 1))
+
+    def run(*given: Any) -> torch.Tensor:
+        return made.function(*given).permute(order).contiguous().permute(back)
+
+    def fake(*given: Any) -> torch.Tensor:
+        return ours.allocate(program, given[: len(names)], given[len(names) :])
+
+    def arguments(tensors: Mapping[str, Any], size: Any) -> tuple[Any, ...]:
+        return (*(tensors[n] for n in names), *(size(s) for s in loose_sizes))
+
+    run.__name__ = made.name
+    return splice.Call(made.name, run, arguments, fake=fake, conditions=conditions, fragile=fragile)
+
+
+# --- the site's plain data ----------------------------------------------------------------------------------------
+
+
+def _shape(c: Cascade, q: Question, sizes: Mapping[str, int]) -> SiteShape:
+    bound = {r.name: bind(r.size, sizes) for r in c.ranks if not isinstance(r.size, int)}
+    at = {r: n for r, n in bound.items() if isinstance(n, int)}
+    return SiteShape({r.name: r.size if isinstance(r.size, int) else str(r.size) for r in c.ranks}, q.dtype, at)
+
+
+def _memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> Memory | None:
+    """None where a size of the cascade has no value."""
+    try:
+        return memory(a, c, sizes)
+    except ValueError:
+        return None
+
+
+def _mask(
+    a: Attention, c: Cascade, sizes: Mapping[str, int], order: tuple[Candidate, ...], data: Data
+) -> MaskView | None:
+    mask = split(a.score, a.key)
+    if mask.keep is ex.TRUE:
+        return None
+    text = next((x.mapping for x in order if x.name == "reattend" and x.mapping), "")
+    tiling = Tiling.parse(text) if text else Tiling(64, 64)
+    try:
+        jobs = tiles_of(c, tiling, sizes, data)
+    except ValueError:
+        return MaskView(ex.show(mask.keep), 1.0)
+    n = jobs.tally if not isinstance(jobs, NoAttention) else None
+    if n is None:
+        return MaskView(ex.show(mask.keep), 1.0)
+    counts = TileCounts(tiling.tile_p, tiling.tile_m, n.total, n.visited, n.full, n.partial)
+    paint = cache(lambda: picture(c, tiling, sizes, data))
+    return MaskView(ex.show(mask.keep), n.visited / max(n.total, 1), counts, painter=paint)
+
+
+_RULES = {
+    "nan": "a row without a key gives NaN, as in the original",
+    "uniform": "a row without a key gives the mean over all values, as in the original",
+    "zero": "a row without a key gives 0, as in the original",
+    "never": "no mask can leave a row without a key",
+    "unmasked": "a row whose keys are all masked attends as if unmasked, as in the original",
+}
+
+
+def guard_sentences(call: splice.Call | None) -> tuple[str, ...]:
+    if call is None:
+        return ()
+    compiled = ("the kernel compiles where it first runs",) if call.fragile else ()
+    return (*(c.sentence for c in call.conditions), *compiled)
+
+
+def _proofs(a: Attention, q: Question) -> tuple[str, ...]:
+    out = [
+        f"the weights are normalised over {a.key}, which the last product reduces",
+        "keys and values are not written between their reads",
+        _RULES[no_key_rule(a)],
+    ]
+    mask = split(a.score, a.key)
+    if mask.keep is not ex.TRUE:
+        static = all(not ex.loads(part) for part in conjuncts(mask.keep))
+        out.append("the mask is a function of positions" if static else "part of the mask is read from run-time data")
+    if not q.bound:
+        out.append("nobody else reads scores or weights")
+    return tuple(out)

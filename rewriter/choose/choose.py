@@ -1,0 +1,206 @@
+"""Choice: the candidates of every attention, what each would cost, which one runs, and why; then the rewrite itself.
+
+    graph ─ detect → attentions ─ candidates → Site (plain data) + Call (what is spliced) ─ splice → graph
+
+Candidates are the original code, SDPA, FlexAttention and our kernel. Cheapest first, of those that may run here: the policy
+permits them, the device has them, gradients flow through them where they are wanted. Identical attentions are decided once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...cost_model.devices.device import Device, targets, with_threads
+from ...cost_model.devices.device import device as device_named
+from ...cost_model.plan.plan import ORIGINAL, Miss, Plan, Site
+from ...patterns.cascade import Cascade
+from ...patterns.evaluate import infer_sizes
+from ..capture import capture
+from ..find.detect import Found, NearMiss, find
+from ..find.place import Place, hints_of, interior, named, place
+from ..find.upstream import Reached, projection_width, upstream
+from ..graph.aliases import Aliases
+from ..graph.liveness import erase_dead
+from ..splice import splice
+from ..splice.guards import original_subgraph
+from .candidates import Question, answer, guard_sentences
+from .policy import Policy
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a graph is planned for. `executable`: the plan will run in this process, on the tensors' own device.
+
+    `choices` names the candidate of some sites, by name, instead of the cheapest. `traced`: the rewritten graph goes
+    to Inductor, where nothing can branch on data.
+    """
+
+    policy: Policy
+    target: Device | None = None
+    executable: bool = True
+    choices: Mapping[str, str] = field(default_factory=dict)
+    traced: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """An attention of a graph with what was decided, and what each candidate that can run would be spliced as."""
+
+    found: Found
+    site: Site
+    calls: Mapping[str, splice.Call]
+
+    @property
+    def call(self) -> splice.Call | None:
+        """What the choice is spliced as; None where the original code stays."""
+        return self.calls.get(self.site.choice)
+
+
+# --- devices ------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def running_device(kind: str) -> Device:
+    """The device that tensors of a torch device type are on. Raises ValueError for one that no data file describes."""
+    if kind == "cuda":
+        return _gpu(torch.cuda.get_device_name(), _architecture())
+    if kind == "cpu":
+        return _cpu(torch.get_num_threads())
+    raise ValueError(
+        f"no device file describes {kind!r} tensors: name a target; one of {', '.join(d.name for d in targets())}"
+    )
+
+
+@lru_cache(maxsize=16)
+def _cpu(threads: int) -> Device:
+    return with_threads(device_named("cpu"), threads)
+
+
+def _architecture() -> str:
+    properties = torch.cuda.get_device_properties()
+    hip = getattr(properties, "gcnArchName", "")
+    return hip.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+def _gpu(name: str, architecture: str) -> Device:
+    """The device file with this name, else one of the same architecture."""
+    gpus = [d for d in targets() if d.is_gpu]
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    known = {*words, *(a + b for a, b in pairwise(words))}
+    for d in gpus:
+        if d.name in known:
+            return d
+    for d in gpus:
+        if d.arch == architecture:
+            return d
+    raise ValueError(
+        f"no device file describes {name} ({architecture}): name a target; one of {', '.join(d.name for d in gpus)}"
+    )
+
+
+# --- a graph ------------------------------------------------------------------------------------------------------
+
+
+def rewrite(captured: capture.Captured, request: Request) -> Plan:
+    """Plan every attention of a captured graph and splice the chosen calls in. The graph is changed in place."""
+    sites: list[Site] = []
+    misses: list[Miss] = []
+    where = request.target
+    taken: Counter[str] = Counter()
+    for region in capture.regions(captured.graph):
+        decisions, missed = decide(region, request, taken)
+        for d in decisions:
+            if d.call is not None:
+                f = d.found
+                original = original_subgraph(region, f.output, interior(f)) if d.call.guarded else None
+                splice.replace(region, f.output, f.tensors, f.scalars, d.call, name=d.site.name, original=original)
+        splice.finish(region)
+        sites += [d.site for d in decisions]
+        misses += missed
+        where = where or _device_of(region)
+    return Plan(tuple(sites), tuple(misses), where or running_device("cpu"))
+
+
+def decide(
+    gm: fx.GraphModule, request: Request, taken: Counter[str] | None = None
+) -> tuple[list[Decision], list[Miss]]:
+    """Every attention of a graph with its decision, and what was left alone. `taken` counts the names given before."""
+    erase_dead(gm)
+    found, missed = find(gm)
+    hints = hints_of(gm)
+    decisions = [_decide(f, name, hints, request) for f, name in named(found, Counter() if taken is None else taken)]
+    return decisions, [_miss(m) for m in missed]
+
+
+def places(
+    gm: fx.GraphModule, taken: Counter[str], *, sharded: bool = False
+) -> tuple[list[Place], list[Miss]]:
+    """Every attention of a graph as plain data, for decisions at other sizes and on other devices.
+
+    With `sharded` they also say what their keys and values are made of.
+    """
+    erase_dead(gm)
+    found, missed = find(gm)
+    out = [place(f, name) for f, name in named(found, taken)]
+    if sharded:
+        aliases = Aliases(gm.graph)
+        out = [_with_upstream(p, f, aliases) for p, f in zip(out, found)]
+    return out, [_miss(m) for m in missed]
+
+
+def _with_upstream(p: Place, f: Found, aliases: Aliases) -> Place:
+    made = upstream(f.output.graph, aliases, f)
+    return replace(p, upstream=made.cascade if isinstance(made, Reached) else made, model=projection_width(f.output))
+
+
+def _miss(m: NearMiss) -> Miss:
+    what = f"{m.what} in {m.module}" if m.module else m.what
+    return Miss(m.where, what, m.reason, m.hint)
+
+
+def _device_of(gm: fx.GraphModule) -> Device | None:
+    for n in gm.graph.nodes:
+        value = n.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.device.type in ("cpu", "cuda"):
+            return running_device(value.device.type)
+    return None
+
+
+# --- one attention ------------------------------------------------------------------------------------------------
+
+
+def _decide(f: Found, name: str, hints: Mapping[str, int], request: Request) -> Decision:
+    site, calls = decide_place(place(f, name), hints, request)
+    wished = request.choices.get(name, site.choice)
+    if wished != site.choice and (wished == ORIGINAL or wished in calls):
+        site = replace(site, choice=wished, guards=guard_sentences(calls.get(wished)))
+    return Decision(f, site, calls)
+
+
+def decide_place(
+    stands: Place, at: Mapping[str, int], request: Request
+) -> tuple[Site, Mapping[str, splice.Call]]:
+    """The decision for an attention at sizes of the graph's symbols. Equal questions are answered once."""
+    question = Question(
+        stands.cascade, tuple(sorted(stands.sizes(at).items())), request.target or running_device(stands.device_type),
+        request.policy, request.executable, stands.gradients, stands.bound, stands.dtype, stands.call(at), request.traced,
+        stands.origins,
+    )  # fmt: skip
+    site, calls = answer(question)
+    guards = guard_sentences(calls.get(site.choice))
+    site = replace(site, name=stands.name, where=stands.where, guards=guards, notes=(*site.notes, *stands.notes))
+    return site, calls
+
+
+def bind_sizes(c: Cascade, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> dict[str, int]:
+    """Every symbol of a cascade from its inputs' shapes and the graph's scalars."""
+    return infer_sizes(c, tensors, {name: int(v) for name, v in scalars.items() if name in c.free_symbols})

@@ -1,0 +1,1 @@
+"""A lifted graph → its attentions, and where each begins and ends."""

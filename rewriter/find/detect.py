@@ -1,0 +1,350 @@
+"""Detection: find every attention of a graph, as a verified cascade with the graph nodes that it reads and replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import sympy
+import torch
+from torch import fx
+
+from ...patterns import expr as ex
+from ...patterns.attention import concat, ranks, recognise
+from ...patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, verify
+from ...patterns.expr import Expr
+from ..capture.weights import is_weight
+from ..graph.aliases import Aliases
+from ..graph.sizes import shape_of
+from ..graph.where import module_path, source_line
+from ..lift import operators_contract, operators_point, operators_reduce, operators_view
+from ..lift.hoist import hoist
+from ..lift.lift import ZERO, CannotLift, Lifter, Rule, dtype_of, op_name, tensor_of
+from ..lift.names import canonical
+from ..lift.operators_contract import peel
+from .final import Final, finals
+from .twins import match
+
+RULES: Mapping[str, Rule] = {
+    **operators_view.RULES, **operators_point.RULES, **operators_reduce.RULES, **operators_contract.RULES,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """An attention of a graph.
+
+    `tensors` maps the cascade's inputs to graph nodes, `scalars` its symbols that are no size of a graph input to nodes;
+    `output` is the node whose value the cascade's first output replaces, up to a reshape; `final` is the last
+    product (they differ where the row is divided late).
+    """
+
+    cascade: Cascade
+    tensors: Mapping[str, fx.Node]
+    scalars: Mapping[str, fx.Node]
+    output: fx.Node
+    final: fx.Node
+    where: str
+    module: str
+    nodes: frozenset[fx.Node]
+    needs_grad: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A last product that might have been an attention, and why it is left alone."""
+
+    node: fx.Node
+    reason: str
+    what: str
+    where: str
+    module: str
+    depth: int = 0
+    hint: str = field(default="")
+
+
+def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
+    """Every attention of a pre-dispatch ATen graph, in graph order, and what looked like one.
+
+    before   scores = q @ k.T; p = softmax(scores · scale + mask); out = p @ v
+    after    Found(QK = Σ_e Q·K; S = …; GM, SN, SD, A; O = Σ_m A·V)
+    """
+    aliases = Aliases(gm.graph)
+    found: list[Found] = []
+    missed: list[NearMiss] = []
+    taken: set[fx.Node] = set()
+    for n in gm.graph.nodes:
+        if n.op != "call_function" or not isinstance(n.meta.get("val"), torch.Tensor) or n in taken:
+            continue
+        best: NearMiss | None = None
+        twin = _twin(found, n, aliases)
+        for out in [twin] if twin is not None else _attempts(gm.graph, aliases, n, taken):
+            if isinstance(out, Found):
+                found.append(out)
+                taken |= {out.output, out.final}
+                best = None
+                break
+            if best is None or out.depth > best.depth:
+                best = out
+        if best is not None and best.depth > 0:
+            missed.append(best)
+    return found, missed
+
+
+def _twin(found: list[Found], n: fx.Node, aliases: Aliases) -> Found | None:
+    """The attention at `n` as a copy of one found before, when their subgraphs are equal."""
+    for f in found:
+        if f.output.target is not n.target or f.output is not f.final:
+            continue
+        bound = match(f.output, f.tensors.values(), f.nodes, n, aliases)
+        if bound is not None:
+            leaves = {name: bound[x] for name, x in f.tensors.items()}
+            return replace(f, tensors=leaves, output=n, final=n, where=source_line(n), module=module_path(n),
+                           nodes=frozenset((n,)))  # fmt: skip
+    return None
+
+
+def _attempts(
+    graph: fx.Graph, aliases: Aliases, n: fx.Node, done: Collection[fx.Node] = ()
+) -> Iterator[Found | NearMiss]:
+    try:
+        readings = list(finals(Lifter(graph, aliases, RULES), n, done))
+    except CannotLift as no:
+        yield _near(n, no.reason, 0)
+        return
+    for final in readings:
+        yield _attempt(graph, aliases, final)
+
+
+def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMiss:
+    n = final.node
+    lifter = Lifter(graph, aliases, RULES)
+    try:
+        lifted = _lift(lifter, final)
+    except CannotLift as no:
+        return _near(n, no.reason, 1)
+    if not lifter.products:
+        return _near(n, _reason(lifter, "no product of two token ranks stands behind the weights"), 1 if told(lifter) else 0)
+    output, lifted = _with_epilogue(lifter, final, lifted)
+    cascade = ranks.unify(ranks.split(_with_query(concat.split(hoist(lifter, lifted)))))
+    view = recognise.attention(cascade)
+    if isinstance(view, recognise.Miss):
+        return _near(n, _reason(lifter, view.reason), 1 if lifter.normalised or told(lifter) else 0)
+    if refusal := _normalised_elsewhere(view):
+        return _near(n, refusal, 1)
+    if refusal := _weights_are_parameters(view):
+        return _near(n, refusal, 0)
+    leaves = {t.name: lifter.leaves[t.name] for t in cascade.inputs}
+    if refusal := _projects(view, leaves):
+        return _near(n, refusal, 0)
+    for name, node in leaves.items():
+        read = lifter.read_at.get(node)
+        if read is not None and aliases.written_between(node, read - 1, output):
+            return _near(n, f"{name} ({node.name}) is written in place between its use in the scores and the output", 2)
+    cascade, leaves = canonical(verify(cascade), leaves)
+    return Found(
+        cascade=cascade,
+        tensors=leaves,
+        scalars=_scalars(graph, lifter, cascade),
+        output=output,
+        final=n,
+        where=source_line(n),
+        module=module_path(n),
+        nodes=frozenset(lifter.visited - set(leaves.values())),
+        needs_grad=any(_wants_grad(x) for x in leaves.values()),
+    )
+
+
+def _scalars(graph: fx.Graph, lifter: Lifter, c: Cascade) -> dict[str, fx.Node]:
+    """The node of every symbol that no input's shape shows: an offset into a cache, a maximum of two lengths."""
+    shown = {str(s) for t in c.inputs for s in t.shape if isinstance(s, sympy.Symbol)}
+    out = {k: v for k, v in lifter.scalars.items() if k in c.free_symbols}
+    wanted = [s for s in c.free_symbols if s not in shown and s not in out]
+    if wanted:
+        for n in graph.nodes:
+            value = n.meta.get("val")
+            if isinstance(value, torch.SymInt) and (name := str(value.node.expr)) in wanted:
+                out.setdefault(name, n)
+    return out
+
+
+def _lift(lifter: Lifter, final: Final) -> Cascade:
+    """The cascade of one reading of a last product."""
+    n = final.node
+    dtype = dtype_of(n)
+    if final.size == 1:
+        raise CannotLift("one key only", n)
+    at = [ZERO] * len(final.shape)
+    for d, s in enumerate(final.shape):
+        if s != 1:
+            name = f"d{d}"
+            lifter.ranks[name] = s
+            at[d] = ex.index(name)
+    lifter.key = "m"
+    lifter.ranks["m"] = final.size
+    place = tuple(at)
+    weight = ex.cast(final.weight(lifter, place, ex.index("m")), dtype)
+    node, where = final.value(lifter, place, ex.index("m"))
+    value, factors = peel(lifter, node, where, "m", n)
+    kept = [d for d, s in enumerate(final.shape) if s != 1]
+    body = weight * ex.cast(value, dtype)
+    for f in factors:
+        body = body * ex.cast(f, dtype)
+    lifter.tensors["O"] = Tensor("O", tuple(final.shape[d] for d in kept), dtype)
+    lifter.einsums.append(Einsum(Access("O", tuple(at[d] for d in kept)), body, "add", ("m",)))
+    lifter.output_at = place
+    return Cascade(
+        name=op_name(n),
+        ranks=lifter.rank_list(),
+        tensors=tuple(lifter.tensors.values()),
+        einsums=tuple(lifter.einsums),
+        outputs=("O",),
+        accumulate="f64" if dtype == "f64" else "f32",
+    )
+
+
+_EPILOGUE = frozenset(
+    ("div", "divide", "true_divide", "mul", "multiply", "where", "masked_fill", "nan_to_num", "to", "_to_copy")
+)
+
+
+def _with_epilogue(lifter: Lifter, final: Final, c: Cascade) -> tuple[fx.Node, Cascade]:
+    """Late division, and other row rules that stand after the last product, belong to the attention.
+
+    before   O = Σ_m SN·V              (its only user divides by SD)
+    after    O = Σ_m SN·V; Y = O / SD
+    """
+    node, shape = final.node, shape_of(tensor_of(final.node))
+    best: tuple[fx.Node, Expr] | None = None
+    if len(shape) != len(lifter.output_at):
+        return node, c
+    before = len(lifter.einsums)
+    at = lifter.output_at
+    kept = tuple(i for i in at if i is not ZERO)
+    lifter.assume(node, at, ex.load("O", kept, dtype_of(node)))
+    user = node
+    for _ in range(4):
+        users = [u for u in user.users if u.op == "call_function"]
+        if len(users) != 1 or len(user.users) != 1 or op_name(users[0]) not in _EPILOGUE:
+            break
+        user = users[0]
+        if not isinstance(user.meta.get("val"), torch.Tensor) or shape_of(tensor_of(user)) != shape:
+            break
+        term = lifter.value(user, at)
+        rows = {e.out.tensor for e in lifter.einsums if e.op is not None and e.over == (lifter.key,)} - {"O"}
+        if load_names(term) & rows:
+            best = (user, term)
+    if best is None:
+        del lifter.einsums[before:]
+        return node, c
+    output, term = best
+    dtype = dtype_of(output)
+    lifter.tensors["Y"] = Tensor("Y", lifter.tensors["O"].shape, dtype)
+    return output, replace(
+        c,
+        ranks=lifter.rank_list(),
+        tensors=tuple(lifter.tensors.values()),
+        einsums=(*lifter.einsums, Einsum(Access("Y", kept), term)),
+        outputs=("Y",),
+    )
+
+
+def _with_query(c: Cascade) -> Cascade:
+    """Decoding has one query; its coordinate is put back, so that every attention has a query rank.
+
+    before   QK[b,h,m] = Σ_e Q[b,h,0,e]·K[b,h,m,e]        after   QK[b,h,p,m] = Σ_e Q[b,h,p,e]·K[b,h,m,e],  P = 1
+    """
+    product = next(e for e in c.einsums if e.op == "add")
+    out = frozenset().union(*(i.ranks for i in product.out.index))
+    q = next((x for x in product.reads if "m" not in x.ranks), None)
+    k = next((x for x in product.reads if "m" in x.ranks), None)
+    if q is None or k is None or (q.ranks & out) - k.ranks or "p" in c.rank:
+        return c
+    dim = next((d for d, s in reversed(list(enumerate(c.tensor[str(q.attr)].shape))) if s == 1), None)
+    if dim is None:
+        return c
+    p = ex.index("p")
+    moved = ex.load(str(q.attr), (*q.args[:dim], p, *q.args[dim + 1 :]), q.dtype)
+    longer: dict[str, int] = {}
+    einsums: list[Einsum] = []
+    last = {"m", str(c.producers[c.outputs[0]][-1].out.index[-1].attr)}
+    for e in c.einsums:
+        table = {q: moved} if e is product else {}
+        for x in e.reads:
+            if (where := longer.get(str(x.attr))) is not None:
+                table[x] = ex.load(str(x.attr), (*x.args[:where], p, *x.args[where:]), x.dtype)
+        if not table:
+            einsums.append(e)
+            continue
+        where = len(e.out.index) - (1 if e.out.index and str(e.out.index[-1].attr) in last else 0)
+        longer[e.out.tensor] = where
+        index = (*e.out.index[:where], p, *e.out.index[where:])
+        einsums.append(replace(e, out=Access(e.out.tensor, index), body=ex.substitute(e.body, table)))
+    tensors = tuple(
+        replace(t, shape=(*t.shape[: longer[t.name]], 1, *t.shape[longer[t.name] :])) if t.name in longer else t
+        for t in c.tensors
+    )
+    return replace(c, ranks=(*c.ranks, Rank("p", 1)), tensors=tensors, einsums=tuple(einsums))
+
+
+def _weights_are_parameters(view: recognise.Attention) -> str:
+    """Keys and values that no batch rank reaches are weights: a feed-forward or a router, not attention."""
+    batch = set(view.batch)
+    query_side: set[str] = set()
+    key_side: set[str] = set()
+    for e in view.products:
+        for load in ex.loads(e.body):
+            (key_side if view.key in load.ranks else query_side).update(load.ranks & batch)
+    key_side |= view.values.ranks & batch
+    if query_side and not key_side:
+        return "keys and values are shared by every batch element: weights, not tokens"
+    return ""
+
+
+def _projects(view: recognise.Attention, leaves: Mapping[str, fx.Node]) -> str:
+    """Without a row rule, a chain of two products is an attention only between tokens: (x · W) · Kᵀ is a projection."""
+    if view.row:
+        return ""
+    keys = [x for e in view.products for x in ex.loads(e.body) if view.key in x.ranks]
+    for side, loads in (("keys", keys), ("values", ex.loads(view.values))):
+        read = [leaves[str(x.attr)] for x in loads if str(x.attr) in leaves]
+        if read and all(is_weight(n) for n in read):
+            return f"the {side} are weights of the model and nothing is normalised over them: a projection"
+    return ""
+
+
+def _normalised_elsewhere(view: recognise.Attention) -> str:
+    """Slot attention and its kin: the scores are normalised over a rank that the last product keeps."""
+    scores = {e.out.tensor for e in view.products}
+    products = set(scores)
+    for e in view.cascade.einsums:
+        if not scores & {str(r.attr) for r in e.reads}:
+            continue
+        scores.add(e.out.tensor)
+        if e.op is not None and view.key not in e.over and e.out.tensor not in products:
+            return f"the scores are normalised over {', '.join(e.over)}, which the last product does not reduce"
+    return ""
+
+
+def told(lifter: Lifter) -> list[str]:
+    """What the rules said that gave up between the products."""
+    return [m for m, _ in lifter.misses if m != "an input"]
+
+
+def _reason(lifter: Lifter, reason: str) -> str:
+    """The rule that gave up says more than the shape that is missing."""
+    return f"{reason}; {told(lifter)[-1]}" if told(lifter) else reason
+
+
+def _wants_grad(n: fx.Node) -> bool:
+    value = n.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _near(n: fx.Node, reason: str, depth: int) -> NearMiss:
+    return NearMiss(n, reason, op_name(n), source_line(n), module_path(n), depth)
+
+
+def load_names(root: Expr) -> frozenset[str]:
+    return frozenset(str(e.attr) for e in ex.loads(root))

@@ -1,0 +1,175 @@
+"""The last product of an attention: which value it is, what weighs the values, and where the values lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import cast as typed
+
+from torch import fx
+
+from ...patterns import expr as ex
+from ...patterns.cascade import Size
+from ...patterns.expr import Expr
+from ..graph.sizes import shape_of
+from ..lift.lift import ZERO, At, CannotLift, Lifter, arguments, dtype_of, op_name, scratch, tensor_of
+from ..lift.operators_contract import PRODUCTS, Contraction, contract
+
+
+@dataclass(frozen=True)
+class Final:
+    """`O[at] = Σ_m weight(at, m) · value(at, m)`; `shape` keeps missing dimensions as 1 and `place` fills them in."""
+
+    node: fx.Node
+    shape: tuple[Size, ...]
+    place: Callable[[At], At]
+    size: Size
+    weight: Callable[[Lifter, At, Expr], Expr]
+    value: Callable[[Lifter, At, Expr], tuple[fx.Node, At]]
+    why: str
+
+
+def finals(lifter: Lifter, n: fx.Node, done: Collection[fx.Node] = ()) -> Iterator[Final]:
+    """Every reading of node `n` as the last product: each operand in turn may be the weights.
+
+    `done` are outputs of attentions found before; nothing is sought behind them.
+    """
+    name = op_name(n)
+    if name == "scaled_dot_product_attention":
+        yield _sdpa(n)
+        return
+    build = PRODUCTS.get(name)
+    if name in ("baddbmm", "addmm") or build is None:
+        return
+    c = build(lifter, n)
+    if c is None:
+        return
+    probe = tuple(ZERO for _ in c.shape)
+    first, second = c.operands(probe, ZERO)
+    if name == "linear" and second[0].op in ("placeholder", "get_attr"):
+        return
+    for side in (0, 1):
+        weights = (first, second)[side][0]
+        if _leads_to_product(weights, done):
+            yield _from_contraction(n, c, side)
+
+
+def _from_contraction(n: fx.Node, c: Contraction, side: int) -> Final:
+    def weight(lifter: Lifter, at: At, m: Expr) -> Expr:
+        node, where = c.operands(at, m)[side]
+        return lifter.value(node, where)
+
+    def value(lifter: Lifter, at: At, m: Expr) -> tuple[fx.Node, At]:
+        return c.operands(at, m)[1 - side]
+
+    return Final(n, c.shape, c.place, c.size, weight, value, op_name(n))
+
+
+_LIMIT = 96
+_NOT_BETWEEN = frozenset(("placeholder", "linear", "embedding", "layer_norm", "convolution", "conv1d", "conv2d", "output"))
+_CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
+_SHAPE_ONLY = _CONTRACTIONS | frozenset((
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "permute", "expand",
+    "contiguous", "clone", "slice", "select", "to", "_to_copy", "getitem", "cat", "stack", "detach", "alias", "split",
+    "chunk", "unbind",
+))  # fmt: skip
+
+
+def _leads_to_product(start: fx.Node, done: Collection[fx.Node]) -> bool:
+    """Whether a contraction stands upstream of the weights, behind something other than views and casts."""
+    seen: set[fx.Node] = set()
+    stack: list[tuple[fx.Node, bool]] = [(start, False)]
+    while stack and len(seen) < _LIMIT:
+        n, between = stack.pop()
+        if n in seen or n in done:
+            continue
+        seen.add(n)
+        name = op_name(n)
+        if n is not start and between and (name in _CONTRACTIONS or _is_product_sum(n)):
+            return True
+        if name in _NOT_BETWEEN or n.op in ("placeholder", "get_attr"):
+            continue
+        stack.extend((a, between or name not in _SHAPE_ONLY) for a in n.all_input_nodes)
+    return any(_is_product_sum(x) for x in seen if x is not start)
+
+
+def _is_product_sum(n: fx.Node) -> bool:
+    return op_name(n) == "sum" and any(op_name(a) in ("mul", "multiply") for a in n.all_input_nodes)
+
+
+# --- scaled_dot_product_attention -----------------------------------------------------------------------------------
+
+
+def _sdpa(n: fx.Node) -> Final:
+    a = arguments(n)
+    q, k, v = (typed("fx.Node", a[x]) for x in ("query", "key", "value"))
+    kv_shape = shape_of(tensor_of(k))
+
+    def grouped(node: fx.Node, at: At) -> At:
+        """`enable_gqa` reads key head h // G, where G is the number of query heads over key heads."""
+        shape = shape_of(tensor_of(node))
+        if not a.get("enable_gqa") or len(at) < 3 or len(shape) < 3:
+            return at
+        heads, own = shape_of(tensor_of(q))[-3], shape[-3]
+        if heads == own or own == 1:
+            return at
+        if not isinstance(heads, int) or not isinstance(own, int):
+            raise CannotLift("grouped heads of symbolic number", n)
+        return (*at[:-3], at[-3] // (heads // own), *at[-2:])
+
+    def operands(w: At, e: Expr) -> tuple[tuple[fx.Node, At], tuple[fx.Node, At]]:
+        batch, p, m = w[:-2], w[-2], w[-1]
+        left, right = (*batch, p, e), grouped(k, (*batch, m, e))
+        return (q, broadcast_to(q, left)), (k, broadcast_to(k, right))
+
+    scores_shape = (*shape_of(tensor_of(n))[:-1], kv_shape[-2])
+    product = Contraction(operands, kv_shape[-1], scores_shape)
+
+    def score(lifter: Lifter, at: At) -> Expr:
+        dtype = dtype_of(n)
+        scale = a.get("scale")
+        if scale is None:
+            width = kv_shape[-1]
+            if not isinstance(width, int):
+                raise CannotLift("a head size that is symbolic", n)
+            scale = 1.0 / math.sqrt(width)
+        s = contract(lifter, n, product, at) * ex.cast(lifter.arg(scale, at), dtype)
+        if a.get("is_causal"):
+            s = ex.where(at[-1] <= at[-2], s, -math.inf)
+        mask = a.get("attn_mask")
+        if isinstance(mask, fx.Node):
+            term = lifter.value(mask, lifter.broadcast(mask, at))
+            s = ex.where(term, s, -math.inf) if term.dtype == "b1" else s + ex.cast(term, dtype)
+        return s
+
+    def weight(lifter: Lifter, at: At, m: Expr) -> Expr:
+        if a.get("dropout_p"):
+            raise CannotLift("live dropout: its random numbers cannot be kept", n)
+        dtype = dtype_of(n)
+        w = (*at[:-1], m)
+        rest = (*scores_shape[:-1], 1)
+
+        def scores(x: At) -> Expr:
+            return lifter.define(n, "S", scores_shape, (*x[:-1], m), lambda y: scratch(score(lifter, y)), dtype)
+
+        def top(x: At) -> Expr:
+            return lifter.define(n, "GM", rest, x, lambda y: scratch(scores(y), "max", (str(m.attr),)), dtype)
+
+        def numerator(x: At) -> Expr:
+            shape = scores_shape
+            return lifter.define(n, "SN", shape, (*x[:-1], m), lambda y: scratch(ex.exp(scores(y) - top(y))), dtype)
+
+        total = lifter.define(n, "SD", rest, w, lambda y: scratch(numerator(y), "add", (str(m.attr),)), dtype)
+        return ex.where(ex.equal(top(w), ex.const(-math.inf, dtype)), ex.const(0.0, dtype), numerator(w) / total)
+
+    def value(lifter: Lifter, at: At, m: Expr) -> tuple[fx.Node, At]:
+        return v, broadcast_to(v, grouped(v, (*at[:-2], m, at[-1])))
+
+    return Final(n, shape_of(tensor_of(n)), lambda at: at, kv_shape[-2], weight, value, "scaled_dot_product_attention")
+
+
+def broadcast_to(n: fx.Node, at: At) -> At:
+    """Broadcast coordinates without a lifter at hand."""
+    shape = shape_of(tensor_of(n))
+    return tuple(ZERO if s == 1 else i for s, i in zip(shape, at[len(at) - len(shape) :]))

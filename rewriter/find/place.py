@@ -1,0 +1,266 @@
+"""An attention's place in its graph: what a decision needs to know beside the cascade, whatever the sizes and the device.
+
+    Found (graph nodes)  →  Place (plain data: name, bounds, sizes of what is passed)  →  at sizes, on a device: Question
+
+A place holds no node, so that an attention can be costed again and again after its graph is gone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...cost_model.count.expect import unknowns
+from ...cost_model.plan.sweep import Symbol
+from ...cost_model.time.predict import VendorUse
+from ...patterns import expr as ex
+from ...patterns.attention.recognise import Attention, Miss, attention
+from ...patterns.cascade import Cascade, Size, bind
+from ...patterns.evaluate import DTYPE_NAME
+from ..graph.liveness import survivors
+from ..graph.sizes import product, shape_of, size_of
+from ..lift.lift import arguments, op_name
+from ..lift.operators_contract import PRODUCTS
+from ..splice.splice import hint
+from .detect import Found
+
+# Sizes from here on are no bound that anyone set.
+UNBOUNDED = 1 << 40
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an attention stands and what binds it there.
+
+    `bound` says why it cannot be replaced, whatever its cascade says; empty when it can. `scalars` are the symbols of its
+    cascade that are no size of a graph input: as sizes of the graph, with the value that was traced. `written`: how the
+    model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes. `upstream` has what
+    makes its keys and values, where that was asked for, and `model` the channels of the projection behind it. `origins`:
+    the graph's inputs behind each tensor that its mask reads.
+    """
+
+    cascade: Cascade
+    name: str
+    where: str
+    notes: tuple[str, ...]
+    bound: str
+    gradients: bool
+    dtype: str
+    device_type: str
+    scalars: tuple[tuple[str, Size, int | None], ...]
+    written: VendorUse | None
+    mask_elements: Size
+    origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    upstream: Cascade | Miss | None = None
+    model: Size = 0
+
+    def sizes(self, at: Mapping[str, int]) -> dict[str, int]:
+        """The value of every symbol of the cascade where the graph's own symbols have the values `at`."""
+        wider = self.upstream.free_symbols if isinstance(self.upstream, Cascade) else ()
+        known = {s: at[s] for s in (*self.cascade.free_symbols, *wider) if s in at}
+        for name, size, traced in self.scalars:
+            value = bind(size, at)
+            if isinstance(value, int):
+                known[name] = value
+            elif traced is not None:
+                known[name] = traced
+        return known
+
+    def call(self, at: Mapping[str, int]) -> VendorUse | None:
+        """How the model calls SDPA at these sizes."""
+        if self.written is None:
+            return None
+        elements = bind(self.mask_elements, at)
+        return replace(self.written, mask_elements=elements) if isinstance(elements, int) else self.written
+
+
+def named(found: Iterable[Found], taken: Counter[str]) -> Iterator[tuple[Found, str]]:
+    """A name for every attention: its module's path, and where a module has several, path, path#2, path#3."""
+    for f in found:
+        taken[f.module] += 1
+        yield f, f.module if taken[f.module] == 1 else f"{f.module}#{taken[f.module]}"
+
+
+def place(f: Found, name: str) -> Place:
+    """The place of a found attention."""
+    value = f.output.meta["val"]
+    written, mask_elements = _written(f)
+    return Place(
+        f.cascade, name, f.where, f.notes, _bound_to_original(f), _wants_gradient(f),
+        str(value.dtype).removeprefix("torch."), value.device.type, _scalars(f), written, mask_elements,
+        _origins(f),
+    )  # fmt: skip
+
+
+def _origins(f: Found) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The graph's inputs whose values, not sizes, reach the tensors that the mask reads."""
+    view = attention(f.cascade)
+    assert isinstance(view, Attention), view
+    return tuple((name, _inputs_behind(f.tensors[name])) for name in unknowns(view) if name in f.tensors)
+
+
+def _inputs_behind(node: fx.Node) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    seen, stack = {node}, [node]
+    while stack:
+        n = stack.pop()
+        if n.op == "placeholder":
+            found[str(n.meta.get("argument", n.target))] = None
+        fresh = [i for i in n.all_input_nodes if i not in seen and isinstance(i.meta.get("val"), torch.Tensor)]
+        seen |= set(fresh)
+        stack += fresh
+    return tuple(sorted(found))
+
+
+def _scalars(f: Found) -> tuple[tuple[str, Size, int | None], ...]:
+    values = {name: node.meta.get("val") for name, node in f.scalars.items()}
+    return tuple((name, size_of(v), v.node.hint) for name, v in values.items() if isinstance(v, torch.SymInt))
+
+
+def _bound_to_original(f: Found) -> str:
+    """Why this attention cannot be replaced where it stands, whatever its cascade says; empty when it can."""
+    inside = interior(f)
+    scores = _scores(f, inside)
+    escaped = survivors(frozenset(scores), f.output)
+    if escaped:
+        reader = next(u for n in escaped for u in n.users if u not in inside and u is not f.output)
+        return f"the scores or weights are read elsewhere ({reader.name}): they would be computed twice"
+    if _wants_gradient(f) and (cut := _gradient_cut(inside)):
+        return f"a gradient is cut inside the attention (at {cut.name})"
+    return ""
+
+
+def _wants_gradient(f: Found) -> bool:
+    """Whether a gradient flows back through the output; under no_grad it does not, whatever the parameters want."""
+    return bool(f.output.meta["val"].requires_grad)
+
+
+def interior(f: Found) -> frozenset[fx.Node]:
+    """The nodes between the inputs of an attention and its output."""
+    stop = {*f.tensors.values(), *f.scalars.values()}
+    seen: set[fx.Node] = set()
+    stack = [f.output]
+    while stack:
+        n = stack.pop()
+        if n in seen or n in stop or n.op != "call_function":
+            continue
+        seen.add(n)
+        stack.extend(_data(n))
+    return frozenset(seen - {f.output})
+
+
+# Operators that read no element of an argument: its shape, type and device alone.
+_LENT: Mapping[str, int] = {
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), 0),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
+    **dict.fromkeys(("expand_as", "type_as", "view_as", "reshape_as"), 1),
+}
+
+
+def _data(n: fx.Node) -> Iterator[fx.Node]:
+    """The nodes whose elements a node reads: no sizes, no empty part of a concatenation, nothing that lends its shape."""
+    at = _LENT.get(op_name(n), len(n.args))
+    read = torch.utils._pytree.tree_leaves((n.args[:at], n.args[at + 1 :], dict(n.kwargs)))
+    for i in n.all_input_nodes:
+        if i not in read:
+            continue
+        value = i.meta.get("val")
+        plain = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
+        empty = isinstance(value, torch.Tensor) and any(isinstance(s, int) and s == 0 for s in value.shape)
+        if not plain and not empty:
+            yield i
+
+
+_CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
+
+
+def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:
+    """The interior nodes from the products of queries and keys on: scores, weights and what is between."""
+    order = {n: i for i, n in enumerate(f.output.graph.nodes)}
+    reached = {n for n in inside if op_name(n) in _CONTRACTIONS} or _meeting(f, inside, order)
+    for n in sorted(inside, key=lambda x: order[x]):
+        if any(i in reached for i in n.all_input_nodes):
+            reached.add(n)
+    return reached
+
+
+def _meeting(f: Found, inside: frozenset[fx.Node], order: Mapping[fx.Node, int]) -> set[fx.Node]:
+    """Where a product is spelled by hand: the nodes that depend on the query's and on the key's operand."""
+    view = attention(f.cascade)
+    assert isinstance(view, Attention), view
+    sides: list[set[fx.Node]] = [set(), set()]
+    for e in view.products:
+        for load in ex.loads(e.body):
+            if str(load.attr) in f.tensors:
+                sides[view.key in load.ranks].add(f.tensors[str(load.attr)])
+    for n in sorted(inside, key=lambda x: order[x]):
+        for reached in sides:
+            if any(i in reached for i in n.all_input_nodes):
+                reached.add(n)
+    return {n for n in inside if n in sides[0] and n in sides[1]}
+
+
+def _gradient_cut(inside: frozenset[fx.Node]) -> fx.Node | None:
+    """A node inside whose inputs want a gradient and whose floating value does not."""
+    for n in inside:
+        value = n.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
+            for i in n.all_input_nodes:
+                given = i.meta.get("val")
+                if isinstance(given, torch.Tensor) and given.requires_grad:
+                    return n
+    return None
+
+
+def _written(f: Found) -> tuple[VendorUse | None, Size]:
+    """How the model itself calls SDPA, if that is what it does; the mask that it passes is made once for many layers."""
+    if op_name(f.final) != "scaled_dot_product_attention":
+        return None, 0
+    given = arguments(f.final)
+    mask = given["attn_mask"]
+    if not isinstance(mask, fx.Node):
+        return VendorUse("", skips=bool(given["is_causal"])), 0
+    value = mask.meta["val"]
+    traced = math.prod(hint(s) for s in value.shape)
+    return VendorUse("", False, traced, DTYPE_NAME[value.dtype]), product(shape_of(value))
+
+
+# --- open sizes ---------------------------------------------------------------------------------------------------
+
+
+def hints_of(gm: fx.GraphModule) -> Mapping[str, int]:
+    """The size that each symbol of the graph has in the example that it was traced with."""
+    out: dict[str, int] = {}
+    for n in gm.graph.nodes:
+        value = n.meta.get("val")
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for s in sizes:
+            if isinstance(s, torch.SymInt) and s.node.hint is not None:
+                expression = s.node.expr
+                if expression.is_Symbol:
+                    out.setdefault(str(expression), int(s.node.hint))
+    return out
+
+
+def symbols_of(gm: fx.GraphModule) -> tuple[Symbol, ...]:
+    """Every open size of a graph. Capture takes 0 and 1 for special, so that `low` is 2 for what may be 1 as well."""
+    hints, found = hints_of(gm), dict[str, Symbol]()
+    for n in gm.graph.nodes:
+        value = n.meta.get("val")
+        for s in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(s, torch.SymInt) and str(s.node.expr) in hints and str(s.node.expr) not in found:
+                name, known = str(s.node.expr), s.node.shape_env.var_to_range.get(s.node.expr)
+                low, high = (_number(known.lower), _number(known.upper)) if known is not None else (None, None)
+                found[name] = Symbol(name, hints[name], low or 0, high if high is None or high < UNBOUNDED else None)
+    return tuple(found.values())
+
+
+def _number(bound: Any) -> int | None:
+    """A bound of a range; None for infinity."""
+    return int(bound) if bound.is_Integer else None

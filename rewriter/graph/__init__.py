@@ -1,0 +1,1 @@
+"""Reading graphs: what aliases what, what lives how long, which sizes are open."""

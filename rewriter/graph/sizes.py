@@ -1,0 +1,61 @@
+"""Sizes of graph nodes as the cascade's sizes: integers, or sympy terms over the graph's own symbol names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sympy
+import torch
+
+from ...patterns.cascade import Size
+
+
+def size_of(value: object) -> Size:
+    """An `int` or `SymInt` as a Size. Raises TypeError for anything else."""
+    if isinstance(value, torch.SymInt):
+        known = value.node.maybe_as_int()
+        return known if known is not None else plain(value.node.expr)
+    if isinstance(value, int):
+        return value
+    raise TypeError(f"{value!r} is no size")
+
+
+def shape_of(value: torch.Tensor) -> tuple[Size, ...]:
+    return tuple(size_of(s) for s in value.shape)
+
+
+def plain(e: sympy.Expr) -> Size:
+    """A shape environment's expression in sympy's own functions, every symbol integer and positive."""
+    if e.is_Integer:
+        return int(e)
+    if e.is_Symbol:
+        return sympy.Symbol(e.name, integer=True, positive=True)
+    args = [sympy.sympify(plain(a)) for a in e.args]
+    match type(e).__name__:
+        case "FloorDiv" | "CleanDiv":
+            out = sympy.floor(args[0] / args[1])
+        case "Mod" | "PythonMod":
+            out = sympy.Mod(args[0], args[1])
+        case "ModularIndexing":
+            out = sympy.Mod(sympy.floor(args[0] / args[1]), args[2])
+        case _:
+            out = e.func(*args)
+    return int(out) if out.is_Integer else out
+
+
+def same(a: Size, b: Size) -> bool:
+    """Equal for every value of the symbols (as far as expansion shows; a false negative is safe)."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0)
+
+
+def product(sizes: Sequence[Size]) -> Size:
+    out: Size = 1
+    for s in sizes:
+        out = s if out == 1 else out if s == 1 else sympy.sympify(out) * s if not _ints(out, s) else int(out) * int(s)
+    return out
+
+
+def _ints(a: Size, b: Size) -> bool:
+    return isinstance(a, int) and isinstance(b, int)

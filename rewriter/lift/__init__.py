@@ -1,0 +1,1 @@
+"""One node → one term: operator by operator, spellings vanish here."""

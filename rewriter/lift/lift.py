@@ -1,0 +1,285 @@
+"""Lifting: what a graph node computes at given coordinates, as a term; reductions and products become Einsums.
+
+Lifting is driven by demand. `Lifter.value(node, at)` asks one rule per operator (rewriter/operators_*.py) for the term of
+the element of `node` at the index terms `at`. Views only rewrite `at`, pointwise operators build terms, and reductions
+and contractions define a tensor of the cascade and answer a load of it. So spellings vanish here, and what is left is
+products, row reductions and terms over coordinates and loads.
+
+A node that no rule covers, or whose data is written in place before it is read, becomes an input tensor of the cascade.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ...patterns import expr as ex
+from ...patterns.cascade import Access, Einsum, Rank, Size, Tensor, size_term
+from ...patterns.evaluate import DTYPE_NAME
+from ...patterns.expr import Expr
+from ..graph.aliases import Aliases
+from ..graph.sizes import same, shape_of, size_of
+from .index import is_simple
+
+At = tuple[Expr, ...]
+Rule = Callable[["Lifter", fx.Node, Mapping[str, object], At], Expr]
+ZERO = ex.const(0)
+
+
+class CannotLift(Exception):
+    """Raised inside lifting only, and caught there: the node (or the whole attempt) has no form as a term."""
+
+    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.node = reason, node
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The node and coordinates that a term came from."""
+
+    node: fx.Node
+    at: At
+
+
+def op_name(n: fx.Node) -> str:
+    """`aten::softmax.int` → `softmax`; in-place variants lose their underscore (aliases are checked elsewhere)."""
+    if n.op != "call_function":
+        return n.op
+    if n.target is operator.getitem:
+        return "getitem"
+    if isinstance(n.target, torch._ops.OpOverload):
+        namespace, _, name = n.target._schema.name.partition("::")
+        if namespace != "aten":
+            return n.target._schema.name
+        return name.removesuffix("_") if not name.startswith("__") else name
+    return str(getattr(n.target, "__name__", n.target))
+
+
+def arguments(n: fx.Node) -> dict[str, object]:
+    """Arguments by the schema's names, defaults filled in."""
+    if not isinstance(n.target, torch._ops.OpOverload):
+        return {str(i): a for i, a in enumerate(n.args)}
+    out: dict[str, object] = {}
+    for i, a in enumerate(n.target._schema.arguments):
+        if i < len(n.args):
+            out[a.name] = n.args[i]
+        elif a.name in n.kwargs:
+            out[a.name] = n.kwargs[a.name]
+        else:
+            out[a.name] = a.default_value
+    return out
+
+
+def tensor_of(n: fx.Node) -> torch.Tensor:
+    value = n.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise CannotLift(f"{n.name} is no tensor", n)
+    return value
+
+
+def dtype_of(n: fx.Node) -> str:
+    name = DTYPE_NAME.get(tensor_of(n).dtype)
+    if name is None:
+        raise CannotLift(f"{n.name} has the type {tensor_of(n).dtype}, which has no term", n)
+    return name
+
+
+_REPEATS = frozenset(("expand", "expand_as", "broadcast_to"))
+
+
+class Lifter:
+    """One attempt to lift the value of one node. Collects ranks, tensors and Einsums as they are demanded."""
+
+    def __init__(self, graph: fx.Graph, aliases: Aliases, rules: Mapping[str, Rule]) -> None:
+        self.aliases, self.rules = aliases, rules
+        self.position = aliases.position
+        self.ranks: dict[str, Size] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.einsums: list[Einsum] = []
+        self.leaves: dict[str, fx.Node] = {}
+        self.read_at: dict[fx.Node, int] = {}
+        self.scalars: dict[str, fx.Node] = {}
+        self.origin: dict[Expr, Origin] = {}
+        self.visited: set[fx.Node] = set()
+        self.products: set[str] = set()
+        self.outside: dict[fx.Node, tuple[At, tuple[Expr, ...]]] = {}
+        self.key = ""
+        self.output_at: At = ()
+        self.misses: list[tuple[str, fx.Node]] = []
+        self._memo: dict[tuple[fx.Node, At], Expr] = {}
+        self._defined: dict[tuple[fx.Node, str], tuple[str, tuple[int, ...]]] = {}
+        self._leaf_of: dict[fx.Node, str] = {}
+        self._hint: dict[tuple[fx.Node, int], str] = {}
+        self._consumer: list[fx.Node] = []
+
+    # --- values ---------------------------------------------------------------------------------------------------
+
+    def arg(self, value: object, at: At) -> Expr:
+        """The term of an operator's argument: a node at coordinates (broadcast to them), or a Python scalar."""
+        if isinstance(value, fx.Node):
+            if isinstance(value.meta.get("val"), torch.Tensor):
+                return self.value(value, self.broadcast(value, at))
+            return self.scalar(value)
+        if isinstance(value, (bool, int, float)):
+            return ex.const(value)
+        raise CannotLift(f"argument {value!r} has no term")
+
+    def scalar(self, n: fx.Node) -> Expr:
+        """A symbolic integer or float of the graph."""
+        value = n.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            try:
+                return size_term(size_of(value))
+            except ValueError:
+                self.scalars[n.name] = n
+                return ex.symbol(n.name)
+        if isinstance(value, (bool, int, float)):
+            return ex.const(value)
+        tensor = n.args[0] if op_name(n) == "item" else None
+        if isinstance(tensor, fx.Node):
+            # a Python number that Dynamo passes as a tensor without dimensions
+            return self.value(tensor, (ZERO,) * tensor_of(tensor).dim())
+        raise CannotLift(f"{n.name} is a scalar that depends on data", n)
+
+    def broadcast(self, n: fx.Node, at: At) -> At:
+        """Coordinates of `n` when it is broadcast to a value with coordinates `at`."""
+        shape = shape_of(tensor_of(n))
+        if len(shape) > len(at):
+            raise CannotLift(f"{n.name} has more dimensions than the value it is broadcast to", n)
+        tail = at[len(at) - len(shape) :]
+        return tuple(ZERO if s == 1 else i for s, i in zip(shape, tail))
+
+    def value(self, n: fx.Node, at: At) -> Expr:
+        """The term of the element of node `n` at coordinates `at` (one per dimension)."""
+        shape = shape_of(tensor_of(n))
+        at = tuple(ZERO if s == 1 else i for s, i in zip(shape, at, strict=True))
+        key = (n, at)
+        if key in self._memo:
+            return self._memo[key]
+        for d, i in enumerate(at):
+            if i.op == "index":
+                self._hint.setdefault((n, d), str(i.attr))
+        if self._consumer and self.aliases.written_between(n, n, self._consumer[-1]):
+            return self.leaf(n, at)
+        rule = self.rules.get(op_name(n))
+        if rule is None:
+            return self.leaf(n, at)
+        self._consumer.append(n)
+        try:
+            out = rule(self, n, arguments(n), at)
+        except CannotLift as no:
+            self.misses.append((no.reason, n))
+            return self.leaf(n, at)
+        finally:
+            self._consumer.pop()
+        out = ex.cast(out, dtype_of(n))
+        self.visited.add(n)
+        self._memo[key] = out
+        # the most downstream node that strides can address; one that repeats another says no more than that one
+        if out not in self.origin or (is_simple(at) and op_name(n) not in _REPEATS):
+            self.origin[out] = Origin(n, at)
+        return out
+
+    def assume(self, n: fx.Node, at: At, term: Expr) -> None:
+        """Read node `n` at `at` as `term` from here on."""
+        self._memo[(n, tuple(ZERO if s == 1 else i for s, i in zip(shape_of(tensor_of(n)), at)))] = term
+
+    @property
+    def normalised(self) -> bool:
+        """Whether a reduction other than a product has been lifted: something normalises the scores."""
+        return any(e.op is not None and e.out.tensor not in (*self.products, "O") for e in self.einsums)
+
+    def is_key(self, n: fx.Node, dim: int) -> bool:
+        """Whether dimension `dim` (counted from the end) of `n`, or of a value it is made of, was read along the key."""
+        shape = shape_of(tensor_of(n))
+        return len(shape) >= -dim and self._hint.get((n, len(shape) + dim), "") == self.key != ""
+
+    def leaf(self, n: fx.Node, at: At, reader: fx.Node | None = None) -> Expr:
+        """Read node `n` as an input tensor of the cascade, at the time when `reader` (default: the asker) runs."""
+        name = self._leaf_of.get(n)
+        if name is None:
+            name = self._fresh(_clean(n.name), self.tensors)
+            self._leaf_of[n] = name
+            self.leaves[name] = n
+            self.tensors[name] = Tensor(name, shape_of(tensor_of(n)), dtype_of(n))
+        reader = reader or (self._consumer[-1] if self._consumer else None)
+        if reader is not None:
+            self.read_at[n] = min(self.read_at.get(n, self.position[reader]), self.position[reader])
+        shape = shape_of(tensor_of(n))
+        return ex.load(name, tuple(ZERO if s == 1 else i for s, i in zip(shape, at, strict=True)), dtype_of(n))
+
+    # --- definitions ------------------------------------------------------------------------------------------------
+
+    def rank(self, size: Size, hint: str = "", avoid: Sequence[str] = ()) -> str:
+        """A rank for a bound coordinate of this size: the hinted one when it fits (bound names are free to choose)."""
+        if hint and hint not in avoid and hint in self.ranks and same(self.ranks[hint], size):
+            return hint
+        for name, s in self.ranks.items():
+            if name not in avoid and same(s, size) and hint == "*":
+                return name
+        name = self._fresh("r0", self.ranks)
+        self.ranks[name] = size
+        return name
+
+    def bound_rank(self, n: fx.Node, dim: int, avoid: Sequence[str]) -> str:
+        """The rank of a reduced dimension of node `n`: the name under which that dimension was demanded, if any."""
+        size = shape_of(tensor_of(n))[dim]
+        return self.rank(size, self._hint.get((n, dim), ""), avoid)
+
+    def define(
+        self, n: fx.Node, what: str, shape: Sequence[Size], at: At, body: Callable[[At], Einsum], dtype: str
+    ) -> Expr:
+        """A tensor of the cascade named `what`, defined once for node `n`; answers its load at `at`.
+
+        Dimensions of size 1 are left out. `body` gets the coordinates (ranks, or 0 where the size is 1) and builds the
+        Einsum for them; its output access is replaced by the right one.
+        """
+        key = (n, what)
+        if key not in self._defined:
+            kept = tuple(d for d, s in enumerate(shape) if s != 1)
+            names: list[str] = []
+            for d in kept:
+                i = at[d]
+                hint = str(i.attr) if i.op == "index" else self._hint.get((n, d), "")
+                names.append(self.rank(shape[d], hint, names))
+            coordinates = [ZERO] * len(shape)
+            for d, r in zip(kept, names):
+                coordinates[d] = ex.index(r)
+            built = body(tuple(coordinates))
+            name = self._fresh(what, self.tensors)
+            self.tensors[name] = Tensor(name, tuple(shape[d] for d in kept), dtype)
+            self.einsums.append(
+                Einsum(Access(name, tuple(ex.index(r) for r in names)), built.body, built.op, built.over)
+            )
+            self._defined[key] = (name, kept)
+        name, kept = self._defined[key]
+        return ex.load(name, tuple(at[d] for d in kept), dtype)
+
+    def _fresh(self, want: str, taken: Mapping[str, object]) -> str:
+        if want not in taken and want != "r0":
+            return want
+        stem = want.rstrip("0123456789") or "t"
+        k = 0
+        while f"{stem}{k}" in taken:
+            k += 1
+        return f"{stem}{k}"
+
+    def rank_list(self) -> tuple[Rank, ...]:
+        used: set[str] = set()
+        for e in self.einsums:
+            used |= e.ranks | set(e.over)
+        return tuple(Rank(r, s) for r, s in self.ranks.items() if r in used)
+
+
+def _clean(name: str) -> str:
+    return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
+
+
+def scratch(body: Expr, op: str | None = None, over: tuple[str, ...] = ()) -> Einsum:
+    """An Einsum whose output access is still to be filled in by `define`."""
+    return Einsum(Access("", ()), body, op, over)

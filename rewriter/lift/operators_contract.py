@@ -1,0 +1,355 @@
+"""Contractions: a product becomes `QK = Σ_e a·b` over operands that are read as far upstream as strides reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+from typing import cast as typed
+
+from torch import fx
+
+from ...patterns import expr as ex
+from ...patterns.cascade import Einsum, Size
+from ...patterns.expr import Expr
+from ..graph.sizes import shape_of
+from .index import is_simple
+from .lift import ZERO, At, CannotLift, Lifter, Rule, arguments, dtype_of, op_name, scratch, tensor_of
+from .operators_reduce import dims_of, full_place, reduction
+from .operators_view import source
+
+Args = Mapping[str, object]
+T = TypeVar("T")
+
+def sum_(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
+    """`(a·b).sum(dim)` is a contraction when the summand is an outer product, else a row sum."""
+    found = product_sum(lifter, n)
+    if found is None:
+        return reduction("R", "add")(lifter, n, a, at)
+    return contract(lifter, n, found, at)
+
+
+def product_sum(lifter: Lifter, n: fx.Node) -> Contraction | None:
+    a = arguments(n)
+    x = source(n, a)
+    shape = shape_of(tensor_of(x))
+    dims = dims_of(a, len(shape))
+    inner = _see_through(x)
+    if op_name(inner) not in ("mul", "multiply") or len(dims) != 1 or shape[dims[0]] == 1:
+        return None
+    factors = arguments(inner)
+    left, right = factors["self"], factors["other"]
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return None
+    d = dims[0]
+    shapes = [_padded(left, len(shape)), _padded(right, len(shape))]
+    if any(s[d] == 1 for s in shapes) or all(s == shape for s in shapes) or lifter.is_key(left, d - len(shape)):
+        return None
+
+    def operands(w: At, e: Expr) -> Pair:
+        full = (*w[:d], e, *w[d + 1 :])
+        return (left, lifter.broadcast(left, full)), (right, lifter.broadcast(right, full))
+
+    rest = [1 if k == d else s for k, s in enumerate(shape)]
+    return Contraction(operands, shape[d], tuple(rest), lambda at: full_place(at, dims, a.get("keepdim"), len(shape)))
+
+
+def _padded(n: fx.Node, rank: int) -> tuple[Size, ...]:
+    shape = shape_of(tensor_of(n))
+    return (1,) * (rank - len(shape)) + shape
+
+
+def _see_through(n: fx.Node) -> fx.Node:
+    while op_name(n) in ("to", "_to_copy", "contiguous", "clone", "alias", "detach"):
+        n = typed("fx.Node", n.args[0])
+    return n
+
+
+# --- contractions -------------------------------------------------------------------------------------------------
+
+Pair = tuple[tuple[fx.Node, At], tuple[fx.Node, At]]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """`out[w] = Σ_e a·b`: the operands' places for output coordinates `w` and a reduced coordinate.
+
+    `shape` is the output's shape with the reduced and missing dimensions kept as 1; `place` turns the node's own
+    coordinates into `w`.
+    """
+
+    operands: Callable[[At, Expr], Pair]
+    size: Size
+    shape: tuple[Size, ...]
+    place: Callable[[At], At] = lambda at: at
+
+
+def contract(lifter: Lifter, n: fx.Node, c: Contraction, at: At) -> Expr:
+    """A product of the cascade, with factors that do not carry the reduced rank taken out of the sum."""
+    dtype = dtype_of(n)
+    at = tuple(ZERO if s == 1 else i for s, i in zip(c.shape, c.place(at), strict=True))
+
+    def build(where: At) -> Einsum:
+        taken = [str(i.attr) for i in where if i.op == "index"]
+        e = lifter.rank(c.size, "", taken)
+        inside: list[Expr] = []
+        outside: list[Expr] = []
+        for node, place in c.operands(where, ex.index(e)):
+            term, factors = peel(lifter, node, place, e, n)
+            inside.append(ex.cast(term, dtype))
+            outside.extend(factors)
+        lifter.outside[n] = (where, tuple(outside))
+        return scratch(inside[0] * inside[1], "add", (e,))
+
+    out = lifter.define(n, "QK", c.shape, at, build, dtype)
+    lifter.products.add(str(out.attr))
+    base, factors = lifter.outside[n]
+    table = {b: i for b, i in zip(base, at) if b.op == "index"}
+    for f in factors:
+        out = out * ex.cast(ex.substitute(f, table), dtype)
+    return out
+
+
+_PEEL = frozenset((
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "permute",
+    "expand", "expand_as", "contiguous", "clone", "detach", "alias", "slice", "select", "narrow", "repeat_interleave",
+    "cat", "getitem", "movedim", "swapaxes", "mT", "numpy_T", "lift_fresh_copy", "dropout", "repeat",
+))  # fmt: skip
+LOOKED_THROUGH = _PEEL | {"to", "_to_copy", "type_as", "float", "mul", "multiply", "div"}
+
+
+def peel(lifter: Lifter, n: fx.Node, at: At, reduced: str, reader: fx.Node) -> tuple[Expr, list[Expr]]:
+    """An operand read as far upstream as strides can still address it, and the scalar factors met on the way.
+
+    Views, casts and products with a factor without the reduced coordinate are looked through; anything else is where the
+    operand is materialised, and stays the model's own. `reader` is the contraction.
+    """
+    best, best_reader, best_casts, best_factors = (n, at), reader, 0, 0
+    casts: list[str] = []
+    factors: list[Expr] = []
+    node, where, below = n, at, reader
+    while (step := _step_up(lifter, node, where, reduced)) is not None:
+        above, place, cast_to, factor = step
+        # what was written into a copy is not in what it was copied from
+        if lifter.aliases.written_between(node, node, below):
+            break
+        casts += [cast_to] if cast_to else []
+        factors += [factor] if factor is not None else []
+        lifter.visited.add(node)
+        below, node, where = node, above, place
+        if is_simple(where):
+            best, best_reader, best_casts, best_factors = (node, where), below, len(casts), len(factors)
+    out = lifter.leaf(*best, reader=best_reader)
+    for c in reversed(casts[:best_casts]):
+        out = ex.cast(out, c)
+    return out, factors[:best_factors]
+
+
+def _step_up(
+    lifter: Lifter, n: fx.Node, at: At, reduced: str
+) -> tuple[fx.Node, At, str | None, Expr | None] | None:
+    """One node upstream: (node, coordinates, cast met, factor met), or None where the operand is materialised."""
+    name = op_name(n)
+    if name in ("to", "_to_copy", "type_as", "float"):
+        x = typed("fx.Node", n.args[0])
+        own, other = dtype_of(n), dtype_of(x)
+        return x, at, (own if own != other else None), None
+    if name in ("mul", "multiply", "div"):
+        a = arguments(n)
+        if a.get("rounding_mode"):
+            return None
+        left, right = a["self"], a["other"]
+        pairs = [(left, right)] if name == "div" else [(left, right), (right, left)]
+        for side, factor in pairs:
+            if not isinstance(side, fx.Node) or shape_of(tensor_of(side)) != shape_of(tensor_of(n)):
+                continue
+            if isinstance(factor, fx.Node) and not _is_scale(factor, at, reduced):
+                continue
+            try:
+                term = ex.cast(lifter.arg(factor, at), dtype_of(n))
+            except CannotLift:
+                continue
+            if reduced in term.ranks:
+                continue
+            if name == "div":
+                term = ex.const(1.0, dtype_of(n)) / term
+            own, other = dtype_of(n), dtype_of(side)
+            return side, at, (own if own != other else None), term
+        return None
+    if name not in _PEEL:
+        return None
+    spy = _Spy(lifter)
+    try:
+        lifter.rules[name](spy, n, arguments(n), at)  # type: ignore[arg-type]
+    except CannotLift:
+        return None
+    if len(spy.seen) != 1:
+        return None
+    (x, place), = spy.seen
+    return x, place, None, None
+
+
+def _is_scale(n: fx.Node, at: At, reduced: str) -> bool:
+    """A factor tensor that has no extent along the reduced coordinate and is small: a temperature, not an operand."""
+    value = n.meta.get("val")
+    if not hasattr(value, "dim"):
+        return True
+    shape = shape_of(tensor_of(n))
+    tail = at[len(at) - len(shape) :]
+    live = [i for s, i in zip(shape, tail) if s != 1]
+    return all(reduced not in i.ranks for i in live)
+
+
+class _Spy:
+    """Stands in for the lifter while a view rule moves coordinates, and notes where the rule reads."""
+
+    def __init__(self, lifter: Lifter) -> None:
+        self._lifter = lifter
+        self.ranks = lifter.ranks
+        self.seen: list[tuple[fx.Node, At]] = []
+
+    def value(self, n: fx.Node, at: At) -> Expr:
+        shape = shape_of(tensor_of(n))
+        place = tuple(ZERO if s == 1 else i for s, i in zip(shape, at, strict=True))
+        if (n, place) not in self.seen:
+            self.seen.append((n, place))
+        return ex.const(0, dtype_of(n))
+
+    def broadcast(self, n: fx.Node, at: At) -> At:
+        return self._lifter.broadcast(n, at)
+
+    def scalar(self, n: fx.Node) -> Expr:
+        return self._lifter.scalar(n)
+
+
+def matmul(lifter: Lifter, n: fx.Node) -> Contraction:
+    """matmul, mm, bmm, mv, dot with torch's broadcasting"""
+    values = list(arguments(n).values())
+    x, y = typed("fx.Node", values[0]), typed("fx.Node", values[1])
+    sx, sy = shape_of(tensor_of(x)), shape_of(tensor_of(y))
+
+    def with_matrixdims_of(at: tuple[T, ...], one: T) -> tuple[T, ...]:
+        out = list(at)
+        if len(sx) == 1:
+            out.insert(len(out) - (0 if len(sy) == 1 else 1), one)
+        if len(sy) == 1:
+            out.append(one)
+        return tuple(out)
+
+    def operands(w: At, e: Expr) -> Pair:
+        left = (e,) if len(sx) == 1 else (*w[:-2], w[-2], e)
+        right = (e,) if len(sy) == 1 else (*w[:-2], e, w[-1])
+        return (x, lifter.broadcast(x, left)), (y, lifter.broadcast(y, right))
+
+    shape = with_matrixdims_of(shape_of(tensor_of(n)), 1)
+    return Contraction(operands, sx[-1], shape, lambda at: with_matrixdims_of(at, ZERO))
+
+
+def batch_product(lifter: Lifter, n: fx.Node) -> Contraction:
+    """The product of addmm and baddbmm, without what they add."""
+    a = arguments(n)
+    x = typed("fx.Node", a.get("batch1", a.get("mat1")))
+    y = typed("fx.Node", a.get("batch2", a.get("mat2")))
+
+    def operands(w: At, e: Expr) -> Pair:
+        return (x, lifter.broadcast(x, (*w[:-2], w[-2], e))), (y, lifter.broadcast(y, (*w[:-2], e, w[-1])))
+
+    return Contraction(operands, shape_of(tensor_of(x))[-1], shape_of(tensor_of(n)))
+
+
+def baddbmm(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
+    """out = beta·input + alpha·(batch1 @ batch2)"""
+    dtype = dtype_of(n)
+    out = contract(lifter, n, batch_product(lifter, n), at)
+    if a["alpha"] != 1:
+        out = out * ex.cast(lifter.arg(a["alpha"], at), dtype)
+    if a["beta"] == 0:
+        return out
+    bias = ex.cast(lifter.arg(a["self"], at), dtype)
+    return (bias if a["beta"] == 1 else bias * ex.cast(lifter.arg(a["beta"], at), dtype)) + out
+
+
+def _linear_product(lifter: Lifter, n: fx.Node) -> Contraction:
+    a = arguments(n)
+    x, w = typed("fx.Node", a["input"]), typed("fx.Node", a["weight"])
+    return Contraction(
+        lambda p, e: ((x, (*p[:-1], e)), (w, (p[-1], e))), shape_of(tensor_of(x))[-1], shape_of(tensor_of(n))
+    )
+
+
+def linear(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
+    out = contract(lifter, n, _linear_product(lifter, n), at)
+    return out if a.get("bias") is None else out + ex.cast(lifter.arg(a["bias"], (at[-1],)), dtype_of(n))
+
+
+def einsum_spec(n: fx.Node, a: Args) -> tuple[list[str], str, list[fx.Node]]:
+    """Letters of each operand and of the output; `...` becomes letters of its own."""
+    nodes = list(typed("Sequence[fx.Node]", a["tensors"]))
+    text = str(a["equation"]).replace(" ", "")
+    left, arrow, right = text.partition("->")
+    specs = left.split(",")
+    if len(specs) != len(nodes):
+        raise CannotLift("einsum with sublist operands", n)
+    spare = [c for c in "ZYXWVUTSRQPONMLKJIHGFEDCBA" if c not in text]
+    ranks = [len(shape_of(tensor_of(x))) for x in nodes]
+    widths = [r - len(s.replace("...", "")) for s, r in zip(specs, ranks) if "..." in s]
+    dots = spare[: max(widths, default=0)]
+    specs = [
+        s.replace("...", "".join(dots[len(dots) - (r - len(s.replace("...", ""))) :])) if "..." in s else s
+        for s, r in zip(specs, ranks)
+    ]
+    if not arrow:
+        once = sorted(c for c in set("".join(specs)) - set(dots) if "".join(specs).count(c) == 1)
+        right = "..." + "".join(once) if dots else "".join(once)
+    return specs, right.replace("...", "".join(dots)), nodes
+
+
+def einsum_product(lifter: Lifter, n: fx.Node) -> Contraction | None:
+    specs, out, nodes = einsum_spec(n, arguments(n))
+    reduced = sorted(set("".join(specs)) - set(out))
+    if len(nodes) != 2 or len(reduced) != 1 or any(reduced[0] not in s for s in specs):
+        return None
+    sizes = {c: s for spec, x in zip(specs, nodes) for c, s in zip(spec, shape_of(tensor_of(x))) if s != 1}
+    if reduced[0] not in sizes:
+        return None
+
+    def operands(w: At, e: Expr) -> Pair:
+        place = dict(zip(out, w)) | {reduced[0]: e}
+        first, second = ((t, lifter.broadcast(t, tuple(place[c] for c in s))) for s, t in zip(specs, nodes))
+        return first, second
+
+    return Contraction(operands, sizes[reduced[0]], shape_of(tensor_of(n)))
+
+
+def einsum(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
+    specs, out, nodes = einsum_spec(n, a)
+    if any(len(set(s)) != len(s) for s in specs):
+        raise CannotLift("einsum with a repeated letter", n)
+    found = einsum_product(lifter, n)
+    if found is not None:
+        return contract(lifter, n, found, at)
+    if set("".join(specs)) != set(out):
+        raise CannotLift("einsum of more than two operands or over several letters", n)
+    letters = dict(zip(out, at))
+    dtype = dtype_of(n)
+    terms = [lifter.value(t, lifter.broadcast(t, tuple(letters[c] for c in s))) for s, t in zip(specs, nodes)]
+    product = ex.cast(terms[0], dtype)
+    for other in terms[1:]:
+        product = product * ex.cast(other, dtype)
+    return product
+
+
+def _contraction(build: Callable[[Lifter, fx.Node], Contraction]) -> Rule:
+    return lambda lifter, n, a, at: contract(lifter, n, build(lifter, n), at)
+
+
+# What may be the last product of an attention, and how its operands lie.
+PRODUCTS: dict[str, Callable[[Lifter, fx.Node], Contraction | None]] = {
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "linalg_matmul"), matmul),
+    "einsum": einsum_product, "sum": product_sum, "linear": _linear_product,
+}  # fmt: skip
+
+RULES: dict[str, Rule] = {
+    "sum": sum_, "baddbmm": baddbmm, "addmm": baddbmm, "linear": linear, "einsum": einsum,
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "linalg_matmul"), _contraction(matmul)),
+}  # fmt: skip

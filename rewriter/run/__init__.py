@@ -1,0 +1,1 @@
+"""The running model: installed, reported, verified, timed."""

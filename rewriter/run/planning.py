@@ -1,0 +1,193 @@
+"""Planning without running: a model, or the subject of a command line, as a plan for a device that need not be here."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...cost_model.count.expect import checked, known
+from ...cost_model.devices.device import Device
+from ...cost_model.mesh.mesh import Mesh, linked
+from ...cost_model.mesh.plan import MeshPlan
+from ...cost_model.mesh.sharding import Site as Sharded
+from ...cost_model.mesh.sharding import shard
+from ...cost_model.plan.plan import Miss, Plan, Site
+from ...cost_model.plan.sweep import Symbol, axes
+from ...patterns.attention.recognise import Attention, attention
+from ...patterns.cascade import Cascade, bind
+from ..capture import capture, export
+from ..capture.models import Shapes, Subject, load, run
+from ..choose import choose
+from ..choose.policy import Policy
+from ..find.place import Place, symbols_of
+from .session import Session, break_of
+
+
+def plan_model(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, policy: Policy, *, dynamic: bool,
+    name: str = "",
+) -> Plan:  # fmt: skip
+    """Plan a model. A model that has no graph of its own is run once, and its pieces are planned, when it has data.
+
+    Gradients are planned for where the model is in training mode and grad mode is on. Raises CaptureError, and UsageError
+    where the model's own code fails on these inputs.
+    """
+    name = name or type(model).__name__
+    if policy.mesh is not None:
+        linked(device)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
+        try:
+            return plan_graph(export.from_export(model, args, kwargs, dynamic=dynamic), device, policy, name)
+        except capture.CaptureError as no:
+            tensors = [*model.parameters(), *export.held_tensors((args, dict(kwargs)))[0]]
+            if any(_without_data(t) for t in tensors):
+                raise
+            return _plan_pieces(model, args, kwargs, device, policy, name, str(no))
+
+
+def _without_data(t: Tensor) -> bool:
+    return t.device.type == "meta" or isinstance(t, torch._subclasses.FakeTensor)
+
+
+def plan_graph(
+    captured: capture.Captured, device: Device, policy: Policy, name: str = "", *, whole: bool = True
+) -> Plan:
+    """Plan a captured graph for a device that need not be here. The graph stays as it is.
+
+    Its attentions are found once. What the plan keeps of them holds no graph, so that it can be costed again at other sizes
+    and on other devices. Raises ExpectError for an expectation of what no mask of the `whole` reads.
+    """
+    start = time.perf_counter()
+    places: list[Place] = []
+    misses: list[Miss] = []
+    symbols: dict[str, Symbol] = {}
+    taken: Counter[str] = Counter()
+    for region in capture.regions(captured.graph):
+        found, missed = choose.places(region, taken, sharded=policy.mesh is not None)
+        places += found
+        misses += missed
+        symbols |= {s.name: s for s in symbols_of(region)}
+    if whole:
+        checked(policy.expectations, {name: came for p in places for name, came in p.origins})
+    weights = _weight_bytes(captured.graph)
+
+    def retake(where: Device, at: Mapping[str, int], which: Sequence[int]) -> tuple[Site, ...]:
+        request = choose.Request(policy, where, executable=False)
+        return tuple(choose.decide_place(places[i], at, request)[0] for i in which)
+
+    def reshard(where: Device, at: Mapping[str, int]) -> MeshPlan | None:
+        return _sharded(places, at, where, policy, weights)
+
+    traced = {s.name: s.value for s in symbols.values()}
+    sites, sharding = retake(device, traced, range(len(places))), reshard(device, traced)
+    note = f"captured in {captured.seconds:.1f} s, planned in {time.perf_counter() - start:.2f} s"
+    return Plan(
+        sites, tuple(misses), device, model=name, note=note, weight_bytes=weights, symbols=tuple(symbols.values()),
+        axes=axes(p.cascade for p in places), sharding=sharding, retake=retake, reshard=reshard,
+    )  # fmt: skip
+
+
+def _weight_bytes(gm: fx.GraphModule) -> int:
+    return sum(p.numel() * p.element_size() for p in gm.parameters())
+
+
+def _sharded(
+    places: Sequence[Place], at: Mapping[str, int], device: Device, policy: Policy, weights: int
+) -> MeshPlan | None:  # fmt: skip
+    """The ways to spread these attentions over the policy's mesh; None without a mesh or attentions."""
+    if not places or not isinstance(policy.mesh, Mesh):
+        return None
+    layers: dict[Sharded, list[Sharded]] = {}
+    said: dict[str, None] = {}
+    for p in places:
+        site, words = _bound(p, at, policy)
+        layers.setdefault(replace(site, name=""), []).append(site)
+        said.update(dict.fromkeys(words))
+    sites = [replace(same[0], layers=len(same)) for same in layers.values()]
+    step = "training" if any(p.gradients for p in places) else None
+    made = shard(sites, policy.mesh, linked(device), step=step, weights=weights, approximate=policy.approximate)
+    return replace(made, note="; ".join([made.note, *said]))
+
+
+def _bound(p: Place, at: Mapping[str, int], policy: Policy) -> tuple[Sharded, tuple[str, ...]]:
+    """An attention at sizes of the graph's symbols, and what is taken of run-time data there, in words."""
+    sizes = p.sizes(at)
+    missing = [n for n in p.cascade.free_symbols if n not in sizes]
+    if missing:
+        raise ValueError(f"a mesh needs sizes: {', '.join(missing)} of {p.name} has none, plan without --dynamic")
+    upstream = p.upstream.with_sizes(sizes) if isinstance(p.upstream, Cascade) else p.upstream
+    c, model = p.cascade.with_sizes(sizes), bind(p.model, sizes)
+    view = attention(c)
+    assert isinstance(view, Attention), view
+    taken = known(c, view, {}, policy.expectations, dict(p.origins))
+    width = model if isinstance(model, int) else 0
+    return Sharded(p.name, c, upstream=upstream, model=width, data=taken.data), taken.words if policy.expect else ()
+
+
+def _plan_pieces(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    device: Device,
+    policy: Policy,
+    name: str,
+    why: str,
+) -> Plan:
+    """Run the model once through Dynamo, which breaks it where it must, and plan each piece."""
+    plans: list[Plan] = []
+    breaks: list[str] = []
+
+    def plan_piece(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
+        captured = capture.from_dynamo(gm, inputs, names)
+        plans.append(plan_graph(captured, device, replace(policy, mesh=None), name, whole=False))
+        breaks.extend(b for b in [break_of(gm)] if b)
+        return gm.forward
+
+    session = Session(policy, device, backend=plan_piece)
+    session.install(model)
+    try:
+        args, kwargs = _copied((args, dict(kwargs)))
+        with export.quietly():
+            run(model, args, kwargs)
+    finally:
+        session.detach()
+    where = "; ".join(dict.fromkeys(breaks)) or why
+    note = f"the model has no graph of its own and was run once; captured in {len(plans)} pieces, broken at {where}"
+    note += "; a mesh needs one whole graph, and is left out" if policy.mesh is not None else ""
+    sites, misses = (tuple(x for p in plans for x in getattr(p, part)) for part in ("sites", "misses"))
+    return Plan(sites, misses, device, model=name, note=note)
+
+
+def _copied(values: Any) -> Any:
+    tensors, make = export.held_tensors(values)
+    return make([t.clone() for t in tensors])
+
+
+def plan_spec(spec: str, shapes: Shapes, device: Device, policy: Policy, *, dynamic: bool = False) -> Plan:
+    """Plan what a command line names. Raises UsageError and CaptureError."""
+    if policy.mesh is not None:
+        linked(device)
+    subject = load(spec, shapes)
+    try:
+        return _plan_subject(subject, device, policy, dynamic)
+    except capture.CaptureError:
+        if subject.where != "meta":
+            raise
+    # Some models mix tensors of their own with inputs on the meta device; fake tensors say that they are on the CPU.
+    return _plan_subject(load(spec, shapes, where="fake"), device, policy, dynamic)
+
+
+def _plan_subject(subject: Subject, device: Device, policy: Policy, dynamic: bool) -> Plan:
+    if subject.program is not None:
+        return plan_graph(export.from_program(subject.program), device, policy, Path(subject.name).name)
+    assert subject.model is not None
+    name = subject.name if ":" in subject.name else type(subject.model).__name__
+    plan = plan_model(subject.model, subject.args, subject.kwargs, device, policy, dynamic=dynamic, name=name)
+    return replace(plan, note=f"{plan.note}; {subject.note}" if subject.note else plan.note)

@@ -1,0 +1,254 @@
+"""What was planned and what really ran: one record a captured graph, and a report over all of a model's graphs."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from rich.console import Console
+from rich.table import Table
+
+from ...cost_model.calibration.accuracy import within
+from ...cost_model.plan.plan import ORIGINAL, Miss, Plan, Site
+from ...cost_model.plan.table import group_name, seconds_text, short_path
+from ...cost_model.time.cost import Cost
+from ..choose.policy import StrictError
+from ..splice.sampling import Samples
+
+
+@dataclass
+class Piece:
+    """One graph that Dynamo handed over. `calls` counts its runs; `fallbacks` the guards that failed, by site; `samples`
+    are times of the chosen kernels in some of the runs.
+
+    `broke` says where and why Dynamo ended the graph early; `error` why nothing was rewritten in it.
+    """
+
+    entry: str
+    number: int
+    recompiled: bool = False
+    broke: str = ""
+    error: str = ""
+    plan: Plan | None = None
+    capture_seconds: float = 0.0
+    plan_seconds: float = 0.0
+    calls: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    samples: Samples = field(default_factory=Samples)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(self.plan.sites) if self.plan is not None else ()
+
+    def check(self) -> None:
+        """Raise StrictError where something was left alone."""
+        if self.error:
+            raise StrictError(self.error)
+        if self.broke:
+            raise StrictError(f"the model was captured in pieces: {self.broke}")
+        if self.plan is not None:
+            check_plan(self.plan)
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise StrictError for the first attention that keeps the original code although nothing was faster by choice."""
+    for miss in plan.misses:
+        raise StrictError(f"{miss.where or miss.what}: left alone: {miss.reason}")
+    for site in plan.sites:
+        if site.choice == ORIGINAL and not any(c.feasible for c in site.candidates if c.name != ORIGINAL):
+            raise StrictError(f"{site.name or site.where}: keeps the original code: {site.chosen.why}")
+
+
+@dataclass(frozen=True)
+class SiteRun:
+    """One attention of one graph: how often its graph ran, and how often its guards fell back to the original.
+
+    `measured`: the median seconds of its kernel in calls that were timed, None before the first of them.
+    """
+
+    site: Site
+    ran: int
+    fell_back: int
+    measured: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def kernel(self) -> str:
+        """The candidate that was chosen."""
+        return self.site.choice
+
+    @property
+    def predicted(self) -> Cost | None:
+        """What the plan says that the kernel costs."""
+        return self.site.chosen.cost
+
+    @property
+    def off(self) -> bool:
+        """Was the kernel timed, and is the prediction further off than the plan's band allows?"""
+        p = self.predicted
+        return p is not None and self.measured is not None and not within(p.seconds, self.measured, p.band)
+
+
+@dataclass(frozen=True)
+class Entered:
+    """One module whose calls are caught: `missed` calls ran none of our graphs; `failures` are captures that failed."""
+
+    path: str
+    calls: int
+    missed: int
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `optimize` did to a model, up to now. `str()` is for reading."""
+
+    policy: str
+    entries: tuple[Entered, ...]
+    pieces: tuple[Piece, ...]
+    frames_given_up: tuple[str, ...] = ()
+    copied: bool = False
+    installed: bool = True
+
+    @property
+    def calls(self) -> int:
+        """Calls of the model that went through us."""
+        return sum(e.calls - e.missed for e in self.entries)
+
+    @property
+    def captures(self) -> int:
+        return len(self.pieces)
+
+    @property
+    def recompiles(self) -> int:
+        return sum(p.recompiled for p in self.pieces)
+
+    @property
+    def given_up(self) -> int:
+        """Calls that ran none of our graphs: a frame that Dynamo gave up, or a capture that failed."""
+        return sum(e.missed for e in self.entries)
+
+    @property
+    def breaks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(p.broke for p in self.pieces if p.broke))
+
+    @property
+    def fallbacks(self) -> int:
+        return sum(sum(p.fallbacks.values()) for p in self.pieces)
+
+    @property
+    def sites(self) -> tuple[SiteRun, ...]:
+        return tuple(
+            SiteRun(s, p.calls, p.fallbacks.get(s.name, 0), p.samples.median(s.name)) for p in self.pieces for s in p.sites
+        )
+
+    @property
+    def kernels(self) -> Counter[str]:
+        """How often each kernel ran."""
+        out: Counter[str] = Counter()
+        for s in self.sites:
+            out[s.kernel] += s.ran - s.fell_back
+            out[ORIGINAL] += s.fell_back
+        return +out
+
+    @property
+    def misses(self) -> tuple[Miss, ...]:
+        return tuple(dict.fromkeys(m for p in self.pieces if p.plan is not None for m in p.plan.misses))
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plans of all captured graphs as one, in the order of capture; None before the first."""
+        plans = [p.plan for p in self.pieces if p.plan is not None]
+        if not plans:
+            return None
+        sites = tuple(s for p in plans for s in p.sites)
+        return replace(plans[0], sites=sites, misses=self.misses)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> list[str]:
+        if not self.installed:
+            return [_NOT_OPTIMISED_COPY if self.copied else _NOT_OPTIMISED]
+        lines = [f"reattend: {_count(self.calls, 'call')} went through; {self._captures()}"]
+        if not self.pieces and not self.given_up:
+            lines.append(
+                "nothing is captured before the first call (or give optimize an example); "
+                "calls of .forward, and calls inside another torch.compile, do not come here"
+            )
+        if self.given_up:
+            lines.append(f"{_count(self.given_up, 'call')} ran as written, because the capture was given up:")
+            lines += [f"  {f}" for e in self.entries for f in e.failures[-1:]]
+        lines += [f"graph break at {b}" for b in self.breaks]
+        lines += [f"runs as written: {f}" for f in self.frames_given_up]
+        lines += [f"graph {p.number}: {p.error}" for p in self.pieces if p.error]
+        if self.sites:
+            lines.append(_table(self.sites))
+            ran = ", ".join(f"{k} {n}×" for k, n in self.kernels.most_common())
+            lines.append(f"ran: {ran or 'nothing yet'}; guards that fell back: {self.fallbacks}")
+            lines += _predictions(self.sites)
+        elif self.pieces and not any(p.error for p in self.pieces):
+            lines.append("no attention was found in what was captured")
+        lines += [f"left alone: {m.where} {m.what}: {m.reason}" for m in self.misses]
+        return lines
+
+    def _captures(self) -> str:
+        seconds = sum(p.capture_seconds + p.plan_seconds for p in self.pieces)
+        taken = f" in {seconds:.1f} s" if self.pieces else ""
+        return f"{_count(self.captures, 'graph')} captured{taken}, {_count(self.recompiles, 'recompilation')}"
+
+
+def _predictions(runs: tuple[SiteRun, ...]) -> list[str]:
+    """How the plan's times held: one line for all of them, and one for each group of sites where they did not."""
+    timed = [r for r in runs if r.measured is not None and r.predicted is not None]
+    groups: dict[tuple[object, ...], list[SiteRun]] = {}
+    for r in timed:
+        if r.off:
+            groups.setdefault(r.site.alike, []).append(r)
+    lines = [f"predicted times: {len(timed) - sum(map(len, groups.values()))} of {len(timed)} hold"] if timed else []
+    for members in groups.values():
+        r = members[0]
+        assert r.predicted is not None
+        assert r.measured is not None
+        lines.append(
+            f"prediction off: {group_name([m.name for m in members])}, {r.kernel}: {seconds_text(r.measured)} on the clock, "
+            f"{seconds_text(r.predicted.seconds)} ±{r.predicted.band:.0%} predicted ({r.predicted.basis}): "
+            "`reattend targets --calibrate` measures this machine"
+        )
+    return lines
+
+
+_NOT_OPTIMISED = "reattend: this model is not optimised: call reattend.optimize(model)"
+_NOT_OPTIMISED_COPY = (
+    "reattend: 0 calls went through: this model is a copy of an optimised one, and copies are not optimised: "
+    "call reattend.optimize on the copy"
+)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _table(runs: tuple[SiteRun, ...]) -> str:
+    """One row a group of sites that differ by their name only."""
+    groups: dict[tuple[object, ...], list[SiteRun]] = {}
+    for r in runs:
+        groups.setdefault((*r.site.alike, r.ran, r.fell_back), []).append(r)
+    table = Table(box=None, pad_edge=False)
+    for title in ("site", "where", "what", "shape", "kernel", "ran", "fell back"):
+        table.add_column(title, justify="right" if title in ("ran", "fell back") else "left", overflow="fold")
+    for members in groups.values():
+        s = members[0].site
+        many = f" ×{len(members)}" if len(members) > 1 else ""
+        kernel = s.choice if s.choice != ORIGINAL else f"original: {s.chosen.why}"
+        table.add_row(
+            group_name([m.name for m in members]) + many, short_path(s.where), " ".join([s.kind, *sorted(s.traits)]),
+            str(s.shape), kernel, str(sum(m.ran for m in members)), str(sum(m.fell_back for m in members)),
+        )  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=160, force_terminal=False).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

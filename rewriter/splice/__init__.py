@@ -1,0 +1,1 @@
+"""A chosen call put into the graph, behind its guards."""

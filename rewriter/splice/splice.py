@@ -1,0 +1,261 @@
+"""Splicing: put the chosen call in the place of an attention's last product, and drop what nobody reads any more.
+
+    before   s = matmul(q, kT); p = softmax(s · scale + mask); out = matmul(p, v)
+    after    y = call(q, k, v, …); out = reshape(y, …)
+
+Everything else of the graph stays: other consumers keep their nodes, operators that write or draw random numbers stay
+where they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...patterns import expr as ex
+from ...patterns.cascade import Size, size_term
+from ...patterns.expr import Expr
+from ..capture.autocast import regions, remove_unused_casts
+from ..graph.liveness import ARITHMETIC, erase_dead, is_pure
+from ..graph.sizes import same, shape_of, size_of
+from ..lift.lift import op_name
+from .guards import Condition, Guarded
+
+# In the metadata of what is spliced in: the site that it computes.
+SITE = "reattend_site"
+
+
+class SpliceError(RuntimeError):
+    """A replacement that does not fit its place: a bug of whoever made it. The graph is thrown away, not used."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is put in: `target(*tensors…, *sizes…)` as `arguments` lays them out.
+
+    `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
+    `size(name)`, which gives the node or number of a symbol. `closed` calls run with autocast off. `fake` stands in for
+    `target` on fake values where the target cannot run on them. Under `conditions`, or where the call is `fragile` (its
+    kernel is compiled when it first runs), the original subgraph stands by.
+    """
+
+    name: str
+    target: Callable[..., Any]
+    arguments: Callable[[Mapping[str, Any], Callable[[str], object]], tuple[Any, ...]]
+    closed: bool = True
+    fake: Callable[..., Any] | None = None
+    conditions: tuple[Condition, ...] = ()
+    fragile: bool = False
+
+    @property
+    def guarded(self) -> bool:
+        return self.fragile or bool(self.conditions)
+
+
+def replace(
+    gm: fx.GraphModule,
+    output: fx.Node,
+    tensors: Mapping[str, fx.Node],
+    scalars: Mapping[str, fx.Node],
+    call: Call,
+    *,
+    name: str = "",
+    original: tuple[fx.GraphModule, list[fx.Node]] | None = None,
+) -> fx.Node:
+    """Put `call` in the place of `output`; the value has the same shape, type and strides. Returns the new value's node.
+
+    A guarded call needs the `original` subgraph with its inputs, and is counted by `name` where it falls back.
+    """
+    if call.guarded and original is None:
+        raise SpliceError(f"{call.name} is guarded and has no original to fall back to")
+    graph = gm.graph
+    state = next(s for n, s in regions(gm) if n is output)
+    old = output.meta["val"]
+    device = old.device.type
+    region = state.get(device)
+    with graph.inserting_before(output):
+        sizes = SizeNodes(graph, output, scalars)
+        target: Callable[..., Any] | str = call.target
+        arguments = call.arguments(tensors, sizes.symbol)
+        fake = call.fake or call.target
+        if call.guarded and original is not None:
+            target, arguments, fake = _guarded(gm, call, original, arguments, tensors, sizes, name)
+        token = None
+        if call.closed and region is not None and region.enabled:
+            token = graph.call_function(torch.amp.autocast_mode._enter_autocast, (device, region.dtype, False, False))
+        new = _node(graph, output, target, arguments, fake)
+        if token is not None:
+            graph.call_function(torch.amp.autocast_mode._exit_autocast, (token,))
+        new.meta["reattend"] = call.name
+        new.meta[SITE] = name
+        new = _fit(graph, output, new, sizes)
+    output.replace_all_uses_with(new)
+    new.meta.setdefault("replaces", output.name)
+    return new
+
+
+def _guarded(
+    gm: fx.GraphModule, call: Call, original: tuple[fx.GraphModule, list[fx.Node]], arguments: tuple[Any, ...],
+    tensors: Mapping[str, fx.Node], sizes: SizeNodes, name: str,
+) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:  # fmt: skip
+    """The name of a module that guards the call, its arguments, and what gives its fake value."""
+    subgraph, inputs = original
+    module = Guarded(name, call.target, subgraph, call.conditions)
+    path = f"guarded_{sum(isinstance(m, Guarded) for m in gm.modules())}"
+    gm.add_module(path, module)
+    wanted = {t: tensors[t] for c in call.conditions for t in c.tensors}
+    known = {s: sizes.symbol(s) for c in call.conditions for s in c.sizes}
+    fake = call.fake or call.target
+    return path, (arguments, tuple(inputs), wanted, known), lambda given, *_: fake(*given)
+
+
+def _node(
+    graph: fx.Graph,
+    like: fx.Node,
+    target: Callable[..., Any] | str,
+    arguments: Sequence[Any],
+    fake: Callable[..., Any] | None = None,
+) -> fx.Node:
+    """A call of a function, or of a module by its name, with the traces of the node it stands for, and its fake value."""
+    given = tuple(arguments)
+    n = graph.call_module(target, given) if isinstance(target, str) else graph.call_function(target, given)
+    n.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
+    values = fx.map_arg(n.args, lambda x: x.meta["val"])
+    tensors = [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
+    mode = torch._guards.detect_fake_mode(tensors)
+    if mode is None:
+        raise SpliceError(f"{like.name}: the graph has no fake values")
+    with mode, torch.no_grad():
+        n.meta["val"] = (fake or target)(*values)  # type: ignore[operator]
+    return n
+
+
+def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> fx.Node:
+    """Give the value the shape, type and order of memory of the value that it replaces: later views may rely on them."""
+    old = output.meta["val"]
+    if not _equal(shape_of(new.meta["val"]), shape_of(old)):
+        new = _node(graph, output, torch.ops.aten.reshape.default, (new, [sizes.value(s) for s in shape_of(old)]))
+    if new.meta["val"].dtype != old.dtype:
+        new = _node(graph, output, torch.ops.aten.to.dtype, (new, old.dtype))
+    changed = None if _same_strides(new.meta["val"], old) else _absorbed(output, new.meta["val"])
+    if changed is not None:
+        for n, value in changed.items():
+            n.meta["val"] = value
+    elif not _same_strides(new.meta["val"], old):
+        order = sorted(range(old.dim()), key=lambda d: -hint(old.stride(d)))
+        back = [order.index(d) for d in range(old.dim())]
+        new = _node(graph, output, torch.ops.aten.permute.default, (new, order))
+        new = _node(graph, output, torch.ops.aten.contiguous.default, (new,))
+        new = _node(graph, output, torch.ops.aten.permute.default, (new, back))
+    if old.requires_grad:
+        new.meta["val"].requires_grad_(True)
+    return new
+
+
+def _absorbed(output: fx.Node, value: torch.Tensor) -> dict[fx.Node, torch.Tensor] | None:
+    """New fake values of the readers of `output`, when its other order of memory is gone a few operators on.
+
+    before   out [b,h,p,f] as it lies; transpose(1, 2); contiguous()        the copy that the model makes anyway
+    None where a reader needs the old order: a view that would fail, a write, a custom operator, the end of the graph.
+    """
+    mode = torch._guards.detect_fake_mode([value])
+    new: dict[fx.Node, torch.Tensor] = {output: value}
+    queue = list(output.users)
+    while queue:
+        n = queue.pop(0)
+        old = n.meta.get("val")
+        plain = n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and is_pure(n)
+        if not plain or len(new) > _FOLLOWED or not isinstance(old, torch.Tensor) or op_name(n) in _EXACT_STRIDES:
+            return None
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda x: new[x] if x in new else x.meta["val"])
+        try:
+            with mode if mode is not None else contextlib.nullcontext(), torch.no_grad():
+                made = n.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, ValueError):
+            return None
+        if made.dtype != old.dtype or not _equal(shape_of(made), shape_of(old)):
+            return None
+        if _same_strides(made, old):
+            continue
+        new[n] = made.requires_grad_(old.requires_grad)
+        queue.extend(n.users)
+    del new[output]
+    return new
+
+
+# How far a changed order of memory is followed, and operators that read strides without failing on others.
+_FOLLOWED = 16
+_EXACT_STRIDES = ("as_strided", "as_strided_scatter", "set", "resize")
+
+
+def _equal(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+
+
+def hint(value: int | torch.SymInt) -> int:
+    return value if isinstance(value, int) else int(value.node.hint)
+
+
+def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return all(same(size_of(x), size_of(y)) for x, y, s in zip(a.stride(), b.stride(), b.shape) if size_of(s) != 1)
+
+
+class SizeNodes:
+    """Nodes that hold symbolic sizes, found among the graph's inputs or computed from them before `at`."""
+
+    def __init__(self, graph: fx.Graph, at: fx.Node, scalars: Mapping[str, fx.Node]) -> None:
+        self.graph, self.known = graph, dict(scalars)
+        tensors: list[fx.Node] = []
+        for n in graph.nodes:
+            if n is at:
+                break
+            value = n.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+                self.known.setdefault(str(value.node.expr), n)
+            elif isinstance(value, torch.Tensor):
+                tensors.append(n)
+        self.tensors = tensors
+
+    def symbol(self, name: str) -> fx.Node:
+        """The node whose value is the symbol. Raises SpliceError where no input carries it."""
+        if name in self.known:
+            return self.known[name]
+        for n in self.tensors:
+            for d, s in enumerate(n.meta["val"].shape):
+                if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol and str(s.node.expr) == name:
+                    node = self.graph.call_function(torch.ops.aten.sym_size.int, (n, d))
+                    node.meta["val"] = s
+                    self.known[name] = node
+                    return node
+        raise SpliceError(f"no input of the graph carries the size {name}")
+
+    def value(self, size: Size) -> fx.Node | int:
+        """A size as a number, or as the node that computes it."""
+        return size if isinstance(size, int) else self.term(size_term(size))
+
+    def term(self, e: Expr) -> fx.Node | int:
+        match e.op:
+            case "const":
+                return int(e.value)
+            case "symbol":
+                return self.symbol(str(e.attr))
+        function = ARITHMETIC.get(e.op)
+        if function is None:
+            raise SpliceError(f"the size {ex.show(e)} cannot be computed from the graph's inputs")
+        args = tuple(self.term(a) for a in e.args)
+        node = self.graph.call_function(function, args)
+        node.meta["val"] = function(*fx.map_arg(args, lambda x: x.meta["val"]))
+        return node
+
+
+def finish(gm: fx.GraphModule) -> None:
+    """After the last replacement: erase, check, compile the graph's Python."""
+    erase_dead(gm)
+    remove_unused_casts(gm)
+    gm.graph.lint()
+    gm.recompile()
