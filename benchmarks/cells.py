@@ -29,10 +29,10 @@ from reattend.cost_model.devices.device import Device
 from reattend.cost_model.time.cost import Cost
 from reattend.cost_model.time.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Miss, Refusal
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library.papers import Builder
 from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.verdict import Obstacle, Refusal
 from reattend.rewriter.choose.candidates import vendor_call
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -214,7 +214,7 @@ def _mappings(cell: Cell, d: Device, most: int = MAPPINGS) -> Iterator[tuple[str
     """Our kernel under the mapping that the model likes best, and under others that differ in tile or body."""
     c = cascade(cell)
     found = ranked_mappings(c, d, cell.sizes, data(cell))
-    assert not isinstance(found, Miss), found
+    assert not isinstance(found, Obstacle), found
     seen: set[tuple[int, str]] = set()
     same: set[float] = set()
     for mapping, cost in found:
@@ -247,7 +247,7 @@ def costs(cell: Cell, names: list[str], mappings: Mapping[str, Tiling], d: Devic
     return {n: _known(_cost(c, cell, n, mappings, d, masked)) for n in names}
 
 
-def _cost(c: Cascade, cell: Cell, name: str, mappings: Mapping[str, Tiling], d: Device, masked: bool) -> Cost | Miss:
+def _cost(c: Cascade, cell: Cell, name: str, mappings: Mapping[str, Tiling], d: Device, masked: bool) -> Cost | Obstacle:
     if name == "original":
         return predict_original(c, d, cell.sizes)
     if name == "sdpa given mask":
@@ -266,7 +266,7 @@ def data(cell: Cell) -> Data:
     return Data.of({"Kept": _kept(cell).numpy()}) if cell.mask == "padding" else NOTHING
 
 
-def _known(cost: Cost | Miss) -> Cost:
+def _known(cost: Cost | Obstacle) -> Cost:
     assert isinstance(cost, Cost), cost
     return cost
 

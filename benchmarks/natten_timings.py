@@ -22,8 +22,8 @@ from typing import Any
 from reattend.cost_model.count.neighborhood import Axis, GridTiles, grid_tiles
 from reattend.cost_model.count.schedule import launch_span
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.masks.windows import neighborhood
+from reattend.patterns.verdict import Obstacle
 
 DATA: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("natten.toml").read_text())
 
@@ -78,7 +78,7 @@ def tiles(p: Point) -> GridTiles:
         if p.stride:
             keep = keep & neighborhood(ex.index(q), ex.index(k), length=length, window=window, stride=stride)
     found = grid_tiles(keep, axes, extents)
-    assert not isinstance(found, Miss), found
+    assert not isinstance(found, Obstacle), found
     return found
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..cost_model.devices.device import Device
-from ..patterns.attention.recognise import Refusal
 from ..patterns.cascade import Cascade
 from ..patterns.evaluate import DTYPE
 from ..patterns.mapping import Mapping as Tiling
+from ..patterns.verdict import Refusal
 from .cpu import kernel as cpu
 from .forms.program import Program, memory_order, output_shape, program_text, read_program
 from .triton import kernel as triton_kernel

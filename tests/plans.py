@@ -17,12 +17,13 @@ from reattend.cost_model.plan.sweep import Symbol, axes
 from reattend.cost_model.time.cost import Cost
 from reattend.cost_model.time.predict import best_mapping, predict_original, tiles_of
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Attention, attention
-from reattend.patterns.attention.recognise import Miss as NoAttention
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.attention.rowstate import derive, stream
 from reattend.patterns.cascade import Cascade, show
 from reattend.patterns.library import papers
 from reattend.patterns.masks.split import split
+from reattend.patterns.verdict import Obstacle
 
 P, M = ex.index("p"), ex.index("m")
 CAUSAL = papers.attention("causal", papers.softmax, lambda b, qk: ex.where(M <= P, qk * 0.125, -3e38))
@@ -39,7 +40,7 @@ def site(c: Cascade, d: Device, at: Mapping[str, int], name: str) -> Site:
     best = best_mapping(c, d, at)
     candidates = [Candidate("original", cost=predict_original(c, d, at)), Candidate("sdpa", feasible=False, why="no <mask>")]
     state = derive(view)
-    assert not isinstance(state, NoAttention)
+    assert not isinstance(state, Obstacle)
     mapping = ""
     if isinstance(best, tuple):
         mapping = best[0].to_text()

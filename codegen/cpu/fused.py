@@ -16,12 +16,12 @@ from ...patterns.mapping import Mapping as Tiling
 from ..files import cache, native
 from ..files.tile_plan import classes
 from ..files.torch_file import Function, Printer, common, entry, file, operands, parts, used_names  # fmt: skip
-from ..forms.base2 import Terms, in_base2
+from ..forms.base2 import in_base2
 from ..forms.form import Form, softmax
+from ..forms.terms import Terms, mapped_state
 from ..skeletons import cpu, cpu_fused
 from ..text.print_cpp import STORED
 from ..text.print_torch import TYPES, Body, PrintError
-from ..triton.streaming import mapped_state
 from .cpp import program as cpp_program
 from .cpp.names import Program, stored
 from .cpp.terms import Diagonal

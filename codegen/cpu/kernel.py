@@ -17,10 +17,10 @@ from importlib import metadata
 from torch import Tensor
 
 from ...cost_model.count.tiles import expected
-from ...patterns.attention.recognise import Refusal
 from ...patterns.cascade import Cascade
 from ...patterns.mapping import Mapping as Tiling
 from ...patterns.masks.split import count_tiles
+from ...patterns.verdict import Refusal
 from ..files import cache
 from ..forms.form import NAME, form, softmax
 from ..forms.program import loose

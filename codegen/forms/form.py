@@ -8,7 +8,8 @@ from functools import lru_cache
 import numpy as np
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, Miss, Refusal, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import RowState, derive
 from ...patterns.cascade import Cascade, size_term
 from ...patterns.expr import FALSE, TRUE, Expr
@@ -16,6 +17,7 @@ from ...patterns.masks.rows import witnesses
 from ...patterns.masks.split import VANISHING, Mask, split
 from ...patterns.terms.conditions import conjunction, conjuncts, simplify_under
 from ...patterns.terms.intervals import spans
+from ...patterns.verdict import Obstacle, Refusal
 from . import skip
 from .operands import Heads, Product, heads, plain, product
 from .scaled import Ending, Scaled, ending, scaled
@@ -65,10 +67,10 @@ class Form:
 def form(c: Cascade) -> Form | Refusal:
     """The attention of a cascade as the skeletons compute it, or why they cannot."""
     a = attention(c)
-    if isinstance(a, Miss):
+    if isinstance(a, Obstacle):
         return Refusal(NAME, str(a))
     state = derive(a)
-    if isinstance(state, Miss):
+    if isinstance(state, Obstacle):
         return Refusal(NAME, str(state))
     products: list[Product] = []
     for e in a.products:

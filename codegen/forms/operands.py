@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import sympy
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, factors
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.score import factors
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
 from ..text.print_torch import Body, Scope, size_source

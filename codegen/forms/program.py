@@ -15,7 +15,8 @@ from typing import Any
 
 import sympy
 
-from ...patterns.attention.recognise import Attention, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, CascadeError, bind, parse, to_text
 from ...patterns.mapping import Mapping
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention
+from ...patterns.attention.attention import Attention
 from ...patterns.attention.rowstate import RowState
 from ...patterns.expr import Expr
 from ...patterns.terms.constant import number

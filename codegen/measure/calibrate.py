@@ -34,9 +34,9 @@ from ...cost_model.calibration.calibrate import (
 from ...cost_model.devices.device import Device, alone, with_threads
 from ...cost_model.time.cost import Cost
 from ...cost_model.time.predict import predict
-from ...patterns.attention.recognise import Refusal
 from ...patterns.evaluate import DTYPE
 from ...patterns.mapping import Mapping as Tiling
+from ...patterns.verdict import Refusal
 from ..cpu import kernel as cpu
 from ..files.native import CompilerError
 from ..vendor import use as vendor

@@ -26,11 +26,11 @@ from ...cost_model.devices.device import Device, alone, with_threads
 from ...cost_model.time.cost import Cost
 from ...cost_model.time.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Miss, Refusal
 from ...patterns.cascade import Cascade
 from ...patterns.evaluate import DTYPE
 from ...patterns.library.papers import Builder
 from ...patterns.mapping import Mapping as Tiling
+from ...patterns.verdict import Obstacle, Refusal
 from ..cpu import kernel as cpu
 from ..files.native import CompilerError
 from ..forms.program import loose
@@ -264,7 +264,7 @@ def ways(c: Cascade, shape: Shape, x: Mapping[str, torch.Tensor], d: Device) -> 
     if not isinstance(made, Refusal):
         yield Way("sdpa", partial(_vendor, made, x, sizes), partial(_vendor_price, made, sizes))
     found = ranked_mappings(c, d, sizes)
-    assert not isinstance(found, Miss), found
+    assert not isinstance(found, Obstacle), found
     for mapping in _different(found):
         yield Way(f"our-{mapping.body}", ready(c, mapping, x, sizes), partial(_our_price, c, mapping, sizes))
     if "fused" in shape.compiled:
@@ -317,7 +317,7 @@ def _our_price(c: Cascade, mapping: Tiling, sizes: Mapping[str, int], d: Device)
     return _known(predict(c, mapping, d, sizes))
 
 
-def _known(cost: Cost | Miss) -> Cost:
+def _known(cost: Cost | Obstacle) -> Cost:
     assert isinstance(cost, Cost), cost
     return cost
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from ...cost_model.devices.device import Device
-from ...patterns.attention.recognise import Refusal
 from ...patterns.cascade import Cascade, bind
 from ...patterns.evaluate import DTYPE, evaluate
 from ...patterns.mapping import Mapping as Tiling
 from ...patterns.masks.split import EMPTY, PARTIAL, TileMap, classify, rows_with_key, runtime_classify
+from ...patterns.verdict import Refusal
 from ..files import cache
 from ..text.print_torch import PrintError as TorchPrintError
 from ..text.print_triton import PrintError

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ...patterns.cascade import show
 from ...patterns.mapping import Mapping as Tiling
 from ..files.library import called, functions
-from ..forms.base2 import base2
+from ..forms.base2 import in_base2
+from ..forms.terms import Terms
 from . import entry
 from .device_function import HOLES
 from .holes import printed
@@ -34,7 +36,7 @@ SKIPPING = {
 def emit(s: Streaming, mapping: Tiling) -> str:
     """The text of the module for one attention and mapping."""
     split = mapping.split_m > 1
-    holes = printed(base2(s), mapping.tile_m, split)
+    holes = printed(_in_base2(s), mapping.tile_m, split)
     parts = [
         *called(set().union(*(h.helpers for h in holes))),
         *(h.text for h in holes),
@@ -47,6 +49,14 @@ def emit(s: Streaming, mapping: Tiling) -> str:
     ]
     text = "\n\n\n".join(p.strip("\n") for p in parts)
     return f"{_header(s, mapping)}\n\n{_imports(text)}\n\n\n{text}\n"
+
+
+def _in_base2(s: Streaming) -> Streaming:
+    """The same row program in base 2, or `s` itself where that is not exact enough or not of use."""
+    if any(p.query.dtype == "f32" for p in s.products):
+        return s
+    out = in_base2(Terms(s.score, s.mask, s.state), s.key, frozenset(p.load for p in s.products))
+    return replace(s, score=out.score, mask=out.mask, state=out.state)
 
 
 # --- text -------------------------------------------------------------------------------------------------------

@@ -12,13 +12,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, Miss, Refusal, attention, factors
-from ...patterns.attention.rowstate import Carried, RowState, derive
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
+from ...patterns.attention.rowstate import RowState, derive
+from ...patterns.attention.score import factors
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
 from ...patterns.masks.split import Mask, split
 from ...patterns.terms.conditions import simplify_under
+from ...patterns.verdict import Obstacle, Refusal
 from ..forms.skip import fits_half, predicate, rule
+from ..forms.terms import mapped_state
 
 NAME = "triton"
 # Query rows up to which heads of a group share a row block, and up to which a tile list is not worth its launches.
@@ -121,10 +125,10 @@ class _No(Exception):
 def read(c: Cascade) -> Streaming | Refusal:
     """The attention of a cascade as the streaming skeleton computes it, or why it cannot."""
     a = attention(c)
-    if isinstance(a, Miss):
+    if isinstance(a, Obstacle):
         return Refusal(NAME, str(a))
     state = derive(a)
-    if isinstance(state, Miss):
+    if isinstance(state, Obstacle):
         return Refusal(NAME, str(state))
     try:
         return _read(a, state)
@@ -255,21 +259,6 @@ def mapped(s: Streaming, f: Callable[[Expr], Expr]) -> Streaming:
     """Every term of the element-wise program rewritten by `f`."""
     mask = replace(s.mask, keep=f(s.mask.keep), full=f(s.mask.full))
     return replace(s, score=f(s.score), mask=mask, state=mapped_state(s.state, f))
-
-
-def mapped_state(state: RowState, f: Callable[[Expr], Expr]) -> RowState:
-    """Every term of a row state rewritten by `f`."""
-
-    def carried(k: Carried) -> Carried:
-        return replace(k, lift=f(k.lift), correction=None if k.correction is None else f(k.correction))
-
-    return replace(
-        state,
-        carried=tuple(carried(k) for k in state.carried),
-        weight=f(state.weight),
-        correction=None if state.correction is None else f(state.correction),
-        finish=f(state.finish),
-    )
 
 
 def _factored(s: Streaming) -> Streaming:

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from ...cost_model.devices.device import Device
 from ...cost_model.time.predict import VendorUse
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Refusal, no_key_rule
+from ...patterns.attention.traits import no_key_rule
 from ...patterns.cascade import Cascade
 from ...patterns.expr import TRUE, Expr
+from ...patterns.verdict import Refusal
 from ..files.tile_plan import tile_lines
 from ..files.torch_file import Printer, common, common_type, indented, operands, shared_alike, used_names
 from ..forms.form import Form, form, rows_keep_a_key

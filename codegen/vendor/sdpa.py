@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from ...cost_model.devices.device import Device
 from ...cost_model.time.predict import VendorUse
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Refusal, no_key_rule
+from ...patterns.attention.traits import no_key_rule
 from ...patterns.cascade import Cascade, bind
 from ...patterns.expr import TRUE, Expr
 from ...patterns.terms.conditions import conjuncts
+from ...patterns.verdict import Refusal
 from ..files.tile_plan import without_causal
 from ..files.torch_file import Printer, common, common_type, operands, shared_alike
 from ..forms.form import Form, Softmax, form, rows_keep_a_key, softmax

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ...cost_model.devices.device import Device
 from ...cost_model.time.predict import VendorUse
-from ...patterns.attention.recognise import Refusal
+from ...patterns.verdict import Refusal
 from . import flex as _flex
 from . import sdpa as _sdpa
 from .call import VendorCall

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention
+from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Cascade
 from ...patterns.expr import Expr
 from .eager import operators

@@ -13,12 +13,12 @@ from functools import lru_cache
 
 import sympy
 
-from ...patterns.attention.recognise import Refusal
 from ...patterns.cascade import Cascade, Size
 from ...patterns.passes.bounded import unbound
 from ...patterns.passes.repair import repair
 from ...patterns.passes.rewrites import Family, Rewrite, Rewritten, defer, exchange, expand, moments
 from ...patterns.passes.tiling import partition
+from ...patterns.verdict import Refusal
 from .passes import passes
 from .work import EXPONENTIALS, Sizes, elements, operations, size_int
 

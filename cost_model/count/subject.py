@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, Miss, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
 from ...patterns.mapping import Mapping as Tiling
 from ...patterns.masks.split import Mask, split
+from ...patterns.verdict import Obstacle
 from .tiles import NOTHING, Data, Jobs, jobs, tile_map
 from .work import WIDTH, Sizes, Work, count, factors, size_int, term_operations
 
@@ -62,13 +64,13 @@ def operand_dtype(e: Expr) -> str:
 
 
 @lru_cache(maxsize=256)
-def subject(c: Cascade) -> Subject | Miss:
+def subject(c: Cascade) -> Subject | Obstacle:
     """The subject of a lifted cascade, or why it has no one-pass form."""
     a = attention(c)
-    if isinstance(a, Miss):
+    if isinstance(a, Obstacle):
         return a
     state = derive(a)
-    if isinstance(state, Miss):
+    if isinstance(state, Obstacle):
         return state
     return Subject(a.cascade, a, stream(a, state), split(a.score, a.key))
 

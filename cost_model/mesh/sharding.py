@@ -12,10 +12,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
+from ...patterns.attention.attention import Attention
 from ...patterns.attention.ranks import fuse
-from ...patterns.attention.recognise import Attention, Miss, attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade
 from ...patterns.passes.absorb import weighted
+from ...patterns.verdict import Obstacle
 from ..count.tiles import NOTHING, Data
 from ..count.work import plus, size_int
 from ..devices.device import Device
@@ -42,7 +44,7 @@ class Site:
     name: str
     cascade: Cascade
     layers: int = 1
-    upstream: Cascade | Miss | None = None
+    upstream: Cascade | Obstacle | None = None
     model: int = 0
     data: Data = NOTHING
 
@@ -304,16 +306,16 @@ def _with_one_head_rank(s: Site) -> Site:
     return s
 
 
-def _latents(s: Site, plain: Cascade, who: Roles, step: str) -> Latents | Miss | None:
+def _latents(s: Site, plain: Cascade, who: Roles, step: str) -> Latents | Obstacle | None:
     """The latent forms of an attention; None where nobody asked, or nothing is cached."""
     if s.upstream is None or step == "training":
         return None
-    upstream = s.upstream if isinstance(s.upstream, Miss) else with_projection(s.upstream, who, s.model)
+    upstream = s.upstream if isinstance(s.upstream, Obstacle) else with_projection(s.upstream, who, s.model)
     return latents(upstream, plain, who)
 
 
 def _by_name(
-    plain: Cascade, found: Latents | Miss | None, who: Roles, mesh: Mesh, some: bool
+    plain: Cascade, found: Latents | Obstacle | None, who: Roles, mesh: Mesh, some: bool
 ) -> Iterator[tuple[str, Way]]:  # fmt: skip
     """The ways of one attention; where others of the model have latents, one that has none takes its plain way beside."""
     own = found if isinstance(found, Latents) else None
@@ -323,12 +325,12 @@ def _by_name(
             yield from ((f"{form} {way.name}", way) for form in FORMS)
 
 
-def _said(sites: Sequence[Site], narrow: Sequence[Latents | Miss | None]) -> str:
+def _said(sites: Sequence[Site], narrow: Sequence[Latents | Obstacle | None]) -> str:
     """What latents are kept, and why others have none: each sentence once."""
     out: dict[str, None] = {}
     without: dict[str, list[str]] = {}
     for s, found in zip(sites, narrow):
-        if isinstance(found, Miss):
+        if isinstance(found, Obstacle):
             without.setdefault(found.reason, []).append(s.name or "an attention")
         elif found is not None:
             kept = " + ".join(f"{name} {n}" for name, n in found.kept)

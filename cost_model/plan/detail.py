@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...patterns.attention.recognise import Miss, attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, bind
 from ...patterns.mapping import Mapping as Tiling
+from ...patterns.verdict import Obstacle
 from ..count.describe import describe
 from ..count.passes import families, report
 from ..count.subject import shape, subject, work
@@ -101,13 +102,13 @@ def detail(
     written = count(c, None, sizes)
     before = Detail(_passes(c, sizes), bytes_before=_bytes(written.traffic))
     s = subject(c)
-    if isinstance(s, Miss) or not mapping or one_pass is None:
+    if isinstance(s, Obstacle) or not mapping or one_pass is None:
         flops, operations = _counts(written.matrix), _counts(written.ops)
         return replace(before, flops=flops, operations=operations, **_described(c, 1, sizes))
     tiling = Tiling.parse(mapping)
     at = shape(s.cascade, s.attention, sizes)
     jobs = tiles_of(c, tiling, sizes, data)
-    assert not isinstance(jobs, Miss), jobs
+    assert not isinstance(jobs, Obstacle), jobs
     tiled = work(s, at, tiling, sizes, jobs)
     known = {**sizes, **_tile(one_pass, tiling)}
     return replace(
@@ -119,7 +120,7 @@ def detail(
 def _described(c: Cascade, rows: int, sizes: Mapping[str, int]) -> dict[str, Any]:
     """What must live between the passes over the keys, with its choices for `rows` query rows, and the forms of fewer."""
     view = attention(c)
-    if isinstance(view, Miss):
+    if isinstance(view, Obstacle):
         return {}
     found = describe(view.cascade, sizes, query=view.query, rows=rows, family=(view.key,))
     families = [f for f in found["families"] if f["ranks"] == [view.key]]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 
-from ...patterns.attention.recognise import Attention, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, Size
 from ..count.memory import Memory
 from ..devices.device import Device

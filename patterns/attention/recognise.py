@@ -13,112 +13,61 @@ reshape of heads) is rewritten over the reader's ranks, so that every term speak
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from .. import expr as ex
 from ..cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from ..expr import Expr
 from ..terms.overflow import passes
-from .score import elements, factors, only, score, without
-from .traits import kind, no_key_rule, traits
-
-__all__ = ["Attention", "Miss", "Refusal", "attention", "elements", "factors", "kind", "no_key_rule", "traits"]
-
-
-@dataclass(frozen=True)
-class Miss:
-    """Why something is not (this kind of) attention. A value; `depth` is how far the attempt got."""
-
-    reason: str
-    einsum: str = ""
-    depth: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.reason} [{self.einsum}]" if self.einsum else self.reason
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a candidate cannot compute an attention."""
-
-    candidate: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.candidate}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention, read off `cascade`.
-
-    `cascade` computes the same outputs from the same inputs as the cascade that was asked about; it is that very one
-    unless an index map or a clash of rank names had to be folded. `prelude` holds Einsums that `products`, `row`,
-    `weight`, `values` or `finish` read as ordinary tensors (norms, projections, gathered scores): they are computed
-    beforehand. In `products`, `row` and `contraction` all pointwise Einsums are inlined.
-    """
-
-    cascade: Cascade
-    batch: tuple[str, ...]
-    query: str
-    key: str
-    value: str
-    prelude: tuple[Einsum, ...]
-    products: tuple[Einsum, ...]
-    score: Expr
-    row: tuple[Einsum, ...]
-    weight: Expr
-    values: Expr
-    finish: Expr
-    contraction: Einsum
-
-    @property
-    def row_names(self) -> frozenset[str]:
-        return frozenset(e.out.tensor for e in self.row)
+from ..verdict import Obstacle
+from .attention import Attention
+from .score import factors, only, score, without
 
 
 class _Stop(Exception):
-    """Carries a Miss to the one place that catches it."""
+    """Carries an Obstacle to the one place that catches it."""
 
     def __init__(self, reason: str, einsum: object = "", depth: int = 0) -> None:
         super().__init__(reason)
-        self.miss = Miss(reason, str(einsum) if einsum else "", depth)
+        self.obstacle = Obstacle(reason, str(einsum) if einsum else "", depth)
 
 
 @lru_cache(maxsize=512)
-def attention(c: Cascade) -> Attention | Miss:
+def attention(c: Cascade) -> Attention | Obstacle:
     """Read the attention whose output is the cascade's only output, or say why there is none."""
     if len(c.outputs) != 1:
-        return Miss(f"the cascade has {len(c.outputs)} outputs; an attention is read off one")
+        return Obstacle(f"the cascade has {len(c.outputs)} outputs; an attention is read off one")
     if any(r.iterative for r in c.ranks):
-        return Miss("the cascade is already written with carried state")
+        return Obstacle("the cascade is already written with carried state")
     try:
         form = _Form(c)
         term, ranks = form.output()
     except _Stop as stop:
-        return stop.miss
+        return stop.obstacle
     found: list[Attention] = []
-    missed: list[Miss] = []
+    missed: list[Obstacle] = []
     for load in ex.loads(term):
         if str(load.attr) not in form.reductions:
             continue
         try:
             found.append(_Reader(form, term, ranks, load).read())
         except _Stop as stop:
-            missed.append(stop.miss)
+            missed.append(stop.obstacle)
     if len(found) > 1:
         names = ", ".join(a.contraction.out.tensor for a in found)
-        return Miss(f"the output joins {len(found)} products with values ({names}): several attentions", depth=9)
+        return Obstacle(f"the output joins {len(found)} products with values ({names}): several attentions", depth=9)
     if not found and not missed:
-        return Miss("no Einsum sums over a rank that the output lacks: there is no product with values")
+        return Obstacle("no Einsum sums over a rank that the output lacks: there is no product with values")
     return _integers_fit(found[0]) if found else max(missed, key=lambda m: m.depth)
 
 
-def _integers_fit(a: Attention) -> Attention | Miss:
+def _integers_fit(a: Attention) -> Attention | Obstacle:
     terms = (a.score, a.weight, a.values, a.finish, *(e.body for e in (*a.prelude, *a.products, *a.row)))
     large = next((found for e in terms if (found := passes(e, a.cascade.rank)) is not None), None)
-    return a if large is None else Miss(f"{large} may be too large for {large.dtype}, where tensors wrap around", depth=9)
+    if large is None:
+        return a
+    return Obstacle(f"{large} may be too large for {large.dtype}, where tensors wrap around", depth=9)
 
 
 class _Form:

@@ -26,7 +26,7 @@ SMALL = 24
 
 
 class Stop(Exception):
-    """Carries a Miss to the one place that catches it."""
+    """Carries a law and its term to the one place that catches it."""
 
     def __init__(self, term: Expr, law: str) -> None:
         super().__init__(law)

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 from .. import expr as ex
-from ..attention.recognise import Miss
 from ..attention.score import factors
 from ..cascade import Access, Cascade, Einsum, Rank, Size, Tensor, verify
 from ..expr import Expr
+from ..verdict import Obstacle
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Stop(Exception):
     """Carries a reason to the one place that catches it."""
 
 
-def absorb(c: Cascade, key: str, query: str, *, expand: bool = False) -> Absorbed | Miss:
+def absorb(c: Cascade, key: str, query: str, *, expand: bool = False) -> Absorbed | Obstacle:
     """The absorbed form of a cascade that makes keys or values of another tensor along rank `key`, or why there is none.
 
     What a map multiplies tokens with varies over neither `key` nor `query`. With `expand`, keys and values are made after
@@ -45,7 +45,7 @@ def absorb(c: Cascade, key: str, query: str, *, expand: bool = False) -> Absorbe
     try:
         return _Absorbing(c, key, query, expand).result()
     except _Stop as no:
-        return Miss(str(no))
+        return Obstacle(str(no))
 
 
 def weighted(c: Cascade, key: str, query: str) -> frozenset[str]:
@@ -304,7 +304,7 @@ def _pruned(c: Cascade, ranks: dict[str, Rank], tensors: dict[str, Tensor], eins
 # --- slices ---------------------------------------------------------------------------------------------------------
 
 
-def slices(a: Absorbed, parts: int, rank: str = "g") -> Cascade | Miss:
+def slices(a: Absorbed, parts: int, rank: str = "g") -> Cascade | Obstacle:
     """The absorbed cascade with a row of its own for each of `parts` slices of the latent, summed in the output.
 
         before   QK[h,p,m] = Σ_c QL·C[m,c];  …  O = Σ_k OL[h,p,k]·U                        one softmax
@@ -314,13 +314,13 @@ def slices(a: Absorbed, parts: int, rank: str = "g") -> Cascade | Miss:
     """
     c = a.cascade
     if not a.keys or not a.values:
-        return Miss("only keys or only values are made of a latent: slices need both")
+        return Obstacle("only keys or only values are made of a latent: slices need both")
     latent = dict.fromkeys((*a.keys, a.values))
     sizes: dict[str, int] = {}
     for r in latent:
         size = c.rank[r].size
         if not isinstance(size, int) or size % parts:
-            return Miss(f"a latent of {size} channels does not divide into {parts} slices")
+            return Obstacle(f"a latent of {size} channels does not divide into {parts} slices")
         sizes[r] = size // parts
     while rank in c.rank:
         rank += "_"

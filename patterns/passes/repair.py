@@ -16,11 +16,11 @@ import numpy as np
 
 from .. import expr as ex
 from ..attention.carried import OLD, Carried
-from ..attention.recognise import Refusal
 from ..attention.separate import Bound, Ground, Part, Splitter, Stop
 from ..cascade import IDENTITY, Access, Cascade, Einsum, Tensor, size_term
 from ..expr import Expr
 from ..terms.constant import number
+from ..verdict import Refusal
 from .chain import Reading, empty_rows, exposed, products, rebuilt, unused
 from .rewrites import Family, Rewritten
 

@@ -17,12 +17,12 @@ from typing import TypeAlias
 
 from .. import expr as ex
 from ..attention.carried import Carried
-from ..attention.recognise import Refusal
 from ..attention.reductions import Reducer
 from ..attention.score import factors
 from ..attention.separate import Bound, Ground, Part, Stop
 from ..cascade import IDENTITY, Access, Cascade, Einsum, Tensor, size_term
 from ..expr import Expr
+from ..verdict import Refusal
 from .chain import Reading, exposed, plain, products, rebuilt, unused
 
 Family: TypeAlias = tuple[str, ...]

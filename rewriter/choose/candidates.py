@@ -36,13 +36,14 @@ from ...cost_model.time.predict import (
     tiles_of,
 )
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, Refusal, attention, no_key_rule
-from ...patterns.attention.recognise import Miss as NoAttention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
-from ...patterns.attention.traits import kind, traits
+from ...patterns.attention.traits import kind, no_key_rule, traits
 from ...patterns.cascade import Cascade, bind, show
 from ...patterns.mapping import Mapping as Tiling
 from ...patterns.masks.split import conjuncts, split
+from ...patterns.verdict import Obstacle, Refusal
 from ..splice import splice
 from ..splice.guards import Condition, every_row_keeps_a_key
 from .policy import Policy
@@ -85,7 +86,7 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     chosen = next(iter(permitted), None) or next(x for x in order if x.feasible)
     order = tuple(replace(x, why=_why(x, order, q)) if x is chosen else x for x in order)
     state = derive(view)
-    one_pass = stream(view, state) if not isinstance(state, NoAttention) else None
+    one_pass = stream(view, state) if not isinstance(state, Obstacle) else None
     ours_text = next((x.mapping for x in order if x.name == "reattend"), "")
     site = Site(
         name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q, sizes),
@@ -187,7 +188,7 @@ def _ours(
     view = attention(q.cascade)
     assert isinstance(view, Attention)
     state = derive(view)
-    passes = key_passes(stream(view, state)) if not isinstance(state, NoAttention) else None
+    passes = key_passes(stream(view, state)) if not isinstance(state, Obstacle) else None
     why = "; ".join(s for s in (str(mapping), held or refusal) if s)
     candidate = Candidate(
         name, passes=passes, cost=cost, mapping=mapping.to_text(), why=why, maker=lambda: str(kernel.source)
@@ -204,7 +205,7 @@ def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[T
     except ValueError:
         return []
     best: dict[str, tuple[Tiling, Cost]] = {}
-    for mapping, cost in () if isinstance(found, NoAttention) else found:
+    for mapping, cost in () if isinstance(found, Obstacle) else found:
         best.setdefault(mapping.body, (mapping, cost))
     return list(best.values())
 
@@ -227,7 +228,7 @@ def _no_mapping(q: Question, sizes: Mapping[str, int]) -> str:
         best = best_mapping(q.cascade, q.device, sizes)
     except ValueError as no:
         return str(no)
-    return best.reason if isinstance(best, NoAttention) else ""
+    return best.reason if isinstance(best, Obstacle) else ""
 
 
 def our_call(c: Cascade, mapping: Tiling, fragile: bool = False) -> splice.Call:
@@ -328,7 +329,7 @@ def _mask(
         jobs = tiles_of(c, tiling, sizes, data)
     except ValueError:
         return MaskView(ex.show(mask.keep), 1.0)
-    n = jobs.tally if not isinstance(jobs, NoAttention) else None
+    n = jobs.tally if not isinstance(jobs, Obstacle) else None
     if n is None:
         return MaskView(ex.show(mask.keep), 1.0)
     counts = TileCounts(tiling.tile_p, tiling.tile_m, n.total, n.visited, n.full, n.partial)

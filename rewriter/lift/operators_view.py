@@ -11,9 +11,10 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
+from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of, size_of
 from . import index
-from .lift import ZERO, At, CannotLift, Lifter, Rule, arguments, dtype_of, op_name, tensor_of
+from .lift import ZERO, At, Lifter, Rule
 
 Args = Mapping[str, object]
 

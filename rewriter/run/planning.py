@@ -20,7 +20,8 @@ from ...cost_model.mesh.sharding import Site as Sharded
 from ...cost_model.mesh.sharding import shard
 from ...cost_model.plan.plan import Miss, Plan, Site
 from ...cost_model.plan.sweep import Symbol, axes
-from ...patterns.attention.recognise import Attention, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, bind
 from ..capture import capture, export
 from ..capture.models import Shapes, Subject, load, run

@@ -15,10 +15,10 @@ from reattend.codegen.triton import aot
 from reattend.codegen.triton.kernel import Kernel, build, default_mapping, shared_bytes
 from reattend.cost_model.devices.device import Device, device
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.evaluate import DTYPE
 from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.verdict import Refusal
 
 from .. import strategies
 from ..strategies import INF, LOWEST, M, P, attention

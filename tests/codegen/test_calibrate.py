@@ -14,9 +14,9 @@ from reattend.codegen.measure import calibrate, calibrate_gpu, company
 from reattend.cost_model.calibration.calibrate import torch_threads, with_rates
 from reattend.cost_model.devices.device import Device, alone, device, shipped, with_threads
 from reattend.cost_model.time.predict import tiles_of
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import Mapping
+from reattend.patterns.verdict import Obstacle
 
 
 def test_a_device_without_kernels_is_refused() -> None:
@@ -213,11 +213,11 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_checkerboard_leaves_every_tile_partial() -> None:
     at = {"B": 1, "H": 2, "P": 512, "M": 512, "E": 64, "F": 64}
     jobs = tiles_of(calibrate_gpu.attention(True), Mapping(64, 32), at)
-    assert not isinstance(jobs, Miss)
+    assert not isinstance(jobs, Obstacle)
     assert int(jobs.full.sum()) == 0
     assert int(jobs.partial.sum()) == 8 * 16
     plain = tiles_of(calibrate_gpu.attention(False), Mapping(64, 32), at)
-    assert not isinstance(plain, Miss)
+    assert not isinstance(plain, Obstacle)
     assert int(plain.partial.sum()) == 0
 
 

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from reattend.codegen.cpu import kernel as cpu
 from reattend.codegen.forms.form import rows_keep_a_key
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Attention, Refusal, attention
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import Mapping
+from reattend.patterns.verdict import Refusal
 from tests import strategies
 from tests.codegen.attentions import CAUSAL, VARIANTS, Case, aux, build, masked
 

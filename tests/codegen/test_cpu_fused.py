@@ -23,13 +23,13 @@ from reattend.codegen.cpu import kernel as cpu
 from reattend.codegen.files import cache, native
 from reattend.codegen.forms.program import Program
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, verify
 from reattend.patterns.cascade import Tensor as Shape
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.expr import Expr
 from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
+from reattend.patterns.verdict import Refusal
 from tests import programs, strategies
 from tests.codegen import test_cpu
 from tests.codegen.attentions import (

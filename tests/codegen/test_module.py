@@ -17,9 +17,9 @@ from reattend.codegen.files import cache, library
 from reattend.codegen.triton import kernel as triton_kernel
 from reattend.codegen.triton.kernel import Kernel, build
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.verdict import Refusal
 
 from .. import strategies
 from ..strategies import INF, LOWEST, H, M, P, attention

@@ -14,9 +14,9 @@ from reattend.cost_model.mesh.sharding import Site, latent_ways, placed, shard
 from reattend.cost_model.mesh.ways import LATENT_ROLES, Latents, Way, captured_ways, latents, with_projection
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.latent import K2, V3, Widths, naive
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library.papers import Builder
+from reattend.patterns.verdict import Obstacle
 
 from .test_sharding import heads
 
@@ -170,7 +170,7 @@ def test_training_keeps_no_latents() -> None:
 
 
 def test_a_reason_stands_where_there_is_no_latent() -> None:
-    site = Site("attn", plain(K2), 61, Miss("no product with weights stands behind keys or values"), K2.model)
+    site = Site("attn", plain(K2), 61, Obstacle("no product with weights stands behind keys or values"), K2.model)
     found = shard([site], parse("tp=8"), H200)
     assert {s.name for s in found.schemes} == {"heads", "ring", "ring zigzag", "all-to-all", "merge"}
     assert "no latent form of attn: no product with weights stands behind keys or values" in found.note
@@ -181,7 +181,7 @@ def test_what_is_no_narrower_is_no_latent() -> None:
     w = Widths(heads=2, latent=4096, rotary=0, model=4096)
     own, above = (with_projection(f, LATENT_ROLES) for f in (plain(w), naive_of(w)))
     miss = latents(above, own, LATENT_ROLES)
-    assert isinstance(miss, Miss)
+    assert isinstance(miss, Obstacle)
     assert miss.reason == "what keys and values are made of is no narrower: C 8192 bytes a token, for 1024"
 
 
@@ -200,7 +200,7 @@ def naive_of(w: Widths) -> Cascade:
 def test_models_mix_attentions_with_latents_and_without() -> None:
     sites = [
         Site("latent", plain(K2), 4, made(K2), K2.model),
-        Site("plain", heads(64, 8), 2, Miss("keys are turned"), K2.model),
+        Site("plain", heads(64, 8), 2, Obstacle("keys are turned"), K2.model),
     ]  # fmt: skip
     found = shard(sites, parse("tp=4"), H200)
     both = found.scheme("latent heads")

@@ -9,10 +9,10 @@ from reattend.cost_model.time.cost import Cost
 from reattend.cost_model.time.gpu import operand_bytes, overlapped, resources
 from reattend.cost_model.time.predict import predict, tiles_of
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
+from reattend.patterns.verdict import Obstacle
 
 P, M = ex.index("p"), ex.index("m")
 CAUSAL = papers.attention("causal", papers.softmax, lambda b, s: ex.where(M <= P, s * 0.125, -3e38))
@@ -69,7 +69,7 @@ def test_reading_operands_bounds_no_published_tile() -> None:
     assert operand_bytes(128, 128, 128, 128, 2, "sm_80") == 0
 
 
-def known(cost: Cost | Miss) -> Cost:
+def known(cost: Cost | Obstacle) -> Cost:
     assert isinstance(cost, Cost), cost
     return cost
 
@@ -93,7 +93,7 @@ def test_one_wave_takes_as_long_as_its_longest_program() -> None:
 def test_makespan_of_causal_rows() -> None:
     """N = 8192, tiles of 128, 16 heads on 132 slots: 252.1 tiles a slot, 292 in ascending order, 253 longest first."""
     jobs = tiles_of(CAUSAL, Mapping(128, 128), {"B": 1, "H": 16, "P": 8192, "M": 8192, "E": 64, "F": 64})
-    assert not isinstance(jobs, Miss)
+    assert not isinstance(jobs, Obstacle)
     costs = jobs.visited.astype(float)
     assert costs.sum() * jobs.repeat / 132 == pytest.approx(252.12, abs=0.01)
     assert makespan(order(costs, jobs.repeat, False), 132) == 292

@@ -22,10 +22,10 @@ from reattend.cost_model.time.predict import (
     tiles_of,
 )
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
 from reattend.patterns.mapping import Mapping
+from reattend.patterns.verdict import Obstacle
 
 P, M = ex.index("p"), ex.index("m")
 GPUS = [d for d in targets() if d.is_gpu]
@@ -54,7 +54,7 @@ def cpu(threads: int = 1) -> Device:
     return with_threads(shipped("cpu"), threads)
 
 
-def known(cost: Cost | Miss) -> Cost:
+def known(cost: Cost | Obstacle) -> Cost:
     assert isinstance(cost, Cost), cost
     return cost
 
@@ -169,10 +169,10 @@ def test_without_a_mask_sdpa_stays() -> None:
 
 def test_the_fused_kernel_is_not_offered_what_it_cannot_do() -> None:
     found = ranked_mappings(CAPPED, cpu(), sizes(1024))
-    assert not isinstance(found, Miss)
+    assert not isinstance(found, Obstacle)
     assert {m.body for m, _ in found} == {"product"}
     found = ranked_mappings(CAUSAL, cpu(), sizes(1024))
-    assert not isinstance(found, Miss)
+    assert not isinstance(found, Obstacle)
     assert {m.body for m, _ in found} == {"product", "sdpa", "slices"}
     assert all(a[1].seconds <= b[1].seconds for a, b in pairwise(found))
 
@@ -217,14 +217,14 @@ def narrow(c: Cascade) -> Cascade:
 
 def test_mappings_that_do_not_fit_are_misses() -> None:
     found = predict(FULL, Mapping(128, 128, 8, 4), shipped("l4"), sizes(1024, 128))
-    assert isinstance(found, Miss)
+    assert isinstance(found, Obstacle)
     assert "shared memory" in found.reason
-    assert isinstance(best_mapping(FULL, shipped("fusemax"), sizes(1024)), Miss)
+    assert isinstance(best_mapping(FULL, shipped("fusemax"), sizes(1024)), Obstacle)
 
 
 def test_a_cascade_without_one_pass_form_is_a_miss() -> None:
     sparsemax = papers.attention("sparsemax", papers.sparsemax(2))
-    assert isinstance(best_mapping(sparsemax, shipped("h200"), sizes(512)), Miss)
+    assert isinstance(best_mapping(sparsemax, shipped("h200"), sizes(512)), Obstacle)
     assert predict_original(sparsemax, shipped("h200"), sizes(512)).seconds > 0
 
 
@@ -235,7 +235,7 @@ def test_missing_sizes_are_named() -> None:
 
 def test_tiles_of_a_causal_mask() -> None:
     found = tiles_of(CAUSAL, Mapping(128, 128), sizes(8192))
-    assert not isinstance(found, Miss)
+    assert not isinstance(found, Obstacle)
     assert int(found.visited.sum()) == 2080
     assert int(found.full.sum()) == 2016
     assert found.repeat == 8

@@ -16,12 +16,12 @@ from reattend.cost_model.count.neighborhood import Axis, GridTiles, end_to_end, 
 from reattend.cost_model.count.tiles import Data, Expectation, assumptions, expected, jobs, tile_map
 from reattend.cost_model.count.work import count
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.expr import Expr
 from reattend.patterns.library import papers
 from reattend.patterns.masks.split import FULL, PARTIAL, Mask, count_tiles
 from reattend.patterns.masks.tiles import pairs
 from reattend.patterns.masks.windows import flat, laid_out, neighborhood, residue_order, tile_order, unflat, unfolded
+from reattend.patterns.verdict import Obstacle
 from tests.loading import benchmark
 
 B, H, P, M = (ex.index(r) for r in "bhpm")
@@ -325,7 +325,7 @@ def test_a_lifted_window_is_found_to_be_a_product() -> None:
     axes = [Axis("p0", "m0", 4, 4), Axis("p1", "m1", 8, 8)]
     extents = {"p0": 16, "m0": 16, "p1": 24, "m1": 24}
     parts = separated(keep, axes)
-    assert not isinstance(parts, Miss)
+    assert not isinstance(parts, Obstacle)
     assert [p.ranks for p in parts] == [{"p0", "m0"}, {"p1", "m1"}]
     found = grid_tiles(keep, axes, extents)
     assert isinstance(found, GridTiles)
@@ -336,10 +336,10 @@ def test_what_is_no_product_says_so() -> None:
     ring = ex.unary("abs", ex.index("p0") - ex.index("m0")) + ex.unary("abs", ex.index("p1") - ex.index("m1")) < 4
     axes = [Axis("p0", "m0", 4, 4), Axis("p1", "m1", 4, 4)]
     found = grid_tiles(ring, axes, {"p0": 8, "m0": 8, "p1": 8, "m1": 8})
-    assert isinstance(found, Miss)
+    assert isinstance(found, Obstacle)
     assert "ties m0, m1, p0, p1" in found.reason
     by_head = ex.index("p0") - ex.index("m0") < H
-    assert isinstance(separated(by_head, axes), Miss)
+    assert isinstance(separated(by_head, axes), Obstacle)
     assert flat([ex.index("p0")], [8]) is ex.index("p0")
 
 

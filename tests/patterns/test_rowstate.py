@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Attention, Miss, attention
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.attention.rowstate import RowState, derive, stream
 from reattend.patterns.cascade import parse, to_text, verify
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.library import papers
 from reattend.patterns.terms.constant import number
 from reattend.patterns.terms.laws import additive, multiplicative, separates
+from reattend.patterns.verdict import Obstacle
 
 from . import rules
 
@@ -239,7 +241,7 @@ def test_chains_without_a_one_pass_form(rule: Any, law: Any) -> None:
     view = attention(papers.attention("x", rule, rules.scaled))
     assert isinstance(view, Attention), view
     miss = derive(view)
-    assert isinstance(miss, Miss)
+    assert isinstance(miss, Obstacle)
     assert law in miss.reason
 
 

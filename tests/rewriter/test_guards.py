@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import reattend
-from reattend.patterns.attention.recognise import Attention, attention
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.mapping import Mapping as Tiling
 from reattend.rewriter.capture import export
 from reattend.rewriter.choose import candidates, choose

@@ -14,9 +14,8 @@ from dataclasses import replace
 from ....patterns import expr as ex
 from ....patterns.cascade import size_term
 from ....patterns.expr import Expr
-from ...forms.base2 import Terms
 from ...forms.form import Form
-from ...forms.skip import mapped_state
+from ...forms.terms import Terms, mapped_elements
 from ...text.print_cpp import STORED, At, Body, Operand, Scope, identifier, kind
 from ...text.print_torch import PrintError
 from .terms import Diagonal, Tile, corrections, costly, reciprocals, tiles
@@ -88,7 +87,7 @@ class Program:
         """What multiplies a product outside of its sum belongs to the score; what the host tabulates is read."""
         here = ex.load(SCORE, (ex.index(self.key),), t.score.dtype)
         table = self.outer | {part: d.load(self.a.query, self.key) for part, d in self.diagonals.items()}
-        state = mapped_state(t.state, lambda e: ex.substitute(ex.substitute(e, {t.score: here}), table))
+        state = mapped_elements(t.state, lambda e: ex.substitute(ex.substitute(e, {t.score: here}), table))
         return Tile(ex.substitute(t.score, table), state)
 
     def _diagonals(self, written: Iterable[Tile]) -> dict[Expr, Diagonal]:
