@@ -19,8 +19,9 @@ from ...patterns.terms.conditions import conjunction, conjuncts, simplify_under
 from ...patterns.terms.intervals import spans
 from ...patterns.verdict import Obstacle, Refusal
 from . import skip
-from .operands import Heads, Product, heads, plain, product
+from .operands import Heads, Product, heads, product
 from .scaled import Ending, Scaled, ending, scaled
+from .terms import uncast
 
 NAME = "cpu"
 # The largest coordinate or size that proofs about rows allow for.
@@ -78,7 +79,7 @@ def form(c: Cascade) -> Form | Refusal:
         if isinstance(p, str):
             return Refusal(NAME, p)
         products.append(p)
-    values = plain(a.values)
+    values = uncast(a.values)
     if a.query in values.ranks:
         return Refusal(NAME, f"the values vary over the query {a.query}: no product of weights and values")
     mask = split(a.score, a.key)

@@ -37,3 +37,10 @@ def mapped_state(state: RowState, f: Callable[[Expr], Expr]) -> RowState:
 def mapped_elements(state: RowState, f: Callable[[Expr], Expr]) -> RowState:
     """What an element does to a row state, its lifts and its weight, rewritten by `f`."""
     return replace(state, carried=tuple(replace(c, lift=f(c.lift)) for c in state.carried), weight=f(state.weight))
+
+
+def uncast(e: Expr) -> Expr:
+    """The term without casts between float types: operands are taken in the type that they have."""
+    while e.op == "cast" and e.is_float and e.args[0].is_float:
+        e = e.args[0]
+    return e

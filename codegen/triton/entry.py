@@ -8,17 +8,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 
 import sympy
 
 from ...patterns import expr as ex
-from ...patterns.cascade import Size
+from ...patterns.cascade import Size, as_size
 from ...patterns.mapping import Mapping as Tiling
 from ..files.library import functions
 from ..text import print_torch
-from .device_function import Names
+from .device_function import Names, atom
 from .holes import mask_ranks
 from .streaming import FEW_ROWS, Streaming
 
@@ -58,15 +57,11 @@ def _size(size: Size, names: Names) -> str:
     return print_torch.size_source(size, names.symbols)
 
 
-def _atom(text: str) -> str:
-    return text if re.fullmatch(r"\w+", text) else f"({text})"
-
-
 def _product(sizes: Iterable[Size], names: Names) -> str:
     texts = [_size(n, names) for n in sizes if n != 1]
     if all(t.isdigit() for t in texts):
         return str(math.prod(map(int, texts)))
-    return " * ".join(map(_atom, texts)) if len(texts) > 1 else texts[0]
+    return " * ".join(map(atom, texts)) if len(texts) > 1 else texts[0]
 
 
 def _tuple(texts: Iterable[str]) -> str:
@@ -89,9 +84,9 @@ def _bound(s: Streaming, names: Names) -> tuple[Mapping[str, str], list[str]]:
         symbol, tensor, d, (factor, rest) = found
         text = f"{tensor}.shape[{d}]"
         if rest != 0:
-            text += f" - {_atom(_size(rest, names))}"
+            text += f" - {atom(_size(rest, names))}"
         if factor != 1:
-            text = f"{text if rest == 0 else f'({text})'} // {_atom(_size(factor, names))}"
+            text = f"{text if rest == 0 else f'({text})'} // {atom(_size(factor, names))}"
         known[symbol] = text
         left.remove(symbol)
     return known, left
@@ -109,11 +104,7 @@ def _solved(symbol: str, size: Size, known: set[str]) -> tuple[Size, Size] | Non
     others = {str(y) for y in factor.free_symbols | rest.free_symbols}
     if sympy.expand(size - factor * x - rest) != 0 or not others <= known:
         return None
-    return _plain(factor), _plain(rest)
-
-
-def _plain(size: sympy.Expr) -> Size:
-    return int(size) if size.is_Integer else size
+    return as_size(factor), as_size(rest)
 
 
 def _sizes_of(s: Streaming, names: Names) -> str:
@@ -140,9 +131,9 @@ def _sizes_of(s: Streaming, names: Names) -> str:
 
 def _plan_of(s: Streaming, names: Names, mapping: Tiling) -> str:
     out = s.attention.cascade.tensor[s.cascade.outputs[0]]
-    keys = _atom(_product([s.extent[s.key]], names)) if s.extent[s.key] != 1 else "1"
+    keys = atom(_product([s.extent[s.key]], names)) if s.extent[s.key] != 1 else "1"
     full = f"{keys} // {mapping.tile_m}" if s.mask.keep is ex.TRUE else "0"
-    rows = _atom(_product((s.extent[r] for r in s.rows), names)) if any(s.extent[r] != 1 for r in s.rows) else "1"
+    rows = atom(_product((s.extent[r] for r in s.rows), names)) if any(s.extent[r] != 1 for r in s.rows) else "1"
     programs = _product((s.extent[r] for r in s.grid), names) if s.grid else "1"
     return "\n".join([
         f"def plan_of({', '.join(_symbols(s, names))}):",
@@ -181,7 +172,7 @@ def _kept(s: Streaming, names: Names) -> list[str]:
         count = _product((s.extent[r] for r in over), names)
         lines.append(f"    i = torch.arange({count}, device={key}.device)[:, None, None]")
     for r in reversed(over):
-        size = _atom(_product([s.extent[r]], names))
+        size = atom(_product([s.extent[r]], names))
         rest = [f"    i = i // {size}"] if r != over[0] else []
         lines += [f"    {names.ranks[r]} = i % {size}" if rest else f"    {names.ranks[r]} = i", *rest]
     helpers = [functions("cpu")[h] for h in sorted(body.helpers)]
@@ -193,7 +184,7 @@ def _walk_of(s: Streaming, names: Names, mapping: Tiling) -> str:
     keys, queries = (_product([s.extent[r]], names) for r in (s.key, s.attention.query))
     over = [s.extent[r] for r in mask_ranks(s)]
     lists = _product(over, names) if over else "1"
-    ragged = str(int(keys) % mapping.tile_m != 0) if keys.isdigit() else f"{_atom(keys)} % {mapping.tile_m} != 0"
+    ragged = str(int(keys) % mapping.tile_m != 0) if keys.isdigit() else f"{atom(keys)} % {mapping.tile_m} != 0"
     arguments = _mask_arguments(s, names)
     text = "\n".join([
         f"def walk_of({', '.join([*arguments, 'device'])}):",

@@ -139,7 +139,7 @@ def _tensors(s: Streaming) -> list[Expr]:
 
 
 def _terms(state: RowState) -> list[Expr]:
-    return [state.weight, *(c.lift for c in state.carried), *_corrections(state)]
+    return [state.weight, *(c.lift for c in state.carried), *state.corrections]
 
 
 # --- split keys ---------------------------------------------------------------------------------------------------
@@ -166,13 +166,13 @@ def _restore(names: Names) -> Printed:
 def _join(names: Names) -> Printed:
     """new = old ⊕ part's, each moved to the new bounds by the same correction that a tile uses."""
     s = names.s
-    f = Function(names, "join", "state, part, at, inputs, sizes", coordinates(s), _corrections(s.state))
+    f = Function(names, "join", "state, part, at, inputs, sizes", coordinates(s), s.state.corrections)
     body = f.body
     part = {c.name: body.fresh(f"{names.carried[c.name]}_part") for c in s.state.carried}
     for i, c in enumerate(s.state.carried):
         body.line(f"{names.old[c.name]} = state[{i}]")
         body.line(f"{part[c.name]} = part[{i}]")
-    reads = {x for e in _corrections(s.state) for x in ex.loads(e) if str(x.attr).removeprefix(OLD) in part}
+    reads = {x for e in s.state.corrections for x in ex.loads(e) if str(x.attr).removeprefix(OLD) in part}
     for x in reads:
         name = str(x.attr)
         body.bind(x, names.old[name.removeprefix(OLD)] if name.startswith(OLD) else names.carried[name])
@@ -199,7 +199,3 @@ def _join(names: Names) -> Printed:
     new = ", ".join(names.carried[c.name] for c in s.state.carried)
     body.line(f"return ({new}{',' if len(part) == 1 else ''}), {a}, {b}")
     return f.printed("Merge two row states: the new one, and the factors of both sums.")
-
-
-def _corrections(state: RowState) -> list[Expr]:
-    return [e for e in (state.correction, *(c.correction for c in state.carried)) if e is not None]

@@ -22,7 +22,7 @@ from ...patterns.masks.split import Mask, split
 from ...patterns.terms.conditions import simplify_under
 from ...patterns.verdict import Obstacle, Refusal
 from ..forms.skip import fits_half, predicate, rule
-from ..forms.terms import mapped_state
+from ..forms.terms import mapped_state, uncast
 
 NAME = "triton"
 # Query rows up to which heads of a group share a row block, and up to which a tile list is not worth its launches.
@@ -176,20 +176,13 @@ def _mask(a: Attention, state: RowState) -> Mask:
 # --- operands ---------------------------------------------------------------------------------------------------
 
 
-def _stripped(e: Expr) -> Expr:
-    """A term without the casts around it that only change the float type."""
-    while e.op == "cast" and e.is_float and e.args[0].is_float:
-        e = e.args[0]
-    return e
-
-
 def _factors(body: Expr) -> tuple[list[Expr], list[Expr]]:
     """Factors above and below the line, looked for inside casts as well: a kernel computes in fp32."""
-    above, below = factors(_stripped(body))
+    above, below = factors(uncast(body))
     up: list[Expr] = []
     down = list(below)
     for f in above:
-        g = _stripped(f)
+        g = uncast(f)
         if g is f or g.op not in ("mul", "div"):
             up.append(g)
             continue
@@ -232,7 +225,7 @@ def _times(side: Expr | None, f: Expr, up: bool) -> Expr:
 
 def _side(term: Expr) -> Side:
     """An operand in its tensor's type when it is one as it lies, else in the type that the model computes it in."""
-    bare = _stripped(term)
+    bare = uncast(term)
     if bare.op == "load" and bare.is_float:
         return Side(bare, bare.dtype)
     return Side(term, term.dtype if term.dtype in ("f16", "bf16") else "f32")

@@ -23,7 +23,7 @@ from typing import Protocol
 import sympy
 
 from ...patterns import expr as ex
-from ...patterns.cascade import Cascade, Einsum, Size
+from ...patterns.cascade import Cascade, Einsum, Size, bind
 from ...patterns.expr import Expr
 from ...patterns.mapping import Mapping as Tiling
 
@@ -154,8 +154,7 @@ class Sizes:
         value = self._number(size)
         if value is not None and value.denominator == 1:
             return int(value)
-        out = size.subs({s: self.known[str(s)] for s in size.free_symbols if str(s) in self.known})
-        return int(out) if out.is_Integer else out
+        return bind(size, self.known)
 
     def _number(self, size: sympy.Expr) -> Fraction | None:
         """The value of a size without symbols left, by plain arithmetic: sympy's substitution takes milliseconds."""

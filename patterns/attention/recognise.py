@@ -81,7 +81,7 @@ class _Form:
         self.ranks: dict[str, Rank] = dict(c.rank)
         for e in c.einsums:
             name = e.out.tensor
-            if len(c.producers[name]) > 1 or not _plain(e.out.index):
+            if len(c.producers[name]) > 1 or not e.out.plain:
                 raise _Stop(f"{name} is written in pieces", e.out)
             body = self.inline(e.body)
             if e.op is None:
@@ -132,10 +132,6 @@ class _Form:
         order = [r for i in at for r in _rank_order(i)]
         out = tuple(ex.index(r) for r in dict.fromkeys(order))
         return Einsum(Access(name, out), ex.substitute(e.body, table), e.op, tuple(reduced))
-
-
-def _plain(at: tuple[Expr, ...]) -> bool:
-    return all(i.op == "index" for i in at) and len(set(at)) == len(at)
 
 
 def _rank_order(e: Expr) -> list[str]:

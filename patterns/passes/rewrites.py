@@ -23,7 +23,7 @@ from ..attention.separate import Bound, Ground, Part, Stop
 from ..cascade import IDENTITY, Access, Cascade, Einsum, Tensor, size_term
 from ..expr import Expr
 from ..verdict import Refusal
-from .chain import Reading, exposed, plain, products, rebuilt, unused
+from .chain import Reading, exposed, products, rebuilt, unused
 
 Family: TypeAlias = tuple[str, ...]
 
@@ -223,7 +223,7 @@ def _inner_sum(c: Cascade, f: Expr, key: str) -> Einsum | None:
     if f.op != "load" or key not in f.ranks or len(c.producers.get(str(f.attr), ())) != 1:
         return None
     (e,) = c.producers[str(f.attr)]
-    return e if e.op == "add" and key not in e.over and plain(e.out.index) else None
+    return e if e.op == "add" and key not in e.over and e.out.plain else None
 
 
 def _instance(c: Cascade, inner: Einsum, f: Expr, outer: Einsum) -> tuple[Expr, tuple[str, ...]] | Refusal:

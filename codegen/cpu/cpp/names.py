@@ -18,7 +18,7 @@ from ...forms.form import Form
 from ...forms.terms import Terms, mapped_elements
 from ...text.print_cpp import STORED, At, Body, Operand, Scope, identifier, kind
 from ...text.print_torch import PrintError
-from .terms import Diagonal, Tile, corrections, costly, reciprocals, tiles
+from .terms import Diagonal, Tile, costly, reciprocals, tiles
 
 # Names that the printed text and the loop around it use.
 RESERVED = frozenset([
@@ -105,7 +105,7 @@ class Program:
     def terms(self) -> list[Expr]:
         out = [self.ending]
         for t in self.tiles:
-            out += [t.score, t.state.weight, *(c.lift for c in t.state.carried), *corrections(t.state)]
+            out += [t.score, t.state.weight, *(c.lift for c in t.state.carried), *t.state.corrections]
         return out
 
     def by_pairs(self, tensor: str) -> bool:

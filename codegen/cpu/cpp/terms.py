@@ -83,7 +83,3 @@ def reciprocals(root: Expr, value: str) -> Expr:
         return args[0] * ex.unary("reciprocal", ex.cast(args[1], "f32"))
 
     return ex.rebuild(root, rule)
-
-
-def corrections(state: RowState) -> list[Expr]:
-    return [e for e in (state.correction, *(c.correction for c in state.carried)) if e is not None]
