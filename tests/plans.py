@@ -8,8 +8,7 @@ from reattend.cost_model.count.memory import memory
 from reattend.cost_model.devices.device import Device, shipped
 from reattend.cost_model.mesh.mesh import parse
 from reattend.cost_model.mesh.plan import MeshPlan
-from reattend.cost_model.mesh.sharding import Site as Sharded
-from reattend.cost_model.mesh.sharding import shard
+from reattend.cost_model.mesh.sharding import ShardedSite, shard
 from reattend.cost_model.plan.detail import detail
 from reattend.cost_model.plan.picture import picture
 from reattend.cost_model.plan.plan import Candidate, MaskView, Miss, Plan, Site, SiteShape, TileCounts, ranked
@@ -74,7 +73,7 @@ def plan(
     def reshard(d: Device, at: Mapping[str, int]) -> MeshPlan | None:
         if not mesh:
             return None
-        return shard([Sharded(f"layers.{i}.attn", c.with_sizes(at)) for i, c in enumerate(cascades)], parse(mesh), d)
+        return shard([ShardedSite(f"layers.{i}.attn", c.with_sizes(at)) for i, c in enumerate(cascades)], parse(mesh), d)
 
     d = shipped(device)
     symbols = tuple(Symbol(n, v, 2, high.get(n)) for n, v in SIZES.items())

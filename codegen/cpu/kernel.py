@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...cost_model.count.tiles import expected
 from ...patterns.cascade import Cascade
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import count_tiles
 from ...patterns.verdict import Refusal
 from ..files import cache
@@ -31,7 +31,7 @@ from . import sdpa as cpu_sdpa
 
 
 @dataclass(frozen=True)
-class Kernel:
+class CpuKernel:
     """A printed kernel: the file's text, and a call that runs exactly that text."""
 
     source: str
@@ -60,14 +60,14 @@ SLOW_ROWS = 2
 TILES = (32, 64, 128, 256, 512)
 
 
-def default_mapping(c: Cascade, sizes: Mapping[str, int]) -> Tiling:
+def default_mapping(c: Cascade, sizes: Mapping[str, int]) -> TileMapping:
     """The tiling that visits the fewest elements, calls included, by the mask alone (run-time data may keep every key)."""
     f = form(c)
     if isinstance(f, Refusal):
-        return Tiling(128, 128, body="product")
+        return TileMapping(128, 128, body="product")
     body = "product" if isinstance(softmax(f), str) else "sdpa"
     if f.rule == "never":
-        return Tiling(128, 128, body=body)
+        return TileMapping(128, 128, body=body)
     bound = c.with_sizes(sizes)
     extents = {r.name: int(r.size) for r in bound.ranks if isinstance(r.size, int)}
     keep = expected(f.mask.keep)
@@ -82,11 +82,11 @@ def default_mapping(c: Cascade, sizes: Mapping[str, int]) -> Tiling:
         per_batch = tiles.visited * rows * tiles.shape[-1] / tiles.total
         cost[size] = per_batch * size * (size + SLOW_ROWS) + rows * CALL_ELEMENTS / heads
     best = min(TILES, key=lambda s: cost[s])
-    return Tiling(best, best, body=body)
+    return TileMapping(best, best, body=body)
 
 
 @lru_cache(maxsize=512)
-def build(c: Cascade, mapping: Tiling) -> Kernel | Refusal:
+def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
     """The kernel of a cascade under a mapping, or why there is none."""
     f = form(c)
     if isinstance(f, Refusal):
@@ -105,4 +105,4 @@ def build(c: Cascade, mapping: Tiling) -> Kernel | Refusal:
         return Refusal(f"{NAME} {mapping.body}", str(no))
     made = cache.load(source)
     compiled = partial(made.compiled, made.SOURCE) if mapping.body == "fused" else None
-    return Kernel(source, tuple(t.name for t in c.inputs), loose(c), made.attention, compiled)
+    return CpuKernel(source, tuple(t.name for t in c.inputs), loose(c), made.attention, compiled)

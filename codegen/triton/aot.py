@@ -22,7 +22,7 @@ from typing import Any
 from ...patterns.cascade import Size
 from . import entry
 from .interpret import interpreting
-from .kernel import MISSING, Kernel, available
+from .kernel import MISSING, TritonKernel, available
 
 POINTER: Mapping[str, str] = {
     "b1": "*i1", "u8": "*u8", "i8": "*i8", "i16": "*i16", "i32": "*i32", "i64": "*i64", "f16": "*fp16",
@@ -53,7 +53,7 @@ class AotReport:
         )
 
 
-def compile(kernel: Kernel, arch: str) -> AotReport:
+def compile(kernel: TritonKernel, arch: str) -> AotReport:
     """Compile for an architecture such as "sm_80" or "gfx942".
 
     Raises ImportError without Triton, RuntimeError in a process that interprets.
@@ -62,7 +62,7 @@ def compile(kernel: Kernel, arch: str) -> AotReport:
     return _compiled(kernel, made.stream, dict(made.CONSTANTS), arch)
 
 
-def compile_merge(kernel: Kernel, arch: str) -> AotReport:
+def compile_merge(kernel: TritonKernel, arch: str) -> AotReport:
     """Compile the second kernel of a mapping that splits keys. Raises ValueError for one that does not."""
     if kernel.mapping.split_m == 1:
         raise ValueError(f"{kernel.mapping} has no parts to merge")
@@ -70,7 +70,7 @@ def compile_merge(kernel: Kernel, arch: str) -> AotReport:
     return _compiled(kernel, made.merge, dict(made.MERGE), arch)
 
 
-def _module(kernel: Kernel) -> ModuleType:
+def _module(kernel: TritonKernel) -> ModuleType:
     if not available():
         raise ImportError(MISSING)
     if interpreting():
@@ -78,7 +78,7 @@ def _module(kernel: Kernel) -> ModuleType:
     return kernel.module
 
 
-def _compiled(kernel: Kernel, function: Any, constants: dict[str, Any], arch: str) -> AotReport:
+def _compiled(kernel: TritonKernel, function: Any, constants: dict[str, Any], arch: str) -> AotReport:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -109,7 +109,7 @@ def _compiled(kernel: Kernel, function: Any, constants: dict[str, Any], arch: st
 
 
 def _arguments(
-    kernel: Kernel, names: list[str], constants: dict[str, Any]
+    kernel: TritonKernel, names: list[str], constants: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Types, compile-time values and divisibility of every argument, nested as the arguments are."""
     import triton.language as tl

@@ -14,10 +14,10 @@ import sympy
 
 from ...patterns import expr as ex
 from ...patterns.cascade import Size, as_size
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ..files.library import functions
 from ..text import print_torch
-from .device_function import Names, atom
+from .device_function import KernelNames, atom
 from .holes import mask_ranks
 from .streaming import FEW_ROWS, Streaming
 
@@ -40,12 +40,12 @@ def mask_tensors(s: Streaming) -> tuple[str, ...]:
 
 def unbound(s: Streaming) -> tuple[str, ...]:
     """Sizes that no tensor's shape shows, and that a caller gives by name."""
-    return tuple(_bound(s, Names(s))[1])
+    return tuple(_bound(s, KernelNames(s))[1])
 
 
-def printed(s: Streaming, mapping: Tiling) -> list[str]:
+def printed(s: Streaming, mapping: TileMapping) -> list[str]:
     """The texts of the host's functions."""
-    names = Names(s)
+    names = KernelNames(s)
     masked = [*_kept(s, names), _walk_of(s, names, mapping)] if needs_lists(s) else []
     return [_sizes_of(s, names), _plan_of(s, names, mapping), *masked, _attention(s, names, mapping)]
 
@@ -53,11 +53,11 @@ def printed(s: Streaming, mapping: Tiling) -> list[str]:
 # --- sizes ------------------------------------------------------------------------------------------------------
 
 
-def _size(size: Size, names: Names) -> str:
+def _size(size: Size, names: KernelNames) -> str:
     return print_torch.size_source(size, names.symbols)
 
 
-def _product(sizes: Iterable[Size], names: Names) -> str:
+def _product(sizes: Iterable[Size], names: KernelNames) -> str:
     texts = [_size(n, names) for n in sizes if n != 1]
     if all(t.isdigit() for t in texts):
         return str(math.prod(map(int, texts)))
@@ -69,11 +69,11 @@ def _tuple(texts: Iterable[str]) -> str:
     return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
-def _symbols(s: Streaming, names: Names) -> list[str]:
+def _symbols(s: Streaming, names: KernelNames) -> list[str]:
     return [names.symbols[n] for n in s.cascade.free_symbols]
 
 
-def _bound(s: Streaming, names: Names) -> tuple[Mapping[str, str], list[str]]:
+def _bound(s: Streaming, names: KernelNames) -> tuple[Mapping[str, str], list[str]]:
     """Texts of the sizes that the inputs' shapes give, in order, and the symbols that they do not give."""
     known: dict[str, str] = {}
     left = list(s.cascade.free_symbols)
@@ -107,7 +107,7 @@ def _solved(symbol: str, size: Size, known: set[str]) -> tuple[Size, Size] | Non
     return as_size(factor), as_size(rest)
 
 
-def _sizes_of(s: Streaming, names: Names) -> str:
+def _sizes_of(s: Streaming, names: KernelNames) -> str:
     known, missing = _bound(s, names)
     tensors = [names.operands[t.name].name for t in s.cascade.inputs]
     keywords = [names.symbols[n] for n in missing]
@@ -129,7 +129,7 @@ def _sizes_of(s: Streaming, names: Names) -> str:
     return "\n".join(lines)
 
 
-def _plan_of(s: Streaming, names: Names, mapping: Tiling) -> str:
+def _plan_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
     out = s.attention.cascade.tensor[s.cascade.outputs[0]]
     keys = atom(_product([s.extent[s.key]], names)) if s.extent[s.key] != 1 else "1"
     full = f"{keys} // {mapping.tile_m}" if s.mask.keep is ex.TRUE else "0"
@@ -146,11 +146,11 @@ def _plan_of(s: Streaming, names: Names, mapping: Tiling) -> str:
 # --- the mask ---------------------------------------------------------------------------------------------------
 
 
-def _mask_arguments(s: Streaming, names: Names) -> list[str]:
+def _mask_arguments(s: Streaming, names: KernelNames) -> list[str]:
     return [names.operands[t].name for t in mask_tensors(s)] + _symbols(s, names)
 
 
-def _kept(s: Streaming, names: Names) -> list[str]:
+def _kept(s: Streaming, names: KernelNames) -> list[str]:
     """The mask as a torch function of rows and keys, over all tile lists, and the helpers it calls."""
     query, key = names.ranks[s.attention.query], names.ranks[s.key]
     scope = print_torch.Scope(
@@ -179,7 +179,7 @@ def _kept(s: Streaming, names: Names) -> list[str]:
     return [*helpers, "\n".join([*lines, *body.lines, f"    return {result}"])]
 
 
-def _walk_of(s: Streaming, names: Names, mapping: Tiling) -> str:
+def _walk_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
     query, key = names.ranks[s.attention.query], names.ranks[s.key]
     keys, queries = (_product([s.extent[r]], names) for r in (s.key, s.attention.query))
     over = [s.extent[r] for r in mask_ranks(s)]
@@ -201,7 +201,7 @@ def _walk_of(s: Streaming, names: Names, mapping: Tiling) -> str:
 # --- the way in -------------------------------------------------------------------------------------------------
 
 
-def _attention(s: Streaming, names: Names, mapping: Tiling) -> str:
+def _attention(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
     _, missing = _bound(s, names)
     keywords = [names.symbols[n] for n in missing]
     shapes = s.attention.cascade.tensor
@@ -227,13 +227,13 @@ def _attention(s: Streaming, names: Names, mapping: Tiling) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def launcher(s: Streaming, mapping: Tiling) -> str:
+def launcher(s: Streaming, mapping: TileMapping) -> str:
     if mapping.split_m > 1:
         return f"launch_split((stream, merge), (CONSTANTS, MERGE), {len(s.state.carried)}"
     return "launch(stream, CONSTANTS"
 
 
-def _choose_walk(s: Streaming, names: Names, first: str) -> list[str]:
+def _choose_walk(s: Streaming, names: KernelNames, first: str) -> list[str]:
     if not needs_lists(s):
         return []
     call = f"walk = walk_of({', '.join([*_mask_arguments(s, names), f'{first}.device'])})"

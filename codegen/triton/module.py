@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ...patterns.cascade import show
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ..files.library import called, functions
 from ..forms.base2 import in_base2
 from ..forms.terms import Terms
@@ -33,7 +33,7 @@ SKIPPING = {
 }
 
 
-def emit(s: Streaming, mapping: Tiling) -> str:
+def emit(s: Streaming, mapping: TileMapping) -> str:
     """The text of the module for one attention and mapping."""
     split = mapping.split_m > 1
     holes = printed(_in_base2(s), mapping.tile_m, split)
@@ -62,7 +62,7 @@ def _in_base2(s: Streaming) -> Streaming:
 # --- text -------------------------------------------------------------------------------------------------------
 
 
-def _header(s: Streaming, mapping: Tiling) -> str:
+def _header(s: Streaming, mapping: TileMapping) -> str:
     before = [f"beforehand: {e}" for e in s.attention.prelude]
     cascade = "\n".join([show(s.cascade), *before])
     text = (
@@ -99,7 +99,7 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
 
 
-def _constants(s: Streaming, mapping: Tiling) -> str:
+def _constants(s: Streaming, mapping: TileMapping) -> str:
     tile = {"BM": mapping.tile_p, "BN": mapping.tile_m, "BF": s.value_width, "SPLIT": mapping.split_m}
     holes = {h.upper(): h for h in HOLES} | {"SAVE": "save" if mapping.split_m > 1 else "None"}
     options = {"num_warps": mapping.warps, "num_stages": mapping.stages}

@@ -31,7 +31,7 @@ WIDEST = 1024
 
 
 @dataclass(frozen=True)
-class Side:
+class DotOperand:
     """One operand of a product on the tensor cores: `term` in type `dtype`; `load` where it is a tensor as it lies."""
 
     term: Expr
@@ -43,14 +43,14 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Product:
+class Dot:
     """`load` reads the product in the score; it equals `factor · Σ_embed query · key`."""
 
     load: Expr
     embed: str
     size: int
-    query: Side
-    key: Side
+    query: DotOperand
+    key: DotOperand
     factor: Expr
 
     @property
@@ -68,8 +68,8 @@ class Streaming:
     extent: Mapping[str, Size]
     grid: tuple[str, ...]
     rows: tuple[str, ...]
-    products: tuple[Product, ...]
-    values: Side
+    products: tuple[Dot, ...]
+    values: DotOperand
     score: Expr
     mask: Mask
     state: RowState
@@ -150,7 +150,7 @@ def _read(a: Attention, state: RowState) -> Streaming:
     products = tuple(_product(a, e, extent) for e in a.products)
     values = _side(a.values)
     if values.dtype == "f16" and not fits_half(state, a.score, a.key):
-        values = Side(values.term, "f32")
+        values = DotOperand(values.term, "f32")
     if a.query in values.term.ranks:
         raise _No(f"the values vary over the query rank {a.query}")
     (output,) = c.producers[c.outputs[0]]
@@ -192,7 +192,7 @@ def _factors(body: Expr) -> tuple[list[Expr], list[Expr]]:
     return up, down
 
 
-def _product(a: Attention, e: Einsum, extent: dict[str, Size]) -> Product:
+def _product(a: Attention, e: Einsum, extent: dict[str, Size]) -> Dot:
     """Sort the factors of a contraction: those without its rank leave the sum, the others belong to one side."""
     body, embed = e.body, e.over[0]
     if len(e.over) > 1:
@@ -214,7 +214,7 @@ def _product(a: Attention, e: Einsum, extent: dict[str, Size]) -> Product:
     if q.dtype != k.dtype:
         q, k = replace(q, dtype="f32"), replace(k, dtype="f32")
     load = ex.load(e.out.tensor, e.out.index, a.cascade.tensor[e.out.tensor].dtype)
-    return Product(load, embed, int(extent[embed]), q, k, factor)
+    return Dot(load, embed, int(extent[embed]), q, k, factor)
 
 
 def _times(side: Expr | None, f: Expr, up: bool) -> Expr:
@@ -223,12 +223,12 @@ def _times(side: Expr | None, f: Expr, up: bool) -> Expr:
     return side * f if up else side / f
 
 
-def _side(term: Expr) -> Side:
+def _side(term: Expr) -> DotOperand:
     """An operand in its tensor's type when it is one as it lies, else in the type that the model computes it in."""
     bare = uncast(term)
     if bare.op == "load" and bare.is_float:
-        return Side(bare, bare.dtype)
-    return Side(term, term.dtype if term.dtype in ("f16", "bf16") else "f32")
+        return DotOperand(bare, bare.dtype)
+    return DotOperand(term, term.dtype if term.dtype in ("f16", "bf16") else "f32")
 
 
 def _flattened(e: Einsum, extent: dict[str, Size]) -> tuple[Expr, str]:

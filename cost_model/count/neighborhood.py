@@ -28,7 +28,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Axis:
+class TokenAxis:
     """One dimension: its query and its key rank, and the sides of a tile over them."""
 
     query: str
@@ -41,7 +41,7 @@ class Axis:
 class Side:
     """Key tiles of one dimension for each of its query tiles; `tiles` is how many there are."""
 
-    axis: Axis
+    axis: TokenAxis
     keep: Expr
     visited: Ints
     full: Ints
@@ -126,7 +126,7 @@ def _outer(counts: Sequence[Ints]) -> NDArray[np.float64]:
 
 
 def grid_tiles(
-    keep: Expr, axes: Sequence[Axis], extents: Mapping[str, int], *, dynamic: bool = False,
+    keep: Expr, axes: Sequence[TokenAxis], extents: Mapping[str, int], *, dynamic: bool = False,
     symbols: Mapping[str, int] | None = None,
 ) -> GridTiles | Obstacle:  # fmt: skip
     """The tiles of a mask over the ranks of `axes`, or why it is no product over them.
@@ -140,7 +140,7 @@ def grid_tiles(
     return GridTiles(sides, extents)
 
 
-def separated(keep: Expr, axes: Sequence[Axis]) -> tuple[Expr, ...] | Obstacle:
+def separated(keep: Expr, axes: Sequence[TokenAxis]) -> tuple[Expr, ...] | Obstacle:
     """The predicate of every dimension, whose conjunction the mask is; an Obstacle names the condition that ties two."""
     found: list[list[Expr]] = [[] for _ in axes]
     for part in conjuncts(normal(keep)):
@@ -154,7 +154,9 @@ def separated(keep: Expr, axes: Sequence[Axis]) -> tuple[Expr, ...] | Obstacle:
     return tuple(conjunction(tuple(p)) for p in found)
 
 
-def _side(keep: Expr, a: Axis, extents: Mapping[str, int], dynamic: bool, symbols: Mapping[str, int] | None) -> Side:
+def _side(
+    keep: Expr, a: TokenAxis, extents: Mapping[str, int], dynamic: bool, symbols: Mapping[str, int] | None
+) -> Side:
     runs = count_tiles(
         keep, query=a.query, key=a.key, extents={r: extents[r] for r in (a.query, a.key)}, symbols=symbols,
         tile_p=a.tile_q, tile_m=1 if dynamic else a.tile_k,

@@ -15,7 +15,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import Mask, split
 from ...patterns.verdict import Obstacle
 from .tiles import NOTHING, Data, Jobs, jobs, tile_map
@@ -124,7 +124,7 @@ def _divisor(side: Expr, rank: str, extent: Mapping[str, int], symbols: Mapping[
     return found.pop() if len(found) == 1 else 1
 
 
-def plan_tiles(s: Subject, at: Shape, mapping: Tiling, data: Data = NOTHING) -> Jobs:
+def plan_tiles(s: Subject, at: Shape, mapping: TileMapping, data: Data = NOTHING) -> Jobs:
     """The programs of a mapping and the key tiles that each of them visits, given what is known of run-time data."""
     a = s.attention
     tiles = tile_map(s.mask, a.query, a.key, at.extent, at.symbols, mapping.tile_p, mapping.tile_m, data)
@@ -133,14 +133,14 @@ def plan_tiles(s: Subject, at: Shape, mapping: Tiling, data: Data = NOTHING) -> 
     return jobs(tiles, at.batch * rows, rows, -(-at.keys // mapping.tile_m), s.mask, data, tile)
 
 
-def work(s: Subject, at: Shape, mapping: Tiling, sizes: Mapping[str, int], tiles: Jobs) -> Work:
+def work(s: Subject, at: Shape, mapping: TileMapping, sizes: Mapping[str, int], tiles: Jobs) -> Work:
     """The work of the one-pass form under a mapping."""
     return count(
         s.flow, mapping, sizes, tiles.tally, query=s.attention.query, mask_ops=mask_operations(s, at, mapping)
     )
 
 
-def mask_operations(s: Subject, at: Shape, mapping: Tiling) -> Mapping[str, Size]:
+def mask_operations(s: Subject, at: Shape, mapping: TileMapping) -> Mapping[str, Size]:
     """Element operations that a full tile saves: those of the score less those of the score where the mask keeps."""
     if s.mask.keep is ex.TRUE:
         return {}

@@ -25,7 +25,7 @@ import sympy
 from ...patterns import expr as ex
 from ...patterns.cascade import Cascade, Einsum, Size, bind
 from ...patterns.expr import Expr
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 
 WIDTH: Mapping[str, int] = {
     "b1": 1, "u8": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8,
@@ -365,7 +365,7 @@ def _written(c: Cascade, sizes: Sizes, name: str) -> Size:
 
 
 def count(
-    c: Cascade, mapping: Tiling | None = None, sizes: Mapping[str, int] | None = None, tiles: Counted | None = None, *,
+    c: Cascade, mapping: TileMapping | None = None, sizes: Mapping[str, int] | None = None, tiles: Counted | None = None, *,
     query: str | None = None, mask_ops: Mapping[str, Size] | None = None,
     groups: Sequence[Sequence[str]] | None = None,
 ) -> Work:  # fmt: skip
@@ -383,7 +383,7 @@ def count(
     return _streamed(c, mapping, bound, tiles, query, mask_ops or {})
 
 
-def _with_tile(c: Cascade, mapping: Tiling | None, sizes: Mapping[str, int] | None) -> dict[str, int]:
+def _with_tile(c: Cascade, mapping: TileMapping | None, sizes: Mapping[str, int] | None) -> dict[str, int]:
     """Sizes with the key tile's symbol bound by the mapping."""
     known = dict(sizes or {})
     if mapping is not None:
@@ -444,7 +444,12 @@ def sources(c: Cascade) -> dict[str, str]:
 
 
 def _streamed(
-    c: Cascade, mapping: Tiling, sizes: Sizes, tiles: Counted | None, query: str | None, mask_ops: Mapping[str, Size]
+    c: Cascade,
+    mapping: TileMapping,
+    sizes: Sizes,
+    tiles: Counted | None,
+    query: str | None,
+    mask_ops: Mapping[str, Size],
 ) -> Work:
     outer, inner, query, batch = _roles(c, query)
     extent = sizes.rank
@@ -512,7 +517,7 @@ def _tiles(
 
 def _stream_traffic(
     c: Cascade, sizes: Sizes, one: Mapping[str, Size], extent: Mapping[str, Size], key: tuple[str, str], query: str,
-    batch: list[str], programs: Size, seen: Tiles, mapping: Tiling,
+    batch: list[str], programs: Size, seen: Tiles, mapping: TileMapping,
 ) -> tuple[Traffic, ...]:  # fmt: skip
     inputs = {t.name for t in c.inputs}
     row: list[Traffic] = []

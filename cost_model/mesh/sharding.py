@@ -22,7 +22,7 @@ from ..count.tiles import NOTHING, Data
 from ..count.work import plus, size_int
 from ..devices.device import Device
 from ..time.gpu import overlapped, resources
-from .capacity import RESERVE, Memory, largest_batch, memory
+from .capacity import RESERVE, DeviceMemory, largest_batch, memory
 from .collectives import RING, Collective, backward, packed
 from .core import Refused, Roles, roles
 from .mesh import Mesh, MeshError
@@ -34,7 +34,7 @@ STEPS = ("prefill", "decode", "training")
 
 
 @dataclass(frozen=True)
-class Site:
+class ShardedSite:
     """An attention with integer sizes, and how many layers of the model are like it.
 
     `upstream` is the same attention with what makes its keys and values, or why that is not known; `model` the channels
@@ -145,7 +145,7 @@ def scheme(
     )  # fmt: skip
 
 
-def _against(ways: Sequence[tuple[Way, int]], mem: Memory, device: Device, approximate: bool) -> str:
+def _against(ways: Sequence[tuple[Way, int]], mem: DeviceMemory, device: Device, approximate: bool) -> str:
     """Why a way whose cost is known may not be taken; empty where it may."""
     inexact = next((w.why for w, _ in ways if not w.exact), "")
     if inexact and not approximate:
@@ -260,14 +260,14 @@ def _rival(able: Sequence[Scheme]) -> str:
 
 
 def shard(
-    sites: Sequence[Site], mesh: Mesh, device: Device, *, step: str | None = None, weights: int = 0,
+    sites: Sequence[ShardedSite], mesh: Mesh, device: Device, *, step: str | None = None, weights: int = 0,
     approximate: bool = False,
 ) -> MeshPlan:  # fmt: skip
     """The sharding plan of a model's attentions. `step` None: decode where there is one query, else prefill.
 
     Raises MeshError where the mesh does not divide the heads or the batch, naming the sizes that do.
     """
-    ready: list[tuple[Site, Cascade, Roles]] = []
+    ready: list[tuple[ShardedSite, Cascade, Roles]] = []
     for s in map(_with_one_head_rank, sites):
         who = roles(s.cascade)
         _check(s, who, mesh)
@@ -290,7 +290,7 @@ def shard(
     return rank_ways(ways, mesh, device, step=step, weights=weights, approximate=approximate, note=note)
 
 
-def _with_one_head_rank(s: Site) -> Site:
+def _with_one_head_rank(s: ShardedSite) -> ShardedSite:
     """Heads that are there as groups and members become one rank: ranks that index weights belong to no sequence."""
     if not isinstance(s.upstream, Cascade):
         return s
@@ -306,7 +306,7 @@ def _with_one_head_rank(s: Site) -> Site:
     return s
 
 
-def _latents(s: Site, plain: Cascade, who: Roles, step: str) -> Latents | Obstacle | None:
+def _latents(s: ShardedSite, plain: Cascade, who: Roles, step: str) -> Latents | Obstacle | None:
     """The latent forms of an attention; None where nobody asked, or nothing is cached."""
     if s.upstream is None or step == "training":
         return None
@@ -325,7 +325,7 @@ def _by_name(
             yield from ((f"{form} {way.name}", way) for form in FORMS)
 
 
-def _said(sites: Sequence[Site], narrow: Sequence[Latents | Obstacle | None]) -> str:
+def _said(sites: Sequence[ShardedSite], narrow: Sequence[Latents | Obstacle | None]) -> str:
     """What latents are kept, and why others have none: each sentence once."""
     out: dict[str, None] = {}
     without: dict[str, list[str]] = {}
@@ -344,7 +344,7 @@ def _said(sites: Sequence[Site], narrow: Sequence[Latents | Obstacle | None]) ->
     return "".join(out)
 
 
-def _check(s: Site, who: Roles, mesh: Mesh) -> None:
+def _check(s: ShardedSite, who: Roles, mesh: Mesh) -> None:
     """What no way on this mesh could do: tp splits weights by heads, dp the sequences of the batch."""
     heads = size_int(s.cascade.rank[who.heads].size) if who.heads else 1
     tp, dp = mesh.size("tp"), mesh.size("dp")
@@ -366,6 +366,6 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 __all__ = [
-    "LATENT_ROLES", "STEPS", "Memory", "Site", "Times", "Way", "assignments", "exchanges", "hidden_from", "latent_ways",
-    "placed", "rank_ways", "scheme", "shard", "times", "with_projection",
+    "LATENT_ROLES", "STEPS", "DeviceMemory", "ShardedSite", "Times", "Way", "assignments", "exchanges", "hidden_from",
+    "latent_ways", "placed", "rank_ways", "scheme", "shard", "times", "with_projection",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, bind
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ...patterns.verdict import Obstacle
 from ..count.describe import describe
 from ..count.passes import families, report
@@ -56,7 +56,7 @@ class Revisit:
 
 
 @dataclass(frozen=True)
-class Form:
+class PlannedForm:
     """The best form of the cascade with this many passes over the keys, and the rewrites that lead there."""
 
     passes: int
@@ -76,7 +76,7 @@ class Detail:
     operations: Mapping[str, int] = field(default_factory=dict, hash=False)
     mapping: str = ""
     revisits: tuple[Revisit, ...] = ()
-    forms: tuple[Form, ...] = ()
+    forms: tuple[PlannedForm, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,7 +87,7 @@ class Detail:
         passes = {k: tuple(PassCount(**{**p, "ranks": tuple(p["ranks"])}) for p in d[k]) for k in _PASSES}
         moved = {k: tuple(TensorBytes(**t) for t in d[k]) for k in _BYTES}
         revisits = tuple(Revisit(**r) for r in d["revisits"])
-        forms = tuple(Form(f["passes"], tuple(f["rewrites"]), tuple(f["conditions"])) for f in d["forms"])
+        forms = tuple(PlannedForm(f["passes"], tuple(f["rewrites"]), tuple(f["conditions"])) for f in d["forms"])
         return Detail(**{**d, **passes, **moved, "revisits": revisits, "forms": forms})
 
 
@@ -105,7 +105,7 @@ def detail(
     if isinstance(s, Obstacle) or not mapping or one_pass is None:
         flops, operations = _counts(written.matrix), _counts(written.ops)
         return replace(before, flops=flops, operations=operations, **_described(c, 1, sizes))
-    tiling = Tiling.parse(mapping)
+    tiling = TileMapping.parse(mapping)
     at = shape(s.cascade, s.attention, sizes)
     jobs = tiles_of(c, tiling, sizes, data)
     assert not isinstance(jobs, Obstacle), jobs
@@ -129,13 +129,17 @@ def _described(c: Cascade, rows: int, sizes: Mapping[str, int]) -> dict[str, Any
         for f in families for r in f["revisited"] for x in r["choices"]
     )  # fmt: skip
     forms = tuple(
-        Form(f["passes"], tuple(r["name"] for r in f["rewrites"]), tuple(s for r in f["rewrites"] for s in r["conditions"]))
+        PlannedForm(
+            f["passes"],
+            tuple(r["name"] for r in f["rewrites"]),
+            tuple(s for r in f["rewrites"] for s in r["conditions"]),
+        )
         for f in found["forms"]
-    )  # fmt: skip
+    )
     return {"revisits": revisits, "forms": forms}
 
 
-def _tile(one_pass: Cascade, tiling: Tiling) -> dict[str, int]:
+def _tile(one_pass: Cascade, tiling: TileMapping) -> dict[str, int]:
     """The key tile's open size, which the mapping binds."""
     from ..count.work import key_tile
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade
-from ...patterns.mapping import Mapping as Tiling
-from ...patterns.masks.tiles import Run
+from ...patterns.mapping import TileMapping
+from ...patterns.masks.tiles import KeyRun
 from ...patterns.verdict import Obstacle
 from ..count.tiles import NOTHING, Data
 from ..count.work import Sizes, size_int
@@ -53,7 +53,7 @@ class Picture:
     omitted: int = 0
 
 
-def picture(c: Cascade, tiling: Tiling, sizes: Mapping[str, int], data: Data = NOTHING) -> Picture | None:
+def picture(c: Cascade, tiling: TileMapping, sizes: Mapping[str, int], data: Data = NOTHING) -> Picture | None:
     """The picture of an attention's mask as a mapping walks it; None where nothing is masked or a size has no value.
 
     Cells are classified themselves, so that a picture costs as much as its cells, however long the sequence.
@@ -83,7 +83,7 @@ def picture(c: Cascade, tiling: Tiling, sizes: Mapping[str, int], data: Data = N
         scale *= 2
 
 
-def _row(runs: Sequence[Run], cell: int, wide: int) -> str:
+def _row(runs: Sequence[KeyRun], cell: int, wide: int) -> str:
     """The cells of a row of `wide`, those between its runs empty."""
     out: list[str] = []
     at = 0

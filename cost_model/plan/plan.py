@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..count.memory import Memory
+from ..count.memory import AttentionMemory
 from ..devices.device import Device, device, device_from_dict, device_to_dict
 from ..mesh.plan import MeshPlan
 from ..time.cost import Cost
@@ -136,7 +136,7 @@ class Site:
     cascade: str = ""
     chosen_cascade: str = ""
     notes: tuple[str, ...] = ()
-    memory: Memory | None = None
+    memory: AttentionMemory | None = None
     detail: Detail | None = field(default=None, compare=False)
     detailer: Callable[[], Detail] | None = field(default=None, compare=False, repr=False)
 
@@ -344,7 +344,7 @@ def _site_from_dict(d: dict[str, Any]) -> Site:
     return Site(**{
         **d, "traits": frozenset(d["traits"]), "shape": SiteShape(**d["shape"]), "mask": mask, "candidates": candidates,
         "proofs": tuple(d["proofs"]), "guards": tuple(d["guards"]), "notes": tuple(d["notes"]),
-        "memory": Memory(**d["memory"]) if d.get("memory") is not None else None,
+        "memory": AttentionMemory(**d["memory"]) if d.get("memory") is not None else None,
         "detail": Detail.from_dict(d["detail"]) if d.get("detail") is not None else None,
     })  # fmt: skip
 

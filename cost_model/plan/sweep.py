@@ -18,7 +18,7 @@ import sympy
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, Size
-from ..count.memory import Memory
+from ..count.memory import AttentionMemory
 from ..devices.device import Device
 from .mesh_sweep import MeshCourse, spread
 
@@ -67,7 +67,7 @@ class Point:
     value: int
     choice: str
     estimates: tuple[Estimate, ...]
-    memory: Memory | None = None
+    memory: AttentionMemory | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -143,7 +143,7 @@ def _course(d: Mapping[str, Any]) -> Course:
 
 
 def _point(d: Mapping[str, Any]) -> Point:
-    memory = Memory(**d["memory"]) if d["memory"] is not None else None
+    memory = AttentionMemory(**d["memory"]) if d["memory"] is not None else None
     return Point(d["value"], d["choice"], tuple(Estimate(**e) for e in d["estimates"]), memory)
 
 

@@ -25,7 +25,7 @@ from .attention import Attention
 from .score import factors, only, score, without
 
 
-class _Stop(Exception):
+class _NoAttention(Exception):
     """Carries an Obstacle to the one place that catches it."""
 
     def __init__(self, reason: str, einsum: object = "", depth: int = 0) -> None:
@@ -43,7 +43,7 @@ def attention(c: Cascade) -> Attention | Obstacle:
     try:
         form = _Form(c)
         term, ranks = form.output()
-    except _Stop as stop:
+    except _NoAttention as stop:
         return stop.obstacle
     found: list[Attention] = []
     missed: list[Obstacle] = []
@@ -52,7 +52,7 @@ def attention(c: Cascade) -> Attention | Obstacle:
             continue
         try:
             found.append(_Reader(form, term, ranks, load).read())
-        except _Stop as stop:
+        except _NoAttention as stop:
             missed.append(stop.obstacle)
     if len(found) > 1:
         names = ", ".join(a.contraction.out.tensor for a in found)
@@ -82,7 +82,7 @@ class _Form:
         for e in c.einsums:
             name = e.out.tensor
             if len(c.producers[name]) > 1 or not e.out.plain:
-                raise _Stop(f"{name} is written in pieces", e.out)
+                raise _NoAttention(f"{name} is written in pieces", e.out)
             body = self.inline(e.body)
             if e.op is None:
                 self._pointwise[name] = (e.out.index, ex.cast(body, c.tensor[name].dtype))
@@ -156,7 +156,7 @@ class _Reader:
         weight, values = self.split(whole)
         weight = self.settle(weight)
         if not self.products:
-            raise _Stop(
+            raise _NoAttention(
                 f"the weights of {whole.out.tensor} hold no product of an operand with {self.key} and one without that "
                 "brings a rank of the output",
                 whole,
@@ -165,7 +165,7 @@ class _Reader:
         query = self.query(weight, values)
         finish = self.settle(ex.substitute(self.term, {self.load: self.accumulator(whole)}))
         if self.key in finish.ranks:
-            raise _Stop(f"the output varies over {self.key}, which its product reduces", whole, 5)
+            raise _NoAttention(f"the output varies over {self.key}, which its product reduces", whole, 5)
         for t in (values, *(e.body for e in self.products.values())):
             self.before(t)
         contraction = replace(whole, body=weight * values)
@@ -180,10 +180,12 @@ class _Reader:
         name = str(self.load.attr)
         e = self.form.reductions[name]
         if e.op != "add":
-            raise _Stop(f"{name} reduces by {e.op}, not by a sum of products", e)
+            raise _NoAttention(f"{name} reduces by {e.op}, not by a sum of products", e)
         whole = self.form.instance(name, self.load.args, frozenset(self.output))
         if len(whole.over) != 1:
-            raise _Stop(f"{name} reduces {len(whole.over)} ranks ({', '.join(whole.over)}); a key rank is one", e)
+            raise _NoAttention(
+                f"{name} reduces {len(whole.over)} ranks ({', '.join(whole.over)}); a key rank is one", e
+            )
         self.key = whole.over[0]
         self.note(e, whole)
         return whole
@@ -200,30 +202,32 @@ class _Reader:
         own = {str(i.attr) for i in whole.out.index}
         keyed = [f for f in above if self.key in f.ranks]
         if len(keyed) < 2:
-            raise _Stop(f"{whole.out.tensor} is no product of weights and values over {self.key}", whole, 1)
+            raise _NoAttention(f"{whole.out.tensor} is no product of weights and values over {self.key}", whole, 1)
         scored = [f for f in keyed if self.reductions(f)]
         if not scored:
-            raise _Stop(f"{whole.out.tensor} multiplies inputs: no score comes before it", whole, 1)
+            raise _NoAttention(f"{whole.out.tensor} multiplies inputs: no score comes before it", whole, 1)
         if len(scored) == len(keyed):
             # The values are themselves computed: the factor that is a bare tensor and rests on no other reduction.
             bare = [f for f in scored if _bare(f) and not self.rests_on_rows(f)]
             rest = [f for f in scored if f not in bare[-1:]]
             if not bare or not rest:
-                raise _Stop(f"no factor of {whole.out.tensor} is a plain tensor of values", whole, 1)
+                raise _NoAttention(f"no factor of {whole.out.tensor} is a plain tensor of values", whole, 1)
             scored = rest
         mine = frozenset().union(*(f.ranks for f in (*scored, *below)))
         values = [f for f in above if (f.ranks & own) - mine]
         value = frozenset().union(*(f.ranks for f in values)) & own - mine if values else frozenset()
         if len(value) != 1:
             what = "no rank" if not value else f"{len(value)} ranks ({', '.join(sorted(value))})"
-            raise _Stop(f"the values of {whole.out.tensor} have {what} of their own; a value rank is one", whole, 2)
+            raise _NoAttention(
+                f"the values of {whole.out.tensor} have {what} of their own; a value rank is one", whole, 2
+            )
         (self.value,) = value
         w, v = without(whole.body, self.value), only(whole.body, self.value)
         assert w is not None
         assert v is not None
         self.candidates = (w.ranks & own) - v.ranks
         if not self.candidates:
-            raise _Stop(
+            raise _NoAttention(
                 f"the weights of {whole.out.tensor} vary over no rank of the output that the values lack: pooling over "
                 f"{self.key} with one token rank",
                 whole,
@@ -275,7 +279,7 @@ class _Reader:
         rows = self.candidates | {r for r in inst.over if self.form.ranks[r].size in sizes}
         scored = [y for y in self.reductions(inst.body) if self.key in y.ranks and y.ranks & rows]
         if scored:
-            raise _Stop(
+            raise _NoAttention(
                 f"{name} reduces scores over {', '.join(e.over)} ({e.op}), not over {self.key}, which the product with "
                 "the values reduces",
                 e,
@@ -357,11 +361,11 @@ class _Reader:
                     far |= f.ranks
         left = [r for r in self.output if r in self.candidates and r not in near and r in far]
         if not left:
-            raise _Stop("every rank of the output that the queries have, the keys have too", depth=4)
+            raise _NoAttention("every rank of the output that the queries have, the keys have too", depth=4)
         batch = [r for r in self.output if r not in (self.value, *left)]
         ones = any(i.is_const for s in sides for x in ex.loads(s) for i in x.args)
         if len(left) > 1 and not batch and not ones and not any(r in near for r in self.output if r != self.value):
-            raise _Stop(
+            raise _NoAttention(
                 f"keys and values are the same for all of {', '.join(left)}: a table that is looked up (a router), "
                 "not scores between two token ranks",
                 depth=4,
@@ -387,7 +391,9 @@ class _Reader:
         groups = (tuple(self.prelude.values()), tuple(self.products.values()), tuple(self.row.values()))
         twice = self.prelude.keys() & (self.products.keys() | self.row.keys())
         if twice:
-            raise _Stop(f"{min(twice)} is read over {self.key} and over another rank of the same size", contraction, 5)
+            raise _NoAttention(
+                f"{min(twice)} is read over {self.key} and over another rank of the same size", contraction, 5
+            )
         self.check_order(groups, contraction)
         if self.changed:
             c = self.rewritten(finish, contraction, groups)
@@ -399,7 +405,7 @@ class _Reader:
         made: set[str] = set()
         for e in (*(e for g in groups for e in g), contraction):
             if apart := [str(y.attr) for y in self.reductions(e.body) if str(y.attr) not in made]:
-                raise _Stop(f"{e.out.tensor} reads {apart[0]}, which would come after it", contraction, 5)
+                raise _NoAttention(f"{e.out.tensor} reads {apart[0]}, which would come after it", contraction, 5)
             made.add(e.out.tensor)
 
     def rewritten(self, finish: Expr, contraction: Einsum, groups: tuple[tuple[Einsum, ...], ...]) -> Cascade:

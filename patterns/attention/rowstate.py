@@ -50,7 +50,7 @@ from .attention import Attention
 from .carried import OLD, Carried, RowState
 from .reductions import Reducer
 from .score import elements, reading
-from .separate import Bound, Ground, Stop
+from .separate import Bound, SplitContext, Stop
 from .stream import stream
 from .traits import VALUES, masked_row, run_row
 
@@ -85,7 +85,7 @@ class _Derivation(Reducer):
         products = frozenset(e.out.tensor for e in a.products)
         exposed = (*(r.body for r in a.row), a.weight)
         super().__init__(
-            Ground(a.key, length, exposed, products, a.row_names, (*a.batch, a.query), a.cascade.accumulate)
+            SplitContext(a.key, length, exposed, products, a.row_names, (*a.batch, a.query), a.cascade.accumulate)
         )
         self.a = a
         self.bounds: dict[str, tuple[tuple[Bound, float], ...]] = {}

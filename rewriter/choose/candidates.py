@@ -19,7 +19,7 @@ from ...codegen import operator as ours
 from ...codegen.forms.program import Program, loose, memory_order
 from ...codegen.vendor import use as vendor
 from ...cost_model.count.expect import known
-from ...cost_model.count.memory import Memory, memory
+from ...cost_model.count.memory import AttentionMemory, memory
 from ...cost_model.count.passes import key_passes
 from ...cost_model.count.tiles import Data
 from ...cost_model.devices.device import Device
@@ -41,7 +41,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
 from ...patterns.attention.traits import kind, no_key_rule, traits
 from ...patterns.cascade import Cascade, bind, show
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import conjuncts, split
 from ...patterns.verdict import Obstacle, Refusal
 from ..splice import splice
@@ -198,19 +198,19 @@ def _ours(
     return candidate, our_call(q.cascade, mapping, fragile=compiles and not q.traced)
 
 
-def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[Tiling, Cost]]:
+def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[TileMapping, Cost]]:
     """The best mapping of every body by prediction, best first: where no kernel can be built for one, the next may do."""
     try:
         found = ranked_mappings(q.cascade, q.device, sizes, data)
     except ValueError:
         return []
-    best: dict[str, tuple[Tiling, Cost]] = {}
+    best: dict[str, tuple[TileMapping, Cost]] = {}
     for mapping, cost in () if isinstance(found, Obstacle) else found:
         best.setdefault(mapping.body, (mapping, cost))
     return list(best.values())
 
 
-def _paid_back(found: list[tuple[Tiling, Cost]], rival: float) -> tuple[list[tuple[Tiling, Cost]], str]:
+def _paid_back(found: list[tuple[TileMapping, Cost]], rival: float) -> tuple[list[tuple[TileMapping, Cost]], str]:
     """Mappings in the order in which they are tried, and what is said of one that does not pay for its compilation."""
     compiled = [(m, c) for m, c in found if m.body == "fused"]
     others = [(m, c) for m, c in found if m.body != "fused"]
@@ -231,7 +231,7 @@ def _no_mapping(q: Question, sizes: Mapping[str, int]) -> str:
     return best.reason if isinstance(best, Obstacle) else ""
 
 
-def our_call(c: Cascade, mapping: Tiling, fragile: bool = False) -> splice.Call:
+def our_call(c: Cascade, mapping: TileMapping, fragile: bool = False) -> splice.Call:
     """Our operator: tensors in the order of the cascade's inputs, then the sizes that no input tells."""
     names, sizes = [t.name for t in c.inputs], loose(c)
     text = ours.program_text(c, mapping)
@@ -285,7 +285,7 @@ def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (),
     names, loose_sizes = made.inputs, made.sizes
     order = memory_order(made.cascade)
     back = [order.index(d) for d in range(len(order))]
-    program = Program(made.cascade, Tiling(1, 1))
+    program = Program(made.cascade, TileMapping(1, 1))
 
     def run(*given: Any) -> torch.Tensor:
         return made.function(*given).permute(order).contiguous().permute(back)
@@ -309,7 +309,7 @@ def _shape(c: Cascade, q: Question, sizes: Mapping[str, int]) -> SiteShape:
     return SiteShape({r.name: r.size if isinstance(r.size, int) else str(r.size) for r in c.ranks}, q.dtype, at)
 
 
-def _memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> Memory | None:
+def _memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> AttentionMemory | None:
     """None where a size of the cascade has no value."""
     try:
         return memory(a, c, sizes)
@@ -324,7 +324,7 @@ def _mask(
     if mask.keep is ex.TRUE:
         return None
     text = next((x.mapping for x in order if x.name == "reattend" and x.mapping), "")
-    tiling = Tiling.parse(text) if text else Tiling(64, 64)
+    tiling = TileMapping.parse(text) if text else TileMapping(64, 64)
     try:
         jobs = tiles_of(c, tiling, sizes, data)
     except ValueError:

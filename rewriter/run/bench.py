@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from ...cost_model.plan.plan import ORIGINAL, Candidate, Site
 from ...cost_model.plan.table import bytes_text, group_name, seconds_text
 from ..capture import capture, export
-from ..capture.models import Shapes, Subject, UsageError, load
+from ..capture.models import ModelInput, Shapes, UsageError, load
 from ..choose import choose
 from ..choose.policy import Policy
 from ..find.place import interior
@@ -147,7 +147,7 @@ def bench_spec(spec: str, shapes: Shapes, site: str | None, seconds: float, step
     return bench_subject(load(spec, shapes, where=f"fake:{device}"), site, seconds, step)
 
 
-def bench_subject(subject: Subject, site: str | None, seconds: float, step: Step) -> Bench:
+def bench_subject(subject: ModelInput, site: str | None, seconds: float, step: Step) -> Bench:
     """Measure the attentions of a model, or only those named `site`, `seconds` each."""
     with torch.no_grad():
         if subject.program is not None:

@@ -9,7 +9,7 @@ from ...cost_model.plan.detail import Detail, PassCount, TensorBytes
 from ...cost_model.plan.plan import ORIGINAL, Candidate, Plan, Site
 from ...cost_model.plan.table import bytes_text, candidates_table, group_name, seconds_text, table_of, table_text
 from ...cost_model.time.cost import TOTAL
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ..capture.models import UsageError
 
 # Rows and columns of a mask drawn in text.
@@ -59,7 +59,8 @@ def _chosen(site: Site, details: Detail | None) -> list[str]:
     after = details.passes_after if details is not None else ()
     if site.chosen_cascade:
         lines = [f"as chosen: {site.chosen.name}", _indented(site.chosen_cascade), *_passes(after)]
-        return [*lines, f"  tiled: {Tiling.parse(details.mapping)}"] if details is not None and details.mapping else lines
+        mapping = details.mapping if details is not None else ""
+        return [*lines, f"  tiled: {TileMapping.parse(mapping)}"] if mapping else lines
     what = "the model's own code" if site.chosen.name == ORIGINAL else "a vendor's kernel"
     lines = [f"as chosen: {site.chosen.name}, {what}"]
     return [*lines, "  our one-pass form would make:", *_passes(after)] if after else lines

@@ -16,15 +16,14 @@ from ...cost_model.count.expect import checked, known
 from ...cost_model.devices.device import Device
 from ...cost_model.mesh.mesh import Mesh, linked
 from ...cost_model.mesh.plan import MeshPlan
-from ...cost_model.mesh.sharding import Site as Sharded
-from ...cost_model.mesh.sharding import shard
+from ...cost_model.mesh.sharding import ShardedSite, shard
 from ...cost_model.plan.plan import Miss, Plan, Site
 from ...cost_model.plan.sweep import Symbol, axes
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, bind
 from ..capture import capture, export
-from ..capture.models import Shapes, Subject, load, run
+from ..capture.models import ModelInput, Shapes, load, run
 from ..choose import choose
 from ..choose.policy import Policy
 from ..find.place import Place, symbols_of
@@ -105,7 +104,7 @@ def _sharded(
     """The ways to spread these attentions over the policy's mesh; None without a mesh or attentions."""
     if not places or not isinstance(policy.mesh, Mesh):
         return None
-    layers: dict[Sharded, list[Sharded]] = {}
+    layers: dict[ShardedSite, list[ShardedSite]] = {}
     said: dict[str, None] = {}
     for p in places:
         site, words = _bound(p, at, policy)
@@ -117,7 +116,7 @@ def _sharded(
     return replace(made, note="; ".join([made.note, *said]))
 
 
-def _bound(p: Place, at: Mapping[str, int], policy: Policy) -> tuple[Sharded, tuple[str, ...]]:
+def _bound(p: Place, at: Mapping[str, int], policy: Policy) -> tuple[ShardedSite, tuple[str, ...]]:
     """An attention at sizes of the graph's symbols, and what is taken of run-time data there, in words."""
     sizes = p.sizes(at)
     missing = [n for n in p.cascade.free_symbols if n not in sizes]
@@ -129,7 +128,7 @@ def _bound(p: Place, at: Mapping[str, int], policy: Policy) -> tuple[Sharded, tu
     assert isinstance(view, Attention), view
     taken = known(c, view, {}, policy.expectations, dict(p.origins))
     width = model if isinstance(model, int) else 0
-    return Sharded(p.name, c, upstream=upstream, model=width, data=taken.data), taken.words if policy.expect else ()
+    return ShardedSite(p.name, c, upstream=upstream, model=width, data=taken.data), taken.words if policy.expect else ()
 
 
 def _plan_pieces(
@@ -185,7 +184,7 @@ def plan_spec(spec: str, shapes: Shapes, device: Device, policy: Policy, *, dyna
     return _plan_subject(load(spec, shapes, where="fake"), device, policy, dynamic)
 
 
-def _plan_subject(subject: Subject, device: Device, policy: Policy, dynamic: bool) -> Plan:
+def _plan_subject(subject: ModelInput, device: Device, policy: Policy, dynamic: bool) -> Plan:
     if subject.program is not None:
         return plan_graph(export.from_program(subject.program), device, policy, Path(subject.name).name)
     assert subject.model is not None

@@ -7,7 +7,7 @@ from reattend.cost_model.plan.detail import Detail, detail
 from reattend.patterns.attention.attention import Attention
 from reattend.patterns.attention.recognise import attention
 from reattend.patterns.attention.rowstate import derive, stream
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
 from reattend.patterns.verdict import Obstacle
 from tests.plans import CAUSAL, SIZES
 
@@ -19,7 +19,7 @@ def made() -> Detail:
     assert isinstance(view, Attention)
     state = derive(view)
     assert not isinstance(state, Obstacle)
-    return detail(CAUSAL, stream(view, state), Mapping(128, 64).to_text(), SIZES)
+    return detail(CAUSAL, stream(view, state), TileMapping(128, 64).to_text(), SIZES)
 
 
 def test_three_passes_become_one() -> None:

@@ -16,7 +16,7 @@ from reattend.patterns.attention.attention import Attention
 from reattend.patterns.attention.recognise import attention
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
 from reattend.patterns.masks.split import PARTIAL
 from reattend.patterns.verdict import Obstacle
 
@@ -56,7 +56,7 @@ def taken(site: tuple[Cascade, Attention], *texts: str, **origins: tuple[str, ..
 
 def visited(site: tuple[Cascade, Attention], *texts: str, **origins: tuple[str, ...]) -> tuple[float, float]:
     """Tiles visited and partial, over the batch."""
-    found = tiles_of(site[0], Mapping(64, 64), SIZES, taken(site, *texts, **origins).data)
+    found = tiles_of(site[0], TileMapping(64, 64), SIZES, taken(site, *texts, **origins).data)
     assert not isinstance(found, Obstacle)
     rows = found.visited.shape[0]
     return float(found.visited.sum()) * 2 / rows, float(found.partial.sum()) * 2 / rows
@@ -165,7 +165,7 @@ def test_shorter_sequences_are_predicted_faster(device: str) -> None:
     assert not isinstance(whole, Obstacle)
     assert not isinstance(short, Obstacle)
     assert short[1].seconds < 0.5 * whole[1].seconds
-    found = tiles_of(c, Mapping(64, 64), sizes, data)
+    found = tiles_of(c, TileMapping(64, 64), sizes, data)
     assert not isinstance(found, Obstacle)
     assert found.map is not None
     # in both sequences the tiles of the diagonal are partial, and the length is a multiple of a tile

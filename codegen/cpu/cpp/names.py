@@ -1,8 +1,8 @@
 """The names of one printed C++ program, and what lies around its loops: the row's fields, and the function around a loop.
 
-    Program    tensors, sizes, coordinates, products and carried scalars as the text calls them
-    Fields     what belongs to a row alone: coordinates, biases and bounds that no key changes, pointers to the row's data
-    Around     what does not vary in a loop over keys or values
+    LoopProgram   tensors, sizes, coordinates, products and carried scalars as the text calls them
+    Fields        what belongs to a row alone: coordinates, biases, bounds that no key changes, pointers to the row's data
+    Around        what does not vary in a loop over keys or values
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RESERVED = frozenset([
 SCORE = "score of the tile"
 
 
-class Program:
+class LoopProgram:
     """The text of the holes, and which tensors and sizes `load` reads, in order."""
 
     def __init__(self, f: Form, t: Terms, given: Iterable[str]) -> None:
@@ -135,7 +135,7 @@ def mentions(name: str, lines: Sequence[str]) -> bool:
 class Fields:
     """What is computed once a row: printed into `row`, kept as fields of Row, read by name in the other functions."""
 
-    def __init__(self, p: Program) -> None:
+    def __init__(self, p: LoopProgram) -> None:
         self.p = p
         self.ranks = {*p.f.heads.order, p.a.query}
         names = dict(p.scope.names) | {ex.index(r): p.ranks[r] for r in self.ranks}
@@ -214,7 +214,7 @@ class Fields:
 class Around:
     """What lies around a loop over keys or values: the function that it stands in."""
 
-    def __init__(self, p: Program, body: Body, rank: str) -> None:
+    def __init__(self, p: LoopProgram, body: Body, rank: str) -> None:
         self.p, self.body, self.rank = p, body, rank
 
     def covers(self, e: Expr) -> bool:

@@ -14,7 +14,7 @@ from ....patterns.attention.rowstate import OLD, Carried
 from ....patterns.expr import Expr
 from ...text.print_cpp import Body, number
 from ...text.print_torch import PrintError
-from .names import SCORE, Around, Program, mentions
+from .names import SCORE, Around, LoopProgram, mentions
 from .terms import Tile
 
 # How a loop over keys reduces: the clause's operator, the first value, one more element.
@@ -31,10 +31,10 @@ DECLARED = {
 }
 
 
-class Step:
+class TileStep:
     """The body of `step` on one kind of tile: loops over the keys, and the row's scalars between them."""
 
-    def __init__(self, p: Program, tile: Tile) -> None:
+    def __init__(self, p: LoopProgram, tile: Tile) -> None:
         self.p, self.score, self.state = p, tile.score, tile.state
         self.here = ex.load(SCORE, (ex.index(p.key),), tile.score.dtype)
         self.body = Body(p.scope, tile.state.corrections, set(p.taken), p.fields)
