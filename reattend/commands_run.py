@@ -118,9 +118,9 @@ def _source(site: Site, candidate: str) -> str:
     if found is None:
         names = ", ".join(c.name for c in site.candidates)
         raise UsageError(f"no candidate is named {wanted!r} here: one of {names}, or chosen")
-    if not found.feasible and wanted != "original":
+    if not found.feasible and not found.is_original:
         raise UsageError(f"{wanted} cannot compute {site.name or site.where}: {found.why}")
-    if wanted == "original":
+    if found.is_original:
         raise UsageError(
             f"{site.name or site.where} keeps the original code ({found.why}): name another with --candidate"
         )

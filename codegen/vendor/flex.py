@@ -122,7 +122,7 @@ class _Flex:
         lines.append(f"return {result(p, 'out')}{'' if same else f'.to({TYPES[out]})'}")
         functions = [ATTEND, *([LISTS, self.blocks()[1]] if self.masked else []), function(p, NAME, lines)]
         text = file(f, "Attention by torch's FlexAttention, printed by reattend.", [], functions, self._imports())
-        return VendorCall(NAME, text, f.cascade, None, False, grouped)
+        return VendorCall(NAME, text, f.cascade, grouped=grouped, compiled=True)
 
     def _imports(self) -> list[str]:
         names = [*(["AuxRequest"] if self.end.finish is not None else []), *(["BlockMask"] if self.masked else [])]

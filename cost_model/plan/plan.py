@@ -51,6 +51,16 @@ class Candidate:
     maker: Callable[[], str] | None = field(default=None, compare=False, repr=False)
 
     @property
+    def is_original(self) -> bool:
+        """Is it the model's own code?"""
+        return self.name == ORIGINAL
+
+    @property
+    def is_tiled(self) -> bool:
+        """Is it a kernel that runs by a mapping of ours?"""
+        return bool(self.mapping)
+
+    @property
     def seconds(self) -> float:
         """Predicted seconds; infinity where it cannot run."""
         return self.cost.seconds if self.cost is not None and self.feasible else float("inf")
@@ -156,9 +166,14 @@ class Site:
         raise KeyError(f"no candidate {name!r}; one of {', '.join(c.name for c in self.candidates)}")
 
     @property
+    def original(self) -> Candidate | None:
+        """The model's own code, where it stands among the candidates."""
+        return next((c for c in self.candidates if c.is_original), None)
+
+    @property
     def speedup(self) -> float | None:
         """Predicted time of the original code over that of the chosen candidate."""
-        before = next((c.cost for c in self.candidates if c.name == ORIGINAL), None)
+        before = self.original.cost if self.original is not None else None
         after = self.chosen.cost
         if before is None or after is None or after.seconds == 0:
             return None

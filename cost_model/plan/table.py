@@ -10,7 +10,7 @@ from itertools import pairwise
 from rich.console import Console
 from rich.table import Table
 
-from .plan import ORIGINAL, Candidate, Miss, Plan, Site
+from .plan import Candidate, Miss, Plan, Site
 
 WIDTH = 160
 _NUMBER = re.compile(r"\d+")
@@ -65,7 +65,7 @@ def _row(members: Sequence[Site]) -> tuple[str, ...]:
     speed = f"{s.speedup:.2f}×" if s.speedup is not None else ""
     return (
         name + many, " ".join([s.kind, *sorted(s.traits)]), short_path(s.where), str(s.shape), s.chosen.name,
-        seconds_text(cost.seconds) if cost else "", "" if s.chosen.name == ORIGINAL else speed,
+        seconds_text(cost.seconds) if cost else "", "" if s.chosen.is_original else speed,
         cost.bound if cost else "", s.chosen.why,
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ def common_groups(plans: Sequence[Plan]) -> list[tuple[int, ...]]:
 
 def _choice(s: Site) -> str:
     cost = s.chosen.cost
-    speed = f", {s.speedup:.2f}×" if s.speedup is not None and s.chosen.name != ORIGINAL else ""
+    speed = f", {s.speedup:.2f}×" if s.speedup is not None and not s.chosen.is_original else ""
     return f"{s.choice} {seconds_text(cost.seconds)}{speed} ({cost.bound})" if cost is not None else s.choice
 
 

@@ -82,17 +82,17 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
         if call is not None:
             calls[candidate.name] = call
     order = ranked(tuple(candidates))
-    permitted = [x for x in order if x.feasible and q.policy.permits(x.name)]
+    permitted = [x for x in order if x.feasible and q.policy.permits(x)]
     chosen = next(iter(permitted), None) or next(x for x in order if x.feasible)
     order = tuple(replace(x, why=_why(x, order, q)) if x is chosen else x for x in order)
     state = derive(view)
     one_pass = stream(view, state) if not isinstance(state, Obstacle) else None
-    ours_text = next((x.mapping for x in order if x.name == "reattend"), "")
+    ours_text = next((x.mapping for x in order if x.is_tiled), "")
     site = Site(
         name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q, sizes),
         mask=_mask(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
         choice=chosen.name,
-        cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.name == "reattend" else "",
+        cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.is_tiled else "",
         notes=taken.words, memory=_memory(view, c, sizes),
         detailer=cache(lambda: detail(c, one_pass, ours_text, sizes, taken.data)),
     )  # fmt: skip
@@ -102,7 +102,7 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
 def _why(chosen: Candidate, order: tuple[Candidate, ...], q: Question) -> str:
     """Why this one: what it saves, or why nothing else may run."""
     others = [c for c in order if c.feasible and c.name != chosen.name]
-    if chosen.name == ORIGINAL:
+    if chosen.is_original:
         if q.bound:
             return q.bound
         if others:
@@ -130,7 +130,7 @@ def _candidates(
     sdpa = _sdpa(q, sizes, data)
     ready = [c.cost.seconds for c in (original, sdpa[0]) if c.feasible and c.cost is not None]
     for candidate, call in (_ours(q, sizes, data, min(ready, default=math.inf)), sdpa, _flex(q, sizes, data)):
-        no = q.bound or ("" if q.policy.permits(candidate.name) else "the policy does not permit it")
+        no = q.bound or ("" if q.policy.permits(candidate) else "the policy does not permit it")
         if no and candidate.feasible:
             candidate, call = replace(candidate, feasible=False, why=no), None
         yield candidate, call
@@ -272,15 +272,14 @@ def _vendor(
         return _refused(name, use.reason)
     if not isinstance(cost, Cost):
         return _refused(name, cost.reason if cost is not None else "it has no predicted time")
-    fragile = name == "flex"
-    if fragile and q.traced:
+    if made.compiled and q.traced:
         return _refused(name, "it is compiled when it first runs, which cannot be guarded inside Inductor's graph")
     why = f"{use.backend} kernel" + (", which leaves masked tiles out" if use.skips else "")
     why += "".join(f", where {c.sentence}" for c in conditions)
-    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions, fragile)
+    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions)
 
 
-def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (), fragile: bool = False) -> splice.Call:
+def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = ()) -> splice.Call:
     """A printed function as an ordinary call of the graph; its result lies in memory as our operator's does."""
     names, loose_sizes = made.inputs, made.sizes
     order = memory_order(made.cascade)
@@ -297,7 +296,7 @@ def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (),
         return (*(tensors[n] for n in names), *(size(s) for s in loose_sizes))
 
     run.__name__ = made.name
-    return splice.Call(made.name, run, arguments, fake=fake, conditions=conditions, fragile=fragile)
+    return splice.Call(made.name, run, arguments, fake=fake, conditions=conditions, fragile=made.compiled)
 
 
 # --- the site's plain data ----------------------------------------------------------------------------------------
@@ -323,7 +322,7 @@ def _mask(
     mask = split(a.score, a.key)
     if mask.keep is ex.TRUE:
         return None
-    text = next((x.mapping for x in order if x.name == "reattend" and x.mapping), "")
+    text = next((x.mapping for x in order if x.is_tiled), "")
     tiling = TileMapping.parse(text) if text else TileMapping(64, 64)
     try:
         jobs = tiles_of(c, tiling, sizes, data)

@@ -219,7 +219,7 @@ def _no(c: Candidate, site: Site, inputs: int, free: int, seconds: float) -> str
     tiled, eager = (site.memory.tiled_bytes, site.memory.eager_bytes) if site.memory is not None else (0, 0)
     moved = c.cost.bytes if c.cost is not None else eager
     # The original's operators hold what the largest of them reads and writes, unless it is one fused call.
-    needed = inputs + (2 * min(eager, moved) if c.name == ORIGINAL else 2 * tiled)
+    needed = inputs + (2 * min(eager, moved) if c.is_original else 2 * tiled)
     if needed > MEMORY_SHARE * free:
         return f"it would need {bytes_text(needed)}, and {bytes_text(free)} are free"
     if c.seconds > LONGEST * seconds:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...cost_model.plan.detail import Detail, PassCount, TensorBytes
-from ...cost_model.plan.plan import ORIGINAL, Candidate, Plan, Site
+from ...cost_model.plan.plan import Candidate, Plan, Site
 from ...cost_model.plan.table import bytes_text, candidates_table, group_name, seconds_text, table_of, table_text
 from ...cost_model.time.cost import TOTAL
 from ...patterns.mapping import TileMapping
@@ -61,7 +61,7 @@ def _chosen(site: Site, details: Detail | None) -> list[str]:
         lines = [f"as chosen: {site.chosen.name}", _indented(site.chosen_cascade), *_passes(after)]
         mapping = details.mapping if details is not None else ""
         return [*lines, f"  tiled: {TileMapping.parse(mapping)}"] if mapping else lines
-    what = "the model's own code" if site.chosen.name == ORIGINAL else "a vendor's kernel"
+    what = "the model's own code" if site.chosen.is_original else "a vendor's kernel"
     lines = [f"as chosen: {site.chosen.name}, {what}"]
     return [*lines, "  our one-pass form would make:", *_passes(after)] if after else lines
 

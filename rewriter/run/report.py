@@ -56,7 +56,7 @@ def check_plan(plan: Plan) -> None:
     for miss in plan.misses:
         raise StrictError(f"{miss.where or miss.what}: left alone: {miss.reason}")
     for site in plan.sites:
-        if site.choice == ORIGINAL and not any(c.feasible for c in site.candidates if c.name != ORIGINAL):
+        if site.chosen.is_original and not any(c.feasible for c in site.candidates if not c.is_original):
             raise StrictError(f"{site.name or site.where}: keeps the original code: {site.chosen.why}")
 
 
@@ -244,7 +244,7 @@ def _table(runs: tuple[SiteRun, ...]) -> str:
     for members in groups.values():
         s = members[0].site
         many = f" ×{len(members)}" if len(members) > 1 else ""
-        kernel = s.choice if s.choice != ORIGINAL else f"original: {s.chosen.why}"
+        kernel = f"original: {s.chosen.why}" if s.chosen.is_original else s.choice
         table.add_row(
             group_name([m.name for m in members]) + many, short_path(s.where), " ".join([s.kind, *sorted(s.traits)]),
             str(s.shape), kernel, str(sum(m.ran for m in members)), str(sum(m.fell_back for m in members)),
