@@ -20,9 +20,9 @@ from ...cost_model.count.tiles import expected
 from ...patterns.cascade import Cascade
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import count_tiles
-from ...patterns.verdict import Refusal
+from ...patterns.verdict import Obstacle, Refusal
 from ..files import cache
-from ..forms.form import NAME, form, softmax
+from ..forms.form import form, softmax
 from ..forms.program import loose
 from ..text.print_torch import PrintError
 from . import fused as cpu_fused
@@ -57,13 +57,14 @@ def version() -> str:
 # What one more call costs, in elements of a score matrix; and how many rows a tile gives up to reach full speed.
 CALL_ELEMENTS = 8192
 SLOW_ROWS = 2
+NAME = "cpu"
 TILES = (32, 64, 128, 256, 512)
 
 
 def default_mapping(c: Cascade, sizes: Mapping[str, int]) -> TileMapping:
     """The tiling that visits the fewest elements, calls included, by the mask alone (run-time data may keep every key)."""
     f = form(c)
-    if isinstance(f, Refusal):
+    if isinstance(f, Obstacle):
         return TileMapping(128, 128, body="product")
     body = "product" if isinstance(softmax(f), str) else "sdpa"
     if f.rule == "never":
@@ -89,8 +90,8 @@ def default_mapping(c: Cascade, sizes: Mapping[str, int]) -> TileMapping:
 def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
     """The kernel of a cascade under a mapping, or why there is none."""
     f = form(c)
-    if isinstance(f, Refusal):
-        return f
+    if isinstance(f, Obstacle):
+        return Refusal(NAME, str(f))
     try:
         if mapping.body == "product":
             source = cpu_product.text(f, mapping, version())

@@ -1,6 +1,6 @@
-"""Prints a CPU kernel's file: the functions that differ from one attention to the next, the loops they go into, and
-`attention`, which takes the cascade's inputs under their names.
-"""  # fmt: skip
+"""Prints a file of torch code: the functions that differ from one attention to the next, the skeleton's definitions that
+they use, and the entry, which takes the cascade's inputs under their names.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ...patterns import expr as ex
 from ...patterns.attention.traits import no_key_rule
 from ...patterns.cascade import Cascade
 from ...patterns.expr import TRUE, Expr
-from ...patterns.verdict import Refusal
+from ...patterns.verdict import Obstacle, Refusal
 from ..files.tile_plan import tile_lines
 from ..files.torch_file import Printer, common, common_type, indented, operands, shared_alike, used_names
 from ..forms.form import Form, form, rows_keep_a_key
@@ -32,8 +32,8 @@ BLOCK = 128
 def flex(c: Cascade, *, keyed: bool = False) -> VendorCall | Refusal:
     """FlexAttention for a cascade, or why it would compute something else. `keyed`: every row is known to keep a key."""
     f = form(c)
-    if isinstance(f, Refusal):
-        return Refusal(NAME, f.reason)
+    if isinstance(f, Obstacle):
+        return Refusal(NAME, str(f))
     if len(f.products) != 1:
         return Refusal(NAME, f"the score has {len(f.products)} products, FlexAttention has one")
     end = ending(f.attention, f.state)
