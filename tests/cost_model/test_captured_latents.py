@@ -180,9 +180,9 @@ def test_what_is_no_narrower_is_no_latent() -> None:
     """Grouped heads of tokens themselves: two heads of 128 are narrower than the 4096 channels that they are made of."""
     w = Widths(heads=2, latent=4096, rotary=0, model=4096)
     own, above = (with_projection(f, LATENT_ROLES) for f in (plain(w), naive_of(w)))
-    miss = latents(above, own, LATENT_ROLES)
-    assert isinstance(miss, Obstacle)
-    assert miss.reason == "what keys and values are made of is no narrower: C 8192 bytes a token, for 1024"
+    obstacle = latents(above, own, LATENT_ROLES)
+    assert isinstance(obstacle, Obstacle)
+    assert obstacle.reason == "what keys and values are made of is no narrower: C 8192 bytes a token, for 1024"
 
 
 def naive_of(w: Widths) -> Cascade:

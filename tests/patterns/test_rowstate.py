@@ -240,9 +240,9 @@ def floor_after(b: Any, s: Any) -> Any:
 def test_chains_without_a_one_pass_form(rule: Any, law: Any) -> None:
     view = attention(papers.attention("x", rule, rules.scaled))
     assert isinstance(view, Attention), view
-    miss = derive(view)
-    assert isinstance(miss, Obstacle)
-    assert law in miss.reason
+    obstacle = derive(view)
+    assert isinstance(obstacle, Obstacle)
+    assert law in obstacle.reason
 
 
 X, D = sympy.symbols("x d", positive=True)
