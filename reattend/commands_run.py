@@ -68,10 +68,10 @@ def verify(
     from .api import verify as verify_model
     from .rewriter.capture.models import UsageError, load
 
-    subject = load(model, shapes_of(batch, seq, dtype, "prefill", 0, attn), where="cpu")
-    if subject.model is None:
+    given = load(model, shapes_of(batch, seq, dtype, "prefill", 0, attn), where="cpu")
+    if given.model is None:
         raise UsageError("an exported program cannot be verified: give a config.json or module:factory")
-    result = verify_model(subject.model, subject.args, subject.kwargs)
+    result = verify_model(given.model, given.args, given.kwargs)
     print(result.to_json() if json else result)
     if not result.ok:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Subjects of a plan: a model and inputs from a factory, a Hugging Face config (no weights), or an exported program."""
+"""What is planned: a model and its inputs, from a factory, a Hugging Face config (no weights), or an exported program."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ModelInput:
 
 
 def load(spec: str, shapes: Shapes = Shapes(), *, where: str = "meta") -> ModelInput:
-    """The subject that `spec` names. Raises UsageError with one sentence.
+    """What `spec` names. Raises UsageError with one sentence.
 
     A config's model has no weights where `where` is "meta" or "fake" (tensors that only say they are on the CPU, or with
     "fake:cuda" on that device, for code that mixes its inputs with tensors of its own), and random ones where it is "cpu".

@@ -144,17 +144,17 @@ def bench_spec(spec: str, shapes: Shapes, site: str | None, seconds: float, step
     `step(what, done, total)` is told of the progress. Raises UsageError and CaptureError.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return bench_subject(load(spec, shapes, where=f"fake:{device}"), site, seconds, step)
+    return bench_input(load(spec, shapes, where=f"fake:{device}"), site, seconds, step)
 
 
-def bench_subject(subject: ModelInput, site: str | None, seconds: float, step: Step) -> Bench:
+def bench_input(given: ModelInput, site: str | None, seconds: float, step: Step) -> Bench:
     """Measure the attentions of a model, or only those named `site`, `seconds` each."""
     with torch.no_grad():
-        if subject.program is not None:
-            captured = export.from_program(subject.program)
+        if given.program is not None:
+            captured = export.from_program(given.program)
         else:
-            assert subject.model is not None
-            captured = export.from_export(subject.model, subject.args, subject.kwargs)
+            assert given.model is not None
+            captured = export.from_export(given.model, given.args, given.kwargs)
         found: list[tuple[fx.GraphModule, choose.Decision]] = []
         taken: Counter[str] = Counter()
         for region in capture.regions(captured.graph):
@@ -166,7 +166,7 @@ def bench_subject(subject: ModelInput, site: str | None, seconds: float, step: S
             step(group_name(list(names)) or found[members[0]][1].site.where, i, len(groups))
             done.append(bench_site(*found[members[0]], names, seconds))
     own = choose.running_device(found[groups[0][0]][1].found.output.meta["val"].device.type)
-    name = Path(subject.name).name if subject.program is not None else subject.name
+    name = Path(given.name).name if given.program is not None else given.name
     return Bench(name, own.name, own.basis, torch.get_num_threads(), tuple(done))
 
 

@@ -1,4 +1,4 @@
-"""Planning without running: a model, or the subject of a command line, as a plan for a device that need not be here."""
+"""Planning without running: a model, or what a command line names, as a plan for a device that need not be here."""
 
 from __future__ import annotations
 
@@ -174,20 +174,20 @@ def plan_spec(spec: str, shapes: Shapes, device: Device, policy: Policy, *, dyna
     """Plan what a command line names. Raises UsageError and CaptureError."""
     if policy.mesh is not None:
         linked(device)
-    subject = load(spec, shapes)
+    given = load(spec, shapes)
     try:
-        return _plan_subject(subject, device, policy, dynamic)
+        return _plan_input(given, device, policy, dynamic)
     except capture.CaptureError:
-        if subject.where != "meta":
+        if given.where != "meta":
             raise
     # Some models mix tensors of their own with inputs on the meta device; fake tensors say that they are on the CPU.
-    return _plan_subject(load(spec, shapes, where="fake"), device, policy, dynamic)
+    return _plan_input(load(spec, shapes, where="fake"), device, policy, dynamic)
 
 
-def _plan_subject(subject: ModelInput, device: Device, policy: Policy, dynamic: bool) -> Plan:
-    if subject.program is not None:
-        return plan_graph(export.from_program(subject.program), device, policy, Path(subject.name).name)
-    assert subject.model is not None
-    name = subject.name if ":" in subject.name else type(subject.model).__name__
-    plan = plan_model(subject.model, subject.args, subject.kwargs, device, policy, dynamic=dynamic, name=name)
-    return replace(plan, note=f"{plan.note}; {subject.note}" if subject.note else plan.note)
+def _plan_input(given: ModelInput, device: Device, policy: Policy, dynamic: bool) -> Plan:
+    if given.program is not None:
+        return plan_graph(export.from_program(given.program), device, policy, Path(given.name).name)
+    assert given.model is not None
+    name = given.name if ":" in given.name else type(given.model).__name__
+    plan = plan_model(given.model, given.args, given.kwargs, device, policy, dynamic=dynamic, name=name)
+    return replace(plan, note=f"{plan.note}; {given.note}" if given.note else plan.note)

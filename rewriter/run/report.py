@@ -18,7 +18,7 @@ from ..splice.sampling import Samples
 
 
 @dataclass
-class GraphRuns:
+class GraphPiece:
     """One graph that Dynamo handed over. `calls` counts its runs; `fallbacks` the guards that failed, by site; `samples`
     are times of the chosen kernels in some of the runs.
 
@@ -109,7 +109,7 @@ class Report:
 
     policy: str
     entries: tuple[Entered, ...]
-    pieces: tuple[GraphRuns, ...]
+    pieces: tuple[GraphPiece, ...]
     frames_given_up: tuple[str, ...] = ()
     copied: bool = False
     installed: bool = True
