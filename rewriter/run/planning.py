@@ -18,8 +18,10 @@ from ...cost_model.mesh.mesh import Mesh, linked
 from ...cost_model.mesh.plan import MeshPlan
 from ...cost_model.mesh.sharding import Site as Sharded
 from ...cost_model.mesh.sharding import shard
-from ...cost_model.plan.plan import Miss, Plan, Site
-from ...cost_model.plan.sweep import Symbol, axes
+from ...cost_model.plan.plan import Plan
+from ...cost_model.sites.axes import axes
+from ...cost_model.sites.course import Symbol
+from ...cost_model.sites.site import Miss, Site
 from ...patterns.attention.recognise import Attention, attention
 from ...patterns.cascade import Cascade, bind
 from ..capture import capture, export
