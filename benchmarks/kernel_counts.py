@@ -46,7 +46,7 @@ from reattend.codegen.triton.kernel import MISSING, build
 from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.mapping import Mapping as Tiling
-from reattend.rewriter.capture.capture import capture, export
+from reattend.rewriter.capture import capture, export
 from reattend.rewriter.choose import choose
 
 TOKENS, HEADS, GROUP, BLOCK = 4096, 32, 4, 128
