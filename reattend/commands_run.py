@@ -27,7 +27,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from .cost_model.plan.plan import Site
+    from .cost_model.sites.site import Site
 
 
 def emit(

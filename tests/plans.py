@@ -9,10 +9,12 @@ from reattend.cost_model.devices.device import Device, shipped
 from reattend.cost_model.mesh.mesh import parse
 from reattend.cost_model.mesh.plan import MeshPlan
 from reattend.cost_model.mesh.sharding import ShardedSite, shard
-from reattend.cost_model.plan.detail import detail
-from reattend.cost_model.plan.picture import picture
-from reattend.cost_model.plan.plan import Candidate, MaskView, Miss, Plan, Site, SiteShape, TileCounts, ranked
-from reattend.cost_model.plan.sweep import Symbol, axes
+from reattend.cost_model.plan.plan import Plan
+from reattend.cost_model.sites.axes import axes
+from reattend.cost_model.sites.course import Symbol
+from reattend.cost_model.sites.detail import detail
+from reattend.cost_model.sites.picture import picture
+from reattend.cost_model.sites.site import Candidate, MaskView, Miss, Site, SiteShape, TileCounts, ranked
 from reattend.cost_model.time.cost import Cost
 from reattend.cost_model.time.predict import best_mapping, predict_original, tiles_of
 from reattend.patterns import expr as ex

@@ -27,7 +27,8 @@ from .collectives import RING, Collective, backward, packed
 from .core import Refused, Roles, roles
 from .mesh import Mesh, MeshError
 from .placement import Placed, place
-from .plan import Exchange, MeshPlan, Scheme
+from .plan import MeshPlan
+from .scheme import Exchange, Scheme
 from .ways import FORMS, LATENT_ROLES, Latents, Way, assignments, captured_ways, latent_ways, latents, with_projection
 
 STEPS = ("prefill", "decode", "training")

@@ -23,9 +23,9 @@ from ...cost_model.count.memory import AttentionMemory, memory
 from ...cost_model.count.passes import key_passes
 from ...cost_model.count.tiles import Data
 from ...cost_model.devices.device import Device
-from ...cost_model.plan.detail import detail
-from ...cost_model.plan.picture import picture
-from ...cost_model.plan.plan import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
+from ...cost_model.sites.detail import detail
+from ...cost_model.sites.picture import picture
+from ...cost_model.sites.site import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
 from ...cost_model.time.cost import Cost
 from ...cost_model.time.predict import (
     VendorUse,

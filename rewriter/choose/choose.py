@@ -21,7 +21,8 @@ from torch import fx
 
 from ...cost_model.devices.device import Device, targets, with_threads
 from ...cost_model.devices.device import device as device_named
-from ...cost_model.plan.plan import Miss, Plan, Site
+from ...cost_model.plan.plan import Plan
+from ...cost_model.sites.site import Miss, Site
 from ...patterns.cascade import Cascade
 from ...patterns.evaluate import infer_sizes
 from ..capture import capture

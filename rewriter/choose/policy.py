@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ...cost_model.count.expect import Expect, parse
 from ...cost_model.mesh.mesh import Mesh
 from ...cost_model.mesh.mesh import mesh as mesh_of
-from ...cost_model.plan.plan import ORIGINAL, Candidate
+from ...cost_model.sites.site import ORIGINAL, Candidate
 
 CANDIDATES = (ORIGINAL, "sdpa", "flex", "reattend")
 

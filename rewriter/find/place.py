@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from ...cost_model.count.expect import unknowns
-from ...cost_model.plan.sweep import Symbol
+from ...cost_model.sites.course import Symbol
 from ...cost_model.time.predict import VendorUse
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention

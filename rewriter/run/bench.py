@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
-from ...cost_model.plan.plan import ORIGINAL, Candidate, Site
-from ...cost_model.plan.table import bytes_text, group_name, seconds_text
+from ...cost_model.sites.site import ORIGINAL, Candidate, Site
+from ...cost_model.words import bytes_text, group_name, seconds_text
 from ..capture import capture, export
 from ..capture.models import ModelInput, Shapes, UsageError, load
 from ..choose import choose

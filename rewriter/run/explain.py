@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...cost_model.plan.detail import Detail, PassCount, TensorBytes
-from ...cost_model.plan.plan import Candidate, Plan, Site
-from ...cost_model.plan.table import bytes_text, candidates_table, group_name, seconds_text, table_of, table_text
+from ...cost_model.plan.plan import Plan
+from ...cost_model.plan.table import candidates_table
+from ...cost_model.sites.detail import Detail, PassCount, TensorBytes
+from ...cost_model.sites.site import Candidate, Site
 from ...cost_model.time.cost import TOTAL
+from ...cost_model.words import bytes_text, group_name, seconds_text, table_of, table_text
 from ...patterns.mapping import TileMapping
 from ..capture.models import UsageError
 

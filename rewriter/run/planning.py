@@ -17,8 +17,10 @@ from ...cost_model.devices.device import Device
 from ...cost_model.mesh.mesh import Mesh, linked
 from ...cost_model.mesh.plan import MeshPlan
 from ...cost_model.mesh.sharding import ShardedSite, shard
-from ...cost_model.plan.plan import Miss, Plan, Site
-from ...cost_model.plan.sweep import Symbol, axes
+from ...cost_model.plan.plan import Plan
+from ...cost_model.sites.axes import axes
+from ...cost_model.sites.course import Symbol
+from ...cost_model.sites.site import Miss, Site
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, bind

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ...cost_model.calibration.accuracy import within
-from ...cost_model.plan.plan import ORIGINAL, Miss, Plan, Site
-from ...cost_model.plan.table import group_name, seconds_text, short_path
+from ...cost_model.plan.plan import Plan
+from ...cost_model.sites.site import ORIGINAL, Miss, Site
 from ...cost_model.time.cost import Cost
+from ...cost_model.words import group_name, seconds_text, short_path
 from ..choose.policy import StrictError
 from ..splice.sampling import Samples
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reattend.cost_model.count.memory import keyed_inputs
-from reattend.cost_model.plan.detail import Detail, detail
+from reattend.cost_model.sites.detail import Detail, detail
 from reattend.patterns.attention.attention import Attention
 from reattend.patterns.attention.recognise import attention
 from reattend.patterns.attention.rowstate import derive, stream

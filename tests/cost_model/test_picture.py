@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from reattend.cost_model.plan import picture as pictures
-from reattend.cost_model.plan.picture import Layer, picture
+from reattend.cost_model.sites import picture as pictures
+from reattend.cost_model.sites.picture import Layer, picture
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers

@@ -1,6 +1,5 @@
 """Predictions: laws that every cost obeys, the order of candidates where it is beyond doubt, and the time it takes."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -26,6 +25,7 @@ from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
 from reattend.patterns.mapping import TileMapping
 from reattend.patterns.verdict import Obstacle
+from tests.effort import calls
 
 P, M = ex.index("p"), ex.index("m")
 GPUS = [d for d in targets() if d.is_gpu]
@@ -241,8 +241,8 @@ def test_tiles_of_a_causal_mask() -> None:
     assert found.repeat == 8
 
 
-def test_planning_a_site_is_quick() -> None:
-    """After the first call: predictions for all mappings of one site in under 20 ms (generous: another core may be busy)."""
+def test_planning_a_site_is_short() -> None:
+    """After the first call, predictions for all mappings of one site are a few thousand calls (5 ms)."""
     d = shipped("h200")
     at = sizes(131072, 128, heads=32)
 
@@ -253,12 +253,8 @@ def test_planning_a_site_is_quick() -> None:
         predict_vendor(CAUSAL, VendorUse("flex", skips=True), d, at)
 
     plan()
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        plan()
-        took.append(time.perf_counter() - start)
-    assert min(took) < 0.02
+    # 7,800
+    assert calls(plan) < 16_000
 
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reattend.cost_model.plan.plan import ORIGINAL
+from reattend.cost_model.sites.site import ORIGINAL
 from reattend.rewriter.capture import export
 from reattend.rewriter.capture.models import ModelInput, Shapes, UsageError
 from reattend.rewriter.choose import choose

@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 
 import reattend
 from reattend.cost_model.devices.device import shipped
-from reattend.cost_model.plan.plan import Candidate, Plan, Site, SiteShape
+from reattend.cost_model.plan.plan import Plan
+from reattend.cost_model.sites.site import Candidate, Site, SiteShape
 from reattend.cost_model.time.cost import Cost
 from reattend.rewriter.run.report import Entered, GraphPiece, Report, SiteRun
 from reattend.rewriter.splice.guards import Guarded
