@@ -240,8 +240,6 @@ class Plain:
     def quotient(self, x: float, y: float) -> float:
         if abs(x) == math.inf:
             return x if y > 0 else -x
-        if abs(y) == math.inf:
-            return 0 if (x < 0) == (y < 0) or not x else -1
         return x // y if y else 0
 
     def rest(self, x: float, turn: float, y: float) -> float:

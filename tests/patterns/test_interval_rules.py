@@ -128,6 +128,19 @@ def test_remainders_keep_to_the_sign_of_the_divisor_and_below_it() -> None:
             assert x[1] > 0 or lo >= x[0], (x, c, d)
 
 
+def test_bits_keep_to_the_signs_of_their_operands() -> None:
+    for x, y in PAIRS:
+        natural = [v for v in (x, y) if v[0] >= 0]
+        if natural:
+            lo, hi = ruled(term("and"), [x, y])
+            assert 0 <= lo <= hi <= min(b for _, b in natural), (x, y)
+        if len(natural) == 2:
+            assert max(x[0], y[0]) <= ruled(term("or"), [x, y])[0], (x, y)
+            assert 0 <= ruled(term("xor"), [x, y])[0], (x, y)
+        # six is 110: no bit beyond the third is set
+        assert all(ruled(term(op), [x, y])[1] <= 7 for op in BITWISE), (x, y)
+
+
 @pytest.mark.parametrize("k", [k for k in NUMBERS if k])
 @pytest.mark.parametrize("op", ["mul", "floordiv", "mod"])
 def test_a_constant_gives_the_smallest_interval(op: str, k: int) -> None:
