@@ -102,7 +102,7 @@ class Arrays:
         return BITWISE[op](x, y) * 1.0
 
 
-# --- floats -----------------------------------------------------------------------------------------------------
+# --- shared by integers and floats ------------------------------------------------------------------------------
 
 
 def _corners(f: Callable[[Array, Array], Array], a: Array, b: Array, c: Array, d: Array, lib: Any) -> Span:
@@ -132,8 +132,12 @@ def _monotone_or_even(op: str, a: Array, b: Array, lib: Any) -> Span | None:
         case "floor" | "ceil" | "trunc" | "sign" | "round":
             f = getattr(lib, op)
             return f(a), f(b)
+        case "not":
+            return -b - 1, -a - 1
     return None
 
+
+# --- floats -----------------------------------------------------------------------------------------------------
 
 _INCREASING = ("exp", "exp2", "expm1", "log", "log2", "log1p", "tanh", "sqrt")
 _RANGE: Mapping[str, tuple[float, float]] = {"sigmoid": (0.0, 1.0), "erf": (-1.0, 1.0)}
