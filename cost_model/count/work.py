@@ -41,7 +41,6 @@ DIVISIONS = ("div", "reciprocal")
 MAXIMA = ("max", "min")
 MASKING = (*ex.COMPARISONS, *ex.LOGICAL, "where", "isnan", "isinf")
 INDEX = "index"
-ANYWHERE = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -307,6 +306,9 @@ def minus(w: Work, ops: Mapping[str, Size]) -> Work:
 
 
 # --- traffic ----------------------------------------------------------------------------------------------------
+
+
+ANYWHERE = (-math.inf, math.inf)
 
 
 def span(term: Expr, extent: Mapping[str, Size]) -> tuple[float, float] | None:
