@@ -26,6 +26,7 @@ from ...patterns import expr as ex
 from ...patterns.cascade import Cascade, Einsum, Size, bind
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
+from ...patterns.terms.interval_rules import PLAIN, interval
 
 WIDTH: Mapping[str, int] = {
     "b1": 1, "u8": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8,
@@ -306,36 +307,29 @@ def minus(w: Work, ops: Mapping[str, Size]) -> Work:
 # --- traffic ----------------------------------------------------------------------------------------------------
 
 
-def span(term: Expr, extent: Mapping[str, Size]) -> tuple[Size, Size]:
-    """The lowest and highest value of an index term over these extents; a gather may reach anything (0, ∞)."""
-    anywhere = (0, sympy.oo)
+ANYWHERE = (-math.inf, math.inf)
+
+
+def span(term: Expr, extent: Mapping[str, Size]) -> tuple[float, float] | None:
+    """The lowest and highest value of an index term over a tile of these extents at 0, so that their distance is right for
+    a tile anywhere: a clamp is left out, since it narrows some tiles alone; None for symbolic sizes, (−∞, ∞) for a gather.
+    """
     match term.op:
         case "const":
             return int(term.value), int(term.value)
-        case "symbol":
-            s = sympy.Symbol(str(term.attr), integer=True, positive=True)
-            return s, s
         case "index":
-            return 0, extent[str(term.attr)] - 1
-        case "add" | "sub" | "mul" | "floordiv":
-            (a, b), (c, d) = (span(x, extent) for x in term.args)
-            if term.op == "add":
-                return a + c, b + d
-            if term.op == "sub":
-                return a - d, b - c
-            if term.args[1].ranks:
-                return anywhere
-            return (a * c, b * d) if term.op == "mul" else (_floor(a, c), _floor(b, d))
-        case "mod":
-            n = term.args[1]
-            return (0, span(n, extent)[1] - 1) if not n.ranks else anywhere
+            size = extent[str(term.attr)]
+            return (0, size - 1) if isinstance(size, int) else None
+        case "symbol":
+            return None
         case "min" | "max":
             return span(term.args[0] if term.args[0].ranks else term.args[1], extent)
-    return anywhere
-
-
-def _floor(a: Size, b: Size) -> Size:
-    return a // b if isinstance(a, int) and isinstance(b, int) and b else sympy.floor(a / b)
+        case "mul" | "floordiv" | "mod" if not term.args[1].is_const:
+            return ANYWHERE
+        case "add" | "sub" | "mul" | "floordiv" | "mod":
+            left, right = (span(x, extent) for x in term.args)
+            return interval(term, (left, right), PLAIN) if left is not None and right is not None else None
+    return ANYWHERE
 
 
 def footprint(load: Expr, shape: Sequence[Size], extent: Mapping[str, Size]) -> Size:
@@ -345,10 +339,9 @@ def footprint(load: Expr, shape: Sequence[Size], extent: Mapping[str, Size]) -> 
         if not term.ranks:
             continue
         points = elements(extent, term.ranks)
-        lo, hi = span(term, extent)
-        wide = hi - lo + 1
-        if wide is not sympy.oo:
-            points = least(points, wide) if isinstance(wide, int) else points
+        found = span(term, extent)
+        if found is not None and isinstance(points, int):
+            points = int(min(points, found[1] - found[0] + 1))
         out = out * least(points, size)
     return out
 
