@@ -35,6 +35,13 @@ def test_rooms_are_small_and_say_what_they_are_for(name: str) -> None:
     assert not [r.name for r in rooms if not r.sentence]
 
 
+@pytest.mark.parametrize("name", map_.LAYERS)
+@pytest.mark.parametrize("by", ["by_file", "by_room"])
+def test_arrows_run_one_way(name: str, by: str) -> None:
+    got = getattr(map_.layer(name), by)
+    assert (got.upward, got.circles) == (0, 0), got
+
+
 def test_the_design_names_every_room() -> None:
     design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     rooms = [f"{one.name}/{r.name}" for one in map_.layers() for r in one.rooms if not r.name.endswith(".py")]
