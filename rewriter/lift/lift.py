@@ -1,6 +1,6 @@
 """Lifting: what a graph node computes at given coordinates, as a term; reductions and products become Einsums.
 
-Lifting is driven by demand. `Lifter.value(node, at)` asks one rule per operator (rewriter/operators_*.py) for the term of
+Lifting is driven by demand. `Lifter.value(node, at)` asks one rule per operator (`operators_*.py`) for the term of
 the element of `node` at the index terms `at`. Views only rewrite `at`, pointwise operators build terms, and reductions
 and contractions define a tensor of the cascade and answer a load of it. So spellings vanish here, and what is left is
 products, row reductions and terms over coordinates and loads.
