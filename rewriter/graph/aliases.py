@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 from bisect import bisect_right
 
-import torch
 from torch import fx
+
+from .torch_private import OpOverload, schema
 
 
 class Aliases:
@@ -23,19 +24,19 @@ class Aliases:
             if n.target is operator.getitem:
                 self._join(n, n.args[0])
                 continue
-            if not isinstance(n.target, torch._ops.OpOverload):
+            if not isinstance(n.target, OpOverload):
                 # An unknown callable may write to any tensor that it is given.
                 if not _is_pure(n.target):
                     written.extend((n, a) for a in n.all_input_nodes)
                 continue
-            for i, a in enumerate(n.target._schema.arguments):
+            for i, a in enumerate(schema(n.target).arguments):
                 if a.alias_info is None:
                     continue
                 value = n.args[i] if i < len(n.args) else n.kwargs.get(a.name)
                 for node in value if isinstance(value, (list, tuple)) else [value]:
                     if not isinstance(node, fx.Node):
                         continue
-                    if any(r.alias_info is not None for r in n.target._schema.returns):
+                    if any(r.alias_info is not None for r in schema(n.target).returns):
                         self._join(n, node)
                     if a.alias_info.is_write:
                         written.append((n, node))
@@ -79,9 +80,9 @@ class Aliases:
         return bool(self._writes.get(self._root(n)))
 
 
-def _may_alias(target: torch._ops.OpOverload) -> bool:
+def _may_alias(target: OpOverload) -> bool:
     """Composite operators that answer a view of their input where they can, without saying so in the schema."""
-    name = target._schema.name
+    name = schema(target).name
     return name in ("aten::reshape", "aten::contiguous", "aten::flatten", "aten::to", "aten::type_as", "aten::reshape_as",
                     "aten::dropout", "aten::unflatten", "aten::expand_as", "aten::view_as", "aten::movedim")  # fmt: skip
 

@@ -12,6 +12,7 @@ from torch import fx
 from ..capture.capture import written_arguments
 from ..lift.lift import arguments, op_name
 from .aliases import Aliases
+from .torch_private import OpOverload, schema
 
 ARITHMETIC: Mapping[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
@@ -75,8 +76,8 @@ def is_pure(n: fx.Node) -> bool:
     """Whether a node only computes its value."""
     if n.op != "call_function":
         return n.op == "get_attr"
-    if isinstance(n.target, torch._ops.OpOverload):
-        return not n.target._schema.is_mutable and not _draws(n)
+    if isinstance(n.target, OpOverload):
+        return not schema(n.target).is_mutable and not _draws(n)
     return n.target in (operator.getitem, *ARITHMETIC.values()) or getattr(n.target, "__module__", "") in (
         "_operator",
         "math",

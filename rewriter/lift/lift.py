@@ -23,6 +23,7 @@ from ...patterns.evaluate import DTYPE_NAME
 from ...patterns.expr import Expr
 from ..graph.aliases import Aliases
 from ..graph.sizes import same, shape_of, size_of
+from ..graph.torch_private import OpOverload, schema
 from .index import is_simple
 
 At = tuple[Expr, ...]
@@ -52,20 +53,21 @@ def op_name(n: fx.Node) -> str:
         return n.op
     if n.target is operator.getitem:
         return "getitem"
-    if isinstance(n.target, torch._ops.OpOverload):
-        namespace, _, name = n.target._schema.name.partition("::")
+    if isinstance(n.target, OpOverload):
+        whole = schema(n.target).name
+        namespace, _, name = whole.partition("::")
         if namespace != "aten":
-            return n.target._schema.name
+            return whole
         return name.removesuffix("_") if not name.startswith("__") else name
     return str(getattr(n.target, "__name__", n.target))
 
 
 def arguments(n: fx.Node) -> dict[str, object]:
     """Arguments by the schema's names, defaults filled in."""
-    if not isinstance(n.target, torch._ops.OpOverload):
+    if not isinstance(n.target, OpOverload):
         return {str(i): a for i, a in enumerate(n.args)}
     out: dict[str, object] = {}
-    for i, a in enumerate(n.target._schema.arguments):
+    for i, a in enumerate(schema(n.target).arguments):
         if i < len(n.args):
             out[a.name] = n.args[i]
         elif a.name in n.kwargs:
