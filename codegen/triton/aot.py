@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ...cost_model.devices.architecture import architecture
 from ...patterns.cascade import Size
 from . import entry
 from .interpret import interpreting
@@ -28,8 +29,6 @@ POINTER: Mapping[str, str] = {
     "b1": "*i1", "u8": "*u8", "i8": "*i8", "i16": "*i16", "i32": "*i32", "i64": "*i64", "f16": "*fp16",
     "bf16": "*bf16", "f32": "*fp32", "f64": "*fp64",
 }  # fmt: skip
-# Instructions that multiply matrices, by the first words of their names.
-MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "v_mfma")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class AotReport:
 def compile(kernel: Kernel, arch: str) -> AotReport:
     """Compile for an architecture such as "sm_80" or "gfx942".
 
-    Raises ImportError without Triton, RuntimeError in a process that interprets.
+    Raises ImportError without Triton, RuntimeError in a process that interprets, UnknownArchitecture.
     """
     made = _module(kernel)
     return _compiled(kernel, made.stream, dict(made.CONSTANTS), arch)
@@ -86,8 +85,9 @@ def _compiled(kernel: Kernel, function: Any, constants: dict[str, Any], arch: st
     options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
     signature, literals, attributes = _arguments(kernel, function.arg_names, constants)
     source = ASTSource(fn=function, signature=signature, constexprs=literals, attrs=attributes)
-    amd = arch.startswith("gfx")
-    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    known = architecture(arch)
+    amd = known.kind == "hip"
+    target = GPUTarget(known.kind, arch if amd else known.capability, known.threads_per_warp)
     compiled = triton.compile(source, target=target, options=options)
     usage = _amd_usage(compiled.asm["amdgcn"]) if amd else _cuda_usage(compiled.asm["cubin"])
     registers, spilled, assembly = usage
@@ -99,7 +99,7 @@ def _compiled(kernel: Kernel, function: Any, constants: dict[str, Any], arch: st
         shared_bytes=int(compiled.metadata.shared),
         warps=int(compiled.metadata.num_warps),
         stages=kernel.mapping.stages,
-        matrix_instructions=sum(n.startswith(MATRIX) for n in names),
+        matrix_instructions=sum(n.startswith(known.matrix_instructions) for n in names),
         exponentials=len(re.findall(r"MUFU\.EX2|v_exp_f32", assembly)),
         assembly=assembly,
     )
