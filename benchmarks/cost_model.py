@@ -83,7 +83,7 @@ def plain(d: Device) -> Device:
 
 def measure(cell: cells.Cell, d: Device, flex: bool, seconds: float) -> Row:
     """Timings of a cell's candidates."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     calls, mappings = cells.calls(cell, d, flex)
     before = probe(d)
     found = timing.adaptive(calls, seconds=seconds)

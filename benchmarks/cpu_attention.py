@@ -94,7 +94,7 @@ def main() -> None:
             torch.set_num_threads(threads)
             for dtype in options.dtype:
                 for length in options.lengths:
-                    torch._dynamo.reset()
+                    torch.compiler.reset()
                     calls, error = candidates(length, options.window, DTYPES[dtype], options.flex)
                     found = timed(calls, options.seconds, options.pairs)
                     ms = {n: (t.milliseconds[n], t.milliseconds["reattend"]) for n, t in found.items()}

@@ -14,6 +14,7 @@ from .rewriter.capture.export import held_tensors
 from .rewriter.capture.models import Shapes, UsageError, check_devices, inputs_for
 from .rewriter.choose import choose
 from .rewriter.choose.policy import Policy
+from .rewriter.graph.torch_private import is_compiled
 from .rewriter.run.planning import plan_model
 from .rewriter.run.report import Entered, Report
 from .rewriter.run.session import Session, is_copy, session_of
@@ -134,7 +135,7 @@ def verify(
 def _check_module(model: object, verb: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"reattend.{verb} takes a torch.nn.Module, not {type(model).__name__}")
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+    if is_compiled(model):
         raise TypeError(
             f"reattend.{verb}: this is the wrapper that torch.compile returns: pass the model itself, "
             'or compile with torch.compile(model, backend="reattend")'

@@ -10,6 +10,7 @@ from torch import fx
 
 from .cost_model.devices.device import device
 from .rewriter.choose.policy import Policy
+from .rewriter.graph.torch_private import has_cpp_compiler
 from .rewriter.run.session import Session
 
 _OPTIONS = ("rest", "target", "allow", "deny", "strict")
@@ -50,11 +51,4 @@ def _inductor(rest: str | None) -> bool:
 
 
 def _missing_compiler() -> str:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "Inductor needs a C++ compiler and found none"
-    return ""
+    return "" if has_cpp_compiler() else "Inductor needs a C++ compiler and found none"

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ...cost_model.devices.architecture import architecture
 from ...patterns.cascade import Size
 from . import assembler, entry
 from .interpret import interpreting
@@ -72,7 +73,7 @@ class CompileRequest:
 def compile(kernel: TritonKernel, arch: str) -> AotReport:
     """Compile for an architecture such as "sm_80" or "gfx942".
 
-    Raises ImportError without Triton, RuntimeError in a process that interprets.
+    Raises ImportError without Triton, RuntimeError in a process that interprets, UnknownArchitecture.
     """
     return compile_request(request(kernel), arch)
 
@@ -117,11 +118,13 @@ def compile_request(asked: CompileRequest, arch: str) -> AotReport:
     from triton.compiler import ASTSource
 
     source = ASTSource(fn=asked.function, signature=asked.signature, constexprs=asked.literals, attrs=asked.attributes)
-    amd = arch.startswith("gfx")
-    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    known = architecture(arch)
+    amd = known.kind == "hip"
+    target = GPUTarget(known.kind, arch if amd else known.capability, known.threads_per_warp)
     compiled = triton.compile(source, target=target, options=dict(asked.options))
     usage = _amd_usage(compiled.asm["amdgcn"]) if amd else _cuda_usage(compiled.asm["cubin"])
     registers, spilled, assembly = usage
+    names = re.findall(r"^\s*(v_\w+)" if amd else r"\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", assembly, re.M)
     return AotReport(
         arch=arch,
         registers=registers,
@@ -129,7 +132,7 @@ def compile_request(asked: CompileRequest, arch: str) -> AotReport:
         shared_bytes=int(compiled.metadata.shared),
         warps=int(compiled.metadata.num_warps),
         stages=asked.stages,
-        matrix_instructions=len(re.findall(r"^\s*v_mfma", assembly, re.M)) if amd else _matrix_instructions(assembly),
+        matrix_instructions=sum(n.startswith(known.matrix_instructions) for n in names),
         exponentials=len(re.findall(r"MUFU\.EX2|v_exp_f32", assembly)),
         assembly=assembly,
     )
@@ -200,10 +203,6 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int, str]:
         sass = _tool(tool, "--dump-sass", f.name)
     found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return found["REG"], found["STACK"] + found["LOCAL"], sass
-
-
-def _matrix_instructions(sass: str) -> int:
-    return sum(i.kind == "matrix" for i in assembler.instructions(sass))
 
 
 def _tool(tool: Path, *arguments: str) -> str:

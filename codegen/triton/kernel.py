@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cost_model.devices.architecture import FIRST_TILES_F32, Architecture, UnknownArchitecture
+from ...cost_model.devices.architecture import architecture as known_architecture
 from ...cost_model.devices.device import Device
 from ...patterns.cascade import Cascade, bind
 from ...patterns.evaluate import DTYPE, evaluate
@@ -34,11 +36,6 @@ from .device_function import KernelNames
 from .streaming import FEW_ROWS, NAME, Streaming, power_of_two, read
 
 MISSING = "Triton is not installed: pip install 'reattend[triton]' (a CUDA build of torch brings its own)"
-# Bytes of shared memory that one block may have, where the target is an architecture and no device.
-SHARED_BYTES: Mapping[str, int] = {
-    "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_103": 232448,
-    "sm_120": 101376, "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840,
-}  # fmt: skip
 # Static tile lists kept by a kernel, one for each combination of sizes.
 KEPT_LISTS = 64
 
@@ -47,14 +44,16 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def architecture(target: Device | str | None) -> str:
-    return "" if target is None else target if isinstance(target, str) else target.arch
+def architecture(target: Device | str) -> Architecture | Refusal:
+    """What is known of a target's architecture, or that nothing is."""
+    try:
+        return known_architecture(target if isinstance(target, str) else target.arch)
+    except UnknownArchitecture as no:
+        return Refusal(NAME, str(no))
 
 
-def shared_limit(target: Device | str | None) -> int | None:
-    if isinstance(target, Device):
-        return target.shared_bytes_per_block or None
-    return SHARED_BYTES.get(target) if target is not None else None
+def shared_limit(target: Device | str, arch: Architecture) -> int | None:
+    return (target.shared_bytes_per_block or None) if isinstance(target, Device) else arch.shared_bytes_per_block
 
 
 def build(c: Cascade, mapping: TileMapping, target: Device | str | None = None) -> TritonKernel | Refusal:
@@ -68,10 +67,9 @@ def build(c: Cascade, mapping: TileMapping, target: Device | str | None = None) 
     for name, n in (("tile_p", mapping.tile_p), ("tile_m", mapping.tile_m)):
         if n < 16 or n & (n - 1):
             return Refusal(NAME, f"{name} = {n} is no power of two of at least 16")
-    limit = shared_limit(target)
-    need = _shared_bytes(s, mapping, architecture(target))
-    if limit is not None and need > limit:
-        return Refusal(NAME, f"{mapping} needs {need} bytes of shared memory; {architecture(target)} has {limit}")
+    refused = _too_large(s, mapping, target) if target is not None else None
+    if refused is not None:
+        return refused
     try:
         source = module.emit(s, mapping)
     except (PrintError, TorchPrintError) as e:
@@ -81,16 +79,29 @@ def build(c: Cascade, mapping: TileMapping, target: Device | str | None = None) 
 
 # --- shared memory and mappings ---------------------------------------------------------------------------------
 
+
+def _too_large(s: Streaming, mapping: TileMapping, target: Device | str) -> Refusal | None:
+    arch = architecture(target)
+    if isinstance(arch, Refusal):
+        return arch
+    need, limit = _shared_bytes(s, mapping, arch), shared_limit(target, arch)
+    if limit is None or need <= limit:
+        return None
+    return Refusal(NAME, f"{mapping} needs {need} bytes of shared memory; {arch.name} has {limit}")
+
+
 _BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 
 
 def shared_bytes(c: Cascade, mapping: TileMapping, target: Device | str = "sm_90") -> int | Refusal:
     """Bytes of shared memory that Triton gives one program of the kernel."""
-    s = read(c)
-    return s if isinstance(s, Refusal) else _shared_bytes(s, mapping, architecture(target))
+    s, arch = read(c), architecture(target)
+    if isinstance(s, Refusal):
+        return s
+    return arch if isinstance(arch, Refusal) else _shared_bytes(s, mapping, arch)
 
 
-def _shared_bytes(s: Streaming, mapping: TileMapping, arch: str) -> int:
+def _shared_bytes(s: Streaming, mapping: TileMapping, arch: Architecture) -> int:
     """query tile + buffers · (key tile + value tile), as Triton's compiler lays them out.
 
     Where the tensor cores read shared memory (from sm_90 on, 64 rows and more, 16-bit types) `stages` tiles are in
@@ -103,47 +114,37 @@ def _shared_bytes(s: Streaming, mapping: TileMapping, arch: str) -> int:
     key = keys * sum(_BYTES[p.key.dtype] * w for p in s.products for _, w in p.chunks)
     value = keys * _BYTES[s.values.dtype] * s.value_width
     plain = "f32" in {s.values.dtype, *(p.query.dtype for p in s.products)}
-    if arch.startswith("gfx"):
+    if arch.kind == "hip":
         relaid = plain or rows < 32 * mapping.warps
         return max(1, mapping.stages - 1) * (key + value) + relaid * rows * keys * _BYTES[s.values.dtype]
     if mapping.stages == 1:
         return query + max(key, value)
-    if arch in ("sm_90", "sm_100", "sm_103") and rows >= 64 and not plain:
-        late = arch != "sm_90" and any(len(p.chunks) > 1 for p in s.products)
+    if arch.instruction_rows and rows >= 64 and not plain:
+        late = arch.tensor_memory and any(len(p.chunks) > 1 for p in s.products)
         return query + mapping.stages * (key + value) - late * key
     relaid = plain or rows < max(16 * mapping.warps, s.value_width)
     return query + (mapping.stages - 1) * (key + value) + relaid * rows * keys * _BYTES[s.values.dtype]
 
 
-# Where to start, by the widest operand: tile_p, tile_m, warps, stages without spills (read back by aot.compile).
-_START: Mapping[str, Mapping[int, tuple[int, int, int, int]]] = {
-    "sm_80": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 1024: (32, 32, 8, 1)},
-    "sm_90": {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), 1024: (32, 32, 8, 2)},
-    "sm_100": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 1024: (32, 32, 8, 2)},
-    "gfx": {64: (128, 64, 4, 2), 128: (128, 64, 4, 2), 256: (64, 32, 4, 2), 1024: (32, 16, 4, 1)},
-    "f32": {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 1024: (16, 16, 8, 1)},
-}
-
-
 @lru_cache(maxsize=256)
 def default_mapping(c: Cascade, target: Device | str = "sm_90") -> TileMapping | Refusal:
     """The mapping to start from on an architecture: large tiles whose accumulators stay in registers."""
-    s = read(c)
+    s, arch = read(c), architecture(target)
     if isinstance(s, Refusal):
         return s
-    arch, limit = architecture(target), shared_limit(target)
+    if isinstance(arch, Refusal):
+        return arch
+    limit = shared_limit(target, arch)
     for mapping in _smaller(_first(s, arch)):
         if limit is None or _shared_bytes(s, mapping, arch) <= limit:
             return mapping
-    return Refusal(NAME, f"no tile of head size {s.value_width} fits into the {limit} bytes of shared memory of {arch}")
+    return Refusal(NAME, f"no tile of head size {s.value_width} fits into the {limit} bytes of shared memory of {arch.name}")
 
 
-def _first(s: Streaming, arch: str) -> TileMapping:
+def _first(s: Streaming, arch: Architecture) -> TileMapping:
     wide = max(s.value_width, *(sum(w for _, w in p.chunks) for p in s.products))
-    family = "gfx" if arch.startswith("gfx") else arch if arch in _START else "sm_80"
-    if "f32" in {s.values.dtype, *(p.query.dtype for p in s.products)}:
-        family = "f32"
-    table = _START[family]
+    plain = "f32" in {s.values.dtype, *(p.query.dtype for p in s.products)}
+    table = FIRST_TILES_F32 if plain else arch.first_tiles
     tile_p, tile_m, warps, stages = table[min(w for w in table if w >= wide)]
     rows = [s.extent[r] for r in s.rows]
     few = [n for n in rows if isinstance(n, int)]

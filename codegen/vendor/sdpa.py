@@ -149,7 +149,7 @@ def backends(call: VendorCall, device: Device, sizes: Mapping[str, int], *, grad
     e, v = (int(bind(f.cascade.rank[r].size, sizes)) for r in (f.products[0].over[0], f.attention.value))
     if device.kind == "cpu":
         return {"flash": _cpu_flash(call, e, v, gradients), "math": ""}
-    order = BACKENDS if device.arch.startswith(("sm_90", "sm_10")) else ("flash", "efficient", "cudnn", "math")
+    order = BACKENDS if _favours_cudnn(device) else ("flash", "efficient", "cudnn", "math")
     why = {
         "cudnn": _cudnn(device, dtype, e, v),
         "flash": _flash(call, device, dtype, e, v),
@@ -167,10 +167,14 @@ def _cpu_flash(call: VendorCall, e: int, v: int, gradients: bool) -> str:
     return ""
 
 
+def _favours_cudnn(device: Device) -> bool:
+    return device.kind == "cuda" and device.architecture.major in (9, 10)
+
+
 def _cudnn(device: Device, dtype: str, e: int, v: int) -> str:
     if device.kind != "cuda":
         return "not built for this device"
-    limit = 256 if device.arch.startswith(("sm_90", "sm_10")) else 128
+    limit = 256 if _favours_cudnn(device) else 128
     if dtype not in HALF:
         return f"{dtype} is not float16 or bfloat16"
     if max(e, v) > limit or e % 8 or v % 8:
@@ -185,7 +189,7 @@ def _flash(call: VendorCall, device: Device, dtype: str, e: int, v: int) -> str:
         return f"{dtype} is not float16 or bfloat16"
     if e != v or e > 256:
         return f"head sizes {e} and {v}: it takes equal ones up to 256"
-    if device.kind == "cuda" and device.arch < "sm_80" and len(device.arch) == 5:
+    if device.kind == "cuda" and device.architecture.major < 8:
         return f"{device.arch} is older than sm_80"
     return ""
 

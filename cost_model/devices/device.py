@@ -20,6 +20,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .architecture import Architecture, architecture
+
 KINDS = ("cuda", "hip", "cpu", "array")
 
 
@@ -172,6 +174,11 @@ class Device:
         return self.units * self.exps_per_unit_clock * self.clock_hz
 
     @property
+    def architecture(self) -> Architecture:
+        """What is known of a GPU's architecture. Raises UnknownArchitecture, for what is no GPU as well."""
+        return architecture(self.arch)
+
+    @property
     def is_gpu(self) -> bool:
         return self.kind in ("cuda", "hip")
 
@@ -221,7 +228,7 @@ def host_rates(table: Mapping[str, Any]) -> HostRates:
 
 
 def parse_device(text: str) -> Device:
-    """A device from the text of a device file. Raises ValueError on an unknown kind or field."""
+    """A device from the text of a device file. Raises ValueError on an unknown kind, field, or architecture of a GPU."""
     sources: dict[str, str] = {}
     values = _split(tomllib.loads(text), "", sources)
     if values.get("kind") not in KINDS:
@@ -231,7 +238,10 @@ def parse_device(text: str) -> Device:
     unknown = set(values) - {f.name for f in fields(Device)}
     if unknown:
         raise ValueError(f"device {values.get('name')}: unknown field {', '.join(sorted(unknown))}")
-    return Device(**values, model=model, host=host_rates(host) if host else None, sources=sources)
+    made = Device(**values, model=model, host=host_rates(host) if host else None, sources=sources)
+    if made.is_gpu:
+        architecture(made.arch)
+    return made
 
 
 @lru_cache(maxsize=1)

@@ -20,10 +20,6 @@ FIXED_REGISTERS, FIXED_REGISTERS_OLDER = 72, 100
 SMALLEST_DOT = 16
 # Sequences beyond this are cut into tiles of at least 64.
 LONG = 2048
-# Where the tensor cores read their operands from shared memory.
-WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
-# … and accumulate in tensor memory: the product over the second piece of a head waits for the first.
-TENSOR_MEMORY = ("sm_100", "sm_103")
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,9 @@ def shared_bytes(mapping: TileMapping, e: int, f: int, width: int, device: Devic
         return max(1, stages - 1) * tile + relaid * weights
     if stages == 1:
         return query + width * keys * max(chunked(e), padded(f))
-    if device.arch in WARP_GROUPS and rows >= 64 and not plain:
-        late = device.arch in TENSOR_MEMORY and chunked(e) != padded(e)
+    if device.architecture.instruction_rows and rows >= 64 and not plain:
+        # the product over the second piece of a head waits for the first
+        late = device.architecture.tensor_memory and chunked(e) != padded(e)
         return query + stages * tile - late * width * keys * chunked(e)
     relaid = plain or rows < max(16 * mapping.warps, padded(f))
     return query + (stages - 1) * tile + relaid * weights
@@ -86,7 +83,7 @@ def registers(mapping: TileMapping, e: int, f: int, width: int, device: Device) 
         # products in fp32 run on the vector lanes, with their operands in registers
         return round(30 + 3 * (2 * rows * keys + rows * f + keys * e / 2) / threads)
     words = (rows * keys * (1 + width / 4) + rows * f) / threads
-    return round(words + (FIXED_REGISTERS if device.arch in WARP_GROUPS else FIXED_REGISTERS_OLDER))
+    return round(words + (FIXED_REGISTERS if device.architecture.instruction_rows else FIXED_REGISTERS_OLDER))
 
 
 def register_limit(mapping: TileMapping, device: Device) -> int:

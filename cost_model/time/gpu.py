@@ -64,14 +64,13 @@ class KernelWork:
         return round(tiles * self.jobs.repeat) + of(self.program) * self.programs
 
 
-def operand_bytes(rows: int, keys: int, e: int, f: int, width: int, arch: str) -> int:
+def operand_bytes(rows: int, keys: int, e: int, f: int, width: int, instruction: int) -> int:
     """Bytes that the products of one tile read from shared memory, where they read it themselves; else 0.
 
-    An instruction has so many rows (sm_90: 64 of a warp group, from sm_100 on 128) and reads all keys and values again; the
+    An `instruction` has so many rows (0: its operands pass through registers) and reads all keys and values again; the
     weights stay in registers or tensor memory. Source: the FlashAttention-4 paper, 3·M·N·d / 8192 cycles for its tiles.
     """
-    instruction = {"sm_90": 64, "sm_100": 128, "sm_103": 128}.get(arch)
-    if instruction is None or rows < 64 or width == 4:
+    if instruction == 0 or rows < 64 or width == 4:
         return 0
     return width * (rows * e + -(-rows // instruction) * keys * (e + f))
 

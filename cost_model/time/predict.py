@@ -217,7 +217,8 @@ def _ours(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Dat
     w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), mapping.tile_p, mapping.tile_m, data)
     fit = footprint(mapping, at.embed, at.value, WIDTH[s.dtype], device)
     kernel = gpu.streaming(w, mapping, jobs, fit, at.value, at.queries, at.batch)
-    read = gpu.operand_bytes(mapping.tile_p, mapping.tile_m, at.embed, at.value, WIDTH[s.dtype], device.arch)
+    instruction = device.architecture.instruction_rows
+    read = gpu.operand_bytes(mapping.tile_p, mapping.tile_m, at.embed, at.value, WIDTH[s.dtype], instruction)
     kernel = replace(kernel, operand_bytes=read)
     return gpu.seconds(
         _shared_heads(kernel, _packed(at)), device, overlap=device.model.overlap,

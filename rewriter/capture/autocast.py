@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-_ENTER = torch.amp.autocast_mode._enter_autocast
-_EXIT = torch.amp.autocast_mode._exit_autocast
+from ..graph import torch_private
+
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 _FOR = "autocast_for"
 
@@ -42,12 +40,12 @@ def regions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Mapping[str, Region]]
     }
     saved: dict[fx.Node, tuple[str, Region]] = {}
     for n in list(gm.graph.nodes):
-        if n.op == "call_function" and n.target is _ENTER:
+        if n.op == "call_function" and n.target is torch_private.ENTER_AUTOCAST:
             device, dtype, enabled, *_ = n.args
             before = state.get(str(device), Region(False, torch.float32))
             saved[n] = (str(device), before)
             state = {**state, str(device): Region(bool(enabled), dtype or before.dtype)}
-        elif n.op == "call_function" and n.target is _EXIT:
+        elif n.op == "call_function" and n.target is torch_private.EXIT_AUTOCAST:
             device, before = saved[n.args[0]]
             state = {**state, device: before}
         yield n, state
@@ -57,7 +55,7 @@ def explicit_casts(gm: fx.GraphModule) -> None:
     """Insert every cast that autocast would make. Cast nodes remember the operator that they were made for."""
     known: dict[object, tuple[tuple[torch.dtype | None, ...], torch.dtype | None]] = {}
     for n, state in regions(gm):
-        if n.op != "call_function" or not isinstance(n.target, torch._ops.OpOverload):
+        if n.op != "call_function" or not isinstance(n.target, torch_private.OpOverload):
             continue
         region = _region_of(n, state)
         if region is None:
@@ -100,7 +98,7 @@ def _dtype(n: fx.Node) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the type that each watched tensor is converted to."""
 
     def __init__(self, watched: list[object]) -> None:
@@ -111,7 +109,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._to_copy.default:
+        if func is torch_private.TO_COPY:
             for i, w in enumerate(self.watched):
                 if w is args[0] and self.casts[i] is None:
                     self.casts[i] = (kwargs or {}).get("dtype")
@@ -123,11 +121,11 @@ def _observe(n: fx.Node, device: str, region: Region) -> tuple[tuple[torch.dtype
     sources = n.all_input_nodes
     values = [i.meta.get("val") for i in sources]
     none = (None,) * len(sources)
-    schema = n.target._schema  # type: ignore[union-attr]
-    if schema.is_mutable or schema.name in ("aten::to", "aten::_to_copy") or any(v is None for v in values):
+    said = torch_private.schema(n.target)  # type: ignore[arg-type]
+    if said.is_mutable or said.name in ("aten::to", "aten::_to_copy") or any(v is None for v in values):
         return none, None
     mode = _fake_mode(values)
-    if isinstance(mode, FakeTensorMode):
+    if isinstance(mode, torch_private.FakeTensorMode):
         values = [mode.from_tensor(v) if type(v) is torch.Tensor else v for v in values]
     table: dict[fx.Node, Any] = dict(zip(sources, values))
     args, kwargs = fx.map_arg((n.args, n.kwargs), table.__getitem__)
@@ -136,14 +134,14 @@ def _observe(n: fx.Node, device: str, region: Region) -> tuple[tuple[torch.dtype
         n.target(*args, **kwargs)  # type: ignore[operator]
     casts = tuple(c if c is not None and c != _dtype(s) else None for s, c in zip(sources, watch.casts))
     wanted = _dtypes(n.meta.get("val"))
-    if any(casts) or _run(n, args, kwargs, mode) == wanted or not any(a.name == "dtype" for a in schema.arguments):
+    if any(casts) or _run(n, args, kwargs, mode) == wanted or not any(a.name == "dtype" for a in said.arguments):
         return casts, None
     return none, wanted[0]
 
 
 def _fake_mode(values: list[Any]) -> AbstractContextManager[Any]:
     """The fake mode of some operand: scalars of the operator become fake under it, and constants with real values too."""
-    mode = torch._guards.detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    mode = torch_private.detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
     return mode if mode is not None else nullcontext()
 
 

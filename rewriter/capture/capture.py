@@ -16,16 +16,12 @@ from typing import Any
 import torch
 import torch.fx.traceback as traceback
 from torch import Tensor, fx, nn
-from torch._guards import TracingContext
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..graph import torch_private
 from ..graph.node import written_arguments
 from .autocast import explicit_casts
 from .weights import PARAMETER
 
-ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
-EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
-CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _DETACHING = ("aten::detach", "aten::detach_", "aten::lift_fresh_copy")
 NO_NAMES: Mapping[int, str] = MappingProxyType({})
 _ROOTS = ("L['self'].", "L['self']", "L['model'].", "L['model']", "L__self___")
@@ -57,18 +53,10 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     Raises CaptureError.
     """
     start = time.perf_counter()
-    context = TracingContext.try_get()
-    if context is None or context.fake_mode is None:
+    made = torch_private.dynamo_fakes()
+    if made is None:
         raise CaptureError("the graph does not come from Dynamo: it has no fake mode")
-    mode = context.fake_mode
-
-    def fake(x: object) -> object:
-        if not isinstance(x, Tensor):
-            return x
-        known = context.tensor_to_context.get(x)  # type: ignore[no-untyped-call]
-        source = known.tensor_source if known is not None else None
-        return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
-
+    mode, fake = made
     held = {n: attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
     held = {n: v for n, v in held.items() if isinstance(v, Tensor)}
     attributes = list(held)
@@ -89,7 +77,7 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
 
 
 def _trace(
-    gm: fx.GraphModule, flat: list[object], count: int, held: list[fx.Node], mode: torch._subclasses.FakeTensorMode
+    gm: fx.GraphModule, flat: list[object], count: int, held: list[fx.Node], mode: torch_private.FakeTensorMode
 ) -> fx.GraphModule:
     def run(*values: object) -> object:
         runner = _Run(gm, dict(zip(held, values[count:], strict=True)))
@@ -102,7 +90,7 @@ def _trace(
     try:
         # Grad mode switches inside the graph act on this thread while it is traced.
         with mode, torch.set_grad_enabled(torch.is_grad_enabled()):
-            return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*flat)
+            return torch_private.pre_dispatch_graph(run, flat)
     except Exception as error:
         # Whatever operator has no pre-dispatch form: the caller runs the graph as it came and reports this sentence.
         raise CaptureError(f"{type(error).__name__}: {first_line(error)}") from error
@@ -124,7 +112,7 @@ class _Run(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n in self.held:
             return self.held[n]
-        if n.target is ENTER_AUTOCAST:
+        if n.target is torch_private.ENTER_AUTOCAST:
             # Tracing records the region but does not enter it; the types of the values depend on it.
             device, dtype, enabled, *_ = n.args
             token = super().run_node(n)
@@ -135,13 +123,12 @@ class _Run(fx.Interpreter):
             )
             _set_autocast(str(device), bool(enabled), dtype)  # type: ignore[arg-type]
             return token
-        if n.target is EXIT_AUTOCAST:
+        if n.target is torch_private.EXIT_AUTOCAST:
             _set_autocast(*self.regions.pop(n.args[0]))  # type: ignore[arg-type]
             return super().run_node(n)
-        if n.target is CHECKPOINT:
+        if n.target is torch_private.CHECKPOINT:
             body = attribute(self.module, str(n.args[0].target))  # type: ignore[union-attr]
-            # Tracing the region reads this entry, which Dynamo writes for selective checkpointing only.
-            body.meta.setdefault("_checkpoint_context_fn", _recompute_all)  # type: ignore[attr-defined]
+            torch_private.trace_checkpoint_with(body, _recompute_all)  # type: ignore[arg-type]
         return super().run_node(n)
 
 
@@ -171,7 +158,7 @@ def regions(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """The graph and the bodies of its checkpointed regions, outermost first."""
     yield gm
     for n in gm.graph.nodes:
-        if n.op == "call_function" and n.target in (CHECKPOINT, checkpointed):
+        if n.op == "call_function" and n.target in (torch_private.CHECKPOINT, checkpointed):
             body = attribute(gm, str(n.args[0].target))
             assert isinstance(body, fx.GraphModule)
             yield from regions(body)
@@ -218,7 +205,7 @@ def finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str = 
     mark_gradients(gm, torch.is_grad_enabled())
     explicit_casts(gm)
     for n in gm.graph.nodes:
-        if n.op == "call_function" and n.target is CHECKPOINT:
+        if n.op == "call_function" and n.target is torch_private.CHECKPOINT:
             body = attribute(gm, str(n.args[0].target))
             assert isinstance(body, fx.GraphModule)
             for inner, given in zip((x for x in body.graph.nodes if x.op == "placeholder"), n.args[1:]):
@@ -237,9 +224,7 @@ def _identity(key: str) -> int:
 
 def _frame_module(names: Mapping[int, str]) -> str:
     """The path of the module that the compiled function belongs to: a method's operators carry no stack for it."""
-    tx = getattr(torch._dynamo.symbolic_convert.tls, "current_tx", None)
-    root = getattr(getattr(tx, "output", None), "root_tx", None)
-    for value in getattr(root, "f_locals", {}).values():
+    for value in torch_private.compiled_locals().values():
         if isinstance(value, nn.Module) and id(value) in names:
             return names[id(value)]
     return ""
@@ -260,7 +245,7 @@ def mark_gradients(gm: fx.GraphModule, enabled: bool) -> None:
     """
     for n in gm.graph.nodes:
         value = n.meta.get("val")
-        if n.op == "call_function" and n.target is torch._C._set_grad_enabled:
+        if n.op == "call_function" and n.target is torch_private.SET_GRAD:
             enabled = bool(n.args[0])
         if n.op in ("placeholder", "get_attr"):
             held = attribute(gm, str(n.target)) if n.op == "get_attr" else None
@@ -294,7 +279,7 @@ def _mark(value: object) -> None:
 
 
 def _detaches(n: fx.Node) -> bool:
-    return isinstance(n.target, torch._ops.OpOverload) and n.target._schema.name in _DETACHING
+    return isinstance(n.target, torch_private.OpOverload) and torch_private.schema(n.target).name in _DETACHING
 
 
 Backend = Callable[[fx.GraphModule, Sequence[object]], Callable[..., Any]]

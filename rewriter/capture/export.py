@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .capture import ENTER_AUTOCAST, EXIT_AUTOCAST, Captured, CaptureError, attribute, finish, first_line
+from ..graph import torch_private
+from .capture import Captured, CaptureError, attribute, finish, first_line
 
 
 def from_export(
@@ -49,7 +50,7 @@ def from_export(
 @contextlib.contextmanager
 def _no_hook_left() -> Iterator[None]:
     """Export that fails leaves its hook on buffers in all modules: Dynamo then breaks every graph that assigns one."""
-    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    hooks = torch_private.buffer_hooks()
     before = set(hooks)
     try:
         yield
@@ -61,7 +62,7 @@ def _no_hook_left() -> Iterator[None]:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Capture logs whole tracebacks of what it then raises: the error says it. Levels that a user set are kept."""
-    mine = [log for log in map(logging.getLogger, _LOGS) if log.level == logging.NOTSET]
+    mine = [log for log in map(logging.getLogger, torch_private.LOGS) if log.level == logging.NOTSET]
     for log in mine:
         log.setLevel(logging.CRITICAL)
     try:
@@ -80,7 +81,7 @@ def _without_graph() -> Iterator[None]:
             with contextlib.redirect_stderr(said):
                 yield
         except Exception as error:
-            graph = str(getattr(error, "partial_fx_graph", ""))
+            graph = torch_private.graph_so_far(error)
             raise
         finally:
             sys.stderr.write(said.getvalue().replace(f"{graph}\n", "") if graph else said.getvalue())
@@ -88,7 +89,6 @@ def _without_graph() -> Iterator[None]:
 
 # Standard error is one for all threads.
 _redirecting = threading.RLock()
-_LOGS = ("torch._subclasses.fake_tensor", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 
 
 def _open_dims(t: Tensor) -> dict[int, Any]:
@@ -185,10 +185,10 @@ def from_program(program: torch.export.ExportedProgram, drop: str = "") -> Captu
     assert isinstance(graph, fx.GraphModule)
     for n in list(graph.graph.nodes):
         # Export's own assertions on types would count as readers of the values that they name.
-        if n.target is torch.ops.aten._assert_tensor_metadata.default:
+        if n.target is torch_private.ASSERT_METADATA:
             graph.graph.erase_node(n)
     inline_regions(graph)
-    if any(n.target is ENTER_AUTOCAST for n in graph.graph.nodes):
+    if any(n.target is torch_private.ENTER_AUTOCAST for n in graph.graph.nodes):
         _propagate(graph)
     finish(graph, lambda key, path: _without(path, drop))
     return Captured(graph, "pt2", 0.0)
@@ -205,7 +205,7 @@ def _propagate(gm: fx.GraphModule) -> None:
             return value
 
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    mode = torch._guards.detect_fake_mode(inputs)
+    mode = torch_private.detect_fake_mode(inputs)
     with torch.no_grad(), mode if mode is not None else contextlib.nullcontext():
         Values(gm).run(*inputs)
 
@@ -216,8 +216,7 @@ def inline_regions(gm: fx.GraphModule) -> None:
     before   y = wrap_with_set_grad_enabled(False, body, x)
     after    set_grad_enabled(False); y = ops of body on x; set_grad_enabled(True)
     """
-    hops = torch.ops.higher_order
-    leading = {hops.wrap_with_set_grad_enabled: 1, hops.wrap_with_autocast: 4}
+    leading = {torch_private.GRAD_REGION: 1, torch_private.AUTOCAST_REGION: 4}
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target in leading:
             _inline(gm, node, leading[node.target])
@@ -252,11 +251,11 @@ def _inline(gm: fx.GraphModule, region: fx.Node, leading: int) -> None:
 
 def _enter(graph: fx.Graph, region: fx.Node) -> Callable[[], fx.Node]:
     """Open a region in line, and answer what closes it."""
-    if region.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
-        graph.call_function(torch._C._set_grad_enabled, (region.args[0],))
-        return lambda: graph.call_function(torch._C._set_grad_enabled, (not region.args[0],))
-    token = graph.call_function(ENTER_AUTOCAST, region.args[:4])
-    return lambda: graph.call_function(EXIT_AUTOCAST, (token,))
+    if region.target is torch_private.GRAD_REGION:
+        graph.call_function(torch_private.SET_GRAD, (region.args[0],))
+        return lambda: graph.call_function(torch_private.SET_GRAD, (not region.args[0],))
+    token = graph.call_function(torch_private.ENTER_AUTOCAST, region.args[:4])
+    return lambda: graph.call_function(torch_private.EXIT_AUTOCAST, (token,))
 
 
 def _without(path: str, leading: str) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 
 from ...patterns.evaluate import DTYPE
+from ..graph.torch_private import FakeTensorMode, tree_leaves, tree_map
 
 
 class UsageError(ValueError):
@@ -123,7 +123,7 @@ def _from_factory(spec: str, shapes: Shapes) -> ModelInput:
     model, args, kwargs = _unpack(spec, made)
     if shapes.torch_dtype is not None:
         model = model.to(shapes.torch_dtype)
-        args, kwargs = torch.utils._pytree.tree_map(lambda x: _to(x, shapes.torch_dtype), (args, kwargs))
+        args, kwargs = tree_map(lambda x: _to(x, shapes.torch_dtype), (args, kwargs))
     if not args and not kwargs:
         try:
             args, kwargs = inputs_for(model, shapes)
@@ -151,7 +151,7 @@ def named(error: BaseException) -> str:
 def check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Inputs with elements to compute on lie where the model does (a scalar may lie on the CPU). Raises UsageError."""
     own = {p.device.type for p in model.parameters()}
-    for t in torch.utils._pytree.tree_leaves((args, dict(kwargs))):
+    for t in tree_leaves((args, dict(kwargs))):
         if isinstance(t, Tensor) and len(own) == 1 and t.device.type not in own and t.dim() > 0:
             (there,) = own
             raise UsageError(

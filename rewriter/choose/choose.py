@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...cost_model.devices.architecture import cuda_name
 from ...cost_model.devices.device import Device, targets, with_threads
 from ...cost_model.devices.device import device as device_named
 from ...cost_model.plan.plan import Plan
@@ -89,7 +90,7 @@ def _cpu(threads: int) -> Device:
 def _architecture() -> str:
     properties = torch.cuda.get_device_properties()
     hip = getattr(properties, "gcnArchName", "")
-    return hip.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return hip.split(":")[0] if torch.version.hip else cuda_name(properties.major, properties.minor)
 
 
 def _gpu(name: str, architecture: str) -> Device:

@@ -19,6 +19,7 @@ from ..capture.weights import is_weight
 from ..graph.aliases import Aliases
 from ..graph.node import CannotLift, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
+from ..graph.torch_private import expression
 from ..graph.where import module_path, source_line
 from ..lift import operators_contract, operators_point, operators_reduce, operators_view
 from ..lift.hoist import hoist
@@ -167,7 +168,7 @@ def _scalars(graph: fx.Graph, lifter: Lifter, c: Cascade) -> dict[str, fx.Node]:
     if wanted:
         for n in graph.nodes:
             value = n.meta.get("val")
-            if isinstance(value, torch.SymInt) and (name := str(value.node.expr)) in wanted:
+            if isinstance(value, torch.SymInt) and (name := str(expression(value))) in wanted:
                 out.setdefault(name, n)
     return out
 

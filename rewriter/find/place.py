@@ -28,6 +28,7 @@ from ...patterns.verdict import Obstacle
 from ..graph.liveness import survivors
 from ..graph.node import arguments, op_name
 from ..graph.sizes import product, shape_of, size_of
+from ..graph.torch_private import bounds, expression, traced_size, tree_leaves
 from ..lift.operators_contract import PRODUCTS
 from ..splice.splice import hint
 from .detect import Found
@@ -122,7 +123,7 @@ def _inputs_behind(node: fx.Node) -> tuple[str, ...]:
 
 def _scalars(f: Found) -> tuple[tuple[str, Size, int | None], ...]:
     values = {name: node.meta.get("val") for name, node in f.scalars.items()}
-    return tuple((name, size_of(v), v.node.hint) for name, v in values.items() if isinstance(v, torch.SymInt))
+    return tuple((name, size_of(v), traced_size(v)) for name, v in values.items() if isinstance(v, torch.SymInt))
 
 
 def _bound_to_original(f: Found) -> str:
@@ -168,7 +169,7 @@ _LENT: Mapping[str, int] = {
 def _data(n: fx.Node) -> Iterator[fx.Node]:
     """The nodes whose elements a node reads: no sizes, no empty part of a concatenation, nothing that lends its shape."""
     at = _LENT.get(op_name(n), len(n.args))
-    read = torch.utils._pytree.tree_leaves((n.args[:at], n.args[at + 1 :], dict(n.kwargs)))
+    read = tree_leaves((n.args[:at], n.args[at + 1 :], dict(n.kwargs)))
     for i in n.all_input_nodes:
         if i not in read:
             continue
@@ -243,10 +244,11 @@ def hints_of(gm: fx.GraphModule) -> Mapping[str, int]:
         value = n.meta.get("val")
         sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
         for s in sizes:
-            if isinstance(s, torch.SymInt) and s.node.hint is not None:
-                expression = s.node.expr
-                if expression.is_Symbol:
-                    out.setdefault(str(expression), int(s.node.hint))
+            if not isinstance(s, torch.SymInt):
+                continue
+            known, term = traced_size(s), expression(s)
+            if known is not None and term.is_Symbol:
+                out.setdefault(str(term), known)
     return out
 
 
@@ -256,9 +258,9 @@ def symbols_of(gm: fx.GraphModule) -> tuple[Symbol, ...]:
     for n in gm.graph.nodes:
         value = n.meta.get("val")
         for s in value.shape if isinstance(value, torch.Tensor) else (value,):
-            if isinstance(s, torch.SymInt) and str(s.node.expr) in hints and str(s.node.expr) not in found:
-                name, known = str(s.node.expr), s.node.shape_env.var_to_range.get(s.node.expr)
-                low, high = (_number(known.lower), _number(known.upper)) if known is not None else (None, None)
+            if isinstance(s, torch.SymInt) and str(expression(s)) in hints and str(expression(s)) not in found:
+                name, known = str(expression(s)), bounds(s)
+                low, high = map(_number, known) if known is not None else (None, None)
                 found[name] = Symbol(name, hints[name], low or 0, high if high is None or high < UNBOUNDED else None)
     return tuple(found.values())
 

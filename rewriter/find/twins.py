@@ -9,6 +9,7 @@ from torch import fx
 
 from ..graph.aliases import Aliases
 from ..graph.node import op_name
+from ..graph.torch_private import expression
 from ..lift.operators_contract import LOOKED_THROUGH
 
 
@@ -66,12 +67,12 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
     if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
         return _signature(x) == _signature(y)
     if isinstance(x, torch.SymInt) and isinstance(y, torch.SymInt):
-        return bool(x.node.expr == y.node.expr)
+        return bool(expression(x) == expression(y))
     return type(x) is type(y) and (isinstance(x, (list, tuple)) or x is y or x == y)
 
 
 def _signature(t: torch.Tensor) -> tuple[object, ...]:
-    sizes = tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in t.shape)
+    sizes = tuple(expression(s) if isinstance(s, torch.SymInt) else s for s in t.shape)
     return (sizes, t.dtype, t.device, t.requires_grad)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_right
+from collections.abc import Iterator
 
 import torch
 from torch import fx
+
+from .torch_private import OpOverload, schema
 
 
 class Aliases:
@@ -23,24 +26,19 @@ class Aliases:
             if n.target is operator.getitem:
                 self._join(n, n.args[0])
                 continue
-            if not isinstance(n.target, torch._ops.OpOverload):
+            if not isinstance(n.target, OpOverload):
                 # An unknown callable may write to any tensor that it is given.
                 if not _is_pure(n.target):
                     written.extend((n, a) for a in n.all_input_nodes)
                 continue
-            for i, a in enumerate(n.target._schema.arguments):
-                if a.alias_info is None:
-                    continue
-                value = n.args[i] if i < len(n.args) else n.kwargs.get(a.name)
-                for node in value if isinstance(value, (list, tuple)) else [value]:
-                    if not isinstance(node, fx.Node):
-                        continue
-                    if any(r.alias_info is not None for r in n.target._schema.returns):
-                        self._join(n, node)
-                    if a.alias_info.is_write:
-                        written.append((n, node))
-            if _may_alias(n.target):
-                self._join(n, n.args[0])
+            aliased = any(r.alias_info is not None for r in schema(n.target).returns)
+            for argument, node in _given(n, schema(n.target)):
+                if aliased and argument.alias_info is not None:
+                    self._join(n, node)
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written.append((n, node))
+            for node in _unsaid(n, schema(n.target).name):
+                self._join(n, node)
         for writer, node in written:
             self._writes.setdefault(self._root(node), []).append(self.position[writer])
 
@@ -79,11 +77,38 @@ class Aliases:
         return bool(self._writes.get(self._root(n)))
 
 
-def _may_alias(target: torch._ops.OpOverload) -> bool:
-    """Composite operators that answer a view of their input where they can, without saying so in the schema."""
-    name = target._schema.name
-    return name in ("aten::reshape", "aten::contiguous", "aten::flatten", "aten::to", "aten::type_as", "aten::reshape_as",
-                    "aten::dropout", "aten::unflatten", "aten::expand_as", "aten::view_as", "aten::movedim")  # fmt: skip
+# Operators that may answer their first tensors, or views of them, while their schemas say that they make new ones.
+# Found by running the samples that PyTorch 2.13 has of its own operators and comparing storages.
+_UNSAID = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("type_as", "to_dense", "dequantize", "conj_physical", "lift", "sum_to_size", "_unsafe_view"),
+        "flatten_dense_tensors",
+        *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"),
+        *("atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid"),
+        *("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"),
+        *(f"_cast_{kind}" for kind in ("Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")),
+    )
+)
+# … and those that do so where they are given one tensor.
+_UNSAID_OF_ONE = frozenset(("aten::einsum", "aten::cartesian_prod"))
+
+
+def _unsaid(n: fx.Node, name: str) -> list[fx.Node]:
+    """The nodes that the value of `n` may share storage with although the schema does not say so."""
+    first = next((_nodes(a) for a in n.args if _nodes(a)), [])
+    return first if name in _UNSAID or (name in _UNSAID_OF_ONE and len(first) == 1) else []
+
+
+def _given(n: fx.Node, said: torch.FunctionSchema) -> Iterator[tuple[torch.Argument, fx.Node]]:
+    """Every node that an operator is given, with what its schema says of the argument."""
+    for i, argument in enumerate(said.arguments):
+        for node in _nodes(n.args[i] if i < len(n.args) else n.kwargs.get(argument.name)):
+            yield argument, node
+
+
+def _nodes(value: object) -> list[fx.Node]:
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node)]
 
 
 def _is_pure(target: object) -> bool:

@@ -11,6 +11,7 @@ from torch import fx
 
 from .aliases import Aliases
 from .node import arguments, op_name, written_arguments
+from .torch_private import OpOverload, schema
 
 ARITHMETIC: Mapping[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
@@ -74,8 +75,8 @@ def is_pure(n: fx.Node) -> bool:
     """Whether a node only computes its value."""
     if n.op != "call_function":
         return n.op == "get_attr"
-    if isinstance(n.target, torch._ops.OpOverload):
-        return not n.target._schema.is_mutable and not _draws(n)
+    if isinstance(n.target, OpOverload):
+        return not schema(n.target).is_mutable and not _draws(n)
     return n.target in (operator.getitem, *ARITHMETIC.values()) or getattr(n.target, "__module__", "") in (
         "_operator",
         "math",

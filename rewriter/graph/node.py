@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from ...patterns.evaluate import DTYPE_NAME
+from .torch_private import OpOverload, schema
 
 
 class CannotLift(Exception):
@@ -24,20 +25,21 @@ def op_name(n: fx.Node) -> str:
         return n.op
     if n.target is operator.getitem:
         return "getitem"
-    if isinstance(n.target, torch._ops.OpOverload):
-        namespace, _, name = n.target._schema.name.partition("::")
+    if isinstance(n.target, OpOverload):
+        whole = schema(n.target).name
+        namespace, _, name = whole.partition("::")
         if namespace != "aten":
-            return n.target._schema.name
+            return whole
         return name.removesuffix("_") if not name.startswith("__") else name
     return str(getattr(n.target, "__name__", n.target))
 
 
 def arguments(n: fx.Node) -> dict[str, object]:
     """Arguments by the schema's names, defaults filled in."""
-    if not isinstance(n.target, torch._ops.OpOverload):
+    if not isinstance(n.target, OpOverload):
         return {str(i): a for i, a in enumerate(n.args)}
     out: dict[str, object] = {}
-    for i, a in enumerate(n.target._schema.arguments):
+    for i, a in enumerate(schema(n.target).arguments):
         if i < len(n.args):
             out[a.name] = n.args[i]
         elif a.name in n.kwargs:
@@ -63,10 +65,10 @@ def dtype_of(n: fx.Node) -> str:
 
 def written_arguments(n: fx.Node) -> list[fx.Node]:
     """The nodes that an operator writes in place, by its schema."""
-    if not isinstance(n.target, torch._ops.OpOverload):
+    if not isinstance(n.target, OpOverload):
         return []
     out: list[fx.Node] = []
-    for i, a in enumerate(n.target._schema.arguments):
+    for i, a in enumerate(schema(n.target).arguments):
         if a.alias_info is not None and a.alias_info.is_write:
             value = n.args[i] if i < len(n.args) else n.kwargs.get(a.name)
             out.extend(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node))

@@ -8,13 +8,14 @@ import sympy
 import torch
 
 from ...patterns.cascade import Size, as_size
+from .torch_private import expression, known_size
 
 
 def size_of(value: object) -> Size:
     """An `int` or `SymInt` as a Size. Raises TypeError for anything else."""
     if isinstance(value, torch.SymInt):
-        known = value.node.maybe_as_int()
-        return known if known is not None else plain(value.node.expr)
+        known = known_size(value)
+        return known if known is not None else plain(expression(value))
     if isinstance(value, int):
         return value
     raise TypeError(f"{value!r} is no size")

@@ -29,6 +29,7 @@ from ..capture.models import ModelInput, Shapes, load, run
 from ..choose import choose
 from ..choose.policy import Policy
 from ..find.place import Place, symbols_of
+from ..graph.torch_private import FakeTensor
 from .session import Session, break_of
 
 
@@ -55,7 +56,7 @@ def plan_model(
 
 
 def _without_data(t: Tensor) -> bool:
-    return t.device.type == "meta" or isinstance(t, torch._subclasses.FakeTensor)
+    return t.device.type == "meta" or isinstance(t, FakeTensor)
 
 
 def plan_graph(

@@ -1,7 +1,7 @@
 """One optimised model: where its calls are caught, what was captured from them, and what ran.
 
-A call of the model (or of a sub-module that callers enter directly) goes through `nn.Module._compiled_call_impl`, the hook
-that `Module.compile` uses, to an `Entry`. The entry hands it to Dynamo, whose graphs come back to `Session.compile`.
+A call of the model (or of a sub-module that callers enter directly) goes through the hook that `Module.compile` uses to an
+`Entry`. The entry hands it to Dynamo, whose graphs come back to `Session.compile`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
-from torch._dynamo.utils import get_compilation_metrics
 
 from ...cost_model.devices.device import Device
 from ..capture import capture
 from ..choose import choose
 from ..choose.policy import Policy, StrictError
+from ..graph import torch_private
 from ..splice import sampling
 from ..splice.guards import Guarded
 from .report import GraphPiece
@@ -66,19 +65,20 @@ class Entry:
         self.calls = 0
         self.missed = 0
         self.failures: list[str] = []
-        self.hook = _hook(module, torch._dynamo.disable(self.call))  # type: ignore[no-untyped-call]
+        self.hook = _hook(module, torch.compiler.disable(self.call))  # type: ignore[no-untyped-call]
         self.compiled = _compile(path, lambda gm, inputs: session.compile(self, gm, inputs), session.dynamic)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         if _transparent(args, kwargs) or len(self.failures) > _FAILURES_ALLOWED:
-            return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        before, seen = getattr(_running, "pieces", 0), get_compilation_metrics()[-1:]
+            return torch_private.own_call(self.module, *args, **kwargs)
+        before, seen = getattr(_running, "pieces", 0), torch_private.attempts()[-1:]
         try:
             out = self.compiled(self.module, *args, **kwargs)
-        except TorchDynamoException as error:
-            if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, StrictError):
+        except torch_private.dynamo_errors() as error:
+            raised = torch_private.raised_by_backend(error)
+            if isinstance(raised, StrictError):
                 self.session.detach()
-                raise error.inner_exception from None
+                raise raised from None
             if getattr(_running, "pieces", 0) != before:
                 raise
             return self._as_written(error, args, kwargs)
@@ -92,10 +92,10 @@ class Entry:
         self._count(ran)
         return out
 
-    def _as_written(self, error: TorchDynamoException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _as_written(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's own code: it raises its own error, or it shows that only the capture failed."""
         try:
-            out = self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            out = torch_private.own_call(self.module, *args, **kwargs)
         except Exception as own:
             raise own from None
         self.failures.append(f"{type(error).__name__}: {_sentence(error)}")
@@ -110,11 +110,11 @@ class Entry:
 
 
 def _hook(module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands in `_compiled_call_impl`: Dynamo, where it traces a caller, sees the module's own call in it."""
+    """What the calls go to: Dynamo, where it traces a caller, sees the module's own call in it."""
 
     def hook(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return torch_private.own_call(module, *args, **kwargs)
         return call(*args, **kwargs)
 
     return hook
@@ -128,31 +128,27 @@ def _transparent(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return bool(
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or _fx_traced(args, kwargs)
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        or torch_private.is_transformed()
     )
 
 
 def _fx_traced(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Is this call part of a symbolic trace, and not only beside one that we make in another thread?"""
-    if not torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+    if not torch_private.is_symbolic_trace():
         return False
     if not _capturing - {threading.get_ident()}:
         return True
-    return any(isinstance(x, fx.Proxy) for x in torch.utils._pytree.tree_leaves((args, dict(kwargs))))
+    return any(isinstance(x, fx.Proxy) for x in torch_private.tree_leaves((args, dict(kwargs))))
 
 
 def _frames_given_up(seen: Sequence[object]) -> list[str]:
     """The functions that Dynamo tried to capture after `seen`, its last attempt then, and runs as written: where and why."""
-    attempts = get_compilation_metrics()
-    if not attempts or attempts[-1:] == seen:
+    made = torch_private.attempts()
+    if not made or made[-1:] == seen:
         return []
-    after = next((i + 1 for i in reversed(range(len(attempts))) if seen and attempts[i] is seen[0]), 0)
-    return [
-        f"{m.co_filename}:{m.co_firstlineno} {m.co_name}: {_sentence(m.fail_reason)}"
-        for m in attempts[after:]
-        if m.fail_reason
-    ]
+    after = next((i + 1 for i in reversed(range(len(made))) if seen and made[i] is seen[0]), 0)
+    failures = filter(None, map(torch_private.failure, made[after:]))
+    return [f"{where}: {_sentence(why)}" for where, why in failures]
 
 
 def _compile(path: str, backend: capture.Backend, dynamic: bool | None) -> Callable[..., Any]:
@@ -166,7 +162,7 @@ def _compile(path: str, backend: capture.Backend, dynamic: bool | None) -> Calla
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+    return torch_private.own_call(self, *args, **kwargs)
 
 
 @dataclass(eq=False)
@@ -193,9 +189,10 @@ class Session:
 
     def attach(self) -> None:
         """Catch the calls of the model."""
+        torch_private.check_calls()
         for entry in self.entries:
-            entry.before = entry.module._compiled_call_impl
-            entry.module._compiled_call_impl = entry.hook
+            entry.before = torch_private.call_hook(entry.module)
+            torch_private.set_call_hook(entry.module, entry.hook)
         root = self.entries[0].module
         root.__dict__[_MARK] = Mark()
         _sessions[root] = self
@@ -203,8 +200,8 @@ class Session:
     def detach(self) -> None:
         """Let the calls of the model go as they went before; what was captured is kept for `attach`."""
         for entry in self.entries:
-            if entry.module._compiled_call_impl is entry.hook:
-                entry.module._compiled_call_impl = entry.before
+            if torch_private.call_hook(entry.module) is entry.hook:
+                torch_private.set_call_hook(entry.module, entry.before)
             entry.module.__dict__.pop(_MARK, None)
             _sessions.pop(entry.module, None)
 
@@ -219,7 +216,7 @@ class Session:
         piece = GraphPiece(
             entry=entry.path if entry is not None else "",
             number=len(self.pieces),
-            recompiled=_is_recompilation(),
+            recompiled=torch_private.is_recompilation(),
             broke=break_of(gm),
         )
         start = time.perf_counter()
@@ -272,44 +269,34 @@ def _marked() -> Iterator[None]:
     Before PyTorch 2.13 a call in another thread takes fx's flag for a trace of its own and raises, unless it sees this flag,
     which Dynamo raises itself since.
     """
-    before, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
-    _capturing.add(threading.get_ident())
-    try:
-        yield
-    finally:
-        _capturing.discard(threading.get_ident())
-        torch.compiler._is_compiling_flag = before
+    with torch_private.said_to_compile():
+        _capturing.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            _capturing.discard(threading.get_ident())
 
 
 def _runnable(graph: fx.GraphModule, inputs: Sequence[object], inductor: bool) -> Callable[..., Any]:
     if inductor:
-        from torch._inductor.compile_fx import compile_fx
-
         # Named, the threads are part of the key in Inductor's cache on disk: before PyTorch 2.13 FlexAttention compiled for
         # one thread came back in a process of two, and wrote past its buffers. Dynamo compiles again when they change.
         threads = {"cpp.threads": torch.get_num_threads()}
-        return compile_fx(graph, list(inputs), config_patches=threads)  # type: ignore[return-value, arg-type]
+        return torch_private.inductor(graph, inputs, threads)
     for body in list(capture.regions(graph)):
         for n in body.graph.nodes:
-            if n.op == "call_function" and n.target is capture.CHECKPOINT:
+            if n.op == "call_function" and n.target is torch_private.CHECKPOINT:
                 n.target = capture.checkpointed
         body.recompile()
     return graph.forward
 
 
-def _is_recompilation() -> bool:
-    compile_id = torch._guards.CompileContext.current_compile_id()
-    return compile_id is not None and bool(compile_id.frame_compile_id)
-
-
 def break_of(gm: fx.GraphModule) -> str:
     """Where and why Dynamo ended this graph before the end of the function; empty when it did not."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not reason.graph_break:
+    found = torch_private.graph_break(gm)
+    if found is None:
         return ""
-    own = [f for f in reason.user_stack if "/torch/" not in f.filename]
-    where = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
-    text = _sentence(reason.reason)
+    where, text = found[0], _sentence(found[1])
     return where + next((said for start, said in _BREAKS.items() if text.startswith(start)), text)
 
 

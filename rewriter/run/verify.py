@@ -29,6 +29,7 @@ from ..capture import capture
 from ..capture.models import run
 from ..choose import choose
 from ..choose.policy import Policy
+from ..graph.torch_private import tree_leaves
 from .session import Session, session_of
 
 MAX_RATIO = 2.5
@@ -146,7 +147,7 @@ def _again(values: Any) -> Any:
 
 
 def _floats(out: object) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(out)
+    leaves = tree_leaves(out)
     return [x.detach().clone() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..graph.torch_private import tree_leaves
 from .guards import Guarded
 from .splice import SITE, hint
 
@@ -67,7 +68,7 @@ class _Timed(fx.Interpreter):
             return super().run_node(n)
         guard = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         before = guard.fallbacks[site] if isinstance(guard, Guarded) else 0
-        on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in _leaves(self.map_nodes_to_values(n.args, n)))
+        on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in tree_leaves(self.map_nodes_to_values(n.args, n)))
         if guard is None and self.samples.median(site) is None:
             super().run_node(n)
         out, seconds = (_by_events if on_gpu else _by_clock)(lambda: super(_Timed, self).run_node(n))
@@ -77,14 +78,10 @@ class _Timed(fx.Interpreter):
 
     def _as_planned(self, n: fx.Node) -> bool:
         """Have the tensors the sizes with which the graph was captured?"""
-        given = _leaves(self.map_nodes_to_values(n.args, n))
-        planned = _leaves(fx.map_arg(n.args, lambda x: x.meta["val"]))
+        given = tree_leaves(self.map_nodes_to_values(n.args, n))
+        planned = tree_leaves(fx.map_arg(n.args, lambda x: x.meta["val"]))
         pairs = [(g, p) for g, p in zip(given, planned) if isinstance(p, torch.Tensor)]
         return all(list(g.shape) == [hint(s) for s in p.shape] for g, p in pairs)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(tree)
 
 
 def _by_clock(run: Callable[[], Any]) -> tuple[Any, float]:

@@ -21,9 +21,11 @@ from ...patterns import expr as ex
 from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
 from ..capture.autocast import regions, remove_unused_casts
+from ..graph import torch_private
 from ..graph.liveness import ARITHMETIC, erase_dead, is_pure
 from ..graph.node import op_name
 from ..graph.sizes import same, shape_of, size_of
+from ..graph.torch_private import expression
 from .guards import Condition, Guarded
 
 # In the metadata of what is spliced in: the site that it computes.
@@ -87,10 +89,10 @@ def replace(
             target, arguments, fake = _guarded(gm, call, original, arguments, tensors, sizes, name)
         token = None
         if call.closed and region is not None and region.enabled:
-            token = graph.call_function(torch.amp.autocast_mode._enter_autocast, (device, region.dtype, False, False))
+            token = graph.call_function(torch_private.ENTER_AUTOCAST, (device, region.dtype, False, False))
         new = _node(graph, output, target, arguments, fake)
         if token is not None:
-            graph.call_function(torch.amp.autocast_mode._exit_autocast, (token,))
+            graph.call_function(torch_private.EXIT_AUTOCAST, (token,))
         new.meta["reattend"] = call.name
         new.meta[SITE] = name
         new = _fit(graph, output, new, sizes)
@@ -126,8 +128,8 @@ def _node(
     n = graph.call_module(target, given) if isinstance(target, str) else graph.call_function(target, given)
     n.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
     values = fx.map_arg(n.args, lambda x: x.meta["val"])
-    tensors = [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
-    mode = torch._guards.detect_fake_mode(tensors)
+    tensors = [v for v in torch_private.tree_leaves(values) if isinstance(v, torch.Tensor)]
+    mode = torch_private.detect_fake_mode(tensors)
     if mode is None:
         raise SpliceError(f"{like.name}: the graph has no fake values")
     with mode, torch.no_grad():
@@ -163,13 +165,13 @@ def _absorbed(output: fx.Node, value: torch.Tensor) -> dict[fx.Node, torch.Tenso
     before   out [b,h,p,f] as it lies; transpose(1, 2); contiguous()        the copy that the model makes anyway
     None where a reader needs the old order: a view that would fail, a write, a custom operator, the end of the graph.
     """
-    mode = torch._guards.detect_fake_mode([value])
+    mode = torch_private.detect_fake_mode([value])
     new: dict[fx.Node, torch.Tensor] = {output: value}
     queue = list(output.users)
     while queue:
         n = queue.pop(0)
         old = n.meta.get("val")
-        plain = n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and is_pure(n)
+        plain = n.op == "call_function" and isinstance(n.target, torch_private.OpOverload) and is_pure(n)
         if not plain or len(new) > _FOLLOWED or not isinstance(old, torch.Tensor) or op_name(n) in _EXACT_STRIDES:
             return None
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda x: new[x] if x in new else x.meta["val"])
@@ -198,7 +200,7 @@ def _equal(a: Sequence[Size], b: Sequence[Size]) -> bool:
 
 
 def hint(value: int | torch.SymInt) -> int:
-    return value if isinstance(value, int) else int(value.node.hint)
+    return value if isinstance(value, int) else int(torch_private.traced_size(value))  # type: ignore[arg-type]
 
 
 def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -215,8 +217,8 @@ class SizeNodes:
             if n is at:
                 break
             value = n.meta.get("val")
-            if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
-                self.known.setdefault(str(value.node.expr), n)
+            if isinstance(value, torch.SymInt) and expression(value).is_Symbol:
+                self.known.setdefault(str(expression(value)), n)
             elif isinstance(value, torch.Tensor):
                 tensors.append(n)
         self.tensors = tensors
@@ -227,7 +229,7 @@ class SizeNodes:
             return self.known[name]
         for n in self.tensors:
             for d, s in enumerate(n.meta["val"].shape):
-                if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol and str(s.node.expr) == name:
+                if isinstance(s, torch.SymInt) and expression(s).is_Symbol and str(expression(s)) == name:
                     node = self.graph.call_function(torch.ops.aten.sym_size.int, (n, d))
                     node.meta["val"] = s
                     self.known[name] = node

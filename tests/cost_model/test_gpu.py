@@ -4,6 +4,7 @@ import pytest
 
 from reattend.cost_model.count.tiles import makespan, order
 from reattend.cost_model.count.work import Work
+from reattend.cost_model.devices.architecture import architecture
 from reattend.cost_model.devices.device import Device, shipped
 from reattend.cost_model.time.cost import Cost
 from reattend.cost_model.time.gpu import operand_bytes, overlapped, resources
@@ -34,7 +35,7 @@ def test_d1_cycles_of_flashattention_4(rows: int, cycles: tuple[int, int, int]) 
     """D1: a tile of M × 128 with head size 128 on B200: products, shared memory, exponentials (FlashAttention-4 paper)."""
     d, keys, head = peak("b200"), 128, 128
     found = resources(Work({"bf16": 4 * rows * keys * head}, {"exp2": rows * keys}), d)
-    reading = operand_bytes(rows, keys, head, head, 2, "sm_100") / d.shared_bytes_per_unit_clock
+    reading = operand_bytes(rows, keys, head, head, 2, d.architecture.instruction_rows) / d.shared_bytes_per_unit_clock
     assert (found["matrix"] * d.clock_hz, reading, found["exp"] * d.clock_hz) == pytest.approx(cycles)
 
 
@@ -63,10 +64,10 @@ def test_reading_operands_bounds_no_published_tile() -> None:
     """Products of these tiles are bound by the tensor cores, not by shared memory, on both architectures."""
     for name, arch, rows in (("h100", "sm_90", 128), ("b200", "sm_100", 256)):
         d = peak(name)
-        read = operand_bytes(rows, 128, 128, 128, 2, arch)
+        read = operand_bytes(rows, 128, 128, 128, 2, architecture(arch).instruction_rows)
         work = Work({"bf16": 4 * rows * 128 * 128}, {})
         assert resources(work, d, read) == resources(work, d)
-    assert operand_bytes(128, 128, 128, 128, 2, "sm_80") == 0
+    assert operand_bytes(128, 128, 128, 128, 2, architecture("sm_80").instruction_rows) == 0
 
 
 def known(cost: Cost | Obstacle) -> Cost:

@@ -1,0 +1,410 @@
+"""Every private or undocumented part of PyTorch that is used: what for, since when, and what fails without it.
+
+Nothing else in the package touches such a part. One that a later PyTorch drops is found missing where it is first needed,
+and said in a sentence. docs/compatibility.md has these entries as a table.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+if TYPE_CHECKING:
+    import sympy
+    from torch._ops import OpOverload as OpOverload
+    from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+
+class TorchChanged(ImportError):
+    """This PyTorch lacks a part that is used here; the sentence says which, and what cannot be done."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of PyTorch that promises nothing. `path`: module:name, or words where it is no name of a module.
+
+    `since`: the oldest PyTorch of 2.2, 2.5, 2.8, 2.11 and 2.13 that has it as it is used here. `without`: what fails.
+    """
+
+    path: str
+    use: str
+    since: str
+    without: str
+
+    @property
+    def shown(self) -> str:
+        return self.path.replace(":", ".")
+
+    def found(self) -> Any:
+        """The part itself. Raises TorchChanged."""
+        try:
+            return pkgutil.resolve_name(self.path)
+        except (ImportError, AttributeError):
+            raise self.gone() from None
+
+    def gone(self) -> TorchChanged:
+        return TorchChanged(
+            f"PyTorch {torch.__version__} lacks {self.shown} ({self.use}): {self.without}. "
+            "docs/compatibility.md names the versions that have it"
+        )
+
+
+# --- operators and values -----------------------------------------------------------------------------------------
+
+OVERLOAD = Part("torch._ops:OpOverload", "the operators of a graph", "2.2", "no graph can be read")
+SCHEMA = Part("OpOverload._schema", "an operator's schema", "2.2", "no graph can be read")
+FAKE_TENSOR = Part("torch._subclasses.fake_tensor:FakeTensor", "values without data", "2.2", "no graph can be read")
+FAKE_MODE = Part("torch._subclasses.fake_tensor:FakeTensorMode", "what makes such values", "2.2", "no graph can be read")
+DISPATCH_MODE = Part(
+    "torch.utils._python_dispatch:TorchDispatchMode", "seeing the casts of autocast", "2.2", "no graph can be read"
+)
+DETECT = Part(
+    "torch._guards:detect_fake_mode", "the fake mode of a graph's values", "2.2", "no graph can be rewritten"
+)
+LEAVES = Part("torch.utils._pytree:tree_leaves", "the values in nested containers", "2.2", "no model can be run or planned")
+MAP = Part("torch.utils._pytree:tree_map", "nested containers of other values", "2.2", "a factory's inputs cannot be cast")
+SIZE = Part("torch.SymInt.node", "the term, hint and range of an open size", "2.2", "no graph with open sizes can be read")
+
+if not TYPE_CHECKING:
+    OpOverload = OVERLOAD.found()
+    FakeTensor, FakeTensorMode = FAKE_TENSOR.found(), FAKE_MODE.found()
+    TorchDispatchMode = DISPATCH_MODE.found()
+
+
+def schema(operator: OpOverload) -> torch.FunctionSchema:
+    """An operator's schema: its name, arguments, results, and what aliases or is written."""
+    try:
+        return operator._schema
+    except AttributeError:
+        raise SCHEMA.gone() from None
+
+
+def detect_fake_mode(values: Sequence[object]) -> FakeTensorMode | None:
+    """The fake mode that the values were made under."""
+    mode: FakeTensorMode | None = DETECT.found()(values)
+    return mode
+
+
+def tree_leaves(tree: object) -> list[Any]:
+    """The values in nested tuples, lists and mappings."""
+    leaves: list[Any] = LEAVES.found()(tree)
+    return leaves
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Nested tuples, lists and mappings with each value replaced."""
+    return MAP.found()(function, tree)
+
+
+def expression(size: torch.SymInt) -> sympy.Expr:
+    """An open size as a term over its graph's symbols."""
+    return _node(size).expr
+
+
+def known_size(size: torch.SymInt) -> int | None:
+    """The number where the size is open in name only."""
+    number: int | None = _node(size).maybe_as_int()
+    return number
+
+
+def traced_size(size: torch.SymInt) -> int | None:
+    """The size in the example that was traced; None where it has none."""
+    number = _node(size).hint
+    return None if number is None else int(number)
+
+
+def bounds(size: torch.SymInt) -> tuple[Any, Any] | None:
+    """The least and the greatest value that the trace allows; None where nothing is known."""
+    known = _node(size).shape_env.var_to_range.get(expression(size))
+    return None if known is None else (known.lower, known.upper)
+
+
+def _node(size: torch.SymInt) -> Any:
+    try:
+        return size.node
+    except AttributeError:
+        raise SIZE.gone() from None
+
+
+# --- operators that graphs hold -----------------------------------------------------------------------------------
+
+ENTER = Part(
+    "torch.amp.autocast_mode:_enter_autocast", "where a graph enters autocast", "2.2", "no graph can be captured"
+)
+EXIT = Part("torch.amp.autocast_mode:_exit_autocast", "where a graph leaves autocast", "2.2", "no graph can be captured")
+GRAD = Part("torch._C:_set_grad_enabled", "where a graph sets grad mode", "2.2", "no graph can be captured")
+TAG = Part(
+    "torch.ops:higher_order.tag_activation_checkpoint", "checkpointed regions", "2.2", "no graph can be captured"
+)
+WRAP_GRAD = Part(
+    "torch.ops:higher_order.wrap_with_set_grad_enabled", "export's regions of a grad mode", "2.5",
+    "no graph can be captured",
+)  # fmt: skip
+WRAP_AUTOCAST = Part(
+    "torch.ops:higher_order.wrap_with_autocast", "export's regions of autocast", "2.5", "no graph can be captured"
+)
+COPY = Part("torch.ops:aten._to_copy.default", "the cast that autocast makes", "2.2", "no graph can be captured")
+METADATA = Part(
+    "torch.ops:aten._assert_tensor_metadata.default", "export's assertions on types", "2.2", "no graph can be captured"
+)
+
+ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD = ENTER.found(), EXIT.found(), GRAD.found()
+CHECKPOINT, GRAD_REGION, AUTOCAST_REGION = TAG.found(), WRAP_GRAD.found(), WRAP_AUTOCAST.found()
+TO_COPY, ASSERT_METADATA = COPY.found(), METADATA.found()
+
+
+# --- capture ------------------------------------------------------------------------------------------------------
+
+MAKE_FX = Part(
+    "torch.fx.experimental.proxy_tensor:make_fx", "a graph of operators from Dynamo's", "2.2", "no graph can be captured"
+)
+CONTEXT = Part(
+    "torch._guards:TracingContext", "Dynamo's fake values, under its symbols", "2.5", "no graph can be captured"
+)
+FRAME = Part(
+    "torch._dynamo.symbolic_convert:tls.current_tx", "the module whose code is compiled", "2.2",
+    "operators of a method's own code have no module path",
+)  # fmt: skip
+CHECKPOINT_KEY = Part(
+    "GraphModule.meta['_checkpoint_context_fn']", "tracing a checkpointed region", "2.2",
+    "a graph with such a region is not captured",
+)  # fmt: skip
+BUFFER_HOOKS = Part(
+    "torch.nn.modules.module:_global_buffer_registration_hooks", "a hook that a failed export leaves", "2.2",
+    "no whole graph can be exported",
+)  # fmt: skip
+LOGGERS = Part(
+    "loggers torch._subclasses.fake_tensor, torch._export.non_strict_utils, torch.fx.experimental.symbolic_shapes",
+    "tracebacks that the error says as well", "2.5", "they are printed",
+)  # fmt: skip
+PARTIAL = Part(
+    "partial_fx_graph of export's errors", "the graph so far, beside an error", "2.8", "it is printed"
+)
+
+LOGS = ("torch._subclasses.fake_tensor", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
+
+
+def pre_dispatch_graph(run: Callable[..., object], values: Sequence[object]) -> fx.GraphModule:
+    """What a function does to these values, as a graph of ATen operators as they were called."""
+    make = MAKE_FX.found()(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)
+    graph: fx.GraphModule = make(*values)
+    return graph
+
+
+def dynamo_fakes() -> tuple[FakeTensorMode, Callable[[object], object]] | None:
+    """Dynamo's own fake mode, and what makes a fake value under it and its symbols; None outside its backend."""
+    context = CONTEXT.found().try_get()
+    if context is None or context.fake_mode is None:
+        return None
+    mode = context.fake_mode
+
+    def fake(x: object) -> object:
+        if not isinstance(x, Tensor):
+            return x
+        known = context.tensor_to_context.get(x)
+        source = known.tensor_source if known is not None else None
+        return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
+
+    return mode, fake
+
+
+def compiled_locals() -> Mapping[str, object]:
+    """The local values of the function that Dynamo compiles in this thread; none where it does not say."""
+    try:
+        found: Mapping[str, object] = FRAME.found().output.root_tx.f_locals
+    except (TorchChanged, AttributeError):
+        return {}
+    return found
+
+
+def trace_checkpoint_with(body: nn.Module, contexts: Callable[[], Any]) -> None:
+    """Give a checkpointed region the contexts that tracing it reads; Dynamo writes them for selective checkpoints only."""
+    body.meta.setdefault("_checkpoint_context_fn", contexts)  # type: ignore[union-attr, operator]
+
+
+def buffer_hooks() -> dict[int, Any]:
+    """The hooks on all buffers of the process, by number."""
+    hooks: dict[int, Any] = BUFFER_HOOKS.found()
+    return hooks
+
+
+def graph_so_far(error: BaseException) -> str:
+    """The graph that export prints beside an error."""
+    return str(getattr(error, "partial_fx_graph", ""))
+
+
+# --- calls of a model ---------------------------------------------------------------------------------------------
+
+CALL_HOOK = Part(
+    "torch.nn:Module._compiled_call_impl", "catching the calls of a model", "2.2", "no model can be optimised"
+)
+OWN_CALL = Part("torch.nn:Module._call_impl", "a module's own call", "2.2", "no model can be optimised")
+FX_TRACING = Part(
+    "torch.fx._symbolic_trace:is_fx_symbolic_tracing", "leaving a symbolic trace alone", "2.11", "no model can be optimised"
+)
+FUNCTORCH = Part(
+    "torch._C._functorch:peek_interpreter_stack", "leaving vmap and grad alone", "2.2", "no model can be optimised"
+)
+DISPATCH = Part(
+    "torch._C:_len_torch_dispatch_stack", "leaving dispatch modes alone", "2.2", "no model can be optimised"
+)
+COMPILING = Part(
+    "torch.compiler:_is_compiling_flag", "calls in other threads during a capture", "2.5",
+    "nothing is written: since 2.13 Dynamo raises the flag itself",
+)  # fmt: skip
+DYNAMO_ERROR = Part(
+    "torch._dynamo.exc:TorchDynamoException", "Dynamo's errors", "2.2", "where Dynamo fails, the call fails"
+)
+BACKEND_ERROR = Part(
+    "torch._dynamo.exc:BackendCompilerFailed", "what a backend raised", "2.2", "where a backend fails, the call fails"
+)
+METRICS = Part(
+    "torch._dynamo.utils:get_compilation_metrics", "functions that Dynamo gives up", "2.5", "the report does not name them"
+)
+BREAK = Part(
+    "GraphModule.compile_subgraph_reason", "where and why Dynamo ended a graph", "2.2", "the report does not say it"
+)
+COMPILE_ID = Part(
+    "torch._guards:CompileContext", "telling a recompilation", "2.2", "the report does not count recompilations"
+)
+WRAPPER = Part(
+    "torch._dynamo:OptimizedModule", "refusing what torch.compile returned", "2.2", "it is optimised like a model"
+)
+_EACH_CALL = (CALL_HOOK, OWN_CALL, FX_TRACING, FUNCTORCH, DISPATCH)
+
+
+def check_calls() -> None:
+    """Raises TorchChanged where calls of a model cannot be caught, or not be told from somebody's trace."""
+    for part in _EACH_CALL:
+        part.found()
+
+
+def call_hook(module: nn.Module) -> Callable[..., Any] | None:
+    """What runs in the place of a module's own call, hooks included; None for the module itself."""
+    return module._compiled_call_impl
+
+
+def set_call_hook(module: nn.Module, hook: Callable[..., Any] | None) -> None:
+    """Let the calls of a module go to `hook`, as `Module.compile` does it."""
+    module._compiled_call_impl = hook
+
+
+def own_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The module's own call, its hooks included."""
+    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def is_symbolic_trace() -> bool:
+    """Does fx trace symbolically, in whatever thread?"""
+    return bool(FX_TRACING.found()())
+
+
+def is_transformed() -> bool:
+    """Is this call inside a functorch transform or a dispatch mode?"""
+    return FUNCTORCH.found()() is not None or DISPATCH.found()() > 0
+
+
+@contextmanager
+def said_to_compile() -> Iterator[None]:
+    """`torch.compiler.is_compiling` answers yes, where a flag decides that."""
+    if not hasattr(torch.compiler, "_is_compiling_flag"):
+        yield
+        return
+    before, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def dynamo_errors() -> type[Exception]:
+    """What Dynamo's own errors are."""
+    errors: type[Exception] = DYNAMO_ERROR.found()
+    return errors
+
+
+def raised_by_backend(error: Exception) -> Exception | None:
+    """What a backend raised, where Dynamo wraps it."""
+    return error.inner_exception if isinstance(error, BACKEND_ERROR.found()) else None
+
+
+def attempts() -> list[Any]:
+    """What Dynamo noted of its last attempts to compile a function; none where it does not note it."""
+    try:
+        noted: list[Any] = METRICS.found()()
+    except TorchChanged:
+        return []
+    return noted
+
+
+def failure(attempt: Any) -> tuple[str, str] | None:
+    """Which function Dynamo gave up in an attempt, and why; None where it did not."""
+    if not attempt.fail_reason:
+        return None
+    return f"{attempt.co_filename}:{attempt.co_firstlineno} {attempt.co_name}", attempt.fail_reason
+
+
+def graph_break(gm: fx.GraphModule) -> tuple[str, str] | None:
+    """Where and why Dynamo ended this graph before the end of the function; None when it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    own = [f for f in reason.user_stack if "/torch/" not in f.filename]
+    return f"{own[-1].filename}:{own[-1].lineno}: " if own else "", reason.reason
+
+
+def is_recompilation() -> bool:
+    """Does Dynamo compile a function that it has compiled before?"""
+    try:
+        compiling = COMPILE_ID.found().current_compile_id()
+    except TorchChanged:
+        return False
+    return compiling is not None and bool(compiling.frame_compile_id)
+
+
+def is_compiled(model: object) -> bool:
+    """Is this the wrapper that `torch.compile` returns? No where nothing tells it from a model."""
+    try:
+        return isinstance(model, WRAPPER.found())
+    except TorchChanged:
+        return False
+
+
+# --- Inductor -----------------------------------------------------------------------------------------------------
+
+INDUCTOR = Part(
+    "torch._inductor.compile_fx:compile_fx", "the rest of a graph by Inductor", "2.2", "`rest: inductor` cannot run"
+)
+CPP_COMPILER = Part(
+    "torch._inductor.cpp_builder:get_cpp_compiler", "looking for a C++ compiler", "2.5", "the backend cannot start"
+)
+NO_COMPILER = Part(
+    "torch._inductor.exc:InvalidCxxCompiler", "the answer that there is none", "2.2", "the backend cannot start"
+)
+
+
+def inductor(graph: fx.GraphModule, inputs: Sequence[object], options: Mapping[str, object]) -> Callable[..., Any]:
+    """A graph compiled by Inductor under options of its own."""
+    run: Callable[..., Any] = INDUCTOR.found()(graph, list(inputs), config_patches=dict(options))
+    return run
+
+
+def has_cpp_compiler() -> bool:
+    """Does Inductor find a C++ compiler?"""
+    find, missing = CPP_COMPILER.found(), NO_COMPILER.found()
+    try:
+        find()
+    except missing:
+        return False
+    return True
+
+
+PARTS: tuple[Part, ...] = tuple(x for x in list(globals().values()) if isinstance(x, Part))
