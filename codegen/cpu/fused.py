@@ -20,7 +20,8 @@ from ..forms.base2 import Terms, in_base2
 from ..forms.form import Form, softmax
 from ..skeletons import cpu, cpu_fused
 from ..text.print_cpp import STORED
-from ..text.print_torch import TYPES, Body, PrintError
+from ..text.print_torch import TYPES, Body
+from ..text.printer import PrintError
 from ..triton.streaming import mapped_state
 from .cpp import program as cpp_program
 from .cpp.names import Program, stored

@@ -27,8 +27,7 @@ from ...patterns.evaluate import DTYPE, evaluate
 from ...patterns.mapping import Mapping as Tiling
 from ...patterns.masks.split import EMPTY, PARTIAL, TileMap, classify, rows_with_key, runtime_classify
 from ..files import cache
-from ..text.print_torch import PrintError as TorchPrintError
-from ..text.print_triton import PrintError
+from ..text.printer import PrintError
 from . import entry, interpret, module
 from .device_function import Names
 from .streaming import FEW_ROWS, NAME, Streaming, power_of_two, read
@@ -74,7 +73,7 @@ def build(c: Cascade, mapping: Tiling, target: Device | str | None = None) -> Ke
         return Refusal(NAME, f"{mapping} needs {need} bytes of shared memory; {architecture(target)} has {limit}")
     try:
         source = module.emit(s, mapping)
-    except (PrintError, TorchPrintError) as e:
+    except PrintError as e:
         return Refusal(NAME, str(e))
     return Kernel(s, mapping, source)
 

@@ -12,6 +12,8 @@ import pytest
 import sympy
 import torch
 
+from reattend.codegen.files.library import functions
+from reattend.codegen.text import print_cpp, print_torch, print_triton
 from reattend.cost_model.count.work import Work, term_operations
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import DTYPE, _Terms
@@ -211,6 +213,15 @@ def test_laws(o: Operator) -> None:
 
 
 # --- everywhere -------------------------------------------------------------------------------------------------
+
+
+def test_every_language_spells_every_operator() -> None:
+    for printer in (print_torch, print_triton, print_cpp):
+        assert set(printer.SPELLINGS) == set(OPERATORS), printer.__name__
+
+
+def test_every_function_that_triton_lacks_is_in_the_skeleton() -> None:
+    assert print_triton.HELPERS <= set(functions("scalar"))
 
 
 @EVERY

@@ -18,7 +18,7 @@ from ...forms.base2 import Terms
 from ...forms.form import Form
 from ...forms.skip import mapped_state
 from ...text.print_cpp import STORED, At, Body, Operand, Scope, identifier, kind
-from ...text.print_torch import PrintError
+from ...text.printer import PrintError
 from .terms import Diagonal, Tile, corrections, costly, reciprocals, tiles
 
 # Names that the printed text and the loop around it use.
