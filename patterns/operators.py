@@ -222,6 +222,15 @@ _TABLE: tuple[Operator, ...] = (
         row_map=True,
         effort=CALL,
     ),
+    _real(
+        "asinh",
+        math.asinh,
+        "arcsinh",
+        algebra="asinh",
+        monotone=1,
+        row_map=True,
+        effort=Effort("special", 2, 27.0),
+    ),
     # torch makes it a line from 20 on, where it falls by 2·10⁻⁹: it is not monotone
     _real(
         "softplus",

@@ -89,6 +89,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     "log": call("log_"),
     "log2": call("log2_"),
     "log1p": call("log1p_"),
+    "asinh": call("std::asinh"),
     "softplus": call("softplus_"),
     "tanh": call("tanh_"),
     "sigmoid": call("sigmoid_"),

@@ -110,6 +110,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     "log": _sized(call("torch.log"), "math.log({})"),
     "log2": _sized(call("torch.log2"), "math.log2({})"),
     "log1p": _sized(call("torch.log1p"), "math.log1p({})"),
+    "asinh": _sized(call("torch.asinh"), "math.asinh({})"),
     "softplus": call("torch.nn.functional.softplus"),
     "tanh": _sized(call("torch.tanh"), "math.tanh({})"),
     "sigmoid": _sized(call("torch.sigmoid"), "1.0 / (1.0 + math.exp(-({})))"),

@@ -104,6 +104,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     "log": call("tl.log"),
     "log2": call("tl.log2"),
     "log1p": _device("log1p"),
+    "asinh": _device("asinh"),
     "softplus": _device("softplus"),
     "tanh": _device("tanh"),
     "sigmoid": call("tl.sigmoid"),
