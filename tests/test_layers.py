@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,13 +118,15 @@ def test_python_blocks_of_a_document_run(document: Path, monkeypatch: pytest.Mon
     """Blocks of one document run in order in one namespace; a ```text block after one is what it prints."""
     monkeypatch.chdir(ROOT)
     found = blocks(document)
-    namespace: dict[str, object] = {"__name__": document.stem}
+    # a module that can be imported: Dynamo looks there for what a class of the document reads
+    module = types.ModuleType(document.stem.replace("-", "_"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     for block, after in zip(found, [*found[1:], Block("", "")], strict=True):
         if block.language != "python":
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(block.text, str(document), "exec"), namespace)
+            exec(compile(block.text, str(document), "exec"), module.__dict__)
         if after.language == "text":
             assert printed.getvalue().strip() == after.text.strip()
 
