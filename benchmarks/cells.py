@@ -29,10 +29,10 @@ from reattend.cost_model.devices.device import Device
 from reattend.cost_model.time.cost import Cost
 from reattend.cost_model.time.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Miss, Refusal
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library.papers import Builder
-from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.mapping import TileMapping
+from reattend.patterns.verdict import Obstacle, Refusal
 from reattend.rewriter.choose.candidates import vendor_call
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -155,7 +155,7 @@ def keep_tensor(cell: Cell, x: Mapping[str, torch.Tensor]) -> torch.Tensor | Non
 # --- candidates -----------------------------------------------------------------------------------------------------
 
 
-def calls(cell: Cell, d: Device, flex: bool) -> tuple[dict[str, Call], dict[str, Tiling]]:
+def calls(cell: Cell, d: Device, flex: bool) -> tuple[dict[str, Call], dict[str, TileMapping]]:
     """Everything that can compute the cell, as a plan would run it, and the mappings among them by name."""
     c, x = cascade(cell), tensors(cell, "cpu" if d.kind == "cpu" else "cuda")
     keep = keep_tensor(cell, x)
@@ -210,11 +210,11 @@ def _vendor_call(c: Cascade, name: str, cell: Cell, x: Mapping[str, torch.Tensor
     return lambda: call.target(*given)
 
 
-def _mappings(cell: Cell, d: Device, most: int = MAPPINGS) -> Iterator[tuple[str, Tiling]]:
+def _mappings(cell: Cell, d: Device, most: int = MAPPINGS) -> Iterator[tuple[str, TileMapping]]:
     """Our kernel under the mapping that the model likes best, and under others that differ in tile or body."""
     c = cascade(cell)
     found = ranked_mappings(c, d, cell.sizes, data(cell))
-    assert not isinstance(found, Miss), found
+    assert not isinstance(found, Obstacle), found
     seen: set[tuple[int, str]] = set()
     same: set[float] = set()
     for mapping, cost in found:
@@ -228,12 +228,12 @@ def _mappings(cell: Cell, d: Device, most: int = MAPPINGS) -> Iterator[tuple[str
             yield label(mapping), mapping
 
 
-def best(cell: Cell, d: Device) -> Iterator[tuple[str, Tiling]]:
+def best(cell: Cell, d: Device) -> Iterator[tuple[str, TileMapping]]:
     """The mapping that a plan would take."""
     return _mappings(cell, d, most=1)
 
 
-def label(m: Tiling) -> str:
+def label(m: TileMapping) -> str:
     gpu = f" {m.warps}w {m.stages}s" + (f" /{m.split_m}" if m.split_m > 1 else "") if m.body == "triton" else ""
     return f"ours {m.body} {m.tile_p}x{m.tile_m}{gpu}"
 
@@ -241,13 +241,17 @@ def label(m: Tiling) -> str:
 # --- predictions ----------------------------------------------------------------------------------------------------
 
 
-def costs(cell: Cell, names: list[str], mappings: Mapping[str, Tiling], d: Device, masked: bool = True) -> dict[str, Cost]:
+def costs(
+    cell: Cell, names: list[str], mappings: Mapping[str, TileMapping], d: Device, masked: bool = True
+) -> dict[str, Cost]:
     """The predicted cost of each candidate; `masked` False: as if nothing were masked."""
     c = cascade(cell, masked)
     return {n: _known(_cost(c, cell, n, mappings, d, masked)) for n in names}
 
 
-def _cost(c: Cascade, cell: Cell, name: str, mappings: Mapping[str, Tiling], d: Device, masked: bool) -> Cost | Miss:
+def _cost(
+    c: Cascade, cell: Cell, name: str, mappings: Mapping[str, TileMapping], d: Device, masked: bool
+) -> Cost | Obstacle:
     if name == "original":
         return predict_original(c, d, cell.sizes)
     if name == "sdpa given mask":
@@ -266,7 +270,7 @@ def data(cell: Cell) -> Data:
     return Data.of({"Kept": _kept(cell).numpy()}) if cell.mask == "padding" else NOTHING
 
 
-def _known(cost: Cost | Miss) -> Cost:
+def _known(cost: Cost | Obstacle) -> Cost:
     assert isinstance(cost, Cost), cost
     return cost
 

@@ -51,7 +51,7 @@ from reattend.cost_model.devices.device import (
     with_threads,
 )
 from reattend.cost_model.time.ladder import ladder
-from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.mapping import TileMapping
 from reattend.rewriter.choose.choose import running_device
 
 # Grids that are kept in files of their own.
@@ -170,7 +170,7 @@ def steadied(row: Row, d: Device) -> Outcome:
 
 def outcome(row: Row, d: Device, masked: bool = True) -> Outcome:
     names = list(row["milliseconds"])
-    mappings = {n: Tiling.parse(t) for n, t in row["mappings"].items()}
+    mappings = {n: TileMapping.parse(t) for n, t in row["mappings"].items()}
     found = cells.costs(cell_of(row), names, mappings, d, masked)
     return Outcome({n: ms / 1e3 for n, ms in row["milliseconds"].items()}, {n: c.seconds for n, c in found.items()})
 

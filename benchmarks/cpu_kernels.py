@@ -20,10 +20,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from reattend.codegen.cpu import kernel as cpu
 from reattend.codegen.vendor import use as vendor
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library.papers import Builder
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
+from reattend.patterns.verdict import Refusal
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 HEADS, HEAD, WINDOW = 8, 64, 256
@@ -74,7 +74,7 @@ def candidates(mask: str, dtype: str, n: int, flex: bool, tiles: list[int]) -> d
         made = vendor.flex(c)
         assert not isinstance(made, Refusal), made
         out["flex"] = lambda: made.run(x, sizes)
-    mappings = {f"reattend {t}": Mapping(t, t, body="sdpa") for t in tiles}
+    mappings = {f"reattend {t}": TileMapping(t, t, body="sdpa") for t in tiles}
     for name, mapping in (mappings or {"reattend": cpu.default_mapping(c, sizes)}).items():
         kernel = cpu.build(c, mapping)
         assert not isinstance(kernel, Refusal), kernel

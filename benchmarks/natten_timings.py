@@ -19,11 +19,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from reattend.cost_model.count.neighborhood import Axis, GridTiles, grid_tiles
+from reattend.cost_model.count.neighborhood import GridTiles, TokenAxis, grid_tiles
 from reattend.cost_model.count.schedule import launch_span
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.masks.windows import neighborhood
+from reattend.patterns.verdict import Obstacle
 
 DATA: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("natten.toml").read_text())
 
@@ -73,12 +73,12 @@ def tiles(p: Point) -> GridTiles:
     sides = zip(case["lengths"], case["window"], p.stride or case["window"], *p.tile)
     for d, (length, window, stride, tile_q, tile_k) in enumerate(sides):
         q, k = f"p{d}", f"m{d}"
-        axes.append(Axis(q, k, tile_q, tile_k))
+        axes.append(TokenAxis(q, k, tile_q, tile_k))
         extents |= {q: length, k: length}
         if p.stride:
             keep = keep & neighborhood(ex.index(q), ex.index(k), length=length, window=window, stride=stride)
     found = grid_tiles(keep, axes, extents)
-    assert not isinstance(found, Miss), found
+    assert not isinstance(found, Obstacle), found
     return found
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..cost_model.devices.device import Device
-from ..patterns.attention.recognise import Refusal
 from ..patterns.cascade import Cascade
 from ..patterns.evaluate import DTYPE
-from ..patterns.mapping import Mapping as Tiling
+from ..patterns.mapping import TileMapping
+from ..patterns.verdict import Refusal
 from .cpu import kernel as cpu
 from .forms.program import Program, memory_order, output_shape, program_text, read_program
 from .triton import kernel as triton_kernel
@@ -43,14 +43,16 @@ _lock = threading.Lock()
 _runners: dict[tuple[str, str], Runner] = {}
 
 
-def build(c: Cascade, mapping: Tiling, target: Device | str | None = None) -> cpu.Kernel | triton_kernel.Kernel | Refusal:
+def build(
+    c: Cascade, mapping: TileMapping, target: Device | str | None = None
+) -> cpu.CpuKernel | triton_kernel.TritonKernel | Refusal:
     """The kernel for a device, an architecture or a torch device type (None: the CPU), or why there is none."""
     if target is None or target == "cpu" or (isinstance(target, Device) and target.kind == "cpu"):
         return cpu.build(c, mapping)
     return triton_kernel.build(c, mapping, None if target in ("cuda", "hip") else target)
 
 
-def call(c: Cascade, mapping: Tiling, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+def call(c: Cascade, mapping: TileMapping, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
     """Run the operator on tensors and sizes by name."""
     p = Program(c, mapping)
     out: Tensor = torch.ops.reattend.cascade.default(
@@ -82,7 +84,7 @@ def _bind(p: Program, device: str) -> Runner:
     if isinstance(made, Refusal):
         raise RuntimeError(f"reattend::cascade cannot run on {device}: {made}")
     names, loose = tuple(t.name for t in p.cascade.inputs), p.loose
-    if isinstance(made, triton_kernel.Kernel):
+    if isinstance(made, triton_kernel.TritonKernel):
         launch = made.run
 
         def on_gpu(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

@@ -61,6 +61,11 @@ class Access:
     tensor: str
     index: tuple[Expr, ...]
 
+    @property
+    def plain(self) -> bool:
+        """Distinct coordinates and nothing else: the access of a tensor that is written in one piece."""
+        return all(i.op == "index" for i in self.index) and len(set(self.index)) == len(self.index)
+
     def __str__(self) -> str:
         return f"{self.tensor}[{','.join(map(str, self.index))}]" if self.index else self.tensor
 
@@ -183,12 +188,16 @@ class Cascade:
         )
 
 
+def as_size(e: sympy.Expr) -> Size:
+    """An integer term as a size: an `int` when nothing symbolic is in it."""
+    return int(e) if e.is_Integer else e
+
+
 def bind(size: Size, sizes: Mapping[str, int]) -> Size:
     """A size with the symbols of `sizes` replaced; an `int` when nothing symbolic is left."""
     if isinstance(size, int):
         return size
-    out = size.subs({s: sizes[str(s)] for s in size.free_symbols if str(s) in sizes})
-    return int(out) if out.is_Integer else out
+    return as_size(size.subs({s: sizes[str(s)] for s in size.free_symbols if str(s) in sizes}))
 
 
 def size_term(size: Size) -> Expr:
@@ -237,7 +246,7 @@ def term_size(term: Expr) -> Size:
                 "add": lambda: a + b, "sub": lambda: a - b, "mul": lambda: a * b,
                 "floordiv": lambda: sympy.floor(a / b), "mod": lambda: sympy.Mod(a, b),
             }[term.op]()  # fmt: skip
-            return int(out) if out.is_Integer else out
+            return as_size(out)
     raise ValueError(f"{term} is no size")
 
 

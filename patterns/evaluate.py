@@ -81,7 +81,7 @@ def _solve(size: sympy.Expr, actual: int, known: dict[str, int]) -> Size:
     return size
 
 
-class _Terms:
+class _Evaluation:
     """Values of terms over an ordered list of ranks; every value has one dimension a rank, of size 1 where constant."""
 
     def __init__(
@@ -196,7 +196,7 @@ def _run(
     plain = [str(i.attr) for i in e.out.index if i.op == "index" and str(i.attr) not in at]
     order = plain + list(e.over)
     order += sorted(e.ranks - set(order) - set(at))
-    terms = _Terms(order, extent, at, values, widen, device)
+    terms = _Evaluation(order, extent, at, values, widen, device)
     shape = [extent[r] for r in order]
     if e.op is None:
         out = terms(e.body).expand(shape)
@@ -234,7 +234,7 @@ def _scatter(target: Tensor, where: list[Tensor], out: Tensor, kept: list[bool])
     target[tuple(w[inside] for w in points)] = out.reshape(-1)[inside]
 
 
-def _sum_of_products(e: Einsum, terms: _Terms) -> Tensor | None:
+def _sum_of_products(e: Einsum, terms: _Evaluation) -> Tensor | None:
     """`Σ a·b·…` by torch.einsum, each factor over its own ranks."""
     if e.op != "add" or e.body.op != "mul" or not e.body.is_float:
         return None

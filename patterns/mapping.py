@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
-class Mapping:
+class TileMapping:
     """Sizes that bind the partitions of a streaming cascade, and how a device walks the tiles.
 
     `tile_p` query rows and `tile_m` keys per tile; `warps` and `stages` as Triton has them (CPU: ignored); `split_m`
@@ -29,8 +29,8 @@ class Mapping:
         return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
 
     @staticmethod
-    def parse(text: str) -> Mapping:
-        return Mapping(**json.loads(text))
+    def parse(text: str) -> TileMapping:
+        return TileMapping(**json.loads(text))
 
     def __str__(self) -> str:
         tile = f"{self.body} {self.tile_p}×{self.tile_m}"

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import optimize, plan, report, restore, verify
     from .cost_model.devices.device import Device, targets
-    from .cost_model.plan.plan import Candidate, Miss, Plan, Site
-    from .cost_model.plan.sweep import Sweep
+    from .cost_model.plan.plan import Plan
+    from .cost_model.sites.site import Candidate, Miss, Site
+    from .cost_model.sites.sweep import Sweep
     from .rewriter.choose.policy import Policy, StrictError
     from .rewriter.run.report import Report
     from .rewriter.run.verify import Verification
@@ -21,8 +22,8 @@ _WHERE = {
     "optimize": "api", "restore": "api", "report": "api", "plan": "api", "verify": "api",
     "Policy": "rewriter.choose.policy", "StrictError": "rewriter.choose.policy", "Report": "rewriter.run.report",
     "Verification": "rewriter.run.verify", "targets": "cost_model.devices.device", "Device": "cost_model.devices.device",
-    "Plan": "cost_model.plan.plan", "Site": "cost_model.plan.plan", "Candidate": "cost_model.plan.plan",
-    "Miss": "cost_model.plan.plan", "Sweep": "cost_model.plan.sweep",
+    "Plan": "cost_model.plan.plan", "Site": "cost_model.sites.site", "Candidate": "cost_model.sites.site",
+    "Miss": "cost_model.sites.site", "Sweep": "cost_model.sites.sweep",
 }  # fmt: skip
 
 __version__ = "0.1.0"

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from .cost_model.devices.device import Device
     from .cost_model.plan.diff import Diff
     from .cost_model.plan.plan import Plan
-    from .cost_model.plan.sweep import Sweep
+    from .cost_model.sites.sweep import Sweep
     from .rewriter.capture.models import Shapes
     from .rewriter.choose.policy import Policy
 
@@ -241,7 +241,8 @@ def _text(plans: list[Plan], sweeps: list[Sweep]) -> str:
 
 def _saved(path: str) -> Plan:
     """A plan from a file. Raises UsageError and PlanError with one sentence."""
-    from .cost_model.plan.plan import Plan, PlanError
+    from .cost_model.plan.plan import Plan
+    from .cost_model.sites.site import PlanError
     from .rewriter.capture.models import UsageError
 
     try:

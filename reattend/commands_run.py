@@ -27,7 +27,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from .cost_model.plan.plan import Site
+    from .cost_model.sites.site import Site
 
 
 def emit(
@@ -68,10 +68,10 @@ def verify(
     from .api import verify as verify_model
     from .rewriter.capture.models import UsageError, load
 
-    subject = load(model, shapes_of(batch, seq, dtype, "prefill", 0, attn), where="cpu")
-    if subject.model is None:
+    given = load(model, shapes_of(batch, seq, dtype, "prefill", 0, attn), where="cpu")
+    if given.model is None:
         raise UsageError("an exported program cannot be verified: give a config.json or module:factory")
-    result = verify_model(subject.model, subject.args, subject.kwargs)
+    result = verify_model(given.model, given.args, given.kwargs)
     print(result.to_json() if json else result)
     if not result.ok:
         raise typer.Exit(1)
@@ -118,9 +118,9 @@ def _source(site: Site, candidate: str) -> str:
     if found is None:
         names = ", ".join(c.name for c in site.candidates)
         raise UsageError(f"no candidate is named {wanted!r} here: one of {names}, or chosen")
-    if not found.feasible and wanted != "original":
+    if not found.feasible and not found.is_original:
         raise UsageError(f"{wanted} cannot compute {site.name or site.where}: {found.why}")
-    if wanted == "original":
+    if found.is_original:
         raise UsageError(
             f"{site.name or site.where} keeps the original code ({found.why}): name another with --candidate"
         )

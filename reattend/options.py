@@ -14,8 +14,9 @@ import typer
 
 if TYPE_CHECKING:
     from .cost_model.devices.device import Device
-    from .cost_model.plan.plan import Plan, Site
-    from .cost_model.plan.sweep import Sweep
+    from .cost_model.plan.plan import Plan
+    from .cost_model.sites.site import Site
+    from .cost_model.sites.sweep import Sweep
     from .rewriter.capture.models import Shapes
     from .rewriter.choose.policy import Policy
 
@@ -32,7 +33,8 @@ def tokens(value: str | int) -> int:
 
 def sweep_of(text: str) -> tuple[str, tuple[int, ...]]:
     """`seq=1k:1M` (powers of two) or `seq=1k,4k,32k` as an axis with its values."""
-    from .cost_model.plan.sweep import AXES, SweepError, powers_of_two
+    from .cost_model.sites.axes import AXES, powers_of_two
+    from .cost_model.sites.course import SweepError
 
     axis, equals, span = text.partition("=")
     form = "write seq=1k:1M (powers of two) or seq=1k,4k,32k"

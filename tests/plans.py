@@ -8,21 +8,23 @@ from reattend.cost_model.count.memory import memory
 from reattend.cost_model.devices.device import Device, shipped
 from reattend.cost_model.mesh.mesh import parse
 from reattend.cost_model.mesh.plan import MeshPlan
-from reattend.cost_model.mesh.sharding import Site as Sharded
-from reattend.cost_model.mesh.sharding import shard
-from reattend.cost_model.plan.detail import detail
-from reattend.cost_model.plan.picture import picture
-from reattend.cost_model.plan.plan import Candidate, MaskView, Miss, Plan, Site, SiteShape, TileCounts, ranked
-from reattend.cost_model.plan.sweep import Symbol, axes
+from reattend.cost_model.mesh.sharding import ShardedSite, shard
+from reattend.cost_model.plan.plan import Plan
+from reattend.cost_model.sites.axes import axes
+from reattend.cost_model.sites.course import Symbol
+from reattend.cost_model.sites.detail import detail
+from reattend.cost_model.sites.picture import picture
+from reattend.cost_model.sites.site import Candidate, MaskView, Miss, Site, SiteShape, TileCounts, ranked
 from reattend.cost_model.time.cost import Cost
 from reattend.cost_model.time.predict import best_mapping, predict_original, tiles_of
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Attention, attention
-from reattend.patterns.attention.recognise import Miss as NoAttention
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.attention.rowstate import derive, stream
 from reattend.patterns.cascade import Cascade, show
 from reattend.patterns.library import papers
 from reattend.patterns.masks.split import split
+from reattend.patterns.verdict import Obstacle
 
 P, M = ex.index("p"), ex.index("m")
 CAUSAL = papers.attention("causal", papers.softmax, lambda b, qk: ex.where(M <= P, qk * 0.125, -3e38))
@@ -39,7 +41,7 @@ def site(c: Cascade, d: Device, at: Mapping[str, int], name: str) -> Site:
     best = best_mapping(c, d, at)
     candidates = [Candidate("original", cost=predict_original(c, d, at)), Candidate("sdpa", feasible=False, why="no <mask>")]
     state = derive(view)
-    assert not isinstance(state, NoAttention)
+    assert not isinstance(state, Obstacle)
     mapping = ""
     if isinstance(best, tuple):
         mapping = best[0].to_text()
@@ -73,7 +75,7 @@ def plan(
     def reshard(d: Device, at: Mapping[str, int]) -> MeshPlan | None:
         if not mesh:
             return None
-        return shard([Sharded(f"layers.{i}.attn", c.with_sizes(at)) for i, c in enumerate(cascades)], parse(mesh), d)
+        return shard([ShardedSite(f"layers.{i}.attn", c.with_sizes(at)) for i, c in enumerate(cascades)], parse(mesh), d)
 
     d = shipped(device)
     symbols = tuple(Symbol(n, v, 2, high.get(n)) for n, v in SIZES.items())

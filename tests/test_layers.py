@@ -11,9 +11,9 @@ import shlex
 import subprocess
 import sys
 import tomllib
-import types
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -115,18 +115,18 @@ WITH_PYTHON = [d for d in DOCUMENTS if any(b.language == "python" for b in block
 @pytest.mark.slow
 @pytest.mark.parametrize("document", WITH_PYTHON, ids=lambda d: d.name)
 def test_python_blocks_of_a_document_run(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of one document run in order in one namespace; a ```text block after one is what it prints."""
+    """Blocks of one document run in order as one module; a ```text block after one is what it prints."""
     monkeypatch.chdir(ROOT)
     found = blocks(document)
-    # a module that can be imported: Dynamo looks there for what a class of the document reads
-    module = types.ModuleType(document.stem.replace("-", "_"))
+    # Dynamo looks the module of a model's class up by its name.
+    module = ModuleType(f"document_{document.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for block, after in zip(found, [*found[1:], Block("", "")], strict=True):
         if block.language != "python":
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(block.text, str(document), "exec"), module.__dict__)
+            exec(compile(block.text, str(document), "exec"), vars(module))
         if after.language == "text":
             assert printed.getvalue().strip() == after.text.strip()
 

@@ -12,7 +12,7 @@ from reattend.codegen.triton import kernel as triton_kernel
 from reattend.cost_model.devices.device import device
 from reattend.cost_model.time.predict import best_mapping
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.mapping import TileMapping
 from reattend.rewriter.find import detect
 
 from . import programs
@@ -104,14 +104,14 @@ def test_drawn_programs_run_on_the_cpu_and_are_emitted_for_the_gpu(program: prog
     values = values_of(gm, args)
     tensors = {k: values[v] for k, v in found.tensors.items()}
     default = cpu.default_mapping(found.cascade, {})
-    for mapping in (default, Tiling(16, 16, body=default.body)):
+    for mapping in (default, TileMapping(16, 16, body=default.body)):
         kernel = cpu.build(found.cascade, mapping)
-        assert isinstance(kernel, cpu.Kernel), kernel
+        assert isinstance(kernel, cpu.CpuKernel), kernel
         is_right(kernel.run(tensors, {}), args, program)
     planned = best_mapping(found.cascade, device("h100"), {})
     assert isinstance(planned, tuple), planned
     emitted = triton_kernel.build(found.cascade, planned[0], device("h100"))
-    assert isinstance(emitted, triton_kernel.Kernel), emitted
+    assert isinstance(emitted, triton_kernel.TritonKernel), emitted
     assert "@triton.jit" in emitted.source
 
 
@@ -123,6 +123,6 @@ def test_drawn_programs_are_right_in_triton(program: programs.Program) -> None:
     args = programs.inputs(20, 20)
     found, gm = found_in(program, args)
     values = values_of(gm, args)
-    kernel = triton_kernel.build(found.cascade, Tiling(16, 16))
-    assert isinstance(kernel, triton_kernel.Kernel), kernel
+    kernel = triton_kernel.build(found.cascade, TileMapping(16, 16))
+    assert isinstance(kernel, triton_kernel.TritonKernel), kernel
     is_right(kernel.run({k: values[v] for k, v in found.tensors.items()}, {}), args, program)

@@ -1,6 +1,6 @@
 """Prints the CPU kernel in one pass: C++ around the printed program, compiled where it runs, and the Python that calls it.
 
-    SOURCE         number types, constants, `struct Program`, the loop: one C++ text without dependencies
+    SOURCE         number types, constants, `struct LoopProgram`, the loop: one C++ text without dependencies
     classes        which tiles are empty, partial or full, from the mask's interval over a tile
     attention      lays the operands out as [Z, H, n, ·], allocates the output as models read it, calls the loop
 """
@@ -12,19 +12,19 @@ from dataclasses import replace
 
 from ...patterns import expr as ex
 from ...patterns.expr import TRUE, Expr
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ..files import cache, native
 from ..files.tile_plan import classes
-from ..files.torch_file import Function, Printer, common, entry, file, operands, parts, used_names  # fmt: skip
-from ..forms.base2 import Terms, in_base2
+from ..files.torch_file import PrintedFunction, Printer, common, entry, file, operands, parts, used_names  # fmt: skip
+from ..forms.base2 import in_base2
 from ..forms.form import Form, softmax
+from ..forms.terms import Terms, mapped_state
 from ..skeletons import cpu, cpu_fused
 from ..text.print_cpp import STORED
 from ..text.print_torch import TYPES, Body
 from ..text.printer import PrintError
-from ..triton.streaming import mapped_state
 from .cpp import program as cpp_program
-from .cpp.names import Program, stored
+from .cpp.names import LoopProgram, stored
 from .cpp.terms import Diagonal
 
 BODY = "one pass in C++ around the score and the row's state"
@@ -37,7 +37,7 @@ SMALLEST = 1e-15
 LOCALS = ("tiles", "drowned", "row", "column", *(f"diagonal_{i}" for i in range(16)))
 
 
-def text(f: Form, m: Tiling, version: str) -> str:
+def text(f: Form, m: TileMapping, version: str) -> str:
     """The kernel's file. Raises PrintError where the body does not fit the attention or the machine."""
     if m.tile_p % ROWS or m.tile_m % COLUMNS:
         raise PrintError(f"tiles of {m.tile_p} × {m.tile_m}: the fused body takes multiples of {ROWS} × {COLUMNS}")
@@ -53,7 +53,7 @@ def text(f: Form, m: Tiling, version: str) -> str:
 class _File:
     """The parts of one kernel's file."""
 
-    def __init__(self, f: Form, m: Tiling) -> None:
+    def __init__(self, f: Form, m: TileMapping) -> None:
         self.f, self.m = f, m
         self.p = Printer(f, reserved=[*parts(cpu_fused), *parts(native), *LOCALS])
         a = f.attention
@@ -67,7 +67,7 @@ class _File:
         if self.type != "f32":
             products = {str(e.out.tensor) for e in a.products}
             terms = in_base2(_multiplied(terms), a.key, frozenset(x for x in ex.loads(a.score) if str(x.attr) in products))
-        self.program = Program(f, terms, given)
+        self.program = LoopProgram(f, terms, given)
 
     def text(self, version: str) -> str:
         f, p = self.f, self.p
@@ -82,7 +82,7 @@ class _File:
         return file(p, self.m, printed, (cache, native, cpu, cpu_fused), constants, BODY, version)
 
     def _constants(self) -> str:
-        """What is printed of the C++: constants, types, `struct Program`."""
+        """What is printed of the C++: constants, types, `struct LoopProgram`."""
         f, m = self.f, self.m
         depths = [self._length(x.over) for x in f.products]
         return "\n".join([
@@ -113,7 +113,7 @@ class _File:
             return None
         return s.limit, Body(self.p.scope({}), [s.score.scale]).real(s.score.scale)
 
-    def _main(self, planned: Function | None, limit: tuple[float, str] | None) -> str:
+    def _main(self, planned: PrintedFunction | None, limit: tuple[float, str] | None) -> str:
         f, a, p = self.f, self.f.attention, self.p
         n = p.names
         setup, group = self._operands()
@@ -134,7 +134,7 @@ class _File:
         )
         return entry(p, lines, setup, self._checks())
 
-    def _table(self, d: Diagonal) -> Function:
+    def _table(self, d: Diagonal) -> PrintedFunction:
         """The function that tabulates a term over m − p, once for its sizes."""
         p, a = self.p, self.f.attention
         queries, keys = (p.names.rank(r) for r in (a.query, a.key))
@@ -151,9 +151,9 @@ class _File:
         name, at = f"tabulated_{_identifier(d.name)}", f"[{queries} - 1 - {p.ranks[a.query]}, {p.ranks[a.key]}]"
         doc = f"{_shown(d.part)}: element {at} is that of {p.ranks[a.query]} and {p.ranks[a.key]}."
         head = f'@lru_cache(maxsize=64)\ndef {name}({", ".join(params)}):\n    """{doc}"""'
-        return Function(name, params, "\n".join([head, *(f"    {x}" for x in lines)]))
+        return PrintedFunction(name, params, "\n".join([head, *(f"    {x}" for x in lines)]))
 
-    def _classes(self, planned: Function, limit: tuple[float, str] | None, queries: str, keys: str) -> str:
+    def _classes(self, planned: PrintedFunction, limit: tuple[float, str] | None, queries: str, keys: str) -> str:
         given = {"drowned": f"reach(q, k, {limit[1]}) <= LIMIT"} if limit else {}
         call = planned.call(given)
         if planned.text.startswith("@"):

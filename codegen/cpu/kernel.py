@@ -17,12 +17,12 @@ from importlib import metadata
 from torch import Tensor
 
 from ...cost_model.count.tiles import expected
-from ...patterns.attention.recognise import Refusal
 from ...patterns.cascade import Cascade
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import count_tiles
+from ...patterns.verdict import Obstacle, Refusal
 from ..files import cache
-from ..forms.form import NAME, form, softmax
+from ..forms.form import form, softmax
 from ..forms.program import loose
 from ..text.printer import PrintError
 from . import fused as cpu_fused
@@ -31,7 +31,7 @@ from . import sdpa as cpu_sdpa
 
 
 @dataclass(frozen=True)
-class Kernel:
+class CpuKernel:
     """A printed kernel: the file's text, and a call that runs exactly that text."""
 
     source: str
@@ -57,17 +57,18 @@ def version() -> str:
 # What one more call costs, in elements of a score matrix; and how many rows a tile gives up to reach full speed.
 CALL_ELEMENTS = 8192
 SLOW_ROWS = 2
+NAME = "cpu"
 TILES = (32, 64, 128, 256, 512)
 
 
-def default_mapping(c: Cascade, sizes: Mapping[str, int]) -> Tiling:
+def default_mapping(c: Cascade, sizes: Mapping[str, int]) -> TileMapping:
     """The tiling that visits the fewest elements, calls included, by the mask alone (run-time data may keep every key)."""
     f = form(c)
-    if isinstance(f, Refusal):
-        return Tiling(128, 128, body="product")
+    if isinstance(f, Obstacle):
+        return TileMapping(128, 128, body="product")
     body = "product" if isinstance(softmax(f), str) else "sdpa"
     if f.rule == "never":
-        return Tiling(128, 128, body=body)
+        return TileMapping(128, 128, body=body)
     bound = c.with_sizes(sizes)
     extents = {r.name: int(r.size) for r in bound.ranks if isinstance(r.size, int)}
     keep = expected(f.mask.keep)
@@ -82,15 +83,15 @@ def default_mapping(c: Cascade, sizes: Mapping[str, int]) -> Tiling:
         per_batch = tiles.visited * rows * tiles.shape[-1] / tiles.total
         cost[size] = per_batch * size * (size + SLOW_ROWS) + rows * CALL_ELEMENTS / heads
     best = min(TILES, key=lambda s: cost[s])
-    return Tiling(best, best, body=body)
+    return TileMapping(best, best, body=body)
 
 
 @lru_cache(maxsize=512)
-def build(c: Cascade, mapping: Tiling) -> Kernel | Refusal:
+def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
     """The kernel of a cascade under a mapping, or why there is none."""
     f = form(c)
-    if isinstance(f, Refusal):
-        return f
+    if isinstance(f, Obstacle):
+        return Refusal(NAME, str(f))
     try:
         if mapping.body == "product":
             source = cpu_product.text(f, mapping, version())
@@ -105,4 +106,4 @@ def build(c: Cascade, mapping: Tiling) -> Kernel | Refusal:
         return Refusal(f"{NAME} {mapping.body}", str(no))
     made = cache.load(source)
     compiled = partial(made.compiled, made.SOURCE) if mapping.body == "fused" else None
-    return Kernel(source, tuple(t.name for t in c.inputs), loose(c), made.attention, compiled)
+    return CpuKernel(source, tuple(t.name for t in c.inputs), loose(c), made.attention, compiled)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from ...patterns import expr as ex
 from ...patterns.attention.rowstate import OLD, Carried
 from ...patterns.expr import TRUE, Expr
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ..files.tile_plan import planned
 from ..files.torch_file import (
-    Function,
+    PrintedFunction,
     Printer,
     entry,
     file,
@@ -37,7 +37,7 @@ BODY = "two products around the score and the row's state"
 STEP = "Of a tile: its weights, the correction of what was summed before, and the new state."
 
 
-def text(f: Form, m: Tiling, version: str) -> str:
+def text(f: Form, m: TileMapping, version: str) -> str:
     """The kernel's file."""
     k = _Kernel(f)
     plan = [planned(k.p, always=False, triangles=False)] if f.skips else []
@@ -80,7 +80,7 @@ class _Kernel:
 
     # the row's state
 
-    def _step(self) -> Function:
+    def _step(self) -> PrintedFunction:
         f, a = self.f, self.f.attention
         x = ex.load("score of the tile", (), a.score.dtype)
         lifts = [self.whole(ex.substitute(c.lift, {a.score: x})) for c in f.state.carried]
@@ -118,7 +118,7 @@ class _Kernel:
         for y in reads:
             body.bind(y, name)
 
-    def _end(self) -> Function:
+    def _end(self) -> PrintedFunction:
         f = self.f
         finish = self.whole(f.state.finish)
         names = {**self.state, f.attention.contraction.out.tensor: "acc"}

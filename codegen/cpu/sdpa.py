@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from ...patterns import expr as ex
 from ...patterns.expr import Expr
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ..files.tile_plan import planned
 from ..files.torch_file import (
-    Function,
+    PrintedFunction,
     Printer,
     common_type,
     entry,
@@ -31,7 +31,7 @@ SLICES = "slices"
 LARGEST = 3.4028234663852886e38
 
 
-def text(f: Form, s: Softmax, m: Tiling, version: str) -> str:
+def text(f: Form, s: Softmax, m: TileMapping, version: str) -> str:
     """The kernel's file."""
     p = Printer(f)
     near = relative_parts(s.score.added, f.attention.query, f.attention.key) if s.score.added is not None else ()
@@ -48,7 +48,7 @@ def text(f: Form, s: Softmax, m: Tiling, version: str) -> str:
     return file(p, m, [*(x.text for x in functions), main], (loops,), constants, "SDPA on slices of the keys", version)
 
 
-def _functions(p: Printer, s: Softmax, near: Sequence[Expr], shared: bool) -> list[Function]:
+def _functions(p: Printer, s: Softmax, near: Sequence[Expr], shared: bool) -> list[PrintedFunction]:
     a = p.f.attention
     functions = relatives(p, near)
     if s.score.added is not None and not shared:
@@ -93,7 +93,7 @@ class _Pieces:
     """The lines of `attention` that call the loops, for a plan of tiles and for one call."""
 
     def __init__(
-        self, p: Printer, s: Softmax, table: Mapping[str, Function], near: Sequence[Expr], shared: bool
+        self, p: Printer, s: Softmax, table: Mapping[str, PrintedFunction], near: Sequence[Expr], shared: bool
     ) -> None:  # fmt: skip
         self.p, self.s, self.table, self.near, self.shared = p, s, table, near, shared
         a = p.f.attention
@@ -112,7 +112,7 @@ class _Pieces:
         return [*out, "finish=finish"] if self.s.ending.finish is not None else out
 
     @property
-    def relatives(self) -> list[tuple[str, Function]]:
+    def relatives(self) -> list[tuple[str, PrintedFunction]]:
         return [(name, self.table[made]) for name, made in near_names(self.near)]
 
     def finish(self, z0: str) -> list[str]:

@@ -17,10 +17,10 @@ from ...patterns.terms.affine import Affine, affine
 from ...patterns.terms.conditions import conjunction, conjuncts
 from ..text.print_torch import Body, Scope, identifier
 from ..text.tile_terms import Corners, Table
-from .torch_file import Function, Printer, used_names
+from .torch_file import PrintedFunction, Printer, used_names
 
 
-def planned(p: Printer, always: bool, triangles: bool) -> Function:
+def planned(p: Printer, always: bool, triangles: bool) -> PrintedFunction:
     """The function; its answer is cached where no run-time data decides.
 
     `always`: full tiles get something added, too. `triangles`: a causal triangle may be one tile.
@@ -37,7 +37,7 @@ def planned(p: Printer, always: bool, triangles: bool) -> Function:
     return _function(p, "planned", "Which slices of the keys every tile of queries visits.", lines)
 
 
-def classes(p: Printer, bounded: bool) -> Function:
+def classes(p: Printer, bounded: bool) -> PrintedFunction:
     """The function `classes`: empty, partial and full tiles. Its answer is cached where no run-time data decides.
 
     `bounded`: it takes `drowned`, whether scores are small enough for the fill to hide keys entirely.
@@ -108,7 +108,7 @@ def _says_at_most_zero(e: Expr, form: Affine) -> bool:
     return (difference if e.op in ("le", "ge") else difference + Affine((), 1)) == form
 
 
-def _function(p: Printer, name: str, doc: str, lines: list[str], given: tuple[str, ...] = ()) -> Function:
+def _function(p: Printer, name: str, doc: str, lines: list[str], given: tuple[str, ...] = ()) -> PrintedFunction:
     """The function of these lines: its parameters are what they use of tensors and sizes, then `given`."""
     lines = [*_corners(p, lines), *lines]
     used = used_names("\n".join(lines))
@@ -116,7 +116,7 @@ def _function(p: Printer, name: str, doc: str, lines: list[str], given: tuple[st
     params = (*data, *(x for x in p.names.symbols.values() if x in used), *given)
     head = f'def {name}({", ".join(params)}):\n    """{doc}"""'
     text = "\n".join([head, *(f"    {x}" for x in lines)])
-    return Function(name, params, text if data else f"@lru_cache(maxsize=256)\n{text}")
+    return PrintedFunction(name, params, text if data else f"@lru_cache(maxsize=256)\n{text}")
 
 
 class _Tables:

@@ -1,6 +1,6 @@
-"""Prints a CPU kernel's file: the functions that differ from one attention to the next, the loops they go into, and
-`attention`, which takes the cascade's inputs under their names.
-"""  # fmt: skip
+"""Prints a file of torch code: the functions that differ from one attention to the next, the skeleton's definitions that
+they use, and the entry, which takes the cascade's inputs under their names.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import ModuleType
 from ...patterns import expr as ex
 from ...patterns.cascade import Einsum, show
 from ...patterns.expr import Expr
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ..forms.form import Form
 from ..forms.operands import Names, joined, operand
 from ..forms.program import bindings, loose
@@ -83,7 +83,7 @@ def used_names(text: str) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Function:
+class PrintedFunction:
     """A printed function: its parameters by name, and its text."""
 
     name: str
@@ -147,20 +147,20 @@ class Printer:
     def function(
         self, name: str, doc: str, results: Sequence[Expr], first: Sequence[str] = (),
         named: Mapping[Expr, str] | None = None, reuse: bool = False,
-    ) -> Function:  # fmt: skip
+    ) -> PrintedFunction:  # fmt: skip
         """Print a function that answers the terms; `first` are its first parameters, the rest is what it uses."""
         body = Body(self.scope(named or {}, reuse=reuse), results)
         texts = [body.real(e) if e.is_float else body.term(e) for e in results]
         return self.define(name, doc, [*body.lines, f"    return {', '.join(texts)}"], first, body.scope)
 
-    def define(self, name: str, doc: str, lines: Sequence[str], first: Sequence[str], scope: Scope) -> Function:
+    def define(self, name: str, doc: str, lines: Sequence[str], first: Sequence[str], scope: Scope) -> PrintedFunction:
         """A function of printed lines; its parameters are `first` and the names of the scope that the lines use."""
         code = "\n".join(lines)
         own = used_names(textwrap.dedent(code))
         known = list(dict.fromkeys([*scope.names.values(), *scope.tensors.values()]))
         params = (*first, *(n for n in known if n in own and n not in first))
         text = f'def {name}({", ".join(params)}):\n    """{doc}"""\n{code}'
-        return Function(name, params, text)
+        return PrintedFunction(name, params, text)
 
 
 def operands(p: Printer, rank: str, e: Expr, over: Sequence[str]) -> tuple[str, int]:
@@ -211,13 +211,13 @@ def near_names(near: Sequence[Expr]) -> list[tuple[str, str]]:
     return [(f"near_{i}", f"relative_{i}") for i in range(len(near))]
 
 
-def relatives(p: Printer, near: Sequence[Expr]) -> list[Function]:
+def relatives(p: Printer, near: Sequence[Expr]) -> list[PrintedFunction]:
     a = p.f.attention
     doc = f"What varies with {p.ranks[a.key]} - {p.ranks[a.query]} alone."
     return [p.function(made, doc, [part]) for part, (_, made) in zip(near, near_names(near))]
 
 
-def make_near(p: Printer, made: Sequence[tuple[str, Function]], batch: Mapping[str, str]) -> list[str]:
+def make_near(p: Printer, made: Sequence[tuple[str, PrintedFunction]], batch: Mapping[str, str]) -> list[str]:
     """Lines that compute those parts once for a plan."""
     a = p.f.attention
     query, key = p.ranks[a.query], p.ranks[a.key]
@@ -272,7 +272,7 @@ def imports(code: str) -> str:
 
 
 def file(
-    p: Printer, m: Tiling, printed: Sequence[str], modules: Sequence[ModuleType], constants: Sequence[str], body: str,
+    p: Printer, m: TileMapping, printed: Sequence[str], modules: Sequence[ModuleType], constants: Sequence[str], body: str,
     version: str,
 ) -> str:  # fmt: skip
     """The whole file: what it computes, what varies, the loops, and `attention`."""

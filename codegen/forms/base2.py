@@ -11,36 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ...patterns import expr as ex
-from ...patterns.attention.rowstate import OLD, RowState
+from ...patterns.attention.rowstate import OLD
 from ...patterns.expr import Expr
-from ...patterns.masks.split import Mask
-from ..triton.streaming import Streaming, mapped_state
+from .terms import Terms, mapped_state
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 # Constants of at least this magnitude are fills, not numbers to compute with.
 FILL = 1e30
-
-
-@dataclass(frozen=True)
-class Terms:
-    """The element-wise program of an attention: the score as written, its mask, and the row state over it."""
-
-    score: Expr
-    mask: Mask
-    state: RowState
-
-
-def base2(s: Streaming) -> Streaming:
-    """The same row program in base 2, or `s` itself where that is not exact enough or not of use."""
-    products = frozenset(p.load for p in s.products)
-    if any(p.query.dtype == "f32" for p in s.products):
-        return s
-    out = in_base2(Terms(s.score, s.mask, s.state), s.key, products)
-    return replace(s, score=out.score, mask=out.mask, state=out.state)
 
 
 def in_base2(t: Terms, key: str, products: frozenset[Expr]) -> Terms:

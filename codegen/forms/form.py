@@ -1,4 +1,4 @@
-"""What the CPU's skeletons need to know of an attention. Read off the cascade; nothing is described a second time."""
+"""An attention as kernels in torch compute it: our CPU kernels, SDPA and FlexAttention. Read off the cascade alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import lru_cache
 import numpy as np
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, Miss, Refusal, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import RowState, derive
 from ...patterns.cascade import Cascade, size_term
 from ...patterns.expr import FALSE, TRUE, Expr
@@ -16,11 +17,12 @@ from ...patterns.masks.rows import witnesses
 from ...patterns.masks.split import VANISHING, Mask, split
 from ...patterns.terms.conditions import conjunction, conjuncts, simplify_under
 from ...patterns.terms.intervals import spans
+from ...patterns.verdict import Obstacle
 from . import skip
-from .operands import Heads, Product, heads, plain, product
+from .operands import Heads, Product, heads, product
 from .scaled import Ending, Scaled, ending, scaled
+from .terms import uncast
 
-NAME = "cpu"
 # The largest coordinate or size that proofs about rows allow for.
 LARGEST = 2**40
 # exp(-UNDERFLOW) is 0 in float32.
@@ -29,7 +31,7 @@ UNDERFLOW = 104.0
 
 @dataclass(frozen=True)
 class Form:
-    """An attention as the skeletons compute it.
+    """An attention as tiles of queries and keys compute it.
 
     `rule`: which empty tiles may be skipped: "always"; "guarded", where all rows keep a key; "bounded", where besides
     that the scores are small enough for the fill to drown them; "never".
@@ -62,23 +64,23 @@ class Form:
 
 
 @lru_cache(maxsize=256)
-def form(c: Cascade) -> Form | Refusal:
-    """The attention of a cascade as the skeletons compute it, or why they cannot."""
+def form(c: Cascade) -> Form | Obstacle:
+    """The form of the attention that a cascade is, or why it has none."""
     a = attention(c)
-    if isinstance(a, Miss):
-        return Refusal(NAME, str(a))
+    if isinstance(a, Obstacle):
+        return a
     state = derive(a)
-    if isinstance(state, Miss):
-        return Refusal(NAME, str(state))
+    if isinstance(state, Obstacle):
+        return state
     products: list[Product] = []
     for e in a.products:
         p = product(e, a.query, a.key)
         if isinstance(p, str):
-            return Refusal(NAME, p)
+            return Obstacle(p)
         products.append(p)
-    values = plain(a.values)
+    values = uncast(a.values)
     if a.query in values.ranks:
-        return Refusal(NAME, f"the values vary over the query {a.query}: no product of weights and values")
+        return Obstacle(f"the values vary over the query {a.query}: no product of weights and values")
     mask = split(a.score, a.key)
     rule = skip.rule(state, a.score, mask, a.key)
     if mask.keep is TRUE and (keep := skip.predicate(state, a.score, a.key)) is not TRUE:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import sympy
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, factors
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.score import factors
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
 from ..text.print_torch import Body, Scope, size_source
+from .terms import uncast
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def product(e: Einsum, query: str, key: str) -> Product | str:
             sides[side] = sides[side] * f if up else sides[side] / f
 
     for f, up in [(f, True) for f in above] + [(f, False) for f in below]:
-        f = plain(f)
+        f = uncast(f)
         if not f.ranks & over:
             put("outside", f, up)
         elif {query, key} <= f.ranks:
@@ -52,13 +54,6 @@ def product(e: Einsum, query: str, key: str) -> Product | str:
     if "near" not in sides or "far" not in sides:
         return f"{e.out.tensor} has only one operand"
     return Product(e.out.tensor, sides["near"], sides["far"], tuple(e.over), sides.get("outside", ex.const(1.0)))
-
-
-def plain(e: Expr) -> Expr:
-    """The term without casts between float types: operands are taken in the type that they have."""
-    while e.op == "cast" and e.is_float and e.args[0].is_float:
-        e = e.args[0]
-    return e
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping as Map
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import sympy
 
-from ...patterns.attention.recognise import Attention, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, CascadeError, bind, parse, to_text
-from ...patterns.mapping import Mapping
+from ...patterns.mapping import TileMapping
 
 SCHEMA = 1
 
@@ -27,7 +27,7 @@ class Program:
     """A cascade with the mapping that it runs by."""
 
     cascade: Cascade
-    mapping: Mapping
+    mapping: TileMapping
 
     @property
     def loose(self) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ class Program:
         return loose(self.cascade)
 
 
-def program_text(c: Cascade, mapping: Mapping) -> str:
+def program_text(c: Cascade, mapping: TileMapping) -> str:
     """Canonical text; equal programs have equal texts."""
     body = {"schema": SCHEMA, "cascade": to_text(c), "mapping": mapping.to_text()}
     return json.dumps(body, separators=(",", ":"), sort_keys=True)
@@ -47,7 +47,7 @@ def read_program(text: str) -> Program:
     body = json.loads(text)
     if body.get("schema") != SCHEMA:
         raise CascadeError(f"program text has schema {body.get('schema')}; this version reads schema {SCHEMA}")
-    return Program(parse(body["cascade"]), Mapping.parse(body["mapping"]))
+    return Program(parse(body["cascade"]), TileMapping.parse(body["mapping"]))
 
 
 @lru_cache(maxsize=1024)
@@ -81,13 +81,13 @@ def memory_order(c: Cascade) -> tuple[int, ...]:
     return tuple(place[r] for r in wanted) if set(wanted) == set(place) else tuple(range(n))
 
 
-def output_shape(c: Cascade, shapes: Map[str, Sequence[Any]], sizes: Map[str, Any]) -> list[Any]:
+def output_shape(c: Cascade, shapes: Mapping[str, Sequence[Any]], sizes: Mapping[str, Any]) -> list[Any]:
     """The output's sizes; values may be integers or symbolic integers of a tracer."""
     known = {s: shapes[t][d] for s, t, d in bindings(c)} | dict(sizes)
     return [_value(s, known) for s in c.tensor[c.outputs[0]].shape]
 
 
-def _value(size: Any, known: Map[str, Any]) -> Any:
+def _value(size: Any, known: Mapping[str, Any]) -> Any:
     if isinstance(size, int):
         return size
     if isinstance(size, sympy.Symbol):

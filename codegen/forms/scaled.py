@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention
+from ...patterns.attention.attention import Attention
 from ...patterns.attention.rowstate import RowState
 from ...patterns.expr import Expr
 from ...patterns.terms.constant import number
-from .operands import plain
+from .terms import uncast
 
 # Added to any finite score in float32 it leaves itself: a fill at or below this may as well be added.
 ABSORBS = -1e30
@@ -108,7 +108,7 @@ def _chosen(args: list[tuple[Expr, Expr]], absorbs: float) -> tuple[Expr, Expr] 
 
 
 def _absorbs(e: Expr, most: float) -> bool:
-    e = plain(e)
+    e = uncast(e)
     return e.is_const and float(e.value) <= most
 
 
@@ -125,15 +125,15 @@ class Ending:
 
 def ending(a: Attention, state: RowState) -> Ending | str:
     """The end of the row in terms of SDPA's output `o` and log-sum-exp `lse`, or why the row rule is no softmax."""
-    tops = [c for c in state.carried if c.op == "max" and plain(c.lift) is plain(a.score)]
+    tops = [c for c in state.carried if c.op == "max" and uncast(c.lift) is uncast(a.score)]
     sums = [c for c in state.carried if c.op == "add" and c.correction is not None]
     if len(tops) != 1 or len(sums) != 1 or len(state.carried) != 2:
         return "the row rule is no softmax: it does not carry a maximum of the score and one sum of exponentials"
     top, total = tops[0], sums[0]
-    weight = plain(state.weight)
-    if weight is not plain(total.lift):
+    weight = uncast(state.weight)
+    if weight is not uncast(total.lift):
         return "the row rule is no softmax: its weight is not what it sums"
-    if weight.op != "exp" or weight.args[0].op != "sub" or plain(weight.args[0].args[0]) is not plain(a.score):
+    if weight.op != "exp" or weight.args[0].op != "sub" or uncast(weight.args[0].args[0]) is not uncast(a.score):
         return "the row rule is no softmax: it does not sum exp(score − bound)"
     bound = weight.args[0].args[1]
     loads = {str(x.attr): x for x in ex.loads(state.finish)}
@@ -146,8 +146,8 @@ def ending(a: Attention, state: RowState) -> Ending | str:
     n, s, g = loads.get(a.contraction.out.tensor), loads.get(total.name), loads.get(top.name, at_row)
     if n is None or s is None:
         return "the row ends without its sum: no softmax"
-    plain_end = plain(state.finish)
-    if plain_end.op == "div" and plain(plain_end.args[0]) is n and plain(plain_end.args[1]) is s:
+    plain_end = uncast(state.finish)
+    if plain_end.op == "div" and uncast(plain_end.args[0]) is n and uncast(plain_end.args[1]) is s:
         return Ending(math.nan, None)
     if _zero_for_empty(plain_end, n, s, g):
         return Ending(0.0, None)
@@ -160,8 +160,8 @@ def _zero_for_empty(e: Expr, n: Expr, s: Expr, g: Expr) -> bool:
     """where(max = −∞, 0, N / sum)"""
     if e.op != "where" or e.args[0] is not ex.equal(g, -math.inf):
         return False
-    rest = plain(e.args[2])
-    return _zero(plain(e.args[1])) and rest.op == "div" and plain(rest.args[0]) is n and plain(rest.args[1]) is s
+    rest = uncast(e.args[2])
+    return _zero(uncast(e.args[1])) and rest.op == "div" and uncast(rest.args[0]) is n and uncast(rest.args[1]) is s
 
 
 def _blind(finish: Expr, n: Expr, s: Expr, g: Expr, bound: Expr, at_row: Expr) -> bool:

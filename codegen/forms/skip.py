@@ -8,8 +8,7 @@ A row state that subtracts a running bound needs a kept key for that (beside −
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from ...patterns.expr import Expr
 from ...patterns.masks.split import VANISHING, Mask
 from ...patterns.terms.conditions import negated, simplify_under
 from ...patterns.terms.intervals import Span, spans
+from .terms import mapped_elements
 
 # Largest magnitude of a finite score that the proofs allow; fills lie far beyond it.
 FINITE = 1e29
@@ -29,7 +29,7 @@ _SCORE = "$score"
 
 def vanishes(state: RowState, score: Expr, key: str, lo: float, hi: float) -> bool:
     """Does an element whose score lies in [lo, hi] change nothing in a row whose bounds are finite?"""
-    return _idle(mapped_state(state, lambda e: _in_range(_opened(e), _opened(score), lo, hi)), key, lo, hi)
+    return _idle(mapped_elements(state, lambda e: _in_range(_opened(e), _opened(score), lo, hi)), key, lo, hi)
 
 
 def _idle(state: RowState, key: str, lo: float = 0.0, hi: float = 0.0) -> bool:
@@ -42,18 +42,13 @@ def _idle(state: RowState, key: str, lo: float = 0.0, hi: float = 0.0) -> bool:
     return _span(state.weight, state, key, lo, hi) == (0.0, 0.0)
 
 
-def mapped_state(state: RowState, f: Callable[[Expr], Expr]) -> RowState:
-    """The lifts and the weight rewritten."""
-    return replace(state, carried=tuple(replace(c, lift=f(c.lift)) for c in state.carried), weight=f(state.weight))
-
-
 def predicate(state: RowState, score: Expr, key: str) -> Expr:
     """A mask that is applied outside the score, as in `where(keep, w, 0)`: what an element needs to count at all."""
     terms = (score, state.weight, *(c.lift for c in state.carried))
     conditions = {t.args[0] for t in ex.walk(*terms) if t.op == "where" and key in t.args[0].ranks}
     keep = ex.TRUE
     for cond in sorted((x for c in conditions for x in (c, negated(c))), key=str):
-        dropped = mapped_state(state, lambda e, cond=cond: simplify_under(e, {cond: False}))  # type: ignore[misc]
+        dropped = mapped_elements(state, lambda e, cond=cond: simplify_under(e, {cond: False}))  # type: ignore[misc]
         if not cond.is_const and _idle(dropped, key):
             keep = keep & cond
     return keep

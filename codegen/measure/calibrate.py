@@ -34,9 +34,9 @@ from ...cost_model.calibration.calibrate import (
 from ...cost_model.devices.device import Device, alone, with_threads
 from ...cost_model.time.cost import Cost
 from ...cost_model.time.predict import predict
-from ...patterns.attention.recognise import Refusal
 from ...patterns.evaluate import DTYPE
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
+from ...patterns.verdict import Refusal
 from ..cpu import kernel as cpu
 from ..files.native import CompilerError
 from ..vendor import use as vendor
@@ -45,7 +45,7 @@ from .company import (
     FUSED_TILES,
     SHAPES,
     TYPES,
-    Shape,
+    Workload,
     cascade,
     in_company,
     prepare,
@@ -129,8 +129,8 @@ def _with(d: Device, rates: Mapping[str, Any]) -> Device:
 
 def _beside(d: Device, body: str, n: int) -> tuple[float, Cost]:
     """Measured seconds of our kernel without a mask, on one thread, and its predicted cost."""
-    shape = Shape("none", 1, 4, n, n)
-    c, mapping = cascade(shape, "f32"), Tiling(128, 128, body=body)
+    shape = Workload("none", 1, 4, n, n)
+    c, mapping = cascade(shape, "f32"), TileMapping(128, 128, body=body)
     cost = predict(c, mapping, with_threads(d, 1), shape.sizes)
     assert isinstance(cost, Cost), cost
     return _one_thread(ready(c, mapping, tensors(shape, "f32"), shape.sizes)), cost
@@ -186,10 +186,10 @@ def _fused_scores(d: Device) -> Device:
 
 
 # Shapes of the fused body whose exponentials and whose bias are measured; no cache of a core holds the bias.
-CAPPED, BIASED = Shape("none", 1, 4, 768, 768, cap=30.0), Shape("bias", 1, 4, 1536, 1536)
+CAPPED, BIASED = Workload("none", 1, 4, 768, 768, cap=30.0), Workload("bias", 1, 4, 1536, 1536)
 
 
-def _price(shape: Shape, d: Device, t: str = "f32") -> float:
+def _price(shape: Workload, d: Device, t: str = "f32") -> float:
     cost = predict(cascade(shape, t, constant=True), FUSED_TILES, alone(with_threads(d, 1)), shape.sizes)
     assert isinstance(cost, Cost), cost
     return cost.seconds
@@ -207,10 +207,10 @@ def _compile_ahead() -> None:
 
 def _compiled_body(t: str, e: int = 64, queries: int = 768, keys: int = 768) -> float:
     """Seconds of our fused body for four heads on one thread."""
-    return _body(Shape("none", 1, 4, queries, keys, e), t)
+    return _body(Workload("none", 1, 4, queries, keys, e), t)
 
 
-def _body(shape: Shape, t: str) -> float:
+def _body(shape: Workload, t: str) -> float:
     c = cascade(shape, t, constant=True)
     kernel = cpu.build(c, FUSED_TILES)
     if isinstance(kernel, Refusal):
@@ -295,7 +295,7 @@ def _every_block(n: int, full: bool, size: int = 128) -> Any:
 
 def _printed_blocks(n: int = 768) -> Callable[[], Any]:
     """The block mask of a causal attention, as the printed call makes it."""
-    shape = Shape("causal", 1, 4, n, n)
+    shape = Workload("causal", 1, 4, n, n)
     made, q = vendor.flex(cascade(shape, "f32")), tensors(shape, "f32")["Q"]
     assert not isinstance(made, Refusal), made
     blocks = made.function.__globals__["blocks"]
@@ -306,8 +306,8 @@ def _printed_blocks(n: int = 768) -> Callable[[], Any]:
 
 # For all types: neither of what rates or factors are made from nor of benchmarks/cells.py.
 CHECKED = (
-    Shape("none", 1, 6, 850, 850), Shape("causal", 1, 6, 1250, 1250), Shape("window", 1, 8, 1800, 1800, window=200),
-    Shape("causal", 1, 4, 640, 640, 128),
+    Workload("none", 1, 6, 850, 850), Workload("causal", 1, 6, 1250, 1250), Workload("window", 1, 8, 1800, 1800, window=200),
+    Workload("causal", 1, 4, 640, 640, 128),
 )  # fmt: skip
 
 

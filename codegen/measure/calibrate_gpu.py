@@ -19,10 +19,10 @@ from ...cost_model.calibration.constants import Timed, fitted
 from ...cost_model.devices.device import Device
 from ...cost_model.time.predict import best_mapping
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Miss
 from ...patterns.cascade import Cascade
 from ...patterns.evaluate import DTYPE
 from ...patterns.library.papers import Builder, softmax
+from ...patterns.verdict import Obstacle
 from .company import ready
 
 # Seconds of one measurement, and runs between two events: a single launch is shorter than the clock is exact.
@@ -124,7 +124,7 @@ def _timed(d: Device, head: int, masked: bool) -> Timed:
     """Our kernel on one attention in bf16, under the mapping that the model likes best."""
     c, sizes = attention(masked), {"B": 1, "H": HEADS, "P": TOKENS, "M": TOKENS, "E": head, "F": head}
     best = best_mapping(c, d, sizes)
-    if isinstance(best, Miss):
+    if isinstance(best, Obstacle):
         raise ValueError(f"our kernel cannot be calibrated on {d.name}: {best.reason}")
     mapping = best[0]
     x = {n: torch.randn(1, HEADS, TOKENS, head, device="cuda", dtype=torch.bfloat16) for n in "QKV"}
@@ -149,7 +149,7 @@ def checked(d: Device) -> list[tuple[str, float, float]]:
     for batch, heads, n, head, masked in ((2, 8, 3000, 128, False), (1, 24, 6144, 64, False), (4, 16, 1536, 128, True)):
         c, sizes = attention(masked), {"B": batch, "H": heads, "P": n, "M": n, "E": head, "F": head}
         best = best_mapping(c, d, sizes)
-        assert not isinstance(best, Miss), best
+        assert not isinstance(best, Obstacle), best
         x = {t: torch.randn(batch, heads, n, head, device="cuda", dtype=torch.bfloat16) for t in "QKV"}
         took = seconds(ready(c, best[0], x, sizes))
         out.append((f"{c.name} {batch}×{heads}×{n}×{head}", took, best[1].seconds))

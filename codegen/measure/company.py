@@ -26,11 +26,11 @@ from ...cost_model.devices.device import Device, alone, with_threads
 from ...cost_model.time.cost import Cost
 from ...cost_model.time.predict import VendorUse, predict, predict_original, predict_vendor, ranked_mappings
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Miss, Refusal
 from ...patterns.cascade import Cascade
 from ...patterns.evaluate import DTYPE
 from ...patterns.library.papers import Builder
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
+from ...patterns.verdict import Obstacle, Refusal
 from ..cpu import kernel as cpu
 from ..files.native import CompilerError
 from ..forms.program import loose
@@ -53,7 +53,7 @@ TINY = 1 << 15
 
 
 @dataclass(frozen=True)
-class Shape:
+class Workload:
     """One attention. `cap` of the scores, 0: none.
 
     `mask`: none, causal (the last query sees all keys), window, prefix, bias or padding (by key).
@@ -84,20 +84,22 @@ class Shape:
 
 FUSED = ("fused",)
 SHAPES = (
-    Shape("none", 2, 5, 410, 410), Shape("none", 1, 8, 150, 1280), Shape("none", 1, 4, 980, 980, 128, compiled=FUSED),
-    Shape("causal", 1, 8, 560, 560, compiled=FUSED), Shape("causal", 1, 5, 1160, 1160, 96, compiled=("flex bf16",)),
-    Shape("causal", 1, 12, 770, 770, group=3), Shape("causal", 1, 6, 300, 1450),
-    Shape("causal", 1, 4, 2350, 2350, compiled=FUSED), Shape("window", 1, 8, 1040, 1040),
-    Shape("window", 1, 4, 1550, 1550, 80, window=310), Shape("window", 2, 4, 920, 920, window=70),
-    Shape("prefix", 1, 6, 890, 890), Shape("bias", 1, 6, 690, 690), Shape("padding", 2, 6, 580, 580),
-    Shape("causal", 1, 24, 1, 2600, 128, group=4), Shape("none", 4, 8, 1, 2050), Shape("causal", 1, 12, 6, 1420, group=3),
-    Shape("none", 1, 2, 30, 60, compiled=FUSED), Shape("causal", 1, 8, 1, 300, group=2, compiled=("flex f32",)),
-    Shape("none", 1, 4, 1, 520), Shape("causal", 1, 3, 60, 60),
+    Workload("none", 2, 5, 410, 410), Workload("none", 1, 8, 150, 1280),
+    Workload("none", 1, 4, 980, 980, 128, compiled=FUSED),
+    Workload("causal", 1, 8, 560, 560, compiled=FUSED), Workload("causal", 1, 5, 1160, 1160, 96, compiled=("flex bf16",)),
+    Workload("causal", 1, 12, 770, 770, group=3), Workload("causal", 1, 6, 300, 1450),
+    Workload("causal", 1, 4, 2350, 2350, compiled=FUSED), Workload("window", 1, 8, 1040, 1040),
+    Workload("window", 1, 4, 1550, 1550, 80, window=310), Workload("window", 2, 4, 920, 920, window=70),
+    Workload("prefix", 1, 6, 890, 890), Workload("bias", 1, 6, 690, 690), Workload("padding", 2, 6, 580, 580),
+    Workload("causal", 1, 24, 1, 2600, 128, group=4), Workload("none", 4, 8, 1, 2050),
+    Workload("causal", 1, 12, 6, 1420, group=3),
+    Workload("none", 1, 2, 30, 60, compiled=FUSED), Workload("causal", 1, 8, 1, 300, group=2, compiled=("flex f32",)),
+    Workload("none", 1, 4, 1, 520), Workload("causal", 1, 3, 60, 60),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Way:
+class Contender:
     """One way to run an attention: its kind (original, sdpa or our-BODY), the call, and what a device says it costs."""
 
     kind: str
@@ -106,22 +108,22 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Run:
+class Measurement:
     """What a way of some type took with so many threads, in company."""
 
-    way: Way
+    way: Contender
     dtype: str
     threads: int
     seconds: float
     tiny: bool
 
-    def timed(self, d: Device) -> Timed:
+    def timed(self, d: Device) -> InCompany:
         predicted = self.way.price(with_threads(d, self.threads)).seconds
-        return Timed(self.way.kind, self.dtype, self.threads, self.seconds, predicted, self.tiny)
+        return InCompany(self.way.kind, self.dtype, self.threads, self.seconds, predicted, self.tiny)
 
 
 @dataclass(frozen=True)
-class Timed:
+class InCompany:
     """Seconds of a way, measured in company and predicted alone. `tiny`: it is hardly more than a call."""
 
     kind: str
@@ -136,7 +138,7 @@ class Timed:
         return math.log(self.measured / self.predicted)
 
 
-def in_company(d: Device, found: list[Run]) -> Device:
+def in_company(d: Device, found: list[Measurement]) -> Device:
     """The device with the factors that follow from its rates and some runs."""
     d = alone(d)
     assert d.host is not None
@@ -147,15 +149,15 @@ def in_company(d: Device, found: list[Run]) -> Device:
 class Round:
     """The ways of a shape and type with so many threads, ready to be called in turn."""
 
-    ways: tuple[Way, ...]
+    ways: tuple[Contender, ...]
     dtype: str
     threads: int
     tiny: bool
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[Measurement]:
         with torch_threads(self.threads), torch.no_grad():
             took = rounds([w.call for w in self.ways])
-        return [Run(w, self.dtype, self.threads, s, self.tiny) for w, s in zip(self.ways, took)]
+        return [Measurement(w, self.dtype, self.threads, s, self.tiny) for w, s in zip(self.ways, took)]
 
 
 def prepare(d: Device, watch: Watch[Any]) -> list[Round]:
@@ -166,14 +168,14 @@ def prepare(d: Device, watch: Watch[Any]) -> list[Round]:
         return [r for shape, t in watch(steps, "attentions, built") for r in _prepared(shape, t, alone(d))]
 
 
-def _prepared(shape: Shape, t: str, d: Device) -> Iterator[Round]:
+def _prepared(shape: Workload, t: str, d: Device) -> Iterator[Round]:
     c, x = cascade(shape, t), tensors(shape, t)
     for threads in sorted({1, d.units}):
         with torch_threads(threads):
             yield Round(tuple(ways(c, shape, x, with_threads(d, threads))), t, threads, shape.pairs <= TINY)
 
 
-def runs(prepared: list[Round], watch: Watch[Any]) -> list[Run]:
+def runs(prepared: list[Round], watch: Watch[Any]) -> list[Measurement]:
     """All of them timed now."""
     settle()
     return [run for r in watch(prepared, "attentions in company") for run in r.runs()]
@@ -208,7 +210,7 @@ def _clock(run: Call) -> float:
 # --- the factors --------------------------------------------------------------------------------------------------------
 
 
-def factors(found: list[Timed]) -> dict[str, Any]:
+def factors(found: list[InCompany]) -> dict[str, Any]:
     """The rates of company from timings of every kind of way.
 
     measured = predicted · factor of the kind and type, with so many threads + seconds of the kind, from tiny calls
@@ -236,7 +238,7 @@ def _factor(off: float, common: float) -> float:
     return min(max(math.exp(common + OWN * (off - common)), LEAST), MOST)
 
 
-def _calls(found: list[Timed], made: Mapping[str, Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+def _calls(found: list[InCompany], made: Mapping[str, Mapping[str, tuple[float, float]]]) -> dict[str, float]:
     """What a call takes by itself, by the kind of way."""
     calls: dict[str, list[float]] = {}
     for w in found:
@@ -252,21 +254,21 @@ def _calls(found: list[Timed], made: Mapping[str, Mapping[str, tuple[float, floa
 # --- the ways of a shape ------------------------------------------------------------------------------------------------
 
 
-def ways(c: Cascade, shape: Shape, x: Mapping[str, torch.Tensor], d: Device) -> Iterator[Way]:
+def ways(c: Cascade, shape: Workload, x: Mapping[str, torch.Tensor], d: Device) -> Iterator[Contender]:
     """What can run this attention on the CPU; of our mappings the best few by prediction.
 
     What needs a compiler is run where the shape asks for it and there is one.
     """
     sizes = shape.sizes
-    yield Way("original", original(shape, x), lambda d: predict_original(c, d, sizes))
+    yield Contender("original", original(shape, x), lambda d: predict_original(c, d, sizes))
     made = vendor.sdpa(c)
     made = vendor.sdpa(c, keyed=True) if isinstance(made, Refusal) else made
     if not isinstance(made, Refusal):
-        yield Way("sdpa", partial(_vendor, made, x, sizes), partial(_vendor_price, made, sizes))
+        yield Contender("sdpa", partial(_vendor, made, x, sizes), partial(_vendor_price, made, sizes))
     found = ranked_mappings(c, d, sizes)
-    assert not isinstance(found, Miss), found
+    assert not isinstance(found, Obstacle), found
     for mapping in _different(found):
-        yield Way(f"our-{mapping.body}", ready(c, mapping, x, sizes), partial(_our_price, c, mapping, sizes))
+        yield Contender(f"our-{mapping.body}", ready(c, mapping, x, sizes), partial(_our_price, c, mapping, sizes))
     if "fused" in shape.compiled:
         yield from _fused(shape, x)
     if f"flex {c.tensor['Q'].dtype}" in shape.compiled and d.units == 1:
@@ -275,21 +277,22 @@ def ways(c: Cascade, shape: Shape, x: Mapping[str, torch.Tensor], d: Device) -> 
 
 
 # Tiles of the fused body here.
-FUSED_TILES = Tiling(32, 32, warps=1, stages=1, body="fused")
+FUSED_TILES = TileMapping(32, 32, warps=1, stages=1, body="fused")
 
 
-def _fused(shape: Shape, x: Mapping[str, torch.Tensor]) -> Iterator[Way]:
+def _fused(shape: Workload, x: Mapping[str, torch.Tensor]) -> Iterator[Contender]:
     c = cascade(shape, next(t for t, d in DTYPE.items() if d == x["Q"].dtype), constant=True)
     kernel = cpu.build(c, FUSED_TILES)
     try:
         if not isinstance(kernel, Refusal):
             kernel.prepare()
-            yield Way("our-fused", ready(c, FUSED_TILES, x, shape.sizes), partial(_our_price, c, FUSED_TILES, shape.sizes))
+            price = partial(_our_price, c, FUSED_TILES, shape.sizes)
+            yield Contender("our-fused", ready(c, FUSED_TILES, x, shape.sizes), price)
     except CompilerError as no:
         warnings.warn(f"our fused body was not run: {no}", stacklevel=2)
 
 
-def _flex(c: Cascade, x: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> Iterator[Way]:
+def _flex(c: Cascade, x: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> Iterator[Contender]:
     made = vendor.flex(c)
     made = vendor.flex(c, keyed=True) if isinstance(made, Refusal) else made
     assert not isinstance(made, Refusal), made
@@ -300,7 +303,7 @@ def _flex(c: Cascade, x: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -
         # a machine without a C++ compiler, or one that torch does not know: FlexAttention cannot run there either
         warnings.warn(f"FlexAttention was not run: {type(no).__name__}", stacklevel=2)
         return
-    yield Way("flex", call, partial(_vendor_price, made, sizes))
+    yield Contender("flex", call, partial(_vendor_price, made, sizes))
 
 
 def _vendor(made: vendor.VendorCall, x: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
@@ -313,16 +316,16 @@ def _vendor_price(made: vendor.VendorCall, sizes: Mapping[str, int], d: Device) 
     return _known(predict_vendor(made.cascade, use, d, sizes))
 
 
-def _our_price(c: Cascade, mapping: Tiling, sizes: Mapping[str, int], d: Device) -> Cost:
+def _our_price(c: Cascade, mapping: TileMapping, sizes: Mapping[str, int], d: Device) -> Cost:
     return _known(predict(c, mapping, d, sizes))
 
 
-def _known(cost: Cost | Miss) -> Cost:
+def _known(cost: Cost | Obstacle) -> Cost:
     assert isinstance(cost, Cost), cost
     return cost
 
 
-def _different(found: tuple[tuple[Tiling, Cost], ...], each: int = 2) -> Iterator[Tiling]:
+def _different(found: tuple[tuple[TileMapping, Cost], ...], each: int = 2) -> Iterator[TileMapping]:
     """The best mappings of every body, which differ in their rows and make other calls."""
     seen: dict[str, set[int]] = {}
     costs: set[float] = set()
@@ -335,13 +338,13 @@ def _different(found: tuple[tuple[Tiling, Cost], ...], each: int = 2) -> Iterato
             yield mapping
 
 
-def ready(c: Cascade, mapping: Tiling, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> Call:
+def ready(c: Cascade, mapping: TileMapping, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> Call:
     """A call of our operator with everything laid out, as it stands in a rewritten graph."""
     operands, loose_sizes, text = [tensors[t.name] for t in c.inputs], [sizes[n] for n in loose(c)], program_text(c, mapping)
     return lambda: torch.ops.reattend.cascade.default(operands, loose_sizes, text)
 
 
-def original(shape: Shape, x: Mapping[str, torch.Tensor]) -> Call:
+def original(shape: Workload, x: Mapping[str, torch.Tensor]) -> Call:
     """The eager code, with its mask as a tensor that was made before."""
     p, m = torch.arange(shape.queries)[:, None] + shape.keys - shape.queries, torch.arange(shape.keys)
     kept = {
@@ -368,7 +371,7 @@ PREFIX = 100
 LOWEST = -3e38
 
 
-def cascade(shape: Shape, t: str, constant: bool = False) -> Cascade:
+def cascade(shape: Workload, t: str, constant: bool = False) -> Cascade:
     """Softmax attention as the eager code computes it, all in the type of its inputs; `constant`: head sizes are numbers."""
     b, i = Builder({"e": shape.head, "f": shape.head} if constant else {}), ex.index
     if shape.queries == shape.keys:
@@ -389,7 +392,7 @@ def cascade(shape: Shape, t: str, constant: bool = False) -> Cascade:
     return b.cascade(shape.mask, "O")
 
 
-def _keep(b: Builder, shape: Shape) -> ex.Expr:
+def _keep(b: Builder, shape: Workload) -> ex.Expr:
     m = ex.index("m")
     row = ex.index("p") + ex.symbol("past") if shape.keys > shape.queries else ex.index("p")
     match shape.mask:
@@ -402,7 +405,7 @@ def _keep(b: Builder, shape: Shape) -> ex.Expr:
     return b.input("Kept", "bm", "b1")
 
 
-def tensors(shape: Shape, t: str) -> dict[str, torch.Tensor]:
+def tensors(shape: Workload, t: str) -> dict[str, torch.Tensor]:
     """Random inputs; a padded batch keeps most of its keys, the last ones."""
     few = shape.heads // shape.group
     of = {"Q": (shape.heads, shape.queries), "K": (few, shape.keys), "V": (few, shape.keys)}

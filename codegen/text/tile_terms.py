@@ -14,8 +14,40 @@ from dataclasses import dataclass, field
 from ...patterns import expr as ex
 from ...patterns.expr import FALSE, TRUE, Expr
 from ...patterns.terms.affine import Affine, affine
+from ...patterns.terms.interval_rules import interval
 
 Ends = tuple[Expr, Expr]
+
+
+class Terms:
+    """Ends that a program will compute."""
+
+    def least(self, x: Expr, y: Expr | int) -> Expr:
+        return ex.minimum(x, y)
+
+    def most(self, x: Expr, y: Expr | int) -> Expr:
+        return ex.maximum(x, y)
+
+    def times(self, x: Expr, y: Expr) -> Expr:
+        return x * y
+
+    def quotient(self, x: Expr, y: Expr | int) -> Expr:
+        return x // y
+
+    def rest(self, x: Expr, turn: Expr, y: Expr | int) -> Expr:
+        return x % y
+
+    def natural(self, x: Expr) -> Expr:
+        return ex.binary("ge", x, 0)
+
+    def same(self, x: Expr, y: Expr) -> Expr:
+        return ex.equal(x, y)
+
+    def choose(self, proved: Expr, tight: Expr | int, safe: Expr | int) -> Expr:
+        return ex.where(proved, tight, safe)
+
+
+TERMS = Terms()
 
 
 @dataclass(frozen=True)
@@ -145,21 +177,12 @@ class Corners:
         match e.op:
             case "cast" if e.args[0].dtype in ("i64", "i32", "b1") and (e.dtype in ("i32", "i64") or e.is_float):
                 return ex.cast(ends[0][0], e.dtype), ex.cast(ends[0][1], e.dtype)
-            case "where" if e.dtype in ex.INTEGERS:
-                return ex.minimum(ends[1][0], ends[2][0]), ex.maximum(ends[1][1], ends[2][1])
-            case "max" | "min":
-                return ex.binary(e.op, ends[0][0], ends[1][0]), ex.binary(e.op, ends[0][1], ends[1][1])
-            case "neg":
-                return -ends[0][1], -ends[0][0]
-            case "abs" if e.dtype in ex.INTEGERS:
-                lo, hi = ends[0]
-                return ex.maximum(ex.maximum(lo, -hi), 0), ex.maximum(hi, -lo)
-            case "floordiv" if second.is_const and int(second.value) > 0 and e.dtype in ex.INTEGERS:
-                return ends[0][0] // second, ends[0][1] // second
-            case "mod" if second.is_const and int(second.value) > 0 and e.dtype in ex.INTEGERS:
-                (lo, hi), n = ends[0], int(second.value)
-                inside = ex.equal(lo // n, hi // n)
-                return ex.where(inside, lo % n, 0), ex.where(inside, hi % n, n - 1)
+            case "max" | "min" | "neg":
+                return interval(e, ends, TERMS)
+            case "where" | "abs" if e.dtype in ex.INTEGERS:
+                return interval(e, ends, TERMS)
+            case "floordiv" | "mod" if e.dtype in ex.INTEGERS and second.is_const and int(second.value) > 0:
+                return interval(e, ends, TERMS)
         return None
 
     # loads

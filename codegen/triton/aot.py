@@ -2,6 +2,7 @@
 
     compile(kernel, "sm_90")  →  registers, spilled bytes, shared memory, matrix instructions
     compile_merge(…)          →  the same of the kernel that merges the parts of split keys
+    request(kernel)           →  what a launch asks Triton's compiler for; compile_request takes any Triton function
 
 The signature is that of contiguous inputs: unit innermost strides, everything else as 32-bit integers, pointers (and
 strides known to be so) divisible by 16, as Triton specialises them at a launch. Needs a process without TRITON_INTERPRET.
@@ -20,16 +21,14 @@ from types import ModuleType
 from typing import Any
 
 from ...patterns.cascade import Size
-from . import entry
+from . import assembler, entry
 from .interpret import interpreting
-from .kernel import MISSING, Kernel, available
+from .kernel import MISSING, TritonKernel, available
 
 POINTER: Mapping[str, str] = {
-    "b1": "*i1", "u8": "*u8", "i8": "*i8", "i16": "*i16", "i32": "*i32", "i64": "*i64", "f16": "*fp16",
+    "b1": "*u1", "u8": "*u8", "i8": "*i8", "i16": "*i16", "i32": "*i32", "i64": "*i64", "f16": "*fp16",
     "bf16": "*bf16", "f32": "*fp32", "f64": "*fp64",
 }  # fmt: skip
-# Instructions that multiply matrices, by the first words of their names.
-MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "v_mfma")
 
 
 @dataclass(frozen=True)
@@ -52,25 +51,52 @@ class AotReport:
             f"shared memory, {self.matrix_instructions} matrix instructions"
         )
 
+    @property
+    def loops(self) -> tuple[assembler.Loop, ...]:
+        """The innermost loops that multiply matrices, full tiles first. NVIDIA's assembler only."""
+        return assembler.loops(self.assembly)
 
-def compile(kernel: Kernel, arch: str) -> AotReport:
+
+@dataclass(frozen=True)
+class CompileRequest:
+    """A Triton function with the types, compile-time values and divisibility of its arguments, nested as they are."""
+
+    function: Any
+    signature: Mapping[str, Any]
+    literals: Mapping[Any, Any]
+    attributes: Mapping[Any, Any]
+    options: Mapping[str, int]
+    stages: int
+
+
+def compile(kernel: TritonKernel, arch: str) -> AotReport:
     """Compile for an architecture such as "sm_80" or "gfx942".
 
     Raises ImportError without Triton, RuntimeError in a process that interprets.
     """
-    made = _module(kernel)
-    return _compiled(kernel, made.stream, dict(made.CONSTANTS), arch)
+    return compile_request(request(kernel), arch)
 
 
-def compile_merge(kernel: Kernel, arch: str) -> AotReport:
+def compile_merge(kernel: TritonKernel, arch: str) -> AotReport:
     """Compile the second kernel of a mapping that splits keys. Raises ValueError for one that does not."""
+    return compile_request(merge_request(kernel), arch)
+
+
+def request(kernel: TritonKernel) -> CompileRequest:
+    """What a launch of the kernel asks Triton's compiler for. Raises as `compile` does."""
+    made = _module(kernel)
+    return _request(kernel, made.stream, dict(made.CONSTANTS))
+
+
+def merge_request(kernel: TritonKernel) -> CompileRequest:
+    """The same of the kernel that merges. Raises ValueError for a mapping that does not split keys."""
     if kernel.mapping.split_m == 1:
         raise ValueError(f"{kernel.mapping} has no parts to merge")
     made = _module(kernel)
-    return _compiled(kernel, made.merge, dict(made.MERGE), arch)
+    return _request(kernel, made.merge, dict(made.MERGE))
 
 
-def _module(kernel: Kernel) -> ModuleType:
+def _module(kernel: TritonKernel) -> ModuleType:
     if not available():
         raise ImportError(MISSING)
     if interpreting():
@@ -78,28 +104,32 @@ def _module(kernel: Kernel) -> ModuleType:
     return kernel.module
 
 
-def _compiled(kernel: Kernel, function: Any, constants: dict[str, Any], arch: str) -> AotReport:
+def _request(kernel: TritonKernel, function: Any, constants: dict[str, Any]) -> CompileRequest:
+    options: dict[str, int] = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
+    signature, literals, attributes = _arguments(kernel, function.arg_names, constants)
+    return CompileRequest(function, signature, literals, attributes, options, kernel.mapping.stages)
+
+
+def compile_request(asked: CompileRequest, arch: str) -> AotReport:
+    """Compile any Triton function for an architecture and read back what it takes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
-    signature, literals, attributes = _arguments(kernel, function.arg_names, constants)
-    source = ASTSource(fn=function, signature=signature, constexprs=literals, attrs=attributes)
+    source = ASTSource(fn=asked.function, signature=asked.signature, constexprs=asked.literals, attrs=asked.attributes)
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source, target=target, options=dict(asked.options))
     usage = _amd_usage(compiled.asm["amdgcn"]) if amd else _cuda_usage(compiled.asm["cubin"])
     registers, spilled, assembly = usage
-    names = re.findall(r"^\s*(v_\w+)" if amd else r"\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", assembly, re.M)
     return AotReport(
         arch=arch,
         registers=registers,
         spill_bytes=spilled,
         shared_bytes=int(compiled.metadata.shared),
         warps=int(compiled.metadata.num_warps),
-        stages=kernel.mapping.stages,
-        matrix_instructions=sum(n.startswith(MATRIX) for n in names),
+        stages=asked.stages,
+        matrix_instructions=len(re.findall(r"^\s*v_mfma", assembly, re.M)) if amd else _matrix_instructions(assembly),
         exponentials=len(re.findall(r"MUFU\.EX2|v_exp_f32", assembly)),
         assembly=assembly,
     )
@@ -109,7 +139,7 @@ def _compiled(kernel: Kernel, function: Any, constants: dict[str, Any], arch: st
 
 
 def _arguments(
-    kernel: Kernel, names: list[str], constants: dict[str, Any]
+    kernel: TritonKernel, names: list[str], constants: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Types, compile-time values and divisibility of every argument, nested as the arguments are."""
     import triton.language as tl
@@ -146,6 +176,8 @@ def _arguments(
     signature["inputs"] = tuple(tensor((at, i), n) for i, n in enumerate(s.inputs))
     for i in range(4 if listed else 0):
         attributes[(names.index("tiles"), i)] = aligned
+    for i in range(len(signature["parts"])):
+        attributes[(names.index("parts"), i)] = aligned
     return signature, literals, attributes
 
 
@@ -168,6 +200,10 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int, str]:
         sass = _tool(tool, "--dump-sass", f.name)
     found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return found["REG"], found["STACK"] + found["LOCAL"], sass
+
+
+def _matrix_instructions(sass: str) -> int:
+    return sum(i.kind == "matrix" for i in assembler.instructions(sass))
 
 
 def _tool(tool: Path, *arguments: str) -> str:

@@ -37,7 +37,7 @@ class Printed:
     helpers: frozenset[str]
 
 
-class Names:
+class KernelNames:
     """Python names for the ranks, sizes and tensors of one attention, all different."""
 
     def __init__(self, s: Streaming) -> None:
@@ -67,10 +67,10 @@ class Names:
         return out | {ex.symbol(n): v for n, v in self.symbols.items()}
 
 
-class Function:
+class DeviceFunction:
     """A function under construction: its body, and lines that unpack what the body turned out to use."""
 
-    def __init__(self, names: Names, name: str, params: str, ranks: Iterable[str], roots: Iterable[Expr] = (),
+    def __init__(self, names: KernelNames, name: str, params: str, ranks: Iterable[str], roots: Iterable[Expr] = (),
                  guards: dict[str, str] | None = None) -> None:  # fmt: skip
         self.names, self.name, self.params = names, name, params
         s = names.s

@@ -8,17 +8,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 
 import sympy
 
 from ...patterns import expr as ex
-from ...patterns.cascade import Size
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.cascade import Size, as_size
+from ...patterns.mapping import TileMapping
 from ..files.library import functions
 from ..text import print_torch
-from .device_function import Names
+from .device_function import KernelNames, atom
 from .holes import mask_ranks
 from .streaming import FEW_ROWS, Streaming
 
@@ -41,12 +40,12 @@ def mask_tensors(s: Streaming) -> tuple[str, ...]:
 
 def unbound(s: Streaming) -> tuple[str, ...]:
     """Sizes that no tensor's shape shows, and that a caller gives by name."""
-    return tuple(_bound(s, Names(s))[1])
+    return tuple(_bound(s, KernelNames(s))[1])
 
 
-def printed(s: Streaming, mapping: Tiling) -> list[str]:
+def printed(s: Streaming, mapping: TileMapping) -> list[str]:
     """The texts of the host's functions."""
-    names = Names(s)
+    names = KernelNames(s)
     masked = [*_kept(s, names), _walk_of(s, names, mapping)] if needs_lists(s) else []
     return [_sizes_of(s, names), _plan_of(s, names, mapping), *masked, _attention(s, names, mapping)]
 
@@ -54,19 +53,15 @@ def printed(s: Streaming, mapping: Tiling) -> list[str]:
 # --- sizes ------------------------------------------------------------------------------------------------------
 
 
-def _size(size: Size, names: Names) -> str:
+def _size(size: Size, names: KernelNames) -> str:
     return print_torch.size_source(size, names.symbols)
 
 
-def _atom(text: str) -> str:
-    return text if re.fullmatch(r"\w+", text) else f"({text})"
-
-
-def _product(sizes: Iterable[Size], names: Names) -> str:
+def _product(sizes: Iterable[Size], names: KernelNames) -> str:
     texts = [_size(n, names) for n in sizes if n != 1]
     if all(t.isdigit() for t in texts):
         return str(math.prod(map(int, texts)))
-    return " * ".join(map(_atom, texts)) if len(texts) > 1 else texts[0]
+    return " * ".join(map(atom, texts)) if len(texts) > 1 else texts[0]
 
 
 def _tuple(texts: Iterable[str]) -> str:
@@ -74,11 +69,11 @@ def _tuple(texts: Iterable[str]) -> str:
     return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
-def _symbols(s: Streaming, names: Names) -> list[str]:
+def _symbols(s: Streaming, names: KernelNames) -> list[str]:
     return [names.symbols[n] for n in s.cascade.free_symbols]
 
 
-def _bound(s: Streaming, names: Names) -> tuple[Mapping[str, str], list[str]]:
+def _bound(s: Streaming, names: KernelNames) -> tuple[Mapping[str, str], list[str]]:
     """Texts of the sizes that the inputs' shapes give, in order, and the symbols that they do not give."""
     known: dict[str, str] = {}
     left = list(s.cascade.free_symbols)
@@ -89,9 +84,9 @@ def _bound(s: Streaming, names: Names) -> tuple[Mapping[str, str], list[str]]:
         symbol, tensor, d, (factor, rest) = found
         text = f"{tensor}.shape[{d}]"
         if rest != 0:
-            text += f" - {_atom(_size(rest, names))}"
+            text += f" - {atom(_size(rest, names))}"
         if factor != 1:
-            text = f"{text if rest == 0 else f'({text})'} // {_atom(_size(factor, names))}"
+            text = f"{text if rest == 0 else f'({text})'} // {atom(_size(factor, names))}"
         known[symbol] = text
         left.remove(symbol)
     return known, left
@@ -109,14 +104,10 @@ def _solved(symbol: str, size: Size, known: set[str]) -> tuple[Size, Size] | Non
     others = {str(y) for y in factor.free_symbols | rest.free_symbols}
     if sympy.expand(size - factor * x - rest) != 0 or not others <= known:
         return None
-    return _plain(factor), _plain(rest)
+    return as_size(factor), as_size(rest)
 
 
-def _plain(size: sympy.Expr) -> Size:
-    return int(size) if size.is_Integer else size
-
-
-def _sizes_of(s: Streaming, names: Names) -> str:
+def _sizes_of(s: Streaming, names: KernelNames) -> str:
     known, missing = _bound(s, names)
     tensors = [names.operands[t.name].name for t in s.cascade.inputs]
     keywords = [names.symbols[n] for n in missing]
@@ -138,11 +129,11 @@ def _sizes_of(s: Streaming, names: Names) -> str:
     return "\n".join(lines)
 
 
-def _plan_of(s: Streaming, names: Names, mapping: Tiling) -> str:
+def _plan_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
     out = s.attention.cascade.tensor[s.cascade.outputs[0]]
-    keys = _atom(_product([s.extent[s.key]], names)) if s.extent[s.key] != 1 else "1"
+    keys = atom(_product([s.extent[s.key]], names)) if s.extent[s.key] != 1 else "1"
     full = f"{keys} // {mapping.tile_m}" if s.mask.keep is ex.TRUE else "0"
-    rows = _atom(_product((s.extent[r] for r in s.rows), names)) if any(s.extent[r] != 1 for r in s.rows) else "1"
+    rows = atom(_product((s.extent[r] for r in s.rows), names)) if any(s.extent[r] != 1 for r in s.rows) else "1"
     programs = _product((s.extent[r] for r in s.grid), names) if s.grid else "1"
     return "\n".join([
         f"def plan_of({', '.join(_symbols(s, names))}):",
@@ -155,11 +146,11 @@ def _plan_of(s: Streaming, names: Names, mapping: Tiling) -> str:
 # --- the mask ---------------------------------------------------------------------------------------------------
 
 
-def _mask_arguments(s: Streaming, names: Names) -> list[str]:
+def _mask_arguments(s: Streaming, names: KernelNames) -> list[str]:
     return [names.operands[t].name for t in mask_tensors(s)] + _symbols(s, names)
 
 
-def _kept(s: Streaming, names: Names) -> list[str]:
+def _kept(s: Streaming, names: KernelNames) -> list[str]:
     """The mask as a torch function of rows and keys, over all tile lists, and the helpers it calls."""
     query, key = names.ranks[s.attention.query], names.ranks[s.key]
     scope = print_torch.Scope(
@@ -181,19 +172,19 @@ def _kept(s: Streaming, names: Names) -> list[str]:
         count = _product((s.extent[r] for r in over), names)
         lines.append(f"    i = torch.arange({count}, device={key}.device)[:, None, None]")
     for r in reversed(over):
-        size = _atom(_product([s.extent[r]], names))
+        size = atom(_product([s.extent[r]], names))
         rest = [f"    i = i // {size}"] if r != over[0] else []
         lines += [f"    {names.ranks[r]} = i % {size}" if rest else f"    {names.ranks[r]} = i", *rest]
     helpers = [functions("cpu")[h] for h in sorted(body.helpers)]
     return [*helpers, "\n".join([*lines, *body.lines, f"    return {result}"])]
 
 
-def _walk_of(s: Streaming, names: Names, mapping: Tiling) -> str:
+def _walk_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
     query, key = names.ranks[s.attention.query], names.ranks[s.key]
     keys, queries = (_product([s.extent[r]], names) for r in (s.key, s.attention.query))
     over = [s.extent[r] for r in mask_ranks(s)]
     lists = _product(over, names) if over else "1"
-    ragged = str(int(keys) % mapping.tile_m != 0) if keys.isdigit() else f"{_atom(keys)} % {mapping.tile_m} != 0"
+    ragged = str(int(keys) % mapping.tile_m != 0) if keys.isdigit() else f"{atom(keys)} % {mapping.tile_m} != 0"
     arguments = _mask_arguments(s, names)
     text = "\n".join([
         f"def walk_of({', '.join([*arguments, 'device'])}):",
@@ -210,7 +201,7 @@ def _walk_of(s: Streaming, names: Names, mapping: Tiling) -> str:
 # --- the way in -------------------------------------------------------------------------------------------------
 
 
-def _attention(s: Streaming, names: Names, mapping: Tiling) -> str:
+def _attention(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
     _, missing = _bound(s, names)
     keywords = [names.symbols[n] for n in missing]
     shapes = s.attention.cascade.tensor
@@ -236,13 +227,13 @@ def _attention(s: Streaming, names: Names, mapping: Tiling) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def launcher(s: Streaming, mapping: Tiling) -> str:
+def launcher(s: Streaming, mapping: TileMapping) -> str:
     if mapping.split_m > 1:
         return f"launch_split((stream, merge), (CONSTANTS, MERGE), {len(s.state.carried)}"
     return "launch(stream, CONSTANTS"
 
 
-def _choose_walk(s: Streaming, names: Names, first: str) -> list[str]:
+def _choose_walk(s: Streaming, names: KernelNames, first: str) -> list[str]:
     if not needs_lists(s):
         return []
     call = f"walk = walk_of({', '.join([*_mask_arguments(s, names), f'{first}.device'])})"

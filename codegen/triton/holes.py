@@ -10,13 +10,13 @@ from __future__ import annotations
 from ...patterns import expr as ex
 from ..text.print_triton import TYPES
 from . import row_holes
-from .device_function import Function, Names, Printed, atom, coordinates, ragged
-from .streaming import Product, Side, Streaming
+from .device_function import DeviceFunction, KernelNames, Printed, atom, coordinates, ragged
+from .streaming import Dot, DotOperand, Streaming
 
 
 def printed(s: Streaming, tile_m: int, split: bool = False) -> tuple[Printed, ...]:
     """All holes of a streaming attention for key tiles of `tile_m`, with those for split keys."""
-    names = Names(s)
+    names = KernelNames(s)
     before = (_batch(names), _rows(names), _queries(names), _products(names, tile_m))
     return (*before, *row_holes.printed(names, tile_m, split), _values(names, tile_m), _finish(names))
 
@@ -29,10 +29,10 @@ def mask_ranks(s: Streaming) -> tuple[str, ...]:
     return tuple(r for r in s.grid if r in s.mask.keep.ranks)
 
 
-def _batch(names: Names) -> Printed:
+def _batch(names: KernelNames) -> Printed:
     """The program's number, last rank fastest, and the number of its tile list."""
     s = names.s
-    f = Function(names, "batch", "i, sizes", ())
+    f = DeviceFunction(names, "batch", "i, sizes", ())
     for r in reversed(s.grid):
         if r == s.grid[0]:
             f.body.line(f"{names.ranks[r]} = i")
@@ -47,10 +47,10 @@ def _batch(names: Names) -> Printed:
     return f.printed("Coordinates of a program, and the number of the tile list that it walks.")
 
 
-def _rows(names: Names) -> Printed:
+def _rows(names: KernelNames) -> Printed:
     """Row r as coordinates, last rank fastest; rows past the end repeat the last one and are not stored."""
     s = names.s
-    f = Function(names, "rows", "r, batch, sizes", ())
+    f = DeviceFunction(names, "rows", "r, batch, sizes", ())
     own = s.rows
     total = " * ".join(atom(f.size(r)) for r in own) or "1"
     f.body.line(f"inside = r < {total}")
@@ -69,7 +69,7 @@ def _rows(names: Names) -> Printed:
 # --- operands ---------------------------------------------------------------------------------------------------
 
 
-def _operand(f: Function, side: Side, stem: str, tile_m: int = 0) -> str:
+def _operand(f: DeviceFunction, side: DotOperand, stem: str, tile_m: int = 0) -> str:
     """The tile of an operand in the type in which it enters the tensor cores; `tile_m`: it is a tile of keys."""
     name = f.body.fresh(stem)
     if not (tile_m and ragged(f.names.s, tile_m)):
@@ -87,14 +87,14 @@ def _operand(f: Function, side: Side, stem: str, tile_m: int = 0) -> str:
     return name
 
 
-def _operand_text(f: Function, side: Side) -> str:
+def _operand_text(f: DeviceFunction, side: DotOperand) -> str:
     if side.load is not None:
         return f.body.load_text(side.load)
     text = f.body.real(side.term)
     return text if side.dtype == "f32" else f"({text}).to({TYPES[side.dtype]})"
 
 
-def _embed(f: Function, p: Product, piece: tuple[int, int], axis: str) -> None:
+def _embed(f: DeviceFunction, p: Dot, piece: tuple[int, int], axis: str) -> None:
     """Name the embed coordinates of one piece, and guard them where the piece is padded."""
     start, width = piece
     e = f.names.ranks[p.embed]
@@ -109,9 +109,9 @@ def _embed(f: Function, p: Product, piece: tuple[int, int], axis: str) -> None:
     f.body.count([p.query.term, p.key.term])
 
 
-def _queries(names: Names) -> Printed:
+def _queries(names: KernelNames) -> Printed:
     s = names.s
-    f = Function(names, "queries", "at, inputs, sizes", coordinates(s), [p.query.term for p in s.products])
+    f = DeviceFunction(names, "queries", "at, inputs, sizes", coordinates(s), [p.query.term for p in s.products])
     tiles = []
     for p in s.products:
         for piece in p.chunks:
@@ -122,10 +122,10 @@ def _queries(names: Names) -> Printed:
     return f.printed(f"The query operands of a row block: {shapes}.")
 
 
-def _products(names: Names, tile_m: int) -> Printed:
+def _products(names: KernelNames, tile_m: int) -> Printed:
     s = names.s
     ranks = (*coordinates(s), s.key)
-    f = Function(
+    f = DeviceFunction(
         names, "products", f"q, at, {names.ranks[s.key]}, inputs, sizes, PARTIAL: tl.constexpr", ranks,
         [p.key.term for p in s.products],
     )  # fmt: skip
@@ -143,13 +143,13 @@ def _products(names: Names, tile_m: int) -> Printed:
     return f.printed("Scores of a tile, [BM, BN]: the contractions over the embed ranks.")
 
 
-def _values(names: Names, tile_m: int) -> Printed:
+def _values(names: KernelNames, tile_m: int) -> Printed:
     s = names.s
     m, v = names.ranks[s.key], names.ranks[s.value]
     guards = {}
     if s.value_width != s.extent[s.value]:
         guards[s.value] = f"{v} < {s.extent[s.value]}"
-    f = Function(
+    f = DeviceFunction(
         names, "values", f"at, {m}, {v}, inputs, sizes, PARTIAL: tl.constexpr", (*coordinates(s), s.key, s.value),
         [s.values.term], guards,
     )  # fmt: skip
@@ -161,10 +161,10 @@ def _values(names: Names, tile_m: int) -> Printed:
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def _finish(names: Names) -> Printed:
+def _finish(names: KernelNames) -> Printed:
     s = names.s
     v = names.ranks[s.value]
-    f = Function(
+    f = DeviceFunction(
         names, "finish", f"out, acc, state, at, {v}, inside, inputs, sizes", (*coordinates(s), s.value), [s.state.finish]
     )  # fmt: skip
     order = [c.name for c in s.state.carried]

@@ -1,6 +1,6 @@
 """Our Triton kernel as a candidate: a cascade and a mapping become a module on disk, ready to launch.
 
-    build(cascade, mapping, target)  →  Kernel(.source, .run(tensors, sizes))  or  Refusal
+    build(cascade, mapping, target)  →  TritonKernel(.source, .run(tensors, sizes))  or  Refusal
 
 Nothing here imports Triton before a kernel is launched; without it `build` still prints the source.
 """
@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from ...cost_model.devices.device import Device
-from ...patterns.attention.recognise import Refusal
 from ...patterns.cascade import Cascade, bind
 from ...patterns.evaluate import DTYPE, evaluate
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import EMPTY, PARTIAL, TileMap, classify, rows_with_key, runtime_classify
+from ...patterns.verdict import Refusal
 from ..files import cache
 from ..text.printer import PrintError
 from . import entry, interpret, module
-from .device_function import Names
+from .device_function import KernelNames
 from .streaming import FEW_ROWS, NAME, Streaming, power_of_two, read
 
 MISSING = "Triton is not installed: pip install 'reattend[triton]' (a CUDA build of torch brings its own)"
@@ -56,7 +56,7 @@ def shared_limit(target: Device | str | None) -> int | None:
     return SHARED_BYTES.get(target) if target is not None else None
 
 
-def build(c: Cascade, mapping: Tiling, target: Device | str | None = None) -> Kernel | Refusal:
+def build(c: Cascade, mapping: TileMapping, target: Device | str | None = None) -> TritonKernel | Refusal:
     """The kernel of an attention under a mapping, or why there is none.
 
     `target`: a device, an architecture such as "sm_90" or "gfx942", or None (no limit is checked).
@@ -75,7 +75,7 @@ def build(c: Cascade, mapping: Tiling, target: Device | str | None = None) -> Ke
         source = module.emit(s, mapping)
     except PrintError as e:
         return Refusal(NAME, str(e))
-    return Kernel(s, mapping, source)
+    return TritonKernel(s, mapping, source)
 
 
 # --- shared memory and mappings ---------------------------------------------------------------------------------
@@ -83,13 +83,13 @@ def build(c: Cascade, mapping: Tiling, target: Device | str | None = None) -> Ke
 _BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 
 
-def shared_bytes(c: Cascade, mapping: Tiling, target: Device | str = "sm_90") -> int | Refusal:
+def shared_bytes(c: Cascade, mapping: TileMapping, target: Device | str = "sm_90") -> int | Refusal:
     """Bytes of shared memory that Triton gives one program of the kernel."""
     s = read(c)
     return s if isinstance(s, Refusal) else _shared_bytes(s, mapping, architecture(target))
 
 
-def _shared_bytes(s: Streaming, mapping: Tiling, arch: str) -> int:
+def _shared_bytes(s: Streaming, mapping: TileMapping, arch: str) -> int:
     """query tile + buffers · (key tile + value tile), as Triton's compiler lays them out.
 
     Where the tensor cores read shared memory (from sm_90 on, 64 rows and more, 16-bit types) `stages` tiles are in
@@ -125,7 +125,7 @@ _START: Mapping[str, Mapping[int, tuple[int, int, int, int]]] = {
 
 
 @lru_cache(maxsize=256)
-def default_mapping(c: Cascade, target: Device | str = "sm_90") -> Tiling | Refusal:
+def default_mapping(c: Cascade, target: Device | str = "sm_90") -> TileMapping | Refusal:
     """The mapping to start from on an architecture: large tiles whose accumulators stay in registers."""
     s = read(c)
     if isinstance(s, Refusal):
@@ -137,7 +137,7 @@ def default_mapping(c: Cascade, target: Device | str = "sm_90") -> Tiling | Refu
     return Refusal(NAME, f"no tile of head size {s.value_width} fits into the {limit} bytes of shared memory of {arch}")
 
 
-def _first(s: Streaming, arch: str) -> Tiling:
+def _first(s: Streaming, arch: str) -> TileMapping:
     wide = max(s.value_width, *(sum(w for _, w in p.chunks) for p in s.products))
     family = "gfx" if arch.startswith("gfx") else arch if arch in _START else "sm_80"
     if "f32" in {s.values.dtype, *(p.query.dtype for p in s.products)}:
@@ -148,10 +148,10 @@ def _first(s: Streaming, arch: str) -> Tiling:
     few = [n for n in rows if isinstance(n, int)]
     if len(few) == len(rows) and math.prod(few) <= tile_p // 2:
         tile_p, warps, stages = power_of_two(math.prod(few)), 4, max(stages, 2)
-    return Tiling(tile_p, tile_m, warps, stages)
+    return TileMapping(tile_p, tile_m, warps, stages)
 
 
-def _smaller(mapping: Tiling) -> Iterator[Tiling]:
+def _smaller(mapping: TileMapping) -> Iterator[TileMapping]:
     """The mapping, then smaller ones: fewer stages before smaller tiles."""
     while True:
         yield mapping
@@ -172,18 +172,18 @@ def _smaller(mapping: Tiling) -> Iterator[Tiling]:
 # --- the kernel -------------------------------------------------------------------------------------------------
 
 
-class Kernel:
+class TritonKernel:
     """A compiled-on-first-use kernel. `source` is the whole self-contained file."""
 
     name = NAME
 
-    def __init__(self, s: Streaming, mapping: Tiling, source: str) -> None:
+    def __init__(self, s: Streaming, mapping: TileMapping, source: str) -> None:
         self.streaming, self.mapping, self.source = s, mapping, source
         self.cascade = s.cascade
         self._lists: dict[tuple[object, ...], tuple[Any, ...]] = {}
 
     def __repr__(self) -> str:
-        return f"Kernel({self.cascade.name}, {self.mapping})"
+        return f"TritonKernel({self.cascade.name}, {self.mapping})"
 
     @cached_property
     def module(self) -> ModuleType:
@@ -248,7 +248,7 @@ class Kernel:
 
     @cached_property
     def _unbound(self) -> dict[str, str]:
-        names = Names(self.streaming)
+        names = KernelNames(self.streaming)
         return {n: names.symbols[n] for n in entry.unbound(self.streaming)}
 
     @cached_property

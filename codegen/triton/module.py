@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ...patterns.cascade import show
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ..files.library import called, functions
-from ..forms.base2 import base2
+from ..forms.base2 import in_base2
+from ..forms.terms import Terms
 from . import entry
 from .device_function import HOLES
 from .holes import printed
@@ -31,10 +33,10 @@ SKIPPING = {
 }
 
 
-def emit(s: Streaming, mapping: Tiling) -> str:
+def emit(s: Streaming, mapping: TileMapping) -> str:
     """The text of the module for one attention and mapping."""
     split = mapping.split_m > 1
-    holes = printed(base2(s), mapping.tile_m, split)
+    holes = printed(_in_base2(s), mapping.tile_m, split)
     parts = [
         *called(set().union(*(h.helpers for h in holes))),
         *(h.text for h in holes),
@@ -49,10 +51,18 @@ def emit(s: Streaming, mapping: Tiling) -> str:
     return f"{_header(s, mapping)}\n\n{_imports(text)}\n\n\n{text}\n"
 
 
+def _in_base2(s: Streaming) -> Streaming:
+    """The same row program in base 2, or `s` itself where that is not exact enough or not of use."""
+    if any(p.query.dtype == "f32" for p in s.products):
+        return s
+    out = in_base2(Terms(s.score, s.mask, s.state), s.key, frozenset(p.load for p in s.products))
+    return replace(s, score=out.score, mask=out.mask, state=out.state)
+
+
 # --- text -------------------------------------------------------------------------------------------------------
 
 
-def _header(s: Streaming, mapping: Tiling) -> str:
+def _header(s: Streaming, mapping: TileMapping) -> str:
     before = [f"beforehand: {e}" for e in s.attention.prelude]
     cascade = "\n".join([show(s.cascade), *before])
     text = (
@@ -89,7 +99,7 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
 
 
-def _constants(s: Streaming, mapping: Tiling) -> str:
+def _constants(s: Streaming, mapping: TileMapping) -> str:
     tile = {"BM": mapping.tile_p, "BN": mapping.tile_m, "BF": s.value_width, "SPLIT": mapping.split_m}
     holes = {h.upper(): h for h in HOLES} | {"SAVE": "save" if mapping.split_m > 1 else "None"}
     options = {"num_warps": mapping.warps, "num_stages": mapping.stages}

@@ -10,27 +10,29 @@ from ...patterns.attention.rowstate import OLD, Carried, RowState
 from ...patterns.expr import Expr
 from ..forms.skip import null
 from ..text.print_triton import number
-from .device_function import Function, Names, Printed, coordinates, ragged
+from .device_function import DeviceFunction, KernelNames, Printed, coordinates, ragged
 from .streaming import Streaming, variant
 
 
-def printed(names: Names, tile_m: int, split: bool) -> tuple[Printed, ...]:
+def printed(names: KernelNames, tile_m: int, split: bool) -> tuple[Printed, ...]:
     """The holes of the row state, with those for split keys."""
     parts = (_save(names), _restore(names), _join(names)) if split else ()
     return (_start(names), _step(names, tile_m), *parts)
 
 
-def _start(names: Names) -> Printed:
-    f = Function(names, "start", "BM: tl.constexpr", ())
+def _start(names: KernelNames) -> Printed:
+    f = DeviceFunction(names, "start", "BM: tl.constexpr", ())
     parts = [f"tl.full([BM, 1], {number(c.identity, 'f32')}, tl.float32)" for c in names.s.state.carried]
     f.body.line(f"return ({', '.join(parts)}{',' if len(parts) == 1 else ''})")
     return f.printed("The row state before the first key.")
 
 
-def _step(names: Names, tile_m: int) -> Printed:
+def _step(names: KernelNames, tile_m: int) -> Printed:
     s = names.s
     m = names.ranks[s.key]
-    f = Function(names, "step", f"state, x, at, {m}, inputs, sizes, PARTIAL: tl.constexpr", (*coordinates(s), s.key))
+    f = DeviceFunction(
+        names, "step", f"state, x, at, {m}, inputs, sizes, PARTIAL: tl.constexpr", (*coordinates(s), s.key)
+    )
     for i, c in enumerate(s.state.carried):
         f.body.line(f"{names.old[c.name]} = state[{i}]")
     for i, p in enumerate(s.products):
@@ -43,7 +45,7 @@ def _step(names: Names, tile_m: int) -> Printed:
 class _StepWriter:
     """The body of `step`: score, carried scalars in order, weight, correction of the accumulator."""
 
-    def __init__(self, f: Function, tile_m: int) -> None:
+    def __init__(self, f: DeviceFunction, tile_m: int) -> None:
         self.f, self.body, self.names, self.s = f, f.body, f.names, f.names.s
         self.partial, self.full = self.s.state, variant(self.s, True)[1]
         self.ragged = ragged(self.s, tile_m)
@@ -139,14 +141,14 @@ def _tensors(s: Streaming) -> list[Expr]:
 
 
 def _terms(state: RowState) -> list[Expr]:
-    return [state.weight, *(c.lift for c in state.carried), *_corrections(state)]
+    return [state.weight, *(c.lift for c in state.carried), *state.corrections]
 
 
 # --- split keys ---------------------------------------------------------------------------------------------------
 
 
-def _save(names: Names) -> Printed:
-    f = Function(names, "save", "p_state, state, o", ())
+def _save(names: KernelNames) -> Printed:
+    f = DeviceFunction(names, "save", "p_state, state, o", ())
     count = len(names.s.state.carried)
     for i in range(count):
         f.body.line(f"tl.store(p_state + o * {count} + {i}, state[{i}])")
@@ -155,24 +157,24 @@ def _save(names: Names) -> Printed:
     return f.printed("Keep the row state of the rows at `o`.")
 
 
-def _restore(names: Names) -> Printed:
-    f = Function(names, "restore", "p_state, o", ())
+def _restore(names: KernelNames) -> Printed:
+    f = DeviceFunction(names, "restore", "p_state, o", ())
     count = len(names.s.state.carried)
     parts = [f"tl.load(p_state + o * {count} + {i})" for i in range(count)]
     f.body.line(f"return ({', '.join(parts)}{',' if count == 1 else ''})")
     return f.printed("The row state of the rows at `o`.")
 
 
-def _join(names: Names) -> Printed:
+def _join(names: KernelNames) -> Printed:
     """new = old ⊕ part's, each moved to the new bounds by the same correction that a tile uses."""
     s = names.s
-    f = Function(names, "join", "state, part, at, inputs, sizes", coordinates(s), _corrections(s.state))
+    f = DeviceFunction(names, "join", "state, part, at, inputs, sizes", coordinates(s), s.state.corrections)
     body = f.body
     part = {c.name: body.fresh(f"{names.carried[c.name]}_part") for c in s.state.carried}
     for i, c in enumerate(s.state.carried):
         body.line(f"{names.old[c.name]} = state[{i}]")
         body.line(f"{part[c.name]} = part[{i}]")
-    reads = {x for e in _corrections(s.state) for x in ex.loads(e) if str(x.attr).removeprefix(OLD) in part}
+    reads = {x for e in s.state.corrections for x in ex.loads(e) if str(x.attr).removeprefix(OLD) in part}
     for x in reads:
         name = str(x.attr)
         body.bind(x, names.old[name.removeprefix(OLD)] if name.startswith(OLD) else names.carried[name])
@@ -199,7 +201,3 @@ def _join(names: Names) -> Printed:
     new = ", ".join(names.carried[c.name] for c in s.state.carried)
     body.line(f"return ({new}{',' if len(part) == 1 else ''}), {a}, {b}")
     return f.printed("Merge two row states: the new one, and the factors of both sums.")
-
-
-def _corrections(state: RowState) -> list[Expr]:
-    return [e for e in (state.correction, *(c.correction for c in state.carried)) if e is not None]

@@ -12,13 +12,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, Miss, Refusal, attention, factors
-from ...patterns.attention.rowstate import Carried, RowState, derive
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
+from ...patterns.attention.rowstate import RowState, derive
+from ...patterns.attention.score import factors
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
 from ...patterns.masks.split import Mask, split
 from ...patterns.terms.conditions import simplify_under
+from ...patterns.verdict import Obstacle, Refusal
 from ..forms.skip import fits_half, predicate, rule
+from ..forms.terms import mapped_state, uncast
 
 NAME = "triton"
 # Query rows up to which heads of a group share a row block, and up to which a tile list is not worth its launches.
@@ -27,7 +31,7 @@ WIDEST = 1024
 
 
 @dataclass(frozen=True)
-class Side:
+class DotOperand:
     """One operand of a product on the tensor cores: `term` in type `dtype`; `load` where it is a tensor as it lies."""
 
     term: Expr
@@ -39,14 +43,14 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Product:
+class Dot:
     """`load` reads the product in the score; it equals `factor · Σ_embed query · key`."""
 
     load: Expr
     embed: str
     size: int
-    query: Side
-    key: Side
+    query: DotOperand
+    key: DotOperand
     factor: Expr
 
     @property
@@ -64,8 +68,8 @@ class Streaming:
     extent: Mapping[str, Size]
     grid: tuple[str, ...]
     rows: tuple[str, ...]
-    products: tuple[Product, ...]
-    values: Side
+    products: tuple[Dot, ...]
+    values: DotOperand
     score: Expr
     mask: Mask
     state: RowState
@@ -121,10 +125,10 @@ class _No(Exception):
 def read(c: Cascade) -> Streaming | Refusal:
     """The attention of a cascade as the streaming skeleton computes it, or why it cannot."""
     a = attention(c)
-    if isinstance(a, Miss):
+    if isinstance(a, Obstacle):
         return Refusal(NAME, str(a))
     state = derive(a)
-    if isinstance(state, Miss):
+    if isinstance(state, Obstacle):
         return Refusal(NAME, str(state))
     try:
         return _read(a, state)
@@ -146,7 +150,7 @@ def _read(a: Attention, state: RowState) -> Streaming:
     products = tuple(_product(a, e, extent) for e in a.products)
     values = _side(a.values)
     if values.dtype == "f16" and not fits_half(state, a.score, a.key):
-        values = Side(values.term, "f32")
+        values = DotOperand(values.term, "f32")
     if a.query in values.term.ranks:
         raise _No(f"the values vary over the query rank {a.query}")
     (output,) = c.producers[c.outputs[0]]
@@ -172,20 +176,13 @@ def _mask(a: Attention, state: RowState) -> Mask:
 # --- operands ---------------------------------------------------------------------------------------------------
 
 
-def _stripped(e: Expr) -> Expr:
-    """A term without the casts around it that only change the float type."""
-    while e.op == "cast" and e.is_float and e.args[0].is_float:
-        e = e.args[0]
-    return e
-
-
 def _factors(body: Expr) -> tuple[list[Expr], list[Expr]]:
     """Factors above and below the line, looked for inside casts as well: a kernel computes in fp32."""
-    above, below = factors(_stripped(body))
+    above, below = factors(uncast(body))
     up: list[Expr] = []
     down = list(below)
     for f in above:
-        g = _stripped(f)
+        g = uncast(f)
         if g is f or g.op not in ("mul", "div"):
             up.append(g)
             continue
@@ -195,7 +192,7 @@ def _factors(body: Expr) -> tuple[list[Expr], list[Expr]]:
     return up, down
 
 
-def _product(a: Attention, e: Einsum, extent: dict[str, Size]) -> Product:
+def _product(a: Attention, e: Einsum, extent: dict[str, Size]) -> Dot:
     """Sort the factors of a contraction: those without its rank leave the sum, the others belong to one side."""
     body, embed = e.body, e.over[0]
     if len(e.over) > 1:
@@ -217,7 +214,7 @@ def _product(a: Attention, e: Einsum, extent: dict[str, Size]) -> Product:
     if q.dtype != k.dtype:
         q, k = replace(q, dtype="f32"), replace(k, dtype="f32")
     load = ex.load(e.out.tensor, e.out.index, a.cascade.tensor[e.out.tensor].dtype)
-    return Product(load, embed, int(extent[embed]), q, k, factor)
+    return Dot(load, embed, int(extent[embed]), q, k, factor)
 
 
 def _times(side: Expr | None, f: Expr, up: bool) -> Expr:
@@ -226,12 +223,12 @@ def _times(side: Expr | None, f: Expr, up: bool) -> Expr:
     return side * f if up else side / f
 
 
-def _side(term: Expr) -> Side:
+def _side(term: Expr) -> DotOperand:
     """An operand in its tensor's type when it is one as it lies, else in the type that the model computes it in."""
-    bare = _stripped(term)
+    bare = uncast(term)
     if bare.op == "load" and bare.is_float:
-        return Side(bare, bare.dtype)
-    return Side(term, term.dtype if term.dtype in ("f16", "bf16") else "f32")
+        return DotOperand(bare, bare.dtype)
+    return DotOperand(term, term.dtype if term.dtype in ("f16", "bf16") else "f32")
 
 
 def _flattened(e: Einsum, extent: dict[str, Size]) -> tuple[Expr, str]:
@@ -255,21 +252,6 @@ def mapped(s: Streaming, f: Callable[[Expr], Expr]) -> Streaming:
     """Every term of the element-wise program rewritten by `f`."""
     mask = replace(s.mask, keep=f(s.mask.keep), full=f(s.mask.full))
     return replace(s, score=f(s.score), mask=mask, state=mapped_state(s.state, f))
-
-
-def mapped_state(state: RowState, f: Callable[[Expr], Expr]) -> RowState:
-    """Every term of a row state rewritten by `f`."""
-
-    def carried(k: Carried) -> Carried:
-        return replace(k, lift=f(k.lift), correction=None if k.correction is None else f(k.correction))
-
-    return replace(
-        state,
-        carried=tuple(carried(k) for k in state.carried),
-        weight=f(state.weight),
-        correction=None if state.correction is None else f(state.correction),
-        finish=f(state.finish),
-    )
 
 
 def _factored(s: Streaming) -> Streaming:

@@ -28,6 +28,7 @@ class VendorCall:
 
     `inputs`: the cascade's inputs, in order; `sizes`: what no input has as a dimension, as further arguments.
     `mask`: the term that is made a tensor, if any; `causal`: the function is told so instead; `grouped`: heads share keys.
+    `compiled`: it is compiled when it first runs.
     """
 
     name: str
@@ -36,6 +37,7 @@ class VendorCall:
     mask: Expr | None = None
     causal: bool = False
     grouped: bool = False
+    compiled: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:

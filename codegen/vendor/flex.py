@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from ...cost_model.devices.device import Device
 from ...cost_model.time.predict import VendorUse
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Refusal, no_key_rule
+from ...patterns.attention.traits import no_key_rule
 from ...patterns.cascade import Cascade
 from ...patterns.expr import TRUE, Expr
+from ...patterns.verdict import Obstacle, Refusal
 from ..files.tile_plan import tile_lines
 from ..files.torch_file import Printer, common, common_type, indented, operands, shared_alike, used_names
 from ..forms.form import Form, form, rows_keep_a_key
@@ -32,8 +33,8 @@ BLOCK = 128
 def flex(c: Cascade, *, keyed: bool = False) -> VendorCall | Refusal:
     """FlexAttention for a cascade, or why it would compute something else. `keyed`: every row is known to keep a key."""
     f = form(c)
-    if isinstance(f, Refusal):
-        return Refusal(NAME, f.reason)
+    if isinstance(f, Obstacle):
+        return Refusal(NAME, str(f))
     if len(f.products) != 1:
         return Refusal(NAME, f"the score has {len(f.products)} products, FlexAttention has one")
     end = ending(f.attention, f.state)
@@ -122,7 +123,7 @@ class _Flex:
         lines.append(f"return {result(p, 'out')}{'' if same else f'.to({TYPES[out]})'}")
         functions = [ATTEND, *([LISTS, self.blocks()[1]] if self.masked else []), function(p, NAME, lines)]
         text = file(f, "Attention by torch's FlexAttention, printed by reattend.", [], functions, self._imports())
-        return VendorCall(NAME, text, f.cascade, None, False, grouped)
+        return VendorCall(NAME, text, f.cascade, grouped=grouped, compiled=True)
 
     def _imports(self) -> list[str]:
         names = [*(["AuxRequest"] if self.end.finish is not None else []), *(["BlockMask"] if self.masked else [])]

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from ...cost_model.devices.device import Device
 from ...cost_model.time.predict import VendorUse
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Refusal, no_key_rule
+from ...patterns.attention.traits import no_key_rule
 from ...patterns.cascade import Cascade, bind
 from ...patterns.expr import TRUE, Expr
 from ...patterns.terms.conditions import conjuncts
+from ...patterns.verdict import Obstacle, Refusal
 from ..files.tile_plan import without_causal
 from ..files.torch_file import Printer, common, common_type, operands, shared_alike
 from ..forms.form import Form, Softmax, form, rows_keep_a_key, softmax
@@ -32,8 +33,8 @@ HALF = ("f16", "bf16")
 def sdpa(c: Cascade, *, keyed: bool = False) -> VendorCall | Refusal:
     """SDPA for a cascade, or why it would compute something else. `keyed`: every row is known to keep a key."""
     f = form(c)
-    if isinstance(f, Refusal):
-        return Refusal(NAME, f.reason)
+    if isinstance(f, Obstacle):
+        return Refusal(NAME, str(f))
     s = softmax(f)
     if isinstance(s, str):
         return Refusal(NAME, s)
@@ -144,7 +145,7 @@ def backends(call: VendorCall, device: Device, sizes: Mapping[str, int], *, grad
     Source: torch's sdp_utils.cpp (CUDA and C++), 2.11 to 2.13, and profiles of the CPU's kernels.
     """
     f = form(call.cascade)
-    assert not isinstance(f, Refusal)
+    assert not isinstance(f, Obstacle)
     dtype = _dtype(f)
     e, v = (int(bind(f.cascade.rank[r].size, sizes)) for r in (f.products[0].over[0], f.attention.value))
     if device.kind == "cpu":
@@ -212,7 +213,7 @@ def use(call: VendorCall, device: Device, sizes: Mapping[str, int], *, gradients
     operators = 0 if bare else sum(1 for x in ex.walk(call.mask) if x.op not in ("const", "index", "symbol", "load"))
     if device.kind == "cpu" and dtype != "b1":
         f = form(call.cascade)
-        assert not isinstance(f, Refusal)
+        assert not isinstance(f, Obstacle)
         # numbers are made in fp32; a tensor of another type than the operands' is widened first
         bare = bare and (_as_it_is(f, call.mask) or dtype == "f32")
         dtype = dtype if bare else "f32"

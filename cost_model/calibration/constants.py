@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...patterns.cascade import Cascade
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ..devices.device import Device
 from ..time.cost import Cost
 from ..time.predict import predict
@@ -27,7 +27,7 @@ class Timed:
     """Our kernel for a cascade under a mapping, and what it took."""
 
     cascade: Cascade
-    mapping: Tiling
+    mapping: TileMapping
     sizes: Mapping[str, int]
     seconds: float
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from ...patterns.cascade import Cascade, Size
 from ...patterns.passes.rewrites import Family
-from .footprint import Choice, choices, ground, revisited
+from .footprint import Choice, choices, revisited, setting
 from .passes import families, levels, report
-from .search import Form, search
+from .search import CascadeForm, search
 
 
 def describe(
@@ -46,7 +46,7 @@ def _family(
     c: Cascade, family: Family, sizes: Mapping[str, int] | None, query: str, rows: int, width: int | None
 ) -> dict[str, Any]:
     passes = report(c, family)
-    g = ground(c, family, query, rows, sizes, width)
+    g = setting(c, family, query, rows, sizes, width)
     found = choices(g)
     return {
         "ranks": list(family),
@@ -75,7 +75,7 @@ def _forms(c: Cascade, family: Family) -> list[dict[str, Any]]:
     return [_form(f, f is found.best) for f in found.forms]
 
 
-def _form(f: Form, best: bool) -> dict[str, Any]:
+def _form(f: CascadeForm, best: bool) -> dict[str, Any]:
     return {
         "ranks": list(f.family),
         "passes": f.passes,

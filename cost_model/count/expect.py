@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention
+from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Cascade
 from ...patterns.expr import Expr
 from ...patterns.masks.split import conjuncts, split

@@ -71,7 +71,7 @@ def revisited(c: Cascade, family: Family) -> tuple[Revisited, ...]:
 
 
 @dataclass(frozen=True)
-class Ground:
+class Setting:
     """Where the choices stand: how many query rows are held at a time, and sizes; `width` overrides bytes an element."""
 
     cascade: Cascade
@@ -97,16 +97,16 @@ class Ground:
         return any(rank in i.ranks for access in at for i in access)
 
 
-def ground(
+def setting(
     c: Cascade, family: Family, query: str, rows: Size, sizes: Mapping[str, int] | None = None, width: int | None = None
-) -> Ground:
+) -> Setting:
     """The setting of `choices` and `moved`. Raises ValueError for a query rank that the cascade lacks."""
     if query not in c.rank:
         raise ValueError(f"cascade {c.name!r} has no rank {query}; one of {', '.join(c.rank)}")
-    return Ground(c, family, query, rows, Sizes(c, sizes), width)
+    return Setting(c, family, query, rows, Sizes(c, sizes), width)
 
 
-def choices(g: Ground) -> tuple[Choice, ...]:
+def choices(g: Setting) -> tuple[Choice, ...]:
     """Every way to bring each revisited tensor to its later passes, with its bytes and operations."""
     out: list[Choice] = []
     for r in revisited(g.cascade, g.family):
@@ -129,7 +129,7 @@ def choices(g: Ground) -> tuple[Choice, ...]:
     return tuple(out)
 
 
-def _held(g: Ground, name: str) -> Size:
+def _held(g: Setting, name: str) -> Size:
     """Bytes of the part of a tensor that one block of rows needs: whole fibers of the family, one batch entry."""
     c = g.cascade
     batch = {str(i.attr) for o in c.outputs for e in c.producers[o] for i in e.out.index if i.op == "index"}
@@ -157,7 +157,7 @@ def _chain(c: Cascade, name: str, family: Family) -> list[Einsum]:
     return list(seen.values())
 
 
-def moved(g: Ground, how: Mapping[str, str] | None = None) -> Size:
+def moved(g: Setting, how: Mapping[str, str] | None = None) -> Size:
     """Bytes moved under a choice for every revisited tensor (`how` names those that are not buffered).
 
     Inputs come once, or once a block of rows if they lack the query; outputs leave once. Raises KeyError for a choice
@@ -175,7 +175,7 @@ def moved(g: Ground, how: Mapping[str, str] | None = None) -> Size:
     return out
 
 
-def cheapest(g: Ground, room_bytes: int) -> dict[str, str]:
+def cheapest(g: Setting, room_bytes: int) -> dict[str, str]:
     """For each revisited tensor: buffered while there is room, else the way that moves the fewest bytes.
 
     Sizes must be bound. The tensors that would cost most to move are buffered first.

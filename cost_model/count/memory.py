@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention
+from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Cascade
 from ...patterns.expr import Expr
 from .eager import operators
@@ -19,7 +19,7 @@ from .work import WIDTH, Sizes, product, size_int
 
 
 @dataclass(frozen=True)
-class Memory:
+class AttentionMemory:
     """Bytes of one attention: `cache` of keys and values, `eager` and `tiled` while it is computed."""
 
     cache_bytes: int
@@ -27,7 +27,7 @@ class Memory:
     tiled_bytes: int
 
 
-def memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> Memory:
+def memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> AttentionMemory:
     """The memory of an attention `a` read off cascade `c`. Raises ValueError when a size has no value."""
     bound = Sizes(c, sizes)
 
@@ -37,7 +37,7 @@ def memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> Memory:
     inputs = {t.name for t in c.inputs}
     cache = sum(size(n) for n in keyed_inputs(a) & inputs)
     eager = max((o.read_bytes + o.written_bytes for o in operators(c, sizes)), default=0)
-    return Memory(cache, eager, sum(size(n) for n in c.outputs))
+    return AttentionMemory(cache, eager, sum(size(n) for n in c.outputs))
 
 
 def keyed_inputs(a: Attention) -> frozenset[str]:

@@ -17,18 +17,18 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from ...patterns.attention.recognise import Miss
 from ...patterns.expr import Expr
 from ...patterns.masks.split import FULL, TileRuns, count_tiles
 from ...patterns.masks.tiles import pairs
 from ...patterns.terms.conditions import conjunction, conjuncts, normal
+from ...patterns.verdict import Obstacle
 from .tiles import Jobs
 
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Axis:
+class TokenAxis:
     """One dimension: its query and its key rank, and the sides of a tile over them."""
 
     query: str
@@ -41,7 +41,7 @@ class Axis:
 class Side:
     """Key tiles of one dimension for each of its query tiles; `tiles` is how many there are."""
 
-    axis: Axis
+    axis: TokenAxis
     keep: Expr
     visited: Ints
     full: Ints
@@ -126,33 +126,37 @@ def _outer(counts: Sequence[Ints]) -> NDArray[np.float64]:
 
 
 def grid_tiles(
-    keep: Expr, axes: Sequence[Axis], extents: Mapping[str, int], *, dynamic: bool = False,
+    keep: Expr, axes: Sequence[TokenAxis], extents: Mapping[str, int], *, dynamic: bool = False,
     symbols: Mapping[str, int] | None = None,
-) -> GridTiles | Miss:  # fmt: skip
+) -> GridTiles | Obstacle:  # fmt: skip
     """The tiles of a mask over the ranks of `axes`, or why it is no product over them.
 
     Raises ValueError for a rank without extent or a symbol without value.
     """
     parts = separated(keep, axes)
-    if isinstance(parts, Miss):
+    if isinstance(parts, Obstacle):
         return parts
     sides = tuple(_side(part, a, extents, dynamic, symbols) for part, a in zip(parts, axes))
     return GridTiles(sides, extents)
 
 
-def separated(keep: Expr, axes: Sequence[Axis]) -> tuple[Expr, ...] | Miss:
-    """The predicate of every dimension, whose conjunction the mask is; a Miss names the condition that ties two."""
+def separated(keep: Expr, axes: Sequence[TokenAxis]) -> tuple[Expr, ...] | Obstacle:
+    """The predicate of every dimension, whose conjunction the mask is; an Obstacle names the condition that ties two."""
     found: list[list[Expr]] = [[] for _ in axes]
     for part in conjuncts(normal(keep)):
         owners = [i for i, a in enumerate(axes) if part.ranks & {a.query, a.key}]
         known = frozenset(r for i in owners for r in (axes[i].query, axes[i].key))
         if len(owners) > 1 or not part.ranks <= known:
-            return Miss(f"{part} ties {', '.join(sorted(part.ranks))}: count the mask in its one-dimensional layout")
+            return Obstacle(
+                f"{part} ties {', '.join(sorted(part.ranks))}: count the mask in its one-dimensional layout"
+            )
         found[owners[0] if owners else 0].append(part)
     return tuple(conjunction(tuple(p)) for p in found)
 
 
-def _side(keep: Expr, a: Axis, extents: Mapping[str, int], dynamic: bool, symbols: Mapping[str, int] | None) -> Side:
+def _side(
+    keep: Expr, a: TokenAxis, extents: Mapping[str, int], dynamic: bool, symbols: Mapping[str, int] | None
+) -> Side:
     runs = count_tiles(
         keep, query=a.query, key=a.key, extents={r: extents[r] for r in (a.query, a.key)}, symbols=symbols,
         tile_p=a.tile_q, tile_m=1 if dynamic else a.tile_k,

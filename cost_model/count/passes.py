@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import sympy
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Miss, attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
+from ...patterns.verdict import Obstacle
 from .work import is_view
 
 
@@ -65,7 +66,7 @@ def key_family(c: Cascade) -> tuple[str, ...]:
         if family[0] in iterative:
             return family
     view = attention(c)
-    if isinstance(view, Miss):
+    if isinstance(view, Obstacle):
         raise ValueError(f"cascade {c.name!r} has no key rank: {view}")
     return (view.key,)
 

@@ -13,12 +13,12 @@ from functools import lru_cache
 
 import sympy
 
-from ...patterns.attention.recognise import Refusal
 from ...patterns.cascade import Cascade, Size
 from ...patterns.passes.bounded import unbound
 from ...patterns.passes.repair import repair
 from ...patterns.passes.rewrites import Family, Rewrite, Rewritten, defer, exchange, expand, moments
 from ...patterns.passes.tiling import partition
+from ...patterns.verdict import Refusal
 from .passes import passes
 from .work import EXPONENTIALS, Sizes, elements, operations, size_int
 
@@ -32,7 +32,7 @@ EXP_SLOTS = 7
 
 
 @dataclass(frozen=True)
-class Step:
+class RewriteStep:
     """One rewrite: passes before and after it, and what must hold."""
 
     rewrite: str
@@ -45,14 +45,14 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Form:
+class CascadeForm:
     """A form of the cascade: how it was reached, its passes over `family`, the elements that stay between elements."""
 
     cascade: Cascade
     family: Family
     passes: int
     state: Size
-    steps: tuple[Step, ...] = ()
+    steps: tuple[RewriteStep, ...] = ()
 
     def __str__(self) -> str:
         how = " · ".join(s.rewrite for s in self.steps) or "as written"
@@ -60,19 +60,19 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The cascade as written, the best form, the best form for each number of passes, and the refusals met."""
 
-    written: Form
-    best: Form
-    forms: tuple[Form, ...]
+    written: CascadeForm
+    best: CascadeForm
+    forms: tuple[CascadeForm, ...]
     refusals: tuple[Refusal, ...]
 
 
 @lru_cache(maxsize=512)
-def search(c: Cascade, family: Family) -> Found:
+def search(c: Cascade, family: Family) -> SearchResult:
     """Search the forms of a cascade over one rank family, breadth first. Raises KeyError for a rank that it lacks."""
-    start = Form(c, family, passes(c, family), state(c, family))
+    start = CascadeForm(c, family, passes(c, family), state(c, family))
     queue, seen, refusals = [start], {c}, dict[Refusal, None]()
     at = 0
     while at < len(queue) and len(queue) < FORMS:
@@ -87,28 +87,28 @@ def search(c: Cascade, family: Family) -> Found:
             elif out.cascade not in seen:
                 seen.add(out.cascade)
                 queue.append(_next(form, out))
-    least: dict[int, Form] = {}
+    least: dict[int, CascadeForm] = {}
     for form in sorted(queue, key=_rank):
         least.setdefault(form.passes, form)
     best = min(least.values(), key=_rank)
     if best.passes == start.passes:
         best = start
-    return Found(start, best, tuple(least[n] for n in sorted(least)), tuple(refusals))
+    return SearchResult(start, best, tuple(least[n] for n in sorted(least)), tuple(refusals))
 
 
-def _rewrites(form: Form) -> tuple[Rewrite, ...]:
+def _rewrites(form: CascadeForm) -> tuple[Rewrite, ...]:
     if any(r.iterative for r in form.cascade.ranks):
         return ()
     return WHOLE if len(form.family) == 1 else TILED
 
 
-def _next(form: Form, out: Rewritten) -> Form:
+def _next(form: CascadeForm, out: Rewritten) -> CascadeForm:
     after = passes(out.cascade, out.family)
-    step = Step(out.rewrite, form.passes, after, out.conditions)
-    return Form(out.cascade, out.family, after, state(out.cascade, out.family), (*form.steps, step))
+    step = RewriteStep(out.rewrite, form.passes, after, out.conditions)
+    return CascadeForm(out.cascade, out.family, after, state(out.cascade, out.family), (*form.steps, step))
 
 
-def _rank(form: Form) -> tuple[int, int, int]:
+def _rank(form: CascadeForm) -> tuple[int, int, int]:
     return form.passes, effort(form.cascade), len(form.steps)
 
 
@@ -137,4 +137,4 @@ def state(c: Cascade, family: Family) -> Size:
     return out
 
 
-__all__ = ["TILED", "WHOLE", "Form", "Found", "Step", "effort", "search", "state"]
+__all__ = ["TILED", "WHOLE", "CascadeForm", "RewriteStep", "SearchResult", "effort", "search", "state"]

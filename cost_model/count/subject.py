@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, Miss, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import Mask, split
+from ...patterns.verdict import Obstacle
 from .tiles import NOTHING, Data, Jobs, jobs, tile_map
 from .work import WIDTH, Sizes, Work, count, factors, size_int, term_operations
 
@@ -62,13 +64,13 @@ def operand_dtype(e: Expr) -> str:
 
 
 @lru_cache(maxsize=256)
-def subject(c: Cascade) -> Subject | Miss:
+def subject(c: Cascade) -> Subject | Obstacle:
     """The subject of a lifted cascade, or why it has no one-pass form."""
     a = attention(c)
-    if isinstance(a, Miss):
+    if isinstance(a, Obstacle):
         return a
     state = derive(a)
-    if isinstance(state, Miss):
+    if isinstance(state, Obstacle):
         return state
     return Subject(a.cascade, a, stream(a, state), split(a.score, a.key))
 
@@ -122,7 +124,7 @@ def _divisor(side: Expr, rank: str, extent: Mapping[str, int], symbols: Mapping[
     return found.pop() if len(found) == 1 else 1
 
 
-def plan_tiles(s: Subject, at: Shape, mapping: Tiling, data: Data = NOTHING) -> Jobs:
+def plan_tiles(s: Subject, at: Shape, mapping: TileMapping, data: Data = NOTHING) -> Jobs:
     """The programs of a mapping and the key tiles that each of them visits, given what is known of run-time data."""
     a = s.attention
     tiles = tile_map(s.mask, a.query, a.key, at.extent, at.symbols, mapping.tile_p, mapping.tile_m, data)
@@ -131,14 +133,14 @@ def plan_tiles(s: Subject, at: Shape, mapping: Tiling, data: Data = NOTHING) -> 
     return jobs(tiles, at.batch * rows, rows, -(-at.keys // mapping.tile_m), s.mask, data, tile)
 
 
-def work(s: Subject, at: Shape, mapping: Tiling, sizes: Mapping[str, int], tiles: Jobs) -> Work:
+def work(s: Subject, at: Shape, mapping: TileMapping, sizes: Mapping[str, int], tiles: Jobs) -> Work:
     """The work of the one-pass form under a mapping."""
     return count(
         s.flow, mapping, sizes, tiles.tally, query=s.attention.query, mask_ops=mask_operations(s, at, mapping)
     )
 
 
-def mask_operations(s: Subject, at: Shape, mapping: Tiling) -> Mapping[str, Size]:
+def mask_operations(s: Subject, at: Shape, mapping: TileMapping) -> Mapping[str, Size]:
     """Element operations that a full tile saves: those of the score less those of the score where the mask keeps."""
     if s.mask.keep is ex.TRUE:
         return {}

@@ -23,10 +23,11 @@ from typing import Protocol
 import sympy
 
 from ...patterns import expr as ex
-from ...patterns.cascade import Cascade, Einsum, Size
+from ...patterns.cascade import Cascade, Einsum, Size, bind
 from ...patterns.expr import Expr
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ...patterns.operators import OPERATORS, named
+from ...patterns.terms.interval_rules import PLAIN, interval
 
 WIDTH: Mapping[str, int] = {
     "b1": 1, "u8": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8,
@@ -152,8 +153,7 @@ class Sizes:
         value = self._number(size)
         if value is not None and value.denominator == 1:
             return int(value)
-        out = size.subs({s: self.known[str(s)] for s in size.free_symbols if str(s) in self.known})
-        return int(out) if out.is_Integer else out
+        return bind(size, self.known)
 
     def _number(self, size: sympy.Expr) -> Fraction | None:
         """The value of a size without symbols left, by plain arithmetic: sympy's substitution takes milliseconds."""
@@ -305,36 +305,29 @@ def minus(w: Work, ops: Mapping[str, Size]) -> Work:
 # --- traffic ----------------------------------------------------------------------------------------------------
 
 
-def span(term: Expr, extent: Mapping[str, Size]) -> tuple[Size, Size]:
-    """The lowest and highest value of an index term over these extents; a gather may reach anything (0, ∞)."""
-    anywhere = (0, sympy.oo)
+ANYWHERE = (-math.inf, math.inf)
+
+
+def span(term: Expr, extent: Mapping[str, Size]) -> tuple[float, float] | None:
+    """The lowest and highest value of an index term over a tile of these extents at 0, so that their distance is right for
+    a tile anywhere: a clamp is left out, since it narrows some tiles alone; None for symbolic sizes, (−∞, ∞) for a gather.
+    """
     match term.op:
         case "const":
             return int(term.value), int(term.value)
-        case "symbol":
-            s = sympy.Symbol(str(term.attr), integer=True, positive=True)
-            return s, s
         case "index":
-            return 0, extent[str(term.attr)] - 1
-        case "add" | "sub" | "mul" | "floordiv":
-            (a, b), (c, d) = (span(x, extent) for x in term.args)
-            if term.op == "add":
-                return a + c, b + d
-            if term.op == "sub":
-                return a - d, b - c
-            if term.args[1].ranks:
-                return anywhere
-            return (a * c, b * d) if term.op == "mul" else (_floor(a, c), _floor(b, d))
-        case "mod":
-            n = term.args[1]
-            return (0, span(n, extent)[1] - 1) if not n.ranks else anywhere
+            size = extent[str(term.attr)]
+            return (0, size - 1) if isinstance(size, int) else None
+        case "symbol":
+            return None
         case "min" | "max":
             return span(term.args[0] if term.args[0].ranks else term.args[1], extent)
-    return anywhere
-
-
-def _floor(a: Size, b: Size) -> Size:
-    return a // b if isinstance(a, int) and isinstance(b, int) and b else sympy.floor(a / b)
+        case "mul" | "floordiv" | "mod" if not term.args[1].is_const:
+            return ANYWHERE
+        case "add" | "sub" | "mul" | "floordiv" | "mod":
+            left, right = (span(x, extent) for x in term.args)
+            return interval(term, (left, right), PLAIN) if left is not None and right is not None else None
+    return ANYWHERE
 
 
 def footprint(load: Expr, shape: Sequence[Size], extent: Mapping[str, Size]) -> Size:
@@ -344,10 +337,9 @@ def footprint(load: Expr, shape: Sequence[Size], extent: Mapping[str, Size]) -> 
         if not term.ranks:
             continue
         points = elements(extent, term.ranks)
-        lo, hi = span(term, extent)
-        wide = hi - lo + 1
-        if wide is not sympy.oo:
-            points = least(points, wide) if isinstance(wide, int) else points
+        found = span(term, extent)
+        if found is not None and isinstance(points, int):
+            points = int(min(points, found[1] - found[0] + 1))
         out = out * least(points, size)
     return out
 
@@ -364,7 +356,7 @@ def _written(c: Cascade, sizes: Sizes, name: str) -> Size:
 
 
 def count(
-    c: Cascade, mapping: Tiling | None = None, sizes: Mapping[str, int] | None = None, tiles: Counted | None = None, *,
+    c: Cascade, mapping: TileMapping | None = None, sizes: Mapping[str, int] | None = None, tiles: Counted | None = None, *,
     query: str | None = None, mask_ops: Mapping[str, Size] | None = None,
     groups: Sequence[Sequence[str]] | None = None,
 ) -> Work:  # fmt: skip
@@ -382,7 +374,7 @@ def count(
     return _streamed(c, mapping, bound, tiles, query, mask_ops or {})
 
 
-def _with_tile(c: Cascade, mapping: Tiling | None, sizes: Mapping[str, int] | None) -> dict[str, int]:
+def _with_tile(c: Cascade, mapping: TileMapping | None, sizes: Mapping[str, int] | None) -> dict[str, int]:
     """Sizes with the key tile's symbol bound by the mapping."""
     known = dict(sizes or {})
     if mapping is not None:
@@ -443,7 +435,12 @@ def sources(c: Cascade) -> dict[str, str]:
 
 
 def _streamed(
-    c: Cascade, mapping: Tiling, sizes: Sizes, tiles: Counted | None, query: str | None, mask_ops: Mapping[str, Size]
+    c: Cascade,
+    mapping: TileMapping,
+    sizes: Sizes,
+    tiles: Counted | None,
+    query: str | None,
+    mask_ops: Mapping[str, Size],
 ) -> Work:
     outer, inner, query, batch = _roles(c, query)
     extent = sizes.rank
@@ -511,7 +508,7 @@ def _tiles(
 
 def _stream_traffic(
     c: Cascade, sizes: Sizes, one: Mapping[str, Size], extent: Mapping[str, Size], key: tuple[str, str], query: str,
-    batch: list[str], programs: Size, seen: Tiles, mapping: Tiling,
+    batch: list[str], programs: Size, seen: Tiles, mapping: TileMapping,
 ) -> tuple[Traffic, ...]:  # fmt: skip
     inputs = {t.name for t in c.inputs}
     row: list[Traffic] = []

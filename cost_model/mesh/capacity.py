@@ -21,7 +21,7 @@ TRAINING = 8
 
 
 @dataclass(frozen=True)
-class Memory:
+class DeviceMemory:
     """Bytes on one device. `per_key` of `cache` and `activations` grow with the number of keys, both with the batch."""
 
     weights: int
@@ -37,7 +37,7 @@ class Memory:
         return (1 - RESERVE) * dram_bytes
 
 
-def memory(parts: Sequence[tuple[Placed, int]], step: str, weights: int = 0) -> Memory:
+def memory(parts: Sequence[tuple[Placed, int]], step: str, weights: int = 0) -> DeviceMemory:
     """The memory of a model: (one layer's part, how many layers) pairs, and the bytes of all its weights.
 
     Weights that stand in the cascades are held as derived; all others are divided between the devices that carry heads.
@@ -49,12 +49,12 @@ def memory(parts: Sequence[tuple[Placed, int]], step: str, weights: int = 0) -> 
     own = [sum(p.inputs.values()) + p.output for p, _ in parts]
     if step == "training":
         kept = sum(n * (a + p.cache_bytes) for a, (p, n) in zip(own, parts))
-        return Memory(held * TRAINING, 0, kept, True)
+        return DeviceMemory(held * TRAINING, 0, kept, True)
     cache = sum(n * p.cache_bytes for p, n in parts)
-    return Memory(held, cache, max(own, default=0), step == "prefill")
+    return DeviceMemory(held, cache, max(own, default=0), step == "prefill")
 
 
-def largest_batch(m: Memory, dram_bytes: float, batch: int, keys: int, length: int) -> int:
+def largest_batch(m: DeviceMemory, dram_bytes: float, batch: int, keys: int, length: int) -> int:
     """Sequences of `length` keys that fit beside the weights, where `m` is the memory of `batch` of `keys` keys.
 
     0 where not even one fits, or where the weights alone do not.

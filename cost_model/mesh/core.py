@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade
 from ...patterns.expr import Expr
 from ..count.work import factors

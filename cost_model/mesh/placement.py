@@ -24,12 +24,14 @@ from functools import lru_cache
 import sympy
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, Miss, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import RowState, derive, stream
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
 from ...patterns.masks.split import split
 from ...patterns.passes.cut import Cut, CutError, cut
+from ...patterns.verdict import Obstacle
 from ..count.tiles import NOTHING, Data, jobs, tile_map
 from ..count.work import (
     INDEX,
@@ -174,7 +176,7 @@ class _Placement:
             if size % parts:
                 raise Refused(f"{_plural(size, self.word(rank))} {_do(size)} not divide over {parts} devices")
         key = [r for r, a in self.how.inside if r == self.who.key and a in self.parts]
-        if key and self.core is not None and isinstance(self.state, Miss):
+        if key and self.core is not None and isinstance(self.state, Obstacle):
             raise Refused(f"the parts of a row do not merge: {self.state}")
 
     def word(self, rank: str) -> str:
@@ -524,7 +526,7 @@ def _kept(view: Attention, deal: tuple[Cut, ...], data: Data) -> float:
     except CutError as no:
         raise Refused(str(no)) from None
     a = attention(here)
-    if isinstance(a, Miss):
+    if isinstance(a, Obstacle):
         raise Refused(f"a part of the attention reads as none: {a}")
     extents = {r.name: size_int(r.size) for r in a.cascade.ranks}
     mask, tile = split(a.score, a.key), (min(TILE, extents[a.query]), TILE)

@@ -3,66 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
+from .scheme import Exchange, Scheme
+from .table import mesh_table
+
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """A collective of each of `layers` layers: bytes that a device sends in one, seconds if nothing hides it."""
-
-    kind: str
-    axis: str
-    what: str
-    parts: int
-    layers: int
-    sent_bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One way over all attentions of a model; bytes, FLOP and seconds are those of one device in one step.
-
-    `parts` are seconds by part: compute and memory (they overlap), exposed and latency of exchanges (they add up); matrix
-    and exp are what computing is made of.
-    `batches`: the most sequences of each context length that the mesh can hold. `even`: the most that a device has to do
-    over the mean; `copies`: on how many devices each cached number lies. `token_bytes`: what a device caches of one token
-    in one layer, on average.
-    """
-
-    name: str
-    assignment: str
-    exact: bool
-    feasible: bool
-    why: str
-    weight_bytes: int = 0
-    cache_bytes: int = 0
-    activation_bytes: int = 0
-    flops: int = 0
-    traffic_bytes: int = 0
-    exchanges: tuple[Exchange, ...] = ()
-    parts: Mapping[str, float] = field(default_factory=dict, hash=False)
-    seconds: float = float("inf")
-    bound: str = ""
-    batches: Mapping[int, int] = field(default_factory=dict, hash=False)
-    even: float = 1.0
-    copies: float = 1.0
-    token_bytes: float = 0.0
-
-    @property
-    def held_bytes(self) -> int:
-        return self.weight_bytes + self.cache_bytes + self.activation_bytes
-
-    @property
-    def sent_bytes(self) -> int:
-        return sum(x.sent_bytes * x.layers for x in self.exchanges)
-
-    def batch(self, keys: int) -> int:
-        """The largest batch at this context length. Raises KeyError for a length that was not asked for."""
-        return self.batches[keys]
 
 
 @dataclass(frozen=True)
@@ -90,23 +37,21 @@ class MeshPlan:
         raise KeyError(f"no way {name!r}; one of {', '.join(s.name for s in self.schemes)}")
 
     def __str__(self) -> str:
-        from .table import mesh_table
-
-        return mesh_table(self)
+        head = f"sharded over {self.mesh} ({self.devices} {self.device}), {self.step}"
+        return mesh_table(self.schemes, head, self.note)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data; infinite seconds become null."""
         rows = []
         for s in self.schemes:
-            row = {f.name: getattr(s, f.name) for f in fields(s)}
-            row |= {
-                "parts": dict(s.parts), "exchanges": [_plain(x) for x in s.exchanges],
+            row = vars(s) | {
+                "parts": dict(s.parts), "exchanges": [dict(vars(x)) for x in s.exchanges],
                 "seconds": s.seconds if s.feasible or s.parts else None,
                 "batches": {str(n): b for n, b in s.batches.items()},
                 "held_bytes": s.held_bytes, "sent_bytes": s.sent_bytes,
             }  # fmt: skip
             rows.append(row)
-        return _plain(self) | {"schema": SCHEMA, "schemes": rows}
+        return vars(self) | {"schema": SCHEMA, "schemes": rows}
 
     @staticmethod
     def from_dict(d: Mapping[str, Any]) -> MeshPlan:
@@ -123,7 +68,3 @@ class MeshPlan:
             schemes.append(Scheme(**own))
         own = {f.name: d[f.name] for f in fields(MeshPlan) if f.name != "schemes"}
         return MeshPlan(**own, schemes=tuple(schemes))
-
-
-def _plain(x: Any) -> dict[str, Any]:
-    return {f.name: getattr(x, f.name) for f in fields(x)}

@@ -12,27 +12,30 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
+from ...patterns.attention.attention import Attention
 from ...patterns.attention.ranks import fuse
-from ...patterns.attention.recognise import Attention, Miss, attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade
 from ...patterns.passes.absorb import weighted
+from ...patterns.verdict import Obstacle
 from ..count.tiles import NOTHING, Data
 from ..count.work import plus, size_int
 from ..devices.device import Device
 from ..time.gpu import overlapped, resources
-from .capacity import RESERVE, Memory, largest_batch, memory
+from .capacity import RESERVE, DeviceMemory, largest_batch, memory
 from .collectives import RING, Collective, backward, packed
 from .core import Refused, Roles, roles
 from .mesh import Mesh, MeshError
 from .placement import Placed, place
-from .plan import Exchange, MeshPlan, Scheme
+from .plan import MeshPlan
+from .scheme import Exchange, Scheme
 from .ways import FORMS, LATENT_ROLES, Latents, Way, assignments, captured_ways, latent_ways, latents, with_projection
 
 STEPS = ("prefill", "decode", "training")
 
 
 @dataclass(frozen=True)
-class Site:
+class ShardedSite:
     """An attention with integer sizes, and how many layers of the model are like it.
 
     `upstream` is the same attention with what makes its keys and values, or why that is not known; `model` the channels
@@ -42,7 +45,7 @@ class Site:
     name: str
     cascade: Cascade
     layers: int = 1
-    upstream: Cascade | Miss | None = None
+    upstream: Cascade | Obstacle | None = None
     model: int = 0
     data: Data = NOTHING
 
@@ -143,7 +146,7 @@ def scheme(
     )  # fmt: skip
 
 
-def _against(ways: Sequence[tuple[Way, int]], mem: Memory, device: Device, approximate: bool) -> str:
+def _against(ways: Sequence[tuple[Way, int]], mem: DeviceMemory, device: Device, approximate: bool) -> str:
     """Why a way whose cost is known may not be taken; empty where it may."""
     inexact = next((w.why for w, _ in ways if not w.exact), "")
     if inexact and not approximate:
@@ -258,14 +261,14 @@ def _rival(able: Sequence[Scheme]) -> str:
 
 
 def shard(
-    sites: Sequence[Site], mesh: Mesh, device: Device, *, step: str | None = None, weights: int = 0,
+    sites: Sequence[ShardedSite], mesh: Mesh, device: Device, *, step: str | None = None, weights: int = 0,
     approximate: bool = False,
 ) -> MeshPlan:  # fmt: skip
     """The sharding plan of a model's attentions. `step` None: decode where there is one query, else prefill.
 
     Raises MeshError where the mesh does not divide the heads or the batch, naming the sizes that do.
     """
-    ready: list[tuple[Site, Cascade, Roles]] = []
+    ready: list[tuple[ShardedSite, Cascade, Roles]] = []
     for s in map(_with_one_head_rank, sites):
         who = roles(s.cascade)
         _check(s, who, mesh)
@@ -288,7 +291,7 @@ def shard(
     return rank_ways(ways, mesh, device, step=step, weights=weights, approximate=approximate, note=note)
 
 
-def _with_one_head_rank(s: Site) -> Site:
+def _with_one_head_rank(s: ShardedSite) -> ShardedSite:
     """Heads that are there as groups and members become one rank: ranks that index weights belong to no sequence."""
     if not isinstance(s.upstream, Cascade):
         return s
@@ -304,16 +307,16 @@ def _with_one_head_rank(s: Site) -> Site:
     return s
 
 
-def _latents(s: Site, plain: Cascade, who: Roles, step: str) -> Latents | Miss | None:
+def _latents(s: ShardedSite, plain: Cascade, who: Roles, step: str) -> Latents | Obstacle | None:
     """The latent forms of an attention; None where nobody asked, or nothing is cached."""
     if s.upstream is None or step == "training":
         return None
-    upstream = s.upstream if isinstance(s.upstream, Miss) else with_projection(s.upstream, who, s.model)
+    upstream = s.upstream if isinstance(s.upstream, Obstacle) else with_projection(s.upstream, who, s.model)
     return latents(upstream, plain, who)
 
 
 def _by_name(
-    plain: Cascade, found: Latents | Miss | None, who: Roles, mesh: Mesh, some: bool
+    plain: Cascade, found: Latents | Obstacle | None, who: Roles, mesh: Mesh, some: bool
 ) -> Iterator[tuple[str, Way]]:  # fmt: skip
     """The ways of one attention; where others of the model have latents, one that has none takes its plain way beside."""
     own = found if isinstance(found, Latents) else None
@@ -323,12 +326,12 @@ def _by_name(
             yield from ((f"{form} {way.name}", way) for form in FORMS)
 
 
-def _said(sites: Sequence[Site], narrow: Sequence[Latents | Miss | None]) -> str:
+def _said(sites: Sequence[ShardedSite], narrow: Sequence[Latents | Obstacle | None]) -> str:
     """What latents are kept, and why others have none: each sentence once."""
     out: dict[str, None] = {}
     without: dict[str, list[str]] = {}
     for s, found in zip(sites, narrow):
-        if isinstance(found, Miss):
+        if isinstance(found, Obstacle):
             without.setdefault(found.reason, []).append(s.name or "an attention")
         elif found is not None:
             kept = " + ".join(f"{name} {n}" for name, n in found.kept)
@@ -342,7 +345,7 @@ def _said(sites: Sequence[Site], narrow: Sequence[Latents | Miss | None]) -> str
     return "".join(out)
 
 
-def _check(s: Site, who: Roles, mesh: Mesh) -> None:
+def _check(s: ShardedSite, who: Roles, mesh: Mesh) -> None:
     """What no way on this mesh could do: tp splits weights by heads, dp the sequences of the batch."""
     heads = size_int(s.cascade.rank[who.heads].size) if who.heads else 1
     tp, dp = mesh.size("tp"), mesh.size("dp")
@@ -364,6 +367,6 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 __all__ = [
-    "LATENT_ROLES", "STEPS", "Memory", "Site", "Times", "Way", "assignments", "exchanges", "hidden_from", "latent_ways",
-    "placed", "rank_ways", "scheme", "shard", "times", "with_projection",
+    "LATENT_ROLES", "STEPS", "DeviceMemory", "ShardedSite", "Times", "Way", "assignments", "exchanges", "hidden_from",
+    "latent_ways", "placed", "rank_ways", "scheme", "shard", "times", "with_projection",
 ]  # fmt: skip

@@ -9,26 +9,25 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from ..plan.table import seconds_text
-from .plan import MeshPlan, Scheme
+from ..words import bytes_text, seconds_text
+from .scheme import Scheme
 
 WIDTH = 180
 COLUMNS = ("way", "exact", "holds", "of it cache", "a token", "computes", "sends", "step", "bound", "largest batch", "why")
 RIGHT = ("holds", "of it cache", "a token", "computes", "sends", "step", "largest batch")
 
 
-def mesh_table(plan: MeshPlan, width: int = WIDTH) -> str:
-    """One row a way, best first; those that cannot run say why instead."""
+def mesh_table(schemes: Sequence[Scheme], head: str, note: str = "", width: int = WIDTH) -> str:
+    """One row a way under a heading, best first; those that cannot run say why instead."""
     table = Table(box=None, pad_edge=False)
     for c in COLUMNS:
         table.add_column(c, justify="right" if c in RIGHT else "left", overflow="fold", no_wrap=c not in ("why",))
-    for s in _grouped(plan.schemes):
+    for s in _grouped(schemes):
         table.add_row(*_row(s))
     out = io.StringIO()
     Console(file=out, width=width, force_terminal=False, highlight=False, markup=False).print(table)
-    head = f"sharded over {plan.mesh} ({plan.devices} {plan.device}), {plan.step}"
     lines = [head, *(line.rstrip() for line in out.getvalue().rstrip().splitlines())]
-    return "\n".join([*lines, f"({plan.note})"] if plan.note else lines)
+    return "\n".join([*lines, f"({note})"] if note else lines)
 
 
 def _grouped(schemes: Sequence[Scheme]) -> list[Scheme]:
@@ -66,11 +65,3 @@ def _flop(n: float) -> str:
 
 def _length(n: int) -> str:
     return f"{n // 1024}k" if n % 1024 == 0 else str(n)
-
-
-def bytes_text(n: float) -> str:
-    """1.23 GB, 45.6 MB, 0 B: three digits that count."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= scale:
-            return f"{n / scale:.3g} {unit}"
-    return f"{n:.0f} B"

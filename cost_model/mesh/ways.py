@@ -22,9 +22,9 @@ from itertools import product
 
 from ...patterns import expr as ex
 from ...patterns.attention.latent import Latent, Widths, absorbed, sliced
-from ...patterns.attention.recognise import Miss
 from ...patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
 from ...patterns.passes.absorb import Absorbed, absorb, shared, slices
+from ...patterns.verdict import Obstacle
 from ..count.tiles import NOTHING, Data
 from ..count.work import size_int
 from .core import Roles, core
@@ -185,21 +185,21 @@ class Latents:
     instead: int
 
 
-def latents(upstream: Cascade | Miss, plain: Cascade, who: Roles) -> Latents | Miss:
+def latents(upstream: Cascade | Obstacle, plain: Cascade, who: Roles) -> Latents | Obstacle:
     """The latent forms of an attention, from the cascade that makes its keys and values; or why there are none.
 
     `plain` is the attention on keys and values as they are. Both have their output projection.
     """
-    if isinstance(upstream, Miss):
+    if isinstance(upstream, Obstacle):
         return upstream
     found, expanded = (absorb(upstream, who.key, who.tokens, expand=e) for e in (False, True))
-    if isinstance(found, Miss):
+    if isinstance(found, Obstacle):
         return found
     assert isinstance(expanded, Absorbed), expanded
     kept, instead = (_a_token(c, who) for c in (found.cascade, plain))
     if sum(n for _, n in kept) >= sum(n for _, n in instead):
         said = ", ".join(f"{name} {n} bytes" for name, n in kept)
-        return Miss(f"what keys and values are made of is no narrower: {said} a token, for {sum(n for _, n in instead)}")
+        return Obstacle(f"what keys and values are made of is no narrower: {said} a token, for {sum(n for _, n in instead)}")
     return Latents(who, found, expanded.cascade, kept, sum(n for _, n in instead))
 
 

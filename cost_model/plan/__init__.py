@@ -1,1 +1,1 @@
-"""The plan as plain data: sites, candidates, what was left alone, and the same at other sizes."""
+"""The plan: what was found, as a table, as JSON, as a page, at other sizes, beside another plan."""

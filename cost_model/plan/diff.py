@@ -7,7 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from .plan import Plan, Site
+from ..sites.findings import Findings
+from ..sites.site import Site
+from ..words import WIDTH, group_name, seconds_text, table_of, table_text
 
 SAME, CHANGED, NEW, GONE = "same", "changed", "new", "gone"
 
@@ -54,8 +56,6 @@ class Diff:
         return tuple(r for r in self.rows if r.slower(self.tolerance))
 
     def __str__(self) -> str:
-        from .table_sweep import diff_table
-
         return diff_table(self)
 
     def to_json(self) -> str:
@@ -65,7 +65,7 @@ class Diff:
         return json.dumps(body, indent=1, ensure_ascii=False)
 
 
-def diff(before: Plan, after: Plan, tolerance: float = 0.05, names: Sequence[str] = ()) -> Diff:
+def diff(before: Findings, after: Findings, tolerance: float = 0.05, names: Sequence[str] = ()) -> Diff:
     """Compare two plans site by site: by name, then by place in the source, in the order in which they come.
 
     Raises ValueError for a negative tolerance.
@@ -84,7 +84,7 @@ def diff(before: Plan, after: Plan, tolerance: float = 0.05, names: Sequence[str
     return Diff(titles[0], titles[1], merged, before.seconds, after.seconds, tolerance)
 
 
-def _keyed(plan: Plan) -> dict[tuple[str, int], Site]:
+def _keyed(plan: Findings) -> dict[tuple[str, int], Site]:
     """Sites by name, and by how often the name came before: a module may hold several attentions."""
     seen: dict[str, int] = {}
     out: dict[tuple[str, int], Site] = {}
@@ -118,5 +118,26 @@ def _seconds(s: Site) -> float | None:
     return cost.seconds if cost is not None else None
 
 
-def _title(plan: Plan) -> str:
+def _title(plan: Findings) -> str:
     return f"{plan.model or 'plan'} on {plan.device.name}"
+
+
+def diff_table(d: Diff, width: int = WIDTH) -> str:
+    """Changed, new and gone sites first; those whose choice and time stayed are counted."""
+    lines = [f"{d.before} → {d.after}: {seconds_text(d.before_seconds)} → {seconds_text(d.after_seconds)} in all"]
+    same = [r for r in d.rows if r.status not in (CHANGED, NEW, GONE) and r.ratio in (None, 1.0)]
+    shown = [r for r in d.rows if r not in same]
+    table = table_of(("what", "status", "choice", "time", "ratio", "note"), right=("ratio",))
+    for r in shown:
+        name = (group_name(list(r.names)) or "(no name)") + (f" ×{len(r.names)}" if len(r.names) > 1 else "")
+        choice = r.before if r.before == r.after else f"{r.before or '–'} → {r.after or '–'}"
+        before, after = (seconds_text(x) if x is not None else "–" for x in (r.before_seconds, r.after_seconds))
+        ratio = f"{r.ratio:.2f}×" if r.ratio is not None else ""
+        note = f"slower by more than {d.tolerance:.0%}" if r.slower(d.tolerance) else ""
+        table.add_row(name, r.status, choice, f"{before} → {after}", ratio, note)
+    if shown:
+        lines.append(table_text(table, width))
+    n = sum(len(r.names) for r in same)
+    if n:
+        lines.append(f"{n} {'site is' if n == 1 else 'sites are'} as before")
+    return "\n".join(lines)

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..plan.table import between, bytes_text, tokens_text
+from ..sites.course import Course
+from ..sites.findings import Findings
+from ..sites.site import Candidate, Site
+from ..sites.sweep import Sweep
 from ..time.cost import TOTAL
 from ..time.roofline import roof
+from ..words import between, bytes_text, tokens_text
 from .basis import basis_rows, basis_text
 from .mesh_data import TITLES, mesh_data
-
-if TYPE_CHECKING:
-    from ..plan.plan import Candidate, Plan, Site
-    from ..plan.sweep import Course, Sweep
 
 # Short names of types in device files, by the names that torch has for them.
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 
 
-def plan_data(plan: Plan, sweeps: Sequence[Sweep]) -> dict[str, Any]:
+def plan_data(plan: Findings, sweeps: Sequence[Sweep]) -> dict[str, Any]:
     """Everything that tables and drawings of one plan need."""
-    from ..plan.plan import ORIGINAL
-
     d = plan.device
-    before = [s.candidate(ORIGINAL).cost if any(c.name == ORIGINAL for c in s.candidates) else None for s in plan.sites]
+    before = [s.original.cost if s.original is not None else None for s in plan.sites]
     known = all(c is not None for c in before) and plan.seconds > 0
     return {
         "model": plan.model, "note": plan.note, "seconds": plan.seconds, "sites": len(plan.sites),
@@ -42,7 +40,7 @@ def plan_data(plan: Plan, sweeps: Sequence[Sweep]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _group(plan: Plan, members: Sequence[int], sweeps: Sequence[Sweep]) -> dict[str, Any]:
+def _group(plan: Findings, members: Sequence[int], sweeps: Sequence[Sweep]) -> dict[str, Any]:
     s = plan.sites[members[0]]
     cost = s.chosen.cost
     details = s.details()

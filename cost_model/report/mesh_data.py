@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..mesh.capacity import RESERVE
-from ..mesh.plan import MeshPlan, Scheme
-from ..plan.mesh_sweep import MeshCourse
-from ..plan.table import between, bytes_text, seconds_text, tokens_text
-
-if TYPE_CHECKING:
-    from ..plan.plan import Plan
-    from ..plan.sweep import Sweep
+from ..mesh.course import MeshCourse
+from ..mesh.plan import MeshPlan
+from ..mesh.scheme import Scheme
+from ..sites.findings import Findings
+from ..sites.sweep import Sweep
+from ..words import between, bytes_text, seconds_text, tokens_text
 
 # What an axis of a sweep counts, and what one of a mesh carries.
 TITLES = {"seq": "query tokens (seq)", "past": "tokens in the cache (past)", "batch": "sequences in the batch"}
 CARRIES = {"tp": "heads and latents", "cp": "the sequence", "dp": "the batch"}
 
 
-def mesh_data(plan: Plan, sweeps: Sequence[Sweep]) -> dict[str, Any] | None:
+def mesh_data(plan: Findings, sweeps: Sequence[Sweep]) -> dict[str, Any] | None:
     """The sharding of a plan; None for one without a mesh."""
     made = plan.sharding
     if made is None:

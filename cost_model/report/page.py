@@ -11,18 +11,15 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import jinja2
-from markupsafe import Markup
-
-from ..plan.sweep import SweepError, powers_of_two, sweep
-from ..plan.table import bytes_text, seconds_text, short_path, tokens_text
+from ..sites.axes import powers_of_two
+from ..sites.course import SweepError
+from ..sites.findings import Findings
+from ..sites.site import PlanError
+from ..sites.sweep import Sweep
+from ..sites.sweeping import sweep
+from ..words import bytes_text, seconds_text, short_path, tokens_text
 from .data import plan_data
-
-if TYPE_CHECKING:
-    from ..plan.plan import Plan
-    from ..plan.sweep import Sweep
 
 # The lengths that a page sweeps over by itself.
 SHORTEST, LONGEST = 512, 1 << 17
@@ -30,8 +27,6 @@ SHORTEST, LONGEST = 512, 1 << 17
 
 def check_path(path: str | Path) -> None:
     """Raise PlanError where a file cannot be written: before the work, not after it."""
-    from ..plan.plan import PlanError
-
     where = Path(path)
     folder = where.parent
     if not folder.is_dir():
@@ -48,15 +43,19 @@ def check_path(path: str | Path) -> None:
         raise PlanError(f"{path} cannot be written ({error.strerror}): give another path") from None
 
 
-def write_page(plans: Sequence[Plan], path: str | Path) -> Path:
+def write_page(plans: Sequence[Findings], path: str | Path) -> Path:
     """Write plans of one model, one for each device, as a page. Raises PlanError where the path cannot be written."""
     check_path(path)
     Path(path).write_text(page(plans), encoding="utf-8")
     return Path(path)
 
 
-def page(plans: Sequence[Plan]) -> str:
+def page(plans: Sequence[Findings]) -> str:
     """The page's text. Plans with open sizes and without a sweep are swept over their context length."""
+    # Who makes no page does not wait for its templates.
+    import jinja2
+    from markupsafe import Markup
+
     data = [plan_data(p, swept(p)) for p in plans]
     text = json.dumps({"plans": data}, ensure_ascii=False, separators=(",", ":"))
     environment = jinja2.Environment(
@@ -70,7 +69,7 @@ def page(plans: Sequence[Plan]) -> str:
     )  # fmt: skip
 
 
-def swept(plan: Plan) -> tuple[Sweep, ...]:
+def swept(plan: Findings) -> tuple[Sweep, ...]:
     """The sweeps of a plan, or one of its own over the first axis of length that is open."""
     axis = next((a for a in ("seq", "past") if a in plan.axes), None)
     if plan.sweeps or plan.retake is None or axis is None or not plan.sites:

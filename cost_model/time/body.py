@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ...patterns import expr as ex
 from ...patterns.expr import Expr
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import PARTIAL, TileRuns, conjuncts
 from ...patterns.terms.affine import Affine, affine
 from ..count.subject import Shape, Subject
@@ -51,7 +51,7 @@ UNDERFLOW = 7.0
 
 
 @dataclass(frozen=True)
-class Call:
+class KernelCall:
     """One call of the inner kernel: `tiles` query tiles of `rows` rows, each on `keys` keys."""
 
     tiles: int
@@ -63,7 +63,7 @@ class Call:
     around: int = AROUND_CALL
 
 
-def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) -> Cost:
+def tiled(s: Subject, at: Shape, mapping: TileMapping, jobs: Jobs, device: Device) -> Cost:
     """Seconds of the tiled body over all its calls."""
     host, bill = Host(device), Bill()
     bill.add("launch", host.h.operator_call_seconds + AROUND_ALL * host.h.operator_seconds)
@@ -94,45 +94,46 @@ def tiled(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) ->
     return bill.cost(device, f"our-{mapping.body}", s.dtype)
 
 
-def tiles(s: Subject, found: Sequence[Block], at: Shape, mapping: Tiling) -> Iterator[Block]:
+def tiles(s: Subject, found: Sequence[QueryBlock], at: Shape, mapping: TileMapping) -> Iterator[QueryBlock]:
     """Blocks for the product body, which takes one query tile at a time."""
     if at.queries * at.keys <= FEW:
-        yield Block(1, at.queries, at.keys, s.mask.keep is not ex.TRUE)
+        yield QueryBlock(1, at.queries, at.keys, s.mask.keep is not ex.TRUE)
     elif s.mask.keep is ex.TRUE:
         yield from _strips(at, mapping)
     else:
         yield from found
 
 
-def _strips(at: Shape, mapping: Tiling) -> tuple[Block, ...]:
+def _strips(at: Shape, mapping: TileMapping) -> tuple[QueryBlock, ...]:
     """Query tiles that see every key."""
     whole, rest = divmod(at.queries, mapping.tile_p)
     strips = ((whole, mapping.tile_p), (1, rest))
-    return tuple(Block(n, rows, at.keys, False) for n, rows in strips if n and rows)
+    return tuple(QueryBlock(n, rows, at.keys, False) for n, rows in strips if n and rows)
 
 
-def calls(found: Sequence[Block], s: Subject, at: Shape, mapping: Tiling, threads: int) -> Iterator[Call]:
+def calls(found: Sequence[QueryBlock], s: Subject, at: Shape, mapping: TileMapping, threads: int) -> Iterator[KernelCall]:
     """The calls of one attention, block by block."""
     outer = at.batch // _heads(s, at)
     added = added_to_full(s)
     if at.queries * at.keys <= FEW or (s.mask.keep is ex.TRUE and not added):
         # nothing to skip: the whole at once
-        yield Call(1, at.queries, at.keys, added or s.mask.keep is not ex.TRUE, at.batch)
+        yield KernelCall(1, at.queries, at.keys, added or s.mask.keep is not ex.TRUE, at.batch)
         return
     if s.mask.keep is ex.TRUE:
         found = _strips(at, mapping)
     for b in (replace(b, masked=b.masked or added) for b in found):
         if b.masked and not (shifted(s) and not added):
             # what a tile gets added is its own: no two of them go into one call
-            yield from [Call(1, b.rows, b.keys, b.masked, at.batch, b.triangle)] * b.tiles
+            yield from [KernelCall(1, b.rows, b.keys, b.masked, at.batch, b.triangle)] * b.tiles
             continue
         if b.tiles == 1 or b.triangle:
-            yield Call(1, b.rows, b.keys, b.masked, at.batch, b.triangle)
+            yield KernelCall(1, b.rows, b.keys, b.masked, at.batch, b.triangle)
             continue
         most = folds(at.batch // outer, b.rows, b.keys, threads)
         for done in range(0, b.tiles, most):
             around = AROUND_NEXT if done else AROUND_CALL
-            yield from [Call(min(most, b.tiles - done), b.rows, b.keys, b.masked, at.batch // outer, around=around)] * outer
+            tiles = min(most, b.tiles - done)
+            yield from [KernelCall(tiles, b.rows, b.keys, b.masked, at.batch // outer, around=around)] * outer
 
 
 def folds(heads: int, rows: int, keys: int, threads: int) -> int:
@@ -146,7 +147,7 @@ def _heads(s: Subject, at: Shape) -> int:
 
 
 @dataclass(frozen=True)
-class Block:
+class QueryBlock:
     """Consecutive query tiles whose slices lie alike, `rows` rows each; a triangle is one tile on its own keys.
 
     `cut` is about the share of the slices' pairs that the mask forbids.
@@ -160,13 +161,13 @@ class Block:
     cut: float = 0.0
 
 
-def blocks(s: Subject, jobs: Jobs, mapping: Tiling, at: Shape) -> tuple[Block, ...]:
+def blocks(s: Subject, jobs: Jobs, mapping: TileMapping, at: Shape) -> tuple[QueryBlock, ...]:
     """The blocks of a tile map, in order; none where nothing is masked."""
     if jobs.map is None:
         # conditions on run-time data keep every tile, as far as is known
         whole, rest = divmod(at.queries, mapping.tile_p)
         strips = ((whole, mapping.tile_p), (1, rest)) if loaded(s) else ()
-        return tuple(Block(n, rows, at.keys, True) for n, rows in strips if n and rows)
+        return tuple(QueryBlock(n, rows, at.keys, True) for n, rows in strips if n and rows)
     # batch entries run together: a slice covers what any of them visits
     together = jobs.map.merged()
     count, open_ = together.counts(), together.counts(PARTIAL)
@@ -185,7 +186,7 @@ class _Walk:
 
     def __init__(self, tile_p: int, tile_m: int, keys: int) -> None:
         self.tile_p, self.tile_m, self.keys = tile_p, tile_m, keys
-        self.out: list[Block] = []
+        self.out: list[QueryBlock] = []
         self.place: tuple[int, int, bool] | None = None
         self.start = self.stop = 0
 
@@ -208,15 +209,15 @@ class _Walk:
         self.place = place if height == self.tile_p else None
 
     def _alone(self, height: int, keys: int, masked: bool, cut: float) -> None:
-        self.out.append(Block(1, height, keys, masked, cut=cut))
+        self.out.append(QueryBlock(1, height, keys, masked, cut=cut))
         self.place = None
 
     def _triangle(self, first: int, p0: int, height: int) -> bool:
         if first == p0:
-            self.out.append(Block(1, height, height, False, True))
+            self.out.append(QueryBlock(1, height, height, False, True))
             self.start = p0
         elif self.out and self.out[-1].triangle and (self.start, self.stop) == (first, p0):
-            self.out[-1] = Block(1, p0 + height - first, p0 + height - first, False, True)
+            self.out[-1] = QueryBlock(1, p0 + height - first, p0 + height - first, False, True)
         else:
             return False
         self.stop = p0 + height
@@ -224,7 +225,7 @@ class _Walk:
         return True
 
 
-def _bound(s: Subject, together: TileRuns, mapping: Tiling, at: Shape) -> NDArray[np.bool_]:
+def _bound(s: Subject, together: TileRuns, mapping: TileMapping, at: Shape) -> NDArray[np.bool_]:
     """Query tiles that visit one in which the mask forbids more than keys after the query.
 
     In the others the fused kernel's own causal mode does it.
@@ -310,11 +311,11 @@ def by_sdpa(s: Subject) -> bool:
     ) and any(t.op in ("exp", "exp2") for t in ex.walk(a.weight))
 
 
-def _pairs(c: Call) -> int:
+def _pairs(c: KernelCall) -> int:
     return causal_pairs(c.rows, c.keys) if c.triangle else c.rows * c.keys
 
 
-def _sdpa(host: Host, bill: Bill, s: Subject, at: Shape, c: Call) -> None:
+def _sdpa(host: Host, bill: Bill, s: Subject, at: Shape, c: KernelCall) -> None:
     batch = c.batch * c.tiles
     host.attention(
         batch, c.rows, c.keys, at.embed, at.value, s.dtype, bill, masked=c.masked, causal=c.triangle, group=at.group,
@@ -324,7 +325,7 @@ def _sdpa(host: Host, bill: Bill, s: Subject, at: Shape, c: Call) -> None:
     host.point("copy", s.dtype, batch * c.rows * at.value, 0, bill)
 
 
-def _product(host: Host, bill: Bill, s: Subject, at: Shape, b: Block) -> None:
+def _product(host: Host, bill: Bill, s: Subject, at: Shape, b: QueryBlock) -> None:
     """The query tiles of a block, each for a few heads and at most SLICE keys at a time."""
     rows, keys, count = b.rows, b.keys, b.tiles
     slices = -(-keys // SLICE)
@@ -373,7 +374,7 @@ def pointwise(s: Subject, masked: bool) -> tuple[str, ...]:
     return (*out, "sub")
 
 
-def _added(host: Host, bill: Bill, s: Subject, found: Sequence[Block], at: Shape, mapping: Tiling) -> None:
+def _added(host: Host, bill: Bill, s: Subject, found: Sequence[QueryBlock], at: Shape, mapping: TileMapping) -> None:
     """What the scores get added.
 
     Made once for the distances that any slice holds, and cut out for each block, where it follows from the distance of key
@@ -396,7 +397,7 @@ def _added(host: Host, bill: Bill, s: Subject, found: Sequence[Block], at: Shape
         host.chosen(s.mask.keep, {**at.extent, a.query: rows, a.key: reach + rows}, bill)
 
 
-def _sizes(found: Sequence[Block]) -> Iterator[tuple[int, int, int]]:
+def _sizes(found: Sequence[QueryBlock]) -> Iterator[tuple[int, int, int]]:
     """(rows, keys, how many query tiles) of some blocks."""
     out: Counter[tuple[int, int]] = Counter()
     for b in found:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...patterns.mapping import Mapping
+from ...patterns.mapping import TileMapping
 from ..devices.device import Device
 
 # Registers for addresses, bounds and the row state: with operands in shared memory, and with operands in registers.
@@ -50,7 +50,7 @@ def chunked(n: int) -> int:
     return min(whole, first + padded(n - first))
 
 
-def shared_bytes(mapping: Mapping, e: int, f: int, width: int, device: Device) -> int:
+def shared_bytes(mapping: TileMapping, e: int, f: int, width: int, device: Device) -> int:
     """Bytes of shared memory of one program; `e` and `f` are head sizes, `width` the bytes of an element.
 
     Where the tensor cores read shared memory, `stages` tiles are in flight (of keys one less where they accumulate in tensor
@@ -74,7 +74,7 @@ def shared_bytes(mapping: Mapping, e: int, f: int, width: int, device: Device) -
     return query + (stages - 1) * tile + relaid * weights
 
 
-def registers(mapping: Mapping, e: int, f: int, width: int, device: Device) -> int:
+def registers(mapping: TileMapping, e: int, f: int, width: int, device: Device) -> int:
     """Registers of a thread, fitted to kernels compiled for sm_80, sm_90 and gfx942 with head sizes 64 and 128."""
     e, f = padded(e), padded(f)
     threads = mapping.warps * device.threads_per_warp
@@ -89,14 +89,14 @@ def registers(mapping: Mapping, e: int, f: int, width: int, device: Device) -> i
     return round(words + (FIXED_REGISTERS if device.arch in WARP_GROUPS else FIXED_REGISTERS_OLDER))
 
 
-def register_limit(mapping: Mapping, device: Device) -> int:
+def register_limit(mapping: TileMapping, device: Device) -> int:
     """Registers that a thread may have: 255 on CUDA; on CDNA a SIMD's registers are shared by its waves."""
     if device.kind == "hip":
         return device.registers_per_thread // max(1, mapping.warps // 4)
     return device.registers_per_thread
 
 
-def footprint(mapping: Mapping, e: int, f: int, width: int, device: Device) -> Footprint:
+def footprint(mapping: TileMapping, e: int, f: int, width: int, device: Device) -> Footprint:
     shared = shared_bytes(mapping, e, f, width, device)
     regs = min(registers(mapping, e, f, width, device), register_limit(mapping, device))
     threads = mapping.warps * device.threads_per_warp
@@ -108,7 +108,7 @@ def footprint(mapping: Mapping, e: int, f: int, width: int, device: Device) -> F
     return Footprint(shared, regs, threads, max(resident, 1))
 
 
-def refuse(mapping: Mapping, e: int, f: int, width: int, device: Device) -> str | None:
+def refuse(mapping: TileMapping, e: int, f: int, width: int, device: Device) -> str | None:
     """Why this mapping does not fit the device, or None."""
     if not device.is_gpu:
         return None
@@ -121,7 +121,7 @@ def refuse(mapping: Mapping, e: int, f: int, width: int, device: Device) -> str 
     return None
 
 
-def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys: int) -> tuple[Mapping, ...]:
+def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys: int) -> tuple[TileMapping, ...]:
     """Mappings worth predicting on this device, feasible ones only.
 
     Few queries get one short query tile and their keys split over programs. On long sequences small tiles only move more
@@ -142,35 +142,35 @@ def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys
 CLASSES = 1 << 18
 
 
-def _on_cpu(queries: int, keys: int) -> Iterator[Mapping]:
+def _on_cpu(queries: int, keys: int) -> Iterator[TileMapping]:
     # a plan of more than a few hundred query tiles costs more than it saves
     tiles = [t for t in (32, 64, 128, 256, 512) if queries // 128 <= t < 2 * queries] or [32 if queries < 512 else 512]
     if queries >= SMALLEST_DOT:
         # small tiles keep a block's scores near the core, and follow the mask closely
         tile = next((t for t in (32, 64) if queries * keys <= CLASSES * t * t), 128)
-        yield Mapping(tile_p=tile, tile_m=tile, warps=1, stages=1, body="fused")
+        yield TileMapping(tile_p=tile, tile_m=tile, warps=1, stages=1, body="fused")
     for body in ("sdpa", "slices", "product"):
         for tile in tiles:
             # narrower key tiles cut a slice closer to its mask
             for tile_m in sorted({tile, tile // 2, min(tile, 128)}):
                 if body != "product" or tile_m == min(tile, 128):
-                    yield Mapping(tile_p=tile, tile_m=tile_m, warps=1, stages=1, body=body)
+                    yield TileMapping(tile_p=tile, tile_m=tile_m, warps=1, stages=1, body=body)
 
 
 def _stages(device: Device) -> tuple[int, ...]:
     return (1, 2) if device.kind == "hip" else (2, 3, 4)
 
 
-def _short(device: Device, keys: int) -> Iterator[Mapping]:
+def _short(device: Device, keys: int) -> Iterator[TileMapping]:
     for tile_m in (32, 64, 128):
         for split in (1, 2, 4, 8, 16, 32):
             # a program should keep some key tiles to stream
             if split == 1 or keys >= 4 * split * tile_m:
                 for s in _stages(device):
-                    yield Mapping(SMALLEST_DOT, tile_m, warps=4, stages=s, split_m=split)
+                    yield TileMapping(SMALLEST_DOT, tile_m, warps=4, stages=s, split_m=split)
 
 
-def _tall(device: Device, queries: int, least: int) -> Iterator[Mapping]:
+def _tall(device: Device, queries: int, least: int) -> Iterator[TileMapping]:
     stages = sorted({1, *_stages(device)}) if least < 32 else _stages(device)
     for tile_p in (16, 32, 64, 128):
         if tile_p < least or (tile_p >= 2 * queries and tile_p > 32):
@@ -178,4 +178,4 @@ def _tall(device: Device, queries: int, least: int) -> Iterator[Mapping]:
         for tile_m in (16, 32, 64, 128):
             for warps in (4, 8):
                 if tile_m >= least:
-                    yield from (Mapping(tile_p, tile_m, warps=warps, stages=s) for s in stages)
+                    yield from (TileMapping(tile_p, tile_m, warps=warps, stages=s) for s in stages)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...patterns import expr as ex
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ..count.subject import Shape, Subject
 from ..count.tiles import Jobs
 from ..count.work import EXPONENTIALS, WIDTH
@@ -38,7 +38,7 @@ def fits(s: Subject) -> bool:
     return s.dtype in TYPES and constant and not any(t.dtype == "f64" for t in s.cascade.tensors)
 
 
-def fused(s: Subject, at: Shape, mapping: Tiling, jobs: Jobs, device: Device) -> Cost:
+def fused(s: Subject, at: Shape, mapping: TileMapping, jobs: Jobs, device: Device) -> Cost:
     """Seconds of the fused body."""
     host, bill = Host(device), Bill()
     h, t = host.h, s.dtype
@@ -82,7 +82,7 @@ def _program(host: Host, ops: tuple[str, ...]) -> float:
     return exps * host.h.fused_exp_seconds + sum(op not in EXPONENTIALS for op in ops) * host.h.fused_element_seconds
 
 
-def _ranges(at: Shape, mapping: Tiling, dtype: str, threads: int) -> int:
+def _ranges(at: Shape, mapping: TileMapping, dtype: str, threads: int) -> int:
     """Units of each key head: ranges of query tiles, as `Task` in the loop cuts them."""
     items = -(-at.queries // mapping.tile_p) * at.group
     every = items * (at.batch // at.group)
@@ -91,7 +91,7 @@ def _ranges(at: Shape, mapping: Tiling, dtype: str, threads: int) -> int:
     return -(-items // each)
 
 
-def _packed(jobs: Jobs, at: Shape, mapping: Tiling, units: int) -> float:
+def _packed(jobs: Jobs, at: Shape, mapping: TileMapping, units: int) -> float:
     """Keys that are laid out, over all units: in each those that its query tiles visit."""
     if jobs.map is None:
         return float(units * at.keys)

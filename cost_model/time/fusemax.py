@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from ...patterns import expr as ex
 from ...patterns.cascade import Cascade, Einsum
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ..count.work import WIDTH, Sizes, Work, contraction, count, elements, is_view, key_tile, product, size_int
 from ..devices.device import Device
 
@@ -66,7 +66,7 @@ def _slots(e: Einsum, device: Device) -> int:
     return 1
 
 
-def latency_seconds(c: Cascade, mapping: Tiling, sizes: Mapping[str, int], device: Device, heads: int = 1) -> float:
+def latency_seconds(c: Cascade, mapping: TileMapping, sizes: Mapping[str, int], device: Device, heads: int = 1) -> float:
     """Seconds of the one-pass cascade of so many heads under the binding that overlaps both units (the paper's +Binding)."""
     cost = cycles(c, sizes, device)
     total = sum(max(sum(cost[t] for t in branch) for branch in step) for step in BINDING)

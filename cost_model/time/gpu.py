@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ..count.tiles import SCHEDULED, Jobs, launch_span
 from ..count.work import DIVISIONS, EXPONENTIALS, ROOTS, Work, size_int
 from ..devices.device import Device
@@ -25,7 +25,7 @@ SLOTS: Mapping[str, float] = {"mul": 0.75, "add": 0.75, "sub": 0.75, "cast": 0.5
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelWork:
     """What a kernel's time follows from, whoever wrote it."""
 
     full_tile: Work
@@ -95,7 +95,7 @@ def overlapped(parts: Mapping[str, float], overlap: float) -> float:
     return (1 - overlap) * sum(parts.values()) + overlap * max(parts.values(), default=0.0)
 
 
-def seconds(k: Kernel, d: Device, *, overlap: float, partial_factor: float, scheduled: int = SCHEDULED) -> Cost:
+def seconds(k: KernelWork, d: Device, *, overlap: float, partial_factor: float, scheduled: int = SCHEDULED) -> Cost:
     """The time of one kernel on a GPU."""
     full, partial = (resources(w, d, k.operand_bytes) for w in (k.full_tile, k.partial_tile))
     rest = resources(k.program, d)
@@ -118,13 +118,13 @@ def seconds(k: Kernel, d: Device, *, overlap: float, partial_factor: float, sche
     return Cost(busy + merge + launch, bound, k.flops, k.unique_bytes + k.written_bytes, k.exps, parts, d.basis, d.band)
 
 
-def _exposed(k: Kernel, d: Device, tile: Mapping[str, float]) -> float:
+def _exposed(k: KernelWork, d: Device, tile: Mapping[str, float]) -> float:
     """Latency of a tile's loads that neither earlier stages nor other programs of the unit cover."""
     covered = (k.stages - 1 + k.resident - 1) * sum(tile.values())
     return max(0.0, d.model.load_latency_seconds - covered)
 
 
-def _dram_bytes(k: Kernel, d: Device, programs: int) -> float:
+def _dram_bytes(k: KernelWork, d: Device, programs: int) -> float:
     """Operands come once while the second-level cache holds those of the programs in flight, else again for each wave.
 
     Programs of one batch entry follow one another and walk the same keys side by side: a wave reads the operands of the
@@ -140,7 +140,7 @@ def _dram_bytes(k: Kernel, d: Device, programs: int) -> float:
     return float(min(k.moved_bytes, again) + k.written_bytes)
 
 
-def _shares(k: Kernel, d: Device, per: tuple[Mapping[str, float], ...], kernel: float) -> dict[str, float]:
+def _shares(k: KernelWork, d: Device, per: tuple[Mapping[str, float], ...], kernel: float) -> dict[str, float]:
     """The kernel's time by resource, were each alone and the units evenly loaded."""
     full, partial, rest = per
     n_full, n_partial = int(k.jobs.full.sum()) * k.jobs.repeat, int(k.jobs.partial.sum()) * k.jobs.repeat
@@ -148,7 +148,7 @@ def _shares(k: Kernel, d: Device, per: tuple[Mapping[str, float], ...], kernel: 
     return out | {"makespan": kernel}
 
 
-def streaming(w: Work, mapping: Tiling, jobs: Jobs, fit: Footprint, value: int, queries: int, batch: int) -> Kernel:
+def streaming(w: Work, mapping: TileMapping, jobs: Jobs, fit: Footprint, value: int, queries: int, batch: int) -> KernelWork:
     """Our kernel: the one-pass cascade under a mapping."""
     assert w.full_tile is not None
     assert w.partial_tile is not None
@@ -156,7 +156,7 @@ def streaming(w: Work, mapping: Tiling, jobs: Jobs, fit: Footprint, value: int, 
     read = [t for t in w.traffic if not t.written]
     # split keys: every part writes its accumulator, maximum and sum in fp32, and the merge reads them
     merge = 8 * mapping.split_m * batch * queries * (value + 2) if mapping.split_m > 1 else 0
-    return Kernel(
+    return KernelWork(
         w.full_tile, w.partial_tile, w.program, jobs,
         moved_bytes=sum(size_int(t.moved) for t in read),
         unique_bytes=sum(size_int(t.once) for t in read),

@@ -5,7 +5,7 @@
     predict_vendor     SDPA and FlexAttention, as they are called
     best_mapping       the mapping of our kernel that the model likes best on a device
 
-All is counted from the cascade; what a vendor's kernel is told stands in `VendorUse`. A "no" is a Miss.
+All is counted from the cascade; what a vendor's kernel is told stands in `VendorUse`. A "no" is an Obstacle.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Miss
 from ...patterns.cascade import Cascade
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
+from ...patterns.verdict import Obstacle
 from ..count.eager import Operator, operators
 from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
 from ..count.tiles import NOTHING, SCHEDULED, Data, Jobs
@@ -37,7 +37,7 @@ __all__ = [
 SCHEDULED_MAPPINGS = 3
 # Blocks of FlexAttention's mask, and the tile that stands for a vendor's kernel.
 FLEX_BLOCK = 128
-VENDOR_TILE = Tiling(tile_p=128, tile_m=128, warps=8, stages=2, body="vendor")
+VENDOR_TILE = TileMapping(tile_p=128, tile_m=128, warps=8, stages=2, body="vendor")
 # … and rows of a vendor's tile where few queries share the keys: FlashAttention-2 splits those over blocks of 64 rows.
 FEW_VENDOR_ROWS = 64
 
@@ -60,48 +60,48 @@ class VendorUse:
 
 
 def predict(
-    c: Cascade, mapping: Tiling, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
-) -> Cost | Miss:
-    """The time of our kernel for a lifted cascade under a mapping; a Miss where it has no one-pass form or does not fit.
+    c: Cascade, mapping: TileMapping, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
+) -> Cost | Obstacle:
+    """The time of our kernel for a lifted cascade under a mapping; an Obstacle where it has no one-pass form or no room.
 
     `data` is what is known of run-time data. Raises ValueError when a size of the cascade has no value.
     """
     s = subject(c)
-    if isinstance(s, Miss):
+    if isinstance(s, Obstacle):
         return s
     at = shape(s.cascade, s.attention, sizes or {})
     if device.kind == "cpu":
         return _ours_on_cpu(s, at, mapping, device, data)
     if not device.is_gpu:
-        return Miss(f"{device.name} runs no kernels of ours: only papers' cascades are timed on it")
+        return Obstacle(f"{device.name} runs no kernels of ours: only papers' cascades are timed on it")
     reason = refuse(mapping, at.embed, at.value, WIDTH[s.dtype], device)
     if reason is not None:
-        return Miss(f"{mapping} {reason}")
+        return Obstacle(f"{mapping} {reason}")
     return _ours(s, at, mapping, device, data)
 
 
 def best_mapping(
     c: Cascade, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
-) -> tuple[Tiling, Cost] | Miss:
+) -> tuple[TileMapping, Cost] | Obstacle:
     """The mapping of our kernel with the least predicted time. Raises ValueError when a size has no value."""
     found = ranked_mappings(c, device, sizes, data)
-    return found if isinstance(found, Miss) else found[0]
+    return found if isinstance(found, Obstacle) else found[0]
 
 
 def ranked_mappings(
     c: Cascade, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
-) -> tuple[tuple[Tiling, Cost], ...] | Miss:
+) -> tuple[tuple[TileMapping, Cost], ...] | Obstacle:
     """Mappings that fit, best first: all of them on a CPU, the best few on a GPU. Raises ValueError without sizes."""
     s = subject(c)
-    if isinstance(s, Miss):
+    if isinstance(s, Obstacle):
         return s
     if device.kind not in ("cpu", "cuda", "hip"):
-        return Miss(f"{device.name} runs no kernels of ours: only papers' cascades are timed on it")
+        return Obstacle(f"{device.name} runs no kernels of ours: only papers' cascades are timed on it")
     at = shape(s.cascade, s.attention, sizes or {})
     width = WIDTH[s.dtype]
     fitting = candidates(device, e=at.embed, f=at.value, width=width, queries=_rows(at), keys=at.keys)
     if not fitting:
-        return Miss(f"no tile of head sizes {at.embed} and {at.value} fits {device.name}")
+        return Obstacle(f"no tile of head sizes {at.embed} and {at.value} fits {device.name}")
     if device.kind == "cpu":
         able = [m for m in fitting if m.body in _bodies(s)]
         found = [(m, _ours_on_cpu(s, at, m, device, data)) for m in able]
@@ -124,10 +124,10 @@ def predict_original(c: Cascade, device: Device, sizes: Mapping[str, int] | None
 
 def predict_vendor(
     c: Cascade, use: VendorUse, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
-) -> Cost | Miss:
-    """SDPA or FlexAttention, called as `use` says. A Miss where the cascade is no streaming attention."""
+) -> Cost | Obstacle:
+    """SDPA or FlexAttention, called as `use` says. An Obstacle where the cascade is no streaming attention."""
     s = subject(c)
-    if isinstance(s, Miss):
+    if isinstance(s, Obstacle):
         return s
     at = shape(s.cascade, s.attention, sizes or {})
     if use.backend == "math":
@@ -137,10 +137,10 @@ def predict_vendor(
     return _vendor_on_gpu(s, at, use, device, data)
 
 
-def tiles_of(c: Cascade, mapping: Tiling, sizes: Mapping[str, int], data: Data = NOTHING) -> Jobs | Miss:
+def tiles_of(c: Cascade, mapping: TileMapping, sizes: Mapping[str, int], data: Data = NOTHING) -> Jobs | Obstacle:
     """The key tiles that a mapping visits, program by program, given what is known of run-time data."""
     s = subject(c)
-    return s if isinstance(s, Miss) else plan_tiles(s, shape(s.cascade, s.attention, sizes), mapping, data)
+    return s if isinstance(s, Obstacle) else plan_tiles(s, shape(s.cascade, s.attention, sizes), mapping, data)
 
 
 # --- operators ----------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def _math(c: Cascade, s: Subject, use: VendorUse, device: Device, sizes: Mapping
 # --- our kernel on a CPU --------------------------------------------------------------------------------------------
 
 
-def _ours_on_cpu(s: Subject, at: Shape, mapping: Tiling, device: Device, data: Data) -> Cost:
+def _ours_on_cpu(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Data) -> Cost:
     """The tiled body; of keys and values, what its tiles visit crosses the memory's edge."""
     jobs = plan_tiles(s, at, mapping, data)
     cost = (fused if mapping.body == "fused" else tiled)(s, at, mapping, jobs, device)
@@ -208,12 +208,12 @@ def _tile_work(
     s: Subject, sizes: tuple[tuple[str, int], ...], tile_p: int, tile_m: int, data: Data
 ) -> tuple[Work, Jobs]:
     at = shape(s.cascade, s.attention, dict(sizes))
-    mapping = Tiling(tile_p, tile_m)
+    mapping = TileMapping(tile_p, tile_m)
     tiles = plan_tiles(s, at, mapping, data)
     return work(s, at, mapping, dict(sizes), tiles), tiles
 
 
-def _ours(s: Subject, at: Shape, mapping: Tiling, device: Device, data: Data, scheduled: int = SCHEDULED) -> Cost:
+def _ours(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Data, scheduled: int = SCHEDULED) -> Cost:
     w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), mapping.tile_p, mapping.tile_m, data)
     fit = footprint(mapping, at.embed, at.value, WIDTH[s.dtype], device)
     kernel = gpu.streaming(w, mapping, jobs, fit, at.value, at.queries, at.batch)
@@ -225,7 +225,7 @@ def _ours(s: Subject, at: Shape, mapping: Tiling, device: Device, data: Data, sc
     )  # fmt: skip
 
 
-def _shared_heads(k: gpu.Kernel, group: int) -> gpu.Kernel:
+def _shared_heads(k: gpu.KernelWork, group: int) -> gpu.KernelWork:
     """One program serves the heads of a group: so many fewer programs, and the keys are read once for all of them."""
     if group == 1:
         return k
@@ -253,7 +253,7 @@ def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
     return _slower(cost, model.efficient_share) if use.backend == "efficient" else cost
 
 
-def _split_keys(k: gpu.Kernel, device: Device) -> gpu.Kernel:
+def _split_keys(k: gpu.KernelWork, device: Device) -> gpu.KernelWork:
     """Vendors split the keys of a launch that leaves units idle."""
     longest = int(k.jobs.visited.max()) if k.jobs.full.size else 1
     split = max(1, min(device.units // max(k.programs, 1), longest // 2, 32))
@@ -337,17 +337,17 @@ def _visited_pairs(s: Subject, at: Shape, block: int, data: Data) -> tuple[int, 
 
     The ends of the sequence cut the last blocks. Conditions on run-time data leave every block partial.
     """
-    jobs = plan_tiles(s, at, Tiling(block, block), data)
+    jobs = plan_tiles(s, at, TileMapping(block, block), data)
     most, size = at.batch * at.queries * at.keys, min(block, at.queries) * min(block, at.keys)
     visited = min(int(jobs.visited.sum()) * jobs.repeat * size, most)
     partial = min(int(jobs.partial.sum()) * jobs.repeat * size, most)
     return visited, visited if any(ex.loads(s.mask.keep)) else partial
 
 
-def head_sizes(c: Cascade, sizes: Mapping[str, int]) -> tuple[int, int] | Miss:
+def head_sizes(c: Cascade, sizes: Mapping[str, int]) -> tuple[int, int] | Obstacle:
     """Head sizes (query and key, value) as the kernel pads them."""
     s = subject(c)
-    if isinstance(s, Miss):
+    if isinstance(s, Obstacle):
         return s
     at = shape(s.cascade, s.attention, sizes)
     return padded(at.embed), padded(size_int(at.value))

@@ -34,6 +34,11 @@ class RowState:
     correction: Expr | None
     finish: Expr
 
+    @property
+    def corrections(self) -> list[Expr]:
+        """What multiplies earlier sums at each tile: the accumulator's factor, then those of carried scalars."""
+        return [e for e in (self.correction, *(c.correction for c in self.carried)) if e is not None]
+
     def __str__(self) -> str:
         factor = f" · {self.correction}" if self.correction is not None else ""
         lines = [*map(str, self.carried), f"acc ← acc{factor} + Σ ({self.weight})·V", f"out = {self.finish}"]

@@ -13,7 +13,7 @@ from dataclasses import replace
 import sympy
 
 from .. import expr as ex
-from ..cascade import Access, Cascade, Einsum, Rank, Size, Tensor, size_term, term_size
+from ..cascade import Access, Cascade, Einsum, Rank, Size, Tensor, as_size, size_term, term_size
 from ..expr import Expr
 
 
@@ -104,7 +104,7 @@ def _first(e: Einsum, rank: str, cut: Size, ranks: dict[str, Rank]) -> tuple[Exp
 def _rest(e: Einsum, rank: str, cut: Size, ranks: dict[str, Rank]) -> tuple[Expr, str]:
     body = ex.substitute(e.body, {ex.index(rank) < size_term(cut): ex.FALSE})
     left = sympy.expand(sympy.sympify(ranks[rank].size) - sympy.sympify(cut))
-    return _over(e, body, rank, size_term(cut), int(left) if left.is_Integer else left, ranks)
+    return _over(e, body, rank, size_term(cut), as_size(left), ranks)
 
 
 def _over(e: Einsum, body: Expr, rank: str, start: Expr, size: Size, ranks: dict[str, Rank]) -> tuple[Expr, str]:

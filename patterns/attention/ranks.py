@@ -13,7 +13,7 @@ from dataclasses import replace
 import sympy
 
 from .. import expr as ex
-from ..cascade import Access, Cascade, Einsum, Rank, Size, Tensor, size_term, term_size
+from ..cascade import Access, Cascade, Einsum, Rank, Tensor, as_size, size_term, term_size
 from ..expr import Expr
 
 
@@ -50,7 +50,7 @@ def _divisor(c: Cascade, rank: Rank) -> Expr | None:
 def _split(c: Cascade, rank: Rank, n: Expr) -> Cascade:
     high, low = f"{rank.name}q", f"{rank.name}r"
     count = sympy.cancel(sympy.sympify(rank.size) / sympy.sympify(term_size(n)))
-    sizes = {high: _plain(count), low: term_size(n)}
+    sizes = {high: as_size(count), low: term_size(n)}
     whole = ex.index(high) * n + ex.index(low)
     table = {ex.index(rank.name): whole}
     # dimensions indexed by the rank where a tensor is defined; its readers split their term in the same way
@@ -94,10 +94,6 @@ def _split(c: Cascade, rank: Rank, n: Expr) -> Cascade:
         tensors=tuple(shape(t) for t in c.tensors),
         einsums=tuple(replace(e, out=place(e), body=rewrite(e.body)) for e in c.einsums),
     )
-
-
-def _plain(size: sympy.Expr) -> Size:
-    return int(size) if size.is_Integer else size
 
 
 def quotient(t: Expr, n: Expr) -> Expr:

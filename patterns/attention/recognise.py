@@ -13,112 +13,61 @@ reshape of heads) is rewritten over the reader's ranks, so that every term speak
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from .. import expr as ex
 from ..cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from ..expr import Expr
 from ..terms.overflow import passes
-from .score import elements, factors, only, score, without
-from .traits import kind, no_key_rule, traits
-
-__all__ = ["Attention", "Miss", "Refusal", "attention", "elements", "factors", "kind", "no_key_rule", "traits"]
-
-
-@dataclass(frozen=True)
-class Miss:
-    """Why something is not (this kind of) attention. A value; `depth` is how far the attempt got."""
-
-    reason: str
-    einsum: str = ""
-    depth: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.reason} [{self.einsum}]" if self.einsum else self.reason
+from ..verdict import Obstacle
+from .attention import Attention
+from .score import factors, only, score, without
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why a candidate cannot compute an attention."""
-
-    candidate: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.candidate}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention, read off `cascade`.
-
-    `cascade` computes the same outputs from the same inputs as the cascade that was asked about; it is that very one
-    unless an index map or a clash of rank names had to be folded. `prelude` holds Einsums that `products`, `row`,
-    `weight`, `values` or `finish` read as ordinary tensors (norms, projections, gathered scores): they are computed
-    beforehand. In `products`, `row` and `contraction` all pointwise Einsums are inlined.
-    """
-
-    cascade: Cascade
-    batch: tuple[str, ...]
-    query: str
-    key: str
-    value: str
-    prelude: tuple[Einsum, ...]
-    products: tuple[Einsum, ...]
-    score: Expr
-    row: tuple[Einsum, ...]
-    weight: Expr
-    values: Expr
-    finish: Expr
-    contraction: Einsum
-
-    @property
-    def row_names(self) -> frozenset[str]:
-        return frozenset(e.out.tensor for e in self.row)
-
-
-class _Stop(Exception):
-    """Carries a Miss to the one place that catches it."""
+class _NoAttention(Exception):
+    """Carries an Obstacle to the one place that catches it."""
 
     def __init__(self, reason: str, einsum: object = "", depth: int = 0) -> None:
         super().__init__(reason)
-        self.miss = Miss(reason, str(einsum) if einsum else "", depth)
+        self.obstacle = Obstacle(reason, str(einsum) if einsum else "", depth)
 
 
 @lru_cache(maxsize=512)
-def attention(c: Cascade) -> Attention | Miss:
+def attention(c: Cascade) -> Attention | Obstacle:
     """Read the attention whose output is the cascade's only output, or say why there is none."""
     if len(c.outputs) != 1:
-        return Miss(f"the cascade has {len(c.outputs)} outputs; an attention is read off one")
+        return Obstacle(f"the cascade has {len(c.outputs)} outputs; an attention is read off one")
     if any(r.iterative for r in c.ranks):
-        return Miss("the cascade is already written with carried state")
+        return Obstacle("the cascade is already written with carried state")
     try:
         form = _Form(c)
         term, ranks = form.output()
-    except _Stop as stop:
-        return stop.miss
+    except _NoAttention as stop:
+        return stop.obstacle
     found: list[Attention] = []
-    missed: list[Miss] = []
+    missed: list[Obstacle] = []
     for load in ex.loads(term):
         if str(load.attr) not in form.reductions:
             continue
         try:
             found.append(_Reader(form, term, ranks, load).read())
-        except _Stop as stop:
-            missed.append(stop.miss)
+        except _NoAttention as stop:
+            missed.append(stop.obstacle)
     if len(found) > 1:
         names = ", ".join(a.contraction.out.tensor for a in found)
-        return Miss(f"the output joins {len(found)} products with values ({names}): several attentions", depth=9)
+        return Obstacle(f"the output joins {len(found)} products with values ({names}): several attentions", depth=9)
     if not found and not missed:
-        return Miss("no Einsum sums over a rank that the output lacks: there is no product with values")
+        return Obstacle("no Einsum sums over a rank that the output lacks: there is no product with values")
     return _integers_fit(found[0]) if found else max(missed, key=lambda m: m.depth)
 
 
-def _integers_fit(a: Attention) -> Attention | Miss:
+def _integers_fit(a: Attention) -> Attention | Obstacle:
     terms = (a.score, a.weight, a.values, a.finish, *(e.body for e in (*a.prelude, *a.products, *a.row)))
     large = next((found for e in terms if (found := passes(e, a.cascade.rank)) is not None), None)
-    return a if large is None else Miss(f"{large} may be too large for {large.dtype}, where tensors wrap around", depth=9)
+    if large is None:
+        return a
+    return Obstacle(f"{large} may be too large for {large.dtype}, where tensors wrap around", depth=9)
 
 
 class _Form:
@@ -132,8 +81,8 @@ class _Form:
         self.ranks: dict[str, Rank] = dict(c.rank)
         for e in c.einsums:
             name = e.out.tensor
-            if len(c.producers[name]) > 1 or not _plain(e.out.index):
-                raise _Stop(f"{name} is written in pieces", e.out)
+            if len(c.producers[name]) > 1 or not e.out.plain:
+                raise _NoAttention(f"{name} is written in pieces", e.out)
             body = self.inline(e.body)
             if e.op is None:
                 self._pointwise[name] = (e.out.index, ex.cast(body, c.tensor[name].dtype))
@@ -185,10 +134,6 @@ class _Form:
         return Einsum(Access(name, out), ex.substitute(e.body, table), e.op, tuple(reduced))
 
 
-def _plain(at: tuple[Expr, ...]) -> bool:
-    return all(i.op == "index" for i in at) and len(set(at)) == len(at)
-
-
 def _rank_order(e: Expr) -> list[str]:
     return [str(x.attr) for x in ex.walk(e) if x.op == "index"]
 
@@ -211,7 +156,7 @@ class _Reader:
         weight, values = self.split(whole)
         weight = self.settle(weight)
         if not self.products:
-            raise _Stop(
+            raise _NoAttention(
                 f"the weights of {whole.out.tensor} hold no product of an operand with {self.key} and one without that "
                 "brings a rank of the output",
                 whole,
@@ -220,7 +165,7 @@ class _Reader:
         query = self.query(weight, values)
         finish = self.settle(ex.substitute(self.term, {self.load: self.accumulator(whole)}))
         if self.key in finish.ranks:
-            raise _Stop(f"the output varies over {self.key}, which its product reduces", whole, 5)
+            raise _NoAttention(f"the output varies over {self.key}, which its product reduces", whole, 5)
         for t in (values, *(e.body for e in self.products.values())):
             self.before(t)
         contraction = replace(whole, body=weight * values)
@@ -235,10 +180,12 @@ class _Reader:
         name = str(self.load.attr)
         e = self.form.reductions[name]
         if e.op != "add":
-            raise _Stop(f"{name} reduces by {e.op}, not by a sum of products", e)
+            raise _NoAttention(f"{name} reduces by {e.op}, not by a sum of products", e)
         whole = self.form.instance(name, self.load.args, frozenset(self.output))
         if len(whole.over) != 1:
-            raise _Stop(f"{name} reduces {len(whole.over)} ranks ({', '.join(whole.over)}); a key rank is one", e)
+            raise _NoAttention(
+                f"{name} reduces {len(whole.over)} ranks ({', '.join(whole.over)}); a key rank is one", e
+            )
         self.key = whole.over[0]
         self.note(e, whole)
         return whole
@@ -255,30 +202,32 @@ class _Reader:
         own = {str(i.attr) for i in whole.out.index}
         keyed = [f for f in above if self.key in f.ranks]
         if len(keyed) < 2:
-            raise _Stop(f"{whole.out.tensor} is no product of weights and values over {self.key}", whole, 1)
+            raise _NoAttention(f"{whole.out.tensor} is no product of weights and values over {self.key}", whole, 1)
         scored = [f for f in keyed if self.reductions(f)]
         if not scored:
-            raise _Stop(f"{whole.out.tensor} multiplies inputs: no score comes before it", whole, 1)
+            raise _NoAttention(f"{whole.out.tensor} multiplies inputs: no score comes before it", whole, 1)
         if len(scored) == len(keyed):
             # The values are themselves computed: the factor that is a bare tensor and rests on no other reduction.
             bare = [f for f in scored if _bare(f) and not self.rests_on_rows(f)]
             rest = [f for f in scored if f not in bare[-1:]]
             if not bare or not rest:
-                raise _Stop(f"no factor of {whole.out.tensor} is a plain tensor of values", whole, 1)
+                raise _NoAttention(f"no factor of {whole.out.tensor} is a plain tensor of values", whole, 1)
             scored = rest
         mine = frozenset().union(*(f.ranks for f in (*scored, *below)))
         values = [f for f in above if (f.ranks & own) - mine]
         value = frozenset().union(*(f.ranks for f in values)) & own - mine if values else frozenset()
         if len(value) != 1:
             what = "no rank" if not value else f"{len(value)} ranks ({', '.join(sorted(value))})"
-            raise _Stop(f"the values of {whole.out.tensor} have {what} of their own; a value rank is one", whole, 2)
+            raise _NoAttention(
+                f"the values of {whole.out.tensor} have {what} of their own; a value rank is one", whole, 2
+            )
         (self.value,) = value
         w, v = without(whole.body, self.value), only(whole.body, self.value)
         assert w is not None
         assert v is not None
         self.candidates = (w.ranks & own) - v.ranks
         if not self.candidates:
-            raise _Stop(
+            raise _NoAttention(
                 f"the weights of {whole.out.tensor} vary over no rank of the output that the values lack: pooling over "
                 f"{self.key} with one token rank",
                 whole,
@@ -330,7 +279,7 @@ class _Reader:
         rows = self.candidates | {r for r in inst.over if self.form.ranks[r].size in sizes}
         scored = [y for y in self.reductions(inst.body) if self.key in y.ranks and y.ranks & rows]
         if scored:
-            raise _Stop(
+            raise _NoAttention(
                 f"{name} reduces scores over {', '.join(e.over)} ({e.op}), not over {self.key}, which the product with "
                 "the values reduces",
                 e,
@@ -412,11 +361,11 @@ class _Reader:
                     far |= f.ranks
         left = [r for r in self.output if r in self.candidates and r not in near and r in far]
         if not left:
-            raise _Stop("every rank of the output that the queries have, the keys have too", depth=4)
+            raise _NoAttention("every rank of the output that the queries have, the keys have too", depth=4)
         batch = [r for r in self.output if r not in (self.value, *left)]
         ones = any(i.is_const for s in sides for x in ex.loads(s) for i in x.args)
         if len(left) > 1 and not batch and not ones and not any(r in near for r in self.output if r != self.value):
-            raise _Stop(
+            raise _NoAttention(
                 f"keys and values are the same for all of {', '.join(left)}: a table that is looked up (a router), "
                 "not scores between two token ranks",
                 depth=4,
@@ -442,7 +391,9 @@ class _Reader:
         groups = (tuple(self.prelude.values()), tuple(self.products.values()), tuple(self.row.values()))
         twice = self.prelude.keys() & (self.products.keys() | self.row.keys())
         if twice:
-            raise _Stop(f"{min(twice)} is read over {self.key} and over another rank of the same size", contraction, 5)
+            raise _NoAttention(
+                f"{min(twice)} is read over {self.key} and over another rank of the same size", contraction, 5
+            )
         self.check_order(groups, contraction)
         if self.changed:
             c = self.rewritten(finish, contraction, groups)
@@ -454,7 +405,7 @@ class _Reader:
         made: set[str] = set()
         for e in (*(e for g in groups for e in g), contraction):
             if apart := [str(y.attr) for y in self.reductions(e.body) if str(y.attr) not in made]:
-                raise _Stop(f"{e.out.tensor} reads {apart[0]}, which would come after it", contraction, 5)
+                raise _NoAttention(f"{e.out.tensor} reads {apart[0]}, which would come after it", contraction, 5)
             made.add(e.out.tensor)
 
     def rewritten(self, finish: Expr, contraction: Einsum, groups: tuple[tuple[Einsum, ...], ...]) -> Cascade:

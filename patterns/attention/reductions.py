@@ -13,14 +13,14 @@ from abc import ABC, abstractmethod
 from .. import expr as ex
 from ..cascade import Einsum
 from ..expr import Expr
-from .separate import After, Bound, Ground, Part, Splitter, Stop
+from .separate import After, Bound, SplitContext, Splitter, Stop, Summand
 
 
 class Reducer(Splitter, ABC):
     """Walks a chain of reductions; `final` says what each row tensor is in terms of carried ones."""
 
-    def __init__(self, ground: Ground) -> None:
-        super().__init__(ground)
+    def __init__(self, context: SplitContext) -> None:
+        super().__init__(context)
         self.final: dict[Expr, Expr] = {}
 
     @abstractmethod
@@ -29,18 +29,18 @@ class Reducer(Splitter, ABC):
 
     def row(self, keep: Expr) -> tuple[Expr, ...]:
         """The coordinates of the rows that a condition speaks of."""
-        return tuple(ex.index(r) for r in self.ground.row)
+        return tuple(ex.index(r) for r in self.context.row)
 
-    def zeroed(self, p: Part) -> bool:
+    def zeroed(self, p: Summand) -> bool:
         """Must a row that keeps nothing be set to 0, because what moved or is guarded might make something else of it?"""
         return bool(p.after or p.bounds)
 
-    def emptied(self, p: Part, keep: Expr) -> tuple[After, ...]:
+    def emptied(self, p: Summand, keep: Expr) -> tuple[After, ...]:
         return (After("zero", ~(self.kept(keep) > 0.0)),) if self.zeroed(p) else ()
 
     def kept(self, keep: Expr) -> Expr:
         """Carry whether a mask kept a key of the row."""
-        dtype = self.ground.accumulate
+        dtype = self.context.accumulate
         one = ex.where(keep, ex.const(1.0, dtype), ex.const(0.0, dtype))
         return self.carry("KEPT", "max", one, ex.load("KEPT", self.row(keep), dtype), ())
 
@@ -71,7 +71,7 @@ class Reducer(Splitter, ABC):
                 total = self.carry(name, "add", p.lift, here, p.bounds)
             else:
                 # Σ_m of what does not vary over m: as often as there are keys
-                total = ex.cast(self.ground.length, here.dtype) * p.lift
+                total = ex.cast(self.context.length, here.dtype) * p.lift
             value = p.done(total)
             out = value if out is None else out + value
         assert out is not None
@@ -107,6 +107,6 @@ class Reducer(Splitter, ABC):
             like = ex.load(name, here.args, body.args[0].dtype)
             return ex.equal(self.carry(name, "max", body.args[0], like, ()), -math.inf)
         # any_m c = max_m [c] > 0, all_m c = min_m [c] > 0
-        like = ex.load(name, here.args, self.ground.accumulate)
+        like = ex.load(name, here.args, self.context.accumulate)
         one = ex.where(ex.cast(body, "b1"), ex.const(1.0, like.dtype), ex.const(0.0, like.dtype))
         return self.carry(name, "max" if op == "or" else "min", one, like, ()) > 0.0

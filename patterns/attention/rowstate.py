@@ -6,7 +6,7 @@ Three laws turn it into one pass. s stands for what varies over the key (an elem
     defer    Σ f(s)·h(r) = h(r)·Σ f(s);   max f(s) + h(r) = h(r) + max f(s)      h moves behind the reduction
     repair   Σ exp(s − d), d a running bound:  state ← state·exp(d_old − d_new) + Σ_tile exp(s − d_new)
     expand   Σ (f(s) + g(s))·h = h·Σ f(s) + h·Σ g(s);   Σ h(r) = M·h(r)
-A chain that none of them splits has no such form, and the Miss states the law that failed.
+A chain that none of them splits has no such form, and the Obstacle states the law that failed.
 
 What a code generator does with a `RowState` (both generators follow this, to the letter):
     start        every `Carried` holds `identity`; the accumulator of the contraction holds 0
@@ -45,11 +45,12 @@ from .. import expr as ex
 from ..cascade import IDENTITY, size_term
 from ..expr import Expr
 from ..terms.constant import REDUCE, number
+from ..verdict import Obstacle
+from .attention import Attention
 from .carried import OLD, Carried, RowState
-from .recognise import Attention, Miss, elements
 from .reductions import Reducer
-from .score import reading
-from .separate import Bound, Ground, Stop
+from .score import elements, reading
+from .separate import Bound, SplitContext, Stop
 from .stream import stream
 from .traits import VALUES, masked_row, run_row
 
@@ -57,7 +58,7 @@ __all__ = ["OLD", "Carried", "RowState", "derive", "stream"]
 
 
 @lru_cache(maxsize=512)
-def derive(a: Attention) -> RowState | Miss:
+def derive(a: Attention) -> RowState | Obstacle:
     """The one-pass form of an attention's row program, or the law that fails."""
     d = _Derivation(a)
     where: object = ""
@@ -68,7 +69,7 @@ def derive(a: Attention) -> RowState | Miss:
         where = a.contraction.out
         return d.state()
     except Stop as stop:
-        return Miss(f"no one-pass form: {stop.law}, in {_short(stop.term)}", str(where), depth=6)
+        return Obstacle(f"no one-pass form: {stop.law}, in {_short(stop.term)}", str(where), depth=6)
 
 
 def _short(e: Expr) -> str:
@@ -84,7 +85,7 @@ class _Derivation(Reducer):
         products = frozenset(e.out.tensor for e in a.products)
         exposed = (*(r.body for r in a.row), a.weight)
         super().__init__(
-            Ground(a.key, length, exposed, products, a.row_names, (*a.batch, a.query), a.cascade.accumulate)
+            SplitContext(a.key, length, exposed, products, a.row_names, (*a.batch, a.query), a.cascade.accumulate)
         )
         self.a = a
         self.bounds: dict[str, tuple[tuple[Bound, float], ...]] = {}

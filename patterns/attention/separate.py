@@ -27,7 +27,7 @@ SMALL = 24
 
 
 class Stop(Exception):
-    """Carries a Miss to the one place that catches it."""
+    """Carries a law and its term to the one place that catches it."""
 
     def __init__(self, term: Expr, law: str) -> None:
         super().__init__(law)
@@ -60,7 +60,7 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Part:
+class Summand:
     """A summand: `lift` keeps the key (and the guarded bounds), `after` what was deferred, `bounds` what is repaired."""
 
     lift: Expr
@@ -82,7 +82,7 @@ def powers(*groups: tuple[tuple[Bound, float], ...]) -> tuple[tuple[Bound, float
 
 
 @dataclass(frozen=True)
-class Ground:
+class SplitContext:
     """What a split knows of the cascade around a term.
 
     `key` is the rank that is reduced and `length` its size; `exposed` are the terms from which a running bound may be
@@ -101,12 +101,12 @@ class Ground:
 class Splitter:
     """Splits terms over carried names; `ops` says how each carried name is reduced, `bodies` what it sums."""
 
-    def __init__(self, ground: Ground) -> None:
-        self.ground, self.key = ground, ground.key
+    def __init__(self, context: SplitContext) -> None:
+        self.context, self.key = context, context.key
         self.carried: list[Carried] = []
         self.ops: dict[str, str] = {}
         self.bodies: dict[str, Expr] = {}
-        self.memo: dict[Expr, tuple[Part, ...]] = {}
+        self.memo: dict[Expr, tuple[Summand, ...]] = {}
 
     def rows(self, e: Expr) -> frozenset[str]:
         """The carried names that a term reads."""
@@ -131,9 +131,9 @@ class Splitter:
     @cached_property
     def can_empty(self) -> bool:
         """May a score be −∞? Products are finite; a tensor that is added may hold −∞, and large fills may add up."""
-        products = self.ground.products
-        for root in self.ground.exposed:
-            rowed = reading(root, self.ground.rows)
+        products = self.context.products
+        for root in self.context.exposed:
+            rowed = reading(root, self.context.rows)
             for e in ex.walk(root):
                 if self.key not in e.ranks or e in rowed:
                     continue
@@ -145,7 +145,7 @@ class Splitter:
                     return True
         return False
 
-    def split(self, e: Expr) -> tuple[Part, ...]:
+    def split(self, e: Expr) -> tuple[Summand, ...]:
         """The term as a sum of parts lift·after; raises Stop with the law that fails."""
         if e not in self.memo:
             try:
@@ -157,7 +157,7 @@ class Splitter:
                 self.memo[e] = (part,)
         return self.memo[e]
 
-    def probed(self, e: Expr) -> Part | None:
+    def probed(self, e: Expr) -> Summand | None:
         """g(x, r) = g(x, 1)·g(x₀, r)/g(x₀, 1), where sympy proves that g separates and no rule above knows how."""
         found = elements(e, frozenset(self.ops), self.key)
         rows = self.reads(e)
@@ -172,7 +172,7 @@ class Splitter:
                 return part
         return None
 
-    def at_point(self, e: Expr, x: Expr, rows: tuple[Expr, ...], point: float) -> Part | None:
+    def at_point(self, e: Expr, x: Expr, rows: tuple[Expr, ...], point: float) -> Summand | None:
         one, at = {r: ex.const(1.0, r.dtype) for r in rows}, {x: ex.const(point, x.dtype)}
         lift, row, unit = (
             ex.substitute(e, one),
@@ -188,13 +188,13 @@ class Splitter:
                 apart = number(lift, {}, known) * number(row, {}, known) / unit
             if not np.isclose(number(e, {}, known), apart, rtol=1e-9, atol=0.0, equal_nan=True):
                 return None
-        return Part(lift, (After("mul", row / unit),))
+        return Summand(lift, (After("mul", row / unit),))
 
-    def _split(self, e: Expr) -> tuple[Part, ...]:
+    def _split(self, e: Expr) -> tuple[Summand, ...]:
         if not self.rows(e):
-            return (Part(e),)
+            return (Summand(e),)
         if self.key not in e.ranks:
-            return (Part(ex.const(1.0, e.dtype if e.is_float else "f32"), (After("mul", e),)),)
+            return (Summand(ex.const(1.0, e.dtype if e.is_float else "f32"), (After("mul", e),)),)
         match e.op:
             case "add" | "sub":
                 right = self.split(e.args[1])
@@ -226,18 +226,18 @@ class Splitter:
     def stop(self, e: Expr) -> Stop:
         return Stop(e, unseparable(e, self.key, self.rows(e)))
 
-    def product(self, e: Expr) -> tuple[Part, ...]:
+    def product(self, e: Expr) -> tuple[Summand, ...]:
         left, right = (self.split(x) for x in e.args)
         return _merge(
             tuple(
-                Part(_unit(x.lift * y.lift, x.lift, y.lift), x.after + y.after, powers(x.bounds, y.bounds))
+                Summand(_unit(x.lift * y.lift, x.lift, y.lift), x.after + y.after, powers(x.bounds, y.bounds))
                 for x in left
                 for y in right
             )
         )
 
-    def quotient(self, e: Expr) -> tuple[Part, ...]:
-        above = self.split(e.args[0]) if e.op == "div" else (Part(ex.const(1.0, e.dtype)),)
+    def quotient(self, e: Expr) -> tuple[Summand, ...]:
+        above = self.split(e.args[0]) if e.op == "div" else (Summand(ex.const(1.0, e.dtype)),)
         below = e.args[-1]
         if self.key not in below.ranks:
             return tuple(replace(p, after=(*p.after, After("div", below))) for p in above)
@@ -246,9 +246,9 @@ class Splitter:
             raise self.stop(e)
         turned = tuple(After("div" if a.how == "mul" else "mul", a.term) for a in parts[0].after)
         down = tuple((b, -k) for b, k in parts[0].bounds)
-        return tuple(Part(p.lift / parts[0].lift, p.after + turned, powers(p.bounds, down)) for p in above)
+        return tuple(Summand(p.lift / parts[0].lift, p.after + turned, powers(p.bounds, down)) for p in above)
 
-    def exponential(self, e: Expr) -> Part:
+    def exponential(self, e: Expr) -> Summand:
         """exp(s − d − log l) = exp(s − d)/l: bounds stay inside and are repaired, sums move behind."""
         try:
             element, rest = self.apart(e.args[0])
@@ -268,17 +268,17 @@ class Splitter:
             else:
                 after.append(After("mul" if sign > 0 else "div", ex.unary(e.op, t)))
         if not falls:
-            return Part(ex.unary(e.op, element), tuple(after))
+            return Summand(ex.unary(e.op, element), tuple(after))
         d = self.bound(falls)
         if self.slope(d) < 0:
             # exp(s + max s) grows by itself, as the model wrote it: nothing to keep small
-            return Part(ex.unary(e.op, element), (*after, After("div", ex.unary(e.op, d))))
+            return Summand(ex.unary(e.op, element), (*after, After("div", ex.unary(e.op, d))))
         bound = Bound(e.op, d, self.slope(d) > 0)
         u = e.args[0]
         if after and self.can_empty and u.op == "sub" and u.args[0] is element:
             # exp(s − (d + log l)): with all scores at a large fill, d swallows log l, and the model's weights are 1
             after = [After("mul", ex.unary(e.op, d - u.args[1]))]
-        return Part(ex.unary(e.op, element - self.guarded(d)), tuple(after), ((bound, 1.0),))
+        return Summand(ex.unary(e.op, element - self.guarded(d)), tuple(after), ((bound, 1.0),))
 
     def bound(self, falls: list[tuple[int, Expr]]) -> Expr:
         """d = −Σ of the row addends."""
@@ -311,7 +311,7 @@ class Splitter:
         known = {s for s in signs if s != 2}
         return known.pop() if len(known) == 1 else 0
 
-    def whole_power(self, e: Expr, base: Expr, k: float) -> tuple[Part, ...]:
+    def whole_power(self, e: Expr, base: Expr, k: float) -> tuple[Summand, ...]:
         """(f + h)^k = Σ C(k, i)·f^i·h^(k − i) for k = 2, 3, 4: the moments of f."""
         if k not in (2.0, 3.0, 4.0) or len(self.split(base)) == 1:
             return (self.power(e, base, k),)
@@ -320,7 +320,7 @@ class Splitter:
             out = Expr("mul", (out, base), None, e.dtype)
         return self.split(out)
 
-    def power(self, e: Expr, base: Expr, k: float) -> Part:
+    def power(self, e: Expr, base: Expr, k: float) -> Summand:
         """(f·h)^k = f^k·h^k for whole k, or where both are at least 0."""
         parts = self.split(base)
         if len(parts) != 1:
@@ -331,9 +331,9 @@ class Splitter:
         if k < 0 and any(a.how == "zero" for a in p.after):
             raise self.stop(e)
         after = tuple(a if a.how == "zero" else After(a.how, _power(a.term, k)) for a in p.after)
-        return Part(_power(p.lift, k), after, tuple((b, k * n) for b, n in p.bounds))
+        return Summand(_power(p.lift, k), after, tuple((b, k * n) for b, n in p.bounds))
 
-    def homogeneous(self, e: Expr) -> Part:
+    def homogeneous(self, e: Expr) -> Summand:
         """|f·h| = |f|·|h|; relu(f·h) = relu(f)·h where h > 0."""
         parts = self.split(e.args[0])
         if len(parts) != 1:
@@ -346,11 +346,11 @@ class Splitter:
         )  # fmt: skip
         return replace(p, lift=ex.unary(e.op, p.lift), after=after)
 
-    def select(self, e: Expr) -> tuple[Part, ...]:
+    def select(self, e: Expr) -> tuple[Summand, ...]:
         c, x, y = e.args
         if self.mixed(c):
             c = self.of_the_row(c)
-            return self.split(ex.where(c, x, y)) if self.mixed(ex.where(c, x, y)) else (Part(ex.where(c, x, y)),)
+            return self.split(ex.where(c, x, y)) if self.mixed(ex.where(c, x, y)) else (Summand(ex.where(c, x, y)),)
         if self.key not in c.ranks:
             if _zero(x):
                 return tuple(replace(p, after=(*p.after, After("zero", c))) for p in self.split(y))
@@ -364,7 +364,7 @@ class Splitter:
             return (replace(left[0], lift=ex.where(c, left[0].lift, right[0].lift)),)
         raise self.stop(e)
 
-    def masked(self, e: Expr, keep: Expr, x: Expr) -> tuple[Part, ...]:
+    def masked(self, e: Expr, keep: Expr, x: Expr) -> tuple[Summand, ...]:
         """where(keep, f·h, 0) = where(keep, f, 0)·h, and 0 for a row that keeps nothing, whatever h is."""
         parts = self.split(x)
         out = []
@@ -373,7 +373,7 @@ class Splitter:
             out.append(replace(p, lift=lift, after=(*p.after, *self.emptied(p, keep))))
         return tuple(out)
 
-    def emptied(self, p: Part, keep: Expr) -> tuple[After, ...]:
+    def emptied(self, p: Summand, keep: Expr) -> tuple[After, ...]:
         """What is done to the finished sum of a row that keeps nothing: none here, a guarded sum over nothing is 0."""
         return ()
 
@@ -555,8 +555,8 @@ class Splitter:
         return self.nonnegative(e)
 
 
-def _merge(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    table: dict[tuple[object, object], Part] = {}
+def _merge(parts: tuple[Summand, ...]) -> tuple[Summand, ...]:
+    table: dict[tuple[object, object], Summand] = {}
     for p in parts:
         k = (p.after, p.bounds)
         table[k] = replace(p, lift=table[k].lift + p.lift) if k in table else p

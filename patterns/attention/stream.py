@@ -9,8 +9,8 @@ import sympy
 from .. import expr as ex
 from ..cascade import Access, Cascade, Einsum, Rank, Size, Tensor, size_term, verify
 from ..expr import Expr
+from .attention import Attention
 from .carried import OLD, Carried, RowState
-from .recognise import Attention
 
 
 def stream(a: Attention, state: RowState) -> Cascade:

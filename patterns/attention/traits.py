@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .. import expr as ex
 from ..expr import Expr
 from ..terms.constant import REDUCE, number
+from .attention import Attention
 from .score import factors, reading
-
-if TYPE_CHECKING:
-    from .recognise import Attention
 
 # The made-up row: two products and two values.
 SCORES, VALUES = np.array([0.3, -0.7]), np.array([1.0, 3.0])

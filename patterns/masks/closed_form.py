@@ -23,7 +23,7 @@ from ..terms.affine import Affine, affine
 from ..terms.arithmetic import Span
 from ..terms.conditions import normal
 from ..terms.intervals import spans
-from .descent import Grid, Work
+from .descent import Grid, GroundMask
 from .runs import Intervals, Ints, between
 
 # Conjunctions of a mask and half-planes of a conjunction above which intervals are the better way; and what a mask may
@@ -57,7 +57,7 @@ Conjunction = tuple[Half, ...]
 Disjunction = tuple[Conjunction, ...]
 
 
-def in_closed_form(work: Work, grid: Grid) -> tuple[Intervals, Intervals] | None:
+def in_closed_form(work: GroundMask, grid: Grid) -> tuple[Intervals, Intervals] | None:
     """(full, partial) tiles of a mask as intervals that do not overlap, or None where it has no closed form."""
     parts = _parts(work.keep, grid.query, grid.key)
     if parts is None:
@@ -78,13 +78,13 @@ def _parts(keep: Expr, query: str, key: str) -> tuple[Disjunction, Disjunction] 
     ops = [e for e in ex.walk(plain) if e.ranks & {query, key}]
     if sum(e.dtype == "b1" for e in ops) > PREDICATES or sum(bool(_branches(e)) for e in ops) > CHOICES:
         return None
-    terms = _Terms(query, key, {})
+    terms = _Cases(query, key, {})
     some, open_ = (_eliminated(terms.cases(plain, yes)) for yes in (True, False))
     return None if some is None or open_ is None else (some, open_)
 
 
 @dataclass(frozen=True)
-class _Terms:
+class _Cases:
     query: str
     key: str
     known: dict[tuple[Expr, bool], Disjunction | None]
@@ -249,7 +249,7 @@ def _joined(upper: Half, lower: Half) -> Half | None:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-def _meeting(cases: Disjunction, work: Work, grid: Grid) -> Intervals | None:
+def _meeting(cases: Disjunction, work: GroundMask, grid: Grid) -> Intervals | None:
     """The key tiles in which some point of a row satisfies one of the cases."""
     first = np.arange(grid.shape(1)[-2]) * grid.tile_p
     rows = first, np.minimum(first + grid.tile_p, grid.extents[grid.query]) - 1
@@ -266,7 +266,7 @@ def _meeting(cases: Disjunction, work: Work, grid: Grid) -> Intervals | None:
     return Intervals.join(found)
 
 
-def _value(rest: Affine, work: Work, box: Mapping[str, Span], entries: int) -> Ints | None:
+def _value(rest: Affine, work: GroundMask, box: Mapping[str, Span], entries: int) -> Ints | None:
     """A term without query and key for every batch entry, [entries, 1]; None where it is not known exactly."""
     lo, hi = (np.broadcast_to(np.asarray(v, np.float64), (entries, 1)) for v in spans(rest.term(), box, bounds=work.bounds))
     return lo.astype(np.int64) if bool(((lo == hi) & (abs(lo) <= LARGEST)).all()) else None

@@ -64,7 +64,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Work:
+class GroundMask:
     """A mask without symbols, and what is known of the tensors that it reads."""
 
     keep: Expr
@@ -87,7 +87,7 @@ class Work:
         return np.broadcast_to(yes, (count,)), np.broadcast_to(maybe, (count,))
 
 
-def descend(work: Work, grid: Grid, *, settle: bool) -> tuple[Intervals, Intervals]:
+def descend(work: GroundMask, grid: Grid, *, settle: bool) -> tuple[Intervals, Intervals]:
     """(full, partial) tiles of a mask as intervals that do not overlap; rows are query tiles, batch-major.
 
     `settle`: tiles that intervals leave open are decided point by point where need be.
@@ -112,7 +112,7 @@ def descend(work: Work, grid: Grid, *, settle: bool) -> tuple[Intervals, Interva
     return Intervals.join(full), _tiles_of(grid, where, 1)
 
 
-def _evaluated(work: Work, grid: Grid, where: tuple[Array, ...], scale: int) -> tuple[Array, Array]:
+def _evaluated(work: GroundMask, grid: Grid, where: tuple[Array, ...], scale: int) -> tuple[Array, Array]:
     n = len(where[-1])
     yes, maybe = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
     for a in range(0, n, CHUNK):
@@ -149,7 +149,7 @@ def _tiles_of(grid: Grid, where: tuple[Array, ...], scale: int) -> Intervals:
 SAMPLES = ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1.0, 1.0), (0.5, 0.5), (0.3, 0.8), (0.7, 0.2), (0.45, 0.6))
 
 
-def settled(work: Work, query: str, key: str, box: Mapping[str, Span]) -> NDArray[np.uint8]:
+def settled(work: GroundMask, query: str, key: str, box: Mapping[str, Span]) -> NDArray[np.uint8]:
     """The classes of boxes: points that differ prove one partial, else it is split until all of it is decided."""
     n = len(box[key][0])
     kinds = np.full(n, PARTIAL, np.uint8)
@@ -167,7 +167,7 @@ def at(box: Mapping[str, Span], which: Array) -> dict[str, Span]:
     return {r: (lo[which], hi[which]) for r, (lo, hi) in box.items()}
 
 
-def _unproved(work: Work, query: str, key: str, box: dict[str, Span]) -> Ints:
+def _unproved(work: GroundMask, query: str, key: str, box: dict[str, Span]) -> Ints:
     """Boxes in which a few sample points do not show both answers."""
     left = np.arange(len(box[key][0]))
     some, every = np.zeros(len(left), np.bool_), np.ones(len(left), np.bool_)
@@ -184,7 +184,7 @@ def _unproved(work: Work, query: str, key: str, box: dict[str, Span]) -> Ints:
     return left
 
 
-def _split(work: Work, query: str, key: str, box: dict[str, Span]) -> NDArray[np.uint8]:
+def _split(work: GroundMask, query: str, key: str, box: dict[str, Span]) -> NDArray[np.uint8]:
     """Split boxes in four until each is decided or its owner shows both answers."""
     count = len(box[key][0])
     owner = np.arange(count)

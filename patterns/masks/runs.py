@@ -24,7 +24,7 @@ Ints: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Run:
+class KeyRun:
     """Consecutive key tiles of one class: keys `start` to `stop` (exclusive)."""
 
     start: int
@@ -173,13 +173,13 @@ class TileRuns:
         step[self.row, self.stop] -= self.kind.astype(np.int8)
         return step[:, :-1].cumsum(1, dtype=np.int8).astype(np.uint8).reshape(self.shape)
 
-    def runs(self) -> list[list[Run]]:
+    def runs(self) -> list[list[KeyRun]]:
         """Per query tile, batch-major, the visited key tiles merged into slices of one class, in keys."""
-        out: list[list[Run]] = [[] for _ in range(self.rows)]
+        out: list[list[KeyRun]] = [[] for _ in range(self.rows)]
         stops = np.minimum(self.stop.astype(np.int64) * self.tile_m, self.keys).tolist()
         starts = (self.start.astype(np.int64) * self.tile_m).tolist()
         for row, a, b, kind in zip(self.row.tolist(), starts, stops, self.kind.tolist()):
-            out[row].append(Run(a, b, kind))
+            out[row].append(KeyRun(a, b, kind))
         return out
 
     def heavy_first(self) -> NDArray[np.int32]:

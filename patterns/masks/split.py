@@ -21,11 +21,28 @@ from ..terms.bounds import block_bounds
 from ..terms.conditions import conjunction, conjuncts, constant, negated, normal, simplify_under
 from ..terms.intervals import spans
 from .rows import Walk, rows_with_key, runtime_classify, witnesses
-from .tiles import EMPTY, FULL, PARTIAL, Rows, Run, TileMap, TileRuns, classify, count_tiles
+from .tiles import EMPTY, FULL, PARTIAL, KeyRun, Rows, TileMap, TileRuns, classify, count_tiles
 
 __all__ = [
-    "EMPTY", "FULL", "PARTIAL", "Mask", "Rows", "Run", "TileMap", "TileRuns", "Walk", "block_bounds", "classify",
-    "conjuncts", "count_tiles", "rows_with_key", "runtime_classify", "simplify_under", "spans", "split", "witnesses",
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "KeyRun",
+    "Mask",
+    "Rows",
+    "TileMap",
+    "TileRuns",
+    "Walk",
+    "block_bounds",
+    "classify",
+    "conjuncts",
+    "count_tiles",
+    "rows_with_key",
+    "runtime_classify",
+    "simplify_under",
+    "spans",
+    "split",
+    "witnesses",
 ]  # fmt: skip
 
 # A constant counts as a fill at or below this; below VANISHING its weight underflows beside any finite score.

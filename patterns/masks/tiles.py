@@ -22,13 +22,24 @@ from ..expr import Expr
 from ..terms.arithmetic import Array, Span
 from ..terms.intervals import Bounds
 from .closed_form import in_closed_form
-from .descent import COARSE, Grid, Work, at, descend, quarters, settled
+from .descent import COARSE, Grid, GroundMask, at, descend, quarters, settled
 from .periodic import repeated
-from .runs import EMPTY, FULL, PARTIAL, Run, TileRuns, tile_runs
+from .runs import EMPTY, FULL, PARTIAL, KeyRun, TileRuns, tile_runs
 
 __all__ = [
-    "EMPTY", "FULL", "PARTIAL", "Rows", "Run", "TileMap", "TileRuns", "batch_ranks", "bind", "bound", "classify",
-    "count_tiles", "pairs",
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "KeyRun",
+    "Rows",
+    "TileMap",
+    "TileRuns",
+    "batch_ranks",
+    "bind",
+    "bound",
+    "classify",
+    "count_tiles",
+    "pairs",
 ]  # fmt: skip
 
 
@@ -120,16 +131,16 @@ class TileMap:
         order = (~visited).to(self.classes.dtype).argsort(dim=-1, stable=True)
         return Rows(counts.int(), order.int(), self.classes.gather(-1, order) == PARTIAL)
 
-    def runs(self) -> list[list[Run]]:
+    def runs(self) -> list[list[KeyRun]]:
         """Per query tile, batch-major, the visited key tiles merged into slices of one class."""
         table = np.asarray(self.classes).reshape(-1, self.classes.shape[-1])
         edge = np.ones((table.shape[0], table.shape[1] + 1), dtype=np.bool_)
         edge[:, 1:-1] = table[:, 1:] != table[:, :-1]
-        out: list[list[Run]] = []
+        out: list[list[KeyRun]] = []
         for row, edges in zip(table, edge):
             at = np.flatnonzero(edges).tolist()
             out.append([
-                Run(a * self.tile_m, min(b * self.tile_m, self.keys), kind)
+                KeyRun(a * self.tile_m, min(b * self.tile_m, self.keys), kind)
                 for a, b, kind in zip(at, at[1:], row[at[:-1]].tolist())
                 if kind != EMPTY
             ])  # fmt: skip
@@ -181,15 +192,15 @@ def count_tiles(
     sizes = tuple((r, extents[r]) for r in (*batch, query, key))
     if not ex.loads(keep):
         return _static(keep, query, key, sizes, tile_p, tile_m)
-    return _counted(Work(keep, bounds), Grid(query, key, batch, dict(sizes), tile_p, tile_m))
+    return _counted(GroundMask(keep, bounds), Grid(query, key, batch, dict(sizes), tile_p, tile_m))
 
 
 @lru_cache(maxsize=256)
 def _static(keep: Expr, query: str, key: str, sizes: tuple[tuple[str, int], ...], tile_p: int, tile_m: int) -> TileRuns:
-    return _counted(Work(keep, None), Grid(query, key, tuple(r for r, _ in sizes[:-2]), dict(sizes), tile_p, tile_m))
+    return _counted(GroundMask(keep, None), Grid(query, key, tuple(r for r, _ in sizes[:-2]), dict(sizes), tile_p, tile_m))
 
 
-def _counted(work: Work, grid: Grid) -> TileRuns:
+def _counted(work: GroundMask, grid: Grid) -> TileRuns:
     # what is not known at all stays open however small the boxes
     settle = work.bounds is not None or not ex.loads(work.keep)
     found = in_closed_form(work, grid) or repeated(work, grid) or descend(work, grid, settle=settle)
@@ -217,7 +228,7 @@ def classify(
     if not ex.loads(keep):
         return _static_map(keep, query, key, sizes, tile_p, tile_m)
     grid = Grid(query, key, batch, dict(sizes), tile_p, tile_m)
-    work = Work(keep, bounds, xp)
+    work = GroundMask(keep, bounds, xp)
     if xp is np and math.prod(grid.shape(1)) > COARSE:
         sides = extents[query], extents[key]
         entries = tuple(extents[r] for r in batch)
@@ -250,7 +261,7 @@ def pairs(
     Arguments as given to `classify`; needs a numpy map and, for loads, bounds that are exact on single elements.
     """
     grid = Grid(query, key, tiles.batch, extents, tiles.tile_p, tiles.tile_m)
-    work = Work(bind(keep, symbols), bounds, np)
+    work = GroundMask(bind(keep, symbols), bounds, np)
     total = 0
     for kind in (FULL, PARTIAL):
         where = tiles.tiles_of(kind)

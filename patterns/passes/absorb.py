@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 from .. import expr as ex
-from ..attention.recognise import Miss
 from ..attention.score import factors
 from ..cascade import Access, Cascade, Einsum, Rank, Size, Tensor, verify
 from ..expr import Expr
+from ..verdict import Obstacle
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Absorbed:
     values: str
 
 
-class _Stop(Exception):
+class _NotLinear(Exception):
     """Carries a reason to the one place that catches it."""
 
 
-def absorb(c: Cascade, key: str, query: str, *, expand: bool = False) -> Absorbed | Miss:
+def absorb(c: Cascade, key: str, query: str, *, expand: bool = False) -> Absorbed | Obstacle:
     """The absorbed form of a cascade that makes keys or values of another tensor along rank `key`, or why there is none.
 
     What a map multiplies tokens with varies over neither `key` nor `query`. With `expand`, keys and values are made after
@@ -44,8 +44,8 @@ def absorb(c: Cascade, key: str, query: str, *, expand: bool = False) -> Absorbe
     """
     try:
         return _Absorbing(c, key, query, expand).result()
-    except _Stop as no:
-        return Miss(str(no))
+    except _NotLinear as no:
+        return Obstacle(str(no))
 
 
 def weighted(c: Cascade, key: str, query: str) -> frozenset[str]:
@@ -90,16 +90,17 @@ class _Absorbing:
             read = [f for f in factors(e.body)[0] if self.mapped(f)]
             if not read:
                 if self.mapped(e.body):
-                    raise _Stop(f"{e.out} reads {', '.join(sorted(self.mapped(e.body)))} in other ways than as a factor")
+                    made = ", ".join(sorted(self.mapped(e.body)))
+                    raise _NotLinear(f"{e.out} reads {made} in other ways than as a factor")
                 self.einsums.append(e)
             elif len(read) > 1 or e.op != "add":
-                raise _Stop(f"{e.out} is no sum of products with one map of latents")
+                raise _NotLinear(f"{e.out} is no sum of products with one map of latents")
             elif self.key in e.over:
                 self.contract(e, read[0])
             else:
                 self.score(e, read[0])
         if not self.keys and not self.values:
-            raise _Stop("no keys or values are linear maps of another tensor")
+            raise _NotLinear("no keys or values are linear maps of another tensor")
         return Absorbed(verify(_pruned(self.c, self.ranks, self.tensors, self.einsums)), tuple(self.keys), self.values)
 
     def mapped(self, term: Expr) -> set[str]:
@@ -110,7 +111,7 @@ class _Absorbing:
     def score(self, e: Einsum, f: Expr) -> None:
         """QK = Σ_e Q·(X + R)   →   QL = Σ_e Q·W; QK1 = Σ_c QL·C; QR = Σ_r Q·R; QK = QK1 + QR"""
         if len(e.over) != 1:
-            raise _Stop(f"{e.out} reduces {len(e.over)} ranks; the one of keys and queries is one")
+            raise _NotLinear(f"{e.out} reduces {len(e.over)} ranks; the one of keys and queries is one")
         (rank,) = e.over
         rest = _others(e.body, f)
         dtype = self.tensors[e.out.tensor].dtype
@@ -122,14 +123,14 @@ class _Absorbing:
             for s in self.summands(_shifted(part.term, moved)):
                 parts.append(self.product(e.out.tensor, query, s, own, dtype))
         if not parts:
-            raise _Stop(f"{e.out} sums nothing")
+            raise _NotLinear(f"{e.out} sums nothing")
         self.einsums.append(Einsum(e.out, reduce(lambda a, b: a + b, parts)))
 
     def product(self, name: str, query: Expr, s: Expr | _Map, rank: str, dtype: str) -> Expr:
         if isinstance(s, Expr):
             return self.put(name, query * s, rank, dtype)
         if rank in s.tokens.ranks:
-            raise _Stop(f"{s.tokens} varies over {rank}, which {name} reduces: it is no latent")
+            raise _NotLinear(f"{s.tokens} varies over {rank}, which {name} reduces: it is no latent")
         self.keys.append(s.rank)
         if self.expand:
             return self.put(name, query * self.put("K", s.tokens * s.weights, s.rank, dtype), rank, dtype)
@@ -143,14 +144,14 @@ class _Absorbing:
         rest, dtype = _others(e.body, f), self.tensors[e.out.tensor].dtype
         free = [r for r in f.ranks if r not in rest.ranks and ex.index(r) in e.out.index]
         if len(free) != 1:
-            raise _Stop(f"the values of {e.out} have {len(free)} ranks of their own; a value rank is one")
+            raise _NotLinear(f"the values of {e.out} have {len(free)} ranks of their own; a value rank is one")
         found = [self.value(e, p) for p in pieces(f, free[0], self.ranks[free[0]].size)]
         maps = [m for _, m in found if m is not None]
         if not maps or any(m.tokens is not maps[0].tokens for m in maps):
-            raise _Stop(f"the values of {e.out} are not made of one latent")
+            raise _NotLinear(f"the values of {e.out} are not made of one latent")
         tokens, rank = maps[0].tokens, maps[0].rank
         if free[0] in tokens.ranks:
-            raise _Stop(f"{tokens} varies over {free[0]}: it is no latent")
+            raise _NotLinear(f"{tokens} varies over {free[0]}: it is no latent")
         weights = found[-1][1].weights if found[-1][1] is not None else ex.const(0.0, tokens.dtype)
         for end, m in reversed(found[:-1]):
             own = m.weights if m is not None else ex.const(0.0, weights.dtype)
@@ -170,7 +171,7 @@ class _Absorbing:
         (first, *more) = own
         if more or not isinstance(first, _Map):
             what = "a bias" if any(isinstance(s, Expr) and self.key not in s.ranks for s in own) else "a part of their own"
-            raise _Stop(f"the values of {e.out} have {what} beside the map: their share is a sum of its own")
+            raise _NotLinear(f"the values of {e.out} have {what} beside the map: their share is a sum of its own")
         return p.start + p.size, first
 
     # terms
@@ -191,8 +192,8 @@ class _Absorbing:
             return [term]
         if term.op == "where" and self.key in term.args[0].ranks:
             own = sorted(self.mapped(term))
-            raise _Stop(f"a map ({', '.join(own)}) makes the last tokens' part only: earlier tokens are there expanded")
-        raise _Stop(f"{term} is not linear in its latent")
+            raise _NotLinear(f"a map ({', '.join(own)}) makes the last tokens' part only: earlier tokens are there expanded")
+        raise _NotLinear(f"{term} is not linear in its latent")
 
     def instance(self, e: Einsum, load: Expr) -> _Map:
         (old,) = e.over
@@ -203,7 +204,7 @@ class _Absorbing:
         sides = [ex.substitute(f, table) for f in factors(e.body)[0]]
         tokens, weights = sorted(sides, key=lambda f: self.key not in f.ranks)
         if self.key in weights.ranks:
-            raise _Stop(f"{load} is no product of tokens with weights")
+            raise _NotLinear(f"{load} is no product of tokens with weights")
         return _Map(tokens, weights, rank)
 
     def value_reads(self, load: Expr) -> bool:
@@ -257,7 +258,7 @@ def pieces(term: Expr, rank: str, size: Size) -> list[Piece]:
     if not tests:
         return [Piece(0, size if isinstance(size, int) else 0, term, True)]
     if not isinstance(size, int):
-        raise _Stop(f"rank {rank} is cut, and its size {size} has no value")
+        raise _NotLinear(f"rank {rank} is cut, and its size {size} has no value")
     ends = sorted({size, *(int(t.args[1].value) for t in tests if 0 < int(t.args[1].value) < size)})
     out = []
     for start, end in zip([0, *ends], ends):
@@ -282,7 +283,7 @@ def _others(body: Expr, f: Expr) -> Expr:
     rest = list(above)
     rest.remove(f)
     if not rest:
-        raise _Stop(f"{f} stands alone: no product")
+        raise _NotLinear(f"{f} stands alone: no product")
     out = reduce(lambda a, b: a * b, rest)
     return reduce(lambda a, b: a / b, below, out)
 
@@ -304,7 +305,7 @@ def _pruned(c: Cascade, ranks: dict[str, Rank], tensors: dict[str, Tensor], eins
 # --- slices ---------------------------------------------------------------------------------------------------------
 
 
-def slices(a: Absorbed, parts: int, rank: str = "g") -> Cascade | Miss:
+def slices(a: Absorbed, parts: int, rank: str = "g") -> Cascade | Obstacle:
     """The absorbed cascade with a row of its own for each of `parts` slices of the latent, summed in the output.
 
         before   QK[h,p,m] = Σ_c QL·C[m,c];  …  O = Σ_k OL[h,p,k]·U                        one softmax
@@ -314,13 +315,13 @@ def slices(a: Absorbed, parts: int, rank: str = "g") -> Cascade | Miss:
     """
     c = a.cascade
     if not a.keys or not a.values:
-        return Miss("only keys or only values are made of a latent: slices need both")
+        return Obstacle("only keys or only values are made of a latent: slices need both")
     latent = dict.fromkeys((*a.keys, a.values))
     sizes: dict[str, int] = {}
     for r in latent:
         size = c.rank[r].size
         if not isinstance(size, int) or size % parts:
-            return Miss(f"a latent of {size} channels does not divide into {parts} slices")
+            return Obstacle(f"a latent of {size} channels does not divide into {parts} slices")
         sizes[r] = size // parts
     while rank in c.rank:
         rank += "_"

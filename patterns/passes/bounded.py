@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import expr as ex
-from ..attention.recognise import Refusal
 from ..attention.score import factors
 from ..attention.traits import is_mask, masked_side
 from ..cascade import Cascade, Einsum
 from ..expr import Expr
 from ..operators import facts
 from ..terms.constant import REDUCE, number
+from ..verdict import Refusal
 from .chain import Reading, empty_rows, products, rebuilt
 from .rewrites import Family, Rewritten
 

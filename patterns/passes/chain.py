@@ -29,7 +29,7 @@ class Reading:
         self.pointwise: dict[str, tuple[tuple[Expr, ...], Expr]] = {}
         for e in c.einsums:
             name = e.out.tensor
-            if e.op is None and len(c.producers[name]) == 1 and plain(e.out.index):
+            if e.op is None and len(c.producers[name]) == 1 and e.out.plain:
                 self.pointwise[name] = (e.out.index, ex.cast(self.inline(e.body), c.tensor[name].dtype))
 
     def inline(self, root: Expr) -> Expr:
@@ -50,11 +50,6 @@ class Reading:
             if body.args and body.op not in ("load", "cast") and not reading(body, without):
                 table.setdefault(body, ex.load(name, at, body.dtype))
         return ex.substitute(root, table)
-
-
-def plain(at: Sequence[Expr]) -> bool:
-    """Distinct coordinates and nothing else: the access that a tensor written in one piece has."""
-    return all(i.op == "index" for i in at) and len(set(at)) == len(at)
 
 
 def unused(name: str, taken: Iterable[str]) -> str:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import expr as ex
+from ..attention.attention import Attention
 from ..attention.carried import OLD, RowState
-from ..attention.recognise import Attention
 from ..cascade import Access, Cascade, Einsum, Rank, Size, Tensor, verify
 from ..expr import Expr
 from ..terms.intervals import spans

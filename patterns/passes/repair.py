@@ -16,12 +16,12 @@ import numpy as np
 
 from .. import expr as ex
 from ..attention.carried import OLD, Carried
-from ..attention.recognise import Refusal
-from ..attention.separate import Bound, Ground, Part, Splitter, Stop
+from ..attention.separate import Bound, SplitContext, Splitter, Stop, Summand
 from ..cascade import IDENTITY, Access, Cascade, Einsum, Tensor, size_term
 from ..expr import Expr
 from ..operators import facts
 from ..terms.constant import number
+from ..verdict import Refusal
 from .chain import Reading, empty_rows, exposed, products, rebuilt, unused
 from .rewrites import Family, Rewritten
 
@@ -75,7 +75,7 @@ class _Repair(Splitter):
         self.scores = exposed(c, {n: p.body for n, p in self.pairs.items()}, inner)
         made, rows = products(c, inner), frozenset(self.pairs)
         length = size_term(c.rank[inner].size)
-        super().__init__(Ground(inner, length, self.scores, made, rows, (), c.accumulate))
+        super().__init__(SplitContext(inner, length, self.scores, made, rows, (), c.accumulate))
         self.stops: list[Stop] = []
         self.sweeps: list[list[_Running]] = []
         self.extra: list[_Running] = []
@@ -128,7 +128,7 @@ class _Repair(Splitter):
             return None
         return _Running(p, Carried(name, op, 0.0, part.done(part.lift), factor), lost)
 
-    def part(self, body: Expr, op: str) -> Part:
+    def part(self, body: Expr, op: str) -> Summand:
         if op != "add":
             raise Stop(body, f"{op} of a term with a running row scalar has no correction")
         parts = self.split(body)
@@ -170,7 +170,7 @@ class _Repair(Splitter):
         if not bounds or not self.can_empty:
             return ex.FALSE
         low = {x: -math.inf for b in bounds for x in ex.loads(b.d) if x.is_float}
-        rows = empty_rows([*self.scores, p.body], self.scores, self.inner, self.ground.products, self.ground.rows)
+        rows = empty_rows([*self.scores, p.body], self.scores, self.inner, self.context.products, self.context.rows)
         ends = [float(np.sum(np.broadcast_to(number(p.body, {}, {**k, **low}), (2,)))) for k in rows]
         # a sum that is neither is no row whose bound could be −∞
         rows = [k for k, v in zip(rows, ends) if v == 0.0 or math.isnan(v)]

@@ -17,13 +17,13 @@ from typing import TypeAlias
 
 from .. import expr as ex
 from ..attention.carried import Carried
-from ..attention.recognise import Refusal
 from ..attention.reductions import Reducer
 from ..attention.score import factors
-from ..attention.separate import Bound, Ground, Part, Stop
+from ..attention.separate import Bound, SplitContext, Stop, Summand
 from ..cascade import IDENTITY, Access, Cascade, Einsum, Tensor, size_term
 from ..expr import Expr
-from .chain import Reading, exposed, plain, products, rebuilt, unused
+from ..verdict import Refusal
+from .chain import Reading, exposed, products, rebuilt, unused
 
 Family: TypeAlias = tuple[str, ...]
 
@@ -88,7 +88,7 @@ class _Deferral(Reducer):
         terms = {e.out.tensor: self.reading.inline(e.body) for e in c.einsums if e.out.tensor in self.over_key}
         rows, made = frozenset(self.over_key), products(c, key)
         length = size_term(c.rank[key].size)
-        super().__init__(Ground(key, length, exposed(c, terms, key), made, rows, (), c.accumulate))
+        super().__init__(SplitContext(key, length, exposed(c, terms, key), made, rows, (), c.accumulate))
         self.at: dict[str, tuple[Expr, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.parts = 1
@@ -98,13 +98,13 @@ class _Deferral(Reducer):
         # the bound is final here: exp(s − d) as the model has it
         return d
 
-    def zeroed(self, p: Part) -> bool:
+    def zeroed(self, p: Summand) -> bool:
         return bool(p.after)
 
     def row(self, keep: Expr) -> tuple[Expr, ...]:
         return tuple(ex.index(r.name) for r in self.c.ranks if r.name in keep.ranks - {self.key})
 
-    def split(self, e: Expr) -> tuple[Part, ...]:
+    def split(self, e: Expr) -> tuple[Summand, ...]:
         parts = super().split(e)
         self.parts = len(parts)
         return parts
@@ -223,7 +223,7 @@ def _inner_sum(c: Cascade, f: Expr, key: str) -> Einsum | None:
     if f.op != "load" or key not in f.ranks or len(c.producers.get(str(f.attr), ())) != 1:
         return None
     (e,) = c.producers[str(f.attr)]
-    return e if e.op == "add" and key not in e.over and plain(e.out.index) else None
+    return e if e.op == "add" and key not in e.over and e.out.plain else None
 
 
 def _instance(c: Cascade, inner: Einsum, f: Expr, outer: Einsum) -> tuple[Expr, tuple[str, ...]] | Refusal:

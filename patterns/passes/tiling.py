@@ -11,9 +11,9 @@ from dataclasses import replace
 import sympy
 
 from .. import expr as ex
-from ..attention.recognise import Refusal
 from ..cascade import IDENTITY, Access, Cascade, Einsum, Rank, Tensor, size_term
 from ..expr import Expr
+from ..verdict import Refusal
 from .chain import rebuilt, unused
 from .rewrites import Family, Rewritten
 

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..expr import Expr
 from ..operators import OPERATORS, Operator
+from .interval_rules import BITWISE, LIMITS, bitwise, interval
 
 Array: TypeAlias = Any
 Span: TypeAlias = tuple[Array, Array]
 
 # The magnitude of integers above which a span gives up: sums of eight such numbers are exact in float64.
 LIMIT = 2.0**50
+# What float64 does not count may be anything.
 INTEGER_RANGE: Mapping[str, tuple[float, float]] = {
-    "u8": (0.0, 255.0), "i8": (-128.0, 127.0), "i16": (-(2.0**15), 2.0**15 - 1), "i32": (-(2.0**31), 2.0**31 - 1),
-    "i64": (-math.inf, math.inf),
-}  # fmt: skip
+    d: (float(lo), float(hi)) if hi <= LIMIT else (-math.inf, math.inf) for d, (lo, hi) in LIMITS.items() if d != "b1"
+}
 # Bits of the significand, smallest normal number, largest finite number.
 FLOAT_FORMAT: Mapping[str, tuple[int, float, float]] = {
     "f16": (11, 2.0**-14, 65504.0), "bf16": (8, 2.0**-126, 3.3895313892515355e38),
@@ -49,72 +51,56 @@ def clip_integer(span: Span, dtype: str, lib: Any) -> Span:
 
 
 def integer(e: Expr, args: list[Span], lib: Any) -> Span:
-    op = e.op
-    (a, b) = args[0]
-    if len(args) == 1:
-        if op == "not":
-            return -b - 1, -a - 1
-        return _exact(OPERATORS[op], a, b, lib) or (np.float64(-math.inf), np.float64(math.inf))
-    (c, d) = args[1]
-    match op:
-        case "add":
-            return a + c, b + d
-        case "sub":
-            return a - d, b - c
-        case "mul":
-            if e.args[0] is e.args[1]:
-                return _square(a, b, lib)
-            return _corners(lambda x, y: x * y, a, b, c, d, lib)
-        case "max":
-            return lib.maximum(a, c), lib.maximum(b, d)
-        case "min":
-            return lib.minimum(a, c), lib.minimum(b, d)
-        case "floordiv":
-            lo, hi = _corners(lambda x, y: lib.floor(x / y), a, b, c, d, lib)
-            known = (c > 0) | (d < 0)
-            return lib.where(known, lo, -math.inf), lib.where(known, hi, math.inf)
-        case "mod":
-            return _mod(a, b, c, d, lib)
-        case "pow":
-            exponent = e.args[1]
-            if exponent.op == "const" and exponent.value == 2:
-                return _square(a, b, lib)
-        case "and" | "or" | "xor":
-            return _bits(op, a, b, c, d, lib)
-    nothing = a * 0 + c * 0
+    """An integer operator, before it wraps; everything where no rule knows."""
+    numbers = Arrays(lib)
+    found = bitwise(e.op, args, numbers) if e.op in BITWISE else interval(e, args, numbers)
+    if found is not None:
+        return found
+    nothing = sum(lo * 0 for lo, _ in args)
     return nothing - math.inf, nothing + math.inf
 
 
-def _mod(a: Array, b: Array, c: Array, d: Array, lib: Any) -> Span:
-    """Remainder by a positive number: exact while the argument stays between two multiples of one modulus."""
-    turn = lib.floor(a / c)
-    inside = (c == d) & (c > 0) & (turn == lib.floor(b / c))
-    positive = c > 0
-    most = lib.where(positive, d - 1, math.inf)
-    # an argument that is no negative number bounds its remainder
-    most = lib.where(positive & (a >= 0), lib.minimum(most, b), most)
-    return (
-        lib.where(inside, a - turn * c, lib.where(positive, 0.0, -math.inf)),
-        lib.where(inside, b - turn * c, most),
-    )
+@dataclass(frozen=True)
+class Arrays:
+    """Ends in arrays of float64, which are whole numbers or ±∞; torch has no `maximum` of a tensor and a number."""
 
+    lib: Any
 
-def _bits(op: str, a: Array, b: Array, c: Array, d: Array, lib: Any) -> Span:
-    """Bitwise operators on integers: exact for single values, else by the number of bits."""
-    natural = (a >= 0) & (c >= 0) & (b <= LIMIT) & (d <= LIMIT)
-    largest = lib.maximum(b, d)
-    width = lib.floor(lib.log2(lib.where(largest >= 1, largest, 1.0))) + 1
-    top = 2.0**width - 1
-    zero = top * 0
-    lo, hi = {
-        "and": (zero, lib.minimum(b, d) + zero), "or": (lib.maximum(a, c) + zero, top), "xor": (zero, top),
-    }[op]  # fmt: skip
-    lo, hi = lib.where(natural, lo, -math.inf), lib.where(natural, hi, math.inf)
-    single = (a == b) & (c == d) & (abs(a) <= LIMIT) & (abs(c) <= LIMIT)
-    x, y = (lib.where(single, v, 0.0) for v in (a, c))
-    x, y = (v.astype(np.int64) if lib is np else v.to(lib.int64) for v in (x, y))
-    exact = ({"and": x & y, "or": x | y, "xor": x ^ y}[op]) * 1.0
-    return lib.where(single, exact, lo), lib.where(single, exact, hi)
+    def least(self, x: Array, y: Array) -> Array:
+        return x.clamp(max=y) if self.lib is not np and isinstance(y, int) else self.lib.minimum(x, y)
+
+    def most(self, x: Array, y: Array) -> Array:
+        return x.clamp(min=y) if self.lib is not np and isinstance(y, int) else self.lib.maximum(x, y)
+
+    def times(self, x: Array, y: Array) -> Array:
+        return self.lib.where((x == 0) | (y == 0), 0.0, x * y)
+
+    def quotient(self, x: Array, y: Array) -> Array:
+        found = self.lib.floor(x / y)
+        # ∞ / ∞ lies between what its neighbours give
+        return self.lib.where(found == found, found, 0.0)
+
+    def rest(self, x: Array, turn: Array, y: Array) -> Array:
+        return x - turn * y
+
+    def natural(self, x: Array) -> Array:
+        return x >= 0
+
+    def same(self, x: Array, y: Array) -> Array:
+        return (x == y) & (abs(x) <= LIMIT)
+
+    def choose(self, proved: Array, tight: Array, safe: Array) -> Array:
+        return self.lib.where(proved, tight, safe)
+
+    def ones(self, x: Array) -> Array:
+        bits = self.lib.floor(self.lib.log2(self.lib.where(x >= 1, x, 1.0))) + 1
+        return self.lib.where(x >= 1, 2.0**bits - 1, 0.0)
+
+    def bits(self, op: str, x: Array, y: Array) -> Array:
+        known = (abs(x) <= LIMIT) & (abs(y) <= LIMIT)
+        x, y = (self.lib.where(known, v, 0.0) for v in (x, y))
+        x, y = (v.astype(np.int64) if self.lib is np else v.to(self.lib.int64) for v in (x, y))
+        return BITWISE[op](x, y) * 1.0
 
 
 # --- shared by integers and floats ------------------------------------------------------------------------------

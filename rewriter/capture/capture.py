@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch._guards import TracingContext
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..graph.node import written_arguments
 from .autocast import explicit_casts
 from .weights import PARAMETER
 
@@ -294,18 +295,6 @@ def _mark(value: object) -> None:
 
 def _detaches(n: fx.Node) -> bool:
     return isinstance(n.target, torch._ops.OpOverload) and n.target._schema.name in _DETACHING
-
-
-def written_arguments(n: fx.Node) -> list[fx.Node]:
-    """The nodes that an operator writes in place, by its schema."""
-    if not isinstance(n.target, torch._ops.OpOverload):
-        return []
-    out: list[fx.Node] = []
-    for i, a in enumerate(n.target._schema.arguments):
-        if a.alias_info is not None and a.alias_info.is_write:
-            value = n.args[i] if i < len(n.args) else n.kwargs.get(a.name)
-            out.extend(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node))
-    return out
 
 
 Backend = Callable[[fx.GraphModule, Sequence[object]], Callable[..., Any]]

@@ -1,4 +1,4 @@
-"""Subjects of a plan: a model and inputs from a factory, a Hugging Face config (no weights), or an exported program."""
+"""What is planned: a model and its inputs, from a factory, a Hugging Face config (no weights), or an exported program."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _short(dtype: str) -> str:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelInput:
     """What is planned: a module with its inputs, or an exported program.
 
     `where` says what its tensors are: "meta", "fake", or "" for tensors with data.
@@ -76,8 +76,8 @@ class Subject:
     note: str = ""
 
 
-def load(spec: str, shapes: Shapes = Shapes(), *, where: str = "meta") -> Subject:
-    """The subject that `spec` names. Raises UsageError with one sentence.
+def load(spec: str, shapes: Shapes = Shapes(), *, where: str = "meta") -> ModelInput:
+    """What `spec` names. Raises UsageError with one sentence.
 
     A config's model has no weights where `where` is "meta" or "fake" (tensors that only say they are on the CPU, or with
     "fake:cuda" on that device, for code that mixes its inputs with tensors of its own), and random ones where it is "cpu".
@@ -101,7 +101,7 @@ def load(spec: str, shapes: Shapes = Shapes(), *, where: str = "meta") -> Subjec
 # --- factories and programs -------------------------------------------------------------------------------------
 
 
-def _from_factory(spec: str, shapes: Shapes) -> Subject:
+def _from_factory(spec: str, shapes: Shapes) -> ModelInput:
     module_name, _, attribute = spec.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -130,7 +130,7 @@ def _from_factory(spec: str, shapes: Shapes) -> Subject:
         except UsageError as no:
             raise UsageError(f"{spec}: {no}; a factory may return (module, args, kwargs)") from no
     check_devices(model, args, kwargs)
-    return Subject(spec, model, args, kwargs)
+    return ModelInput(spec, model, args, kwargs)
 
 
 def _needed(function: Callable[..., object]) -> list[str]:
@@ -181,7 +181,7 @@ def _to(x: object, dtype: torch.dtype | None) -> object:
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _from_program(path: Path) -> Subject:
+def _from_program(path: Path) -> ModelInput:
     if not path.is_file():
         raise UsageError(f"{path} does not exist")
     try:
@@ -193,19 +193,19 @@ def _from_program(path: Path) -> Subject:
             f"{path} is no exported program that PyTorch {torch.__version__} reads ({reason}): "
             "save it with torch.export.save under this version"
         ) from error
-    return Subject(str(path), None, program=program)
+    return ModelInput(str(path), None, program=program)
 
 
 # --- Hugging Face configs ---------------------------------------------------------------------------------------
 
 
-def from_config(path: Path, shapes: Shapes, where: str = "meta") -> Subject:
+def from_config(path: Path, shapes: Shapes, where: str = "meta") -> ModelInput:
     """A model of the config's architecture, and inputs of the asked shapes; `where` as in `load`."""
     kind, _, device = where.partition(":")
     with FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else contextlib.nullcontext():
         model = build(path, shapes, "meta" if kind == "meta" else device or "cpu")
         made = decode_inputs(model, shapes) if shapes.phase == "decode" else inputs_for(model, shapes)
-        return Subject(str(path), model, *made, where=kind, note=_sizes_note(made))
+        return ModelInput(str(path), model, *made, where=kind, note=_sizes_note(made))
 
 
 def _sizes_note(made: tuple[tuple[Any, ...], dict[str, Any]]) -> str:

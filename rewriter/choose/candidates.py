@@ -19,13 +19,13 @@ from ...codegen import operator as ours
 from ...codegen.forms.program import Program, loose, memory_order
 from ...codegen.vendor import use as vendor
 from ...cost_model.count.expect import known
-from ...cost_model.count.memory import Memory, memory
+from ...cost_model.count.memory import AttentionMemory, memory
 from ...cost_model.count.passes import key_passes
 from ...cost_model.count.tiles import Data
 from ...cost_model.devices.device import Device
-from ...cost_model.plan.detail import detail
-from ...cost_model.plan.picture import picture
-from ...cost_model.plan.plan import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
+from ...cost_model.sites.detail import detail
+from ...cost_model.sites.picture import picture
+from ...cost_model.sites.site import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
 from ...cost_model.time.cost import Cost
 from ...cost_model.time.predict import (
     VendorUse,
@@ -36,13 +36,14 @@ from ...cost_model.time.predict import (
     tiles_of,
 )
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, Refusal, attention, no_key_rule
-from ...patterns.attention.recognise import Miss as NoAttention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
-from ...patterns.attention.traits import kind, traits
+from ...patterns.attention.traits import kind, no_key_rule, traits
 from ...patterns.cascade import Cascade, bind, show
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import conjuncts, split
+from ...patterns.verdict import Obstacle, Refusal
 from ..splice import splice
 from ..splice.guards import Condition, every_row_keeps_a_key
 from .policy import Policy
@@ -81,17 +82,17 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
         if call is not None:
             calls[candidate.name] = call
     order = ranked(tuple(candidates))
-    permitted = [x for x in order if x.feasible and q.policy.permits(x.name)]
+    permitted = [x for x in order if x.feasible and q.policy.permits(x)]
     chosen = next(iter(permitted), None) or next(x for x in order if x.feasible)
     order = tuple(replace(x, why=_why(x, order, q)) if x is chosen else x for x in order)
     state = derive(view)
-    one_pass = stream(view, state) if not isinstance(state, NoAttention) else None
-    ours_text = next((x.mapping for x in order if x.name == "reattend"), "")
+    one_pass = stream(view, state) if not isinstance(state, Obstacle) else None
+    ours_text = next((x.mapping for x in order if x.is_tiled), "")
     site = Site(
         name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q, sizes),
         mask=_mask(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
         choice=chosen.name,
-        cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.name == "reattend" else "",
+        cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.is_tiled else "",
         notes=taken.words, memory=_memory(view, c, sizes),
         detailer=cache(lambda: detail(c, one_pass, ours_text, sizes, taken.data)),
     )  # fmt: skip
@@ -101,7 +102,7 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
 def _why(chosen: Candidate, order: tuple[Candidate, ...], q: Question) -> str:
     """Why this one: what it saves, or why nothing else may run."""
     others = [c for c in order if c.feasible and c.name != chosen.name]
-    if chosen.name == ORIGINAL:
+    if chosen.is_original:
         if q.bound:
             return q.bound
         if others:
@@ -129,7 +130,7 @@ def _candidates(
     sdpa = _sdpa(q, sizes, data)
     ready = [c.cost.seconds for c in (original, sdpa[0]) if c.feasible and c.cost is not None]
     for candidate, call in (_ours(q, sizes, data, min(ready, default=math.inf)), sdpa, _flex(q, sizes, data)):
-        no = q.bound or ("" if q.policy.permits(candidate.name) else "the policy does not permit it")
+        no = q.bound or ("" if q.policy.permits(candidate) else "the policy does not permit it")
         if no and candidate.feasible:
             candidate, call = replace(candidate, feasible=False, why=no), None
         yield candidate, call
@@ -187,7 +188,7 @@ def _ours(
     view = attention(q.cascade)
     assert isinstance(view, Attention)
     state = derive(view)
-    passes = key_passes(stream(view, state)) if not isinstance(state, NoAttention) else None
+    passes = key_passes(stream(view, state)) if not isinstance(state, Obstacle) else None
     why = "; ".join(s for s in (str(mapping), held or refusal) if s)
     candidate = Candidate(
         name, passes=passes, cost=cost, mapping=mapping.to_text(), why=why, maker=lambda: str(kernel.source)
@@ -197,19 +198,19 @@ def _ours(
     return candidate, our_call(q.cascade, mapping, fragile=compiles and not q.traced)
 
 
-def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[Tiling, Cost]]:
+def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[TileMapping, Cost]]:
     """The best mapping of every body by prediction, best first: where no kernel can be built for one, the next may do."""
     try:
         found = ranked_mappings(q.cascade, q.device, sizes, data)
     except ValueError:
         return []
-    best: dict[str, tuple[Tiling, Cost]] = {}
-    for mapping, cost in () if isinstance(found, NoAttention) else found:
+    best: dict[str, tuple[TileMapping, Cost]] = {}
+    for mapping, cost in () if isinstance(found, Obstacle) else found:
         best.setdefault(mapping.body, (mapping, cost))
     return list(best.values())
 
 
-def _paid_back(found: list[tuple[Tiling, Cost]], rival: float) -> tuple[list[tuple[Tiling, Cost]], str]:
+def _paid_back(found: list[tuple[TileMapping, Cost]], rival: float) -> tuple[list[tuple[TileMapping, Cost]], str]:
     """Mappings in the order in which they are tried, and what is said of one that does not pay for its compilation."""
     compiled = [(m, c) for m, c in found if m.body == "fused"]
     others = [(m, c) for m, c in found if m.body != "fused"]
@@ -227,10 +228,10 @@ def _no_mapping(q: Question, sizes: Mapping[str, int]) -> str:
         best = best_mapping(q.cascade, q.device, sizes)
     except ValueError as no:
         return str(no)
-    return best.reason if isinstance(best, NoAttention) else ""
+    return best.reason if isinstance(best, Obstacle) else ""
 
 
-def our_call(c: Cascade, mapping: Tiling, fragile: bool = False) -> splice.Call:
+def our_call(c: Cascade, mapping: TileMapping, fragile: bool = False) -> splice.Call:
     """Our operator: tensors in the order of the cascade's inputs, then the sizes that no input tells."""
     names, sizes = [t.name for t in c.inputs], loose(c)
     text = ours.program_text(c, mapping)
@@ -271,20 +272,19 @@ def _vendor(
         return _refused(name, use.reason)
     if not isinstance(cost, Cost):
         return _refused(name, cost.reason if cost is not None else "it has no predicted time")
-    fragile = name == "flex"
-    if fragile and q.traced:
+    if made.compiled and q.traced:
         return _refused(name, "it is compiled when it first runs, which cannot be guarded inside Inductor's graph")
     why = f"{use.backend} kernel" + (", which leaves masked tiles out" if use.skips else "")
     why += "".join(f", where {c.sentence}" for c in conditions)
-    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions, fragile)
+    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions)
 
 
-def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (), fragile: bool = False) -> splice.Call:
+def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = ()) -> splice.Call:
     """A printed function as an ordinary call of the graph; its result lies in memory as our operator's does."""
     names, loose_sizes = made.inputs, made.sizes
     order = memory_order(made.cascade)
     back = [order.index(d) for d in range(len(order))]
-    program = Program(made.cascade, Tiling(1, 1))
+    program = Program(made.cascade, TileMapping(1, 1))
 
     def run(*given: Any) -> torch.Tensor:
         return made.function(*given).permute(order).contiguous().permute(back)
@@ -296,7 +296,7 @@ def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (),
         return (*(tensors[n] for n in names), *(size(s) for s in loose_sizes))
 
     run.__name__ = made.name
-    return splice.Call(made.name, run, arguments, fake=fake, conditions=conditions, fragile=fragile)
+    return splice.Call(made.name, run, arguments, fake=fake, conditions=conditions, fragile=made.compiled)
 
 
 # --- the site's plain data ----------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def _shape(c: Cascade, q: Question, sizes: Mapping[str, int]) -> SiteShape:
     return SiteShape({r.name: r.size if isinstance(r.size, int) else str(r.size) for r in c.ranks}, q.dtype, at)
 
 
-def _memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> Memory | None:
+def _memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> AttentionMemory | None:
     """None where a size of the cascade has no value."""
     try:
         return memory(a, c, sizes)
@@ -322,13 +322,13 @@ def _mask(
     mask = split(a.score, a.key)
     if mask.keep is ex.TRUE:
         return None
-    text = next((x.mapping for x in order if x.name == "reattend" and x.mapping), "")
-    tiling = Tiling.parse(text) if text else Tiling(64, 64)
+    text = next((x.mapping for x in order if x.is_tiled), "")
+    tiling = TileMapping.parse(text) if text else TileMapping(64, 64)
     try:
         jobs = tiles_of(c, tiling, sizes, data)
     except ValueError:
         return MaskView(ex.show(mask.keep), 1.0)
-    n = jobs.tally if not isinstance(jobs, NoAttention) else None
+    n = jobs.tally if not isinstance(jobs, Obstacle) else None
     if n is None:
         return MaskView(ex.show(mask.keep), 1.0)
     counts = TileCounts(tiling.tile_p, tiling.tile_m, n.total, n.visited, n.full, n.partial)

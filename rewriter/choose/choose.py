@@ -21,7 +21,8 @@ from torch import fx
 
 from ...cost_model.devices.device import Device, targets, with_threads
 from ...cost_model.devices.device import device as device_named
-from ...cost_model.plan.plan import ORIGINAL, Miss, Plan, Site
+from ...cost_model.plan.plan import Plan
+from ...cost_model.sites.site import Miss, Site
 from ...patterns.cascade import Cascade
 from ...patterns.evaluate import infer_sizes
 from ..capture import capture
@@ -181,7 +182,8 @@ def _device_of(gm: fx.GraphModule) -> Device | None:
 def _decide(f: Found, name: str, hints: Mapping[str, int], request: Request) -> Decision:
     site, calls = decide_place(place(f, name), hints, request)
     wished = request.choices.get(name, site.choice)
-    if wished != site.choice and (wished == ORIGINAL or wished in calls):
+    there = any(c.name == wished and (c.is_original or wished in calls) for c in site.candidates)
+    if wished != site.choice and there:
         site = replace(site, choice=wished, guards=guard_sentences(calls.get(wished)))
     return Decision(f, site, calls)
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from ...cost_model.count.expect import Expect, parse
 from ...cost_model.mesh.mesh import Mesh
 from ...cost_model.mesh.mesh import mesh as mesh_of
+from ...cost_model.sites.site import ORIGINAL, Candidate
 
-CANDIDATES = ("original", "sdpa", "flex", "reattend")
+CANDIDATES = (ORIGINAL, "sdpa", "flex", "reattend")
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class Policy:
     def expectations(self) -> tuple[Expect, ...]:
         return tuple(map(parse, self.expect))
 
-    def permits(self, candidate: str) -> bool:
-        if candidate in self.deny:
+    def permits(self, candidate: Candidate) -> bool:
+        if candidate.name in self.deny:
             return False
-        return candidate == "original" or not self.allow or candidate in self.allow
+        return candidate.is_original or not self.allow or candidate.name in self.allow
 
     def __str__(self) -> str:
         parts = [

@@ -11,15 +11,18 @@ from torch import fx
 
 from ...patterns import expr as ex
 from ...patterns.attention import concat, ranks, recognise
+from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from ...patterns.expr import Expr
+from ...patterns.verdict import Obstacle
 from ..capture.weights import is_weight
 from ..graph.aliases import Aliases
+from ..graph.node import CannotLift, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
 from ..graph.where import module_path, source_line
 from ..lift import operators_contract, operators_point, operators_reduce, operators_view
 from ..lift.hoist import hoist
-from ..lift.lift import ZERO, CannotLift, Lifter, Rule, dtype_of, op_name, tensor_of
+from ..lift.lift import ZERO, Lifter, Rule
 from ..lift.names import canonical
 from ..lift.operators_contract import peel
 from .final import Final, finals
@@ -129,7 +132,7 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
     output, lifted = _with_epilogue(lifter, final, lifted)
     cascade = ranks.unify(ranks.split(_with_query(concat.split(hoist(lifter, lifted)))))
     view = recognise.attention(cascade)
-    if isinstance(view, recognise.Miss):
+    if isinstance(view, Obstacle):
         return _near(n, _reason(lifter, view.reason), 1 if lifter.normalised or told(lifter) else 0)
     if refusal := _normalised_elsewhere(view):
         return _near(n, refusal, 1)
@@ -288,7 +291,7 @@ def _with_query(c: Cascade) -> Cascade:
     return replace(c, ranks=(*c.ranks, Rank("p", 1)), tensors=tensors, einsums=tuple(einsums))
 
 
-def _weights_are_parameters(view: recognise.Attention) -> str:
+def _weights_are_parameters(view: Attention) -> str:
     """Keys and values that no batch rank reaches are weights: a feed-forward or a router, not attention."""
     batch = set(view.batch)
     query_side: set[str] = set()
@@ -302,7 +305,7 @@ def _weights_are_parameters(view: recognise.Attention) -> str:
     return ""
 
 
-def _projects(view: recognise.Attention, leaves: Mapping[str, fx.Node]) -> str:
+def _projects(view: Attention, leaves: Mapping[str, fx.Node]) -> str:
     """Without a row rule, a chain of two products is an attention only between tokens: (x · W) · Kᵀ is a projection."""
     if view.row:
         return ""
@@ -314,7 +317,7 @@ def _projects(view: recognise.Attention, leaves: Mapping[str, fx.Node]) -> str:
     return ""
 
 
-def _normalised_elsewhere(view: recognise.Attention) -> str:
+def _normalised_elsewhere(view: Attention) -> str:
     """Slot attention and its kin: the scores are normalised over a rank that the last product keeps."""
     scores = {e.out.tensor for e in view.products}
     products = set(scores)

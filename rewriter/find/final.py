@@ -12,8 +12,9 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Size
 from ...patterns.expr import Expr
+from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
-from ..lift.lift import ZERO, At, CannotLift, Lifter, arguments, dtype_of, op_name, scratch, tensor_of
+from ..lift.lift import ZERO, At, Lifter, scratch
 from ..lift.operators_contract import PRODUCTS, Contraction, contract
 
 

@@ -17,15 +17,17 @@ import torch
 from torch import fx
 
 from ...cost_model.count.expect import unknowns
-from ...cost_model.plan.sweep import Symbol
+from ...cost_model.sites.course import Symbol
 from ...cost_model.time.predict import VendorUse
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, Miss, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, Size, bind
 from ...patterns.evaluate import DTYPE_NAME
+from ...patterns.verdict import Obstacle
 from ..graph.liveness import survivors
+from ..graph.node import arguments, op_name
 from ..graph.sizes import product, shape_of, size_of
-from ..lift.lift import arguments, op_name
 from ..lift.operators_contract import PRODUCTS
 from ..splice.splice import hint
 from .detect import Found
@@ -57,7 +59,7 @@ class Place:
     written: VendorUse | None
     mask_elements: Size
     origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    upstream: Cascade | Miss | None = None
+    upstream: Cascade | Obstacle | None = None
     model: Size = 0
 
     def sizes(self, at: Mapping[str, int]) -> dict[str, int]:

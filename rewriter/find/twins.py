@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..graph.aliases import Aliases
-from ..lift.lift import op_name
+from ..graph.node import op_name
 from ..lift.operators_contract import LOOKED_THROUGH
 
 

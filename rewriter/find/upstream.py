@@ -18,14 +18,17 @@ import torch
 from torch import fx
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, Miss, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Access, Cascade, Einsum, Size, Tensor, verify
 from ...patterns.expr import Expr
+from ...patterns.verdict import Obstacle
 from ..graph.aliases import Aliases
+from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of
 from ..graph.where import module_path
 from ..lift import operators_contract, operators_view
-from ..lift.lift import ZERO, At, CannotLift, Lifter, Rule, arguments, dtype_of, op_name, tensor_of
+from ..lift.lift import ZERO, At, Lifter, Rule
 from ..lift.names import rename
 from ..lift.operators_contract import Contraction
 from .detect import Found
@@ -46,7 +49,7 @@ class Reached:
     tensors: Mapping[str, fx.Node]
 
 
-def upstream(graph: fx.Graph, aliases: Aliases, f: Found) -> Reached | Miss:
+def upstream(graph: fx.Graph, aliases: Aliases, f: Found) -> Reached | Obstacle:
     """A found attention, reaching up to the weights that make keys and values of other tensors; or why it does not.
 
     Inputs are named after the module that computes them, so that equal layers are equal cascades.
@@ -62,7 +65,7 @@ def upstream(graph: fx.Graph, aliases: Aliases, f: Found) -> Reached | Miss:
     if not found:
         made = {str(x.attr): _maker(f.tensors[str(x.attr)]) for x in _keyed(view) if str(x.attr) in f.tensors}
         said = ", ".join(f"{name} comes from {op}" for name, op in made.items())
-        return Miss(f"no product with weights stands behind keys or values ({said})")
+        return Obstacle(f"no product with weights stands behind keys or values ({said})")
     return _named(_joined(view.cascade, lifter, found), lifter, f)
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..capture.capture import written_arguments
-from ..lift.lift import arguments, op_name
 from .aliases import Aliases
+from .node import arguments, op_name, written_arguments
 
 ARITHMETIC: Mapping[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,

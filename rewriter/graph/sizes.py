@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import sympy
 import torch
 
-from ...patterns.cascade import Size
+from ...patterns.cascade import Size, as_size
 
 
 def size_of(value: object) -> Size:
@@ -40,7 +40,7 @@ def plain(e: sympy.Expr) -> Size:
             out = sympy.Mod(sympy.floor(args[0] / args[1]), args[2])
         case _:
             out = e.func(*args)
-    return int(out) if out.is_Integer else out
+    return as_size(out)
 
 
 def same(a: Size, b: Size) -> bool:

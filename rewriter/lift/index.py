@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import sympy
 
 from ...patterns import expr as ex
-from ...patterns.cascade import Size, size_term
+from ...patterns.cascade import Size, as_size, size_term
 from ...patterns.expr import Expr
 from ..graph.sizes import product, same
 
@@ -156,7 +156,7 @@ def _exact(a: Size, b: Size) -> Size | None:
     _, denominator = sympy.fraction(ratio)
     if denominator != 1:
         return None
-    return int(ratio) if ratio.is_Integer else ratio
+    return as_size(ratio)
 
 
 def _reach(parts: Sequence[Part]) -> Size:
@@ -164,8 +164,7 @@ def _reach(parts: Sequence[Part]) -> Size:
     total: sympy.Expr = sympy.Integer(0)
     for p in parts:
         total += sympy.sympify(p.stride) * (sympy.sympify(p.extent) - 1)
-    total = sympy.expand(total)
-    return int(total) if total.is_Integer else total
+    return as_size(sympy.expand(total))
 
 
 def _less(a: Size, b: Size) -> bool:

@@ -1,6 +1,6 @@
 """Lifting: what a graph node computes at given coordinates, as a term; reductions and products become Einsums.
 
-Lifting is driven by demand. `Lifter.value(node, at)` asks one rule per operator (rewriter/operators_*.py) for the term of
+Lifting is driven by demand. `Lifter.value(node, at)` asks one rule per operator (`operators_*.py`) for the term of
 the element of `node` at the index terms `at`. Views only rewrite `at`, pointwise operators build terms, and reductions
 and contractions define a tensor of the cascade and answer a load of it. So spellings vanish here, and what is left is
 products, row reductions and terms over coordinates and loads.
@@ -10,7 +10,6 @@ A node that no rule covers, or whose data is written in place before it is read,
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,9 +18,9 @@ from torch import fx
 
 from ...patterns import expr as ex
 from ...patterns.cascade import Access, Einsum, Rank, Size, Tensor, size_term
-from ...patterns.evaluate import DTYPE_NAME
 from ...patterns.expr import Expr
 from ..graph.aliases import Aliases
+from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of, size_of
 from .index import is_simple
 
@@ -30,63 +29,12 @@ Rule = Callable[["Lifter", fx.Node, Mapping[str, object], At], Expr]
 ZERO = ex.const(0)
 
 
-class CannotLift(Exception):
-    """Raised inside lifting only, and caught there: the node (or the whole attempt) has no form as a term."""
-
-    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.node = reason, node
-
-
 @dataclass(frozen=True)
 class Origin:
     """The node and coordinates that a term came from."""
 
     node: fx.Node
     at: At
-
-
-def op_name(n: fx.Node) -> str:
-    """`aten::softmax.int` → `softmax`; in-place variants lose their underscore (aliases are checked elsewhere)."""
-    if n.op != "call_function":
-        return n.op
-    if n.target is operator.getitem:
-        return "getitem"
-    if isinstance(n.target, torch._ops.OpOverload):
-        namespace, _, name = n.target._schema.name.partition("::")
-        if namespace != "aten":
-            return n.target._schema.name
-        return name.removesuffix("_") if not name.startswith("__") else name
-    return str(getattr(n.target, "__name__", n.target))
-
-
-def arguments(n: fx.Node) -> dict[str, object]:
-    """Arguments by the schema's names, defaults filled in."""
-    if not isinstance(n.target, torch._ops.OpOverload):
-        return {str(i): a for i, a in enumerate(n.args)}
-    out: dict[str, object] = {}
-    for i, a in enumerate(n.target._schema.arguments):
-        if i < len(n.args):
-            out[a.name] = n.args[i]
-        elif a.name in n.kwargs:
-            out[a.name] = n.kwargs[a.name]
-        else:
-            out[a.name] = a.default_value
-    return out
-
-
-def tensor_of(n: fx.Node) -> torch.Tensor:
-    value = n.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        raise CannotLift(f"{n.name} is no tensor", n)
-    return value
-
-
-def dtype_of(n: fx.Node) -> str:
-    name = DTYPE_NAME.get(tensor_of(n).dtype)
-    if name is None:
-        raise CannotLift(f"{n.name} has the type {tensor_of(n).dtype}, which has no term", n)
-    return name
 
 
 _REPEATS = frozenset(("expand", "expand_as", "broadcast_to"))

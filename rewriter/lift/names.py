@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention, attention
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Access, Cascade, Einsum
 
 T = TypeVar("T")

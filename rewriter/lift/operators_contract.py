@@ -12,9 +12,10 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Einsum, Size
 from ...patterns.expr import Expr
+from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
 from .index import is_simple
-from .lift import ZERO, At, CannotLift, Lifter, Rule, arguments, dtype_of, op_name, scratch, tensor_of
+from .lift import ZERO, At, Lifter, Rule, scratch
 from .operators_reduce import dims_of, full_place, reduction
 from .operators_view import source
 

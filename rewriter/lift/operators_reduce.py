@@ -12,8 +12,9 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Einsum, size_term
 from ...patterns.expr import Expr
+from ..graph.node import CannotLift, arguments, dtype_of, tensor_of
 from ..graph.sizes import shape_of
-from .lift import ZERO, At, CannotLift, Lifter, Rule, arguments, dtype_of, scratch, tensor_of
+from .lift import ZERO, At, Lifter, Rule, scratch
 from .operators_view import SEVERAL, dim_of, source
 
 Args = Mapping[str, object]

@@ -11,9 +11,10 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
+from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of, size_of
 from . import index
-from .lift import ZERO, At, CannotLift, Lifter, Rule, arguments, dtype_of, op_name, tensor_of
+from .lift import ZERO, At, Lifter, Rule
 
 Args = Mapping[str, object]
 
@@ -150,8 +151,7 @@ def _start(lifter: Lifter, n: fx.Node, start: object, size: Size, kept: Size, st
     first = term_of(lifter, start, ZERO)
     # the kept length tells whether the start was clamped: it was not iff kept = size − start (to the end, step 1)
     if step == 1 and isinstance(end, int) and end >= 2**62:
-        begin = sympy.sympify(size) - sympy.sympify(kept)
-        return size_term(int(begin) if begin.is_Integer else begin)
+        return size_term(sympy.sympify(size) - sympy.sympify(kept))
     if isinstance(start, int) and start < 0:
         return size_term(sympy.sympify(size) + start)
     return first
@@ -229,7 +229,7 @@ def cat(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     offsets: list[Size] = [0]
     for p in pieces:
         offsets.append(sympy.sympify(offsets[-1]) + shape_of(tensor_of(p))[d])
-    ends = [size_term(int(o) if sympy.sympify(o).is_Integer else o) for o in offsets]
+    ends = [size_term(o) for o in offsets]
     if len(pieces) == 1:
         return lifter.value(pieces[0], at)
     if at[d].is_const and all(e.is_const for e in ends):

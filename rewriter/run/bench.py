@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
-from ...cost_model.plan.plan import ORIGINAL, Candidate, Site
-from ...cost_model.plan.table import bytes_text, group_name, seconds_text
+from ...cost_model.sites.site import ORIGINAL, Candidate, Site
+from ...cost_model.words import bytes_text, group_name, seconds_text
 from ..capture import capture, export
-from ..capture.models import Shapes, Subject, UsageError, load
+from ..capture.models import ModelInput, Shapes, UsageError, load
 from ..choose import choose
 from ..choose.policy import Policy
 from ..find.place import interior
@@ -144,17 +144,17 @@ def bench_spec(spec: str, shapes: Shapes, site: str | None, seconds: float, step
     `step(what, done, total)` is told of the progress. Raises UsageError and CaptureError.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return bench_subject(load(spec, shapes, where=f"fake:{device}"), site, seconds, step)
+    return bench_input(load(spec, shapes, where=f"fake:{device}"), site, seconds, step)
 
 
-def bench_subject(subject: Subject, site: str | None, seconds: float, step: Step) -> Bench:
+def bench_input(given: ModelInput, site: str | None, seconds: float, step: Step) -> Bench:
     """Measure the attentions of a model, or only those named `site`, `seconds` each."""
     with torch.no_grad():
-        if subject.program is not None:
-            captured = export.from_program(subject.program)
+        if given.program is not None:
+            captured = export.from_program(given.program)
         else:
-            assert subject.model is not None
-            captured = export.from_export(subject.model, subject.args, subject.kwargs)
+            assert given.model is not None
+            captured = export.from_export(given.model, given.args, given.kwargs)
         found: list[tuple[fx.GraphModule, choose.Decision]] = []
         taken: Counter[str] = Counter()
         for region in capture.regions(captured.graph):
@@ -166,7 +166,7 @@ def bench_subject(subject: Subject, site: str | None, seconds: float, step: Step
             step(group_name(list(names)) or found[members[0]][1].site.where, i, len(groups))
             done.append(bench_site(*found[members[0]], names, seconds))
     own = choose.running_device(found[groups[0][0]][1].found.output.meta["val"].device.type)
-    name = Path(subject.name).name if subject.program is not None else subject.name
+    name = Path(given.name).name if given.program is not None else given.name
     return Bench(name, own.name, own.basis, torch.get_num_threads(), tuple(done))
 
 
@@ -219,7 +219,7 @@ def _no(c: Candidate, site: Site, inputs: int, free: int, seconds: float) -> str
     tiled, eager = (site.memory.tiled_bytes, site.memory.eager_bytes) if site.memory is not None else (0, 0)
     moved = c.cost.bytes if c.cost is not None else eager
     # The original's operators hold what the largest of them reads and writes, unless it is one fused call.
-    needed = inputs + (2 * min(eager, moved) if c.name == ORIGINAL else 2 * tiled)
+    needed = inputs + (2 * min(eager, moved) if c.is_original else 2 * tiled)
     if needed > MEMORY_SHARE * free:
         return f"it would need {bytes_text(needed)}, and {bytes_text(free)} are free"
     if c.seconds > LONGEST * seconds:

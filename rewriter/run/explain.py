@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...cost_model.plan.detail import Detail, PassCount, TensorBytes
-from ...cost_model.plan.plan import ORIGINAL, Candidate, Plan, Site
-from ...cost_model.plan.table import bytes_text, candidates_table, group_name, seconds_text, table_of, table_text
+from ...cost_model.plan.plan import Plan
+from ...cost_model.plan.table import candidates_table
+from ...cost_model.sites.detail import Detail, PassCount, TensorBytes
+from ...cost_model.sites.site import Candidate, Site
 from ...cost_model.time.cost import TOTAL
-from ...patterns.mapping import Mapping as Tiling
+from ...cost_model.words import bytes_text, group_name, seconds_text, table_of, table_text
+from ...patterns.mapping import TileMapping
 from ..capture.models import UsageError
 
 # Rows and columns of a mask drawn in text.
@@ -59,8 +61,9 @@ def _chosen(site: Site, details: Detail | None) -> list[str]:
     after = details.passes_after if details is not None else ()
     if site.chosen_cascade:
         lines = [f"as chosen: {site.chosen.name}", _indented(site.chosen_cascade), *_passes(after)]
-        return [*lines, f"  tiled: {Tiling.parse(details.mapping)}"] if details is not None and details.mapping else lines
-    what = "the model's own code" if site.chosen.name == ORIGINAL else "a vendor's kernel"
+        mapping = details.mapping if details is not None else ""
+        return [*lines, f"  tiled: {TileMapping.parse(mapping)}"] if mapping else lines
+    what = "the model's own code" if site.chosen.is_original else "a vendor's kernel"
     lines = [f"as chosen: {site.chosen.name}, {what}"]
     return [*lines, "  our one-pass form would make:", *_passes(after)] if after else lines
 

@@ -1,4 +1,4 @@
-"""Planning without running: a model, or the subject of a command line, as a plan for a device that need not be here."""
+"""Planning without running: a model, or what a command line names, as a plan for a device that need not be here."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from ...cost_model.count.expect import checked, known
 from ...cost_model.devices.device import Device
 from ...cost_model.mesh.mesh import Mesh, linked
 from ...cost_model.mesh.plan import MeshPlan
-from ...cost_model.mesh.sharding import Site as Sharded
-from ...cost_model.mesh.sharding import shard
-from ...cost_model.plan.plan import Miss, Plan, Site
-from ...cost_model.plan.sweep import Symbol, axes
-from ...patterns.attention.recognise import Attention, attention
+from ...cost_model.mesh.sharding import ShardedSite, shard
+from ...cost_model.plan.plan import Plan
+from ...cost_model.sites.axes import axes
+from ...cost_model.sites.course import Symbol
+from ...cost_model.sites.site import Miss, Site
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, bind
 from ..capture import capture, export
-from ..capture.models import Shapes, Subject, load, run
+from ..capture.models import ModelInput, Shapes, load, run
 from ..choose import choose
 from ..choose.policy import Policy
 from ..find.place import Place, symbols_of
@@ -104,7 +106,7 @@ def _sharded(
     """The ways to spread these attentions over the policy's mesh; None without a mesh or attentions."""
     if not places or not isinstance(policy.mesh, Mesh):
         return None
-    layers: dict[Sharded, list[Sharded]] = {}
+    layers: dict[ShardedSite, list[ShardedSite]] = {}
     said: dict[str, None] = {}
     for p in places:
         site, words = _bound(p, at, policy)
@@ -116,7 +118,7 @@ def _sharded(
     return replace(made, note="; ".join([made.note, *said]))
 
 
-def _bound(p: Place, at: Mapping[str, int], policy: Policy) -> tuple[Sharded, tuple[str, ...]]:
+def _bound(p: Place, at: Mapping[str, int], policy: Policy) -> tuple[ShardedSite, tuple[str, ...]]:
     """An attention at sizes of the graph's symbols, and what is taken of run-time data there, in words."""
     sizes = p.sizes(at)
     missing = [n for n in p.cascade.free_symbols if n not in sizes]
@@ -128,7 +130,7 @@ def _bound(p: Place, at: Mapping[str, int], policy: Policy) -> tuple[Sharded, tu
     assert isinstance(view, Attention), view
     taken = known(c, view, {}, policy.expectations, dict(p.origins))
     width = model if isinstance(model, int) else 0
-    return Sharded(p.name, c, upstream=upstream, model=width, data=taken.data), taken.words if policy.expect else ()
+    return ShardedSite(p.name, c, upstream=upstream, model=width, data=taken.data), taken.words if policy.expect else ()
 
 
 def _plan_pieces(
@@ -174,20 +176,20 @@ def plan_spec(spec: str, shapes: Shapes, device: Device, policy: Policy, *, dyna
     """Plan what a command line names. Raises UsageError and CaptureError."""
     if policy.mesh is not None:
         linked(device)
-    subject = load(spec, shapes)
+    given = load(spec, shapes)
     try:
-        return _plan_subject(subject, device, policy, dynamic)
+        return _plan_input(given, device, policy, dynamic)
     except capture.CaptureError:
-        if subject.where != "meta":
+        if given.where != "meta":
             raise
     # Some models mix tensors of their own with inputs on the meta device; fake tensors say that they are on the CPU.
-    return _plan_subject(load(spec, shapes, where="fake"), device, policy, dynamic)
+    return _plan_input(load(spec, shapes, where="fake"), device, policy, dynamic)
 
 
-def _plan_subject(subject: Subject, device: Device, policy: Policy, dynamic: bool) -> Plan:
-    if subject.program is not None:
-        return plan_graph(export.from_program(subject.program), device, policy, Path(subject.name).name)
-    assert subject.model is not None
-    name = subject.name if ":" in subject.name else type(subject.model).__name__
-    plan = plan_model(subject.model, subject.args, subject.kwargs, device, policy, dynamic=dynamic, name=name)
-    return replace(plan, note=f"{plan.note}; {subject.note}" if subject.note else plan.note)
+def _plan_input(given: ModelInput, device: Device, policy: Policy, dynamic: bool) -> Plan:
+    if given.program is not None:
+        return plan_graph(export.from_program(given.program), device, policy, Path(given.name).name)
+    assert given.model is not None
+    name = given.name if ":" in given.name else type(given.model).__name__
+    plan = plan_model(given.model, given.args, given.kwargs, device, policy, dynamic=dynamic, name=name)
+    return replace(plan, note=f"{plan.note}; {given.note}" if given.note else plan.note)

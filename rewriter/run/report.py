@@ -10,15 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ...cost_model.calibration.accuracy import within
-from ...cost_model.plan.plan import ORIGINAL, Miss, Plan, Site
-from ...cost_model.plan.table import group_name, seconds_text, short_path
+from ...cost_model.plan.plan import Plan
+from ...cost_model.sites.site import ORIGINAL, Miss, Site
 from ...cost_model.time.cost import Cost
+from ...cost_model.words import group_name, seconds_text, short_path
 from ..choose.policy import StrictError
 from ..splice.sampling import Samples
 
 
 @dataclass
-class Piece:
+class GraphPiece:
     """One graph that Dynamo handed over. `calls` counts its runs; `fallbacks` the guards that failed, by site; `samples`
     are times of the chosen kernels in some of the runs.
 
@@ -56,7 +57,7 @@ def check_plan(plan: Plan) -> None:
     for miss in plan.misses:
         raise StrictError(f"{miss.where or miss.what}: left alone: {miss.reason}")
     for site in plan.sites:
-        if site.choice == ORIGINAL and not any(c.feasible for c in site.candidates if c.name != ORIGINAL):
+        if site.chosen.is_original and not any(c.feasible for c in site.candidates if not c.is_original):
             raise StrictError(f"{site.name or site.where}: keeps the original code: {site.chosen.why}")
 
 
@@ -109,7 +110,7 @@ class Report:
 
     policy: str
     entries: tuple[Entered, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[GraphPiece, ...]
     frames_given_up: tuple[str, ...] = ()
     copied: bool = False
     installed: bool = True
@@ -244,7 +245,7 @@ def _table(runs: tuple[SiteRun, ...]) -> str:
     for members in groups.values():
         s = members[0].site
         many = f" ×{len(members)}" if len(members) > 1 else ""
-        kernel = s.choice if s.choice != ORIGINAL else f"original: {s.chosen.why}"
+        kernel = f"original: {s.chosen.why}" if s.chosen.is_original else s.choice
         table.add_row(
             group_name([m.name for m in members]) + many, short_path(s.where), " ".join([s.kind, *sorted(s.traits)]),
             str(s.shape), kernel, str(sum(m.ran for m in members)), str(sum(m.fell_back for m in members)),

@@ -30,7 +30,7 @@ from ..choose import choose
 from ..choose.policy import Policy, StrictError
 from ..splice import sampling
 from ..splice.guards import Guarded
-from .report import Piece
+from .report import GraphPiece
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _MARK = "_reattend"
@@ -183,7 +183,7 @@ class Session:
     choices: Mapping[str, str] = field(default_factory=dict)
     backend: Callable[[fx.GraphModule, Sequence[object], Mapping[int, str]], Callable[..., Any]] | None = None
     entries: list[Entry] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[GraphPiece] = field(default_factory=list)
     frames_given_up: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -216,7 +216,7 @@ class Session:
         """The backend: one graph of Dynamo's, captured, planned and rewritten. A failure runs the graph as it came."""
         if self.backend is not None:
             return self.backend(gm, inputs, self.names())
-        piece = Piece(
+        piece = GraphPiece(
             entry=entry.path if entry is not None else "",
             number=len(self.pieces),
             recompiled=_is_recompilation(),
@@ -252,7 +252,7 @@ class Session:
         sampled = captured.graph if captured is not None and not self.inductor and not piece.error else None
         return self._counted(piece, run, sampled)
 
-    def _counted(self, piece: Piece, run: Callable[..., Any], sampled: fx.GraphModule | None) -> Callable[..., Any]:
+    def _counted(self, piece: GraphPiece, run: Callable[..., Any], sampled: fx.GraphModule | None) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             with self.lock:
                 piece.calls += 1

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...patterns import expr as ex
-from ...patterns.attention.recognise import Attention
+from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Cascade, Einsum, bind
 from ...patterns.evaluate import evaluate
 from ...patterns.expr import Expr

@@ -22,8 +22,8 @@ from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
 from ..capture.autocast import regions, remove_unused_casts
 from ..graph.liveness import ARITHMETIC, erase_dead, is_pure
+from ..graph.node import op_name
 from ..graph.sizes import same, shape_of, size_of
-from ..lift.lift import op_name
 from .guards import Condition, Guarded
 
 # In the metadata of what is spliced in: the site that it computes.

@@ -12,13 +12,13 @@ from hypothesis import Phase, given, settings
 
 from reattend.codegen.files import cache
 from reattend.codegen.triton import aot
-from reattend.codegen.triton.kernel import Kernel, build, default_mapping, shared_bytes
+from reattend.codegen.triton.kernel import TritonKernel, build, default_mapping, shared_bytes
 from reattend.cost_model.devices.device import Device, device
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.evaluate import DTYPE
-from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.mapping import TileMapping
+from reattend.patterns.verdict import Refusal
 
 from .. import strategies
 from ..strategies import INF, LOWEST, M, P, attention
@@ -47,15 +47,15 @@ def decode(size: int) -> Cascade:
     return p.cascade.with_sizes({"s": 1})
 
 
-def compiled(c: Cascade, mapping: Tiling, arch: str) -> aot.AotReport:
+def compiled(c: Cascade, mapping: TileMapping, arch: str) -> aot.AotReport:
     made = build(c, mapping, arch)
-    assert isinstance(made, Kernel), made
+    assert isinstance(made, TritonKernel), made
     return aot.compile(made, arch)
 
 
-def default(c: Cascade, target: Device | str) -> Tiling:
+def default(c: Cascade, target: Device | str) -> TileMapping:
     mapping = default_mapping(c, target)
-    assert isinstance(mapping, Tiling), mapping
+    assert isinstance(mapping, TileMapping), mapping
     return mapping
 
 
@@ -80,11 +80,11 @@ def test_the_default_mapping_neither_spills_nor_overflows(arch: str, size: int) 
 @pytest.mark.parametrize(
     ("arch", "mapping"),
     [
-        ("sm_90", Tiling(128, 64, 4, 2)), ("sm_90", Tiling(64, 64, 4, 3)), ("sm_90", Tiling(32, 64, 4, 2)),
-        ("sm_90", Tiling(128, 64, 4, 1)), ("sm_80", Tiling(128, 64, 4, 2)), ("sm_80", Tiling(64, 32, 4, 2)),
+        ("sm_90", TileMapping(128, 64, 4, 2)), ("sm_90", TileMapping(64, 64, 4, 3)), ("sm_90", TileMapping(32, 64, 4, 2)),
+        ("sm_90", TileMapping(128, 64, 4, 1)), ("sm_80", TileMapping(128, 64, 4, 2)), ("sm_80", TileMapping(64, 32, 4, 2)),
     ],
 )  # fmt: skip
-def test_predicted_shared_memory_is_what_triton_reports(arch: str, mapping: Tiling) -> None:
+def test_predicted_shared_memory_is_what_triton_reports(arch: str, mapping: TileMapping) -> None:
     c = llama(64)
     assert compiled(c, mapping, arch).shared_bytes == shared_bytes(c, mapping, arch)
 
@@ -105,7 +105,7 @@ def test_split_keys() -> None:
     c = decode(128)
     mapping = replace(default(c, "sm_90"), split_m=8)
     made = build(c, mapping, "sm_90")
-    assert isinstance(made, Kernel)
+    assert isinstance(made, TritonKernel)
     report, merging = aot.compile(made, "sm_90"), aot.compile_merge(made, "sm_90")
     assert report.spill_bytes == merging.spill_bytes == 0
     assert report.shared_bytes == shared_bytes(c, mapping, "sm_90")
@@ -113,9 +113,9 @@ def test_split_keys() -> None:
         aot.compile_merge(compiled_kernel(c, default(c, "sm_90")), "sm_90")
 
 
-def compiled_kernel(c: Cascade, mapping: Tiling) -> Kernel:
+def compiled_kernel(c: Cascade, mapping: TileMapping) -> TritonKernel:
     made = build(c, mapping)
-    assert isinstance(made, Kernel), made
+    assert isinstance(made, TritonKernel), made
     return made
 
 
@@ -125,7 +125,7 @@ def compiled_kernel(c: Cascade, mapping: Tiling) -> Kernel:
 @given(strategies.programs(dtype="bf16"))
 def test_drawn_programs_compile(p: strategies.Program) -> None:
     """What the interpreter lets through, the compiler must take as well."""
-    report = aot.compile(compiled_kernel(p.cascade, Tiling(32, 32)), "sm_90")
+    report = aot.compile(compiled_kernel(p.cascade, TileMapping(32, 32)), "sm_90")
     assert report.matrix_instructions > 0
 
 
@@ -144,7 +144,7 @@ def test_other_row_rules_take_no_more_than_softmax(name: str) -> None:
 def test_head_sizes_in_two_pieces() -> None:
     """80 = 64 + 16 is not padded to 128; values are."""
     c = attention(lambda s: s, strategies.ROWS["softmax"], h=8, e=80, f=64, dtype="f16").cascade
-    mapping = Tiling(128, 64, 8, 2)
+    mapping = TileMapping(128, 64, 8, 2)
     report = compiled(c, mapping, "sm_90")
     assert report.shared_bytes == shared_bytes(c, mapping, "sm_90") == 2 * (128 * 80 + 2 * 64 * (80 + 64))
 
@@ -152,8 +152,8 @@ def test_head_sizes_in_two_pieces() -> None:
 @pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize(("e", "f"), [(80, 64), (96, 96), (192, 128)])
-@pytest.mark.parametrize("mapping", [Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2)], ids=str)
-def test_head_sizes_in_two_pieces_on_blackwell(e: int, f: int, mapping: Tiling) -> None:
+@pytest.mark.parametrize("mapping", [TileMapping(128, 64, 8, 3), TileMapping(64, 64, 4, 2)], ids=str)
+def test_head_sizes_in_two_pieces_on_blackwell(e: int, f: int, mapping: TileMapping) -> None:
     """One buffer of keys less, and up to 1 KiB of barriers and reductions."""
     c = attention(lambda s: s, strategies.ROWS["softmax"], h=8, e=e, f=f, dtype="bf16").cascade
     report, predicted = compiled(c, mapping, "sm_100"), shared_bytes(c, mapping, "sm_100")
@@ -193,8 +193,8 @@ def test_a_launch_compiles_what_was_compiled_ahead_of_time(c: Cascade, monkeypat
     import triton
 
     monkeypatch.setattr(triton.runtime.driver, "_active", NoDriver(), raising=False)
-    made = build(c, Tiling(64, 64), "sm_90")
-    assert isinstance(made, Kernel)
+    made = build(c, TileMapping(64, 64), "sm_90")
+    assert isinstance(made, TritonKernel)
     compiled: list[Any] = []
 
     class Warm:
@@ -209,15 +209,15 @@ def test_a_launch_compiles_what_was_compiled_ahead_of_time(c: Cascade, monkeypat
     bound = c.with_sizes(sizes)
     tensors = {t.name: torch.zeros([int(n) for n in t.shape], dtype=DTYPE[t.dtype]) for t in bound.inputs}
     made.run(tensors, sizes)
-    assert compiled[0].metadata.shared == shared_bytes(c, Tiling(64, 64), "sm_90")
+    assert compiled[0].metadata.shared == shared_bytes(c, TileMapping(64, 64), "sm_90")
 
 
 def test_mappings_that_do_not_fit_are_refused() -> None:
     c = llama(128)
-    out = build(c, Tiling(128, 128, 8, 4), "sm_80")
+    out = build(c, TileMapping(128, 128, 8, 4), "sm_80")
     assert isinstance(out, Refusal)
     assert "needs 229376 bytes of shared memory; sm_80 has 166912" in out.reason
-    odd = build(c, Tiling(100, 64), "sm_90")
+    odd = build(c, TileMapping(100, 64), "sm_90")
     assert isinstance(odd, Refusal)
     assert "tile_p = 100" in odd.reason
 

@@ -14,9 +14,9 @@ from reattend.codegen.measure import calibrate, calibrate_gpu, company
 from reattend.cost_model.calibration.calibrate import torch_threads, with_rates
 from reattend.cost_model.devices.device import Device, alone, device, shipped, with_threads
 from reattend.cost_model.time.predict import tiles_of
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
+from reattend.patterns.verdict import Obstacle
 
 
 def test_a_device_without_kernels_is_refused() -> None:
@@ -51,7 +51,7 @@ def threads(d: Device) -> Device:
     return with_threads(d, torch.get_num_threads())
 
 
-def ways(shape: company.Shape, t: str = "f32") -> list[company.Way]:
+def ways(shape: company.Workload, t: str = "f32") -> list[company.Contender]:
     c, x = company.cascade(shape, t), company.tensors(shape, t)
     return list(company.ways(c, shape, x, threads(shipped("cpu"))))
 
@@ -81,14 +81,14 @@ def test_flex_attention_runs_in_blocks_and_at_once(blocks: str) -> None:
 # --- in company -------------------------------------------------------------------------------------------------------
 
 SMALLER = [
-    company.Shape("none", 2, 2, 70, 70), company.Shape("causal", 1, 2, 90, 90, 48), company.Shape("window", 1, 2, 300, 300),
-    company.Shape("prefix", 1, 2, 130, 130), company.Shape("bias", 1, 2, 60, 60), company.Shape("padding", 2, 2, 50, 50),
-    company.Shape("causal", 1, 4, 1, 80, 32, group=2), company.Shape("causal", 1, 2, 30, 100),
+    company.Workload("none", 2, 2, 70, 70), company.Workload("causal", 1, 2, 90, 90, 48), company.Workload("window", 1, 2, 300, 300),
+    company.Workload("prefix", 1, 2, 130, 130), company.Workload("bias", 1, 2, 60, 60), company.Workload("padding", 2, 2, 50, 50),
+    company.Workload("causal", 1, 4, 1, 80, 32, group=2), company.Workload("causal", 1, 2, 30, 100),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SMALLER, ids=lambda s: f"{s.mask}-{s.queries}")
-def test_all_ways_of_a_shape_agree(shape: company.Shape) -> None:
+def test_all_ways_of_a_shape_agree(shape: company.Workload) -> None:
     with torch.no_grad():
         outputs = {w.kind: w.call() for w in ways(shape)}
     assert {"original", "sdpa", "our-sdpa"} <= set(outputs)
@@ -100,16 +100,16 @@ CALL = {"sdpa": 5e-5, "original": 2e-4, "our-sdpa": 3e-5}
 OFF = {("sdpa", "f32"): 1.1, ("sdpa", "bf16"): 1.2, ("our-sdpa", "f32"): 1.3, ("original", "f32"): 1.4, ("original", "bf16"): 1.05}
 
 
-def timed(noise: Callable[[int], float]) -> list[company.Timed]:
+def timed(noise: Callable[[int], float]) -> list[company.InCompany]:
     """A machine on which every kind is off by its own factor, more with one thread, and some calls take longer by themselves."""
     out = []
     for (kind, t), off in OFF.items():
         for k, s in enumerate((4e-4, 1e-3, 3e-3, 6e-3, 1.1e-2, 2.4e-2, 9e-2)):
             for threads, more in ((1, 1.1), (2, 1.0)):
-                out.append(company.Timed(kind, t, threads, s * more * off * noise(k), s))
+                out.append(company.InCompany(kind, t, threads, s * more * off * noise(k), s))
         for k, s in enumerate((1e-5, 2e-5, 4e-5)):
             if kind in CALL:
-                out.append(company.Timed(kind, t, 2, s * off + CALL[kind] * noise(k), s, tiny=True))
+                out.append(company.InCompany(kind, t, 2, s * off + CALL[kind] * noise(k), s, tiny=True))
     return out
 
 
@@ -147,10 +147,10 @@ def test_no_factor_is_beyond_belief() -> None:
 def test_predictions_in_company_are_what_was_measured() -> None:
     """A device with these factors predicts the times that they were made from."""
     base = alone(shipped("cpu"))
-    (way,) = [w for w in ways(company.Shape("none", 1, 4, 400, 400)) if w.kind == "sdpa"]
+    (way,) = [w for w in ways(company.Workload("none", 1, 4, 400, 400)) if w.kind == "sdpa"]
     before = way.price(base).seconds
     assert base.host is not None
-    rates = company.factors([company.Timed("sdpa", "f32", 1, 1.25 * before, before)])
+    rates = company.factors([company.InCompany("sdpa", "f32", 1, 1.25 * before, before)])
     after = way.price(replace(base, host=with_rates(base.host, rates)))
     assert after.seconds == pytest.approx(1.25 * before)
     assert sum(after.parts.values()) == pytest.approx(after.seconds)
@@ -186,14 +186,14 @@ def test_every_way_is_run_with_one_thread_and_all() -> None:
 
 
 def test_what_must_be_compiled_is_run_where_a_shape_asks_for_it() -> None:
-    shape = company.Shape("none", 1, 2, 40, 40, compiled=("fused",))
+    shape = company.Workload("none", 1, 2, 40, 40, compiled=("fused",))
     found = {w.kind: w.call() for w in ways(shape)}
     torch.testing.assert_close(found["our-fused"], found["original"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_flex_attention_is_run_with_one_thread() -> None:
-    shape = company.Shape("causal", 1, 2, 20, 20, compiled=("flex f32",))
+    shape = company.Workload("causal", 1, 2, 20, 20, compiled=("flex f32",))
     c, x = company.cascade(shape, "f32"), company.tensors(shape, "f32")
     with torch.no_grad(), torch_threads(1):
         found = {w.kind: w.call() for w in company.ways(c, shape, x, with_threads(shipped("cpu"), 1))}
@@ -212,12 +212,12 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_checkerboard_leaves_every_tile_partial() -> None:
     at = {"B": 1, "H": 2, "P": 512, "M": 512, "E": 64, "F": 64}
-    jobs = tiles_of(calibrate_gpu.attention(True), Mapping(64, 32), at)
-    assert not isinstance(jobs, Miss)
+    jobs = tiles_of(calibrate_gpu.attention(True), TileMapping(64, 32), at)
+    assert not isinstance(jobs, Obstacle)
     assert int(jobs.full.sum()) == 0
     assert int(jobs.partial.sum()) == 8 * 16
-    plain = tiles_of(calibrate_gpu.attention(False), Mapping(64, 32), at)
-    assert not isinstance(plain, Miss)
+    plain = tiles_of(calibrate_gpu.attention(False), TileMapping(64, 32), at)
+    assert not isinstance(plain, Obstacle)
     assert int(plain.partial.sum()) == 0
 
 

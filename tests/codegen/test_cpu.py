@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from reattend.codegen.cpu import kernel as cpu
 from reattend.codegen.forms.form import rows_keep_a_key
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Attention, Refusal, attention
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
+from reattend.patterns.verdict import Refusal
 from tests import strategies
 from tests.codegen.attentions import CAUSAL, VARIANTS, Case, aux, build, masked
 
@@ -30,13 +32,13 @@ SDPA = sorted(set(VARIANTS) - set(OWN))
 BODIES = ("sdpa", "product")
 
 
-def kernel(case: Case, mapping: Mapping) -> cpu.Kernel:
+def kernel(case: Case, mapping: TileMapping) -> cpu.CpuKernel:
     k = cpu.build(case.cascade, mapping)
     assert not isinstance(k, Refusal), str(k)
     return k
 
 
-def run(case: Case, mapping: Mapping, x: dict[str, torch.Tensor]) -> torch.Tensor:
+def run(case: Case, mapping: TileMapping, x: dict[str, torch.Tensor]) -> torch.Tensor:
     k = kernel(case, mapping)
     return k.run(x, {n: case.sizes[n] for n in k.sizes})
 
@@ -46,7 +48,7 @@ def allowed(case: Case, x: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple
 
     Where SDPA cannot express the attention: of the eager code.
     """
-    if isinstance(cpu.build(case.cascade, Mapping(64, 64, body="sdpa")), Refusal):
+    if isinstance(cpu.build(case.cascade, TileMapping(64, 64, body="sdpa")), Refusal):
         e = evaluate(case.cascade, x, case.sizes)["O"].double() - evaluate(case.cascade, x, case.sizes, widen=True)["O"]
         return float(e.pow(2).mean().sqrt()), float(e.abs().max())
     added = evaluate(replace(case.cascade, outputs=("S",)), {**x, "Q": x["Q"] * 0}, case.sizes, widen=True)["S"]
@@ -62,7 +64,7 @@ def allowed(case: Case, x: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple
     return float(e.pow(2).mean().sqrt()), float(e.abs().max())
 
 
-def check(case: Case, mapping: Mapping, dtype: torch.dtype, seed: int = 0) -> None:
+def check(case: Case, mapping: TileMapping, dtype: torch.dtype, seed: int = 0) -> None:
     x = case.inputs(dtype, seed)
     out = run(case, mapping, x)
     (name,) = case.cascade.outputs
@@ -80,18 +82,18 @@ def check(case: Case, mapping: Mapping, dtype: torch.dtype, seed: int = 0) -> No
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", SDPA)
 def test_sdpa_body(name: str, dtype: str) -> None:
-    check(VARIANTS[name](dtype=dtype), Mapping(8, 8, body="sdpa"), TYPES[dtype])
+    check(VARIANTS[name](dtype=dtype), TileMapping(8, 8, body="sdpa"), TYPES[dtype])
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_product_body(name: str, dtype: str) -> None:
-    check(VARIANTS[name](dtype=dtype), Mapping(8, 8, body="product"), TYPES[dtype])
+    check(VARIANTS[name](dtype=dtype), TileMapping(8, 8, body="product"), TYPES[dtype])
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_sdpa_is_refused(name: str) -> None:
-    refused = cpu.build(VARIANTS[name]().cascade, Mapping(8, 8, body="sdpa"))
+    refused = cpu.build(VARIANTS[name]().cascade, TileMapping(8, 8, body="sdpa"))
     assert isinstance(refused, Refusal)
     assert re.search("no multiple of the product|no softmax", refused.reason)
 
@@ -104,14 +106,14 @@ def test_a_temperature_for_every_head(body: str) -> None:
         factor = ex.load("factor", (ex.index("h"),), "f32")
         return build(lambda s: masked(CAUSAL)(s * factor), square=True, dtype=dtype, aux=(aux("factor", (4,)),))
 
-    check(learned("f32"), Mapping(8, 8, body=body), torch.float32)
-    assert isinstance(cpu.build(learned("bf16").cascade, Mapping(8, 8, body="sdpa")), Refusal)
+    check(learned("f32"), TileMapping(8, 8, body=body), torch.float32)
+    assert isinstance(cpu.build(learned("bf16").cascade, TileMapping(8, 8, body="sdpa")), Refusal)
 
 
 @given(strategies.programs(), st.sampled_from(BODIES))
 def test_drawn_programs(program: strategies.Program, body: str) -> None:
     """Scores, masks and row rules that no file names."""
-    k = cpu.build(program.cascade, Mapping(8, 16, body=body))
+    k = cpu.build(program.cascade, TileMapping(8, 16, body=body))
     if isinstance(k, Refusal):
         assert body == "sdpa", str(k)
         return
@@ -128,14 +130,14 @@ def test_drawn_programs(program: strategies.Program, body: str) -> None:
 @pytest.mark.parametrize("tiles", [(4, 16), (16, 4), (12, 8), (64, 64), (1, 1)])
 @pytest.mark.parametrize("name", ["causal", "window", "causal_padding", "segments", "prefix", "gqa"])
 def test_tilings(name: str, tiles: tuple[int, int], body: str) -> None:
-    check(VARIANTS[name](p=100), Mapping(*tiles, body=body), torch.float32)
+    check(VARIANTS[name](p=100), TileMapping(*tiles, body=body), torch.float32)
 
 
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("length", [1, 2, 37, 63, 111])
 @pytest.mark.parametrize("name", ["window", "causal", "causal_padding", "alibi"])
 def test_lengths(name: str, length: int, body: str) -> None:
-    check(VARIANTS[name](p=length), Mapping(16, 16, body=body), torch.float32)
+    check(VARIANTS[name](p=length), TileMapping(16, 16, body=body), torch.float32)
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -146,7 +148,7 @@ def test_rows_without_a_key(name: str, body: str) -> None:
     x = case.inputs()
     x["pad"][0, :9] = False
     x["pad"][1] = False
-    out = run(case, Mapping(8, 8, body=body), x)
+    out = run(case, TileMapping(8, 8, body=body), x)
     exact = evaluate(case.cascade, x, case.sizes, widen=True)["O"]
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=5e-6, equal_nan=True)
     assert bool(exact.isnan().any()) == (name == "nan_padding")
@@ -161,7 +163,7 @@ def test_scores_that_a_small_fill_does_not_drown(name: str, body: str) -> None:
     x["Q"] *= 3e9 if name == "small_fill" else 1e4
     exact = evaluate(case.cascade, x, case.sizes, widen=True)["O"]
     eager = evaluate(case.cascade, x, case.sizes)["O"]
-    out = run(case, Mapping(8, 8, body=body), x)
+    out = run(case, TileMapping(8, 8, body=body), x)
     # rows whose weights are all at one key or nearly so: what rounding of such scores leaves comparable
     steady = (eager - exact).abs().amax(-1) < 1e-3
     assert float(steady.double().mean()) > 0.9
@@ -173,11 +175,11 @@ def test_scores_that_a_small_fill_does_not_drown(name: str, body: str) -> None:
 def test_the_file_stands_alone(tmp_path: Path) -> None:
     """The printed file imports torch only, and gives the same elsewhere."""
     case = VARIANTS["causal_padding"]()
-    k = kernel(case, Mapping(8, 8, body="sdpa"))
+    k = kernel(case, TileMapping(8, 8, body="sdpa"))
     assert set(re.findall(r"^(?:import|from) (\w+)", k.source, re.M)) <= {"__future__", "collections", "functools", "typing", "torch", "math"}
     x = case.inputs()
     (tmp_path / "kernel.py").write_text(k.source)
-    torch.save((x, run(case, Mapping(8, 8, body="sdpa"), x)), tmp_path / "x.pt")
+    torch.save((x, run(case, TileMapping(8, 8, body="sdpa"), x)), tmp_path / "x.pt")
     code = (
         "import sys, torch, kernel; x, o = torch.load('x.pt');"
         "assert torch.equal(kernel.attention(*x.values()), o); assert 'reattend' not in sys.modules"
@@ -190,7 +192,7 @@ def test_the_file_stands_alone(tmp_path: Path) -> None:
 def test_the_file_is_clean(name: str, body: str, tmp_path: Path) -> None:
     ruff = pytest.importorskip("ruff.__main__", reason="ruff is a development tool")
     path = tmp_path / "kernel.py"
-    path.write_text(kernel(VARIANTS[name](), Mapping(8, 8, body=body)).source)
+    path.write_text(kernel(VARIANTS[name](), TileMapping(8, 8, body=body)).source)
     command = [ruff.find_ruff_bin(), "check", "--isolated", "--select", "E,F,W,B,UP", "--ignore", "E501,B905", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
@@ -206,15 +208,15 @@ def test_strided_operands(name: str, body: str) -> None:
     for n in "QKV":
         strange[n] = x[n].transpose(1, 2).contiguous().transpose(1, 2)
     strange["V"] = torch.stack([x["V"], x["V"]], -1)[..., 0]
-    a, b = (run(case, Mapping(8, 8, body=body), y) for y in (x, strange))
+    a, b = (run(case, TileMapping(8, 8, body=body), y) for y in (x, strange))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_nobody_looks_for_rows_without_a_key_where_there_are_none() -> None:
     """Under a causal −∞ each row keeps its own key; behind padding a row may keep none, and then yields NaN."""
-    causal = kernel(build(masked(CAUSAL), square=True), Mapping(8, 8, body="sdpa"))
+    causal = kernel(build(masked(CAUSAL), square=True), TileMapping(8, 8, body="sdpa"))
     assert "empty=" not in causal.source
-    assert "empty=nan" in kernel(VARIANTS["nan_padding"](), Mapping(8, 8, body="sdpa")).source
+    assert "empty=nan" in kernel(VARIANTS["nan_padding"](), TileMapping(8, 8, body="sdpa")).source
 
 
 def test_no_witness_proves_nothing() -> None:

@@ -12,7 +12,7 @@ from reattend.cost_model.time.body import blocks, calls
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
 
 Shape = tuple[int, int, bool, bool]
 P, M = ex.index("p"), ex.index("m")
@@ -49,10 +49,10 @@ CASES = {
 }
 
 
-def made(c: Cascade, mapping: Mapping, queries: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> Counter[Shape]:
+def made(c: Cascade, mapping: TileMapping, queries: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> Counter[Shape]:
     """(queries, keys, masked, causal) of every call of torch's kernel, once a batch entry and head."""
     kernel = cpu.build(c, mapping)
-    assert isinstance(kernel, cpu.Kernel), kernel
+    assert isinstance(kernel, cpu.CpuKernel), kernel
     module, seen = cache.load(kernel.source), Counter[Shape]()
     real = module.attend
 
@@ -70,7 +70,7 @@ def made(c: Cascade, mapping: Mapping, queries: int, keys: int, monkeypatch: pyt
     return seen
 
 
-def planned(c: Cascade, mapping: Mapping, queries: int, keys: int) -> Counter[Shape]:
+def planned(c: Cascade, mapping: TileMapping, queries: int, keys: int) -> Counter[Shape]:
     s = subject(c)
     assert isinstance(s, Subject)
     at = shape(s.cascade, s.attention, {"B": 2, "H": 3, "P": queries, "M": keys, "E": 16, "F": 16})
@@ -88,7 +88,7 @@ def planned(c: Cascade, mapping: Mapping, queries: int, keys: int) -> Counter[Sh
 def test_the_model_walks_the_kernels_calls(
     name: str, body: str, tile_p: int, tile_m: int, queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mapping = Mapping(tile_p, tile_m, body=body)
+    mapping = TileMapping(tile_p, tile_m, body=body)
     kernel, model = made(CASES[name], mapping, queries, keys, monkeypatch), planned(CASES[name], mapping, queries, keys)
     if name == "padding":
         # every key is kept: the kernel finds out and masks nothing, the model cannot know

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping as Map
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +23,13 @@ from reattend.codegen.cpu import kernel as cpu
 from reattend.codegen.files import cache, native
 from reattend.codegen.forms.program import Program
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, verify
 from reattend.patterns.cascade import Tensor as Shape
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.expr import Expr
 from reattend.patterns.library import papers
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
+from reattend.patterns.verdict import Refusal
 from tests import programs, strategies
 from tests.codegen import test_cpu
 from tests.codegen.attentions import (
@@ -52,7 +52,7 @@ from tests.codegen.attentions import (
 from tests.rewriter.helpers import values_of
 from tests.test_unnamed_variants import found_in, is_right
 
-FUSED = Mapping(32, 32, body="fused")
+FUSED = TileMapping(32, 32, body="fused")
 TYPES = test_cpu.TYPES
 FAST = {("causal_padding", "bf16"), ("sinks", "f32"), ("gqa", "f16")}
 # float16 is widened as it is laid out, and then computed as float32 is: a few show that.
@@ -65,13 +65,13 @@ EVERY = [
 ]  # fmt: skip
 
 
-def kernel(c: Cascade, mapping: Mapping = FUSED) -> cpu.Kernel:
+def kernel(c: Cascade, mapping: TileMapping = FUSED) -> cpu.CpuKernel:
     made = cpu.build(c, mapping)
-    assert isinstance(made, cpu.Kernel), str(made)
+    assert isinstance(made, cpu.CpuKernel), str(made)
     return made
 
 
-def close(c: Cascade, x: Map[str, torch.Tensor], sizes: Map[str, int], atol: float = 5e-6) -> torch.Tensor:
+def close(c: Cascade, x: Mapping[str, torch.Tensor], sizes: Mapping[str, int], atol: float = 5e-6) -> torch.Tensor:
     made = kernel(c)
     out = made.run(x, {n: sizes[n] for n in made.sizes})
     exact = evaluate(c, x, sizes, widen=True)[c.outputs[0]]
@@ -160,7 +160,7 @@ def test_operands_in_every_layout() -> None:
         assert torch.equal(close(case.cascade, strange, case.sizes), want)
 
 
-def latent() -> tuple[Cascade, dict[str, torch.Tensor], Map[str, int]]:
+def latent() -> tuple[Cascade, dict[str, torch.Tensor], Mapping[str, int]]:
     """Scores from a latent and a position part; the position part sums over two ranks and is shared by all heads."""
     r, t = ex.index("r"), ex.index("t")
     base = strategies.attention(lambda s: ex.where(CAUSAL, s, -float("inf")), strategies.ROWS["softmax"], h=4, group=2, p=40, m=40)
@@ -185,7 +185,7 @@ def test_two_products_and_keys_of_all_heads() -> None:
     assert "PRODUCTS = 2" in kernel(c).source
 
 
-def shared(table: Map[Expr, Expr], heads: Map[str, int]) -> tuple[Cascade, dict[str, torch.Tensor], Map[str, int]]:
+def shared(table: Mapping[Expr, Expr], heads: Mapping[str, int]) -> tuple[Cascade, dict[str, torch.Tensor], Mapping[str, int]]:
     """An attention of four heads whose keys or values are read otherwise: fewer heads of some tensors."""
     base = strategies.attention(lambda s: ex.where(CAUSAL, s, -float("inf")), strategies.ROWS["softmax"], h=4)
     einsums = tuple(Einsum(e.out, ex.substitute(e.body, table), e.op, e.over) for e in base.cascade.einsums)
@@ -414,7 +414,7 @@ def test_one_division_a_row_where_the_sum_is_no_less_than_one() -> None:
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-def refused(c: Cascade, mapping: Mapping = FUSED) -> str:
+def refused(c: Cascade, mapping: TileMapping = FUSED) -> str:
     made = cpu.build(c, mapping)
     assert isinstance(made, Refusal)
     return made.reason
@@ -422,7 +422,7 @@ def refused(c: Cascade, mapping: Mapping = FUSED) -> str:
 
 def test_refusals() -> None:
     case = VARIANTS["causal"]()
-    assert "multiples of 16 × 32" in refused(case.cascade, Mapping(8, 32, body="fused"))
+    assert "multiples of 16 × 32" in refused(case.cascade, TileMapping(8, 32, body="fused"))
     assert "float64" in refused(VARIANTS["causal"](dtype="f64").cascade)
     wide = case.cascade.tensor
     loose = replace(

@@ -15,11 +15,11 @@ import pytest
 
 from reattend.codegen.files import cache, library
 from reattend.codegen.triton import kernel as triton_kernel
-from reattend.codegen.triton.kernel import Kernel, build
+from reattend.codegen.triton.kernel import TritonKernel, build
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Cascade
-from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.mapping import TileMapping
+from reattend.patterns.verdict import Refusal
 
 from .. import strategies
 from ..strategies import INF, LOWEST, H, M, P, attention
@@ -53,8 +53,8 @@ CASES = {"llama": llama, "sinks": sinks, "decode": decode, "checkerboard": check
 
 
 def source(name: str) -> str:
-    made = build(CASES[name](), Tiling(64, 32))
-    assert isinstance(made, Kernel), made
+    made = build(CASES[name](), TileMapping(64, 32))
+    assert isinstance(made, TritonKernel), made
     return made.source
 
 
@@ -138,15 +138,15 @@ def test_an_unwritable_cache_falls_back(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_without_triton_the_source_is_still_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernel, "available", lambda: False)
-    made = build(llama(), Tiling(64, 32))
-    assert isinstance(made, Kernel)
+    made = build(llama(), TileMapping(64, 32))
+    assert isinstance(made, TritonKernel)
     with pytest.raises(ImportError, match=r"pip install 'reattend\[triton\]'"):
         _ = made.module
 
 
 def test_refusals_say_why() -> None:
     p = attention(lambda s: s, strategies.ROWS["softmax"], dtype="f64")
-    out = build(p.cascade, Tiling(64, 32))
+    out = build(p.cascade, TileMapping(64, 32))
     assert isinstance(out, Refusal)
     assert out.reason == "Q, K, V, O is float64; the kernel computes in float32"
 

@@ -15,10 +15,10 @@ from reattend.codegen import operator as ours
 from reattend.codegen.forms.program import loose, program_text, read_program
 from reattend.patterns.cascade import CascadeError
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
 from tests.codegen.attentions import VARIANTS, Case
 
-TILES = Mapping(16, 16, body="sdpa")
+TILES = TileMapping(16, 16, body="sdpa")
 op = torch.ops.reattend.cascade.default
 
 

@@ -13,7 +13,7 @@ from reattend.codegen.files import native
 from reattend.codegen.text.print_cpp import STORED, Body, Operand, Scope, identifier, kind
 from reattend.codegen.text.printer import PrintError
 from reattend.patterns import expr as ex
-from reattend.patterns.evaluate import DTYPE, _Terms
+from reattend.patterns.evaluate import DTYPE, _Evaluation
 from reattend.patterns.expr import Expr
 
 from .functions import functions
@@ -179,7 +179,7 @@ def computed(library: ctypes.CDLL, name: str, tensors: dict[str, torch.Tensor]) 
 
 def wanted(e: Expr, tensors: dict[str, torch.Tensor], widen: bool) -> torch.Tensor:
     values = {n: t.double() if widen and t.is_floating_point() else t for n, t in tensors.items()}
-    return _Terms(["n"], {"n": N}, {}, values, widen, torch.device("cpu"))(e)
+    return _Evaluation(["n"], {"n": N}, {}, values, widen, torch.device("cpu"))(e)
 
 
 @pytest.mark.parametrize("name", REAL)

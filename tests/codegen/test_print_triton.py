@@ -13,7 +13,7 @@ from reattend.codegen.text.print_triton import SPELLINGS, Body, Operand, Scope, 
 from reattend.codegen.text.printer import PrintError
 from reattend.codegen.triton import interpret
 from reattend.patterns import expr as ex
-from reattend.patterns.evaluate import DTYPE, _Terms
+from reattend.patterns.evaluate import DTYPE, _Evaluation
 from reattend.patterns.expr import Expr
 
 from .functions import functions
@@ -170,7 +170,7 @@ def tensors(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> dict[str, torc
 
 def wanted(e: Expr, tensors: dict[str, torch.Tensor], widen: bool) -> torch.Tensor:
     values = {n: t.double() if widen and t.is_floating_point() else t for n, t in tensors.items()}
-    return _Terms(["n"], {"n": N}, {}, values, widen, torch.device("cpu"))(e)
+    return _Evaluation(["n"], {"n": N}, {}, values, widen, torch.device("cpu"))(e)
 
 
 @pytest.mark.interpreter

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from reattend.codegen.files import cache
-from reattend.codegen.triton.kernel import Kernel, build
+from reattend.codegen.triton.kernel import TritonKernel, build
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, verify
 from reattend.patterns.cascade import Tensor as Shape
 from reattend.patterns.evaluate import DTYPE, evaluate
-from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.mapping import TileMapping
 
 from .. import strategies
 from ..strategies import INF, LOWEST, B, E, F, H, M, P, Program, attention, programs
@@ -40,13 +40,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def kernel(c: Cascade, tile: tuple[int, int] = (16, 16), split: int = 1) -> Kernel:
-    made = build(c, Tiling(*tile, split_m=split))
-    assert isinstance(made, Kernel), made
+def kernel(c: Cascade, tile: tuple[int, int] = (16, 16), split: int = 1) -> TritonKernel:
+    made = build(c, TileMapping(*tile, split_m=split))
+    assert isinstance(made, TritonKernel), made
     return made
 
 
-def run(made: Kernel, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+def run(made: TritonKernel, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
     """The kernel's output, written over NaN."""
     c = made.cascade.with_sizes(sizes)
     shape = [int(n) for n in c.tensor[c.outputs[0]].shape]
@@ -54,7 +54,7 @@ def run(made: Kernel, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -
     return made.run(tensors, sizes, out=out)
 
 
-def alone(made: Kernel, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+def alone(made: TritonKernel, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
     """The emitted file by itself: it finds sizes and tiles on its own."""
     keywords = inspect.signature(made.module.attention).parameters
     named = {n: v for n, v in sizes.items() if n in keywords}

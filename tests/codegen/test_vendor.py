@@ -19,8 +19,8 @@ from reattend.codegen.vendor import use as vendor
 from reattend.codegen.vendor.call import VendorCall
 from reattend.cost_model.devices.device import Device, device
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.evaluate import evaluate
+from reattend.patterns.verdict import Refusal
 from tests import strategies
 from tests.codegen.attentions import CAUSAL, VARIANTS, Case, M, P, S, T, aux, build, masked, no_batch, windows
 

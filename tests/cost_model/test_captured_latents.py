@@ -10,13 +10,13 @@ from reattend.cost_model.devices.device import device
 from reattend.cost_model.mesh.mesh import parse
 from reattend.cost_model.mesh.placement import Placed
 from reattend.cost_model.mesh.plan import MeshPlan
-from reattend.cost_model.mesh.sharding import Site, latent_ways, placed, shard
+from reattend.cost_model.mesh.sharding import ShardedSite, latent_ways, placed, shard
 from reattend.cost_model.mesh.ways import LATENT_ROLES, Latents, Way, captured_ways, latents, with_projection
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.latent import K2, V3, Widths, naive
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library.papers import Builder
+from reattend.patterns.verdict import Obstacle
 
 from .test_sharding import heads
 
@@ -116,7 +116,7 @@ def test_expanding_in_every_step_costs_the_map() -> None:
 
 
 def plan(w: Widths, mesh: str, step_queries: int, approximate: bool = False, batch: int = 8) -> MeshPlan:
-    site = Site("attn", plain(w, step_queries, batch), 61, made(w, step_queries, batch), w.model)
+    site = ShardedSite("attn", plain(w, step_queries, batch), 61, made(w, step_queries, batch), w.model)
     return shard([site], parse(mesh), H200, weights=10**9, approximate=approximate)
 
 
@@ -154,7 +154,7 @@ def test_long_prefills_expand_and_short_steps_absorb() -> None:
 
 
 def test_the_batch_lies_beside_every_layout() -> None:
-    site = Site("attn", plain(V3, 1, 4), 61, made(V3, 1, 4), V3.model)
+    site = ShardedSite("attn", plain(V3, 1, 4), 61, made(V3, 1, 4), V3.model)
     found = shard([site], parse("tp=2,dp=2"), H200)
     assert all(s.name.endswith(" × batch") for s in found.schemes)
     alone = shard([replace(site, cascade=plain(V3, 1, 2), upstream=made(V3, 1, 2))], parse("tp=2"), H200)
@@ -164,13 +164,13 @@ def test_the_batch_lies_beside_every_layout() -> None:
 
 
 def test_training_keeps_no_latents() -> None:
-    site = Site("attn", plain(K2, 1024, keys=1024), 61, made(K2, 1024, keys=1024), K2.model)
+    site = ShardedSite("attn", plain(K2, 1024, keys=1024), 61, made(K2, 1024, keys=1024), K2.model)
     found = shard([site], parse("tp=8"), H200, step="training")
     assert not any("latent" in s.name or "TPLA" in s.name for s in found.schemes)
 
 
 def test_a_reason_stands_where_there_is_no_latent() -> None:
-    site = Site("attn", plain(K2), 61, Miss("no product with weights stands behind keys or values"), K2.model)
+    site = ShardedSite("attn", plain(K2), 61, Obstacle("no product with weights stands behind keys or values"), K2.model)
     found = shard([site], parse("tp=8"), H200)
     assert {s.name for s in found.schemes} == {"heads", "ring", "ring zigzag", "all-to-all", "merge"}
     assert "no latent form of attn: no product with weights stands behind keys or values" in found.note
@@ -180,9 +180,9 @@ def test_what_is_no_narrower_is_no_latent() -> None:
     """Grouped heads of tokens themselves: two heads of 128 are narrower than the 4096 channels that they are made of."""
     w = Widths(heads=2, latent=4096, rotary=0, model=4096)
     own, above = (with_projection(f, LATENT_ROLES) for f in (plain(w), naive_of(w)))
-    miss = latents(above, own, LATENT_ROLES)
-    assert isinstance(miss, Miss)
-    assert miss.reason == "what keys and values are made of is no narrower: C 8192 bytes a token, for 1024"
+    obstacle = latents(above, own, LATENT_ROLES)
+    assert isinstance(obstacle, Obstacle)
+    assert obstacle.reason == "what keys and values are made of is no narrower: C 8192 bytes a token, for 1024"
 
 
 def naive_of(w: Widths) -> Cascade:
@@ -199,8 +199,8 @@ def naive_of(w: Widths) -> Cascade:
 
 def test_models_mix_attentions_with_latents_and_without() -> None:
     sites = [
-        Site("latent", plain(K2), 4, made(K2), K2.model),
-        Site("plain", heads(64, 8), 2, Miss("keys are turned"), K2.model),
+        ShardedSite("latent", plain(K2), 4, made(K2), K2.model),
+        ShardedSite("plain", heads(64, 8), 2, Obstacle("keys are turned"), K2.model),
     ]  # fmt: skip
     found = shard(sites, parse("tp=4"), H200)
     both = found.scheme("latent heads")
@@ -221,7 +221,7 @@ def test_groups_of_heads_divide_their_latents() -> None:
     b = Builder({"b": 1, "h": 2, "g": 8, "p": 1, "m": M, "e": 64, "f": 64})
     q = b.given("Q", (1, 1, 16, 64), (ex.index("b"), ex.index("p"), h * 8 + g, ex.index("e")), "bf16")
     own = grouped_row(b, q * b.input("K", "bhgme", "bf16"), b.input("V", "bhgmf", "bf16"))
-    found = shard([Site("gla", own, 1, above)], parse("tp=2"), H200)
+    found = shard([ShardedSite("gla", own, 1, above)], parse("tp=2"), H200)
     assert found.scheme("latent heads").token_bytes == 512
     assert found.scheme("latent heads").copies == 1.0
     assert not any("TPLA" in s.name for s in found.schemes)
@@ -235,7 +235,7 @@ def grouped_row(b: Builder, product: ex.Expr, v: ex.Expr) -> Cascade:
 
 
 def test_weights_that_fill_the_devices_say_on_how_many_they_would_lie() -> None:
-    site = Site("attn", plain(V3), 61, made(V3), V3.model)
+    site = ShardedSite("attn", plain(V3), 61, made(V3), V3.model)
     found = shard([site], parse("tp=8"), H200, weights=2 * 671 * 10**9)
     assert found.best is None
     assert "weights alone take 167.8 GB of a device's 126.9 GB: they need 11 devices that share them" in found.note

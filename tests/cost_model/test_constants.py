@@ -12,7 +12,7 @@ from reattend.cost_model.time.predict import predict
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
 
 from .test_predict import narrow
 
@@ -21,7 +21,7 @@ PLAIN = narrow(papers.attention("plain", papers.softmax))
 EVERY_SECOND = narrow(
     papers.attention("checkerboard", papers.softmax, lambda b, s: ex.where(ex.equal((P + M) % 2, 0), s * 0.125, -3e38))
 )
-MAPPING = Mapping(128, 64, 8, 2)
+MAPPING = TileMapping(128, 64, 8, 2)
 
 
 def constants(d: Device, overlap: float, partial: float) -> Device:
@@ -60,7 +60,7 @@ def test_noise_of_two_per_cent_moves_them_little() -> None:
 def test_a_mapping_that_does_not_fit_is_named() -> None:
     at = {"B": 1, "H": 1, "P": 4096, "M": 4096, "E": 128, "F": 128}
     with pytest.raises(ValueError, match=r"cannot run on l4: .*shared memory"):
-        misfit(shipped("l4"), [Timed(PLAIN, Mapping(128, 128, 8, 4), at, 1.0)])
+        misfit(shipped("l4"), [Timed(PLAIN, TileMapping(128, 128, 8, 4), at, 1.0)])
 
 
 def test_the_least_of_equals_is_the_first() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from reattend.cost_model.count.memory import keyed_inputs
-from reattend.cost_model.plan.detail import Detail, detail
-from reattend.patterns.attention.recognise import Attention, Miss, attention
+from reattend.cost_model.sites.detail import Detail, detail
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.attention.rowstate import derive, stream
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
+from reattend.patterns.verdict import Obstacle
 from tests.plans import CAUSAL, SIZES
 
 N, HEADS = 1024, 8
@@ -16,8 +18,8 @@ def made() -> Detail:
     view = attention(CAUSAL)
     assert isinstance(view, Attention)
     state = derive(view)
-    assert not isinstance(state, Miss)
-    return detail(CAUSAL, stream(view, state), Mapping(128, 64).to_text(), SIZES)
+    assert not isinstance(state, Obstacle)
+    return detail(CAUSAL, stream(view, state), TileMapping(128, 64).to_text(), SIZES)
 
 
 def test_three_passes_become_one() -> None:

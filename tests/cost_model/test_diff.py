@@ -9,7 +9,8 @@ import pytest
 
 from reattend.cost_model.devices.device import shipped
 from reattend.cost_model.plan.diff import CHANGED, GONE, NEW, SAME, diff
-from reattend.cost_model.plan.plan import Candidate, Plan, Site, SiteShape
+from reattend.cost_model.plan.plan import Plan
+from reattend.cost_model.sites.site import Candidate, Site, SiteShape
 from tests.plans import cost
 
 

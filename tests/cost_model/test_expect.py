@@ -12,11 +12,13 @@ from reattend.cost_model.count.expect import Expect, ExpectError, Known, checked
 from reattend.cost_model.devices.device import shipped
 from reattend.cost_model.time.predict import best_mapping, tiles_of
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Attention, Miss, attention
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
 from reattend.patterns.masks.split import PARTIAL
+from reattend.patterns.verdict import Obstacle
 
 B, P, M = ex.index("b"), ex.index("p"), ex.index("m")
 SIZES = {"B": 2, "H": 4, "P": 1024, "M": 1024, "E": 64, "F": 64}
@@ -54,8 +56,8 @@ def taken(site: tuple[Cascade, Attention], *texts: str, **origins: tuple[str, ..
 
 def visited(site: tuple[Cascade, Attention], *texts: str, **origins: tuple[str, ...]) -> tuple[float, float]:
     """Tiles visited and partial, over the batch."""
-    found = tiles_of(site[0], Mapping(64, 64), SIZES, taken(site, *texts, **origins).data)
-    assert not isinstance(found, Miss)
+    found = tiles_of(site[0], TileMapping(64, 64), SIZES, taken(site, *texts, **origins).data)
+    assert not isinstance(found, Obstacle)
     rows = found.visited.shape[0]
     return float(found.visited.sum()) * 2 / rows, float(found.partial.sum()) * 2 / rows
 
@@ -160,11 +162,11 @@ def test_shorter_sequences_are_predicted_faster(device: str) -> None:
     whole = best_mapping(c, shipped(device), sizes)
     data = known(c, view, sizes, [parse("pad=length:512")], {}).data
     short = best_mapping(c, shipped(device), sizes, data)
-    assert not isinstance(whole, Miss)
-    assert not isinstance(short, Miss)
+    assert not isinstance(whole, Obstacle)
+    assert not isinstance(short, Obstacle)
     assert short[1].seconds < 0.5 * whole[1].seconds
-    found = tiles_of(c, Mapping(64, 64), sizes, data)
-    assert not isinstance(found, Miss)
+    found = tiles_of(c, TileMapping(64, 64), sizes, data)
+    assert not isinstance(found, Obstacle)
     assert found.map is not None
     # in both sequences the tiles of the diagonal are partial, and the length is a multiple of a tile
     assert found.partial.sum() == 2 * 8 == found.map.counts(PARTIAL).sum()

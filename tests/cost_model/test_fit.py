@@ -6,7 +6,7 @@ from reattend.cost_model.devices.device import device
 from reattend.cost_model.time.fit import candidates, chunked, footprint, padded, refuse, shared_bytes
 from reattend.patterns import expr as ex
 from reattend.patterns.library import papers
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
 
 # Read back from kernels compiled ahead of time: device, head size, bytes an element, mapping, bytes of shared memory.
 COMPILED = [
@@ -32,12 +32,12 @@ SPILLS = [
 def test_shared_memory_is_what_compiled_kernels_take(
     name: str, head: int, width: int, sizes: tuple[int, int, int, int], expected: int
 ) -> None:
-    assert shared_bytes(Mapping(*sizes), head, head, width, device(name)) == expected
+    assert shared_bytes(TileMapping(*sizes), head, head, width, device(name)) == expected
 
 
 @pytest.mark.parametrize(("name", "head", "width", "sizes"), SPILLS)
 def test_tiles_that_spill_are_refused(name: str, head: int, width: int, sizes: tuple[int, int, int, int]) -> None:
-    assert refuse(Mapping(*sizes), head, head, width, device(name)) is not None
+    assert refuse(TileMapping(*sizes), head, head, width, device(name)) is not None
 
 
 @pytest.mark.parametrize("name", ["a100", "h200", "b200", "mi300x"])
@@ -51,7 +51,7 @@ def test_the_code_generator_predicts_the_same(name: str, e: int, f: int, dtype: 
     w = ex.exp(qk - b.put("GM", "bhp", qk, "max", "m"))
     b.put("O", "bhpf", ex.cast(w / b.put("SD", "bhp", w, "add", "m"), dtype) * v, "add", "m")
     c = b.cascade("softmax", "O")
-    for m in (Mapping(128, 64, 8, 3), Mapping(32, 32, 4, 2), Mapping(64, 128, 4, 1)):
+    for m in (TileMapping(128, 64, 8, 3), TileMapping(32, 32, 4, 2), TileMapping(64, 128, 4, 1)):
         theirs = triton_kernel.shared_bytes(c, m, device(name))
         assert theirs == shared_bytes(m, e, f, 4 if dtype == "f32" else 2, device(name))
 
@@ -62,9 +62,9 @@ def test_head_sizes_are_padded() -> None:
 
 
 def test_a_tile_too_large_is_refused_with_the_bytes() -> None:
-    reason = refuse(Mapping(128, 128, 8, 3), 128, 128, 2, device("l4"))
+    reason = refuse(TileMapping(128, 128, 8, 3), 128, 128, 2, device("l4"))
     assert reason == "needs 163840 bytes of shared memory, a block of l4 has 101376"
-    assert refuse(Mapping(128, 128, 8, 2), 128, 128, 2, device("h200")) is None
+    assert refuse(TileMapping(128, 128, 8, 2), 128, 128, 2, device("h200")) is None
 
 
 @pytest.mark.parametrize("name", ["a100", "h100", "h200", "b200", "mi300x", "l4", "rtx4090"])

@@ -14,9 +14,9 @@ from reattend.cost_model.count.footprint import (
     Choice,
     cheapest,
     choices,
-    ground,
     moved,
     revisited,
+    setting,
 )
 from reattend.cost_model.count.search import search
 from reattend.cost_model.devices.device import device
@@ -50,7 +50,7 @@ def test_revisited_tensors_of_the_forms() -> None:
 def test_a6_choices_of_cascade_4() -> None:
     """w·M·Pt held; w·M·P·(writes + reads); w·⌈P/Pt⌉·M·E and 2·E·M·P FLOP again, M·P exponentials more for SN."""
     m = p = 4096
-    found = choices(ground(CASCADE4, M, "p", 256, sizes(p), 2))
+    found = choices(setting(CASCADE4, M, "p", 256, sizes(p), 2))
     qk, sn = by_way(found, "QK"), by_way(found, "SN")
     assert qk[BUFFER] == Choice("QK", BUFFER, held_bytes=2 * m * 256)
     assert qk[SPILL] == Choice("QK", SPILL, moved_bytes=2 * m * p * 2)
@@ -60,13 +60,13 @@ def test_a6_choices_of_cascade_4() -> None:
 
 
 def test_a6_an_input_is_read_again() -> None:
-    g = ground(papers.cascade1(), ("k",), "k", 1, {"K": 100}, 2)
+    g = setting(papers.cascade1(), ("k",), "k", 1, {"K": 100}, 2)
     assert by_way(choices(g), "A")[REREAD].moved_bytes == 200
     assert RECOMPUTE not in by_way(choices(g), "A")
 
 
 def test_a6_choices_are_symbolic_without_sizes() -> None:
-    found = by_way(choices(ground(CASCADE4, M, "p", 128)), "QK")
+    found = by_way(choices(setting(CASCADE4, M, "p", 128)), "QK")
     assert str(found[BUFFER].held_bytes) == "512*M"
     assert str(found[SPILL].moved_bytes) == "8*M*P"
 
@@ -74,7 +74,7 @@ def test_a6_choices_are_symbolic_without_sizes() -> None:
 def test_batch_entries_are_held_one_at_a_time() -> None:
     c = papers.attention("softmax", papers.softmax)
     known = {"B": 4, "H": 8, "P": 512, "M": 512, "E": 64, "F": 64}
-    assert by_way(choices(ground(c, M, "p", 128, known)), "S")[BUFFER].held_bytes == 4 * 512 * 128
+    assert by_way(choices(setting(c, M, "p", 128, known)), "S")[BUFFER].held_bytes == 4 * 512 * 128
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_batch_entries_are_held_one_at_a_time() -> None:
 )
 def test_a16_unfused_is_two_spills(model: str, n: int, expected: int) -> None:
     heads, d = HEADS[model]
-    g = ground(CASCADE4, M, "p", n, sizes(n, d), 2)
+    g = setting(CASCADE4, M, "p", n, sizes(n, d), 2)
     assert heads * moved(g, {"QK": SPILL, "SN": SPILL}) == expected
 
 
@@ -97,23 +97,23 @@ def test_a12_one_pass_moves_inputs_only(form: str, n: int, expected: int) -> Non
     rows = fusemax.query_tile(n, 64, 64, device("fusemax"), scores_on_chip=False)
     best = search(CASCADE4, M).best
     c, family = (CASCADE5, TILED) if form == "Cascade 5" else (best.cascade, best.family)
-    assert 64 * 12 * moved(ground(c, family, "p", rows, sizes(n), 2)) == expected
+    assert 64 * 12 * moved(setting(c, family, "p", rows, sizes(n), 2)) == expected
 
 
 @pytest.mark.parametrize(("n", "expected"), [(16 * K, 9663676416), (1024 * K, 26594437496832)])
 def test_a15_with_scores_on_chip(n: int, expected: int) -> None:
     rows = fusemax.query_tile(n, 64, 64, device("fusemax"), scores_on_chip=True)
-    assert 64 * 12 * moved(ground(CASCADE5, TILED, "p", rows, sizes(n), 2)) == expected
+    assert 64 * 12 * moved(setting(CASCADE5, TILED, "p", rows, sizes(n), 2)) == expected
 
 
 @pytest.mark.parametrize(("n", "expected"), [(256 * K, 435458144206848), (1024 * K, 6966711832018944)])
 def test_a19_flat_spills_both(n: int, expected: int) -> None:
-    g = ground(CASCADE4, M, "p", fusemax.FLAT_SPILLED_ROWS, sizes(n), 2)
+    g = setting(CASCADE4, M, "p", fusemax.FLAT_SPILLED_ROWS, sizes(n), 2)
     assert 64 * 12 * moved(g, {"QK": SPILL, "SN": SPILL}) == expected
 
 
 def test_cheapest_buffers_while_there_is_room() -> None:
-    g = ground(CASCADE4, M, "p", 256, sizes(4 * K), 2)
+    g = setting(CASCADE4, M, "p", 256, sizes(4 * K), 2)
     fiber = 2 * 4 * K * 256
     assert cheapest(g, 2 * fiber) == {"QK": BUFFER, "SN": BUFFER}
     assert sorted(cheapest(g, fiber).values()) == [BUFFER, RECOMPUTE]
@@ -122,9 +122,9 @@ def test_cheapest_buffers_while_there_is_room() -> None:
 
 def test_errors_name_what_to_change() -> None:
     with pytest.raises(ValueError, match="has no rank q; one of"):
-        ground(CASCADE4, M, "q", 1)
+        setting(CASCADE4, M, "q", 1)
     with pytest.raises(KeyError, match="the choices are QK: buffer"):
-        moved(ground(CASCADE4, M, "p", 1), {"QK": "burn"})
+        moved(setting(CASCADE4, M, "p", 1), {"QK": "burn"})
     with pytest.raises(KeyError):
         revisited(CASCADE4, ("x",))
 
@@ -133,7 +133,7 @@ def test_errors_name_what_to_change() -> None:
 def test_more_rows_on_chip_never_move_more(blocks: int, tiles: int, more: int) -> None:
     known = {"P": 16 * blocks, "M": 16 * tiles, "E": 8, "F": 8}
     for c in (CASCADE4, variants.returned()):
-        few, many = (ground(c, M, "p", r, known, 2) for r in (16, 16 * more))
+        few, many = (setting(c, M, "p", r, known, 2) for r in (16, 16 * more))
         assert moved(many) <= moved(few)
         for x, y in zip(choices(few), choices(many)):
             assert x.held_bytes <= y.held_bytes
@@ -144,5 +144,5 @@ def test_more_rows_on_chip_never_move_more(blocks: int, tiles: int, more: int) -
 def test_every_choice_beyond_the_first_visit_costs_something(p: int, m: int) -> None:
     known = {"P": p, "M": m, "E": 8, "F": 8, "H": 2, "B": 1}
     for c in (CASCADE4, papers.attention("sparsemax", papers.sparsemax(2)), variants.talking_heads()):
-        for x in choices(ground(c, M, "p", 1, known)):
+        for x in choices(setting(c, M, "p", 1, known)):
             assert (x.held_bytes if x.how == BUFFER else x.moved_bytes) > 0

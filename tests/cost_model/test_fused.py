@@ -13,11 +13,11 @@ from reattend.cost_model.time.predict import predict, ranked_mappings
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
 
 P, M = ex.index("p"), ex.index("m")
 HERE = with_threads(alone(shipped("cpu")), 1)
-FUSED = Mapping(128, 64, warps=1, stages=1, body="fused")
+FUSED = TileMapping(128, 64, warps=1, stages=1, body="fused")
 
 
 def attention(mask: str = "none", cap: bool = False, e: int = 64, group: int = 1, dtype: str = "f32") -> Cascade:
@@ -33,7 +33,7 @@ def attention(mask: str = "none", cap: bool = False, e: int = 64, group: int = 1
     return b.cascade(mask, "O")
 
 
-def cost(c: Cascade, n: int = 2048, mapping: Mapping = FUSED, d: Device = HERE) -> Cost:
+def cost(c: Cascade, n: int = 2048, mapping: TileMapping = FUSED, d: Device = HERE) -> Cost:
     found = predict(c, mapping, d, {"P": n})
     assert isinstance(found, Cost), found
     return found

@@ -9,10 +9,10 @@ from reattend.cost_model.time.cost import Cost
 from reattend.cost_model.time.gpu import operand_bytes, overlapped, resources
 from reattend.cost_model.time.predict import predict, tiles_of
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
+from reattend.patterns.verdict import Obstacle
 
 P, M = ex.index("p"), ex.index("m")
 CAUSAL = papers.attention("causal", papers.softmax, lambda b, s: ex.where(M <= P, s * 0.125, -3e38))
@@ -69,14 +69,14 @@ def test_reading_operands_bounds_no_published_tile() -> None:
     assert operand_bytes(128, 128, 128, 128, 2, "sm_80") == 0
 
 
-def known(cost: Cost | Miss) -> Cost:
+def known(cost: Cost | Obstacle) -> Cost:
     assert isinstance(cost, Cost), cost
     return cost
 
 
 def test_the_longest_tile_row_is_no_estimate_of_many_waves() -> None:
     """Known wrong: every program priced as the longest one. Causal rows are half as long on average, and many waves share."""
-    d, mapping = shipped("h100"), Mapping(128, 128, 8, 2)
+    d, mapping = shipped("h100"), TileMapping(128, 128, 8, 2)
     at = {"B": 4, "H": 16, "P": 8192, "M": 8192, "E": 128, "F": 128}
     causal, full = (known(predict(c, mapping, d, at)).seconds for c in (narrow(CAUSAL), narrow(FULL)))
     # the longest row of tiles is as long as a row without a mask: that estimate says 1.0
@@ -84,7 +84,7 @@ def test_the_longest_tile_row_is_no_estimate_of_many_waves() -> None:
 
 
 def test_one_wave_takes_as_long_as_its_longest_program() -> None:
-    d, mapping = shipped("h100"), Mapping(128, 128, 8, 2)
+    d, mapping = shipped("h100"), TileMapping(128, 128, 8, 2)
     at = {"B": 1, "H": 1, "P": 8192, "M": 8192, "E": 128, "F": 128}
     causal, full = (known(predict(c, mapping, d, at)).seconds for c in (narrow(CAUSAL), narrow(FULL)))
     assert causal / full > 0.95
@@ -92,8 +92,8 @@ def test_one_wave_takes_as_long_as_its_longest_program() -> None:
 
 def test_makespan_of_causal_rows() -> None:
     """N = 8192, tiles of 128, 16 heads on 132 slots: 252.1 tiles a slot, 292 in ascending order, 253 longest first."""
-    jobs = tiles_of(CAUSAL, Mapping(128, 128), {"B": 1, "H": 16, "P": 8192, "M": 8192, "E": 64, "F": 64})
-    assert not isinstance(jobs, Miss)
+    jobs = tiles_of(CAUSAL, TileMapping(128, 128), {"B": 1, "H": 16, "P": 8192, "M": 8192, "E": 64, "F": 64})
+    assert not isinstance(jobs, Obstacle)
     costs = jobs.visited.astype(float)
     assert costs.sum() * jobs.repeat / 132 == pytest.approx(252.12, abs=0.01)
     assert makespan(order(costs, jobs.repeat, False), 132) == 292

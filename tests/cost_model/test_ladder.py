@@ -11,7 +11,7 @@ from reattend.cost_model.time.predict import VendorUse, predict, predict_origina
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
 
 P, M = ex.index("p"), ex.index("m")
 FULL = papers.attention("full", papers.softmax)
@@ -20,8 +20,8 @@ DEVICES = [*(d for d in targets() if d.is_gpu), with_threads(shipped("cpu"), 1),
 SIZES = {"B": 1, "H": 8, "P": 2048, "M": 2048, "E": 64, "F": 64}
 
 
-def ours(d: Device) -> Mapping:
-    return Mapping(64, 64, body="sdpa") if d.kind == "cpu" else Mapping(64, 32, 4, 2)
+def ours(d: Device) -> TileMapping:
+    return TileMapping(64, 64, body="sdpa") if d.kind == "cpu" else TileMapping(64, 32, 4, 2)
 
 
 def seconds(rung: Rung, candidate: str, c: Cascade) -> float:

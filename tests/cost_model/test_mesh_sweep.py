@@ -10,9 +10,9 @@ import pytest
 
 from reattend.cost_model.devices.device import shipped
 from reattend.cost_model.mesh.capacity import RESERVE
-from reattend.cost_model.plan.mesh_sweep import MeshCourse, MeshPoint, WayPoint
+from reattend.cost_model.mesh.course import MeshCourse, MeshPoint, WayPoint
 from reattend.cost_model.plan.plan import Plan
-from reattend.cost_model.plan.sweep import Sweep
+from reattend.cost_model.sites.sweep import Sweep
 from tests.plans import CAUSAL, plan
 
 PLAN = plan([CAUSAL], mesh="tp=4")

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from reattend.cost_model.devices.device import shipped
-from reattend.cost_model.plan.plan import Plan, PlanError
-from reattend.cost_model.plan.table import between
+from reattend.cost_model.plan.plan import Plan
 from reattend.cost_model.report.basis import basis_rows, basis_text
 from reattend.cost_model.report.data import mask_text
 from reattend.cost_model.report.page import check_path, page, swept
+from reattend.cost_model.sites.site import PlanError
+from reattend.cost_model.words import between
 from tests.plans import CAUSAL, WINDOW, plan
 
 PLAN = plan()

@@ -8,20 +8,11 @@ from dataclasses import replace
 import pytest
 
 from reattend.cost_model.devices.device import shipped
-from reattend.cost_model.plan.plan import (
-    SCHEMA,
-    Candidate,
-    MaskView,
-    Miss,
-    Plan,
-    PlanError,
-    Site,
-    SiteShape,
-    TileCounts,
-    ranked,
-)
-from reattend.cost_model.plan.table import candidates_table, group_name, plan_table, seconds_text
+from reattend.cost_model.plan.plan import SCHEMA, Plan
+from reattend.cost_model.plan.table import candidates_table, plan_table
+from reattend.cost_model.sites.site import Candidate, MaskView, Miss, PlanError, Site, SiteShape, TileCounts, ranked
 from reattend.cost_model.time.cost import Cost
+from reattend.cost_model.words import group_name, seconds_text
 
 OURS = Candidate(
     "reattend", passes=1, cost=Cost(1e-3, "matrix", 10**12, 10**9, 10**9, {"matrix": 1e-3}), why="skips half",

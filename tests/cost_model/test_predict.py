@@ -1,7 +1,6 @@
 """Predictions: laws that every cost obeys, the order of candidates where it is beyond doubt, and the time it takes."""
 
-import time
-from collections.abc import Mapping as Mapping_
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
@@ -22,14 +21,15 @@ from reattend.cost_model.time.predict import (
     tiles_of,
 )
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
+from reattend.patterns.verdict import Obstacle
+from tests.effort import calls
 
 P, M = ex.index("p"), ex.index("m")
 GPUS = [d for d in targets() if d.is_gpu]
-TILE = Mapping(128, 64, warps=8, stages=2)
+TILE = TileMapping(128, 64, warps=8, stages=2)
 FLASH = VendorUse("flash")
 
 
@@ -54,7 +54,7 @@ def cpu(threads: int = 1) -> Device:
     return with_threads(shipped("cpu"), threads)
 
 
-def known(cost: Cost | Miss) -> Cost:
+def known(cost: Cost | Obstacle) -> Cost:
     assert isinstance(cost, Cost), cost
     return cost
 
@@ -75,8 +75,8 @@ def faster(d: Device, x: float) -> Device:
 @pytest.mark.parametrize("x", [0.5, 2.0, 10.0])
 def test_rates_times_x_divide_the_time_by_x(d: Device, x: float) -> None:
     for c in (FULL, CAUSAL, WINDOW):
-        base = known(predict(c, Mapping(64, 32, 4, 2), d, sizes(2048)))
-        scaled = known(predict(c, Mapping(64, 32, 4, 2), faster(d, x), sizes(2048)))
+        base = known(predict(c, TileMapping(64, 32, 4, 2), d, sizes(2048)))
+        scaled = known(predict(c, TileMapping(64, 32, 4, 2), faster(d, x), sizes(2048)))
         assert scaled.seconds == pytest.approx(base.seconds / x)
         assert known(predict_vendor(c, FLASH, faster(d, x), sizes(2048))).seconds == pytest.approx(
             known(predict_vendor(c, FLASH, d, sizes(2048))).seconds / x
@@ -90,7 +90,7 @@ def faster_host(d: Device, x: float) -> Device:
     """Every rate of a CPU times x, every time divided by it; sizes of caches, gains and factors stay."""
 
     def scaled(value: Any, factor: float) -> Any:
-        if isinstance(value, Mapping_):
+        if isinstance(value, Mapping):
             return {k: scaled(v, factor) for k, v in value.items()}
         return tuple(v * factor for v in value) if isinstance(value, tuple) else value * factor
 
@@ -111,8 +111,8 @@ def test_a_cpu_x_times_as_fast_takes_the_time_by_x(threads: int, x: float) -> No
     for c in (FULL, CAUSAL, WINDOW, CAPPED):
         assert predict_original(c, quick, sizes(2048)).seconds * x == pytest.approx(predict_original(c, d, sizes(2048)).seconds)
         for body in ("sdpa", "slices", "product"):
-            base = known(predict(c, Mapping(64, 64, body=body), d, sizes(2048)))
-            assert known(predict(c, Mapping(64, 64, body=body), quick, sizes(2048))).seconds * x == pytest.approx(base.seconds)
+            base = known(predict(c, TileMapping(64, 64, body=body), d, sizes(2048)))
+            assert known(predict(c, TileMapping(64, 64, body=body), quick, sizes(2048))).seconds * x == pytest.approx(base.seconds)
         for use in (FLASH, VendorUse("flex", skips=True)):
             base = known(predict_vendor(c, use, d, sizes(2048)))
             assert known(predict_vendor(c, use, quick, sizes(2048))).seconds * x == pytest.approx(base.seconds)
@@ -169,10 +169,10 @@ def test_without_a_mask_sdpa_stays() -> None:
 
 def test_the_fused_kernel_is_not_offered_what_it_cannot_do() -> None:
     found = ranked_mappings(CAPPED, cpu(), sizes(1024))
-    assert not isinstance(found, Miss)
+    assert not isinstance(found, Obstacle)
     assert {m.body for m, _ in found} == {"product"}
     found = ranked_mappings(CAUSAL, cpu(), sizes(1024))
-    assert not isinstance(found, Miss)
+    assert not isinstance(found, Obstacle)
     assert {m.body for m, _ in found} == {"product", "sdpa", "slices"}
     assert all(a[1].seconds <= b[1].seconds for a, b in pairwise(found))
 
@@ -216,15 +216,15 @@ def narrow(c: Cascade) -> Cascade:
 
 
 def test_mappings_that_do_not_fit_are_misses() -> None:
-    found = predict(FULL, Mapping(128, 128, 8, 4), shipped("l4"), sizes(1024, 128))
-    assert isinstance(found, Miss)
+    found = predict(FULL, TileMapping(128, 128, 8, 4), shipped("l4"), sizes(1024, 128))
+    assert isinstance(found, Obstacle)
     assert "shared memory" in found.reason
-    assert isinstance(best_mapping(FULL, shipped("fusemax"), sizes(1024)), Miss)
+    assert isinstance(best_mapping(FULL, shipped("fusemax"), sizes(1024)), Obstacle)
 
 
 def test_a_cascade_without_one_pass_form_is_a_miss() -> None:
     sparsemax = papers.attention("sparsemax", papers.sparsemax(2))
-    assert isinstance(best_mapping(sparsemax, shipped("h200"), sizes(512)), Miss)
+    assert isinstance(best_mapping(sparsemax, shipped("h200"), sizes(512)), Obstacle)
     assert predict_original(sparsemax, shipped("h200"), sizes(512)).seconds > 0
 
 
@@ -234,15 +234,15 @@ def test_missing_sizes_are_named() -> None:
 
 
 def test_tiles_of_a_causal_mask() -> None:
-    found = tiles_of(CAUSAL, Mapping(128, 128), sizes(8192))
-    assert not isinstance(found, Miss)
+    found = tiles_of(CAUSAL, TileMapping(128, 128), sizes(8192))
+    assert not isinstance(found, Obstacle)
     assert int(found.visited.sum()) == 2080
     assert int(found.full.sum()) == 2016
     assert found.repeat == 8
 
 
-def test_planning_a_site_is_quick() -> None:
-    """After the first call: predictions for all mappings of one site in under 20 ms (generous: another core may be busy)."""
+def test_planning_a_site_is_short() -> None:
+    """After the first call, predictions for all mappings of one site are a few thousand calls (5 ms)."""
     d = shipped("h200")
     at = sizes(131072, 128, heads=32)
 
@@ -253,12 +253,8 @@ def test_planning_a_site_is_quick() -> None:
         predict_vendor(CAUSAL, VendorUse("flex", skips=True), d, at)
 
     plan()
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        plan()
-        took.append(time.perf_counter() - start)
-    assert min(took) < 0.02
+    # 7,800
+    assert calls(plan) < 16_000
 
 
 
@@ -286,12 +282,12 @@ def test_a_bias_for_each_pair_is_read_from_memory(body: str) -> None:
     """Eight heads of 2000 × 2000 numbers are 128 MB beside 4 MB of operands; SDPA is called for every tile of them."""
     at = sizes(2000)
     fixed, d = {"E": 64, "F": 64}, alone(cpu())
-    plain, biased = (known(predict(c.with_sizes(fixed), Mapping(64, 64, body=body), d, at)) for c in (FULL, BIASED))
+    plain, biased = (known(predict(c.with_sizes(fixed), TileMapping(64, 64, body=body), d, at)) for c in (FULL, BIASED))
     bias = 8 * 2000 * 2000 * 4 / d.dram_bytes_per_s
     if body == "sdpa":
         # each call reads the keys again
         assert biased.parts["memory"] - plain.parts["memory"] > bias
-        small, large = (known(predict(BIASED, Mapping(n, n, body=body), d, at)) for n in (32, 256))
+        small, large = (known(predict(BIASED, TileMapping(n, n, body=body), d, at)) for n in (32, 256))
         assert small.parts["launch"] > 4 * large.parts["launch"]
         assert small.seconds > large.seconds
     else:

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from reattend.cost_model.count.describe import describe
 from reattend.cost_model.count.passes import passes, report
-from reattend.cost_model.count.search import TILED, WHOLE, Form, search, state
+from reattend.cost_model.count.search import TILED, WHOLE, CascadeForm, search, state
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.attention.recognise import attention as recognised
 from reattend.patterns.cascade import Cascade, parse, to_text, verify
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.library import papers, variants
 from reattend.patterns.library.papers import attention
+from reattend.patterns.verdict import Refusal
 
 from ..patterns import rules
 from ..strategies import Program, programs
@@ -69,7 +69,7 @@ def outputs(c: Cascade, tensors: Any, sizes: Any = SIZES) -> Any:
     return evaluate(c, tensors, sizes, widen=True)
 
 
-def agree(written: Cascade, forms: Sequence[Form], sizes: Any = SIZES) -> None:
+def agree(written: Cascade, forms: Sequence[CascadeForm], sizes: Any = SIZES) -> None:
     tensors = rules.tensors(written, sizes=sizes)
     want = outputs(written, tensors, sizes)
     for form in forms:

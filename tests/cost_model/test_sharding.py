@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from reattend.cost_model.count.work import operations
 from reattend.cost_model.devices.device import Device, TimeModel, device
-from reattend.cost_model.mesh.capacity import Memory, largest_batch
+from reattend.cost_model.mesh.capacity import DeviceMemory, largest_batch
 from reattend.cost_model.mesh.core import Refused, Roles, core, roles
 from reattend.cost_model.mesh.mesh import Axis, Mesh, MeshError, parse
 from reattend.cost_model.mesh.placement import Assignment, Placed, place, scalars
 from reattend.cost_model.mesh.plan import MeshPlan
 from reattend.cost_model.mesh.sharding import (
     LATENT_ROLES,
-    Site,
+    ShardedSite,
     Way,
     assignments,
     exchanges,
@@ -533,7 +533,7 @@ def test_TPLA_with_heads_behind_divides_the_output_weights() -> None:
 @given(length=st.sampled_from([1024, 4096, M]), batch=st.integers(1, 8), weights=st.integers(0, 10**10))
 def test_the_largest_batch_fits_and_one_more_does_not(length: int, batch: int, weights: int) -> None:
     cache = batch * 1152 * M * 61
-    m = Memory(weights, cache, batch * 4096, per_key=False)
+    m = DeviceMemory(weights, cache, batch * 4096, per_key=False)
     n = largest_batch(m, 80e9, batch, M, length)
     one = cache / batch * length / M + 4096
     assert weights + n * one <= m.room(80e9) < weights + (n + 1) * one
@@ -541,7 +541,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(length: int, batch: int, w
 
 
 def test_what_does_not_fit_says_how_much_it_needs() -> None:
-    plan = shard([Site("x", heads(64, 8, p=1, m=131072, b=64), 80)], parse("tp=2"), H100)
+    plan = shard([ShardedSite("x", heads(64, 8, p=1, m=131072, b=64), 80)], parse("tp=2"), H100)
     assert plan.best is None
     assert all(" GB of the 72.0 GB that h100 has for it" in s.why for s in plan.schemes if s.parts)
 
@@ -568,7 +568,7 @@ def test_training_counts_both_directions() -> None:
 
 @pytest.fixture(scope="module")
 def prefill() -> MeshPlan:
-    return shard([Site("model.layers.0.self_attn", heads(32, 8, p=M, m=M, masked=True), 32)], parse("tp=16"), H200)
+    return shard([ShardedSite("model.layers.0.self_attn", heads(32, 8, p=M, m=M, masked=True), 32)], parse("tp=16"), H200)
 
 
 def test_a_plan_ranks_all_ways_and_says_why(prefill: MeshPlan) -> None:
@@ -596,7 +596,7 @@ def test_a_plan_survives_its_dictionary(prefill: MeshPlan) -> None:
 
 
 def test_decoding_divides_no_query() -> None:
-    plan = shard([Site("x", heads(32, 8, b=4), 2)], parse("cp=8"), H200)
+    plan = shard([ShardedSite("x", heads(32, 8, b=4), 2)], parse("cp=8"), H200)
     assert plan.step == "decode"
     assert "1 query token does not divide over 8 devices" in plan.scheme("ring").why
     assert plan.best is not None
@@ -604,7 +604,7 @@ def test_decoding_divides_no_query() -> None:
 
 
 def test_two_axes_carry_heads_and_the_sequence() -> None:
-    plan = shard([Site("x", heads(32, 8, p=M, m=M, masked=True), 1)], parse("tp=4,cp=4"), H200)
+    plan = shard([ShardedSite("x", heads(32, 8, p=M, m=M, masked=True), 1)], parse("tp=4,cp=4"), H200)
     assert plan.best is not None
     assert {s.name.split(" × ")[0] for s in plan.schemes} == {"heads"}
     both = plan.scheme("heads × ring zigzag")
@@ -613,7 +613,7 @@ def test_two_axes_carry_heads_and_the_sequence() -> None:
 
 
 def test_the_batch_is_carried_by_dp() -> None:
-    plan = shard([Site("x", heads(8, 8, b=4, m=4096), 1)], parse("dp=4"), H200)
+    plan = shard([ShardedSite("x", heads(8, 8, b=4, m=4096), 1)], parse("dp=4"), H200)
     assert plan.best is not None
     assert (plan.best.name, plan.best.sent_bytes) == ("batch", 0)
     assert plan.best.cache_bytes == 4096 * 4096
@@ -628,7 +628,7 @@ def test_the_batch_is_carried_by_dp() -> None:
 )  # fmt: skip
 def test_a_mesh_that_does_not_divide_says_what_would(mesh: str, sentence: str) -> None:
     with pytest.raises(MeshError, match=sentence):
-        shard([Site("x", heads(32, 8), 1)], parse(mesh), H200)
+        shard([ShardedSite("x", heads(32, 8), 1)], parse(mesh), H200)
 
 
 @pytest.mark.parametrize(("h", "kv", "p"), [(8, 8, 64), (8, 2, 64), (8, 1, 64), (8, 1, 1), (8, 2, 1)])

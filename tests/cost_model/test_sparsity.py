@@ -12,16 +12,16 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reattend.cost_model.count.neighborhood import Axis, GridTiles, end_to_end, grid_tiles, separated
+from reattend.cost_model.count.neighborhood import GridTiles, TokenAxis, end_to_end, grid_tiles, separated
 from reattend.cost_model.count.tiles import Data, Expectation, assumptions, expected, jobs, tile_map
 from reattend.cost_model.count.work import count
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.expr import Expr
 from reattend.patterns.library import papers
 from reattend.patterns.masks.split import FULL, PARTIAL, Mask, count_tiles
 from reattend.patterns.masks.tiles import pairs
 from reattend.patterns.masks.windows import flat, laid_out, neighborhood, residue_order, tile_order, unflat, unfolded
+from reattend.patterns.verdict import Obstacle
 from tests.loading import benchmark
 
 B, H, P, M = (ex.index(r) for r in "bhpm")
@@ -113,7 +113,7 @@ def gna(lengths: Shape, window: Shape, stride: Shape, tile_q: Shape, tile_k: Sha
     extents: dict[str, int] = {}
     for d, (n, w, s, tq, tk) in enumerate(zip(lengths, window, stride, tile_q, tile_k)):
         keep = keep & neighborhood(ex.index(f"p{d}"), ex.index(f"m{d}"), length=n, window=w, stride=s)
-        axes.append(Axis(f"p{d}", f"m{d}", tq, tk))
+        axes.append(TokenAxis(f"p{d}", f"m{d}", tq, tk))
         extents |= {f"p{d}": n, f"m{d}": n}
     found = grid_tiles(keep, axes, extents, dynamic=dynamic)
     assert isinstance(found, GridTiles)
@@ -322,10 +322,10 @@ def test_a_lifted_window_is_found_to_be_a_product() -> None:
     """The mask as a model writes it, over positions, becomes one over rows and columns, dimension by dimension."""
     near = (ex.unary("abs", P // 24 - M // 24) <= 3) & (ex.unary("abs", P % 24 - M % 24) <= 5)
     keep = unfolded(unfolded(near, "p", {"p0": 16, "p1": 24}), "m", {"m0": 16, "m1": 24})
-    axes = [Axis("p0", "m0", 4, 4), Axis("p1", "m1", 8, 8)]
+    axes = [TokenAxis("p0", "m0", 4, 4), TokenAxis("p1", "m1", 8, 8)]
     extents = {"p0": 16, "m0": 16, "p1": 24, "m1": 24}
     parts = separated(keep, axes)
-    assert not isinstance(parts, Miss)
+    assert not isinstance(parts, Obstacle)
     assert [p.ranks for p in parts] == [{"p0", "m0"}, {"p1", "m1"}]
     found = grid_tiles(keep, axes, extents)
     assert isinstance(found, GridTiles)
@@ -334,12 +334,12 @@ def test_a_lifted_window_is_found_to_be_a_product() -> None:
 
 def test_what_is_no_product_says_so() -> None:
     ring = ex.unary("abs", ex.index("p0") - ex.index("m0")) + ex.unary("abs", ex.index("p1") - ex.index("m1")) < 4
-    axes = [Axis("p0", "m0", 4, 4), Axis("p1", "m1", 4, 4)]
+    axes = [TokenAxis("p0", "m0", 4, 4), TokenAxis("p1", "m1", 4, 4)]
     found = grid_tiles(ring, axes, {"p0": 8, "m0": 8, "p1": 8, "m1": 8})
-    assert isinstance(found, Miss)
+    assert isinstance(found, Obstacle)
     assert "ties m0, m1, p0, p1" in found.reason
     by_head = ex.index("p0") - ex.index("m0") < H
-    assert isinstance(separated(by_head, axes), Miss)
+    assert isinstance(separated(by_head, axes), Obstacle)
     assert flat([ex.index("p0")], [8]) is ex.index("p0")
 
 

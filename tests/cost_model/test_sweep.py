@@ -11,20 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.cost_model.devices.device import Device, shipped
-from reattend.cost_model.plan.plan import Plan, PlanError, Site
-from reattend.cost_model.plan.sweep import (
-    Change,
-    Course,
-    Estimate,
-    Point,
-    Sweep,
-    SweepError,
-    Symbol,
-    axes,
-    bound_sizes,
-    powers_of_two,
-    sweep,
-)
+from reattend.cost_model.plan.plan import Plan
+from reattend.cost_model.sites.axes import axes, bound_sizes, powers_of_two
+from reattend.cost_model.sites.course import Change, Course, Estimate, Point, SweepError, Symbol
+from reattend.cost_model.sites.site import PlanError, Site
+from reattend.cost_model.sites.sweep import Sweep
+from reattend.cost_model.sites.sweeping import sweep
 from tests.plans import CAUSAL, SIZES, WINDOW, plan
 
 PLAN = plan()

@@ -10,7 +10,7 @@ from reattend.cost_model.devices.device import device
 from reattend.cost_model.time import fusemax
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
-from reattend.patterns.mapping import Mapping
+from reattend.patterns.mapping import TileMapping
 
 E, F, M, P, M0 = 64, 64, 4096, 4096, 128
 M1 = M // M0
@@ -67,7 +67,7 @@ ARRAY = device("fusemax")
 def fused_bytes(model: str, n: int, scores_on_chip: bool = False) -> int:
     heads, d = MODELS[model]
     tile = fusemax.query_tile(n, d, d, ARRAY, scores_on_chip=scores_on_chip)
-    return heads * fusemax.moved_bytes(count(CASCADE5, Mapping(tile, 256), sizes(n, d), query="p"), CASCADE5)
+    return heads * fusemax.moved_bytes(count(CASCADE5, TileMapping(tile, 256), sizes(n, d), query="p"), CASCADE5)
 
 
 def sizes(n: int, d: int) -> dict[str, int]:
@@ -97,7 +97,7 @@ def test_a16_unfused_traffic(model: str, n: int, expected: int) -> None:
 def latency(model: str, n: int) -> float:
     heads, d = MODELS[model]
     tile = fusemax.query_tile(n, d, d, ARRAY, scores_on_chip=False)
-    return fusemax.latency_seconds(CASCADE5, Mapping(tile, 256), sizes(n, d), ARRAY, heads)
+    return fusemax.latency_seconds(CASCADE5, TileMapping(tile, 256), sizes(n, d), ARRAY, heads)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a19_mean_speedup_over_flat() -> None:
 def test_bytes_grow_with_each_size(p: int, m1: int, e: int, more: int) -> None:
     def moved(p: int, m1: int) -> Work:
         known = {"P": p * 16, "M": m1 * 16, "M1": m1, "M0": 16, "E": 8 * e, "F": 8 * e}
-        return count(CASCADE5, Mapping(16, 16), known, query="p")
+        return count(CASCADE5, TileMapping(16, 16), known, query="p")
 
     assert moved(p, m1).bytes < moved(p + more, m1).bytes
     assert moved(p, m1).bytes < moved(p, m1 + more).bytes
@@ -168,12 +168,12 @@ def test_bytes_grow_with_each_size(p: int, m1: int, e: int, more: int) -> None:
 @given(st.integers(1, 8), st.integers(1, 64))
 def test_larger_query_tiles_never_move_more(k: int, m1: int) -> None:
     known = {"P": 1024, "M1": m1, "M0": 16, "E": 64, "F": 64}
-    small, large = (count(CASCADE5, Mapping(t, 16), known, query="p").bytes for t in (16 * k, 32 * k))
+    small, large = (count(CASCADE5, TileMapping(t, 16), known, query="p").bytes for t in (16 * k, 32 * k))
     assert large <= small
 
 
 def test_whole_is_tiles_and_programs() -> None:
-    w = count(CASCADE5, Mapping(128, 128), SIZES, query="p")
+    w = count(CASCADE5, TileMapping(128, 128), SIZES, query="p")
     assert w.tiles
     assert w.full_tile
     assert w.program
@@ -191,6 +191,6 @@ def test_key_tile_is_found_by_structure() -> None:
 
 def test_a_mapping_needs_a_cascade_that_streams() -> None:
     with pytest.raises(ValueError, match="does not stream"):
-        count(CASCADE4, Mapping(128, 128), SIZES)
+        count(CASCADE4, TileMapping(128, 128), SIZES)
     with pytest.raises(ValueError, match="no query rank z"):
-        count(CASCADE5, Mapping(128, 128), SIZES, query="z")
+        count(CASCADE5, TileMapping(128, 128), SIZES, query="z")

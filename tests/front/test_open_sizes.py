@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import reattend
-from reattend.cost_model.plan.plan import PlanError
-from reattend.cost_model.plan.sweep import SweepError
+from reattend.cost_model.sites.course import SweepError
+from reattend.cost_model.sites.site import PlanError
 from reattend.rewriter.capture import export
 
 from .conftest import Stack

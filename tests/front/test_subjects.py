@@ -53,9 +53,9 @@ def test_a_config_is_planned_without_weights(name: str, tmp_path: Path) -> None:
 
 def test_a_folder_with_a_config(tmp_path: Path) -> None:
     write(tmp_path, CONFIGS["llama"][0])
-    subject = load(str(tmp_path), Shapes(batch=3, seq=7))
-    assert subject.kwargs["input_ids"].shape == (3, 7)
-    assert {p.device.type for p in subject.model.parameters()} == {"meta"}  # type: ignore[union-attr]
+    given = load(str(tmp_path), Shapes(batch=3, seq=7))
+    assert given.kwargs["input_ids"].shape == (3, 7)
+    assert {p.device.type for p in given.model.parameters()} == {"meta"}  # type: ignore[union-attr]
 
 
 def test_one_sequence_has_no_padding_mask(tmp_path: Path) -> None:
@@ -76,9 +76,9 @@ def test_a_decoding_step(tmp_path: Path) -> None:
 def test_dtype_and_attention_implementation(tmp_path: Path) -> None:
     path = write(tmp_path, CONFIGS["llama"][0])
     for attn in ("eager", "sdpa"):
-        subject = load(path, Shapes(seq=8, dtype="bf16", attn=attn))
-        assert subject.model.config._attn_implementation == attn  # type: ignore[union-attr]
-        assert next(subject.model.parameters()).dtype == torch.bfloat16  # type: ignore[union-attr]
+        given = load(path, Shapes(seq=8, dtype="bf16", attn=attn))
+        assert given.model.config._attn_implementation == attn  # type: ignore[union-attr]
+        assert next(given.model.parameters()).dtype == torch.bfloat16  # type: ignore[union-attr]
 
 
 def plain() -> nn.Module:

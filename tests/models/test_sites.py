@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 import reattend
 from reattend.codegen.vendor import use as vendor
-from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.evaluate import evaluate
+from reattend.patterns.verdict import Refusal
 from reattend.rewriter.capture import capture
 from reattend.rewriter.choose import choose
 from reattend.rewriter.run.session import Session

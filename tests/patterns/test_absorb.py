@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.latent import Widths, absorbed, naive
 from reattend.patterns.attention.ranks import fuse
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.library.papers import Builder
 from reattend.patterns.passes.absorb import Absorbed, absorb, pieces, shared, slices, weighted
+from reattend.patterns.verdict import Obstacle
 
 SMALL = Widths(heads=4, latent=8, rotary=4, key=6, value=5, model=7, dtype="f64")
 
@@ -108,9 +108,9 @@ def test_slices_are_exact_where_a_slice_holds_all_of_the_latent() -> None:
 
 
 def test_slices_that_do_not_divide_say_so() -> None:
-    miss = slices(taken(expanded()), 3)
-    assert isinstance(miss, Miss)
-    assert miss.reason == "a latent of 8 channels does not divide into 3 slices"
+    obstacle = slices(taken(expanded()), 3)
+    assert isinstance(obstacle, Obstacle)
+    assert obstacle.reason == "a latent of 8 channels does not divide into 3 slices"
 
 
 def scaled_by(c: Cascade, name: str, term: object) -> Cascade:
@@ -124,9 +124,9 @@ def test_a_curve_between_the_map_and_the_score_is_refused() -> None:
         k = next(x for x in ex.loads(body) if x.attr == "K")
         return ex.substitute(body, {k: ex.unary("tanh", k)})
 
-    miss = absorb(scaled_by(expanded(), "QK", curved), "m", "p")
-    assert isinstance(miss, Miss)
-    assert miss.reason == "tanh(K[b,h,m,e]) is not linear in its latent"
+    obstacle = absorb(scaled_by(expanded(), "QK", curved), "m", "p")
+    assert isinstance(obstacle, Obstacle)
+    assert obstacle.reason == "tanh(K[b,h,m,e]) is not linear in its latent"
 
 
 def test_values_that_add_a_part_of_their_own_are_refused() -> None:
@@ -134,15 +134,15 @@ def test_values_that_add_a_part_of_their_own_are_refused() -> None:
         v = next(x for x in ex.loads(body) if x.attr == "V")
         return ex.substitute(body, {v: v + ex.cast(ex.load("KPE", (ex.index("b"), ex.index("m"), ex.const(0)), "f64"), "f64")})
 
-    miss = absorb(scaled_by(expanded(), "O", more), "m", "p")
-    assert isinstance(miss, Miss)
-    assert "have a part of their own beside the map" in miss.reason
+    obstacle = absorb(scaled_by(expanded(), "O", more), "m", "p")
+    assert isinstance(obstacle, Obstacle)
+    assert "have a part of their own beside the map" in obstacle.reason
 
 
 def test_without_maps_there_is_nothing_to_absorb() -> None:
-    miss = absorb(absorbed(SMALL, batch=2, queries=3, keys=11).cascade, "m", "p")
-    assert isinstance(miss, Miss)
-    assert miss.reason == "no keys or values are linear maps of another tensor"
+    obstacle = absorb(absorbed(SMALL, batch=2, queries=3, keys=11).cascade, "m", "p")
+    assert isinstance(obstacle, Obstacle)
+    assert obstacle.reason == "no keys or values are linear maps of another tensor"
 
 
 def test_a_term_is_cut_where_it_compares() -> None:

@@ -17,7 +17,7 @@ from reattend.patterns import expr as ex
 from reattend.patterns.expr import Expr
 from reattend.patterns.masks import periodic
 from reattend.patterns.masks.closed_form import in_closed_form
-from reattend.patterns.masks.descent import Grid, Work, descend
+from reattend.patterns.masks.descent import Grid, GroundMask, descend
 from reattend.patterns.masks.runs import Intervals, tile_runs
 from reattend.patterns.masks.split import (
     EMPTY,
@@ -116,7 +116,7 @@ def affine_predicates() -> st.SearchStrategy[Expr]:
 def test_closed_forms_have_no_difference(keep: Expr, tile: tuple[int, int]) -> None:
     grid = grid_of(keep, tile)
     bounds = block_bounds(TABLES, tile)
-    found = in_closed_form(Work(keep, bounds), grid)
+    found = in_closed_form(GroundMask(keep, bounds), grid)
     if found is not None:
         expected = brute_classes(brute(keep, extents_of(grid)), tile)
         np.testing.assert_array_equal(runs_of(found, grid).classes(), expected)
@@ -134,7 +134,7 @@ def test_closed_forms_have_no_difference(keep: Expr, tile: tuple[int, int]) -> N
 )  # fmt: skip
 def test_what_has_a_closed_form(keep: Expr) -> None:
     grid = grid_of(keep, (8, 8))
-    found = in_closed_form(Work(keep, block_bounds(TABLES, (8, 8))), grid)
+    found = in_closed_form(GroundMask(keep, block_bounds(TABLES, (8, 8))), grid)
     assert found is not None
     np.testing.assert_array_equal(runs_of(found, grid).classes(), brute_classes(brute(keep, extents_of(grid)), (8, 8)))
 
@@ -148,7 +148,7 @@ def test_what_has_a_closed_form(keep: Expr) -> None:
     ids=str,
 )  # fmt: skip
 def test_what_has_none(keep: Expr) -> None:
-    assert in_closed_form(Work(keep, block_bounds(TABLES, (8, 8))), grid_of(keep, (8, 8))) is None
+    assert in_closed_form(GroundMask(keep, block_bounds(TABLES, (8, 8))), grid_of(keep, (8, 8))) is None
 
 
 # --- masks that repeat --------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_repeated_masks_have_no_difference(keep: Expr, tile: tuple[int, int], p:
     grid = grid_of(keep, tile, {"h": 2, "p": p, "m": m})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(periodic, "FEW", 0)
-        found = periodic.repeated(Work(keep, None), grid)
+        found = periodic.repeated(GroundMask(keep, None), grid)
     if found is not None:
         np.testing.assert_array_equal(runs_of(found, grid).classes(), brute_classes(brute(keep, extents_of(grid)), tile))
 
@@ -180,14 +180,14 @@ def test_repeated_masks_have_no_difference(keep: Expr, tile: tuple[int, int], p:
 @pytest.mark.parametrize("keep", [ex.equal((P - M) % 3, 0), CAUSAL & (P - M < 900) & ex.equal((P - M) % 4, 0), ex.equal(M % 64, 63)], ids=str)
 def test_what_repeats(keep: Expr) -> None:
     extents = {"p": 1500, "m": 1400}
-    found = periodic.repeated(Work(keep, None), grid_of(keep, (16, 16), extents))
+    found = periodic.repeated(GroundMask(keep, None), grid_of(keep, (16, 16), extents))
     assert found is not None
     np.testing.assert_array_equal(runs_of(found, grid_of(keep, (16, 16), extents)).classes(), brute_classes(brute(keep, extents), (16, 16)))
 
 
 @pytest.mark.parametrize("keep", [CAUSAL & (M < 900), ex.equal(M % 1021, 5), P * 2 > M, ex.equal(table("seg", B, P), table("seg", B, M))], ids=str)
 def test_what_does_not_repeat(keep: Expr) -> None:
-    assert periodic.repeated(Work(keep, None), grid_of(keep, (16, 16), {"b": 2, "p": 4000, "m": 4000})) is None
+    assert periodic.repeated(GroundMask(keep, None), grid_of(keep, (16, 16), {"b": 2, "p": 4000, "m": 4000})) is None
 
 
 # --- any mask -----------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_drawn_masks_have_no_difference(keep: Expr, tile: tuple[int, int], coars
     if coarse:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("reattend.patterns.masks.descent.COARSE", 4)
-            found = runs_of(descend(Work(keep, bounds), grid, settle=True), grid)
+            found = runs_of(descend(GroundMask(keep, bounds), grid, settle=True), grid)
     else:
         found = count_tiles(keep, query="p", key="m", extents=EXTENTS, tile_p=tile[0], tile_m=tile[1], bounds=bounds)
     np.testing.assert_array_equal(found.classes(), expected)
@@ -384,6 +384,6 @@ def test_long_masks_are_counted_by_intervals() -> None:
     ids = np.searchsorted(cuts, np.arange(1500), side="right")
     expected = brute_classes(ids[:, None] == ids[None], (64, 64))
     for keep in (ex.equal(segment(P), segment(M)), alternatives):
-        assert in_closed_form(Work(keep, None), grid_of(keep, (64, 64), extents)) is None
+        assert in_closed_form(GroundMask(keep, None), grid_of(keep, (64, 64), extents)) is None
         found = count_tiles(keep, query="p", key="m", extents=extents, tile_p=64, tile_m=64)
         np.testing.assert_array_equal(found.classes(), expected)

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
+from reattend.patterns.attention.attention import Attention
 from reattend.patterns.attention.latent import Widths, absorbed
-from reattend.patterns.attention.recognise import Attention, attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.attention.rowstate import RowState, derive
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.evaluate import evaluate

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns.evaluate import DTYPE, _Terms
+from reattend.patterns.evaluate import DTYPE, _Evaluation
 from reattend.patterns.operators import OPERATORS
 
 torch.set_num_threads(1)
@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 def value(e: Any, tensors: Any = None, extent: Any = None, widen: Any = False) -> Any:
     """A term's value as a tensor over the ranks of `extent`, by the oracle."""
     extent = extent or {}
-    return _Terms(list(extent), extent, {}, tensors or {}, widen, torch.device("cpu"))(e)
+    return _Evaluation(list(extent), extent, {}, tensors or {}, widen, torch.device("cpu"))(e)
 
 
 def same(a: Any, b: Any) -> Any:

@@ -16,7 +16,7 @@ from reattend.codegen.files.library import functions
 from reattend.codegen.text import print_cpp, print_torch, print_triton
 from reattend.cost_model.count.work import Work, term_operations
 from reattend.patterns import expr as ex
-from reattend.patterns.evaluate import DTYPE, _Terms
+from reattend.patterns.evaluate import DTYPE, _Evaluation
 from reattend.patterns.expr import Expr
 from reattend.patterns.operators import OPERATORS, Operator, facts
 from reattend.patterns.terms.constant import number
@@ -48,7 +48,7 @@ def term(o: Operator, dtype: str) -> Expr:
 
 def by_torch(o: Operator, operands: Sequence[Any], dtype: str) -> Any:
     tensors = {n: torch.tensor(v, dtype=DTYPE[dtype]) for n, v in zip("xy", operands)}
-    return _Terms([], {}, {}, tensors, False, torch.device("cpu"))(term(o, dtype)).item()
+    return _Evaluation([], {}, {}, tensors, False, torch.device("cpu"))(term(o, dtype)).item()
 
 
 def samples(o: Operator, dtype: str) -> list[tuple[Any, ...]]:

@@ -3,11 +3,13 @@
 import pytest
 
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Attention, Miss, attention
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.cascade import Rank
 from reattend.patterns.expr import Expr
 from reattend.patterns.library import papers
 from reattend.patterns.terms.overflow import DATA, passes
+from reattend.patterns.verdict import Obstacle
 
 P, M, N = ex.index("p"), ex.index("m"), ex.symbol("n")
 RANKS = {"p": Rank("p", N), "m": Rank("m", 4096)}
@@ -40,7 +42,7 @@ def test_weights_are_looked_at_as_well() -> None:
     def rule(b: papers.Builder, s: Expr) -> Expr:
         return ex.where((P * 6364136223846793005 + M) > 0, s * s, 0.0)
 
-    assert isinstance(attention(papers.attention("weights", rule)), Miss)
+    assert isinstance(attention(papers.attention("weights", rule)), Obstacle)
 
 
 def test_an_attention_whose_mask_may_wrap_around_is_left_alone() -> None:
@@ -49,5 +51,5 @@ def test_an_attention_whose_mask_may_wrap_around_is_left_alone() -> None:
 
     assert isinstance(attention(papers.attention("small", papers.softmax, hashed(3))), Attention)
     found = attention(papers.attention("hash", papers.softmax, hashed(6364136223846793005)))
-    assert isinstance(found, Miss)
+    assert isinstance(found, Obstacle)
     assert "too large for i64, where tensors wrap around" in found.reason

@@ -10,12 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Attention, Miss, attention, elements, kind, no_key_rule, traits
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.attention.rowstate import RowState, derive, stream
+from reattend.patterns.attention.score import elements
+from reattend.patterns.attention.traits import kind, no_key_rule, traits
 from reattend.patterns.cascade import Access, Cascade, Rank, Tensor, parse, to_text, verify
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.library import papers
 from reattend.patterns.library.papers import Builder
+from reattend.patterns.verdict import Obstacle
 
 from . import rules
 
@@ -30,7 +34,7 @@ def seen(c: Any) -> Any:
 
 def missed(c: Any) -> Any:
     view = attention(c)
-    assert isinstance(view, Miss), view
+    assert isinstance(view, Obstacle), view
     return view.reason
 
 
@@ -440,15 +444,15 @@ def test_cascades_of_other_forms() -> None:
     a = seen(c)
     assert "carried state" in missed(streamed(a))
     assert "carried state" in missed(papers.cascade5())
-    assert isinstance(attention(papers.cascade2()), Miss)
+    assert isinstance(attention(papers.cascade2()), Obstacle)
 
 
 def test_the_deepest_attempt_is_told() -> None:
     b = Builder()
     over_queries(b)
     slot, none = attention(b.cascade("slot", "O")), attention(papers.cascade2())
-    assert isinstance(slot, Miss)
-    assert isinstance(none, Miss)
+    assert isinstance(slot, Obstacle)
+    assert isinstance(none, Obstacle)
     assert slot.depth > none.depth
 
 

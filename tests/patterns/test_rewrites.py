@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
-from reattend.patterns.attention.recognise import Refusal
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, parse, to_text, verify
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.library import papers, variants
@@ -19,6 +18,7 @@ from reattend.patterns.passes.bounded import depends, unbound
 from reattend.patterns.passes.chain import Reading
 from reattend.patterns.passes.repair import repair
 from reattend.patterns.terms.laws import moments as moment_basis
+from reattend.patterns.verdict import Refusal
 
 from . import rules
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reattend.cost_model.plan.plan import ORIGINAL
+from reattend.cost_model.sites.site import ORIGINAL
 from reattend.rewriter.capture import export
-from reattend.rewriter.capture.models import Shapes, Subject, UsageError
+from reattend.rewriter.capture.models import ModelInput, Shapes, UsageError
 from reattend.rewriter.choose import choose
 from reattend.rewriter.choose.policy import Policy
 from reattend.rewriter.run import bench
@@ -82,8 +82,8 @@ def test_every_call_computes_the_same() -> None:
 @pytest.mark.usefixtures("quick")
 def test_identical_sites_are_measured_once() -> None:
     steps: list[tuple[int, int]] = []
-    result = bench.bench_subject(
-        Subject("twice", Twice(), (torch.randn(1, 2, 32, 16),)), None, 0.01, lambda what, done, total: steps.append((done, total))
+    result = bench.bench_input(
+        ModelInput("twice", Twice(), (torch.randn(1, 2, 32, 16),)), None, 0.01, lambda what, done, total: steps.append((done, total))
     )
     (site,) = result.sites
     assert site.names == ("first", "second")
@@ -103,7 +103,7 @@ def test_identical_sites_are_measured_once() -> None:
 @pytest.mark.usefixtures("quick")
 def test_what_does_not_fit_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "free_bytes", lambda device: 1 << 18)
-    result = bench.bench_subject(Subject("causal", Causal(), tuple(torch.randn(1, 2, 256, 16) for _ in range(3))), None, 0.01, nothing)
+    result = bench.bench_input(ModelInput("causal", Causal(), tuple(torch.randn(1, 2, 256, 16) for _ in range(3))), None, 0.01, nothing)
     rows = {r.candidate: r for r in result.sites[0].rows}
     assert rows[ORIGINAL].measured_seconds is None
     assert "are free" in rows[ORIGINAL].why
@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("quick")
 def test_what_would_take_too_long_is_left_out() -> None:
-    result = bench.bench_subject(Subject("causal", Causal(), tuple(torch.randn(1, 2, 256, 16) for _ in range(3))), None, 1e-9, nothing)
+    result = bench.bench_input(ModelInput("causal", Causal(), tuple(torch.randn(1, 2, 256, 16) for _ in range(3))), None, 1e-9, nothing)
     assert all(r.measured_seconds is None and r.why for r in result.sites[0].rows)
     assert "give more --seconds" in str(result)
     assert "nothing measured" in str(result)
@@ -119,9 +119,9 @@ def test_what_would_take_too_long_is_left_out() -> None:
 
 def test_a_name_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="no attention is named 'third'"):
-        bench.bench_subject(Subject("twice", Twice(), (torch.randn(1, 2, 32, 16),)), "third", 0.01, nothing)
+        bench.bench_input(ModelInput("twice", Twice(), (torch.randn(1, 2, 32, 16),)), "third", 0.01, nothing)
     with pytest.raises(UsageError, match="no attention that was found"):
-        bench.bench_subject(Subject("linear", nn.Linear(4, 4), (torch.randn(2, 4),)), None, 0.01, nothing)
+        bench.bench_input(ModelInput("linear", nn.Linear(4, 4), (torch.randn(2, 4),)), None, 0.01, nothing)
 
 
 def test_a_config_is_measured_without_weights(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

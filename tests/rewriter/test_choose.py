@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from reattend.codegen.cpu import kernel as cpu
 from reattend.codegen.files import native
 from reattend.cost_model.devices.device import device
-from reattend.cost_model.plan.plan import Site
+from reattend.cost_model.sites.site import Site
 from reattend.rewriter.capture import export
 from reattend.rewriter.choose import candidates, choose
 from reattend.rewriter.choose.policy import Policy

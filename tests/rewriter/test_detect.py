@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from reattend.patterns.attention import recognise
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.traits import no_key_rule
 from reattend.rewriter.find import detect
 
 from .helpers import error_of, graph_of, values_of
@@ -158,8 +160,8 @@ def test_rule_for_rows_without_a_key_is_carried() -> None:
         gm = graph_of(spelled(fill, safe), (q, k, v, keep))
         (found,), _ = detect.find(gm)
         view = recognise.attention(found.cascade)
-        assert isinstance(view, recognise.Attention)
-        assert recognise.no_key_rule(view) == rule
+        assert isinstance(view, Attention)
+        assert no_key_rule(view) == rule
 
 
 def test_writes_between_the_products_are_refused() -> None:

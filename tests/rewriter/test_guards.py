@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import reattend
-from reattend.patterns.attention.recognise import Attention, attention
-from reattend.patterns.mapping import Mapping as Tiling
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
+from reattend.patterns.mapping import TileMapping
 from reattend.rewriter.capture import export
 from reattend.rewriter.choose import candidates, choose
 from reattend.rewriter.find import detect, place
@@ -89,7 +90,7 @@ def test_a_call_that_cannot_run_gives_way_to_the_original_once_and_for_all() -> 
         raise RuntimeError("no such compiler\nand more")
 
     names = [t.name for t in found.cascade.inputs]
-    fake = candidates.our_call(found.cascade, Tiling(32, 32, body="sdpa"))
+    fake = candidates.our_call(found.cascade, TileMapping(32, 32, body="sdpa"))
     call = splice.Call(
         "failing", failing, lambda tensors, size: tuple(tensors[n] for n in names), fragile=True,
         fake=lambda *given: fake.target(list(given), [], fake.arguments(dict(zip(names, given)), int)[2]),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import reattend
-from reattend.cost_model.plan.plan import ORIGINAL, Site
+from reattend.cost_model.sites.site import ORIGINAL, Site
 
 OURS = reattend.Policy(allow="reattend", deny="original")
 

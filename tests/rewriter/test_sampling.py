@@ -8,9 +8,10 @@ from torch import Tensor, fx, nn
 
 import reattend
 from reattend.cost_model.devices.device import shipped
-from reattend.cost_model.plan.plan import Candidate, Plan, Site, SiteShape
+from reattend.cost_model.plan.plan import Plan
+from reattend.cost_model.sites.site import Candidate, Site, SiteShape
 from reattend.cost_model.time.cost import Cost
-from reattend.rewriter.run.report import Entered, Piece, Report, SiteRun
+from reattend.rewriter.run.report import Entered, GraphPiece, Report, SiteRun
 from reattend.rewriter.splice.guards import Guarded
 from reattend.rewriter.splice.sampling import KEPT, Samples, due, timed
 from reattend.rewriter.splice.splice import SITE
@@ -121,7 +122,9 @@ ATTENTION = Site(
 
 
 def report(measured: float | None) -> Report:
-    piece = Piece("", 0, plan=Plan((ATTENTION, replace(ATTENTION, name="layers.1.attn")), (), shipped("cpu")), calls=4)
+    piece = GraphPiece(
+        "", 0, plan=Plan((ATTENTION, replace(ATTENTION, name="layers.1.attn")), (), shipped("cpu")), calls=4
+    )
     for s in piece.sites if measured is not None else ():
         assert measured is not None
         piece.samples.add(s.name, measured)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from reattend.cost_model.mesh.core import roles
-from reattend.patterns.attention.recognise import Miss
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.passes.absorb import Absorbed, absorb
+from reattend.patterns.verdict import Obstacle
 from reattend.rewriter.capture import export
 from reattend.rewriter.find.detect import Found, find
 from reattend.rewriter.find.upstream import Reached, projection_width, upstream
@@ -125,7 +125,7 @@ def captured(model: nn.Module, *args: Tensor) -> tuple[fx.GraphModule, Found]:
     return gm, found
 
 
-def reached(made: Callable[..., Any], key: int = E) -> tuple[Reached | Miss, Found, dict[fx.Node, Any]]:
+def reached(made: Callable[..., Any], key: int = E) -> tuple[Reached | Obstacle, Found, dict[fx.Node, Any]]:
     torch.manual_seed(1)
     x = torch.randn(B, M, D)
     model = Net(made, key=key)
@@ -171,9 +171,9 @@ def turned(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_a_rotation_after_the_map_is_no_map() -> None:
-    miss, _, _ = reached(turned)
-    assert isinstance(miss, Miss)
-    assert "no product with weights stands behind keys or values (K comes from add, V comes from tanh)" in miss.reason
+    obstacle, _, _ = reached(turned)
+    assert isinstance(obstacle, Obstacle)
+    assert "no product with weights stands behind keys or values (K comes from add, V comes from tanh)" in obstacle.reason
 
 
 def biased(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,9 +185,9 @@ def test_a_bias_of_values_is_refused_and_one_of_keys_is_not() -> None:
     made_of, found, _ = reached(biased)
     assert isinstance(made_of, Reached)
     who = roles(found.cascade)
-    miss = absorb(made_of.cascade, who.key, who.tokens)
-    assert isinstance(miss, Miss)
-    assert miss.reason == "the values of O[b,h,p,f] have a bias beside the map: their share is a sum of its own"
+    obstacle = absorb(made_of.cascade, who.key, who.tokens)
+    assert isinstance(obstacle, Obstacle)
+    assert obstacle.reason == "the values of O[b,h,p,f] have a bias beside the map: their share is a sum of its own"
 
 
 class Cached(nn.Module):
@@ -209,9 +209,9 @@ def test_expanded_keys_in_a_cache_are_refused() -> None:
     made_of = upstream(gm.graph, Aliases(gm.graph), found)
     assert isinstance(made_of, Reached)
     who = roles(found.cascade)
-    miss = absorb(made_of.cascade, who.key, who.tokens)
-    assert isinstance(miss, Miss)
-    assert "earlier tokens" in miss.reason
+    obstacle = absorb(made_of.cascade, who.key, who.tokens)
+    assert isinstance(obstacle, Obstacle)
+    assert "earlier tokens" in obstacle.reason
 
 
 class Interleaved(nn.Module):

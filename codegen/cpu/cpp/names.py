@@ -1,8 +1,8 @@
 """The names of one printed C++ program, and what lies around its loops: the row's fields, and the function around a loop.
 
-    Program    tensors, sizes, coordinates, products and carried scalars as the text calls them
-    Fields     what belongs to a row alone: coordinates, biases and bounds that no key changes, pointers to the row's data
-    Around     what does not vary in a loop over keys or values
+    LoopProgram   tensors, sizes, coordinates, products and carried scalars as the text calls them
+    Fields        what belongs to a row alone: coordinates, biases, bounds that no key changes, pointers to the row's data
+    Around        what does not vary in a loop over keys or values
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from dataclasses import replace
 from ....patterns import expr as ex
 from ....patterns.cascade import size_term
 from ....patterns.expr import Expr
-from ...forms.base2 import Terms
 from ...forms.form import Form
-from ...forms.skip import mapped_state
+from ...forms.terms import Terms, mapped_elements
 from ...text.print_cpp import STORED, At, Body, Operand, Scope, identifier, kind
 from ...text.printer import PrintError
-from .terms import Diagonal, Tile, corrections, costly, reciprocals, tiles
+from .terms import Diagonal, Tile, costly, reciprocals, tiles
 
 # Names that the printed text and the loop around it use.
 RESERVED = frozenset([
@@ -33,7 +32,7 @@ RESERVED = frozenset([
 SCORE = "score of the tile"
 
 
-class Program:
+class LoopProgram:
     """The text of the holes, and which tensors and sizes `load` reads, in order."""
 
     def __init__(self, f: Form, t: Terms, given: Iterable[str]) -> None:
@@ -88,7 +87,7 @@ class Program:
         """What multiplies a product outside of its sum belongs to the score; what the host tabulates is read."""
         here = ex.load(SCORE, (ex.index(self.key),), t.score.dtype)
         table = self.outer | {part: d.load(self.a.query, self.key) for part, d in self.diagonals.items()}
-        state = mapped_state(t.state, lambda e: ex.substitute(ex.substitute(e, {t.score: here}), table))
+        state = mapped_elements(t.state, lambda e: ex.substitute(ex.substitute(e, {t.score: here}), table))
         return Tile(ex.substitute(t.score, table), state)
 
     def _diagonals(self, written: Iterable[Tile]) -> dict[Expr, Diagonal]:
@@ -106,7 +105,7 @@ class Program:
     def terms(self) -> list[Expr]:
         out = [self.ending]
         for t in self.tiles:
-            out += [t.score, t.state.weight, *(c.lift for c in t.state.carried), *corrections(t.state)]
+            out += [t.score, t.state.weight, *(c.lift for c in t.state.carried), *t.state.corrections]
         return out
 
     def by_pairs(self, tensor: str) -> bool:
@@ -136,7 +135,7 @@ def mentions(name: str, lines: Sequence[str]) -> bool:
 class Fields:
     """What is computed once a row: printed into `row`, kept as fields of Row, read by name in the other functions."""
 
-    def __init__(self, p: Program) -> None:
+    def __init__(self, p: LoopProgram) -> None:
         self.p = p
         self.ranks = {*p.f.heads.order, p.a.query}
         names = dict(p.scope.names) | {ex.index(r): p.ranks[r] for r in self.ranks}
@@ -215,7 +214,7 @@ class Fields:
 class Around:
     """What lies around a loop over keys or values: the function that it stands in."""
 
-    def __init__(self, p: Program, body: Body, rank: str) -> None:
+    def __init__(self, p: LoopProgram, body: Body, rank: str) -> None:
         self.p, self.body, self.rank = p, body, rank
 
     def covers(self, e: Expr) -> bool:

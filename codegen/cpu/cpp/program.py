@@ -1,4 +1,4 @@
-"""Prints `struct Program`: the holes of the fused CPU loop, from an attention's score, mask and row state.
+"""Prints `struct LoopProgram`: the holes of the fused CPU loop, from an attention's score, mask and row state.
 
     load      pointers, strides and sizes by name        row       what belongs to a row alone
     fetch     what the scores of a row will read
@@ -15,19 +15,19 @@ from ....patterns import expr as ex
 from ....patterns.attention.rowstate import Carried
 from ....patterns.expr import Expr
 from ...text.print_cpp import STORED, Body
-from .names import Around, Program, mentions
-from .step import DECLARED, Step
+from .names import Around, LoopProgram, mentions
+from .step import DECLARED, TileStep
 
 
-def text(p: Program) -> str:
+def text(p: LoopProgram) -> str:
     """The struct, and what it needs before it."""
     partial, full = p.tiles
     if partial == full:
-        steps = _step(["    " + x for x in Step(p, partial).lines()])
+        steps = _step(["    " + x for x in TileStep(p, partial).lines()])
     else:
         inner = [
-            "    if constexpr (PARTIAL) {", *("      " + x for x in Step(p, partial).lines()),
-            "    } else {", *("      " + x for x in Step(p, full).lines()), "    }",
+            "    if constexpr (PARTIAL) {", *("      " + x for x in TileStep(p, partial).lines()),
+            "    } else {", *("      " + x for x in TileStep(p, full).lines()), "    }",
         ]  # fmt: skip
         steps = _step(inner)
     finish = _finish(p)
@@ -55,7 +55,7 @@ def _step(inner: Sequence[str]) -> list[str]:
     return [doc, "template <bool PARTIAL>", head, *(x[2:] for x in inner), "}"]
 
 
-def _fetch(p: Program, steps: Sequence[str]) -> list[str]:
+def _fetch(p: LoopProgram, steps: Sequence[str]) -> list[str]:
     """A cache line after the other of what has an element for each query and key."""
     key = p.ranks[p.a.key]
     read = [n for n, tensor in p.fields.pointers.items() if p.by_pairs(tensor) and any(f"{n}[{key}]" in x for x in steps)]
@@ -65,7 +65,7 @@ def _fetch(p: Program, steps: Sequence[str]) -> list[str]:
     return ["// n elements from key m0 on of what a row's scores read", head, *(f"  {x}" for x in lines), "}"]
 
 
-def _load(p: Program, used: set[str]) -> tuple[list[str], list[str]]:
+def _load(p: LoopProgram, used: set[str]) -> tuple[list[str], list[str]]:
     """Members, and the function that fills them: tensors in order, their strides one after the other, then sizes."""
     members, lines, at = [], [], 0
     for i, t in enumerate(p.tensors):
@@ -86,7 +86,7 @@ def _load(p: Program, used: set[str]) -> tuple[list[str], list[str]]:
     return members, [head, "  Program self;", *(f"  {x}" for x in lines), "  return self;", "}"]
 
 
-def _finish(p: Program) -> list[str]:
+def _finish(p: LoopProgram) -> list[str]:
     a = p.a
     body = Body(p.scope, [p.ending], set(p.taken), p.fields)
     value = ex.index(a.value)
@@ -112,7 +112,7 @@ def _identity(c: Carried) -> str:
     return "-INFINITY" if c.identity == -float("inf") else "INFINITY" if c.identity == float("inf") else f"{c.identity!r}f"
 
 
-def _read_state(p: Program, body: Body, x: Expr) -> None:
+def _read_state(p: LoopProgram, body: Body, x: Expr) -> None:
     """Bind a carried scalar to its final value."""
     if x not in body.memo:
         name = str(x.attr)

@@ -14,8 +14,8 @@ from ....patterns.attention.rowstate import OLD, Carried
 from ....patterns.expr import Expr
 from ...text.print_cpp import Body, number
 from ...text.printer import PrintError
-from .names import SCORE, Around, Program, mentions
-from .terms import Tile, corrections
+from .names import SCORE, Around, LoopProgram, mentions
+from .terms import Tile
 
 # How a loop over keys reduces: the clause's operator, the first value, one more element.
 REDUCE = {
@@ -31,13 +31,13 @@ DECLARED = {
 }
 
 
-class Step:
+class TileStep:
     """The body of `step` on one kind of tile: loops over the keys, and the row's scalars between them."""
 
-    def __init__(self, p: Program, tile: Tile) -> None:
+    def __init__(self, p: LoopProgram, tile: Tile) -> None:
         self.p, self.score, self.state = p, tile.score, tile.state
         self.here = ex.load(SCORE, (ex.index(p.key),), tile.score.dtype)
-        self.body = Body(p.scope, corrections(tile.state), set(p.taken), p.fields)
+        self.body = Body(p.scope, tile.state.corrections, set(p.taken), p.fields)
         self.around = Around(p, self.body, p.key)
         self.phases, self.last = self._order()
         # a product times a positive number is computed again by each loop; its largest is that of the products
@@ -74,7 +74,7 @@ class Step:
         body.lines += [f"float* const {x} = x[{i}];" for i, x in enumerate(p.inputs)]
         for i, c in enumerate(self.state.carried):
             body.lines.append(f"const float {p.old[c.name]} = state[{i}];")
-        for e in {x for t in corrections(self.state) for x in ex.loads(t) if str(x.attr).startswith(OLD)}:
+        for e in {x for t in self.state.corrections for x in ex.loads(t) if str(x.attr).startswith(OLD)}:
             body.bind(e, p.old[str(e.attr).removeprefix(OLD)])
         for phase in range(self.last + 1):
             self._loop(phase)
@@ -189,7 +189,7 @@ class Step:
             elif row.isidentifier():
                 row = f"{c.op}_({old}, {row})"
             body.lines.append(f"const float {new} = {row};")
-            for t in (*self._all(), *corrections(self.state)):
+            for t in (*self._all(), *self.state.corrections):
                 for x in ex.loads(t):
                     if str(x.attr) == c.name:
                         body.bind(x, new)

@@ -13,8 +13,7 @@ from ....patterns.attention.rowstate import RowState
 from ....patterns.cascade import Size, size_term
 from ....patterns.expr import TRUE, Expr
 from ....patterns.terms.conditions import simplify_under
-from ...forms.base2 import Terms
-from ...forms.skip import mapped_state
+from ...forms.terms import Terms, mapped_elements
 from ...text.tile_terms import relative
 
 
@@ -36,7 +35,7 @@ def tiles(t: Terms) -> tuple[Tile, Tile]:
     def kept(e: Expr) -> Expr:
         return simplify_under(ex.substitute(e, {t.score: t.mask.full}), facts)
 
-    return partial, Tile(t.mask.full, mapped_state(t.state, kept))
+    return partial, Tile(t.mask.full, mapped_elements(t.state, kept))
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,3 @@ def reciprocals(root: Expr, value: str) -> Expr:
         return args[0] * ex.unary("reciprocal", ex.cast(args[1], "f32"))
 
     return ex.rebuild(root, rule)
-
-
-def corrections(state: RowState) -> list[Expr]:
-    return [e for e in (state.correction, *(c.correction for c in state.carried)) if e is not None]

@@ -1,13 +1,49 @@
-"""Tables of sweeps and of differences between plans."""
+"""All courses of a plan along one axis as plain data, and their table: which candidate wins where, and where it changes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from .diff import CHANGED, GONE, NEW, Diff
-from .mesh_sweep import MeshCourse
-from .sweep import Course, Point, Sweep
-from .table import WIDTH, bytes_text, group_name, seconds_text, table_of, table_text, tokens_text
+from ..mesh.course import MeshCourse
+from ..words import WIDTH, bytes_text, seconds_text, table_of, table_text, tokens_text
+from .course import Course, Point, course
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All courses of a plan along one axis. `str()` is a table; `skipped` says which values the capture does not admit.
+
+    `seconds` is how long it took to cost them. `meshes`: with a mesh, the ways to spread all attentions over it.
+    """
+
+    axis: str
+    values: tuple[int, ...]
+    courses: tuple[Course, ...]
+    skipped: str = ""
+    seconds: float = field(default=0.0, compare=False)
+    meshes: tuple[MeshCourse, ...] = ()
+
+    def on(self, device: str) -> Sweep:
+        """The courses of one device."""
+        return replace(
+            self, courses=tuple(c for c in self.courses if c.device == device),
+            meshes=tuple(m for m in self.meshes if m.device == device),
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return sweep_table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(d: Mapping[str, Any]) -> Sweep:
+        """Read what `to_dict` wrote. Raises KeyError or TypeError on other data."""
+        courses = tuple(map(course, d["courses"]))
+        meshes = tuple(map(MeshCourse.from_dict, d.get("meshes", ())))
+        return Sweep(d["axis"], tuple(d["values"]), courses, d["skipped"], d["seconds"], meshes)
 
 
 def sweep_table(sweep: Sweep, width: int = WIDTH) -> str:
@@ -63,24 +99,3 @@ def _changes(axis: str, courses: Sequence[Course]) -> list[str]:
         steps = [f"{x.before} → {x.after} between {tokens_text(x.low)} and {tokens_text(x.high)}" for x in c.changes]
         out.append(f"{c.device}: " + ("; ".join(steps) if steps else f"{c.points[0].choice} at every {axis}"))
     return out
-
-
-def diff_table(d: Diff, width: int = WIDTH) -> str:
-    """Changed, new and gone sites first; those whose choice and time stayed are counted."""
-    lines = [f"{d.before} → {d.after}: {seconds_text(d.before_seconds)} → {seconds_text(d.after_seconds)} in all"]
-    same = [r for r in d.rows if r.status not in (CHANGED, NEW, GONE) and r.ratio in (None, 1.0)]
-    shown = [r for r in d.rows if r not in same]
-    table = table_of(("what", "status", "choice", "time", "ratio", "note"), right=("ratio",))
-    for r in shown:
-        name = (group_name(list(r.names)) or "(no name)") + (f" ×{len(r.names)}" if len(r.names) > 1 else "")
-        choice = r.before if r.before == r.after else f"{r.before or '–'} → {r.after or '–'}"
-        before, after = (seconds_text(x) if x is not None else "–" for x in (r.before_seconds, r.after_seconds))
-        ratio = f"{r.ratio:.2f}×" if r.ratio is not None else ""
-        note = f"slower by more than {d.tolerance:.0%}" if r.slower(d.tolerance) else ""
-        table.add_row(name, r.status, choice, f"{before} → {after}", ratio, note)
-    if shown:
-        lines.append(table_text(table, width))
-    n = sum(len(r.names) for r in same)
-    if n:
-        lines.append(f"{n} {'site is' if n == 1 else 'sites are'} as before")
-    return "\n".join(lines)

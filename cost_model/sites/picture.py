@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...patterns.attention.recognise import Miss, attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade
-from ...patterns.mapping import Mapping as Tiling
-from ...patterns.masks.tiles import Run
+from ...patterns.mapping import TileMapping
+from ...patterns.masks.tiles import KeyRun
+from ...patterns.verdict import Obstacle
 from ..count.tiles import NOTHING, Data
 from ..count.work import Sizes, size_int
 from ..time.predict import tiles_of
@@ -52,13 +53,13 @@ class Picture:
     omitted: int = 0
 
 
-def picture(c: Cascade, tiling: Tiling, sizes: Mapping[str, int], data: Data = NOTHING) -> Picture | None:
+def picture(c: Cascade, tiling: TileMapping, sizes: Mapping[str, int], data: Data = NOTHING) -> Picture | None:
     """The picture of an attention's mask as a mapping walks it; None where nothing is masked or a size has no value.
 
     Cells are classified themselves, so that a picture costs as much as its cells, however long the sequence.
     """
     view = attention(c)
-    if isinstance(view, Miss):
+    if isinstance(view, Obstacle):
         return None
     try:
         extent = {r: size_int(n) for r, n in Sizes(view.cascade, sizes).rank.items()}
@@ -69,7 +70,7 @@ def picture(c: Cascade, tiling: Tiling, sizes: Mapping[str, int], data: Data = N
     while True:
         tile = replace(tiling, tile_p=tiling.tile_p * scale, tile_m=tiling.tile_m * scale)
         jobs = tiles_of(c, tile, sizes, data)
-        if isinstance(jobs, Miss) or jobs.map is None:
+        if isinstance(jobs, Obstacle) or jobs.map is None:
             return None
         tiles = jobs.map
         wide, high = -(-tiles.keys // tile.tile_m), -(-tiles.queries // tile.tile_p)
@@ -82,7 +83,7 @@ def picture(c: Cascade, tiling: Tiling, sizes: Mapping[str, int], data: Data = N
         scale *= 2
 
 
-def _row(runs: Sequence[Run], cell: int, wide: int) -> str:
+def _row(runs: Sequence[KeyRun], cell: int, wide: int) -> str:
     """The cells of a row of `wide`, those between its runs empty."""
     out: list[str] = []
     at = 0

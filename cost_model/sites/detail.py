@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...patterns.attention.recognise import Miss, attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, bind
-from ...patterns.mapping import Mapping as Tiling
+from ...patterns.mapping import TileMapping
+from ...patterns.verdict import Obstacle
 from ..count.describe import describe
 from ..count.passes import families, report
 from ..count.subject import shape, subject, work
@@ -55,7 +56,7 @@ class Revisit:
 
 
 @dataclass(frozen=True)
-class Form:
+class PlannedForm:
     """The best form of the cascade with this many passes over the keys, and the rewrites that lead there."""
 
     passes: int
@@ -75,7 +76,7 @@ class Detail:
     operations: Mapping[str, int] = field(default_factory=dict, hash=False)
     mapping: str = ""
     revisits: tuple[Revisit, ...] = ()
-    forms: tuple[Form, ...] = ()
+    forms: tuple[PlannedForm, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,7 +87,7 @@ class Detail:
         passes = {k: tuple(PassCount(**{**p, "ranks": tuple(p["ranks"])}) for p in d[k]) for k in _PASSES}
         moved = {k: tuple(TensorBytes(**t) for t in d[k]) for k in _BYTES}
         revisits = tuple(Revisit(**r) for r in d["revisits"])
-        forms = tuple(Form(f["passes"], tuple(f["rewrites"]), tuple(f["conditions"])) for f in d["forms"])
+        forms = tuple(PlannedForm(f["passes"], tuple(f["rewrites"]), tuple(f["conditions"])) for f in d["forms"])
         return Detail(**{**d, **passes, **moved, "revisits": revisits, "forms": forms})
 
 
@@ -101,13 +102,13 @@ def detail(
     written = count(c, None, sizes)
     before = Detail(_passes(c, sizes), bytes_before=_bytes(written.traffic))
     s = subject(c)
-    if isinstance(s, Miss) or not mapping or one_pass is None:
+    if isinstance(s, Obstacle) or not mapping or one_pass is None:
         flops, operations = _counts(written.matrix), _counts(written.ops)
         return replace(before, flops=flops, operations=operations, **_described(c, 1, sizes))
-    tiling = Tiling.parse(mapping)
+    tiling = TileMapping.parse(mapping)
     at = shape(s.cascade, s.attention, sizes)
     jobs = tiles_of(c, tiling, sizes, data)
-    assert not isinstance(jobs, Miss), jobs
+    assert not isinstance(jobs, Obstacle), jobs
     tiled = work(s, at, tiling, sizes, jobs)
     known = {**sizes, **_tile(one_pass, tiling)}
     return replace(
@@ -119,7 +120,7 @@ def detail(
 def _described(c: Cascade, rows: int, sizes: Mapping[str, int]) -> dict[str, Any]:
     """What must live between the passes over the keys, with its choices for `rows` query rows, and the forms of fewer."""
     view = attention(c)
-    if isinstance(view, Miss):
+    if isinstance(view, Obstacle):
         return {}
     found = describe(view.cascade, sizes, query=view.query, rows=rows, family=(view.key,))
     families = [f for f in found["families"] if f["ranks"] == [view.key]]
@@ -128,13 +129,17 @@ def _described(c: Cascade, rows: int, sizes: Mapping[str, int]) -> dict[str, Any
         for f in families for r in f["revisited"] for x in r["choices"]
     )  # fmt: skip
     forms = tuple(
-        Form(f["passes"], tuple(r["name"] for r in f["rewrites"]), tuple(s for r in f["rewrites"] for s in r["conditions"]))
+        PlannedForm(
+            f["passes"],
+            tuple(r["name"] for r in f["rewrites"]),
+            tuple(s for r in f["rewrites"] for s in r["conditions"]),
+        )
         for f in found["forms"]
-    )  # fmt: skip
+    )
     return {"revisits": revisits, "forms": forms}
 
 
-def _tile(one_pass: Cascade, tiling: Tiling) -> dict[str, int]:
+def _tile(one_pass: Cascade, tiling: TileMapping) -> dict[str, int]:
     """The key tile's open size, which the mapping binds."""
     from ..count.work import key_tile
 

@@ -1,0 +1,1 @@
+"""Attentions as plain data: their candidates, masks and counts, and the same at other sizes."""

@@ -1,0 +1,73 @@
+"""What one graph node says of itself: its operator's name, its arguments, the tensor it makes, what it writes."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from ...patterns.evaluate import DTYPE_NAME
+
+
+class CannotLift(Exception):
+    """Raised inside lifting only, and caught there: the node (or the whole attempt) has no form as a term."""
+
+    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.node = reason, node
+
+
+def op_name(n: fx.Node) -> str:
+    """`aten::softmax.int` → `softmax`; in-place variants lose their underscore (aliases are checked elsewhere)."""
+    if n.op != "call_function":
+        return n.op
+    if n.target is operator.getitem:
+        return "getitem"
+    if isinstance(n.target, torch._ops.OpOverload):
+        namespace, _, name = n.target._schema.name.partition("::")
+        if namespace != "aten":
+            return n.target._schema.name
+        return name.removesuffix("_") if not name.startswith("__") else name
+    return str(getattr(n.target, "__name__", n.target))
+
+
+def arguments(n: fx.Node) -> dict[str, object]:
+    """Arguments by the schema's names, defaults filled in."""
+    if not isinstance(n.target, torch._ops.OpOverload):
+        return {str(i): a for i, a in enumerate(n.args)}
+    out: dict[str, object] = {}
+    for i, a in enumerate(n.target._schema.arguments):
+        if i < len(n.args):
+            out[a.name] = n.args[i]
+        elif a.name in n.kwargs:
+            out[a.name] = n.kwargs[a.name]
+        else:
+            out[a.name] = a.default_value
+    return out
+
+
+def tensor_of(n: fx.Node) -> torch.Tensor:
+    value = n.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise CannotLift(f"{n.name} is no tensor", n)
+    return value
+
+
+def dtype_of(n: fx.Node) -> str:
+    name = DTYPE_NAME.get(tensor_of(n).dtype)
+    if name is None:
+        raise CannotLift(f"{n.name} has the type {tensor_of(n).dtype}, which has no term", n)
+    return name
+
+
+def written_arguments(n: fx.Node) -> list[fx.Node]:
+    """The nodes that an operator writes in place, by its schema."""
+    if not isinstance(n.target, torch._ops.OpOverload):
+        return []
+    out: list[fx.Node] = []
+    for i, a in enumerate(n.target._schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            value = n.args[i] if i < len(n.args) else n.kwargs.get(a.name)
+            out.extend(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node))
+    return out

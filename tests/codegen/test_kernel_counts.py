@@ -1,0 +1,46 @@
+"""The table of inner loops: every kernel of benchmarks/kernel_counts.py has its rows, and what it cannot compile says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from reattend.codegen.files import cache
+from tests.loading import benchmark
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    folder = tmp_path_factory.mktemp("generated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "directory", lambda: folder)
+        # benchmarks find one another beside themselves
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+        yield benchmark("kernel_counts")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("kernel", ["ours", "tutorial", "descriptors", "listed"])
+def test_rows_of_a_kernel(counts: ModuleType, kernel: str) -> None:
+    rows = counts.counted(counts.Subject("sm_90", 64, counts.tile_of("64x32x4x3"), kernel))
+    assert [r["loop"] for r in rows] == ["full", "partial"][: len(rows)]
+    assert len(rows) >= 1
+    full = rows[0]
+    assert full["counts"]["matrix"] > 0
+    assert full["instructions"] == sum(full["counts"].values())
+    assert full["spill_bytes"] == 0
+    # descriptors are copied in bulk, everything else in groups
+    assert (full["in_flight"] is None) == (kernel == "descriptors")
+    assert ("bulk copy" in full["counts"]) == (kernel == "descriptors")
+
+
+@pytest.mark.aot
+def test_what_is_left_out_says_why(counts: ModuleType) -> None:
+    tile = counts.tile_of("256x64x8x2")
+    assert counts.counted(counts.Subject("sm_90", 64, tile, "listed")) == "its blocks are of 128"
+    assert "from sm_90 on" in counts.counted(counts.Subject("sm_80", 64, tile, "descriptors"))
+    with pytest.raises(SystemExit, match="queries×keys×warps×stages"):
+        counts.tile_of("128x64")

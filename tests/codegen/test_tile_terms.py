@@ -1,0 +1,51 @@
+"""The printed ends of a mask over a tile against the rules on numbers, and against every point of every tile."""
+
+import itertools
+
+import pytest
+
+from reattend.codegen.text.tile_terms import TERMS, Corners
+from reattend.patterns import expr as ex
+from reattend.patterns.expr import Expr
+from reattend.patterns.terms.interval_rules import PLAIN, interval
+
+P, M = ex.index("p"), ex.index("m")
+INTERVALS = [(a, b) for a in range(-6, 7) for b in range(a, 7)]
+
+
+def at(e: Expr, **where: int) -> Expr:
+    """The term at numbers: a constant."""
+    return ex.substitute(e, {ex.index(r): ex.const(v) for r, v in where.items()})
+
+
+@pytest.mark.parametrize("e", [-P, ex.unary("abs", P), P // 3, P % 3, P // 2 + 1], ids=str)
+def test_printed_ends_of_one_operand_are_those_of_numbers(e: Expr) -> None:
+    for a, b in INTERVALS:
+        found = Corners.of("p", "m").ends(e)
+        assert found is not None
+        lo, hi = (ex.substitute(x, {ex.index("p0"): ex.const(a), ex.index("p1"): ex.const(b)}) for x in found)
+        known = [at(e, p=p).value for p in range(a, b + 1)]
+        assert (lo.value, hi.value) == (min(known), max(known)), (e, a, b)
+
+
+@pytest.mark.parametrize("op", ["max", "min"])
+def test_printed_ends_of_two_operands_are_those_of_numbers(op: str) -> None:
+    e = ex.binary(op, P, M)
+    for x, y in itertools.product(INTERVALS, INTERVALS):
+        printed = interval(e, [(ex.const(x[0]), ex.const(x[1])), (ex.const(y[0]), ex.const(y[1]))], TERMS)
+        assert printed is not None
+        assert tuple(end.value for end in printed) == interval(e, [x, y], PLAIN)
+
+
+@pytest.mark.parametrize("keep", [
+    M <= P, ex.unary("abs", P - M) < 3, ex.equal(P // 4, M // 4), (P - M) % 3 < 2,
+    ex.minimum(P, M + 2) > ex.maximum(M, 4), ex.where(P < 4, P, M * 2) >= 5, ex.equal(P * P, M), ~(M > P) | (M % 4 < 2),
+], ids=str)  # fmt: skip
+def test_classes_of_tiles_hold_at_every_point(keep: Expr) -> None:
+    every, some = Corners.of("p", "m").predicate(keep)
+    for p0, p1, m0, m1 in ((a, b, c, d) for (a, b), (c, d) in itertools.product([(0, 3), (2, 2), (4, 9), (8, 15)], repeat=2)):
+        tile = {ex.index("p0"): p0, ex.index("p1"): p1, ex.index("m0"): m0, ex.index("m1"): m1}
+        table = {e: ex.const(v) for e, v in tile.items()}
+        kept = [at(keep, p=p, m=m) is ex.TRUE for p in range(p0, p1 + 1) for m in range(m0, m1 + 1)]
+        assert ex.substitute(every, table) is not ex.TRUE or all(kept)
+        assert ex.substitute(some, table) is not ex.FALSE or not any(kept)
