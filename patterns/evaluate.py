@@ -15,6 +15,7 @@ from torch import Tensor
 from . import expr as ex
 from .cascade import IDENTITY, Cascade, Einsum, Size, bind
 from .expr import Expr
+from .operators import OPERATORS
 
 DTYPE: Mapping[str, torch.dtype] = {
     "b1": torch.bool, "u8": torch.uint8, "i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64,
@@ -22,20 +23,7 @@ DTYPE: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 DTYPE_NAME: Mapping[torch.dtype, str] = {v: k for k, v in DTYPE.items()}
 
-_UNARY: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "neg": torch.neg, "abs": torch.abs, "relu": torch.relu, "floor": torch.floor, "ceil": torch.ceil,
-    "round": torch.round, "trunc": torch.trunc, "sign": torch.sign, "isnan": torch.isnan, "isinf": torch.isinf,
-    "not": torch.logical_not, "exp": torch.exp, "exp2": torch.exp2, "expm1": torch.expm1, "log": torch.log,
-    "log2": torch.log2, "log1p": torch.log1p, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "sqrt": torch.sqrt,
-    "rsqrt": torch.rsqrt, "reciprocal": torch.reciprocal, "sin": torch.sin, "cos": torch.cos, "erf": torch.erf,
-    "softplus": torch.nn.functional.softplus,
-}  # fmt: skip
-_BINARY: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "floordiv": torch.floor_divide,
-    "mod": torch.remainder, "max": torch.maximum, "min": torch.minimum, "pow": torch.pow, "and": torch.bitwise_and,
-    "or": torch.bitwise_or, "xor": torch.bitwise_xor, "eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le,
-    "gt": torch.gt, "ge": torch.ge,
-}  # fmt: skip
+_FUNCTION: Mapping[str, Callable[..., Tensor]] = {o.name: o.in_torch(torch) for o in OPERATORS.values()}
 _REDUCE: Mapping[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
     "add": lambda t, d: t.sum(d), "max": lambda t, d: t.amax(d), "min": lambda t, d: t.amin(d),
     "mul": lambda t, d: _product(t, d), "or": lambda t, d: _any(t, d), "and": lambda t, d: ~_any(~t, d),
@@ -137,15 +125,11 @@ class _Evaluation:
             case "where":
                 want = self.dtype(e.dtype)
                 return torch.where(args[0].bool(), args[1].to(want), args[2].to(want))
-            case "not":
-                return ~args[0]
-            case op if op in _UNARY:
-                x = args[0] if op in ("isnan", "isinf") else args[0].to(self.dtype(e.dtype))
-                return _UNARY[op](x)
-        if e.op in ex.COMPARISONS:
-            return _BINARY[e.op](args[0], args[1])
-        want = self.dtype(e.dtype)
-        return _BINARY[e.op](args[0].to(want), args[1].to(want))
+            case "isnan" | "isinf":
+                return _FUNCTION[e.op](args[0])
+        if e.op not in ex.COMPARISONS:
+            args = [a.to(self.dtype(e.dtype)) for a in args]
+        return _FUNCTION[e.op](*args)
 
     def load(self, e: Expr) -> Tensor:
         """A read of a tensor. Coordinates outside it are clamped: a `where` around the read never selects those."""

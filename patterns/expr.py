@@ -10,29 +10,22 @@ model wrote stays a `cast`. Nothing here imports torch.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 from weakref import WeakValueDictionary
 
-Scalar: TypeAlias = bool | int | float
+from .operators import OPERATORS, facts, named
+from .operators import Scalar as Scalar
 
 FLOATS = ("f16", "bf16", "f32", "f64")
 INTEGERS = ("u8", "i8", "i16", "i32", "i64")
 DTYPES = ("b1", *INTEGERS, *FLOATS)
 
-COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-LOGICAL = ("and", "or", "xor", "not")
+COMPARISONS = named(lambda o: o.arity == 2 and o.result == "truth")
 # Unary operators whose result is a float even when the argument is an integer.
-FLOAT_UNARY = (
-    "exp", "exp2", "expm1", "log", "log2", "log1p", "tanh", "sigmoid", "sqrt", "rsqrt", "reciprocal",
-    "sin", "cos", "erf", "softplus",
-)  # fmt: skip
-UNARY = ("neg", "abs", "relu", "floor", "ceil", "round", "trunc", "sign", "isnan", "isinf", "not", *FLOAT_UNARY)
-BINARY = (
-    "add", "sub", "mul", "div", "floordiv", "mod", "max", "min", "pow", "and", "or", "xor", *COMPARISONS,
-)  # fmt: skip
-OPERATORS = (*UNARY, *BINARY, "where", "cast")
+FLOAT_UNARY = named(lambda o: o.arity == 1 and o.result == "float")
+UNARY = named(lambda o: o.arity == 1)
+BINARY = named(lambda o: o.arity == 2)
 
 
 class Expr:
@@ -208,15 +201,14 @@ def promote(a: str, b: str) -> str:
 
 
 def result_dtype(op: str, args: tuple[Expr, ...]) -> str:
-    if op in COMPARISONS or op in ("isnan", "isinf"):
-        return "b1"
-    if op in ("and", "or", "xor", "not"):
-        return args[0].dtype if len(args) == 1 else promote(args[0].dtype, args[1].dtype)
     if op == "where":
         return promote(args[1].dtype, args[2].dtype)
     common = args[0].dtype if len(args) == 1 else promote(args[0].dtype, args[1].dtype)
-    if (op in FLOAT_UNARY or op == "div") and common not in FLOATS:
-        return "f32"
+    match OPERATORS[op].result:
+        case "truth":
+            return "b1"
+        case "float" if common not in FLOATS:
+            return "f32"
     return common
 
 
@@ -232,77 +224,17 @@ def _wrap(a: Expr | Scalar, b: Expr | Scalar) -> tuple[Expr, Expr]:
     return const(a), const(b)
 
 
-def _sigmoid(x: float) -> float:
-    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
-
-
-def _softplus(x: float) -> float:
-    # linear from there on, as in torch
-    return x if x > 20 else math.log1p(math.exp(x))
-
-
-def _true_div(a: float, b: float) -> float:
-    if b == 0:
-        return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1.0, b)
-    return a / b
-
-
-def _maximum(a: Scalar, b: Scalar) -> Scalar:
-    return math.nan if a != a or b != b else max(a, b)
-
-
-def _minimum(a: Scalar, b: Scalar) -> Scalar:
-    return math.nan if a != a or b != b else min(a, b)
-
-
-def _total(f: Callable[[float], float], pole: float = math.nan) -> Callable[[float], float]:
-    """A function as tensors compute it: ∞ beyond all numbers, −∞ at its pole, NaN where it is not defined. Python raises."""
-
-    def of(x: float) -> float:
-        try:
-            return f(x)
-        except OverflowError:
-            return math.inf
-        except ValueError:
-            return -math.inf if x == pole else math.nan
-
-    return of
-
-
-def _rounding(f: Callable[[Scalar], int]) -> Callable[[Scalar], Scalar]:
-    """∞ and NaN stay what they are, as in tensors."""
-    return lambda x: f(x) if math.isfinite(x) else x
-
-
-_FOLD: Mapping[str, Callable[..., Scalar]] = {
-    "neg": operator.neg, "abs": abs, "relu": lambda x: max(x, type(x)(0)), "floor": _rounding(math.floor),
-    "ceil": _rounding(math.ceil), "trunc": _rounding(math.trunc), "round": _rounding(round),
-    "sign": lambda x: (x > 0) - (x < 0), "isnan": lambda x: x != x,
-    "isinf": lambda x: isinstance(x, float) and math.isinf(x),
-    "exp": _total(math.exp), "exp2": _total(lambda x: 2.0**x), "expm1": _total(math.expm1), "log": _total(math.log, 0.0),
-    "log2": _total(math.log2, 0.0), "log1p": _total(math.log1p, -1.0), "tanh": math.tanh, "sigmoid": _sigmoid,
-    "softplus": _softplus, "sqrt": _total(math.sqrt), "rsqrt": _total(lambda x: _true_div(1.0, math.sqrt(x))),
-    "reciprocal": lambda x: _true_div(1.0, x), "sin": _total(math.sin), "cos": _total(math.cos), "erf": math.erf,
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": _true_div,
-    "floordiv": operator.floordiv, "mod": operator.mod, "max": _maximum, "min": _minimum, "pow": operator.pow,
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
-    "ge": operator.ge, "and": operator.and_, "or": operator.or_, "xor": operator.xor,
-}  # fmt: skip
-
-
 def _fold(op: str, args: tuple[Expr, ...], dtype: str) -> Expr | None:
     if not all(a.op == "const" for a in args):
         return None
-    values = [a.value for a in args]
-    if op == "not":
-        return const(not values[0]) if args[0].dtype == "b1" else None
-    function = _FOLD.get(op)
-    if function is None:
+    o, values = OPERATORS[op], [a.value for a in args]
+    # on integers it turns bits
+    if op == "not" and dtype != "b1":
         return None
-    if op in FLOAT_UNARY or op == "div":
+    if o.result == "float":
         values = [float(v) for v in values]
     try:
-        value = function(*values)
+        value = o.fold(*values)
     except (ArithmeticError, ValueError, TypeError):
         return None
     if isinstance(value, complex):
@@ -310,7 +242,7 @@ def _fold(op: str, args: tuple[Expr, ...], dtype: str) -> Expr | None:
     if isinstance(value, float) and dtype in INTEGERS and not math.isfinite(value):
         return None
     # A literal in a narrow type is rounded by whoever evaluates it; folding there would skip that rounding.
-    if dtype in ("f16", "bf16") and op not in ("neg", "abs", "relu", "max", "min"):
+    if dtype in ("f16", "bf16") and not o.narrow:
         return None
     return const(value, dtype)
 
@@ -554,16 +486,6 @@ def symbols(root: Expr) -> frozenset[str]:
 
 # --- text -------------------------------------------------------------------------------------------------------
 
-_INFIX = {
-    "add": "+", "sub": "−", "mul": "·", "div": "/", "floordiv": "//", "mod": "%", "eq": "=", "ne": "≠", "lt": "<",
-    "le": "≤", "gt": ">", "ge": "≥", "and": "∧", "or": "∨", "xor": "⊕",
-}  # fmt: skip
-_LEVEL = {
-    "or": 1, "xor": 1, "and": 2, "eq": 3, "ne": 3, "lt": 3, "le": 3, "gt": 3, "ge": 3, "add": 4, "sub": 4, "mul": 5,
-    "div": 5, "floordiv": 5, "mod": 5,
-}  # fmt: skip
-
-
 def show_number(value: Scalar) -> str:
     if isinstance(value, (bool, int)):
         return str(value).lower()
@@ -594,11 +516,11 @@ def show(root: Expr) -> str:
                 text[e] = (f"¬{parts[0][0] if parts[0][1] > 5 else '(' + parts[0][0] + ')'}", 6)
             case "exp":
                 text[e] = (f"exp({parts[0][0]})", 9)
-            case op if op in _INFIX:
-                level = _LEVEL[op]
+            case op if facts(op).sign:
+                level = facts(op).level
                 left = parts[0][0] if parts[0][1] >= level else f"({parts[0][0]})"
                 right = parts[1][0] if parts[1][1] > level else f"({parts[1][0]})"
-                text[e] = (f"{left} {_INFIX[op]} {right}", level)
+                text[e] = (f"{left} {facts(op).sign} {right}", level)
             case op:
                 text[e] = (f"{op}({', '.join(p for p, _ in parts)})", 9)
     return text[root][0]

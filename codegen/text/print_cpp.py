@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
@@ -19,7 +19,7 @@ from ...patterns import expr as ex
 from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
 from .integers import INT32, bounds, in_range
-from .print_torch import PrintError
+from .printer import ATOM, PrintError, Spelling, Text, Writer, call, distinct, infix, word
 
 # What a tensor's elements are in memory.
 STORED: Mapping[str, str] = {
@@ -39,36 +39,72 @@ KEYWORDS = frozenset([
 ])  # fmt: skip
 
 # Levels of C++'s operators: an argument below the level that is asked for gets parentheses.
-CHOICE, ANY, SUM, PRODUCT, UNARY, ATOM = 0, 1, 7, 8, 9, 10
-_LEVEL = {
-    "or": 1, "xor": 2, "and": 3, "eq": 4, "ne": 4, "lt": 5, "le": 5, "gt": 5, "ge": 5, "add": SUM, "sub": SUM,
-    "mul": PRODUCT, "div": PRODUCT, "floordiv": PRODUCT, "mod": PRODUCT,
-}  # fmt: skip
-_SIGN = {
-    "or": "|", "xor": "^", "and": "&", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "add": "+",
-    "sub": "-", "mul": "*", "div": "/", "floordiv": "/", "mod": "%",
-}  # fmt: skip
-# Functions of floats: the skeleton's, and what the processor does by itself. Integers have some of them, too.
-_CALL = {
-    "exp": "exp_", "exp2": "exp2_", "expm1": "std::expm1", "log": "log_", "log2": "log2_", "log1p": "log1p_",
-    "tanh": "tanh_", "sigmoid": "sigmoid_", "softplus": "softplus_", "erf": "erf_", "sin": "sin_", "cos": "cos_",
-    "rsqrt": "rsqrt_", "sqrt": "sqrt_", "abs": "std::abs", "floor": "floor_", "ceil": "std::ceil", "round": "std::rint",
-    "trunc": "std::trunc", "max": "max_", "min": "min_", "mod": "floor_mod", "floordiv": "floor_div", "pow": "pow_",
-}  # fmt: skip
+CHOICE, ANY, EQUAL, COMPARED, SUM, PRODUCT, UNARY = 0, 1, 4, 5, 7, 8, 9
+
+
+def _sign(sign: str, level: int) -> Spelling:
+    """Compilers and readers alike want parentheses around comparisons under & and |."""
+    least = max(level, SUM)
+    return replace(infix(sign, level), within=(least, least + 1))
+
+
+def _compared(sign: str, level: int) -> Spelling:
+    return Spelling(f"{{}} {sign} {{}}", level, (SUM, SUM))
+
+
+# Functions are the skeleton's, and what the processor does by itself; `plain` is the spelling on integers.
+SPELLINGS: Mapping[str, Spelling] = {
+    "or": _sign("|", ANY),
+    "xor": _sign("^", 2),
+    "and": _sign("&", 3),
+    "eq": _compared("==", EQUAL),
+    "ne": _compared("!=", EQUAL),
+    "lt": _compared("<", COMPARED),
+    "le": _compared("<=", COMPARED),
+    "gt": _compared(">", COMPARED),
+    "ge": _compared(">=", COMPARED),
+    "add": _sign("+", SUM),
+    "sub": _sign("-", SUM),
+    "mul": _sign("*", PRODUCT),
+    "div": _sign("/", PRODUCT),
+    "floordiv": call("floor_div", 2, _sign("/", PRODUCT)),
+    "mod": call("floor_mod", 2, _sign("%", PRODUCT)),
+    "max": call("max_", 2),
+    "min": call("min_", 2),
+    "pow": call("pow_", 2),
+    "neg": Spelling("-{}", UNARY, (ATOM,)),
+    "not": Spelling("!{}", UNARY, (UNARY,), plain=Spelling("~{}", UNARY, (ATOM,))),
+    "abs": call("std::abs"),
+    "relu": Spelling("max_({}, 0.0f)", plain=Spelling("max_({}, ({kind})0)")),
+    "floor": call("floor_"),
+    "ceil": call("std::ceil"),
+    "round": call("std::rint"),
+    "trunc": call("std::trunc"),
+    "sign": Spelling("(float)(({0} > 0.0f) - ({0} < 0.0f))", UNARY, plain=Spelling("({0} > 0) - ({0} < 0)", SUM)),
+    "isnan": Spelling("{0} != {0}", EQUAL),
+    "isinf": Spelling("std::abs({}) == INFINITY", EQUAL),
+    "exp": call("exp_"),
+    "exp2": call("exp2_"),
+    "expm1": call("std::expm1"),
+    "log": call("log_"),
+    "log2": call("log2_"),
+    "log1p": call("log1p_"),
+    "asinh": call("std::asinh"),
+    "softplus": call("softplus_"),
+    "tanh": call("tanh_"),
+    "sigmoid": call("sigmoid_"),
+    "erf": call("erf_"),
+    "sin": call("sin_"),
+    "cos": call("cos_"),
+    "sqrt": call("sqrt_"),
+    "rsqrt": call("rsqrt_"),
+    "reciprocal": Spelling("1.0f / {}", PRODUCT, (UNARY,)),
+}
 # On predicates.
-_LOGIC = {"add": "|", "max": "|", "mul": "&", "min": "&"}
-
-
-@dataclass(frozen=True)
-class Text:
-    """A term's text, how tightly it binds, and the C++ type that it has."""
-
-    code: str
-    level: int
-    kind: str
-
-    def within(self, least: int) -> str:
-        return self.code if self.level >= least else f"({self.code})"
+TRUTHS: Mapping[str, Spelling] = {
+    name: Spelling(f"{{}} {sign} {{}}", ANY, (SUM, SUM))
+    for name, sign in {"and": "&", "min": "&", "mul": "&", "or": "|", "max": "|", "add": "|", "xor": "^"}.items()
+}
 
 
 @dataclass(frozen=True)
@@ -112,15 +148,10 @@ class Outer(Protocol):
 
 def identifier(text: str, taken: Iterable[str] = ()) -> str:
     """A C++ name close to `text`, different from every name in `taken`."""
-    word = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_") or "x"
-    word = re.sub(r"__+", "_", word)
-    if word[0].isdigit() or word in KEYWORDS:
-        word = f"x_{word}"
-    used = set(taken)
-    out, n = word, 1
-    while out in used:
-        out, n = f"{word}_{n}", n + 1
-    return out
+    name = re.sub(r"__+", "_", word(text))
+    if name[0].isdigit() or name in KEYWORDS:
+        name = f"x_{name}"
+    return distinct(name, set(taken))
 
 
 def number(value: ex.Scalar) -> str:
@@ -145,114 +176,64 @@ def kind(e: Expr, extent: Mapping[str, Size]) -> str:
     return "int32_t" if lo >= -INT32 - 1 and hi <= INT32 else "int64_t"
 
 
-class Body:
-    """The lines of one block. `term` answers text for a term, after printing what it shares with others."""
+class Body(Writer):
+    """The lines of one block of numbers."""
+
+    spellings = SPELLINGS
 
     def __init__(
         self, scope: Scope, roots: Iterable[Expr], taken: set[str], outer: Outer | None = None, lane: Expr | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`lane`: the coordinate that a loop runs along."""
-        self.scope, self.outer, self.taken, self.lane = scope, outer, taken, lane
-        self.lines: list[str] = []
-        self.memo: dict[Expr, Text] = {e: Text(t, ATOM, kind(e, scope.extent)) for e, t in scope.names.items()}
+        self.scope, self.outer, self.lane = scope, outer, lane
         self.moved: dict[tuple[str, At], str] = {}
-        self.uses: dict[Expr, int] = {}
-        self.count(roots)
+        super().__init__(scope.names, roots, taken)
 
-    def count(self, roots: Iterable[Expr]) -> None:
-        """Name what these terms share. Arguments of what has a name already are not printed again."""
-        pending = list(roots)
-        while pending:
-            e = pending.pop()
-            self.uses[e] = self.uses.get(e, 0) + 1
-            if self.uses[e] == 1 and e not in self.memo:
-                pending.extend(e.args)
+    def identifier(self, stem: str) -> str:
+        return identifier(stem, self.taken)
 
-    def fresh(self, stem: str) -> str:
-        name = identifier(stem, self.taken)
-        self.taken.add(name)
-        return name
+    def load_stem(self, e: Expr) -> str:
+        return f"{self.scope.tensors[str(e.attr)].name}_x"
 
-    def bind(self, e: Expr, name: str) -> None:
-        self.memo[e] = Text(name, ATOM, kind(e, self.scope.extent))
-        self.taken.add(name)
+    def kind(self, e: Expr) -> str:
+        return kind(e, self.scope.extent)
 
-    def let(self, stem: str, e: Expr) -> str:
-        """Give a term a name of its own, unless it has one, and answer it."""
-        text = self._real(e, stem) if e.is_float else self._put(e, stem)
-        if text.code.isidentifier():
-            return text.code
-        wanted = kind(e, self.scope.extent)
-        name = self.fresh(stem)
-        self.lines.append(f"const {wanted} {name} = {text.code};")
-        self.memo[e] = Text(name, ATOM, wanted)
-        return name
+    def declared(self, name: str, text: Text, e: Expr) -> str:
+        return f"const {self.kind(e)} {name} = {text.code};"
 
-    def term(self, e: Expr) -> str:
-        return self._put(e).code
+    def shares(self, e: Expr, text: Text) -> bool:
+        return e.op == "load" or text.level == CHOICE or super().shares(e, text)
 
-    def real(self, e: Expr) -> str:
-        """The term as a float."""
-        return self._real(e).code
+    def below(self, e: Expr) -> tuple[Expr, ...]:
+        # the coordinates of a load are printed with its address, which may lie outside in part
+        return () if e.op == "load" else e.args
 
-    def _put(self, root: Expr, stem: str = "t") -> Text:
-        for e in self._unprinted(root):
-            text = self._step(e)
-            branch = text.level == CHOICE
-            if (self.uses.get(e, 1) > 1 or e.op == "load" or branch) and not text.code.isidentifier():
-                wanted = kind(e, self.scope.extent)
-                own = stem if e is root else "t"
-                name = self.fresh(f"{self.scope.tensors[str(e.attr)].name}_x" if e.op == "load" else own)
-                self.lines.append(f"const {wanted} {name} = {text.code};")
-                text = Text(name, ATOM, wanted)
-            self.memo[e] = text
-        return self._leaf(root)
+    def elsewhere(self, e: Expr) -> Text | None:
+        if self.outer is None or not self.outer.covers(e):
+            return None
+        return Text(self.outer.export(e, self.taken), ATOM, self.kind(e))
 
-    def _unprinted(self, root: Expr) -> Iterator[Expr]:
-        """Sub-terms without text yet, arguments first, without recursion; what is named or lies outside is not entered."""
-        stack = [(root, False)]
-        while stack:
-            e, ready = stack.pop()
-            if e in self.memo or e.op == "const":
-                continue
-            if ready:
-                yield e
-            elif self.outer is not None and self.outer.covers(e):
-                self.memo[e] = Text(self.outer.export(e, self.taken), ATOM, kind(e, self.scope.extent))
-            else:
-                stack.append((e, True))
-                # the coordinates of a load are printed with its address, which may lie outside in part
-                stack.extend((a, False) for a in reversed(e.args) if e.op != "load")
-
-    def _leaf(self, e: Expr) -> Text:
-        if e.op != "const":
-            return self.memo[e]
+    def constant(self, e: Expr) -> Text:
         if e.dtype == "b1":
             return Text("true" if e.value else "false", ATOM, "bool")
         code = number(e.value) if e.is_float else str(int(e.value))
-        wanted = kind(e, self.scope.extent)
+        wanted = self.kind(e)
         return Text(f"INT64_C({code})" if wanted == "int64_t" else code, UNARY if code.startswith("-") else ATOM, wanted)
 
-    # one rule an operator
+    # operators
 
-    def _step(self, e: Expr) -> Text:
-        match e.op:
-            case "index" | "symbol":
-                raise PrintError(f"{e} has no value in this function")
-            case "load":
-                return self._load(e)
-            case "cast":
-                return self._cast(e)
-            case "where":
-                c, yes, no = self._truth(e.args[0]), *(self._chosen(a, e) for a in e.args[1:])
-                return Text(f"{c.within(ANY)} ? {yes} : {no}", CHOICE, kind(e, self.scope.extent))
-            case "not" if e.dtype == "b1":
-                return Text(f"!{self._truth(e.args[0]).within(UNARY)}", UNARY, "bool")
-            case "isnan":
-                x = self.let("t", ex.cast(e.args[0], "f32"))
-                return Text(f"{x} != {x}", _LEVEL["ne"], "bool")
-            case "isinf":
-                return Text(f"std::abs({self.real(e.args[0])}) == INFINITY", _LEVEL["eq"], "bool")
+    def _where(self, e: Expr) -> Text:
+        c, yes, no = self._truth(e.args[0]), *(self._chosen(a, e) for a in e.args[1:])
+        return Text(f"{c.within(ANY)} ? {yes} : {no}", CHOICE, self.kind(e))
+
+    def _operator(self, e: Expr) -> Text:
+        spelling = self.spellings[e.op]
+        if e.op == "isnan" or (e.op == "sign" and e.is_float):
+            # the operand stands twice: it gets a name
+            x = self.let("t", ex.cast(e.args[0], "f32"))
+            return self._spelled(spelling, [Text(x, ATOM)], self.kind(e))
+        if e.op == "isinf":
+            return self._spelled(spelling, [self._real(e.args[0])], "bool")
         if e.op in ex.COMPARISONS:
             return self._comparison(e)
         if e.dtype == "b1":
@@ -263,12 +244,10 @@ class Body:
         """A side of a choice: a name or a literal, so that nothing hangs on a branch."""
         if e.dtype == "b1":
             return self._truth(a).within(UNARY)
-        text = self._real(a) if e.is_float else self._as(a, kind(e, self.scope.extent))
+        text = self._real(a) if e.is_float else self._as(a, self.kind(e))
         if a.is_const or text.code.isidentifier():
             return text.code
-        name = self.fresh("t")
-        self.lines.append(f"const {kind(e, self.scope.extent)} {name} = {text.code};")
-        return name
+        return self._keep("t", e, text).code
 
     def _comparison(self, e: Expr) -> Text:
         common = ex.promote(e.args[0].dtype, e.args[1].dtype)
@@ -278,45 +257,28 @@ class Body:
             args = [self._truth(a) for a in e.args]
         else:
             args = self._alike(e.args)
-        left, right = (t.within(SUM) for t in args)
-        return Text(f"{left} {_SIGN[e.op]} {right}", _LEVEL[e.op], "bool")
+        return self._spelled(self.spellings[e.op], args, "bool")
 
     def _predicate(self, e: Expr) -> Text:
-        sign = _LOGIC.get(e.op, _SIGN.get(e.op, ""))
-        if sign not in ("&", "|", "^"):
+        args = [self._truth(a) for a in e.args]
+        if e.op == "not":
+            return self._spelled(self.spellings[e.op], args, "bool")
+        if e.op not in TRUTHS:
             raise PrintError(f"the operator {e.op!r} on a predicate has no form in C++")
-        left, right = (self._truth(a).within(SUM) for a in e.args)
-        return Text(f"{left} {sign} {right}", ANY, "bool")
+        return self._spelled(TRUTHS[e.op], args, "bool")
 
     def _floating(self, e: Expr) -> Text:
-        args = [self._real(a) for a in e.args]
-        match e.op:
-            case "neg":
-                return Text(f"-{args[0].within(ATOM)}", UNARY, "float")
-            case "relu":
-                return Text(f"max_({args[0].code}, 0.0f)", ATOM, "float")
-            case "reciprocal":
-                return Text(f"1.0f / {args[0].within(UNARY)}", PRODUCT, "float")
-            case "sign":
-                x = self.let("t", ex.cast(e.args[0], "f32"))
-                return Text(f"(float)(({x} > 0.0f) - ({x} < 0.0f))", UNARY, "float")
-            case "pow" if e.args[1].is_const and float(e.args[1].value) in (-1.0, 0.5, 2.0, 3.0, 4.0):
-                return self._power(e.args[0], float(e.args[1].value))
-        if e.op in _CALL:
-            return Text(f"{_CALL[e.op]}({', '.join(t.code for t in args)})", ATOM, "float")
-        if e.op in _SIGN:
-            return self._infix(e.op, args, "float")
-        raise PrintError(f"the operator {e.op!r} on {e.dtype} has no form in C++")
+        if e.op == "pow" and e.args[1].is_const and float(e.args[1].value) in (-1.0, 0.5, 2.0, 3.0, 4.0):
+            return self._power(e.args[0], float(e.args[1].value))
+        return self._spelled(self.spellings[e.op], [self._real(a) for a in e.args], "float")
 
     def _power(self, base: Expr, exponent: float) -> Text:
-        if exponent == 0.5:
-            return Text(f"sqrt_({self.real(base)})", ATOM, "float")
-        if exponent == -1.0:
-            return Text(f"1.0f / {self._real(base).within(UNARY)}", PRODUCT, "float")
+        if exponent in (0.5, -1.0):
+            return self._spelled(self.spellings["sqrt" if exponent == 0.5 else "reciprocal"], [self._real(base)], "float")
         return Text(" * ".join([self.let("t", ex.cast(base, "f32"))] * int(exponent)), PRODUCT, "float")
 
     def _integral(self, e: Expr) -> Text:
-        own = kind(e, self.scope.extent)
+        own = self.kind(e)
         if e.op in ("floor", "ceil", "round", "trunc"):
             return self._as(e.args[0], own)
         args = self._alike(e.args, own)
@@ -327,42 +289,25 @@ class Body:
         return text if wide == own else Text(f"({own})({text.code})", UNARY, own)
 
     def _operation(self, e: Expr, args: list[Text], wide: str) -> Text:
-        listed = ", ".join(t.code for t in args)
+        spelling = self.spellings[e.op]
         match e.op:
-            case "neg" | "not":
-                return Text(f"{'-' if e.op == 'neg' else '~'}{args[0].within(ATOM)}", UNARY, wide)
-            case "relu":
-                return Text(f"max_({args[0].code}, ({wide})0)", ATOM, wide)
-            case "sign":
-                return Text(f"({listed} > 0) - ({listed} < 0)", SUM, wide)
-            case "abs" | "max" | "min":
-                return Text(f"{_CALL[e.op]}({listed})", ATOM, wide)
             case "floordiv" | "mod":
                 (low, _), (least, _) = (bounds(a, self.scope.extent) for a in e.args)
                 # the functions also bear a divisor of 0, where a processor would end the process; sizes are none
                 if low < 0 or (least < 1 and e.args[1].op != "symbol"):
-                    return Text(f"{_CALL[e.op]}({listed})", ATOM, wide)
+                    return self._spelled(spelling, args, wide)
             case "pow":
                 exponent = e.args[1]
                 if exponent.is_const and 1 <= exponent.value <= 4:
                     return Text(" * ".join([args[0].within(UNARY)] * int(exponent.value)), PRODUCT, wide)
                 raise PrintError(f"an integer power with exponent {exponent}")
-        if e.op in _SIGN:
-            return self._infix(e.op, args, wide)
-        raise PrintError(f"the operator {e.op!r} on {e.dtype} has no form in C++")
-
-    @staticmethod
-    def _infix(op: str, args: list[Text], wanted: str) -> Text:
-        level = _LEVEL[op]
-        # compilers and readers alike want parentheses around comparisons under & and |
-        least = level if level >= SUM else SUM
-        return Text(f"{args[0].within(least)} {_SIGN[op]} {args[1].within(least + 1)}", level, wanted)
+        return self._spelled(spelling.plain or spelling, args, wide)
 
     # types
 
     def _alike(self, terms: Iterable[Expr], least: str = "int32_t") -> list[Text]:
         """Integers in one type, which holds each of them."""
-        kinds = [kind(a, self.scope.extent) for a in terms]
+        kinds = [self.kind(a) for a in terms]
         wanted = "int64_t" if "int64_t" in (*kinds, least) else "int32_t"
         return [self._as(a, wanted) for a in terms]
 
@@ -379,7 +324,7 @@ class Body:
     def _truth(self, e: Expr) -> Text:
         if e.dtype == "b1":
             return self._put(e)
-        return Text(f"{self._put(e).within(SUM)} != 0", _LEVEL["ne"], "bool")
+        return Text(f"{self._put(e).within(SUM)} != 0", EQUAL, "bool")
 
     def _real(self, e: Expr, stem: str = "t") -> Text:
         if e.is_const:
@@ -394,7 +339,7 @@ class Body:
             return self._real(source)
         if e.dtype == "b1":
             return self._truth(source)
-        own = kind(e, self.scope.extent)
+        own = self.kind(e)
         if e.dtype in NARROW and source.dtype != "b1":
             through = "int64_t" if source.is_float else NARROW[e.dtype]
             text = f"({through}){self._put(source).within(ATOM)}"
@@ -436,7 +381,7 @@ class Body:
         """An element in the type that is computed in."""
         match t.dtype:
             case "b1":
-                return Text(f"{code} != 0", _LEVEL["ne"], "bool")
+                return Text(f"{code} != 0", EQUAL, "bool")
             case "f32":
                 return Text(code, ATOM, "float")
             case "f16" | "bf16":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ...patterns import expr as ex
 from ...patterns.cascade import size_term
 from ...patterns.expr import Expr
-from ..text.print_triton import Body, Operand, Scope, identifier
+from ..text.print_triton import HELPERS, Body, Operand, Scope, identifier
 from .streaming import Streaming
 
 HOLES = ("batch", "rows", "queries", "start", "products", "step", "values", "finish")
@@ -24,8 +24,7 @@ RESERVED = (
     "index_type", "launch", "choose", "out", "inputs", "sizes", "tiles", "at", "acc", "state", "x", "q", "r", "w", "c", "i",
     "inside", "shape", "programs", "row_blocks", "walk", "device", "name", "tensor", "PARTIAL", "BM", "BN", "BF", "INDEX",
     "CONSTANTS", "CHUNK", "tl", "triton", "torch", "math", "Any", "Callable", "Mapping", "Tensor", "lru_cache", "float",
-    "range", "floor_div", "floor_mod", "truncate", "round_even", "sign", "tanh", "expm1", "log1p", "softplus", "power",
-    "remainder",
+    "range", *HELPERS,
 )  # fmt: skip
 
 

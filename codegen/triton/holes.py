@@ -90,7 +90,7 @@ def _operand(f: DeviceFunction, side: DotOperand, stem: str, tile_m: int = 0) ->
 def _operand_text(f: DeviceFunction, side: DotOperand) -> str:
     if side.load is not None:
         return f.body.load_text(side.load)
-    text = f.body.number_text(side.term)
+    text = f.body.real(side.term)
     return text if side.dtype == "f32" else f"({text}).to({TYPES[side.dtype]})"
 
 
@@ -177,7 +177,7 @@ def _finish(names: KernelNames) -> Printed:
                 f.body.line(f"{name} = state[{order.index(str(x.attr))}]")
             f.body.bind(x, name)
     o = f.body.fresh("o")
-    f.body.line(f"{o} = {f.body.number_text(s.state.finish)}")
+    f.body.line(f"{o} = {f.body.real(s.state.finish)}")
     target = names.operands[s.cascade.outputs[0]]
     at, _ = f.body.address(s.cascade.outputs[0], s.output, clamp=False)
     mask = ["inside"]

@@ -29,8 +29,7 @@ from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import EMPTY, PARTIAL, TileMap, classify, rows_with_key, runtime_classify
 from ...patterns.verdict import Refusal
 from ..files import cache
-from ..text.print_torch import PrintError as TorchPrintError
-from ..text.print_triton import PrintError
+from ..text.printer import PrintError
 from . import entry, interpret, module
 from .device_function import KernelNames
 from .streaming import FEW_ROWS, NAME, Streaming, power_of_two, read
@@ -72,7 +71,7 @@ def build(c: Cascade, mapping: TileMapping, target: Device | str | None = None) 
         return refused
     try:
         source = module.emit(s, mapping)
-    except (PrintError, TorchPrintError) as e:
+    except PrintError as e:
         return Refusal(NAME, str(e))
     return TritonKernel(s, mapping, source)
 

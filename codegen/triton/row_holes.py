@@ -73,18 +73,18 @@ class _StepWriter:
         apart = s.mask.full is not s.score or (self.ragged and any(s.key in x.ranks for x in _tensors(s)))
         if not apart:
             body.count([s.score])
-            body.line(f"{name} = {body.number_text(s.score)}")
+            body.line(f"{name} = {body.real(s.score)}")
         if apart or self.null is not None:
             with body.block("if PARTIAL:"):
                 if apart:
                     body.count([s.score])
-                    body.line(f"{name} = {body.number_text(s.score)}")
+                    body.line(f"{name} = {body.real(s.score)}")
                 if self.null is not None:
                     body.line(self.guard(name, self.null, name))
         if apart:
             with self.full_tile():
                 body.count([s.mask.full])
-                body.line(f"{name} = {body.number_text(s.mask.full)}")
+                body.line(f"{name} = {body.real(s.mask.full)}")
         body.bind(s.score, name)
 
     @contextmanager
@@ -105,11 +105,11 @@ class _StepWriter:
         else:
             name = body.fresh(stem)
             with body.block("if PARTIAL:"):
-                body.line(f"{name} = {body.number_text(partial)}")
+                body.line(f"{name} = {body.real(partial)}")
             with self.full_tile():
                 if self.s.score in body.memo:
                     body.bind(self.s.mask.full, body.term(self.s.score))
-                body.line(f"{name} = {body.number_text(full)}")
+                body.line(f"{name} = {body.real(full)}")
         if self.ragged and self.null is None:
             source, name = name, body.fresh(stem)
             body.line(f"{name} = {source}")

@@ -18,7 +18,8 @@ from ..forms.form import Form
 from ..forms.operands import view
 from ..forms.program import loose
 from ..skeletons import cpu as helpers
-from ..text.print_torch import Body, Text
+from ..text.print_torch import Body
+from ..text.printer import ATOM, Text
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Whole(Body):
             if found is not None and found[1] < 2:
                 real = p.f.real
                 wide = e.dtype == real or not e.is_float or e in self.kept
-                return (found[0] if wide else f"{found[0]}.to({_torch(real)})"), 9
+                return Text(found[0] if wide else f"{found[0]}.to({_torch(real)})", ATOM)
         return super()._load(e)
 
 

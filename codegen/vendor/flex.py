@@ -20,7 +20,8 @@ from ..files.tile_plan import tile_lines
 from ..files.torch_file import Printer, common, common_type, indented, operands, shared_alike, used_names
 from ..forms.form import Form, form, rows_keep_a_key
 from ..forms.scaled import Ending, ending
-from ..text.print_torch import ATOM, TYPES, Body, PrintError, Text, identifier
+from ..text.print_torch import TYPES, Body, identifier
+from ..text.printer import ATOM, PrintError, Text
 from .call import VendorCall, file, function, result
 
 NAME = "flex"
@@ -185,7 +186,7 @@ class _Scalar(Body):
     def _where(self, e: Expr) -> Text:
         cond, yes, no = e.args
         a, b = (self._real(x) if e.is_float else self._integer(x, e.dtype) for x in (yes, no))
-        return f"torch.where({self.term(cond)}, {a[0]}, {b[0]})", ATOM
+        return Text(f"torch.where({self.term(cond)}, {a.code}, {b.code})", ATOM)
 
 
 ATTEND = '''def fused(q, k, v, options):

@@ -21,7 +21,8 @@ from ...patterns.verdict import Obstacle, Refusal
 from ..files.tile_plan import without_causal
 from ..files.torch_file import Printer, common, common_type, operands, shared_alike
 from ..forms.form import Form, Softmax, form, rows_keep_a_key, softmax
-from ..text.print_torch import TYPES, Body, PrintError
+from ..text.print_torch import TYPES, Body
+from ..text.printer import PrintError
 from .call import VendorCall, Whole, axes, file, function, result
 
 NAME = "sdpa"

@@ -26,20 +26,18 @@ from ...patterns import expr as ex
 from ...patterns.cascade import Cascade, Einsum, Size, bind
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
+from ...patterns.operators import OPERATORS, named
 from ...patterns.terms.interval_rules import PLAIN, interval
 
 WIDTH: Mapping[str, int] = {
     "b1": 1, "u8": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8,
 }  # fmt: skip
 # Calls of the special-function unit that one operator takes on a GPU; a division's reciprocal is counted apart.
-EXPONENTIALS: Mapping[str, int] = {
-    "exp": 1, "exp2": 1, "expm1": 1, "log": 1, "log2": 1, "log1p": 1, "tanh": 1, "sigmoid": 1, "sin": 1, "cos": 1,
-    "erf": 1, "softplus": 2, "pow": 2,
-}  # fmt: skip
-ROOTS = ("sqrt", "rsqrt")
-DIVISIONS = ("div", "reciprocal")
-MAXIMA = ("max", "min")
-MASKING = (*ex.COMPARISONS, *ex.LOGICAL, "where", "isnan", "isinf")
+EXPONENTIALS: Mapping[str, int] = {o.name: o.effort.calls for o in OPERATORS.values() if o.effort.unit == "special"}
+ROOTS = named(lambda o: o.effort.unit == "root")
+DIVISIONS = named(lambda o: o.effort.unit == "division")
+MAXIMA = named(lambda o: o.effort.unit == "maximum")
+MASKING = (*named(lambda o: o.effort.unit == "mask"), "where")
 INDEX = "index"
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from ...patterns import expr as ex
 from ...patterns.expr import Expr
+from ...patterns.operators import OPERATORS
 from ..count.eager import Operator
 from ..count.work import EXPONENTIALS, WIDTH
 from ..devices.device import Device, HostRates
@@ -34,7 +35,7 @@ VECTOR = 16
 # Element-wise operators by what a plain addition costs, on operands in the cache.
 IN_ELEMENTS: Mapping[str, float] = {"max": 0.7, "min": 0.7}
 # torch's vectorised exp is the unit; what was not timed costs about so many of them.
-IN_EXPS: Mapping[str, float] = {"tanh": 3.0, "sigmoid": 1.5, "softplus": 3.0, "erf": 2.0, "sin": 2.0, "cos": 2.0, "pow": 3.0}
+IN_EXPS: Mapping[str, float] = {o.name: o.effort.exps for o in OPERATORS.values()}
 
 
 @dataclass

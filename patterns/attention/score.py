@@ -5,6 +5,7 @@ from __future__ import annotations
 from .. import expr as ex
 from ..cascade import Einsum
 from ..expr import Expr
+from ..operators import named
 
 
 def factors(body: Expr) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
@@ -130,7 +131,7 @@ def score(
     raise AssertionError("the weight holds a product")
 
 
-_MAPS = frozenset(["exp", "exp2", "expm1", "sigmoid", "relu", "softplus", "abs", "tanh", "sqrt", "log1p", "sin", "cos"])
+_MAPS = frozenset(named(lambda o: o.row_map))
 
 
 def _peel(top: Expr, key: str) -> Expr:

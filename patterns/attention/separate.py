@@ -16,6 +16,7 @@ import numpy as np
 from .. import expr as ex
 from ..cascade import IDENTITY
 from ..expr import Expr
+from ..operators import facts
 from ..terms.constant import number
 from ..terms.laws import separates, unseparable
 from .carried import OLD, Carried
@@ -140,7 +141,7 @@ class Splitter:
                     return True
                 if e.op == "load" and e.is_float and str(e.attr) not in products:
                     return True
-                if e.op in ("log", "log2", "log1p", "div", "reciprocal", "rsqrt") and self.key in e.args[-1].ranks:
+                if facts(e.op).pole and self.key in e.args[-1].ranks:
                     return True
         return False
 
@@ -208,18 +209,18 @@ class Splitter:
                 return self.product(e)
             case "div" | "reciprocal":
                 return self.quotient(e)
-            case "exp" | "exp2":
-                return (self.exponential(e),)
             case "pow" if e.args[1].is_const:
                 return self.whole_power(e, e.args[0], float(e.args[1].value))
-            case "sqrt":
-                return (self.power(e, e.args[0], 0.5),)
-            case "rsqrt":
-                return (self.power(e, e.args[0], -0.5),)
-            case "abs" | "relu":
-                return (self.homogeneous(e),)
             case "where":
                 return self.select(e)
+        o = facts(e.op)
+        match o.law:
+            case "exponential":
+                return (self.exponential(e),)
+            case "power":
+                return (self.power(e, e.args[0], o.of),)
+            case "homogeneous":
+                return (self.homogeneous(e),)
         raise self.stop(e)
 
     def stop(self, e: Expr) -> Stop:
@@ -525,10 +526,6 @@ class Splitter:
         match e.op:
             case "const":
                 return float(e.value)
-            case "exp" | "exp2" | "sigmoid" | "softplus" | "abs" | "sqrt" | "rsqrt":
-                return 0.0
-            case "tanh" | "sin" | "cos" | "erf":
-                return -1.0
             case "relu":
                 return max(0.0, self.least(e.args[0]))
             case "cast":
@@ -551,7 +548,7 @@ class Splitter:
                 if c is None:
                     return -math.inf
                 return self.least(c.lift) if c.op != "add" else 0.0 if self.nonnegative(c.lift) else -math.inf
-        return -math.inf
+        return facts(e.op).range[0]
 
     def positive(self, e: Expr) -> bool:
         """More than 0, or the row is degenerate in the model as well (a sum of squares that is 0 divides by 0)."""

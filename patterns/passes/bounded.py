@@ -19,6 +19,7 @@ from ..attention.score import factors
 from ..attention.traits import is_mask, masked_side
 from ..cascade import Cascade, Einsum
 from ..expr import Expr
+from ..operators import facts
 from ..terms.constant import REDUCE, number
 from ..verdict import Refusal
 from .chain import Reading, empty_rows, products, rebuilt
@@ -26,7 +27,6 @@ from .rewrites import Family, Rewritten
 
 # The largest spread of exponents, in nats, that each accumulator holds without losing normal numbers.
 SPREAD = {"f32": 88.0, "bf16": 88.0, "f64": 708.0, "f16": 9.0}
-BOUNDED = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "erf": (-1.0, 1.0), "sin": (-1.0, 1.0), "cos": (-1.0, 1.0)}
 UNBOUNDED = (-math.inf, math.inf)
 
 
@@ -94,8 +94,8 @@ def _substituted(c: Cascade, name: str, value: Expr) -> Cascade:
 
 def _range(e: Expr, key: str, c: Cascade, reading: Reading) -> tuple[float, float]:
     """The least and greatest value of a term that is not masked away; infinite where nothing is known."""
-    if e.op in BOUNDED:
-        return BOUNDED[e.op]
+    if facts(e.op).bounded:
+        return facts(e.op).range
     if e.op == "const":
         return float(e.value), float(e.value)
     if e.op == "load":
@@ -253,19 +253,21 @@ def _rule(e: Expr, args: list[_Gauge], known: dict[str, _Gauge]) -> _Gauge:
             return args[0]
         case "mul" | "div":
             return _multiple(e, args)
-        case "exp" | "exp2" if args[0].degree == 0.0:
-            return _Gauge(degree=args[0].shift * (1.0 if e.op == "exp" else math.log(2.0)))
-        case "log" | "log2" if args[0].shift == 0.0:
-            return _Gauge(shift=args[0].degree / (1.0 if e.op == "log" else math.log(2.0)))
         case "where" if args[0].still:
             return _either(e, args[1:])
         case "max" | "min":
             return _either(e, args)
         case "pow" if e.args[1].is_const and args[0].shift == 0.0:
             return _Gauge(degree=args[0].degree * float(e.args[1].value))
-        case "sqrt" | "rsqrt" if args[0].shift == 0.0:
-            return _Gauge(degree=args[0].degree * (0.5 if e.op == "sqrt" else -0.5))
-        case "relu" | "abs" if args[0].shift == 0.0:
+    o = facts(e.op)
+    match o.law:
+        case "exponential" if args[0].degree == 0.0:
+            return _Gauge(degree=args[0].shift * math.log(o.of))
+        case "logarithm" if args[0].shift == 0.0:
+            return _Gauge(shift=args[0].degree / math.log(o.of))
+        case "power" if args[0].shift == 0.0:
+            return _Gauge(degree=args[0].degree * o.of)
+        case "homogeneous" if args[0].shift == 0.0:
             return args[0]
     raise _Depends(f"{e.op} of what moves with the maximum")
 

@@ -19,6 +19,7 @@ from ..attention.carried import OLD, Carried
 from ..attention.separate import Bound, SplitContext, Splitter, Stop, Summand
 from ..cascade import IDENTITY, Access, Cascade, Einsum, Tensor, size_term
 from ..expr import Expr
+from ..operators import facts
 from ..terms.constant import number
 from ..verdict import Refusal
 from .chain import Reading, empty_rows, exposed, products, rebuilt, unused
@@ -150,8 +151,6 @@ class _Repair(Splitter):
         match h.op:
             case "const":
                 return float(h.value) > 0
-            case "exp" | "exp2" | "sigmoid" | "softplus":
-                return True
             case "cast":
                 return self.strictly(h.args[0])
             case "add":
@@ -160,7 +159,7 @@ class _Repair(Splitter):
                 return all(self.strictly(x) for x in h.args)
             case "load" if self.ops.get(str(h.attr)) == "add":
                 return self.strictly(self.bodies[str(h.attr)])
-        return False
+        return facts(h.op).positive
 
     def lost(self, p: _Pair, lift: Expr, bounds: tuple[Bound, ...]) -> Expr:
         """Where the model's own sum is NaN because a bound is −∞, and the guarded one is 0.

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..expr import Expr
+from ..operators import OPERATORS, Operator
 from .interval_rules import BITWISE, LIMITS, bitwise, interval
 
 Array: TypeAlias = Any
@@ -119,29 +120,24 @@ def _square(a: Array, b: Array, lib: Any) -> Span:
     return lib.where((a <= 0) & (b >= 0), 0.0, lo), hi
 
 
-def _monotone_or_even(op: str, a: Array, b: Array, lib: Any) -> Span | None:
-    match op:
-        case "neg":
-            return -b, -a
-        case "abs":
-            zero = lib.zeros_like(a)
-            return lib.maximum(lib.maximum(a, -b), zero), lib.maximum(abs(a), abs(b))
-        case "relu":
-            zero = lib.zeros_like(a)
-            return lib.maximum(a, zero), lib.maximum(b, zero)
-        case "floor" | "ceil" | "trunc" | "sign" | "round":
-            f = getattr(lib, op)
-            return f(a), f(b)
-        case "not":
-            return -b - 1, -a - 1
-    return None
+def _function(o: Operator, lib: Any) -> Callable[..., Array]:
+    return o.in_numpy(lib) if lib is np else o.in_torch(lib)
+
+
+def _exact(o: Operator, a: Array, b: Array, lib: Any) -> Span | None:
+    """The span of an operator that rounds nothing: monotone, or the absolute value."""
+    if o.name == "abs":
+        zero = lib.zeros_like(a)
+        return lib.maximum(lib.maximum(a, -b), zero), lib.maximum(abs(a), abs(b))
+    if not (o.exact and o.monotone):
+        return None
+    f = _function(o, lib)
+    # what is unknown stays so, whatever an operator makes of NaN
+    lo, hi = (lib.where(x == x, f(x), math.nan) for x in ((a, b) if o.monotone > 0 else (b, a)))
+    return lo, hi
 
 
 # --- floats -----------------------------------------------------------------------------------------------------
-
-_INCREASING = ("exp", "exp2", "expm1", "log", "log2", "log1p", "tanh", "sqrt")
-_RANGE: Mapping[str, tuple[float, float]] = {"sigmoid": (0.0, 1.0), "erf": (-1.0, 1.0)}
-
 
 def floating(e: Expr, args: list[Span], lib: Any) -> Span:
     (a, b) = args[0]
@@ -186,21 +182,23 @@ def _holds_infinity(lo: Array, hi: Array) -> Array:
 
 
 def _float_unary(e: Expr, a: Array, b: Array, lib: Any) -> Span:
-    simple = _monotone_or_even(e.op, a, b, lib)
-    if simple is not None:
-        return simple
-    if e.op in _INCREASING:
-        f = getattr(lib, e.op)
-        lo, hi = f(a), f(b)
-        # library functions differ in their last places
-        slack = 2.0 ** (2 - FLOAT_FORMAT[e.dtype][0])
-        low, high = lo - abs(lo) * slack, hi + abs(hi) * slack
-        return lib.where(abs(lo) == math.inf, lo, low), lib.where(abs(hi) == math.inf, hi, high)
+    o = OPERATORS[e.op]
+    exact = _exact(o, a, b, lib)
+    if exact is not None:
+        return exact
     nothing = (a + b) * math.nan
-    if e.op in _RANGE:
-        known = (a == a) & (b == b)
-        return lib.where(known, _RANGE[e.op][0], nothing), lib.where(known, _RANGE[e.op][1], nothing)
-    return nothing, nothing
+    if not (o.monotone > 0 or o.bounded):
+        return nothing, nothing
+    # domains are intervals: what is defined at both ends is so between them
+    f = _function(o, lib)
+    lo, hi = f(a), f(b)
+    if o.monotone > 0:
+        # library functions differ in their last places, but keep to their range
+        slack = 2.0 ** (2 - FLOAT_FORMAT[e.dtype][0])
+        low, high = lib.clip(lo - abs(lo) * slack, *o.range), lib.clip(hi + abs(hi) * slack, *o.range)
+        return lib.where(abs(lo) == math.inf, lo, low), lib.where(abs(hi) == math.inf, hi, high)
+    known = (lo == lo) & (hi == hi)
+    return lib.where(known, o.range[0], nothing), lib.where(known, o.range[1], nothing)
 
 
 def rounded(span: Span, dtype: str, lib: Any) -> Span:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..expr import Expr, walk
+from ..operators import OPERATORS
 
-_NUMPY: Mapping[str, Callable[..., Any]] = {
-    "neg": np.negative, "abs": np.abs, "floor": np.floor, "ceil": np.ceil, "round": np.round, "trunc": np.trunc,
-    "sign": np.sign, "isnan": np.isnan, "isinf": np.isinf, "not": np.logical_not, "exp": np.exp, "exp2": np.exp2,
-    "expm1": np.expm1, "log": np.log, "log2": np.log2, "log1p": np.log1p, "tanh": np.tanh, "sqrt": np.sqrt,
-    "reciprocal": np.reciprocal, "sin": np.sin, "cos": np.cos, "add": np.add, "sub": np.subtract, "mul": np.multiply,
-    "div": np.divide, "floordiv": np.floor_divide, "mod": np.mod, "max": np.maximum, "min": np.minimum,
-    "pow": np.power, "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "eq": np.equal,
-    "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "rsqrt": lambda x: 1.0 / np.sqrt(x), "relu": lambda x: np.maximum(x, 0), "softplus": lambda x: np.logaddexp(0.0, x),
-    "sigmoid": lambda x: 1.0 / (1.0 + np.exp(-x)), "erf": np.vectorize(math.erf),
-}  # fmt: skip
+_FUNCTION: Mapping[str, Callable[..., Any]] = {o.name: o.in_numpy(np) for o in OPERATORS.values()}
 REDUCE: Mapping[str, Callable[..., Any]] = {
     "add": np.sum,
     "max": np.max,
@@ -55,4 +45,4 @@ def _number(e: Expr, args: list[Any], loads: Mapping[str, object]) -> Any:
             return args[0].astype(float) if e.is_float else args[0]
         case "where":
             return np.where(args[0], args[1], args[2])
-    return np.asarray(_NUMPY[e.op](*args))
+    return np.asarray(_FUNCTION[e.op](*args))

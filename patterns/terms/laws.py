@@ -9,23 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import sympy
 
 from .. import expr as ex
 from ..expr import Expr
+from ..operators import facts
 from .constant import number
-
-_SYMPY: Mapping[str, Callable[..., sympy.Expr]] = {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,
-    "neg": lambda a: -a, "exp": sympy.exp, "exp2": lambda a: 2**a, "log": sympy.log, "tanh": sympy.tanh,
-    "sigmoid": lambda a: 1 / (1 + sympy.exp(-a)), "relu": lambda a: sympy.Max(a, 0), "sqrt": sympy.sqrt,
-    "rsqrt": lambda a: 1 / sympy.sqrt(a), "abs": sympy.Abs, "pow": lambda a, b: a**b, "max": sympy.Max,
-    "min": sympy.Min, "sin": sympy.sin, "cos": sympy.cos, "reciprocal": lambda a: 1 / a, "expm1": lambda a: sympy.exp(a) - 1,
-    "log1p": lambda a: sympy.log(1 + a), "softplus": lambda a: sympy.log(1 + sympy.exp(a)), "erf": sympy.erf,
-}  # fmt: skip
 
 
 def multiplicative(g: sympy.Expr, x: sympy.Symbol, d: sympy.Symbol) -> sympy.Expr | None:
@@ -116,7 +107,7 @@ def _symbolic(e: Expr, symbols: dict[Expr, sympy.Symbol]) -> sympy.Expr | None:
     if e.op == "cast":
         return _symbolic(e.args[0], symbols)
     args = [_symbolic(a, symbols) for a in e.args]
-    form = _SYMPY.get(e.op)
+    form = facts(e.op).in_sympy(sympy)
     return None if form is None or any(a is None for a in args) else form(*args)
 
 

@@ -11,6 +11,7 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.evaluate import DTYPE_NAME
 from ...patterns.expr import Expr
+from ...patterns.operators import OPERATORS
 from ...patterns.terms.affine import affine
 from ..graph.node import CannotLift, dtype_of, tensor_of
 from ..graph.sizes import shape_of
@@ -296,18 +297,11 @@ def cumulative_ones(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
 
 
 RULES: dict[str, Rule] = {
-    **{name: unary(op) for name, op in {
-        "neg": "neg", "negative": "neg", "abs": "abs", "absolute": "abs", "relu": "relu", "floor": "floor",
-        "ceil": "ceil", "round": "round", "trunc": "trunc", "sign": "sign", "isnan": "isnan", "isinf": "isinf",
-        "logical_not": "not", "exp": "exp", "exp2": "exp2", "expm1": "expm1", "log": "log", "log2": "log2",
-        "log1p": "log1p", "tanh": "tanh", "sigmoid": "sigmoid", "sqrt": "sqrt", "rsqrt": "rsqrt",
-        "reciprocal": "reciprocal", "sin": "sin", "cos": "cos", "erf": "erf",
-    }.items()},
-    **{name: binary(op) for name, op in {
-        "mul": "mul", "multiply": "mul", "maximum": "max", "minimum": "min", "floor_divide": "floordiv",
-        "remainder": "mod", "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge",
-        "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "not_equal": "ne",
-    }.items()},
+    **{o.aten: unary(o.name) if o.arity == 1 else binary(o.name) for o in OPERATORS.values()},
+    # other names of the same, and then the operators that take more than operands
+    "negative": unary("neg"), "absolute": unary("abs"), "logical_not": unary("not"), "multiply": binary("mul"),
+    "less": binary("lt"), "less_equal": binary("le"), "greater": binary("gt"), "greater_equal": binary("ge"),
+    "not_equal": binary("ne"),
     "add": scaled_sum(+1), "sub": scaled_sum(-1), "subtract": scaled_sum(-1), "rsub": rsub, "div": divide,
     "divide": divide, "true_divide": divide, "fmod": fmod, "pow": power, "square": square, "clamp": clamp, "clip": clamp,
     "clamp_min": clamp, "clamp_max": clamp, "where": where, "masked_fill": masked_fill,

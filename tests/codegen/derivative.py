@@ -51,6 +51,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "log": (lambda e, d: d / _first(e),),
     "log2": (lambda e, d: d / (_first(e) * math.log(2)),),
     "log1p": (lambda e, d: d / (_first(e) + 1.0),),
+    "asinh": (lambda e, d: d / ex.unary("sqrt", _first(e) * _first(e) + 1.0),),
     "tanh": (lambda e, d: d * (1.0 - e * e),),
     "sigmoid": (lambda e, d: d * e * (1.0 - e),),
     "softplus": (lambda e, d: d * _sigmoid(_first(e)),),

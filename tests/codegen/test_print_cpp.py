@@ -11,10 +11,12 @@ import torch
 
 from reattend.codegen.files import native
 from reattend.codegen.text.print_cpp import STORED, Body, Operand, Scope, identifier, kind
-from reattend.codegen.text.print_torch import PrintError
+from reattend.codegen.text.printer import PrintError
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import DTYPE, _Evaluation
 from reattend.patterns.expr import Expr
+
+from .functions import functions
 
 At = ex.index("n")
 LOADS = {"x": "f32", "y": "f32", "i": "i64", "j": "i64", "c": "b1", "d": "b1", "u": "u8", "h": "f16", "g": "bf16"}
@@ -103,12 +105,9 @@ def test_identifiers() -> None:
 
 # --- the values -------------------------------------------------------------------------------------------------
 
+FUNCTIONS = functions(X)
 REAL: dict[str, Expr] = {
-    **{op: ex.unary(op, X) for op in (
-        "neg", "abs", "relu", "floor", "ceil", "round", "trunc", "sign", "exp", "exp2", "expm1", "tanh", "sigmoid",
-        "sin", "cos", "erf", "softplus", "reciprocal",
-    )},
-    **{op: ex.unary(op, ex.unary("abs", X) + 1.5) for op in ("log", "log2", "log1p", "sqrt", "rsqrt")},
+    **FUNCTIONS,
     **{op: ex.binary(op, X, Y) for op in ("add", "sub", "mul", "div", "max", "min", "mod", "floordiv")},
     "square": ex.binary("pow", X, 2.0), "cube": ex.binary("pow", X, 3.0), "root": ex.binary("pow", ex.unary("abs", X), 0.5),
     "inverse": ex.binary("pow", ex.unary("abs", X) + 0.1, -1.0), "power": ex.binary("pow", ex.unary("abs", X) + 0.1, Y * 0.1),

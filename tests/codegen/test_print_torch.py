@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 
 from reattend.codegen.skeletons.cpu import choose, tile
 from reattend.codegen.text.integers import in_range
-from reattend.codegen.text.print_torch import Body, PrintError, Scope, identifier, literal, size_source
+from reattend.codegen.text.print_torch import SPELLINGS, Body, Scope, identifier, literal, size_source
+from reattend.codegen.text.printer import PrintError
 from reattend.codegen.text.tile_terms import Corners, relative, relative_parts
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.expr import Expr
+
+from .functions import functions
 
 H, P, M = ex.index("h"), ex.index("p"), ex.index("m")
 SIZES = {"h": 3, "p": 7, "m": 9}
@@ -95,6 +98,31 @@ def test_terms(name: str) -> None:
     got, want = run(e, x), meaning(e, x)
     torch.testing.assert_close(got.to(want.dtype), want)
     torch.testing.assert_close(run(e, x, views=False).to(want.dtype), want)
+
+
+FUNCTIONS = functions(load("bias", H, P, M))
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.parametrize("reuse", [False, True])
+def test_every_function(op: str, reuse: bool) -> None:
+    """On tensors, written anew or over what the text itself has made."""
+    e = ex.substitute(FUNCTIONS[op], {load("bias", H, P, M): load("bias", H, P, M) * 3.0})
+    x = inputs()
+    torch.testing.assert_close(run(e, x, reuse=reuse), meaning(e, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_every_function_of_a_size(op: str) -> None:
+    """In Python's numbers, or refused with the operator's name."""
+    past = ex.cast(ex.symbol("past"), "f32") * 0.3
+    e = ex.unary(op, past) * load("slope", H)
+    if SPELLINGS[op].plain is None:
+        with pytest.raises(PrintError, match=f"the operator '{op}' on a size"):
+            source(e)
+        return
+    x = inputs()
+    torch.testing.assert_close(run(e, x), meaning(e, x))
 
 
 def test_what_is_used_twice_is_named_once() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Access, Cascade, Einsum, Tensor, verify
 from reattend.patterns.evaluate import DTYPE_NAME, evaluate
+from reattend.patterns.operators import OPERATORS, Operator
 from reattend.rewriter.find.detect import RULES
 from reattend.rewriter.graph.aliases import Aliases
 from reattend.rewriter.lift.lift import ZERO, Lifter
@@ -98,6 +99,11 @@ def test_views_move_coordinates(i: int) -> None:
 @pytest.mark.parametrize("i", range(len(POINT)))
 def test_pointwise_operators_build_terms(i: int) -> None:
     lifted_equals_torch(POINT[i], X, Y)
+
+
+@pytest.mark.parametrize("o", [o for o in OPERATORS.values() if o.result == "float"], ids=lambda o: o.name)
+def test_every_function_of_the_table_builds_a_term(o: Operator) -> None:
+    lifted_equals_torch(o.in_torch(torch), *(X, Y)[: o.arity])
 
 
 @pytest.mark.parametrize("i", range(len(REDUCED)))

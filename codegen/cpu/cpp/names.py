@@ -17,7 +17,7 @@ from ....patterns.expr import Expr
 from ...forms.form import Form
 from ...forms.terms import Terms, mapped_elements
 from ...text.print_cpp import STORED, At, Body, Operand, Scope, identifier, kind
-from ...text.print_torch import PrintError
+from ...text.printer import PrintError
 from .terms import Diagonal, Tile, costly, reciprocals, tiles
 
 # Names that the printed text and the loop around it use.

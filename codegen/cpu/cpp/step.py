@@ -13,7 +13,7 @@ from ....patterns import expr as ex
 from ....patterns.attention.rowstate import OLD, Carried
 from ....patterns.expr import Expr
 from ...text.print_cpp import Body, number
-from ...text.print_torch import PrintError
+from ...text.printer import PrintError
 from .names import SCORE, Around, LoopProgram, mentions
 from .terms import Tile
 
