@@ -344,7 +344,7 @@ DRAWN = (
     ("causal", "plain", "past"),
     ("window", "plain", "square"), ("window", "plain", "grouped"), ("window", "softcap", "square"),
     ("prefix", "plain", "square"), ("padding", "plain", "batch"), ("causal", "plain", "decode"), ("none", "plain", "few"),
-)  # fmt: skip
+)
 # Pairs of queries and keys of a drawn cell, at most.
 PAIRS = 4e7
 
@@ -378,7 +378,7 @@ def _log_uniform(draw: random.Random, low: float, high: float) -> int:
 GRIDS: Mapping[str, Callable[[int], Iterator[Cell]]] = {
     "regret": _regret, "development": _development, "heldout": _heldout, "fresh": _fresh,
     "drawn": partial(_drawn, 2711), "again": partial(_drawn, 6007), "unseen": partial(_drawn, 9341),
-}  # fmt: skip
+}
 
 
 def as_data(cell: Cell) -> dict[str, object]:

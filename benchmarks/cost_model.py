@@ -184,7 +184,7 @@ def show(row: Row, d: Device) -> None:
         f"{cell_of(row)}  chose {o.chosen}, best {o.best}, regret {o.regret:.1%} (A/A {row['aa']:.3f}; first call "
         f"{compiled:.1f} s)\n    measured/predicted ms: {pairs}",
         highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    )
 
 
 def noise(rows: Iterable[Row]) -> tuple[float, float]:
@@ -260,7 +260,7 @@ def _by_candidate(rows: list[Row], outcomes: list[Outcome]) -> None:
             f"{kind:18} {len(ratios):4}  error {statistics.mean(abs(r - 1) for r in ratios):6.1%}  "
             f"predicted/measured {statistics.median(ratios):.2f} (median)",
             highlight=False,
-        )  # fmt: skip
+        )
 
 
 def wanted(given: argparse.Namespace) -> list[cells.Cell]:

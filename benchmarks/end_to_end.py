@@ -26,7 +26,7 @@ def build(attn: str, window: int, dtype: torch.dtype) -> torch.nn.Module:
     config = transformers.MistralConfig(
         hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=1024, sliding_window=window, max_position_embeddings=16384,
-    )  # fmt: skip
+    )
     return transformers.AutoModel.from_config(config, attn_implementation=attn).eval().to(dtype)
 
 
@@ -50,7 +50,7 @@ def main() -> None:
         sdpa_inductor = torch.compile(copy.deepcopy(sdpa))
         models = {
             "reattend": ours, "eager": eager, "sdpa": sdpa, "eager + Inductor": inductor, "sdpa + Inductor": sdpa_inductor,
-        }  # fmt: skip
+        }
         for threads in options.threads:
             torch.set_num_threads(threads)
             with torch.no_grad():

@@ -55,7 +55,7 @@ COLUMNS = {
     "FMUL": "multiply", "FFMA": "fused", "FADD": "add", "FMNMX": "maximum", "EX2": "exp2", "MMA": "matrix",
     "int": "integer", "sel": "select", "ldg": "global load", "cp": "copy", "tma": "bulk copy", "lds": "shared load",
     "bar": "barrier",
-}  # fmt: skip
+}
 LOOPS = ("full", "partial")
 Row = dict[str, Any]
 console = Console(width=140)
@@ -119,7 +119,7 @@ def descriptors(s: Subject) -> aot.CompileRequest | str:
 
 KERNELS: dict[str, Callable[[Subject], aot.CompileRequest | str]] = {
     "ours": ours, "tutorial": tutorial, "descriptors": descriptors, "listed": listed,
-}  # fmt: skip
+}
 
 
 def stock(s: Subject, name: str, types: dict[str, str], constants: dict[str, float]) -> aot.CompileRequest:
@@ -136,7 +136,7 @@ def stock(s: Subject, name: str, types: dict[str, str], constants: dict[str, flo
         function, signature, {(names.index(n),): v for n, v in literals.items()},
         {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
         {"num_warps": s.tile.warps, "num_stages": s.tile.stages}, s.tile.stages,
-    )  # fmt: skip
+    )
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def row(s: Subject, report: aot.AotReport, name: str, loop: Loop) -> Row:
         "instructions": len(loop.instructions), "counts": dict(sorted(loop.counts.items())),
         "in_flight": loop.in_flight, "registers": report.registers, "spill_bytes": report.spill_bytes,
         "shared_bytes": report.shared_bytes, "order": loop.order,
-    }  # fmt: skip
+    }
 
 
 def subjects(given: argparse.Namespace) -> Iterator[Subject]:
@@ -207,7 +207,7 @@ def table(arch: str, loop: str, rows: list[Row]) -> Table:
         out.add_row(
             r["kernel"], str(r["head"]), r["tile"], str(r["instructions"]), *counts, flying,
             str(r["registers"]), str(r["spill_bytes"]), f"{r['shared_bytes'] / 1024:.0f}",
-        )  # fmt: skip
+        )
     return out
 
 

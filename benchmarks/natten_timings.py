@@ -62,7 +62,7 @@ def points() -> tuple[Point, ...]:
     return tuple(
         Point(t["case"], device, t["kernel"], tuple(t.get("stride", ())), seconds)
         for t in DATA["timing"] for device, seconds in t["seconds"].items()
-    )  # fmt: skip
+    )
 
 
 @lru_cache
@@ -154,7 +154,7 @@ def rate(device: str, factor: float) -> float:
     """FLOP per second and unit that puts a device's sparse timings in the middle of the predictions."""
     logs = [
         math.log(p.tile_flops * load(p, factor) / p.seconds) for p in points() if p.device == device and p.stride
-    ]  # fmt: skip
+    ]
     return math.exp(sum(logs) / len(logs))
 
 

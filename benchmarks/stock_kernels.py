@@ -44,7 +44,7 @@ def _accumulated(acc, total, top, s, v, scale, r, m, DIAGONAL: tl.constexpr):
 def _by_pointers(
     acc, total, top, q, k_head, v_head, k_row, v_row, scale, r, first, last,
     D: tl.constexpr, BN: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
+):
     m, d = tl.arange(0, BN), tl.arange(0, D)
     p_k = k_head + (first + m)[None, :] * k_row + d[:, None]  # [D, BN]
     p_v = v_head + (first + m)[:, None] * v_row + d[None, :]  # [BN, D]
@@ -61,7 +61,7 @@ def _by_pointers(
 def tutorial(
     q, k, v, out, scale, q_head, q_row, k_head, k_row, v_head, v_row, out_head, out_row,
     G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+):
     i_p, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     r, d = i_p * BM + tl.arange(0, BM), tl.arange(0, D)
     x = tl.load(q + h * q_head + r[:, None] * q_row + d[None, :])  # [BM, D]
@@ -73,7 +73,7 @@ def tutorial(
     acc, total, top = _by_pointers(acc, total, top, x, k, v, k_row, v_row, scale, r, 0, i_p * BM, D, BN, False)
     acc, total, top = _by_pointers(
         acc, total, top, x, k, v, k_row, v_row, scale, r, i_p * BM, (i_p + 1) * BM, D, BN, True
-    )  # fmt: skip
+    )
     acc = acc / total[:, None]
     tl.store(out + h * out_head + r[:, None] * out_row + d[None, :], acc.to(out.dtype.element_ty))
 
@@ -81,20 +81,20 @@ def tutorial(
 @triton.jit
 def _by_descriptors(
     acc, total, top, q, k, v, row, scale, r, first, last, BN: tl.constexpr, DIAGONAL: tl.constexpr
-):  # fmt: skip
+):
     for i in tl.range(first, last, BN):
         i = tl.multiple_of(i, BN)
         s = tl.dot(q, k.load([row + i, 0]).T)  # [BM, BN]
         acc, total, top = _accumulated(
             acc, total, top, s, v.load([row + i, 0]), scale, r, i + tl.arange(0, BN), DIAGONAL
-        )  # fmt: skip
+        )
     return acc, total, top
 
 
 @triton.jit
 def descriptors(
     q, k, v, out, scale, tokens, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
+):
     """Tensors are [heads · tokens, head size]."""
     i_p, h = tl.program_id(0), tl.program_id(1)
     r = i_p * BM + tl.arange(0, BM)
@@ -127,7 +127,7 @@ def _step(i, p_blocks, count, BLOCK: tl.constexpr, BN: tl.constexpr):
 def _by_list(
     acc, total, top, q, k, v, k_row, v_row, p_blocks, count, r,
     SCALE: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, PARTIAL: tl.constexpr,
-):  # fmt: skip
+):
     d = tl.arange(0, D)
     first = tl.load(p_blocks) * BLOCK
     for i in range(count * (BLOCK // BN)):
@@ -154,7 +154,7 @@ def listed(
     q, k, v, out, part_counts, part_blocks, full_counts, full_blocks, q_head, q_row, k_head, k_row, v_head, v_row, out_head,
     out_row, width,
     SCALE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Lists are of blocks of BLOCK keys for BLOCK queries, [queries / BLOCK, width]."""
     i_p, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     r, d = i_p * BM + tl.arange(0, BM), tl.arange(0, D)
@@ -167,11 +167,11 @@ def listed(
     acc, total, top = _by_list(
         acc, total, top, x, k, v, k_row, v_row, full_blocks + row * width, tl.load(full_counts + row), r,
         SCALE, D, BN, BLOCK, False,
-    )  # fmt: skip
+    )
     acc, total, top = _by_list(
         acc, total, top, x, k, v, k_row, v_row, part_blocks + row * width, tl.load(part_counts + row), r,
         SCALE, D, BN, BLOCK, True,
-    )  # fmt: skip
+    )
     total = tl.where(total == 0.0, 1.0, total)
     acc = acc / total[:, None]
     tl.store(out + h * out_head + r[:, None] * out_row + d[None, :], acc.to(out.dtype.element_ty))

@@ -118,7 +118,7 @@ def adaptive(candidates: Mapping[str, Callable[[], object]], *, seconds: float =
 def _rounds(
     candidates: Mapping[str, Callable[[], object]], fast: str, every: Mapping[str, int], seconds: float,
     first: Mapping[str, float],
-) -> Timing:  # fmt: skip
+) -> Timing:
     times: dict[str, list[float]] = {n: [] for n in candidates}
     again: list[float] = []
     order = random.Random(0)
@@ -146,7 +146,7 @@ def write(name: str, rows: list[dict[str, object]], **more: object) -> Path:
     header = {
         "processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), **more,
-    }  # fmt: skip
+    }
     path.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
     return path
 

@@ -164,13 +164,13 @@ def layer(name: str) -> Layer:
         Room(r, sentence(folder / r if r.endswith(".py") else folder / r / "__init__.py"), files[r], at[r],
              tuple(sorted(rooms.successors(r))))
         for r in sorted(rooms, key=lambda r: (-at[r], r))
-    ]  # fmt: skip
+    ]
     below = {layer_of(b) for m in here for b in whole.successors(m)} - {name}
     largest = max(files.values())
     return Layer(
         name, sentence(folder / "__init__.py"), tuple(drawn), figures(rooms, len(here), largest),
         figures(here, len(here), largest), tuple(n for n in LAYERS if n in below),
-    )  # fmt: skip
+    )
 
 
 def sentence(path: Path) -> str:

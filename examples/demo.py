@@ -22,7 +22,7 @@ def build(args: argparse.Namespace, attention: str) -> MistralForCausalLM:
         hidden_size=512, intermediate_size=1792, num_hidden_layers=args.layers, num_attention_heads=8,
         num_key_value_heads=2, head_dim=64, vocab_size=4096, max_position_embeddings=max(args.seq, 4096),
         sliding_window=args.window, attn_implementation=attention,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     return MistralForCausalLM(config).eval().to(args.device, getattr(torch, args.dtype))
 
@@ -69,7 +69,7 @@ def main() -> None:
         return lambda: model(tokens, use_cache=False).logits
 
     print(f"Mistral-shaped, {args.layers} layers, 8 heads on 2, window {args.window}, {args.seq} tokens, "
-          f"{args.dtype} on {args.device}, {torch.get_num_threads()} threads\n")  # fmt: skip
+          f"{args.dtype} on {args.device}, {torch.get_num_threads()} threads\n")
     compile_seconds = seconds(forward(ours), args.device)
     print(reattend.report(ours).plan, "\n")
 
@@ -80,7 +80,7 @@ def main() -> None:
     taken = medians(
         {"original, eager": forward(eager), "original, SDPA": forward(original), "reattend": forward(ours)},
         args.rounds, args.device,
-    )  # fmt: skip
+    )
     print(
         f"whole model, median of {args.rounds} interleaved runs (first call, planning included: {compile_seconds:.1f} s)"
     )

@@ -10,7 +10,7 @@ import reattend
 CONFIG = MistralConfig(
     hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
     vocab_size=1000, sliding_window=128, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-)  # fmt: skip
+)
 
 
 def left_padded_batch() -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ REDUCTIONS = ("add", "max", "min", "mul", "or", "and")
 # The identity of each reduction: what it yields over no element.
 IDENTITY: Mapping[str, ex.Scalar] = {
     "add": 0.0, "max": -float("inf"), "min": float("inf"), "mul": 1.0, "or": False, "and": True,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def term_size(term: Expr) -> Size:
             out = {
                 "add": lambda: a + b, "sub": lambda: a - b, "mul": lambda: a * b,
                 "floordiv": lambda: sympy.floor(a / b), "mod": lambda: sympy.Mod(a, b),
-            }[term.op]()  # fmt: skip
+            }[term.op]()
             return as_size(out)
     raise ValueError(f"{term} is no size")
 

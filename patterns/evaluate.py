@@ -20,14 +20,14 @@ from .operators import OPERATORS
 DTYPE: Mapping[str, torch.dtype] = {
     "b1": torch.bool, "u8": torch.uint8, "i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64,
     "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64,
-}  # fmt: skip
+}
 DTYPE_NAME: Mapping[torch.dtype, str] = {v: k for k, v in DTYPE.items()}
 
 _FUNCTION: Mapping[str, Callable[..., Tensor]] = {o.name: o.in_torch(torch) for o in OPERATORS.values()}
 _REDUCE: Mapping[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
     "add": lambda t, d: t.sum(d), "max": lambda t, d: t.amax(d), "min": lambda t, d: t.amin(d),
     "mul": lambda t, d: _product(t, d), "or": lambda t, d: _any(t, d), "and": lambda t, d: ~_any(~t, d),
-}  # fmt: skip
+}
 
 
 def _product(t: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -87,7 +87,7 @@ class _Evaluation:
     def __init__(
         self, order: Sequence[str], extent: Mapping[str, int], at: Mapping[str, int], tensors: Mapping[str, Tensor],
         widen: bool, device: torch.device,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.order, self.extent, self.at, self.tensors = list(order), extent, at, tensors
         self.widen, self.device = widen, device
         self.memo: dict[Expr, Tensor] = {}
@@ -192,7 +192,7 @@ def _integer(size: Size, rank: str) -> int:
 def _run(
     c: Cascade, e: Einsum, extent: Mapping[str, int], at: Mapping[str, int], values: dict[str, Tensor], widen: bool,
     device: torch.device,
-) -> None:  # fmt: skip
+) -> None:
     plain = [str(i.attr) for i in e.out.index if i.op == "index" and str(i.attr) not in at]
     order = plain + list(e.over)
     order += sorted(e.ranks - set(order) - set(at))
@@ -253,7 +253,7 @@ def _sum_of_products(e: Einsum, terms: _Evaluation) -> Tensor | None:
         used = [r for r in terms.order if r in f.ranks]
         operands.append(terms(f).to(want).expand([terms.extent[r] if r in used else 1 for r in terms.order]).reshape(
             [terms.extent[r] for r in used]
-        ))  # fmt: skip
+        ))
         specs.append("".join(letter[r] for r in used))
     kept = [r for r in terms.order if r not in e.over]
     missing = [r for r in terms.order if not any(r in f.ranks for f in factors)]

@@ -24,13 +24,13 @@ _WHERE = {
     "Verification": "rewriter.run.verify", "targets": "cost_model.devices.device", "Device": "cost_model.devices.device",
     "Plan": "cost_model.plan.plan", "Site": "cost_model.sites.site", "Candidate": "cost_model.sites.site",
     "Miss": "cost_model.sites.site", "Sweep": "cost_model.sites.sweep",
-}  # fmt: skip
+}
 
 __version__ = "0.1.0"
 __all__ = [
     "Candidate", "Device", "Miss", "Plan", "Policy", "Report", "Site", "StrictError", "Sweep", "Verification", "optimize",
     "plan", "report", "restore", "targets", "verify",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> object:

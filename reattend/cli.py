@@ -42,7 +42,7 @@ app = typer.Typer(
 for command in (
     commands_plan.plan, commands_plan.explain, commands_run.emit, commands_run.bench, commands_run.verify,
     commands_plan.diff, commands_plan.targets,
-):  # fmt: skip
+):
     app.command()(command)
 
 
@@ -82,4 +82,4 @@ def _failed(error: Exception) -> int:
 _SENTENCES = (
     "UsageError", "UnknownDevice", "CaptureError", "StrictError", "PlanError", "SweepError", "MeshError", "ExpectError",
     "ValueError",
-)  # fmt: skip
+)

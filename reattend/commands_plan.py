@@ -55,7 +55,7 @@ def plan(
     past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, sweep: Sweeps = None, mesh: Meshes = None,
     approximate: Approximate = False, expect: Expects = None, html: Html = None, strict: Strict = False,
     json: Json = False, debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """Show every attention of MODEL: what it is, its mask, the candidates' predicted times, the choice.
 
     Several --target: one capture, side by side. --sweep: one capture with open sizes, then the winner at each size and
@@ -90,7 +90,7 @@ def explain(
     model: Model, site: SiteName = None, target: Target = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None,
     phase: Phase = "prefill", past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, expect: Expects = None,
     json: Json = False, debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """Show one attention in full: its cascade before and after, passes, tiles, bytes, proofs, guards, every candidate.
 
     Example: reattend explain config.json model.layers.0.self_attn --seq 4k --target h100
@@ -114,7 +114,7 @@ def diff(
     past: Past = 0, attn: Attn = None,
     tolerance: Annotated[float, typer.Option(help="share by which a choice may get slower")] = 0.05,
     json: Json = False, debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """Compare two saved plans site by site; exits with 1 when a choice got slower by more than --tolerance.
 
     With one MODEL and two --target it compares the devices, and exits with 0.
@@ -143,7 +143,7 @@ def targets(
         bool, typer.Option("--calibrate", help="measure the present device first (under two minutes), and keep the file")
     ] = False,
     json: Json = False, debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """List the devices that can be planned for, with the numbers that plans use.
 
     Example: reattend targets --calibrate
@@ -155,7 +155,7 @@ def targets(
     if json:
         rows = [{"name": d.name, "title": d.title, "kind": d.kind, "arch": d.arch, "basis": d.basis,
                  "band": d.band, "dram_bytes_per_s": d.dram_bytes_per_s, "matrix_flops_per_s": dict(d.matrix_flops_per_s),
-                 "sources": dict(d.sources)} for d in all_targets()]  # fmt: skip
+                 "sources": dict(d.sources)} for d in all_targets()]
         print(json_module.dumps(rows, indent=2))
         return
     from rich.table import Table
@@ -167,7 +167,7 @@ def targets(
         table.add_row(
             d.name, d.title, d.arch, str(d.units), f"{d.dram_bytes_per_s / 1e12:.2f}",
             f"{d.matrix_rate('bf16') / 1e12:.1f}", d.basis, f"±{d.band:.0%}",
-        )  # fmt: skip
+        )
     Console(width=max(100, Console().width)).print(table)
 
 
@@ -191,7 +191,7 @@ def _calibrate() -> None:
         f"{found.title}: off by {mean:.1%} on average on {len(check)} timings that nothing was fitted to; plans state "
         f"±{found.band:.0%}; {f'written to {where}' if where else 'not written: REATTEND_CALIBRATION is empty'}",
         file=sys.stderr,
-    )  # fmt: skip
+    )
 
 
 # --- how --------------------------------------------------------------------------------------------------------

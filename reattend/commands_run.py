@@ -36,7 +36,7 @@ def emit(
     candidate: Annotated[str, typer.Option(help="whose code: reattend, sdpa, flex, or chosen")] = "reattend",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="write to this file instead of the screen")] = None,
     json: Json = False, debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """Write the code for one attention: a readable, self-contained file that runs without reattend.
 
     Example: reattend emit config.json --seq 4k --target h100 -o attention.py
@@ -60,7 +60,7 @@ def emit(
 def verify(
     model: Model, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None, attn: Attn = None, json: Json = False,
     debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """Run MODEL with random weights on this machine, original and rewritten, and compare both with float64.
 
     Example: reattend verify config.json --seq 512 --batch 2
@@ -82,7 +82,7 @@ def bench(
     past: Past = 0, attn: Attn = None,
     seconds: Annotated[float, typer.Option(help="time to spend on each distinct attention")] = 4.0,
     json: Json = False, debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """Measure every candidate of each distinct attention on this machine, beside its prediction.
 
     Candidates run in turn on random inputs of the attention's shapes; medians are shown, and A/A, the ratio of one

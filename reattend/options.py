@@ -91,7 +91,7 @@ Expects = Annotated[
     list[str] | None,
     typer.Option("--expect", metavar="NAME=FORM", help="what to expect of run-time data that a mask reads: "
                  "attention_mask=length:700, position_ids=segments:8, table=blocks:16, table=0.25"),
-]  # fmt: skip
+]
 Html = Annotated[Path | None, typer.Option("--html", metavar="PATH", help="write one self-contained page")]
 Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 when an attention is left alone")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]

@@ -61,7 +61,7 @@ def site(c: Cascade, d: Device, at: Mapping[str, int], name: str) -> Site:
         name, "/some/where/model.py:7", "softmax", frozenset({"causal"}), shape, mask, ("a <proof> & more",), (), order,
         order[0].name, show(c), show(stream(view, state)), (), memory(view, c, at),
         detailer=lambda: detail(c, stream(view, state), mapping, at),
-    )  # fmt: skip
+    )
 
 
 def plan(
@@ -83,7 +83,7 @@ def plan(
     return Plan(
         retake(d, SIZES, range(len(cascades))), misses, d, "Sample </script>", "a note", 10**9, symbols, axes(cascades),
         sharding=reshard(d, SIZES), retake=retake, reshard=reshard,
-    )  # fmt: skip
+    )
 
 
 def cost(seconds: float) -> Cost:

@@ -100,7 +100,7 @@ ROWS: dict[str, Callable[[Tensor, Grid], Tensor]] = {
     "relu": lambda s, g: _l1(s, torch.relu(s)),
     "off by one": lambda s, g: (e := (s - s.amax(-1, keepdim=True)).exp()) / ((-s.amax(-1, keepdim=True)).exp() + e.sum(-1, keepdim=True)),
     "log softmax": lambda s, g: s.log_softmax(-1).exp(),
-}  # fmt: skip
+}
 
 
 @st.composite

@@ -106,7 +106,7 @@ def _leveled(s: Expr, reduce: Reduce) -> Expr:
 ROWS: Mapping[str, Callable[[Expr, Reduce], Expr]] = {
     "softmax": _softmax, "zero": _zero, "sink": _sink, "sigmoid": lambda s, _: ex.unary("sigmoid", s),
     "leveled": _leveled, "square": _square, "rectified": _rectified, "linear": lambda s, _: s * 0.1,
-}  # fmt: skip
+}
 FILLED = ("softmax", "zero", "sink", "sigmoid", "leveled")
 
 _AUXILIARY: Mapping[str, Callable[[int, int], tuple[tuple[Size, ...], str]]] = {
@@ -115,7 +115,7 @@ _AUXILIARY: Mapping[str, Callable[[int, int], tuple[tuple[Size, ...], str]]] = {
     "gate": lambda b, h: ((b, KEYS), "f32"), "sink": lambda b, h: ((h,), "f32"),
     "pad": lambda b, h: ((b, KEYS), "b1"), "group": lambda b, h: ((b, sympy.Max(QUERIES, KEYS)), "i64"),
     "keep": lambda b, h: ((1, h, QUERIES, KEYS), "b1"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _values(t: Tensor, g: torch.Generator) -> torch.Tensor:
 def attention(
     score: Callable[[Expr], Expr], row: Callable[[Expr, Reduce], Expr], *, b: int = 1, h: int = 2, group: int = 1,
     p: int = 33, m: int = 33, e: int = 16, f: int = 16, dtype: str = "f32", on_weights: Expr = ex.TRUE, label: str = "",
-) -> Program:  # fmt: skip
+) -> Program:
     """The cascade of `Σ_m row(score(Q·K))·V` for symbolic lengths s (queries) and t (keys; s too where p = m)."""
     keys: Size = QUERIES if p == m else KEYS
     sizes: dict[str, Size] = {"b": b, "h": h, "p": QUERIES, "m": keys, "e": e, "f": f}
@@ -155,7 +155,7 @@ def attention(
     tensors = {
         "Q": Tensor("Q", (b, h, QUERIES, e), dtype), "K": Tensor("K", (b, h // group, keys, e), dtype),
         "V": Tensor("V", (b, h // group, keys, f), dtype),
-    }  # fmt: skip
+    }
     einsums: list[Einsum] = []
 
     def write(name: str, ranks: str, body: Expr, op: str | None = None, over: str = "", out: str = "f32") -> Expr:
@@ -177,7 +177,7 @@ def attention(
         tensors[name] = Tensor(name, tuple(n if isinstance(n, int) else n.subs(bound) for n in shape), kind)
     c = Cascade(
         "drawn", tuple(Rank(r, n) for r, n in sizes.items()), tuple(tensors.values()), tuple(einsums), ("O",)
-    )  # fmt: skip
+    )
     return Program(verify(c), {"s": p, **({} if p == m else {"t": m})}, label)
 
 
@@ -207,4 +207,4 @@ def programs(draw: st.DrawFn, dtype: str = "f32", longest: int = 48) -> Program:
         score, ROWS[rule], b=draw(st.sampled_from([1, 2])), h=heads, group=group, p=p, m=m,
         e=draw(st.sampled_from([8, 16, 24])), f=draw(st.sampled_from([16, 20])), dtype=dtype,
         on_weights=ex.TRUE if rule in FILLED else keep, label=label,
-    )  # fmt: skip
+    )

@@ -19,7 +19,7 @@ def test_the_example_runs(example: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(example), *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.strip(), "an example shows something"
 

@@ -167,7 +167,7 @@ def test_the_script_refuses_an_old_python(tmp_path: Path) -> None:
     done = subprocess.run(
         ["sh", "run", "tests"], cwd=tmp_path, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHON": str(old)},
-    )  # fmt: skip
+    )
     assert done.returncode == 2
     assert "needs Python 3.11 or newer" in done.stderr
     assert not (tmp_path / ".venv").exists()

@@ -15,7 +15,7 @@ from ...patterns.expr import TRUE, Expr
 from ...patterns.mapping import TileMapping
 from ..files import cache, native
 from ..files.tile_plan import classes
-from ..files.torch_file import PrintedFunction, Printer, common, entry, file, operands, parts, used_names  # fmt: skip
+from ..files.torch_file import PrintedFunction, Printer, common, entry, file, operands, parts, used_names
 from ..forms.base2 import in_base2
 from ..forms.form import Form, softmax
 from ..forms.terms import Terms, mapped_state
@@ -92,7 +92,7 @@ class _File:
             f"CARRIED = {len(self.program.state.carried)};",
             f"constexpr int E[PRODUCTS] = {{{', '.join(map(str, depths))}}}, F = {self._length((f.attention.value,))};",
             f"using T = {STORED[self.type]};", f"using OUT = {STORED[self.out]};", "", cpp_program.text(self.program),
-        ])  # fmt: skip
+        ])
 
     def _length(self, ranks: Sequence[str]) -> int:
         out = 1

@@ -140,7 +140,7 @@ class _Kernel:
         inner = [
             *near, *([""] if near else []), *self._update(masked), "", *self._finish(), "",
             f"stream([{', '.join(pairs)}], v, rows, (z0, z1), plan, {start}, update, finish)",
-        ]  # fmt: skip
+        ]
         few = f"[(0, {p.batch}, strips({queries}, {keys}, {queries}, {masked}))]"
         every = f"[(0, {p.batch}, strips({queries}, {keys}, TILE_P, {masked}))]"
         parts = f"{few} if {queries} * {keys} <= FEW else {plan}" if plan else every

@@ -85,7 +85,7 @@ def _main(p: Printer, s: Softmax, pieces: _Pieces, plan: str) -> str:
         f"if {queries} * {keys} <= FEW:", *indented(small), "    return out", "",
         "def part(z0, z1, plan):", *indented(pieces.part()), "",
         f"for z0, z1, plan in {plan or every}:", "    part(z0, z1, plan)",
-    ]  # fmt: skip
+    ]
     return entry(p, lines, setup)
 
 
@@ -94,7 +94,7 @@ class _Pieces:
 
     def __init__(
         self, p: Printer, s: Softmax, table: Mapping[str, PrintedFunction], near: Sequence[Expr], shared: bool
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.p, self.s, self.table, self.near, self.shared = p, s, table, near, shared
         a = p.f.attention
         self.query, self.key = p.ranks[a.query], p.ranks[a.key]

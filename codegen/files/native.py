@@ -33,7 +33,7 @@ COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w",
-)  # fmt: skip
+)
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): a process asks once for the registers of AMX.
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
 # Longest compiler message to show.

@@ -178,4 +178,4 @@ def _alive(p: Printer) -> list[str]:
     text = body.term(proof)
     start = [f"row = axis({p.names.rank(query)}, 1)"]
     return [*start, *(x.strip() for x in body.lines), f"rows = ({text}).squeeze(-1)",
-            "alive = extremes(rows, rows, TILE_P, -1)[0]"]  # fmt: skip
+            "alive = extremes(rows, rows, TILE_P, -1)[0]"]

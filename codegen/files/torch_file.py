@@ -33,7 +33,7 @@ RESERVED = (
     "score", "full", "step", "bias", "kept", "part", "keys", "queries", "o", "lse", "p0", "p1", "m0", "m1", "TILE_P",
     "TILE_M", "FEW", "LOG2E", "y0", "y1", "pn", "mn", "i", "j", "acc", "x", "at", "state", "scores", "row", "SCALE",
     "Tensor", "sdpa", "stream", "attention", "inf", "nan",
-)  # fmt: skip
+)
 
 
 @cache
@@ -138,7 +138,7 @@ class Printer:
 
     def scope(
         self, names: Mapping[Expr, str], tensors: Mapping[str, str] | None = None, views: bool = True, reuse: bool = False
-    ) -> Scope:  # fmt: skip
+    ) -> Scope:
         leaves = {ex.index(r): t for r, t in self.ranks.items()}
         views = views and len(self.f.heads.lead) < 2
         scope = self.names.scope({**leaves, **names}, self.f.real, views)
@@ -147,7 +147,7 @@ class Printer:
     def function(
         self, name: str, doc: str, results: Sequence[Expr], first: Sequence[str] = (),
         named: Mapping[Expr, str] | None = None, reuse: bool = False,
-    ) -> PrintedFunction:  # fmt: skip
+    ) -> PrintedFunction:
         """Print a function that answers the terms; `first` are its first parameters, the rest is what it uses."""
         body = Body(self.scope(named or {}, reuse=reuse), results)
         texts = [body.real(e) if e.is_float else body.term(e) for e in results]
@@ -246,11 +246,11 @@ def einsum(p: Printer, e: Einsum) -> str:
 MODULES = (
     "ctypes", "hashlib", "math", "os", "platform", "shlex", "shutil", "subprocess", "sys", "tempfile", "threading",
     "warnings",
-)  # fmt: skip
+)
 NAMES = {
     "collections.abc": ("Callable", "Iterator", "Sequence"), "functools": ("cache", "lru_cache"), "pathlib": ("Path",),
     "typing": ("Any", "NamedTuple"),
-}  # fmt: skip
+}
 
 
 def imports(code: str) -> str:
@@ -274,7 +274,7 @@ def imports(code: str) -> str:
 def file(
     p: Printer, m: TileMapping, printed: Sequence[str], modules: Sequence[ModuleType], constants: Sequence[str], body: str,
     version: str,
-) -> str:  # fmt: skip
+) -> str:
     """The whole file: what it computes, what varies, the loops, and `attention`."""
     text = "\n\n\n".join(printed)
     rule = p.f.rule if "planned" in text or "classes" in text else "never"
@@ -284,7 +284,7 @@ def file(
         {"always": "Tiles without a kept key are skipped.", "never": "Every query sees every key.",
          "guarded": "Tiles without a kept key are skipped where all rows of a tile keep some key.",
          "bounded": "Tiles without a kept key are skipped where scores are small enough for the fill to drown them."}[rule],
-    ]  # fmt: skip
+    ]
     numbers = [f"TILE_P, TILE_M = {m.tile_p}, {m.tile_m}", *constants]
     numbers += [line for name, line in CONSTANTS.items() if name in used_names(text)]
     out = [header(p.f, decision, version), imports("\n".join([text, *loops])), "\n".join(numbers), *loops, text]

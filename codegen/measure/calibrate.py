@@ -245,7 +245,7 @@ def _flex(d: Device, watch: Watch[Any]) -> Device:
     every = {
         "flex_mask_seconds": masked - plain, "flex_far_seconds": far - plain,
         "flex_key_seconds": (few - full["f32", 64]) / (128 * (1 / 8 - 1 / 128)),
-    }  # fmt: skip
+    }
     rates |= {name: dict.fromkeys(("f32", "bf16", "f16"), max(0.0, x)) for name, x in every.items()}
     # fp32 has no units that want their operands aligned
     rates["flex_left_seconds"] = {"f32": 0.0} | dict.fromkeys(("bf16", "f16"), max(0.0, askew - far) / 128)
@@ -265,7 +265,7 @@ def _flex_of(compiled: Device, d: Device) -> Device:
 
 def _compiled_flex(
     t: str, e: int = 64, *, keys: int = 768, queries: int = 768, blocks: str = "", score: Any = None
-) -> float:  # fmt: skip
+) -> float:
     """Seconds a pair: all keys at once, or in blocks of 128 that are all `full` or all `partial`; `score`: a score_mod."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -308,7 +308,7 @@ def _printed_blocks(n: int = 768) -> Callable[[], Any]:
 CHECKED = (
     Workload("none", 1, 6, 850, 850), Workload("causal", 1, 6, 1250, 1250), Workload("window", 1, 8, 1800, 1800, window=200),
     Workload("causal", 1, 4, 640, 640, 128),
-)  # fmt: skip
+)
 
 
 def _checked_on_cpu(d: Device, watch: Watch[Any]) -> Iterator[Checked]:

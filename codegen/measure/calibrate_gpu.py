@@ -76,7 +76,7 @@ def _driver_says(d: Device) -> Device:
     return replace(
         d, title=p.name, units=p.multi_processor_count, dram_bytes=float(p.total_memory),
         l2_bytes=float(p.L2_cache_size) or d.l2_bytes, matrix_flops_per_s=flops,
-    )  # fmt: skip
+    )
 
 
 def _products(d: Device) -> Device:

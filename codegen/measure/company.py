@@ -95,7 +95,7 @@ SHAPES = (
     Workload("causal", 1, 12, 6, 1420, group=3),
     Workload("none", 1, 2, 30, 60, compiled=FUSED), Workload("causal", 1, 8, 1, 300, group=2, compiled=("flex f32",)),
     Workload("none", 1, 4, 1, 520), Workload("causal", 1, 3, 60, 60),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ def original(shape: Workload, x: Mapping[str, torch.Tensor]) -> Call:
     kept = {
         "causal": m <= p, "window": (m <= p) & (p - m < shape.window), "prefix": (m <= p) | (m < PREFIX),
         "padding": x["Kept"][:, None, None] if "Kept" in x else None,
-    }.get(shape.mask)  # fmt: skip
+    }.get(shape.mask)
 
     def shared(t: torch.Tensor) -> torch.Tensor:
         b, h, n, e = t.shape

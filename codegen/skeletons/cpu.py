@@ -96,7 +96,7 @@ def corners(n: int, size: int, after: int) -> tuple[Tensor, Tensor, Tensor]:
 def plans(
     some: Tensor, every: Tensor, alive: Tensor | None, free: Tensor | None, size: tuple[int, int, int],
     tiles: tuple[int, int], always: bool,
-) -> list[tuple[int, int, list[Block]]]:  # fmt: skip
+) -> list[tuple[int, int, list[Block]]]:
     """Ranges of the batch with the slices that they visit: all of it, or each alone where their tiles differ much.
 
     Bool, broadcast to [Z, H, tiles of queries, tiles of keys]: `some`, is some point of the tile kept? `every`, are all?
@@ -122,7 +122,7 @@ def plans(
 
 def visits(
     some: Tensor, every: Tensor, free: Tensor, size: tuple[int, int], tiles: tuple[int, int], always: bool
-) -> list[Block]:  # fmt: skip
+) -> list[Block]:
     """The key slices of every query tile; consecutive tiles with equal slices are one block."""
     (queries, keys), (tile_p, tile_m) = size, tiles
     partial = (some & ~every).any(1).tolist()
@@ -241,7 +241,7 @@ def level(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, empty: float | None, width: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """torch's CPU flash kernel: output and log-sum-exp of every row. For rows without a key it gives 0 and 0."""
     if k.shape[2] == 0:
         shape = q.shape[:3]
@@ -258,7 +258,7 @@ def attend(
 def once(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, added: Tensor | None = None, empty: float | None = None,
     finish: Callable[[Tensor, Tensor, int, int, int, int], Tensor] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """One SDPA in which every query sees every key: `sdpa` for calls too small for tiles."""
     q, k, v = level(q, k, v)
     mask = four(added, q.shape[2], k.shape[2]) if added is not None else None
@@ -270,7 +270,7 @@ def sdpa(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, plan: list[Block],
     added: Callable[[int, int, int, int], Tensor] | None = None, empty: float | None = None,
     finish: Callable[[Tensor, Tensor, int, int, int, int], Tensor] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """SDPA of every block of queries on its slices of the keys.
 
     `added(p0, p1, m0, m1)`: what the scores get; for a block of several tiles it is the same for each of them.
@@ -307,7 +307,7 @@ def folded(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, block: Block,
     added: Callable[[int, int, int, int], Tensor] | None, empty: float | None,
     finish: Callable[[Tensor, Tensor, int, int, int, int], Tensor] | None,
-) -> None:  # fmt: skip
+) -> None:
     """Query tiles whose slices lie alike: the tiles become the batch, and overlapping slices of the keys are views."""
     p0, p1, rows, ((m0, m1, masked),), _ = block
     mask = four(added(p0, p0 + rows, m0, m1), rows, m1 - m0) if masked and added is not None else None
@@ -337,7 +337,7 @@ def reach(q: Tensor, k: Tensor, scale: float) -> float:
 
 def plainly(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, size: int, score: Callable[[Tensor, slice, slice, slice], Tensor]
-) -> None:  # fmt: skip
+) -> None:
     """The attention as it is written, `size` queries of the heads that share keys at a time.
 
     `score(products, z, h, p)`: the score of those queries and all keys.

@@ -73,7 +73,7 @@ def all_partial(rows: int, columns: int) -> Tensor:
 def run(
     text: str, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Tensor, out: Tensor,
     size: tuple[int, int, int, int, int], classes: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int],
-) -> None:  # fmt: skip
+) -> None:
     """Compute `out` [Z, H, P, F]. `size`: Z, H, HKV, P, M. `tensors`, `sizes`: what the printed program loads."""
     one = Operand * len(queries)
     z, h, p, _ = out.stride()
@@ -86,7 +86,7 @@ def run(
     call = call_type(len(queries))(
         one(*map(operand, queries)), one(*map(operand, keys)), operand(values), out.data_ptr(), z, h, p, *size, *tiles,
         torch.get_num_threads(), ctypes.addressof(data), ctypes.addressof(numbers),
-    )  # fmt: skip
+    )
     failed = compiled(text)(ctypes.addressof(call))
     if failed:
         raise RuntimeError(f"the fused attention kernel failed with number {failed}: {FAILURES.get(failed, 'unknown')}")

@@ -37,7 +37,7 @@ def stream(
     pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor, out: Tensor, batch: tuple[int, int], plan: list[Block],
     start: Sequence[float], update: Callable[[list[Tensor], State, At, bool], tuple[Tensor, Tensor | None, State]],
     finish: Callable[[Tensor, State, At], Tensor],
-) -> None:  # fmt: skip
+) -> None:
     """Compute `out` [Z, H, P, F] over a range of the batch along its plan.
 
     `pairs`: operands of the products, [Z, H, P, E] and [Z, H/G, M, E]. `start`: what each part of the state holds at

@@ -17,7 +17,7 @@ CHUNK = 1 << 24
 def tile_classes(
     kept: Callable[[Tensor, Tensor], Tensor], lists: int, queries: int, keys: int, tile_p: int, tile_m: int,
     skip: str, device: torch.device,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Evaluate a mask block by block.
 
     `skip`: which tiles without a kept key are left out: "always" all, "guarded" those of row blocks in which every row
@@ -68,7 +68,7 @@ def index_type(*tensors: Tensor) -> Any:
 def launch(
     kernel: Any, constants: Mapping[str, Any], out: Tensor, inputs: tuple[Tensor, ...], sizes: tuple[int, ...],
     programs: int, row_blocks: int, walk: tuple[Any, ...],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Run `kernel` on a grid of `programs` · `row_blocks`.
 
     `walk` is (full tiles, all tiles) when every row block visits every key tile, else the lists of `tile_lists`.
@@ -81,5 +81,5 @@ def launch(
         kernel[(programs * row_blocks,)](
             (out, *out.stride()), tuple((t, *t.stride()) for t in inputs), sizes, walk if listed else (), (), row_blocks,
             n_full, n_all, INDEX=index_type(out, *inputs), LISTED=listed, **constants,
-        )  # fmt: skip
+        )
     return out

@@ -12,7 +12,7 @@ from .host import index_type
 def launch_split(
     kernels: tuple[Any, Any], constants: tuple[Mapping[str, Any], Mapping[str, Any]], states: int, out: Tensor,
     inputs: tuple[Tensor, ...], sizes: tuple[int, ...], programs: int, row_blocks: int, walk: tuple[Any, ...],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Run the kernel with several programs a row block, then the one that merges their parts; arguments as `launch`.
 
     `states`: how many scalars a row carries.
@@ -27,7 +27,7 @@ def launch_split(
     common = (
         (out, *out.stride()), tuple((t, *t.stride()) for t in inputs), sizes, walk if listed else (),
         (part, part[rows * first["BF"] :]), row_blocks,
-    )  # fmt: skip
+    )
     same = {"INDEX": index_type(out, *inputs), "LISTED": listed}
     with torch.cuda.device_of(out):
         kernels[0][(blocks * first["SPLIT"],)](*common, n_full, n_all, **same, **first)

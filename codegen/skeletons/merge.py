@@ -15,7 +15,7 @@ def merge(
     BM: tl.constexpr, BF: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, START: tl.constexpr, RESTORE: tl.constexpr, JOIN: tl.constexpr,
     FINISH: tl.constexpr,
-):  # fmt: skip
+):
     i_p = tl.program_id(0) % n_rows
     batch, i_mask = BATCH(tl.program_id(0) // n_rows, sizes)
     if LISTED:

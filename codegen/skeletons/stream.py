@@ -19,7 +19,7 @@ def tile(
     i_m, q, acc, state, at, inputs, sizes,
     BN: tl.constexpr, BF: tl.constexpr, INDEX: tl.constexpr, PARTIAL: tl.constexpr,
     PRODUCTS: tl.constexpr, STEP: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
+):
     m = i_m.to(INDEX) * BN + tl.arange(0, BN)  # [BN]
     x = PRODUCTS(q, at, m[None, :], inputs, sizes, PARTIAL)  # each [BM, BN]
     state, w, c = STEP(state, x, at, m[None, :], inputs, sizes, PARTIAL)  # [BM, 1], [BM, BN], [BM, 1]
@@ -34,7 +34,7 @@ def stream(
     BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, START: tl.constexpr, PRODUCTS: tl.constexpr,
     STEP: tl.constexpr, VALUES: tl.constexpr, FINISH: tl.constexpr, SAVE: tl.constexpr,
-):  # fmt: skip
+):
     i_block = tl.program_id(0) // SPLIT
     i_p = i_block % n_rows
     batch, i_mask = BATCH(i_block // n_rows, sizes)
@@ -59,12 +59,12 @@ def stream(
         i_m = tl.load(p_keys + i) if LISTED else i
         acc, state = tile(
             i_m, q, acc, state, at, inputs, sizes, BN, BF, INDEX, False, PRODUCTS, STEP, VALUES
-        )  # fmt: skip
+        )
     for i in range(tl.maximum(first, n_full), last):
         i_m = tl.load(p_keys + i) if LISTED else i
         acc, state = tile(
             i_m, q, acc, state, at, inputs, sizes, BN, BF, INDEX, True, PRODUCTS, STEP, VALUES
-        )  # fmt: skip
+        )
     if SPLIT > 1:
         p_acc, p_state = parts
         o = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]

@@ -25,7 +25,7 @@ from .printer import ATOM, PrintError, Spelling, Text, Writer, call, distinct, i
 STORED: Mapping[str, str] = {
     "b1": "uint8_t", "u8": "uint8_t", "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t",
     "f16": "f16", "bf16": "bf16", "f32": "float",
-}  # fmt: skip
+}
 NARROW: Mapping[str, str] = {"u8": "uint8_t", "i8": "int8_t", "i16": "int16_t"}
 KEYWORDS = frozenset([
     "alignas", "alignof", "and", "and_eq", "asm", "auto", "bitand", "bitor", "bool", "break", "case", "catch", "char",
@@ -36,7 +36,7 @@ KEYWORDS = frozenset([
     "static", "static_assert", "static_cast", "struct", "switch", "template", "this", "throw", "true", "try",
     "typedef", "typeid", "typename", "union", "unsigned", "using", "virtual", "void", "volatile", "wchar_t", "while",
     "xor", "xor_eq", "unix", "linux",
-])  # fmt: skip
+])
 
 # Levels of C++'s operators: an argument below the level that is asked for gets parentheses.
 CHOICE, ANY, EQUAL, COMPARED, SUM, PRODUCT, UNARY = 0, 1, 4, 5, 7, 8, 9

@@ -23,7 +23,7 @@ TYPES: Mapping[str, str] = {
     "b1": "torch.bool", "u8": "torch.uint8", "i8": "torch.int8", "i16": "torch.int16", "i32": "torch.int32",
     "i64": "torch.int64", "f16": "torch.float16", "bf16": "torch.bfloat16", "f32": "torch.float32",
     "f64": "torch.float64",
-}  # fmt: skip
+}
 RESERVED = frozenset(["torch", "math", "inf", "nan", "choose", "tile", "F", "len", "min", "max", "abs", "int", "range"])
 
 

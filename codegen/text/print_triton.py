@@ -23,7 +23,7 @@ from .printer import ATOM, PYTHON, UNARY, PrintError, Spelling, Text, Writer, ca
 TYPES: Mapping[str, str] = {
     "b1": "tl.int1", "u8": "tl.uint8", "i8": "tl.int8", "i16": "tl.int16", "i32": "tl.int32", "i64": "tl.int64",
     "f16": "tl.float16", "bf16": "tl.bfloat16", "f32": "tl.float32",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Corners:
         return Corners(
             query, key, {r: ex.index(f"{r}0") for r in ranks}, {r: ex.index(f"{r}1") for r in ranks},
             {r: ex.index(f"{r}#") for r in ranks},
-        )  # fmt: skip
+        )
 
     def predicate(self, e: Expr) -> tuple[Expr, Expr]:
         """`(every, some)` of a predicate over a tile."""

@@ -29,7 +29,7 @@ from .kernel import MISSING, TritonKernel, available
 POINTER: Mapping[str, str] = {
     "b1": "*u1", "u8": "*u8", "i8": "*i8", "i16": "*i16", "i32": "*i32", "i64": "*i64", "f16": "*fp16",
     "bf16": "*bf16", "f32": "*fp32", "f64": "*fp64",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ KINDS: Mapping[str, re.Pattern[str]] = {
         "shared store": r"STS", "tensor memory": r"LDTM|STTM", "shuffle": r"SHFL", "barrier": r"BAR\.|SYNCS",
         "spill": r"LDL|STL", "branch": r"BRA",
     }.items()
-}  # fmt: skip
+}
 OTHER = "other"
 # Kinds that say nothing about how a loop is scheduled.
 _PLAIN = ("integer", "compare", "branch", OTHER)

@@ -25,7 +25,7 @@ RESERVED = (
     "inside", "shape", "programs", "row_blocks", "walk", "device", "name", "tensor", "PARTIAL", "BM", "BN", "BF", "INDEX",
     "CONSTANTS", "CHUNK", "tl", "triton", "torch", "math", "Any", "Callable", "Mapping", "Tensor", "lru_cache", "float",
     "range", *HELPERS,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class DeviceFunction:
     """A function under construction: its body, and lines that unpack what the body turned out to use."""
 
     def __init__(self, names: KernelNames, name: str, params: str, ranks: Iterable[str], roots: Iterable[Expr] = (),
-                 guards: dict[str, str] | None = None) -> None:  # fmt: skip
+                 guards: dict[str, str] | None = None) -> None:
         self.names, self.name, self.params = names, name, params
         s = names.s
         scope = Scope(names.leaves(ranks), names.operands, s.extent, guards or {})

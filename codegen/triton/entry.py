@@ -140,7 +140,7 @@ def _plan_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
         '    """Shape of the output, programs, row blocks of each, (full, all) key tiles of a block that visits all."""',
         f"    shape = {_tuple(_size(n, names) for n in out.shape)}",
         f"    return shape, {programs}, -(-{rows} // {mapping.tile_p}), ({full}, -(-{keys} // {mapping.tile_m}))",
-    ])  # fmt: skip
+    ])
 
 
 # --- the mask ---------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def _walk_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
         f'        {lists}, {queries}, {keys}, {mapping.tile_p}, {mapping.tile_m}, "{s.skipping}", device,',
         "    )",
         f"    return tile_lists(classes, {ragged}, heavy_first={mapping.heavy_first})",
-    ])  # fmt: skip
+    ])
     return f"@lru_cache(maxsize=64)\n{text}" if is_static(s) else text
 
 

@@ -128,7 +128,7 @@ def _products(names: KernelNames, tile_m: int) -> Printed:
     f = DeviceFunction(
         names, "products", f"q, at, {names.ranks[s.key]}, inputs, sizes, PARTIAL: tl.constexpr", ranks,
         [p.key.term for p in s.products],
-    )  # fmt: skip
+    )
     out, n = [], 0
     for p in s.products:
         name = names.products[p.load]
@@ -152,7 +152,7 @@ def _values(names: KernelNames, tile_m: int) -> Printed:
     f = DeviceFunction(
         names, "values", f"at, {m}, {v}, inputs, sizes, PARTIAL: tl.constexpr", (*coordinates(s), s.key, s.value),
         [s.values.term], guards,
-    )  # fmt: skip
+    )
     name = _operand(f, s.values, "v", tile_m)
     f.body.line(f"return {name}")
     return f.printed("The values of a key tile, [BN, BF].")
@@ -166,7 +166,7 @@ def _finish(names: KernelNames) -> Printed:
     v = names.ranks[s.value]
     f = DeviceFunction(
         names, "finish", f"out, acc, state, at, {v}, inside, inputs, sizes", (*coordinates(s), s.value), [s.state.finish]
-    )  # fmt: skip
+    )
     order = [c.name for c in s.state.carried]
     for x in ex.loads(s.state.finish):
         if str(x.attr) == s.accumulator:

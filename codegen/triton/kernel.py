@@ -223,7 +223,7 @@ class TritonKernel:
             count = len(s.state.carried)
             result = made.launch_split(
                 kernels, constants, count, out, tuple(inputs), bound, programs, row_blocks, walk
-            )  # fmt: skip
+            )
         else:
             result = made.launch(made.stream, made.CONSTANTS, out, tuple(inputs), bound, programs, row_blocks, walk)
         return result
@@ -310,7 +310,7 @@ class TritonKernel:
         s = self.streaming
         where: dict[str, Any] = {
             "query": s.attention.query, "key": s.key, "extents": extents, "symbols": sizes,
-        }  # fmt: skip
+        }
         tiles: dict[str, Any] = {"tile_p": self.mapping.tile_p, "tile_m": self.mapping.tile_m}
         certain = None
         if entry.is_static(s):

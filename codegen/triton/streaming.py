@@ -157,7 +157,7 @@ def _read(a: Attention, state: RowState) -> Streaming:
     out = Streaming(
         cascade=c, attention=a, extent=extent, grid=a.batch, rows=(a.query,), products=products, values=values,
         score=a.score, mask=_mask(a, state), state=state, output=output.out.index,
-    )  # fmt: skip
+    )
     widths = [sum(w for _, w in p.chunks) for p in products] + [out.value_width]
     if max(widths) > WIDEST:
         raise _No(f"a head size of {max(widths)} does not fit on chip; {WIDEST} is the largest")
@@ -356,4 +356,4 @@ def _regrouped(s: Streaming, r: str, group: int) -> Streaming:
     grid = tuple(x for g in s.grid for x in (((shared,) if count != 1 else ()) if g == r else (g,)))
     return replace(
         out, grid=grid, rows=rows[:1] if size_one else rows, extent={**s.extent, shared: count, own: group}
-    )  # fmt: skip
+    )

@@ -132,7 +132,7 @@ def _mask_lines(p: Printer, mask: Expr) -> list[str]:
         lines.append(f"mask = mask.expand(-1, -1, -1, {p.names.rank(key)})")
     if mask.dtype != "b1":
         lines += ["if q.device.type != \"cpu\":", "    # masks of another type than the query have no fused kernel there",
-                  "    mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)"]  # fmt: skip
+                  "    mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)"]
     return [*axes(p, "\n".join(lines)), *lines]
 
 

@@ -66,7 +66,7 @@ def accuracy(cells: Sequence[Outcome]) -> Accuracy:
     return Accuracy(
         len(pairs), len(cells), sum(errors) / len(errors), percentile(errors, 0.95),
         spearman([m for m, _ in pairs], [p for _, p in pairs]), mean, percentile(regrets, 0.95), max(regrets), geometric,
-    )  # fmt: skip
+    )
 
 
 def error(predicted: float, measured: float) -> float:

@@ -83,7 +83,7 @@ def cpu_rates(threads: int | None = None, watch: Watch[Any] = unwatched) -> Devi
     return replace(
         base, title=processor(), units=threads, dram_bytes_per_s=dram, matrix_flops_per_s=flops, host=host,
         basis="calibrated",
-    )  # fmt: skip
+    )
 
 
 def merge(into: dict[str, Any], found: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ def keep(d: Device, path: Path | None = None) -> Path | None:
     body = {
         "schema": CALIBRATION_SCHEMA, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
         "device": device_to_dict(d),
-    }  # fmt: skip
+    }
     where.write_text(json.dumps(body, indent=1), encoding="utf-8")
     return where
 
@@ -219,7 +219,7 @@ def _memory() -> dict[str, Any]:
     return {
         **_cache(), "dram_bytes_per_s": dram,
         "fault_seconds_per_byte": max(0.0, fresh) / (4 * large.numel()),
-    }  # fmt: skip
+    }
 
 
 # Bytes that a product with a number reads and writes, to find how many of them a cache holds.
@@ -262,7 +262,7 @@ def _integers() -> dict[str, Any]:
         "element_seconds": {
             "i64": seconds(lambda: torch.sub(p, m, out=apart)) / n, "b1": seconds(lambda: torch.lt(apart, 64, out=kept)) / n,
         },
-    }  # fmt: skip
+    }
 
 
 def _product(t: str) -> tuple[float, float]:
@@ -352,7 +352,7 @@ def _attention(t: str) -> dict[str, Any]:
         "attention_left_seconds": statistics.median(left),
         "attention_pair_seconds": pairs, "attention_key_seconds": key, "attention_row_seconds": row,
         "attention_mask_seconds": _mask(t, 128), "attention_far_mask_seconds": _mask(t, FAR),
-    }  # fmt: skip
+    }
 
 
 def _mask(t: str, queries: int) -> float:

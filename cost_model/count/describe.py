@@ -19,7 +19,7 @@ from .search import CascadeForm, search
 def describe(
     c: Cascade, sizes: Mapping[str, int] | None = None, *, query: str | None = None, rows: int = 128,
     width: int | None = None, family: Family | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Passes, footprints, choices and forms of a cascade, as dictionaries, lists, strings and integers.
 
     `rows` query rows are held at a time, over the rank `query` (the last but one of the first output unless given);
@@ -62,7 +62,7 @@ def _family(
             }
             for r in revisited(c, family)
         ],
-    }  # fmt: skip
+    }
 
 
 def _choice(x: Choice) -> dict[str, Any]:

@@ -164,4 +164,4 @@ def _product(e: Einsum, parts: Sequence[Expr], extent: Mapping[str, int]) -> Ope
     return Operator(
         "product", "matmul", dtype, _count(extent, e.ranks), read, _count(extent, frozenset(out)) * width,
         batch=_count(extent, frozenset(shared)), rows=rows, columns=columns, inner=_count(extent, frozenset(e.over)),
-    )  # fmt: skip
+    )

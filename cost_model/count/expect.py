@@ -50,7 +50,7 @@ class Expect:
             "share": f"keeps {self.values[0]:.3g} of the key blocks", "blocks": f"keeps {shown} key blocks of each row",
             "length": f"keeps the first {shown} tokens of a sequence" + (", in turn" if len(self.values) > 1 else ""),
             "segments": f"packs {shown} segments of equal length",
-        }[self.form]  # fmt: skip
+        }[self.form]
 
 
 def parse(text: str) -> Expect:
@@ -74,7 +74,7 @@ def parse(text: str) -> Expect:
 _RANGE = {
     "share": "a share lies between 0 and 1", "blocks": "a row keeps 0 blocks or more",
     "length": "a sequence keeps 1 token or more, or a part of 100%", "segments": "a sequence has 1 whole segment or more",
-}  # fmt: skip
+}
 
 
 def _sensible(form: str, values: Sequence[float], parts: bool) -> bool:

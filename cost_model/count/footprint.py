@@ -125,7 +125,7 @@ def choices(g: Setting) -> tuple[Choice, ...]:
         again = sum((g.bytes(t) * (1 if g.has(t, g.query) else g.blocks) for t in keyed), 0)
         out.append(
             Choice(r.tensor, RECOMPUTE, moved_bytes=again * n, flops=work.flops * n, exps=work.exps * n)
-        )  # fmt: skip
+        )
     return tuple(out)
 
 

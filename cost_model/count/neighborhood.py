@@ -97,7 +97,7 @@ class GridTiles:
         """Kept (query, key) points."""
         found = (
             pairs(s.keep, s.runs, query=s.axis.query, key=s.axis.key, extents=self.extents) for s in self.sides
-        )  # fmt: skip
+        )
         return math.prod(found)
 
     @property
@@ -128,7 +128,7 @@ def _outer(counts: Sequence[Ints]) -> NDArray[np.float64]:
 def grid_tiles(
     keep: Expr, axes: Sequence[TokenAxis], extents: Mapping[str, int], *, dynamic: bool = False,
     symbols: Mapping[str, int] | None = None,
-) -> GridTiles | Obstacle:  # fmt: skip
+) -> GridTiles | Obstacle:
     """The tiles of a mask over the ranks of `axes`, or why it is no product over them.
 
     Raises ValueError for a rank without extent or a symbol without value.
@@ -160,7 +160,7 @@ def _side(
     runs = count_tiles(
         keep, query=a.query, key=a.key, extents={r: extents[r] for r in (a.query, a.key)}, symbols=symbols,
         tile_p=a.tile_q, tile_m=1 if dynamic else a.tile_k,
-    )  # fmt: skip
+    )
     visited, full = _moved(runs, a.tile_k) if dynamic else (runs.counts(), runs.counts(FULL))
     return Side(a, keep, visited, full, -(-extents[a.key] // a.tile_k), runs)
 

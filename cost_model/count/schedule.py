@@ -56,7 +56,7 @@ def schedule(costs: Costs, repeat: int, slots: int) -> Schedule:
         slots, max(float(every.sum()) / slots, longest),
         makespan(order(costs, repeat, False), slots), makespan(order(costs, repeat, True), slots),
         makespan(every, slots), np.stack(np.unravel_index(falling, costs.shape), -1),
-    )  # fmt: skip
+    )
 
 
 def needs_split(costs: Costs, repeat: int, slots: int) -> bool:

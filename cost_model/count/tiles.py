@@ -26,7 +26,7 @@ from .schedule import SCHEDULED, launch_span, makespan, order
 __all__ = [
     "NOTHING", "SCHEDULED", "Data", "Expectation", "Jobs", "Tally", "assumptions", "expected", "jobs", "launch_span",
     "makespan", "order", "tile_map",
-]  # fmt: skip
+]
 
 Numbers = NDArray[np.float64]
 
@@ -123,7 +123,7 @@ class Jobs:
 def tile_map(
     mask: Mask, query: str, key: str, extents: Mapping[str, int], symbols: Mapping[str, int], tile_p: int, tile_m: int,
     data: Data = NOTHING,
-) -> TileRuns | None:  # fmt: skip
+) -> TileRuns | None:
     """The tiles that a kernel walks under a mask, or None where nothing is masked.
 
     Query tiles in which some row may keep no key, and fills that do not vanish, visit every tile.
@@ -141,11 +141,11 @@ def tile_map(
 def _counted(
     keep: Expr, vanishing: bool, query: str, key: str, ranks: tuple[tuple[str, int], ...],
     known: tuple[tuple[str, int], ...], tile_p: int, tile_m: int, data: Data,
-) -> TileRuns:  # fmt: skip
+) -> TileRuns:
     bounds = block_bounds(data.tables, (tile_p, tile_m)) if data.tables else None
     where: dict[str, Any] = {
         "query": query, "key": key, "extents": dict(ranks), "symbols": dict(known), "bounds": bounds,
-    }  # fmt: skip
+    }
     tiles = count_tiles(keep, **where, tile_p=tile_p, tile_m=tile_m)
     if not vanishing:
         return tiles.guarded(np.zeros(tiles.shape[:-1], np.bool_))
@@ -175,7 +175,7 @@ def assumptions(keep: Expr, data: Data = NOTHING) -> tuple[str, ...]:
 def jobs(
     tiles: TileRuns | None, programs: int, query_tiles: int, key_tiles: int, mask: Mask | None = None,
     data: Data = NOTHING, tile: tuple[int, int] = (1, 1),
-) -> Jobs:  # fmt: skip
+) -> Jobs:
     """The jobs of a launch with `programs` programs, `query_tiles` of them a batch entry.
 
     `mask` and `data` say what is assumed of run-time data; `tile` is that of the kernel where nothing known is masked.
@@ -193,7 +193,7 @@ def jobs(
             full, partial = _thinned(full, partial, e, *tile)
     return Jobs(
         full, partial, max(1, programs // (full.shape[0] * query_tiles)), tiles, full.size * key_tiles, words
-    )  # fmt: skip
+    )
 
 
 def _thinned(full: Numbers, partial: Numbers, e: Expectation, tile_p: int, tile_m: int) -> tuple[Numbers, Numbers]:

@@ -31,7 +31,7 @@ from ...patterns.terms.interval_rules import PLAIN, interval
 
 WIDTH: Mapping[str, int] = {
     "b1": 1, "u8": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8,
-}  # fmt: skip
+}
 # Calls of the special-function unit that one operator takes on a GPU; a division's reciprocal is counted apart.
 EXPONENTIALS: Mapping[str, int] = {o.name: o.effort.calls for o in OPERATORS.values() if o.effort.unit == "special"}
 ROOTS = named(lambda o: o.effort.unit == "root")
@@ -359,7 +359,7 @@ def count(
     c: Cascade, mapping: TileMapping | None = None, sizes: Mapping[str, int] | None = None, tiles: Counted | None = None, *,
     query: str | None = None, mask_ops: Mapping[str, Size] | None = None,
     groups: Sequence[Sequence[str]] | None = None,
-) -> Work:  # fmt: skip
+) -> Work:
     """The work of a cascade.
 
     Without a mapping: each Einsum (or each group, named by the tensors it writes) is a kernel of its own that reads its
@@ -497,7 +497,7 @@ def _value_ranks(c: Cascade, inner: str) -> frozenset[str]:
 def _tiles(
     programs: Size, extent: Mapping[str, Size], outer: str, tiles: Counted | None, batch: list[str],
     masked: bool,
-) -> Tiles:  # fmt: skip
+) -> Tiles:
     total = programs * extent[outer]
     if tiles is None:
         return Tiles(total, total, 0, total) if masked else Tiles(total, total, total, 0)
@@ -509,7 +509,7 @@ def _tiles(
 def _stream_traffic(
     c: Cascade, sizes: Sizes, one: Mapping[str, Size], extent: Mapping[str, Size], key: tuple[str, str], query: str,
     batch: list[str], programs: Size, seen: Tiles, mapping: TileMapping,
-) -> tuple[Traffic, ...]:  # fmt: skip
+) -> tuple[Traffic, ...]:
     inputs = {t.name for t in c.inputs}
     row: list[Traffic] = []
     for a in _reads(c.einsums):
@@ -525,7 +525,7 @@ def _stream_traffic(
             times = elements(extent, batch) if query in a.ranks else programs
             moved = times * footprint(a, shape, rows)
         row.append(Traffic(name, moved * width * mapping.split_m if not a.ranks & set(key) else moved * width,
-                           least(product(shape) * width, moved * width)))  # fmt: skip
+                           least(product(shape) * width, moved * width)))
     for name in c.outputs:
         n = _written(c, sizes, name)
         row.append(Traffic(name, n, n, written=True))

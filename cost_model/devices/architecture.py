@@ -82,7 +82,7 @@ _KNOWN: Mapping[str, Architecture] = {
         # CDNA 2, 3 and 4 [I]
         _cdna("gfx90a", 64), _cdna("gfx942", 64), _cdna("gfx950", 160),
     )
-}  # fmt: skip
+}
 
 
 def architecture(name: str) -> Architecture:

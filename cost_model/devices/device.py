@@ -343,7 +343,7 @@ def device_to_dict(d: Device) -> dict[str, Any]:
     return out | {
         "matrix_flops_per_s": dict(d.matrix_flops_per_s), "host": host,
         "model": {f.name: getattr(d.model, f.name) for f in fields(d.model)},
-    }  # fmt: skip
+    }
 
 
 def _plain(x: Any) -> Any:

@@ -414,7 +414,7 @@ class _Placement:
             {n: b for n, b in rest.items() if n in keyed}, {n: b for n, b in rest.items() if n not in keyed},
             sum(self.produced_bytes(n) for n in c.outputs), weights, sum(self.entire(n) for n in weights), self.split(),
             forward, backward, traffic, tuple(self.sent.values()), even, copies,
-        )  # fmt: skip
+        )
 
     def entire(self, region: str) -> int:
         return max(self.bytes_of(x, {}) for x in self.regions[region])
@@ -432,7 +432,7 @@ class _Placement:
         return any(
             i not in unit or any(x in ex.walk(f) for f in contraction(e) or ())
             for i, e in enumerate(self.c.einsums) for x in e.reads if x in keyed
-        )  # fmt: skip
+        )
 
     def needed(self, name: str) -> int:
         """Bytes of a region of an input that one device reads, once."""

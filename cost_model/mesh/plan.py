@@ -49,7 +49,7 @@ class MeshPlan:
                 "seconds": s.seconds if s.feasible or s.parts else None,
                 "batches": {str(n): b for n, b in s.batches.items()},
                 "held_bytes": s.held_bytes, "sent_bytes": s.sent_bytes,
-            }  # fmt: skip
+            }
             rows.append(row)
         return vars(self) | {"schema": SCHEMA, "schemes": rows}
 

@@ -143,7 +143,7 @@ def scheme(
         tuple(_exchange(x, w.mesh, device, n) for w, p, n in parts for x in exchanges(p, w.mesh, step)),
         total, sum(n * t.seconds for t, n in each), _bound(total), batches, max(p.even for _, p, _ in parts),
         max(p.copies for _, p, _ in parts), _token_bytes(parts),
-    )  # fmt: skip
+    )
 
 
 def _against(ways: Sequence[tuple[Way, int]], mem: DeviceMemory, device: Device, approximate: bool) -> str:
@@ -200,7 +200,7 @@ def _gb(n: float) -> str:
 def rank_ways(
     ways: Mapping[str, Sequence[tuple[Way, int]]], mesh: Mesh, device: Device, *, step: str, weights: int = 0,
     approximate: bool = False, note: str = "",
-) -> MeshPlan:  # fmt: skip
+) -> MeshPlan:
     """All ways with their cost, best first, those that cannot be last, each with the reason.
 
     Raises MeshError for a device without links, ValueError for an unknown step.
@@ -237,7 +237,7 @@ def _explained(able: Sequence[Scheme]) -> list[Scheme]:
             out.append(replace(s, why=f"bound by {s.bound}{_rival(able)}{_copies(s)}"))
             continue
         words = {"exposed": "exchanges that nothing hides", "latency": "the latency of its messages",
-                 "memory": "memory traffic", "compute": "computing"}  # fmt: skip
+                 "memory": "memory traffic", "compute": "computing"}
         more = {k: s.parts[k] - able[0].parts[k] for k in words}
         part = max(more, key=lambda k: more[k])
         uneven = f", one device has {s.even:.2f}× the mean" if part == "compute" and s.even > 1.05 else ""
@@ -263,7 +263,7 @@ def _rival(able: Sequence[Scheme]) -> str:
 def shard(
     sites: Sequence[ShardedSite], mesh: Mesh, device: Device, *, step: str | None = None, weights: int = 0,
     approximate: bool = False,
-) -> MeshPlan:  # fmt: skip
+) -> MeshPlan:
     """The sharding plan of a model's attentions. `step` None: decode where there is one query, else prefill.
 
     Raises MeshError where the mesh does not divide the heads or the batch, naming the sizes that do.
@@ -317,7 +317,7 @@ def _latents(s: ShardedSite, plain: Cascade, who: Roles, step: str) -> Latents |
 
 def _by_name(
     plain: Cascade, found: Latents | Obstacle | None, who: Roles, mesh: Mesh, some: bool
-) -> Iterator[tuple[str, Way]]:  # fmt: skip
+) -> Iterator[tuple[str, Way]]:
     """The ways of one attention; where others of the model have latents, one that has none takes its plain way beside."""
     own = found if isinstance(found, Latents) else None
     for way in captured_ways(plain, own, who, mesh):
@@ -369,4 +369,4 @@ def _listed(sizes: Sequence[int]) -> str:
 __all__ = [
     "LATENT_ROLES", "STEPS", "DeviceMemory", "ShardedSite", "Times", "Way", "assignments", "exchanges", "hidden_from",
     "latent_ways", "placed", "rank_ways", "scheme", "shard", "times", "with_projection",
-]  # fmt: skip
+]

@@ -49,7 +49,7 @@ def _row(s: Scheme) -> tuple[str, ...]:
     return (
         s.name, exact, bytes_text(s.held_bytes), bytes_text(s.cache_bytes), f"{s.token_bytes:.0f} B", _flop(s.flops),
         bytes_text(s.sent_bytes), step, s.bound, _batches(s), s.why,
-    )  # fmt: skip
+    )
 
 
 def _batches(s: Scheme) -> str:

@@ -122,7 +122,7 @@ def _sequence(who: Roles, a: str) -> list[tuple[str, Assignment]]:
     return [
         ("ring", ring), ("ring zigzag", replace(ring, order="zigzag")),
         ("all-to-all", Assignment((heads,), (tokens, keys))), ("merge", Assignment((keys,), (keys, heads), "interleaved")),
-    ]  # fmt: skip
+    ]
 
 
 def _joined(parts: Sequence[Assignment]) -> Assignment:

@@ -61,7 +61,7 @@ class Diff:
     def to_json(self) -> str:
         rows = [asdict(r) | {"ratio": r.ratio, "slower": r.slower(self.tolerance)} for r in self.rows]
         body = {"before": self.before, "after": self.after, "before_seconds": self.before_seconds,
-                "after_seconds": self.after_seconds, "tolerance": self.tolerance, "rows": rows}  # fmt: skip
+                "after_seconds": self.after_seconds, "tolerance": self.tolerance, "rows": rows}
         return json.dumps(body, indent=1, ensure_ascii=False)
 
 

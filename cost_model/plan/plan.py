@@ -77,7 +77,7 @@ class Plan(Findings):
             "axes": {name: list(s) for name, s in self.axes.items()}, "sweeps": [s.to_dict() for s in self.sweeps],
             "sites": [_site_to_dict(s) for s in self.sites], "misses": [dict(vars(m)) for m in self.misses],
             "sharding": self.sharding.to_dict() if self.sharding is not None else None,
-        }  # fmt: skip
+        }
         return json.dumps(body, indent=1, ensure_ascii=False)
 
     @staticmethod
@@ -104,7 +104,7 @@ class Plan(Findings):
                 axes={name: tuple(s) for name, s in body.get("axes", {}).items()},
                 sweeps=tuple(Sweep.from_dict(s) for s in body.get("sweeps", ())),
                 sharding=MeshPlan.from_dict(body["sharding"]) if body.get("sharding") else None,
-            )  # fmt: skip
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"the plan is damaged: {error}") from None
 
@@ -118,14 +118,14 @@ def _site_to_dict(s: Site) -> dict[str, Any]:
         tiles = dict(vars(s.mask.tiles)) if s.mask.tiles is not None else None
         drawn = s.mask.drawn()
         mask = {"expr": s.mask.expr, "density": s.mask.density, "tiles": tiles,
-                "picture": asdict(drawn) if drawn is not None else None}  # fmt: skip
+                "picture": asdict(drawn) if drawn is not None else None}
     details = s.details()
     out = vars(s) | {
         "traits": sorted(s.traits), "mask": mask, "detail": details.to_dict() if details is not None else None,
         "shape": {"sizes": dict(s.shape.sizes), "dtype": s.shape.dtype, "at": dict(s.shape.at)},
         "memory": dict(vars(s.memory)) if s.memory is not None else None,
         "candidates": [_candidate_to_dict(c) for c in s.candidates],
-    }  # fmt: skip
+    }
     del out["detailer"]
     return out
 
@@ -149,7 +149,7 @@ def _site_from_dict(d: dict[str, Any]) -> Site:
         "proofs": tuple(d["proofs"]), "guards": tuple(d["guards"]), "notes": tuple(d["notes"]),
         "memory": AttentionMemory(**d["memory"]) if d.get("memory") is not None else None,
         "detail": Detail.from_dict(d["detail"]) if d.get("detail") is not None else None,
-    })  # fmt: skip
+    })
 
 
 def _picture(d: Mapping[str, Any] | None) -> Picture | None:

@@ -60,7 +60,7 @@ def _row(members: Sequence[Site]) -> tuple[str, ...]:
         name + many, " ".join([s.kind, *sorted(s.traits)]), short_path(s.where), str(s.shape), s.chosen.name,
         seconds_text(cost.seconds) if cost else "", "" if s.chosen.is_original else speed,
         cost.bound if cost else "", s.chosen.why,
-    )  # fmt: skip
+    )
 
 
 def plans_table(plans: Sequence[Findings], width: int = WIDTH) -> str:
@@ -115,5 +115,5 @@ def candidates_table(candidates: Sequence[Candidate], width: int = WIDTH) -> str
         table.add_row(
             c.name, seconds_text(c.cost.seconds), c.cost.bound, f"{c.cost.flops / 1e12:.3g}", f"{c.cost.bytes / 1e9:.3g}",
             f"{c.cost.exps / 1e9:.3g}", str(c.passes) if c.passes is not None else "", c.why,
-        )  # fmt: skip
+        )
     return table_text(table, width)

@@ -37,7 +37,7 @@ def plan_data(plan: Findings, sweeps: Sequence[Sweep]) -> dict[str, Any]:
         "groups": [_group(plan, members, sweeps) for members in plan.groups],
         "memory": _memory(sweeps, d.name),
         "misses": [asdict(m) for m in dict.fromkeys(plan.misses)],
-    }  # fmt: skip
+    }
 
 
 def _group(plan: Findings, members: Sequence[int], sweeps: Sequence[Sweep]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _group(plan: Findings, members: Sequence[int], sweeps: Sequence[Sweep]) -> d
         "detail": details.to_dict() if details is not None else None,
         "cascade": s.cascade, "chosen_cascade": s.chosen_cascade, "proofs": s.proofs, "guards": s.guards, "notes": s.notes,
         "sweeps": [_course(axis, c) for axis, c in courses],
-    }  # fmt: skip
+    }
 
 
 def _candidate(c: Candidate) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _candidate(c: Candidate) -> dict[str, Any]:
         "name": c.name, "feasible": able, "why": c.why, "passes": c.passes, "mapping": c.mapping, "parts": parts,
         "range": between(c.cost.seconds, c.cost.band) if able and c.cost is not None else "",
         "cost": {k: v for k, v in c.cost.to_dict().items() if k != "parts"} if able and c.cost is not None else None,
-    }  # fmt: skip
+    }
 
 
 def _mask(s: Site) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _mask(s: Site) -> dict[str, Any]:
     return {
         "expr": m.expr, "density": m.density, "text": mask_text(s),
         "picture": asdict(picture) if picture is not None else None,
-    }  # fmt: skip
+    }
 
 
 def mask_text(s: Site) -> str:
@@ -102,18 +102,18 @@ def _course(axis: str, c: Course) -> dict[str, Any]:
         {"low": x.low, "high": x.high, "before": x.before, "after": x.after,
          "text": f"{x.before} → {x.after} between {tokens_text(x.low)} and {tokens_text(x.high)}"}
         for x in c.changes
-    ]  # fmt: skip
+    ]
     points = [
         {"value": p.value, "choice": p.choice, "times": {e.candidate: e.seconds for e in p.estimates},
          "bounds": {e.candidate: e.bound for e in p.estimates}}
         for p in c.points
-    ]  # fmt: skip
+    ]
     names = list(dict.fromkeys(e.candidate for p in c.points for e in p.estimates))
     always = f"{c.points[0].choice} at every {axis}" if c.points else ""
     return {
         "axis": axis, "title": TITLES.get(axis, axis), "points": points, "changes": steps, "names": names,
         "text": "; ".join(str(x["text"]) for x in steps) or always,
-    }  # fmt: skip
+    }
 
 
 def _memory(sweeps: Sequence[Sweep], device: str) -> dict[str, Any] | None:
@@ -129,7 +129,7 @@ def _memory(sweeps: Sequence[Sweep], device: str) -> dict[str, Any] | None:
             rows.append({
                 "value": value, "cache": sum(n * m.cache_bytes for n, m in memories),
                 "eager": max(m.eager_bytes for _, m in memories), "tiled": max(m.tiled_bytes for _, m in memories),
-            })  # fmt: skip
+            })
     if not rows:
         return None
     return {"axis": found.axis, "title": TITLES.get(found.axis, found.axis), "rows": rows, "text": _memory_text(rows)}

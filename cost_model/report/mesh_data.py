@@ -34,7 +34,7 @@ def mesh_data(plan: Findings, sweeps: Sequence[Sweep]) -> dict[str, Any] | None:
         "lengths": _lengths(made),
         "ways": [_way(s, d.band) for s in made.schemes],
         "courses": [_course(axis, m) for axis, m in courses],
-    }  # fmt: skip
+    }
 
 
 def _text(made: MeshPlan, room: float, band: float) -> str:
@@ -64,7 +64,7 @@ def _way(s: Scheme, band: float) -> dict[str, Any]:
         "seconds": s.seconds if known else None, "range": between(s.seconds, band) if known else "",
         "parts": dict(s.parts), "even": s.even, "copies": s.copies, "batches": {str(n): b for n, b in s.batches.items()},
         "exchanges": [asdict(x) for x in s.exchanges],
-    }  # fmt: skip
+    }
 
 
 def _course(axis: str, m: MeshCourse) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _course(axis: str, m: MeshCourse) -> dict[str, Any]:
         "fits": {n: [w.fits if (w := p.way(n)) is not None else False for p in m.points] for n in m.names},
         "held": [{"names": names, "values": list(values)} for values, names in held.items()],
         "text": _turns(m), "changes": [{"low": a, "high": b, "before": x, "after": y} for a, b, x, y in m.changes],
-    }  # fmt: skip
+    }
 
 
 def _turns(m: MeshCourse) -> str:

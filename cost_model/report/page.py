@@ -66,7 +66,7 @@ def page(plans: Sequence[Findings]) -> str:
         plans=data, title=plans[0].model or "plan", css=Markup(_part("page.css")), js=Markup(_script()),
         # What could close the script element is written as an escape.
         data=Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
-    )  # fmt: skip
+    )
 
 
 def swept(plan: Findings) -> tuple[Sweep, ...]:

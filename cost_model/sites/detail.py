@@ -114,7 +114,7 @@ def detail(
     return replace(
         before, passes_after=_passes(one_pass, known), bytes_after=_bytes(tiled.traffic), flops=_counts(tiled.matrix),
         operations=_counts(tiled.ops), mapping=mapping, **_described(c, tiling.tile_p, sizes),
-    )  # fmt: skip
+    )
 
 
 def _described(c: Cascade, rows: int, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _described(c: Cascade, rows: int, sizes: Mapping[str, int]) -> dict[str, Any
     revisits = tuple(
         Revisit(r["tensor"], x["how"], x["held_bytes"], x["moved_bytes"], x["flops"])
         for f in families for r in f["revisited"] for x in r["choices"]
-    )  # fmt: skip
+    )
     forms = tuple(
         PlannedForm(
             f["passes"],

@@ -29,7 +29,7 @@ def spread(plan: Findings, axis: str, values: Sequence[int], devices: Sequence[D
             plan.sharding.mesh, d.name, (1 - RESERVE) * d.dram_bytes, tuple(_point(plan, axis, v, d) for v in values)
         )
         for d in devices
-    )  # fmt: skip
+    )
 
 
 def _point(plan: Findings, axis: str, value: int, device: Device) -> MeshPoint:

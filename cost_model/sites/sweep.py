@@ -30,7 +30,7 @@ class Sweep:
         return replace(
             self, courses=tuple(c for c in self.courses if c.device == device),
             meshes=tuple(m for m in self.meshes if m.device == device),
-        )  # fmt: skip
+        )
 
     def __str__(self) -> str:
         return sweep_table(self)

@@ -320,7 +320,7 @@ def _sdpa(host: Host, bill: Bill, s: Subject, at: Shape, c: KernelCall) -> None:
     host.attention(
         batch, c.rows, c.keys, at.embed, at.value, s.dtype, bill, masked=c.masked, causal=c.triangle, group=at.group,
         mask_dtype="f32",
-    )  # fmt: skip
+    )
     bill.add("launch", c.around * host.h.operator_seconds)
     host.point("copy", s.dtype, batch * c.rows * at.value, 0, bill)
 

@@ -40,7 +40,7 @@ class Cost:
         return {
             "seconds": self.seconds, "bound": self.bound, "flops": self.flops, "bytes": self.bytes, "exps": self.exps,
             "parts": dict(self.parts), "basis": self.basis, "band": self.band,
-        }  # fmt: skip
+        }
 
     @staticmethod
     def from_dict(d: Mapping[str, Any]) -> Cost:

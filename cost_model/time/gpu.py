@@ -162,4 +162,4 @@ def streaming(w: Work, mapping: TileMapping, jobs: Jobs, fit: Footprint, value: 
         written_bytes=sum(size_int(t.once) for t in w.traffic if t.written),
         resident=fit.resident, split=mapping.split_m, stages=mapping.stages, heavy_first=mapping.heavy_first,
         launches=2 if mapping.split_m > 1 else 1, merge_bytes=merge,
-    )  # fmt: skip
+    )

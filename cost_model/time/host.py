@@ -192,7 +192,7 @@ class Host:
     def attention(
         self, batch: int, rows: int, keys: int, e: int, f: int, dtype: str, bill: Bill, *, masked: bool = False,
         causal: bool = False, group: int = 1, mask_dtype: str = "",
-    ) -> None:  # fmt: skip
+    ) -> None:
         """One call of the fused kernel on [batch, rows] queries and `keys` keys each, which `group` of the batch share.
 
         `causal`: its own causal mode. `mask_dtype`: of a mask of numbers, where it is not the operands'.

@@ -54,13 +54,13 @@ def _gpu_ladder(d: Device) -> tuple[Device, Device, Device]:
     ideal = TimeModel(
         matrix_efficiency=1.0, bandwidth_efficiency=1.0, overlap=1.0, vendor_overlap=1.0, partial_factor=1.0,
         launch_seconds=0.0, prologue_seconds=0.0, load_latency_seconds=0.0,
-    )  # fmt: skip
+    )
     roof = replace(_pooled(d), exps_per_unit_clock=1 / FREE, lanes_per_unit=round(1 / FREE), l2_bytes_per_s=0.0, model=ideal)
     partial = replace(roof, model=replace(ideal, partial_factor=d.model.partial_factor))
     exps = replace(
         partial, exps_per_unit_clock=_pooled(d).exps_per_unit_clock, lanes_per_unit=_pooled(d).lanes_per_unit,
         model=replace(partial.model, overlap=d.model.overlap, vendor_overlap=d.model.vendor_overlap),
-    )  # fmt: skip
+    )
     return roof, partial, exps
 
 
@@ -69,7 +69,7 @@ def _pooled(d: Device) -> Device:
     return replace(
         d, units=1, exps_per_unit_clock=d.exps_per_unit_clock * d.units, lanes_per_unit=d.lanes_per_unit * d.units,
         shared_bytes_per_unit_clock=0,
-    )  # fmt: skip
+    )
 
 
 # --- CPUs -----------------------------------------------------------------------------------------------------------
@@ -88,14 +88,14 @@ def _host_ladder(d: Device) -> tuple[Device, Device, Device]:
         _calls_for_free(h), fault_bytes=math.inf, cache_bytes=math.inf, cache_bytes_per_s=math.inf,
         attention_pair_seconds={t: dict.fromkeys(by, (0.0, pair[t])) for t, by in h.attention_pair_seconds.items()},
         flex_pair_seconds={t: (0.0, pair.get(t, pair["f32"])) for t in h.flex_pair_seconds}, **free,
-    )  # fmt: skip
+    )
     masking: dict[str, Any] = {n: _shared(getattr(h, n), gain) for n in MASKING}
     partial = replace(roof, **masking)
     exponential: dict[str, Any] = {n: _shared(getattr(h, n), gain) for n in EXPONENTIAL}
     exps = replace(
         partial, attention_pair_seconds={t: _pairs(by, gain) for t, by in h.attention_pair_seconds.items()},
         flex_pair_seconds=_pairs(h.flex_pair_seconds, gain), **exponential,
-    )  # fmt: skip
+    )
     return replace(pooled, host=roof), replace(pooled, host=partial), replace(pooled, host=exps)
 
 
@@ -104,7 +104,7 @@ MASKING = ("element_seconds", "where_seconds", "attention_mask_seconds", "attent
 EXPONENTIAL = (
     "exp_seconds", "softmax_seconds", "attention_row_seconds", "attention_key_seconds", "attention_left_seconds",
     "flex_key_seconds", "flex_left_seconds", "flex_far_seconds",
-)  # fmt: skip
+)
 
 
 def _calls_for_free(h: HostRates) -> HostRates:
@@ -112,7 +112,7 @@ def _calls_for_free(h: HostRates) -> HostRates:
         h, threads=1, operator_seconds=0.0, product_seconds=0.0, attention_seconds=0.0, mask_seconds=0.0,
         operator_call_seconds=0.0, flex_call_seconds=0.0, flex_blocks_seconds=0.0, flex_score_seconds=0.0,
         curve_seconds={},
-    )  # fmt: skip
+    )
 
 
 def _shared(table: Mapping[str, float], gain: float) -> dict[str, float]:

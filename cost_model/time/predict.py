@@ -31,7 +31,7 @@ from .fused import PLAIN, fits, fused
 
 __all__ = [
     "Cost", "VendorUse", "best_mapping", "predict", "predict_original", "predict_vendor", "ranked_mappings", "tiles_of",
-]  # fmt: skip
+]
 
 # Mappings whose queue is run job by job; the others are compared by an even load.
 SCHEDULED_MAPPINGS = 3
@@ -223,7 +223,7 @@ def _ours(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Dat
     return gpu.seconds(
         _shared_heads(kernel, _packed(at)), device, overlap=device.model.overlap,
         partial_factor=device.model.partial_factor, scheduled=scheduled,
-    )  # fmt: skip
+    )
 
 
 def _shared_heads(k: gpu.KernelWork, group: int) -> gpu.KernelWork:
@@ -278,7 +278,7 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
         prices.attention(
             at.batch, at.queries, at.keys, at.embed, at.value, s.dtype, bill, masked=use.mask_elements > 0,
             causal=use.skips, group=at.group, mask_dtype=s.dtype if use.mask_dtype == "b1" else use.mask_dtype,
-        )  # fmt: skip
+        )
         _mask_on_cpu(s, at, use, prices, bill)
     bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
     bill.bytes = moved + use.mask_elements * WIDTH[use.mask_dtype]

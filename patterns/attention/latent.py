@@ -56,7 +56,7 @@ def _builder(w: Widths, batch: Size, queries: Size, keys: Size) -> Builder:
     return Builder({
         "b": batch, "h": w.heads, "p": queries, "m": keys, "e": w.key, "f": w.value, "c": w.latent, "k": w.latent,
         "r": w.rotary, "d": w.model,
-    })  # fmt: skip
+    })
 
 
 def naive(w: Widths = V3, *, batch: Size = 1, queries: Size = 1, keys: Size = 4096) -> Latent:
@@ -73,7 +73,7 @@ def naive(w: Widths = V3, *, batch: Size = 1, queries: Size = 1, keys: Size = 40
 
 def absorbed(
     w: Widths = V3, *, groups: int = 1, eight_bit: bool = False, batch: Size = 1, queries: Size = 1, keys: Size = 4096
-) -> Latent:  # fmt: skip
+) -> Latent:
     """Scores and values on the latents themselves; with `groups`, heads are bound to one of that many latents (GLA).
 
     `eight_bit` stores the latents in one byte with a scale for every 128 channels (any 8-bit type: only its size counts).

@@ -174,7 +174,7 @@ def fuse(c: Cascade, high: str, low: str) -> Cascade:
     einsums = tuple(
         replace(e, out=Access(e.out.tensor, place(e.out.index, h, g)), body=ex.rebuild(e.body, rule))
         if e.out.tensor in both else e for e in c.einsums
-    )  # fmt: skip
+    )
     used = frozenset().union(*(e.ranks | set(e.over) for e in einsums))
     fused = Rank(name, c.rank[high].size * c.rank[low].size)
     ranks = [x for r in c.ranks for x in ((fused, r) if r.name == high else (r,)) if x.name in used]

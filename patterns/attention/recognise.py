@@ -398,7 +398,7 @@ class _Reader:
         if self.changed:
             c = self.rewritten(finish, contraction, groups)
         return Attention(c, batch, query, self.key, self.value, *groups[:2], score, groups[2], weight, values, finish,
-                         contraction)  # fmt: skip
+                         contraction)
 
     def check_order(self, groups: tuple[tuple[Einsum, ...], ...], contraction: Einsum) -> None:
         """What comes first reads nothing that comes later: a row that also sees other keys than these has no such order."""

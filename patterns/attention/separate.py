@@ -343,7 +343,7 @@ class Splitter:
             raise Stop(e, "relu(f·h) = relu(f)·h needs h > 0")
         after = p.after if e.op == "relu" else tuple(
             a if a.how == "zero" else After(a.how, ex.unary("abs", a.term)) for a in p.after
-        )  # fmt: skip
+        )
         return replace(p, lift=ex.unary(e.op, p.lift), after=after)
 
     def select(self, e: Expr) -> tuple[Summand, ...]:

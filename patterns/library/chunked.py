@@ -18,11 +18,11 @@ from .papers import Builder
 def linear_chunks(
     *, batch: Size = 1, heads: int = 32, chunks: int = 64, chunk: int = 64, embed: int = 128, value: int = 128,
     decay: bool = False, dtype: str = "bf16",
-) -> Cascade:  # fmt: skip
+) -> Cascade:
     """Causal linear attention over `chunks` chunks of `chunk` tokens; with `decay`, a factor a head and chunk."""
     b = Builder(
         {"b": batch, "h": heads, "i": chunks, "t": chunk, "s": chunk, "e": embed, "f": value}, iterative=("i",)
-    )  # fmt: skip
+    )
     q, k, v = b.input("Q", "bhite", dtype), b.input("K", "bhite", dtype), b.input("V", "bhitf", dtype)
     state = tuple(ex.index(r) for r in "bhef")
     shape = (batch, heads, embed, value, chunks + 1)

@@ -228,7 +228,7 @@ def _eliminated(cases: Disjunction | None) -> Disjunction | None:
             _joined(upper, lower)
             for upper in conjunction if upper.a > 0
             for lower in conjunction if lower.a < 0
-        ]  # fmt: skip
+        ]
         if None in joined:
             return None
         out.append((*conjunction, *(h for h in joined if h is not None)))

@@ -65,7 +65,7 @@ def _query_free(keep: Expr, query: str) -> Expr:
 def rows_with_key(
     keep: Expr, tiles: TileMap | TileRuns, *, query: str, key: str, extents: Mapping[str, int],
     symbols: Mapping[str, int] | None = None, bounds: Bounds | None = None, xp: Any = np,
-) -> Array:  # fmt: skip
+) -> Array:
     """bool [*batch, n_p]: True only where every row of the query tile certainly keeps at least one key.
 
     Arguments as given to `classify`. A full tile proves its rows; else some witness must hold, in the whole tile or row
@@ -194,7 +194,7 @@ class Walk:
 def runtime_classify(
     keep: Expr, *, query: str, key: str, extents: Mapping[str, int], symbols: Mapping[str, int] | None = None,
     tile_p: int, tile_m: int, arrays: Mapping[str, Array], xp: Any = np,
-) -> Walk:  # fmt: skip
+) -> Walk:
     """`classify` and `rows_with_key` with the tensors that the mask loads, as given to the kernel."""
     bounds = block_bounds(arrays, (tile_p, tile_m), xp)
     tiles = classify(

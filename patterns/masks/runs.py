@@ -208,7 +208,7 @@ class TileRuns:
         return {
             "tile": [self.tile_p, self.tile_m], "size": [self.queries, self.keys], "cell": list(cell),
             "grid": list(coarse.shape), "batch": list(self.batch), "rows": rows,
-        }  # fmt: skip
+        }
 
     def _coarser(self, high: int, wide: int) -> TileRuns:
         """Cells of `high` × `wide` tiles."""
@@ -233,13 +233,13 @@ class TileRuns:
         return replace(
             self, row=row.astype(np.int32), start=start.astype(np.int32), stop=stop.astype(np.int32),
             kind=kind.astype(np.uint8),
-        )  # fmt: skip
+        )
 
 
 def tile_runs(
     sizes: tuple[int, int], tile: tuple[int, int], batch: tuple[str, ...], entries: tuple[int, ...],
     full: Intervals, partial: Intervals, data: bool = False,
-) -> TileRuns:  # fmt: skip
+) -> TileRuns:
     """Runs from intervals of full and of partial tiles that do not overlap.
 
     `sizes` are (queries, keys), `entries` the extents of the batch ranks.

@@ -43,7 +43,7 @@ __all__ = [
     "spans",
     "split",
     "witnesses",
-]  # fmt: skip
+]
 
 # A constant counts as a fill at or below this; below VANISHING its weight underflows beside any finite score.
 FILL = -1e3
@@ -145,7 +145,7 @@ def _part_where(e: Expr, parts: Mapping[Expr, _Part]) -> _Part:
         yes, no = parts[a], parts[b]
         keep = (~cond | yes.keep) & (cond | no.keep) if yes.fills and no.fills else (
             negated(cond) | yes.keep if yes.fills else cond | no.keep
-        )  # fmt: skip
+        )
         return _Part(keep, ex.where(cond, yes.full, no.full), yes.fills + no.fills)
     else:
         return _Part(TRUE, e)

@@ -40,7 +40,7 @@ __all__ = [
     "classify",
     "count_tiles",
     "pairs",
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,7 @@ class TileMap:
                 KeyRun(a * self.tile_m, min(b * self.tile_m, self.keys), kind)
                 for a, b, kind in zip(at, at[1:], row[at[:-1]].tolist())
                 if kind != EMPTY
-            ])  # fmt: skip
+            ])
         return out
 
     def heavy_first(self) -> Array:
@@ -181,7 +181,7 @@ def batch_ranks(keep: Expr, query: str, key: str, extents: Mapping[str, int]) ->
 def count_tiles(
     keep: Expr, *, query: str, key: str, extents: Mapping[str, int], symbols: Mapping[str, int] | None = None,
     tile_p: int, tile_m: int, bounds: Bounds | None = None,
-) -> TileRuns:  # fmt: skip
+) -> TileRuns:
     """The visited `tile_p` × `tile_m` tiles of a mask as runs: sound always, exact where no unknown data decides.
 
     Arguments as given to `classify`. Takes as long as there are query tiles where the mask is affine in query and key,
@@ -213,7 +213,7 @@ def _counted(work: GroundMask, grid: Grid) -> TileRuns:
 def classify(
     keep: Expr, *, query: str, key: str, extents: Mapping[str, int], symbols: Mapping[str, int] | None = None,
     tile_p: int, tile_m: int, bounds: Bounds | None = None, xp: Any = np, settle: bool = False,
-) -> TileMap:  # fmt: skip
+) -> TileMap:
     """Classify every `tile_p` × `tile_m` tile of a mask: sound always, exact where no run-time data decides.
 
     `extents` gives the size of every rank in elements; `bounds` the range of loads over coordinate boxes (default:
@@ -255,7 +255,7 @@ def _static_map(
 def pairs(
     keep: Expr, tiles: TileMap | TileRuns, *, query: str, key: str, extents: Mapping[str, int],
     symbols: Mapping[str, int] | None = None, bounds: Bounds | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """The number of kept (query, key) points, over the batch ranks of the map: full tiles by area, others by splitting.
 
     Arguments as given to `classify`; needs a numpy map and, for loads, bounds that are exact on single elements.

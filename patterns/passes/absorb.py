@@ -299,7 +299,7 @@ def _pruned(c: Cascade, ranks: dict[str, Rank], tensors: dict[str, Tensor], eins
     return replace(
         c, einsums=tuple(reversed(kept)), ranks=tuple(r for n, r in ranks.items() if n in used),
         tensors=tuple(t for n, t in tensors.items() if n in live),
-    )  # fmt: skip
+    )
 
 
 # --- slices ---------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ class _Slicing:
         return replace(
             self.c, einsums=einsums, ranks=(*ranks, Rank(self.rank, self.parts)),
             tensors=tuple(self.tensor(t) for t in self.c.tensors),
-        )  # fmt: skip
+        )
 
     def einsum(self, e: Einsum) -> Einsum:
         """Whatever is made of a slice is there once a slice, up to the sum over the values' channels."""

@@ -187,7 +187,7 @@ def merge(a: Attention, state: RowState, parts: int) -> Cascade:
             old = {
                 x: part(str(x.attr).removeprefix(OLD), x.args)
                 for x in ex.loads(correction) if str(x.attr).startswith(OLD)
-            }  # fmt: skip
+            }
             body = body * ex.substitute(correction, old)
         return Einsum(Access(name, at), body, op, (DEVICE,))
 

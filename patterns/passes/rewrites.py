@@ -236,7 +236,7 @@ def _instance(c: Cascade, inner: Einsum, f: Expr, outer: Einsum) -> tuple[Expr, 
 def _exchanged(
     c: Cascade, reading: Reading, place: int, inner: Einsum, found: tuple[Expr, tuple[str, ...]] | Refusal,
     rest: tuple[Expr, ...], below: tuple[Expr, ...], key: str,
-) -> Rewritten | Refusal:  # fmt: skip
+) -> Rewritten | Refusal:
     if isinstance(found, Refusal):
         return found
     e = c.einsums[place]

@@ -30,7 +30,7 @@ INTEGER_RANGE: Mapping[str, tuple[float, float]] = {
 FLOAT_FORMAT: Mapping[str, tuple[int, float, float]] = {
     "f16": (11, 2.0**-14, 65504.0), "bf16": (8, 2.0**-126, 3.3895313892515355e38),
     "f32": (24, 2.0**-126, 3.4028234663852886e38), "f64": (53, 2.0**-1022, 1.7976931348623157e308),
-}  # fmt: skip
+}
 TORCH_NAME: Mapping[str, str] = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
 

@@ -28,7 +28,7 @@ from ..expr import Expr
 LIMITS: Mapping[str, tuple[int, int]] = {
     "b1": (0, 1), "u8": (0, 2**8 - 1), "i8": (-(2**7), 2**7 - 1), "i16": (-(2**15), 2**15 - 1),
     "i32": (-(2**31), 2**31 - 1), "i64": (-(2**63), 2**63 - 1),
-}  # fmt: skip
+}
 BITWISE: Mapping[str, Callable[[int, int], int]] = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 
 

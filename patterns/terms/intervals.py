@@ -74,7 +74,7 @@ def _step(e: Expr) -> Step:
 def spans(
     root: Expr, box: Mapping[str, Span], *, symbols: Mapping[str, int] | None = None, bounds: Bounds | None = None,
     xp: Any = np,
-) -> Span:  # fmt: skip
+) -> Span:
     """The span of a term over boxes: `box[rank] = (lo, hi)`, inclusive, arrays that broadcast together.
 
     Raises ValueError for a rank or a symbol without a value.

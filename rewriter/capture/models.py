@@ -52,7 +52,7 @@ class Shapes:
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LONG = {"float32": "f32", "fp32": "f32", "float": "f32", "bfloat16": "bf16", "float16": "f16", "half": "f16",
-         "fp16": "f16", "float64": "f64", "fp64": "f64", "double": "f64"}  # fmt: skip
+         "fp16": "f16", "float64": "f64", "fp64": "f64", "double": "f64"}
 _DEFAULT_SEQ = 2048
 
 
@@ -371,7 +371,7 @@ def _samples(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dty
 _MAKERS: Mapping[str, Callable[[Any, Shapes, torch.device, torch.dtype], Tensor]] = {
     "input_ids": _ids, "decoder_input_ids": _ids, "attention_mask": _mask, "pixel_values": _pixels,
     "pixel_values_videos": _pixels, "input_features": _features, "input_values": _samples,
-}  # fmt: skip
+}
 
 
 # --- one decoding step ------------------------------------------------------------------------------------------

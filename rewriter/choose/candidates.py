@@ -95,7 +95,7 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
         cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.is_tiled else "",
         notes=taken.words, memory=_memory(view, c, sizes),
         detailer=cache(lambda: detail(c, one_pass, ours_text, sizes, taken.data)),
-    )  # fmt: skip
+    )
     return site, calls
 
 

@@ -197,7 +197,7 @@ def decide_place(
         stands.cascade, tuple(sorted(stands.sizes(at).items())), request.target or running_device(stands.device_type),
         request.policy, request.executable, stands.gradients, stands.bound, stands.dtype, stands.call(at), request.traced,
         stands.origins,
-    )  # fmt: skip
+    )
     site, calls = answer(question)
     guards = guard_sentences(calls.get(site.choice))
     site = replace(site, name=stands.name, where=stands.where, guards=guards, notes=(*site.notes, *stands.notes))

@@ -31,7 +31,7 @@ from .twins import match
 
 RULES: Mapping[str, Rule] = {
     **operators_view.RULES, **operators_point.RULES, **operators_reduce.RULES, **operators_contract.RULES,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _twin(found: list[Found], n: fx.Node, aliases: Aliases) -> Found | None:
         if bound is not None:
             leaves = {name: bound[x] for name, x in f.tensors.items()}
             return replace(f, tensors=leaves, output=n, final=n, where=source_line(n), module=module_path(n),
-                           nodes=frozenset((n,)))  # fmt: skip
+                           nodes=frozenset((n,)))
     return None
 
 

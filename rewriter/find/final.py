@@ -74,7 +74,7 @@ _SHAPE_ONLY = _CONTRACTIONS | frozenset((
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "permute", "expand",
     "contiguous", "clone", "slice", "select", "to", "_to_copy", "getitem", "cat", "stack", "detach", "alias", "split",
     "chunk", "unbind",
-))  # fmt: skip
+))
 
 
 def _leads_to_product(start: fx.Node, done: Collection[fx.Node]) -> bool:

@@ -98,7 +98,7 @@ def place(f: Found, name: str) -> Place:
         f.cascade, name, f.where, f.notes, _bound_to_original(f), _wants_gradient(f),
         str(value.dtype).removeprefix("torch."), value.device.type, _scalars(f), written, mask_elements,
         _origins(f),
-    )  # fmt: skip
+    )
 
 
 def _origins(f: Found) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -101,7 +101,7 @@ def _joined(c: Cascade, lifter: _Climber, found: Mapping[Expr, Expr]) -> Cascade
     return replace(
         c, einsums=einsums, tensors=tuple(t for t in lifter.tensors.values() if t.name in names),
         ranks=(*c.ranks, *(r for r in lifter.rank_list() if r.name not in ranks)),
-    )  # fmt: skip
+    )
 
 
 def _named(c: Cascade, lifter: _Climber, f: Found) -> Reached:
@@ -288,8 +288,8 @@ def _plain_addmm(lifter: Lifter, n: fx.Node) -> Contraction | None:
 
 _PRODUCTS: Mapping[str, Callable[[Lifter, fx.Node], Contraction | None]] = {
     **operators_contract.PRODUCTS, "addmm": _plain_addmm,
-}  # fmt: skip
+}
 _RULES: Mapping[str, Rule] = {
     **{name: rule for name, rule in operators_view.RULES.items() if name not in _GATHERS},
     **dict.fromkeys(_PRODUCTS, _map),
-}  # fmt: skip
+}

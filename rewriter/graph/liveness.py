@@ -15,7 +15,7 @@ from .torch_private import OpOverload, schema
 
 ARITHMETIC: Mapping[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
-}  # fmt: skip
+}
 
 
 def erase_dead(gm: fx.GraphModule) -> int:

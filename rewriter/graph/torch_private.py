@@ -147,7 +147,7 @@ TAG = Part(
 WRAP_GRAD = Part(
     "torch.ops:higher_order.wrap_with_set_grad_enabled", "export's regions of a grad mode", "2.5",
     "no graph can be captured",
-)  # fmt: skip
+)
 WRAP_AUTOCAST = Part(
     "torch.ops:higher_order.wrap_with_autocast", "export's regions of autocast", "2.5", "no graph can be captured"
 )
@@ -172,19 +172,19 @@ CONTEXT = Part(
 FRAME = Part(
     "torch._dynamo.symbolic_convert:tls.current_tx", "the module whose code is compiled", "2.2",
     "operators of a method's own code have no module path",
-)  # fmt: skip
+)
 CHECKPOINT_KEY = Part(
     "GraphModule.meta['_checkpoint_context_fn']", "tracing a checkpointed region", "2.2",
     "a graph with such a region is not captured",
-)  # fmt: skip
+)
 BUFFER_HOOKS = Part(
     "torch.nn.modules.module:_global_buffer_registration_hooks", "a hook that a failed export leaves", "2.2",
     "no whole graph can be exported",
-)  # fmt: skip
+)
 LOGGERS = Part(
     "loggers torch._subclasses.fake_tensor, torch._export.non_strict_utils, torch.fx.experimental.symbolic_shapes",
     "tracebacks that the error says as well", "2.5", "they are printed",
-)  # fmt: skip
+)
 PARTIAL = Part(
     "partial_fx_graph of export's errors", "the graph so far, beside an error", "2.8", "it is printed"
 )
@@ -259,7 +259,7 @@ DISPATCH = Part(
 COMPILING = Part(
     "torch.compiler:_is_compiling_flag", "calls in other threads during a capture", "2.5",
     "nothing is written: since 2.13 Dynamo raises the flag itself",
-)  # fmt: skip
+)
 DYNAMO_ERROR = Part(
     "torch._dynamo.exc:TorchDynamoException", "Dynamo's errors", "2.2", "where Dynamo fails, the call fails"
 )

@@ -115,7 +115,7 @@ _PEEL = frozenset((
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "permute",
     "expand", "expand_as", "contiguous", "clone", "detach", "alias", "slice", "select", "narrow", "repeat_interleave",
     "cat", "getitem", "movedim", "swapaxes", "mT", "numpy_T", "lift_fresh_copy", "dropout", "repeat",
-))  # fmt: skip
+))
 LOOKED_THROUGH = _PEEL | {"to", "_to_copy", "type_as", "float", "mul", "multiply", "div"}
 
 
@@ -348,9 +348,9 @@ def _contraction(build: Callable[[Lifter, fx.Node], Contraction]) -> Rule:
 PRODUCTS: dict[str, Callable[[Lifter, fx.Node], Contraction | None]] = {
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "linalg_matmul"), matmul),
     "einsum": einsum_product, "sum": product_sum, "linear": _linear_product,
-}  # fmt: skip
+}
 
 RULES: dict[str, Rule] = {
     "sum": sum_, "baddbmm": baddbmm, "addmm": baddbmm, "linear": linear, "einsum": einsum,
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "linalg_matmul"), _contraction(matmul)),
-}  # fmt: skip
+}

@@ -316,4 +316,4 @@ RULES: dict[str, Rule] = {
     "fill": filled(None), "zeros": filled(0), "zeros_like": filled(0), "new_zeros": filled(0), "ones": filled(1),
     "ones_like": filled(1), "new_ones": filled(1), "eye": eye, "get_attr": one_element,
     "cumsum": cumulative_ones, "diff": diff,
-}  # fmt: skip
+}

@@ -26,7 +26,7 @@ Args = Mapping[str, object]
 def _reduced(
     lifter: Lifter, x: fx.Node, what: str, op: str, dims: Sequence[int], at: At, dtype: str,
     body: Callable[[At], Expr] | None = None, owner: fx.Node | None = None,
-) -> Expr:  # fmt: skip
+) -> Expr:
     """`what[rest] = reduce(op) over dims of x`; `at` holds the coordinates of x, those of `dims` are ignored."""
     shape = shape_of(tensor_of(x))
     term = body or (lambda where: ex.cast(lifter.value(x, where), dtype))
@@ -165,4 +165,4 @@ RULES: dict[str, Rule] = {
     "special_softmax": softmax(safe=False), "log_softmax": log_softmax, "_log_softmax": log_softmax,
     "logsumexp": logsumexp, "amax": reduction("R", "max"), "amin": reduction("R", "min"),
     "mean": reduction("R", "add", average=True),
-}  # fmt: skip
+}

@@ -373,7 +373,7 @@ RULES: dict[str, Rule] = {
     "select": select, "flip": flip, "roll": roll, "unfold": unfold, "pad": pad, "constant_pad_nd": pad, "cat": cat,
     "concat": cat, "concatenate": cat, "stack": stack, "getitem": getitem, "index": index_tensor,
     "index_select": index_select, "gather": gather, "embedding": embedding,
-}  # fmt: skip
+}
 
 
 def narrow(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:

@@ -177,7 +177,7 @@ def explanation_data(site: Site) -> dict[str, Any]:
              "why": c.why, "cost": c.cost.to_dict() if c.cost is not None else None}
             for c in site.candidates
         ],
-    }  # fmt: skip
+    }
 
 
 def _indented(text: str) -> str:

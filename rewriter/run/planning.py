@@ -36,7 +36,7 @@ from .session import Session, break_of
 def plan_model(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, policy: Policy, *, dynamic: bool,
     name: str = "",
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Plan a model. A model that has no graph of its own is run once, and its pieces are planned, when it has data.
 
     Gradients are planned for where the model is in training mode and grad mode is on. Raises CaptureError, and UsageError
@@ -94,7 +94,7 @@ def plan_graph(
     return Plan(
         sites, tuple(misses), device, model=name, note=note, weight_bytes=weights, symbols=tuple(symbols.values()),
         axes=axes(p.cascade for p in places), sharding=sharding, retake=retake, reshard=reshard,
-    )  # fmt: skip
+    )
 
 
 def _weight_bytes(gm: fx.GraphModule) -> int:
@@ -103,7 +103,7 @@ def _weight_bytes(gm: fx.GraphModule) -> int:
 
 def _sharded(
     places: Sequence[Place], at: Mapping[str, int], device: Device, policy: Policy, weights: int
-) -> MeshPlan | None:  # fmt: skip
+) -> MeshPlan | None:
     """The ways to spread these attentions over the policy's mesh; None without a mesh or attentions."""
     if not places or not isinstance(policy.mesh, Mesh):
         return None

@@ -249,7 +249,7 @@ def _table(runs: tuple[SiteRun, ...]) -> str:
         table.add_row(
             group_name([m.name for m in members]) + many, short_path(s.where), " ".join([s.kind, *sorted(s.traits)]),
             str(s.shape), kernel, str(sum(m.ran for m in members)), str(sum(m.fell_back for m in members)),
-        )  # fmt: skip
+        )
     out = io.StringIO()
     Console(file=out, width=160, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

@@ -39,7 +39,7 @@ BASELINE_LIMIT = 256.0
 # Whole outputs, relative to the largest: rounding differs and adds up over layers.
 WHOLE_LIMIT: Mapping[torch.dtype, float] = {
     torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Verification:
 
     def to_json(self) -> str:
         body = {"ok": self.ok, "whole_error": self.whole_error, "whole_limit": self.whole_limit, "note": self.note,
-                "sites": [asdict(s) for s in self.sites]}  # fmt: skip
+                "sites": [asdict(s) for s in self.sites]}
         return json.dumps(body, indent=1)
 
     def __str__(self) -> str:
@@ -252,7 +252,7 @@ def _table(sites: Sequence[SiteCheck]) -> str:
         table.add_row(
             s.name, "/".join(s.where.split("/")[-2:]), s.dtype, s.kernel, f"{s.max_error:.1e}",
             f"{s.original_max_error:.1e}", f"{s.rms_error:.1e}", f"{s.original_rms_error:.1e}", "yes" if s.ok else "NO",
-        )  # fmt: skip
+        )
     out = io.StringIO()
     Console(file=out, width=150, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

@@ -84,7 +84,7 @@ def _rows_are_keyed(
     walk = runtime_classify(
         keep, query=a.query, key=a.key, extents=extents, symbols=sizes, tile_p=TILE, tile_m=TILE, arrays=arrays,
         xp=torch if on_device else np,
-    )  # fmt: skip
+    )
     return bool(walk.certain.all())
 
 

@@ -104,7 +104,7 @@ def replace(
 def _guarded(
     gm: fx.GraphModule, call: Call, original: tuple[fx.GraphModule, list[fx.Node]], arguments: tuple[Any, ...],
     tensors: Mapping[str, fx.Node], sizes: SizeNodes, name: str,
-) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:  # fmt: skip
+) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
     """The name of a module that guards the call, its arguments, and what gives its fake value."""
     subgraph, inputs = original
     module = Guarded(name, call.target, subgraph, call.conditions)

@@ -50,7 +50,7 @@ def build(
     f: int = 0, dtype: str = "f32", aux: tuple[Tensor, ...] = (), scale: float = 0.25, zero: bool = False,
     finish: Callable[[Expr], Expr] | None = None, sink: Expr | None = None, symbols: Mapping[str, int] | None = None,
     square: bool = False,
-) -> Case:  # fmt: skip
+) -> Case:
     """Attention over ranks b, h, p, m, e, f with symbolic lengths; `square` says that queries and keys are as many."""
     f = f or e
     queries: Size = size("s")
@@ -63,7 +63,7 @@ def build(
         Tensor("Q", (size("n"), h, queries, e), dtype), Tensor("K", (size("n"), h // group, keys, e), dtype),
         Tensor("V", (size("n"), h // group, keys, f), dtype), *aux, Tensor("QK", bhpm), Tensor("S", bhpm),
         Tensor("A", bhpm), Tensor("N", (size("n"), h, queries, f)), Tensor("O", (size("n"), h, queries, f), dtype),
-    ]  # fmt: skip
+    ]
     qk, s = ex.load("QK", (B, H, P, M), "f32"), ex.load("S", (B, H, P, M), "f32")
     einsums = [
         Einsum(Access("QK", (B, H, P, M)), ex.cast(q, "f32") * ex.cast(k, "f32"), "add", ("e",)),
@@ -157,7 +157,7 @@ VARIANTS: dict[str, Callable[..., Case]] = {
         lambda s: ex.unary("tanh", s * ex.unary("cos", ex.cast(P - M, "f32") * 0.1)) * 3.0, **k
     ),
     "checkerboard": lambda **k: build(masked(ex.equal((P + M + H) % 2, 0)), square=True, **k),
-}  # fmt: skip
+}
 
 
 def windows(dtype: str = "f32") -> Case:
@@ -173,7 +173,7 @@ def windows(dtype: str = "f32") -> Case:
         Tensor("Q", at("iwhpe"), dtype), Tensor("K", at("iwhme"), dtype), Tensor("V", at("iwhmf"), dtype),
         Tensor("table", at("hpm")), Tensor("shift", at("wpm"), "b1"), Tensor("QK", at("iwhpm")), Tensor("S", at("iwhpm")),
         Tensor("GM", at("iwhp")), Tensor("SD", at("iwhp")), Tensor("A", at("iwhpm")), Tensor("O", at("iwhpf"), dtype),
-    )  # fmt: skip
+    )
     qk, s, a = (ex.load(x, (i, w, h, p, m), "f32") for x in ("QK", "S", "A"))
     gm, sd = (ex.load(x, (i, w, h, p), "f32") for x in ("GM", "SD"))
     score = qk * 0.25 + ex.load("table", (h, p, m), "f32") + ex.where(ex.load("shift", (w, p, m), "b1"), 0.0, LOWEST)
@@ -184,7 +184,7 @@ def windows(dtype: str = "f32") -> Case:
         Einsum(Access("SD", (i, w, h, p)), ex.exp(s - gm), "add", ("m",)),
         Einsum(Access("A", (i, w, h, p, m)), ex.exp(s - gm) / sd),
         Einsum(Access("O", (i, w, h, p, f)), a * ex.cast(v, "f32"), "add", ("m",)),
-    )  # fmt: skip
+    )
     c = Cascade("windows", tuple(Rank(r, x) for r, x in sizes.items()), tensors, einsums, ("O",))
     return Case(verify(c), {"n": 2})
 
@@ -199,7 +199,7 @@ def no_batch(dtype: str = "f32") -> Case:
             ("Q", "pe", dtype), ("K", "me", dtype), ("V", "mf", dtype), ("QK", "pm", "f32"), ("GM", "p", "f32"),
             ("SD", "p", "f32"), ("A", "pm", "f32"), ("O", "pf", dtype),
         )
-    )  # fmt: skip
+    )
     s = ex.where(m <= p, ex.load("QK", (p, m), "f32") * 0.25, -INF)
     gm, sd, a = ex.load("GM", (p,), "f32"), ex.load("SD", (p,), "f32"), ex.load("A", (p, m), "f32")
     q, k, v = (ex.cast(ex.load(n, at, dtype), "f32") for n, at in (("Q", (p, e)), ("K", (m, e)), ("V", (m, f))))
@@ -207,5 +207,5 @@ def no_batch(dtype: str = "f32") -> Case:
         Einsum(Access("QK", (p, m)), q * k, "add", ("e",)), Einsum(Access("GM", (p,)), s, "max", ("m",)),
         Einsum(Access("SD", (p,)), ex.exp(s - gm), "add", ("m",)), Einsum(Access("A", (p, m)), ex.exp(s - gm) / sd),
         Einsum(Access("O", (p, f)), a * v, "add", ("m",)),
-    )  # fmt: skip
+    )
     return Case(verify(Cascade("alone", tuple(Rank(r, x) for r, x in sizes.items()), tensors, einsums, ("O",))), {"s": 37})

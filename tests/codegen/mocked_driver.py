@@ -95,7 +95,7 @@ class Driver:
 
 def asked_of(
     function: Any, signature: Mapping[str, Any], literals: Mapping[Any, Any], attributes: Mapping[Any, Any]
-) -> Asked:  # fmt: skip
+) -> Asked:
     return Asked(
         str(function.__name__),
         {name: str(kind) for name, kind in signature.items()},

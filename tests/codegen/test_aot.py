@@ -39,7 +39,7 @@ def llama(size: int, dtype: str = "bf16") -> Cascade:
     keep = CAUSAL & strategies.MASKS["padding"]
     return attention(
         lambda s: ex.where(keep, s, LOWEST), strategies.ROWS["softmax"], b=2, h=8, group=2, e=size, f=size, dtype=dtype
-    ).cascade  # fmt: skip
+    ).cascade
 
 
 def decode(size: int) -> Cascade:
@@ -83,7 +83,7 @@ def test_the_default_mapping_neither_spills_nor_overflows(arch: str, size: int) 
         ("sm_90", TileMapping(128, 64, 4, 2)), ("sm_90", TileMapping(64, 64, 4, 3)), ("sm_90", TileMapping(32, 64, 4, 2)),
         ("sm_90", TileMapping(128, 64, 4, 1)), ("sm_80", TileMapping(128, 64, 4, 2)), ("sm_80", TileMapping(64, 32, 4, 2)),
     ],
-)  # fmt: skip
+)
 def test_predicted_shared_memory_is_what_triton_reports(arch: str, mapping: TileMapping) -> None:
     c = llama(64)
     assert compiled(c, mapping, arch).shared_bytes == shared_bytes(c, mapping, arch)

@@ -92,7 +92,7 @@ def test_order_of_a_loop() -> None:
         ("LDGSTS.E.128 [R5], [R2.64]", "copy"), ("LDG.E.128 R4, [R2.64]", "global load"), ("LDL.64 R4, [R1]", "spill"),
         ("DEPBAR.LE SB1, 0x36", assembler.OTHER), ("PRMT R4, R4, 0x5410, R5", assembler.OTHER),
     ],
-)  # fmt: skip
+)
 def test_kinds(text: str, kind: str) -> None:
     assert assembler.Instruction(0, "", text).kind == kind
 
@@ -113,7 +113,7 @@ def compiled(arch: str) -> aot.AotReport:
     """Causal attention over heads of 64: full tiles in one loop, partial ones in another."""
     c = attention(
         lambda s: ex.where(M <= P, s, LOWEST), strategies.ROWS["softmax"], h=8, e=64, f=64, dtype="bf16"
-    ).cascade  # fmt: skip
+    ).cascade
     made = build(c, TileMapping(64, 64, 4, 3), arch)
     assert isinstance(made, TritonKernel), made
     return aot.compile(made, arch)

@@ -84,7 +84,7 @@ SMALLER = [
     company.Workload("none", 2, 2, 70, 70), company.Workload("causal", 1, 2, 90, 90, 48), company.Workload("window", 1, 2, 300, 300),
     company.Workload("prefix", 1, 2, 130, 130), company.Workload("bias", 1, 2, 60, 60), company.Workload("padding", 2, 2, 50, 50),
     company.Workload("causal", 1, 4, 1, 80, 32, group=2), company.Workload("causal", 1, 2, 30, 100),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("shape", SMALLER, ids=lambda s: f"{s.mask}-{s.queries}")

@@ -62,7 +62,7 @@ EVERY = [
     for name in sorted(VARIANTS)
     for dtype in TYPES
     if dtype != "f16" or name in HALF
-]  # fmt: skip
+]
 
 
 def kernel(c: Cascade, mapping: TileMapping = FUSED) -> cpu.CpuKernel:
@@ -142,7 +142,7 @@ def test_a_bias_in_every_layout() -> None:
         "bias": (x["bias"].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), x["bias"][:, :1, :1].expand(1, 4, 40, 70),
                  x["bias"][..., :1].expand(1, 4, 40, 70)),
         "mask": (x["mask"].mT.contiguous().mT, x["mask"][:1].expand(2, 1, 40, 70), x["mask"].flip(0)),
-    }  # fmt: skip
+    }
     for name, views in layouts.items():
         for view in views:
             close(case.cascade, {**x, name: view}, case.sizes)
@@ -169,11 +169,11 @@ def latent() -> tuple[Cascade, dict[str, torch.Tensor], Mapping[str, int]]:
     table = {qk: qk + ex.load("QP", at, "f32")}
     einsums = [Einsum(e.out, ex.substitute(e.body, table), e.op, e.over) for e in base.cascade.einsums]
     shapes = (Shape("QR", (1, 4, strategies.QUERIES, 2, 12)), Shape("KR", (1, strategies.QUERIES, 2, 12)),
-              Shape("QP", base.cascade.tensor["QK"].shape))  # fmt: skip
+              Shape("QP", base.cascade.tensor["QK"].shape))
     c = Cascade(
         "latent", (*base.cascade.ranks, Rank("r", 2), Rank("t", 12)), (*base.cascade.tensors, *shapes),
         (Einsum(Access("QP", at), part, "add", ("r", "t")), *einsums), ("O",),
-    )  # fmt: skip
+    )
     g = torch.Generator().manual_seed(1)
     more = {"QR": torch.randn(1, 4, 40, 2, 12, generator=g), "KR": torch.randn(1, 40, 2, 12, generator=g)}
     return verify(c), {**base.inputs(), **more}, base.sizes
@@ -200,7 +200,7 @@ def shared(table: Mapping[Expr, Expr], heads: Mapping[str, int]) -> tuple[Cascad
 def test_heads_that_share_keys_otherwise_than_values(keys: Expr, values: Expr) -> None:
     many = {ex.const(0): 1, H // 2: 2, H: 4}
     table = {ex.load("K", (B, H, M, E), "f32"): ex.load("K", (B, keys, M, E), "f32"),
-             ex.load("V", (B, H, M, F), "f32"): ex.load("V", (B, values, M, F), "f32")}  # fmt: skip
+             ex.load("V", (B, H, M, F), "f32"): ex.load("V", (B, values, M, F), "f32")}
     close(*shared(table, {"K": many[keys], "V": many[values]}))
 
 
@@ -217,7 +217,7 @@ def test_what_is_computed_beforehand() -> None:
     c = verify(Cascade(
         "relative", (*base.cascade.ranks, Rank("r", 16)), (*base.cascade.tensors, *shapes),
         (Einsum(Access("C", (B, H, P, r)), part, "add", ("e",)), *einsums), ("O",),
-    ))  # fmt: skip
+    ))
     close(c, {**base.inputs(), "R": torch.randn(16, 16, generator=torch.Generator().manual_seed(3))}, base.sizes, atol=2e-5)
 
 

@@ -61,7 +61,7 @@ VARIANTS: Mapping[str, tuple[Callable[[Expr], Expr], str, str]] = {
     ),
     "sinks": (masked(CAUSAL), "sink", "tl.where(m <= p, 0.25, 0.0)"),
     "t5": (t5, "softmax", "tl.where(m <= p, 0.25, 0.0)"),
-}  # fmt: skip
+}
 
 
 def variant(name: str) -> Program:

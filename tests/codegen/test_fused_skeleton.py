@@ -160,7 +160,7 @@ def classes(c: Case, keep: Tensor) -> Tensor:
 def call(
     kernel: Callable[..., int], c: Case, q: Sequence[Tensor], k: Sequence[Tensor], v: Tensor, seen: Tensor | None,
     sizes: Sequence[int] = (), tensors: Sequence[Tensor] = (),
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Run a kernel. `seen`: classes [query tiles, key tiles], for all heads or after [Z, H]."""
     out = torch.full((c.z, c.p, c.heads, c.f + 1), float("nan"), dtype=c.dtype).transpose(1, 2)[..., : c.f]
     packed = native.call_type(len(q))()

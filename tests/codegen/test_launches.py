@@ -21,7 +21,7 @@ def recorded() -> Mapping[str, Any]:
     """The launches of every case, from a process of their own: the driver is replaced in the whole of it."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.codegen.mocked_driver"], cwd=ROOT, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found: Mapping[str, Any] = json.loads(done.stdout)
     return found

@@ -32,7 +32,7 @@ def llama() -> Cascade:
     keep = CAUSAL & strategies.MASKS["padding"]
     return attention(
         lambda s: ex.where(keep, s, LOWEST), strategies.ROWS["softmax"], b=2, h=8, group=2, e=64, f=64, dtype="bf16"
-    ).cascade  # fmt: skip
+    ).cascade
 
 
 def sinks() -> Cascade:
@@ -160,6 +160,6 @@ def test_the_interpreter_tier_runs() -> None:
         [*command, str(here.with_name("test_triton_interpreter.py")), "-k", "causal_padding or decode_packs or uniform"],
         capture_output=True, text=True, check=False,
         env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=here.parents[2],
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout

@@ -27,7 +27,7 @@ OURS = reattend.Policy(allow=("reattend",), deny=("original",))
 SMALL: Mapping[str, Any] = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
     "vocab_size": 101, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

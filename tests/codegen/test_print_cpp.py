@@ -115,7 +115,7 @@ REAL: dict[str, Expr] = {
     "where": ex.where(X < Y, X, -math.inf), "from integers": ex.cast(K, "f32") * X, "from a truth": ex.cast(C, "f32") * X,
     "added": ex.unary("abs", X) + ex.unary("abs", K), "half": ex.cast(HALF, "f32") + X, "brain": ex.cast(BRAIN, "f32") * X,
     "chosen of two": ex.where(C, ex.exp(X), ex.where(D, X * Y, 0.5)),
-}  # fmt: skip
+}
 EXACT: dict[str, Expr] = {
     **{f"i {op}": ex.binary(op, K, J) for op in ("add", "sub", "mul", "max", "min", "and", "or", "xor")},
     "i floordiv": K // (ex.unary("abs", J) + 1), "i mod": K % (ex.unary("abs", J) + 1),
@@ -129,7 +129,7 @@ EXACT: dict[str, Expr] = {
     "byte": ex.cast(K, "u8"), "index": At * 7919 * 7919 % 1000, "chosen": ex.where(C, K, J), "bits": ex.unary("not", K),
     "i sign": ex.unary("sign", K), "integral": ex.unary("floor", K), "cubed": ex.binary("pow", J, 3), "lifted": ex.unary("relu", K),
     "truths": ex.where(C, X < Y, D), "byte of a real": ex.cast(ex.unary("abs", X), "u8"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -53,13 +53,13 @@ def source(e: Expr, views: bool = True, real: str = "f32", reuse: bool = False) 
 
 def run(
     e: Expr, x: dict[str, torch.Tensor], views: bool = True, real: str = "f32", reuse: bool = False
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     lines = source(e, views, real, reuse).splitlines()
     space = {
         "torch": torch, "math": math, "inf": math.inf, "nan": math.nan, "choose": choose, "tile": tile, "past": 3,
         "LOG2E": math.log2(math.e),
         "h": torch.arange(3).view(-1, 1, 1), "p": torch.arange(7).view(-1, 1), "m": torch.arange(9), **x,
-    }  # fmt: skip
+    }
     exec("\n".join(lines[:-1]), space)
     return torch.as_tensor(eval(lines[-1], space)).expand(3, 7, 9)
 
@@ -175,20 +175,20 @@ integers: st.SearchStrategy[Expr] = st.deferred(lambda: st.one_of(
     st.sampled_from([P, M, H, ex.symbol("past"), load("seg", M)]), st.integers(-3, 9).map(ex.const),
     st.tuples(st.sampled_from(["add", "sub", "max", "min", "mul"]), integers, integers).map(lambda t: ex.binary(*t)),
     st.tuples(st.sampled_from(["floordiv", "mod"]), integers, st.integers(1, 5)).map(lambda t: ex.binary(*t)),
-))  # fmt: skip
+))
 predicates: st.SearchStrategy[Expr] = st.deferred(lambda: st.one_of(
     st.just(load("pad", M)),
     st.tuples(st.sampled_from(ex.COMPARISONS), integers, integers).map(lambda t: ex.binary(*t)),
     st.tuples(st.sampled_from(["and", "or"]), predicates, predicates).map(lambda t: ex.binary(*t)),
     predicates.map(lambda e: ~e),
-))  # fmt: skip
+))
 reals: st.SearchStrategy[Expr] = st.deferred(lambda: st.one_of(
     st.sampled_from([load("bias", H, P, M), load("slope", H), load("half", P, M), load("wide", 0, M)]),
     integers.map(lambda e: ex.cast(e, "f32")),
     st.tuples(st.sampled_from(["add", "sub", "mul", "max", "min"]), reals, reals).map(lambda t: ex.binary(*t)),
     st.tuples(st.sampled_from(["tanh", "abs", "relu", "sigmoid", "neg", "cos", "exp"]), reals).map(lambda t: ex.unary(*t)),
     st.tuples(predicates, reals, reals).map(lambda t: ex.where(*t)),
-))  # fmt: skip
+))
 
 
 @given(st.one_of(reals, predicates, integers))

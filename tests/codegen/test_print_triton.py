@@ -119,7 +119,7 @@ REAL: dict[str, Expr] = {
     "power": ex.binary("pow", ex.unary("abs", X) + 0.1, Y * 0.1), "log1p near 0": ex.unary("log1p", X * 1e-3),
     "tanh near 0": ex.unary("tanh", X * 1e-3), "expm1 near 0": ex.unary("expm1", X * 1e-3),
     "where": ex.where(X < Y, X, -math.inf), "from integers": ex.cast(K, "f32") * X, "added": ex.unary("abs", X) + ex.unary("abs", K), "from a truth": ex.cast(C, "f32") * X,
-}  # fmt: skip
+}
 EXACT: dict[str, Expr] = {
     **{f"i {op}": ex.binary(op, K, J) for op in ("add", "sub", "mul", "max", "min", "and", "or", "xor")},
     "floordiv": K // (ex.unary("abs", J) + 1), "mod": K % (ex.unary("abs", J) + 1),
@@ -131,7 +131,7 @@ EXACT: dict[str, Expr] = {
     "to i32": ex.cast(X, "i32"), "to truth": ex.cast(K, "b1"), "real to truth": ex.cast(X, "b1"), "neg": -K,
     "byte": ex.cast(K, "u8"), "index": ex.index("n") * 7919 * 7919 % 1000, "chosen": ex.where(C, K, J), "bits": ex.unary("not", K),
     "sign": ex.unary("sign", K),
-}  # fmt: skip
+}
 
 KERNEL = '''import triton
 import triton.language as tl

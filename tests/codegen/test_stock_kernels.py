@@ -67,7 +67,7 @@ def test_listed(kernels: ModuleType) -> None:
     counts = torch.ones(blocks, dtype=torch.int32), torch.arange(blocks, dtype=torch.int32)
     kernels.listed[TOKENS // TILE, HEADS](
         q, k, v, out, counts[0], partial, counts[1], full, *strides(q, k, v, out), blocks, **shape(SCALE=D**-0.5, BLOCK=BLOCK)
-    )  # fmt: skip
+    )
     torch.testing.assert_close(out, wanted(q, k, v), rtol=0, atol=1e-5)
 
 
@@ -80,7 +80,7 @@ def test_listed_skips_what_its_lists_leave_out(kernels: ModuleType) -> None:
     none, two = torch.zeros(blocks, dtype=torch.int32), torch.full((blocks,), 2, dtype=torch.int32)
     kernels.listed[TOKENS // TILE, HEADS](
         q, k, v, out, none, full, two, full, *strides(q, k, v, out), blocks, **shape(SCALE=D**-0.5, BLOCK=BLOCK)
-    )  # fmt: skip
+    )
     keep = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
     keep[:, :BLOCK] = keep[:, 2 * BLOCK : 3 * BLOCK] = True
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=True)

@@ -40,7 +40,7 @@ def test_printed_ends_of_two_operands_are_those_of_numbers(op: str) -> None:
 @pytest.mark.parametrize("keep", [
     M <= P, ex.unary("abs", P - M) < 3, ex.equal(P // 4, M // 4), (P - M) % 3 < 2,
     ex.minimum(P, M + 2) > ex.maximum(M, 4), ex.where(P < 4, P, M * 2) >= 5, ex.equal(P * P, M), ~(M > P) | (M % 4 < 2),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_classes_of_tiles_hold_at_every_point(keep: Expr) -> None:
     every, some = Corners.of("p", "m").predicate(keep)
     for p0, p1, m0, m1 in ((a, b, c, d) for (a, b), (c, d) in itertools.product([(0, 3), (2, 2), (4, 9), (8, 15)], repeat=2)):

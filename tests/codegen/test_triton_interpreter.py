@@ -201,7 +201,7 @@ def decode(heads: int, group: int, queries: int = 1, keys: int = 41, batch: int 
     """Static query rows: heads that share keys are packed into one row block."""
     p = attention(
         lambda s: ex.where(keep, s, LOWEST), strategies.ROWS["softmax"], b=batch, h=heads, group=group, p=queries, m=keys
-    )  # fmt: skip
+    )
     return Program(p.cascade.with_sizes({"s": queries}), {"t": keys}, "decode")
 
 
@@ -217,7 +217,7 @@ def test_keys_shared_by_all_heads() -> None:
     p = decode(4, 4)
     loose = ex.load("K", (B, ex.const(0), M, E), "f32")
     table = {ex.load("K", (B, H // 4, M, E), "f32"): loose,
-             ex.load("V", (B, H // 4, M, F), "f32"): ex.load("V", (B, ex.const(0), M, F), "f32")}  # fmt: skip
+             ex.load("V", (B, H // 4, M, F), "f32"): ex.load("V", (B, ex.const(0), M, F), "f32")}
     einsums = tuple(Einsum(e.out, ex.substitute(e.body, table), e.op, e.over) for e in p.cascade.einsums)
     c = verify(Cascade("shared", p.cascade.ranks, p.cascade.tensors, einsums, ("O",)))
     made = kernel(c)
@@ -240,7 +240,7 @@ def test_two_products_and_a_flattened_sum() -> None:
         (*base.cascade.tensors, Shape("QR", (1, 2, strategies.QUERIES, 2, 12)), Shape("KR", (1, strategies.KEYS, 2, 12)),
          Shape("QP", base.cascade.tensor["QK"].shape)),
         tuple(einsums), ("O",),
-    ))  # fmt: skip
+    ))
     g = torch.Generator().manual_seed(1)
     tensors = {**base.inputs(), "QR": torch.randn(1, 2, n, 2, 12, generator=g), "KR": torch.randn(1, m, 2, 12, generator=g)}
     assert len(kernel(c).streaming.products) == 2
@@ -260,7 +260,7 @@ def test_an_operand_that_is_computed() -> None:
     c = verify(Cascade("computed", base.cascade.ranks, (*shapes, Shape("scale", (strategies.QUERIES,))), einsums, ("O",)))
     g = torch.Generator().manual_seed(2)
     tensors = {**base.inputs(), "V": torch.randint(-9, 9, (1, 2, 33, 16), generator=g, dtype=torch.int8),
-               "scale": torch.rand(33, generator=g)}  # fmt: skip
+               "scale": torch.rand(33, generator=g)}
     check(c, tensors, base.sizes)
 
 
@@ -285,7 +285,7 @@ def test_other_batch_ranks() -> None:
             Einsum(Access("O", order), ex.load("A", a, "f32") * ex.load("V", v, "f32"), "add", ("m",)),
         )
         tensors = [Shape(t, shape(at)) for t, at in
-                   (("Q", q), ("K", k), ("V", v), ("QK", qk), ("GM", row), ("SD", row), ("A", a), ("O", order))]  # fmt: skip
+                   (("Q", q), ("K", k), ("V", v), ("QK", qk), ("GM", row), ("SD", row), ("A", a), ("O", order))]
         used = {str(i.attr) for at in (q, k, v, order) for i in at}
         c = verify(Cascade("batch", tuple(Rank(r, sizes[r]) for r in sizes if r in used), tuple(tensors), einsums, ("O",)))
         g = torch.Generator().manual_seed(3)

@@ -95,7 +95,7 @@ def test_a_bias_is_as_wide_as_the_operands_once_they_have_one_type() -> None:
     ("softcap", "no multiple of the product"), ("cosine_cap", "no multiple"), ("sinks", "ends with more"),
     ("checkerboard", "gives NaN in the model and 0 in SDPA"), ("nan_padding", "gives NaN"), ("sigmoid", "no softmax"),
     ("square", "no softmax"), ("small_fill", "drowns them only while they are small"),
-])  # fmt: skip
+])
 def test_sdpa_refuses(name: str, reason: str) -> None:
     found = vendor.sdpa(VARIANTS[name]().cascade)
     assert isinstance(found, Refusal)
@@ -111,7 +111,7 @@ def test_is_causal_only_where_it_is() -> None:
     for other in (
         build(masked(CAUSAL), p=9, m=9), build(masked(P > M), square=True, zero=True),
         build(masked(M <= P + 1), square=True), VARIANTS["prefix"](), VARIANTS["window"](),
-    ):  # fmt: skip
+    ):
         call = vendor.sdpa(other.cascade)
         assert isinstance(call, Refusal) or (not call.causal and call.mask is not None)
 
@@ -211,7 +211,7 @@ def test_flex_compiled_for_one_thread_runs_on_two(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MORE_THREADS], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

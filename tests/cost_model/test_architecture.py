@@ -59,7 +59,7 @@ def test_what_was_read_back_and_published() -> None:
     assert limits == {
         "sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
         "sm_103": 232448, "sm_120": 101376, "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840,
-    }  # fmt: skip
+    }
     rows = {n: architecture(n).instruction_rows for n in NAMES if architecture(n).instruction_rows}
     assert rows == {"sm_90": 64, "sm_100": 128, "sm_103": 128}
     assert {n for n in NAMES if architecture(n).tensor_memory} == {"sm_100", "sm_103"}

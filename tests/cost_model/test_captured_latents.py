@@ -28,7 +28,7 @@ def made(w: Widths, queries: int = 1, batch: int = 1, keys: int = M) -> Cascade:
     """What a captured model computes: keys of a map and a rotary part in one operand, up to the heads' output."""
     b = Builder({
         "b": batch, "h": w.heads, "p": queries, "m": keys, "e": w.key + w.rotary, "f": w.value, "c": w.latent, "k": w.latent,
-    })  # fmt: skip
+    })
     e, m = ex.index("e"), ex.index("m")
     tokens = [ex.load("C", (ex.index("b"), m, ex.index(r)), w.dtype) for r in "ck"]
     b.input("C", "bmc", w.dtype)
@@ -68,7 +68,7 @@ def spoken(p: Placed) -> list[tuple[str, str, int]]:
 SAME = {
     "latent heads": "heads", "latent merge": "merge", "TPLA 2 slices": "TPLA 2 slices", "TPLA 8 slices": "TPLA 8 slices",
     "latent summed scores": "summed scores",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("w", [V3, K2], ids=["V3", "K2"])
@@ -90,7 +90,7 @@ def test_C1_cached_bytes_of_a_captured_MLA(tp: int) -> None:
     a_token = {n: placed(found[n]).cache_bytes // M for n in ("heads", "latent heads", "latent expanded heads", "latent merge")}
     assert a_token == {
         "heads": 128 * (192 + 128) * 2 // tp, "latent heads": 1152, "latent expanded heads": 1152, "latent merge": 1152 // tp,
-    }  # fmt: skip
+    }
 
 
 def test_ranks_of_one_size_are_not_taken_for_another() -> None:
@@ -194,14 +194,14 @@ def naive_of(w: Widths) -> Cascade:
     return replace(
         c, einsums=kept, outputs=("O",), tensors=tuple(t for t in c.tensors if t.name in names),
         ranks=tuple(r for r in c.ranks if r.name in ranks),
-    )  # fmt: skip
+    )
 
 
 def test_models_mix_attentions_with_latents_and_without() -> None:
     sites = [
         ShardedSite("latent", plain(K2), 4, made(K2), K2.model),
         ShardedSite("plain", heads(64, 8), 2, Obstacle("keys are turned"), K2.model),
-    ]  # fmt: skip
+    ]
     found = shard(sites, parse("tp=4"), H200)
     both = found.scheme("latent heads")
     alone = [shard([s], parse("tp=4"), H200) for s in sites]

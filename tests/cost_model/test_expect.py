@@ -46,7 +46,7 @@ PAD = masked(padded, (2, 1024), "b1")
 PACKED = masked(
     lambda load: ex.equal(load("seg", B, P), load("seg", B, M)) & (load("pos", B, M) <= load("pos", B, P)),
     (2, 1024), "i64",
-)  # fmt: skip
+)
 BLOCKS = masked(lambda load: load("table", B, P // 64, M // 64) & (M <= P), (2, 16, 16), "b1")
 
 
@@ -92,7 +92,7 @@ def test_forms(text: str, expected: Expect) -> None:
         ("pad=length:120%", "or a part of 100%"), ("pad=length:50%,700", "a part of 100%"),
         ("ids=segments:2.5", "1 whole segment or more"), ("ids=segments:50%", "1 whole segment or more"),
     ],
-)  # fmt: skip
+)
 def test_what_means_nothing_is_refused_with_the_forms(text: str, reason: str) -> None:
     with pytest.raises(ExpectError, match=r"write NAME=0.25") as no:
         parse(text)

@@ -91,7 +91,7 @@ def test_a16_unfused_is_two_spills(model: str, n: int, expected: int) -> None:
     ("n", "expected"),
     list(zip((K, 4 * K, 16 * K, 64 * K, 256 * K, 1024 * K),
              (402653184, 1610612736, 6442450944, 38654705664, 463856467968, 6803228196864))),
-)  # fmt: skip
+)
 @pytest.mark.parametrize("form", ["Cascade 5", "found by search"])
 def test_a12_one_pass_moves_inputs_only(form: str, n: int, expected: int) -> None:
     rows = fusemax.query_tile(n, 64, 64, device("fusemax"), scores_on_chip=False)

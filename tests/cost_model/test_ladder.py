@@ -39,7 +39,7 @@ def test_six_rungs_end_with_the_devices_themselves(d: Device) -> None:
     rungs = ladder(d, other)
     assert [r.name for r in rungs] == [
         "roofline", "+ tiles", "+ partial-tile cost", "+ exponentials", "+ makespan", "+ calibration",
-    ]  # fmt: skip
+    ]
     assert [r.masked for r in rungs] == [False, True, True, True, True, True]
     assert rungs[-2].device == (alone(d) if d.host is not None else d)
     assert rungs[-1].device is other

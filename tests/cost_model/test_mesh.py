@@ -72,7 +72,7 @@ def test_seconds_are_the_closed_forms(parts: int, n: int) -> None:
         "all-reduce": 2 * (p - 1) * (a + n / (p * b)), "all-gather": (p - 1) * (a + n / b),
         "reduce-scatter": (p - 1) * (a + n / (p * b)), "all-to-all": (p - 1) / p * n / b + (p - 1) * a,
         "ring": (p - 1) * (a + n / b),
-    }  # fmt: skip
+    }
     for kind in KINDS:
         x = Collective(kind, "tp", n, "")
         assert x.transfer(r) + x.latency(r) == pytest.approx(expected[kind])

@@ -247,7 +247,7 @@ def test_a_browser_draws_every_figure_without_an_error(theme: str, width: int, t
          f"--user-data-dir={tmp_path}", f"--window-size={width},2000",
          f"{where.as_uri()}?theme={theme}"],
         capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
+    )
     assert "CONSOLE" not in done.stderr, done.stderr
     assert f'data-theme="{theme}"' in done.stdout
     assert not re.search(r'="[^"]*(NaN|Infinity|undefined)', done.stdout)

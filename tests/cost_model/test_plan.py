@@ -17,7 +17,7 @@ from reattend.cost_model.words import group_name, seconds_text
 OURS = Candidate(
     "reattend", passes=1, cost=Cost(1e-3, "matrix", 10**12, 10**9, 10**9, {"matrix": 1e-3}), why="skips half",
     mapping='{"tile_p":128}', text="x = 1\n",
-)  # fmt: skip
+)
 ORIGINAL = Candidate("original", passes=3, cost=Cost(1.2e-2, "memory", 10**12, 10**10, 10**9))
 SDPA = Candidate("sdpa", feasible=False, why="a mask of three dimensions runs on the slow path")
 
@@ -29,7 +29,7 @@ def site(i: int, choice: str = "reattend") -> Site:
         mask=MaskView("m ≤ p", 0.51, TileCounts(128, 128, 1024, 528, 496, 32)), proofs=("keys are not written",),
         guards=("s0 ≥ 1",), candidates=(OURS, ORIGINAL, SDPA), choice=choice, cascade="QK = Σ_e Q·K",
         chosen_cascade="RM = max(RM, LM)",
-    )  # fmt: skip
+    )
 
 
 PLAN = Plan(
@@ -92,7 +92,7 @@ def test_the_table_groups_identical_attentions() -> None:
     lines = text.splitlines()
     assert lines[0] == HEADING
     (many,) = [x for x in lines if "×32" in x]
-    assert many.split() == ["model.layers.[0-31].self_attn", "×32", "softmax", "causal", "gqa", "transformers/modeling_llama.py:210", "b=1", "h=32", "p=4096", "m=s0", "e=128", "bf16", "reattend", "1", "ms", "12.00×", "matrix", "skips", "half"]  # fmt: skip
+    assert many.split() == ["model.layers.[0-31].self_attn", "×32", "softmax", "causal", "gqa", "transformers/modeling_llama.py:210", "b=1", "h=32", "p=4096", "m=s0", "e=128", "bf16", "reattend", "1", "ms", "12.00×", "matrix", "skips", "half"]
     (one,) = [x for x in lines if "layers.40" in x]
     assert one.split()[-4:] == ["original", "12", "ms", "memory"]
     assert "left alone (2)" in text

@@ -64,11 +64,11 @@ def faster(d: Device, x: float) -> Device:
     model = replace(
         d.model, launch_seconds=d.model.launch_seconds / x, prologue_seconds=d.model.prologue_seconds / x,
         load_latency_seconds=d.model.load_latency_seconds / x,
-    )  # fmt: skip
+    )
     return replace(
         d, clock_hz=d.clock_hz * x, dram_bytes_per_s=d.dram_bytes_per_s * x, l2_bytes_per_s=d.l2_bytes_per_s * x,
         matrix_flops_per_s={t: r * x for t, r in d.matrix_flops_per_s.items()}, model=model,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("d", GPUS, ids=lambda d: d.name)

@@ -48,7 +48,7 @@ def below(c: Cascade, d: Device, at: dict[str, int], dtype: str) -> None:
     ],
 )
 @given(st.sampled_from(SHAPES), st.sampled_from(["f32", "bf16"]), st.sampled_from([(1, 8), (16, 32)]),
-       st.sampled_from([64, 128]))  # fmt: skip
+       st.sampled_from([64, 128]))
 @example((1, 131072), "bf16", (16, 32), 128)
 @example((4096, 4096), "bf16", (1, 8), 128)
 def test_no_candidate_lies_above_its_roof(

@@ -208,7 +208,7 @@ def test_describe_an_attention_with_a_key_family() -> None:
 _maps: dict[str, Any] = {
     "exp": lambda x: ex.exp(x * 0.3), "square": lambda x: x * x, "relu": lambda x: ex.unary("relu", x),
     "sigmoid": lambda x: ex.unary("sigmoid", x), "abs": lambda x: ex.unary("abs", x) + 0.1, "same": lambda x: x,
-}  # fmt: skip
+}
 _norms: dict[str, Any] = {
     "sum": lambda b, n, a: a / (b.put(n, "bhp", a, "add", "m") + 40.0),
     "shift": lambda b, n, a: a - b.put(n, "bhp", a, "max", "m"),

@@ -88,7 +88,7 @@ TP = (1, 2, 4, 8)
 GQA_TABLE = [
     ("MHA h=128", 128, 128, (65536, 32768, 16384, 8192)), ("MHA h=64", 64, 64, (32768, 16384, 8192, 4096)),
     ("GQA-8", 64, 8, (4096, 2048, 1024, 512)), ("MQA", 64, 1, (512, 512, 512, 512)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("h", "kv", "row"), [r[1:] for r in GQA_TABLE], ids=[r[0] for r in GQA_TABLE])
@@ -121,7 +121,7 @@ def test_C1_cached_bytes_of_the_GLA_paper() -> None:
         "GTA-4": (absorbed(replace(small, latent=128), groups=4, keys=M).cascade, 1152, 640),
         "GLA-2": (absorbed(small, groups=2, keys=M).cascade, 1152, 640),
         "MLA": (absorbed(replace(small, latent=512), keys=M).cascade, 1152, 1152),
-    }  # fmt: skip
+    }
     for name, (c, one, two) in forms.items():
         assert (head_parallel(c, 1).cache_bytes // M, head_parallel(c, 2).cache_bytes // M) == (one, two), name
 
@@ -179,7 +179,7 @@ def test_keys_and_values_of_latents_counted_apart_are_rejected() -> None:
             replace(e, body=ex.substitute(e.body, {x: ex.load("C2", x.args, x.dtype) for x in e.reads if x.attr == "C"}))
             if e.out.tensor == "OL" else e for e in c.einsums
         ),
-    )  # fmt: skip
+    )
     right, wrong = (place(x, LATENT_ROLES, Assignment((), ()), {}).cache_bytes for x in (c, apart))
     assert wrong == 2 * right
     assert attention_flops(apart) / wrong == 128 != attention_flops(c) / right
@@ -420,7 +420,7 @@ def test_faster_rates_shorten_the_time_alike(x: float, name: str, tp: int) -> No
             matrix_flops_per_s={k: v * factor for k, v in H100.matrix_flops_per_s.items()},
             link_bytes_per_s=H100.link_bytes_per_s * factor, network_bytes_per_s=H100.network_bytes_per_s * factor,
             link_latency_seconds=0.0, network_latency_seconds=0.0,
-        )  # fmt: skip
+        )
 
     p, m = latent(name, tp), Mesh((Axis("tp", tp),))
     assert times(p, m, at(x)).seconds == pytest.approx(times(p, m, at(1.0)).seconds / x)
@@ -625,7 +625,7 @@ def test_the_batch_is_carried_by_dp() -> None:
         ("tp=6", "mesh tp=6 does not divide the 32 query heads of x: use tp=1, 2, 4, 8, 16 or 32, or cp, which cuts the sequence"),
         ("dp=3", "mesh dp=3 does not divide a batch of 1: use a --batch that is a multiple of 3, or dp=1"),
     ],
-)  # fmt: skip
+)
 def test_a_mesh_that_does_not_divide_says_what_would(mesh: str, sentence: str) -> None:
     with pytest.raises(MeshError, match=sentence):
         shard([ShardedSite("x", heads(32, 8), 1)], parse(mesh), H200)

@@ -148,7 +148,7 @@ TABLE: Sequence[tuple[str, Shape, Shape, tuple[Shape, Shape], Sequence[Shape], S
     ("hunyuan 58", HUNYUAN, (30, 40, 40), WIDE_TILES, HUNYUAN_58, (630, 450, 375, 450), 0.607, 1, (1.21, 1.44, 1.55, 1.44)),
     ("cosmos 89", COSMOS, (16, 24, 16), COSMOS_TILES, COSMOS_STRIDES, (84, 72, 56, 48), 0.587, 1, (1.90, 1.96, 2.05, 2.10)),
     ("cosmos 56", COSMOS, (16, 32, 48), COSMOS_TILES, COSMOS_STRIDES, (252, 224, 216, 192), 0.587, 1, (1.35, 1.42, 1.42, 1.50)),
-]  # fmt: skip
+]
 
 
 def cells() -> list[tuple[str, float, float]]:
@@ -184,7 +184,7 @@ def test_b16_the_least_stride_that_is_block_sparse() -> None:
     free = [
         s for s in (32, 64, 128, 256, 512)
         if all(gna((32768,), (2048,), (s,), (tq,), (128,)).partial == 0 for tq in (128, 256))
-    ]  # fmt: skip
+    ]
     assert free[0] == 256
 
 
@@ -209,7 +209,7 @@ def test_b20_amdahl() -> None:
         ((12, 20), (5, 7), (1, 1), (4, 4), (3, 4)), ((12, 20), (4, 10), (2, 5), (3, 5), (4, 4)),
         ((6, 8, 10), (3, 4, 5), (1, 2, 5), (2, 4, 5), (3, 4, 5)), ((13, 9), (6, 4), (3, 4), (4, 4), (4, 4)),
     ],
-)  # fmt: skip
+)
 def test_products_against_brute_force(lengths: Shape, window: Shape, stride: Shape, tile_q: Shape, tile_k: Shape) -> None:
     found = gna(lengths, window, stride, tile_q, tile_k)
     n = int(np.prod(lengths))
@@ -278,7 +278,7 @@ def test_tile_order_makes_the_boxes_contiguous() -> None:
     boxes = gna(lengths, window, stride, tile, tile)
     coordinates = {
         f"{r}{d}": c for r in "pm" for d, c in enumerate(tile_order(ex.index(r), lengths, tile))
-    }  # fmt: skip
+    }
     keep = ex.TRUE
     for d, (n, w, s) in enumerate(zip(lengths, window, stride)):
         keep = keep & neighborhood(ex.index(f"p{d}"), ex.index(f"m{d}"), length=n, window=w, stride=s)
@@ -300,7 +300,7 @@ def test_residues_together_make_dilation_cost_a_plain_window() -> None:
     one = count_tiles(
         neighborhood(P, M, length=n // dilation, window=window), query="p", key="m",
         extents={"p": n // dilation, "m": n // dilation}, tile_p=tile, tile_m=tile,
-    )  # fmt: skip
+    )
     assert (together.visited, together.full) == (dilation * one.visited, dilation * one.full)
     assert spread.visited > 1.5 * together.visited
     assert spread.full == 0

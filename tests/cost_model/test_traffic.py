@@ -12,7 +12,7 @@ P, M, N = ex.index("p"), ex.index("m"), ex.symbol("n")
 MOVING = [
     P, P * 3, P * -2, 5 - P, P + M, P - M, (P - M) * -1 + 8, P // 3, (P + M) // 4, P // -3, P % 5, (P - M) % 4, (P * 4) // 8,
     ex.minimum(ex.maximum(P - M + 2, 0), 4), ex.minimum(P + M, N),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("term", MOVING, ids=str)
@@ -28,14 +28,14 @@ def test_a_footprint_holds_what_a_tile_reads_wherever_it_lies(term: ex.Expr) -> 
             seen = {
                 ex.substitute(term, table | {P: ex.const(p0 + p), M: ex.const(m0 + m)}).value
                 for p in range(wide) for m in range(high)
-            }  # fmt: skip
+            }
             assert found >= len(seen), (term, wide, high, p0, m0)
 
 
 @pytest.mark.parametrize(("term", "expected"), [
     (P * -1, 6), (P - M, 9), (M - P, 9), (P * -1 + 5, 6), (P // 3, 2), (P % 4, 4), (P * M, 24), (P // N, 6), (ex.minimum(P + M, N), 9),
     (ex.load("at", (P,), "i64") % 4, 4), (ex.load("at", (P,), "i64"), 6), (ex.unary("abs", P - M), 24),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_footprints(term: ex.Expr, expected: int) -> None:
     assert footprint(ex.load("table", (term,), "f32"), (1000,), {"p": 6, "m": 4}) == expected
 

@@ -121,7 +121,7 @@ def test_a19_mean_speedup_over_unfused() -> None:
 # lanes that bound them.
 FLAT_BYTES = [("bert", K, 1308622848), ("bert", 4 * K, 21128367461.209305), ("bert", 16 * K, 333222041171.3489),
               ("bert", 64 * K, 5312225305909.582), ("bert", 256 * K, 435458144206848), ("bert", 1024 * K, 6966711832018944),
-              ("t5", 256 * K, 290305429471232), ("xlm", 256 * K, 598271764463616), ("xlm", 1024 * K, 9570698963976192)]  # fmt: skip
+              ("t5", 256 * K, 290305429471232), ("xlm", 256 * K, 598271764463616), ("xlm", 1024 * K, 9570698963976192)]
 
 
 @pytest.mark.parametrize(("model", "n", "expected"), FLAT_BYTES)
@@ -134,7 +134,7 @@ def test_a19_traffic_of_flat(model: str, n: int, expected: float) -> None:
     ("model", "n", "expected"),
     [("bert", K, 0.013386076595744681), ("bert", 64 * K, 54.829369736170214), ("bert", 256 * K, 1013.8800000000001),
      ("trxl", 1024 * K, 21627.52), ("xlm", 16 * K, 4.569114144680851), ("xlm", 1024 * K, 22283.52)],
-)  # fmt: skip
+)
 def test_a19_latency_of_flat(model: str, n: int, expected: float) -> None:
     heads, d = MODELS[model]
     assert fusemax.flat_seconds(CASCADE4, sizes(n, d), ARRAY, heads) == pytest.approx(expected, rel=1e-12)

@@ -71,7 +71,7 @@ def llama() -> Callable[..., Any]:
         config = LlamaConfig(
             hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
             pad_token_id=0, bos_token_id=1, eos_token_id=None, **given,
-        )  # fmt: skip
+        )
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
 

@@ -132,7 +132,7 @@ BAD = [
     (["diff", "{config}", "{config}", "--tolerance", "-1"], "--tolerance -1.0 is no share: give 0 or more"),
     (["bench", "{config}", "--seconds", "0"], "--seconds 0.0 is no time to measure in"),
     (["emit", "{config}", "--seq", "16", "-o", "{folder}/none/a.py"], "there is no folder"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=[" ".join(a) for a, _ in BAD])

@@ -19,11 +19,11 @@ SIZES = {
     "num_attention_heads": 8, "num_key_value_heads": 8, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
     "v_head_dim": 24, "vocab_size": 99, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
     "first_k_dense_replace": 1,
-}  # fmt: skip
+}
 CONFIGS = {
     "V3": {**SIZES, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "q_lora_rank": 48},
     "V2": {**SIZES, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "q_lora_rank": None},
-}  # fmt: skip
+}
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -148,7 +148,7 @@ def test_latents_of_groups_of_heads_are_divided_with_them() -> None:
 @pytest.mark.parametrize(("name", "mesh", "bytes_by_way"), [
     ("deepseek-v3", "tp=16", {"heads": 5120, "latent heads": 1152, "latent merge": 72, "TPLA 2 slices": 640}),
     ("deepseek-v2-lite", "tp=8", {"heads": 1280, "latent heads": 1152, "latent merge": 144, "TPLA 2 slices": 640}),
-])  # fmt: skip
+])
 def test_the_configs_of_the_examples(
     name: str, mesh: str, bytes_by_way: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +176,6 @@ def test_keys_that_positions_turn_say_why_there_is_no_latent(tmp_path: Path, cap
     config.write_text(json.dumps({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 32,
         "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 99,
-    }), encoding="utf-8")  # fmt: skip
+    }), encoding="utf-8")
     out = run(capsys, "plan", str(config), "--target", "h200", "--seq", "256", "--mesh", "tp=2")
     assert "no latent form of model.layers.0.self_attn: what keys and values are made of is no narrower" in out

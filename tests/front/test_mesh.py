@@ -78,7 +78,7 @@ def test_plan_mesh_json(config: str, capsys: pytest.CaptureFixture[str]) -> None
     code, out, _ = run(
         capsys, "plan", config, "--phase", "decode", "--past", "4k", "--batch", "4", "--target", "h100",
         "--mesh", "tp=2,dp=2", "--json",
-    )  # fmt: skip
+    )
     assert code == 0
     found = json.loads(out)["sharding"]
     assert (found["mesh"], found["step"], found["devices"]) == ("tp=2,dp=2", "decode", 4)
@@ -145,7 +145,7 @@ def test_a_page_sweeps_a_mesh_by_itself(config: str, tmp_path: Path, capsys: pyt
     code, _, err = run(
         capsys, "plan", config, "--phase", "decode", "--past", "1k", "--batch", "2", "--target", "h200", "--mesh", "tp=2",
         "--html", str(where),
-    )  # fmt: skip
+    )
     assert code == 0, err
     assert 'data-chart="meshsweep"' in where.read_text("utf-8")
 
@@ -162,7 +162,7 @@ def test_a_page_sweeps_a_mesh_by_itself(config: str, tmp_path: Path, capsys: pyt
 def test_with_other_options_a_mistake_is_still_one_sentence(
     option: list[str], target: str, mesh: str, sentence: str, config: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     filled = [o.replace("{page}", str(tmp_path / "plan.html")) for o in option]
     code, out, err = run(capsys, "plan", config, "--seq", "64", "--target", target, "--mesh", mesh, *filled)
     assert (code, out) == (2, "")

@@ -308,7 +308,7 @@ def test_the_encoder_in_generate_goes_through_us() -> None:
     config = T5Config(
         d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=64, decoder_start_token_id=0, pad_token_id=0,
         eos_token_id=None,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(config).eval()
     ids = torch.randint(1, 64, (2, 10))

@@ -19,9 +19,9 @@ SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 SEQ2SEQ = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 99,
-}  # fmt: skip
+}
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
-          "patch_size": 4}  # fmt: skip
+          "patch_size": 4}
 # config, number of attentions
 CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
     "llama": ({"model_type": "llama", **SMALL, "num_key_value_heads": 2, "architectures": ["LlamaForCausalLM"]}, 2),
@@ -32,7 +32,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
     "vit": ({"model_type": "vit", **VISION}, 2),
     "clip": ({"model_type": "clip", "text_config": SMALL, "vision_config": VISION}, 4),
     "wav2vec2": ({"model_type": "wav2vec2", **SMALL}, 2),
-}  # fmt: skip
+}
 
 
 def write(folder: Path, config: object) -> str:

@@ -15,11 +15,11 @@ pytestmark = pytest.mark.filterwarnings("error:reattend.*:UserWarning")
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256,
-}  # fmt: skip
+}
 T5 = {
     "d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 256, "pad_token_id": 0,
     "decoder_start_token_id": 0,
-}  # fmt: skip
+}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {**SIZES, "num_key_value_heads": 2, "attention_dropout": 0.1}),
     "bert": ("BertModel", "BertConfig", SIZES),

@@ -24,7 +24,7 @@ FIELD = (
     "olmo2", "olmo3", "deberta", "deberta-v2", "xlnet", "roformer", "albert", "distilbert", "mpnet", "diffllama", "gpt_neo",
     "granite", "glm4", "smollm3", "llama4_text", "minimax_m2", "exaone4", "lfm2", "layoutlm", "squeezebert", "xlm", "ctrl",
     "biogpt", "mobilebert", "rembert", "moshi", "mixtral", "mbart", "pegasus_x", "prophetnet", "cpmant",
-)  # fmt: skip
+)
 SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("encoder_layerdrop", "decoder_layerdrop"), 0.0),
     "vocab_size": 128, "num_key_value_heads": 2, "hidden_dim": 96, "head_dim": 16, "rotary_dim": 8, "sliding_window": 8,
     "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+}
 
 
 def build(name: str) -> Any:

@@ -22,7 +22,7 @@ def generate(model: Any, name: str, tokens: int = TOKENS) -> Any:
     return model.generate(
         **given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True, output_logits=True,
         return_dict_in_generate=True,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ def test_a_plan_with_open_sizes(name: str) -> None:
     given = inputs(name)
     with torch.no_grad():
         plan = reattend.plan(model, (), {**given, **({"use_cache": False} if hasattr(model.config, "use_cache") else {})},
-                             target="h200", dynamic=True)  # fmt: skip
+                             target="h200", dynamic=True)
     assert plan.at() == plan
     assert reattend.Plan.from_json(plan.to_json()) == plan
     if name not in IMAGES or name == "clip":

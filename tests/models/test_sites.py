@@ -47,7 +47,7 @@ class Compare:
                 value = super().run_node(n)
                 if n in decisions:
                     compare.site(decisions[n], {x: self.env[v] for x, v in decisions[n].found.tensors.items()},
-                                 {x: self.env[v] for x, v in decisions[n].found.scalars.items()}, value)  # fmt: skip
+                                 {x: self.env[v] for x, v in decisions[n].found.scalars.items()}, value)
                 return value
 
         return lambda *values: Run(captured.graph, garbage_collect_values=False).run(*values)

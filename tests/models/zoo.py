@@ -13,14 +13,14 @@ VOCAB = 128
 _DECODER = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+}
 # One layer where every layer is the same, two where they differ or share something; several equal ones are Llama's case.
 _ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
 _PAIR = {
     "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "decoder_start_token_id": 1,
-}  # fmt: skip
+}
 _IMAGE = {**_ENCODER, "image_size": 32, "patch_size": 8}
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -48,7 +48,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "clip": lambda: transformers.CLIPConfig(
         text_config={**_ENCODER, "vocab_size": VOCAB, **_SPECIAL}, vision_config=_IMAGE, projection_dim=32
     ),
-}  # fmt: skip
+}
 CAUSAL = ("gpt2", "llama", "mistral", "gemma2", "bloom", "gpt_oss")
 PAIRS = ("t5", "bart", "whisper")
 IMAGES = ("vit", "clip")
@@ -79,12 +79,12 @@ def build_generating(name: str, attn: str = "eager", dtype: torch.dtype = torch.
     auto = {
         "whisper": transformers.AutoModelForSpeechSeq2Seq, "t5": transformers.AutoModelForSeq2SeqLM,
         "bart": transformers.AutoModelForSeq2SeqLM,
-    }.get(name, transformers.AutoModelForCausalLM)  # fmt: skip
+    }.get(name, transformers.AutoModelForCausalLM)
     return auto.from_config(config, attn_implementation=attn).eval().to(dtype)
 
 
 def inputs(name: str, *, batch: int = 2, length: int = 24, pad: str = "right", dtype: torch.dtype = torch.float32,
-           seed: int = 1) -> dict[str, torch.Tensor]:  # fmt: skip
+           seed: int = 1) -> dict[str, torch.Tensor]:
     """Inputs with five padded tokens in the first row (`pad`: "left", "right" or "none"); images and audio have none."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (batch, length), generator=generator)

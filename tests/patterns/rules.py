@@ -227,11 +227,11 @@ SOFTMAX = (
     papers.softmax, papers.softmax_zero, papers.softmax_sink, papers.log_softmax, shifted_softmax, shifted_sink,
     off_by_one, logsumexp, logsumexp_finite, no_nan, no_nan_log, masked_after, all_masked, any_kept, renormalised,
     sharpened, tempered, masked_exponentials, masked_with_epsilon, with_epsilon, unnormalised, base_two, cast_softmax, gated, rooted,
-)  # fmt: skip
+)
 OTHERS = (
     papers.sigmoid, papers.power, papers.softplus, papers.softmax_naive, softmin, unit_length, over_largest, centred,
     variance,
-)  # fmt: skip
+)
 
 SIZES = {"B": 2, "H": 4, "P": 29, "M": 37, "E": 8, "F": 5}
 

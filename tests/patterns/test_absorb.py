@@ -55,7 +55,7 @@ def test_the_expanded_form_is_absorbed_into_the_known_one() -> None:
 @given(
     heads=st.sampled_from([2, 4]), group=st.sampled_from([1, 2]), latent=st.integers(1, 5), cut=st.integers(0, 3),
     bias=st.booleans(), expand=st.booleans(), late=st.booleans(),
-)  # fmt: skip
+)
 def test_any_mixture_of_parts_is_the_same_function(
     heads: int, group: int, latent: int, cut: int, bias: bool, expand: bool, late: bool
 ) -> None:

@@ -39,7 +39,7 @@ RNG = np.random.default_rng(11)
 TABLES: Mapping[str, np.ndarray] = {
     "span": np.array([3, 17, 40]), "slope": np.array([1, 2, 3]), "seg": np.sort(RNG.integers(0, 5, (2, 61)), axis=-1),
     "block": RNG.integers(0, 2, (3, 8, 8)), "start": np.array([[0, 9, 30], [4, 4, 50]]), "on": RNG.random(3) < 0.5,
-}  # fmt: skip
+}
 
 
 def table(name: str, *at: Expr) -> Expr:
@@ -95,7 +95,7 @@ def affine_predicates() -> st.SearchStrategy[Expr]:
     bent = st.one_of(
         line, line.map(lambda e: ex.unary("abs", e)), st.tuples(line, line).map(lambda t: ex.maximum(*t)),
         st.tuples(line, line).map(lambda t: ex.minimum(*t)), st.tuples(line, line).map(lambda t: ex.where(CAUSAL, t[0], t[1])),
-    )  # fmt: skip
+    )
     atom = st.one_of(
         st.tuples(st.sampled_from(ex.COMPARISONS), bent, st.integers(-20, 40)).map(lambda t: ex.binary(*t)),
         st.sampled_from([CAUSAL, P - M < 9, table("on", H), ex.equal(P // 6, M // 6), M < 5, P - M < table("span", H)]),
@@ -105,7 +105,7 @@ def affine_predicates() -> st.SearchStrategy[Expr]:
         lambda p: st.one_of(st.tuples(p, p).map(lambda t: t[0] & t[1]), st.tuples(p, p).map(lambda t: t[0] | t[1]), p.map(lambda e: ~e),
                             st.tuples(p, p).map(lambda t: ex.binary("xor", *t)), st.tuples(p, p, p).map(lambda t: ex.where(*t))),
         max_leaves=4,
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=400)
@@ -131,7 +131,7 @@ def test_closed_forms_have_no_difference(keep: Expr, tile: tuple[int, int]) -> N
         ex.binary("ne", P, M), ex.where(P < 20, M < 20, M >= 20), ex.TRUE & (M < 30), ~CAUSAL,
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_has_a_closed_form(keep: Expr) -> None:
     grid = grid_of(keep, (8, 8))
     found = in_closed_form(GroundMask(keep, block_bounds(TABLES, (8, 8))), grid)
@@ -146,7 +146,7 @@ def test_what_has_a_closed_form(keep: Expr) -> None:
         ex.equal(table("seg", B, P), table("seg", B, M)), P - M < table("unknown", H), P * M < 9,
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_has_none(keep: Expr) -> None:
     assert in_closed_form(GroundMask(keep, block_bounds(TABLES, (8, 8))), grid_of(keep, (8, 8))) is None
 
@@ -203,7 +203,7 @@ def terms() -> st.SearchStrategy[Expr]:
             st.tuples(e, st.integers(-3, 9)).map(lambda t: t[0] * t[1]), e.map(lambda x: ex.unary("abs", x)),
         ),
         max_leaves=3,
-    )  # fmt: skip
+    )
 
 
 def predicates() -> st.SearchStrategy[Expr]:
@@ -211,7 +211,7 @@ def predicates() -> st.SearchStrategy[Expr]:
         st.tuples(st.sampled_from(ex.COMPARISONS), terms(), terms()).map(lambda t: ex.binary(*t)),
         st.tuples(st.sampled_from(ex.COMPARISONS), terms(), st.integers(-5, 40)).map(lambda t: ex.binary(*t)),
         st.just(CAUSAL), st.just(table("on", H)),
-    )  # fmt: skip
+    )
     return st.recursive(
         atom,
         lambda p: st.one_of(st.tuples(st.sampled_from(["and", "or", "xor"]), p, p).map(lambda t: ex.binary(*t)), p.map(lambda e: ~e)),
@@ -253,7 +253,7 @@ def test_runs_say_what_the_matrix_says(keep: Expr, other: Expr, at_most: int) ->
     keep, other = keep | (H > 5), other | (H > 5)
     both: dict[str, Any] = {
         "query": "p", "key": "m", "extents": EXTENTS, "tile_p": 8, "tile_m": 4, "bounds": block_bounds(TABLES, (8, 4)),
-    }  # fmt: skip
+    }
     found, second = count_tiles(keep, **both), count_tiles(other, **both)
     table = found.classes()
     flat = table.reshape(-1, *table.shape[-2:])
@@ -297,7 +297,7 @@ def test_a_picture_is_plain_data() -> None:
     assert found.picture() == {
         "tile": [64, 64], "size": [256, 256], "cell": [1, 1], "grid": [4, 4], "batch": [],
         "rows": [[[0, 1, "partial"]], [[0, 1, "full"], [1, 2, "partial"]], [[0, 2, "full"], [2, 3, "partial"]], [[0, 3, "full"], [3, 4, "partial"]]],
-    }  # fmt: skip
+    }
     with pytest.raises(ValueError, match="at least one cell"):
         found.picture(0)
 
@@ -333,7 +333,7 @@ def test_a_million_tokens_by_head() -> None:
     found = count_tiles(
         CAUSAL & (P - M < table("span", H)), query="p", key="m", extents={"h": 3, "p": n, "m": n}, tile_p=128, tile_m=128,
         bounds=block_bounds(spans, (128, 128)),
-    )  # fmt: skip
+    )
     a = np.arange(0, n, 128)
     expected = [int(((a + 127) // 128 - np.maximum(0, a - w + 1) // 128 + 1).sum()) for w in spans["span"]]
     assert found.counts().sum(-1).tolist() == expected

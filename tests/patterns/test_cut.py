@@ -35,7 +35,7 @@ RULES = {
     "softmax": (papers.softmax, causal, False), "deferred": (papers.softmax_late, causal, True),
     "sink": (papers.softmax_sink, causal, False), "no key": (papers.softmax_zero, far, False),
     "sigmoid": (papers.sigmoid, papers.plain, False), "power": (papers.power, papers.plain, False),
-}  # fmt: skip
+}
 SIZES = {"b": 2, "h": 4, "p": 6, "m": 12, "e": 5, "f": 3}
 
 
@@ -90,7 +90,7 @@ def test_C12_sequence_sharded_latents_are_exact(parts: int) -> None:
     before = Cascade(
         c.name, c.ranks, tuple(t for t in c.tensors if t.name in names | {i.name for i in c.inputs}),
         tuple(e for e in c.einsums if e.out.tensor in names), ("OL",),
-    )  # fmt: skip
+    )
     whole = evaluate(before, data, widen=True)["OL"]
     assert (merged(before, data, parts, 1) - whole).abs().max() < 1e-12
 

@@ -47,7 +47,7 @@ LOAD = ex.load("A", (P, M), "f32")
     [
         ("add", A.sum(1)), ("max", A.amax(1)), ("min", A.amin(1)), ("mul", A.prod(1)),
     ],
-)  # fmt: skip
+)
 def test_reductions(op: Any, want: Any) -> None:
     assert torch.equal(one(LOAD, {"A": ("pm", A)}, "p", op, "m"), want)
 
@@ -261,14 +261,14 @@ TORCH: dict[str, Any] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "max": torch.maximum, "min": torch.minimum, "neg": torch.neg,
     "abs": torch.abs, "relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "exp": torch.exp,
     "softplus": torch.nn.functional.softplus,
-}  # fmt: skip
+}
 
 
 def as_term(program: Any, b: Any) -> Any:
     leaves: dict[str, Any] = {
         "x": lambda: b.input("X", "pm"), "y": lambda: b.input("Y", "mp"), "row": lambda: b.input("R", "p"),
         "p": lambda: ex.cast(P, "f32"), "two": lambda: ex.const(2.0),
-    }  # fmt: skip
+    }
     if isinstance(program, str):
         return leaves[program]()
     op, *args = program
@@ -278,7 +278,7 @@ def as_term(program: Any, b: Any) -> Any:
 
 def as_torch(program: Any, t: Any) -> Any:
     leaves = {"x": t["X"], "y": t["Y"].T, "row": t["R"][:, None], "p": torch.arange(4.0, dtype=torch.float64)[:, None],
-              "two": torch.tensor(2.0, dtype=torch.float64)}  # fmt: skip
+              "two": torch.tensor(2.0, dtype=torch.float64)}
     if isinstance(program, str):
         return leaves[program]
     op, *args = program

@@ -27,16 +27,16 @@ FAR = 40
 OPEN = [
     *((-math.inf, b) for b in NUMBERS), *((a, math.inf) for a in NUMBERS), (-math.inf, math.inf),
     *((a, b) for a, b in INTERVALS if b - a in (0, 1, 5)),
-]  # fmt: skip
+]
 
 UNARY: dict[str, Callable[[int], int]] = {
     "neg": lambda x: -x, "not": lambda x: ~x, "abs": abs, "relu": lambda x: max(x, 0),
     "sign": lambda x: (x > 0) - (x < 0), "floor": math.floor, "ceil": math.ceil, "round": round, "trunc": math.trunc,
-}  # fmt: skip
+}
 BINARY: dict[str, Callable[[int, int], int]] = {
     "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "max": max, "min": min,
     "floordiv": lambda x, y: x // y, "mod": lambda x, y: x % y, **BITWISE,
-}  # fmt: skip
+}
 # Their intervals are the smallest ones; those of the others may be wider.
 SMALLEST = ("add", "sub", "mul", "max", "min", "floordiv")
 

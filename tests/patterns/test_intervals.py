@@ -85,13 +85,13 @@ def floats(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
         .map(lambda t: ex.unary(*t)),
         inner.map(lambda e: ex.cast(ex.cast(e, "f16"), "f32")),
         inner.map(lambda e: ex.cast(ex.cast(e, "bf16"), "f32")),
-    )  # fmt: skip
+    )
 
 
 FLOATS = st.recursive(
     st.one_of(INTEGERS.map(lambda e: ex.cast(e, "f32")), st.just(LOADS["slope"]), st.just(ex.const(0.25))),
     floats, max_leaves=4,
-)  # fmt: skip
+)
 NUMBERS = st.one_of(INTEGERS, INTEGERS, FLOATS)
 COMPARED = st.one_of(
     st.tuples(st.sampled_from(ex.COMPARISONS), INTEGERS, INTEGERS).map(lambda t: ex.binary(*t)),

@@ -129,7 +129,7 @@ DOUBLE = f32(CAUSAL) * f32(PAD)
         (fill(P - M >= 0, LOWEST, S), P - M >= 0, S, (LOWEST,)),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_split(score: Expr, keep: Expr, full: Expr, fills: tuple[float, ...]) -> None:
     mask = split(score, "m")
     # the same predicate, however it is written
@@ -200,7 +200,7 @@ def masked(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
             st.tuples(c, c).map(lambda t: f32(t[0]) * f32(t[1]) > 0.5),
         ),
         max_leaves=3,
-    )  # fmt: skip
+    )
     return st.one_of(
         st.tuples(bools, FILLS, inner).map(lambda t: fill(t[0], t[1], t[2])),
         st.tuples(bools, FILLS, inner).map(lambda t: ex.where(t[0], ex.const(t[1]), t[2])),
@@ -224,7 +224,7 @@ def test_split_means_the_score(score: Expr) -> None:
     arrays = {
         "pad": rng.random((2, 7)) < 0.5, "am": rng.integers(0, 3, (2, 7)),
         "QK": rng.standard_normal((2, 5, 7)).astype(np.float32), "bias": rng.standard_normal((5, 7)).astype(np.float32),
-    }  # fmt: skip
+    }
     extents = {"b": 2, "p": 5, "m": 7}
     mask = split(score, "m")
     keep = points(mask.keep, extents, arrays)
@@ -356,7 +356,7 @@ PRACTICAL = {
     "nothing": (M < P) & (M > P),
     "everything": (M <= P) | (M > P - 1),
     "bits": ex.equal(ex.binary("and", ex.binary("xor", P, M), 12), 0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PRACTICAL)
@@ -439,7 +439,7 @@ def test_static_predicates_are_exact(keep: Expr, tile: tuple[int, int]) -> None:
 def test_predicates_with_loads_are_sound(keep: Expr, tile: tuple[int, int], known: bool) -> None:
     arguments: dict[str, Any] = {
         "query": "p", "key": "m", "extents": EXTENTS, "bounds": block_bounds(ARRAYS, tile) if known else None,
-    }  # fmt: skip
+    }
     found = classify(keep, tile_p=tile[0], tile_m=tile[1], **arguments)
     extents = {r: n for r, n in EXTENTS.items() if r in (*found.batch, "p", "m")}
     mask = points(keep, extents, ARRAYS)
@@ -529,7 +529,7 @@ def test_rows_in_torch() -> None:
     b = runtime_classify(
         CAUSAL & PAD, query="p", key="m", extents=extents, tile_p=8, tile_m=8,
         arrays={"pad": torch.from_numpy(arrays["pad"])}, xp=torch,
-    )  # fmt: skip
+    )
     for x, y in ((a.tiles, b.tiles), (a.guarded, b.guarded)):
         np.testing.assert_array_equal(x.classes, y.classes.numpy())
         np.testing.assert_array_equal(x.rows().counts, y.rows().counts.numpy())
@@ -547,7 +547,7 @@ def run_time(keep: Expr, arrays: Mapping[str, np.ndarray], p: int, m: int, tile:
     return runtime_classify(
         keep, query="p", key="m", extents={"b": batch, "p": p, "m": m}, symbols={"past": past}, tile_p=tile,
         tile_m=tile, arrays=arrays,
-    )  # fmt: skip
+    )
 
 
 def left_padding(batch: int, size: int, widest: int) -> np.ndarray:

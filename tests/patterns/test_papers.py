@@ -30,7 +30,7 @@ def run(c: Any, tensors: Any) -> Any:
 SOFTMAX = [
     papers.cascade4(), papers.cascade4(deferred=True), papers.naive(), papers.naive(deferred=True), papers.local_max(),
     papers.local_max(deferred=True), papers.cascade5(),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("c", SOFTMAX, ids=lambda c: f"{c.name}-{len(c.einsums)}")
@@ -73,7 +73,7 @@ def test_sparsemax_converges() -> None:
 ALL = [
     *SOFTMAX, papers.cascade1(), papers.cascade2(), papers.cascade3(), papers.reassociated(), papers.scaled_twice(),
     papers.cosine(), papers.attention("differential", papers.differential), papers.attention("sink", papers.softmax_sink),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("c", ALL, ids=lambda c: f"{c.name}-{len(c.einsums)}")

@@ -353,7 +353,7 @@ def test_scattered_write() -> None:
             "joined", (Rank("i", 3), Rank("j", 4)), (Tensor("X", (3, 4)), Tensor("A", (10,))),
             (Einsum(Access("A", (at,)), x),), ("A",),
         )
-    )  # fmt: skip
+    )
     given_x = torch.randn(3, 4)
     assert torch.equal(evaluate(c, {"X": given_x})["A"], given_x.reshape(-1)[:10])
     assert str(c.einsums[0]) == "A[i · 4 + j] = X[i,j]"

@@ -304,7 +304,7 @@ def row_of(term: Any) -> Any:
         (lambda x, d: (x - d) * (x - d), True),
     ],
     ids=["exp(x − d)", "x/d", "exp(x/d)", "σ(x − d)", "relu(x − d)", "(x − d)² by moments"],
-)  # fmt: skip
+)
 def test_a20_derivation_agrees(term: Any, one_pass: Any) -> None:
     view: Any = attention(papers.attention("x", row_of(term), rules.scaled))
     assert isinstance(derive(view), RowState) is one_pass

@@ -20,7 +20,7 @@ CASCADES = [
     variants.talking_heads(), attention("entmax", variants.entmax(3)), variants.split_keys(), variants.layer_norm(),
     variants.layer_norm_moments(), variants.layer_norm_welford(), variants.causal_linear(), variants.gated_linear(),
     variants.decayed_linear(),
-]  # fmt: skip
+]
 
 
 def run(c: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -39,7 +39,7 @@ def call_of(target: OpOverload) -> tuple[fx.Graph, fx.Node]:
 def said_before(n: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
     """The nodes that the value shares storage with, and those that are written, as a list of names had it."""
     names = ("reshape", "contiguous", "flatten", "to", "type_as", "reshape_as", "dropout", "unflatten", "expand_as",
-             "view_as", "movedim")  # fmt: skip
+             "view_as", "movedim")
     shared, written = set[fx.Node](), set[fx.Node]()
     said = schema(n.target)  # type: ignore[arg-type]
     for i, a in enumerate(said.arguments):
@@ -86,12 +86,12 @@ UNSAID: tuple[tuple[OpOverload, tuple[Any, ...]], ...] = (
     (aten.unsafe_chunk.default, (X, 2)), (aten.unsafe_split.Tensor, (X, 2)),
     (aten.unsafe_split_with_sizes.default, (X, [2, 2])), (aten._cast_Float.default, (X,)),
     (aten.einsum.default, ("ij->ji", [X])), (aten.cartesian_prod.default, ([X[0]],)),
-)  # fmt: skip
+)
 MADE: tuple[tuple[OpOverload, tuple[Any, ...]], ...] = (
     (aten.einsum.default, ("ij,jk->ik", [X, X])), (aten.cat.default, ([X],)), (aten.clone.default, (X,)),
     (aten.softmax.int, (X, -1)), (aten.matmul.default, (X, X)), (aten.repeat.default, (X, [1, 1])),
     (aten.native_dropout.default, (X, 0.5, False)), (aten.pad.default, (X, [0, 0])),
-)  # fmt: skip
+)
 
 
 def seen(target: OpOverload, args: tuple[Any, ...]) -> tuple[bool, bool]:

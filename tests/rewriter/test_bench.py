@@ -130,7 +130,7 @@ def test_a_config_is_measured_without_weights(tmp_path: Any, monkeypatch: pytest
     path.write_text(json.dumps({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 32,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99,
-    }))  # fmt: skip
+    }))
     result = bench.bench_spec(str(path), Shapes(seq=16), "1", 0.01, nothing)
     assert result.sites[0].names == ("model.layers.1.self_attn",)
     assert {r.candidate for r in result.sites[0].rows if r.why} >= {"reattend"}

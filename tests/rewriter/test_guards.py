@@ -94,7 +94,7 @@ def test_a_call_that_cannot_run_gives_way_to_the_original_once_and_for_all() -> 
     call = splice.Call(
         "failing", failing, lambda tensors, size: tuple(tensors[n] for n in names), fragile=True,
         fake=lambda *given: fake.target(list(given), [], fake.arguments(dict(zip(names, given)), int)[2]),
-    )  # fmt: skip
+    )
     original = guards.original_subgraph(graph, found.output, place.interior(found))
     assert original is not None
     splice.replace(graph, found.output, found.tensors, found.scalars, call, name="here", original=original)

@@ -37,7 +37,7 @@ VIEWS: list[Callable[..., Any]] = [
     lambda x: x.narrow(2, 3, 4), lambda x: x.squeeze(), lambda x: x.tril(1), lambda x: x.triu(-1), lambda x: x[AT],
     lambda x: x[:, AT], lambda x: x[:, AT, AT], lambda x: x[AT, :, AT], lambda x: x.index_select(1, AT.abs()),
     lambda x: x.gather(2, (I % 8).expand(4, 6, 8)), lambda x: F.embedding(I % 4, x[:, 0]), lambda x: x.swapaxes(1, 2),
-]  # fmt: skip
+]
 POINT: list[Callable[..., Any]] = [
     lambda x, y: x + 2 * y, lambda x, y: torch.add(x, y, alpha=3), lambda x, y: torch.sub(x, y, alpha=0.5),
     lambda x, y: 1 - x, lambda x, y: torch.rsub(x, y, alpha=2), lambda x, y: x * y / 3, lambda x, y: x.div(y, rounding_mode="floor"),
@@ -55,7 +55,7 @@ POINT: list[Callable[..., Any]] = [
     lambda x, y: x + torch.arange(8) * 0.5, lambda x, y: x + torch.arange(2, 14, 2)[:, None], lambda x, y: x * torch.eye(6, 8),
     lambda x, y: x.new_ones(4, 1, 1) * y, lambda x, y: F.logsigmoid(x), lambda x, y: x.type_as(y) - y.detach(),
     lambda x, y: x + torch.arange(8).diff(prepend=torch.tensor([-1])), lambda x, y: x + torch.ones(8, dtype=torch.int64).cumsum(0),
-]  # fmt: skip
+]
 REDUCED: list[Callable[..., Any]] = [
     lambda x: x.softmax(-1), lambda x: x.softmax(1), lambda x: x.log_softmax(0), lambda x: x.logsumexp(1), lambda x: x.amax(2),
     lambda x: x.max(1).values, lambda x: x.min(-1, keepdim=True)[0], lambda x: x.sum((0, 2)), lambda x: x.mean(1, keepdim=True),
@@ -63,7 +63,7 @@ REDUCED: list[Callable[..., Any]] = [
     lambda x: torch.baddbmm(x @ x.mT, x, x.mT, beta=0.5, alpha=2.0), lambda x: (x[:, :, None] * x[:, None]).sum(-1),
     lambda x: F.linear(x, x[0]), lambda x: torch.bmm(x, x.mT), lambda x: torch.einsum("bij->bji", x),
     lambda x: torch.einsum("...ij,kj->...ik", x, x[1]), lambda x: F.softmax(x.to(torch.bfloat16), -1, dtype=torch.float32),
-]  # fmt: skip
+]
 
 
 def lifted_equals_torch(fn: Callable[..., Any], *args: torch.Tensor) -> None:

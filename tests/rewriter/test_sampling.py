@@ -118,7 +118,7 @@ COST = Cost(1e-3, "matrix", 1, 1, 1, basis="calibrated", band=0.25)
 ATTENTION = Site(
     "layers.0.attn", "model.py:7", "softmax", frozenset(), SiteShape({"p": 8}), None, (), (),
     (Candidate("reattend", cost=COST),), "reattend",
-)  # fmt: skip
+)
 
 
 def report(measured: float | None) -> Report:

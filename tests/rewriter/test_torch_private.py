@@ -89,7 +89,7 @@ def test_no_other_file_names_a_private_part_of_torch() -> None:
         "torch.ops.higher_order.f", "getattr(torch, 'x')\ny = 'torch._C.g'", "torch.ops.aten._to_copy.default",
         "getattr(gm, 'compile_subgraph_reason')",
     ],
-)  # fmt: skip
+)
 def test_a_private_part_is_seen_however_it_is_named(text: str) -> None:
     assert list(private_names(text, set()))
 

@@ -115,7 +115,7 @@ SPELLINGS = {
     "one linear, split": (one_linear, E), "two linears, no norm": (two_linears, E), "einsum": (by_einsum, E),
     "matmul": (by_matmul, E), "addmm with a bias": (by_addmm, E), "padded values": (padded, E), "a shared part joined": (joined, E + R),
     "copied into a fresh tensor": (copied, E + R), "a latent for each group of heads": (grouped, E),
-}  # fmt: skip
+}
 
 
 def captured(model: nn.Module, *args: Tensor) -> tuple[fx.GraphModule, Found]:

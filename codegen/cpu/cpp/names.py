@@ -28,7 +28,7 @@ RESERVED = frozenset([
     "row_sum", "floor_div", "floor_mod", "exp_", "exp2_", "log_", "log1p_", "log2_", "tanh_", "sigmoid_", "softplus_",
     "sqrt_", "rsqrt_", "abs_", "floor_", "erf_", "sin_", "cos_", "pow_", "bf16", "f16", "int8_t", "int16_t",
     "int32_t", "int64_t", "uint8_t",
-])  # fmt: skip
+])
 SCORE = "score of the tile"
 
 
@@ -197,7 +197,7 @@ class Fields:
             "struct Row {", *(f"  {t} {n};" for n, t in self.types.items()), "};", "",
             "Row row(int64_t at_z, int64_t at_h, int64_t at_p) const {", *(f"  {x}" for x in [*head, *lines]),
             f"  return {{{listed}}};", "}",
-        ]  # fmt: skip
+        ]
 
     def _lead(self, i: int) -> str:
         """The coordinate of a leading rank: they lie in one dimension, the last one fastest."""

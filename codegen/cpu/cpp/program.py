@@ -28,7 +28,7 @@ def text(p: LoopProgram) -> str:
         inner = [
             "    if constexpr (PARTIAL) {", *("      " + x for x in TileStep(p, partial).lines()),
             "    } else {", *("      " + x for x in TileStep(p, full).lines()), "    }",
-        ]  # fmt: skip
+        ]
         steps = _step(inner)
     finish = _finish(p)
     row = p.fields.text()
@@ -45,7 +45,7 @@ def text(p: LoopProgram) -> str:
         *("  " + x for x in fetch), "",
         *("  " + x for x in steps), "",
         *("  " + x for x in finish), "};",
-    ]))  # fmt: skip
+    ]))
     return "\n\n".join(parts)
 
 
@@ -105,7 +105,7 @@ def _finish(p: LoopProgram) -> list[str]:
     return [
         "// the end of a row", head, *(f"  {x}" for x in [*p.fields.unpacked([*body.lines, *inner]), *body.lines]),
         "  #pragma omp simd", "  for (int i = 0; i < F; i++) {", *(f"    {x}" for x in inner), "  }", "}",
-    ]  # fmt: skip
+    ]
 
 
 def _identity(c: Carried) -> str:

@@ -120,7 +120,7 @@ class TileStep:
         where = [f"const int32_t {name} = int32_t(m0) + i;"] if mentions(name, loop.lines) else []
         body.lines += [
             f"#pragma omp simd{clauses}", "for (int i = 0; i < n; i++) {", *(f"  {x}" for x in [*where, *loop.lines]), "}",
-        ]  # fmt: skip
+        ]
 
     def _products(self, loop: Body, roots: Sequence[Expr]) -> None:
         read = {x for t in roots for x in ex.loads(t)}
