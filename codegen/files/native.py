@@ -29,7 +29,7 @@ from .library import SKELETONS
 SKELETON = ("fused_scalar", "fused_micro", "fused")
 COMPILERS = ("g++", "clang++", "c++")
 # Infinities and NaN are values of the scores: nothing that assumes their absence. Products may be fused with sums. Integers
-# that may wrap around do not come here (patterns/terms/overflow.py): -fwrapv would make biases half as dear again.
+# that may wrap around do not come here at all: -fwrapv would make biases half as dear again.
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w",

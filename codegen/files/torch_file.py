@@ -74,8 +74,7 @@ def skeleton(modules: Sequence[ModuleType], wanted: Iterable[str]) -> list[str]:
         if name not in taken:
             taken.add(name)
             todo.extend(u for u in known[name][1] if u in known)
-    found = dict.fromkeys(text for name, (text, _) in known.items() if name in taken)
-    return [text.replace("  # fmt: skip", "") for text in found]
+    return list(dict.fromkeys(text for name, (text, _) in known.items() if name in taken))
 
 
 def used_names(text: str) -> frozenset[str]:

@@ -23,15 +23,15 @@ Interval: TypeAlias = tuple[float, float]
 ANY = (-math.inf, math.inf)
 
 
-def bounds(e: Expr, extent: Mapping[str, Size]) -> Interval:
+def span_of(e: Expr, extent: Mapping[str, Size]) -> Interval:
     """A range that an integer term cannot leave while sizes and coordinates stay below REACH."""
     memo: dict[Expr, Interval] = {}
     for t in ex.walk(e):
-        memo[t] = _bounds(t, [memo[a] for a in t.args], extent)
+        memo[t] = _span_of(t, [memo[a] for a in t.args], extent)
     return memo[e]
 
 
-def _bounds(e: Expr, args: list[Interval], extent: Mapping[str, Size]) -> Interval:
+def _span_of(e: Expr, args: list[Interval], extent: Mapping[str, Size]) -> Interval:
     match e.op:
         case "const":
             return (e.value, e.value) if e.value == e.value else ANY
@@ -62,7 +62,7 @@ def in_range(index: Expr, size: Size, extent: Mapping[str, Size]) -> bool:
     if index.op == "index":
         return bool(sympy.sympify(size) == sympy.sympify(extent[str(index.attr)]))
     if isinstance(size, int):
-        lo, hi = bounds(index, extent)
+        lo, hi = span_of(index, extent)
         if lo >= 0 and hi < size:
             return True
     # the head of a group: h // G with H = G·size heads, h % G with G ≤ size

@@ -18,7 +18,7 @@ from typing import Protocol, TypeAlias
 from ...patterns import expr as ex
 from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
-from .integers import INT32, bounds, in_range
+from .integers import INT32, in_range, span_of
 from .printer import ATOM, PrintError, Spelling, Text, Writer, call, distinct, infix, word
 
 # What a tensor's elements are in memory.
@@ -172,7 +172,7 @@ def kind(e: Expr, extent: Mapping[str, Size]) -> str:
         return "bool"
     if e.is_float:
         return "float"
-    lo, hi = bounds(e, extent)
+    lo, hi = span_of(e, extent)
     return "int32_t" if lo >= -INT32 - 1 and hi <= INT32 else "int64_t"
 
 
@@ -292,7 +292,7 @@ class Body(Writer):
         spelling = self.spellings[e.op]
         match e.op:
             case "floordiv" | "mod":
-                (low, _), (least, _) = (bounds(a, self.scope.extent) for a in e.args)
+                (low, _), (least, _) = (span_of(a, self.scope.extent) for a in e.args)
                 # the functions also bear a divisor of 0, where a processor would end the process; sizes are none
                 if low < 0 or (least < 1 and e.args[1].op != "symbol"):
                     return self._spelled(spelling, args, wide)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from ...patterns import expr as ex
 from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
-from .integers import INT32, bounds, in_range
+from .integers import INT32, in_range, span_of
 from .printer import ATOM, PYTHON, UNARY, PrintError, Spelling, Text, Writer, call, distinct, word
 
 TYPES: Mapping[str, str] = {
@@ -177,14 +177,14 @@ class Body(Writer):
     def _integral(self, e: Expr) -> Text:
         args = [self._as(a, e.dtype) for a in e.args]
         extent, spelling = self.scope.extent, self.spellings[e.op]
-        lo, hi = bounds(e, extent)
+        lo, hi = span_of(e, extent)
         if (lo < -INT32 or hi > INT32) and e.dtype == "i64" and e.op in ("add", "sub", "mul", "neg", "abs"):
             args = [self._wide(a, text) for a, text in zip(e.args, args)]
         match e.op:
             case "floor" | "ceil" | "round" | "trunc":
                 return args[0]
             case "floordiv" | "mod":
-                (low, _), (least, _) = (bounds(a, extent) for a in e.args)
+                (low, _), (least, _) = (span_of(a, extent) for a in e.args)
                 if low < 0 or least < 0:
                     return self._spelled(FLOORED[e.op], args)
             case "pow":
@@ -248,8 +248,8 @@ class Body(Writer):
             return Text(text if e.dtype in ("i64", "i32") else f"{text}.to({TYPES[e.dtype]}).to(tl.int32)", ATOM)
         if source.dtype == "b1":
             return Text(f"{given.within(8)}.to(tl.int32)", ATOM)
-        lo, hi = bounds(source, self.scope.extent)
-        least, most = bounds(Expr("load", (), "", e.dtype), {}) if e.dtype != "i64" else (-math.inf, math.inf)
+        lo, hi = span_of(source, self.scope.extent)
+        least, most = span_of(Expr("load", (), "", e.dtype), {}) if e.dtype != "i64" else (-math.inf, math.inf)
         if (least <= lo and hi <= most) or self._is_size(source):
             return given
         text = f"{given.within(8)}.to({TYPES[e.dtype]})"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reattend.codegen.files import cache, library
-from reattend.codegen.text.integers import bounds, in_range
+from reattend.codegen.text.integers import in_range, span_of
 from reattend.codegen.text.print_triton import SPELLINGS, Body, Operand, Scope, identifier
 from reattend.codegen.text.printer import PrintError
 from reattend.codegen.triton import interpret
@@ -98,7 +98,7 @@ def test_float64_is_refused() -> None:
 def test_bounds_of_integer_terms() -> None:
     extent = {"p": 10, "m": 20}
     for e, lo, hi in ((P - M, -19, 9), (P * M, 0, 171), ((P - M) % 7, 0, 6), (P // 3, 0, 3), (ex.minimum(P, M), 0, 9)):
-        assert bounds(e, extent) == (lo, hi)
+        assert span_of(e, extent) == (lo, hi)
     assert in_range(H // 4, 2, {"h": 8})
     assert not in_range(H // 2, 2, {"h": 8})
 
