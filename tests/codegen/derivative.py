@@ -54,7 +54,8 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "asinh": (lambda e, d: d / ex.unary("sqrt", _first(e) * _first(e) + 1.0),),
     "tanh": (lambda e, d: d * (1.0 - e * e),),
     "sigmoid": (lambda e, d: d * e * (1.0 - e),),
-    "softplus": (lambda e, d: d * _sigmoid(_first(e)),),
+    # a line from 20 on, as in torch
+    "softplus": (lambda e, d: ex.where(_first(e) > 20.0, d, d * _sigmoid(_first(e))),),
     "sqrt": (lambda e, d: d / (e * 2.0),),
     "rsqrt": (lambda e, d: d * e * e * e * -0.5,),
     "reciprocal": (lambda e, d: -(d * e * e),),
