@@ -19,12 +19,15 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
+from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
 Scalar: TypeAlias = bool | int | float
+# Of a library's arrays or terms; no library is imported here, so its types are not known.
+Function: TypeAlias = Callable[..., Any]
 # A dotted name in a library's namespace, or a formula whose first argument is that namespace.
-Meaning: TypeAlias = str | Callable[..., Any]
+Meaning: TypeAlias = str | Function
 Unit: TypeAlias = Literal["lane", "special", "root", "division", "maximum", "mask"]
 # exponential  f(x + y) = f(x)·f(y)      power        f(x·y) = f(x)·f(y), f(x) = x^k
 # logarithm    f(x·y) = f(x) + f(y)      homogeneous  f(h·x) = h·f(x) for h > 0
@@ -76,10 +79,10 @@ class Operator:
     def bounded(self) -> bool:
         return math.isfinite(self.range[0]) and math.isfinite(self.range[1])
 
-    def in_numpy(self, numpy: Any) -> Callable[..., Any]:
+    def in_numpy(self, numpy: ModuleType) -> Function:
         return _meaning(self.numpy or self.name, numpy)
 
-    def in_torch(self, torch: Any) -> Callable[..., Any]:
+    def in_torch(self, torch: ModuleType) -> Function:
         return _meaning(self.torch or self.name, torch)
 
     @property
@@ -87,14 +90,14 @@ class Operator:
         """What a graph calls it."""
         return (self.torch or self.name).rpartition(".")[2]
 
-    def in_sympy(self, sympy: Any) -> Callable[..., Any] | None:
+    def in_sympy(self, sympy: ModuleType) -> Function | None:
         return _meaning(self.algebra, sympy) if self.algebra is not None else None
 
 
-def _meaning(of: Meaning, library: Any) -> Callable[..., Any]:
+def _meaning(of: Meaning, library: ModuleType) -> Function:
     """The function that a name or a formula stands for in a library."""
     if isinstance(of, str):
-        found: Callable[..., Any] = reduce(getattr, of.split("."), library)
+        found: Function = operator.attrgetter(of)(library)
         return found
     return partial(of, library)
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -56,6 +56,9 @@ from .company import (
     ways,
 )
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 # No band is narrower: neighbours, clocks and thermal limits are not known to any calibration. On CPUs 97% of 393 timings of
 # shapes that no constant was fitted to lay within this one (benchmarks/results/cost_model_cpu_unseen.json).
 LEAST_BAND: Mapping[str, float] = {"cpu": 0.6, "gpu": 0.15}
@@ -79,7 +82,7 @@ class Checked:
         return max(self.predicted / self.measured, self.measured / self.predicted) - 1
 
 
-def calibrate(d: Device, path: Path | None = None, watch: Watch[Any] = unwatched) -> tuple[Device, tuple[Checked, ...]]:
+def calibrate(d: Device, path: Path | None = None, watch: Watch = unwatched) -> tuple[Device, tuple[Checked, ...]]:
     """Measure the present device, check the result on other shapes, and keep it. `d` is the device as its data file has it.
 
     Returns the calibrated device, whose band is the check's 95th percentile (and at least `LEAST_BAND`), and the check.
@@ -122,7 +125,7 @@ def _own(d: Device) -> Device:
     return _with(d, {"step_factor": max(1.0, (took - rest.parts["launch"]) / steps)})
 
 
-def _with(d: Device, rates: Mapping[str, Any]) -> Device:
+def _with(d: Device, rates: Mapping[str, object]) -> Device:
     assert d.host is not None
     return replace(d, host=with_rates(d.host, rates))
 
@@ -141,7 +144,7 @@ def _one_thread(run: Callable[[], object]) -> float:
         return seconds(run)
 
 
-def _fused(d: Device, watch: Watch[Any]) -> Device:
+def _fused(d: Device, watch: Watch) -> Device:
     """Our fused body, compiled: a multiply-add and a pair by two head sizes, a key, a row, an exponential, a bias.
 
     seconds = call + heads · (rows·ρ + pairs · (fixed + (e + f)·each) + keys · (e + f)·κ)     a unit a head
@@ -152,7 +155,8 @@ def _fused(d: Device, watch: Watch[Any]) -> Device:
     except CompilerError as no:
         warnings.warn(f"our fused body was not calibrated: {no}", stacklevel=2)
         return d
-    found: dict[str, Any] = {name: {} for name in FUSED_TABLES}
+    tables: dict[str, dict[str, float]] = {name: {} for name in FUSED_TABLES}
+    rows: list[float] = []
     for t in watch(["f32", "bf16"], "our fused body, compiled"):
         pair = {e: (_compiled_body(t, e) - call) / (4 * 768**2) for e in (64, 128)}
         few = (_compiled_body(t, queries=64) - call) / (4 * 64 * 768)
@@ -160,13 +164,13 @@ def _fused(d: Device, watch: Watch[Any]) -> Device:
         short = (_compiled_body(t, keys=64) - call) / (4 * 768 * 64)
         row, key = (max(0.0, x - pair[64]) / (1 / 64 - 1 / 768) for x in (short, few))
         each = max(0.0, min(pair[128] - pair[64] - key / 768, pair[64])) / 128
-        found["fused_key_seconds"][t], found["fused_multiply_seconds"][t] = key / 128, each
-        found["fused_pair_seconds"][t] = max(0.0, pair[64] - 128 * each - (row + key) / 768)
-        found.setdefault("fused_row_seconds", row)
-    for table in FUSED_TABLES:
-        found[table]["f16"] = found[table]["f32"]
-    found["fused_call_seconds"] = max(0.0, call - d.host.operator_call_seconds)
-    return _fused_scores(_with(d, found))
+        tables["fused_key_seconds"][t], tables["fused_multiply_seconds"][t] = key / 128, each
+        tables["fused_pair_seconds"][t] = max(0.0, pair[64] - 128 * each - (row + key) / 768)
+        rows.append(row)
+    for table in tables.values():
+        table["f16"] = table["f32"]
+    own = max(0.0, call - d.host.operator_call_seconds)
+    return _fused_scores(_with(d, {**tables, "fused_row_seconds": rows[0], "fused_call_seconds": own}))
 
 
 FUSED_TABLES = ("fused_multiply_seconds", "fused_pair_seconds", "fused_key_seconds")
@@ -219,14 +223,13 @@ def _body(shape: Workload, t: str) -> float:
     return _one_thread(ready(c, FUSED_TILES, tensors(shape, t), shape.sizes))
 
 
-def _flex(d: Device, watch: Watch[Any]) -> Device:
+def _flex(d: Device, watch: Watch) -> Device:
     """Compiled FlexAttention, as few compilations as tell: a pair by two head sizes for each type.
 
     seconds = heads · (pairs · (fixed + (e + f)·each) + blocks of queries · keys · (e + f)·κ)     blocks of 128 queries
     What happens to a score is in fp32 for any type, and is timed where products hide it least. Kept as it was where nothing
     can be compiled.
     """
-    rates: dict[str, Any] = {name: {} for name in FLEX_TABLES}
     try:
         with torch.no_grad():
             full = {(t, e): _compiled_flex(t, e, blocks="full") for t, e in watch(FLEX_PAIRS, "FlexAttention, compiled")}
@@ -239,18 +242,21 @@ def _flex(d: Device, watch: Watch[Any]) -> Device:
         # Dynamo's too: a machine without a C++ compiler, or one that torch does not know, cannot run FlexAttention
         warnings.warn(f"FlexAttention was not calibrated: {type(no).__name__}", stacklevel=2)
         return d
+    pairs: dict[str, tuple[float, float]] = {}
     for t in ("f32", "bf16"):
         each = max(0.0, min(full[t, 128] - full[t, 64], full[t, 64])) / 128
-        rates["flex_pair_seconds"][t] = (max(0.0, full[t, 64] - 128 * each), each)
+        pairs[t] = (max(0.0, full[t, 64] - 128 * each), each)
     every = {
         "flex_mask_seconds": masked - plain, "flex_far_seconds": far - plain,
         "flex_key_seconds": (few - full["f32", 64]) / (128 * (1 / 8 - 1 / 128)),
     }
-    rates |= {name: dict.fromkeys(("f32", "bf16", "f16"), max(0.0, x)) for name, x in every.items()}
+    tables = {name: dict.fromkeys(("f32", "bf16", "f16"), max(0.0, x)) for name, x in every.items()}
     # fp32 has no units that want their operands aligned
-    rates["flex_left_seconds"] = {"f32": 0.0} | dict.fromkeys(("bf16", "f16"), max(0.0, askew - far) / 128)
-    rates["flex_blocks_seconds"], rates["flex_score_seconds"] = _one_thread(_printed_blocks()), max(0.0, capped - plain)
-    return _with(d, rates)
+    left = {"f32": 0.0} | dict.fromkeys(("bf16", "f16"), max(0.0, askew - far) / 128)
+    return _with(d, {
+        **tables, "flex_pair_seconds": pairs, "flex_left_seconds": left,
+        "flex_blocks_seconds": _one_thread(_printed_blocks()), "flex_score_seconds": max(0.0, capped - plain),
+    })
 
 
 FLEX_PAIRS = [("f32", 64), ("f32", 128), ("bf16", 64), ("bf16", 128)]
@@ -264,7 +270,8 @@ def _flex_of(compiled: Device, d: Device) -> Device:
 
 
 def _compiled_flex(
-    t: str, e: int = 64, *, keys: int = 768, queries: int = 768, blocks: str = "", score: Any = None
+    t: str, e: int = 64, *, keys: int = 768, queries: int = 768, blocks: str = "",
+    score: Callable[..., torch.Tensor] | None = None,
 ) -> float:
     """Seconds a pair: all keys at once, or in blocks of 128 that are all `full` or all `partial`; `score`: a score_mod."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -280,7 +287,7 @@ def _capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
     return torch.tanh(score / 30.0) * 30.0
 
 
-def _every_block(n: int, full: bool, size: int = 128) -> Any:
+def _every_block(n: int, full: bool, size: int = 128) -> BlockMask:
     """A block mask whose blocks are all visited; all without the mask, or all by one comparison as in a causal mask."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -293,7 +300,7 @@ def _every_block(n: int, full: bool, size: int = 128) -> Any:
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=size, mask_mod=lambda b, h, p, m: m <= p + n // 2)
 
 
-def _printed_blocks(n: int = 768) -> Callable[[], Any]:
+def _printed_blocks(n: int = 768) -> Callable[[], BlockMask]:
     """The block mask of a causal attention, as the printed call makes it."""
     shape = Workload("causal", 1, 4, n, n)
     made, q = vendor.flex(cascade(shape, "f32")), tensors(shape, "f32")["Q"]
@@ -311,7 +318,7 @@ CHECKED = (
 )
 
 
-def _checked_on_cpu(d: Device, watch: Watch[Any]) -> Iterator[Checked]:
+def _checked_on_cpu(d: Device, watch: Watch) -> Iterator[Checked]:
     """Every way of some shapes, called in turn."""
     here = with_threads(d, torch.get_num_threads())
     for shape in watch(list(CHECKED), "check on other shapes"):

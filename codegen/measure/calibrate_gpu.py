@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -35,7 +34,7 @@ EXPS = 256
 HEADS, TOKENS = 16, 4096
 
 
-def gpu_rates(base: Device, watch: Watch[Any] = unwatched) -> Device:
+def gpu_rates(base: Device, watch: Watch = unwatched) -> Device:
     """The device with this machine's rates and constants, measured now; nothing is written.
 
     Raises ValueError where our kernel has no mapping that fits the device.

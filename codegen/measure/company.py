@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -160,7 +160,7 @@ class Round:
         return [Measurement(w, self.dtype, self.threads, s, self.tiny) for w, s in zip(self.ways, took)]
 
 
-def prepare(d: Device, watch: Watch[Any]) -> list[Round]:
+def prepare(d: Device, watch: Watch) -> list[Round]:
     """Every way of every shape, type and number of threads, built. `d` says which of our mappings are worth it."""
     settle()
     steps = [(shape, t) for shape in SHAPES for t in TYPES]
@@ -175,7 +175,7 @@ def _prepared(shape: Workload, t: str, d: Device) -> Iterator[Round]:
             yield Round(tuple(ways(c, shape, x, with_threads(d, threads))), t, threads, shape.pairs <= TINY)
 
 
-def runs(prepared: list[Round], watch: Watch[Any]) -> list[Measurement]:
+def runs(prepared: list[Round], watch: Watch) -> list[Measurement]:
     """All of them timed now."""
     settle()
     return [run for r in watch(prepared, "attentions in company") for run in r.runs()]
@@ -210,7 +210,14 @@ def _clock(run: Call) -> float:
 # --- the factors --------------------------------------------------------------------------------------------------------
 
 
-def factors(found: list[InCompany]) -> dict[str, Any]:
+class Company(TypedDict):
+    """The rates of company, by their names in `HostRates`."""
+
+    company_factor: dict[str, dict[str, tuple[float, float]]]
+    company_call_seconds: dict[str, float]
+
+
+def factors(found: list[InCompany]) -> Company:
     """The rates of company from timings of every kind of way.
 
     measured = predicted · factor of the kind and type, with so many threads + seconds of the kind, from tiny calls

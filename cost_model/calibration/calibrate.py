@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 from ..devices.device import (
     CALIBRATION_SCHEMA,
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-# Watches the steps go by, for a progress bar: (steps, what they are) → the same steps.
-Watch = Callable[[list[T], str], Iterable[T]]
 
 # One measurement: it ends when CONFIRMED runs came within NEAR of the least time, but not before SECONDS or RUNS are spent;
 # on a machine that stays noisy, after PATIENCE seconds.
@@ -54,12 +52,18 @@ FAR = 1024
 CALLS: Mapping[int, int] = {1: 1, 8: 8, 32: 128, 64: 256, 256: 768}
 
 
+class Watch(Protocol):
+    """Watches the steps go by, for a progress bar: (steps, what they are) → the same steps."""
+
+    def __call__(self, steps: list[T], what: str, /) -> Iterable[T]: ...
+
+
 def unwatched(steps: list[T], what: str) -> Iterable[T]:
     del what
     return steps
 
 
-def cpu_rates(threads: int | None = None, watch: Watch[Any] = unwatched) -> Device:
+def cpu_rates(threads: int | None = None, watch: Watch = unwatched) -> Device:
     """The CPU with this machine's rates of PyTorch's operators, measured now; nothing is written.
 
     `threads` is how many the scaling is measured with (default: torch's own number).
@@ -69,7 +73,7 @@ def cpu_rates(threads: int | None = None, watch: Watch[Any] = unwatched) -> Devi
     base = shipped("cpu")
     assert base.host is not None
     threads = threads or torch.get_num_threads()
-    steps: list[Callable[[], dict[str, Any]]] = [_calls, _memory, _integers, *(_typed(t) for t in DTYPES)]
+    steps: list[Callable[[], Mapping[str, object]]] = [_calls, _memory, _integers, *(_typed(t) for t in DTYPES)]
     found: dict[str, Any] = {}
     with torch_threads(1), torch.no_grad():
         for step in watch(steps, "operators, one thread"):
@@ -86,7 +90,7 @@ def cpu_rates(threads: int | None = None, watch: Watch[Any] = unwatched) -> Devi
     )
 
 
-def merge(into: dict[str, Any], found: Mapping[str, Any]) -> None:
+def merge(into: dict[str, Any], found: Mapping[str, object]) -> None:
     """Add rates; tables by type, and tables of them, are joined."""
     for name, value in found.items():
         if isinstance(value, Mapping):
@@ -96,7 +100,7 @@ def merge(into: dict[str, Any], found: Mapping[str, Any]) -> None:
             into[name] = value
 
 
-def with_rates(h: HostRates, found: Mapping[str, Any]) -> HostRates:
+def with_rates(h: HostRates, found: Mapping[str, object]) -> HostRates:
     """Rates with some of them replaced; a table keeps the types that were not measured."""
     joined: dict[str, Any] = {n: {**getattr(h, n), **v} if isinstance(v, Mapping) else v for n, v in found.items()}
     return replace(h, **joined)
@@ -181,19 +185,19 @@ def _dtype(name: str) -> torch.dtype:
     return {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[name]
 
 
-def _typed(t: str) -> Callable[[], dict[str, Any]]:
+def _typed(t: str) -> Callable[[], Mapping[str, object]]:
     """The rates of one type: products, element-wise operators, and SDPA's fused kernel."""
 
-    def step() -> dict[str, Any]:
+    def step() -> Mapping[str, object]:
         flops, half = _product(t)
         products = {"matrix_flops_per_s": flops, "gemm_half_rows": half, "row_flops_per_s": _row(t)}
-        rates: dict[str, Any] = {**products, **_points(t), **_attention(t)}
+        rates: dict[str, object] = {**products, **_points(t), **_attention(t)}
         return {**{name: {t: rate} for name, rate in rates.items()}, "curve_seconds": _curves(t)}
 
     return step
 
 
-def _calls() -> dict[str, Any]:
+def _calls() -> dict[str, float]:
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -208,7 +212,7 @@ def _calls() -> dict[str, Any]:
     }
 
 
-def _memory() -> dict[str, Any]:
+def _memory() -> dict[str, float]:
     import torch
 
     large = torch.randn(1 << 24)
@@ -251,7 +255,7 @@ def held(took: Mapping[int, float]) -> float:
 SLOWER = 1.4
 
 
-def _integers() -> dict[str, Any]:
+def _integers() -> dict[str, dict[str, float]]:
     """Coordinates, as masks compute with them: a difference over queries and keys, and a comparison of it."""
     import torch
 
@@ -324,7 +328,18 @@ def _curves(t: str) -> dict[str, dict[str, float]]:
 ASKEW = (355, 363, 373, 426, 470)
 
 
-def _attention(t: str) -> dict[str, Any]:
+class AttentionRates(TypedDict):
+    """The rates of SDPA's fused kernel for one type, by their names in `HostRates`."""
+
+    attention_left_seconds: float
+    attention_pair_seconds: dict[int, tuple[float, float]]
+    attention_key_seconds: float
+    attention_row_seconds: float
+    attention_mask_seconds: float
+    attention_far_mask_seconds: float
+
+
+def _attention(t: str) -> AttentionRates:
     """Of SDPA's fused kernel: a pair by the rows of its blocks, from two head sizes; a key, a row, a row's odd end, a mask.
 
     seconds = call + heads · (keys · (e + f)·κ + rows · ⌈keys / 512⌉·ρ + rows · keys · (fixed + (e + f)·each))
@@ -370,7 +385,7 @@ def _sdpa(t: str, queries: int, keys: int, d: int, masked: bool = False) -> floa
     return seconds(lambda: sdpa(q, k, v, attn_mask=mask))
 
 
-def _scaling(threads: int, watch: Watch[Any]) -> dict[str, float]:
+def _scaling(threads: int, watch: Watch) -> dict[str, float]:
     """What all threads bring over one, by class of work; FlexAttention shares its work as SDPA does."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa

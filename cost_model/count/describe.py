@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
 from ...patterns.cascade import Cascade, Size
 from ...patterns.passes.rewrites import Family
@@ -16,10 +16,58 @@ from .passes import families, levels, report
 from .search import CascadeForm, search
 
 
+class ChoiceRow(TypedDict):
+    """A way to have a tensor again; numbers are text where a size is open."""
+
+    how: str
+    held_bytes: int | str
+    moved_bytes: int | str
+    flops: int | str
+    exps: int | str
+
+
+class RevisitRow(TypedDict):
+    tensor: str
+    made: int
+    read: list[int]
+    choices: list[ChoiceRow]
+
+
+class FamilyRow(TypedDict):
+    ranks: list[str]
+    passes: int
+    inputs: dict[str, int]
+    levels: dict[str, int]
+    footprint: int | str
+    rows: int
+    revisited: list[RevisitRow]
+
+
+class RewriteRow(TypedDict):
+    name: str
+    before: int
+    after: int
+    conditions: list[str]
+
+
+class FormRow(TypedDict):
+    ranks: list[str]
+    passes: int
+    state: int | str
+    best: bool
+    rewrites: list[RewriteRow]
+
+
+class Description(TypedDict):
+    cascade: str
+    families: list[FamilyRow]
+    forms: list[FormRow]
+
+
 def describe(
     c: Cascade, sizes: Mapping[str, int] | None = None, *, query: str | None = None, rows: int = 128,
     width: int | None = None, family: Family | None = None,
-) -> dict[str, Any]:
+) -> Description:
     """Passes, footprints, choices and forms of a cascade, as dictionaries, lists, strings and integers.
 
     `rows` query rows are held at a time, over the rank `query` (the last but one of the first output unless given);
@@ -44,7 +92,7 @@ def _query(c: Cascade, family: Family) -> str:
 
 def _family(
     c: Cascade, family: Family, sizes: Mapping[str, int] | None, query: str, rows: int, width: int | None
-) -> dict[str, Any]:
+) -> FamilyRow:
     passes = report(c, family)
     g = setting(c, family, query, rows, sizes, width)
     found = choices(g)
@@ -65,17 +113,19 @@ def _family(
     }
 
 
-def _choice(x: Choice) -> dict[str, Any]:
-    numbers = {"held_bytes": x.held_bytes, "moved_bytes": x.moved_bytes, "flops": x.flops, "exps": x.exps}
-    return {"how": x.how, **{k: _plain(v) for k, v in numbers.items()}}
+def _choice(x: Choice) -> ChoiceRow:
+    return {
+        "how": x.how, "held_bytes": _plain(x.held_bytes), "moved_bytes": _plain(x.moved_bytes), "flops": _plain(x.flops),
+        "exps": _plain(x.exps),
+    }
 
 
-def _forms(c: Cascade, family: Family) -> list[dict[str, Any]]:
+def _forms(c: Cascade, family: Family) -> list[FormRow]:
     found = search(c, family)
     return [_form(f, f is found.best) for f in found.forms]
 
 
-def _form(f: CascadeForm, best: bool) -> dict[str, Any]:
+def _form(f: CascadeForm, best: bool) -> FormRow:
     return {
         "ranks": list(f.family),
         "passes": f.passes,

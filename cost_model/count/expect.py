@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,12 @@ from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Cascade
 from ...patterns.expr import Expr
 from ...patterns.masks.split import conjuncts, split
-from .tiles import Data, Expectation
+from .tiles import Data, Expectation, Table
 from .work import Sizes, size_int
 
 FORM = "write NAME=0.25 (share of key blocks), NAME=blocks:16, NAME=length:700 (or 60%, or 1k,4k), or NAME=segments:8"
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmM%]?)")
+Places: TypeAlias = NDArray[np.int64]
 _SCALE: Mapping[str, float] = {"": 1, "k": 1 << 10, "m": 1 << 20, "%": 0.01}
 
 
@@ -126,7 +127,7 @@ def known(
         # nothing is predicted of an attention without sizes
         wishes = ()
     keep = split(a.score, a.key).keep
-    tables: dict[str, NDArray[Any]] = {}
+    tables: dict[str, Table] = {}
     expected: list[Expectation] = []
     said: dict[str, str] = {}
     for name in unknowns(a):
@@ -156,7 +157,7 @@ def _unsaid(name: str, origins: Mapping[str, Sequence[str]]) -> str:
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
-def _table(w: Expect, name: str, c: Cascade, a: Attention, keep: Expr, sizes: Mapping[str, int]) -> NDArray[Any]:
+def _table(w: Expect, name: str, c: Cascade, a: Attention, keep: Expr, sizes: Mapping[str, int]) -> Table:
     """The values of a tensor over tokens: which are kept, the segment of each, or its place in it."""
     read = [x for x in ex.loads(keep) if str(x.attr) == name]
     along = {d for x in read for d, i in enumerate(x.args) if i.ranks & {a.query, a.key}}
@@ -169,14 +170,14 @@ def _table(w: Expect, name: str, c: Cascade, a: Attention, keep: Expr, sizes: Ma
     places = np.arange(shape[token])
     if w.form == "segments":
         row = _segments(int(w.values[0]), places, _ordered(keep, name))
-        rows = np.broadcast_to(row, (1, len(row)))
+        rows: Table = np.broadcast_to(row, (1, len(row)))
     else:
         lengths = np.array([round(v * shape[token]) if w.parts else v for v in w.values])
         rows = places[None, :] < lengths[:, None]
     return _spread(rows, shape, token).astype(np.bool_ if c.tensor[name].dtype == "b1" else np.int64)
 
 
-def _segments(count: int, places: NDArray[Any], ordered: bool) -> NDArray[Any]:
+def _segments(count: int, places: Places, ordered: bool) -> Places:
     """The number of each token's segment; where it is compared by order, its place in the segment."""
     ids = places * count // max(len(places), 1)
     starts = np.searchsorted(ids, ids)
@@ -193,7 +194,7 @@ def _loads(e: Expr, name: str) -> bool:
     return any(str(x.attr) == name for x in ex.loads(e))
 
 
-def _spread(rows: NDArray[Any], shape: Sequence[int], token: int) -> NDArray[Any]:
+def _spread(rows: Table, shape: Sequence[int], token: int) -> Table:
     """Rows in turn over the first other dimension, the same in the rest."""
     first = next((d for d in range(len(shape)) if d != token), None)
     count = shape[first] if first is not None else 1

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 Numbers = NDArray[np.float64]
+# What a tensor holds at run time.
+Table: TypeAlias = NDArray[np.generic]
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,10 @@ class Data:
 
     expectations: tuple[Expectation, ...] = ()
     digest: str = ""
-    tables: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    tables: Mapping[str, Table] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
-    def of(tables: Mapping[str, Any], *expectations: Expectation) -> Data:
+    def of(tables: Mapping[str, Table], *expectations: Expectation) -> Data:
         """Arrays by the name of the tensor that holds them at run time, and what to expect of the others."""
         digest = hashlib.sha256()
         for name in sorted(tables):
@@ -143,13 +145,14 @@ def _counted(
     known: tuple[tuple[str, int], ...], tile_p: int, tile_m: int, data: Data,
 ) -> TileRuns:
     bounds = block_bounds(data.tables, (tile_p, tile_m)) if data.tables else None
-    where: dict[str, Any] = {
-        "query": query, "key": key, "extents": dict(ranks), "symbols": dict(known), "bounds": bounds,
-    }
-    tiles = count_tiles(keep, **where, tile_p=tile_p, tile_m=tile_m)
+    extents, symbols = dict(ranks), dict(known)
+    tiles = count_tiles(
+        keep, query=query, key=key, extents=extents, symbols=symbols, tile_p=tile_p, tile_m=tile_m, bounds=bounds
+    )
     if not vanishing:
         return tiles.guarded(np.zeros(tiles.shape[:-1], np.bool_))
-    return tiles.guarded(rows_with_key(keep, tiles, **where))
+    certain = rows_with_key(keep, tiles, query=query, key=key, extents=extents, symbols=symbols, bounds=bounds)
+    return tiles.guarded(certain)
 
 
 @lru_cache(maxsize=512)

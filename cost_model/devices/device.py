@@ -18,10 +18,13 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from ..json import Json, Read
 from .architecture import Architecture, architecture
 
+# A number of a machine, or a table of them.
+Rate: TypeAlias = "str | float | tuple[float, float] | Mapping[str, Rate] | Mapping[int, Rate]"
 KINDS = ("cuda", "hip", "cpu", "array")
 
 
@@ -190,7 +193,7 @@ class Device:
         return f"{self.name}: {self.title} ({self.basis}, times ±{self.band:.0%})"
 
 
-def _split(table: Mapping[str, Any], path: str, sources: dict[str, str]) -> dict[str, Any]:
+def _split(table: Read, path: str, sources: dict[str, str]) -> dict[str, Any]:
     """Separate `[value, ..., source]` rows into values and sources; tables recurse."""
     out: dict[str, Any] = {}
     for key, row in table.items():
@@ -211,7 +214,7 @@ def alone(d: Device) -> Device:
     return replace(d, host=replace(d.host, company_factor={}, company_call_seconds={}))
 
 
-def host_rates(table: Mapping[str, Any]) -> HostRates:
+def host_rates(table: Read) -> HostRates:
     """Host rates from plain nested data (a device file or a calibration file)."""
     values = dict(table)
     pairs = values["attention_pair_seconds"]
@@ -334,7 +337,7 @@ def _read_calibration(path: Path, changed: int) -> Device | None:
 # --- plain data -------------------------------------------------------------------------------------------------
 
 
-def device_to_dict(d: Device) -> dict[str, Any]:
+def device_to_dict(d: Device) -> dict[str, Json]:
     """The device as nested plain data, without its sources."""
     out = {f.name: getattr(d, f.name) for f in fields(d) if f.name != "sources"}
     host = None
@@ -346,13 +349,13 @@ def device_to_dict(d: Device) -> dict[str, Any]:
     }
 
 
-def _plain(x: Any) -> Any:
+def _plain(x: Rate) -> Json:
     if isinstance(x, Mapping):
         return {str(k): _plain(v) for k, v in x.items()}
     return list(x) if isinstance(x, tuple) else x
 
 
-def device_from_dict(table: Mapping[str, Any]) -> Device:
+def device_from_dict(table: Read) -> Device:
     """The device that `device_to_dict` wrote. Raises TypeError or ValueError on other data."""
     values = dict(table)
     host = values.pop("host")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+
+from ..json import Read
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MeshCourse:
         return tuple((a.value, b.value, a.best, b.best) for a, b in pairwise(self.points) if a.best != b.best)
 
     @staticmethod
-    def from_dict(d: Mapping[str, Any]) -> MeshCourse:
+    def from_dict(d: Read) -> MeshCourse:
         """Read what `asdict` wrote. Raises KeyError or TypeError on other data."""
         points = (MeshPoint(**{**p, "ways": tuple(WayPoint(**w) for w in p["ways"])}) for p in d["points"])
         return MeshCourse(**{**d, "points": tuple(points)})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
+from ..json import Json, Read
 from .scheme import Exchange, Scheme
 from .table import mesh_table
 
@@ -40,7 +39,7 @@ class MeshPlan:
         head = f"sharded over {self.mesh} ({self.devices} {self.device}), {self.step}"
         return mesh_table(self.schemes, head, self.note)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Nested plain data; infinite seconds become null."""
         rows = []
         for s in self.schemes:
@@ -54,7 +53,7 @@ class MeshPlan:
         return vars(self) | {"schema": SCHEMA, "schemes": rows}
 
     @staticmethod
-    def from_dict(d: Mapping[str, Any]) -> MeshPlan:
+    def from_dict(d: Read) -> MeshPlan:
         """Read what `to_dict` wrote. Raises ValueError on a newer schema, KeyError or TypeError on other data."""
         if d["schema"] > SCHEMA:
             raise ValueError(f"the sharding plan has schema {d['schema']}, newer than {SCHEMA}, which this version reads")

@@ -7,13 +7,13 @@ Needs neither torch nor Triton, so that tables, JSON and reports can be made any
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..count.memory import AttentionMemory
 from ..devices.device import Device, device, device_from_dict, device_to_dict
+from ..json import Json, Read
 from ..mesh.plan import MeshPlan
 from ..report.page import write_page
 from ..sites.axes import bound_sizes
@@ -112,7 +112,7 @@ class Plan(Findings):
 # --- plain data -------------------------------------------------------------------------------------------------
 
 
-def _site_to_dict(s: Site) -> dict[str, Any]:
+def _site_to_dict(s: Site) -> dict[str, Json]:
     mask = None
     if s.mask is not None:
         tiles = dict(vars(s.mask.tiles)) if s.mask.tiles is not None else None
@@ -130,13 +130,13 @@ def _site_to_dict(s: Site) -> dict[str, Any]:
     return out
 
 
-def _candidate_to_dict(c: Candidate) -> dict[str, Any]:
+def _candidate_to_dict(c: Candidate) -> dict[str, Json]:
     out = vars(c) | {"cost": c.cost.to_dict() if c.cost is not None else None}
     del out["maker"]
     return out
 
 
-def _site_from_dict(d: dict[str, Any]) -> Site:
+def _site_from_dict(d: Read) -> Site:
     mask = d["mask"]
     if mask is not None:
         tiles = TileCounts(**mask["tiles"]) if mask["tiles"] else None
@@ -152,7 +152,7 @@ def _site_from_dict(d: dict[str, Any]) -> Site:
     })
 
 
-def _picture(d: Mapping[str, Any] | None) -> Picture | None:
+def _picture(d: Read | None) -> Picture | None:
     if d is None:
         return None
     layers = tuple(Layer(x["label"], tuple(x["rows"])) for x in d["layers"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 from ..devices.device import Device, device_to_dict, shipped
+from ..json import Json
 
 CALIBRATED, PUBLISHED, ASSUMED, MEASURED = "calibrated", "published", "assumed", "measured"
 # Words with which the source of a number begins that is nobody's measurement.
@@ -44,15 +44,15 @@ def _kind(source: str, host: bool) -> str:
     return MEASURED if host else PUBLISHED
 
 
-def _flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _flat(table: Mapping[str, Json], path: str = "") -> dict[str, Json]:
+    out: dict[str, Json] = {}
     for key, value in table.items():
         where = f"{path}.{key}" if path else str(key)
         out |= _flat(value, where) if isinstance(value, Mapping) else {where: value}
     return out
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Json) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_shown, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
+from ..json import Json
 from ..sites.course import Course
 from ..sites.findings import Findings
 from ..sites.site import Candidate, Site
@@ -20,7 +20,7 @@ from .mesh_data import TITLES, mesh_data
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 
 
-def plan_data(plan: Findings, sweeps: Sequence[Sweep]) -> dict[str, Any]:
+def plan_data(plan: Findings, sweeps: Sequence[Sweep]) -> dict[str, Json]:
     """Everything that tables and drawings of one plan need."""
     d = plan.device
     before = [s.original.cost if s.original is not None else None for s in plan.sites]
@@ -40,7 +40,7 @@ def plan_data(plan: Findings, sweeps: Sequence[Sweep]) -> dict[str, Any]:
     }
 
 
-def _group(plan: Findings, members: Sequence[int], sweeps: Sequence[Sweep]) -> dict[str, Any]:
+def _group(plan: Findings, members: Sequence[int], sweeps: Sequence[Sweep]) -> dict[str, Json]:
     s = plan.sites[members[0]]
     cost = s.chosen.cost
     details = s.details()
@@ -63,7 +63,7 @@ def _group(plan: Findings, members: Sequence[int], sweeps: Sequence[Sweep]) -> d
     }
 
 
-def _candidate(c: Candidate) -> dict[str, Any]:
+def _candidate(c: Candidate) -> dict[str, Json]:
     able = c.feasible and c.cost is not None
     parts = {k: v for k, v in c.cost.parts.items() if k != TOTAL and v > 0} if able and c.cost is not None else {}
     return {
@@ -73,7 +73,7 @@ def _candidate(c: Candidate) -> dict[str, Any]:
     }
 
 
-def _mask(s: Site) -> dict[str, Any]:
+def _mask(s: Site) -> dict[str, Json]:
     m = s.mask
     if m is None:
         return {"expr": "", "density": 1.0, "text": "No mask: every key is kept.", "picture": None}
@@ -97,13 +97,13 @@ def mask_text(s: Site) -> str:
     )
 
 
-def _course(axis: str, c: Course) -> dict[str, Any]:
-    steps: list[dict[str, Any]] = [
+def _course(axis: str, c: Course) -> dict[str, Json]:
+    steps: list[dict[str, Json]] = [
         {"low": x.low, "high": x.high, "before": x.before, "after": x.after,
          "text": f"{x.before} → {x.after} between {tokens_text(x.low)} and {tokens_text(x.high)}"}
         for x in c.changes
     ]
-    points = [
+    points: list[Json] = [
         {"value": p.value, "choice": p.choice, "times": {e.candidate: e.seconds for e in p.estimates},
          "bounds": {e.candidate: e.bound for e in p.estimates}}
         for p in c.points
@@ -116,7 +116,7 @@ def _course(axis: str, c: Course) -> dict[str, Any]:
     }
 
 
-def _memory(sweeps: Sequence[Sweep], device: str) -> dict[str, Any] | None:
+def _memory(sweeps: Sequence[Sweep], device: str) -> dict[str, Json] | None:
     """Over the first sweep of a context length: the caches of all attentions, and the largest attention while it runs."""
     found = next((x for x in sweeps if x.axis != "batch"), None)
     courses = [c for c in found.courses if c.device == device] if found is not None else []

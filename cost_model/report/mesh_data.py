@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
+from ..json import Json
 from ..mesh.capacity import RESERVE
 from ..mesh.course import MeshCourse
 from ..mesh.plan import MeshPlan
@@ -19,7 +19,7 @@ TITLES = {"seq": "query tokens (seq)", "past": "tokens in the cache (past)", "ba
 CARRIES = {"tp": "heads and latents", "cp": "the sequence", "dp": "the batch"}
 
 
-def mesh_data(plan: Findings, sweeps: Sequence[Sweep]) -> dict[str, Any] | None:
+def mesh_data(plan: Findings, sweeps: Sequence[Sweep]) -> dict[str, Json] | None:
     """The sharding of a plan; None for one without a mesh."""
     made = plan.sharding
     if made is None:
@@ -55,7 +55,7 @@ def _lengths(made: MeshPlan) -> list[int]:
     return [n for n in found if n & (n - 1) == 0 or not any(0.95 < n / m < 1.05 for m in found if m != n)]
 
 
-def _way(s: Scheme, band: float) -> dict[str, Any]:
+def _way(s: Scheme, band: float) -> dict[str, Json]:
     known = bool(s.parts)
     return {
         "name": s.name, "assignment": s.assignment, "exact": s.exact, "fits": s.feasible, "known": known, "why": s.why,
@@ -67,7 +67,7 @@ def _way(s: Scheme, band: float) -> dict[str, Any]:
     }
 
 
-def _course(axis: str, m: MeshCourse) -> dict[str, Any]:
+def _course(axis: str, m: MeshCourse) -> dict[str, Json]:
     """Lines over the axis: ways that hold the same at every value share one."""
     held: dict[tuple[int, ...], list[str]] = {}
     for name in m.names:

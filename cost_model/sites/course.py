@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..count.memory import AttentionMemory
+from ..json import Read
 
 
 class SweepError(ValueError):
@@ -79,12 +78,12 @@ class Course:
     changes: tuple[Change, ...] = ()
 
 
-def course(d: Mapping[str, Any]) -> Course:
+def course(d: Read) -> Course:
     """Read what `asdict` wrote. Raises KeyError or TypeError on other data."""
     points, changes = tuple(map(_point, d["points"])), tuple(Change(**c) for c in d["changes"])
     return Course(**{**d, "points": points, "changes": changes})
 
 
-def _point(d: Mapping[str, Any]) -> Point:
+def _point(d: Read) -> Point:
     memory = AttentionMemory(**d["memory"]) if d["memory"] is not None else None
     return Point(d["value"], d["choice"], tuple(Estimate(**e) for e in d["estimates"]), memory)

@@ -5,19 +5,19 @@ Counted from the cascade as lifted, from its one-pass form and from a mapping; m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from ...patterns.attention.recognise import attention
-from ...patterns.cascade import Cascade, bind
+from ...patterns.cascade import Cascade, Size, bind
 from ...patterns.mapping import TileMapping
 from ...patterns.verdict import Obstacle
 from ..count.describe import describe
 from ..count.passes import families, report
 from ..count.subject import shape, subject, work
 from ..count.tiles import NOTHING, Data
-from ..count.work import count, size_int
+from ..count.work import Traffic, count, size_int
+from ..json import Json, Read
 from ..time.predict import tiles_of
 
 
@@ -78,11 +78,11 @@ class Detail:
     revisits: tuple[Revisit, ...] = ()
     forms: tuple[PlannedForm, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         return asdict(self)
 
     @staticmethod
-    def from_dict(d: Mapping[str, Any]) -> Detail:
+    def from_dict(d: Read) -> Detail:
         """Read what `to_dict` wrote. Raises KeyError or TypeError on other data."""
         passes = {k: tuple(PassCount(**{**p, "ranks": tuple(p["ranks"])}) for p in d[k]) for k in _PASSES}
         moved = {k: tuple(TensorBytes(**t) for t in d[k]) for k in _BYTES}
@@ -104,24 +104,25 @@ def detail(
     s = subject(c)
     if isinstance(s, Obstacle) or not mapping or one_pass is None:
         flops, operations = _counts(written.matrix), _counts(written.ops)
-        return replace(before, flops=flops, operations=operations, **_described(c, 1, sizes))
+        return _described(replace(before, flops=flops, operations=operations), c, 1, sizes)
     tiling = TileMapping.parse(mapping)
     at = shape(s.cascade, s.attention, sizes)
     jobs = tiles_of(c, tiling, sizes, data)
     assert not isinstance(jobs, Obstacle), jobs
     tiled = work(s, at, tiling, sizes, jobs)
     known = {**sizes, **_tile(one_pass, tiling)}
-    return replace(
+    after = replace(
         before, passes_after=_passes(one_pass, known), bytes_after=_bytes(tiled.traffic), flops=_counts(tiled.matrix),
-        operations=_counts(tiled.ops), mapping=mapping, **_described(c, tiling.tile_p, sizes),
+        operations=_counts(tiled.ops), mapping=mapping,
     )
+    return _described(after, c, tiling.tile_p, sizes)
 
 
-def _described(c: Cascade, rows: int, sizes: Mapping[str, int]) -> dict[str, Any]:
+def _described(d: Detail, c: Cascade, rows: int, sizes: Mapping[str, int]) -> Detail:
     """What must live between the passes over the keys, with its choices for `rows` query rows, and the forms of fewer."""
     view = attention(c)
     if isinstance(view, Obstacle):
-        return {}
+        return d
     found = describe(view.cascade, sizes, query=view.query, rows=rows, family=(view.key,))
     families = [f for f in found["families"] if f["ranks"] == [view.key]]
     revisits = tuple(
@@ -136,7 +137,7 @@ def _described(c: Cascade, rows: int, sizes: Mapping[str, int]) -> dict[str, Any
         )
         for f in found["forms"]
     )
-    return {"revisits": revisits, "forms": forms}
+    return replace(d, revisits=revisits, forms=forms)
 
 
 def _tile(one_pass: Cascade, tiling: TileMapping) -> dict[str, int]:
@@ -153,9 +154,9 @@ def _passes(c: Cascade, sizes: Mapping[str, int]) -> tuple[PassCount, ...]:
     return tuple(PassCount(p.family, p.count, str(bind(p.footprint, sizes)), p.inputs) for p in found if p.count)
 
 
-def _bytes(traffic: Any) -> tuple[TensorBytes, ...]:
+def _bytes(traffic: Sequence[Traffic]) -> tuple[TensorBytes, ...]:
     return tuple(TensorBytes(t.tensor, size_int(t.moved), size_int(t.once), t.written) for t in traffic)
 
 
-def _counts(values: Mapping[str, Any]) -> dict[str, int]:
+def _counts(values: Mapping[str, Size]) -> dict[str, int]:
     return {k: size_int(n) for k, n in values.items()}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
+from ..json import Json, Read
 from ..mesh.course import MeshCourse
 from ..words import WIDTH, bytes_text, seconds_text, table_of, table_text, tokens_text
 from .course import Course, Point, course
@@ -35,11 +35,11 @@ class Sweep:
     def __str__(self) -> str:
         return sweep_table(self)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         return asdict(self)
 
     @staticmethod
-    def from_dict(d: Mapping[str, Any]) -> Sweep:
+    def from_dict(d: Read) -> Sweep:
         """Read what `to_dict` wrote. Raises KeyError or TypeError on other data."""
         courses = tuple(map(course, d["courses"]))
         meshes = tuple(map(MeshCourse.from_dict, d.get("meshes", ())))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from ..json import Json, Read
 
 # A part that is made of others: the units' time until the last program ends.
 TOTAL = "makespan"
@@ -36,14 +37,14 @@ class Cost:
         if self.bound not in BOUNDS:
             raise ValueError(f"bound {self.bound!r}; one of {', '.join(BOUNDS)}")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         return {
             "seconds": self.seconds, "bound": self.bound, "flops": self.flops, "bytes": self.bytes, "exps": self.exps,
             "parts": dict(self.parts), "basis": self.basis, "band": self.band,
         }
 
     @staticmethod
-    def from_dict(d: Mapping[str, Any]) -> Cost:
+    def from_dict(d: Read) -> Cost:
         return Cost(**{**d, "parts": dict(d["parts"])})
 
 

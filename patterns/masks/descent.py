@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +69,7 @@ class GroundMask:
 
     keep: Expr
     bounds: Bounds | None
-    xp: Any = np
+    xp: ModuleType = np
 
     def dense(self, grid: Grid) -> Array:
         """Classes of the whole grid of tiles at once; each rank's intervals lie along its own dimension."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -64,7 +64,7 @@ def _query_free(keep: Expr, query: str) -> Expr:
 
 def rows_with_key(
     keep: Expr, tiles: TileMap | TileRuns, *, query: str, key: str, extents: Mapping[str, int],
-    symbols: Mapping[str, int] | None = None, bounds: Bounds | None = None, xp: Any = np,
+    symbols: Mapping[str, int] | None = None, bounds: Bounds | None = None, xp: ModuleType = np,
 ) -> Array:
     """bool [*batch, n_p]: True only where every row of the query tile certainly keeps at least one key.
 
@@ -96,7 +96,7 @@ class _Rows:
     extents: Mapping[str, int]
     tile: int
     bounds: Bounds | None
-    xp: Any
+    xp: ModuleType
 
     @property
     def candidates(self) -> tuple[Expr, ...]:
@@ -193,7 +193,7 @@ class Walk:
 
 def runtime_classify(
     keep: Expr, *, query: str, key: str, extents: Mapping[str, int], symbols: Mapping[str, int] | None = None,
-    tile_p: int, tile_m: int, arrays: Mapping[str, Array], xp: Any = np,
+    tile_p: int, tile_m: int, arrays: Mapping[str, Array], xp: ModuleType = np,
 ) -> Walk:
     """`classify` and `rows_with_key` with the tensors that the mask loads, as given to the kernel."""
     bounds = block_bounds(arrays, (tile_p, tile_m), xp)

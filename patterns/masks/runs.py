@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,7 +187,7 @@ class TileRuns:
         counts = self.counts()
         return np.argsort(-counts.reshape(-1, counts.shape[-1]).sum(0), kind="stable").astype(np.int32)
 
-    def picture(self, at_most: int = 256) -> dict[str, Any]:
+    def picture(self, at_most: int = 256) -> dict[str, object]:
         """The mask as plain data for drawing, one entry of the batch after the other merged into one picture.
 
         {"tile": [tile_p, tile_m], "size": [queries, keys], "cell": [tiles, tiles], "grid": [rows, columns],
@@ -228,7 +228,7 @@ class TileRuns:
         made = replace(self, tile_p=self.tile_p * high, tile_m=self.tile_m * wide, shape=shape)
         return made._with((sets.row, sets.start, sets.stop, kind))
 
-    def _with(self, listed: tuple[Ints, Ints, Ints, NDArray[Any]]) -> TileRuns:
+    def _with(self, listed: tuple[Ints, Ints, Ints, Ints]) -> TileRuns:
         row, start, stop, kind = _joined(*listed)
         return replace(
             self, row=row.astype(np.int32), start=start.astype(np.int32), stop=stop.astype(np.int32),
@@ -299,13 +299,13 @@ def _swept(rows: int, width: int, layers: Sequence[Intervals]) -> _Sets:
     return _Sets(row, start, at[covered + 1] - row * (width + 1), depth[covered].T)
 
 
-def _overlaid(rows: int, width: int, layers: tuple[Intervals, Intervals]) -> tuple[Ints, Ints, Ints, NDArray[Any]]:
+def _overlaid(rows: int, width: int, layers: tuple[Intervals, Intervals]) -> tuple[Ints, Ints, Ints, Ints]:
     """Runs of full and partial intervals, where full wins."""
     sets = _swept(rows, width, layers)
     return sets.row, sets.start, sets.stop, np.where(sets.depth[0] > 0, FULL, PARTIAL)
 
 
-def _joined(row: Ints, start: Ints, stop: Ints, kind: NDArray[Any]) -> tuple[Ints, Ints, Ints, NDArray[Any]]:
+def _joined(row: Ints, start: Ints, stop: Ints, kind: Ints) -> tuple[Ints, Ints, Ints, Ints]:
     """Neighbouring runs of one class become one."""
     head, tail = np.ones(len(row), np.bool_), np.ones(len(row), np.bool_)
     head[1:] = (row[1:] != row[:-1]) | (kind[1:] != kind[:-1]) | (start[1:] != stop[:-1])

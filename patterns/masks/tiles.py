@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -212,7 +212,7 @@ def _counted(work: GroundMask, grid: Grid) -> TileRuns:
 
 def classify(
     keep: Expr, *, query: str, key: str, extents: Mapping[str, int], symbols: Mapping[str, int] | None = None,
-    tile_p: int, tile_m: int, bounds: Bounds | None = None, xp: Any = np, settle: bool = False,
+    tile_p: int, tile_m: int, bounds: Bounds | None = None, xp: ModuleType = np, settle: bool = False,
 ) -> TileMap:
     """Classify every `tile_p` × `tile_m` tile of a mask: sound always, exact where no run-time data decides.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..expr import Expr
 from ..operators import OPERATORS, Operator
 from .interval_rules import BITWISE, LIMITS, bitwise, interval
 
+# numpy's or torch's, as its namespace says; torch is not imported here.
 Array: TypeAlias = Any
 Span: TypeAlias = tuple[Array, Array]
 
@@ -37,7 +39,7 @@ TORCH_NAME: Mapping[str, str] = {"f16": "float16", "bf16": "bfloat16", "f32": "f
 # --- integers ---------------------------------------------------------------------------------------------------
 
 
-def clip_integer(span: Span, dtype: str, lib: Any) -> Span:
+def clip_integer(span: Span, dtype: str, lib: ModuleType) -> Span:
     """A result outside its type wraps: then the whole type is possible, unless it is a single number."""
     least, most = INTEGER_RANGE[dtype]
     if dtype == "i64":
@@ -50,7 +52,7 @@ def clip_integer(span: Span, dtype: str, lib: Any) -> Span:
     return lib.where(fits, lo, lib.where(single, around, least)), lib.where(fits, hi, lib.where(single, around, most))
 
 
-def integer(e: Expr, args: list[Span], lib: Any) -> Span:
+def integer(e: Expr, args: list[Span], lib: ModuleType) -> Span:
     """An integer operator, before it wraps; everything where no rule knows."""
     numbers = Arrays(lib)
     found = bitwise(e.op, args, numbers) if e.op in BITWISE else interval(e, args, numbers)
@@ -64,7 +66,7 @@ def integer(e: Expr, args: list[Span], lib: Any) -> Span:
 class Arrays:
     """Ends in arrays of float64, which are whole numbers or ±∞; torch has no `maximum` of a tensor and a number."""
 
-    lib: Any
+    lib: ModuleType
 
     def least(self, x: Array, y: Array) -> Array:
         return x.clamp(max=y) if self.lib is not np and isinstance(y, int) else self.lib.minimum(x, y)
@@ -106,7 +108,7 @@ class Arrays:
 # --- shared by integers and floats ------------------------------------------------------------------------------
 
 
-def _corners(f: Callable[[Array, Array], Array], a: Array, b: Array, c: Array, d: Array, lib: Any) -> Span:
+def _corners(f: Callable[[Array, Array], Array], a: Array, b: Array, c: Array, d: Array, lib: ModuleType) -> Span:
     """Extremes of an operation that is monotone in each argument, as a product is."""
     w, x, y, z = f(a, c), f(a, d), f(b, c), f(b, d)
     return (
@@ -115,16 +117,16 @@ def _corners(f: Callable[[Array, Array], Array], a: Array, b: Array, c: Array, d
     )
 
 
-def _square(a: Array, b: Array, lib: Any) -> Span:
+def _square(a: Array, b: Array, lib: ModuleType) -> Span:
     lo, hi = lib.minimum(a * a, b * b), lib.maximum(a * a, b * b)
     return lib.where((a <= 0) & (b >= 0), 0.0, lo), hi
 
 
-def _function(o: Operator, lib: Any) -> Callable[..., Array]:
+def _function(o: Operator, lib: ModuleType) -> Callable[..., Array]:
     return o.in_numpy(lib) if lib is np else o.in_torch(lib)
 
 
-def _exact(o: Operator, a: Array, b: Array, lib: Any) -> Span | None:
+def _exact(o: Operator, a: Array, b: Array, lib: ModuleType) -> Span | None:
     """The span of an operator that rounds nothing: monotone, or the absolute value."""
     if o.name == "abs":
         zero = lib.zeros_like(a)
@@ -139,7 +141,7 @@ def _exact(o: Operator, a: Array, b: Array, lib: Any) -> Span | None:
 
 # --- floats -----------------------------------------------------------------------------------------------------
 
-def floating(e: Expr, args: list[Span], lib: Any) -> Span:
+def floating(e: Expr, args: list[Span], lib: ModuleType) -> Span:
     (a, b) = args[0]
     if len(args) == 1:
         return _float_unary(e, a, b, lib)
@@ -181,7 +183,7 @@ def _holds_infinity(lo: Array, hi: Array) -> Array:
     return (abs(lo) == math.inf) | (abs(hi) == math.inf)
 
 
-def _float_unary(e: Expr, a: Array, b: Array, lib: Any) -> Span:
+def _float_unary(e: Expr, a: Array, b: Array, lib: ModuleType) -> Span:
     o = OPERATORS[e.op]
     exact = _exact(o, a, b, lib)
     if exact is not None:
@@ -201,7 +203,7 @@ def _float_unary(e: Expr, a: Array, b: Array, lib: Any) -> Span:
     return lib.where(known, o.range[0], nothing), lib.where(known, o.range[1], nothing)
 
 
-def rounded(span: Span, dtype: str, lib: Any) -> Span:
+def rounded(span: Span, dtype: str, lib: ModuleType) -> Span:
     """The hull of a value and of its rounding to the type: a kernel may hold either."""
     if dtype == "f64":
         return span

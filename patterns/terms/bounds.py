@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from .arithmetic import LIMIT, Array, Span
 from .intervals import native
 
 
-def block_bounds(arrays: Mapping[str, Array], blocks: Sequence[int] = (), xp: Any = np) -> BlockBounds:
+def block_bounds(arrays: Mapping[str, Array], blocks: Sequence[int] = (), xp: ModuleType = np) -> BlockBounds:
     """`bounds` for `classify` and `rows_with_key` from run-time tensors, exact for intervals on the given block sizes.
 
     `arrays` are numpy arrays or tensors of `xp`; tensors in host memory are read as numpy arrays when `xp` is numpy.
@@ -36,7 +36,7 @@ def _host(array: Array) -> Array:
 class BlockBounds:
     """Answers ranges over boxes and keeps its tables; make one per call, the tensors must not change meanwhile."""
 
-    def __init__(self, arrays: Mapping[str, Array], blocks: tuple[int, ...], xp: Any) -> None:
+    def __init__(self, arrays: Mapping[str, Array], blocks: tuple[int, ...], xp: ModuleType) -> None:
         self.arrays, self.blocks, self.xp = arrays, blocks, xp
         self.tables: dict[tuple[object, ...], tuple[Array, Array]] = {}
 
@@ -173,7 +173,7 @@ def _power2(level: Array) -> Array:
     return 2 ** level.long()
 
 
-def _reduced(array: Array, d: int, block: int, xp: Any, how: str) -> Array:
+def _reduced(array: Array, d: int, block: int, xp: ModuleType, how: str) -> Array:
     size = array.shape[d]
     count = -(-size // block)
     if count * block != size:
@@ -183,13 +183,13 @@ def _reduced(array: Array, d: int, block: int, xp: Any, how: str) -> Array:
     return getattr(array, how)(d + 1) if xp is not np else getattr(np, how)(array, axis=d + 1)
 
 
-def _take(array: Array, axis: int, index: Array, xp: Any) -> Array:
+def _take(array: Array, axis: int, index: Array, xp: ModuleType) -> Array:
     if xp is np:
         return np.take(array, index, axis=axis)
     return array.index_select(axis, xp.as_tensor(index, device=array.device))
 
 
-def _as_span(least: Array, most: Array, xp: Any) -> Span:
+def _as_span(least: Array, most: Array, xp: ModuleType) -> Span:
     if native(least):
         if least.dtype == np.bool_:
             return least, most

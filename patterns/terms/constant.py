@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..expr import Expr, walk
 from ..operators import OPERATORS
 
-_FUNCTION: Mapping[str, Callable[..., Any]] = {o.name: o.in_numpy(np) for o in OPERATORS.values()}
-REDUCE: Mapping[str, Callable[..., Any]] = {
+Values: TypeAlias = NDArray[np.float64 | np.int64 | np.bool_]
+_FUNCTION: Mapping[str, Callable[..., Values]] = {o.name: o.in_numpy(np) for o in OPERATORS.values()}
+REDUCE: Mapping[str, Callable[..., Values]] = {
     "add": np.sum,
     "max": np.max,
     "min": np.min,
@@ -21,9 +23,9 @@ REDUCE: Mapping[str, Callable[..., Any]] = {
 }
 
 
-def number(root: Expr, loads: Mapping[str, object], known: Mapping[Expr, object] | None = None) -> Any:
+def number(root: Expr, loads: Mapping[str, object], known: Mapping[Expr, object] | None = None) -> Values:
     """The value of a term in float64: tensors by name, coordinates 0 unless `known` says otherwise."""
-    memo: dict[Expr, Any] = {e: np.asarray(v) for e, v in (known or {}).items()}
+    memo: dict[Expr, Values] = {e: np.asarray(v) for e, v in (known or {}).items()}
     with np.errstate(all="ignore"):
         for e in walk(root):
             if e not in memo:
@@ -31,7 +33,7 @@ def number(root: Expr, loads: Mapping[str, object], known: Mapping[Expr, object]
     return memo[root]
 
 
-def _number(e: Expr, args: list[Any], loads: Mapping[str, object]) -> Any:
+def _number(e: Expr, args: list[Values], loads: Mapping[str, object]) -> Values:
     match e.op:
         case "const":
             return np.asarray(e.value, dtype=float if e.is_float else None)

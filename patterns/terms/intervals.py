@@ -14,7 +14,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from types import ModuleType
+from typing import TypeAlias
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def _step(e: Expr) -> Step:
 
 def spans(
     root: Expr, box: Mapping[str, Span], *, symbols: Mapping[str, int] | None = None, bounds: Bounds | None = None,
-    xp: Any = np,
+    xp: ModuleType = np,
 ) -> Span:
     """The span of a term over boxes: `box[rank] = (lo, hi)`, inclusive, arrays that broadcast together.
 
@@ -92,7 +93,7 @@ def native(a: Array) -> bool:
     return isinstance(a, (np.ndarray, np.generic))
 
 
-def align(args: list[Span], xp: Any) -> list[Span]:
+def align(args: list[Span], xp: ModuleType) -> list[Span]:
     """Bring all operands into one namespace: that of the first operand that is not numpy."""
     foreign = next((a for span in args for a in span if not native(a)), None)
     if foreign is None:
@@ -105,7 +106,7 @@ def align(args: list[Span], xp: Any) -> list[Span]:
 
 
 def _span(
-    step: Step, args: list[Span], lib: Any, box: Mapping[str, Span], symbols: Mapping[str, int], bounds: Bounds | None
+    step: Step, args: list[Span], lib: ModuleType, box: Mapping[str, Span], symbols: Mapping[str, int], bounds: Bounds | None
 ) -> Span:
     e = step.term
     if step.form is not None:
@@ -144,7 +145,7 @@ def _span(
 # --- integers ---------------------------------------------------------------------------------------------------
 
 
-def _sum(form: Affine, known: Mapping[Expr, Span], lib: Any) -> Span:
+def _sum(form: Affine, known: Mapping[Expr, Span], lib: ModuleType) -> Span:
     if not form.terms:
         return np.float64(form.constant), np.float64(form.constant)
     lo: Array = float(form.constant)
@@ -182,7 +183,7 @@ def _against_zero(op: str, lo: Array, hi: Array, form: Affine) -> Span:
     return (same, maybe) if op == "eq" else (~maybe, ~same)
 
 
-def _where(e: Expr, args: list[Span], lib: Any) -> Span:
+def _where(e: Expr, args: list[Span], lib: ModuleType) -> Span:
     yes, maybe = args[0]
     if e.dtype == "b1":
         (a, b), (c, d) = args[1], args[2]
@@ -192,7 +193,7 @@ def _where(e: Expr, args: list[Span], lib: Any) -> Span:
     return lo, lib.where(yes, b, lib.where(maybe, lib.maximum(b, d), d))
 
 
-def _cast(span: Span, source: str, target: str, lib: Any) -> Span:
+def _cast(span: Span, source: str, target: str, lib: ModuleType) -> Span:
     lo, hi = span
     if source == target:
         return span
@@ -208,7 +209,7 @@ def _cast(span: Span, source: str, target: str, lib: Any) -> Span:
     return rounded(span, target, lib)
 
 
-def _number(x: Array, lib: Any) -> Array:
+def _number(x: Array, lib: ModuleType) -> Array:
     return x.astype(np.float64) if lib is np else x.to(lib.float64)
 
 
@@ -232,7 +233,7 @@ def _load(e: Expr, args: list[Span], bounds: Bounds | None) -> Span:
 # --- predicates -------------------------------------------------------------------------------------------------
 
 
-def _predicate(e: Expr, args: list[Span], lib: Any) -> Span:
+def _predicate(e: Expr, args: list[Span], lib: ModuleType) -> Span:
     (a, b) = args[0]
     match e.op:
         case "not":

@@ -113,7 +113,7 @@ def test_every_rate_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("REATTEND_CALIBRATION", str(where))
     seen: list[str] = []
 
-    def watch(steps: list[object], what: str) -> list[object]:
+    def watch(steps: list[calibrate.T], what: str) -> list[calibrate.T]:
         seen.append(what)
         return steps
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -202,7 +203,7 @@ def columns(pairs: Sequence[tuple[Ends[float], Ends[float]]]) -> tuple[np.ndarra
 
 @pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
 @pytest.mark.parametrize("op", [*UNARY, *BINARY])
-def test_arrays_say_what_python_says(op: str, xp: object) -> None:
+def test_arrays_say_what_python_says(op: str, xp: ModuleType) -> None:
     pairs = [(x, y) for x, y in PAIRS if op not in ("floordiv", "mod") or y != (0, 0)]
     a, b, c, d = (v if xp is np else torch.from_numpy(v) for v in columns(pairs))
     args = [(a, b), (c, d)][: 1 if op in UNARY else 2]
