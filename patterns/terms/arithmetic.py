@@ -143,7 +143,8 @@ def _monotone_or_even(op: str, a: Array, b: Array, lib: Any) -> Span | None:
             return lib.maximum(a, zero), lib.maximum(b, zero)
         case "floor" | "ceil" | "trunc" | "sign" | "round":
             f = getattr(lib, op)
-            return f(a), f(b)
+            # torch's sign of NaN is 0
+            return lib.where(a == a, f(a), a), lib.where(b == b, f(b), b)
         case "not":
             return -b - 1, -a - 1
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ ARRAYS = {
     "pad": RNG.random((3, 17)) < 0.7,
     "seg": np.sort(RNG.integers(0, 4, (3, 20)), axis=-1),
     "slope": RNG.standard_normal(3).astype(np.float32),
+    "edge": RNG.choice(np.array([-math.inf, -0.5, 2.0, math.inf], np.float32), 20),
 }
 LOADS = {
     "pad": ex.load("pad", (H, M), "b1"),
@@ -34,12 +36,13 @@ LOADS = {
     "seg_shift": ex.load("seg", (H, M + 3), "i64"),
     "seg_gather": ex.load("seg", (0, ex.load("seg", (H, P), "i64") * 4), "i64"),
     "slope": ex.load("slope", (H,), "f32"),
+    "edge": ex.load("edge", (M + 3,), "f32"),
 }
 
 
-def values(term: Expr, extents: Mapping[str, int] = EXTENTS) -> np.ndarray:
+def values(term: Expr, extents: Mapping[str, int] = EXTENTS, arrays: Mapping[str, np.ndarray] = ARRAYS) -> np.ndarray:
     """The term at every point, by the oracle: [*extents]."""
-    tensors = {n: torch.from_numpy(a) for n, a in ARRAYS.items()}
+    tensors = {n: torch.from_numpy(a) for n, a in arrays.items()}
     used = {str(e.attr) for e in ex.loads(term)}
     declared = [Tensor(n, tuple(t.shape), DTYPE_NAME[t.dtype]) for n, t in tensors.items() if n in used]
     out = Tensor("out", tuple(extents.values()), term.dtype)
@@ -89,7 +92,7 @@ def floats(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
 
 
 FLOATS = st.recursive(
-    st.one_of(INTEGERS.map(lambda e: ex.cast(e, "f32")), st.just(LOADS["slope"]), st.just(ex.const(0.25))),
+    st.one_of(INTEGERS.map(lambda e: ex.cast(e, "f32")), st.sampled_from([LOADS["slope"], LOADS["edge"], ex.const(0.25)])),
     floats, max_leaves=4,
 )  # fmt: skip
 NUMBERS = st.one_of(INTEGERS, INTEGERS, FLOATS)
@@ -176,6 +179,123 @@ def test_torch_agrees_with_numpy(term: Expr, known: bool) -> None:
     b = spans(term, box, bounds=block_bounds(tensors, (4, 6), torch) if known else None, xp=torch)
     for x, y in zip(a, b):
         np.testing.assert_array_equal(np.broadcast_to(x, (3, 4, 3)), np.broadcast_to(np.asarray(y), (3, 4, 3)))
+
+
+# --- infinities -------------------------------------------------------------------------------------------------
+
+# Two loads that vary independently, of whatever is drawn: −∞ and a number, one infinity alone, both, or no number.
+PAIR = {"p": 4, "m": 4}
+X, Y = ex.load("x", (P,), "f32"), ex.load("y", (M,), "f32")
+SOME = st.sampled_from([-math.inf, -2.0, 0.0, 3.0, math.inf])
+ROW = st.one_of(
+    st.lists(SOME, min_size=4, max_size=4), SOME.map(lambda x: [x] * 4), st.tuples(SOME, SOME).map(lambda t: [*t, *t])
+)
+DRAWN = st.one_of(ROW, ROW, ROW, ROW.map(lambda row: [*row[:3], math.nan])).map(lambda row: np.array(row, np.float32))
+EDGES = st.recursive(
+    st.sampled_from([X, X, Y, Y, ex.const(-math.inf), ex.const(math.inf), ex.const(3.0)]),
+    lambda inner: st.one_of(
+        floats(inner), st.tuples(inner, inner, inner).map(lambda t: ex.where(t[0] < t[1], t[2], t[0]))
+    ),
+    max_leaves=3,
+)
+ASKED = st.one_of(
+    EDGES.map(lambda e: ex.unary("isinf", e)),
+    EDGES.map(lambda e: ex.unary("isnan", e)),
+    EDGES.map(lambda e: ex.cast(e, "b1")),
+    st.tuples(st.sampled_from(ex.COMPARISONS), EDGES, EDGES).map(lambda t: ex.binary(*t)),
+)
+WHOLE = {r: (np.int64(0), np.int64(n - 1)) for r, n in PAIR.items()}
+
+
+@settings(max_examples=300, deadline=None)
+@given(EDGES, DRAWN, DRAWN)
+def test_spans_of_infinite_loads_hold_every_value_or_say_unknown(term: Expr, x: np.ndarray, y: np.ndarray) -> None:
+    arrays = {"x": x, "y": y}
+    lo, hi = spans(term, WHOLE, bounds=block_bounds(arrays))
+    inside = values(term, PAIR, arrays).astype(np.float64)
+    if np.isnan(inside).any():
+        assert np.isnan(lo) or np.isnan(hi), (term, lo, hi)
+        return
+    assert not (inside < lo).any(), (term, lo)
+    assert not (inside > hi).any(), (term, hi)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ASKED, DRAWN, DRAWN)
+def test_certain_answers_about_infinite_loads_hold_at_every_point(term: Expr, x: np.ndarray, y: np.ndarray) -> None:
+    arrays = {"x": x, "y": y}
+    yes, maybe = spans(term, WHOLE, bounds=block_bounds(arrays))
+    inside = values(term, PAIR, arrays)
+    assert inside.all() or not yes, term
+    assert maybe or not inside.any(), term
+
+
+# --- every operator on every pair of intervals --------------------------------------------------------------------
+
+# Box b holds the interval between X[b, 0] and X[b, 1], and 0 where that lies between; Y likewise, every pair of both.
+ENDS = (-math.inf, -2.5, -1.0, 0.0, 0.5, 3.0, math.inf, math.nan)
+INTERVALS = [(a, b, 0.0 if a <= 0 <= b else a) for i, a in enumerate(ENDS) for b in ENDS[i:]]
+PAIRS = {
+    "x": np.repeat(np.array(INTERVALS), len(INTERVALS), axis=0), "y": np.tile(np.array(INTERVALS), (len(INTERVALS), 1)),
+}  # fmt: skip
+B = ex.index("b")
+LEFT, RIGHT = ex.load("x", (B, P), "f64"), ex.load("y", (B, M), "f64")
+NUMERIC = [op for op in ex.BINARY if op not in (*ex.COMPARISONS, *ex.LOGICAL, "xor")]
+NUMERIC_UNARY = [op for op in ex.UNARY if op not in ("isnan", "isinf", "not")]
+# Their span is the hull of their values where all of these are finite.
+EXACT = ("add", "sub", "mul", "div", "max", "min", "neg", "abs", "relu", "floor", "ceil", "round", "trunc", "sign")
+
+
+def on_pairs(term: Expr, xp: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The span of a term on each pair of intervals, and its values at their ends: [pair], [pair], [pair, values]."""
+    n = len(PAIRS["x"])
+    box = {"b": (np.arange(n),) * 2, "p": (np.zeros(n), np.full(n, 2)), "m": (np.zeros(n), np.full(n, 2))}
+    bounds = block_bounds({name: xp.asarray(x) for name, x in PAIRS.items()}, xp=xp)
+    lo, hi = (np.broadcast_to(np.asarray(x), n) for x in spans(term, box, bounds=bounds, xp=xp))
+    return lo, hi, values(term, {"b": n, "p": 3, "m": 3}, PAIRS).reshape(n, 9)
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        *(ex.binary(op, LEFT, RIGHT) for op in NUMERIC), *(ex.unary(op, LEFT) for op in NUMERIC_UNARY),
+        LEFT * LEFT, ex.binary("pow", LEFT, ex.const(2.0, "f64")), ex.where(LEFT < RIGHT, LEFT, RIGHT),
+        *(ex.cast(ex.cast(LEFT, dtype), "f64") for dtype in ex.FLOATS),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_every_operator_holds_its_values_on_every_pair_of_intervals(term: Expr, xp: Any) -> None:
+    lo, hi, inside = on_pairs(term, xp)
+    unknown = np.isnan(lo) | np.isnan(hi)
+    assert unknown[np.isnan(inside).any(-1)].all()
+    with np.errstate(invalid="ignore"):
+        assert not (inside < lo[:, None])[~unknown].any()
+        assert not (inside > hi[:, None])[~unknown].any()
+    if term.op in EXACT:
+        finite = np.isfinite(inside).all(-1) & np.isfinite(PAIRS["x"]).all(-1) & np.isfinite(PAIRS["y"]).all(-1)
+        np.testing.assert_array_equal(lo[finite], inside[finite].min(-1))
+        np.testing.assert_array_equal(hi[finite], inside[finite].max(-1))
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        *(ex.binary(op, LEFT, RIGHT) for op in ex.COMPARISONS), *(ex.unary(op, LEFT) for op in ("isinf", "isnan")),
+        ex.cast(LEFT, "b1"),
+        *(ex.binary(op, LEFT > 0.0, RIGHT < 0.5) for op in ("and", "or", "xor", *ex.COMPARISONS)),
+        ~(LEFT > 0.0), ex.where(LEFT < 0.5, RIGHT < 0.5, RIGHT > 0.0),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_every_predicate_answers_for_every_pair_of_intervals(term: Expr, xp: Any) -> None:
+    yes, maybe, inside = on_pairs(term, xp)
+    assert inside[yes].all()
+    assert not inside[~maybe].any()
+    # what is one number on both sides, an infinity too, is decided
+    one = (PAIRS["x"][:, 0] == PAIRS["x"][:, 1]) & (PAIRS["y"][:, 0] == PAIRS["y"][:, 1])
+    np.testing.assert_array_equal(yes[one], maybe[one])
 
 
 # --- exactness where masks need it ------------------------------------------------------------------------------
