@@ -16,6 +16,8 @@ from reattend.rewriter.choose import candidates, choose
 from reattend.rewriter.find import detect, place
 from reattend.rewriter.splice import guards, splice
 
+from .helpers import graph_of, values_of
+
 SDPA = reattend.Policy(deny=("original", "flex", "reattend"))
 
 
@@ -116,6 +118,54 @@ def test_the_condition_is_proved_from_mask_and_data() -> None:
         run = fx.Interpreter(graph, garbage_collect_values=False)
         run.run(x, mask(*lengths))
         assert condition.holds({name: run.env[found.tensors[name]]}, {}) == (0 not in lengths)
+
+
+def scores_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.transpose(-1, -2)
+    s.mul_(0.25)
+    return s.softmax(-1) @ v
+
+
+def keys_written_afterwards(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    k = k.relu()
+    out = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+    return out, k.zero_()
+
+
+def scores_written_afterwards(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.transpose(-1, -2)
+    weights = s.softmax(-1)
+    s.zero_()
+    return weights @ v
+
+
+def test_the_original_computes_what_the_graph_does_with_its_own_writes() -> None:
+    args = [torch.randn(1, 2, 8, 16) for _ in range(3)]
+    graph = graph_of(scores_written, args)
+    (found,), _ = detect.find(graph)
+    original = guards.original_subgraph(graph, found.output, place.interior(found))
+    assert original is not None
+    module, read = original
+    values = values_of(graph, args)
+    torch.testing.assert_close(module(*(values[n] for n in read)), scores_written(*args))
+    # run again, it finds its inputs as they were
+    torch.testing.assert_close(module(*(values[n] for n in read)), scores_written(*args))
+
+
+@pytest.mark.parametrize("code", [keys_written_afterwards, scores_written_afterwards])
+def test_what_is_written_from_outside_has_no_original_to_run_later(code: Any) -> None:
+    graph = graph_of(code, [torch.randn(1, 2, 8, 16) for _ in range(3)])
+    (found,), _ = detect.find(graph)
+    assert guards.original_subgraph(graph, found.output, place.interior(found)) is None
+
+
+def test_a_write_that_is_left_out_of_the_original_is_one_from_outside() -> None:
+    """Without its own write the subgraph would run and answer something else."""
+    graph = graph_of(scores_written, [torch.randn(1, 2, 8, 16) for _ in range(3)])
+    (found,), _ = detect.find(graph)
+    inside = place.interior(found)
+    (write,) = (n for n in inside if n.target is torch.ops.aten.mul_.Tensor)
+    assert guards.original_subgraph(graph, found.output, inside - {write}) is None
 
 
 def test_a_guarded_call_without_an_original_is_an_error() -> None:
