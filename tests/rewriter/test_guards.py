@@ -120,6 +120,56 @@ def test_the_condition_is_proved_from_mask_and_data() -> None:
         assert condition.holds({name: run.env[found.tensors[name]]}, {}) == (0 not in lengths)
 
 
+class Between(nn.Module):
+    """Keys from the first one that is kept on, as many as are kept: both numbers are sums over the mask."""
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        i = torch.arange(24)
+        start = (keep.long().cumsum(-1) == 0).long().sum(-1)[:, None, None]
+        stop = start + keep.long().sum(-1)[:, None, None]
+        allowed = (i >= start) & (i < stop) & (i[:, None] >= i - 20)
+        s = (x @ x.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
+        out: Tensor = s.softmax(-1) @ x
+        return out
+
+
+class Half(nn.Module):
+    """The first half of the tokens, however many there are, without padding."""
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        allowed = keep[:, None] & (torch.arange(x.shape[1]) * 2 < x.shape[1])
+        s = (x @ x.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
+        out: Tensor = s.softmax(-1) @ x
+        return out
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "end", "holds"),
+    [
+        (Between(), 0, 24, True), (Between(), 3, 9, True), (Between(), 22, 24, False), (Between(), 5, 5, False),
+        (Half(), 0, 24, True), (Half(), 11, 24, True), (Half(), 12, 24, False), (Half(), 12, 30, True), (Half(), 15, 30, False),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else str(x),
+)  # fmt: skip
+def test_the_condition_reads_sums_and_sizes(model: nn.Module, first: int, end: int, holds: bool) -> None:
+    length = max(end, 24)
+    keep = (torch.arange(length) >= first) & (torch.arange(length) < end)
+    args = (torch.randn(2, length, 16), torch.stack((torch.ones(length, dtype=torch.bool), keep)))
+    graph = export.from_export(model, args, None, dynamic=True).graph
+    (found,), _ = detect.find(graph)
+    view = attention(found.cascade)
+    assert isinstance(view, Attention)
+    condition = guards.every_row_keeps_a_key(found.cascade, view)
+    run = fx.Interpreter(graph, garbage_collect_values=False)
+    out = run.run(*args)
+    tensors = {name: run.env[node] for name, node in found.tensors.items()}
+    assert condition.holds(tensors, {}) == holds
+    # or the sizes by name, beside what it asks for
+    sizes = guards.bind_shapes(found.cascade, tensors, {})
+    assert condition.holds({n: tensors[n] for n in condition.tensors}, {n: sizes[n] for n in condition.sizes}) == holds
+    assert bool(out.isnan().any()) != holds
+
+
 def scores_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q @ k.transpose(-1, -2)
     s.mul_(0.25)
