@@ -133,12 +133,13 @@ class Between(nn.Module):
         return out
 
 
-class Half(nn.Module):
-    """The first half of the tokens, however many there are, without padding."""
+class Last(nn.Module):
+    """The last five tokens attend to those before them: where they stand is a matter of how many there are."""
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
-        allowed = keep[:, None] & (torch.arange(x.shape[1]) * 2 < x.shape[1])
-        s = (x @ x.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
+        p = torch.arange(5) + (x.shape[1] - 5)
+        allowed = keep[:, None] & (torch.arange(x.shape[1]) <= p[:, None])
+        s = (x[:, -5:] @ x.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
         out: Tensor = s.softmax(-1) @ x
         return out
 
@@ -147,7 +148,7 @@ class Half(nn.Module):
     ("model", "first", "end", "holds"),
     [
         (Between(), 0, 24, True), (Between(), 3, 9, True), (Between(), 22, 24, False), (Between(), 5, 5, False),
-        (Half(), 0, 24, True), (Half(), 11, 24, True), (Half(), 12, 24, False), (Half(), 12, 30, True), (Half(), 15, 30, False),
+        (Last(), 0, 24, True), (Last(), 19, 24, True), (Last(), 20, 24, False), (Last(), 20, 30, True), (Last(), 26, 30, False),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else str(x),
 )  # fmt: skip
