@@ -92,7 +92,9 @@ def floats(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
 
 
 FLOATS = st.recursive(
-    st.one_of(INTEGERS.map(lambda e: ex.cast(e, "f32")), st.sampled_from([LOADS["slope"], LOADS["edge"], ex.const(0.25)])),
+    st.one_of(
+        INTEGERS.map(lambda e: ex.cast(e, "f32")), st.sampled_from([LOADS["slope"], LOADS["edge"], ex.const(0.25)]),
+    ),
     floats, max_leaves=4,
 )  # fmt: skip
 NUMBERS = st.one_of(INTEGERS, INTEGERS, FLOATS)
@@ -240,19 +242,21 @@ PAIRS = {
 }  # fmt: skip
 B = ex.index("b")
 LEFT, RIGHT = ex.load("x", (B, P), "f64"), ex.load("y", (B, M), "f64")
+WHOLE_NUMBERS = ("add", "sub", "mul", "max", "min", "floordiv", "mod", "and", "or", "xor")
 NUMERIC = [op for op in ex.BINARY if op not in (*ex.COMPARISONS, *ex.LOGICAL, "xor")]
 NUMERIC_UNARY = [op for op in ex.UNARY if op not in ("isnan", "isinf", "not")]
 # Their span is the hull of their values where all of these are finite.
 EXACT = ("add", "sub", "mul", "div", "max", "min", "neg", "abs", "relu", "floor", "ceil", "round", "trunc", "sign")
 
 
-def on_pairs(term: Expr, xp: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The span of a term on each pair of intervals, and its values at their ends: [pair], [pair], [pair, values]."""
-    n = len(PAIRS["x"])
-    box = {"b": (np.arange(n),) * 2, "p": (np.zeros(n), np.full(n, 2)), "m": (np.zeros(n), np.full(n, 2))}
-    bounds = block_bounds({name: xp.asarray(x) for name, x in PAIRS.items()}, xp=xp)
+def on_rows(term: Expr, rows: Mapping[str, np.ndarray], xp: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The span of a term over each pair of rows, and its values there: [pair], [pair], [pair, values]."""
+    n, width = rows["x"].shape
+    whole = (np.zeros(n), np.full(n, width - 1))
+    box = {"b": (np.arange(n),) * 2, "p": whole, "m": whole}
+    bounds = block_bounds({name: xp.asarray(x) for name, x in rows.items()}, xp=xp)
     lo, hi = (np.broadcast_to(np.asarray(x), n) for x in spans(term, box, bounds=bounds, xp=xp))
-    return lo, hi, values(term, {"b": n, "p": 3, "m": 3}, PAIRS).reshape(n, 9)
+    return lo, hi, values(term, {"b": n, "p": width, "m": width}, rows).reshape(n, -1)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +270,7 @@ def on_pairs(term: Expr, xp: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 )  # fmt: skip
 @pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
 def test_every_operator_holds_its_values_on_every_pair_of_intervals(term: Expr, xp: Any) -> None:
-    lo, hi, inside = on_pairs(term, xp)
+    lo, hi, inside = on_rows(term, PAIRS, xp)
     unknown = np.isnan(lo) | np.isnan(hi)
     assert unknown[np.isnan(inside).any(-1)].all()
     with np.errstate(invalid="ignore"):
@@ -290,12 +294,57 @@ def test_every_operator_holds_its_values_on_every_pair_of_intervals(term: Expr, 
 )  # fmt: skip
 @pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
 def test_every_predicate_answers_for_every_pair_of_intervals(term: Expr, xp: Any) -> None:
-    yes, maybe, inside = on_pairs(term, xp)
+    yes, maybe, inside = on_rows(term, PAIRS, xp)
     assert inside[yes].all()
     assert not inside[~maybe].any()
     # what is one number on both sides, an infinity too, is decided
     one = (PAIRS["x"][:, 0] == PAIRS["x"][:, 1]) & (PAIRS["y"][:, 0] == PAIRS["y"][:, 1])
     np.testing.assert_array_equal(yes[one], maybe[one])
+
+
+# Integers: every value of an interval stands in its row. Those of the second half lie where narrow types end.
+WIDTH = 9
+SPREAD = [sorted({a, min(max(a, 0), b), *range(a, b, max(1, (b - a) // 6)), b}) for a, b in [
+    *((a, b) for i, a in enumerate((-5, -2, -1, 0, 1, 2)) for b in (-5, -2, -1, 0, 1, 2)[i:]),
+    (127, 127), (126, 128), (250, 257), (256, 259), (-130, -127), (-300, 300), (-129, -129), (511, 511),
+    (2**31 - 1, 2**31),
+]]  # fmt: skip
+ROWS = np.array([[*row, *[row[-1]] * (WIDTH - len(row))] for row in SPREAD])
+LEFT_I, RIGHT_I = ex.load("x", (B, P), "i64"), ex.load("y", (B, M), "i64")
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        *(ex.binary(op, LEFT_I, RIGHT_I) for op in WHOLE_NUMBERS),
+        *(ex.unary(op, LEFT_I) for op in ("neg", "abs", "relu", "sign", "not")),
+        LEFT_I * LEFT_I, ex.binary("pow", LEFT_I, ex.const(2)), LEFT_I // 3, LEFT_I % 3, LEFT_I * -3,
+        ex.where(LEFT_I < RIGHT_I, LEFT_I, RIGHT_I),
+        *(ex.cast(ex.cast(LEFT_I, dtype), "i64") for dtype in ex.INTEGERS),
+        *(ex.cast(ex.cast(LEFT_I, dtype) + ex.cast(RIGHT_I, dtype), "i64") for dtype in ("u8", "i8", "i16", "i32")),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_every_integer_operator_holds_its_values(term: Expr, xp: Any) -> None:
+    pairs = {"x": np.repeat(ROWS, len(ROWS), axis=0), "y": np.tile(ROWS, (len(ROWS), 1))}
+    if term.op in ("floordiv", "mod"):
+        # nothing is divided by zero
+        pairs = {name: x[~(pairs["y"] == 0).any(-1)] for name, x in pairs.items()}
+    lo, hi, inside = on_rows(term, pairs, xp)
+    assert not (inside < lo[:, None]).any()
+    assert not (inside > hi[:, None]).any()
+    one = (pairs["x"][:, 0] == pairs["x"][:, -1]) & (pairs["y"][:, 0] == pairs["y"][:, -1])
+    if term.op == "mod":
+        # of a negative modulus nothing is said
+        one &= pairs["y"][:, 0] > 0
+    np.testing.assert_array_equal(lo[one], inside[one, 0])
+    np.testing.assert_array_equal(hi[one], inside[one, 0])
+    if term.op in ("add", "sub", "mul", "max", "min", "neg", "abs", "relu", "sign", "not"):
+        # float64 does not count the squares of the largest
+        counted = (abs(inside) < 2**50).all(-1)
+        np.testing.assert_array_equal(lo[counted], inside[counted].min(-1))
+        np.testing.assert_array_equal(hi[counted], inside[counted].max(-1))
 
 
 # --- exactness where masks need it ------------------------------------------------------------------------------
