@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
-from reattend.patterns.evaluate import DTYPE_NAME, evaluate
+from reattend.patterns.evaluate import DTYPE, DTYPE_NAME, evaluate
 from reattend.patterns.expr import Expr
 from reattend.patterns.terms.affine import affine
 from reattend.patterns.terms.bounds import block_bounds
@@ -246,7 +246,9 @@ WHOLE_NUMBERS = ("add", "sub", "mul", "max", "min", "floordiv", "mod", "and", "o
 NUMERIC = [op for op in ex.BINARY if op not in (*ex.COMPARISONS, *ex.LOGICAL, "xor")]
 NUMERIC_UNARY = [op for op in ex.UNARY if op not in ("isnan", "isinf", "not")]
 # Their span is the hull of their values where all of these are finite.
-EXACT = ("add", "sub", "mul", "div", "max", "min", "neg", "abs", "relu", "floor", "ceil", "round", "trunc", "sign")
+EXACT = ("add", "sub", "mul", "div", "max", "min", "neg", "abs", "relu", "floor", "ceil", "round", "trunc", "sign", "cast")
+# What the ends of two independent intervals decide wholly.
+ORDER = ("lt", "le", "gt", "ge")
 
 
 def on_rows(term: Expr, rows: Mapping[str, np.ndarray], xp: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -300,6 +302,10 @@ def test_every_predicate_answers_for_every_pair_of_intervals(term: Expr, xp: Any
     # what is one number on both sides, an infinity too, is decided
     one = (PAIRS["x"][:, 0] == PAIRS["x"][:, 1]) & (PAIRS["y"][:, 0] == PAIRS["y"][:, 1])
     np.testing.assert_array_equal(yes[one], maybe[one])
+    if term.op in ORDER and term.args[0] is LEFT:
+        numbers = ~(np.isnan(PAIRS["x"]).any(-1) | np.isnan(PAIRS["y"]).any(-1))
+        np.testing.assert_array_equal(yes[numbers], inside[numbers].all(-1))
+        np.testing.assert_array_equal(maybe[numbers], inside[numbers].any(-1))
 
 
 # Integers: every value of an interval stands in its row. Those of the second half lie where narrow types end.
@@ -321,7 +327,10 @@ LEFT_I, RIGHT_I = ex.load("x", (B, P), "i64"), ex.load("y", (B, M), "i64")
         LEFT_I * LEFT_I, ex.binary("pow", LEFT_I, ex.const(2)), LEFT_I // 3, LEFT_I % 3, LEFT_I * -3,
         ex.where(LEFT_I < RIGHT_I, LEFT_I, RIGHT_I),
         *(ex.cast(ex.cast(LEFT_I, dtype), "i64") for dtype in ex.INTEGERS),
-        *(ex.cast(ex.cast(LEFT_I, dtype) + ex.cast(RIGHT_I, dtype), "i64") for dtype in ("u8", "i8", "i16", "i32")),
+        *(
+            ex.cast(ex.binary(op, ex.cast(LEFT_I, dtype), ex.cast(RIGHT_I, dtype)), "i64")
+            for dtype in ("u8", "i8", "i16", "i32") for op in ("add", "sub", "mul", "min")
+        ),
     ],
     ids=str,
 )  # fmt: skip
@@ -345,6 +354,51 @@ def test_every_integer_operator_holds_its_values(term: Expr, xp: Any) -> None:
         counted = (abs(inside) < 2**50).all(-1)
         np.testing.assert_array_equal(lo[counted], inside[counted].min(-1))
         np.testing.assert_array_equal(hi[counted], inside[counted].max(-1))
+
+
+@pytest.mark.parametrize("op", ex.COMPARISONS)
+@pytest.mark.parametrize("dtype", ["i64", "i32", "u8"])
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_every_comparison_of_integers_is_answered(op: str, dtype: str, xp: Any) -> None:
+    rows = {"x": np.repeat(ROWS, len(ROWS), axis=0), "y": np.tile(ROWS, (len(ROWS), 1))}
+    yes, maybe, inside = on_rows(ex.binary(op, ex.cast(LEFT_I, dtype), ex.cast(RIGHT_I, dtype)), rows, xp)
+    assert inside[yes].all()
+    assert not inside[~maybe].any()
+    if op in ORDER and dtype == "i64":
+        np.testing.assert_array_equal(yes, inside.all(-1))
+        np.testing.assert_array_equal(maybe, inside.any(-1))
+
+
+@pytest.mark.parametrize("dtype", ["i64", "i32", "i8"])
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_floats_become_integers_towards_zero(dtype: str, xp: Any) -> None:
+    lo, hi, inside = on_rows(ex.cast(ex.cast(LEFT, dtype), "i64"), PAIRS, xp)
+    finite = np.isfinite(PAIRS["x"]).all(-1)
+    np.testing.assert_array_equal(lo[finite], inside[finite].min(-1))
+    np.testing.assert_array_equal(hi[finite], inside[finite].max(-1))
+    # what an infinity or no number becomes is the machine's affair
+    least, most = spans(ex.load("unknown", (P,), dtype), {"p": (np.int64(0), np.int64(1))})
+    unknown = np.isnan(PAIRS["x"]).any(-1)
+    assert (lo[unknown] == least).all()
+    assert (hi[unknown] == most).all()
+
+
+def test_an_operator_without_a_rule_may_answer_anything() -> None:
+    rows = {"x": np.tile(np.arange(-3, 6), (1, 1)), "y": np.zeros((1, 9), int)}
+    lo, hi, inside = on_rows(ex.binary("pow", LEFT_I, ex.const(3)), rows, np)
+    assert (lo <= inside.min(-1)).all()
+    assert (hi >= inside.max(-1)).all()
+
+
+@pytest.mark.parametrize("op", ["exp", "exp2", "expm1", "log", "log2", "log1p", "tanh", "sqrt"])
+@pytest.mark.parametrize("dtype", ex.FLOATS)
+def test_increasing_functions_are_known_to_their_last_places(op: str, dtype: str) -> None:
+    at, unit = ex.cast(ex.load("x", (P,), "f64"), dtype), torch.finfo(DTYPE[dtype]).eps
+    box = {"p": (np.int64(0), np.int64(1))}
+    lo, hi = spans(ex.unary(op, at), box, bounds=block_bounds({"x": np.array([0.5, 3.0])}))
+    least, most = (getattr(np, op)(x) for x in (0.5, 3.0))
+    assert abs(lo - least) <= 4 * unit * abs(least)
+    assert abs(hi - most) <= 4 * unit * abs(most)
 
 
 # --- exactness where masks need it ------------------------------------------------------------------------------
