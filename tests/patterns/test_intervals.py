@@ -289,7 +289,7 @@ def test_every_operator_holds_its_values_on_every_pair_of_intervals(term: Expr, 
     [
         *(ex.binary(op, LEFT, RIGHT) for op in ex.COMPARISONS), *(ex.unary(op, LEFT) for op in ("isinf", "isnan")),
         ex.cast(LEFT, "b1"),
-        *(ex.binary(op, LEFT > 0.0, RIGHT < 0.5) for op in ("and", "or", "xor", *ex.COMPARISONS)),
+        *(ex.binary(op, LEFT > 0.0, RIGHT < 0.5) for op in ("and", "or", "xor", "min", "max", "mul", *ex.COMPARISONS)),
         ~(LEFT > 0.0), ex.where(LEFT < 0.5, RIGHT < 0.5, RIGHT > 0.0),
     ],
     ids=str,
@@ -302,7 +302,8 @@ def test_every_predicate_answers_for_every_pair_of_intervals(term: Expr, xp: Any
     # what is one number on both sides, an infinity too, is decided
     one = (PAIRS["x"][:, 0] == PAIRS["x"][:, 1]) & (PAIRS["y"][:, 0] == PAIRS["y"][:, 1])
     np.testing.assert_array_equal(yes[one], maybe[one])
-    if term.op in ORDER and term.args[0] is LEFT:
+    if term.op not in ("eq", "ne", "isinf", "isnan") or term.args[0].dtype == "b1":
+        # two independent operands decide it wholly
         numbers = ~(np.isnan(PAIRS["x"]).any(-1) | np.isnan(PAIRS["y"]).any(-1))
         np.testing.assert_array_equal(yes[numbers], inside[numbers].all(-1))
         np.testing.assert_array_equal(maybe[numbers], inside[numbers].any(-1))
@@ -478,6 +479,20 @@ def test_a_missing_rank_or_size_is_named() -> None:
 
 
 # --- ranges of run-time tensors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 14])
+@pytest.mark.parametrize("block", [2, 3, 4, 16])
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_bounds_of_whole_blocks_are_exact(size: int, block: int, xp: Any) -> None:
+    """Every run of blocks; the last one may be cut."""
+    array = np.random.default_rng(size).permutation(size * 3).reshape(3, size)
+    runs = [(a, min(b, size) - 1) for a in range(0, size, block) for b in range(a + block, size + block, block)]
+    lo, hi = (np.array(x, float) for x in zip(*runs))
+    found = block_bounds({"x": xp.asarray(array)}, (block,), xp)("x", [(np.full(len(runs), 1.0),) * 2, (lo, hi)])
+    assert found is not None
+    for i, (a, b) in enumerate(runs):
+        assert (int(found[0][i]), int(found[1][i])) == (array[1, a : b + 1].min(), array[1, a : b + 1].max())
 
 
 @settings(max_examples=200, deadline=None)
