@@ -355,6 +355,11 @@ def test_every_integer_operator_holds_its_values(term: Expr, xp: Any) -> None:
         counted = (abs(inside) < 2**50).all(-1)
         np.testing.assert_array_equal(lo[counted], inside[counted].min(-1))
         np.testing.assert_array_equal(hi[counted], inside[counted].max(-1))
+    if term.op in ("and", "or", "xor"):
+        # no bit above those of the operands
+        natural = (pairs["x"] >= 0).all(-1) & (pairs["y"] >= 0).all(-1)
+        most = np.maximum(pairs["x"].max(-1), pairs["y"].max(-1))[natural]
+        assert (hi[natural] < [1 << int(x).bit_length() for x in most]).all()
 
 
 @pytest.mark.parametrize("op", ex.COMPARISONS)
@@ -368,6 +373,9 @@ def test_every_comparison_of_integers_is_answered(op: str, dtype: str, xp: Any) 
     if op in ORDER and dtype == "i64":
         np.testing.assert_array_equal(yes, inside.all(-1))
         np.testing.assert_array_equal(maybe, inside.any(-1))
+    if op in ("eq", "ne") and dtype == "i64":
+        apart = (rows["x"].max(-1) < rows["y"].min(-1)) | (rows["x"].min(-1) > rows["y"].max(-1))
+        np.testing.assert_array_equal(~maybe if op == "eq" else yes, apart)
 
 
 @pytest.mark.parametrize("dtype", ["i64", "i32", "i8"])
@@ -468,6 +476,23 @@ def test_integers_beyond_float64_decide_nothing() -> None:
     assert maybe.all()
     yes, maybe = spans(P * 2**53 + 1 > P * 2**53, {"p": (np.int64(0), np.int64(9))})
     assert maybe
+    box = {"p": (np.int64(0), np.int64(9)), "m": (np.int64(0), np.int64(9))}
+    assert spans(P * 2**50 + M * 2**49 + 1, box) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_loads_beyond_float64_are_not_told_apart(xp: Any) -> None:
+    x, y = ex.load("x", (P,), "i64"), ex.load("y", (P,), "i64")
+    arrays = {"x": xp.asarray([2**53, -(2**53)]), "y": xp.asarray([2**53 + 1, -(2**53) - 1])}
+    yes, maybe = spans(ex.equal(x, y), {"p": (np.arange(2),) * 2}, bounds=block_bounds(arrays, xp=xp), xp=xp)
+    assert not yes.any()
+    assert maybe.all()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32", "f64"])
+def test_tensors_in_host_memory_are_read_as_arrays(dtype: str) -> None:
+    bounds = block_bounds({"x": torch.tensor([-2.0, 0.5, 3.0], dtype=DTYPE[dtype], requires_grad=True)})
+    assert spans(ex.load("x", (P,), dtype), {"p": (np.int64(0), np.int64(1))}, bounds=bounds) == (-2.0, 0.5)
 
 
 def test_a_missing_rank_or_size_is_named() -> None:
