@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Set before anything imports torch or transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,6 +24,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Two workers share two cores with compilers: time says nothing about a property. CI repeats one fixed set of draws.
 settings.register_profile(
     "reattend", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+)
+# A mutant is caught by the same draws each time, and nobody reads the smallest of them.
+settings.register_profile(
+    "mutation",
+    settings.get_profile("reattend"),
+    derandomize=True,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),
 )
 settings.load_profile("reattend")
 

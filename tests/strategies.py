@@ -69,6 +69,8 @@ FILLS: Mapping[str, Callable[[Expr, Expr], Expr]] = {
     "added": lambda s, keep: s + ex.where(keep, 0.0, LOWEST),
     "small": lambda s, keep: s + ex.where(keep, 0.0, -1e4),
     "scaled": lambda s, keep: s + (1.0 - _real(keep)) * -1e9,
+    # part of the mask is known only at run time, as a tensor of 0 and −∞
+    "barred": lambda s, keep: ex.where(keep, s, -INF) + _load("barred", B, M),
 }
 Reduce = Callable[[str, str, Expr], Expr]
 
@@ -114,7 +116,7 @@ _AUXILIARY: Mapping[str, Callable[[int, int], tuple[tuple[Size, ...], str]]] = {
     "temperature": lambda b, h: ((b, QUERIES), "f32"), "table": lambda b, h: ((16, h), "f32"),
     "gate": lambda b, h: ((b, KEYS), "f32"), "sink": lambda b, h: ((h,), "f32"),
     "pad": lambda b, h: ((b, KEYS), "b1"), "group": lambda b, h: ((b, sympy.Max(QUERIES, KEYS)), "i64"),
-    "keep": lambda b, h: ((1, h, QUERIES, KEYS), "b1"),
+    "keep": lambda b, h: ((1, h, QUERIES, KEYS), "b1"), "barred": lambda b, h: ((b, KEYS), "f32"),
 }
 
 
@@ -138,6 +140,8 @@ def _values(t: Tensor, g: torch.Generator) -> torch.Tensor:
     shape = [int(n) for n in t.shape]
     if t.dtype == "b1":
         return torch.rand(shape, generator=g) > 0.3
+    if t.name == "barred":
+        return torch.where(torch.rand(shape, generator=g) > 0.3, 0.0, -INF)
     if t.dtype in ex.FLOATS:
         return torch.randn(shape, generator=g).to(DTYPE[t.dtype])
     return torch.randint(0, 4, shape, generator=g).sort(-1).values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
-from reattend.patterns.evaluate import DTYPE_NAME, evaluate
+from reattend.patterns.evaluate import DTYPE, DTYPE_NAME, evaluate
 from reattend.patterns.expr import Expr
 from reattend.patterns.terms.affine import affine
 from reattend.patterns.terms.bounds import block_bounds
@@ -26,6 +27,7 @@ ARRAYS = {
     "pad": RNG.random((3, 17)) < 0.7,
     "seg": np.sort(RNG.integers(0, 4, (3, 20)), axis=-1),
     "slope": RNG.standard_normal(3).astype(np.float32),
+    "edge": RNG.choice(np.array([-math.inf, -0.5, 2.0, math.inf], np.float32), 20),
 }
 LOADS = {
     "pad": ex.load("pad", (H, M), "b1"),
@@ -34,12 +36,13 @@ LOADS = {
     "seg_shift": ex.load("seg", (H, M + 3), "i64"),
     "seg_gather": ex.load("seg", (0, ex.load("seg", (H, P), "i64") * 4), "i64"),
     "slope": ex.load("slope", (H,), "f32"),
+    "edge": ex.load("edge", (M + 3,), "f32"),
 }
 
 
-def values(term: Expr, extents: Mapping[str, int] = EXTENTS) -> np.ndarray:
+def values(term: Expr, extents: Mapping[str, int] = EXTENTS, arrays: Mapping[str, np.ndarray] = ARRAYS) -> np.ndarray:
     """The term at every point, by the oracle: [*extents]."""
-    tensors = {n: torch.from_numpy(a) for n, a in ARRAYS.items()}
+    tensors = {n: torch.from_numpy(a) for n, a in arrays.items()}
     used = {str(e.attr) for e in ex.loads(term)}
     declared = [Tensor(n, tuple(t.shape), DTYPE_NAME[t.dtype]) for n, t in tensors.items() if n in used]
     out = Tensor("out", tuple(extents.values()), term.dtype)
@@ -89,7 +92,9 @@ def floats(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
 
 
 FLOATS = st.recursive(
-    st.one_of(INTEGERS.map(lambda e: ex.cast(e, "f32")), st.just(LOADS["slope"]), st.just(ex.const(0.25))),
+    st.one_of(
+        INTEGERS.map(lambda e: ex.cast(e, "f32")), st.sampled_from([LOADS["slope"], LOADS["edge"], ex.const(0.25)]),
+    ),
     floats, max_leaves=4,
 )
 NUMBERS = st.one_of(INTEGERS, INTEGERS, FLOATS)
@@ -178,6 +183,233 @@ def test_torch_agrees_with_numpy(term: Expr, known: bool) -> None:
         np.testing.assert_array_equal(np.broadcast_to(x, (3, 4, 3)), np.broadcast_to(np.asarray(y), (3, 4, 3)))
 
 
+# --- infinities -------------------------------------------------------------------------------------------------
+
+# Two loads that vary independently, of whatever is drawn: −∞ and a number, one infinity alone, both, or no number.
+PAIR = {"p": 4, "m": 4}
+X, Y = ex.load("x", (P,), "f32"), ex.load("y", (M,), "f32")
+SOME = st.sampled_from([-math.inf, -2.0, 0.0, 3.0, math.inf])
+ROW = st.one_of(
+    st.lists(SOME, min_size=4, max_size=4), SOME.map(lambda x: [x] * 4), st.tuples(SOME, SOME).map(lambda t: [*t, *t])
+)
+DRAWN = st.one_of(ROW, ROW, ROW, ROW.map(lambda row: [*row[:3], math.nan])).map(lambda row: np.array(row, np.float32))
+EDGES = st.recursive(
+    st.sampled_from([X, X, Y, Y, ex.const(-math.inf), ex.const(math.inf), ex.const(3.0)]),
+    lambda inner: st.one_of(
+        floats(inner), st.tuples(inner, inner, inner).map(lambda t: ex.where(t[0] < t[1], t[2], t[0]))
+    ),
+    max_leaves=3,
+)
+ASKED = st.one_of(
+    EDGES.map(lambda e: ex.unary("isinf", e)),
+    EDGES.map(lambda e: ex.unary("isnan", e)),
+    EDGES.map(lambda e: ex.cast(e, "b1")),
+    st.tuples(st.sampled_from(ex.COMPARISONS), EDGES, EDGES).map(lambda t: ex.binary(*t)),
+)
+WHOLE = {r: (np.int64(0), np.int64(n - 1)) for r, n in PAIR.items()}
+
+
+@settings(max_examples=300, deadline=None)
+@given(EDGES, DRAWN, DRAWN)
+def test_spans_of_infinite_loads_hold_every_value_or_say_unknown(term: Expr, x: np.ndarray, y: np.ndarray) -> None:
+    arrays = {"x": x, "y": y}
+    lo, hi = spans(term, WHOLE, bounds=block_bounds(arrays))
+    inside = values(term, PAIR, arrays).astype(np.float64)
+    if np.isnan(inside).any():
+        assert np.isnan(lo) or np.isnan(hi), (term, lo, hi)
+        return
+    assert not (inside < lo).any(), (term, lo)
+    assert not (inside > hi).any(), (term, hi)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ASKED, DRAWN, DRAWN)
+def test_certain_answers_about_infinite_loads_hold_at_every_point(term: Expr, x: np.ndarray, y: np.ndarray) -> None:
+    arrays = {"x": x, "y": y}
+    yes, maybe = spans(term, WHOLE, bounds=block_bounds(arrays))
+    inside = values(term, PAIR, arrays)
+    assert inside.all() or not yes, term
+    assert maybe or not inside.any(), term
+
+
+# --- every operator on every pair of intervals --------------------------------------------------------------------
+
+# Box b holds the interval between X[b, 0] and X[b, 1], and 0 where that lies between; Y likewise, every pair of both.
+ENDS = (-math.inf, -2.5, -1.0, 0.0, 0.5, 3.0, math.inf, math.nan)
+INTERVALS = [(a, b, 0.0 if a <= 0 <= b else a) for i, a in enumerate(ENDS) for b in ENDS[i:]]
+PAIRS = {
+    "x": np.repeat(np.array(INTERVALS), len(INTERVALS), axis=0), "y": np.tile(np.array(INTERVALS), (len(INTERVALS), 1)),
+}
+B = ex.index("b")
+LEFT, RIGHT = ex.load("x", (B, P), "f64"), ex.load("y", (B, M), "f64")
+WHOLE_NUMBERS = ("add", "sub", "mul", "max", "min", "floordiv", "mod", "and", "or", "xor")
+NUMERIC = [op for op in ex.BINARY if op not in (*ex.COMPARISONS, "and", "or", "xor")]
+NUMERIC_UNARY = [op for op in ex.UNARY if op not in ("isnan", "isinf", "not")]
+# Their span is the hull of their values where all of these are finite.
+EXACT = ("add", "sub", "mul", "div", "max", "min", "neg", "abs", "relu", "floor", "ceil", "round", "trunc", "sign", "cast")
+# What the ends of two independent intervals decide wholly.
+ORDER = ("lt", "le", "gt", "ge")
+
+
+def on_rows(term: Expr, rows: Mapping[str, np.ndarray], xp: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The span of a term over each pair of rows, and its values there: [pair], [pair], [pair, values]."""
+    n, width = rows["x"].shape
+    whole = (np.zeros(n), np.full(n, width - 1))
+    box = {"b": (np.arange(n),) * 2, "p": whole, "m": whole}
+    bounds = block_bounds({name: xp.asarray(x) for name, x in rows.items()}, xp=xp)
+    lo, hi = (np.broadcast_to(np.asarray(x), n) for x in spans(term, box, bounds=bounds, xp=xp))
+    return lo, hi, values(term, {"b": n, "p": width, "m": width}, rows).reshape(n, -1)
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        *(ex.binary(op, LEFT, RIGHT) for op in NUMERIC), *(ex.unary(op, LEFT) for op in NUMERIC_UNARY),
+        LEFT * LEFT, ex.binary("pow", LEFT, ex.const(2.0, "f64")), ex.where(LEFT < RIGHT, LEFT, RIGHT),
+        *(ex.cast(ex.cast(LEFT, dtype), "f64") for dtype in ex.FLOATS),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_every_operator_holds_its_values_on_every_pair_of_intervals(term: Expr, xp: Any) -> None:
+    lo, hi, inside = on_rows(term, PAIRS, xp)
+    unknown = np.isnan(lo) | np.isnan(hi)
+    assert unknown[np.isnan(inside).any(-1)].all()
+    with np.errstate(invalid="ignore"):
+        assert not (inside < lo[:, None])[~unknown].any()
+        assert not (inside > hi[:, None])[~unknown].any()
+    if term.op in EXACT:
+        finite = np.isfinite(inside).all(-1) & np.isfinite(PAIRS["x"]).all(-1) & np.isfinite(PAIRS["y"]).all(-1)
+        np.testing.assert_array_equal(lo[finite], inside[finite].min(-1))
+        np.testing.assert_array_equal(hi[finite], inside[finite].max(-1))
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        *(ex.binary(op, LEFT, RIGHT) for op in ex.COMPARISONS), *(ex.unary(op, LEFT) for op in ("isinf", "isnan")),
+        ex.cast(LEFT, "b1"),
+        *(ex.binary(op, LEFT > 0.0, RIGHT < 0.5) for op in ("and", "or", "xor", "min", "max", "mul", *ex.COMPARISONS)),
+        ~(LEFT > 0.0), ex.where(LEFT < 0.5, RIGHT < 0.5, RIGHT > 0.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_every_predicate_answers_for_every_pair_of_intervals(term: Expr, xp: Any) -> None:
+    yes, maybe, inside = on_rows(term, PAIRS, xp)
+    assert inside[yes].all()
+    assert not inside[~maybe].any()
+    # what is one number on both sides, an infinity too, is decided
+    one = (PAIRS["x"][:, 0] == PAIRS["x"][:, 1]) & (PAIRS["y"][:, 0] == PAIRS["y"][:, 1])
+    np.testing.assert_array_equal(yes[one], maybe[one])
+    if term.op not in ("eq", "ne", "isinf", "isnan") or term.args[0].dtype == "b1":
+        # two independent operands decide it wholly
+        numbers = ~(np.isnan(PAIRS["x"]).any(-1) | np.isnan(PAIRS["y"]).any(-1))
+        np.testing.assert_array_equal(yes[numbers], inside[numbers].all(-1))
+        np.testing.assert_array_equal(maybe[numbers], inside[numbers].any(-1))
+
+
+# Integers: every value of an interval stands in its row. Those of the second half lie where narrow types end.
+WIDTH = 9
+SPREAD = [sorted({a, min(max(a, 0), b), *range(a, b, max(1, (b - a) // 6)), b}) for a, b in [
+    *((a, b) for i, a in enumerate((-5, -2, -1, 0, 1, 2)) for b in (-5, -2, -1, 0, 1, 2)[i:]),
+    (127, 127), (126, 128), (250, 257), (256, 259), (-130, -127), (-300, 300), (-129, -129), (511, 511),
+    (2**31 - 1, 2**31),
+]]
+ROWS = np.array([[*row, *[row[-1]] * (WIDTH - len(row))] for row in SPREAD])
+LEFT_I, RIGHT_I = ex.load("x", (B, P), "i64"), ex.load("y", (B, M), "i64")
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        *(ex.binary(op, LEFT_I, RIGHT_I) for op in WHOLE_NUMBERS),
+        *(ex.unary(op, LEFT_I) for op in ("neg", "abs", "relu", "sign", "not")),
+        LEFT_I * LEFT_I, ex.binary("pow", LEFT_I, ex.const(2)), LEFT_I // 3, LEFT_I % 3, LEFT_I * -3,
+        ex.where(LEFT_I < RIGHT_I, LEFT_I, RIGHT_I),
+        *(ex.cast(ex.cast(LEFT_I, dtype), "i64") for dtype in ex.INTEGERS),
+        *(
+            ex.cast(ex.binary(op, ex.cast(LEFT_I, dtype), ex.cast(RIGHT_I, dtype)), "i64")
+            for dtype in ("u8", "i8", "i16", "i32") for op in ("add", "sub", "mul", "min")
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_every_integer_operator_holds_its_values(term: Expr, xp: Any) -> None:
+    pairs = {"x": np.repeat(ROWS, len(ROWS), axis=0), "y": np.tile(ROWS, (len(ROWS), 1))}
+    if term.op in ("floordiv", "mod"):
+        # nothing is divided by zero
+        pairs = {name: x[~(pairs["y"] == 0).any(-1)] for name, x in pairs.items()}
+    lo, hi, inside = on_rows(term, pairs, xp)
+    assert not (inside < lo[:, None]).any()
+    assert not (inside > hi[:, None]).any()
+    one = (pairs["x"][:, 0] == pairs["x"][:, -1]) & (pairs["y"][:, 0] == pairs["y"][:, -1])
+    if term.op == "mod":
+        # of a negative modulus nothing is said
+        one &= pairs["y"][:, 0] > 0
+    np.testing.assert_array_equal(lo[one], inside[one, 0])
+    np.testing.assert_array_equal(hi[one], inside[one, 0])
+    if term.op in ("add", "sub", "mul", "max", "min", "neg", "abs", "relu", "sign", "not"):
+        # float64 does not count the squares of the largest
+        counted = (abs(inside) < 2**50).all(-1)
+        np.testing.assert_array_equal(lo[counted], inside[counted].min(-1))
+        np.testing.assert_array_equal(hi[counted], inside[counted].max(-1))
+    if term.op in ("and", "or", "xor"):
+        # no bit above those of the operands
+        natural = (pairs["x"] >= 0).all(-1) & (pairs["y"] >= 0).all(-1)
+        most = np.maximum(pairs["x"].max(-1), pairs["y"].max(-1))[natural]
+        assert (hi[natural] < [1 << int(x).bit_length() for x in most]).all()
+
+
+@pytest.mark.parametrize("op", ex.COMPARISONS)
+@pytest.mark.parametrize("dtype", ["i64", "i32", "u8"])
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_every_comparison_of_integers_is_answered(op: str, dtype: str, xp: Any) -> None:
+    rows = {"x": np.repeat(ROWS, len(ROWS), axis=0), "y": np.tile(ROWS, (len(ROWS), 1))}
+    yes, maybe, inside = on_rows(ex.binary(op, ex.cast(LEFT_I, dtype), ex.cast(RIGHT_I, dtype)), rows, xp)
+    assert inside[yes].all()
+    assert not inside[~maybe].any()
+    if op in ORDER and dtype == "i64":
+        np.testing.assert_array_equal(yes, inside.all(-1))
+        np.testing.assert_array_equal(maybe, inside.any(-1))
+    if op in ("eq", "ne") and dtype == "i64":
+        apart = (rows["x"].max(-1) < rows["y"].min(-1)) | (rows["x"].min(-1) > rows["y"].max(-1))
+        np.testing.assert_array_equal(~maybe if op == "eq" else yes, apart)
+
+
+@pytest.mark.parametrize("dtype", ["i64", "i32", "i8"])
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_floats_become_integers_towards_zero(dtype: str, xp: Any) -> None:
+    lo, hi, inside = on_rows(ex.cast(ex.cast(LEFT, dtype), "i64"), PAIRS, xp)
+    finite = np.isfinite(PAIRS["x"]).all(-1)
+    np.testing.assert_array_equal(lo[finite], inside[finite].min(-1))
+    np.testing.assert_array_equal(hi[finite], inside[finite].max(-1))
+    # what an infinity or no number becomes is the machine's affair
+    least, most = spans(ex.load("unknown", (P,), dtype), {"p": (np.int64(0), np.int64(1))})
+    unknown = np.isnan(PAIRS["x"]).any(-1)
+    assert (lo[unknown] == least).all()
+    assert (hi[unknown] == most).all()
+
+
+def test_an_operator_without_a_rule_may_answer_anything() -> None:
+    rows = {"x": np.tile(np.arange(-3, 6), (1, 1)), "y": np.zeros((1, 9), int)}
+    lo, hi, inside = on_rows(ex.binary("pow", LEFT_I, ex.const(3)), rows, np)
+    assert (lo <= inside.min(-1)).all()
+    assert (hi >= inside.max(-1)).all()
+
+
+@pytest.mark.parametrize("op", ["exp", "exp2", "expm1", "log", "log2", "log1p", "tanh", "sqrt"])
+@pytest.mark.parametrize("dtype", ex.FLOATS)
+def test_increasing_functions_are_known_to_their_last_places(op: str, dtype: str) -> None:
+    at, unit = ex.cast(ex.load("x", (P,), "f64"), dtype), torch.finfo(DTYPE[dtype]).eps
+    box = {"p": (np.int64(0), np.int64(1))}
+    lo, hi = spans(ex.unary(op, at), box, bounds=block_bounds({"x": np.array([0.5, 3.0])}))
+    least, most = (getattr(np, op)(x) for x in (0.5, 3.0))
+    assert abs(lo - least) <= 4 * unit * abs(least)
+    assert abs(hi - most) <= 4 * unit * abs(most)
+
+
 # --- exactness where masks need it ------------------------------------------------------------------------------
 
 
@@ -244,6 +476,23 @@ def test_integers_beyond_float64_decide_nothing() -> None:
     assert maybe.all()
     yes, maybe = spans(P * 2**53 + 1 > P * 2**53, {"p": (np.int64(0), np.int64(9))})
     assert maybe
+    box = {"p": (np.int64(0), np.int64(9)), "m": (np.int64(0), np.int64(9))}
+    assert spans(P * 2**50 + M * 2**49 + 1, box) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_loads_beyond_float64_are_not_told_apart(xp: Any) -> None:
+    x, y = ex.load("x", (P,), "i64"), ex.load("y", (P,), "i64")
+    arrays = {"x": xp.asarray([2**53, -(2**53)]), "y": xp.asarray([2**53 + 1, -(2**53) - 1])}
+    yes, maybe = spans(ex.equal(x, y), {"p": (np.arange(2),) * 2}, bounds=block_bounds(arrays, xp=xp), xp=xp)
+    assert not yes.any()
+    assert maybe.all()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32", "f64"])
+def test_tensors_in_host_memory_are_read_as_arrays(dtype: str) -> None:
+    bounds = block_bounds({"x": torch.tensor([-2.0, 0.5, 3.0], dtype=DTYPE[dtype], requires_grad=True)})
+    assert spans(ex.load("x", (P,), dtype), {"p": (np.int64(0), np.int64(1))}, bounds=bounds) == (-2.0, 0.5)
 
 
 def test_a_missing_rank_or_size_is_named() -> None:
@@ -255,6 +504,20 @@ def test_a_missing_rank_or_size_is_named() -> None:
 
 
 # --- ranges of run-time tensors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 14])
+@pytest.mark.parametrize("block", [2, 3, 4, 16])
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_bounds_of_whole_blocks_are_exact(size: int, block: int, xp: Any) -> None:
+    """Every run of blocks; the last one may be cut."""
+    array = np.random.default_rng(size).permutation(size * 3).reshape(3, size)
+    runs = [(a, min(b, size) - 1) for a in range(0, size, block) for b in range(a + block, size + block, block)]
+    lo, hi = (np.array(x, float) for x in zip(*runs))
+    found = block_bounds({"x": xp.asarray(array)}, (block,), xp)("x", [(np.full(len(runs), 1.0),) * 2, (lo, hi)])
+    assert found is not None
+    for i, (a, b) in enumerate(runs):
+        assert (int(found[0][i]), int(found[1][i])) == (array[1, a : b + 1].min(), array[1, a : b + 1].max())
 
 
 @settings(max_examples=200, deadline=None)

@@ -270,6 +270,13 @@ def test_a20_repair_terms(name: Any, term: Any, factor: Any) -> None:
     assert found is None if factor is None else sympy.simplify(found - factor) == 0
 
 
+def test_what_separates_is_seen_through_casts_and_other_loads() -> None:
+    x, d, c = (ex.load(n, (), "f32") for n in ("x", "d", "c"))
+    assert separates(ex.exp(ex.cast(x, "f64") - d) * c, x, (d,))
+    assert not separates(ex.exp(ex.cast(x * d, "f64")) + c, x, (d,))
+    assert not separates(ex.exp(x - d) + float("inf"), x, (d,))
+
+
 def test_a_proof_that_has_no_end_is_not_begun() -> None:
     """Numbers do not refute it (it hardly varies), and sympy simplifies what is left of it for hours."""
     x, *rows = (ex.load(n, (), "f32") for n in ("x", "a", "b", "c"))

@@ -17,6 +17,8 @@ from reattend.rewriter.choose import candidates, choose
 from reattend.rewriter.find import detect, place
 from reattend.rewriter.splice import guards, splice
 
+from .helpers import graph_of, values_of
+
 SDPA = reattend.Policy(deny=("original", "flex", "reattend"))
 
 
@@ -117,6 +119,105 @@ def test_the_condition_is_proved_from_mask_and_data() -> None:
         run = fx.Interpreter(graph, garbage_collect_values=False)
         run.run(x, mask(*lengths))
         assert condition.holds({name: run.env[found.tensors[name]]}, {}) == (0 not in lengths)
+
+
+class Between(nn.Module):
+    """Keys from the first one that is kept on, as many as are kept: both numbers are sums over the mask."""
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        i = torch.arange(24)
+        start = (keep.long().cumsum(-1) == 0).long().sum(-1)[:, None, None]
+        stop = start + keep.long().sum(-1)[:, None, None]
+        allowed = (i >= start) & (i < stop) & (i[:, None] >= i - 20)
+        s = (x @ x.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
+        out: Tensor = s.softmax(-1) @ x
+        return out
+
+
+class Last(nn.Module):
+    """The last five tokens attend to those before them: where they stand is a matter of how many there are."""
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        p = torch.arange(5) + (x.shape[1] - 5)
+        allowed = keep[:, None] & (torch.arange(x.shape[1]) <= p[:, None])
+        s = (x[:, -5:] @ x.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
+        out: Tensor = s.softmax(-1) @ x
+        return out
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "end", "holds"),
+    [
+        (Between(), 0, 24, True), (Between(), 3, 9, True), (Between(), 22, 24, False), (Between(), 5, 5, False),
+        (Last(), 0, 24, True), (Last(), 19, 24, True), (Last(), 20, 24, False), (Last(), 20, 30, True), (Last(), 26, 30, False),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else str(x),
+)
+def test_the_condition_reads_sums_and_sizes(model: nn.Module, first: int, end: int, holds: bool) -> None:
+    length = max(end, 24)
+    keep = (torch.arange(length) >= first) & (torch.arange(length) < end)
+    args = (torch.randn(2, length, 16), torch.stack((torch.ones(length, dtype=torch.bool), keep)))
+    graph = export.from_export(model, args, None, dynamic=True).graph
+    (found,), _ = detect.find(graph)
+    view = attention(found.cascade)
+    assert isinstance(view, Attention)
+    condition = guards.every_row_keeps_a_key(found.cascade, view)
+    run = fx.Interpreter(graph, garbage_collect_values=False)
+    out = run.run(*args)
+    tensors = {name: run.env[node] for name, node in found.tensors.items()}
+    assert condition.holds(tensors, {}) == holds
+    # or the sizes by name, beside what it asks for
+    sizes = guards.bind_shapes(found.cascade, tensors, {})
+    assert condition.holds({n: tensors[n] for n in condition.tensors}, {n: sizes[n] for n in condition.sizes}) == holds
+    assert bool(out.isnan().any()) != holds
+
+
+def scores_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.transpose(-1, -2)
+    s.mul_(0.25)
+    return s.softmax(-1) @ v
+
+
+def keys_written_afterwards(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    k = k.relu()
+    out = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+    return out, k.zero_()
+
+
+def scores_written_afterwards(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.transpose(-1, -2)
+    weights = s.softmax(-1)
+    s.zero_()
+    return weights @ v
+
+
+def test_the_original_computes_what_the_graph_does_with_its_own_writes() -> None:
+    args = [torch.randn(1, 2, 8, 16) for _ in range(3)]
+    graph = graph_of(scores_written, args)
+    (found,), _ = detect.find(graph)
+    original = guards.original_subgraph(graph, found.output, place.interior(found))
+    assert original is not None
+    module, read = original
+    values = values_of(graph, args)
+    torch.testing.assert_close(module(*(values[n] for n in read)), scores_written(*args))
+    # run again, it finds its inputs as they were
+    torch.testing.assert_close(module(*(values[n] for n in read)), scores_written(*args))
+
+
+@pytest.mark.parametrize("code", [keys_written_afterwards, scores_written_afterwards])
+def test_what_is_written_from_outside_has_no_original_to_run_later(code: Any) -> None:
+    graph = graph_of(code, [torch.randn(1, 2, 8, 16) for _ in range(3)])
+    (found,), _ = detect.find(graph)
+    assert guards.original_subgraph(graph, found.output, place.interior(found)) is None
+
+
+def test_a_write_that_is_left_out_of_the_original_is_one_from_outside() -> None:
+    """Without its own write the subgraph would run and answer something else."""
+    graph = graph_of(scores_written, [torch.randn(1, 2, 8, 16) for _ in range(3)])
+    (found,), _ = detect.find(graph)
+    inside = place.interior(found)
+    (write,) = (n for n in inside if n.target is torch.ops.aten.mul_.Tensor)
+    assert guards.original_subgraph(graph, found.output, inside - {write}) is None
 
 
 def test_a_guarded_call_without_an_original_is_an_error() -> None:
