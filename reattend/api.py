@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     M = TypeVar("M", bound=nn.Module)
 
-Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+Example = Tensor | tuple[object, ...] | list[object] | Mapping[str, object]
 
 
 def optimize(
@@ -85,8 +85,8 @@ def report(model: nn.Module) -> Report:
 
 def plan(
     model: nn.Module,
-    args: tuple[Any, ...] | Tensor = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: tuple[object, ...] | Tensor = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
     target: str | Device | None = None,
     policy: Policy | None = None,
@@ -101,7 +101,7 @@ def plan(
     """
     _check_module(model, "plan")
     args = (args,) if isinstance(args, Tensor) else tuple(args)
-    given: Mapping[str, Any] = kwargs or {}
+    given: Mapping[str, object] = kwargs or {}
     if not args and not given:
         args, given = inputs_for(model, Shapes())
     check_devices(model, args, given)
@@ -111,8 +111,8 @@ def plan(
 
 def verify(
     model: nn.Module,
-    args: tuple[Any, ...] | Tensor = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: tuple[object, ...] | Tensor = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
     plan: Plan | None = None,
 ) -> Verification:
@@ -123,7 +123,7 @@ def verify(
     """
     _check_module(model, "verify")
     args = (args,) if isinstance(args, Tensor) else tuple(args)
-    given: Mapping[str, Any] = kwargs or {}
+    given: Mapping[str, object] = kwargs or {}
     if not args and not given:
         args, given = inputs_for(model, Shapes(seq=64))
     check_devices(model, args, given)
@@ -160,7 +160,7 @@ def _device_type(target: Device) -> str:
     return "cuda" if target.is_gpu else target.kind
 
 
-def _device_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Device:
+def _device_of(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Device:
     types = [t.device.type for t in (*model.parameters(), *held_tensors((args, dict(kwargs)))[0])]
     known = [t for t in types if t != "meta"]
     if types and not known:
@@ -170,7 +170,7 @@ def _device_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return choose.running_device(known[0] if known else "cpu")
 
 
-def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(example: Example) -> tuple[tuple[object, ...], dict[str, object]]:
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, Mapping):

@@ -27,6 +27,7 @@ from ...patterns.cascade import Cascade, bind
 from ...patterns.evaluate import DTYPE, evaluate
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import EMPTY, PARTIAL, TileMap, classify, rows_with_key, runtime_classify
+from ...patterns.terms.arithmetic import Array
 from ...patterns.verdict import Refusal
 from ..files import cache
 from ..text.printer import PrintError
@@ -302,7 +303,7 @@ class TritonKernel:
 
     def classes(
         self, tensors: Mapping[str, Tensor], extents: Mapping[str, int], sizes: Mapping[str, int], on_device: bool
-    ) -> Any:
+    ) -> Array:
         """Tile classes with the rule for skipping applied: uint8 [*lists, row blocks, key tiles], numpy or a tensor.
 
         `on_device`: what data decides is computed where the tensors are, without waiting for it.
@@ -324,7 +325,7 @@ class TritonKernel:
         return _visited(found, certain, s.skipping)
 
 
-def _visited(found: TileMap, certain: Any, skip: str) -> Any:
+def _visited(found: TileMap, certain: Array | None, skip: str) -> Array:
     if skip == "always":
         return found.classes
     if skip == "guarded":

@@ -10,13 +10,18 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ...cost_model.json import Read
 from ...patterns.evaluate import DTYPE
 from ..graph.torch_private import FakeTensorMode, tree_leaves, tree_map
+
+# Of transformers, which may be absent; an architecture's config has fields of its own.
+Config: TypeAlias = Any
 
 
 class UsageError(ValueError):
@@ -69,8 +74,8 @@ class ModelInput:
 
     name: str
     model: nn.Module | None
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    args: tuple[object, ...] = ()
+    kwargs: Mapping[str, object] = field(default_factory=dict)
     program: torch.export.ExportedProgram | None = None
     where: str = ""
     note: str = ""
@@ -148,7 +153,7 @@ def named(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-def check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def check_devices(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
     """Inputs with elements to compute on lie where the model does (a scalar may lie on the CPU). Raises UsageError."""
     own = {p.device.type for p in model.parameters()}
     for t in tree_leaves((args, dict(kwargs))):
@@ -159,7 +164,7 @@ def check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             )
 
 
-def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
     """What the model answers. Raises UsageError where its own code raises: these inputs are not for it."""
     try:
         return model(*args, **kwargs)
@@ -167,7 +172,7 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
         raise UsageError(f"{type(model).__name__} itself fails on these inputs ({named(error)}): change them") from error
 
 
-def _unpack(spec: str, made: object) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def _unpack(spec: str, made: object) -> tuple[nn.Module, tuple[object, ...], dict[str, object]]:
     parts = made if isinstance(made, tuple) else (made,)
     model, args, kwargs = (*parts, (), {})[:3] if len(parts) == 1 else (*parts, {})[:3]
     if not isinstance(model, nn.Module) or len(parts) > 3 or not isinstance(kwargs, dict):
@@ -208,7 +213,7 @@ def from_config(path: Path, shapes: Shapes, where: str = "meta") -> ModelInput:
         return ModelInput(str(path), model, *made, where=kind, note=_sizes_note(made))
 
 
-def _sizes_note(made: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+def _sizes_note(made: tuple[tuple[object, ...], dict[str, object]]) -> str:
     """The inputs that were built, so that a reader knows what was planned."""
     shown = {n: list(t.shape) for n, t in made[1].items() if isinstance(t, Tensor)}
     return "inputs: " + ", ".join(f"{n} {shape}" for n, shape in shown.items())
@@ -233,7 +238,7 @@ def build(path: Path, shapes: Shapes, where: str = "meta") -> nn.Module:
     except ImportError as error:
         raise UsageError("a config.json needs transformers: pip install 'reattend[models]'") from error
     config = _config(transformers, path, raw)
-    options: dict[str, Any] = {"dtype": shapes.torch_dtype} if shapes.torch_dtype is not None else {}
+    options: dict[str, object] = {"dtype": shapes.torch_dtype} if shapes.torch_dtype is not None else {}
     if shapes.attn is not None:
         options["attn_implementation"] = shapes.attn
     try:
@@ -248,7 +253,7 @@ def build(path: Path, shapes: Shapes, where: str = "meta") -> nn.Module:
     return model.eval()
 
 
-def _config(transformers: Any, path: Path, raw: dict[str, Any]) -> Any:
+def _config(transformers: ModuleType, path: Path, raw: Read) -> Config:
     known = transformers.CONFIG_MAPPING
     if raw["model_type"] not in known:
         raise UsageError(
@@ -261,7 +266,7 @@ def _config(transformers: Any, path: Path, raw: dict[str, Any]) -> Any:
         raise UsageError(f"{path}: the config is not valid ({named(error)})") from error
 
 
-def _model_class(transformers: Any, path: Path, raw: dict[str, Any], config: Any) -> Callable[..., Any]:
+def _model_class(transformers: ModuleType, path: Path, raw: Read, config: Config) -> Callable[..., object]:
     names = raw.get("architectures") or []
     for name in names:
         if hasattr(transformers, name):
@@ -279,7 +284,7 @@ def _model_class(transformers: Any, path: Path, raw: dict[str, Any], config: Any
 # --- inputs -----------------------------------------------------------------------------------------------------
 
 
-def inputs_for(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_for(model: nn.Module, shapes: Shapes) -> tuple[tuple[object, ...], dict[str, object]]:
     """Inputs for a model that says what its main input is. Raises UsageError that names the missing argument."""
     config = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
@@ -293,7 +298,7 @@ def inputs_for(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], dict[
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, object] = {}
     for name in _wanted(config, main, parameters, shapes.batch):
         maker = _MAKERS.get(name)
         if maker is None:
@@ -304,7 +309,7 @@ def inputs_for(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], dict[
     return (), kwargs
 
 
-def _wanted(config: Any, main: str, parameters: Mapping[str, inspect.Parameter], batch: int) -> list[str]:
+def _wanted(config: Config, main: str, parameters: Mapping[str, inspect.Parameter], batch: int) -> list[str]:
     """The main input, and what goes with it: the decoder's ids, the other tower of a dual encoder, a padding mask.
 
     One sequence alone needs no padding, so it has no mask.
@@ -321,30 +326,30 @@ def _wanted(config: Any, main: str, parameters: Mapping[str, inspect.Parameter],
     return names
 
 
-def _image_token(config: Any) -> bool:
+def _image_token(config: Config) -> bool:
     return any(getattr(config, n, None) is not None for n in ("image_token_id", "image_token_index"))
 
 
-def _text(config: Any) -> Any:
+def _text(config: Config) -> Config:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def tokens(config: Any, shapes: Shapes) -> int:
+def tokens(config: Config, shapes: Shapes) -> int:
     if shapes.seq is not None:
         return shapes.seq
     limit = getattr(_text(config), "max_position_embeddings", None) or getattr(_text(config), "n_positions", None)
     return min(_DEFAULT_SEQ, limit) if isinstance(limit, int) and limit > 0 else _DEFAULT_SEQ
 
 
-def _ids(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _ids(config: Config, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.zeros(shapes.batch, tokens(config, shapes), dtype=torch.long, device=device)
 
 
-def _mask(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _mask(config: Config, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.ones(shapes.batch, tokens(config, shapes), dtype=torch.long, device=device)
 
 
-def _pixels(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _pixels(config: Config, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -354,7 +359,7 @@ def _pixels(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtyp
     return torch.zeros(shapes.batch, *shape, dtype=dtype, device=device)
 
 
-def _features(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _features(config: Config, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Mel frames: bins × frames where the model fixes the number of frames, else frames × bins."""
     bins: Any = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
     source: int | None = getattr(config, "max_source_positions", None)
@@ -363,12 +368,12 @@ def _features(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dt
     return torch.zeros(shapes.batch, tokens(config, shapes), bins, dtype=dtype, device=device)
 
 
-def _samples(config: Any, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _samples(config: Config, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
     """One second of sound at 16 kHz, or `seq` samples."""
     return torch.zeros(shapes.batch, shapes.seq or 16000, dtype=dtype, device=device)
 
 
-_MAKERS: Mapping[str, Callable[[Any, Shapes, torch.device, torch.dtype], Tensor]] = {
+_MAKERS: Mapping[str, Callable[[Config, Shapes, torch.device, torch.dtype], Tensor]] = {
     "input_ids": _ids, "decoder_input_ids": _ids, "attention_mask": _mask, "pixel_values": _pixels,
     "pixel_values_videos": _pixels, "input_features": _features, "input_values": _samples,
 }
@@ -377,7 +382,7 @@ _MAKERS: Mapping[str, Callable[[Any, Shapes, torch.device, torch.dtype], Tensor]
 # --- one decoding step ------------------------------------------------------------------------------------------
 
 
-def decode_inputs(model: nn.Module, shapes: Shapes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def decode_inputs(model: nn.Module, shapes: Shapes) -> tuple[tuple[object, ...], dict[str, object]]:
     """Inputs of a step of `seq` tokens (one where unset) after `past` tokens (the model's default length where 0)."""
     config = getattr(model, "config", None)
     cached = "past_key_values" in inspect.signature(model.forward).parameters

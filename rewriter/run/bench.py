@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -259,11 +258,11 @@ def sample(like: Tensor) -> Tensor:
     return out.expand(shape)
 
 
-def _value(value: Any) -> Any:
+def _value(value: object) -> object:
     return sample(value) if isinstance(value, Tensor) else _number(value)
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     return int(value) if isinstance(value, torch.SymInt) else value
 
 

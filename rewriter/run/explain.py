@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from ...cost_model.json import Json
 from ...cost_model.plan.plan import Plan
 from ...cost_model.plan.table import candidates_table
 from ...cost_model.sites.detail import Detail, PassCount, TensorBytes
@@ -162,7 +162,7 @@ def _parts(candidates: Sequence[Candidate]) -> list[str]:
     return [table_text(table)]
 
 
-def explanation_data(site: Site) -> dict[str, Any]:
+def explanation_data(site: Site) -> dict[str, Json]:
     """The same as plain data."""
     details = site.details()
     return {

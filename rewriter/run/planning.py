@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,10 +32,11 @@ from ..find.place import Place, symbols_of
 from ..graph.torch_private import FakeTensor
 from .session import Session, break_of
 
+T = TypeVar("T")
 
 def plan_model(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: Device, policy: Policy, *, dynamic: bool,
-    name: str = "",
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], device: Device, policy: Policy, *,
+    dynamic: bool, name: str = "",
 ) -> Plan:
     """Plan a model. A model that has no graph of its own is run once, and its pieces are planned, when it has data.
 
@@ -136,8 +137,8 @@ def _bound(p: Place, at: Mapping[str, int], policy: Policy) -> tuple[ShardedSite
 
 def _plan_pieces(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
     device: Device,
     policy: Policy,
     name: str,
@@ -168,9 +169,10 @@ def _plan_pieces(
     return Plan(sites, misses, device, model=name, note=note)
 
 
-def _copied(values: Any) -> Any:
+def _copied(values: T) -> T:
     tensors, make = export.held_tensors(values)
-    return make([t.clone() for t in tensors])
+    made: T = make([t.clone() for t in tensors])
+    return made
 
 
 def plan_spec(spec: str, shapes: Shapes, device: Device, policy: Policy, *, dynamic: bool = False) -> Plan:

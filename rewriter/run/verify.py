@@ -16,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -32,6 +32,7 @@ from ..choose.policy import Policy
 from ..graph.torch_private import tree_leaves
 from .session import Session, session_of
 
+T = TypeVar("T")
 MAX_RATIO = 2.5
 RMS_RATIO = 1.2
 # A baseline beyond this many units of the type's precision is no rounding error.
@@ -95,7 +96,7 @@ class Verification:
 
 
 def verify(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], policy: Policy, plan: Plan | None = None
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], policy: Policy, plan: Plan | None = None
 ) -> Verification:
     """Run the model twice without gradients, as written and rewritten, and compare. The model is left as it was found."""
     held = session_of(model)
@@ -119,7 +120,7 @@ def verify(
 
 
 def _whole(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], policy: Policy, plan: Plan | None
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], policy: Policy, plan: Plan | None
 ) -> tuple[float, float]:
     """Largest difference of the outputs, relative to the largest output, and the limit for their type."""
     state = torch.get_rng_state()
@@ -139,7 +140,7 @@ def _choices(plan: Plan | None) -> Mapping[str, str]:
     return {s.name: s.choice for s in plan.sites} if plan is not None else {}
 
 
-def _again(values: Any) -> Any:
+def _again(values: T) -> T:
     """Inputs of one more call: a model may write into what it is given (a cache, a buffer)."""
     import copy
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reattend.cost_model.devices.device import device
 from reattend.rewriter.capture.models import Shapes, UsageError, load
@@ -54,7 +54,9 @@ def test_a_config_is_planned_without_weights(name: str, tmp_path: Path) -> None:
 def test_a_folder_with_a_config(tmp_path: Path) -> None:
     write(tmp_path, CONFIGS["llama"][0])
     given = load(str(tmp_path), Shapes(batch=3, seq=7))
-    assert given.kwargs["input_ids"].shape == (3, 7)
+    ids = given.kwargs["input_ids"]
+    assert isinstance(ids, Tensor)
+    assert ids.shape == (3, 7)
     assert {p.device.type for p in given.model.parameters()} == {"meta"}  # type: ignore[union-attr]
 
 
@@ -116,7 +118,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_factories(here: str) -> None:
-    assert load(f"{here}:with_arguments").args[0].shape == (2, 3)
+    (x,) = load(f"{here}:with_arguments").args
+    assert isinstance(x, Tensor)
+    assert x.shape == (2, 3)
 
 
 def test_an_exported_program_is_planned(tmp_path: Path) -> None:
