@@ -203,6 +203,21 @@ def test_identical_layers_share_one_cascade() -> None:
     assert all(error_of(f, values) <= 1e-12 for f in found)
 
 
+def test_a_term_is_rounded_once() -> None:
+    """The weights read the scale that the maximum and the sum of their row read: the one that the model computed."""
+
+    def learned(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        a = q @ k.mT * (s.exp() * 0.35)
+        e = (a - a.amax(-1, keepdim=True)).exp()
+        return e / e.sum(-1, keepdim=True) @ v
+
+    args = tuple(x.bfloat16() for x in (*qkv(), torch.randn(4, 1, 1)))
+    found, _ = detect.find(graph_of(learned, args))
+    (scale,) = (t for t in found[0].cascade.inputs if t.name not in ("Q", "K", "V"))
+    readers = [e.out.tensor for e in found[0].cascade.einsums if any(str(x.attr) == scale.name for x in e.reads)]
+    assert len(readers) == 3
+
+
 def test_twins_with_another_constant_are_not_twins() -> None:
     def two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q = (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v

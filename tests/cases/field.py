@@ -1,0 +1,137 @@
+"""Faults met in the field, as small models: `CASES[name]` has a model and its inputs, and stands for a kind of fault.
+
+A kind has a section of its own. Where a case says `kernel`, a kernel of ours or a vendor's has to run: leaving the model's
+code alone is no answer there. Where it says `gradients`, those of its floating inputs have to be the original's as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INF = math.inf
+Inputs = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`make()` gives a fresh model and its inputs."""
+
+    kind: str
+    make: Callable[[], tuple[nn.Module, Inputs]]
+    kernel: bool = True
+    gradients: bool = False
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(kind: str, **options: bool) -> Callable[[Callable[[], tuple[nn.Module, Inputs]]], Any]:
+    def add(make: Callable[[], tuple[nn.Module, Inputs]]) -> Callable[[], tuple[nn.Module, Inputs]]:
+        CASES[make.__name__] = Case(kind, make, **options)
+        return make
+
+    return add
+
+
+class Fn(nn.Module):
+    """A function as a model."""
+
+    def __init__(self, f: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, *args: Any) -> Any:
+        return self.f(*args)
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(s, generator=g).to(dtype) for s in shapes)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights: Tensor = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return weights @ v
+
+
+def causal(a: Tensor, fill: float = -INF) -> Tensor:
+    return a.masked_fill(torch.ones(a.shape[-2:], dtype=torch.bool).triu(1), fill)
+
+
+# --- 16 bits: operands that are no view ---------------------------------------------------------------------------
+
+
+def repeated(dtype: torch.dtype, batch: int) -> tuple[nn.Module, Inputs]:
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k.repeat(1, 4, 1, 1), v.repeat(1, 4, 1, 1))
+
+    return Fn(f), tensors((batch, 8, 512, 64), *2 * [(batch, 2, 512, 64)], dtype=dtype)
+
+
+@case("16 bits")
+def heads_repeated_bf16() -> tuple[nn.Module, Inputs]:
+    return repeated(torch.bfloat16, 1)
+
+
+@case("16 bits")
+def heads_repeated_fp16_in_a_batch() -> tuple[nn.Module, Inputs]:
+    return repeated(torch.float16, 2)
+
+
+def plane(dtype: torch.dtype, batch: int) -> tuple[nn.Module, Inputs]:
+    model = Fn(lambda q, k, v: attend(q, k.flatten(2, 3), v.flatten(2, 3)))
+    return model, tensors((batch, 4, 576, 32), *2 * [(batch, 4, 24, 24, 32)], dtype=dtype)
+
+
+@case("16 bits")
+def keys_flattened_from_a_plane_fp16() -> tuple[nn.Module, Inputs]:
+    return plane(torch.float16, 1)
+
+
+@case("16 bits")
+def keys_flattened_from_a_plane_bf16_in_a_batch() -> tuple[nn.Module, Inputs]:
+    return plane(torch.bfloat16, 2)
+
+
+@case("16 bits")
+def pages_bf16() -> tuple[nn.Module, Inputs]:
+    q, k, v = tensors((2, 4, 256, 64), *2 * [(40, 16, 4, 64)], dtype=torch.bfloat16)
+    table = torch.randint(0, 40, (2, 16), generator=torch.Generator().manual_seed(0))
+    return Fn(lambda q, k, v, t: attend(q, *(x[t].flatten(1, 2).transpose(1, 2) for x in (k, v)))), (q, k, v, table)
+
+
+# --- 16 bits: what is rounded once, is rounded alike everywhere -----------------------------------------------------
+
+
+def learned(dtype: torch.dtype, rule: Callable[[Tensor], Tensor], logits: tuple[float, ...]) -> tuple[nn.Module, Inputs]:
+    """Values are 1, so that a row of the result has to be 1."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+        a = q @ k.mT * rule(s)
+        e = (a - a.amax(-1, keepdim=True)).exp()
+        return e / e.sum(-1, keepdim=True) @ v
+
+    q, k = tensors(*2 * [(1, 4, 1024, 32)], dtype=dtype)
+    return Fn(f), (q, k, torch.ones_like(q), torch.tensor(logits).view(4, 1, 1).to(dtype))
+
+
+@case("16 bits")
+def exp_of_a_learned_scale_bf16() -> tuple[nn.Module, Inputs]:
+    return learned(torch.bfloat16, lambda s: s.exp() * 0.35, (0.3, 1.0, 1.5, 2.3))
+
+
+@case("16 bits")
+def softplus_of_a_learned_scale_fp16() -> tuple[nn.Module, Inputs]:
+    return learned(torch.float16, lambda s: F.softplus(s) * 0.7, (0.3, 1.0, 5.5, 7.3))
+
+
+@case("16 bits")
+def a_clamped_learned_scale_bf16() -> tuple[nn.Module, Inputs]:
+    return learned(torch.bfloat16, lambda s: s.clamp(max=2.0).exp().sqrt() / 3.0, (0.3, 1.0, 1.5, 2.3))
