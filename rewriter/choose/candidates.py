@@ -342,6 +342,7 @@ _RULES = {
     "zero": "a row without a key gives 0, as in the original",
     "never": "no mask can leave a row without a key",
     "unmasked": "a row whose keys are all masked attends as if unmasked, as in the original",
+    "varies": "what a row without a key gives depends on data, as in the original",
 }
 
 

@@ -135,3 +135,59 @@ def softplus_of_a_learned_scale_fp16() -> tuple[nn.Module, Inputs]:
 @case("16 bits")
 def a_clamped_learned_scale_bf16() -> tuple[nn.Module, Inputs]:
     return learned(torch.bfloat16, lambda s: s.clamp(max=2.0).exp().sqrt() / 3.0, (0.3, 1.0, 1.5, 2.3))
+
+
+# --- row rules ------------------------------------------------------------------------------------------------------
+
+
+def sink(
+    rule: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32, factor: float = 0.125, fill: float = -INF
+) -> tuple[nn.Module, Inputs]:  # fmt: skip
+    def f(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+        a = causal(q @ k.mT * factor, fill)
+        a = torch.cat([a, s.view(1, -1, 1, 1).expand(*a.shape[:3], 1)], -1)
+        return rule(a)[..., :-1] @ v
+
+    return Fn(f), (*tensors(*3 * [(1, 4, 1024, 64)], dtype=dtype), torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=dtype))
+
+
+def by_log_sum_exp(a: Tensor) -> Tensor:
+    return (a - a.logsumexp(-1, keepdim=True)).exp()
+
+
+@case("row rules")
+def sink_by_log_softmax() -> tuple[nn.Module, Inputs]:
+    return sink(lambda a: a.log_softmax(-1).exp())
+
+
+@case("row rules")
+def sink_by_log_sum_exp() -> tuple[nn.Module, Inputs]:
+    return sink(by_log_sum_exp)
+
+
+@case("row rules")
+def sink_by_log_softmax_of_large_scores() -> tuple[nn.Module, Inputs]:
+    """Scores of several hundred: an exponential without its row's bound passes all numbers."""
+    return sink(lambda a: a.log_softmax(-1).exp(), factor=12.0)
+
+
+@case("row rules")
+def sink_by_log_sum_exp_of_a_finite_fill() -> tuple[nn.Module, Inputs]:
+    return sink(by_log_sum_exp, fill=torch.finfo(torch.float32).min)
+
+
+@case("row rules")
+def sink_by_log_softmax_in_fp32_of_bf16() -> tuple[nn.Module, Inputs]:
+    return sink(lambda a: a.log_softmax(-1, dtype=torch.float32).exp().to(a.dtype), torch.bfloat16)
+
+
+@case("row rules")
+def a_gated_row_by_log_sum_exp() -> tuple[nn.Module, Inputs]:
+    """The normaliser holds a number of the row that no key has: exp(s − log(Σ exp s + exp g))."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Any:
+        a = q @ k.mT * 0.125
+        total = (a.logsumexp(-1, keepdim=True).exp() + g.exp()).log()
+        return (a - total).exp() @ v
+
+    return Fn(f), (*tensors(*3 * [(1, 4, 1024, 64)]), *tensors((1, 4, 1024, 1)))
