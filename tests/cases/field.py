@@ -191,3 +191,43 @@ def a_gated_row_by_log_sum_exp() -> tuple[nn.Module, Inputs]:
         return (a - total).exp() @ v
 
     return Fn(f), (*tensors(*3 * [(1, 4, 1024, 64)]), *tensors((1, 4, 1024, 1)))
+
+
+# --- twins: layers alike --------------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """A layer whose scores get something of its own that is computed from its values."""
+
+    def __init__(self, gate: Callable[[Tensor, Tensor], Tensor], size: int = 32) -> None:
+        super().__init__()
+        self.qkv, self.scale, self.gate = nn.Linear(size, 3 * size), nn.Parameter(torch.randn(4)), nn.Linear(size, 4)
+        self.rule = gate
+
+    def forward(self, x: Tensor) -> Any:
+        q, k, v = (t.view(*x.shape[:2], 4, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        gate = self.rule(self.scale, self.gate(v.transpose(1, 2).reshape(*x.shape))).mT
+        weights = (q @ k.mT * 0.35 + gate[:, :, None, :]).softmax(-1)
+        return x + weights.matmul(v).transpose(1, 2).reshape(x.shape)
+
+
+def layers(gate: Callable[[Tensor, Tensor], Tensor], many: int, tokens: int) -> tuple[nn.Module, Inputs]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Gated(gate) for _ in range(many))).eval().requires_grad_(False)
+    return model, tensors((2, tokens, 32))
+
+
+@case("twins")
+def two_layers_with_a_gate_of_their_own_in_the_score() -> tuple[nn.Module, Inputs]:
+    return layers(lambda s, g: torch.exp(s * F.softplus(g)), 2, 16)
+
+
+@case("twins")
+def three_layers_with_a_bounded_gate_in_the_score() -> tuple[nn.Module, Inputs]:
+    return layers(lambda s, g: torch.tanh(s + g) * s, 3, 300)
+
+
+@case("twins")
+def two_layers_with_a_gate_bf16() -> tuple[nn.Module, Inputs]:
+    model, (x,) = layers(lambda s, g: torch.exp(s.sigmoid() * F.softplus(g)), 2, 64)
+    return model.bfloat16(), (x.bfloat16(),)
