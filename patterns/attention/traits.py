@@ -30,8 +30,25 @@ def no_key_rule(a: Attention) -> str:
     if masked is None:
         return "never"
     kept: dict[Expr, object] = {e: ~np.asarray(v) for e, v in masked.items()}
-    rules = {_ending(a, known) for known in made_up(a, masked) if _ending(a, {**known, **kept}) != "nan"}
-    return rules.pop() if len(rules) == 1 else "varies"
+    return _rule(a, masked, kept)
+
+
+def low_row_rule(a: Attention, added: Collection[Expr]) -> str:
+    """What the model computes for a row all of whose scores are −∞ because these tensors, which the scores read, are so."""
+    masked = masked_row(a) or {}
+    kept: dict[Expr, object] = {e: ~np.asarray(v) for e, v in masked.items()}
+    low = {x: -np.inf for x in added if x.is_float}
+    return _rule(a, {**kept, **low}, kept) if low else "never"
+
+
+def _rule(a: Attention, empty: Mapping[Expr, object], whole: Mapping[Expr, object]) -> str:
+    """How a row with these values ends, whatever the rest holds; rests with which even a whole row is NaN do not count."""
+    endings = {_ending(a, row) for row in made_up(a, empty) if _ending(a, {**row, **_finite(row), **whole}) != "nan"}
+    return endings.pop() if len(endings) == 1 else "varies"
+
+
+def _finite(row: Mapping[Expr, object]) -> dict[Expr, object]:
+    return {e: SCORES for e, v in row.items() if np.any(np.isneginf(np.asarray(v, float)))}
 
 
 def _ending(a: Attention, known: dict[Expr, object]) -> str:

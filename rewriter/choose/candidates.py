@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ...codegen import operator as ours
+from ...codegen.forms.form import rows_keep_a_key
 from ...codegen.forms.program import Program, loose, memory_order
 from ...codegen.vendor import use as vendor
 from ...cost_model.count.expect import known
@@ -39,12 +40,12 @@ from ...patterns import expr as ex
 from ...patterns.attention.recognise import Attention, Refusal, attention, no_key_rule
 from ...patterns.attention.recognise import Miss as NoAttention
 from ...patterns.attention.rowstate import derive, stream
-from ...patterns.attention.traits import kind, traits
+from ...patterns.attention.traits import kind, low_row_rule, traits
 from ...patterns.cascade import Cascade, bind, show
 from ...patterns.mapping import Mapping as Tiling
 from ...patterns.masks.split import conjuncts, split
 from ..splice import splice
-from ..splice.guards import Condition, every_row_keeps_a_key
+from ..splice.guards import LEVEL, Condition, every_row_is_added_to, every_row_keeps_a_key
 from .policy import Policy
 
 
@@ -254,14 +255,17 @@ def _vendor(
 ) -> tuple[Candidate, splice.Call | None]:
     """A vendor's function, with the kernel that it would run here; under a guard where only rows without a key differ."""
     made = make(q.cascade)
-    conditions: tuple[Condition, ...] = ()
+    view = attention(q.cascade)
+    assert isinstance(view, Attention)
+    conditions = _row_conditions(q, view)
     if isinstance(made, Refusal):
         keyed = make(q.cascade, keyed=True)
         if isinstance(keyed, Refusal) or q.traced:
             return _refused(name, made.reason)
-        view = attention(q.cascade)
-        assert isinstance(view, Attention)
-        made, conditions = keyed, (every_row_keeps_a_key(q.cascade, view),)
+        first = every_row_keeps_a_key(q.cascade, view)
+        made, conditions = keyed, (first, *(c for c in conditions if c.sentence != first.sentence))
+    if conditions and q.traced:
+        return _refused(name, f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
     try:
         use = vendor.use(made, q.device, sizes, gradients=q.gradients)
         cost = predict_vendor(q.cascade, use, q.device, sizes, data) if isinstance(use, VendorUse) else None
@@ -277,6 +281,31 @@ def _vendor(
     why = f"{use.backend} kernel" + (", which leaves masked tiles out" if use.skips else "")
     why += "".join(f", where {c.sentence}" for c in conditions)
     return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions, fragile)
+
+
+def _row_conditions(q: Question, a: Attention) -> tuple[Condition, ...]:
+    """Under which a vendor's function ends rows, and differentiates them, as the model's own operators do.
+
+    It gives rows whose scores are all −∞ a 0. Its backward rests on max + log(sum) of a row: a fill that is all a row
+    holds swallows the logarithm. Where the model itself calls it, these are the model's ways.
+    """
+    if q.written is not None:
+        return ()
+    added = _added(a)
+    if q.gradients:
+        if added:
+            return (every_row_is_added_to(q.cascade, a, LEVEL),)
+        keep = split(a.score, a.key).keep
+        return (every_row_keeps_a_key(q.cascade, a),) if keep is not ex.TRUE and rows_keep_a_key(a, keep) else ()
+    if low_row_rule(a, added) in ("never", "zero"):
+        return ()
+    return (every_row_is_added_to(q.cascade, a, math.inf),)
+
+
+def _added(a: Attention) -> tuple[ex.Expr, ...]:
+    """Run-time data over the keys that scores get added where no mask that stands in the terms hides them."""
+    products = {e.out.tensor for e in a.products}
+    return tuple(x for x in ex.loads(split(a.score, a.key).full) if a.key in x.ranks and str(x.attr) not in products)
 
 
 def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (), fragile: bool = False) -> splice.Call:
@@ -357,7 +386,7 @@ def _proofs(a: Attention, q: Question) -> tuple[str, ...]:
     out = [
         f"the weights are normalised over {a.key}, which the last product reduces",
         "keys and values are not written between their reads",
-        _RULES[no_key_rule(a)],
+        *(_RULES[r] for r in sorted({no_key_rule(a), low_row_rule(a, _added(a))} - {"never"}) or ["never"]),
     ]
     mask = split(a.score, a.key)
     if mask.keep is not ex.TRUE:

@@ -193,6 +193,51 @@ def a_gated_row_by_log_sum_exp() -> tuple[nn.Module, Inputs]:
     return Fn(f), (*tensors(*3 * [(1, 4, 1024, 64)]), *tensors((1, 4, 1024, 1)))
 
 
+# --- rows without a key ---------------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """An additive mask of the model's own: numbers that want no gradient."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = nn.Buffer(mask)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return (q @ k.mT * 0.125 + self.mask).softmax(-1) @ v
+
+
+def left_padded(fill: float, dtype: torch.dtype = torch.float32, data: bool = False) -> tuple[nn.Module, Inputs]:
+    """A causal mask and padding at the left of one sequence: its first rows keep no key. `data`: the mask is numbers."""
+    keep = torch.ones(2, 1, 1, 256, dtype=torch.bool)
+    keep[0, ..., :8] = False
+    mask = torch.ones(256, 256, dtype=torch.bool).tril() & keep
+    qkv = tensors(*3 * [(2, 4, 256, 64)], dtype=dtype)
+    if data:
+        return Masked(torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, fill)), qkv
+    return Fn(lambda q, k, v, keep: (q @ k.mT * 0.125).masked_fill(~keep, fill).softmax(-1) @ v), (*qkv, mask)
+
+
+@case("rows without a key", kernel=False, gradients=True)
+def gradients_of_rows_masked_by_a_finite_fill() -> tuple[nn.Module, Inputs]:
+    return left_padded(torch.finfo(torch.float32).min)
+
+
+@case("rows without a key", kernel=False, gradients=True)
+def gradients_of_rows_masked_by_a_finite_fill_bf16() -> tuple[nn.Module, Inputs]:
+    return left_padded(torch.finfo(torch.bfloat16).min, torch.bfloat16)
+
+
+@case("rows without a key", kernel=False)
+def additive_mask_of_data_with_empty_rows() -> tuple[nn.Module, Inputs]:
+    return left_padded(-INF, data=True)
+
+
+@case("rows without a key", kernel=False)
+def additive_mask_of_data_with_empty_rows_fp16() -> tuple[nn.Module, Inputs]:
+    return left_padded(-INF, torch.float16, data=True)
+
+
 # --- twins: layers alike --------------------------------------------------------------------------------------------
 
 
