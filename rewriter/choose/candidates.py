@@ -280,7 +280,9 @@ def _vendor(
         return _refused(name, "it is compiled when it first runs, which cannot be guarded inside Inductor's graph")
     why = f"{use.backend} kernel" + (", which leaves masked tiles out" if use.skips else "")
     why += "".join(f", where {c.sentence}" for c in conditions)
-    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions, fragile)
+    # Inductor differentiates a graph once, whatever is in it; and what the model calls itself has the model's derivatives
+    once = q.gradients and not q.traced and q.written is None
+    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions, fragile, once)
 
 
 def _row_conditions(q: Question, a: Attention) -> tuple[Condition, ...]:
@@ -308,7 +310,9 @@ def _added(a: Attention) -> tuple[ex.Expr, ...]:
     return tuple(x for x in ex.loads(split(a.score, a.key).full) if a.key in x.ranks and str(x.attr) not in products)
 
 
-def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (), fragile: bool = False) -> splice.Call:
+def vendor_call(
+    made: vendor.VendorCall, conditions: tuple[Condition, ...] = (), fragile: bool = False, once: bool = False
+) -> splice.Call:
     """A printed function as an ordinary call of the graph; its result lies in memory as our operator's does."""
     names, loose_sizes = made.inputs, made.sizes
     order = memory_order(made.cascade)
@@ -325,7 +329,7 @@ def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (),
         return (*(tensors[n] for n in names), *(size(s) for s in loose_sizes))
 
     run.__name__ = made.name
-    return splice.Call(made.name, run, arguments, fake=fake, conditions=conditions, fragile=fragile)
+    return splice.Call(made.name, run, arguments, fake=fake, conditions=conditions, fragile=fragile, once=once)
 
 
 # --- the site's plain data ----------------------------------------------------------------------------------------

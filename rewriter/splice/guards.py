@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import _StopRecomputationError
 
 from ...patterns import expr as ex
 from ...patterns.attention.recognise import Attention
@@ -29,6 +30,7 @@ from ...patterns.expr import Expr
 from ...patterns.masks.split import runtime_classify, split
 from ..capture.autocast import no_autocast
 from ..graph.aliases import Aliases
+from .derivatives import twice
 
 TILE = 64
 
@@ -145,13 +147,17 @@ def bind_shapes(c: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[str, i
 
 
 class Guarded(nn.Module):
-    """A call with its conditions and the original subgraph. `fallbacks` counts, by name, how often the original ran."""
+    """A call with its conditions and the original subgraph. `fallbacks` counts, by name, how often the original ran.
+
+    `once`: the call can be differentiated once; the original gives the second derivative.
+    """
 
     def __init__(
-        self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition]
-    ) -> None:
+        self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition],
+        once: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.name, self.target, self.conditions = name, target, tuple(conditions)
+        self.name, self.target, self.conditions, self.once = name, target, tuple(conditions), once
         self.original = original
         self.fallbacks: Counter[str] = Counter()
         self.broken = ""
@@ -162,8 +168,11 @@ class Guarded(nn.Module):
     ) -> Any:
         if not self.broken and all(c.holds(tensors, sizes) for c in self.conditions):
             try:
+                if self.once and torch.is_grad_enabled():
+                    return twice(self.target, arguments, self.original, inputs)
                 return self.target(*arguments)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, _StopRecomputationError):
+                # the second is how a checkpoint ends: it has all that its backward needs
                 raise
             except Exception as error:
                 # A vendor's compiler may fail on what its checks let through: the model must not.
