@@ -45,7 +45,7 @@ from ...patterns.cascade import Cascade, bind, show
 from ...patterns.mapping import Mapping as Tiling
 from ...patterns.masks.split import conjuncts, split
 from ..splice import splice
-from ..splice.guards import LEVEL, Condition, every_row_is_added_to, every_row_keeps_a_key
+from ..splice.guards import LEVEL, Condition, every_row_is_added_to, every_row_keeps_a_key, queries_and_keys_are_finite
 from .policy import Policy
 
 
@@ -264,6 +264,9 @@ def _vendor(
             return _refused(name, made.reason)
         first = every_row_keeps_a_key(q.cascade, view)
         made, conditions = keyed, (first, *(c for c in conditions if c.sentence != first.sentence))
+    if name == "flex" and q.device.kind == "cpu":
+        # its kernel takes a row with a NaN for one without a key, and gives it 0
+        conditions = (*conditions, queries_and_keys_are_finite(q.cascade, view))
     if conditions and q.traced:
         return _refused(name, f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
     try:

@@ -90,6 +90,16 @@ def every_row_is_added_to(c: Cascade, a: Attention, within: float) -> Condition:
     return Condition(_within(within), behind.names, tuple(c.free_symbols), holds)
 
 
+def queries_and_keys_are_finite(c: Cascade, a: Attention) -> Condition:
+    """No NaN and no ∞ in what the products are made of."""
+    names = tuple(dict.fromkeys(n for e in a.products for n in _behind(c, a, e.body).names))
+
+    def holds(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
+        return all(bool(tensors[n].detach().isfinite().all()) for n in names)
+
+    return Condition("queries and keys are finite", names, (), holds)
+
+
 def _within(within: float) -> str:
     if math.isinf(within):
         return "no row's scores are all −∞ by what they get added"

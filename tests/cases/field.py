@@ -238,6 +238,42 @@ def additive_mask_of_data_with_empty_rows_fp16() -> tuple[nn.Module, Inputs]:
     return left_padded(-INF, torch.float16, data=True)
 
 
+# --- narrow types: a fill beyond their range is an infinity -----------------------------------------------------------
+
+
+def narrow_fill(f: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype = torch.float16) -> tuple[nn.Module, Inputs]:
+    """`f` masks scores; the first nine rows keep no key, and where a fill becomes −∞ they are NaN."""
+    keep = torch.ones(512, 512, dtype=torch.bool).tril()
+    keep[:9] = False
+    return Fn(lambda q, k, v, keep: f(q @ k.mT * 0.125, keep).softmax(-1) @ v), (*tensors(*3 * [(1, 4, 512, 64)], dtype=dtype), keep)
+
+
+@case("narrow types")
+def a_mask_of_float32_cast_to_fp16() -> tuple[nn.Module, Inputs]:
+    return narrow_fill(lambda s, keep: s + torch.where(keep, 0.0, -1e9).to(s.dtype))
+
+
+@case("narrow types")
+def a_mask_by_arithmetic_cast_to_fp16() -> tuple[nn.Module, Inputs]:
+    return narrow_fill(lambda s, keep: s + ((1.0 - keep.to(torch.float32)) * -1e9).to(s.dtype))
+
+
+@case("narrow types")
+def scores_filled_in_float32_cast_to_fp16() -> tuple[nn.Module, Inputs]:
+    return narrow_fill(lambda s, keep: s.to(torch.float32).masked_fill(~keep, -1e9).to(s.dtype))
+
+
+@case("narrow types")
+def a_mask_doubled_in_fp16() -> tuple[nn.Module, Inputs]:
+    return narrow_fill(lambda s, keep: s + torch.where(keep, 0.0, -6e4).to(s.dtype) * 2)
+
+
+@case("narrow types")
+def the_lowest_float32_cast_to_bf16() -> tuple[nn.Module, Inputs]:
+    lowest = torch.finfo(torch.float32).min
+    return narrow_fill(lambda s, keep: s + torch.where(keep, 0.0, lowest).to(s.dtype), torch.bfloat16)
+
+
 # --- twins: layers alike --------------------------------------------------------------------------------------------
 
 
