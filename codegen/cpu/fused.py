@@ -18,6 +18,7 @@ from ..files.tile_plan import classes
 from ..files.torch_file import PrintedFunction, Printer, common, entry, file, operands, parts, used_names
 from ..forms.base2 import in_base2
 from ..forms.form import Form, softmax
+from ..forms.operands import element_type
 from ..forms.terms import Terms, mapped_state
 from ..skeletons import cpu, cpu_fused
 from ..text.print_cpp import STORED
@@ -201,7 +202,7 @@ class _File:
         return [f"{names[t]} = {names[t]}.to({TYPES[stored(self.f, t)]})" for t in made]
 
     def _as(self, e: Expr) -> str:
-        return "" if _kind(e) == self.type and (e.op != "load" or e.is_float) else f".to({TYPES[self.type]})"
+        return "" if element_type(e, self.f.real) == self.type else f".to({TYPES[self.type]})"
 
 
 def _multiplied(t: Terms) -> Terms:
@@ -237,8 +238,8 @@ def _shown(e: Expr) -> str:
 
 
 def _kind(e: Expr) -> str:
-    """The type of an operand's elements."""
-    return e.dtype if e.op == "load" and e.is_float else "f32"
+    """The type of floats that holds an operand's elements."""
+    return element_type(e, "f32") if e.is_float else "f32"
 
 
 def _spread(k: tuple[str, int], group: int) -> str:

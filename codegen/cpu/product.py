@@ -27,6 +27,7 @@ from ..files.torch_file import (
     shared_alike,
 )
 from ..forms.form import Form
+from ..forms.operands import element_type
 from ..skeletons import cpu, cpu_product
 from ..text.print_torch import TYPES, Body, identifier, is_number, literal
 from ..text.printer import PrintError
@@ -199,4 +200,4 @@ def _tuple(parts: Sequence[str]) -> str:
 
 
 def _cast(e: Expr, f: Form, real: str) -> str:
-    return real if e.op == "load" and e.dtype != f.real else ""
+    return real if element_type(e, f.real) != f.real else ""

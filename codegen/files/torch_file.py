@@ -17,7 +17,7 @@ from ...patterns.cascade import Einsum, show
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ..forms.form import Form
-from ..forms.operands import Names, joined, operand
+from ..forms.operands import Names, element_type, joined, operand
 from ..forms.program import bindings, loose
 from ..text.print_torch import TYPES, Body, Scope, identifier
 from ..text.printer import PrintError
@@ -184,7 +184,7 @@ def common(kinds: Sequence[str]) -> str:
 
 def common_type(p: Printer, terms: Sequence[Expr], texts: Sequence[str]) -> str:
     """The operands in their common type."""
-    kinds = [t.dtype if t.op == "load" else p.f.real for t in terms]
+    kinds = [element_type(t, p.f.real) for t in terms]
     wanted = common(kinds)
     return ", ".join(t if x == wanted else f"{t}.to({TYPES[wanted]})" for t, x in zip(texts, kinds))
 

@@ -19,6 +19,7 @@ from ...patterns.verdict import Obstacle, Refusal
 from ..files.tile_plan import tile_lines
 from ..files.torch_file import Printer, common, common_type, indented, operands, shared_alike, used_names
 from ..forms.form import Form, form, rows_keep_a_key
+from ..forms.operands import element_type
 from ..forms.scaled import Ending, ending
 from ..text.print_torch import TYPES, Body, identifier
 from ..text.printer import ATOM, PrintError, Text
@@ -68,11 +69,11 @@ def _rows(f: Form, end: Ending) -> str:
     return f"a row without a key gives {_RULE.get(rule, rule)} in the model and 0 in FlexAttention, and rows may have none"
 
 
-_RULE = {"nan": "NaN", "uniform": "the mean of all values"}
+_RULE = {"nan": "NaN", "uniform": "the mean of all values", "varies": "what data say"}
 
 
 def _operands_fit(f: Form) -> str:
-    kinds = [t.dtype if t.op == "load" else f.real for t in (f.products[0].near, f.products[0].far, f.values)]
+    kinds = [element_type(t, f.real) for t in (f.products[0].near, f.products[0].far, f.values)]
     kind = common(kinds)
     return "" if kind in TYPES_TAKEN else f"FlexAttention takes no {kind}"
 
@@ -118,7 +119,7 @@ class _Flex:
         else:
             lines.append(f"out = {attend})")
         out = a.cascade.tensor[a.cascade.outputs[0]].dtype
-        given = common([t.dtype if t.op == "load" else f.real for t in terms])
+        given = common([element_type(t, f.real) for t in terms])
         same = out == given and self.end.finish is None
         lines.append(f"return {result(p, 'out')}{'' if same else f'.to({TYPES[out]})'}")
         functions = [ATTEND, *([LISTS, self.blocks()[1]] if self.masked else []), function(p, NAME, lines)]

@@ -21,6 +21,7 @@ from ...patterns.verdict import Obstacle, Refusal
 from ..files.tile_plan import without_causal
 from ..files.torch_file import Printer, common, common_type, operands, shared_alike
 from ..forms.form import Form, Softmax, form, rows_keep_a_key, softmax
+from ..forms.operands import element_type
 from ..text.print_torch import TYPES, Body
 from ..text.printer import PrintError
 from .call import VendorCall, Whole, axes, file, function, result
@@ -60,6 +61,8 @@ def _mask(f: Form, s: Softmax, keyed: bool) -> Expr | Refusal | None:
     rule = "never" if never else no_key_rule(a)
     if rule == "nan":
         return Refusal(NAME, "a row without a key gives NaN in the model and 0 in SDPA, and rows may have none")
+    if rule == "varies":
+        return Refusal(NAME, "what a row without a key gives depends on data, and rows may have none")
     if s.full.added is None and f.mask.keep is not TRUE and (rule == "zero" or (never and f.mask.vanishing)):
         return f.mask.keep
     narrow = min(f.mask.fills, default=0.0)
@@ -109,7 +112,7 @@ def _call(f: Form, s: Softmax, mask: Expr | None) -> VendorCall:
 def _common(f: Form) -> str:
     """The type in which torch gets the operands."""
     terms = (f.products[0].near, f.products[0].far, f.values)
-    return common([t.dtype if t.op == "load" else f.real for t in terms])
+    return common([element_type(t, f.real) for t in terms])
 
 
 def _as_it_is(f: Form, mask: Expr) -> bool:

@@ -256,6 +256,9 @@ FUNCTORCH = Part(
 DISPATCH = Part(
     "torch._C:_len_torch_dispatch_stack", "leaving dispatch modes alone", "2.2", "no model can be optimised"
 )
+FORWARD = Part(
+    "torch.autograd.forward_ad:_current_level", "leaving forward derivatives alone", "2.2", "no model can be optimised"
+)
 COMPILING = Part(
     "torch.compiler:_is_compiling_flag", "calls in other threads during a capture", "2.5",
     "nothing is written: since 2.13 Dynamo raises the flag itself",
@@ -278,7 +281,7 @@ COMPILE_ID = Part(
 WRAPPER = Part(
     "torch._dynamo:OptimizedModule", "refusing what torch.compile returned", "2.2", "it is optimised like a model"
 )
-_EACH_CALL = (CALL_HOOK, OWN_CALL, FX_TRACING, FUNCTORCH, DISPATCH)
+_EACH_CALL = (CALL_HOOK, OWN_CALL, FX_TRACING, FUNCTORCH, DISPATCH, FORWARD)
 
 
 def check_calls() -> None:
@@ -308,8 +311,8 @@ def is_symbolic_trace() -> bool:
 
 
 def is_transformed() -> bool:
-    """Is this call inside a functorch transform or a dispatch mode?"""
-    return FUNCTORCH.found()() is not None or DISPATCH.found()() > 0
+    """Is this call inside a functorch transform, a dispatch mode or forward derivatives?"""
+    return FUNCTORCH.found()() is not None or DISPATCH.found()() > 0 or FORWARD.found() >= 0
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Access, Einsum, Rank, Size, Tensor, size_term
 from ...patterns.expr import Expr
+from ...patterns.terms.narrow import narrowed
 from ..graph.aliases import Aliases
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of, size_of
@@ -125,7 +126,7 @@ class Lifter:
             return self.leaf(n, at)
         finally:
             self._consumer.pop()
-        out = ex.cast(out, dtype_of(n))
+        out = ex.cast(narrowed(out, dtype_of(n)), dtype_of(n))
         self.visited.add(n)
         self._memo[key] = out
         # the most downstream node that strides can address; one that repeats another says no more than that one

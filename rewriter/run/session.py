@@ -121,7 +121,7 @@ def _hook(module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _transparent(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Inside somebody else's tracing the model is what it was: export, fx, functorch and dispatch modes.
+    """Inside somebody else's tracing the model is what it was: export, fx, functorch, dispatch modes, forward derivatives.
 
     (`torch.compiler.is_compiling` is no test: it is true in all threads while one of them compiles.)
     """

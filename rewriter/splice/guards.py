@@ -8,6 +8,7 @@ Shapes, types and modes need no guard here: Dynamo captures anew when they chang
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections import Counter
@@ -18,15 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import _StopRecomputationError
 
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
-from ...patterns.cascade import Cascade, Einsum, bind
+from ...patterns.cascade import Access, Cascade, Einsum, bind
+from ...patterns.cascade import Tensor as Shape
 from ...patterns.evaluate import evaluate
 from ...patterns.expr import Expr
 from ...patterns.masks.split import runtime_classify, split
 from ..capture.autocast import no_autocast
 from ..graph.aliases import Aliases
+from .derivatives import twice
 
 TILE = 64
 
@@ -47,11 +51,9 @@ def every_row_keeps_a_key(c: Cascade, a: Attention) -> Condition:
     What the mask reads of the attention's prelude (a number of padded tokens) is computed for it.
     """
     keep = split(a.score, a.key).keep
+    behind = _behind(c, a, keep)
+    before, made, names = behind.before, behind.made, behind.names
     read = tuple(dict.fromkeys(str(x.attr) for x in ex.loads(keep)))
-    before = _upstream(a.prelude, read)
-    made = tuple(n for n in read if n in {e.out.tensor for e in before})
-    given = dict.fromkeys(str(x.attr) for e in before for x in e.reads if str(x.attr) not in c.producers)
-    names = (*(n for n in read if n not in made), *(n for n in given if n not in read))
     ranks = {r: c.rank[r].size for r in {*keep.ranks, a.query, a.key}}
     symbols = tuple(s for s in c.free_symbols)
 
@@ -64,6 +66,61 @@ def every_row_keeps_a_key(c: Cascade, a: Attention) -> Condition:
         return _rows_are_keyed(keep, a, extents, known, {n: data[n] for n in read})
 
     return Condition("every row keeps a key", names or (c.inputs[0].name,), symbols, holds)
+
+
+# What scores get added at most for the logarithm of a row's sum to keep, in float32, the digits that a backward needs.
+LEVEL = 64.0
+
+
+def every_row_is_added_to(c: Cascade, a: Attention, within: float) -> Condition:
+    """The largest number that each row's scores get added lies between −`within` and `within`; a mask adds its fill."""
+    zero = {ex.load(e.out.tensor, e.out.index, c.tensor[e.out.tensor].dtype): ex.const(0.0, "f32") for e in a.products}
+    added = ex.substitute(a.score, zero)
+    behind = _behind(c, a, added)
+    rows = tuple(r for r in (*a.batch, a.query) if r in added.ranks)
+    top = Einsum(Access("TOP", tuple(ex.index(r) for r in rows)), added, "max", (a.key,))
+    shape = tuple(c.rank[r].size for r in rows)
+    whole = replace(c, einsums=(*behind.before, top), outputs=("TOP",), tensors=(*c.tensors, Shape("TOP", shape)))
+
+    def holds(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
+        data = {n: tensors[n].detach() for n in behind.names}
+        out = evaluate(whole, data, bind_shapes(c, tensors, sizes))["TOP"]
+        return bool((out.abs() < within).all())
+
+    return Condition(_within(within), behind.names, tuple(c.free_symbols), holds)
+
+
+def queries_and_keys_are_finite(c: Cascade, a: Attention) -> Condition:
+    """No NaN and no ∞ in what the products are made of."""
+    names = tuple(dict.fromkeys(n for e in a.products for n in _behind(c, a, e.body).names))
+
+    def holds(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
+        return all(bool(tensors[n].detach().isfinite().all()) for n in names)
+
+    return Condition("queries and keys are finite", names, (), holds)
+
+
+def _within(within: float) -> str:
+    if math.isinf(within):
+        return "no row's scores are all −∞ by what they get added"
+    return f"the largest number that a row's scores get added lies within ±{within:g}"
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """What a term rests on: a part of the prelude, the tensors `made` there that it reads, and the inputs behind all."""
+
+    before: tuple[Einsum, ...]
+    made: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def _behind(c: Cascade, a: Attention, term: Expr) -> _Behind:
+    read = tuple(dict.fromkeys(str(x.attr) for x in ex.loads(term)))
+    before = _upstream(a.prelude, read)
+    made = tuple(n for n in read if n in {e.out.tensor for e in before})
+    given = dict.fromkeys(str(x.attr) for e in before for x in e.reads if str(x.attr) not in c.producers)
+    return _Behind(before, made, (*(n for n in read if n not in made), *(n for n in given if n not in read)))
 
 
 def _upstream(einsums: Sequence[Einsum], names: Sequence[str]) -> tuple[Einsum, ...]:
@@ -100,13 +157,17 @@ def bind_shapes(c: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[str, i
 
 
 class Guarded(nn.Module):
-    """A call with its conditions and the original subgraph. `fallbacks` counts, by name, how often the original ran."""
+    """A call with its conditions and the original subgraph. `fallbacks` counts, by name, how often the original ran.
+
+    `once`: the call can be differentiated once; the original gives the second derivative.
+    """
 
     def __init__(
-        self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition]
+        self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition],
+        once: bool = False,
     ) -> None:
         super().__init__()
-        self.name, self.target, self.conditions = name, target, tuple(conditions)
+        self.name, self.target, self.conditions, self.once = name, target, tuple(conditions), once
         self.original = original
         self.fallbacks: Counter[str] = Counter()
         self.broken = ""
@@ -117,8 +178,11 @@ class Guarded(nn.Module):
     ) -> Any:
         if not self.broken and all(c.holds(tensors, sizes) for c in self.conditions):
             try:
+                if self.once and torch.is_grad_enabled():
+                    return twice(self.target, arguments, self.original, inputs)
                 return self.target(*arguments)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, _StopRecomputationError):
+                # the second is how a checkpoint ends: it has all that its backward needs
                 raise
             except Exception as error:
                 # A vendor's compiler may fail on what its checks let through: the model must not.

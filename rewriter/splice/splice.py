@@ -43,7 +43,7 @@ class Call:
     `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
     `size(name)`, which gives the node or number of a symbol. `closed` calls run with autocast off. `fake` stands in for
     `target` on fake values where the target cannot run on them. Under `conditions`, or where the call is `fragile` (its
-    kernel is compiled when it first runs), the original subgraph stands by.
+    kernel is compiled when it first runs) or can be differentiated only `once`, the original subgraph stands by.
     """
 
     name: str
@@ -53,10 +53,11 @@ class Call:
     fake: Callable[..., Any] | None = None
     conditions: tuple[Condition, ...] = ()
     fragile: bool = False
+    once: bool = False
 
     @property
     def guarded(self) -> bool:
-        return self.fragile or bool(self.conditions)
+        return self.fragile or self.once or bool(self.conditions)
 
 
 def replace(
@@ -107,7 +108,7 @@ def _guarded(
 ) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
     """The name of a module that guards the call, its arguments, and what gives its fake value."""
     subgraph, inputs = original
-    module = Guarded(name, call.target, subgraph, call.conditions)
+    module = Guarded(name, call.target, subgraph, call.conditions, call.once)
     path = f"guarded_{sum(isinstance(m, Guarded) for m in gm.modules())}"
     gm.add_module(path, module)
     wanted = {t: tensors[t] for c in call.conditions for t in c.tensors}
