@@ -156,8 +156,8 @@ def test_derivation_is_short_and_carries_what_is_read(rule: Any) -> None:
         nonlocal state
         state = derive(view)
 
-    # 1,200 to 3,400 of them
-    assert calls(work) < 7000
+    # 1,200 to 7,700 of them
+    assert calls(work) < 16_000
     read = {
         str(x.attr).removeprefix("old:")
         for t in (
