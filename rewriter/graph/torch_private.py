@@ -71,6 +71,8 @@ DETECT = Part(
 )
 LEAVES = Part("torch.utils._pytree:tree_leaves", "the values in nested containers", "2.2", "no model can be run or planned")
 MAP = Part("torch.utils._pytree:tree_map", "nested containers of other values", "2.2", "a factory's inputs cannot be cast")
+FLATTEN = Part("torch.utils._pytree:tree_flatten", "values beside their containers", "2.2", "no second derivatives")
+UNFLATTEN = Part("torch.utils._pytree:tree_unflatten", "containers of such values", "2.2", "no second derivatives")
 SIZE = Part("torch.SymInt.node", "the term, hint and range of an open size", "2.2", "no graph with open sizes can be read")
 
 if not TYPE_CHECKING:
@@ -102,6 +104,17 @@ def tree_leaves(tree: object) -> list[Any]:
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """Nested tuples, lists and mappings with each value replaced."""
     return MAP.found()(function, tree)
+
+
+def tree_flatten(tree: object) -> tuple[list[Any], Any]:
+    """The values in nested containers, and the containers without them."""
+    flat: tuple[list[Any], Any] = FLATTEN.found()(tree)
+    return flat
+
+
+def tree_unflatten(values: Sequence[object], form: Any) -> Any:
+    """The containers with these values in them."""
+    return UNFLATTEN.found()(values, form)
 
 
 def expression(size: torch.SymInt) -> sympy.Expr:
@@ -259,6 +272,10 @@ DISPATCH = Part(
 FORWARD = Part(
     "torch.autograd.forward_ad:_current_level", "leaving forward derivatives alone", "2.2", "no model can be optimised"
 )
+CHECKPOINT_ENDS = Part(
+    "torch.utils.checkpoint:_StopRecomputationError", "how a checkpoint ends inside a call", "2.2",
+    "a checkpoint ends outside of calls",
+)
 COMPILING = Part(
     "torch.compiler:_is_compiling_flag", "calls in other threads during a capture", "2.5",
     "nothing is written: since 2.13 Dynamo raises the flag itself",
@@ -313,6 +330,14 @@ def is_symbolic_trace() -> bool:
 def is_transformed() -> bool:
     """Is this call inside a functorch transform, a dispatch mode or forward derivatives?"""
     return FUNCTORCH.found()() is not None or DISPATCH.found()() > 0 or FORWARD.found() >= 0
+
+
+def checkpoint_ends() -> tuple[type[BaseException], ...]:
+    """What a checkpoint raises inside a call when it has all that its backward needs."""
+    try:
+        return (CHECKPOINT_ENDS.found(),)
+    except TorchChanged:
+        return ()
 
 
 @contextmanager

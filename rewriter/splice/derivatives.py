@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..capture.autocast import no_autocast
+from ..graph.torch_private import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 
 def twice(kernel: Callable[..., Tensor], arguments: Any, original: Callable[..., Tensor], inputs: Any) -> Tensor:
     """`kernel(*arguments)`, whose gradient can be differentiated as that of `original(*inputs)`, which is the same."""
-    flat = pytree.tree_leaves((arguments, inputs))
+    flat = tree_leaves((arguments, inputs))
     leaves = list({id(x): x for x in flat if isinstance(x, Tensor) and x.requires_grad}.values())
     if not leaves:
         return kernel(*arguments)
     way = _Way(original, inputs, leaves)
     entered = {id(x): _Enter.apply(x, way, i) for i, x in enumerate(leaves)}  # type: ignore[no-untyped-call]
-    given = pytree.tree_map(lambda x: entered.get(id(x), x), arguments)
+    given = tree_map(lambda x: entered.get(id(x), x), arguments)
     out: Tensor = _Leave.apply(kernel(*given), way, *leaves)  # type: ignore[no-untyped-call]
     return out
 
@@ -36,7 +36,7 @@ class _Way:
 
     def __init__(self, original: Callable[..., Tensor], inputs: Any, leaves: Sequence[Tensor]) -> None:
         place = {id(x): i for i, x in enumerate(leaves)}
-        flat, self.form = pytree.tree_flatten(inputs)
+        flat, self.form = tree_flatten(inputs)
         self.places = [place.get(id(x)) for x in flat]
         self.others = [x if i is None else None for x, i in zip(flat, self.places)]
         self.original = original
@@ -48,7 +48,7 @@ class _Way:
         given = [x if i is None else leaves[i] for x, i in zip(self.others, self.places)]
         # every cast that autocast made is written in the original
         with no_autocast():
-            out = self.original(*pytree.tree_unflatten(given, self.form))
+            out = self.original(*tree_unflatten(given, self.form))
         # the kernel's result stands for the original's up to a reshape and a cast
         gradient = gradient.reshape(out.shape).to(out.dtype)
         self.gradients = torch.autograd.grad(out, leaves, gradient, create_graph=True, allow_unused=True)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import _StopRecomputationError
 
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
@@ -30,6 +29,7 @@ from ...patterns.expr import Expr
 from ...patterns.masks.split import runtime_classify, split
 from ..capture.autocast import no_autocast
 from ..graph.aliases import Aliases
+from ..graph.torch_private import checkpoint_ends
 from .derivatives import twice
 
 TILE = 64
@@ -181,8 +181,10 @@ class Guarded(nn.Module):
                 if self.once and torch.is_grad_enabled():
                     return twice(self.target, arguments, self.original, inputs)
                 return self.target(*arguments)
-            except (torch.OutOfMemoryError, _StopRecomputationError):
-                # the second is how a checkpoint ends: it has all that its backward needs
+            except torch.OutOfMemoryError:
+                raise
+            except checkpoint_ends():
+                # it has all that its backward needs
                 raise
             except Exception as error:
                 # A vendor's compiler may fail on what its checks let through: the model must not.
