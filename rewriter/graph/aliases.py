@@ -8,6 +8,9 @@ from bisect import bisect_right
 import torch
 from torch import fx
 
+# In the metadata of a call that was put in the place of an attention: the candidate that it is.
+SPLICED = "reattend"
+
 
 class Aliases:
     """Storage classes of a graph and the positions of in-place writes to each."""
@@ -24,8 +27,8 @@ class Aliases:
                 self._join(n, n.args[0])
                 continue
             if not isinstance(n.target, torch._ops.OpOverload):
-                # An unknown callable may write to any tensor that it is given.
-                if not _is_pure(n.target):
+                # An unknown callable may write to any tensor that it is given; what was spliced in does not.
+                if not _is_pure(n.target) and SPLICED not in n.meta:
                     written.extend((n, a) for a in n.all_input_nodes)
                 continue
             for i, a in enumerate(n.target._schema.arguments):
