@@ -1,0 +1,202 @@
+"""Working models that once raised, or lost every kernel of their graph, when they were optimised: by kind, each a few."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import reattend
+from reattend.rewriter.run.report import Report
+from reattend.rewriter.splice import guards
+
+INF = float("inf")
+# Something other than the model's own code has to run, whatever is faster.
+FORCED = reattend.Policy(deny=("original", "flex"))
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+
+class Fn(nn.Module):
+    def __init__(self, f: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.f(*args)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(*s).to(dtype) for s in shapes)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out: Tensor = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return out
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def wide(x: Any) -> Any:
+    return x.double() if _is_float(x) else x
+
+
+def rms(a: Tensor, b: Tensor) -> float:
+    a, b = a.double().nan_to_num(0.0), b.double().nan_to_num(0.0)
+    return float((a - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt().clamp_min(1e-12))
+
+
+def close(got: Tensor, want: Tensor, exact: Tensor) -> None:
+    """At most twice the original's own error, in its type, NaN where it has NaN."""
+    assert got.dtype == want.dtype
+    assert torch.equal(got.isnan(), want.isnan())
+    assert rms(got, exact) <= max(2 * rms(want, exact), 2e-6)
+
+
+def results(model: nn.Module, args: tuple[Any, ...], grad: bool, calls: int = 1) -> list[Tensor]:
+    """What the last call gives, and with `grad` the gradients of its float arguments."""
+    with torch.set_grad_enabled(grad):
+        for _ in range(calls):
+            given = [x.detach().clone().requires_grad_() if grad and _is_float(x) else x for x in args]
+            out: Tensor = model(*given)
+    if not grad:
+        return [out]
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+    leaves = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
+    return [out.detach(), *torch.autograd.grad((out.double() * weight).sum(), leaves)]
+
+
+def same(
+    model: nn.Module, args: tuple[Any, ...], *, policy: reattend.Policy = FORCED, grad: bool = False, calls: int = 1,
+    sites: int = 1,
+) -> Report:  # fmt: skip
+    """The report of an optimised copy that computes what the model computes, by so many kernels of ours or a vendor's."""
+    ours = reattend.optimize(copy.deepcopy(model), policy=policy)
+    exact = results(copy.deepcopy(model).double(), tuple(map(wide, args)), grad, calls)
+    for got, want, true in zip(
+        results(ours, args, grad, calls), results(copy.deepcopy(model), args, grad, calls), exact, strict=True
+    ):
+        close(got, want, true)
+    report = reattend.report(ours)
+    assert not [p.error for p in report.pieces if p.error]
+    assert len([s for s in report.sites if s.kernel != "original"]) == sites, [m.reason for m in report.misses]
+    return report
+
+
+# --- in place -----------------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """Queries scaled where they lie, or as a new tensor."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        if self.in_place:
+            q *= 0.25
+        else:
+            q = q * 0.25
+        q, k, v = (t.view(x.shape[0], -1, 4, 16).transpose(1, 2) for t in (q, self.k(x), self.v(x)))
+        out: Tensor = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return out
+
+
+class Cached(nn.Module):
+    """Keys and values written into buffers of a fixed length."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, length: int, *, by_slice: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.register_buffer("keys", torch.zeros(1, 4, length, 16))
+        self.register_buffer("values", torch.zeros(1, 4, length, 16))
+        self.by_slice = by_slice
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        q, k, v = (f(x).view(1, -1, 4, 16).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.by_slice:
+            self.keys[:, :, : x.shape[1]] = k
+            self.values[:, :, : x.shape[1]] = v
+        else:
+            self.keys.index_copy_(2, at, k)
+            self.values.index_copy_(2, at, v)
+        keep = torch.arange(self.keys.shape[2])[None] <= at[:, None]
+        out: Tensor = (q @ self.keys.mT / 4).masked_fill(~keep, -INF).softmax(-1) @ self.values
+        return out
+
+
+def test_queries_scaled_in_place() -> None:
+    model = nn.Sequential(Scaled(False), Scaled(True))
+    same(model, tensors((2, 700, 64)), policy=reattend.Policy(), sites=2)
+
+
+@TYPES
+def test_queries_scaled_in_place_with_gradients(dtype: torch.dtype) -> None:
+    same(nn.Sequential(Scaled(True), Scaled(True)).to(dtype), tensors((2, 40, 64), dtype=dtype), grad=True, sites=2)
+
+
+def test_a_cache_written_in_place() -> None:
+    same(Cached(2048), (*tensors((1, 1024, 64)), torch.arange(1024)), policy=reattend.Policy())
+
+
+@pytest.fixture
+def _broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel that the original stands by fails."""
+    forward = guards.Guarded.forward
+
+    def failing(self: guards.Guarded, *args: Any) -> Any:
+        self.broken = "broken on purpose"
+        return forward(self, *args)
+
+    monkeypatch.setattr(guards.Guarded, "forward", failing)
+
+
+@TYPES
+@pytest.mark.parametrize("by_slice", [False, True])
+def test_a_cache_written_twice(dtype: torch.dtype, by_slice: bool) -> None:
+    args = (*tensors((1, 40, 64), dtype=dtype), torch.arange(40))
+    same(Cached(64, by_slice=by_slice).to(dtype), args, calls=2)
+
+
+@pytest.mark.usefixtures("_broken")
+@pytest.mark.parametrize("by_slice", [False, True])
+def test_the_original_stands_by_a_cache_that_is_written(by_slice: bool) -> None:
+    """It reads what the cache holds, and writes nothing a second time."""
+    model = Cached(1024, by_slice=by_slice)
+    report = same(model, (*tensors((1, 1000, 64)), torch.arange(1000)), policy=reattend.Policy(), calls=2)
+    assert report.fallbacks == 2
+
+
+@pytest.mark.usefixtures("_broken")
+@pytest.mark.parametrize("edit", ["scores", "queries", "both"])
+def test_the_original_stands_by_what_is_edited_in_place(edit: str) -> None:
+    """Scores are the attention's own and are made again; queries are not, and are read as they are."""
+
+    def f(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = x * 1.0
+        if edit != "scores":
+            q *= 0.5
+        s = q @ k.mT
+        if edit != "queries":
+            s *= 0.25
+            s += 1.0
+        return s.softmax(-1) @ v + 0 * q
+
+    assert same(Fn(f), tensors(*3 * [(1, 4, 700, 32)]), policy=reattend.Policy()).fallbacks == 1
