@@ -40,7 +40,7 @@ def text(f: Form, m: Tiling, version: str) -> str:
     """The kernel's file. Raises PrintError where the body does not fit the attention or the machine."""
     if m.tile_p % ROWS or m.tile_m % COLUMNS:
         raise PrintError(f"tiles of {m.tile_p} × {m.tile_m}: the fused body takes multiples of {ROWS} × {COLUMNS}")
-    if f.real != "f32":
+    if any(t.dtype == "f64" for t in f.cascade.tensors):
         raise PrintError("an input or the output is float64; the fused body computes in float32")
     try:
         native.compiler()

@@ -23,7 +23,7 @@ from ..files.torch_file import (
 )
 from ..forms.form import Form, Softmax, rows_keep_a_key
 from ..skeletons import cpu as loops
-from ..text.print_torch import Body, literal
+from ..text.print_torch import Body, PrintError, is_number, literal
 from ..text.tile_terms import relative_parts
 
 # The body that cuts a causal triangle into slices as well, instead of leaving it to torch's own causal mode.
@@ -34,6 +34,9 @@ LARGEST = 3.4028234663852886e38
 def text(f: Form, s: Softmax, m: Tiling, version: str) -> str:
     """The kernel's file."""
     p = Printer(f)
+    read = [t.dtype for t in (s.product.near, s.product.far, f.values) if t.op == "load"]
+    if s.score.added is not None and f.real == "f64" and len(read) == 3 and "f64" not in read:
+        raise PrintError("what the scores get added is computed in float64, which torch's kernel takes beside float64 only")
     near = relative_parts(s.score.added, f.attention.query, f.attention.key) if s.score.added is not None else ()
     shared = near == (s.score.added,)
     functions = _functions(p, s, near, shared)
@@ -53,7 +56,7 @@ def _functions(p: Printer, s: Softmax, near: Sequence[Expr], shared: bool) -> li
     functions = relatives(p, near)
     if s.score.added is not None and not shared:
         cuts = {part: name for part, (name, _) in zip(near, near_names(near))}
-        functions.append(p.function("bias", "What the scores get added.", [s.score.added], named=cuts))
+        functions.append(_bias(p, s.score.added, cuts))
     if s.chosen:
         load = ex.load(s.product.name, a.products[0].out.index, a.cascade.tensor[s.product.name].dtype)
         outside = s.product.outside
@@ -64,6 +67,15 @@ def _functions(p: Printer, s: Softmax, near: Sequence[Expr], shared: bool) -> li
         doc = f"The end of a row: `o` is SDPA's output, `lse` its log-sum-exp over {p.ranks[a.key]}."
         functions.append(p.function("end", doc, [s.ending.finish], ("o", "lse"), named=leaves))
     return functions
+
+
+def _bias(p: Printer, added: Expr, cuts: Mapping[Expr, str]) -> Function:
+    doc = "What the scores get added."
+    if not is_number(added):
+        return p.function("bias", doc, [added], named=cuts)
+    body = Body(p.scope(cuts), [added])
+    text = body.real(added)
+    return p.define("bias", doc, [*body.lines, f"    return torch.full((1, 1), {text})"], (), body.scope)
 
 
 def _main(p: Printer, s: Softmax, pieces: _Pieces, plan: str) -> str:

@@ -20,7 +20,7 @@ from ...patterns.terms.conditions import conjuncts
 from ..files.tile_plan import without_causal
 from ..files.torch_file import Printer, common, common_type, operands, shared_alike
 from ..forms.form import Form, Softmax, form, rows_keep_a_key, softmax
-from ..text.print_torch import TYPES, Body, PrintError
+from ..text.print_torch import TYPES, Body, PrintError, is_number
 from .call import VendorCall, Whole, axes, file, function, result
 
 NAME = "sdpa"
@@ -118,7 +118,10 @@ def _as_it_is(f: Form, mask: Expr) -> bool:
 def _mask_lines(p: Printer, mask: Expr) -> list[str]:
     """Lines that make the mask, with four dimensions that broadcast and one element a key."""
     body = Whole.of(p, [mask], frozenset({mask} if _as_it_is(p.f, mask) else ()))
-    text = body.term(mask) if mask.dtype == "b1" else body.real(mask)
+    kind = "b1" if mask.dtype == "b1" else p.f.real
+    text = body.term(mask) if kind == "b1" else body.real(mask)
+    if is_number(mask, p.scope({}).numbers):
+        text = f"torch.full((1,), {text}, dtype={TYPES[kind]}, device=q.device)"
     lines = [*(x.strip() for x in body.lines), f"mask = {text}"]
     lead, key = p.f.heads.lead, p.f.attention.key
     n = max(4, len(lead) + 3)

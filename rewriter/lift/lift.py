@@ -10,6 +10,7 @@ A node that no rule covers, or whose data is written in place before it is read,
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ def dtype_of(n: fx.Node) -> str:
     return name
 
 
+# Python's arithmetic with floats, which is that of float64.
+_REAL: Mapping[object, str] = {
+    operator.pow: "pow", operator.truediv: "div", operator.mul: "mul", operator.add: "add", operator.sub: "sub",
+    operator.neg: "neg", math.sqrt: "sqrt", torch._sym_sqrt: "sqrt", torch.sym_float: "cast",
+}  # fmt: skip
 _REPEATS = frozenset(("expand", "expand_as", "broadcast_to"))
 
 
@@ -140,6 +146,9 @@ class Lifter:
                 return ex.symbol(n.name)
         if isinstance(value, (bool, int, float)):
             return ex.const(value)
+        if isinstance(value, torch.SymFloat) and n.op == "call_function" and n.target in _REAL:
+            args = tuple(ex.cast(self.arg(a, ()), "f64") for a in n.args)
+            return args[0] if n.target is torch.sym_float else ex.make(_REAL[n.target], args)
         tensor = n.args[0] if op_name(n) == "item" else None
         if isinstance(tensor, fx.Node):
             # a Python number that Dynamo passes as a tensor without dimensions

@@ -38,6 +38,7 @@ _MARK = "_reattend"
 _RECOMPILE_LIMIT = 64
 _FAILURES_ALLOWED = 2
 
+_numbers = itertools.count(1)
 _sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 _running = threading.local()
 # Threads in which a graph is being captured by us: fx's "a trace is running" is one flag for all threads.
@@ -156,8 +157,11 @@ def _frames_given_up(seen: Sequence[object]) -> list[str]:
 
 
 def _compile(path: str, backend: capture.Backend, dynamic: bool | None) -> Callable[..., Any]:
-    """A compiled `forward` with a code object of its own: Dynamo keeps graphs, and counts them, per code object."""
-    code = _forward.__code__.replace(co_name=f"reattend {path or 'model'}")
+    """A compiled `forward` with a code object of its own: Dynamo keeps graphs, and counts them, per code object.
+
+    Its name is its own as well: which sizes have changed Dynamo keeps by name, and another model's sizes say nothing here.
+    """
+    code = _forward.__code__.replace(co_name=f"reattend {path or 'model'} {next(_numbers)}")
     function = types.FunctionType(code, globals(), "forward")
     options: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -200,3 +201,85 @@ def test_the_original_stands_by_what_is_edited_in_place(edit: str) -> None:
         return s.softmax(-1) @ v + 0 * q
 
     assert same(Fn(f), tensors(*3 * [(1, 4, 700, 32)]), policy=reattend.Policy()).fallbacks == 1
+
+
+# --- scalars ------------------------------------------------------------------------------------------------------
+
+SPELLINGS = pytest.mark.parametrize(
+    "spell",
+    [
+        lambda q, k, v, t: (q @ k.mT * t).softmax(-1) @ v,
+        lambda q, k, v, t: (q @ k.mT / t).softmax(-1) @ v,
+        lambda q, k, v, t: ((q * t) @ k.mT + t).softmax(-1) @ v,
+    ],
+)
+
+
+def in_turn(model: nn.Module, inputs: list[tuple[Any, ...]], *, sites: int, grad: bool = False) -> None:
+    """One optimised model called with these inputs one after the other: right each time, so many graphs with a kernel."""
+    ours = reattend.optimize(copy.deepcopy(model), policy=FORCED)
+    for args in inputs:
+        exact = results(model, tuple(map(wide, args)), grad)
+        for got, want, true in zip(results(ours, args, grad), results(model, args, grad), exact, strict=True):
+            close(got, want, true)
+    report = reattend.report(ours)
+    assert [s.kernel != "original" for s in report.sites] == [True] * sites, [m.reason for m in report.misses]
+
+
+@TYPES
+@SPELLINGS
+def test_a_float_that_changes(spell: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    qkv = tensors(*3 * [(1, 4, 30, 16)], dtype=dtype)
+    in_turn(Fn(spell), [(*qkv, t) for t in (0.25, 0.5, 0.75)], sites=2)
+
+
+@SPELLINGS
+def test_a_float_that_changes_with_gradients(spell: Callable[..., Tensor]) -> None:
+    in_turn(Fn(spell), [(*tensors(*3 * [(1, 4, 30, 16)]), t) for t in (0.25, 0.5, 0.75)], sites=2, grad=True)
+
+
+@pytest.mark.parametrize("kernel", ["reattend", "sdpa"])
+def test_a_number_is_added_to_every_score(kernel: str) -> None:
+    policy = reattend.Policy(allow=(kernel,), deny=("original",))
+    same(Fn(lambda q, k, v: (q @ k.mT * 0.2 + 0.5).softmax(-1) @ v), tensors(*3 * [(1, 4, 300, 16)]), policy=policy)
+
+
+@TYPES
+@SPELLINGS
+def test_a_number_in_float64_as_a_tensor(spell: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    same(Fn(spell), (*tensors(*3 * [(1, 4, 300, 16)], dtype=dtype), torch.tensor(0.3, dtype=torch.float64)))
+
+
+def test_float64_that_is_compared_stays_float64() -> None:
+    """Numbers that float32 does not tell apart."""
+    at = torch.arange(30, dtype=torch.float64)
+    keep = Fn(lambda q, k, v, a, b: (q @ k.mT).masked_fill(a[:, None] < b, -INF).softmax(-1) @ v)
+    args = (*tensors(*3 * [(1, 4, 30, 16)]), 1 + at * 1e-12, 1 + at * 1e-12)
+    same(keep, args)
+    same(keep, args, policy=reattend.Policy(allow=("reattend",), deny=("original",)))
+
+
+@pytest.mark.parametrize("width", [64, 32])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_second_model_of_a_class_with_another_head_size(width: int, order: int) -> None:
+    for size in (width, 96 - width)[::order]:
+        same(Fn(attend), tensors(*3 * [(1, 4, 512, size)]), policy=reattend.Policy())
+
+
+@pytest.mark.parametrize("kernel", ["reattend", "sdpa"])
+@pytest.mark.parametrize(
+    "scale", [lambda e: e**-0.5, lambda e: 1 / e**0.5, lambda e: 1 / math.sqrt(e), lambda e: 2.0 * (e + 1) / -(e * 40)]
+)
+def test_a_head_size_that_changes(scale: Callable[[int], float], kernel: str) -> None:
+    model = Fn(lambda q, k, v: (q @ k.mT * scale(q.shape[-1])).softmax(-1) @ v)
+    ours = reattend.optimize(copy.deepcopy(model), policy=reattend.Policy(allow=(kernel,), deny=("original",)))
+    for size in (64, 32, 48):
+        args = tensors(*3 * [(1, 4, 30, size)])
+        close(ours(*args), model(*args), model(*map(wide, args)))
+    assert reattend.report(ours).kernels == {kernel: 3}
+
+
+@TYPES
+def test_a_head_size_that_changes_under_sdpa(dtype: torch.dtype) -> None:
+    model = Fn(lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    in_turn(model, [tensors(*3 * [(1, 4, 30, size)], dtype=dtype) for size in (64, 32, 48)], sites=2, grad=True)
