@@ -15,7 +15,17 @@ from ...patterns.expr import TRUE, Expr
 from ...patterns.mapping import Mapping as Tiling
 from ..files import cache, native
 from ..files.tile_plan import classes
-from ..files.torch_file import Function, Printer, common, entry, file, operands, parts, used_names  # fmt: skip
+from ..files.torch_file import (  # fmt: skip
+    Function,
+    Printer,
+    common,
+    entry,
+    file,
+    operands,
+    parts,
+    query_operand,
+    used_names,
+)
 from ..forms.base2 import Terms, in_base2
 from ..forms.form import Form, softmax
 from ..skeletons import cpu, cpu_fused
@@ -180,7 +190,7 @@ class _File:
         lines = []
         for i, (x, k) in enumerate(zip(f.products, far)):
             suffix = "" if len(far) == 1 else f"_{i}"
-            q = operands(p, a.query, x.near, x.over)[0]
+            q = query_operand(p, x.near, x.over)
             lines.append(f"q{suffix} = dense({q}{self._as(x.near)})")
             lines.append(f"k{suffix} = dense({_spread(k, group)}{self._as(x.far)})")
         lines.append(f"v = dense({_spread(values, group)}{self._as(f.values)})")

@@ -18,6 +18,7 @@ from ..files.torch_file import (
     make_near,
     near_names,
     operands,
+    query_operand,
     relatives,
     shared_alike,
 )
@@ -81,7 +82,7 @@ def _bias(p: Printer, added: Expr, cuts: Mapping[Expr, str]) -> Function:
 def _main(p: Printer, s: Softmax, pieces: _Pieces, plan: str) -> str:
     """`attention`, which puts everything together."""
     f, a, n = p.f, p.f.attention, p.names
-    q, _ = operands(p, a.query, s.product.near, s.product.over)
+    q = query_operand(p, s.product.near, s.product.over)
     k, v = shared_alike(p, operands(p, a.key, s.product.far, s.product.over), operands(p, a.key, f.values, (a.value,)))
     setup = [f"q, k, v = {common_type(p, (s.product.near, s.product.far, f.values), (q, k, v))}"]
     queries, keys = n.rank(a.query), n.rank(a.key)

@@ -18,7 +18,7 @@ from ...patterns.cascade import Cascade, bind
 from ...patterns.expr import TRUE, Expr
 from ...patterns.terms.conditions import conjuncts
 from ..files.tile_plan import without_causal
-from ..files.torch_file import Printer, common, common_type, operands, shared_alike
+from ..files.torch_file import Printer, common, common_type, operands, query_operand, shared_alike
 from ..forms.form import Form, Softmax, form, rows_keep_a_key, softmax
 from ..text.print_torch import TYPES, Body, PrintError, is_number
 from .call import VendorCall, Whole, axes, file, function, result
@@ -80,7 +80,7 @@ def _causal(f: Form, p: Printer, mask: Expr | None) -> bool:
 def _call(f: Form, s: Softmax, mask: Expr | None) -> VendorCall:
     p = Printer(f, cached=False)
     a = f.attention
-    q, _ = operands(p, a.query, s.product.near, s.product.over)
+    q = query_operand(p, s.product.near, s.product.over)
     k_given, v_given = operands(p, a.key, s.product.far, s.product.over), operands(p, a.key, f.values, (a.value,))
     k, v = shared_alike(p, k_given, v_given)
     grouped = k_given[1] == v_given[1] != 1 and bool(f.heads.head)

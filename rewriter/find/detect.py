@@ -301,7 +301,10 @@ def _with_query(c: Cascade) -> Cascade:
 
 
 def _weights_are_parameters(view: recognise.Attention) -> str:
-    """Keys and values that no batch rank reaches are weights: a feed-forward or a router, not attention."""
+    """Keys and values without any place for a batch are weights: a feed-forward or a router, not attention.
+
+    A dimension of size 1 is such a place: one sequence, or one head for all.
+    """
     batch = set(view.batch)
     query_side: set[str] = set()
     key_side: set[str] = set()
@@ -309,7 +312,8 @@ def _weights_are_parameters(view: recognise.Attention) -> str:
         for load in ex.loads(e.body):
             (key_side if view.key in load.ranks else query_side).update(load.ranks & batch)
     key_side |= view.values.ranks & batch
-    if query_side and not key_side:
+    keyed = [x for t in (*(e.body for e in view.products), view.values) for x in ex.loads(t) if view.key in x.ranks]
+    if query_side and not key_side and not any(i.is_const for x in keyed for i in x.args):
         return "keys and values are shared by every batch element: weights, not tokens"
     return ""
 

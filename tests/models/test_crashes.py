@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reattend
@@ -283,3 +284,93 @@ def test_a_head_size_that_changes(scale: Callable[[int], float], kernel: str) ->
 def test_a_head_size_that_changes_under_sdpa(dtype: torch.dtype) -> None:
     model = Fn(lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
     in_turn(model, [tensors(*3 * [(1, 4, 30, size)], dtype=dtype) for size in (64, 32, 48)], sites=2, grad=True)
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------
+
+KERNELS = pytest.mark.parametrize("kernel", ["reattend", "sdpa"])
+
+
+def only(kernel: str) -> reattend.Policy:
+    return reattend.Policy(allow=(kernel,), deny=("original",))
+
+
+@KERNELS
+@TYPES
+@pytest.mark.parametrize("heads", [1, 8])
+def test_one_key_head_at_batch_one(kernel: str, dtype: torch.dtype, heads: int) -> None:
+    model = Fn(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    shapes = (1, heads, 256, 64), (1, 1, 256, 64), (1, 1, 256, 64)
+    same(model, tensors(*shapes, dtype=dtype), policy=only(kernel))
+
+
+def test_one_key_head_at_batch_one_with_gradients() -> None:
+    same(Fn(lambda q, k, v: attend(q, k, v)), tensors((1, 8, 40, 16), (1, 1, 40, 16), (1, 1, 40, 16)), grad=True)
+
+
+@TYPES
+def test_an_absorbed_latent_at_batch_one(dtype: torch.dtype) -> None:
+    def f(q: Tensor, r: Tensor, c: Tensor, k: Tensor) -> Tensor:
+        s = (torch.einsum("bshc,btc->bsht", q, c) + torch.einsum("bshr,btr->bsht", r, k)) * 0.1
+        s = s + torch.full((s.shape[1], s.shape[3]), -INF).triu(1)[:, None]
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1).to(c.dtype), c)
+
+    args = tensors((1, 256, 4, 64), (1, 256, 4, 16), (1, 256, 64), (1, 256, 16), dtype=dtype)
+    same(Fn(f), args, policy=only("reattend"))
+
+
+@KERNELS
+@TYPES
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("keys", [24, 128])
+def test_a_batch_with_padding(kernel: str, dtype: torch.dtype, batch: int, keys: int) -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        return (q @ k.mT * 0.125).masked_fill(~p[:, None, None], -INF).softmax(-1) @ v
+
+    pad = torch.arange(keys).expand(batch, keys) < torch.tensor([[17], [20]][:batch])
+    same(Fn(f), (*tensors((batch, 4, 128, 64), *2 * [(batch, 4, keys, 64)], dtype=dtype), pad), policy=only(kernel))
+
+
+def test_a_batch_of_one_with_padding_where_rows_may_be_empty() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        return (q @ k.mT * 0.125).masked_fill(~p[:, None, None], -INF).softmax(-1).nan_to_num(0.0) @ v
+
+    for length in (90, 0):
+        same(Fn(f), (*tensors(*3 * [(1, 4, 128, 64)]), torch.arange(128).expand(1, 128) < length))
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("q", "k", "m"),
+    [
+        ((2, 4, 1, 64), (2, 4, 16, 64), (1, 1, 16, 16)), ((2, 1, 40, 64), (2, 1, 40, 64), (1, 8, 40, 40)),
+        ((1, 4, 1, 64), (2, 4, 300, 64), (300, 300)), ((2, 1, 1, 16), (2, 1, 48, 16), (1, 8, 24, 48)),
+    ],
+)  # fmt: skip
+def test_a_mask_for_more_than_there_is(
+    kernel: str, dtype: torch.dtype, q: tuple[int, ...], k: tuple[int, ...], m: tuple[int, ...]
+) -> None:
+    """One query, or one head, that the mask repeats."""
+    same(Fn(lambda q, k, v, m: (q @ k.mT * 0.125 + m).softmax(-1) @ v), tensors(q, k, k, m, dtype=dtype),
+         policy=only(kernel))  # fmt: skip
+
+
+class Learned(nn.Module):
+    """Queries that no batch and no head reaches."""
+
+    def __init__(self, queries: int) -> None:
+        super().__init__()
+        self.q = nn.Parameter(torch.randn(queries, 32), requires_grad=False)
+
+    def forward(self, k: Tensor, v: Tensor) -> Tensor:
+        p, m = torch.arange(self.q.shape[0])[:, None], torch.arange(k.shape[-2])[None]
+        out: Tensor = (self.q @ k.mT * 0.2).masked_fill((m > p) | (m <= p - 32), -INF).softmax(-1) @ v
+        return out
+
+
+@KERNELS
+@TYPES
+@pytest.mark.parametrize("shape", [(2, 4, 256, 32), (4, 256, 32), (1, 1, 256, 32), (2, 2, 3, 64, 32)])
+def test_learned_queries_that_no_head_reaches(kernel: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    same(Learned(shape[-2]).to(dtype), tensors(shape, shape, dtype=dtype), policy=only(kernel))
