@@ -25,6 +25,7 @@ from .weights import PARAMETER
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+_ENTERS = "_increment_nesting"
 _DETACHING = ("aten::detach", "aten::detach_", "aten::lift_fresh_copy")
 NO_NAMES: Mapping[int, str] = MappingProxyType({})
 _ROOTS = ("L['self'].", "L['self']", "L['model'].", "L['model']", "L__self___")
@@ -56,6 +57,8 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     Raises CaptureError.
     """
     start = time.perf_counter()
+    if transform := _transforms(gm):
+        raise CaptureError(f"a function is transformed inside it ({transform}): its values are no tensors of the graph")
     context = TracingContext.try_get()
     if context is None or context.fake_mode is None:
         raise CaptureError("the graph does not come from Dynamo: it has no fake mode")
@@ -74,6 +77,9 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     with mode:
         flat = [fake(x) for x in (*inputs, *held.values())]
     graph = _trace(gm, flat, len(inputs), attributes, mode)
+    baked = [n.target for n in graph.graph.nodes if n.op == "get_attr" and _has_no_value(attribute(graph, str(n.target)))]
+    if baked:
+        raise CaptureError(f"{len(baked)} values of it are known while it is traced only: an operator there is not recorded")
     _bind_attributes(
         graph, len(inputs), {str(n.target): v for n, v in held.items()}, [str(n.target) for n in attributes]
     )
@@ -85,6 +91,18 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
             node.meta[PARAMETER] = True
     finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names))
     return Captured(graph, "dynamo", time.perf_counter() - start)
+
+
+def _transforms(gm: fx.GraphModule) -> str:
+    """The transform of functions (vmap, grad, jvp) that a graph of Dynamo's enters; empty where it enters none."""
+    entered = (str(getattr(n.target, "__name__", "")) for n in gm.graph.nodes if n.op == "call_function")
+    return next((name.strip("_").removesuffix(_ENTERS) for name in entered if name.endswith(_ENTERS)), "")
+
+
+def _has_no_value(x: object) -> bool:
+    return isinstance(x, Tensor) and (
+        isinstance(x, torch._subclasses.FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def _trace(

@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.associative_scan import associative_scan
+from torch.nn.attention.flex_attention import flex_attention
 
 import reattend
+from reattend.rewriter.capture import capture
 from reattend.rewriter.run.report import Report
 from reattend.rewriter.splice import guards
 
@@ -374,3 +377,85 @@ class Learned(nn.Module):
 @pytest.mark.parametrize("shape", [(2, 4, 256, 32), (4, 256, 32), (1, 1, 256, 32), (2, 2, 3, 64, 32)])
 def test_learned_queries_that_no_head_reaches(kernel: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     same(Learned(shape[-2]).to(dtype), tensors(shape, shape, dtype=dtype), policy=only(kernel))
+
+
+# --- whole graphs -------------------------------------------------------------------------------------------------
+
+
+@KERNELS
+@TYPES
+@pytest.mark.parametrize("one", [False, True])
+def test_queries_that_are_the_keys(kernel: str, dtype: torch.dtype, one: bool) -> None:
+    shapes = [(2, 4, 256, 64)] * (1 if one else 2)
+    model = Fn(lambda x, v=None: (x @ x.mT * 0.1).softmax(-1) @ (x if v is None else v))
+    same(model, tensors(*shapes, dtype=dtype), policy=only(kernel))
+
+
+def test_queries_that_are_the_keys_with_gradients() -> None:
+    same(Fn(lambda x, v: (x @ x.mT * 0.3).softmax(-1) @ v), tensors(*2 * [(2, 4, 40, 16)]), grad=True)
+
+
+@KERNELS
+@TYPES
+@pytest.mark.parametrize("ends", [(0, 1), (1, 0), (2, 3)])
+@pytest.mark.parametrize("fill", [0.0, -1e4])
+def test_a_bias_padded_by_keys(kernel: str, dtype: torch.dtype, ends: tuple[int, int], fill: float) -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        m = F.pad(m[..., : 64 - sum(ends)], ends, value=fill)
+        return (q @ k.mT * 0.3 + m).softmax(-1) @ v
+
+    same(Fn(f), tensors(*3 * [(2, 4, 64, 16)], (64, 64), dtype=dtype), policy=only(kernel))
+
+
+def test_a_bias_padded_by_keys_with_gradients() -> None:
+    model = Fn(lambda q, k, v, m: (q @ k.mT * 0.3 + F.pad(m[..., :-1], (0, 1))).softmax(-1) @ v)
+    same(model, tensors(*3 * [(2, 4, 64, 16)], (64, 64)), grad=True)
+
+
+@KERNELS
+@TYPES
+def test_a_bias_on_the_keys_joined_from_pieces(kernel: str, dtype: torch.dtype) -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        ends = torch.cat([torch.zeros(260), torch.full((1,), 6.6)]).to(q.dtype)
+        return (q @ k.mT * 0.125 + ends + torch.cat([left, right], -1)).softmax(-1) @ v
+
+    same(Fn(f), tensors((1, 4, 16, 64), *2 * [(1, 4, 261, 64)], (16, 200), (16, 61), dtype=dtype), policy=only(kernel))
+
+
+def test_scores_from_two_places_are_left_alone_or_right() -> None:
+    """Each product knows a part of the keys only."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+        return (torch.cat([q @ k.mT, q @ other.mT], -1) * 0.3).softmax(-1) @ torch.cat([v, other], -2)
+
+    for keys, sites in ((40, 0), (1, 1)):
+        shapes = [(2, 4, 64, 16)] * 3
+        same(Fn(f), tensors(*shapes, (2, 4, keys, 16)), policy=only("reattend"), sites=sites)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda q, k, v: torch.vmap(attend)(q, k, v) + 0,
+        lambda q, k, v: torch.func.grad(lambda x: attend(x, k, v).sum())(q),
+        lambda q, k, v: flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: torch.where(i >= j, s, -INF)),
+        lambda q, k, v: associative_scan(torch.add, attend(q, k, v), 0, combine_mode="generic"),
+    ],
+)
+def test_a_model_that_transforms_functions_runs_as_it_is(f: Callable[..., Tensor]) -> None:
+    args = tensors(*3 * [(2, 4, 32, 16)])
+    ours = reattend.optimize(Fn(f))
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(ours(*args), f(*args))
+    (piece,) = reattend.report(ours).pieces
+    assert "a function is transformed inside it" in piece.error
+
+
+def test_values_that_are_known_while_tracing_only_are_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other operator is not recorded."""
+    monkeypatch.setattr(capture, "_transforms", lambda gm: "")
+    args = tensors(*3 * [(2, 4, 32, 16)])
+    ours = reattend.optimize(Fn(lambda q, k, v: torch.vmap(attend)(q, k, v) + 0))
+    torch.testing.assert_close(ours(*args), attend(*args))
+    assert "known while it is traced only" in reattend.report(ours).pieces[0].error
