@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
 
 import reattend
 from reattend.rewriter.capture import capture
 from reattend.rewriter.run.report import Report
+from reattend.rewriter.run.session import session_of
 from reattend.rewriter.splice import guards
 
 INF = float("inf")
@@ -459,3 +463,135 @@ def test_values_that_are_known_while_tracing_only_are_no_graph(monkeypatch: pyte
     ours = reattend.optimize(Fn(lambda q, k, v: torch.vmap(attend)(q, k, v) + 0))
     torch.testing.assert_close(ours(*args), attend(*args))
     assert "known while it is traced only" in reattend.report(ours).pieces[0].error
+
+
+# --- other people's contexts --------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192), nn.Sequential(nn.Linear(64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 16).permute(2, 0, 3, 1, 4)
+        out: Tensor = x + self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["sdpa", "original"])
+@pytest.mark.parametrize("preserve", [True, False])
+def test_a_checkpoint_around_a_block(dtype: torch.dtype, kernel: str, preserve: bool) -> None:
+    """The first call, in which the block is captured, runs under the checkpoint's hooks on saved tensors."""
+    block = Block().train().to(dtype)
+    ours = reattend.optimize(copy.deepcopy(block), policy=reattend.Policy(allow=(kernel,)))
+    x = torch.randn(2, 30, 64).to(dtype).requires_grad_()
+    for _ in range(2):
+        outs = checkpoint(ours, x, use_reentrant=False, preserve_rng_state=preserve), block(x)
+        got, want = (torch.autograd.grad(out.float().square().sum(), x)[0] for out in outs)
+        assert rms(got, want) < (1e-5 if dtype is torch.float32 else 2e-2)
+
+
+def saved_by(model: nn.Module) -> int:
+    """How many tensors a call shows to the caller's hooks."""
+    seen: list[Tensor] = []
+
+    def note(t: Tensor) -> Tensor:
+        seen.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(torch.randn(2, 30, 64))
+    return len(seen)
+
+
+@pytest.mark.parametrize("kernel", ["original", "sdpa"])
+def test_every_call_saves_the_same_tensors(kernel: str) -> None:
+    """The first, which captures, the second, which is timed, and others."""
+    model = reattend.optimize(Block().train(), policy=reattend.Policy(allow=(kernel,)))
+    assert len({saved_by(model) for _ in range(4)}) == 1
+
+
+@pytest.mark.parametrize("where", ["", "qkv", "out", "out.0"])
+def test_hooks_that_come_and_go_after_the_first_call(where: str) -> None:
+    model, (x,) = Block(), tensors((2, 30, 64))
+    before = torch._dynamo.config.skip_nnmodule_hook_guards
+    with torch.no_grad():
+        reattend.optimize(model, policy=FORCED)(x)
+        plain = model(x)
+        at = model.get_submodule(where)
+        for handle in (
+            at.register_forward_hook(lambda m, i, o: o * 0.5), at.register_forward_pre_hook(lambda m, i: (i[0] + 1,)),
+            at.register_forward_hook(lambda m, i, k, o: o - 1, with_kwargs=True),
+        ):  # fmt: skip
+            torch.testing.assert_close(model(x), model._call_impl(x))  # type: ignore[no-untyped-call]
+            assert not torch.equal(model(x), plain)
+            handle.remove()
+        torch.testing.assert_close(model(x), plain)
+    assert torch._dynamo.config.skip_nnmodule_hook_guards == before
+
+
+# --- lifetime -----------------------------------------------------------------------------------------------------
+
+USES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "called": lambda m, x: m(x),
+    "trained": lambda m, x: m(x).sum().backward(),
+    "reported": lambda m, x: (m(x), str(reattend.report(m))),
+    "planned": lambda m, x: (m(x), reattend.plan(m, x)),
+    "verified": lambda m, x: (m(x), reattend.verify(m, x)),
+    "twice": lambda m, x: (m(x), reattend.optimize(m, policy=reattend.Policy(deny=("sdpa",)))(x)),
+    "restored": lambda m, x: (m(x), reattend.restore(m)),
+    "hooked": lambda m, x: (m(x), m.register_forward_hook(lambda m, i, o: o), m(x)),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_deleted_model_is_freed(use: str) -> None:
+    model = nn.Sequential(Block(), Block())
+    reattend.optimize(model)
+    USES[use](model, torch.randn(2, 300, 64))
+    alive, session = weakref.ref(model), weakref.ref(session_of(model) or model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert session() is None
+
+
+def test_restore_leaves_nothing_behind() -> None:
+    model, x = nn.Sequential(Block(), Block()), torch.randn(2, 300, 64)
+    state = {path: dict(m.__dict__) for path, m in model.named_modules()}
+    reattend.optimize(model)(x)
+    session = weakref.ref(session_of(model))
+    reattend.restore(model)
+    gc.collect()
+    assert session() is None
+    assert {path: dict(m.__dict__) for path, m in model.named_modules()} == state
+
+
+@pytest.mark.parametrize("first", ["model", "part"])
+@pytest.mark.parametrize("last", ["model", "part"])
+def test_a_model_and_its_part_are_optimised_and_restored_in_any_order(first: str, last: str) -> None:
+    whole = nn.ModuleDict({"part": Block()})
+    whole.forward = lambda x: whole["part"](x)  # type: ignore[method-assign]
+    named: dict[str, nn.Module] = {"model": whole, "part": whole["part"]}
+    x = torch.randn(2, 30, 64)
+    second, other = ({"model", "part"} - {name} for name in (first, last))
+    for name in (first, *second):
+        reattend.optimize(named[name])(x)
+    for name in (*other, last):
+        reattend.restore(named[name])
+        assert session_of(named[name]) is None
+        calls = {n: reattend.report(m).calls for n, m in named.items() if session_of(m)}
+        assert set(calls) == ({last} if name != last else set())
+    assert all(m._compiled_call_impl is None for m in whole.modules())
+
+
+def test_planning_and_verifying_leave_a_session_where_it_was() -> None:
+    model, x = nn.Sequential(Block(), Block()), torch.randn(2, 30, 64)
+    reattend.optimize(model)(x)
+    session = session_of(model)
+    reattend.plan(model, x)
+    reattend.verify(model, x)
+    assert session_of(model) is session
+    assert reattend.report(model).calls == 1
