@@ -573,7 +573,7 @@ def test_restore_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize("last", ["model", "part"])
 def test_a_model_and_its_part_are_optimised_and_restored_in_any_order(first: str, last: str) -> None:
     whole = nn.ModuleDict({"part": Block()})
-    whole.forward = lambda x: whole["part"](x)  # type: ignore[method-assign]
+    whole.forward = lambda x: whole["part"](x)
     named: dict[str, nn.Module] = {"model": whole, "part": whole["part"]}
     x = torch.randn(2, 30, 64)
     second, other = ({"model", "part"} - {name} for name in (first, last))
@@ -595,3 +595,30 @@ def test_planning_and_verifying_leave_a_session_where_it_was() -> None:
     reattend.verify(model, x)
     assert session_of(model) is session
     assert reattend.report(model).calls == 1
+
+
+# --- long chains --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [40, 300])
+def test_a_bias_made_by_many_operators(steps: int) -> None:
+    """Read where the model has computed it: no term is as deep, or as long, as what makes it."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        for i in range(steps):
+            b = torch.where(b > i, b * 1.01, b - 0.01)
+        return (b + q @ k.mT * 0.35).softmax(-1) @ v
+
+    same(Fn(f), tensors(*3 * [(2, 4, 16, 8)], (4, 16, 16)))
+
+
+def test_a_recurrence_that_is_unrolled_before_an_attention() -> None:
+    def f(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        h, out = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            h = h * a[:, t].sigmoid() + b[:, t] * x[:, t]
+            out.append(h.tanh())
+        y = torch.stack(out, 1)
+        return attend(y, y, y)
+
+    same(Fn(f), tensors(*3 * [(2, 96, 16)]))
