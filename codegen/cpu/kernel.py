@@ -32,13 +32,17 @@ from . import sdpa as cpu_sdpa
 
 @dataclass(frozen=True)
 class Kernel:
-    """A printed kernel: the file's text, and a call that runs exactly that text."""
+    """A printed kernel: the file's text, and a call that runs exactly that text.
+
+    `compiled` compiles what the first call would; either raises `compiler_error` where the compiler fails.
+    """
 
     source: str
     inputs: tuple[str, ...]
     sizes: tuple[str, ...]
     entry: Callable[..., Tensor]
     compiled: Callable[[], object] | None = None
+    compiler_error: type[Exception] | None = None
 
     def run(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
         """The cascade's output, from its inputs by name and the sizes that no input has as a dimension."""
@@ -104,5 +108,7 @@ def build(c: Cascade, mapping: Tiling) -> Kernel | Refusal:
     except PrintError as no:
         return Refusal(f"{NAME} {mapping.body}", str(no))
     made = cache.load(source)
-    compiled = partial(made.compiled, made.SOURCE) if mapping.body == "fused" else None
-    return Kernel(source, tuple(t.name for t in c.inputs), loose(c), made.attention, compiled)
+    inputs = tuple(t.name for t in c.inputs)
+    if mapping.body != "fused":
+        return Kernel(source, inputs, loose(c), made.attention)
+    return Kernel(source, inputs, loose(c), made.attention, partial(made.compiled, made.SOURCE), made.CompilerError)
