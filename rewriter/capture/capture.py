@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as traceback
+from torch._dynamo.exc import RestartAnalysis
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -120,6 +121,8 @@ def _trace(
         # Grad mode switches inside the graph act on this thread while it is traced.
         with mode, torch.set_grad_enabled(torch.is_grad_enabled()):
             return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*flat)
+    except RestartAnalysis:
+        raise
     except Exception as error:
         # Whatever operator has no pre-dispatch form: the caller runs the graph as it came and reports this sentence.
         raise CaptureError(f"{type(error).__name__}: {first_line(error)}") from error

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis, TorchDynamoException
 from torch._dynamo.utils import get_compilation_metrics
 
 from ...cost_model.devices.device import Device
@@ -306,7 +306,8 @@ class Session:
             run = _runnable(captured.graph, inputs, self.inductor)
         except capture.CaptureError as no:
             piece.error = f"the graph could not be captured: {no}"
-        except StrictError:
+        except (StrictError, RestartAnalysis):
+            # the user's wish, and Dynamo's own way to begin again
             raise
         except Exception as error:
             # A defect here must not reach the user's model: the graph runs as it came, and the report says so.
@@ -356,7 +357,7 @@ def _marked() -> Iterator[None]:
 @contextmanager
 def _own_saved_tensors() -> Iterator[None]:
     """What tracing saves for a backward pass is not shown to the caller's hooks: checkpoints count what they are shown."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         yield
         return
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
 import reattend
 from reattend.rewriter.capture import capture
@@ -157,6 +158,30 @@ def test_a_failed_rewrite_leaves_the_model_as_it_was(
     with pytest.warns(UserWarning, match="the rewrite failed, the graph runs as written: ZeroDivisionError: a defect"):
         assert torch.equal(stack(x), expected)
     assert "a defect" in str(reattend.report(stack))
+
+
+@pytest.mark.parametrize("where", ["capture", "rewrite"])
+def test_dynamo_begins_again_where_it_asks_to(
+    stack: nn.Module, x: Tensor, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its request is no failure of ours, whatever is running when it comes."""
+    owner, name = (capture, "make_fx") if where == "capture" else (choose, "rewrite")
+    whole, asked = getattr(owner, name), list[int]()
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 1:
+            raise TensorifyScalarRestartAnalysis
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, once)
+    with torch.no_grad():
+        expected = stack(x)
+        close(reattend.optimize(stack)(x), expected)
+    report = reattend.report(stack)
+    assert len(asked) == 2
+    assert [p.error for p in report.pieces] == [""]
+    assert len(report.sites) == 2
 
 
 STAGES: dict[str, tuple[Any, str]] = {
