@@ -97,7 +97,7 @@ def _bind(p: Program, device: str) -> Runner:
         known = dict(zip(loose, sizes))
         try:
             out = current.entry(*tensors, **known)
-        except current.compiler_error or () as no:
+        except current.failures as no:
             current = _uncompiled(p, tensors, known, no)
             out = current.entry(*tensors, **known)
         return out if _laid_out(out, order) else allocate(p, tensors, sizes).copy_(out)

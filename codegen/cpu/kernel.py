@@ -34,7 +34,7 @@ from . import sdpa as cpu_sdpa
 class Kernel:
     """A printed kernel: the file's text, and a call that runs exactly that text.
 
-    `compiled` compiles what the first call would; either raises `compiler_error` where the compiler fails.
+    `compiled` compiles what the first call would; either raises one of `failures` where the compiler fails.
     """
 
     source: str
@@ -42,7 +42,7 @@ class Kernel:
     sizes: tuple[str, ...]
     entry: Callable[..., Tensor]
     compiled: Callable[[], object] | None = None
-    compiler_error: type[Exception] | None = None
+    failures: tuple[type[Exception], ...] = ()
 
     def run(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
         """The cascade's output, from its inputs by name and the sizes that no input has as a dimension."""
@@ -111,4 +111,5 @@ def build(c: Cascade, mapping: Tiling) -> Kernel | Refusal:
     inputs = tuple(t.name for t in c.inputs)
     if mapping.body != "fused":
         return Kernel(source, inputs, loose(c), made.attention)
-    return Kernel(source, inputs, loose(c), made.attention, partial(made.compiled, made.SOURCE), made.CompilerError)
+    compiled = partial(made.compiled, made.SOURCE)
+    return Kernel(source, inputs, loose(c), made.attention, compiled, (made.CompilerError,))

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as traceback
-from torch._dynamo.exc import RestartAnalysis
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import RestartAnalysis
 from torch._guards import TracingContext
 from torch.fx.experimental.proxy_tensor import make_fx
 
