@@ -17,7 +17,16 @@ from ...patterns.cascade import Cascade
 from ...patterns.expr import TRUE, Expr
 from ...patterns.verdict import Obstacle, Refusal
 from ..files.tile_plan import tile_lines
-from ..files.torch_file import Printer, common, common_type, indented, operands, shared_alike, used_names
+from ..files.torch_file import (
+    Printer,
+    common,
+    common_type,
+    indented,
+    operands,
+    query_operand,
+    shared_alike,
+    used_names,
+)
 from ..forms.form import Form, form, rows_keep_a_key
 from ..forms.operands import element_type
 from ..forms.scaled import Ending, ending
@@ -96,7 +105,7 @@ class _Flex:
     def call(self) -> VendorCall:
         f, p, a = self.f, self.p, self.f.attention
         (product,) = f.products
-        q, _ = operands(p, a.query, product.near, product.over)
+        q = query_operand(p, product.near, product.over)
         k_given, v_given = operands(p, a.key, product.far, product.over), operands(p, a.key, f.values, (a.value,))
         k, v = shared_alike(p, k_given, v_given)
         grouped = k_given[1] == v_given[1] != 1 and bool(f.heads.head)

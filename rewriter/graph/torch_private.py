@@ -190,6 +190,14 @@ CHECKPOINT_KEY = Part(
     "GraphModule.meta['_checkpoint_context_fn']", "tracing a checkpointed region", "2.2",
     "a graph with such a region is not captured",
 )
+NESTING = Part(
+    "functions of torch._functorch that end in _increment_nesting", "where a graph transforms a function", "2.5",
+    "such a graph is told by the values that its capture leaves only",
+)
+WRAPPED = Part(
+    "torch._C._functorch:is_functorch_wrapped_tensor", "values inside a transform of functions", "2.5",
+    "no graph can be captured",
+)
 BUFFER_HOOKS = Part(
     "torch.nn.modules.module:_global_buffer_registration_hooks", "a hook that a failed export leaves", "2.2",
     "no whole graph can be exported",
@@ -202,6 +210,7 @@ PARTIAL = Part(
     "partial_fx_graph of export's errors", "the graph so far, beside an error", "2.8", "it is printed"
 )
 
+_ENTERS = "_increment_nesting"
 LOGS = ("torch._subclasses.fake_tensor", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -227,6 +236,17 @@ def dynamo_fakes() -> tuple[FakeTensorMode, Callable[[object], object]] | None:
         return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
 
     return mode, fake
+
+
+def transform(gm: fx.GraphModule) -> str:
+    """The transform of functions (vmap, grad, jvp) that a graph of Dynamo's enters; empty where it enters none."""
+    entered = (str(getattr(n.target, "__name__", "")) for n in gm.graph.nodes if n.op == "call_function")
+    return next((name.strip("_").removesuffix(_ENTERS) for name in entered if name.endswith(_ENTERS)), "")
+
+
+def has_no_value(x: object) -> bool:
+    """Is this a tensor that stands for data only while something is traced or transformed?"""
+    return isinstance(x, Tensor) and (isinstance(x, FakeTensor) or WRAPPED.found()(x))
 
 
 def compiled_locals() -> Mapping[str, object]:
@@ -286,6 +306,18 @@ DYNAMO_ERROR = Part(
 BACKEND_ERROR = Part(
     "torch._dynamo.exc:BackendCompilerFailed", "what a backend raised", "2.2", "where a backend fails, the call fails"
 )
+RESTART = Part(
+    "torch._dynamo.exc:RestartAnalysis", "Dynamo's requests to begin again", "2.11",
+    "a graph that Dynamo would begin again with runs as written",
+)
+HOOK_GUARDS = Part(
+    "torch._dynamo.config:skip_nnmodule_hook_guards", "noticing module hooks that are registered later", "2.2",
+    "no model can be optimised",
+)
+SAVED_HOOKS = Part(
+    "torch._C._autograd:_saved_tensors_hooks_is_enabled", "keeping a capture from the caller's saved tensor hooks", "2.2",
+    "no model can be optimised",
+)
 METRICS = Part(
     "torch._dynamo.utils:get_compilation_metrics", "functions that Dynamo gives up", "2.5", "the report does not name them"
 )
@@ -298,7 +330,7 @@ COMPILE_ID = Part(
 WRAPPER = Part(
     "torch._dynamo:OptimizedModule", "refusing what torch.compile returned", "2.2", "it is optimised like a model"
 )
-_EACH_CALL = (CALL_HOOK, OWN_CALL, FX_TRACING, FUNCTORCH, DISPATCH, FORWARD)
+_EACH_CALL = (CALL_HOOK, OWN_CALL, FX_TRACING, FUNCTORCH, DISPATCH, FORWARD, HOOK_GUARDS, SAVED_HOOKS)
 
 
 def check_calls() -> None:
@@ -313,8 +345,11 @@ def call_hook(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def set_call_hook(module: nn.Module, hook: Callable[..., Any] | None) -> None:
-    """Let the calls of a module go to `hook`, as `Module.compile` does it."""
-    module._compiled_call_impl = hook
+    """Let the calls of a module go to `hook`, as `Module.compile` does it; None: to the module itself, as at first."""
+    if hook is None:
+        module.__dict__.pop("_compiled_call_impl", None)
+    else:
+        module._compiled_call_impl = hook
 
 
 def own_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -362,6 +397,27 @@ def dynamo_errors() -> type[Exception]:
 def raised_by_backend(error: Exception) -> Exception | None:
     """What a backend raised, where Dynamo wraps it."""
     return error.inner_exception if isinstance(error, BACKEND_ERROR.found()) else None
+
+
+def restarts() -> tuple[type[BaseException], ...]:
+    """What is raised where Dynamo wants to compile a function again from its beginning."""
+    try:
+        return (RESTART.found(),)
+    except TorchChanged:
+        return ()
+
+
+def skip_hook_guards(skip: bool) -> bool:
+    """Let Dynamo compile without guards on module hooks, or with them; answers what it did before."""
+    before: bool = HOOK_GUARDS.found()
+    config: Any = pkgutil.resolve_name(HOOK_GUARDS.path.partition(":")[0])
+    config.skip_nnmodule_hook_guards = skip
+    return before
+
+
+def may_hook_saved_tensors() -> bool:
+    """May hooks on saved tensors be set here?"""
+    return bool(SAVED_HOOKS.found()())
 
 
 def attempts() -> list[Any]:

@@ -12,7 +12,7 @@ import math
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -204,16 +204,22 @@ def original_subgraph(
 ) -> tuple[fx.GraphModule, list[fx.Node]] | None:
     """The code of an attention as a module of its own, and the nodes that it reads.
 
-    None where a part of it is written in place from outside, so that running it later would differ.
+    What shares memory with something outside and is written is no code to be run again: its value is read.
+
+        before   q = linear(x); q.mul_(s); k = view(q)      after   given k
+
+    None where such a value is written once more before the output, so that reading it late would differ.
     """
     aliases = Aliases(gm.graph)
-    inside = [n for n in gm.graph.nodes if n in interior or n is output]
+    foreign = _written_outside(gm.graph, aliases, {*interior, output})
+    inside = _needed(output, {*interior, output} - foreign)
     members = set(inside)
-    if any(aliases.is_written(n) and any(w not in members for w in aliases.writers(n)) for n in inside):
+    outside = list(dict.fromkeys(i for n in inside for i in n.all_input_nodes if i not in members))
+    reads = {i: min(aliases.position[n] for n in inside if i in n.all_input_nodes) for i in outside}
+    if output in foreign or any(aliases.written_between(i, at - 1, output) for i, at in reads.items()):
         return None
     graph = fx.Graph()
     table: dict[fx.Node, fx.Node] = {}
-    outside = list(dict.fromkeys(i for n in inside for i in n.all_input_nodes if i not in members))
     for i, n in enumerate(outside):
         table[n] = graph.placeholder(f"given_{i}")
         table[n].meta = dict(n.meta)
@@ -221,3 +227,21 @@ def original_subgraph(
         table[n] = graph.node_copy(n, table.__getitem__)
     graph.output(table[output])
     return fx.GraphModule(gm, graph, "Original"), outside
+
+
+def _written_outside(graph: fx.Graph, aliases: Aliases, inside: Collection[fx.Node]) -> frozenset[fx.Node]:
+    """The nodes inside whose memory is written and is known outside: running them again would write, or read, it again."""
+    shared = {aliases.storage(n) for n in graph.nodes if n not in inside}
+    return frozenset(n for n in inside if aliases.is_written(n) and aliases.storage(n) in shared)
+
+
+def _needed(output: fx.Node, members: Collection[fx.Node]) -> list[fx.Node]:
+    """The members that the output rests on, and those that write what it reads, in the graph's order."""
+    seen: set[fx.Node] = set()
+    stack = [output]
+    while stack:
+        n = stack.pop()
+        if n in members and n not in seen:
+            seen.add(n)
+            stack += n.all_input_nodes
+    return [n for n in output.graph.nodes if n in seen]
