@@ -546,7 +546,7 @@ USES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", [pytest.param(u, marks=pytest.mark.slow) if u == "verified" else u for u in USES])
 def test_a_deleted_model_is_freed(use: str) -> None:
     model = nn.Sequential(Block(), Block())
     reattend.optimize(model)
@@ -600,7 +600,7 @@ def test_planning_and_verifying_leave_a_session_where_it_was() -> None:
 # --- long chains --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [40, 300])
+@pytest.mark.parametrize("steps", [40, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_bias_made_by_many_operators(steps: int) -> None:
     """Read where the model has computed it: no term is as deep, or as long, as what makes it."""
 
