@@ -249,8 +249,8 @@ def einsum(p: Printer, e: Einsum) -> str:
 
 
 MODULES = (
-    "ctypes", "hashlib", "math", "os", "platform", "shlex", "shutil", "subprocess", "sys", "tempfile", "threading",
-    "warnings",
+    "ctypes", "hashlib", "math", "os", "platform", "shlex", "shutil", "signal", "subprocess", "sys", "tempfile",
+    "threading", "warnings",
 )
 NAMES = {
     "collections.abc": ("Callable", "Iterator", "Sequence"), "functools": ("cache", "lru_cache"), "pathlib": ("Path",),
