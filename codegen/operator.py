@@ -10,6 +10,7 @@ One operator for all attentions: what is computed stands in its text. It has no 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..cost_model.devices.device import Device
 from ..patterns.cascade import Cascade
-from ..patterns.evaluate import DTYPE
+from ..patterns.evaluate import DTYPE, infer_sizes
 from ..patterns.mapping import TileMapping
 from ..patterns.verdict import Refusal
 from .cpu import kernel as cpu
@@ -91,13 +92,30 @@ def _bind(p: Program, device: str) -> Runner:
             return launch(dict(zip(names, tensors)), dict(zip(loose, sizes)), allocate(p, tensors, sizes))
 
         return on_gpu
-    entry, order = made.entry, memory_order(p.cascade)
+    current, order = made, memory_order(p.cascade)
 
     def on_cpu(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        out = entry(*tensors, **dict(zip(loose, sizes)))
+        nonlocal current
+        known = dict(zip(loose, sizes))
+        try:
+            out = current.entry(*tensors, **known)
+        except current.failures as no:
+            current = _uncompiled(p, tensors, known, no)
+            out = current.entry(*tensors, **known)
         return out if _laid_out(out, order) else allocate(p, tensors, sizes).copy_(out)
 
     return on_cpu
+
+
+def _uncompiled(p: Program, tensors: Sequence[Tensor], sizes: Mapping[str, int], no: Exception) -> cpu.CpuKernel:
+    """The kernel of another body, which needs no compiler, in the place of one that could not be compiled."""
+    c = p.cascade
+    mapping = cpu.default_mapping(c, infer_sizes(c, {t.name: x for t, x in zip(c.inputs, tensors)}, sizes))
+    made = cpu.build(c, mapping)
+    if isinstance(made, Refusal):
+        raise RuntimeError(f"{no}; another body cannot take its place: {made}") from no
+    warnings.warn(f"reattend: a kernel runs as {mapping} instead of {p.mapping}: {no}", stacklevel=2)
+    return made
 
 
 def _laid_out(t: Tensor, order: Sequence[int]) -> bool:

@@ -15,9 +15,10 @@ from ...patterns.expr import TRUE, Expr
 from ...patterns.mapping import TileMapping
 from ..files import cache, native
 from ..files.tile_plan import classes
-from ..files.torch_file import PrintedFunction, Printer, common, entry, file, operands, parts, used_names
+from ..files.torch_file import PrintedFunction, Printer, common, entry, file, operands, parts, query_operand, used_names
 from ..forms.base2 import in_base2
 from ..forms.form import Form, softmax
+from ..forms.operands import element_type
 from ..forms.terms import Terms, mapped_state
 from ..skeletons import cpu, cpu_fused
 from ..text.print_cpp import STORED
@@ -41,7 +42,7 @@ def text(f: Form, m: TileMapping, version: str) -> str:
     """The kernel's file. Raises PrintError where the body does not fit the attention or the machine."""
     if m.tile_p % ROWS or m.tile_m % COLUMNS:
         raise PrintError(f"tiles of {m.tile_p} × {m.tile_m}: the fused body takes multiples of {ROWS} × {COLUMNS}")
-    if f.real != "f32":
+    if any(t.dtype == "f64" for t in f.cascade.tensors):
         raise PrintError("an input or the output is float64; the fused body computes in float32")
     try:
         native.compiler()
@@ -181,7 +182,7 @@ class _File:
         lines = []
         for i, (x, k) in enumerate(zip(f.products, far)):
             suffix = "" if len(far) == 1 else f"_{i}"
-            q = operands(p, a.query, x.near, x.over)[0]
+            q = query_operand(p, x.near, x.over)
             lines.append(f"q{suffix} = dense({q}{self._as(x.near)})")
             lines.append(f"k{suffix} = dense({_spread(k, group)}{self._as(x.far)})")
         lines.append(f"v = dense({_spread(values, group)}{self._as(f.values)})")
@@ -201,7 +202,7 @@ class _File:
         return [f"{names[t]} = {names[t]}.to({TYPES[stored(self.f, t)]})" for t in made]
 
     def _as(self, e: Expr) -> str:
-        return "" if _kind(e) == self.type and (e.op != "load" or e.is_float) else f".to({TYPES[self.type]})"
+        return "" if element_type(e, self.f.real) == self.type else f".to({TYPES[self.type]})"
 
 
 def _multiplied(t: Terms) -> Terms:
@@ -237,8 +238,8 @@ def _shown(e: Expr) -> str:
 
 
 def _kind(e: Expr) -> str:
-    """The type of an operand's elements."""
-    return e.dtype if e.op == "load" and e.is_float else "f32"
+    """The type of floats that holds an operand's elements."""
+    return element_type(e, "f32") if e.is_float else "f32"
 
 
 def _spread(k: tuple[str, int], group: int) -> str:

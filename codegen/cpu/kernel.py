@@ -32,13 +32,17 @@ from . import sdpa as cpu_sdpa
 
 @dataclass(frozen=True)
 class CpuKernel:
-    """A printed kernel: the file's text, and a call that runs exactly that text."""
+    """A printed kernel: the file's text, and a call that runs exactly that text.
+
+    `compiled` compiles what the first call would; either raises one of `failures` where the compiler fails.
+    """
 
     source: str
     inputs: tuple[str, ...]
     sizes: tuple[str, ...]
     entry: Callable[..., Tensor]
     compiled: Callable[[], object] | None = None
+    failures: tuple[type[Exception], ...] = ()
 
     def run(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
         """The cascade's output, from its inputs by name and the sizes that no input has as a dimension."""
@@ -105,5 +109,8 @@ def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
     except PrintError as no:
         return Refusal(f"{NAME} {mapping.body}", str(no))
     made = cache.load(source)
-    compiled = partial(made.compiled, made.SOURCE) if mapping.body == "fused" else None
-    return CpuKernel(source, tuple(t.name for t in c.inputs), loose(c), made.attention, compiled)
+    inputs = tuple(t.name for t in c.inputs)
+    if mapping.body != "fused":
+        return CpuKernel(source, inputs, loose(c), made.attention)
+    compiled = partial(made.compiled, made.SOURCE)
+    return CpuKernel(source, inputs, loose(c), made.attention, compiled, (made.CompilerError,))

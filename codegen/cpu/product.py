@@ -23,10 +23,12 @@ from ..files.torch_file import (
     make_near,
     near_names,
     operands,
+    query_operand,
     relatives,
     shared_alike,
 )
 from ..forms.form import Form
+from ..forms.operands import element_type
 from ..skeletons import cpu, cpu_product
 from ..text.print_torch import TYPES, Body, identifier, is_number, literal
 from ..text.printer import PrintError
@@ -157,7 +159,7 @@ class _Kernel:
             suffix = "" if len(f.products) == 1 else f"_{i}"
             k = operands(p, f.attention.key, x.far, x.over)
             far, values = shared_alike(p, k, v)
-            lines.append(f"q{suffix} = {operands(p, f.attention.query, x.near, x.over)[0]}{_cast(x.near, f, real)}")
+            lines.append(f"q{suffix} = {query_operand(p, x.near, x.over)}{_cast(x.near, f, real)}")
             lines.append(f"k{suffix} = {far}{_cast(x.far, f, real)}")
             pairs.append(f"(q{suffix}, k{suffix})")
         lines.append(f"v = {values}{_cast(f.values, f, real)}")
@@ -199,4 +201,4 @@ def _tuple(parts: Sequence[str]) -> str:
 
 
 def _cast(e: Expr, f: Form, real: str) -> str:
-    return real if e.op == "load" and e.dtype != f.real else ""
+    return real if element_type(e, f.real) != f.real else ""

@@ -18,12 +18,14 @@ from ..files.torch_file import (
     make_near,
     near_names,
     operands,
+    query_operand,
     relatives,
     shared_alike,
 )
 from ..forms.form import Form, Softmax, rows_keep_a_key
 from ..skeletons import cpu as loops
-from ..text.print_torch import Body, literal
+from ..text.print_torch import Body, is_number, literal
+from ..text.printer import PrintError
 from ..text.tile_terms import relative_parts
 
 # The body that cuts a causal triangle into slices as well, instead of leaving it to torch's own causal mode.
@@ -34,6 +36,9 @@ LARGEST = 3.4028234663852886e38
 def text(f: Form, s: Softmax, m: TileMapping, version: str) -> str:
     """The kernel's file."""
     p = Printer(f)
+    read = [t.dtype for t in (s.product.near, s.product.far, f.values) if t.op == "load"]
+    if s.score.added is not None and f.real == "f64" and len(read) == 3 and "f64" not in read:
+        raise PrintError("what the scores get added is computed in float64, which torch's kernel takes beside float64 only")
     near = relative_parts(s.score.added, f.attention.query, f.attention.key) if s.score.added is not None else ()
     shared = near == (s.score.added,)
     functions = _functions(p, s, near, shared)
@@ -53,7 +58,7 @@ def _functions(p: Printer, s: Softmax, near: Sequence[Expr], shared: bool) -> li
     functions = relatives(p, near)
     if s.score.added is not None and not shared:
         cuts = {part: name for part, (name, _) in zip(near, near_names(near))}
-        functions.append(p.function("bias", "What the scores get added.", [s.score.added], named=cuts))
+        functions.append(_bias(p, s.score.added, cuts))
     if s.chosen:
         load = ex.load(s.product.name, a.products[0].out.index, a.cascade.tensor[s.product.name].dtype)
         outside = s.product.outside
@@ -66,10 +71,19 @@ def _functions(p: Printer, s: Softmax, near: Sequence[Expr], shared: bool) -> li
     return functions
 
 
+def _bias(p: Printer, added: Expr, cuts: Mapping[Expr, str]) -> PrintedFunction:
+    doc = "What the scores get added."
+    if not is_number(added):
+        return p.function("bias", doc, [added], named=cuts)
+    body = Body(p.scope(cuts), [added])
+    text = body.real(added)
+    return p.define("bias", doc, [*body.lines, f"    return torch.full((1, 1), {text})"], (), body.scope)
+
+
 def _main(p: Printer, s: Softmax, pieces: _Pieces, plan: str) -> str:
     """`attention`, which puts everything together."""
     f, a, n = p.f, p.f.attention, p.names
-    q, _ = operands(p, a.query, s.product.near, s.product.over)
+    q = query_operand(p, s.product.near, s.product.over)
     k, v = shared_alike(p, operands(p, a.key, s.product.far, s.product.over), operands(p, a.key, f.values, (a.value,)))
     setup = [f"q, k, v = {common_type(p, (s.product.near, s.product.far, f.values), (q, k, v))}"]
     queries, keys = n.rank(a.query), n.rank(a.key)

@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,8 @@ FLAGS = (
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
 # Longest compiler message to show.
 SHOWN = 600
+# Seconds after which a compiler is taken to be stuck; a kernel takes a few, on a busy machine some tens.
+PATIENCE = 180
 
 _lock = threading.Lock()
 _libraries: dict[Path, ctypes.CDLL] = {}
@@ -93,7 +96,7 @@ def load(text: str, flags: Sequence[str] | None = None) -> ctypes.CDLL:
     # each text once, different ones at the same time
     with turn:
         if path not in _libraries:
-            if not path.exists():
+            if not is_whole(path):
                 build(text, path, tuple(flags if flags is not None else target_flags()))
             _libraries[path] = ctypes.CDLL(str(path))
         return _libraries[path]
@@ -111,14 +114,36 @@ def build(text: str, path: Path, flags: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
         written, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
         written.write_text(text, encoding="utf-8")
-        command = [*compiler(), *FLAGS, *flags, str(written), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = next((s for s in done.stderr.splitlines() if "error" in s), done.stderr.strip())[:SHOWN]
+        complaint = run_compiler([*compiler(), *FLAGS, *flags, str(written), "-o", str(made)])
+        if complaint is not None:
+            said = next((s for s in complaint.splitlines() if "error" in s), complaint.strip())[:SHOWN]
             name = compiler()[0]
             raise CompilerError(f"{name} could not compile the kernel; set CXX to a C++17 compiler: {said}")
+        written.write_text(hashlib.sha256(made.read_bytes()).hexdigest(), encoding="ascii")
         # Renaming is atomic: another process sees the whole library or none.
         os.replace(made, path)
+        os.replace(written, path.with_suffix(".sha256"))
+
+
+def is_whole(path: Path) -> bool:
+    """Does a library lie there as it was written? A full disk or a copied cache may hold a damaged one."""
+    try:
+        return path.with_suffix(".sha256").read_bytes().decode() == hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def run_compiler(command: Sequence[str]) -> str | None:
+    """What the compiler said where it failed. Raises CompilerError where it does not end; what it started ends with it."""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise CompilerError(f"{command[0]} did not compile the kernel within {PATIENCE} s; set CXX to another") from None
+    return said if process.returncode else None
 
 
 @cache

@@ -17,7 +17,7 @@ from ...patterns.cascade import Einsum, show
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ..forms.form import Form
-from ..forms.operands import Names, joined, operand
+from ..forms.operands import Names, element_type, joined, operand
 from ..forms.program import bindings, loose
 from ..text.print_torch import TYPES, Body, Scope, identifier
 from ..text.printer import PrintError
@@ -174,6 +174,19 @@ def operands(p: Printer, rank: str, e: Expr, over: Sequence[str]) -> tuple[str, 
     return joined(text, f.heads.lead, e.ranks, p.names), share
 
 
+def query_operand(p: Printer, e: Expr, over: Sequence[str]) -> str:
+    """Text of the queries as [batch, head, row, column], an element for every head: their number is taken from here."""
+    text, share = operands(p, p.f.attention.query, e, over)
+    return spread(p, text, share) if p.f.heads.head else text
+
+
+def spread(p: Printer, text: str, share: int) -> str:
+    """An operand of which `share` heads share one (0: all) with an element for every head."""
+    if share == 0:
+        return f"{text}.expand(-1, {p.names.rank(p.f.heads.head)}, -1, -1)"
+    return text if share == 1 else f"{text}.repeat_interleave({share}, 1)"
+
+
 def common(kinds: Sequence[str]) -> str:
     """The type that torch computes in with operands of these types."""
     out = kinds[0]
@@ -184,7 +197,7 @@ def common(kinds: Sequence[str]) -> str:
 
 def common_type(p: Printer, terms: Sequence[Expr], texts: Sequence[str]) -> str:
     """The operands in their common type."""
-    kinds = [t.dtype if t.op == "load" else p.f.real for t in terms]
+    kinds = [element_type(t, p.f.real) for t in terms]
     wanted = common(kinds)
     return ", ".join(t if x == wanted else f"{t}.to({TYPES[wanted]})" for t, x in zip(texts, kinds))
 
@@ -193,14 +206,7 @@ def shared_alike(p: Printer, k: tuple[str, int], v: tuple[str, int]) -> tuple[st
     """Keys and values, brought to one element a head where the heads share them differently."""
     if k[1] == v[1]:
         return k[0], v[0]
-    heads = p.names.rank(p.f.heads.head)
-
-    def spread(text: str, share: int) -> str:
-        if share == 0:
-            return f"{text}.expand(-1, {heads}, -1, -1)"
-        return text if share == 1 else f"{text}.repeat_interleave({share}, 1)"
-
-    return spread(*k), spread(*v)
+    return spread(p, *k), spread(p, *v)
 
 
 def near_names(near: Sequence[Expr]) -> list[tuple[str, str]]:
@@ -243,8 +249,8 @@ def einsum(p: Printer, e: Einsum) -> str:
 
 
 MODULES = (
-    "ctypes", "hashlib", "math", "os", "platform", "shlex", "shutil", "subprocess", "sys", "tempfile", "threading",
-    "warnings",
+    "ctypes", "hashlib", "math", "os", "platform", "shlex", "shutil", "signal", "subprocess", "sys", "tempfile",
+    "threading", "warnings",
 )
 NAMES = {
     "collections.abc": ("Callable", "Iterator", "Sequence"), "functools": ("cache", "lru_cache"), "pathlib": ("Path",),

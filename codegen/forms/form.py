@@ -89,9 +89,15 @@ def form(c: Cascade) -> Form | Obstacle:
     elif rule == "never" and mask.fills and all(VANISHING < x < -2 * UNDERFLOW for x in mask.fills):
         rule = "bounded"
     at = heads(a, [*(p.far for p in products), values])
-    wide = any(t.dtype == "f64" for t in (*a.cascade.inputs, a.cascade.tensor[a.cascade.outputs[0]]))
     proof = () if rule in ("always", "never") else rows_keep_a_key(a, mask.keep)
-    return Form(a, state, tuple(products), values, at, mask, rule, proof, "f64" if wide else "f32")
+    return Form(a, state, tuple(products), values, at, mask, rule, proof, "f64" if _wide(a.cascade) else "f32")
+
+
+def _wide(c: Cascade) -> bool:
+    """Is anything computed in float64? A tensor of that type which is only read, and cast at once, is not."""
+    made = [e for e in c.einsums if c.tensor[e.out.tensor].dtype == "f64"]
+    terms = [x for e in c.einsums for x in ex.walk(e.body) if not (x.op == "cast" and x.args[0].op == "load")]
+    return bool(made) or any(y.dtype == "f64" and ex.loads(y) for x in terms for y in x.args)
 
 
 def rows_keep_a_key(a: Attention, keep: Expr) -> tuple[Expr, ...]:

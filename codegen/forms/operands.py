@@ -125,6 +125,11 @@ def operand(e: Expr, order: Sequence[str], at: Heads, names: Names, real: str) -
     return _gathered(e, order, names, real), (1 if at.head in e.ranks else 0), False
 
 
+def element_type(e: Expr, real: str) -> str:
+    """The type of the elements that `operand` gives: a tensor that is read keeps its own, what is computed is `real`."""
+    return e.dtype if e.op == "load" else real
+
+
 def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, int] | None:
     """A chain of views, or None where an index map needs more."""
     text = names.tensors[str(e.attr)]
@@ -174,12 +179,12 @@ def _plain_index(i: Expr) -> tuple[str, int]:
 
 
 def _gathered(e: Expr, order: Sequence[str], names: Names, real: str) -> str:
-    """The term computed over all its coordinates."""
+    """The term computed over all its coordinates; what is read alone is gathered in the type that it has."""
     coordinates = {
         ex.index(r): names.axis(names.rank(r), len(order) - 1 - d) for d, r in enumerate(order) if r in e.ranks
     }
     body = Body(names.scope(coordinates, real), [])
-    text = body.real(e)
+    text = body.element(e) if e.op == "load" else body.real(e)
     shape = ", ".join(names.rank(r) if r in e.ranks else "1" for r in order)
     return f"({text}).expand({shape})"
 

@@ -17,7 +17,7 @@ from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.rowstate import RowState
 from ...patterns.expr import Expr
-from ...patterns.terms.constant import number
+from ...patterns.terms.constant import number, tries
 from .terms import uncast
 
 # Added to any finite score in float32 it leaves itself: a fill at or below this may as well be added.
@@ -167,17 +167,20 @@ def _zero_for_empty(e: Expr, n: Expr, s: Expr, g: Expr) -> bool:
 def _blind(finish: Expr, n: Expr, s: Expr, g: Expr, bound: Expr, at_row: Expr) -> bool:
     """Is the end the same from (N, sum, max) and from (o · mass, mass, lse)? Tested on rows of random scores."""
     rng = np.random.default_rng(7)
-    names = {str(x.attr) for t in (finish, bound) for x in ex.loads(t)} - {str(x.attr) for x in (n, s, g)}
+    loads = {str(x.attr) for t in (finish, bound) for x in ex.loads(t)}
+    names = loads - {str(x.attr) for x in (n, s, g)}
+    # coordinates and sizes
+    (open_, *_) = tries((finish, bound), {}, loads)
     for _ in range(8):
         scores, values = rng.normal(size=5) * 3, rng.normal(size=5)
         others: dict[str, object] = {x: rng.normal() for x in sorted(names)}
         top = scores.max()
-        parts = np.exp(scores - number(bound, {**others, str(at_row.attr): top}))
-        direct = number(finish, {**others, str(n.attr): parts @ values, str(s.attr): parts.sum(), str(g.attr): top})
+        parts = np.exp(scores - number(bound, {**others, str(at_row.attr): top}, open_))
+        direct = number(finish, {**others, str(n.attr): parts @ values, str(s.attr): parts.sum(), str(g.attr): top}, open_)
         lse = np.log(np.exp(scores - top).sum()) + top
-        mass = np.exp(lse - number(bound, {**others, str(at_row.attr): lse}))
+        mass = np.exp(lse - number(bound, {**others, str(at_row.attr): lse}, open_))
         o = parts @ values / parts.sum()
-        again = number(finish, {**others, str(n.attr): o * mass, str(s.attr): mass, str(g.attr): lse})
+        again = number(finish, {**others, str(n.attr): o * mass, str(s.attr): mass, str(g.attr): lse}, open_)
         if not np.allclose(direct, again, rtol=1e-9, atol=1e-12):
             return False
     return True

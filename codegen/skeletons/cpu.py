@@ -110,7 +110,8 @@ def plans(
     if free is None or always:
         free = torch.zeros((1, 1), dtype=torch.bool, device="cpu")
     # [Z, tiles of queries, tiles of keys], over all heads
-    some, every, free = (x.expand(*x.shape[:-2], *shape)[(None,) * (4 - x.dim())] for x in (some, every, free))
+    some, every, free = (x.expand(*x.shape[:-2], *shape) for x in (some, every, free))
+    some, every, free = (x[(None,) * (4 - x.dim())] for x in (some, every, free))
     some, every, free = some.any(1), every.all(1), free.all(1)
     if int(some.any(0).sum()) * some.shape[0] <= 1.25 * int(some.sum()):
         return [(0, size[0], visits(some.any(0), every.all(0), free.all(0), size[1:], tiles, always))]

@@ -255,6 +255,13 @@ class Body(Writer):
     # loads
 
     def _load(self, e: Expr) -> Text:
+        text = self.element(e)
+        if e.is_float and e.dtype != self.scope.real:
+            text = f"{text}.to({TYPES[self.scope.real]})"
+        return Text(text, ATOM)
+
+    def element(self, e: Expr) -> str:
+        """A load in the type that its tensor has."""
         name = self.scope.tensors.get(str(e.attr))
         if name is None:
             raise PrintError(f"the tensor {e.attr} is not at hand in this function")
@@ -264,9 +271,7 @@ class Body(Writer):
         if self.scope.views and len(e.ranks) > 1 and self.is_plain(e, shape):
             self.helpers.add("tile")
             text = f"tile({name}, {', '.join(at)})"
-        if e.is_float and e.dtype != self.scope.real:
-            text = f"{text}.to({TYPES[self.scope.real]})"
-        return Text(text, ATOM)
+        return text
 
     def is_plain(self, e: Expr, shape: tuple[Size, ...]) -> bool:
         """Whole ranks, each once, and nothing else but constants."""

@@ -17,8 +17,18 @@ from ...patterns.cascade import Cascade
 from ...patterns.expr import TRUE, Expr
 from ...patterns.verdict import Obstacle, Refusal
 from ..files.tile_plan import tile_lines
-from ..files.torch_file import Printer, common, common_type, indented, operands, shared_alike, used_names
+from ..files.torch_file import (
+    Printer,
+    common,
+    common_type,
+    indented,
+    operands,
+    query_operand,
+    shared_alike,
+    used_names,
+)
 from ..forms.form import Form, form, rows_keep_a_key
+from ..forms.operands import element_type
 from ..forms.scaled import Ending, ending
 from ..text.print_torch import TYPES, Body, identifier
 from ..text.printer import ATOM, PrintError, Text
@@ -68,11 +78,11 @@ def _rows(f: Form, end: Ending) -> str:
     return f"a row without a key gives {_RULE.get(rule, rule)} in the model and 0 in FlexAttention, and rows may have none"
 
 
-_RULE = {"nan": "NaN", "uniform": "the mean of all values"}
+_RULE = {"nan": "NaN", "uniform": "the mean of all values", "varies": "what data say"}
 
 
 def _operands_fit(f: Form) -> str:
-    kinds = [t.dtype if t.op == "load" else f.real for t in (f.products[0].near, f.products[0].far, f.values)]
+    kinds = [element_type(t, f.real) for t in (f.products[0].near, f.products[0].far, f.values)]
     kind = common(kinds)
     return "" if kind in TYPES_TAKEN else f"FlexAttention takes no {kind}"
 
@@ -95,7 +105,7 @@ class _Flex:
     def call(self) -> VendorCall:
         f, p, a = self.f, self.p, self.f.attention
         (product,) = f.products
-        q, _ = operands(p, a.query, product.near, product.over)
+        q = query_operand(p, product.near, product.over)
         k_given, v_given = operands(p, a.key, product.far, product.over), operands(p, a.key, f.values, (a.value,))
         k, v = shared_alike(p, k_given, v_given)
         grouped = k_given[1] == v_given[1] != 1 and bool(f.heads.head)
@@ -118,7 +128,7 @@ class _Flex:
         else:
             lines.append(f"out = {attend})")
         out = a.cascade.tensor[a.cascade.outputs[0]].dtype
-        given = common([t.dtype if t.op == "load" else f.real for t in terms])
+        given = common([element_type(t, f.real) for t in terms])
         same = out == given and self.end.finish is None
         lines.append(f"return {result(p, 'out')}{'' if same else f'.to({TYPES[out]})'}")
         functions = [ATTEND, *([LISTS, self.blocks()[1]] if self.masked else []), function(p, NAME, lines)]

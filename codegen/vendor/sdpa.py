@@ -19,9 +19,10 @@ from ...patterns.expr import TRUE, Expr
 from ...patterns.terms.conditions import conjuncts
 from ...patterns.verdict import Obstacle, Refusal
 from ..files.tile_plan import without_causal
-from ..files.torch_file import Printer, common, common_type, operands, shared_alike
+from ..files.torch_file import Printer, common, common_type, operands, query_operand, shared_alike
 from ..forms.form import Form, Softmax, form, rows_keep_a_key, softmax
-from ..text.print_torch import TYPES, Body
+from ..forms.operands import element_type
+from ..text.print_torch import TYPES, Body, is_number
 from ..text.printer import PrintError
 from .call import VendorCall, Whole, axes, file, function, result
 
@@ -60,6 +61,8 @@ def _mask(f: Form, s: Softmax, keyed: bool) -> Expr | Refusal | None:
     rule = "never" if never else no_key_rule(a)
     if rule == "nan":
         return Refusal(NAME, "a row without a key gives NaN in the model and 0 in SDPA, and rows may have none")
+    if rule == "varies":
+        return Refusal(NAME, "what a row without a key gives depends on data, and rows may have none")
     if s.full.added is None and f.mask.keep is not TRUE and (rule == "zero" or (never and f.mask.vanishing)):
         return f.mask.keep
     narrow = min(f.mask.fills, default=0.0)
@@ -82,7 +85,7 @@ def _causal(f: Form, p: Printer, mask: Expr | None) -> bool:
 def _call(f: Form, s: Softmax, mask: Expr | None) -> VendorCall:
     p = Printer(f, cached=False)
     a = f.attention
-    q, _ = operands(p, a.query, s.product.near, s.product.over)
+    q = query_operand(p, s.product.near, s.product.over)
     k_given, v_given = operands(p, a.key, s.product.far, s.product.over), operands(p, a.key, f.values, (a.value,))
     k, v = shared_alike(p, k_given, v_given)
     grouped = k_given[1] == v_given[1] != 1 and bool(f.heads.head)
@@ -109,7 +112,7 @@ def _call(f: Form, s: Softmax, mask: Expr | None) -> VendorCall:
 def _common(f: Form) -> str:
     """The type in which torch gets the operands."""
     terms = (f.products[0].near, f.products[0].far, f.values)
-    return common([t.dtype if t.op == "load" else f.real for t in terms])
+    return common([element_type(t, f.real) for t in terms])
 
 
 def _as_it_is(f: Form, mask: Expr) -> bool:
@@ -120,7 +123,10 @@ def _as_it_is(f: Form, mask: Expr) -> bool:
 def _mask_lines(p: Printer, mask: Expr) -> list[str]:
     """Lines that make the mask, with four dimensions that broadcast and one element a key."""
     body = Whole.of(p, [mask], frozenset({mask} if _as_it_is(p.f, mask) else ()))
-    text = body.term(mask) if mask.dtype == "b1" else body.real(mask)
+    kind = "b1" if mask.dtype == "b1" else p.f.real
+    text = body.term(mask) if kind == "b1" else body.real(mask)
+    if is_number(mask, p.scope({}).numbers):
+        text = f"torch.full((1,), {text}, dtype={TYPES[kind]}, device=q.device)"
     lines = [*(x.strip() for x in body.lines), f"mask = {text}"]
     lead, key = p.f.heads.lead, p.f.attention.key
     n = max(4, len(lead) + 3)

@@ -8,6 +8,7 @@ This is how attention sinks and other extra columns become part of the row state
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import sympy
@@ -19,8 +20,9 @@ from ..expr import Expr
 
 def split(c: Cascade) -> Cascade:
     """Split every reduction over a rank that joins pieces; a cascade without such a rank is answered unchanged."""
-    c = _inline(c)
-    joined = {r: cut for e in c.einsums for r in e.over if (cut := _cut(c, e, r)) is not None}
+    whole = _whole(c)
+    c = _inline(c, whole)
+    joined = {r: cut for e in c.einsums for r in e.over if r not in whole and (cut := _cut(c, e, r)) is not None}
     if not joined:
         return settle(c)
     ranks = dict(c.rank)
@@ -56,6 +58,25 @@ def split(c: Cascade) -> Cascade:
     )
 
 
+def _whole(c: Cascade) -> set[str]:
+    """Ranks whose pieces are parts of one term: the last product reduces all of them, and each score is there for all.
+
+    before   S[p,m] = QK[p,m] + where(m < 63, X[p,m], 0);  O[p,f] = Σ_m …·V[m,f]
+    """
+    last = c.producers[c.outputs[0]][-1].out.index
+    ranks = {r for e in c.einsums if e.op is not None and e.out.index == last for r in e.over}
+    return {r for r in ranks if not any(_in_pieces(c, e, r) for e in c.einsums)}
+
+
+def _in_pieces(c: Cascade, e: Einsum, rank: str) -> bool:
+    """Does a term read, over the rank, what was made of another length or at another coordinate?"""
+    for x in e.reads:
+        for i, size in zip(x.args, c.tensor[str(x.attr)].shape):
+            if str(x.attr) in c.producers and rank in i.ranks and (i is not ex.index(rank) or size != c.rank[rank].size):
+                return True
+    return False
+
+
 def _cut(c: Cascade, e: Einsum, rank: str) -> Size | None:
     """Where a rank is cut: `rank < cut` selects between pieces in the body, with the cut inside the rank."""
     for t in ex.walk(e.body):
@@ -72,13 +93,13 @@ def _at_least(a: Size, b: Size, n: int) -> bool:
     return bool(difference.is_nonnegative)
 
 
-def _inline(c: Cascade) -> Cascade:
-    """Pointwise Einsums over a rank that joins pieces are put where they are read."""
+def _inline(c: Cascade, whole: Collection[str]) -> Cascade:
+    """Pointwise Einsums over a rank that joins pieces, and is not `whole`, are put where they are read."""
     bodies: dict[str, Einsum] = {}
     kept: list[Einsum] = []
     for e in c.einsums:
         e = replace(e, body=_expand(e.body, bodies))
-        ranks = frozenset().union(*(i.ranks for i in e.out.index))
+        ranks = frozenset().union(*(i.ranks for i in e.out.index)) - frozenset(whole)
         if e.op is None and e.out.tensor not in c.outputs and any(_cut(c, e, r) is not None for r in ranks):
             bodies[e.out.tensor] = e
         else:

@@ -52,7 +52,7 @@ from .reductions import Reducer
 from .score import elements, reading
 from .separate import Bound, SplitContext, Stop
 from .stream import stream
-from .traits import VALUES, masked_row, run_row
+from .traits import VALUES, made_up, masked_row, run_row
 
 __all__ = ["OLD", "Carried", "RowState", "derive", "stream"]
 
@@ -137,7 +137,7 @@ class _Derivation(Reducer):
     def restored(self, weight: Expr, finish: Expr) -> Expr:
         """The epilogue with the model's NaN for rows whose bound is −∞, where it is not there by itself."""
         repaired = {n: tuple(b for b, _ in bs) for n, bs in self.bounds.items() if bs}
-        if not repaired or not self.can_empty or all(self.ends_alike(k, weight, finish) for k in self.empty_rows()):
+        if not repaired or not self.can_empty or self.ends_alike(weight, finish):
             return finish
         table = {}
         for x in ex.loads(finish):
@@ -146,7 +146,10 @@ class _Derivation(Reducer):
                 for b in repaired[str(x.attr)]:
                     empty = empty | ex.equal(b.d, -math.inf)
                 table[x] = ex.where(empty, ex.const(math.nan, x.dtype), x)
-        return ex.substitute(finish, table)
+        ended = ex.substitute(finish, table)
+        if not self.ends_alike(weight, ended):
+            raise Stop(finish, "how a row without a key ends depends on data")
+        return ended
 
     def empty_rows(self) -> list[dict[Expr, object]]:
         """Rows whose scores are all −∞, as far as the terms tell: by their masks, or because a tensor holds −∞."""
@@ -161,18 +164,24 @@ class _Derivation(Reducer):
                 scores[e] = np.full(2, -np.inf)
         return [scores] if masked is None else [masked, scores]
 
-    def ends_alike(self, known: dict[Expr, object], weight: Expr, finish: Expr) -> bool:
-        """Does the guarded state end such a row as the model's own arithmetic does?"""
+    def ends_alike(self, weight: Expr, finish: Expr) -> bool:
+        """Does the guarded state end rows without a key as the model's own arithmetic does, whatever the rest holds?"""
         # With every bound at −∞, all that a bound holds is −∞: a sink is.
         bounds = [b.d for bs in self.bounds.values() for b, _ in bs]
-        loads: dict[str, object] = {
-            str(x.attr): -math.inf for d in bounds for x in ex.loads(d) if x.is_float and str(x.attr) not in self.ops
-        }
-        model = number(self.a.finish, run_row(self.a, known, loads))
-        values = dict(loads)
-        for c in self.carried:
-            values[c.name] = REDUCE[c.op](np.broadcast_to(number(c.lift, values, known), (2,)))
+        low = {x: -math.inf for d in bounds for x in ex.loads(d) if x.is_float and str(x.attr) not in self.ops}
+        terms = (weight, finish, *(c.lift for c in self.carried))
+        return all(
+            self.ends_so(known, weight, finish)
+            for row in self.empty_rows()
+            for known in made_up(self.a, {**low, **row}, terms, self.ops)
+        )
+
+    def ends_so(self, known: dict[Expr, object], weight: Expr, finish: Expr) -> bool:
+        model = number(self.a.finish, run_row(self.a, known), known)
+        values: dict[str, object] = {}
         with np.errstate(all="ignore"):
+            for c in self.carried:
+                values[c.name] = REDUCE[c.op](np.broadcast_to(number(c.lift, values, known), (2,)))
             total = np.sum(np.broadcast_to(number(weight, values, known), (2,)) * VALUES)
         values[self.a.contraction.out.tensor] = total
-        return bool(np.isclose(number(finish, values), model, equal_nan=True))
+        return bool(np.isclose(number(finish, values, known), model, equal_nan=True))

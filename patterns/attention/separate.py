@@ -17,7 +17,7 @@ from .. import expr as ex
 from ..cascade import IDENTITY
 from ..expr import Expr
 from ..operators import facts
-from ..terms.constant import number
+from ..terms.constant import leaves, number
 from ..terms.laws import separates, unseparable
 from .carried import OLD, Carried
 from .score import elements, reading
@@ -164,13 +164,19 @@ class Splitter:
         if len(found) != 1 or sum(1 for _ in ex.walk(e)) > SMALL + sum(1 for _ in ex.walk(found[0])):
             return None
         (x,) = found
-        if not separates(e, x, rows):
+        # of a tensor, a coordinate or a size nothing is known
+        known = not leaves((e,), {x, *rows}) and not any(self.key in r.ranks for r in rows)
+        if not known or self.grows(e) or not separates(e, x, rows):
             return None
         for point in (1.0, 2.0):
             part = self.at_point(e, x, rows, point)
             if part is not None:
                 return part
         return None
+
+    def grows(self, e: Expr) -> bool:
+        """Does an exponential of the element take a row scalar with it, without which it may pass all bounds?"""
+        return any(t.op in ("exp", "exp2", "expm1") and self.mixed(t) for t in ex.walk(e))
 
     def at_point(self, e: Expr, x: Expr, rows: tuple[Expr, ...], point: float) -> Summand | None:
         one, at = {r: ex.const(1.0, r.dtype) for r in rows}, {x: ex.const(point, x.dtype)}
@@ -259,10 +265,10 @@ class Splitter:
         log = "log" if e.op == "exp" else "log2"
         for sign, t in rest:
             ops = {self.ops[n] for n in self.rows(t)}
-            if ops & {"max", "min"}:
-                if ops - {"max", "min"}:
-                    raise self.stop(e)
+            if ops and ops <= {"max", "min"}:
                 falls.append((sign, t))
+            elif t.op != log and ops & {"max", "min"}:
+                raise self.stop(e)
             elif t.op == log:
                 after.append(After("mul" if sign > 0 else "div", t.args[0]))
             else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from .. import expr as ex
 from ..expr import Expr
-from ..terms.constant import REDUCE, number
+from ..terms.constant import REDUCE, number, tries
 from .attention import Attention
 from .score import factors, reading
 
@@ -17,17 +17,41 @@ SCORES, VALUES = np.array([0.3, -0.7]), np.array([1.0, 3.0])
 
 
 def no_key_rule(a: Attention) -> str:
-    """What the model computes for a row all of whose keys are masked, found by running its row program on one.
+    """What the model computes for a row all of whose keys are masked, found by running its row program on such rows.
 
     "nan"; "uniform" (the mean over all keys); "zero"; "never" (no mask can empty a row); "unmasked" (an additive
-    fill that is too small to drown the scores, or a fill the row rule shifts away: the row attends as if unmasked).
-    Only masks that stand in the terms count: a float tensor that is added is a bias.
+    fill that is too small to drown the scores, or a fill the row rule shifts away: the row attends as if unmasked);
+    "varies" (it depends on data). Only masks that stand in the terms count: a float tensor that is added is a bias.
     """
-    known = masked_row(a)
-    if known is None:
+    masked = masked_row(a)
+    if masked is None:
         return "never"
+    kept: dict[Expr, object] = {e: ~np.asarray(v) for e, v in masked.items()}
+    return _rule(a, masked, kept)
+
+
+def low_row_rule(a: Attention, added: Collection[Expr]) -> str:
+    """What the model computes for a row all of whose scores are −∞ because these tensors, which the scores read, are so."""
+    masked = masked_row(a) or {}
+    kept: dict[Expr, object] = {e: ~np.asarray(v) for e, v in masked.items()}
+    low = {x: -np.inf for x in added if x.is_float}
+    return _rule(a, {**kept, **low}, kept) if low else "never"
+
+
+def _rule(a: Attention, empty: Mapping[Expr, object], whole: Mapping[Expr, object]) -> str:
+    """How a row with these values ends, whatever the rest holds; rests with which even a whole row is NaN do not count."""
+    endings = {_ending(a, row) for row in made_up(a, empty) if _ending(a, {**row, **_finite(row), **whole}) != "nan"}
+    return endings.pop() if len(endings) == 1 else "varies"
+
+
+def _finite(row: Mapping[Expr, object]) -> dict[Expr, object]:
+    return {e: SCORES for e, v in row.items() if np.any(np.isneginf(np.asarray(v, float)))}
+
+
+def _ending(a: Attention, known: dict[Expr, object]) -> str:
+    """How the row ends of which the terms `known` have these values."""
     values = run_row(a, known)
-    out = float(number(a.finish, values))
+    out = float(number(a.finish, values, known))
     if np.isnan(out):
         return "nan"
     if out == 0.0:
@@ -39,8 +63,11 @@ def no_key_rule(a: Attention) -> str:
 def masked_row(a: Attention) -> dict[Expr, object] | None:
     """The conditions of all masks as they are for a row that keeps no key; None where no mask stands in the terms."""
     known: dict[Expr, object] = {}
-    for e in ex.walk(*(r.body for r in a.row), a.weight):
-        if is_mask(e, a.key):
+    terms = (*(r.body for r in a.row), a.weight)
+    rowed = {e for t in terms for e in reading(t, a.row_names)}
+    for e in ex.walk(*terms):
+        # a condition on what the row makes of a score follows from the scores
+        if is_mask(e, a.key) and e.args[0] not in rowed:
             known[e.args[0]] = np.asarray(masked_side(e) is e.args[1])
     return known or None
 
@@ -51,18 +78,26 @@ def two_keys(a: Attention, known: Mapping[Expr, object]) -> dict[Expr, object]:
     return {**scores, ex.index(a.key): np.array([0, 1]), **known}
 
 
-def run_row(a: Attention, known: dict[Expr, object], loads: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Row tensors and contraction of one made-up row of two keys with values 1 and 3.
+def made_up(
+    a: Attention, known: Mapping[Expr, object], terms: Iterable[Expr] = (), names: Collection[str] = ()
+) -> Iterator[dict[Expr, object]]:
+    """Rows of two keys in which the terms `known` have these values, and what they leave open has other ones each time.
 
-    `known` gives terms a value, `loads` tensors; other floats are 0.5. `known` is completed by the row's scores.
+    `terms` are read of the row beside the attention's own; the tensors `names` follow from the rest.
     """
-    values: dict[str, object] = dict(loads or {})
-    known.update(two_keys(a, known))
-    for r in a.row:
-        assert r.op is not None
-        values[r.out.tensor] = REDUCE[r.op](np.broadcast_to(number(r.body, values, known), (2,)))
-    weight = np.broadcast_to(number(a.weight, values, known), (2,))
+    own = (*(r.body for r in a.row), a.weight, a.finish)
+    made = {*a.row_names, a.contraction.out.tensor, *names}
+    return tries((*own, *terms), two_keys(a, known), made, spread=a.key)
+
+
+def run_row(a: Attention, known: Mapping[Expr, object]) -> dict[str, object]:
+    """Row tensors and contraction of one made-up row of two keys with values 1 and 3; `known` gives all else a value."""
+    values: dict[str, object] = {}
     with np.errstate(all="ignore"):
+        for r in a.row:
+            assert r.op is not None
+            values[r.out.tensor] = REDUCE[r.op](np.broadcast_to(number(r.body, values, known), (2,)))
+        weight = np.broadcast_to(number(a.weight, values, known), (2,))
         values[a.contraction.out.tensor] = np.sum(weight * VALUES)
     return values
 
@@ -146,11 +181,18 @@ def _limits(a: Attention) -> set[str]:
             continue
         for c, positive in _comparisons(e.args[0], masked_side(e) is e.args[2]):
             if {a.key, a.query} <= c.ranks and not ex.loads(c):
-                kept = np.broadcast_to(number(c, {}, known), ahead.shape) == positive
-                if kept.any() and not kept[-1]:
-                    out.add("causal" if kept[0] else "window")
-                if kept.any() and not kept[0]:
-                    out.add("window")
+                for some in tries((c,), known):
+                    out |= _cut_off(np.broadcast_to(number(c, {}, some), ahead.shape) == positive)
+    return out
+
+
+def _cut_off(kept: np.ndarray) -> set[str]:
+    """What a mask is called that keeps these of the keys around a query, the first far before it and the last far after."""
+    out: set[str] = set()
+    if kept.any() and not kept[-1]:
+        out.add("causal" if kept[0] else "window")
+    if kept.any() and not kept[0]:
+        out.add("window")
     return out
 
 

@@ -20,7 +20,7 @@ from ..attention.traits import is_mask, masked_side
 from ..cascade import Cascade, Einsum
 from ..expr import Expr
 from ..operators import facts
-from ..terms.constant import REDUCE, number
+from ..terms.constant import REDUCE, number, tries
 from ..verdict import Refusal
 from .chain import Reading, empty_rows, products, rebuilt
 from .rewrites import Family, Rewritten
@@ -316,19 +316,20 @@ def _ends_alike(before: Cascade, after: Cascade, key: str) -> bool:
     """Does a row without a key end with the same outputs in both cascades?"""
     terms = [Reading(before).inline(e.body) for e in before.einsums if key in e.over]
     rows = empty_rows(terms, (), key, products(before, key), frozenset())
+    bodies = [e.body for c in (before, after) for e in c.einsums]
+    made = {e.out.tensor for c in (before, after) for e in c.einsums}
     return all(
         np.allclose(a, b, equal_nan=True)
-        for known in rows
+        for row in rows
+        for known in tries(bodies, row, made, spread=key)
         for a, b in zip(_outputs(before, key, known), _outputs(after, key, known), strict=True)
     )
 
 
 def _outputs(c: Cascade, key: str, known: dict[Expr, object]) -> list[np.ndarray]:
-    """The outputs of a made-up row of two keys with values 1 and 3; ranks other than the key have one coordinate."""
-    loads: dict[str, object] = {
-        t.name: np.array([1.0, 3.0]) for t in c.inputs if any(key in x.ranks for x in _reads(c, t.name))
-    }
+    """The outputs of a made-up row of two keys; ranks other than the key have one coordinate."""
     made = {str(x.attr): v for x, v in known.items() if x.op == "load"}
+    loads: dict[str, object] = dict(made)
     for e in c.einsums:
         value = made.get(e.out.tensor)
         if value is None:
@@ -337,7 +338,3 @@ def _outputs(c: Cascade, key: str, known: dict[Expr, object]) -> list[np.ndarray
                 value = REDUCE[e.op](np.broadcast_to(value, (2,)))
         loads[e.out.tensor] = value
     return [np.asarray(loads[o], dtype=float) for o in c.outputs]
-
-
-def _reads(c: Cascade, name: str) -> list[Expr]:
-    return [x for e in c.einsums for x in e.reads if str(x.attr) == name]

@@ -120,8 +120,9 @@ def empty_rows(
     """Two-key rows without a kept key: every mask of `terms` false; one of them; a tensor that `scores` add holding −∞."""
     masked: dict[Expr, object] = {}
     finite: dict[Expr, object] = {ex.index(key): np.array([0, 1])}
+    rowed = {e for t in terms for e in reading(t, rows)}
     for e in ex.walk(*terms):
-        if is_mask(e, key):
+        if is_mask(e, key) and e.args[0] not in rowed:
             masked[e.args[0]] = np.asarray(masked_side(e) is e.args[1])
         if e.op == "load" and str(e.attr) in made:
             finite[e] = np.array([0.3, -0.7])

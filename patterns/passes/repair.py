@@ -20,7 +20,7 @@ from ..attention.separate import Bound, SplitContext, Splitter, Stop, Summand
 from ..cascade import IDENTITY, Access, Cascade, Einsum, Tensor, size_term
 from ..expr import Expr
 from ..operators import facts
-from ..terms.constant import number
+from ..terms.constant import number, tries
 from ..verdict import Refusal
 from .chain import Reading, empty_rows, exposed, products, rebuilt, unused
 from .rewrites import Family, Rewritten
@@ -171,10 +171,10 @@ class _Repair(Splitter):
             return ex.FALSE
         low = {x: -math.inf for b in bounds for x in ex.loads(b.d) if x.is_float}
         rows = empty_rows([*self.scores, p.body], self.scores, self.inner, self.context.products, self.context.rows)
-        ends = [float(np.sum(np.broadcast_to(number(p.body, {}, {**k, **low}), (2,)))) for k in rows]
-        # a sum that is neither is no row whose bound could be −∞
-        rows = [k for k, v in zip(rows, ends) if v == 0.0 or math.isnan(v)]
-        nan = [math.isnan(v) for v in ends if v == 0.0 or math.isnan(v)]
+        ends = [self.sum_of({**k, **low}, p.body) for k in rows]
+        # a sum that is neither 0 nor NaN is no row whose bound could be −∞
+        rows = [k for k, end in zip(rows, ends) if end]
+        nan = [end == "NaN" for end in ends if end]
         if not any(nan):
             return ex.FALSE
         empty: Expr = ex.FALSE
@@ -183,9 +183,21 @@ class _Repair(Splitter):
         if all(nan):
             return empty
         keep = _outer_mask(lift)
-        if keep is ex.FALSE or nan != [bool(np.any(number(keep, {}, {**k, **low}))) for k in rows]:
+        if keep is ex.FALSE or any(self.keeps({**k, **low}, keep) != {v} for k, v in zip(rows, nan)):
             raise Stop(p.body, "a row without a key ends in two ways: masked, and with scores of −∞")
         return empty & (self.kept_by(keep, p) > 0.0)
+
+    def sum_of(self, known: dict[Expr, object], body: Expr) -> str:
+        """What a term sums up to over a row of two keys, whatever is not known: "0", "NaN", or "" for all else."""
+        rows = [number(body, {}, row) for row in tries((body,), known, spread=self.inner)]
+        ends = {"NaN" if np.isnan(x).any() else "" if np.any(x) else "0" for x in rows}
+        if len(ends) > 1:
+            raise Stop(body, "how a row without a key ends depends on data")
+        return ends.pop()
+
+    def keeps(self, known: dict[Expr, object], keep: Expr) -> set[bool]:
+        """Does a mask keep a key of the row? Every answer that it may have."""
+        return {bool(np.any(number(keep, {}, row))) for row in tries((keep,), known, spread=self.inner)}
 
     def kept_by(self, keep: Expr, p: _Pair) -> Expr:
         """Carry whether a mask kept a key of the row."""

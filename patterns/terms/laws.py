@@ -16,7 +16,7 @@ import sympy
 from .. import expr as ex
 from ..expr import Expr
 from ..operators import facts
-from .constant import number
+from .constant import number, tries
 
 
 def multiplicative(g: sympy.Expr, x: sympy.Symbol, d: sympy.Symbol) -> sympy.Expr | None:
@@ -69,10 +69,11 @@ def _refuted(e: Expr, element: Expr, rows: tuple[Expr, ...]) -> bool:
     Cheaper than asking sympy for a proof that fails.
     """
     supported = False
+    (others, *_) = tries((e,), dict.fromkeys((element, *rows), 1.0))
     for x, y in itertools.combinations((-1.3, 0.7, 1.9, 5.1), 2):
         for u, v in ((0.4, 1.7), (0.05, 0.9), (-0.8, 3.1)):
             at = [(p, q) for p in (x, y) for q in (u, v)]
-            g = [float(number(e, {}, {element: p, **{r: q + 0.3 * i for i, r in enumerate(rows)}})) for p, q in at]
+            g = [float(number(e, {}, {**others, element: p, **{r: q + 0.3 * i for i, r in enumerate(rows)}})) for p, q in at]
             a, b = g[0] * g[3], g[1] * g[2]
             if not (math.isfinite(a) and math.isfinite(b)):
                 continue

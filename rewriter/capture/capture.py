@@ -53,6 +53,8 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     Raises CaptureError.
     """
     start = time.perf_counter()
+    if transform := torch_private.transform(gm):
+        raise CaptureError(f"a function is transformed inside it ({transform}): its values are no tensors of the graph")
     made = torch_private.dynamo_fakes()
     if made is None:
         raise CaptureError("the graph does not come from Dynamo: it has no fake mode")
@@ -63,6 +65,10 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     with mode:
         flat = [fake(x) for x in (*inputs, *held.values())]
     graph = _trace(gm, flat, len(inputs), attributes, mode)
+    made_here = [attribute(graph, str(n.target)) for n in graph.graph.nodes if n.op == "get_attr"]
+    baked = [x for x in made_here if torch_private.has_no_value(x)]
+    if baked:
+        raise CaptureError(f"{len(baked)} values of it are known while it is traced only: an operator there is not recorded")
     _bind_attributes(
         graph, len(inputs), {str(n.target): v for n, v in held.items()}, [str(n.target) for n in attributes]
     )
@@ -91,6 +97,8 @@ def _trace(
         # Grad mode switches inside the graph act on this thread while it is traced.
         with mode, torch.set_grad_enabled(torch.is_grad_enabled()):
             return torch_private.pre_dispatch_graph(run, flat)
+    except torch_private.restarts():
+        raise
     except Exception as error:
         # Whatever operator has no pre-dispatch form: the caller runs the graph as it came and reports this sentence.
         raise CaptureError(f"{type(error).__name__}: {first_line(error)}") from error

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ...codegen import operator as ours
+from ...codegen.forms.form import rows_keep_a_key
 from ...codegen.forms.program import Program, loose, memory_order
 from ...codegen.vendor import use as vendor
 from ...cost_model.count.expect import known
@@ -39,13 +40,13 @@ from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
-from ...patterns.attention.traits import kind, no_key_rule, traits
+from ...patterns.attention.traits import kind, low_row_rule, no_key_rule, traits
 from ...patterns.cascade import Cascade, bind, show
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import conjuncts, split
 from ...patterns.verdict import Obstacle, Refusal
 from ..splice import splice
-from ..splice.guards import Condition, every_row_keeps_a_key
+from ..splice.guards import LEVEL, Condition, every_row_is_added_to, every_row_keeps_a_key, queries_and_keys_are_finite
 from .policy import Policy
 
 
@@ -255,14 +256,20 @@ def _vendor(
 ) -> tuple[Candidate, splice.Call | None]:
     """A vendor's function, with the kernel that it would run here; under a guard where only rows without a key differ."""
     made = make(q.cascade)
-    conditions: tuple[Condition, ...] = ()
+    view = attention(q.cascade)
+    assert isinstance(view, Attention)
+    conditions = _row_conditions(q, view)
     if isinstance(made, Refusal):
         keyed = make(q.cascade, keyed=True)
         if isinstance(keyed, Refusal) or q.traced:
             return _refused(name, made.reason)
-        view = attention(q.cascade)
-        assert isinstance(view, Attention)
-        made, conditions = keyed, (every_row_keeps_a_key(q.cascade, view),)
+        first = every_row_keeps_a_key(q.cascade, view)
+        made, conditions = keyed, (first, *(c for c in conditions if c.sentence != first.sentence))
+    if name == "flex" and q.device.kind == "cpu":
+        # its kernel takes a row with a NaN for one without a key, and gives it 0
+        conditions = (*conditions, queries_and_keys_are_finite(q.cascade, view))
+    if conditions and q.traced:
+        return _refused(name, f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
     try:
         use = vendor.use(made, q.device, sizes, gradients=q.gradients)
         cost = predict_vendor(q.cascade, use, q.device, sizes, data) if isinstance(use, VendorUse) else None
@@ -276,10 +283,37 @@ def _vendor(
         return _refused(name, "it is compiled when it first runs, which cannot be guarded inside Inductor's graph")
     why = f"{use.backend} kernel" + (", which leaves masked tiles out" if use.skips else "")
     why += "".join(f", where {c.sentence}" for c in conditions)
-    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions)
+    # Inductor differentiates a graph once, whatever is in it; and what the model calls itself has the model's derivatives
+    once = q.gradients and not q.traced and q.written is None
+    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions, once)
 
 
-def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = ()) -> splice.Call:
+def _row_conditions(q: Question, a: Attention) -> tuple[Condition, ...]:
+    """Under which a vendor's function ends rows, and differentiates them, as the model's own operators do.
+
+    It gives rows whose scores are all −∞ a 0. Its backward rests on max + log(sum) of a row: a fill that is all a row
+    holds swallows the logarithm. Where the model itself calls it, these are the model's ways.
+    """
+    if q.written is not None:
+        return ()
+    added = _added(a)
+    if q.gradients:
+        if added:
+            return (every_row_is_added_to(q.cascade, a, LEVEL),)
+        keep = split(a.score, a.key).keep
+        return (every_row_keeps_a_key(q.cascade, a),) if keep is not ex.TRUE and rows_keep_a_key(a, keep) else ()
+    if low_row_rule(a, added) in ("never", "zero"):
+        return ()
+    return (every_row_is_added_to(q.cascade, a, math.inf),)
+
+
+def _added(a: Attention) -> tuple[ex.Expr, ...]:
+    """Run-time data over the keys that scores get added where no mask that stands in the terms hides them."""
+    products = {e.out.tensor for e in a.products}
+    return tuple(x for x in ex.loads(split(a.score, a.key).full) if a.key in x.ranks and str(x.attr) not in products)
+
+
+def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (), once: bool = False) -> splice.Call:
     """A printed function as an ordinary call of the graph; its result lies in memory as our operator's does."""
     names, loose_sizes = made.inputs, made.sizes
     order = memory_order(made.cascade)
@@ -296,7 +330,7 @@ def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = ())
         return (*(tensors[n] for n in names), *(size(s) for s in loose_sizes))
 
     run.__name__ = made.name
-    return splice.Call(made.name, run, arguments, fake=fake, conditions=conditions, fragile=made.compiled)
+    return splice.Call(made.name, run, arguments, fake=fake, conditions=conditions, fragile=made.compiled, once=once)
 
 
 # --- the site's plain data ----------------------------------------------------------------------------------------
@@ -342,6 +376,7 @@ _RULES = {
     "zero": "a row without a key gives 0, as in the original",
     "never": "no mask can leave a row without a key",
     "unmasked": "a row whose keys are all masked attends as if unmasked, as in the original",
+    "varies": "what a row without a key gives depends on data, as in the original",
 }
 
 
@@ -356,7 +391,7 @@ def _proofs(a: Attention, q: Question) -> tuple[str, ...]:
     out = [
         f"the weights are normalised over {a.key}, which the last product reduces",
         "keys and values are not written between their reads",
-        _RULES[no_key_rule(a)],
+        *(_RULES[r] for r in sorted({no_key_rule(a), low_row_rule(a, _added(a))} - {"never"}) or ["never"]),
     ]
     mask = split(a.score, a.key)
     if mask.keep is not ex.TRUE:

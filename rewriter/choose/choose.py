@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...cost_model.count.expect import ExpectError
 from ...cost_model.devices.architecture import cuda_name
 from ...cost_model.devices.device import Device, targets, with_threads
 from ...cost_model.devices.device import device as device_named
@@ -27,7 +28,7 @@ from ...cost_model.sites.site import Miss, Site
 from ...patterns.cascade import Cascade
 from ...patterns.evaluate import infer_sizes
 from ..capture import capture
-from ..find.detect import Found, NearMiss, find
+from ..find.detect import Found, NearMiss, defective, find
 from ..find.place import Place, hints_of, interior, named, place
 from ..find.upstream import Reached, projection_width, upstream
 from ..graph.aliases import Aliases
@@ -120,16 +121,25 @@ def rewrite(captured: capture.Captured, request: Request) -> Plan:
     taken: Counter[str] = Counter()
     for region in capture.regions(captured.graph):
         decisions, missed = decide(region, request, taken)
-        for d in decisions:
-            if d.call is not None:
-                f = d.found
-                original = original_subgraph(region, f.output, interior(f)) if d.call.guarded else None
-                splice.replace(region, f.output, f.tensors, f.scalars, d.call, name=d.site.name, original=original)
-        splice.finish(region)
-        sites += [d.site for d in decisions]
         misses += missed
+        for d in decisions:
+            try:
+                _splice(region, d)
+                sites.append(d.site)
+            except Exception as error:
+                misses.append(_miss(defective(d.found.output, error)))
+        splice.finish(region)
         where = where or _device_of(region)
     return Plan(tuple(sites), tuple(misses), where or running_device("cpu"))
+
+
+def _splice(gm: fx.GraphModule, d: Decision) -> None:
+    """Put in what was chosen. Where that raises, the graph stays as it is."""
+    f, call = d.found, d.call
+    if call is None:
+        return
+    original = original_subgraph(gm, f.output, interior(f)) if call.guarded else None
+    splice.replace(gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original)
 
 
 def decide(
@@ -139,7 +149,17 @@ def decide(
     erase_dead(gm)
     found, missed = find(gm)
     hints = hints_of(gm)
-    decisions = [_decide(f, name, hints, request) for f, name in named(found, Counter() if taken is None else taken)]
+    decisions: list[Decision] = []
+    for f, name in named(found, Counter() if taken is None else taken):
+        if request.target is None:
+            # a device that no file describes is no bug
+            running_device(f.output.meta["val"].device.type)
+        try:
+            decisions.append(_decide(f, name, hints, request))
+        except ExpectError:
+            raise
+        except Exception as error:
+            missed.append(defective(f.output, error))
     return decisions, [_miss(m) for m in missed]
 
 
@@ -152,10 +172,13 @@ def places(
     """
     erase_dead(gm)
     found, missed = find(gm)
-    out = [place(f, name) for f, name in named(found, taken)]
-    if sharded:
-        aliases = Aliases(gm.graph)
-        out = [_with_upstream(p, f, aliases) for p, f in zip(out, found)]
+    out: list[Place] = []
+    aliases = Aliases(gm.graph)
+    for f, name in named(found, taken):
+        try:
+            out.append(_with_upstream(place(f, name), f, aliases) if sharded else place(f, name))
+        except Exception as error:
+            missed.append(defective(f.output, error))
     return out, [_miss(m) for m in missed]
 
 

@@ -26,6 +26,7 @@ from ..lift.hoist import hoist
 from ..lift.lift import ZERO, Lifter, Rule
 from ..lift.names import canonical
 from ..lift.operators_contract import peel
+from . import defect
 from .final import Final, finals
 from .twins import match
 
@@ -81,19 +82,30 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     for n in gm.graph.nodes:
         if n.op != "call_function" or not isinstance(n.meta.get("val"), torch.Tensor) or n in taken:
             continue
-        best: NearMiss | None = None
-        twin = _twin(found, n, aliases)
-        for out in [twin] if twin is not None else _attempts(gm.graph, aliases, n, taken):
-            if isinstance(out, Found):
-                found.append(out)
-                taken |= {out.output, out.final}
-                best = None
-                break
-            if best is None or out.depth > best.depth:
-                best = out
-        if best is not None and best.depth > 0:
-            missed.append(best)
+        try:
+            out = _outcome(gm.graph, aliases, n, found, taken)
+        except Exception as error:
+            out = defective(n, error)
+        if isinstance(out, Found):
+            found.append(out)
+            taken |= {out.output, out.final}
+        elif out is not None and out.depth > 0:
+            missed.append(out)
     return found, missed
+
+
+def _outcome(
+    graph: fx.Graph, aliases: Aliases, n: fx.Node, found: list[Found], taken: Collection[fx.Node]
+) -> Found | NearMiss | None:
+    """What stands at one node: an attention, else the attempt that got farthest."""
+    twin = _twin(found, n, aliases)
+    best: NearMiss | None = None
+    for out in [twin] if twin is not None else _attempts(graph, aliases, n, taken):
+        if isinstance(out, Found):
+            return out
+        if best is None or out.depth > best.depth:
+            best = out
+    return best
 
 
 def _twin(found: list[Found], n: fx.Node, aliases: Aliases) -> Found | None:
@@ -293,7 +305,10 @@ def _with_query(c: Cascade) -> Cascade:
 
 
 def _weights_are_parameters(view: Attention) -> str:
-    """Keys and values that no batch rank reaches are weights: a feed-forward or a router, not attention."""
+    """Keys and values without any place for a batch are weights: a feed-forward or a router, not attention.
+
+    A dimension of size 1 is such a place: one sequence, or one head for all.
+    """
     batch = set(view.batch)
     query_side: set[str] = set()
     key_side: set[str] = set()
@@ -301,7 +316,8 @@ def _weights_are_parameters(view: Attention) -> str:
         for load in ex.loads(e.body):
             (key_side if view.key in load.ranks else query_side).update(load.ranks & batch)
     key_side |= view.values.ranks & batch
-    if query_side and not key_side:
+    keyed = [x for t in (*(e.body for e in view.products), view.values) for x in ex.loads(t) if view.key in x.ranks]
+    if query_side and not key_side and not any(i.is_const for x in keyed for i in x.args):
         return "keys and values are shared by every batch element: weights, not tokens"
     return ""
 
@@ -348,6 +364,11 @@ def _wants_grad(n: fx.Node) -> bool:
 
 def _near(n: fx.Node, reason: str, depth: int) -> NearMiss:
     return NearMiss(n, reason, op_name(n), source_line(n), module_path(n), depth)
+
+
+def defective(n: fx.Node, error: Exception) -> NearMiss:
+    """What is left alone because our code raised: at this place only."""
+    return _near(n, defect.reason(source_line(n) or n.name, error), 1)
 
 
 def load_names(root: Expr) -> frozenset[str]:

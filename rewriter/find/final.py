@@ -10,7 +10,7 @@ from typing import cast as typed
 from torch import fx
 
 from ...patterns import expr as ex
-from ...patterns.cascade import Size
+from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
@@ -129,13 +129,14 @@ def _sdpa(n: fx.Node) -> Final:
 
     def score(lifter: Lifter, at: At) -> Expr:
         dtype = dtype_of(n)
-        scale = a.get("scale")
-        if scale is None:
-            width = kv_shape[-1]
-            if not isinstance(width, int):
-                raise CannotLift("a head size that is symbolic", n)
-            scale = 1.0 / math.sqrt(width)
-        s = contract(lifter, n, product, at) * ex.cast(lifter.arg(scale, at), dtype)
+        given, width = a.get("scale"), kv_shape[-1]
+        if given is not None:
+            scale = lifter.arg(given, at)
+        elif isinstance(width, int):
+            scale = ex.const(1.0 / math.sqrt(width))
+        else:
+            scale = ex.const(1.0, "f64") / ex.unary("sqrt", ex.cast(size_term(width), "f64"))
+        s = contract(lifter, n, product, at) * ex.cast(scale, dtype)
         if a.get("is_causal"):
             s = ex.where(at[-1] <= at[-2], s, -math.inf)
         mask = a.get("attn_mask")

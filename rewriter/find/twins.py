@@ -18,7 +18,8 @@ def match(
 ) -> Mapping[fx.Node, fx.Node] | None:
     """Walk both subgraphs in step from their outputs; answer candidate's node for each leaf, or None where they differ.
 
-    Interior nodes must agree in operator, constant arguments, shapes and types; leaves in shape, type and operator.
+    Interior nodes must agree in operator, constant arguments, shapes and types; leaves in shape, type and operator. A leaf
+    that the walk does not reach, because it lies behind another one only, has no counterpart: then nothing matches.
     A subgraph whose storage is written in place while it is read never matches.
     """
     bound: dict[fx.Node, fx.Node] = {}
@@ -35,7 +36,11 @@ def match(
         if a not in stop and aliases.written_between(b, b, candidate):
             return None
         bound[a] = b
-        if a in stop or a is b:
+        if a in stop:
+            continue
+        if a is b:
+            # what both share, they share with all that is behind it
+            stack.extend((x, x) for x in a.all_input_nodes if x in stop or x in inside)
             continue
         if a not in inside:
             return None
@@ -43,7 +48,9 @@ def match(
         if pairs is None:
             return None
         stack.extend(pairs)
-    out = {leaf: bound.get(leaf, leaf) for leaf in stop}
+    if not stop <= bound.keys():
+        return None
+    out = {leaf: bound[leaf] for leaf in stop}
     walked = set(bound.values())
     for leaf in out.values():
         first = min((aliases.position[u] for u in leaf.users if u in walked), default=aliases.position[candidate])

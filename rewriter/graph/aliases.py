@@ -11,6 +11,9 @@ from torch import fx
 
 from .torch_private import OpOverload, schema
 
+# In the metadata of a call that was put in the place of an attention: the candidate that it is.
+SPLICED = "reattend"
+
 
 class Aliases:
     """Storage classes of a graph and the positions of in-place writes to each."""
@@ -27,8 +30,8 @@ class Aliases:
                 self._join(n, n.args[0])
                 continue
             if not isinstance(n.target, OpOverload):
-                # An unknown callable may write to any tensor that it is given.
-                if not _is_pure(n.target):
+                # An unknown callable may write to any tensor that it is given; what was spliced in does not.
+                if not _is_pure(n.target) and SPLICED not in n.meta:
                     written.extend((n, a) for a in n.all_input_nodes)
                 continue
             aliased = any(r.alias_info is not None for r in schema(n.target).returns)

@@ -71,6 +71,8 @@ DETECT = Part(
 )
 LEAVES = Part("torch.utils._pytree:tree_leaves", "the values in nested containers", "2.2", "no model can be run or planned")
 MAP = Part("torch.utils._pytree:tree_map", "nested containers of other values", "2.2", "a factory's inputs cannot be cast")
+FLATTEN = Part("torch.utils._pytree:tree_flatten", "values beside their containers", "2.2", "no second derivatives")
+UNFLATTEN = Part("torch.utils._pytree:tree_unflatten", "containers of such values", "2.2", "no second derivatives")
 SIZE = Part("torch.SymInt.node", "the term, hint and range of an open size", "2.2", "no graph with open sizes can be read")
 
 if not TYPE_CHECKING:
@@ -102,6 +104,17 @@ def tree_leaves(tree: object) -> list[Any]:
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """Nested tuples, lists and mappings with each value replaced."""
     return MAP.found()(function, tree)
+
+
+def tree_flatten(tree: object) -> tuple[list[Any], Any]:
+    """The values in nested containers, and the containers without them."""
+    flat: tuple[list[Any], Any] = FLATTEN.found()(tree)
+    return flat
+
+
+def tree_unflatten(values: Sequence[object], form: Any) -> Any:
+    """The containers with these values in them."""
+    return UNFLATTEN.found()(values, form)
 
 
 def expression(size: torch.SymInt) -> sympy.Expr:
@@ -177,6 +190,14 @@ CHECKPOINT_KEY = Part(
     "GraphModule.meta['_checkpoint_context_fn']", "tracing a checkpointed region", "2.2",
     "a graph with such a region is not captured",
 )
+NESTING = Part(
+    "functions of torch._functorch that end in _increment_nesting", "where a graph transforms a function", "2.5",
+    "such a graph is told by the values that its capture leaves only",
+)
+WRAPPED = Part(
+    "torch._C._functorch:is_functorch_wrapped_tensor", "values inside a transform of functions", "2.5",
+    "no graph can be captured",
+)
 BUFFER_HOOKS = Part(
     "torch.nn.modules.module:_global_buffer_registration_hooks", "a hook that a failed export leaves", "2.2",
     "no whole graph can be exported",
@@ -189,6 +210,7 @@ PARTIAL = Part(
     "partial_fx_graph of export's errors", "the graph so far, beside an error", "2.8", "it is printed"
 )
 
+_ENTERS = "_increment_nesting"
 LOGS = ("torch._subclasses.fake_tensor", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -214,6 +236,17 @@ def dynamo_fakes() -> tuple[FakeTensorMode, Callable[[object], object]] | None:
         return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
 
     return mode, fake
+
+
+def transform(gm: fx.GraphModule) -> str:
+    """The transform of functions (vmap, grad, jvp) that a graph of Dynamo's enters; empty where it enters none."""
+    entered = (str(getattr(n.target, "__name__", "")) for n in gm.graph.nodes if n.op == "call_function")
+    return next((name.strip("_").removesuffix(_ENTERS) for name in entered if name.endswith(_ENTERS)), "")
+
+
+def has_no_value(x: object) -> bool:
+    """Is this a tensor that stands for data only while something is traced or transformed?"""
+    return isinstance(x, Tensor) and (isinstance(x, FakeTensor) or WRAPPED.found()(x))
 
 
 def compiled_locals() -> Mapping[str, object]:
@@ -256,6 +289,13 @@ FUNCTORCH = Part(
 DISPATCH = Part(
     "torch._C:_len_torch_dispatch_stack", "leaving dispatch modes alone", "2.2", "no model can be optimised"
 )
+FORWARD = Part(
+    "torch.autograd.forward_ad:_current_level", "leaving forward derivatives alone", "2.2", "no model can be optimised"
+)
+CHECKPOINT_ENDS = Part(
+    "torch.utils.checkpoint:_StopRecomputationError", "how a checkpoint ends inside a call", "2.2",
+    "a checkpoint ends outside of calls",
+)
 COMPILING = Part(
     "torch.compiler:_is_compiling_flag", "calls in other threads during a capture", "2.5",
     "nothing is written: since 2.13 Dynamo raises the flag itself",
@@ -265,6 +305,18 @@ DYNAMO_ERROR = Part(
 )
 BACKEND_ERROR = Part(
     "torch._dynamo.exc:BackendCompilerFailed", "what a backend raised", "2.2", "where a backend fails, the call fails"
+)
+RESTART = Part(
+    "torch._dynamo.exc:RestartAnalysis", "Dynamo's requests to begin again", "2.11",
+    "a graph that Dynamo would begin again with runs as written",
+)
+HOOK_GUARDS = Part(
+    "torch._dynamo.config:skip_nnmodule_hook_guards", "noticing module hooks that are registered later", "2.2",
+    "no model can be optimised",
+)
+SAVED_HOOKS = Part(
+    "torch._C._autograd:_saved_tensors_hooks_is_enabled", "keeping a capture from the caller's saved tensor hooks", "2.2",
+    "no model can be optimised",
 )
 METRICS = Part(
     "torch._dynamo.utils:get_compilation_metrics", "functions that Dynamo gives up", "2.5", "the report does not name them"
@@ -278,7 +330,7 @@ COMPILE_ID = Part(
 WRAPPER = Part(
     "torch._dynamo:OptimizedModule", "refusing what torch.compile returned", "2.2", "it is optimised like a model"
 )
-_EACH_CALL = (CALL_HOOK, OWN_CALL, FX_TRACING, FUNCTORCH, DISPATCH)
+_EACH_CALL = (CALL_HOOK, OWN_CALL, FX_TRACING, FUNCTORCH, DISPATCH, FORWARD, HOOK_GUARDS, SAVED_HOOKS)
 
 
 def check_calls() -> None:
@@ -293,8 +345,11 @@ def call_hook(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def set_call_hook(module: nn.Module, hook: Callable[..., Any] | None) -> None:
-    """Let the calls of a module go to `hook`, as `Module.compile` does it."""
-    module._compiled_call_impl = hook
+    """Let the calls of a module go to `hook`, as `Module.compile` does it; None: to the module itself, as at first."""
+    if hook is None:
+        module.__dict__.pop("_compiled_call_impl", None)
+    else:
+        module._compiled_call_impl = hook
 
 
 def own_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -308,8 +363,16 @@ def is_symbolic_trace() -> bool:
 
 
 def is_transformed() -> bool:
-    """Is this call inside a functorch transform or a dispatch mode?"""
-    return FUNCTORCH.found()() is not None or DISPATCH.found()() > 0
+    """Is this call inside a functorch transform, a dispatch mode or forward derivatives?"""
+    return FUNCTORCH.found()() is not None or DISPATCH.found()() > 0 or FORWARD.found() >= 0
+
+
+def checkpoint_ends() -> tuple[type[BaseException], ...]:
+    """What a checkpoint raises inside a call when it has all that its backward needs."""
+    try:
+        return (CHECKPOINT_ENDS.found(),)
+    except TorchChanged:
+        return ()
 
 
 @contextmanager
@@ -334,6 +397,27 @@ def dynamo_errors() -> type[Exception]:
 def raised_by_backend(error: Exception) -> Exception | None:
     """What a backend raised, where Dynamo wraps it."""
     return error.inner_exception if isinstance(error, BACKEND_ERROR.found()) else None
+
+
+def restarts() -> tuple[type[BaseException], ...]:
+    """What is raised where Dynamo wants to compile a function again from its beginning."""
+    try:
+        return (RESTART.found(),)
+    except TorchChanged:
+        return ()
+
+
+def skip_hook_guards(skip: bool) -> bool:
+    """Let Dynamo compile without guards on module hooks, or with them; answers what it did before."""
+    before: bool = HOOK_GUARDS.found()
+    config: Any = pkgutil.resolve_name(HOOK_GUARDS.path.partition(":")[0])
+    config.skip_nnmodule_hook_guards = skip
+    return before
+
+
+def may_hook_saved_tensors() -> bool:
+    """May hooks on saved tensors be set here?"""
+    return bool(SAVED_HOOKS.found()())
 
 
 def attempts() -> list[Any]:

@@ -50,6 +50,7 @@ def hoist(lifter: Lifter, c: Cascade) -> Cascade:
         return not dense(e) or (e.op in ex.COMPARISONS and _inexact(e))
 
     memo: dict[Expr, Expr] = {}
+    hoisted: dict[Expr, Expr] = {}
 
     def go(e: Expr) -> Expr:
         if e not in memo:
@@ -57,14 +58,16 @@ def hoist(lifter: Lifter, c: Cascade) -> Cascade:
             if hit is None:
                 args = tuple(go(a) for a in e.args)
                 hit = e if args == e.args else ex.make(e.op, args, e.attr, e.dtype)
+            elif hit is not e:
+                hoisted[e] = hit
             memo[e] = hit
         return memo[e]
 
-    einsums = []
-    for e in c.einsums:
-        # operands of products are read where peeling put them
-        keep = e.out.tensor in lifter.products or e.out.tensor in c.outputs
-        einsums.append(e if keep else replace(e, body=go(e.body)))
+    # operands of products are read where peeling put them
+    peeled = {*lifter.products, *c.outputs}
+    rest = [e if e.out.tensor in peeled else replace(e, body=go(e.body)) for e in c.einsums]
+    # but a term is rounded once: weights read what the reductions of their row read
+    einsums = [replace(e, body=ex.substitute(e.body, hoisted)) if e.out.tensor in c.outputs else e for e in rest]
     tensors = {t.name: t for t in c.tensors}
     tensors.update({n: t for n, t in lifter.tensors.items() if n not in tensors})
     used = {str(r.attr) for e in einsums for r in e.reads} | {e.out.tensor for e in einsums}

@@ -10,6 +10,8 @@ A node that no rule covers, or whose data is written in place before it is read,
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Access, Einsum, Rank, Size, Tensor, size_term
 from ...patterns.expr import Expr
+from ...patterns.terms.narrow import narrowed
 from ..graph.aliases import Aliases
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of, size_of
@@ -37,6 +40,15 @@ class Origin:
     at: At
 
 
+# How many operators are lifted one inside the other: what is farther upstream is read as the model computes it.
+DEEPEST = 64
+# How long a term may be that stands for one node: a longer one is cheaper to read than to compute for every score.
+LONGEST = 1024
+# Python's arithmetic with floats, which is that of float64.
+_REAL: Mapping[object, str] = {
+    operator.pow: "pow", operator.truediv: "div", operator.mul: "mul", operator.add: "add", operator.sub: "sub",
+    operator.neg: "neg", math.sqrt: "sqrt", torch.sym_sqrt: "sqrt", torch.sym_float: "cast",
+}
 _REPEATS = frozenset(("expand", "expand_as", "broadcast_to"))
 
 
@@ -64,6 +76,7 @@ class Lifter:
         self._leaf_of: dict[fx.Node, str] = {}
         self._hint: dict[tuple[fx.Node, int], str] = {}
         self._consumer: list[fx.Node] = []
+        self._lengths: dict[Expr, int] = {}
 
     # --- values ---------------------------------------------------------------------------------------------------
 
@@ -88,6 +101,9 @@ class Lifter:
                 return ex.symbol(n.name)
         if isinstance(value, (bool, int, float)):
             return ex.const(value)
+        if isinstance(value, torch.SymFloat) and n.op == "call_function" and n.target in _REAL:
+            args = tuple(ex.cast(self.arg(a, ()), "f64") for a in n.args)
+            return args[0] if n.target is torch.sym_float else ex.make(_REAL[n.target], args)
         tensor = n.args[0] if op_name(n) == "item" else None
         if isinstance(tensor, fx.Node):
             # a Python number that Dynamo passes as a tensor without dimensions
@@ -117,6 +133,9 @@ class Lifter:
         rule = self.rules.get(op_name(n))
         if rule is None:
             return self.leaf(n, at)
+        if len(self._consumer) == DEEPEST:
+            self.misses.append((f"more than {DEEPEST} operators stand one behind the other", n))
+            return self.leaf(n, at)
         self._consumer.append(n)
         try:
             out = rule(self, n, arguments(n), at)
@@ -125,13 +144,25 @@ class Lifter:
             return self.leaf(n, at)
         finally:
             self._consumer.pop()
-        out = ex.cast(out, dtype_of(n))
+        # narrowing walks the term as it is written out
+        if self._length(out) <= LONGEST:
+            out = ex.cast(narrowed(out, dtype_of(n)), dtype_of(n))
+        if self._length(out) > LONGEST:
+            self.misses.append((f"a term of more than {LONGEST} operators", n))
+            out = self._memo[key] = self.leaf(n, at)
+            return out
         self.visited.add(n)
         self._memo[key] = out
         # the most downstream node that strides can address; one that repeats another says no more than that one
         if out not in self.origin or (is_simple(at) and op_name(n) not in _REPEATS):
             self.origin[out] = Origin(n, at)
         return out
+
+    def _length(self, e: Expr) -> int:
+        """How many operators a term has, written out."""
+        if e not in self._lengths:
+            self._lengths[e] = 1 + sum(self._length(a) for a in e.args)
+        return self._lengths[e]
 
     def assume(self, n: fx.Node, at: At, term: Expr) -> None:
         """Read node `n` at `at` as `term` from here on."""

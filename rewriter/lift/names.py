@@ -45,7 +45,8 @@ def canonical(c: Cascade, leaves: Mapping[str, T]) -> tuple[Cascade, dict[str, T
         parts[str(load.attr)] = parts.get(str(load.attr), "") + "V"
     tensors: dict[str, str] = {}
     for n, t in enumerate(c.inputs):
-        tensors[t.name] = _free(parts.get(t.name, f"X{n}"), dict.fromkeys(tensors.values()))
+        # one tensor that is queries and keys would be called as the product is
+        tensors[t.name] = _free(parts.get(t.name, f"X{n}"), dict.fromkeys([*tensors.values(), *c.producers]))
     return rename(c, ranks, tensors), {tensors.get(n, n): v for n, v in leaves.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from ...cost_model.count.expect import checked, known
+from ...cost_model.count.expect import ExpectError, checked, known
 from ...cost_model.devices.device import Device
 from ...cost_model.mesh.mesh import Mesh, linked
 from ...cost_model.mesh.plan import MeshPlan
@@ -28,6 +28,7 @@ from ..capture import capture, export
 from ..capture.models import ModelInput, Shapes, load, run
 from ..choose import choose
 from ..choose.policy import Policy
+from ..find import defect
 from ..find.place import Place, symbols_of
 from ..graph.torch_private import FakeTensor
 from .session import Session, break_of
@@ -90,12 +91,27 @@ def plan_graph(
         return _sharded(places, at, where, policy, weights)
 
     traced = {s.name: s.value for s in symbols.values()}
+    misses += _undecided(places, traced, choose.Request(policy, device, executable=False))
     sites, sharding = retake(device, traced, range(len(places))), reshard(device, traced)
     note = f"captured in {captured.seconds:.1f} s, planned in {time.perf_counter() - start:.2f} s"
     return Plan(
         sites, tuple(misses), device, model=name, note=note, weight_bytes=weights, symbols=tuple(symbols.values()),
         axes=axes(p.cascade for p in places), sharding=sharding, retake=retake, reshard=reshard,
     )
+
+
+def _undecided(places: list[Place], at: Mapping[str, int], request: choose.Request) -> list[Miss]:
+    """Take the places out of the list that cannot be decided because of a bug of ours, and name them."""
+    misses: list[Miss] = []
+    for p in tuple(places):
+        try:
+            choose.decide_place(p, at, request)
+        except ExpectError:
+            raise
+        except Exception as error:
+            places.remove(p)
+            misses.append(Miss(p.where, p.name, defect.reason(p.where or p.name, error)))
+    return misses
 
 
 def _weight_bytes(gm: fx.GraphModule) -> int:

@@ -37,23 +37,53 @@ _MARK = "_reattend"
 _RECOMPILE_LIMIT = 64
 _FAILURES_ALLOWED = 2
 
-_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+_numbers = itertools.count(1)
 _running = threading.local()
 # Threads in which a graph is being captured by us: fx's "a trace is running" is one flag for all threads.
 _capturing: set[int] = set()
 
 
 class Mark:
-    """Stands in an optimised model's attributes. A deep copy of the model carries a copy of the mark, and no entries."""
+    """Stands in an optimised model's attributes, and holds its session: both live as long as the model does.
 
-    def __init__(self, copied: bool = False) -> None:
-        self.copied = copied
+    A deep copy of the model carries a mark without a session, and no entries.
+    """
+
+    def __init__(self, session: Session | None = None) -> None:
+        self.session = session
 
     def __deepcopy__(self, memo: object) -> Mark:
-        return Mark(copied=True)
+        return Mark()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (Mark, (True,))
+        return (Mark, ())
+
+
+class _HookGuards:
+    """While our graphs are guarded, Dynamo guards on module hooks as well: one that is registered later is noticed.
+
+    Asked for while Dynamo compiles, and undone by the same thread when its call is over.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.asked, self.before = threading.Lock(), 0, True
+
+    def ask(self) -> None:
+        with self.lock:
+            if self.asked == 0:
+                self.before = torch_private.skip_hook_guards(False)
+            self.asked += 1
+        _running.asked = getattr(_running, "asked", 0) + 1
+
+    def done(self) -> None:
+        own, _running.asked = getattr(_running, "asked", 0), 0
+        with self.lock:
+            self.asked -= own
+            if own and self.asked == 0:
+                torch_private.skip_hook_guards(self.before)
+
+
+_hook_guards = _HookGuards()
 
 
 class Entry:
@@ -65,8 +95,18 @@ class Entry:
         self.calls = 0
         self.missed = 0
         self.failures: list[str] = []
-        self.hook = _hook(module, torch.compiler.disable(self.call))  # type: ignore[no-untyped-call]
-        self.compiled = _compile(path, lambda gm, inputs: session.compile(self, gm, inputs), session.dynamic)
+        self.hook = _hook(self, torch.compiler.disable(self.call))  # type: ignore[no-untyped-call]
+        self.compiled = _compile(path, _backend(self), session.dynamic)
+
+    def unhook(self) -> None:
+        """Take this entry out of the ways into its module, of which there may be several, one before the other."""
+        at = torch_private.call_hook(self.module)
+        if at is self.hook:
+            torch_private.set_call_hook(self.module, self.before)
+        while (other := getattr(at, "entry", None)) is not None:
+            if other.before is self.hook:
+                other.before = self.before
+            at = other.before
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         if _transparent(args, kwargs) or len(self.failures) > _FAILURES_ALLOWED:
@@ -82,6 +122,9 @@ class Entry:
             if getattr(_running, "pieces", 0) != before:
                 raise
             return self._as_written(error, args, kwargs)
+        finally:
+            if getattr(_running, "asked", 0):
+                _hook_guards.done()
         ran = getattr(_running, "pieces", 0) != before
         given_up = _frames_given_up(seen)
         if given_up:
@@ -109,19 +152,35 @@ class Entry:
             self.missed += not ran
 
 
-def _hook(module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+def _backend(entry: Entry) -> capture.Backend:
+    """The entry's session as Dynamo's backend. Dynamo keeps backends, and what they answer, beyond the model's life."""
+    there = weakref.ref(entry)
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
+        own = there()
+        if own is None:
+            return gm.forward
+        _hook_guards.ask()
+        return own.session.compile(own, gm, inputs)
+
+    return backend
+
+
+def _hook(entry: Entry, call: Callable[..., Any]) -> Callable[..., Any]:
     """What the calls go to: Dynamo, where it traces a caller, sees the module's own call in it."""
+    module = entry.module
 
     def hook(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return torch_private.own_call(module, *args, **kwargs)
         return call(*args, **kwargs)
 
+    hook.entry = entry  # type: ignore[attr-defined]
     return hook
 
 
 def _transparent(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Inside somebody else's tracing the model is what it was: export, fx, functorch and dispatch modes.
+    """Inside somebody else's tracing the model is what it was: export, fx, functorch, dispatch modes, forward derivatives.
 
     (`torch.compiler.is_compiling` is no test: it is true in all threads while one of them compiles.)
     """
@@ -152,8 +211,11 @@ def _frames_given_up(seen: Sequence[object]) -> list[str]:
 
 
 def _compile(path: str, backend: capture.Backend, dynamic: bool | None) -> Callable[..., Any]:
-    """A compiled `forward` with a code object of its own: Dynamo keeps graphs, and counts them, per code object."""
-    code = _forward.__code__.replace(co_name=f"reattend {path or 'model'}")
+    """A compiled `forward` with a code object of its own: Dynamo keeps graphs, and counts them, per code object.
+
+    Its name is its own as well: which sizes have changed Dynamo keeps by name, and another model's sizes say nothing here.
+    """
+    code = _forward.__code__.replace(co_name=f"reattend {path or 'model'} {next(_numbers)}")
     function = types.FunctionType(code, globals(), "forward")
     options: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
@@ -169,7 +231,8 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 class Session:
     """What `optimize` keeps about a model. Safe to use from several threads.
 
-    `backend` stands in for planning and rewriting: verification checks each graph instead.
+    `backend` stands in for planning and rewriting: verification checks each graph instead. `outer`: the model's session
+    before this one was attached, which it is again when this one is detached.
     """
 
     policy: Policy
@@ -181,6 +244,7 @@ class Session:
     entries: list[Entry] = field(default_factory=list)
     pieces: list[GraphPiece] = field(default_factory=list)
     frames_given_up: list[str] = field(default_factory=list)
+    outer: Session | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def install(self, model: nn.Module) -> None:
@@ -194,16 +258,17 @@ class Session:
             entry.before = torch_private.call_hook(entry.module)
             torch_private.set_call_hook(entry.module, entry.hook)
         root = self.entries[0].module
-        root.__dict__[_MARK] = Mark()
-        _sessions[root] = self
+        self.outer = session_of(root)
+        root.__dict__[_MARK] = Mark(self)
 
     def detach(self) -> None:
         """Let the calls of the model go as they went before; what was captured is kept for `attach`."""
         for entry in self.entries:
-            if torch_private.call_hook(entry.module) is entry.hook:
-                torch_private.set_call_hook(entry.module, entry.before)
-            entry.module.__dict__.pop(_MARK, None)
-            _sessions.pop(entry.module, None)
+            entry.unhook()
+            if session_of(entry.module) is self:
+                del entry.module.__dict__[_MARK]
+                if self.outer is not None:
+                    entry.module.__dict__[_MARK] = Mark(self.outer)
 
     def names(self) -> Mapping[int, str]:
         """The paths of the model's modules, by identity."""
@@ -223,7 +288,7 @@ class Session:
         run: Callable[..., Any] = gm.forward
         captured: capture.Captured | None = None
         try:
-            with _marked():
+            with _marked(), _own_saved_tensors():
                 captured = capture.from_dynamo(gm, inputs, self.names())
             piece.capture_seconds = captured.seconds
             request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
@@ -235,6 +300,9 @@ class Session:
         except capture.CaptureError as no:
             piece.error = f"the graph could not be captured: {no}"
         except StrictError:
+            raise
+        except torch_private.restarts():
+            # Dynamo's own way to begin again
             raise
         except Exception as error:
             # A defect here must not reach the user's model: the graph runs as it came, and the report says so.
@@ -250,8 +318,11 @@ class Session:
         return self._counted(piece, run, sampled)
 
     def _counted(self, piece: GraphPiece, run: Callable[..., Any], sampled: fx.GraphModule | None) -> Callable[..., Any]:
+        lock = self.lock
+
+        # Dynamo keeps this function: nothing in it holds the session, or the model.
         def call(*args: Any) -> Any:
-            with self.lock:
+            with lock:
                 piece.calls += 1
                 number = piece.calls
             _running.pieces = getattr(_running, "pieces", 0) + 1
@@ -275,6 +346,16 @@ def _marked() -> Iterator[None]:
             yield
         finally:
             _capturing.discard(threading.get_ident())
+
+
+@contextmanager
+def _own_saved_tensors() -> Iterator[None]:
+    """What tracing saves for a backward pass is not shown to the caller's hooks: checkpoints count what they are shown."""
+    if not torch_private.may_hook_saved_tensors():
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        yield
 
 
 def _runnable(graph: fx.GraphModule, inputs: Sequence[object], inductor: bool) -> Callable[..., Any]:
@@ -339,13 +420,14 @@ def entry_points(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def session_of(model: nn.Module) -> Session | None:
-    return _sessions.get(model)
+    mark = model.__dict__.get(_MARK)
+    return mark.session if isinstance(mark, Mark) else None
 
 
 def is_copy(model: nn.Module) -> bool:
     """Whether the model was copied from an optimised one: copies are not optimised."""
     mark = model.__dict__.get(_MARK)
-    return isinstance(mark, Mark) and mark.copied and _sessions.get(model) is None
+    return isinstance(mark, Mark) and mark.session is None
 
 
 def twin(model: nn.Module) -> nn.Module:

@@ -8,10 +8,11 @@ Shapes, types and modes need no guard here: Dynamo captures anew when they chang
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +22,15 @@ from torch import Tensor, fx, nn
 
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
-from ...patterns.cascade import Cascade, Einsum, bind
+from ...patterns.cascade import Access, Cascade, Einsum, bind
+from ...patterns.cascade import Tensor as Shape
 from ...patterns.evaluate import evaluate
 from ...patterns.expr import Expr
 from ...patterns.masks.split import runtime_classify, split
 from ..capture.autocast import no_autocast
 from ..graph.aliases import Aliases
+from ..graph.torch_private import checkpoint_ends
+from .derivatives import twice
 
 TILE = 64
 
@@ -47,11 +51,9 @@ def every_row_keeps_a_key(c: Cascade, a: Attention) -> Condition:
     What the mask reads of the attention's prelude (a number of padded tokens) is computed for it.
     """
     keep = split(a.score, a.key).keep
+    behind = _behind(c, a, keep)
+    before, made, names = behind.before, behind.made, behind.names
     read = tuple(dict.fromkeys(str(x.attr) for x in ex.loads(keep)))
-    before = _upstream(a.prelude, read)
-    made = tuple(n for n in read if n in {e.out.tensor for e in before})
-    given = dict.fromkeys(str(x.attr) for e in before for x in e.reads if str(x.attr) not in c.producers)
-    names = (*(n for n in read if n not in made), *(n for n in given if n not in read))
     ranks = {r: c.rank[r].size for r in {*keep.ranks, a.query, a.key}}
     symbols = tuple(s for s in c.free_symbols)
 
@@ -64,6 +66,61 @@ def every_row_keeps_a_key(c: Cascade, a: Attention) -> Condition:
         return _rows_are_keyed(keep, a, extents, known, {n: data[n] for n in read})
 
     return Condition("every row keeps a key", names or (c.inputs[0].name,), symbols, holds)
+
+
+# What scores get added at most for the logarithm of a row's sum to keep, in float32, the digits that a backward needs.
+LEVEL = 64.0
+
+
+def every_row_is_added_to(c: Cascade, a: Attention, within: float) -> Condition:
+    """The largest number that each row's scores get added lies between −`within` and `within`; a mask adds its fill."""
+    zero = {ex.load(e.out.tensor, e.out.index, c.tensor[e.out.tensor].dtype): ex.const(0.0, "f32") for e in a.products}
+    added = ex.substitute(a.score, zero)
+    behind = _behind(c, a, added)
+    rows = tuple(r for r in (*a.batch, a.query) if r in added.ranks)
+    top = Einsum(Access("TOP", tuple(ex.index(r) for r in rows)), added, "max", (a.key,))
+    shape = tuple(c.rank[r].size for r in rows)
+    whole = replace(c, einsums=(*behind.before, top), outputs=("TOP",), tensors=(*c.tensors, Shape("TOP", shape)))
+
+    def holds(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
+        data = {n: tensors[n].detach() for n in behind.names}
+        out = evaluate(whole, data, bind_shapes(c, tensors, sizes))["TOP"]
+        return bool((out.abs() < within).all())
+
+    return Condition(_within(within), behind.names, tuple(c.free_symbols), holds)
+
+
+def queries_and_keys_are_finite(c: Cascade, a: Attention) -> Condition:
+    """No NaN and no ∞ in what the products are made of."""
+    names = tuple(dict.fromkeys(n for e in a.products for n in _behind(c, a, e.body).names))
+
+    def holds(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
+        return all(bool(tensors[n].detach().isfinite().all()) for n in names)
+
+    return Condition("queries and keys are finite", names, (), holds)
+
+
+def _within(within: float) -> str:
+    if math.isinf(within):
+        return "no row's scores are all −∞ by what they get added"
+    return f"the largest number that a row's scores get added lies within ±{within:g}"
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """What a term rests on: a part of the prelude, the tensors `made` there that it reads, and the inputs behind all."""
+
+    before: tuple[Einsum, ...]
+    made: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def _behind(c: Cascade, a: Attention, term: Expr) -> _Behind:
+    read = tuple(dict.fromkeys(str(x.attr) for x in ex.loads(term)))
+    before = _upstream(a.prelude, read)
+    made = tuple(n for n in read if n in {e.out.tensor for e in before})
+    given = dict.fromkeys(str(x.attr) for e in before for x in e.reads if str(x.attr) not in c.producers)
+    return _Behind(before, made, (*(n for n in read if n not in made), *(n for n in given if n not in read)))
 
 
 def _upstream(einsums: Sequence[Einsum], names: Sequence[str]) -> tuple[Einsum, ...]:
@@ -100,13 +157,17 @@ def bind_shapes(c: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[str, i
 
 
 class Guarded(nn.Module):
-    """A call with its conditions and the original subgraph. `fallbacks` counts, by name, how often the original ran."""
+    """A call with its conditions and the original subgraph. `fallbacks` counts, by name, how often the original ran.
+
+    `once`: the call can be differentiated once; the original gives the second derivative.
+    """
 
     def __init__(
-        self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition]
+        self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition],
+        once: bool = False,
     ) -> None:
         super().__init__()
-        self.name, self.target, self.conditions = name, target, tuple(conditions)
+        self.name, self.target, self.conditions, self.once = name, target, tuple(conditions), once
         self.original = original
         self.fallbacks: Counter[str] = Counter()
         self.broken = ""
@@ -117,8 +178,13 @@ class Guarded(nn.Module):
     ) -> Any:
         if not self.broken and all(c.holds(tensors, sizes) for c in self.conditions):
             try:
+                if self.once and torch.is_grad_enabled():
+                    return twice(self.target, arguments, self.original, inputs)
                 return self.target(*arguments)
             except torch.OutOfMemoryError:
+                raise
+            except checkpoint_ends():
+                # it has all that its backward needs
                 raise
             except Exception as error:
                 # A vendor's compiler may fail on what its checks let through: the model must not.
@@ -138,16 +204,22 @@ def original_subgraph(
 ) -> tuple[fx.GraphModule, list[fx.Node]] | None:
     """The code of an attention as a module of its own, and the nodes that it reads.
 
-    None where a part of it is written in place from outside, so that running it later would differ.
+    What shares memory with something outside and is written is no code to be run again: its value is read.
+
+        before   q = linear(x); q.mul_(s); k = view(q)      after   given k
+
+    None where such a value is written once more before the output, so that reading it late would differ.
     """
     aliases = Aliases(gm.graph)
-    inside = [n for n in gm.graph.nodes if n in interior or n is output]
+    foreign = _written_outside(gm.graph, aliases, {*interior, output})
+    inside = _needed(output, {*interior, output} - foreign)
     members = set(inside)
-    if any(aliases.is_written(n) and any(w not in members for w in aliases.writers(n)) for n in inside):
+    outside = list(dict.fromkeys(i for n in inside for i in n.all_input_nodes if i not in members))
+    reads = {i: min(aliases.position[n] for n in inside if i in n.all_input_nodes) for i in outside}
+    if output in foreign or any(aliases.written_between(i, at - 1, output) for i, at in reads.items()):
         return None
     graph = fx.Graph()
     table: dict[fx.Node, fx.Node] = {}
-    outside = list(dict.fromkeys(i for n in inside for i in n.all_input_nodes if i not in members))
     for i, n in enumerate(outside):
         table[n] = graph.placeholder(f"given_{i}")
         table[n].meta = dict(n.meta)
@@ -155,3 +227,21 @@ def original_subgraph(
         table[n] = graph.node_copy(n, table.__getitem__)
     graph.output(table[output])
     return fx.GraphModule(gm, graph, "Original"), outside
+
+
+def _written_outside(graph: fx.Graph, aliases: Aliases, inside: Collection[fx.Node]) -> frozenset[fx.Node]:
+    """The nodes inside whose memory is written and is known outside: running them again would write, or read, it again."""
+    shared = {aliases.storage(n) for n in graph.nodes if n not in inside}
+    return frozenset(n for n in inside if aliases.is_written(n) and aliases.storage(n) in shared)
+
+
+def _needed(output: fx.Node, members: Collection[fx.Node]) -> list[fx.Node]:
+    """The members that the output rests on, and those that write what it reads, in the graph's order."""
+    seen: set[fx.Node] = set()
+    stack = [output]
+    while stack:
+        n = stack.pop()
+        if n in members and n not in seen:
+            seen.add(n)
+            stack += n.all_input_nodes
+    return [n for n in output.graph.nodes if n in seen]

@@ -70,7 +70,9 @@ class _Timed(fx.Interpreter):
         before = guard.fallbacks[site] if isinstance(guard, Guarded) else 0
         on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in tree_leaves(self.map_nodes_to_values(n.args, n)))
         if guard is None and self.samples.median(site) is None:
-            super().run_node(n)
+            # nothing is saved for a backward pass: who counts what is saved must find what the model saves
+            with torch.no_grad():
+                super().run_node(n)
         out, seconds = (_by_events if on_gpu else _by_clock)(lambda: super(_Timed, self).run_node(n))
         if not isinstance(guard, Guarded) or guard.fallbacks[site] == before:
             self.samples.add(site, seconds)

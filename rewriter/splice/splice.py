@@ -22,6 +22,7 @@ from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
 from ..capture.autocast import regions, remove_unused_casts
 from ..graph import torch_private
+from ..graph.aliases import SPLICED
 from ..graph.liveness import ARITHMETIC, erase_dead, is_pure
 from ..graph.node import op_name
 from ..graph.sizes import same, shape_of, size_of
@@ -33,7 +34,7 @@ SITE = "reattend_site"
 
 
 class SpliceError(RuntimeError):
-    """A replacement that does not fit its place: a bug of whoever made it. The graph is thrown away, not used."""
+    """A replacement that does not fit its place: a bug of whoever made it. The graph stays as it was."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Call:
     `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
     `size(name)`, which gives the node or number of a symbol. `closed` calls run with autocast off. `fake` stands in for
     `target` on fake values where the target cannot run on them. Under `conditions`, or where the call is `fragile` (its
-    kernel is compiled when it first runs), the original subgraph stands by.
+    kernel is compiled when it first runs) or can be differentiated only `once`, the original subgraph stands by.
     """
 
     name: str
@@ -53,10 +54,11 @@ class Call:
     fake: Callable[..., Any] | None = None
     conditions: tuple[Condition, ...] = ()
     fragile: bool = False
+    once: bool = False
 
     @property
     def guarded(self) -> bool:
-        return self.fragile or bool(self.conditions)
+        return self.fragile or self.once or bool(self.conditions)
 
 
 def replace(
@@ -71,8 +73,23 @@ def replace(
 ) -> fx.Node:
     """Put `call` in the place of `output`; the value has the same shape, type and strides. Returns the new value's node.
 
-    A guarded call needs the `original` subgraph with its inputs, and is counted by `name` where it falls back.
+    A guarded call needs the `original` subgraph with its inputs, and is counted by `name` where it falls back. Where this
+    raises, the graph has no node more than before.
     """
+    before = frozenset(gm.graph.nodes)
+    try:
+        return _replace(gm, output, tensors, scalars, call, name, original)
+    except Exception:
+        for n in reversed(gm.graph.nodes):
+            if n not in before:
+                gm.graph.erase_node(n)
+        raise
+
+
+def _replace(
+    gm: fx.GraphModule, output: fx.Node, tensors: Mapping[str, fx.Node], scalars: Mapping[str, fx.Node], call: Call,
+    name: str, original: tuple[fx.GraphModule, list[fx.Node]] | None,
+) -> fx.Node:
     if call.guarded and original is None:
         raise SpliceError(f"{call.name} is guarded and has no original to fall back to")
     graph = gm.graph
@@ -93,7 +110,7 @@ def replace(
         new = _node(graph, output, target, arguments, fake)
         if token is not None:
             graph.call_function(torch_private.EXIT_AUTOCAST, (token,))
-        new.meta["reattend"] = call.name
+        new.meta[SPLICED] = call.name
         new.meta[SITE] = name
         new = _fit(graph, output, new, sizes)
     output.replace_all_uses_with(new)
@@ -107,7 +124,7 @@ def _guarded(
 ) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
     """The name of a module that guards the call, its arguments, and what gives its fake value."""
     subgraph, inputs = original
-    module = Guarded(name, call.target, subgraph, call.conditions)
+    module = Guarded(name, call.target, subgraph, call.conditions, call.once)
     path = f"guarded_{sum(isinstance(m, Guarded) for m in gm.modules())}"
     gm.add_module(path, module)
     wanted = {t: tensors[t] for c in call.conditions for t in c.tensors}

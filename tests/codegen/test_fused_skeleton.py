@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -505,3 +506,31 @@ def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_compiler_that_fails_says_why() -> None:
     with pytest.raises(native.CompilerError, match=r"could not compile the kernel.*nonsense"):
         native.load("nonsense;")
+
+
+@pytest.mark.parametrize("damage", ["shortened", "other bytes", "no sum"])
+def test_a_damaged_library_is_compiled_anew(damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "directory", lambda: tmp_path)
+    program = 'extern "C" __attribute__((visibility("default"))) int attention(void*) { return 7; }'
+    path = native.library(program)
+    native.build(program, path, ())
+    if damage == "no sum":
+        path.with_suffix(".sha256").unlink()
+    else:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if damage == "shortened" else b"\0" * len(whole))
+    assert not native.is_whole(path)
+    assert native.attention(program)(None) == 7
+    assert native.is_whole(path)
+
+
+def test_a_compiler_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With what it has started, which would keep its output open."""
+    stuck = tmp_path / "stuck"
+    stuck.write_text("#!/bin/sh\nsleep 60 &\nwait\n")
+    stuck.chmod(0o755)
+    monkeypatch.setattr(native, "PATIENCE", 0.2)
+    start = time.monotonic()
+    with pytest.raises(native.CompilerError, match=r"did not compile the kernel within 0.2 s; set CXX to another"):
+        native.run_compiler([str(stuck)])
+    assert time.monotonic() - start < 20

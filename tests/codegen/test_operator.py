@@ -6,12 +6,15 @@ import io
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from reattend.codegen import operator as ours
+from reattend.codegen.cpu.kernel import CpuKernel
+from reattend.codegen.files import cache
 from reattend.codegen.forms.program import loose, program_text, read_program
 from reattend.patterns.cascade import CascadeError
 from reattend.patterns.evaluate import evaluate
@@ -155,3 +158,32 @@ def test_the_program_survives_pickling() -> None:
     buffer.seek(0)
     x = arguments(case)[0]
     torch.testing.assert_close(torch.load(buffer, weights_only=False)(*x), Layer(case)(*x))
+
+
+@pytest.mark.parametrize("name", ["causal", "sigmoid"])
+def test_where_a_kernel_cannot_be_compiled_another_body_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, with a warning, and for good."""
+    case = VARIANTS[name]()
+    tensors, sizes, _ = arguments(case)
+    tiling = TileMapping(16, 32, body="fused")
+    made = ours.build(case.cascade, tiling)
+    assert isinstance(made, CpuKernel)
+    module = sys.modules[f"reattend_generated_{cache.key(made.source)}"]
+
+    def failing(*_: object) -> None:
+        raise module.CompilerError("no compiler today")
+
+    monkeypatch.setattr(module, "load", failing)
+    module.compiled.cache_clear()
+    text = program_text(case.cascade, tiling)
+    ours._runners.pop((text, "cpu"), None)
+    try:
+        with pytest.warns(UserWarning, match=r"runs as .* instead of fused 16×32.*: no compiler today"):
+            first = op(tensors, sizes, text)
+        expected = evaluate(case.cascade, dict(zip((t.name for t in case.cascade.inputs), tensors)), case.sizes)["O"]
+        torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(op(tensors, sizes, text), first)
+    finally:
+        ours._runners.pop((text, "cpu"), None)

@@ -12,10 +12,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
 import reattend
 from reattend.rewriter.capture import capture
 from reattend.rewriter.choose import choose
+from reattend.rewriter.choose.policy import StrictError
+from reattend.rewriter.find import detect
+from reattend.rewriter.find.place import Place
+from reattend.rewriter.graph import torch_private
+from reattend.rewriter.splice import splice
 
 
 def close(a: Tensor, b: Tensor, limit: float = 1e-5) -> None:
@@ -153,6 +159,87 @@ def test_a_failed_rewrite_leaves_the_model_as_it_was(
     with pytest.warns(UserWarning, match="the rewrite failed, the graph runs as written: ZeroDivisionError: a defect"):
         assert torch.equal(stack(x), expected)
     assert "a defect" in str(reattend.report(stack))
+
+
+@pytest.mark.parametrize("where", ["capture", "rewrite"])
+def test_dynamo_begins_again_where_it_asks_to(
+    stack: nn.Module, x: Tensor, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its request is no failure of ours, whatever is running when it comes."""
+    owner, name = (torch_private, "pre_dispatch_graph") if where == "capture" else (choose, "rewrite")
+    whole, asked = getattr(owner, name), list[int]()
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 1:
+            raise TensorifyScalarRestartAnalysis
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, once)
+    with torch.no_grad():
+        expected = stack(x)
+        close(reattend.optimize(stack)(x), expected)
+    report = reattend.report(stack)
+    assert len(asked) == 2
+    assert [p.error for p in report.pieces] == [""]
+    assert len(report.sites) == 2
+
+
+STAGES: dict[str, tuple[Any, str]] = {
+    "find": (detect, "canonical"), "decide": (choose, "decide_place"), "splice": (splice, "_fit"),
+}
+
+
+@pytest.fixture(params=STAGES)
+def stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bug that the first attention meets, and no other."""
+    owner, name = STAGES[request.param]
+    whole = getattr(owner, name)
+    met: list[int] = []
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        met.append(1)
+        if len(met) == 1:
+            raise ZeroDivisionError("a defect\nand more")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, broken)
+    return str(request.param)
+
+
+def test_a_bug_at_one_attention_leaves_the_others_rewritten(stack: nn.Module, x: Tensor, stage: str) -> None:
+    with torch.no_grad():
+        expected = stack(x)
+        reattend.optimize(stack, policy=reattend.Policy(deny=("original",)))
+        with pytest.warns(UserWarning, match="keeps the original code: a bug in reattend, please report it: ZeroDiv"):
+            close(stack(x), expected)
+    report = reattend.report(stack)
+    assert [s.kernel != "original" for s in report.sites] == [True]
+    assert [m.reason for m in report.misses] == ["a bug in reattend, please report it: ZeroDivisionError: a defect"]
+    assert not any(p.error for p in report.pieces)
+
+
+def test_a_bug_at_one_attention_raises_where_strict(stack: nn.Module, x: Tensor, stage: str) -> None:
+    reattend.optimize(stack, policy=reattend.Policy(strict=True))
+    with pytest.warns(UserWarning, match="a bug in"), pytest.raises(StrictError, match="a bug in"), torch.no_grad():
+        stack(x)
+
+
+def test_a_bug_at_one_attention_is_named_by_the_plan(
+    stack: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = choose.decide_place
+
+    def broken(p: Place, *rest: Any) -> Any:
+        if p.name == "layers.0":
+            raise IndexError
+        return whole(p, *rest)
+
+    monkeypatch.setattr(choose, "decide_place", broken)
+    with pytest.warns(UserWarning, match="a bug in reattend"):
+        plan = reattend.plan(stack, x)
+    assert [s.name for s in plan.sites] == ["layers.1"]
+    assert [m.reason for m in plan.misses] == ["a bug in reattend, please report it: IndexError"]
 
 
 def test_graph_breaks_are_said_and_the_pieces_optimised(x: Tensor, stack: nn.Module) -> None:

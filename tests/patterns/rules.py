@@ -223,9 +223,28 @@ def unnormalised(b: Any, s: Any) -> Any:
     return ex.exp(s - b.put("GM", "bhp", s, "max", "m"))
 
 
+def _with_sink(b: Any, s: Any) -> tuple[Any, Any]:
+    """Maximum and sum of the scores and a sink."""
+    sink = b.input("sink", "h")
+    gm = b.put("GM", "bhp", ex.maximum(b.put("RM", "bhp", s, "max", "m"), sink))
+    return gm, b.put("SD", "bhp", b.put("RS", "bhp", ex.exp(s - gm), "add", "m") + ex.exp(sink - gm))
+
+
+def sink_log(b: Any, s: Any) -> Any:
+    """log_softmax(…).exp() over scores with a sink concatenated"""
+    gm, sd = _with_sink(b, s)
+    return ex.exp(s - gm - ex.unary("log", sd))
+
+
+def sink_logsumexp(b: Any, s: Any) -> Any:
+    """exp(s − logsumexp(…)) over scores with a sink concatenated"""
+    gm, sd = _with_sink(b, s)
+    return ex.exp(s - (gm + ex.unary("log", sd)))
+
+
 SOFTMAX = (
     papers.softmax, papers.softmax_zero, papers.softmax_sink, papers.log_softmax, shifted_softmax, shifted_sink,
-    off_by_one, logsumexp, logsumexp_finite, no_nan, no_nan_log, masked_after, all_masked, any_kept, renormalised,
+    off_by_one, sink_log, sink_logsumexp, logsumexp, logsumexp_finite, no_nan, no_nan_log, masked_after, all_masked, any_kept, renormalised,
     sharpened, tempered, masked_exponentials, masked_with_epsilon, with_epsilon, unnormalised, base_two, cast_softmax, gated, rooted,
 )
 OTHERS = (

@@ -496,6 +496,12 @@ def small_where(b: Any, qk: Any) -> Any:
     return ex.where(ex.index("m") <= ex.index("p"), qk, -1e4)
 
 
+def filled_from_data(b: Any, s: Any) -> Any:
+    """Rows without a key get a number of their own where that is positive, else 0."""
+    a = b.put("A0", "bhpm", papers.softmax(b, s))
+    return ex.where(ex.unary("isnan", a), ex.unary("relu", b.input("own", "bhp")), a)
+
+
 @pytest.mark.parametrize(
     ("rule", "score", "want"),
     [
@@ -516,6 +522,8 @@ def small_where(b: Any, qk: Any) -> Any:
         (rules.masked_after, rules.causal, "zero"),
         (rules.all_masked, rules.causal, "zero"),
         (rules.any_kept, rules.causal_lowest, "zero"),
+        (rules.sink_log, rules.causal, "zero"),
+        (filled_from_data, rules.causal, "varies"),
     ],
     ids=lambda v: getattr(v, "__name__", v),
 )

@@ -16,6 +16,9 @@ from reattend.patterns.attention import recognise
 from reattend.patterns.attention.attention import Attention
 from reattend.patterns.attention.traits import no_key_rule
 from reattend.rewriter.find import detect
+from reattend.rewriter.find.twins import match
+from reattend.rewriter.graph.aliases import Aliases
+from reattend.rewriter.graph.node import op_name
 
 from .helpers import error_of, graph_of, values_of
 
@@ -203,6 +206,45 @@ def test_identical_layers_share_one_cascade() -> None:
     assert found[0].cascade is found[1].cascade is found[2].cascade
     assert len({f.output for f in found}) == 3
     assert all(error_of(f, values) <= 1e-12 for f in found)
+
+
+def test_a_leaf_behind_another_leaf_has_no_counterpart() -> None:
+    def two(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.sin().exp() * 2, y.sin().exp() * 2
+
+    gm = graph_of(two, (torch.randn(3), torch.randn(3)))
+    one, other = ([n for n in gm.graph.nodes if op_name(n) == name] for name in ("sin", "exp"))
+    first, second = (n for n in gm.graph.nodes if op_name(n) == "mul")
+    aliases = Aliases(gm.graph)
+    assert match(first, [other[0]], [], second, aliases) == {other[0]: other[1]}
+    assert match(first, [one[0]], [other[0]], second, aliases) == {one[0]: one[1]}
+    assert match(first, [one[0], other[0]], [], second, aliases) is None
+
+
+def test_a_leaf_behind_what_both_share_is_its_own_counterpart() -> None:
+    def two(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shared = mask.exp()
+        return x * shared, y * shared
+
+    gm = graph_of(two, tuple(torch.randn(3) for _ in range(3)))
+    x, y, mask, shared, first, second, *_ = gm.graph.nodes
+    aliases = Aliases(gm.graph)
+    assert match(first, [x, mask], [shared], second, aliases) == {x: y, mask: mask}
+
+
+def test_a_term_is_rounded_once() -> None:
+    """The weights read the scale that the maximum and the sum of their row read: the one that the model computed."""
+
+    def learned(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        a = q @ k.mT * (s.exp() * 0.35)
+        e = (a - a.amax(-1, keepdim=True)).exp()
+        return e / e.sum(-1, keepdim=True) @ v
+
+    args = tuple(x.bfloat16() for x in (*qkv(), torch.randn(4, 1, 1)))
+    found, _ = detect.find(graph_of(learned, args))
+    (scale,) = (t for t in found[0].cascade.inputs if t.name not in ("Q", "K", "V"))
+    readers = [e.out.tensor for e in found[0].cascade.einsums if any(str(x.attr) == scale.name for x in e.reads)]
+    assert len(readers) == 3
 
 
 def test_twins_with_another_constant_are_not_twins() -> None:

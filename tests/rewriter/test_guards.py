@@ -64,6 +64,49 @@ def test_the_call_runs_where_every_row_keeps_a_key_and_the_original_elsewhere() 
     assert "every row keeps a key" in site.site.chosen.why
 
 
+class Added(nn.Module):
+    """A mask that is given as numbers."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = (q @ k.mT + mask).softmax(-1) @ v
+        return out
+
+
+def rows_of(*fills: float) -> Tensor:
+    """A causal mask of zeros and −∞, and rows that hold one number."""
+    out = torch.zeros(24, 24).masked_fill(torch.ones(24, 24, dtype=torch.bool).triu(1), float("-inf"))
+    for i, fill in enumerate(fills):
+        out[5 + i] = fill
+    return out
+
+
+@pytest.mark.parametrize(
+    ("gradients", "mask", "fell_back"),
+    [
+        (False, rows_of(), 0), (False, rows_of(-1e4), 0), (False, rows_of(float("-inf")), 1),
+        (True, rows_of(), 0), (True, rows_of(-3.0), 0), (True, rows_of(-1e4), 1), (True, rows_of(float("-inf")), 1),
+    ],
+)
+def test_rows_of_data_are_looked_at(gradients: bool, mask: Tensor, fell_back: int) -> None:
+    """Forward only rows of −∞ end in another way; a backward loses the logarithm of a sum beside a large number."""
+    model = reattend.optimize(Added(), policy=SDPA)
+    q, k, v = (torch.randn(2, 3, 24, 16).requires_grad_(gradients) for _ in range(3))
+    with torch.set_grad_enabled(gradients):
+        out, want = model(q, k, v, mask), model.forward(q, k, v, mask)
+    same(out, want)
+    if gradients:
+        for ours, theirs in zip(*(torch.autograd.grad(x.sum(), (q, k, v)) for x in (out, want)), strict=True):
+            same(ours, theirs)
+    assert reattend.report(model).fallbacks == fell_back
+
+
+def test_a_proof_speaks_of_rows_that_data_may_empty() -> None:
+    plan = reattend.plan(Added(), (*(torch.randn(2, 3, 24, 16) for _ in range(3)), rows_of()))
+    (site,) = plan.sites
+    assert "a row without a key gives NaN, as in the original" in site.proofs
+    assert "no mask can leave a row without a key" not in site.proofs
+
+
 def test_gradients_flow_on_both_sides_of_a_guard() -> None:
     model = reattend.optimize(Padded(), policy=SDPA)
     x = torch.randn(2, 24, 16)

@@ -135,7 +135,7 @@ class Small(nn.Module):
         return (x @ x.mT).softmax(-1) @ x
 
 
-@pytest.mark.parametrize("name", ["CALL_HOOK", "OWN_CALL", "FX_TRACING", "FUNCTORCH", "DISPATCH"])
+@pytest.mark.parametrize("name", ["CALL_HOOK", "OWN_CALL", "FX_TRACING", "FUNCTORCH", "DISPATCH", "HOOK_GUARDS", "SAVED_HOOKS"])
 def test_a_model_is_not_touched_where_its_calls_cannot_be_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     part: Part = getattr(torch_private, name)
     lost = replace(part, path=part.path + "_lost")
