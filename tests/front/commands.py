@@ -39,14 +39,14 @@ def branching_model() -> object:
     return Branching(), (torch.randn(2, 8, 16),), {}
 
 
-def bare_attention() -> object:
-    """A call of SDPA whose head size is an input's size: it is found with fixed sizes only."""
+def bare_groups() -> object:
+    """Grouped heads whose numbers are sizes of inputs: they are found with fixed sizes only."""
 
     class Bare(nn.Module):
-        def forward(self, q: torch.Tensor) -> torch.Tensor:
-            return nn.functional.scaled_dot_product_attention(q, q, q)
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
 
-    return Bare(), (torch.randn(2, 4, 32, 16),), {}
+    return Bare(), (torch.randn(2, 4, 32, 16), torch.randn(2, 2, 32, 16)), {}
 
 
 def narrow() -> object:

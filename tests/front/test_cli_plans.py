@@ -70,10 +70,10 @@ def test_a_page_falls_back_to_fixed_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    code, out, _ = run(capsys, "plan", "commands:bare_attention", "--html", str(tmp_path / "plan.html"))
+    code, out, _ = run(capsys, "plan", "commands:bare_groups", "--html", str(tmp_path / "plan.html"))
     assert code == 0
     assert "1 attention" in out
-    assert "sizes are fixed (a head size that is symbolic)" in out
+    assert "sizes are fixed (grouped heads of symbolic number)" in out
 
 
 def saved(path: Path, text: str) -> str:
