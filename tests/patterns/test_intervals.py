@@ -505,11 +505,21 @@ def test_tensors_in_host_memory_are_read_as_arrays(dtype: str) -> None:
     assert spans(ex.load("x", (P,), dtype), {"p": (np.int64(0), np.int64(1))}, bounds=bounds) == (-2.0, 0.5)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
+def test_a_constant_is_held_as_written_and_as_rounded(dtype: str) -> None:
+    held = float(torch.tensor(0.3, dtype=DTYPE[dtype]))
+    assert spans(ex.const(0.3, dtype), {}) == (min(held, 0.3), max(held, 0.3))
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f64", "i32", "i64"])
 def test_answers_count_as_numbers(dtype: str) -> None:
     late, later = (ex.cast(P > k, dtype) for k in (2, 3))
     lo, hi = spans(late + later, {"p": (np.array([0, 3, 4]), np.array([2, 3, 9]))})
     assert (lo.tolist(), hi.tolist()) == ([0, 1, 2], [0, 1, 2])
+    # a function of an answer is one of the numbers 0 and 1
+    lo, hi = spans(ex.unary("exp", P > 2), {"p": (np.array([0, 3]), np.array([2, 9]))})
+    assert (lo <= [1, math.e]).all()
+    assert (hi >= [1, math.e]).all()
 
 
 def test_ends_are_float64() -> None:
