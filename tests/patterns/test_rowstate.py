@@ -199,6 +199,8 @@ def test_stream_is_canonical_and_verified() -> None:
     assert {t.name for t in tiled.inputs} == {t.name for t in c.inputs}
     assert tiled.outputs == c.outputs
     assert tiled.tensor["O"] == c.tensor["O"]
+    # one tile of the scores, as FuseMax names it
+    assert tiled.tensor["BS"].shape[-1] == sympy.Symbol("M0", integer=True, positive=True)
 
 
 def test_exponentials_are_shared() -> None:
@@ -248,6 +250,21 @@ def test_chains_without_a_one_pass_form(rule: Any, law: Any) -> None:
     obstacle = derive(view)
     assert isinstance(obstacle, Obstacle)
     assert law in obstacle.reason
+
+
+def test_a_long_term_is_quoted_in_part() -> None:
+    def floors(b: Any, s: Any) -> Any:
+        floor = ex.cast(ex.index("p"), "f32")
+        for k in range(40):
+            floor = ex.maximum(floor * 0.5, 1e-6 * k)
+        return ex.maximum(papers.softmax(b, s), floor)
+
+    view: Any = attention(papers.attention("x", floors, rules.scaled))
+    obstacle = derive(view)
+    assert isinstance(obstacle, Obstacle)
+    assert "max of an element and a row scalar" in obstacle.reason
+    assert obstacle.reason.endswith("…")
+    assert len(obstacle.reason) < 300
 
 
 X, D = sympy.symbols("x d", positive=True)
@@ -324,6 +341,20 @@ def test_separable_beyond_the_rules() -> None:
         a = b.put("SN", "bhpm", ex.unary("sigmoid", s))
         sd = b.put("SD", "bhp", a, "add", "m")
         return ex.unary("log", ex.binary("pow", ex.exp(a), sd))
+
+    error, _ = streams(derived(rule), 16)
+    assert error <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "of",
+    [lambda a, sd: ex.unary("abs", a * (0.5 - sd)), lambda a, sd: ex.binary("pow", a / (0.5 + sd), -1.0)],
+    ids=["absolute", "inverse"],
+)
+def test_factors_of_either_sign_and_inverse_powers_are_deferred(of: Any) -> None:
+    def rule(b: Any, s: Any) -> Any:
+        a = b.put("SN", "bhpm", ex.unary("sigmoid", s))
+        return of(a, b.put("SD", "bhp", a, "add", "m"))
 
     error, _ = streams(derived(rule), 16)
     assert error <= 1e-12
