@@ -228,6 +228,10 @@ def row_temperature(b: Any, s: Any) -> Any:
     return papers.softmax(b, b.put("T", "bhpm", s / b.put("TT", "bhp", s * s, "add", "m")))
 
 
+def scaled_apart(b: Any, s: Any) -> Any:
+    return ex.where(s > 0.0, s / b.put("SD", "bhp", s * s, "add", "m"), s)
+
+
 def floor_after(b: Any, s: Any) -> Any:
     return ex.maximum(papers.softmax(b, s), 1e-6)
 
@@ -239,10 +243,11 @@ def floor_after(b: Any, s: Any) -> Any:
         (shifted_sigmoid, "sigmoid is no f(element)·h(SD)"),
         (row_temperature, "exp of a term that splits into no sum: div is no element + h(TT)"),
         (floor_after, "max of an element and a row scalar"),
+        (scaled_apart, "a choice between terms that scale differently with SD"),
         (papers.sparsemax(2), "relu is no f(element)·h(GM)"),
         (papers.differential, "one accumulator holds one"),
     ],
-    ids=["threshold", "sigmoid", "temperature", "floor", "sparsemax", "differential"],
+    ids=["threshold", "sigmoid", "temperature", "floor", "choice", "sparsemax", "differential"],
 )
 def test_chains_without_a_one_pass_form(rule: Any, law: Any) -> None:
     view = attention(papers.attention("x", rule, rules.scaled))
