@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -452,6 +453,15 @@ def test_affine_forms_are_fixed_points() -> None:
         np.testing.assert_array_equal(values(form.term()), values(e))
 
 
+def test_equal_sums_have_one_affine_form() -> None:
+    assert affine(P * 4 + M) == affine(M + P * 4)
+    assert affine((P * 4 + 3) % 2) == affine(ex.const(1))
+    assert affine(P * 4 - M).scaled(1) == affine(P * 4 - M)
+    assert affine(P * 4 - M).scaled(0) == affine(ex.const(0))
+    form = affine(P * 4 - M + 2)
+    assert [form.coefficient(r) for r in (P, M, H)] == [4, -1, 0]
+
+
 def test_unknown_integers_are_the_whole_type() -> None:
     box = {r: (np.int64(0), np.int64(0)) for r in EXTENTS}
     load = ex.load("x", (P,), "u8")
@@ -495,6 +505,40 @@ def test_tensors_in_host_memory_are_read_as_arrays(dtype: str) -> None:
     assert spans(ex.load("x", (P,), dtype), {"p": (np.int64(0), np.int64(1))}, bounds=bounds) == (-2.0, 0.5)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
+def test_a_constant_is_held_as_written_and_as_rounded(dtype: str) -> None:
+    held = float(torch.tensor(0.3, dtype=DTYPE[dtype]))
+    assert spans(ex.const(0.3, dtype), {}) == (min(held, 0.3), max(held, 0.3))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64", "i32", "i64"])
+def test_answers_count_as_numbers(dtype: str) -> None:
+    late, later = (ex.cast(P > k, dtype) for k in (2, 3))
+    lo, hi = spans(late + later, {"p": (np.array([0, 3, 4]), np.array([2, 3, 9]))})
+    assert (lo.tolist(), hi.tolist()) == ([0, 1, 2], [0, 1, 2])
+    # a function of an answer is one of the numbers 0 and 1
+    lo, hi = spans(ex.unary("exp", P > 2), {"p": (np.array([0, 3]), np.array([2, 9]))})
+    assert (lo <= [1, math.e]).all()
+    assert (hi >= [1, math.e]).all()
+
+
+def test_ends_are_float64() -> None:
+    for term in (P, P + 1, ex.const(3), LOADS["seg_m"], ex.cast(P > 2, "i64")):
+        for end in spans(term, {r: (np.int64(0), np.int64(n - 1)) for r, n in EXTENTS.items()}):
+            assert end.dtype == np.float64
+
+
+def test_spans_stay_on_the_device_of_their_loads() -> None:
+    """The meta device holds no numbers, and joins no tensor of another device."""
+    tensors = {n: torch.empty(a.shape, dtype=torch.from_numpy(a).dtype, device="meta") for n, a in ARRAYS.items()}
+    box = {"h": (np.arange(3),) * 2, "p": (np.array([0, 4, 8]), np.array([3, 7, 11])), "m": (np.zeros(3), np.full(3, 9.0))}
+    compared = (LOADS["seg_m"] + M < LOADS["seg_p"]) & LOADS["pad"] & (LOADS["slope"] * 0.5 < LOADS["edge"])
+    for term in (compared, LOADS["seg_m"] * P + 3, ex.where(P < M, LOADS["slope"], 0.5)):
+        for end in spans(term, box, bounds=block_bounds(tensors, (4,), torch), xp=torch):
+            assert end.device.type == "meta"
+            assert end.shape == (3,)
+
+
 def test_a_missing_rank_or_size_is_named() -> None:
     with pytest.raises(ValueError, match="rank p"):
         spans(P, {})
@@ -518,6 +562,30 @@ def test_bounds_of_whole_blocks_are_exact(size: int, block: int, xp: Any) -> Non
     assert found is not None
     for i, (a, b) in enumerate(runs):
         assert (int(found[0][i]), int(found[1][i])) == (array[1, a : b + 1].min(), array[1, a : b + 1].max())
+
+
+@pytest.mark.parametrize("block", [2, 3, 4])
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_bounds_of_any_interval_are_exact(block: int, xp: Any) -> None:
+    """Each one alone, whether it begins and ends with a block or not, and in a box of two dimensions."""
+    array = np.random.default_rng(0).permutation(9)
+    bounds = block_bounds({"x": xp.asarray(array)}, (block,), xp)
+    for a, b in itertools.combinations_with_replacement(range(9), 2):
+        found = bounds("x", [(np.full((2, 1), float(a)), np.full((2, 1), float(b)))])
+        assert found is not None
+        assert [np.asarray(x).tolist() for x in found] == [[[array[a : b + 1].min()]] * 2, [[array[a : b + 1].max()]] * 2]
+
+
+@pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])
+def test_bounds_behind_a_load_are_exact(xp: Any) -> None:
+    """Coordinates that are read come in the namespace of their tensor."""
+    table = np.random.default_rng(1).permutation(9)
+    bounds = block_bounds({"at": xp.asarray(np.arange(9)), "x": xp.asarray(table)}, xp=xp)
+    ends = list(itertools.combinations_with_replacement(range(9), 2))
+    box = {"p": (np.array([a for a, _ in ends]), np.array([b for _, b in ends]))}
+    lo, hi = spans(ex.load("x", (ex.load("at", (P,), "i64"),), "i64"), box, bounds=bounds, xp=xp)
+    np.testing.assert_array_equal(lo, [table[a : b + 1].min() for a, b in ends])
+    np.testing.assert_array_equal(hi, [table[a : b + 1].max() for a, b in ends])
 
 
 @settings(max_examples=200, deadline=None)

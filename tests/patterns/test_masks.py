@@ -579,6 +579,16 @@ def test_right_padding_and_holes_keep_every_row() -> None:
     assert walk.certain.tolist() == [[False] * 8, [True] * 8, [True] * 8]
 
 
+@pytest.mark.parametrize("keep", [CAUSAL & PAD, (M < P + 9) & PAD, (M > P - 9) & CAUSAL & PAD], ids=str)
+def test_rows_are_proved_by_the_nearest_key_that_data_keeps(keep: Expr) -> None:
+    pad = np.random.default_rng(7).random((3, 128)) < 0.3
+    pad[:, 0] = False
+    walk = run_time(keep, {"pad": pad}, 128, 128, 16)
+    has = points(keep, {"b": 3, "p": 128, "m": 128}, {"pad": pad}).any(-1).reshape(3, 8, 16).all(-1)
+    np.testing.assert_array_equal(walk.certain, has)
+    assert has.any()
+
+
 def test_segments() -> None:
     arrays = {"seg": np.sort(np.random.default_rng(6).integers(0, 6, (3, 200)), axis=-1)}
     keep = CAUSAL & ex.equal(seg(P), seg(M))

@@ -214,6 +214,8 @@ def test_stream_is_canonical_and_verified() -> None:
     assert {t.name for t in tiled.inputs} == {t.name for t in c.inputs}
     assert tiled.outputs == c.outputs
     assert tiled.tensor["O"] == c.tensor["O"]
+    # one tile of the scores, as FuseMax names it
+    assert tiled.tensor["BS"].shape[-1] == sympy.Symbol("M0", integer=True, positive=True)
 
 
 def test_exponentials_are_shared() -> None:
@@ -241,6 +243,10 @@ def row_temperature(b: Any, s: Any) -> Any:
     return papers.softmax(b, b.put("T", "bhpm", s / b.put("TT", "bhp", s * s, "add", "m")))
 
 
+def scaled_apart(b: Any, s: Any) -> Any:
+    return ex.where(s > 0.0, s / b.put("SD", "bhp", s * s, "add", "m"), s)
+
+
 def floor_after(b: Any, s: Any) -> Any:
     return ex.maximum(papers.softmax(b, s), 1e-6)
 
@@ -252,10 +258,11 @@ def floor_after(b: Any, s: Any) -> Any:
         (shifted_sigmoid, "sigmoid is no f(element)·h(SD)"),
         (row_temperature, "exp of a term that splits into no sum: div is no element + h(TT)"),
         (floor_after, "max of an element and a row scalar"),
+        (scaled_apart, "a choice between terms that scale differently with SD"),
         (papers.sparsemax(2), "relu is no f(element)·h(GM)"),
         (papers.differential, "one accumulator holds one"),
     ],
-    ids=["threshold", "sigmoid", "temperature", "floor", "sparsemax", "differential"],
+    ids=["threshold", "sigmoid", "temperature", "floor", "choice", "sparsemax", "differential"],
 )
 def test_chains_without_a_one_pass_form(rule: Any, law: Any) -> None:
     view = attention(papers.attention("x", rule, rules.scaled))
@@ -263,6 +270,21 @@ def test_chains_without_a_one_pass_form(rule: Any, law: Any) -> None:
     obstacle = derive(view)
     assert isinstance(obstacle, Obstacle)
     assert law in obstacle.reason
+
+
+def test_a_long_term_is_quoted_in_part() -> None:
+    def floors(b: Any, s: Any) -> Any:
+        floor = ex.cast(ex.index("p"), "f32")
+        for k in range(40):
+            floor = ex.maximum(floor * 0.5, 1e-6 * k)
+        return ex.maximum(papers.softmax(b, s), floor)
+
+    view: Any = attention(papers.attention("x", floors, rules.scaled))
+    obstacle = derive(view)
+    assert isinstance(obstacle, Obstacle)
+    assert "max of an element and a row scalar" in obstacle.reason
+    assert obstacle.reason.endswith("…")
+    assert len(obstacle.reason) < 300
 
 
 X, D = sympy.symbols("x d", positive=True)
@@ -339,6 +361,20 @@ def test_separable_beyond_the_rules() -> None:
         a = b.put("SN", "bhpm", ex.unary("sigmoid", s))
         sd = b.put("SD", "bhp", a, "add", "m")
         return ex.unary("log", ex.binary("pow", ex.exp(a), sd))
+
+    error, _ = streams(derived(rule), 16)
+    assert error <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "of",
+    [lambda a, sd: ex.unary("abs", a * (0.5 - sd)), lambda a, sd: ex.binary("pow", a / (0.5 + sd), -1.0)],
+    ids=["absolute", "inverse"],
+)
+def test_factors_of_either_sign_and_inverse_powers_are_deferred(of: Any) -> None:
+    def rule(b: Any, s: Any) -> Any:
+        a = b.put("SN", "bhpm", ex.unary("sigmoid", s))
+        return of(a, b.put("SD", "bhp", a, "add", "m"))
 
     error, _ = streams(derived(rule), 16)
     assert error <= 1e-12
