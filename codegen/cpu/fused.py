@@ -22,7 +22,7 @@ from ..forms.operands import element_type
 from ..forms.terms import Terms, mapped_state
 from ..skeletons import cpu, cpu_fused
 from ..text.print_cpp import STORED
-from ..text.print_torch import TYPES, Body
+from ..text.print_torch import TYPES, TorchBody
 from ..text.printer import PrintError
 from .cpp import program as cpp_program
 from .cpp.names import LoopProgram, stored
@@ -112,7 +112,7 @@ class _File:
         # a scale of a head or a query would belong to the operand
         if isinstance(s, str) or s.limit is None or s.product is not self.f.products[0]:
             return None
-        return s.limit, Body(self.p.scope({}), [s.score.scale]).real(s.score.scale)
+        return s.limit, TorchBody(self.p.scope({}), [s.score.scale]).real(s.score.scale)
 
     def _main(self, planned: PrintedFunction | None, limit: tuple[float, str] | None) -> str:
         f, a, p = self.f, self.f.attention, self.p
@@ -139,7 +139,7 @@ class _File:
         """The function that tabulates a term over m − p, once for its sizes."""
         p, a = self.p, self.f.attention
         queries, keys = (p.names.rank(r) for r in (a.query, a.key))
-        body = Body(p.scope({ex.index(a.query): "row", ex.index(a.key): "column"}, views=False), [d.part])
+        body = TorchBody(p.scope({ex.index(a.query): "row", ex.index(a.key): "column"}, views=False), [d.part])
         value = body.real(d.part) if d.part.is_float else body.term(d.part)
         lines = [
             'row = torch.zeros(1, dtype=torch.int64, device="cpu")',

@@ -30,7 +30,7 @@ from ..files.torch_file import (
 from ..forms.form import Form
 from ..forms.operands import element_type
 from ..skeletons import cpu, cpu_product
-from ..text.print_torch import TYPES, Body, identifier, is_number, literal
+from ..text.print_torch import TYPES, TorchBody, identifier, is_number, literal
 from ..text.printer import PrintError
 from ..text.tile_terms import relative_parts
 
@@ -90,7 +90,7 @@ class _Kernel:
         corrections = [c.correction for c in f.state.carried if c.correction is not None]
         last = f.state.correction
         roots = [*lifts, *corrections, weight, *([last] if last is not None else [])]
-        body = Body(self.p.scope({x: "x", **self.leaves(*roots)}, reuse=True), roots)
+        body = TorchBody(self.p.scope({x: "x", **self.leaves(*roots)}, reuse=True), roots)
         body.taken |= {*self.state.values(), "x"}
         reads = [y for r in roots for y in ex.loads(r)]
         before: dict[str, str] = {}
@@ -106,7 +106,7 @@ class _Kernel:
         body.line(f"return {w}, {r}, {_tuple(list(self.state.values()))}")
         return self.p.define("step", STEP, body.lines, ["x", *self.state.values()], body.scope)
 
-    def _carry(self, body: Body, c: Carried, lift: Expr, before: str | None, reads: Sequence[Expr]) -> None:
+    def _carry(self, body: TorchBody, c: Carried, lift: Expr, before: str | None, reads: Sequence[Expr]) -> None:
         """Lines that bring one row scalar up to date."""
         if is_number(lift) or c.op not in REDUCE:
             raise PrintError(f"the row scalar {c.name} reduces {lift} by {c.op}")

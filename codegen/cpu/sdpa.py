@@ -24,7 +24,7 @@ from ..files.torch_file import (
 )
 from ..forms.form import Form, Softmax, rows_keep_a_key
 from ..skeletons import cpu as loops
-from ..text.print_torch import Body, is_number, literal
+from ..text.print_torch import TorchBody, is_number, literal
 from ..text.printer import PrintError
 from ..text.tile_terms import relative_parts
 
@@ -47,7 +47,7 @@ def text(f: Form, s: Softmax, m: TileMapping, version: str) -> str:
         functions.append(planned(p, s.full.added is not None, triangles=m.body != SLICES))
     table = {x.name: x for x in functions}
     main = _main(p, s, _Pieces(p, s, table, near, shared), table["planned"].call({}) if tiled else "")
-    constants = [] if ex.symbols(s.score.scale) else [f"SCALE = {Body(p.scope({}), []).real(s.score.scale)}"]
+    constants = [] if ex.symbols(s.score.scale) else [f"SCALE = {TorchBody(p.scope({}), []).real(s.score.scale)}"]
     if s.limit is not None:
         constants.append(f"# Scores below this leave masked weights at exactly 0.\nLIMIT = {s.limit!r}")
     return file(p, m, [*(x.text for x in functions), main], (loops,), constants, "SDPA on slices of the keys", version)
@@ -75,7 +75,7 @@ def _bias(p: Printer, added: Expr, cuts: Mapping[Expr, str]) -> PrintedFunction:
     doc = "What the scores get added."
     if not is_number(added):
         return p.function("bias", doc, [added], named=cuts)
-    body = Body(p.scope(cuts), [added])
+    body = TorchBody(p.scope(cuts), [added])
     text = body.real(added)
     return p.define("bias", doc, [*body.lines, f"    return torch.full((1, 1), {text})"], (), body.scope)
 
@@ -180,4 +180,4 @@ def _empty(f: Form, s: Softmax) -> float | None:
 
 
 def _scale(p: Printer, s: Softmax) -> str:
-    return Body(p.scope({}), [s.score.scale]).real(s.score.scale) if ex.symbols(s.score.scale) else "SCALE"
+    return TorchBody(p.scope({}), [s.score.scale]).real(s.score.scale) if ex.symbols(s.score.scale) else "SCALE"

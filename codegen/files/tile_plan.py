@@ -15,7 +15,7 @@ from ...patterns.cascade import Size
 from ...patterns.expr import Expr
 from ...patterns.terms.affine import Affine, affine
 from ...patterns.terms.conditions import conjunction, conjuncts
-from ..text.print_torch import Body, Scope, identifier
+from ..text.print_torch import TorchBody, TorchScope, identifier
 from ..text.tile_terms import Corners, Table
 from .torch_file import PrintedFunction, Printer, used_names
 
@@ -80,7 +80,7 @@ def tile_lines(p: Printer, keep: Expr, rest: Expr | None, tile: tuple[str, str])
         wanted["free"] = corners.predicate(rest)[0]
     tables = _Tables(p, {a.query: tile[0], a.key: tile[1]})
     reading = [line for t in corners.tables.values() for line in tables.read(t)]
-    body = Body(_scope(p, corners, tables), wanted.values())
+    body = TorchBody(_scope(p, corners, tables), wanted.values())
     texts = {name: body.term(e) for name, e in wanted.items()}
     return [*reading, *(x.strip() for x in body.lines), *(f"{name} = {_tensor(text)}" for name, text in texts.items())]
 
@@ -156,7 +156,7 @@ def _count(rank: str) -> Size:
     return sympy.Symbol(f"tiles of {rank}", integer=True, positive=True)
 
 
-def _scope(p: Printer, c: Corners, tables: _Tables) -> Scope:
+def _scope(p: Printer, c: Corners, tables: _Tables) -> TorchScope:
     names: dict[Expr, str] = {}
     extent: dict[str, Size] = {}
     for r, letter in ((c.query, "p"), (c.key, "m")):
@@ -174,7 +174,7 @@ def _alive(p: Printer) -> list[str]:
     proof = p.f.proof[0]
     for t in p.f.proof[1:]:
         proof = proof | t
-    body = Body(p.scope({ex.index(query): "row"}, views=False), [proof])
+    body = TorchBody(p.scope({ex.index(query): "row"}, views=False), [proof])
     text = body.term(proof)
     start = [f"row = axis({p.names.rank(query)}, 1)"]
     return [*start, *(x.strip() for x in body.lines), f"rows = ({text}).squeeze(-1)",

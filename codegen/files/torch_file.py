@@ -19,7 +19,7 @@ from ...patterns.mapping import TileMapping
 from ..forms.form import Form
 from ..forms.operands import Names, element_type, joined, operand
 from ..forms.program import bindings, loose
-from ..text.print_torch import TYPES, Body, Scope, identifier
+from ..text.print_torch import TYPES, TorchBody, TorchScope, identifier
 from ..text.printer import PrintError
 
 CONSTANTS = {
@@ -137,7 +137,7 @@ class Printer:
 
     def scope(
         self, names: Mapping[Expr, str], tensors: Mapping[str, str] | None = None, views: bool = True, reuse: bool = False
-    ) -> Scope:
+    ) -> TorchScope:
         leaves = {ex.index(r): t for r, t in self.ranks.items()}
         views = views and len(self.f.heads.lead) < 2
         scope = self.names.scope({**leaves, **names}, self.f.real, views)
@@ -148,11 +148,11 @@ class Printer:
         named: Mapping[Expr, str] | None = None, reuse: bool = False,
     ) -> PrintedFunction:
         """Print a function that answers the terms; `first` are its first parameters, the rest is what it uses."""
-        body = Body(self.scope(named or {}, reuse=reuse), results)
+        body = TorchBody(self.scope(named or {}, reuse=reuse), results)
         texts = [body.real(e) if e.is_float else body.term(e) for e in results]
         return self.define(name, doc, [*body.lines, f"    return {', '.join(texts)}"], first, body.scope)
 
-    def define(self, name: str, doc: str, lines: Sequence[str], first: Sequence[str], scope: Scope) -> PrintedFunction:
+    def define(self, name: str, doc: str, lines: Sequence[str], first: Sequence[str], scope: TorchScope) -> PrintedFunction:
         """A function of printed lines; its parameters are `first` and the names of the scope that the lines use."""
         code = "\n".join(lines)
         own = used_names(textwrap.dedent(code))
@@ -237,7 +237,7 @@ def einsum(p: Printer, e: Einsum) -> str:
     """A contraction that is computed beforehand, whole, over all its coordinates."""
     order = [*(str(i.attr) for i in e.out.index), *e.over]
     at = {ex.index(r): p.names.axis(p.names.rank(r), len(order) - 1 - d) for d, r in enumerate(order)}
-    text = Body(p.names.scope(at, p.f.real), []).real(e.body)
+    text = TorchBody(p.names.scope(at, p.f.real), []).real(e.body)
     if e.op is None:
         return f"({text}).expand({', '.join(p.names.rank(r) for r in order)})"
     dims = tuple(range(len(order) - len(e.over), len(order)))

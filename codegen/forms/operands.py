@@ -16,7 +16,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.attention.score import factors
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
-from ..text.print_torch import Body, Scope, size_source
+from ..text.print_torch import TorchBody, TorchScope, size_source
 from .terms import uncast
 
 
@@ -106,10 +106,10 @@ class Names:
     def rank(self, r: str) -> str:
         return self.size(self.c.rank[r].size)
 
-    def scope(self, names: Mapping[Expr, str], real: str, views: bool = True) -> Scope:
+    def scope(self, names: Mapping[Expr, str], real: str, views: bool = True) -> TorchScope:
         known = {**{ex.symbol(n): t for n, t in self.symbols.items()}, **names}
         shapes = {t.name: t.shape for t in self.c.tensors}
-        return Scope(known, self.tensors, shapes, {r.name: r.size for r in self.c.ranks}, real, views)
+        return TorchScope(known, self.tensors, shapes, {r.name: r.size for r in self.c.ranks}, real, views)
 
 
 def operand(e: Expr, order: Sequence[str], at: Heads, names: Names, real: str) -> tuple[str, int, bool]:
@@ -183,7 +183,7 @@ def _gathered(e: Expr, order: Sequence[str], names: Names, real: str) -> str:
     coordinates = {
         ex.index(r): names.axis(names.rank(r), len(order) - 1 - d) for d, r in enumerate(order) if r in e.ranks
     }
-    body = Body(names.scope(coordinates, real), [])
+    body = TorchBody(names.scope(coordinates, real), [])
     text = body.element(e) if e.op == "load" else body.real(e)
     shape = ", ".join(names.rank(r) if r in e.ranks else "1" for r in order)
     return f"({text}).expand({shape})"

@@ -108,7 +108,7 @@ TRUTHS: Mapping[str, Spelling] = {
 
 
 @dataclass(frozen=True)
-class Operand:
+class CppOperand:
     """A tensor as the printed text names it: pointer, one stride name and one size a dimension, the type in memory."""
 
     name: str
@@ -118,11 +118,11 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Scope:
+class CppScope:
     """What the leaves of terms are called: texts of coordinates and sizes, tensors, and the size of every rank."""
 
     names: Mapping[Expr, str]
-    tensors: Mapping[str, Operand]
+    tensors: Mapping[str, CppOperand]
     extent: Mapping[str, Size]
 
 
@@ -176,13 +176,13 @@ def kind(e: Expr, extent: Mapping[str, Size]) -> str:
     return "int32_t" if lo >= -INT32 - 1 and hi <= INT32 else "int64_t"
 
 
-class Body(Writer):
+class CppBody(Writer):
     """The lines of one block of numbers."""
 
     spellings = SPELLINGS
 
     def __init__(
-        self, scope: Scope, roots: Iterable[Expr], taken: set[str], outer: Outer | None = None, lane: Expr | None = None
+        self, scope: CppScope, roots: Iterable[Expr], taken: set[str], outer: Outer | None = None, lane: Expr | None = None
     ) -> None:
         """`lane`: the coordinate that a loop runs along."""
         self.scope, self.outer, self.lane = scope, outer, lane
@@ -377,7 +377,7 @@ class Body(Writer):
         return self.moved[tensor, at]
 
     @staticmethod
-    def element(t: Operand, code: str) -> Text:
+    def element(t: CppOperand, code: str) -> Text:
         """An element in the type that is computed in."""
         match t.dtype:
             case "b1":
@@ -400,7 +400,7 @@ class Body(Writer):
     def _still(i: Expr) -> bool:
         return i.is_const and int(i.value) == 0
 
-    def steps(self, t: Operand, at: At) -> str:
+    def steps(self, t: CppOperand, at: At) -> str:
         """What a pointer moves by along some dimensions (None: not along this one)."""
         parts = []
         for d, (i, stride, size) in enumerate(zip(at, t.strides, t.shape, strict=True)):
@@ -409,7 +409,7 @@ class Body(Writer):
             text = self._put(i)
             if not i.is_const and not in_range(i, size, self.scope.extent):
                 last = replace(self.scope, names=self.sizes())
-                limit = Body(last, (), set())._as(size_term(size) - 1, text.kind)
+                limit = CppBody(last, (), set())._as(size_term(size) - 1, text.kind)
                 text = Text(f"min_(max_({text.code}, ({text.kind})0), ({text.kind}){limit.within(ATOM)})", ATOM, text.kind)
             alone = i is self.lane and self.outer is not None and self.outer.unit(t.name, d)
             parts.append(text.within(SUM) if alone else f"{text.within(PRODUCT)} * {stride}")

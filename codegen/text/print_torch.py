@@ -28,7 +28,7 @@ RESERVED = frozenset(["torch", "math", "inf", "nan", "choose", "tile", "F", "len
 
 
 @dataclass
-class Scope:
+class TorchScope:
     """What the leaves of a function's terms are called.
 
     `names` holds text for coordinates, sizes and terms computed before; `tensors[name]` the Python name of a tensor,
@@ -72,8 +72,8 @@ def _literal(value: ex.Scalar) -> Text:
 def size_source(size: Size, names: Mapping[str, str]) -> str:
     """A size as Python text; `names[symbol]` is the text of a symbol."""
     term = size_term(size)
-    scope = Scope({ex.symbol(n): t for n, t in names.items()}, {}, {}, {})
-    return Body(scope, [term]).term(term)
+    scope = TorchScope({ex.symbol(n): t for n, t in names.items()}, {}, {}, {})
+    return TorchBody(scope, [term]).term(term)
 
 
 def is_number(e: Expr, numbers: frozenset[Expr] = frozenset()) -> bool:
@@ -125,12 +125,12 @@ SPELLINGS: Mapping[str, Spelling] = {
 NOT_IN_PLACE = frozenset(["isnan", "isinf", "not", "softplus"])
 
 
-class Body(Writer):
+class TorchBody(Writer):
     """The lines of one function of tensors."""
 
     spellings = SPELLINGS
 
-    def __init__(self, scope: Scope, roots: Iterable[Expr], indent: str = "    ") -> None:
+    def __init__(self, scope: TorchScope, roots: Iterable[Expr], indent: str = "    ") -> None:
         self.scope = scope
         self.made: set[Expr] = set()
         super().__init__(scope.names, roots, set(scope.names.values()) | set(scope.tensors.values()), indent)

@@ -27,7 +27,7 @@ TYPES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Operand:
+class TritonOperand:
     """A tensor argument as the printed text names it: pointer, one stride name and one size a dimension."""
 
     name: str
@@ -37,7 +37,7 @@ class Operand:
 
 
 @dataclass
-class Scope:
+class TritonScope:
     """What the leaves of a function's terms are called.
 
     `names` holds text for coordinates, sizes and terms computed before; `guards[rank]` is the condition under which a
@@ -45,7 +45,7 @@ class Scope:
     """
 
     names: dict[Expr, str]
-    tensors: Mapping[str, Operand]
+    tensors: Mapping[str, TritonOperand]
     extent: Mapping[str, Size]
     guards: Mapping[str, str] = field(default_factory=dict)
 
@@ -120,12 +120,12 @@ FLOORED: Mapping[str, Spelling] = {"floordiv": _device("floor_div", 2), "mod": _
 HELPERS = frozenset(s.helper for s in (*SPELLINGS.values(), *FLOORED.values()) if s.helper)
 
 
-class Body(Writer):
+class TritonBody(Writer):
     """The lines of one function of blocks."""
 
     spellings = SPELLINGS
 
-    def __init__(self, scope: Scope, roots: Iterable[Expr], indent: str = "    ") -> None:
+    def __init__(self, scope: TritonScope, roots: Iterable[Expr], indent: str = "    ") -> None:
         self.scope = scope
         taken = set(scope.names.values()) | {s for t in scope.tensors.values() for s in (t.name, *t.strides)}
         super().__init__(scope.names, roots, taken, indent)
@@ -268,7 +268,7 @@ class Body(Writer):
                 continue
             text = self._put(i)
             if clamp and not in_range(i, size, self.scope.extent):
-                limit = Body(self.scope, ()).term(size_term(size) - 1)
+                limit = TritonBody(self.scope, ()).term(size_term(size) - 1)
                 text = Text(f"tl.minimum(tl.maximum({text.code}, 0), {limit})", ATOM)
             else:
                 guards += [self.scope.guards[r] for r in sorted(i.ranks) if r in self.scope.guards]

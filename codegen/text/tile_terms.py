@@ -19,7 +19,7 @@ from ...patterns.terms.interval_rules import interval
 Ends = tuple[Expr, Expr]
 
 
-class Terms:
+class TermNumbers:
     """Ends that a program will compute."""
 
     def least(self, x: Expr, y: Expr | int) -> Expr:
@@ -47,7 +47,7 @@ class Terms:
         return ex.where(proved, tight, safe)
 
 
-TERMS = Terms()
+TERMS = TermNumbers()
 
 
 @dataclass(frozen=True)

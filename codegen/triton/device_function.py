@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ...patterns import expr as ex
 from ...patterns.cascade import size_term
 from ...patterns.expr import Expr
-from ..text.print_triton import HELPERS, Body, Operand, Scope, identifier
+from ..text.print_triton import HELPERS, TritonBody, TritonOperand, TritonScope, identifier
 from .streaming import Streaming
 
 HOLES = ("batch", "rows", "queries", "start", "products", "step", "values", "finish")
@@ -50,11 +50,11 @@ class KernelNames:
             return name
 
         tensors = s.attention.cascade.tensor
-        self.operands: dict[str, Operand] = {}
+        self.operands: dict[str, TritonOperand] = {}
         for t in (*s.inputs, s.cascade.outputs[0]):
             name = take(t)
             strides = tuple(take(f"{name}_{d}") for d in range(len(tensors[t].shape)))
-            self.operands[t] = Operand(name, strides, tensors[t].shape, tensors[t].dtype)
+            self.operands[t] = TritonOperand(name, strides, tensors[t].shape, tensors[t].dtype)
         self.symbols = {n: take(n) for n in s.cascade.free_symbols}
         self.ranks = {r: take(r) for r in s.extent}
         self.carried = {c.name: take(c.name.lower()) for c in s.state.carried}
@@ -74,8 +74,8 @@ class DeviceFunction:
                  guards: dict[str, str] | None = None) -> None:
         self.names, self.name, self.params = names, name, params
         s = names.s
-        scope = Scope(names.leaves(ranks), names.operands, s.extent, guards or {})
-        self.body = Body(scope, roots)
+        scope = TritonScope(names.leaves(ranks), names.operands, s.extent, guards or {})
+        self.body = TritonBody(scope, roots)
         self.body.taken |= {*HOLES, *re.findall(r"\w+", params), "stream", "tile", "tl", "out", "inside"}
         for own in (names.ranks, names.carried, names.old, names.products):
             self.body.taken |= set(own.values())
@@ -104,7 +104,7 @@ class DeviceFunction:
                 yield f"    {names.ranks[r]} = {source}[{i}]"
 
 
-def _unpack(t: Operand, source: str, words: set[str]) -> Iterable[str]:
+def _unpack(t: TritonOperand, source: str, words: set[str]) -> Iterable[str]:
     if t.name in words:
         parts = [n if n in words else "_" for n in (t.name, *t.strides)]
         yield f"    {', '.join(parts)} = {source}" if len(parts) > 1 else f"    {t.name} = {source}[0]"

@@ -153,14 +153,14 @@ def _mask_arguments(s: Streaming, names: KernelNames) -> list[str]:
 def _kept(s: Streaming, names: KernelNames) -> list[str]:
     """The mask as a torch function of rows and keys, over all tile lists, and the helpers it calls."""
     query, key = names.ranks[s.attention.query], names.ranks[s.key]
-    scope = print_torch.Scope(
+    scope = print_torch.TorchScope(
         names=names.leaves((*s.grid, s.attention.query, s.key)),
         tensors={t: names.operands[t].name for t in s.inputs},
         shapes={t: o.shape for t, o in names.operands.items()},
         extent=s.extent,
         views=False,
     )
-    body = print_torch.Body(scope, [s.mask.keep])
+    body = print_torch.TorchBody(scope, [s.mask.keep])
     body.taken |= set(names.ranks.values())
     result = body.term(s.mask.keep)
     lines = [

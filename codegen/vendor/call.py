@@ -18,7 +18,7 @@ from ..forms.form import Form
 from ..forms.operands import view
 from ..forms.program import loose
 from ..skeletons import cpu as helpers
-from ..text.print_torch import Body
+from ..text.print_torch import TorchBody
 from ..text.printer import ATOM, Text
 
 
@@ -57,7 +57,7 @@ class VendorCall:
         return self.function(*(tensors[n] for n in self.inputs), *(sizes[n] for n in self.sizes))
 
 
-class Whole(Body):
+class Whole(TorchBody):
     """Terms over whole ranks: a tensor that is read plainly is a view, everything else a gather."""
 
     printer: Printer

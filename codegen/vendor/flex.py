@@ -30,7 +30,7 @@ from ..files.torch_file import (
 from ..forms.form import Form, form, rows_keep_a_key
 from ..forms.operands import element_type
 from ..forms.scaled import Ending, ending
-from ..text.print_torch import TYPES, Body, identifier
+from ..text.print_torch import TYPES, TorchBody, identifier
 from ..text.printer import ATOM, PrintError, Text
 from .call import VendorCall, file, function, result
 
@@ -182,7 +182,7 @@ class _Flex:
         """Lines that end the rows from FlexAttention's output and log-sum-exp."""
         p = self.p
         named = {x: str(x.attr) for x in ex.loads(finish) if str(x.attr) in ("o", "lse")}
-        body = Body(p.scope(named, views=False), [finish])
+        body = TorchBody(p.scope(named, views=False), [finish])
         text = body.real(finish)
         lines = ["o, lse = out, aux.lse.unsqueeze(-1)", *(x.strip() for x in body.lines), f"out = {text}"]
         used = used_names("\n".join(lines))
@@ -190,7 +190,7 @@ class _Flex:
         return [*(f"{p.ranks[r]} = {p.coordinate(r)}" for r in places if p.ranks[r] in used), *lines]
 
 
-class _Scalar(Body):
+class _Scalar(TorchBody):
     """Terms over one point, as FlexAttention traces them."""
 
     def _where(self, e: Expr) -> Text:

@@ -22,7 +22,7 @@ from ..files.tile_plan import without_causal
 from ..files.torch_file import Printer, common, common_type, operands, query_operand, shared_alike
 from ..forms.form import Form, Softmax, form, rows_keep_a_key, softmax
 from ..forms.operands import element_type
-from ..text.print_torch import TYPES, Body, is_number
+from ..text.print_torch import TYPES, TorchBody, is_number
 from ..text.printer import PrintError
 from .call import VendorCall, Whole, axes, file, function, result
 
@@ -98,7 +98,7 @@ def _call(f: Form, s: Softmax, mask: Expr | None) -> VendorCall:
     elif mask is not None:
         lines += _mask_lines(p, mask)
         arguments.append("attn_mask=mask")
-    scale = Body(p.scope({}), [s.score.scale]).real(s.score.scale)
+    scale = TorchBody(p.scope({}), [s.score.scale]).real(s.score.scale)
     arguments.append(f"scale={scale}")
     if grouped:
         arguments.append("enable_gqa=True")

@@ -19,7 +19,7 @@ from .work import EXPONENTIALS, WIDTH, Sizes, contraction, elements, is_view, si
 
 
 @dataclass(frozen=True)
-class Operator:
+class EagerOperator:
     """One operator call. `kind`: product, softmax, point, reduce or copy; bytes are of its operands and its result.
 
     A product is `batch` products of `rows` × `inner` by `inner` × `columns`. `points` are the elements it computes over.
@@ -47,12 +47,12 @@ class Operator:
         return self.points * EXPONENTIALS.get(self.name, 0) if self.kind == "point" else 0
 
 
-def operators(c: Cascade, sizes: Mapping[str, int]) -> tuple[Operator, ...]:
+def operators(c: Cascade, sizes: Mapping[str, int]) -> tuple[EagerOperator, ...]:
     """Every operator that the original code runs, in order. Raises ValueError when a size has no value."""
     bound = Sizes(c, sizes)
     extent = {r: size_int(n) for r, n in bound.rank.items()}
     chains = _softmaxes(c)
-    out: list[Operator] = []
+    out: list[EagerOperator] = []
     for i, e in enumerate(c.einsums):
         if is_view(e):
             continue
@@ -101,16 +101,17 @@ def _divides(body: Expr, above: str, below: str) -> bool:
     )
 
 
-def _softmax(c: Cascade, e: Einsum, extent: Mapping[str, int]) -> Operator:
+def _softmax(c: Cascade, e: Einsum, extent: Mapping[str, int]) -> EagerOperator:
     points = _count(extent, e.body.ranks)
-    return Operator("softmax", "softmax", e.body.dtype, points, points * WIDTH[e.body.dtype], points * WIDTH[e.body.dtype])
+    moved = points * WIDTH[e.body.dtype]
+    return EagerOperator("softmax", "softmax", e.body.dtype, points, moved, moved)
 
 
 def _count(extent: Mapping[str, int], ranks: frozenset[str]) -> int:
     return size_int(elements(extent, ranks))
 
 
-def _einsum(c: Cascade, e: Einsum, extent: Mapping[str, int]) -> list[Operator]:
+def _einsum(c: Cascade, e: Einsum, extent: Mapping[str, int]) -> list[EagerOperator]:
     made = set(c.producers)
     parts = contraction(e)
     if parts is None:
@@ -119,7 +120,7 @@ def _einsum(c: Cascade, e: Einsum, extent: Mapping[str, int]) -> list[Operator]:
             points = _count(extent, e.ranks)
             width = WIDTH[e.body.dtype]
             result = _count(extent, e.ranks - set(e.over))
-            out.append(Operator("reduce", e.op, e.body.dtype, points, points * width, result * width))
+            out.append(EagerOperator("reduce", e.op, e.body.dtype, points, points * width, result * width))
         return out
     out = [o for f in parts for o in (*_points(f, made, extent), *_copies(f, extent))]
     out.append(_product(e, parts, extent))
@@ -130,7 +131,7 @@ def _computed(e: Expr, made: set[str]) -> bool:
     return any(str(x.attr) in made for x in ex.loads(e))
 
 
-def _points(body: Expr, made: set[str], extent: Mapping[str, int]) -> list[Operator]:
+def _points(body: Expr, made: set[str], extent: Mapping[str, int]) -> list[EagerOperator]:
     """The pointwise operators of a term; what holds no computed tensor is an operand that lies in memory."""
     out = []
     for t in ex.walk(body):
@@ -138,21 +139,21 @@ def _points(body: Expr, made: set[str], extent: Mapping[str, int]) -> list[Opera
             continue
         points = _count(extent, t.ranks)
         read = sum(_count(extent, a.ranks) * WIDTH[a.dtype] for a in t.args if a.ranks)
-        out.append(Operator("point", t.op, t.dtype, points, read, points * WIDTH[t.dtype]))
+        out.append(EagerOperator("point", t.op, t.dtype, points, read, points * WIDTH[t.dtype]))
     return out
 
 
-def _copies(f: Expr, extent: Mapping[str, int]) -> list[Operator]:
+def _copies(f: Expr, extent: Mapping[str, int]) -> list[EagerOperator]:
     """An operand that several heads share is copied out to each of them before the product."""
     grouped = any(t.op == "floordiv" and t.ranks for load in ex.loads(f) for i in load.args for t in ex.walk(i))
     if not grouped:
         return []
     points = _count(extent, f.ranks)
     width = WIDTH[f.dtype]
-    return [Operator("copy", "copy", f.dtype, points, points * width, points * width)]
+    return [EagerOperator("copy", "copy", f.dtype, points, points * width, points * width)]
 
 
-def _product(e: Einsum, parts: Sequence[Expr], extent: Mapping[str, int]) -> Operator:
+def _product(e: Einsum, parts: Sequence[Expr], extent: Mapping[str, int]) -> EagerOperator:
     out = e.ranks - set(e.over)
     left, right = parts[0].ranks, parts[-1].ranks
     shared = {r for r in out if r in left and r in right}
@@ -161,7 +162,7 @@ def _product(e: Einsum, parts: Sequence[Expr], extent: Mapping[str, int]) -> Ope
     dtype = min((f.dtype for f in parts), key=lambda d: WIDTH[d])
     width = WIDTH[dtype]
     read = sum(_count(extent, f.ranks) * width for f in (parts[0], parts[-1]))
-    return Operator(
+    return EagerOperator(
         "product", "matmul", dtype, _count(extent, e.ranks), read, _count(extent, frozenset(out)) * width,
         batch=_count(extent, frozenset(shared)), rows=rows, columns=columns, inner=_count(extent, frozenset(e.over)),
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from ...patterns import expr as ex
 from ...patterns.expr import Expr
 from ...patterns.operators import OPERATORS
-from ..count.eager import Operator
+from ..count.eager import EagerOperator
 from ..count.work import EXPONENTIALS, WIDTH
 from ..devices.device import Device, HostRates
 from .cost import Cost, bound_of
@@ -87,7 +87,7 @@ class Host:
 
     # single operators
 
-    def operator(self, o: Operator, bill: Bill) -> None:
+    def operator(self, o: EagerOperator, bill: Bill) -> None:
         """One eager operator whose result is fresh memory."""
         bill.flops += o.flops
         bill.exps += o.exps
@@ -275,7 +275,7 @@ def balanced(gain: float, threads: int, units: int) -> float:
     return max(1.0, gain * units / (rounds * threads))
 
 
-def original(operators: Sequence[Operator], d: Device) -> Cost:
+def original(operators: Sequence[EagerOperator], d: Device) -> Cost:
     """The original code: every operator after the other."""
     host, bill = Host(d), Bill()
     for o in operators:

@@ -18,7 +18,7 @@ from ...patterns import expr as ex
 from ...patterns.cascade import Cascade
 from ...patterns.mapping import TileMapping
 from ...patterns.verdict import Obstacle
-from ..count.eager import Operator, operators
+from ..count.eager import EagerOperator, operators
 from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
 from ..count.tiles import NOTHING, SCHEDULED, Data, Jobs
 from ..count.work import WIDTH, Work, size_int
@@ -146,7 +146,7 @@ def tiles_of(c: Cascade, mapping: TileMapping, sizes: Mapping[str, int], data: D
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
-def _operators(ops: tuple[Operator, ...], device: Device) -> Cost:
+def _operators(ops: tuple[EagerOperator, ...], device: Device) -> Cost:
     if device.kind == "cpu":
         return host.original(ops, device)
     model = device.model

@@ -39,13 +39,13 @@ class Number(Protocol):
     def __neg__(self) -> Self: ...
 
 
-class Condition(Protocol):
+class TruthValue(Protocol):
     def __and__(self, other: Self, /) -> Self: ...
     def __or__(self, other: Self, /) -> Self: ...
 
 
 N = TypeVar("N", bound=Number)
-C = TypeVar("C", bound=Condition)
+C = TypeVar("C", bound=TruthValue)
 Ends: TypeAlias = tuple[N, N]
 
 

@@ -28,7 +28,7 @@ class TorchChanged(ImportError):
 
 
 @dataclass(frozen=True)
-class Part:
+class Private:
     """A part of PyTorch that promises nothing. `path`: module:name, or words where it is no name of a module.
 
     `since`: the oldest PyTorch of 2.2, 2.5, 2.8, 2.11 and 2.13 that has it as it is used here. `without`: what fails.
@@ -59,21 +59,29 @@ class Part:
 
 # --- operators and values -----------------------------------------------------------------------------------------
 
-OVERLOAD = Part("torch._ops:OpOverload", "the operators of a graph", "2.2", "no graph can be read")
-SCHEMA = Part("OpOverload._schema", "an operator's schema", "2.2", "no graph can be read")
-FAKE_TENSOR = Part("torch._subclasses.fake_tensor:FakeTensor", "values without data", "2.2", "no graph can be read")
-FAKE_MODE = Part("torch._subclasses.fake_tensor:FakeTensorMode", "what makes such values", "2.2", "no graph can be read")
-DISPATCH_MODE = Part(
+OVERLOAD = Private("torch._ops:OpOverload", "the operators of a graph", "2.2", "no graph can be read")
+SCHEMA = Private("OpOverload._schema", "an operator's schema", "2.2", "no graph can be read")
+FAKE_TENSOR = Private("torch._subclasses.fake_tensor:FakeTensor", "values without data", "2.2", "no graph can be read")
+FAKE_MODE = Private(
+    "torch._subclasses.fake_tensor:FakeTensorMode", "what makes such values", "2.2", "no graph can be read"
+)
+DISPATCH_MODE = Private(
     "torch.utils._python_dispatch:TorchDispatchMode", "seeing the casts of autocast", "2.2", "no graph can be read"
 )
-DETECT = Part(
+DETECT = Private(
     "torch._guards:detect_fake_mode", "the fake mode of a graph's values", "2.2", "no graph can be rewritten"
 )
-LEAVES = Part("torch.utils._pytree:tree_leaves", "the values in nested containers", "2.2", "no model can be run or planned")
-MAP = Part("torch.utils._pytree:tree_map", "nested containers of other values", "2.2", "a factory's inputs cannot be cast")
-FLATTEN = Part("torch.utils._pytree:tree_flatten", "values beside their containers", "2.2", "no second derivatives")
-UNFLATTEN = Part("torch.utils._pytree:tree_unflatten", "containers of such values", "2.2", "no second derivatives")
-SIZE = Part("torch.SymInt.node", "the term, hint and range of an open size", "2.2", "no graph with open sizes can be read")
+LEAVES = Private(
+    "torch.utils._pytree:tree_leaves", "the values in nested containers", "2.2", "no model can be run or planned"
+)
+MAP = Private(
+    "torch.utils._pytree:tree_map", "nested containers of other values", "2.2", "a factory's inputs cannot be cast"
+)
+FLATTEN = Private("torch.utils._pytree:tree_flatten", "values beside their containers", "2.2", "no second derivatives")
+UNFLATTEN = Private("torch.utils._pytree:tree_unflatten", "containers of such values", "2.2", "no second derivatives")
+SIZE = Private(
+    "torch.SymInt.node", "the term, hint and range of an open size", "2.2", "no graph with open sizes can be read"
+)
 
 if not TYPE_CHECKING:
     OpOverload = OVERLOAD.found()
@@ -149,23 +157,25 @@ def _node(size: torch.SymInt) -> Any:
 
 # --- operators that graphs hold -----------------------------------------------------------------------------------
 
-ENTER = Part(
+ENTER = Private(
     "torch.amp.autocast_mode:_enter_autocast", "where a graph enters autocast", "2.2", "no graph can be captured"
 )
-EXIT = Part("torch.amp.autocast_mode:_exit_autocast", "where a graph leaves autocast", "2.2", "no graph can be captured")
-GRAD = Part("torch._C:_set_grad_enabled", "where a graph sets grad mode", "2.2", "no graph can be captured")
-TAG = Part(
+EXIT = Private(
+    "torch.amp.autocast_mode:_exit_autocast", "where a graph leaves autocast", "2.2", "no graph can be captured"
+)
+GRAD = Private("torch._C:_set_grad_enabled", "where a graph sets grad mode", "2.2", "no graph can be captured")
+TAG = Private(
     "torch.ops:higher_order.tag_activation_checkpoint", "checkpointed regions", "2.2", "no graph can be captured"
 )
-WRAP_GRAD = Part(
+WRAP_GRAD = Private(
     "torch.ops:higher_order.wrap_with_set_grad_enabled", "export's regions of a grad mode", "2.5",
     "no graph can be captured",
 )
-WRAP_AUTOCAST = Part(
+WRAP_AUTOCAST = Private(
     "torch.ops:higher_order.wrap_with_autocast", "export's regions of autocast", "2.5", "no graph can be captured"
 )
-COPY = Part("torch.ops:aten._to_copy.default", "the cast that autocast makes", "2.2", "no graph can be captured")
-METADATA = Part(
+COPY = Private("torch.ops:aten._to_copy.default", "the cast that autocast makes", "2.2", "no graph can be captured")
+METADATA = Private(
     "torch.ops:aten._assert_tensor_metadata.default", "export's assertions on types", "2.2", "no graph can be captured"
 )
 
@@ -176,37 +186,37 @@ TO_COPY, ASSERT_METADATA = COPY.found(), METADATA.found()
 
 # --- capture ------------------------------------------------------------------------------------------------------
 
-MAKE_FX = Part(
+MAKE_FX = Private(
     "torch.fx.experimental.proxy_tensor:make_fx", "a graph of operators from Dynamo's", "2.2", "no graph can be captured"
 )
-CONTEXT = Part(
+CONTEXT = Private(
     "torch._guards:TracingContext", "Dynamo's fake values, under its symbols", "2.5", "no graph can be captured"
 )
-FRAME = Part(
+FRAME = Private(
     "torch._dynamo.symbolic_convert:tls.current_tx", "the module whose code is compiled", "2.2",
     "operators of a method's own code have no module path",
 )
-CHECKPOINT_KEY = Part(
+CHECKPOINT_KEY = Private(
     "GraphModule.meta['_checkpoint_context_fn']", "tracing a checkpointed region", "2.2",
     "a graph with such a region is not captured",
 )
-NESTING = Part(
+NESTING = Private(
     "functions of torch._functorch that end in _increment_nesting", "where a graph transforms a function", "2.5",
     "such a graph is told by the values that its capture leaves only",
 )
-WRAPPED = Part(
+WRAPPED = Private(
     "torch._C._functorch:is_functorch_wrapped_tensor", "values inside a transform of functions", "2.5",
     "no graph can be captured",
 )
-BUFFER_HOOKS = Part(
+BUFFER_HOOKS = Private(
     "torch.nn.modules.module:_global_buffer_registration_hooks", "a hook that a failed export leaves", "2.2",
     "no whole graph can be exported",
 )
-LOGGERS = Part(
+LOGGERS = Private(
     "loggers torch._subclasses.fake_tensor, torch._export.non_strict_utils, torch.fx.experimental.symbolic_shapes",
     "tracebacks that the error says as well", "2.5", "they are printed",
 )
-PARTIAL = Part(
+PARTIAL = Private(
     "partial_fx_graph of export's errors", "the graph so far, beside an error", "2.8", "it is printed"
 )
 
@@ -276,58 +286,58 @@ def graph_so_far(error: BaseException) -> str:
 
 # --- calls of a model ---------------------------------------------------------------------------------------------
 
-CALL_HOOK = Part(
+CALL_HOOK = Private(
     "torch.nn:Module._compiled_call_impl", "catching the calls of a model", "2.2", "no model can be optimised"
 )
-OWN_CALL = Part("torch.nn:Module._call_impl", "a module's own call", "2.2", "no model can be optimised")
-FX_TRACING = Part(
+OWN_CALL = Private("torch.nn:Module._call_impl", "a module's own call", "2.2", "no model can be optimised")
+FX_TRACING = Private(
     "torch.fx._symbolic_trace:is_fx_symbolic_tracing", "leaving a symbolic trace alone", "2.11", "no model can be optimised"
 )
-FUNCTORCH = Part(
+FUNCTORCH = Private(
     "torch._C._functorch:peek_interpreter_stack", "leaving vmap and grad alone", "2.2", "no model can be optimised"
 )
-DISPATCH = Part(
+DISPATCH = Private(
     "torch._C:_len_torch_dispatch_stack", "leaving dispatch modes alone", "2.2", "no model can be optimised"
 )
-FORWARD = Part(
+FORWARD = Private(
     "torch.autograd.forward_ad:_current_level", "leaving forward derivatives alone", "2.2", "no model can be optimised"
 )
-CHECKPOINT_ENDS = Part(
+CHECKPOINT_ENDS = Private(
     "torch.utils.checkpoint:_StopRecomputationError", "how a checkpoint ends inside a call", "2.2",
     "a checkpoint ends outside of calls",
 )
-COMPILING = Part(
+COMPILING = Private(
     "torch.compiler:_is_compiling_flag", "calls in other threads during a capture", "2.5",
     "nothing is written: since 2.13 Dynamo raises the flag itself",
 )
-DYNAMO_ERROR = Part(
+DYNAMO_ERROR = Private(
     "torch._dynamo.exc:TorchDynamoException", "Dynamo's errors", "2.2", "where Dynamo fails, the call fails"
 )
-BACKEND_ERROR = Part(
+BACKEND_ERROR = Private(
     "torch._dynamo.exc:BackendCompilerFailed", "what a backend raised", "2.2", "where a backend fails, the call fails"
 )
-RESTART = Part(
+RESTART = Private(
     "torch._dynamo.exc:RestartAnalysis", "Dynamo's requests to begin again", "2.11",
     "a graph that Dynamo would begin again with runs as written",
 )
-HOOK_GUARDS = Part(
+HOOK_GUARDS = Private(
     "torch._dynamo.config:skip_nnmodule_hook_guards", "noticing module hooks that are registered later", "2.2",
     "no model can be optimised",
 )
-SAVED_HOOKS = Part(
+SAVED_HOOKS = Private(
     "torch._C._autograd:_saved_tensors_hooks_is_enabled", "keeping a capture from the caller's saved tensor hooks", "2.2",
     "no model can be optimised",
 )
-METRICS = Part(
+METRICS = Private(
     "torch._dynamo.utils:get_compilation_metrics", "functions that Dynamo gives up", "2.5", "the report does not name them"
 )
-BREAK = Part(
+BREAK = Private(
     "GraphModule.compile_subgraph_reason", "where and why Dynamo ended a graph", "2.2", "the report does not say it"
 )
-COMPILE_ID = Part(
+COMPILE_ID = Private(
     "torch._guards:CompileContext", "telling a recompilation", "2.2", "the report does not count recompilations"
 )
-WRAPPER = Part(
+WRAPPER = Private(
     "torch._dynamo:OptimizedModule", "refusing what torch.compile returned", "2.2", "it is optimised like a model"
 )
 _EACH_CALL = (CALL_HOOK, OWN_CALL, FX_TRACING, FUNCTORCH, DISPATCH, FORWARD, HOOK_GUARDS, SAVED_HOOKS)
@@ -464,13 +474,13 @@ def is_compiled(model: object) -> bool:
 
 # --- Inductor -----------------------------------------------------------------------------------------------------
 
-INDUCTOR = Part(
+INDUCTOR = Private(
     "torch._inductor.compile_fx:compile_fx", "the rest of a graph by Inductor", "2.2", "`rest: inductor` cannot run"
 )
-CPP_COMPILER = Part(
+CPP_COMPILER = Private(
     "torch._inductor.cpp_builder:get_cpp_compiler", "looking for a C++ compiler", "2.5", "the backend cannot start"
 )
-NO_COMPILER = Part(
+NO_COMPILER = Private(
     "torch._inductor.exc:InvalidCxxCompiler", "the answer that there is none", "2.2", "the backend cannot start"
 )
 
@@ -491,4 +501,4 @@ def has_cpp_compiler() -> bool:
     return True
 
 
-PARTS: tuple[Part, ...] = tuple(x for x in list(globals().values()) if isinstance(x, Part))
+PARTS: tuple[Private, ...] = tuple(x for x in list(globals().values()) if isinstance(x, Private))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reattend.codegen.files import native
-from reattend.codegen.text.print_cpp import STORED, Body, Operand, Scope, identifier, kind
+from reattend.codegen.text.print_cpp import STORED, CppBody, CppOperand, CppScope, identifier, kind
 from reattend.codegen.text.printer import PrintError
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import DTYPE, _Evaluation
@@ -27,7 +27,7 @@ P, M = ex.index("p"), ex.index("m")
 
 def text(e: Expr, extent: dict[str, int] | None = None) -> str:
     """The term alone, with coordinates called by their ranks."""
-    body = Body(Scope({ex.index(r): r for r in e.ranks}, {}, extent or {}), [e], set(e.ranks))
+    body = CppBody(CppScope({ex.index(r): r for r in e.ranks}, {}, extent or {}), [e], set(e.ranks))
     result = body.term(e)
     return " ".join([*body.lines, result])
 
@@ -80,8 +80,8 @@ def test_narrowing_casts_inside_a_term_are_dropped() -> None:
 
 
 def test_coordinates_are_clamped_where_they_may_lie_outside() -> None:
-    table = Operand("table", ("table_0", "table_1"), (16, 8), "f32")
-    body = Body(Scope({P: "p", M: "m"}, {"table": table}, {"p": 16, "m": 8}), [], {"p", "m", "table"})
+    table = CppOperand("table", ("table_0", "table_1"), (16, 8), "f32")
+    body = CppBody(CppScope({P: "p", M: "m"}, {"table": table}, {"p": 16, "m": 8}), [], {"p", "m", "table"})
     assert body.term(ex.load("table", (P, M), "f32")) == "table_x"
     body.term(ex.load("table", (P - M, ex.const(0)), "f32"))
     assert body.lines == [
@@ -91,8 +91,8 @@ def test_coordinates_are_clamped_where_they_may_lie_outside() -> None:
 
 
 def test_types_that_cpp_does_not_have_are_refused() -> None:
-    wide = Operand("x", ("x_0",), (N,), "f64")
-    body = Body(Scope({At: "n"}, {"x": wide}, {"n": N}), [], {"n"})
+    wide = CppOperand("x", ("x_0",), (N,), "f64")
+    body = CppBody(CppScope({At: "n"}, {"x": wide}, {"n": N}), [], {"n"})
     with pytest.raises(PrintError, match="computes in float32"):
         body.term(ex.load("x", (At,), "f64"))
 
@@ -139,12 +139,12 @@ def library() -> ctypes.CDLL:
         native.compiler()
     except native.CompilerError as no:
         pytest.skip(str(no))
-    operands = {n: Operand(n, (f"{n}_0",), (N,), d) for n, d in LOADS.items()}
+    operands = {n: CppOperand(n, (f"{n}_0",), (N,), d) for n, d in LOADS.items()}
     params = ", ".join(f"const {STORED[d]}* {n}" for n, d in LOADS.items())
     parts = [files("reattend.codegen.skeletons").joinpath("fused_scalar.hpp").read_text(encoding="utf-8")]
     for number, e in enumerate([*REAL.values(), *EXACT.values()]):
-        scope = Scope({At: "n"}, operands, {"n": N})
-        body = Body(scope, [e], {"n", "out", *LOADS})
+        scope = CppScope({At: "n"}, operands, {"n": N})
+        body = CppBody(scope, [e], {"n", "out", *LOADS})
         result = body.real(e) if e.is_float else body.term(e)
         stored = STORED[e.dtype]
         parts.append(

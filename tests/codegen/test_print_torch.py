@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from reattend.codegen.skeletons.cpu import choose, tile
 from reattend.codegen.text.integers import in_range
-from reattend.codegen.text.print_torch import SPELLINGS, Body, Scope, identifier, literal, size_source
+from reattend.codegen.text.print_torch import SPELLINGS, TorchBody, TorchScope, identifier, literal, size_source
 from reattend.codegen.text.printer import PrintError
 from reattend.codegen.text.tile_terms import Corners, relative, relative_parts
 from reattend.patterns import expr as ex
@@ -40,13 +40,13 @@ def inputs() -> dict[str, torch.Tensor]:
     return made
 
 
-def scope(views: bool = True, real: str = "f32", reuse: bool = False) -> Scope:
+def scope(views: bool = True, real: str = "f32", reuse: bool = False) -> TorchScope:
     names = {H: "h", P: "p", M: "m", ex.symbol("past"): "past"}
-    return Scope(names, {n: n for n in SHAPES}, SHAPES, SIZES, real, views, reuse)
+    return TorchScope(names, {n: n for n in SHAPES}, SHAPES, SIZES, real, views, reuse)
 
 
 def source(e: Expr, views: bool = True, real: str = "f32", reuse: bool = False) -> str:
-    body = Body(scope(views, real, reuse), [e])
+    body = TorchBody(scope(views, real, reuse), [e])
     text = body.real(e) if e.is_float else body.term(e)
     return "\n".join([*(x.strip() for x in body.lines), text])
 

@@ -9,7 +9,7 @@ import torch
 
 from reattend.codegen.files import cache, library
 from reattend.codegen.text.integers import in_range, span_of
-from reattend.codegen.text.print_triton import SPELLINGS, Body, Operand, Scope, identifier
+from reattend.codegen.text.print_triton import SPELLINGS, TritonBody, TritonOperand, TritonScope, identifier
 from reattend.codegen.text.printer import PrintError
 from reattend.codegen.triton import interpret
 from reattend.patterns import expr as ex
@@ -25,14 +25,14 @@ LOADS = {"x": "f32", "y": "f32", "i": "i64", "j": "i64", "c": "b1", "d": "b1"}
 N = 256
 
 
-def scope() -> Scope:
-    operands = {n: Operand(n, (f"{n}_0",), (N,), d) for n, d in LOADS.items()}
-    return Scope({ex.index("n"): "n"}, operands, {"n": N})
+def scope() -> TritonScope:
+    operands = {n: TritonOperand(n, (f"{n}_0",), (N,), d) for n, d in LOADS.items()}
+    return TritonScope({ex.index("n"): "n"}, operands, {"n": N})
 
 
 def text(e: Expr, extent: dict[str, int] | None = None) -> str:
     """The term alone, with coordinates called by their ranks."""
-    body = Body(Scope({ex.index(r): r for r in e.ranks}, {}, extent or {}), [e])
+    body = TritonBody(TritonScope({ex.index(r): r for r in e.ranks}, {}, extent or {}), [e])
     result = body.term(e)
     return "; ".join([*(line.strip() for line in body.lines), result])
 
@@ -78,8 +78,8 @@ def test_narrowing_casts_inside_a_term_are_dropped() -> None:
 
 
 def test_loads_are_guarded_or_clamped() -> None:
-    table = Operand("table", ("table_0", "table_1"), (16, 8), "f32")
-    body = Body(Scope({P: "p", M: "m"}, {"table": table}, {"p": 16, "m": 8}, {"m": "m < M"}), [])
+    table = TritonOperand("table", ("table_0", "table_1"), (16, 8), "f32")
+    body = TritonBody(TritonScope({P: "p", M: "m"}, {"table": table}, {"p": 16, "m": 8}, {"m": "m < M"}), [])
     assert body.load_text(ex.load("table", (P, M), "f32")) == (
         "tl.load(table + p * table_0 + m * table_1, mask=m < M, other=0.0)"
     )
@@ -89,8 +89,8 @@ def test_loads_are_guarded_or_clamped() -> None:
 
 
 def test_float64_is_refused() -> None:
-    wide = Operand("x", ("x_0",), (N,), "f64")
-    body = Body(Scope({ex.index("n"): "n"}, {"x": wide}, {"n": N}), [])
+    wide = TritonOperand("x", ("x_0",), (N,), "f64")
+    body = TritonBody(TritonScope({ex.index("n"): "n"}, {"x": wide}, {"n": N}), [])
     with pytest.raises(PrintError, match="float64"):
         body.load_text(ex.load("x", (ex.index("n"),), "f64"))
 
@@ -149,7 +149,7 @@ def kernel(x, x_0, y, y_0, i, i_0, j, j_0, c, c_0, d, d_0, out):
 def computed(e: Expr, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """The term through its printed text."""
     interpret.repair()
-    body = Body(scope(), [e])
+    body = TritonBody(scope(), [e])
     result = body.real(e) if e.is_float else body.term(e)
     helpers = library.called(body.helpers)
     source = KERNEL.format(helpers="\n\n\n".join(helpers), body="\n".join(body.lines), result=result)

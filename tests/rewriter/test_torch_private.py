@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import reattend
 from reattend.rewriter.graph import torch_private
-from reattend.rewriter.graph.torch_private import PARTS, Part, TorchChanged
+from reattend.rewriter.graph.torch_private import PARTS, Private, TorchChanged
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 THE_FILE = "rewriter/graph/torch_private.py"
@@ -121,7 +121,7 @@ def test_every_part_that_is_a_name_is_there() -> None:
 
 
 def test_a_part_that_is_gone_is_said_in_a_sentence() -> None:
-    part = Part("torch._guards:no_such_name", "the fake mode of a graph", "2.2", "no graph can be rewritten")
+    part = Private("torch._guards:no_such_name", "the fake mode of a graph", "2.2", "no graph can be rewritten")
     wanted = rf"PyTorch {re.escape(torch.__version__)} lacks torch\._guards\.no_such_name \(the fake mode of a graph\): no graph"
     for gone in (part, replace(part, path="torch.no_such_module:x", use="x")):
         with pytest.raises(TorchChanged, match="lacks torch"):
@@ -137,7 +137,7 @@ class Small(nn.Module):
 
 @pytest.mark.parametrize("name", ["CALL_HOOK", "OWN_CALL", "FX_TRACING", "FUNCTORCH", "DISPATCH", "HOOK_GUARDS", "SAVED_HOOKS"])
 def test_a_model_is_not_touched_where_its_calls_cannot_be_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    part: Part = getattr(torch_private, name)
+    part: Private = getattr(torch_private, name)
     lost = replace(part, path=part.path + "_lost")
     monkeypatch.setattr(torch_private, "_EACH_CALL", (lost,))
     model = Small()
@@ -148,7 +148,7 @@ def test_a_model_is_not_touched_where_its_calls_cannot_be_caught(name: str, monk
 
 def test_reports_say_less_where_dynamo_notes_less(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("METRICS", "COMPILE_ID", "FRAME"):
-        part: Part = getattr(torch_private, name)
+        part: Private = getattr(torch_private, name)
         monkeypatch.setattr(torch_private, name, replace(part, path=part.path + "_lost"))
     model, x = Small(), torch.randn(1, 2, 16, 8)
     wanted = model(x)

@@ -16,7 +16,7 @@ from ....patterns.cascade import size_term
 from ....patterns.expr import Expr
 from ...forms.form import Form
 from ...forms.terms import Terms, mapped_elements
-from ...text.print_cpp import STORED, At, Body, Operand, Scope, identifier, kind
+from ...text.print_cpp import STORED, At, CppBody, CppOperand, CppScope, identifier, kind
 from ...text.printer import PrintError
 from .terms import Diagonal, Tile, costly, reciprocals, tiles
 
@@ -65,10 +65,10 @@ class LoopProgram:
         for tensor in own:
             name, shape = take(tensor), c.tensor[tensor].shape
             strides = tuple(take(f"{name}_{d}") for d in range(len(shape)))
-            operands[tensor] = Operand(name, strides, shape, stored(f, tensor))
+            operands[tensor] = CppOperand(name, strides, shape, stored(f, tensor))
         for d in self.diagonals.values():
             name = take(d.name)
-            operands[d.name] = Operand(name, (take(f"{name}_0"), take(f"{name}_1")), d.shape, d.dtype)
+            operands[d.name] = CppOperand(name, (take(f"{name}_0"), take(f"{name}_1")), d.shape, d.dtype)
         self.symbols = c.free_symbols
         symbols = {n: take(n) for n in self.symbols}
         self.ranks = {r.name: take(r.name) for r in c.ranks}
@@ -77,7 +77,7 @@ class LoopProgram:
         self.inputs = [take(f"x{i}") for i in range(len(self.products))]
         self.taken = taken
         names = {ex.symbol(n): t for n, t in symbols.items()}
-        self.scope = Scope(names, operands, {r.name: r.size for r in c.ranks})
+        self.scope = CppScope(names, operands, {r.name: r.size for r in c.ranks})
         self.fields = Fields(self)
         self.reductions: set[str] = set()
         # tensor → the dimension along which its elements have to lie next to one another
@@ -139,7 +139,7 @@ class Fields:
         self.p = p
         self.ranks = {*p.f.heads.order, p.a.query}
         names = dict(p.scope.names) | {ex.index(r): p.ranks[r] for r in self.ranks}
-        self.body = Body(replace(p.scope, names=names), p.terms(), p.taken)
+        self.body = CppBody(replace(p.scope, names=names), p.terms(), p.taken)
         self.known: dict[Expr, bool] = {}
         self.types: dict[str, str] = {}
         # name of a pointer → the tensor that it points into
@@ -202,7 +202,7 @@ class Fields:
     def _lead(self, i: int) -> str:
         """The coordinate of a leading rank: they lie in one dimension, the last one fastest."""
         p, lead = self.p, self.p.f.heads.lead
-        size = Body(p.scope, (), set())
+        size = CppBody(p.scope, (), set())
         inner = [size.term(size_term(p.f.cascade.rank[r].size)) for r in lead[i + 1 :]]
         text = f"at_z / ({' * '.join(f'int64_t({s})' for s in inner)})" if inner else "at_z"
         if i:
@@ -214,7 +214,7 @@ class Fields:
 class Around:
     """What lies around a loop over keys or values: the function that it stands in."""
 
-    def __init__(self, p: LoopProgram, body: Body, rank: str) -> None:
+    def __init__(self, p: LoopProgram, body: CppBody, rank: str) -> None:
         self.p, self.body, self.rank = p, body, rank
 
     def covers(self, e: Expr) -> bool:

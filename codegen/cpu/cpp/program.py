@@ -14,7 +14,7 @@ from dataclasses import replace
 from ....patterns import expr as ex
 from ....patterns.attention.rowstate import Carried
 from ....patterns.expr import Expr
-from ...text.print_cpp import STORED, Body
+from ...text.print_cpp import STORED, CppBody
 from .names import Around, LoopProgram, mentions
 from .step import DECLARED, TileStep
 
@@ -88,10 +88,10 @@ def _load(p: LoopProgram, used: set[str]) -> tuple[list[str], list[str]]:
 
 def _finish(p: LoopProgram) -> list[str]:
     a = p.a
-    body = Body(p.scope, [p.ending], set(p.taken), p.fields)
+    body = CppBody(p.scope, [p.ending], set(p.taken), p.fields)
     value = ex.index(a.value)
     names = dict(p.scope.names) | {value: p.ranks[a.value]}
-    loop = Body(replace(p.scope, names=names), [p.ending], body.taken, Around(p, body, a.value), value)
+    loop = CppBody(replace(p.scope, names=names), [p.ending], body.taken, Around(p, body, a.value), value)
     for x in ex.loads(p.ending):
         if str(x.attr) in p.carried:
             _read_state(p, body, x)
@@ -112,7 +112,7 @@ def _identity(c: Carried) -> str:
     return "-INFINITY" if c.identity == -float("inf") else "INFINITY" if c.identity == float("inf") else f"{c.identity!r}f"
 
 
-def _read_state(p: LoopProgram, body: Body, x: Expr) -> None:
+def _read_state(p: LoopProgram, body: CppBody, x: Expr) -> None:
     """Bind a carried scalar to its final value."""
     if x not in body.memo:
         name = str(x.attr)

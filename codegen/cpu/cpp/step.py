@@ -12,7 +12,7 @@ from dataclasses import replace
 from ....patterns import expr as ex
 from ....patterns.attention.rowstate import OLD, Carried
 from ....patterns.expr import Expr
-from ...text.print_cpp import Body, number
+from ...text.print_cpp import CppBody, number
 from ...text.printer import PrintError
 from .names import SCORE, Around, LoopProgram, mentions
 from .terms import Tile
@@ -37,7 +37,7 @@ class TileStep:
     def __init__(self, p: LoopProgram, tile: Tile) -> None:
         self.p, self.score, self.state = p, tile.score, tile.state
         self.here = ex.load(SCORE, (ex.index(p.key),), tile.score.dtype)
-        self.body = Body(p.scope, tile.state.corrections, set(p.taken), p.fields)
+        self.body = CppBody(p.scope, tile.state.corrections, set(p.taken), p.fields)
         self.around = Around(p, self.body, p.key)
         self.phases, self.last = self._order()
         # a product times a positive number is computed again by each loop; its largest is that of the products
@@ -99,7 +99,7 @@ class TileStep:
         first = scores and self.buffer is None and not again
         roots = [*terms, *([self.score] if first or again else [])]
         names = dict(p.scope.names) | {key: p.ranks[p.key]}
-        loop = Body(replace(p.scope, names=names), roots, body.taken, self.around, key)
+        loop = CppBody(replace(p.scope, names=names), roots, body.taken, self.around, key)
         self._products(loop, roots)
         if again:
             loop.bind(self.here, loop.let("s", self.score))
@@ -122,7 +122,7 @@ class TileStep:
             f"#pragma omp simd{clauses}", "for (int i = 0; i < n; i++) {", *(f"  {x}" for x in [*where, *loop.lines]), "}",
         ]
 
-    def _products(self, loop: Body, roots: Sequence[Expr]) -> None:
+    def _products(self, loop: CppBody, roots: Sequence[Expr]) -> None:
         read = {x for t in roots for x in ex.loads(t)}
         for x, i in self.p.products.items():
             if x in read:
@@ -130,7 +130,7 @@ class TileStep:
                 loop.lines.append(f"const float {name} = {self.p.inputs[i]}[i];")
                 loop.bind(x, name)
 
-    def _first(self, loop: Body, phase: int) -> None:
+    def _first(self, loop: CppBody, phase: int) -> None:
         """Compute the score, and keep it for the loops after this one."""
         p = self.p
         later = [t for n in range(phase + 1, self.last + 1) for t in self._terms(n)]
@@ -142,7 +142,7 @@ class TileStep:
             self.buffer = self.free[0]
             loop.lines.append(f"{p.inputs[self.buffer]}[i] = {name};")
 
-    def _reduce(self, loop: Body, phase: int) -> str:
+    def _reduce(self, loop: CppBody, phase: int) -> str:
         """One more element for each scalar of this loop; answers the loop's clauses."""
         p = self.p
         clauses: dict[str, list[str]] = {}
