@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -23,9 +23,13 @@ from ...cost_model.devices.device import Device, targets, with_threads
 from ...cost_model.devices.device import device as device_named
 from ...cost_model.plan.plan import Plan
 from ...cost_model.sites.site import ORIGINAL, Miss, Site
+from ...patterns import expr as ex
+from ...patterns.attention.recognise import Attention, attention
 from ...patterns.cascade import Cascade
 from ...patterns.evaluate import infer_sizes
 from ..capture import capture
+from ..check.verdicts import Check
+from ..check.watch import Watch
 from ..find.detect import Found, NearMiss, find
 from ..find.place import Place, hints_of, interior, named, place
 from ..find.upstream import Reached, projection_width, upstream
@@ -34,7 +38,7 @@ from ..graph.liveness import erase_dead
 from ..splice import splice
 from ..splice.guards import original_subgraph
 from .candidates import Question, answer, guard_sentences
-from .policy import Policy
+from .policy import Policy, StrictError
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,12 @@ def _gpu(name: str, architecture: str) -> Device:
 # --- a graph ------------------------------------------------------------------------------------------------------
 
 
-def rewrite(captured: capture.Captured, request: Request) -> Plan:
-    """Plan every attention of a captured graph and splice the chosen calls in. The graph is changed in place."""
+def rewrite(captured: capture.Captured, request: Request, checks: list[Check] | None = None) -> Plan:
+    """Plan every attention of a captured graph and splice the chosen calls in. The graph is changed in place.
+
+    `checks` takes what is found where the calls are held against the original code.
+    """
+    record = [] if checks is None else checks
     sites: list[Site] = []
     misses: list[Miss] = []
     where = request.target
@@ -121,14 +129,41 @@ def rewrite(captured: capture.Captured, request: Request) -> Plan:
         decisions, missed = decide(region, request, taken)
         for d in decisions:
             if d.call is not None:
-                f = d.found
-                original = original_subgraph(region, f.output, interior(f)) if d.call.guarded else None
-                splice.replace(region, f.output, f.tensors, f.scalars, d.call, name=d.site.name, original=original)
+                _splice(region, d, d.call, request, record)
         splice.finish(region)
         sites += [d.site for d in decisions]
         misses += missed
         where = where or _device_of(region)
     return Plan(tuple(sites), tuple(misses), where or running_device("cpu"))
+
+
+def _splice(gm: fx.GraphModule, d: Decision, call: splice.Call, request: Request, record: list[Check]) -> None:
+    """Put in what was chosen, under the policy's watch. What cannot be watched keeps the original code."""
+    f, policy = d.found, request.policy
+    watched = policy.check != "never"
+    if watched and request.traced:
+        why = "nothing can step aside in a graph that Inductor compiles"
+        record.append(Check(d.site.name, d.site.choice, "unchecked", why=why))
+        watched = False
+    original = original_subgraph(gm, f.output, interior(f)) if call.guarded or watched else None
+    if watched and original is None:
+        why = "its own code cannot run again: a part of it is written in place"
+        record.append(Check(d.site.name, d.site.choice, "unchecked", why=why))
+        return
+    watch = watch_of(d, original[1], policy, record) if watched and original is not None else None
+    splice.replace(gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original, watch=watch)
+
+
+def watch_of(d: Decision, inputs: Sequence[fx.Node], policy: Policy, record: list[Check]) -> Watch:
+    """The watch over a site whose own code reads these nodes."""
+    view = attention(d.found.cascade)
+    assert isinstance(view, Attention), view
+    read = {d.found.tensors.get(str(x.attr)) for x in ex.loads(view.score)}
+    return Watch(
+        d.site.name, d.site.choice, d.site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
+        masks=frozenset(i for i, n in enumerate(inputs) if n in read), refuse=StrictError if policy.strict else None,
+        record=record,
+    )  # fmt: skip
 
 
 def decide(

@@ -26,6 +26,7 @@ from ...patterns.evaluate import evaluate
 from ...patterns.expr import Expr
 from ...patterns.masks.split import runtime_classify, split
 from ..capture.autocast import no_autocast
+from ..check.watch import REPORT, Watch
 from ..graph.aliases import Aliases
 
 TILE = 64
@@ -100,13 +101,17 @@ def bind_shapes(c: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[str, i
 
 
 class Guarded(nn.Module):
-    """A call with its conditions and the original subgraph. `fallbacks` counts, by name, how often the original ran."""
+    """A call with its conditions and the original subgraph. `fallbacks` counts, by name, how often the original ran.
+
+    A call that raises, or whose result the `watch` finds to differ from the original's, is not made again.
+    """
 
     def __init__(
-        self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition]
-    ) -> None:
+        self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition],
+        watch: Watch | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.name, self.target, self.conditions = name, target, tuple(conditions)
+        self.name, self.target, self.conditions, self.watch = name, target, tuple(conditions), watch
         self.original = original
         self.fallbacks: Counter[str] = Counter()
         self.broken = ""
@@ -116,21 +121,34 @@ class Guarded(nn.Module):
         self, arguments: Sequence[Any], inputs: Sequence[Any], tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
     ) -> Any:
         if not self.broken and all(c.holds(tensors, sizes) for c in self.conditions):
-            try:
-                return self.target(*arguments)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                # A vendor's compiler may fail on what its checks let through: the model must not.
-                self.broken = (
-                    f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-                )
-                warnings.warn(f"reattend: {self.name} keeps the original code: {self.broken}", stacklevel=2)
+            out = self._attempt(arguments, inputs)
+            if not self.broken:
+                return out
+            if self.watch is not None and self.watch.refuse is not None:
+                raise self.watch.refuse(f"{self.name}: keeps the original code: {self.broken}")
+            warnings.warn(f"reattend: {self.name} keeps the original code: {self.broken}: {REPORT}", stacklevel=2)
         with self.lock:
             self.fallbacks[self.name] += 1
         # Every cast that autocast made is written in the subgraph.
         with no_autocast():
             return self.original(*inputs)
+
+    def _attempt(self, arguments: Sequence[Any], inputs: Sequence[Any]) -> Any:
+        """The call's result; `broken` says why it must not be used."""
+        try:
+            out = self.target(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # A vendor's compiler may fail on what its checks let through: the model must not.
+            lines = str(error).strip().splitlines()
+            self.broken = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            if self.watch is not None:
+                self.watch.raised(self.broken)
+            return None
+        if self.watch is not None:
+            self.broken = self.watch(self.original, self.target, arguments, inputs, out)
+        return out
 
 
 def original_subgraph(

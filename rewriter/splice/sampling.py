@@ -68,7 +68,8 @@ class _Timed(fx.Interpreter):
         guard = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         before = guard.fallbacks[site] if isinstance(guard, Guarded) else 0
         on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in _leaves(self.map_nodes_to_values(n.args, n)))
-        if guard is None and self.samples.median(site) is None:
+        warm = guard is None or (isinstance(guard, Guarded) and not guard.conditions and not guard.broken)
+        if warm and self.samples.median(site) is None:
             super().run_node(n)
         out, seconds = (_by_events if on_gpu else _by_clock)(lambda: super(_Timed, self).run_node(n))
         if not isinstance(guard, Guarded) or guard.fallbacks[site] == before:
