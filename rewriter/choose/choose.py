@@ -127,9 +127,13 @@ def rewrite(captured: capture.Captured, request: Request, checks: list[Check] | 
     taken: Counter[str] = Counter()
     for region in capture.regions(captured.graph):
         decisions, missed = decide(region, request, taken)
+        replaced: dict[fx.Node, fx.Node] = {}
         for d in decisions:
             if d.call is not None:
-                _splice(region, d, d.call, request, record)
+                # What one attention yields may be what the next one reads.
+                tensors = {name: replaced.get(n, n) for name, n in d.found.tensors.items()}
+                new = _splice(region, replace(d, found=replace(d.found, tensors=tensors)), d.call, request, record)
+                replaced |= {d.found.output: new} if new is not None else {}
         splice.finish(region)
         sites += [d.site for d in decisions]
         misses += missed
@@ -137,7 +141,9 @@ def rewrite(captured: capture.Captured, request: Request, checks: list[Check] | 
     return Plan(tuple(sites), tuple(misses), where or running_device("cpu"))
 
 
-def _splice(gm: fx.GraphModule, d: Decision, call: splice.Call, request: Request, record: list[Check]) -> None:
+def _splice(
+    gm: fx.GraphModule, d: Decision, call: splice.Call, request: Request, record: list[Check]
+) -> fx.Node | None:
     """Put in what was chosen, under the policy's watch. What cannot be watched keeps the original code."""
     f, policy = d.found, request.policy
     watched = policy.check != "never"
@@ -149,9 +155,9 @@ def _splice(gm: fx.GraphModule, d: Decision, call: splice.Call, request: Request
     if watched and original is None:
         why = "its own code cannot run again: a part of it is written in place"
         record.append(Check(d.site.name, d.site.choice, "unchecked", why=why))
-        return
+        return None
     watch = watch_of(d, original[1], policy, record) if watched and original is not None else None
-    splice.replace(gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original, watch=watch)
+    return splice.replace(gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original, watch=watch)
 
 
 def watch_of(d: Decision, inputs: Sequence[fx.Node], policy: Policy, record: list[Check]) -> Watch:
