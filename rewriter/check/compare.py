@@ -11,7 +11,9 @@ to give what is exact; such a row widens no limit for others.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ RMS_RATIO, MAX_RATIO = 1.2, 2.5
 UNITS = {torch.float64: 8.0, torch.float32: 8.0, torch.float16: 1.5, torch.bfloat16: 1.0}
 # A row of the own code that is off by more units is changed altogether.
 ALTOGETHER = 256.0
+# How many times what one unit of its inputs changes a result may be off by.
+CONDITION = 8.0
 # A row is at least this share of the largest: sums over many keys cancel.
 SMALLEST_ROW = 1 / 16
 
@@ -72,13 +76,30 @@ def errors(ours: Tensor, own: Tensor, exact: Tensor) -> Errors:
     return Errors(_rms(error), error.max().item(), own_rms, own_largest, odd, floor)
 
 
+def moved(given: Sequence[Any]) -> list[Any]:
+    """The inputs in float64, each number by up to one unit of the types that are computed in more or less.
+
+    The own error is one draw of what rounding does; what such a change of the inputs does is another.
+    """
+    generator = torch.Generator().manual_seed(len(given))
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        unit = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+        noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+        return x.detach().double() * (1 + unit * (2 * noise - 1))
+
+    return [one(x) for x in given]
+
+
 def change(exact: Tensor, other: Tensor) -> tuple[float, float]:
-    """RMS and largest difference of two results in float64, in the same units."""
+    """The RMS and largest error that is right as well where the moved inputs give the other result."""
     a, b = _rows(other.detach().double()), _rows(exact.detach().double())
     if not a.numel():
         return 0.0, 0.0
     off, _ = _off(a, b, _scale(b, b))
-    return _rms(off), off.max().item()
+    return CONDITION * _rms(off), CONDITION * off.max().item()
 
 
 def _rows(x: Tensor) -> Tensor:

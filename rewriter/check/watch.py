@@ -18,18 +18,16 @@ from torch.utils._pytree import tree_leaves
 
 from ..capture.autocast import no_autocast
 from . import verdicts
-from .compare import Errors, change, errors
+from .compare import Errors, change, errors, moved
 from .cut import Program, Uncheckable, read
 from .demand import everything, pick
-from .gradient import gradient_errors
+from .gradient import wrong_gradient
 from .rows import fitting, said
 from .verdicts import Check, Verdict
 
 # What masks hold is looked at in tensors up to this size, on the CPU alone: a look at a GPU's would wait for it.
 LOOKED_AT = 1 << 16
 MASKED = -1e4
-# How many times what one unit of its inputs changes a result may be off by.
-CONDITION = 8.0
 SEED = 0x5EED
 REPORT = "please report it with the model's attention code and the lines of reattend.report(model)"
 
@@ -99,16 +97,15 @@ class Watch:
         generator = torch.Generator().manual_seed(SEED + self.calls)
         trained = torch.is_grad_enabled() and out.requires_grad
         with torch.no_grad(), no_autocast():
-            own = read(code, given)
-            program = fitting(own, given, generator)
-            e, same = _forward(program, given, out)
+            values = [x.detach() if isinstance(x, Tensor) else x for x in given]
+            own = read(code, values)
+            program = fitting(own, values, generator)
+            e, same = _forward(program, values, out)
             why = "" if same else f"{self.kernel} is {e}"
             if trained and not why:
-                smaller = fitting(own, given, generator, gradients=True)
-                found = gradient_errors(smaller, target, arguments, given, generator)
-                wrong = [x for x in found if not x.within(_doubled(x))]
-                why = f"{self.kernel}: its gradient is {wrong[0]}" if wrong else ""
-                e = wrong[0] if wrong else e
+                smaller = fitting(own, values, generator, gradients=True)
+                wrong = wrong_gradient(smaller, target, arguments, given, generator)
+                why, e = (f"{self.kernel}: its gradient is {wrong}", wrong) if wrong is not None else ("", e)
         verdict: Verdict = "differs" if why else "same"
         return Check(self.site, self.kernel, verdict, said(program), e.rms, e.own_rms, gradients=trained, why=why)
 
@@ -131,31 +128,13 @@ class Watch:
 
 def _forward(p: Program, given: Sequence[Any], out: Tensor) -> tuple[Errors, bool]:
     """The errors of a result, and whether it is right."""
-    values = [x.detach() if isinstance(x, Tensor) else x for x in given]
-    own, exact = p.run(values)
+    own, exact = p.run(given)
     shown = pick(out.detach().reshape(p.own.shape).to(own.dtype), everything(p.own.shape), p.wanted)
     e = errors(shown, own, exact)
     if e.within() or e.odd:
         return e, e.within()
-    # The own error is one draw: what one unit more or less of every input would change is another.
-    unit = torch.finfo(torch.float64 if own.dtype == torch.float64 else torch.float32).eps
-    generator = torch.Generator().manual_seed(SEED)
-    moved = [_moved(x, unit, generator) for x in values]
-    _, other = p.run(values, moved)
-    rms, largest = change(exact, other)
-    return e, e.within((CONDITION * rms, CONDITION * largest))
-
-
-def _moved(x: Any, unit: float, generator: torch.Generator) -> Any:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return x
-    noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
-    return x.double() * (1 + unit * (2 * noise - 1))
-
-
-def _doubled(e: Errors) -> tuple[float, float]:
-    """Gradients are longer chains of rounded steps: twice what is asked of a result."""
-    return 2 * max(e.own_rms, e.floor), 2 * max(2.5 * e.own_largest, 2.5 * e.floor)
+    _, other = p.run(given, moved(given))
+    return e, e.within(change(exact, other))
 
 
 def _sizes(x: Tensor) -> tuple[tuple[int, bool], ...]:
