@@ -223,12 +223,14 @@ class Attend(nn.Module):
         a = q @ k.mT * q.shape[-1] ** -0.5
         if keep is not None:
             a = a.masked_fill(~keep, float("-inf"))
-        return a.softmax(-1) @ v
+        out: Tensor = a.softmax(-1) @ v
+        return out
 
 
 def optimised(**options: Any) -> nn.Module:
-    model: nn.Module = Attend()
-    return reattend.optimize(model, policy=reattend.Policy(allow=("sdpa", "reattend"), deny="original", **options))
+    policy = reattend.Policy(allow=("sdpa", "reattend"), deny="original", **options)
+    model: nn.Module = reattend.optimize(Attend(), policy=policy)
+    return model
 
 
 def test_random_state_gradients_and_inputs_are_left_alone() -> None:
