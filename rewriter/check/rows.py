@@ -17,6 +17,8 @@ from .demand import Demand, Picked, everything, kept
 
 # Positions that are kept of the dimension that saves most, then of the next ones.
 KEPT = (64, 6, 4, 2, 2, 2)
+# By how much fewer are kept, one after the other, where that does not fit.
+FEWER = (1, 2, 4, 8)
 # A float mask's values below this stand for "no key".
 MASKED = -1e4
 
@@ -43,14 +45,14 @@ def fitting(own: Own, given: Sequence[object], generator: torch.Generator, gradi
     whole = cut(own, everything(shape))
     if FULL.holds(whole, gradients):
         return whole
-    special = poor(given)
-    wanted: list[Picked | None] = list(everything(shape))
-    least = whole
-    for d, few in zip(_by_saving(own, shape), KEPT):
-        wanted[d] = picked(shape[d], few, special.get(shape[d], ()), generator)
-        least = cut(own, tuple(wanted))
-        if SAMPLED.holds(least, gradients):
-            return least
+    special, order, least = poor(given), _by_saving(own, shape), whole
+    for fewer in FEWER:
+        wanted: list[Picked | None] = list(everything(shape))
+        for d, few in zip(order, KEPT):
+            wanted[d] = picked(shape[d], max(few // fewer, 1), special.get(shape[d], ()), generator)
+            least = cut(own, tuple(wanted))
+            if SAMPLED.holds(least, gradients):
+                return least
     raise Uncheckable(f"even a sample of it would take {least.bytes >> 20} MiB and {least.flops:.1g} FLOP")
 
 

@@ -352,3 +352,13 @@ class Spelled(nn.Module):
 
 def test_kept_is_the_shape() -> None:
     assert kept([4, 5, 6], (None, (1, 2), (0,))) == [4, 2, 1]
+
+
+def test_fewer_rows_are_looked_at_where_many_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = [torch.randn(1, 2, 512, 16) for _ in range(3)]
+    own = read(graph_of(Attend(), x), x)
+    enough = cut(own, (None, None, tuple(range(16)), None))
+    monkeypatch.setattr(rows, "FULL", Budget(0, 0.0))
+    monkeypatch.setattr(rows, "SAMPLED", Budget(enough.bytes, enough.flops))
+    shape = kept(own.shape, rows.fitting(own, x, torch.Generator()).wanted)
+    assert shape[2] == 16

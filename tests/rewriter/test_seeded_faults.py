@@ -182,7 +182,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     forget()
 
 
-def caught(name: str, tokens: int, patch: pytest.MonkeyPatch) -> None:
+def caught(name: str, tokens: int, patch: pytest.MonkeyPatch, calls: int = 2) -> None:
     fault = FAULTS[name]
     fault.apply(patch)
     model, given = Two(), inputs(tokens)
@@ -190,11 +190,11 @@ def caught(name: str, tokens: int, patch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("always")
         want = model(*given)
         reattend.optimize(model, policy=reattend.Policy(allow=fault.candidate, deny="original"))
-        first, second = model(*given), model(*given)
+        answers = [model(*given) for _ in range(calls)]
     checks = reattend.report(model).checks
     wrong = [c for c in checks if c.verdict in ("differs", "raised")]
     assert wrong, checks
-    for got in (first, second):
+    for got in answers:
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     lines = [str(w.message) for w in said if "keeps the original code" in str(w.message)]
     assert len(lines) == len(wrong), lines
@@ -208,9 +208,10 @@ def test_the_original_answers(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", ["scale", "tile list one tile short", "keys of the layer before", "a vendor's mask"])
 def test_the_original_answers_at_16k(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    caught(name, 16384, monkeypatch)
+    """On sampled rows."""
+    caught(name, 16384, monkeypatch, calls=1)
 
 
 def test_without_a_fault_everything_agrees() -> None:
