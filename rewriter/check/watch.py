@@ -95,7 +95,7 @@ class Watch:
         self, code: fx.GraphModule, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], out: Tensor
     ) -> Check:
         generator = torch.Generator().manual_seed(SEED + self.calls)
-        trained = torch.is_grad_enabled() and out.requires_grad
+        trained = torch.is_grad_enabled() and out.requires_grad and _flow_alike(arguments, given)
         with torch.no_grad(), no_autocast():
             values = [x.detach() if isinstance(x, Tensor) else x for x in given]
             own = read(code, values)
@@ -148,6 +148,16 @@ def _held(x: Any) -> tuple[bool, ...]:
     if x.is_floating_point():
         return (bool(x.amin() < MASKED),)
     return bool(x.all()), bool(x.any())
+
+
+def _flow_alike(arguments: Sequence[Any], given: Sequence[Any]) -> bool:
+    """Is all that gradients reach through the kernel's arguments given to the own code as well?
+
+    Where a value was written in place, the kernel may read what it was made of and the own code the value.
+    """
+    known = {id(x) for x in given}
+    leaves = tree_leaves(tuple(arguments))
+    return all(id(x) in known for x in leaves if isinstance(x, Tensor) and x.requires_grad)
 
 
 def _captured() -> bool:

@@ -24,7 +24,7 @@ from ...cost_model.devices.architecture import cuda_name
 from ...cost_model.devices.device import Device, targets, with_threads
 from ...cost_model.devices.device import device as device_named
 from ...cost_model.plan.plan import Plan
-from ...cost_model.sites.site import Miss, Site
+from ...cost_model.sites.site import ORIGINAL, Miss, Site
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
@@ -136,7 +136,8 @@ def rewrite(captured: capture.Captured, request: Request, checks: list[Check] | 
             try:
                 new = _splice(region, _reading(d, replaced), request, record)
                 replaced |= {d.found.output: new} if new is not None else {}
-                sites.append(d.site)
+                stays = d.call is not None and new is None
+                sites.append(replace(d.site, choice=ORIGINAL, guards=()) if stays else d.site)
             except Exception as error:
                 misses.append(_miss(defective(d.found.output, error)))
         splice.finish(region)

@@ -293,6 +293,51 @@ def test_what_does_not_fit_keeps_the_original_and_says_so(monkeypatch: pytest.Mo
     assert reattend.report(model).fallbacks == 1
 
 
+def test_gradients_that_reach_other_tensors_are_not_compared() -> None:
+    """The own code reads queries that were scaled in place; the kernel, what they were made of."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.project(x)
+            q.mul_(0.25)
+            q, k, v = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in (q, x, x))
+            out: Tensor = (q @ k.mT).softmax(-1) @ v
+            return out
+
+    model, x = Scaled(), torch.randn(1, 64, 32)
+    (want,) = torch.autograd.grad(model(x).square().sum(), model.project.weight)
+    policy = reattend.Policy(allow="sdpa", deny="original", check=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = reattend.optimize(model, policy=policy)(x)
+    (got,) = torch.autograd.grad(out.square().sum(), model.project.weight)
+    torch.testing.assert_close(got, want)
+    assert [(c.verdict, c.gradients) for c in reattend.report(model).checks] == [("same", False)]
+
+
+def test_what_cannot_run_again_keeps_the_original_and_says_so() -> None:
+    class Cleared(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            s = q @ k.mT
+            weights = s.softmax(-1)
+            s.zero_()
+            out: Tensor = weights @ v
+            return out
+
+    x = [torch.randn(1, 2, 64, 16) for _ in range(3)]
+    policy = reattend.Policy(allow="sdpa", deny="original", check="first")
+    model = reattend.optimize(Cleared(), policy=policy)
+    with torch.no_grad():
+        assert torch.equal(model(*x), Cleared()(*x))
+    report = reattend.report(model)
+    assert [(c.verdict, c.why[:30]) for c in report.checks] == [("unchecked", "its own code cannot run again:")]
+    assert [s.kernel for s in report.sites] == ["original"]
+
+
 @pytest.mark.parametrize("value", ["often", 0, -1, True, None])
 def test_a_wrong_value_is_one_sentence(value: Any) -> None:
     with pytest.raises(ValueError, match=r'Policy\(check\) must be "first", "never" or a number of calls above 0'):
