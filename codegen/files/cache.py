@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import threading
+import warnings
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -23,15 +24,28 @@ _modules: dict[str, ModuleType] = {}
 
 @cache
 def directory() -> Path:
-    """Where generated files are kept; a folder of this process alone when the user's cache cannot be written."""
+    """Where generated files are kept.
+
+    A folder of this process alone, with a warning, when the user's cache cannot be written, or belongs to somebody else,
+    whose files would be run.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     wanted = Path(base) / "reattend"
     try:
         wanted.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=wanted):
-            return wanted
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="reattend-"))
+            why = "" if _is_mine(wanted) else "it belongs to another user"
+    except OSError as error:
+        why = error.strerror or "it cannot be written"
+    if not why:
+        return wanted
+    own = Path(tempfile.mkdtemp(prefix="reattend-"))
+    warnings.warn(f"reattend: the cache folder {wanted} is not used ({why}): code is compiled anew in {own}", stacklevel=2)
+    return own
+
+
+def _is_mine(path: Path) -> bool:
+    return not hasattr(os, "geteuid") or path.stat().st_uid == os.geteuid()
 
 
 def key(text: str) -> str:
@@ -46,12 +60,16 @@ def write(text: str) -> Path:
             return path
     except (OSError, UnicodeDecodeError):
         pass
+    replace_text(path, text)
+    return path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one step: another process sees all of it or none. Raises OSError."""
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     with os.fdopen(handle, "w", encoding="utf-8") as f:
         f.write(text)
-    # Renaming is atomic: another process sees the whole file or none.
     os.replace(name, path)
-    return path
 
 
 def load(text: str) -> ModuleType:

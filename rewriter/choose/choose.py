@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -24,10 +24,15 @@ from ...cost_model.devices.architecture import cuda_name
 from ...cost_model.devices.device import Device, targets, with_threads
 from ...cost_model.devices.device import device as device_named
 from ...cost_model.plan.plan import Plan
-from ...cost_model.sites.site import Miss, Site
+from ...cost_model.sites.site import ORIGINAL, Miss, Site
+from ...patterns import expr as ex
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade
 from ...patterns.evaluate import infer_sizes
 from ..capture import capture
+from ..check.verdicts import Check
+from ..check.watch import Watch
 from ..find.detect import Found, NearMiss, defective, find
 from ..find.place import Place, hints_of, interior, named, place
 from ..find.upstream import Reached, projection_width, upstream
@@ -36,7 +41,7 @@ from ..graph.liveness import erase_dead
 from ..splice import splice
 from ..splice.guards import original_subgraph
 from .candidates import Question, answer, guard_sentences
-from .policy import Policy
+from .policy import Policy, StrictError
 
 
 @dataclass(frozen=True)
@@ -113,19 +118,26 @@ def _gpu(name: str, architecture: str) -> Device:
 # --- a graph ------------------------------------------------------------------------------------------------------
 
 
-def rewrite(captured: capture.Captured, request: Request) -> Plan:
-    """Plan every attention of a captured graph and splice the chosen calls in. The graph is changed in place."""
+def rewrite(captured: capture.Captured, request: Request, checks: list[Check] | None = None) -> Plan:
+    """Plan every attention of a captured graph and splice the chosen calls in. The graph is changed in place.
+
+    `checks` takes what is found where the calls are held against the original code.
+    """
+    record = [] if checks is None else checks
     sites: list[Site] = []
     misses: list[Miss] = []
     where = request.target
     taken: Counter[str] = Counter()
     for region in capture.regions(captured.graph):
         decisions, missed = decide(region, request, taken)
+        replaced: dict[fx.Node, fx.Node] = {}
         misses += missed
         for d in decisions:
             try:
-                _splice(region, d)
-                sites.append(d.site)
+                new = _splice(region, _reading(d, replaced), request, record)
+                replaced |= {d.found.output: new} if new is not None else {}
+                stays = d.call is not None and new is None
+                sites.append(replace(d.site, choice=ORIGINAL, guards=()) if stays else d.site)
             except Exception as error:
                 misses.append(_miss(defective(d.found.output, error)))
         splice.finish(region)
@@ -133,13 +145,44 @@ def rewrite(captured: capture.Captured, request: Request) -> Plan:
     return Plan(tuple(sites), tuple(misses), where or running_device("cpu"))
 
 
-def _splice(gm: fx.GraphModule, d: Decision) -> None:
-    """Put in what was chosen. Where that raises, the graph stays as it is."""
-    f, call = d.found, d.call
+def _reading(d: Decision, replaced: Mapping[fx.Node, fx.Node]) -> Decision:
+    """The decision where what one attention yields is what this one reads."""
+    tensors = {name: replaced.get(n, n) for name, n in d.found.tensors.items()}
+    return replace(d, found=replace(d.found, tensors=tensors))
+
+
+def _splice(gm: fx.GraphModule, d: Decision, request: Request, record: list[Check]) -> fx.Node | None:
+    """Put in what was chosen, under the policy's watch; the new node. Where that raises, the graph stays as it is.
+
+    What cannot be watched keeps the original code.
+    """
+    f, call, policy = d.found, d.call, request.policy
     if call is None:
-        return
-    original = original_subgraph(gm, f.output, interior(f)) if call.guarded else None
-    splice.replace(gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original)
+        return None
+    watched = policy.check != "never"
+    if watched and request.traced:
+        why = "nothing can step aside in a graph that Inductor compiles"
+        record.append(Check(d.site.name, d.site.choice, "unchecked", why=why))
+        watched = False
+    original = original_subgraph(gm, f.output, interior(f)) if call.guarded or watched else None
+    if watched and original is None:
+        why = "its own code cannot run again: a part of it is written in place"
+        record.append(Check(d.site.name, d.site.choice, "unchecked", why=why))
+        return None
+    watch = watch_of(d, original[1], policy, record) if watched and original is not None else None
+    return splice.replace(gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original, watch=watch)
+
+
+def watch_of(d: Decision, inputs: Sequence[fx.Node], policy: Policy, record: list[Check]) -> Watch:
+    """The watch over a site whose own code reads these nodes."""
+    view = attention(d.found.cascade)
+    assert isinstance(view, Attention), view
+    read = {d.found.tensors.get(str(x.attr)) for x in ex.loads(view.score)}
+    return Watch(
+        d.site.name, d.site.choice, d.site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
+        masks=frozenset(i for i, n in enumerate(inputs) if n in read), refuse=StrictError if policy.strict else None,
+        record=record,
+    )
 
 
 def decide(

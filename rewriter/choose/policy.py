@@ -27,7 +27,11 @@ class Policy:
 
     `expect` says what to expect of run-time data that masks read, for the predictions of `plan` alone: texts such as
     "attention_mask=length:700" (cost_model/count/expect.py has the forms). It names the model's arguments, which the graphs
-    of an optimised model do not know by these names. Raises ValueError with one sentence.
+    of an optimised model do not know by these names.
+
+    `check` says when what runs is held against the model's own code on the inputs at hand: "never", "first", where a graph
+    first runs at sizes, types and masks of a kind, or an integer n, also in every n-th call. What differs goes back to the
+    model's own code; with `strict` it raises. Raises ValueError with one sentence.
     """
 
     approximate: bool = False
@@ -38,6 +42,7 @@ class Policy:
     mesh: Mesh | str | None = None
     strict: bool = False
     expect: Collection[str] = ()
+    check: str | int = "never"
 
     def __post_init__(self) -> None:
         for field in ("allow", "deny"):
@@ -55,6 +60,9 @@ class Policy:
         object.__setattr__(self, "expect", wishes)
         for text in wishes:
             parse(text)
+        often = isinstance(self.check, int) and not isinstance(self.check, bool) and self.check > 0
+        if not often and self.check not in ("first", "never"):
+            raise ValueError(f'Policy(check) must be "first", "never" or a number of calls above 0, not {self.check!r}')
         if self.mesh is not None:
             object.__setattr__(self, "mesh", mesh_of(self.mesh))
 
@@ -72,7 +80,8 @@ class Policy:
             f"allow {', '.join(self.allow)}" if self.allow else "",
             f"deny {', '.join(self.deny)}" if self.deny else "",
         ]
-        return "; ".join([p for p in parts if p] + (["strict"] if self.strict else [])) or "all exact candidates"
+        words = [p for p in parts if p] + (["strict"] if self.strict else [])
+        return "; ".join(words + ([f"check {self.check}"] if self.check != "never" else [])) or "all exact candidates"
 
 
 class StrictError(RuntimeError):

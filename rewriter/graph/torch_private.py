@@ -109,9 +109,9 @@ def tree_leaves(tree: object) -> list[Any]:
     return leaves
 
 
-def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Nested tuples, lists and mappings with each value replaced."""
-    return MAP.found()(function, tree)
+def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Nested tuples, lists and mappings with each value replaced, given those in the same places of others."""
+    return MAP.found()(function, tree, *others)
 
 
 def tree_flatten(tree: object) -> tuple[list[Any], Any]:

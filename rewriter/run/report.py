@@ -14,6 +14,7 @@ from ...cost_model.plan.plan import Plan
 from ...cost_model.sites.site import ORIGINAL, Miss, Site
 from ...cost_model.time.cost import Cost
 from ...cost_model.words import group_name, seconds_text, short_path
+from ..check.verdicts import Check
 from ..choose.policy import StrictError
 from ..splice.sampling import Samples
 
@@ -21,7 +22,7 @@ from ..splice.sampling import Samples
 @dataclass
 class GraphPiece:
     """One graph that Dynamo handed over. `calls` counts its runs; `fallbacks` the guards that failed, by site; `samples`
-    are times of the chosen kernels in some of the runs.
+    are times of the chosen kernels in some of the runs; `checks` what was found where they were held against the original.
 
     `broke` says where and why Dynamo ended the graph early; `error` why nothing was rewritten in it.
     """
@@ -37,6 +38,7 @@ class GraphPiece:
     calls: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     samples: Samples = field(default_factory=Samples)
+    checks: list[Check] = field(default_factory=list)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -148,6 +150,11 @@ class Report:
         )
 
     @property
+    def checks(self) -> tuple[Check, ...]:
+        """What was found where rewritten sites were held against the model's own code."""
+        return tuple(c for p in self.pieces for c in p.checks)
+
+    @property
     def kernels(self) -> Counter[str]:
         """How often each kernel ran."""
         out: Counter[str] = Counter()
@@ -191,6 +198,7 @@ class Report:
             lines.append(_table(self.sites))
             ran = ", ".join(f"{k} {n}×" for k, n in self.kernels.most_common())
             lines.append(f"ran: {ran or 'nothing yet'}; guards that fell back: {self.fallbacks}")
+            lines += _checked(self.checks)
             lines += _predictions(self.sites)
         elif self.pieces and not any(p.error for p in self.pieces):
             lines.append("no attention was found in what was captured")
@@ -201,6 +209,20 @@ class Report:
         seconds = sum(p.capture_seconds + p.plan_seconds for p in self.pieces)
         taken = f" in {seconds:.1f} s" if self.pieces else ""
         return f"{_count(self.captures, 'graph')} captured{taken}, {_count(self.recompiles, 'recompilation')}"
+
+
+def _checked(checks: tuple[Check, ...]) -> list[str]:
+    """One line for all that agree, one for each site that does not or was not looked at."""
+    made = [c for c in checks if c.verdict in ("same", "differs")]
+    agree, seconds = sum(c.ok for c in made), sum(c.seconds for c in checks)
+    said = f"checked against the model's own code: {agree} of {len(made)} agree ({seconds_text(seconds)})"
+    aside = [c for c in checks if c.verdict in ("differs", "raised")]
+    lines = [said] * bool(made) + [f"{c.verdict}: {c.site}, {c.kernel}, keeps the original: {c.why}" for c in aside]
+    unchecked: dict[str, list[str]] = {}
+    for c in checks:
+        if c.verdict == "unchecked":
+            unchecked.setdefault(f"{c.kernel}: {c.why}", []).append(c.site)
+    return lines + [f"unchecked: {group_name(names)}, {why}" for why, names in unchecked.items()]
 
 
 def _predictions(runs: tuple[SiteRun, ...]) -> list[str]:

@@ -292,7 +292,7 @@ class Session:
                 captured = capture.from_dynamo(gm, inputs, self.names())
             piece.capture_seconds = captured.seconds
             request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
-            piece.plan = choose.rewrite(captured, request)
+            piece.plan = choose.rewrite(captured, request, piece.checks)
             for module in captured.graph.modules():
                 if isinstance(module, Guarded):
                     module.fallbacks = piece.fallbacks

@@ -28,6 +28,7 @@ from ...patterns.evaluate import evaluate
 from ...patterns.expr import Expr
 from ...patterns.masks.split import runtime_classify, split
 from ..capture.autocast import no_autocast
+from ..check.watch import REPORT, Watch
 from ..graph.aliases import Aliases
 from ..graph.torch_private import checkpoint_ends
 from .derivatives import twice
@@ -160,14 +161,16 @@ class Guarded(nn.Module):
     """A call with its conditions and the original subgraph. `fallbacks` counts, by name, how often the original ran.
 
     `once`: the call can be differentiated once; the original gives the second derivative.
+    A call that raises, or whose result the `watch` finds to differ from the original's, is not made again.
     """
 
     def __init__(
         self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition],
-        once: bool = False,
+        once: bool = False, watch: Watch | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.target, self.conditions, self.once = name, target, tuple(conditions), once
+        self.name, self.target, self.conditions = name, target, tuple(conditions)
+        self.once, self.watch = once, watch
         self.original = original
         self.fallbacks: Counter[str] = Counter()
         self.broken = ""
@@ -177,26 +180,46 @@ class Guarded(nn.Module):
         self, arguments: Sequence[Any], inputs: Sequence[Any], tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
     ) -> Any:
         if not self.broken and all(c.holds(tensors, sizes) for c in self.conditions):
-            try:
-                if self.once and torch.is_grad_enabled():
-                    return twice(self.target, arguments, self.original, inputs)
-                return self.target(*arguments)
-            except torch.OutOfMemoryError:
-                raise
-            except checkpoint_ends():
-                # it has all that its backward needs
-                raise
-            except Exception as error:
-                # A vendor's compiler may fail on what its checks let through: the model must not.
-                self.broken = (
-                    f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-                )
-                warnings.warn(f"reattend: {self.name} keeps the original code: {self.broken}", stacklevel=2)
+            out, why = self._attempt(arguments, inputs)
+            if not why:
+                return out
+            self._step_aside(why)
         with self.lock:
             self.fallbacks[self.name] += 1
         # Every cast that autocast made is written in the subgraph.
         with no_autocast():
             return self.original(*inputs)
+
+    def _step_aside(self, why: str) -> None:
+        """Make no further call and say why, or raise where the watch is strict."""
+        self.broken, watch = why, self.watch
+        said = f"{self.name} keeps the original code: {why}"
+        if watch is not None and watch.refuse is not None:
+            raise watch.refuse(said)
+        warnings.warn(f"reattend: {said}" + (f": {REPORT}" if watch is not None else ""), stacklevel=3)
+
+    def _called(self, arguments: Sequence[Any], inputs: Sequence[Any]) -> Any:
+        if self.once and torch.is_grad_enabled():
+            return twice(self.target, arguments, self.original, inputs)
+        return self.target(*arguments)
+
+    def _attempt(self, arguments: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, str]:
+        """The call's result, and why it must not be used, if so."""
+        try:
+            out = self._called(arguments, inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except checkpoint_ends():
+            # it has all that its backward needs
+            raise
+        except Exception as error:
+            # A vendor's compiler may fail on what its checks let through: the model must not.
+            lines = str(error).strip().splitlines()
+            why = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            if self.watch is not None:
+                self.watch.raised(why)
+            return None, why
+        return out, self.watch(self.original, self.target, arguments, inputs, out) if self.watch is not None else ""
 
 
 def original_subgraph(

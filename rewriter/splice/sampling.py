@@ -69,7 +69,9 @@ class _Timed(fx.Interpreter):
         guard = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         before = guard.fallbacks[site] if isinstance(guard, Guarded) else 0
         on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in tree_leaves(self.map_nodes_to_values(n.args, n)))
-        if guard is None and self.samples.median(site) is None:
+        # a guarded call is warmed where it would not be guarded without its watch
+        watched = isinstance(guard, Guarded) and guard.watch is not None and not guard.broken and not guard.conditions
+        if (guard is None or watched) and self.samples.median(site) is None:
             # nothing is saved for a backward pass: who counts what is saved must find what the model saves
             with torch.no_grad():
                 super().run_node(n)

@@ -21,6 +21,7 @@ from ...patterns import expr as ex
 from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
 from ..capture.autocast import regions, remove_unused_casts
+from ..check.watch import Watch
 from ..graph import torch_private
 from ..graph.aliases import SPLICED
 from ..graph.liveness import ARITHMETIC, erase_dead, is_pure
@@ -70,15 +71,17 @@ def replace(
     *,
     name: str = "",
     original: tuple[fx.GraphModule, list[fx.Node]] | None = None,
+    watch: Watch | None = None,
 ) -> fx.Node:
     """Put `call` in the place of `output`; the value has the same shape, type and strides. Returns the new value's node.
 
-    A guarded call needs the `original` subgraph with its inputs, and is counted by `name` where it falls back. Where this
-    raises, the graph has no node more than before.
+    A guarded call needs the `original` subgraph with its inputs, and is counted by `name` where it falls back. With the
+    subgraph, any call goes back to it where it raises, or where the `watch` finds that it differs. Where this raises, the
+    graph has no node more than before.
     """
     before = frozenset(gm.graph.nodes)
     try:
-        return _replace(gm, output, tensors, scalars, call, name, original)
+        return _replace(gm, output, tensors, scalars, call, name, original, watch)
     except Exception:
         for n in reversed(gm.graph.nodes):
             if n not in before:
@@ -88,7 +91,7 @@ def replace(
 
 def _replace(
     gm: fx.GraphModule, output: fx.Node, tensors: Mapping[str, fx.Node], scalars: Mapping[str, fx.Node], call: Call,
-    name: str, original: tuple[fx.GraphModule, list[fx.Node]] | None,
+    name: str, original: tuple[fx.GraphModule, list[fx.Node]] | None, watch: Watch | None,
 ) -> fx.Node:
     if call.guarded and original is None:
         raise SpliceError(f"{call.name} is guarded and has no original to fall back to")
@@ -102,8 +105,8 @@ def _replace(
         target: Callable[..., Any] | str = call.target
         arguments = call.arguments(tensors, sizes.symbol)
         fake = call.fake or call.target
-        if call.guarded and original is not None:
-            target, arguments, fake = _guarded(gm, call, original, arguments, tensors, sizes, name)
+        if original is not None:
+            target, arguments, fake = _guarded(gm, call, original, arguments, tensors, sizes, name, watch)
         token = None
         if call.closed and region is not None and region.enabled:
             token = graph.call_function(torch_private.ENTER_AUTOCAST, (device, region.dtype, False, False))
@@ -120,11 +123,11 @@ def _replace(
 
 def _guarded(
     gm: fx.GraphModule, call: Call, original: tuple[fx.GraphModule, list[fx.Node]], arguments: tuple[Any, ...],
-    tensors: Mapping[str, fx.Node], sizes: SizeNodes, name: str,
+    tensors: Mapping[str, fx.Node], sizes: SizeNodes, name: str, watch: Watch | None,
 ) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
     """The name of a module that guards the call, its arguments, and what gives its fake value."""
     subgraph, inputs = original
-    module = Guarded(name, call.target, subgraph, call.conditions, call.once)
+    module = Guarded(name, call.target, subgraph, call.conditions, call.once, watch)
     path = f"guarded_{sum(isinstance(m, Guarded) for m in gm.modules())}"
     gm.add_module(path, module)
     wanted = {t: tensors[t] for c in call.conditions for t in c.tensors}

@@ -247,20 +247,37 @@ def test_the_original_computes_what_the_graph_does_with_its_own_writes() -> None
     torch.testing.assert_close(module(*(values[n] for n in read)), scores_written(*args))
 
 
-@pytest.mark.parametrize("code", [keys_written_afterwards, scores_written_afterwards])
-def test_what_is_written_from_outside_has_no_original_to_run_later(code: Any) -> None:
-    graph = graph_of(code, [torch.randn(1, 2, 8, 16) for _ in range(3)])
+def test_what_is_written_before_the_output_has_no_original_to_run_later() -> None:
+    graph = graph_of(scores_written_afterwards, [torch.randn(1, 2, 8, 16) for _ in range(3)])
     (found,), _ = detect.find(graph)
     assert guards.original_subgraph(graph, found.output, place.interior(found)) is None
 
 
-def test_a_write_that_is_left_out_of_the_original_is_one_from_outside() -> None:
-    """Without its own write the subgraph would run and answer something else."""
-    graph = graph_of(scores_written, [torch.randn(1, 2, 8, 16) for _ in range(3)])
+def test_what_is_written_after_the_output_is_read_by_the_original_before() -> None:
+    args = [torch.randn(1, 2, 8, 16) for _ in range(3)]
+    graph = graph_of(keys_written_afterwards, args)
+    (found,), _ = detect.find(graph)
+    original = guards.original_subgraph(graph, found.output, place.interior(found))
+    assert original is not None
+    module, read = original
+    last = max(list(graph.graph.nodes).index(n) for n in read)
+    assert last < list(graph.graph.nodes).index(found.output)
+    assert not any(n.target is torch.ops.aten.relu.default for n in module.graph.nodes)
+
+
+def test_a_write_that_is_left_out_of_the_original_is_read_as_its_value() -> None:
+    """Without its own write the subgraph would run on what was written and write nothing again."""
+    args = [torch.randn(1, 2, 8, 16) for _ in range(3)]
+    graph = graph_of(scores_written, args)
     (found,), _ = detect.find(graph)
     inside = place.interior(found)
     (write,) = (n for n in inside if n.target is torch.ops.aten.mul_.Tensor)
-    assert guards.original_subgraph(graph, found.output, inside - {write}) is None
+    original = guards.original_subgraph(graph, found.output, inside - {write})
+    assert original is not None
+    module, read = original
+    assert write in read
+    values = values_of(graph, args)
+    torch.testing.assert_close(module(*(values[n] for n in read)), scores_written(*args))
 
 
 def test_a_guarded_call_without_an_original_is_an_error() -> None:

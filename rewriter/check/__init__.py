@@ -1,0 +1,1 @@
+"""A rewritten site held against the model's own code."""

@@ -1,0 +1,128 @@
+"""Is a result what the model's own code gives? Both are held against the same code in float64.
+
+    own      the model's code in its own types      exact    the same with every float widened
+    ours     RMS error at most 1.2 times, largest at most 2.5 times the own error, or some units in the last place
+
+A row is one vector over the last dimension, and errors are in units of its largest value. Where the model's own rounding
+changed a row altogether (a score absorbed by a fill of -1e9, an overflow), to give what the model gives is right as well as
+to give what is exact; such a row widens no limit for others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RMS_RATIO, MAX_RATIO = 1.2, 2.5
+# Units in the last place within which a result is right whatever the own error is; summing in another order costs some.
+UNITS = {torch.float64: 8.0, torch.float32: 8.0, torch.float16: 1.5, torch.bfloat16: 1.0}
+# A row of the own code that is off by more units is changed altogether.
+ALTOGETHER = 256.0
+# How many times what one unit of its inputs changes a result may be off by.
+CONDITION = 8.0
+# A row is at least this share of the largest: sums over many keys cancel.
+SMALLEST_ROW = 1 / 16
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors of a result and of the own code, relative to each row's largest value; `odd` values are NaN or infinite where
+    the own code's are not, or the other way round."""
+
+    rms: float
+    largest: float
+    own_rms: float
+    own_largest: float
+    odd: int
+    floor: float
+
+    def within(self, yardstick: tuple[float, float] = (0.0, 0.0)) -> bool:
+        """Is the result right, also where the own errors could be as large as the yardstick's?"""
+        rms = max(RMS_RATIO * self.own_rms, yardstick[0], self.floor)
+        largest = max(MAX_RATIO * self.own_largest, yardstick[1], MAX_RATIO * self.floor)
+        return not self.odd and self.rms <= rms and self.largest <= largest
+
+    def __str__(self) -> str:
+        if self.odd:
+            return f"NaN or infinite in {self.odd} places where it should not be, or the other way round"
+        own = f"the model's own code by {self.own_largest:.1e} (RMS {self.own_rms:.1e})"
+        return f"off by {self.largest:.1e} (RMS {self.rms:.1e}) of a row's largest value, {own}"
+
+
+def errors(ours: Tensor, own: Tensor, exact: Tensor) -> Errors:
+    """The errors of a result of the own code's shape."""
+    unit = torch.finfo(own.dtype).eps if own.is_floating_point() else 0.0
+    floor = UNITS.get(own.dtype, 0.0) * unit
+    a, b, c = (_rows(x.detach().double()) for x in (ours, own, exact))
+    if not a.numel():
+        return Errors(0.0, 0.0, 0.0, 0.0, 0, floor)
+    kinds = [_kind(x) for x in (a, b, c)]
+    odd = int(((kinds[0] != kinds[1]) & (kinds[0] != kinds[2])).sum())
+    scale = _scale(c, b)
+    off, missed = _off(a, c, scale)
+    off_own, missed_own = _off(a, b, scale)
+    # The nearer of the two, row by row; one of which values are missing is not near.
+    nearer = (off.square().sum(-1) <= off_own.square().sum(-1)) & ~missed | missed_own
+    error = torch.where(nearer[:, None], off, off_own)
+    base, _ = _off(b, c, scale)
+    sane = base.square().mean(-1).sqrt() <= ALTOGETHER * unit
+    kept = base[sane]
+    own_rms, own_largest = (_rms(kept), kept.max().item()) if kept.numel() else (0.0, 0.0)
+    return Errors(_rms(error), error.max().item(), own_rms, own_largest, odd, floor)
+
+
+def moved(given: Sequence[Any]) -> list[Any]:
+    """The inputs in float64, each number by up to one unit of the types that are computed in more or less.
+
+    The own error is one draw of what rounding does; what such a change of the inputs does is another.
+    """
+    generator = torch.Generator().manual_seed(len(given))
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        unit = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+        noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+        return x.detach().double() * (1 + unit * (2 * noise - 1))
+
+    return [one(x) for x in given]
+
+
+def change(exact: Tensor, other: Tensor) -> tuple[float, float]:
+    """The RMS and largest error that is right as well where the moved inputs give the other result."""
+    a, b = _rows(other.detach().double()), _rows(exact.detach().double())
+    if not a.numel():
+        return 0.0, 0.0
+    off, _ = _off(a, b, _scale(b, b))
+    return CONDITION * _rms(off), CONDITION * off.max().item()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1] if x.dim() else 1) if x.numel() else x.reshape(0, 0)
+
+
+def _kind(x: Tensor) -> Tensor:
+    """0 finite, 1 and -1 infinite, 2 NaN."""
+    return torch.where(x.isnan(), 2, torch.where(x.isinf(), x.sign(), 0))
+
+
+def _scale(exact: Tensor, own: Tensor) -> Tensor:
+    """The largest value of each row, and no less than a share of the largest of all."""
+    rows = torch.maximum(*(x.nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True) for x in (exact, own)))
+    top = rows.max().item()
+    return rows.clamp_min(top * SMALLEST_ROW if top else 1.0)
+
+
+def _off(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Errors of finite values, and the rows in which one is finite and the other is not."""
+    both = a.isfinite() & b.isfinite()
+    return torch.where(both, a - b, 0.0).abs() / scale, (a.isfinite() != b.isfinite()).any(-1)
+
+
+def _rms(x: Tensor) -> float:
+    return math.sqrt(x.square().mean().item()) if x.numel() else 0.0

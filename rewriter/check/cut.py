@@ -1,0 +1,346 @@
+"""The model's own nodes, computed for some positions of their output only.
+
+Which rows, heads and batches are wanted is followed from the output to the inputs:
+
+    out [b, h, p, e], rows 0, 7 and 4095 wanted      scores [b, h, 3, m]      q [b, h, 3, e], all of k and v
+
+Everything is computed twice, in the model's own types and with every float widened to float64. What is no float (indices,
+comparisons, buckets) is what it is in the model's own types, so that both take the same decisions.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph.aliases import Aliases
+from ..graph.liveness import is_pure
+from ..graph.node import arguments, op_name
+from ..graph.torch_private import FakeTensorMode, OpOverload, schema, tree_leaves, tree_map
+from .demand import Demand, everything, joined, kept, pick
+from .rules import ANYTHING, SEVERAL, VIEWS, Cut, Place, called, rule_of
+
+
+class Uncheckable(RuntimeError):
+    """A site whose own code cannot be run again beside the rewritten one; the sentence says why."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """A site's own code: its graph without writes in place where that can be had, and fake values at the sizes at hand."""
+
+    graph: fx.Graph
+    values: Mapping[fx.Node, Any]
+    written: bool
+
+    @property
+    def output(self) -> fx.Node:
+        (out,) = (n for n in self.graph.nodes if n.op == "output")
+        answer = out.args[0]
+        assert isinstance(answer, fx.Node)
+        return answer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values[self.output].shape)
+
+
+def read(gm: fx.GraphModule, given: Sequence[Any]) -> Own:
+    """The own code of a site for these inputs. Raises Uncheckable where running it again would change something."""
+    graph, written = _without_writes(gm.graph)
+    for n in graph.nodes:
+        if n.op not in ("placeholder", "output") and not _repeatable(n):
+            raise Uncheckable(f"{op_name(n)} draws random numbers, or is not known to compute its value alone")
+    return Own(graph, _fakes(gm, graph, given), written)
+
+
+def _repeatable(n: fx.Node) -> bool:
+    pure = is_pure(n)
+    if pure or n.op != "call_function" or not isinstance(n.target, OpOverload):
+        return pure
+    # A write in place that is left is into memory of the graph's own.
+    return schema(n.target).is_mutable and torch.Tag.nondeterministic_seeded not in n.target.tags
+
+
+def _fakes(gm: fx.GraphModule, graph: fx.Graph, given: Sequence[Any]) -> dict[fx.Node, Any]:
+    values: dict[fx.Node, Any] = {}
+
+    class Record(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            values[n] = super().run_node(n)
+            return values[n]
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in given]
+        runner = Record(gm, graph=graph, garbage_collect_values=False)
+        runner.extra_traceback = False
+        runner.run(*fakes)
+    return values
+
+
+def _without_writes(graph: fx.Graph) -> tuple[fx.Graph, bool]:
+    """A copy in which `s.masked_fill_(m, f)` reads `t = s.masked_fill(m, f)`, and whether writes are left.
+
+    Raises Uncheckable for a write into what is given.
+    """
+    aliases = Aliases(graph)
+    writes = [n for n in graph.nodes if _writes(n)]
+    homes = {aliases.storage(n) for n in writes}
+    shared = [n for n in graph.nodes if aliases.storage(n) in homes]
+    if any(n.op == "placeholder" for n in shared):
+        raise Uncheckable("it writes into its inputs")
+    first = {aliases.storage(n): n for n in reversed(shared)}
+    plain = all(_writes(n) or n is first[aliases.storage(n)] for n in shared) and all(_functional(n) for n in writes)
+    out, table, newest = fx.Graph(), dict[fx.Node, fx.Node](), dict[fx.Node, fx.Node]()
+    for n in graph.nodes:
+        made = out.node_copy(n, lambda x: newest.get(aliases.storage(x), table[x]) if plain else table[x])
+        table[n] = made
+        if plain and n in shared:
+            newest[aliases.storage(n)] = made
+            if _writes(n):
+                made.target = _functional(n) or made.target
+    return out, bool(writes) and not plain
+
+
+def _writes(n: fx.Node) -> bool:
+    return n.op == "call_function" and isinstance(n.target, OpOverload) and schema(n.target).is_mutable
+
+
+def _functional(n: fx.Node) -> OpOverload | None:
+    """The operator that answers what this one writes; None where there is no such."""
+    assert isinstance(n.target, OpOverload)
+    name = schema(n.target).name.removeprefix("aten::")
+    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+    return getattr(packet, schema(n.target).overload_name or "default", None)
+
+
+# --- the cut ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node: how its value is made, what is wanted of each argument and what its value has."""
+
+    node: fx.Node
+    cut: Cut
+    has: Demand
+
+
+@dataclass(frozen=True)
+class Program:
+    """A site's own code cut to some positions of its output.
+
+    `bytes` is the memory that its largest values take while it runs, `held_bytes` that of all, `flops` what its products
+    take.
+    """
+
+    own: Own
+    wanted: Demand
+    steps: tuple[Step, ...]
+    bytes: int
+    held_bytes: int
+    flops: float
+
+    def run(self, given: Sequence[Any], wide: Sequence[Any] | None = None) -> tuple[Tensor, Tensor]:
+        """The wanted positions of the output: in the model's own types, and in float64."""
+        return _run(self, given, wide)
+
+
+def cut(own: Own, wanted: Demand) -> Program:
+    """The code cut to the wanted positions of its output."""
+    demands: dict[fx.Node, Demand] = {own.output: wanted}
+    steps: list[Step] = []
+    for n in reversed(own.graph.nodes):
+        value = own.values.get(n)
+        if n.op == "output" or not isinstance(value, (Tensor, tuple, list)):
+            continue
+        first = value if isinstance(value, Tensor) else value[0]
+        want = demands.get(n)
+        if want is None:
+            # Nobody reads an element of it: one will do.
+            want = tuple((0,) if size else None for size in first.shape)
+        step = _step(own, n, tuple(first.shape), want)
+        for source, asked in _asked(own, step):
+            demands[source] = joined(demands[source], asked) if source in demands else asked
+        steps.append(step)
+    made = tuple(reversed(steps))
+    return Program(own, wanted, made, *_costs(own, made))
+
+
+def _step(own: Own, n: fx.Node, shape: tuple[int, ...], want: Demand) -> Step:
+    if n.op == "placeholder":
+        return Step(n, Cut({}, want), want)
+    if n.target is operator.getitem:
+        source = n.args[0]
+        several = isinstance(source, fx.Node) and op_name(source) in SEVERAL and not own.written
+        return Step(n, Cut({"0": want if several else everything(shape)}), want)
+    if not isinstance(n.target, OpOverload) or own.written:
+        return Step(n, Cut({}, everything(shape)), want if isinstance(own.values[n], Tensor) else everything(shape))
+    given = arguments(n)
+    tensors = {i: v for i in n.all_input_nodes if isinstance(v := own.values[i], Tensor)}
+    place = Place(n.target, given, tensors, shape, want)
+    made = rule_of(place, op_name(n))(place)
+    return Step(n, made, want if isinstance(own.values[n], Tensor) else made.gives)
+
+
+def _asked(own: Own, step: Step) -> Iterator[tuple[fx.Node, Demand]]:
+    """What a step wants of each tensor that it reads."""
+    for name, value in _named(step.node).items():
+        wants = step.cut.wants.get(name)
+        if wants is ANYTHING:
+            continue
+        items = value if isinstance(value, (list, tuple)) else [value]
+        for i, source in enumerate(items):
+            held = own.values.get(source) if isinstance(source, fx.Node) else None
+            if isinstance(held, (Tensor, tuple, list)):
+                first = held if isinstance(held, Tensor) else held[0]
+                each = wants[i] if isinstance(value, (list, tuple)) and wants is not None else wants
+                yield source, each if each is not None else everything(first.shape)
+
+
+def _named(n: fx.Node) -> dict[str, Any]:
+    if n.op == "placeholder":
+        return {}
+    return dict(arguments(n))
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def _run(p: Program, given: Sequence[Any], wide: Sequence[Any] | None) -> tuple[Tensor, Tensor]:
+    places = [n for n in p.own.graph.nodes if n.op == "placeholder"]
+    inputs = dict(zip(places, zip(given, wide if wide is not None else given, strict=True), strict=True))
+    last = {source: s.node for s in p.steps for source in s.node.all_input_nodes}
+    has = {s.node: s.has for s in p.steps}
+    own: dict[fx.Node, Any] = {}
+    exact: dict[fx.Node, Any] = {}
+    for step in p.steps:
+        n = step.node
+        if n.op == "placeholder":
+            mine, other = inputs[n]
+            own[n] = pick(mine, everything(mine.shape), step.has)
+            exact[n] = _widened(own[n] if other is mine else pick(other, everything(other.shape), step.has))
+        else:
+            own[n], exact[n] = _both(p.own, step, own, exact, has)
+        for source in n.all_input_nodes:
+            if last[source] is n and source is not p.own.output:
+                own.pop(source, None)
+                exact.pop(source, None)
+    out = p.own.output
+    expected = kept(p.own.shape, p.wanted)
+    if list(own[out].shape) != expected:
+        raise Uncheckable(f"the cut gave the shape {list(own[out].shape)} for {expected}")
+    return own[out], exact[out]
+
+
+def _both(
+    code: Own, step: Step, own: Mapping[fx.Node, Any], exact: Mapping[fx.Node, Any], has: Mapping[fx.Node, Demand]
+) -> tuple[Any, Any]:
+    mine, other = (_arguments(code, step, env, has) for env in (own, exact))
+    value = _cut_to(_called(step, mine), step, has)
+    tensors = [(a, b) for a, b in zip(tree_leaves(mine), tree_leaves(other)) if isinstance(a, Tensor)]
+    if all(a is b for a, b in tensors) or not any(_floats(value)):
+        return value, _widened(value)
+    if _writes(step.node) and any(a is b for a, b in tensors):
+        raise Uncheckable("it writes in place what is shared by both computations")
+    wide = _cut_to(_called(step, _wide_types(other)), step, has)
+    return value, tree_map(lambda a, b: a.double() if a.is_floating_point() else b, wide, value)
+
+
+def _arguments(code: Own, step: Step, env: Mapping[fx.Node, Any], has: Mapping[fx.Node, Demand]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in _named(step.node).items():
+        wants = step.cut.wants.get(name)
+        if isinstance(value, (list, tuple)):
+            parts = [_one(code, v, wants[i] if isinstance(wants, tuple) else wants, env, has) for i, v in enumerate(value)]
+            out[name] = parts
+        else:
+            out[name] = _one(code, value, wants, env, has)
+    return out
+
+
+def _one(code: Own, value: Any, wants: Any, env: Mapping[fx.Node, Any], has: Mapping[fx.Node, Demand]) -> Any:
+    """The value of one argument: numbers are those of the sizes at hand, tensors are cut to what is wanted."""
+    if not isinstance(value, fx.Node):
+        return value
+    fake = code.values[value]
+    if not isinstance(fake, Tensor):
+        return env[value] if isinstance(fake, (tuple, list)) else fake
+    if wants is ANYTHING:
+        return env[value]
+    return pick(env[value], has[value], wants if wants is not None else everything(fake.shape))
+
+
+def _called(step: Step, given: dict[str, Any]) -> Any:
+    target = step.node.target
+    if step.cut.run is not None:
+        return step.cut.run(given)
+    if isinstance(target, OpOverload):
+        return called(target, given)
+    assert callable(target)
+    return target(*given.values())
+
+
+def _cut_to(value: Any, step: Step, has: Mapping[fx.Node, Demand]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    gives = has[step.node.args[0]] if step.node.target is operator.getitem else step.cut.gives  # type: ignore[index]
+    return pick(value, gives, step.has)
+
+
+def _floats(value: Any) -> Iterator[bool]:
+    return (x.is_floating_point() for x in tree_leaves(value) if isinstance(x, Tensor))
+
+
+def _widened(value: Any) -> Any:
+    return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value)
+
+
+def _wide_types(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with every float type replaced by float64."""
+    wide = {
+        n: torch.float64 if isinstance(v, torch.dtype) and v.is_floating_point else v for n, v in given.items()
+    }
+    return wide | ({"half_to_float": False} if "half_to_float" in wide else {})
+
+
+# --- what it takes --------------------------------------------------------------------------------------------------
+
+_LARGEST = 4
+_PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "linear", "einsum", "scaled_dot_product_attention")
+
+
+def _costs(own: Own, steps: Sequence[Step]) -> tuple[int, int, float]:
+    """Bytes of the largest values, of all values, and the FLOP of the products, both computations together."""
+    bytes_, flops = [], 0.0
+    for s in steps:
+        name = op_name(s.node)
+        for fake in tree_leaves(own.values[s.node]):
+            if isinstance(fake, Tensor) and name not in (*VIEWS, "placeholder"):
+                made = math.prod(kept(fake.shape, s.cut.gives)) if len(s.cut.gives) == fake.dim() else fake.numel()
+                bytes_.append(made * (fake.element_size() + 8 * fake.is_floating_point()))
+        if name in _PRODUCTS:
+            flops += _flops(own, s, name)
+    ordered = sorted(bytes_, reverse=True)
+    return sum(ordered[:_LARGEST]), sum(ordered), flops
+
+
+def _flops(own: Own, s: Step, name: str) -> float:
+    made = float(math.prod(kept(own.values[s.node].shape, s.cut.gives)))
+    shapes = [own.values[i].shape for i in s.node.all_input_nodes if isinstance(own.values[i], Tensor)]
+    if name == "scaled_dot_product_attention":
+        # two products, over the channels and over the keys
+        return 4.0 * 2 * made * int(shapes[1][-2])
+    if name == "einsum":
+        letters = str(s.node.args[0]).partition("->")[0].replace(" ", "").split(",")
+        size = {x: n for spec, shape in zip(letters, shapes) for x, n in zip(spec, shape)}
+        summed = [int(n) for x, n in size.items() if x not in str(s.node.args[0]).partition("->")[2]]
+        return 4.0 * made * float(math.prod(summed))
+    return 4.0 * made * float(shapes[-1][-2] if name != "linear" else shapes[0][-1])

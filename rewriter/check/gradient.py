@@ -1,0 +1,81 @@
+"""The derivatives of a rewritten site held against those of the model's own code.
+
+A derivative is linear in what flows back, so that a random cotangent on the compared positions, and zero elsewhere, shows it
+whole: it is compared at the first call, before a wrong gradient has reached a parameter, and the user's tape is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..graph.torch_private import tree_map
+from .compare import MAX_RATIO, Errors, change, errors, moved
+from .cut import Program
+from .demand import everything, kept, pick
+
+# A gradient is a longer chain of rounded steps: so many times what is asked of a result.
+LONGER = 2.0
+
+
+def wrong_gradient(
+    p: Program, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], generator: torch.Generator
+) -> Errors | None:
+    """The errors of the first input's gradient that is wrong; None where all are right."""
+    wanting = [i for i, x in enumerate(given) if isinstance(x, Tensor) and x.requires_grad]
+    with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+        flow = torch.randn(kept(p.own.shape, p.wanted), generator=generator)
+        mine, exact = _own(p, given, wanting, flow, [_detached(x) for x in given])
+        theirs = _ours(p, target, arguments, given, wanting, flow)
+        found = {i: errors(theirs[i], mine[i], exact[i]) for i in wanting}
+        doubtful = [i for i, e in found.items() if not _right(e, (0.0, 0.0))]
+        if not doubtful:
+            return None
+        _, other = _own(p, given, wanting, flow, moved(given))
+        return next((found[i] for i in doubtful if not _right(found[i], change(exact[i], other[i]))), None)
+
+
+def _right(e: Errors, yardstick: tuple[float, float]) -> bool:
+    rms, largest = max(e.own_rms, e.floor), max(e.own_largest, e.floor)
+    return e.within((max(LONGER * rms, yardstick[0]), max(LONGER * MAX_RATIO * largest, yardstick[1])))
+
+
+def _own(
+    p: Program, given: Sequence[Any], wanting: Sequence[int], flow: Tensor, wide: Sequence[Any]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """The gradients of the own code, in its own types and in float64."""
+    leaves = {i: given[i].detach().requires_grad_() for i in wanting}
+    wider = {i: wide[i].detach().double().requires_grad_() for i in wanting}
+    own, exact = p.run([leaves.get(i, x) for i, x in enumerate(given)], [wider.get(i, x) for i, x in enumerate(wide)])
+    back = flow.to(own.device, own.dtype)
+    return _gradients(own, leaves, back), _gradients(exact, wider, back.double())
+
+
+def _ours(
+    p: Program, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], wanting: Sequence[int],
+    flow: Tensor,
+) -> dict[int, Tensor]:
+    """The gradients of what was spliced in."""
+    at = {id(given[i]): i for i in wanting}
+    leaves = {i: given[i].detach().requires_grad_() for i in wanting}
+    call = tree_map(lambda x: leaves[at[id(x)]] if id(x) in at else _detached(x), tuple(arguments))
+    out = target(*call).reshape(p.own.shape)
+    out = out.to(p.own.values[p.own.output].dtype)
+    shown = pick(out, everything(p.own.shape), p.wanted)
+    return _gradients(shown, leaves, flow.to(shown.device, shown.dtype))
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _gradients(out: Tensor, leaves: dict[int, Tensor], flow: Tensor) -> dict[int, Tensor]:
+    """The gradient of each leaf; zero where none flows."""
+    if not out.requires_grad:
+        return {i: torch.zeros_like(x) for i, x in leaves.items()}
+    found = torch.autograd.grad(out, list(leaves.values()), flow, allow_unused=True)
+    return {i: torch.zeros_like(x) if g is None else g for (i, x), g in zip(leaves.items(), found)}

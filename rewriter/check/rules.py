@@ -1,0 +1,426 @@
+"""Cutting one operator: which positions of its inputs give the wanted positions of its output.
+
+    softmax(x, -1), rows 3 and 9 wanted      →  rows 3 and 9 of x, every column
+    a [P, E] @ b [E, M], rows 3 and 9        →  rows 3 and 9 of a, all of b
+
+An operator without a rule is computed whole, and its output is cut. That is always right, and dear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph.torch_private import OpOverload, schema
+from .demand import Demand, Picked, everything, groups, kept, positions, ravelled, unravelled
+
+Given = dict[str, Any]
+Run = Callable[[Given], Any]
+Wants = Any
+# What is asked of an argument that lends its type or device alone.
+ANYTHING = "anything"
+
+
+@dataclass(frozen=True)
+class Place:
+    """An operator where it stands: arguments by name, fake values of the tensors, and what is wanted of its output."""
+
+    target: OpOverload
+    given: Mapping[str, Any]
+    values: Mapping[fx.Node, Tensor]
+    out: tuple[int, ...]
+    wanted: Demand
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shape_of(self.given[name])
+
+    def shape_of(self, n: fx.Node) -> tuple[int, ...]:
+        return tuple(self.values[n].shape)
+
+    def dim(self, name: str = "dim", count: int | None = None) -> int:
+        """A dimension that an argument names, counted from the front."""
+        d = int(self.given[name])
+        return d + (len(self.out) if count is None else count) if d < 0 else d
+
+    @property
+    def tensors(self) -> list[str]:
+        return [n for n, v in self.given.items() if isinstance(v, fx.Node) and v in self.values]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the cut value is made: what is wanted of the arguments, by name (of a list: one by one), what of the output
+    comes out, and, where it is not the operator itself on cut arguments, how."""
+
+    wants: Mapping[str, Wants] = field(default_factory=dict)
+    gives: Demand = ()
+    run: Run | None = None
+
+
+Rule = Callable[[Place], Cut]
+
+
+def whole(p: Place) -> Cut:
+    """Everything of every input gives everything of the output."""
+    return Cut({}, everything(p.out))
+
+
+def spread(shape: Sequence[int], out: Sequence[int], wanted: Demand) -> Demand:
+    """What an input that is broadcast to the output has to give."""
+    lead = len(out) - len(shape)
+    return tuple(None if n == 1 else wanted[lead + d] for d, n in enumerate(shape))
+
+
+def point(p: Place) -> Cut:
+    return Cut({n: spread(p.shape(n), p.out, p.wanted) for n in p.tensors}, p.wanted)
+
+
+def convert(p: Place) -> Cut:
+    """`type_as` and `to` read no element of the other tensor."""
+    return Cut({"self": p.wanted, **{n: ANYTHING for n in p.tensors if n != "self"}}, p.wanted)
+
+
+def without(demand: Demand, *dims: int) -> Demand:
+    return tuple(None if d in dims else x for d, x in enumerate(demand))
+
+
+def along(p: Place) -> Cut:
+    """An operator that mixes one dimension: softmax, a running sum."""
+    wanted = without(p.wanted, p.dim())
+    return Cut({"self": wanted}, wanted)
+
+
+def reduce(p: Place) -> Cut:
+    """A reduction over some dimensions, kept with one element or dropped."""
+    shape = p.shape("self")
+    given = p.given.get("dim")
+    dims = range(len(shape)) if given is None or given == [] else given if isinstance(given, (list, tuple)) else [given]
+    over = {d % max(len(shape), 1) for d in dims}
+    keep = bool(p.given.get("keepdim"))
+    rest = iter(p.wanted)
+    wants: list[Picked | None] = []
+    for d in range(len(shape)):
+        if d in over:
+            wants.append(None)
+            if keep:
+                next(rest)
+        else:
+            wants.append(next(rest))
+    gives = without(p.wanted, *over) if keep else p.wanted
+    return Cut({"self": tuple(wants)}, gives)
+
+
+def matmul(p: Place) -> Cut:
+    names = [n for n in ("self", "other", "mat2", "batch1", "batch2", "mat1") if n in p.given]
+    a, b = (p.shape(n) for n in _factors(names))
+    if len(a) < 2 or len(b) < 2:
+        return whole(p)
+    left = spread((*a[:-2], 1, 1), p.out, p.wanted)[:-2]
+    right = spread((*b[:-2], 1, 1), p.out, p.wanted)[:-2]
+    first, second = _factors(names)
+    wants: dict[str, Wants] = {first: (*left, p.wanted[-2], None), second: (*right, None, p.wanted[-1])}
+    if first != "self":
+        wants["self"] = spread(p.shape("self"), p.out, p.wanted)
+    return Cut(wants, p.wanted)
+
+
+def _factors(names: Sequence[str]) -> tuple[str, str]:
+    """matmul and bmm name them self and other or mat2; baddbmm and addmm add them to self."""
+    if "batch1" in names:
+        return "batch1", "batch2"
+    return ("mat1", "mat2") if "mat1" in names else ("self", "other" if "other" in names else "mat2")
+
+
+def linear(p: Place) -> Cut:
+    wants: dict[str, Wants] = {"input": (*p.wanted[:-1], None)}
+    if len(p.shape("weight")) != 2:
+        return whole(p)
+    wants["weight"] = (p.wanted[-1], None)
+    if "bias" in p.tensors:
+        wants["bias"] = (p.wanted[-1],)
+    return Cut(wants, p.wanted)
+
+
+def einsum(p: Place) -> Cut:
+    left, arrow, right = str(p.given["equation"]).replace(" ", "").partition("->")
+    if not arrow or "." in left or p.given.get("path") is not None:
+        return whole(p)
+    at = dict(zip(right, p.wanted))
+    repeated = [s for s in left.split(",") if len(set(s)) != len(s)]
+    nodes = p.given["tensors"]
+    # A dimension of one element is spread over the others'.
+    wide: dict[str, int] = {}
+    for spec, n in zip(left.split(","), nodes):
+        for letter, size in zip(spec, p.shape_of(n)):
+            wide[letter] = max(size, wide.get(letter, 1))
+    if repeated:
+        return whole(p)
+    wants = tuple(
+        tuple(None if size == 1 and wide[letter] > 1 else at.get(letter) for letter, size in zip(spec, p.shape_of(n)))
+        for spec, n in zip(left.split(","), nodes)
+    )
+    return Cut({"tensors": wants}, p.wanted)
+
+
+def sdpa(p: Place) -> Cut:
+    """Rows of queries; heads only where every query head has its own key head. Causal rows bring their positions along."""
+    q, k = p.shape("query"), p.shape("key")
+    if p.given["dropout_p"] != 0.0:
+        return whole(p)
+    wanted = (*p.wanted[:-1], None)
+    if p.given.get("enable_gqa") and len(q) > 2:
+        wanted = without(wanted, len(q) - 3)
+    batch = spread((*k[:-2], 1, 1), p.out, wanted)[:-2]
+    wants: dict[str, Wants] = {
+        "query": (*spread((*q[:-2], 1, 1), p.out, wanted)[:-2], wanted[-2], None), "key": (*batch, None, None),
+        "value": (*spread((*p.shape("value")[:-2], 1, 1), p.out, wanted)[:-2], None, None),
+    }
+    if "attn_mask" in p.tensors:
+        mask = p.shape("attn_mask")
+        wants["attn_mask"] = (*spread((*mask[:-1], 1), (*p.out[:-1], k[-2]), wanted)[:-1], None)
+    rows = wanted[-2]
+    if not p.given["is_causal"] or rows is None:
+        return Cut(wants, wanted)
+
+    def causal(given: Given) -> Tensor:
+        at = positions(rows, given["query"])
+        keep = at[:, None] >= torch.arange(k[-2], device=at.device)
+        out: Tensor = called(p.target, {**given, "attn_mask": keep, "is_causal": False})
+        return out
+
+    return Cut(wants, wanted, causal)
+
+
+# --- views --------------------------------------------------------------------------------------------------------
+
+
+def transpose(p: Place) -> Cut:
+    a, b = (int(p.given[n]) % len(p.out) for n in (("dim0", "dim1") if "dim0" in p.given else ("axis0", "axis1")))
+    order = list(range(len(p.out)))
+    order[a], order[b] = b, a
+    return _ordered(p, order)
+
+
+def permute(p: Place) -> Cut:
+    return _ordered(p, [d % len(p.out) for d in p.given["dims"]])
+
+
+def matrix_transpose(p: Place) -> Cut:
+    order = list(range(len(p.out)))
+    order[-2:] = order[-2:][::-1]
+    return _ordered(p, order)
+
+
+def _ordered(p: Place, order: Sequence[int]) -> Cut:
+    wants: list[Picked | None] = [None] * len(order)
+    for d, source in enumerate(order):
+        wants[source] = p.wanted[d]
+    return Cut({"self": tuple(wants)}, p.wanted)
+
+
+def expand(p: Place) -> Cut:
+    sizes = kept(p.out, p.wanted)
+    wants = spread(p.shape("self"), p.out, p.wanted)
+    return Cut({"self": wants}, p.wanted, lambda given: given["self"].expand(sizes))
+
+
+def reshape(p: Place) -> Cut:
+    """Dimensions that go together are cut together: merged ones by gathering, without the merged tensor in memory."""
+    shape = p.shape("self")
+    if 0 in shape:
+        return whole(p)
+    wants: list[Picked | None] = [None] * len(shape)
+    gathered: list[tuple[list[int], Picked]] = []
+    for ins, outs in groups(shape, p.out):
+        flat = ravelled([p.out[d] for d in outs], [p.wanted[d] for d in outs])
+        real = [d for d in ins if shape[d] != 1]
+        if flat is None:
+            continue
+        if len(real) == 1:
+            wants[real[0]] = flat
+        elif real:
+            gathered.append((real, flat))
+    sizes = kept(p.out, p.wanted)
+
+    def run(given: Given) -> Tensor:
+        x: Tensor = given["self"]
+        for ins, flat in reversed(gathered):
+            x = _gather(x, ins, unravelled(flat, [shape[d] for d in ins]))
+        return x.reshape(sizes)
+
+    return Cut({"self": tuple(wants)}, p.wanted, run)
+
+
+def _gather(x: Tensor, dims: Sequence[int], at: Sequence[Picked]) -> Tensor:
+    """Some dimensions of a tensor read point by point: they become one, in the place of the first."""
+    rest = [d for d in range(x.dim()) if d not in dims]
+    first = sum(d < dims[0] for d in rest)
+    read = x.permute([*dims, *rest])[tuple(positions(i, x) for i in at)]
+    return read.movedim(0, first)
+
+
+def unsqueeze(p: Place) -> Cut:
+    d = p.dim()
+    return Cut({"self": p.wanted[:d] + p.wanted[d + 1 :]}, without(p.wanted, d))
+
+
+def select(p: Place) -> Cut:
+    d = p.dim(count=len(p.out) + 1)
+    return Cut({"self": (*p.wanted[:d], None, *p.wanted[d:])}, p.wanted)
+
+
+def piece(p: Place) -> Cut:
+    """`slice`: positions of what was sliced."""
+    d, n = p.dim(), p.shape("self")[p.dim()]
+    start, _, step = slice(p.given["start"], p.given["end"], int(p.given["step"])).indices(n)
+    at = p.wanted[d]
+    if at is None:
+        return Cut({"self": p.wanted}, p.wanted)
+    there = tuple(start + i * step for i in at)
+    return Cut({"self": (*p.wanted[:d], there, *p.wanted[d + 1 :])}, p.wanted, lambda given: given["self"])
+
+
+def cat(p: Place) -> Cut:
+    wanted = without(p.wanted, p.dim())
+    nodes = p.given["tensors"]
+    fit = all(len(p.shape_of(n)) == len(p.out) for n in nodes)
+    return Cut({"tensors": tuple(wanted for _ in nodes)}, wanted) if fit else whole(p)
+
+
+def stack(p: Place) -> Cut:
+    d = p.dim()
+    each = p.wanted[:d] + p.wanted[d + 1 :]
+    return Cut({"tensors": tuple(each for _ in p.given["tensors"])}, without(p.wanted, d))
+
+
+def repeat(p: Place) -> Cut:
+    shape = p.shape("self")
+    lead = len(p.out) - len(shape)
+    cut = {d: tuple(i % shape[d - lead] for i in w) for d, w in enumerate(p.wanted) if w is not None and d >= lead}
+    wants = tuple(cut.get(lead + d) for d in range(len(shape)))
+    times = [1 if d in cut else len(w) if w is not None else r for d, (w, r) in enumerate(zip(p.wanted, p.given["repeats"]))]
+    return Cut({"self": wants}, p.wanted, lambda given: given["self"].repeat(times))
+
+
+def repeat_interleave(p: Place) -> Cut:
+    if p.given["dim"] is None or not isinstance(p.given["repeats"], int):
+        return whole(p)
+    d, times = p.dim(), p.given["repeats"]
+    at = p.wanted[d]
+    if at is None:
+        return Cut({"self": p.wanted}, p.wanted)
+    there = tuple(i // times for i in at)
+    return Cut({"self": (*p.wanted[:d], there, *p.wanted[d + 1 :])}, p.wanted, lambda given: given["self"])
+
+
+# --- tables and made tensors ----------------------------------------------------------------------------------------
+
+
+def embedding(p: Place) -> Cut:
+    return Cut({"indices": p.wanted[:-1]}, without(p.wanted, len(p.out) - 1))
+
+
+def index_select(p: Place) -> Cut:
+    d = p.dim()
+    return Cut({"self": without(p.wanted, d), "index": (p.wanted[d],)}, p.wanted)
+
+
+def gather(p: Place) -> Cut:
+    return Cut({"self": without(p.wanted, p.dim()), "index": p.wanted}, p.wanted)
+
+
+def index(p: Place) -> Cut:
+    """`x[:, i, j]`: the dimensions of the indices, broadcast, stand where the first of them stood."""
+    shape, given = p.shape("self"), list(p.given["indices"])
+    given += [None] * (len(shape) - len(given))
+    at = [d for d, i in enumerate(given) if i is not None]
+    if at != list(range(at[0], at[0] + len(at))):
+        return whole(p)
+    if any(p.values[given[d]].dtype in (torch.bool, torch.uint8) for d in at):
+        return whole(p)
+    first, many = at[0], len(p.out) - len(shape) + len(at)
+    inner, shown = p.out[first : first + many], p.wanted[first : first + many]
+    rest = iter((*p.wanted[:first], *p.wanted[first + many :]))
+    wants = tuple(None if d in at else next(rest) for d in range(len(shape)))
+    indices = tuple(spread(p.shape_of(i), inner, shown) if i is not None else None for i in p.given["indices"])
+    return Cut({"self": wants, "indices": indices}, p.wanted)
+
+
+def triangle(p: Place) -> Cut:
+    """`tril` and `triu` know rows and columns by their positions."""
+    wanted = without(p.wanted, len(p.out) - 1)
+    rows, lower = wanted[-2], "tril" in schema(p.target).name
+    if rows is None:
+        return Cut({"self": wanted}, wanted)
+
+    def run(given: Given) -> Tensor:
+        x = given["self"]
+        over = torch.arange(p.out[-1], device=x.device) - positions(rows, x)[:, None]
+        keep = over <= given["diagonal"] if lower else over >= given["diagonal"]
+        return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    return Cut({"self": wanted}, wanted, run)
+
+
+def made(p: Place) -> Cut:
+    """`ones`, `full` and their like hold one value everywhere."""
+    sizes = kept(p.out, p.wanted)
+    return Cut(dict.fromkeys(p.tensors, ANYTHING), p.wanted, lambda given: called(p.target, {**given, "size": sizes}))
+
+
+def several(p: Place) -> Cut:
+    """A reduction with several outputs (`max` with its positions), or a sort: all of them are cut alike."""
+    return reduce(p) if "keepdim" in p.given else along(p)
+
+
+POINTS = (
+    "clone", "contiguous", "detach", "alias", "masked_fill", "where", "rsub", "__and__", "__or__",
+    "__xor__", "floor_divide", "lift_fresh_copy", "dropout", "zeros_like", "ones_like", "full_like", "expand_as", "isneginf",
+    "feature_dropout",
+)
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(POINTS, point), **dict.fromkeys(("to", "_to_copy", "type_as"), convert),
+    **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp"), along),
+    **dict.fromkeys(
+        ("sum", "mean", "amax", "amin", "logsumexp", "prod", "any", "all", "linalg_vector_norm", "norm", "nansum"), reduce
+    ),
+    **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm", "addmm"), matmul), "linear": linear, "einsum": einsum,
+    "scaled_dot_product_attention": sdpa, "transpose": transpose, "swapaxes": transpose, "permute": permute,
+    "expand": expand, "unsqueeze": unsqueeze, "select": select, "slice": piece, "cat": cat, "concat": cat, "stack": stack,
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze"), reshape),
+    **dict.fromkeys(("mT", "adjoint", "t", "numpy_T"), matrix_transpose),
+    "repeat": repeat, "repeat_interleave": repeat_interleave, "embedding": embedding, "index_select": index_select,
+    "gather": gather, "index": index, "tril": triangle, "triu": triangle,
+    **dict.fromkeys(("ones", "zeros", "full", "new_ones", "new_zeros", "new_full"), made),
+}
+# Operators with several outputs that are cut alike.
+SEVERAL = ("max", "min", "topk", "sort", "kthvalue", "median", "cummax", "cummin", "var_mean", "aminmax")
+# Operators whose output shares its input's memory, or is taken to.
+VIEWS = frozenset(
+    ("transpose", "permute", "expand", "unsqueeze", "select", "slice", "view", "reshape", "flatten", "unflatten", "squeeze",
+     "mT", "t", "adjoint", "detach", "alias", "swapaxes", "view_as", "reshape_as", "expand_as", "split", "chunk", "unbind",
+     "movedim", "getitem")
+)
+
+
+def rule_of(p: Place, name: str) -> Rule:
+    """The rule of an operator; without one it is computed whole."""
+    if name in SEVERAL and "dim" in p.given:
+        return several
+    if "dtype" in p.given and name == "view":
+        return whole
+    found = RULES.get(name)
+    if found is not None:
+        return found
+    return point if torch.Tag.pointwise in p.target.tags else whole
+
+
+def called(target: OpOverload, given: Given) -> Any:
+    """An operator called with arguments by name."""
+    takes = schema(target).arguments
+    args = [given[a.name] for a in takes if not a.kwarg_only]
+    return target(*args, **{a.name: given[a.name] for a in takes if a.kwarg_only})

@@ -1,0 +1,165 @@
+"""The watch over one rewritten site: when its result is held against the model's own code, and what follows from it.
+
+    first call of a class      compared; a class: sizes by power of two, types, gradients wanted or not, what masks hold
+    others                     one look into a set
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..capture.autocast import no_autocast
+from ..graph.torch_private import tree_leaves
+from . import verdicts
+from .compare import Errors, change, errors, moved
+from .cut import Program, Uncheckable, read
+from .demand import everything, pick
+from .gradient import wrong_gradient
+from .rows import fitting, said
+from .verdicts import Check, Verdict
+
+# What masks hold is looked at in tensors up to this size, on the CPU alone: a look at a GPU's would wait for it.
+LOOKED_AT = 1 << 16
+MASKED = -1e4
+SEED = 0x5EED
+REPORT = "please report it with the model's attention code and the lines of reattend.report(model)"
+
+
+@dataclass
+class Watch:
+    """Holds a site's results against the model's own code. `every`: each n-th call too, 0 for none but the first.
+
+    `kernel` is what was spliced in, `source` gives its text; `masks` are the inputs that its score reads beside the product;
+    `record` takes the checks. `refuse`, where given, makes the error that is raised instead of stepping aside.
+    """
+
+    site: str
+    kernel: str
+    source: Callable[[], str]
+    every: int = 0
+    masks: frozenset[int] = frozenset()
+    refuse: Callable[[str], Exception] | None = None
+    record: list[Check] = field(default_factory=list)
+    calls: int = 0
+    seen: set[object] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(
+        self, code: fx.GraphModule, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], out: Any
+    ) -> str:
+        """Why the site must go back to the model's own code, or nothing."""
+        kind = self._class(given, out)
+        with self.lock:
+            self.calls += 1
+            again = bool(self.every) and self.calls > 1 and self.calls % self.every == 1 % self.every
+            if kind in self.seen and not again:
+                return ""
+            self.seen.add(kind)
+        if _captured():
+            self._note(Check(self.site, self.kernel, "unchecked", why="a graph of the device is being captured"))
+            return ""
+        return self._looked(code, target, arguments, given, out, "" if again else str(kind))
+
+    def raised(self, why: str) -> None:
+        """Record a kernel that raised."""
+        self._note(Check(self.site, self.kernel, "raised", why=why))
+
+    def _looked(
+        self, code: fx.GraphModule, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], out: Any,
+        kind: str,
+    ) -> str:
+        start = time.perf_counter()
+        try:
+            at = self._key(code, arguments, given, kind)
+            known = verdicts.recall(at) if at else None
+            check = known and replace(known, site=self.site, how=verdicts.DISK)
+            check = check or self._compared(code, target, arguments, given, out)
+            if at and known is None:
+                verdicts.keep(at, check)
+        except Exception as error:
+            # Whatever keeps a check from being made, memory or a defect here: the model's own code is right.
+            lines = str(error).strip().splitlines()
+            why = lines[0] if isinstance(error, Uncheckable) else f"{type(error).__name__}: {lines[0] if lines else ''}"
+            check = Check(self.site, self.kernel, "unchecked", why=why)
+        self._note(replace(check, seconds=time.perf_counter() - start))
+        return check.why
+
+    def _compared(
+        self, code: fx.GraphModule, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], out: Tensor
+    ) -> Check:
+        generator = torch.Generator().manual_seed(SEED + self.calls)
+        trained = torch.is_grad_enabled() and out.requires_grad and _flow_alike(arguments, given)
+        with torch.no_grad(), no_autocast():
+            values = [x.detach() if isinstance(x, Tensor) else x for x in given]
+            own = read(code, values)
+            program = fitting(own, values, generator)
+            e, same = _forward(program, values, out)
+            why = "" if same else f"{self.kernel} is {e}"
+            if trained and not why:
+                smaller = fitting(own, values, generator, gradients=True)
+                wrong = wrong_gradient(smaller, target, arguments, given, generator)
+                why, e = (f"{self.kernel}: its gradient is {wrong}", wrong) if wrong is not None else ("", e)
+        verdict: Verdict = "differs" if why else "same"
+        return Check(self.site, self.kernel, verdict, said(program), e.rms, e.own_rms, gradients=trained, why=why)
+
+    def _key(self, code: fx.GraphModule, arguments: Sequence[Any], given: Sequence[Any], kind: str) -> str:
+        """Under what the verdict is kept; nothing where the kernel reads what the own code does not."""
+        place = {id(x): i for i, x in enumerate(given)}
+        bound = [place.get(id(x)) if isinstance(x, Tensor) else str(x) for x in tree_leaves(tuple(arguments))]
+        return "" if not kind or None in bound else verdicts.key(code.code, str(bound), kind, self.kernel, self.source())
+
+    def _class(self, given: Sequence[Any], out: Any) -> object:
+        grad = torch.is_grad_enabled()
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        held = tuple(_held(given[i]) for i in self.masks if i < len(given))
+        return tuple((_sizes(x), x.dtype, grad and x.requires_grad) for x in tensors), held, str(tensors[0].device)
+
+    def _note(self, check: Check) -> None:
+        with self.lock:
+            self.record.append(check)
+
+
+def _forward(p: Program, given: Sequence[Any], out: Tensor) -> tuple[Errors, bool]:
+    """The errors of a result, and whether it is right."""
+    own, exact = p.run(given)
+    shown = pick(out.detach().reshape(p.own.shape).to(own.dtype), everything(p.own.shape), p.wanted)
+    e = errors(shown, own, exact)
+    if e.within() or e.odd:
+        return e, e.within()
+    _, other = p.run(given, moved(given))
+    return e, e.within(change(exact, other))
+
+
+def _sizes(x: Tensor) -> tuple[tuple[int, bool], ...]:
+    return tuple((n.bit_length(), n % 64 == 0) if n > 16 else (n, False) for n in x.shape)
+
+
+def _held(x: Any) -> tuple[bool, ...]:
+    """What a mask holds: does it keep everything, anything, and is anything filled."""
+    if not isinstance(x, Tensor) or x.numel() > LOOKED_AT or x.device.type != "cpu" or not x.numel():
+        return ()
+    if x.is_floating_point():
+        return (bool(x.amin() < MASKED),)
+    return bool(x.all()), bool(x.any())
+
+
+def _flow_alike(arguments: Sequence[Any], given: Sequence[Any]) -> bool:
+    """Is all that gradients reach through the kernel's arguments given to the own code as well?
+
+    Where a value was written in place, the kernel may read what it was made of and the own code the value.
+    """
+    known = {id(x) for x in given}
+    leaves = tree_leaves(tuple(arguments))
+    return all(id(x) in known for x in leaves if isinstance(x, Tensor) and x.requires_grad)
+
+
+def _captured() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
