@@ -24,7 +24,7 @@ from ..graph.liveness import is_pure
 from ..graph.node import arguments, op_name
 from ..graph.torch_private import FakeTensorMode, OpOverload, schema, tree_leaves, tree_map
 from .demand import Demand, everything, joined, kept, pick
-from .rules import ANYTHING, SEVERAL, VIEWS, Cut, Place, called, rule_of
+from .rules import ANYTHING, SEVERAL, VIEWS, PlacedOperator, RowCut, called, rule_of
 
 
 class Uncheckable(RuntimeError):
@@ -125,16 +125,16 @@ def _functional(n: fx.Node) -> OpOverload | None:
 
 
 @dataclass(frozen=True)
-class Step:
+class CutStep:
     """One node: how its value is made, what is wanted of each argument and what its value has."""
 
     node: fx.Node
-    cut: Cut
+    cut: RowCut
     has: Demand
 
 
 @dataclass(frozen=True)
-class Program:
+class CutProgram:
     """A site's own code cut to some positions of its output.
 
     `bytes` is the memory that its largest values take while it runs, `held_bytes` that of all, `flops` what its products
@@ -143,7 +143,7 @@ class Program:
 
     own: Own
     wanted: Demand
-    steps: tuple[Step, ...]
+    steps: tuple[CutStep, ...]
     bytes: int
     held_bytes: int
     flops: float
@@ -153,10 +153,10 @@ class Program:
         return _run(self, given, wide)
 
 
-def cut(own: Own, wanted: Demand) -> Program:
+def cut(own: Own, wanted: Demand) -> CutProgram:
     """The code cut to the wanted positions of its output."""
     demands: dict[fx.Node, Demand] = {own.output: wanted}
-    steps: list[Step] = []
+    steps: list[CutStep] = []
     for n in reversed(own.graph.nodes):
         value = own.values.get(n)
         if n.op == "output" or not isinstance(value, (Tensor, tuple, list)):
@@ -171,26 +171,26 @@ def cut(own: Own, wanted: Demand) -> Program:
             demands[source] = joined(demands[source], asked) if source in demands else asked
         steps.append(step)
     made = tuple(reversed(steps))
-    return Program(own, wanted, made, *_costs(own, made))
+    return CutProgram(own, wanted, made, *_costs(own, made))
 
 
-def _step(own: Own, n: fx.Node, shape: tuple[int, ...], want: Demand) -> Step:
+def _step(own: Own, n: fx.Node, shape: tuple[int, ...], want: Demand) -> CutStep:
     if n.op == "placeholder":
-        return Step(n, Cut({}, want), want)
+        return CutStep(n, RowCut({}, want), want)
     if n.target is operator.getitem:
         source = n.args[0]
         several = isinstance(source, fx.Node) and op_name(source) in SEVERAL and not own.written
-        return Step(n, Cut({"0": want if several else everything(shape)}), want)
+        return CutStep(n, RowCut({"0": want if several else everything(shape)}), want)
     if not isinstance(n.target, OpOverload) or own.written:
-        return Step(n, Cut({}, everything(shape)), want if isinstance(own.values[n], Tensor) else everything(shape))
+        return CutStep(n, RowCut({}, everything(shape)), want if isinstance(own.values[n], Tensor) else everything(shape))
     given = arguments(n)
     tensors = {i: v for i in n.all_input_nodes if isinstance(v := own.values[i], Tensor)}
-    place = Place(n.target, given, tensors, shape, want)
+    place = PlacedOperator(n.target, given, tensors, shape, want)
     made = rule_of(place, op_name(n))(place)
-    return Step(n, made, want if isinstance(own.values[n], Tensor) else made.gives)
+    return CutStep(n, made, want if isinstance(own.values[n], Tensor) else made.gives)
 
 
-def _asked(own: Own, step: Step) -> Iterator[tuple[fx.Node, Demand]]:
+def _asked(own: Own, step: CutStep) -> Iterator[tuple[fx.Node, Demand]]:
     """What a step wants of each tensor that it reads."""
     for name, value in _named(step.node).items():
         wants = step.cut.wants.get(name)
@@ -214,7 +214,7 @@ def _named(n: fx.Node) -> dict[str, Any]:
 # --- running ------------------------------------------------------------------------------------------------------
 
 
-def _run(p: Program, given: Sequence[Any], wide: Sequence[Any] | None) -> tuple[Tensor, Tensor]:
+def _run(p: CutProgram, given: Sequence[Any], wide: Sequence[Any] | None) -> tuple[Tensor, Tensor]:
     places = [n for n in p.own.graph.nodes if n.op == "placeholder"]
     inputs = dict(zip(places, zip(given, wide if wide is not None else given, strict=True), strict=True))
     last = {source: s.node for s in p.steps for source in s.node.all_input_nodes}
@@ -241,7 +241,7 @@ def _run(p: Program, given: Sequence[Any], wide: Sequence[Any] | None) -> tuple[
 
 
 def _both(
-    code: Own, step: Step, own: Mapping[fx.Node, Any], exact: Mapping[fx.Node, Any], has: Mapping[fx.Node, Demand]
+    code: Own, step: CutStep, own: Mapping[fx.Node, Any], exact: Mapping[fx.Node, Any], has: Mapping[fx.Node, Demand]
 ) -> tuple[Any, Any]:
     mine, other = (_arguments(code, step, env, has) for env in (own, exact))
     value = _cut_to(_called(step, mine), step, has)
@@ -254,7 +254,7 @@ def _both(
     return value, tree_map(lambda a, b: a.double() if a.is_floating_point() else b, wide, value)
 
 
-def _arguments(code: Own, step: Step, env: Mapping[fx.Node, Any], has: Mapping[fx.Node, Demand]) -> dict[str, Any]:
+def _arguments(code: Own, step: CutStep, env: Mapping[fx.Node, Any], has: Mapping[fx.Node, Demand]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in _named(step.node).items():
         wants = step.cut.wants.get(name)
@@ -278,7 +278,7 @@ def _one(code: Own, value: Any, wants: Any, env: Mapping[fx.Node, Any], has: Map
     return pick(env[value], has[value], wants if wants is not None else everything(fake.shape))
 
 
-def _called(step: Step, given: dict[str, Any]) -> Any:
+def _called(step: CutStep, given: dict[str, Any]) -> Any:
     target = step.node.target
     if step.cut.run is not None:
         return step.cut.run(given)
@@ -288,7 +288,7 @@ def _called(step: Step, given: dict[str, Any]) -> Any:
     return target(*given.values())
 
 
-def _cut_to(value: Any, step: Step, has: Mapping[fx.Node, Demand]) -> Any:
+def _cut_to(value: Any, step: CutStep, has: Mapping[fx.Node, Demand]) -> Any:
     if not isinstance(value, Tensor):
         return value
     gives = has[step.node.args[0]] if step.node.target is operator.getitem else step.cut.gives  # type: ignore[index]
@@ -317,7 +317,7 @@ _LARGEST = 4
 _PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "linear", "einsum", "scaled_dot_product_attention")
 
 
-def _costs(own: Own, steps: Sequence[Step]) -> tuple[int, int, float]:
+def _costs(own: Own, steps: Sequence[CutStep]) -> tuple[int, int, float]:
     """Bytes of the largest values, of all values, and the FLOP of the products, both computations together."""
     bytes_, flops = [], 0.0
     for s in steps:
@@ -332,7 +332,7 @@ def _costs(own: Own, steps: Sequence[Step]) -> tuple[int, int, float]:
     return sum(ordered[:_LARGEST]), sum(ordered), flops
 
 
-def _flops(own: Own, s: Step, name: str) -> float:
+def _flops(own: Own, s: CutStep, name: str) -> float:
     made = float(math.prod(kept(own.values[s.node].shape, s.cut.gives)))
     shapes = [own.values[i].shape for i in s.node.all_input_nodes if isinstance(own.values[i], Tensor)]
     if name == "scaled_dot_product_attention":

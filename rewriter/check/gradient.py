@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..graph.torch_private import tree_map
 from .compare import MAX_RATIO, Errors, change, errors, moved
-from .cut import Program
+from .cut import CutProgram
 from .demand import everything, kept, pick
 
 # A gradient is a longer chain of rounded steps: so many times what is asked of a result.
@@ -23,7 +23,7 @@ LONGER = 2.0
 
 
 def wrong_gradient(
-    p: Program, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], generator: torch.Generator
+    p: CutProgram, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], generator: torch.Generator
 ) -> Errors | None:
     """The errors of the first input's gradient that is wrong; None where all are right."""
     wanting = [i for i, x in enumerate(given) if isinstance(x, Tensor) and x.requires_grad]
@@ -45,7 +45,7 @@ def _right(e: Errors, yardstick: tuple[float, float]) -> bool:
 
 
 def _own(
-    p: Program, given: Sequence[Any], wanting: Sequence[int], flow: Tensor, wide: Sequence[Any]
+    p: CutProgram, given: Sequence[Any], wanting: Sequence[int], flow: Tensor, wide: Sequence[Any]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """The gradients of the own code, in its own types and in float64."""
     leaves = {i: given[i].detach().requires_grad_() for i in wanting}
@@ -56,7 +56,7 @@ def _own(
 
 
 def _ours(
-    p: Program, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], wanting: Sequence[int],
+    p: CutProgram, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], wanting: Sequence[int],
     flow: Tensor,
 ) -> dict[int, Tensor]:
     """The gradients of what was spliced in."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cut import Own, Program, Uncheckable, cut
+from .cut import CutProgram, Own, Uncheckable, cut
 from .demand import Demand, Picked, everything, kept
 
 # Positions that are kept of the dimension that saves most, then of the next ones.
@@ -30,7 +30,7 @@ class Budget:
     bytes: int
     flops: float
 
-    def holds(self, p: Program, gradients: bool) -> bool:
+    def holds(self, p: CutProgram, gradients: bool) -> bool:
         factor = 3 if gradients else 1
         return (p.held_bytes if gradients else p.bytes) * factor <= self.bytes and p.flops * factor <= self.flops
 
@@ -39,7 +39,7 @@ FULL = Budget(24 << 20, 4e8)
 SAMPLED = Budget(160 << 20, 8e9)
 
 
-def fitting(own: Own, given: Sequence[object], generator: torch.Generator, gradients: bool = False) -> Program:
+def fitting(own: Own, given: Sequence[object], generator: torch.Generator, gradients: bool = False) -> CutProgram:
     """The own code, whole or cut so far that it fits. Raises Uncheckable where no cut does."""
     shape = own.shape
     whole = cut(own, everything(shape))
@@ -115,7 +115,7 @@ def _poorest(x: Tensor) -> Iterator[tuple[int, int]]:
             yield size, at
 
 
-def said(p: Program) -> str:
+def said(p: CutProgram) -> str:
     """What was compared, in words: `in full`, or `64 of 4096 × 6 of 32`."""
     cuts = [f"{k} of {n}" for k, n in zip(kept(p.own.shape, p.wanted), p.own.shape) if k != n]
     return " × ".join(cuts) if cuts else "in full"

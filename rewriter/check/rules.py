@@ -26,7 +26,7 @@ ANYTHING = "anything"
 
 
 @dataclass(frozen=True)
-class Place:
+class PlacedOperator:
     """An operator where it stands: arguments by name, fake values of the tensors, and what is wanted of its output."""
 
     target: OpOverload
@@ -52,7 +52,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Cut:
+class RowCut:
     """How the cut value is made: what is wanted of the arguments, by name (of a list: one by one), what of the output
     comes out, and, where it is not the operator itself on cut arguments, how."""
 
@@ -61,12 +61,12 @@ class Cut:
     run: Run | None = None
 
 
-Rule = Callable[[Place], Cut]
+Rule = Callable[[PlacedOperator], RowCut]
 
 
-def whole(p: Place) -> Cut:
+def whole(p: PlacedOperator) -> RowCut:
     """Everything of every input gives everything of the output."""
-    return Cut({}, everything(p.out))
+    return RowCut({}, everything(p.out))
 
 
 def spread(shape: Sequence[int], out: Sequence[int], wanted: Demand) -> Demand:
@@ -75,26 +75,26 @@ def spread(shape: Sequence[int], out: Sequence[int], wanted: Demand) -> Demand:
     return tuple(None if n == 1 else wanted[lead + d] for d, n in enumerate(shape))
 
 
-def point(p: Place) -> Cut:
-    return Cut({n: spread(p.shape(n), p.out, p.wanted) for n in p.tensors}, p.wanted)
+def point(p: PlacedOperator) -> RowCut:
+    return RowCut({n: spread(p.shape(n), p.out, p.wanted) for n in p.tensors}, p.wanted)
 
 
-def convert(p: Place) -> Cut:
+def convert(p: PlacedOperator) -> RowCut:
     """`type_as` and `to` read no element of the other tensor."""
-    return Cut({"self": p.wanted, **{n: ANYTHING for n in p.tensors if n != "self"}}, p.wanted)
+    return RowCut({"self": p.wanted, **{n: ANYTHING for n in p.tensors if n != "self"}}, p.wanted)
 
 
 def without(demand: Demand, *dims: int) -> Demand:
     return tuple(None if d in dims else x for d, x in enumerate(demand))
 
 
-def along(p: Place) -> Cut:
+def along(p: PlacedOperator) -> RowCut:
     """An operator that mixes one dimension: softmax, a running sum."""
     wanted = without(p.wanted, p.dim())
-    return Cut({"self": wanted}, wanted)
+    return RowCut({"self": wanted}, wanted)
 
 
-def reduce(p: Place) -> Cut:
+def reduce(p: PlacedOperator) -> RowCut:
     """A reduction over some dimensions, kept with one element or dropped."""
     shape = p.shape("self")
     given = p.given.get("dim")
@@ -111,10 +111,10 @@ def reduce(p: Place) -> Cut:
         else:
             wants.append(next(rest))
     gives = without(p.wanted, *over) if keep else p.wanted
-    return Cut({"self": tuple(wants)}, gives)
+    return RowCut({"self": tuple(wants)}, gives)
 
 
-def matmul(p: Place) -> Cut:
+def matmul(p: PlacedOperator) -> RowCut:
     names = [n for n in ("self", "other", "mat2", "batch1", "batch2", "mat1") if n in p.given]
     a, b = (p.shape(n) for n in _factors(names))
     if len(a) < 2 or len(b) < 2:
@@ -125,7 +125,7 @@ def matmul(p: Place) -> Cut:
     wants: dict[str, Wants] = {first: (*left, p.wanted[-2], None), second: (*right, None, p.wanted[-1])}
     if first != "self":
         wants["self"] = spread(p.shape("self"), p.out, p.wanted)
-    return Cut(wants, p.wanted)
+    return RowCut(wants, p.wanted)
 
 
 def _factors(names: Sequence[str]) -> tuple[str, str]:
@@ -135,17 +135,17 @@ def _factors(names: Sequence[str]) -> tuple[str, str]:
     return ("mat1", "mat2") if "mat1" in names else ("self", "other" if "other" in names else "mat2")
 
 
-def linear(p: Place) -> Cut:
+def linear(p: PlacedOperator) -> RowCut:
     wants: dict[str, Wants] = {"input": (*p.wanted[:-1], None)}
     if len(p.shape("weight")) != 2:
         return whole(p)
     wants["weight"] = (p.wanted[-1], None)
     if "bias" in p.tensors:
         wants["bias"] = (p.wanted[-1],)
-    return Cut(wants, p.wanted)
+    return RowCut(wants, p.wanted)
 
 
-def einsum(p: Place) -> Cut:
+def einsum(p: PlacedOperator) -> RowCut:
     left, arrow, right = str(p.given["equation"]).replace(" ", "").partition("->")
     if not arrow or "." in left or p.given.get("path") is not None:
         return whole(p)
@@ -163,10 +163,10 @@ def einsum(p: Place) -> Cut:
         tuple(None if size == 1 and wide[letter] > 1 else at.get(letter) for letter, size in zip(spec, p.shape_of(n)))
         for spec, n in zip(left.split(","), nodes)
     )
-    return Cut({"tensors": wants}, p.wanted)
+    return RowCut({"tensors": wants}, p.wanted)
 
 
-def sdpa(p: Place) -> Cut:
+def sdpa(p: PlacedOperator) -> RowCut:
     """Rows of queries; heads only where every query head has its own key head. Causal rows bring their positions along."""
     q, k = p.shape("query"), p.shape("key")
     if p.given["dropout_p"] != 0.0:
@@ -184,7 +184,7 @@ def sdpa(p: Place) -> Cut:
         wants["attn_mask"] = (*spread((*mask[:-1], 1), (*p.out[:-1], k[-2]), wanted)[:-1], None)
     rows = wanted[-2]
     if not p.given["is_causal"] or rows is None:
-        return Cut(wants, wanted)
+        return RowCut(wants, wanted)
 
     def causal(given: Given) -> Tensor:
         at = positions(rows, given["query"])
@@ -192,43 +192,43 @@ def sdpa(p: Place) -> Cut:
         out: Tensor = called(p.target, {**given, "attn_mask": keep, "is_causal": False})
         return out
 
-    return Cut(wants, wanted, causal)
+    return RowCut(wants, wanted, causal)
 
 
 # --- views --------------------------------------------------------------------------------------------------------
 
 
-def transpose(p: Place) -> Cut:
+def transpose(p: PlacedOperator) -> RowCut:
     a, b = (int(p.given[n]) % len(p.out) for n in (("dim0", "dim1") if "dim0" in p.given else ("axis0", "axis1")))
     order = list(range(len(p.out)))
     order[a], order[b] = b, a
     return _ordered(p, order)
 
 
-def permute(p: Place) -> Cut:
+def permute(p: PlacedOperator) -> RowCut:
     return _ordered(p, [d % len(p.out) for d in p.given["dims"]])
 
 
-def matrix_transpose(p: Place) -> Cut:
+def matrix_transpose(p: PlacedOperator) -> RowCut:
     order = list(range(len(p.out)))
     order[-2:] = order[-2:][::-1]
     return _ordered(p, order)
 
 
-def _ordered(p: Place, order: Sequence[int]) -> Cut:
+def _ordered(p: PlacedOperator, order: Sequence[int]) -> RowCut:
     wants: list[Picked | None] = [None] * len(order)
     for d, source in enumerate(order):
         wants[source] = p.wanted[d]
-    return Cut({"self": tuple(wants)}, p.wanted)
+    return RowCut({"self": tuple(wants)}, p.wanted)
 
 
-def expand(p: Place) -> Cut:
+def expand(p: PlacedOperator) -> RowCut:
     sizes = kept(p.out, p.wanted)
     wants = spread(p.shape("self"), p.out, p.wanted)
-    return Cut({"self": wants}, p.wanted, lambda given: given["self"].expand(sizes))
+    return RowCut({"self": wants}, p.wanted, lambda given: given["self"].expand(sizes))
 
 
-def reshape(p: Place) -> Cut:
+def reshape(p: PlacedOperator) -> RowCut:
     """Dimensions that go together are cut together: merged ones by gathering, without the merged tensor in memory."""
     shape = p.shape("self")
     if 0 in shape:
@@ -252,7 +252,7 @@ def reshape(p: Place) -> Cut:
             x = _gather(x, ins, unravelled(flat, [shape[d] for d in ins]))
         return x.reshape(sizes)
 
-    return Cut({"self": tuple(wants)}, p.wanted, run)
+    return RowCut({"self": tuple(wants)}, p.wanted, run)
 
 
 def _gather(x: Tensor, dims: Sequence[int], at: Sequence[Picked]) -> Tensor:
@@ -263,77 +263,77 @@ def _gather(x: Tensor, dims: Sequence[int], at: Sequence[Picked]) -> Tensor:
     return read.movedim(0, first)
 
 
-def unsqueeze(p: Place) -> Cut:
+def unsqueeze(p: PlacedOperator) -> RowCut:
     d = p.dim()
-    return Cut({"self": p.wanted[:d] + p.wanted[d + 1 :]}, without(p.wanted, d))
+    return RowCut({"self": p.wanted[:d] + p.wanted[d + 1 :]}, without(p.wanted, d))
 
 
-def select(p: Place) -> Cut:
+def select(p: PlacedOperator) -> RowCut:
     d = p.dim(count=len(p.out) + 1)
-    return Cut({"self": (*p.wanted[:d], None, *p.wanted[d:])}, p.wanted)
+    return RowCut({"self": (*p.wanted[:d], None, *p.wanted[d:])}, p.wanted)
 
 
-def piece(p: Place) -> Cut:
+def piece(p: PlacedOperator) -> RowCut:
     """`slice`: positions of what was sliced."""
     d, n = p.dim(), p.shape("self")[p.dim()]
     start, _, step = slice(p.given["start"], p.given["end"], int(p.given["step"])).indices(n)
     at = p.wanted[d]
     if at is None:
-        return Cut({"self": p.wanted}, p.wanted)
+        return RowCut({"self": p.wanted}, p.wanted)
     there = tuple(start + i * step for i in at)
-    return Cut({"self": (*p.wanted[:d], there, *p.wanted[d + 1 :])}, p.wanted, lambda given: given["self"])
+    return RowCut({"self": (*p.wanted[:d], there, *p.wanted[d + 1 :])}, p.wanted, lambda given: given["self"])
 
 
-def cat(p: Place) -> Cut:
+def cat(p: PlacedOperator) -> RowCut:
     wanted = without(p.wanted, p.dim())
     nodes = p.given["tensors"]
     fit = all(len(p.shape_of(n)) == len(p.out) for n in nodes)
-    return Cut({"tensors": tuple(wanted for _ in nodes)}, wanted) if fit else whole(p)
+    return RowCut({"tensors": tuple(wanted for _ in nodes)}, wanted) if fit else whole(p)
 
 
-def stack(p: Place) -> Cut:
+def stack(p: PlacedOperator) -> RowCut:
     d = p.dim()
     each = p.wanted[:d] + p.wanted[d + 1 :]
-    return Cut({"tensors": tuple(each for _ in p.given["tensors"])}, without(p.wanted, d))
+    return RowCut({"tensors": tuple(each for _ in p.given["tensors"])}, without(p.wanted, d))
 
 
-def repeat(p: Place) -> Cut:
+def repeat(p: PlacedOperator) -> RowCut:
     shape = p.shape("self")
     lead = len(p.out) - len(shape)
     cut = {d: tuple(i % shape[d - lead] for i in w) for d, w in enumerate(p.wanted) if w is not None and d >= lead}
     wants = tuple(cut.get(lead + d) for d in range(len(shape)))
     times = [1 if d in cut else len(w) if w is not None else r for d, (w, r) in enumerate(zip(p.wanted, p.given["repeats"]))]
-    return Cut({"self": wants}, p.wanted, lambda given: given["self"].repeat(times))
+    return RowCut({"self": wants}, p.wanted, lambda given: given["self"].repeat(times))
 
 
-def repeat_interleave(p: Place) -> Cut:
+def repeat_interleave(p: PlacedOperator) -> RowCut:
     if p.given["dim"] is None or not isinstance(p.given["repeats"], int):
         return whole(p)
     d, times = p.dim(), p.given["repeats"]
     at = p.wanted[d]
     if at is None:
-        return Cut({"self": p.wanted}, p.wanted)
+        return RowCut({"self": p.wanted}, p.wanted)
     there = tuple(i // times for i in at)
-    return Cut({"self": (*p.wanted[:d], there, *p.wanted[d + 1 :])}, p.wanted, lambda given: given["self"])
+    return RowCut({"self": (*p.wanted[:d], there, *p.wanted[d + 1 :])}, p.wanted, lambda given: given["self"])
 
 
 # --- tables and made tensors ----------------------------------------------------------------------------------------
 
 
-def embedding(p: Place) -> Cut:
-    return Cut({"indices": p.wanted[:-1]}, without(p.wanted, len(p.out) - 1))
+def embedding(p: PlacedOperator) -> RowCut:
+    return RowCut({"indices": p.wanted[:-1]}, without(p.wanted, len(p.out) - 1))
 
 
-def index_select(p: Place) -> Cut:
+def index_select(p: PlacedOperator) -> RowCut:
     d = p.dim()
-    return Cut({"self": without(p.wanted, d), "index": (p.wanted[d],)}, p.wanted)
+    return RowCut({"self": without(p.wanted, d), "index": (p.wanted[d],)}, p.wanted)
 
 
-def gather(p: Place) -> Cut:
-    return Cut({"self": without(p.wanted, p.dim()), "index": p.wanted}, p.wanted)
+def gather(p: PlacedOperator) -> RowCut:
+    return RowCut({"self": without(p.wanted, p.dim()), "index": p.wanted}, p.wanted)
 
 
-def index(p: Place) -> Cut:
+def index(p: PlacedOperator) -> RowCut:
     """`x[:, i, j]`: the dimensions of the indices, broadcast, stand where the first of them stood."""
     shape, given = p.shape("self"), list(p.given["indices"])
     given += [None] * (len(shape) - len(given))
@@ -347,15 +347,15 @@ def index(p: Place) -> Cut:
     rest = iter((*p.wanted[:first], *p.wanted[first + many :]))
     wants = tuple(None if d in at else next(rest) for d in range(len(shape)))
     indices = tuple(spread(p.shape_of(i), inner, shown) if i is not None else None for i in p.given["indices"])
-    return Cut({"self": wants, "indices": indices}, p.wanted)
+    return RowCut({"self": wants, "indices": indices}, p.wanted)
 
 
-def triangle(p: Place) -> Cut:
+def triangle(p: PlacedOperator) -> RowCut:
     """`tril` and `triu` know rows and columns by their positions."""
     wanted = without(p.wanted, len(p.out) - 1)
     rows, lower = wanted[-2], "tril" in schema(p.target).name
     if rows is None:
-        return Cut({"self": wanted}, wanted)
+        return RowCut({"self": wanted}, wanted)
 
     def run(given: Given) -> Tensor:
         x = given["self"]
@@ -363,16 +363,16 @@ def triangle(p: Place) -> Cut:
         keep = over <= given["diagonal"] if lower else over >= given["diagonal"]
         return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
-    return Cut({"self": wanted}, wanted, run)
+    return RowCut({"self": wanted}, wanted, run)
 
 
-def made(p: Place) -> Cut:
+def made(p: PlacedOperator) -> RowCut:
     """`ones`, `full` and their like hold one value everywhere."""
     sizes = kept(p.out, p.wanted)
-    return Cut(dict.fromkeys(p.tensors, ANYTHING), p.wanted, lambda given: called(p.target, {**given, "size": sizes}))
+    return RowCut(dict.fromkeys(p.tensors, ANYTHING), p.wanted, lambda given: called(p.target, {**given, "size": sizes}))
 
 
-def several(p: Place) -> Cut:
+def several(p: PlacedOperator) -> RowCut:
     """A reduction with several outputs (`max` with its positions), or a sort: all of them are cut alike."""
     return reduce(p) if "keepdim" in p.given else along(p)
 
@@ -407,7 +407,7 @@ VIEWS = frozenset(
 )
 
 
-def rule_of(p: Place, name: str) -> Rule:
+def rule_of(p: PlacedOperator, name: str) -> Rule:
     """The rule of an operator; without one it is computed whole."""
     if name in SEVERAL and "dim" in p.given:
         return several

@@ -19,7 +19,7 @@ from ..capture.autocast import no_autocast
 from ..graph.torch_private import tree_leaves
 from . import verdicts
 from .compare import Errors, change, errors, moved
-from .cut import Program, Uncheckable, read
+from .cut import CutProgram, Uncheckable, read
 from .demand import everything, pick
 from .gradient import wrong_gradient
 from .rows import fitting, said
@@ -33,7 +33,7 @@ REPORT = "please report it with the model's attention code and the lines of reat
 
 
 @dataclass
-class Watch:
+class SiteWatch:
     """Holds a site's results against the model's own code. `every`: each n-th call too, 0 for none but the first.
 
     `kernel` is what was spliced in, `source` gives its text; `masks` are the inputs that its score reads beside the product;
@@ -126,7 +126,7 @@ class Watch:
             self.record.append(check)
 
 
-def _forward(p: Program, given: Sequence[Any], out: Tensor) -> tuple[Errors, bool]:
+def _forward(p: CutProgram, given: Sequence[Any], out: Tensor) -> tuple[Errors, bool]:
     """The errors of a result, and whether it is right."""
     own, exact = p.run(given)
     shown = pick(out.detach().reshape(p.own.shape).to(own.dtype), everything(p.own.shape), p.wanted)

@@ -32,7 +32,7 @@ from ...patterns.cascade import Cascade
 from ...patterns.evaluate import infer_sizes
 from ..capture import capture
 from ..check.verdicts import Check
-from ..check.watch import Watch
+from ..check.watch import SiteWatch
 from ..find.detect import Found, NearMiss, defective, find
 from ..find.place import Place, hints_of, interior, named, place
 from ..find.upstream import Reached, projection_width, upstream
@@ -173,12 +173,12 @@ def _splice(gm: fx.GraphModule, d: Decision, request: Request, record: list[Chec
     return splice.replace(gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original, watch=watch)
 
 
-def watch_of(d: Decision, inputs: Sequence[fx.Node], policy: Policy, record: list[Check]) -> Watch:
+def watch_of(d: Decision, inputs: Sequence[fx.Node], policy: Policy, record: list[Check]) -> SiteWatch:
     """The watch over a site whose own code reads these nodes."""
     view = attention(d.found.cascade)
     assert isinstance(view, Attention), view
     read = {d.found.tensors.get(str(x.attr)) for x in ex.loads(view.score)}
-    return Watch(
+    return SiteWatch(
         d.site.name, d.site.choice, d.site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
         masks=frozenset(i for i, n in enumerate(inputs) if n in read), refuse=StrictError if policy.strict else None,
         record=record,

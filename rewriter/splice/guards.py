@@ -28,7 +28,7 @@ from ...patterns.evaluate import evaluate
 from ...patterns.expr import Expr
 from ...patterns.masks.split import runtime_classify, split
 from ..capture.autocast import no_autocast
-from ..check.watch import REPORT, Watch
+from ..check.watch import REPORT, SiteWatch
 from ..graph.aliases import Aliases
 from ..graph.torch_private import checkpoint_ends
 from .derivatives import twice
@@ -166,7 +166,7 @@ class Guarded(nn.Module):
 
     def __init__(
         self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition],
-        once: bool = False, watch: Watch | None = None,
+        once: bool = False, watch: SiteWatch | None = None,
     ) -> None:
         super().__init__()
         self.name, self.target, self.conditions = name, target, tuple(conditions)

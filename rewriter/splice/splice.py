@@ -21,7 +21,7 @@ from ...patterns import expr as ex
 from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
 from ..capture.autocast import regions, remove_unused_casts
-from ..check.watch import Watch
+from ..check.watch import SiteWatch
 from ..graph import torch_private
 from ..graph.aliases import SPLICED
 from ..graph.liveness import ARITHMETIC, erase_dead, is_pure
@@ -71,7 +71,7 @@ def replace(
     *,
     name: str = "",
     original: tuple[fx.GraphModule, list[fx.Node]] | None = None,
-    watch: Watch | None = None,
+    watch: SiteWatch | None = None,
 ) -> fx.Node:
     """Put `call` in the place of `output`; the value has the same shape, type and strides. Returns the new value's node.
 
@@ -91,7 +91,7 @@ def replace(
 
 def _replace(
     gm: fx.GraphModule, output: fx.Node, tensors: Mapping[str, fx.Node], scalars: Mapping[str, fx.Node], call: Call,
-    name: str, original: tuple[fx.GraphModule, list[fx.Node]] | None, watch: Watch | None,
+    name: str, original: tuple[fx.GraphModule, list[fx.Node]] | None, watch: SiteWatch | None,
 ) -> fx.Node:
     if call.guarded and original is None:
         raise SpliceError(f"{call.name} is guarded and has no original to fall back to")
@@ -123,7 +123,7 @@ def _replace(
 
 def _guarded(
     gm: fx.GraphModule, call: Call, original: tuple[fx.GraphModule, list[fx.Node]], arguments: tuple[Any, ...],
-    tensors: Mapping[str, fx.Node], sizes: SizeNodes, name: str, watch: Watch | None,
+    tensors: Mapping[str, fx.Node], sizes: SizeNodes, name: str, watch: SiteWatch | None,
 ) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
     """The name of a module that guards the call, its arguments, and what gives its fake value."""
     subgraph, inputs = original

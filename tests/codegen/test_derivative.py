@@ -111,7 +111,7 @@ def slopes(s: Streaming, p: Program) -> Slopes:
     # what is −∞ has no slope, and no part in the sum either
     (wanted,) = torch.autograd.grad(torch.where(score.isinf(), 0.0, score).sum(), x)
     ours = evaluate(alone(s, found, "D"), given, p.sizes, widen=True)["D"]
-    return Slopes(ours.detach(), wanted)
+    return Slopes(torch.where(score.isinf(), 0.0, ours).detach(), wanted)
 
 
 def same(found: Slopes) -> None:

@@ -190,7 +190,7 @@ def test_flex_skips_by_our_tiles() -> None:
 
 MORE_THREADS = """
 import torch
-from reattend.codegen import vendor
+from reattend.codegen.vendor import use as vendor
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import evaluate
 from tests.codegen.attentions import VARIANTS

@@ -64,3 +64,9 @@ def test_a_plan_equals_itself() -> None:
     assert {r.status for r in found.rows} == {SAME}
     assert found.regressions == ()
     assert "2 sites are as before" in str(found)
+
+
+def test_the_public_name_is_the_same_function() -> None:
+    from reattend.cost_model.diff import diff as public
+
+    assert public is diff

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 _SOFTMAX = ("softmax",)
 _PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum", "baddbmm", "__rmatmul__")
 _THROUGH = ("to", "type_as", "dropout", "contiguous", "view", "reshape", "transpose", "permute", "float", "half",
-            "bfloat16", "clone", "__getitem__", "nan_to_num", "squeeze", "unsqueeze", "type", "double")
+            "bfloat16", "clone", "__getitem__", "nan_to_num", "masked_fill", "squeeze", "unsqueeze", "type", "double")
 
 
 class CountAttention(TorchFunctionMode):

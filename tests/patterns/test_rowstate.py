@@ -55,7 +55,7 @@ def test_no_law_takes_a_value_for_what_it_does_not_know() -> None:
     x, gate = ex.load("x", (ex.index("m"),), "f32"), ex.load("gate", (), "f32")
     with pytest.raises(KeyError):
         number(x * gate, {"x": 1.0})
-    assert len({row[gate] for row in tries((x * gate,), {x: 1.0})}) == TRIES
+    assert len({str(row[gate]) for row in tries((x * gate,), {x: 1.0})}) == TRIES
 
 
 @pytest.mark.parametrize("score", rules.SCORES, ids=lambda f: f.__name__)
