@@ -13,7 +13,7 @@ import sympy
 from ...patterns import expr as ex
 from ...patterns.cascade import Size
 from ...patterns.expr import Expr
-from ...patterns.terms.affine import Affine, affine
+from ...patterns.terms.affine import affine, says_at_most_zero
 from ...patterns.terms.conditions import conjunction, conjuncts
 from ..text.print_torch import TorchBody, TorchScope, identifier
 from ..text.tile_terms import Corners, Table
@@ -95,17 +95,8 @@ def without_causal(p: Printer) -> Expr | None:
     a = p.f.attention
     after = affine(ex.index(a.key) - ex.index(a.query))
     parts = conjuncts(p.f.mask.keep)
-    kept = tuple(e for e in parts if not _says_at_most_zero(e, after))
+    kept = tuple(e for e in parts if not says_at_most_zero(e, after))
     return conjunction(kept) if len(kept) < len(parts) else None
-
-
-def _says_at_most_zero(e: Expr, form: Affine) -> bool:
-    """Is a comparison of integers `form ≤ 0`?"""
-    if e.op not in ("lt", "le", "gt", "ge") or any(a.dtype not in ex.INTEGERS for a in e.args):
-        return False
-    a, b = e.args if e.op in ("lt", "le") else e.args[::-1]
-    difference = affine(a) - affine(b)
-    return (difference if e.op in ("le", "ge") else difference + Affine((), 1)) == form
 
 
 def _function(p: Printer, name: str, doc: str, lines: list[str], given: tuple[str, ...] = ()) -> PrintedFunction:

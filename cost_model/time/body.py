@@ -21,7 +21,7 @@ from ...patterns import expr as ex
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import PARTIAL, TileRuns, conjuncts
-from ...patterns.terms.affine import Affine, affine
+from ...patterns.terms.affine import affine, says_at_most_zero
 from ..count.subject import Shape, Subject
 from ..count.tiles import Jobs, expected, tile_map
 from ..count.work import EXPONENTIALS, INDEX, WIDTH, term_operations
@@ -253,22 +253,13 @@ def without_causal(s: Subject) -> Expr | None:
     a = s.attention
     after = affine(ex.index(a.key) - ex.index(a.query))
     parts = conjuncts(expected(s.mask.keep))
-    kept = [e for e in parts if not _at_most_zero(e, after)]
+    kept = [e for e in parts if not says_at_most_zero(e, after)]
     if len(kept) == len(parts):
         return None
     out = ex.TRUE
     for e in kept:
         out = out & e
     return out
-
-
-def _at_most_zero(e: Expr, form: Affine) -> bool:
-    """Is a comparison of integers `form ≤ 0`?"""
-    if e.op not in ("lt", "le", "gt", "ge") or any(x.dtype not in ex.INTEGERS for x in e.args):
-        return False
-    x, y = e.args if e.op in ("lt", "le") else e.args[::-1]
-    difference = affine(x) - affine(y)
-    return (difference if e.op in ("le", "ge") else difference + Affine((), 1)) == form
 
 
 @lru_cache(maxsize=256)

@@ -120,3 +120,12 @@ def _remainder(x: Affine, n: int) -> Affine:
     if not rest.terms:
         return Affine((), rest.constant)
     return atom(ex.binary("mod", rest.term(), n))
+
+
+def says_at_most_zero(e: Expr, form: Affine) -> bool:
+    """Is a comparison of integers `form ≤ 0`?"""
+    if e.op not in ("lt", "le", "gt", "ge") or any(x.dtype not in ex.INTEGERS for x in e.args):
+        return False
+    x, y = e.args if e.op in ("lt", "le") else e.args[::-1]
+    difference = affine(x) - affine(y)
+    return (difference if e.op in ("le", "ge") else difference + Affine((), 1)) == form

@@ -265,8 +265,8 @@ def _vendor(
             return _refused(name, made.reason)
         first = every_row_keeps_a_key(q.cascade, view)
         made, conditions = keyed, (first, *(c for c in conditions if c.sentence != first.sentence))
-    if name == "flex" and q.device.kind == "cpu":
-        # its kernel takes a row with a NaN for one without a key, and gives it 0
+    if made.compiled and q.device.kind == "cpu":
+        # the compiled kernel takes a row with a NaN for one without a key, and gives it 0
         conditions = (*conditions, queries_and_keys_are_finite(q.cascade, view))
     if conditions and q.traced:
         return _refused(name, f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
