@@ -22,12 +22,11 @@ from .compare import Errors, change, errors, moved
 from .cut import CutProgram, Uncheckable, read
 from .demand import everything, pick
 from .gradient import wrong_gradient
-from .rows import fitting, said
+from .rows import MASKED, fitting, said
 from .verdicts import Check, Verdict
 
 # What masks hold is looked at in tensors up to this size, on the CPU alone: a look at a GPU's would wait for it.
 LOOKED_AT = 1 << 16
-MASKED = -1e4
 SEED = 0x5EED
 REPORT = "please report it with the model's attention code and the lines of reattend.report(model)"
 
