@@ -19,107 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..graph.aliases import Aliases
-from ..graph.liveness import is_pure
 from ..graph.node import arguments, op_name
-from ..graph.torch_private import FakeTensorMode, OpOverload, schema, tree_leaves, tree_map
+from ..graph.torch_private import OpOverload, tree_leaves, tree_map
 from .demand import Demand, everything, joined, kept, pick
+from .own import Own, Uncheckable, is_write
 from .rules import ANYTHING, SEVERAL, VIEWS, PlacedOperator, RowCut, called, rule_of
-
-
-class Uncheckable(RuntimeError):
-    """A site whose own code cannot be run again beside the rewritten one; the sentence says why."""
-
-
-@dataclass(frozen=True)
-class Own:
-    """A site's own code: its graph without writes in place where that can be had, and fake values at the sizes at hand."""
-
-    graph: fx.Graph
-    values: Mapping[fx.Node, Any]
-    written: bool
-
-    @property
-    def output(self) -> fx.Node:
-        (out,) = (n for n in self.graph.nodes if n.op == "output")
-        answer = out.args[0]
-        assert isinstance(answer, fx.Node)
-        return answer
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.values[self.output].shape)
-
-
-def read(gm: fx.GraphModule, given: Sequence[Any]) -> Own:
-    """The own code of a site for these inputs. Raises Uncheckable where running it again would change something."""
-    graph, written = _without_writes(gm.graph)
-    for n in graph.nodes:
-        if n.op not in ("placeholder", "output") and not _repeatable(n):
-            raise Uncheckable(f"{op_name(n)} draws random numbers, or is not known to compute its value alone")
-    return Own(graph, _fakes(gm, graph, given), written)
-
-
-def _repeatable(n: fx.Node) -> bool:
-    pure = is_pure(n)
-    if pure or n.op != "call_function" or not isinstance(n.target, OpOverload):
-        return pure
-    # A write in place that is left is into memory of the graph's own.
-    return schema(n.target).is_mutable and torch.Tag.nondeterministic_seeded not in n.target.tags
-
-
-def _fakes(gm: fx.GraphModule, graph: fx.Graph, given: Sequence[Any]) -> dict[fx.Node, Any]:
-    values: dict[fx.Node, Any] = {}
-
-    class Record(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            values[n] = super().run_node(n)
-            return values[n]
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad():
-        fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in given]
-        runner = Record(gm, graph=graph, garbage_collect_values=False)
-        runner.extra_traceback = False
-        runner.run(*fakes)
-    return values
-
-
-def _without_writes(graph: fx.Graph) -> tuple[fx.Graph, bool]:
-    """A copy in which `s.masked_fill_(m, f)` reads `t = s.masked_fill(m, f)`, and whether writes are left.
-
-    Raises Uncheckable for a write into what is given.
-    """
-    aliases = Aliases(graph)
-    writes = [n for n in graph.nodes if _writes(n)]
-    homes = {aliases.storage(n) for n in writes}
-    shared = [n for n in graph.nodes if aliases.storage(n) in homes]
-    if any(n.op == "placeholder" for n in shared):
-        raise Uncheckable("it writes into its inputs")
-    first = {aliases.storage(n): n for n in reversed(shared)}
-    plain = all(_writes(n) or n is first[aliases.storage(n)] for n in shared) and all(_functional(n) for n in writes)
-    out, table, newest = fx.Graph(), dict[fx.Node, fx.Node](), dict[fx.Node, fx.Node]()
-    for n in graph.nodes:
-        made = out.node_copy(n, lambda x: newest.get(aliases.storage(x), table[x]) if plain else table[x])
-        table[n] = made
-        if plain and n in shared:
-            newest[aliases.storage(n)] = made
-            if _writes(n):
-                made.target = _functional(n) or made.target
-    return out, bool(writes) and not plain
-
-
-def _writes(n: fx.Node) -> bool:
-    return n.op == "call_function" and isinstance(n.target, OpOverload) and schema(n.target).is_mutable
-
-
-def _functional(n: fx.Node) -> OpOverload | None:
-    """The operator that answers what this one writes; None where there is no such."""
-    assert isinstance(n.target, OpOverload)
-    name = schema(n.target).name.removeprefix("aten::")
-    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
-    return getattr(packet, schema(n.target).overload_name or "default", None)
-
 
 # --- the cut ------------------------------------------------------------------------------------------------------
 
@@ -248,7 +152,7 @@ def _both(
     tensors = [(a, b) for a, b in zip(tree_leaves(mine), tree_leaves(other)) if isinstance(a, Tensor)]
     if all(a is b for a, b in tensors) or not any(_floats(value)):
         return value, _widened(value)
-    if _writes(step.node) and any(a is b for a, b in tensors):
+    if is_write(step.node) and any(a is b for a, b in tensors):
         raise Uncheckable("it writes in place what is shared by both computations")
     wide = _cut_to(_called(step, _wide_types(other)), step, has)
     return value, tree_map(lambda a, b: a.double() if a.is_floating_point() else b, wide, value)

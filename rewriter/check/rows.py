@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .cut import CutProgram, Own, Uncheckable, cut
+from .cut import CutProgram, cut
 from .demand import Demand, Picked, everything, kept
+from .own import Own, Uncheckable
 
 # Positions that are kept of the dimension that saves most, then of the next ones.
 KEPT = (64, 6, 4, 2, 2, 2)
@@ -45,7 +47,7 @@ def fitting(own: Own, given: Sequence[object], generator: torch.Generator, gradi
     whole = cut(own, everything(shape))
     if FULL.holds(whole, gradients):
         return whole
-    special, order, least = poor(given), _by_saving(own, shape), whole
+    special, order, least = poor(given), _by_saving(own), whole
     for fewer in FEWER:
         wanted: list[Picked | None] = list(everything(shape))
         for d, few in zip(order, KEPT):
@@ -56,14 +58,17 @@ def fitting(own: Own, given: Sequence[object], generator: torch.Generator, gradi
     raise Uncheckable(f"even a sample of it would take {least.bytes >> 20} MiB and {least.flops:.1g} FLOP")
 
 
-def _by_saving(own: Own, shape: Sequence[int]) -> list[int]:
+@lru_cache(maxsize=16)
+def _by_saving(own: Own) -> tuple[int, ...]:
     """The dimensions of the output, the one first whose cut leaves the least memory."""
+    shape = own.shape
+
     def left(d: int) -> tuple[int, float]:
         wanted: Demand = tuple(tuple(range(min(2, n))) if i == d else None for i, n in enumerate(shape))
         p = cut(own, wanted)
         return p.held_bytes, p.flops
 
-    return sorted((d for d, n in enumerate(shape) if n > 1), key=left)
+    return tuple(sorted((d for d, n in enumerate(shape) if n > 1), key=left))
 
 
 def picked(size: int, few: int, special: Sequence[int], generator: torch.Generator) -> Picked | None:

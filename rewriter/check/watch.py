@@ -19,9 +19,10 @@ from ..capture.autocast import no_autocast
 from ..graph.torch_private import tree_leaves
 from . import verdicts
 from .compare import Errors, change, errors, moved
-from .cut import CutProgram, Uncheckable, read
+from .cut import CutProgram
 from .demand import everything, pick
 from .gradient import wrong_gradient
+from .own import Uncheckable, read
 from .rows import MASKED, fitting, said
 from .verdicts import Check, Verdict
 
@@ -141,12 +142,11 @@ def _sizes(x: Tensor) -> tuple[tuple[int, bool], ...]:
 
 
 def _held(x: Any) -> tuple[bool, ...]:
-    """What a mask holds: does it keep everything, anything, and is anything filled."""
+    """What a mask holds: does it keep everything, anything, and something in every row."""
     if not isinstance(x, Tensor) or x.numel() > LOOKED_AT or x.device.type != "cpu" or not x.numel():
         return ()
-    if x.is_floating_point():
-        return (bool(x.amin() < MASKED),)
-    return bool(x.all()), bool(x.any())
+    keep = x > MASKED if x.is_floating_point() else x != 0
+    return bool(keep.all()), bool(keep.any()), bool(keep.any(-1).all()) if x.dim() else True
 
 
 def _flow_alike(arguments: Sequence[Any], given: Sequence[Any]) -> bool:

@@ -42,7 +42,7 @@ class Policy:
     mesh: Mesh | str | None = None
     strict: bool = False
     expect: Collection[str] = ()
-    check: str | int = "never"
+    check: str | int = "first"
 
     def __post_init__(self) -> None:
         for field in ("allow", "deny"):

@@ -16,8 +16,9 @@ import reattend
 from reattend.codegen.files import cache
 from reattend.rewriter.check import rows
 from reattend.rewriter.check.compare import errors
-from reattend.rewriter.check.cut import Uncheckable, cut, read
+from reattend.rewriter.check.cut import cut
 from reattend.rewriter.check.demand import Demand, everything, groups, kept, pick
+from reattend.rewriter.check.own import Uncheckable, read
 from reattend.rewriter.check.rows import Budget, picked, poor
 from reattend.rewriter.splice import sampling
 from tests.loading import script
@@ -276,7 +277,11 @@ def test_a_mask_that_takes_keys_away_is_a_new_kind() -> None:
         assert len(reattend.report(model).checks) == 1
         keep[0, ..., 40:] = False
         model(*x, keep)
-    assert len(reattend.report(model).checks) == 2
+        assert len(reattend.report(model).checks) == 2
+        # a row without a key is another kind, also where keys were missing before
+        keep[1] = False
+        model(*x, keep)
+    assert len(reattend.report(model).checks) == 3
 
 
 def test_what_does_not_fit_keeps_the_original_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +403,27 @@ class Spelled(nn.Module):
 
 def test_kept_is_the_shape() -> None:
     assert kept([4, 5, 6], (None, (1, 2), (0,))) == [4, 2, 1]
+
+
+def test_identical_layers_are_read_once_whatever_their_nodes_are_called() -> None:
+    x = [torch.randn(1, 2, 32, 16) for _ in range(3)]
+    first, second = graph_of(Attend(), x), graph_of(Attend(), x)
+    for n in second.graph.nodes:
+        n.name = f"{n.name}_of_layer_1"
+    own = read(first, x)
+    assert read(second, x) is own
+    assert read(first, [t[:, :1] for t in x]) is not own
+    assert read(first, [t.double() for t in x]) is not own
+
+    class Halved(Attend):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+            return super().forward(q * 0.5, k, v)
+
+    class Third(Attend):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+            return super().forward(q * 0.25, k, v)
+
+    assert read(graph_of(Halved(), x), x) is not read(graph_of(Third(), x), x)
 
 
 def test_fewer_rows_are_looked_at_where_many_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,149 @@
+"""A site's own code, ready to run again: without writes in place where possible, with fake values at the sizes at hand.
+
+Identical layers share it: it is read once for a text and the sizes and types of what is given.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph.aliases import Aliases
+from ..graph.liveness import is_pure
+from ..graph.node import op_name
+from ..graph.torch_private import FakeTensorMode, OpOverload, schema
+
+
+class Uncheckable(RuntimeError):
+    """A site whose own code cannot be run again beside the rewritten one; the sentence says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """A site's own code: its graph without writes in place where that can be had, and fake values at the sizes at hand."""
+
+    graph: fx.Graph
+    values: Mapping[fx.Node, Any]
+    written: bool
+
+    @property
+    def output(self) -> fx.Node:
+        (out,) = (n for n in self.graph.nodes if n.op == "output")
+        answer = out.args[0]
+        assert isinstance(answer, fx.Node)
+        return answer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values[self.output].shape)
+
+
+def read(gm: fx.GraphModule, given: Sequence[Any]) -> Own:
+    """The own code of a site for these inputs. Raises Uncheckable where running it again would change something."""
+    at = _key(gm.graph, given)
+    with _lock:
+        if at in _known:
+            _known.move_to_end(at)
+            return _known[at]
+    graph, written = _without_writes(gm.graph)
+    for n in graph.nodes:
+        if n.op not in ("placeholder", "output") and not _repeatable(n):
+            raise Uncheckable(f"{op_name(n)} draws random numbers, or is not known to compute its value alone")
+    own = Own(graph, _fakes(gm, graph, given), written)
+    with _lock:
+        _known[at] = own
+        while len(_known) > KEPT:
+            _known.popitem(last=False)
+    return own
+
+
+# Texts of own code that are kept, by what they say and what they are given: those of one model's kinds of layers.
+KEPT = 16
+_known: OrderedDict[object, Own] = OrderedDict()
+_lock = threading.Lock()
+
+
+def _key(graph: fx.Graph, given: Sequence[Any]) -> object:
+    """What own code says, whatever its nodes are called, and the metadata of what it is given."""
+    place = {n: i for i, n in enumerate(graph.nodes)}
+
+    def plain(x: Any) -> object:
+        if isinstance(x, fx.Node):
+            return ("node", place[x])
+        if isinstance(x, (list, tuple)):
+            return tuple(map(plain, x))
+        if isinstance(x, slice):
+            return ("slice", plain(x.start), plain(x.stop), plain(x.step))
+        return (type(x), repr(x))
+
+    calls = ((n, n.target if n.op == "call_function" else "") for n in graph.nodes)
+    said = tuple((n.op, target, plain(n.args), plain(tuple(n.kwargs.items()))) for n, target in calls)
+    held = tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else plain(x) for x in given)
+    return said, held
+
+
+def _repeatable(n: fx.Node) -> bool:
+    pure = is_pure(n)
+    if pure or n.op != "call_function" or not isinstance(n.target, OpOverload):
+        return pure
+    # A write in place that is left is into memory of the graph's own.
+    return schema(n.target).is_mutable and torch.Tag.nondeterministic_seeded not in n.target.tags
+
+
+def _fakes(gm: fx.GraphModule, graph: fx.Graph, given: Sequence[Any]) -> dict[fx.Node, Any]:
+    values: dict[fx.Node, Any] = {}
+
+    class Record(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            values[n] = super().run_node(n)
+            return values[n]
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in given]
+        runner = Record(gm, graph=graph, garbage_collect_values=False)
+        runner.extra_traceback = False
+        runner.run(*fakes)
+    return values
+
+
+def _without_writes(graph: fx.Graph) -> tuple[fx.Graph, bool]:
+    """A copy in which `s.masked_fill_(m, f)` reads `t = s.masked_fill(m, f)`, and whether writes are left.
+
+    Raises Uncheckable for a write into what is given.
+    """
+    aliases = Aliases(graph)
+    writes = [n for n in graph.nodes if is_write(n)]
+    homes = {aliases.storage(n) for n in writes}
+    shared = [n for n in graph.nodes if aliases.storage(n) in homes]
+    if any(n.op == "placeholder" for n in shared):
+        raise Uncheckable("it writes into its inputs")
+    first = {aliases.storage(n): n for n in reversed(shared)}
+    plain = all(is_write(n) or n is first[aliases.storage(n)] for n in shared) and all(_functional(n) for n in writes)
+    out, table, newest = fx.Graph(), dict[fx.Node, fx.Node](), dict[fx.Node, fx.Node]()
+    for n in graph.nodes:
+        made = out.node_copy(n, lambda x: newest.get(aliases.storage(x), table[x]) if plain else table[x])
+        table[n] = made
+        if plain and n in shared:
+            newest[aliases.storage(n)] = made
+            if is_write(n):
+                made.target = _functional(n) or made.target
+    return out, bool(writes) and not plain
+
+
+def is_write(n: fx.Node) -> bool:
+    return n.op == "call_function" and isinstance(n.target, OpOverload) and schema(n.target).is_mutable
+
+
+def _functional(n: fx.Node) -> OpOverload | None:
+    """The operator that answers what this one writes; None where there is no such."""
+    assert isinstance(n.target, OpOverload)
+    name = schema(n.target).name.removeprefix("aten::")
+    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+    return getattr(packet, schema(n.target).overload_name or "default", None)
