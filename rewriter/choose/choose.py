@@ -162,15 +162,20 @@ def _splice(gm: fx.GraphModule, d: Decision, request: Request, record: list[Chec
     watched = policy.check != "never"
     if watched and request.traced:
         why = "nothing can step aside in a graph that Inductor compiles"
-        record.append(Check(d.site.name, d.site.choice, "unchecked", why=why))
+        record.append(Check(_label(d.site), d.site.choice, "unchecked", why=why))
         watched = False
     original = original_subgraph(gm, f.output, interior(f)) if call.guarded or watched else None
     if watched and original is None:
         why = "its own code cannot run again: a part of it is written in place"
-        record.append(Check(d.site.name, d.site.choice, "unchecked", why=why))
+        record.append(Check(_label(d.site), d.site.choice, "unchecked", why=why))
         return None
     watch = watch_of(d, original[1], policy, record) if watched and original is not None else None
     return splice.replace(gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original, watch=watch)
+
+
+def _label(site: Site) -> str:
+    """What a site is called where it stands alone: a model that is one attention has no module's name."""
+    return site.name or site.where
 
 
 def watch_of(d: Decision, inputs: Sequence[fx.Node], policy: Policy, record: list[Check]) -> SiteWatch:
@@ -179,7 +184,7 @@ def watch_of(d: Decision, inputs: Sequence[fx.Node], policy: Policy, record: lis
     assert isinstance(view, Attention), view
     read = {d.found.tensors.get(str(x.attr)) for x in ex.loads(view.score)}
     return SiteWatch(
-        d.site.name, d.site.choice, d.site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
+        _label(d.site), d.site.choice, d.site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
         masks=frozenset(i for i, n in enumerate(inputs) if n in read), refuse=StrictError if policy.strict else None,
         record=record,
     )

@@ -193,7 +193,7 @@ class Guarded(nn.Module):
     def _step_aside(self, why: str) -> None:
         """Make no further call and say why, or raise where the watch is strict."""
         self.broken, watch = why, self.watch
-        said = f"{self.name} keeps the original code: {why}"
+        said = f"{self.name if watch is None else watch.site} keeps the original code: {why}"
         if watch is not None and watch.refuse is not None:
             raise watch.refuse(said)
         warnings.warn(f"reattend: {said}" + (f": {REPORT}" if watch is not None else ""), stacklevel=3)

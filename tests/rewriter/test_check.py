@@ -290,7 +290,7 @@ def test_what_does_not_fit_keeps_the_original_and_says_so(monkeypatch: pytest.Mo
     monkeypatch.setattr(rows, "SAMPLED", none)
     x = [torch.randn(1, 2, 48, 16) for _ in range(3)]
     model = optimised(check=1)
-    with torch.no_grad(), pytest.warns(UserWarning, match="keeps the original code: even a sample of it"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="reattend: \\S+:\\d+ .*keeps the original code: even a sample of it"):
         assert torch.equal(model(*x), Attend()(*x))
     (check,) = reattend.report(model).checks
     assert (check.verdict, check.why[:20]) == ("unchecked", "even a sample of it ")
