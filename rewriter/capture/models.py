@@ -382,11 +382,21 @@ _MAKERS: Mapping[str, Callable[[Config, Shapes, torch.device, torch.dtype], Tens
 # --- one decoding step ------------------------------------------------------------------------------------------
 
 
+# What a model calls its cache of keys and values: transformers from 5.24 on, and before.
+_CACHES = ("cache", "past_key_values")
+
+
+def cache_name(model: nn.Module) -> str | None:
+    """The argument, and the field of a result, that holds a decoder's keys and values; None where there is none."""
+    taken = inspect.signature(model.forward).parameters
+    return next((n for n in _CACHES if n in taken), None)
+
+
 def decode_inputs(model: nn.Module, shapes: Shapes) -> tuple[tuple[object, ...], dict[str, object]]:
     """Inputs of a step of `seq` tokens (one where unset) after `past` tokens (the model's default length where 0)."""
     config = getattr(model, "config", None)
-    cached = "past_key_values" in inspect.signature(model.forward).parameters
-    if config is None or getattr(config, "is_encoder_decoder", False) or not cached:
+    name = cache_name(model)
+    if config is None or getattr(config, "is_encoder_decoder", False) or name is None:
         raise UsageError("--phase decode needs a decoder-only model: this one has no cache to decode from")
     past = shapes.past or tokens(config, Shapes(shapes.batch))
     device = next(model.parameters()).device
@@ -397,8 +407,8 @@ def decode_inputs(model: nn.Module, shapes: Shapes) -> tuple[tuple[object, ...],
         raise UsageError(
             f"--phase decode: the model cannot fill its cache ({error}); another --dtype may do"
         ) from error
-    cache = getattr(filled, "past_key_values", None)
+    cache = getattr(filled, name, None)
     if cache is None:
         raise UsageError(f"--phase decode: {type(model).__name__} returns no cache of keys and values")
     ids = torch.zeros(shapes.batch, shapes.seq or 1, dtype=torch.long, device=device)
-    return (), {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    return (), {"input_ids": ids, name: cache, "use_cache": True}

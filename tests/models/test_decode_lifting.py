@@ -11,6 +11,7 @@ from torch import fx
 
 from reattend.patterns.evaluate import evaluate
 from reattend.rewriter.capture.capture import from_dynamo
+from reattend.rewriter.capture.models import cache_name
 from reattend.rewriter.find import detect
 
 from ..rewriter.helpers import recorded
@@ -42,6 +43,7 @@ def test_each_step_of_a_decode(name: str, cache: str) -> None:
         return run
 
     compiled: Any = torch.compile(model, backend=compare)
+    cached = cache_name(model) or ""
     steps = 0
     with torch.no_grad():
         for length in (24, 17):
@@ -51,12 +53,12 @@ def test_each_step_of_a_decode(name: str, cache: str) -> None:
                 if cache == "dynamic"
                 else transformers.StaticCache(config=model.config, max_cache_len=64)
             )
-            compiled(**given, past_key_values=past, use_cache=True)
+            compiled(**given, **{cached: past}, use_cache=True)
             mask = given["attention_mask"]
             for _ in range(3):
                 mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
                 token = torch.full((2, 1), 5)
-                compiled(input_ids=token, attention_mask=mask, past_key_values=past, use_cache=True)
+                compiled(input_ids=token, attention_mask=mask, **{cached: past}, use_cache=True)
             steps += 4
     assert len(errors) == layers * steps
     assert max(errors) <= 1e-5
