@@ -100,6 +100,10 @@ SPELLINGS: Mapping[str, Spelling] = {
     "rsqrt": call("rsqrt_"),
     "reciprocal": Spelling("1.0f / {}", PRODUCT, (UNARY,)),
 }
+# What they call of the skeleton's functions.
+CALLED = frozenset(
+    re.findall(r"(?<![\w:])[a-z]\w*(?=\()", " ".join(t.text for s in SPELLINGS.values() for t in (s, s.plain) if t))
+)
 # On predicates.
 TRUTHS: Mapping[str, Spelling] = {
     name: Spelling(f"{{}} {sign} {{}}", ANY, (SUM, SUM))

@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...patterns import expr as ex
+from ...patterns.attention.score import bends
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import PARTIAL, TileRuns, conjuncts
+from ...patterns.operators import facts
 from ...patterns.terms.affine import affine, says_at_most_zero
 from ..count.subject import Shape, Subject
 from ..count.tiles import Jobs, expected, tile_map
@@ -295,11 +297,8 @@ def by_sdpa(s: Subject) -> bool:
     a = s.attention
     if len(a.products) != 1 or [e.op for e in a.row][:1] != ["max"]:
         return False
-    made = {e.out.tensor for e in a.products}
-    curved = (*EXPONENTIALS, "relu", "abs", "sqrt", "rsqrt", "reciprocal", "max", "min")
-    return not any(
-        t.op in curved and any(str(x.attr) in made for x in ex.loads(t)) for t in ex.walk(s.mask.full)
-    ) and any(t.op in ("exp", "exp2") for t in ex.walk(a.weight))
+    exponential = any(facts(t.op).law == "exponential" for t in ex.walk(a.weight))
+    return exponential and not bends(s.mask.full, {e.out.tensor for e in a.products})
 
 
 def _pairs(c: KernelCall) -> int:
