@@ -242,6 +242,7 @@ _TABLE: tuple[Operator, ...] = (
     ),
     _real("log", _total(math.log, 0.0), algebra="log", monotone=1, pole=True, law="logarithm", of=math.e, effort=CALL),
     _real("log2", _total(math.log2, 0.0), monotone=1, pole=True, law="logarithm", of=2.0, effort=CALL),
+    _real("log10", _total(math.log10, 0.0), monotone=1, pole=True, law="logarithm", of=10.0, effort=CALL),
     _real(
         "log1p",
         _total(math.log1p, -1.0),
@@ -289,6 +290,15 @@ _TABLE: tuple[Operator, ...] = (
         range=SIGNED,
         monotone=1,
         effort=Effort("special", 1, 2.0),
+    ),
+    _real(
+        "atan",
+        math.atan,
+        "arctan",
+        algebra="atan",
+        range=(-math.pi / 2, math.pi / 2),
+        monotone=1,
+        effort=Effort("special", 2, 3.0),
     ),
     _real("sin", _total(math.sin), algebra="sin", range=SIGNED, effort=Effort("special", 1, 2.0)),
     _real("cos", _total(math.cos), algebra="cos", range=SIGNED, effort=Effort("special", 1, 2.0)),
