@@ -93,7 +93,7 @@ def _too_large(s: Streaming, mapping: TileMapping, target: Device | str) -> Refu
     return Refusal(NAME, f"{mapping} needs {need} bytes of shared memory; {arch.name} has {limit}")
 
 
-def shared_bytes(c: Cascade, mapping: TileMapping, target: Device | str = "sm_90") -> int | Refusal:
+def shared_bytes(c: Cascade, mapping: TileMapping, target: Device | str) -> int | Refusal:
     """Bytes of shared memory that Triton gives one program of the kernel."""
     s, arch = read(c), architecture(target)
     if isinstance(s, Refusal):
@@ -113,7 +113,7 @@ def _shared_bytes(s: Streaming, mapping: TileMapping, arch: Architecture) -> int
 
 
 @lru_cache(maxsize=256)
-def default_mapping(c: Cascade, target: Device | str = "sm_90") -> TileMapping | Refusal:
+def default_mapping(c: Cascade, target: Device | str) -> TileMapping | Refusal:
     """The mapping to start from on an architecture: large tiles whose accumulators stay in registers."""
     s, arch = read(c), architecture(target)
     if isinstance(s, Refusal):
