@@ -11,7 +11,8 @@ Source: Nayak et al., "FuseMax" (MICRO 2024), section II; the words are theirs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
@@ -233,6 +234,13 @@ def size_term(size: Size) -> Expr:
     raise ValueError(f"size {size} has no form as a term")
 
 
+# The operators that sizes are made by, on sympy's terms.
+OF_SIZES: Mapping[str, Callable[[sympy.Expr, sympy.Expr], sympy.Expr]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": lambda a, b: sympy.floor(a / b),
+    "mod": sympy.Mod,
+}
+
+
 def term_size(term: Expr) -> Size:
     """The inverse of `size_term`, for terms without coordinates or loads."""
     match term.op:
@@ -240,13 +248,8 @@ def term_size(term: Expr) -> Size:
             return int(term.value)
         case "symbol":
             return sympy.Symbol(str(term.attr), integer=True, positive=True)
-        case "add" | "sub" | "mul" | "floordiv" | "mod":
-            a, b = (sympy.sympify(term_size(x)) for x in term.args)
-            out = {
-                "add": lambda: a + b, "sub": lambda: a - b, "mul": lambda: a * b,
-                "floordiv": lambda: sympy.floor(a / b), "mod": lambda: sympy.Mod(a, b),
-            }[term.op]()
-            return as_size(out)
+        case op if op in OF_SIZES:
+            return as_size(OF_SIZES[op](*(sympy.sympify(term_size(x)) for x in term.args)))
     raise ValueError(f"{term} is no size")
 
 

@@ -7,10 +7,10 @@
     monotone, exact            1: never falls, −1: never rises, on a domain that is an interval; nothing is rounded
     pole, narrow               infinite at some number; rounding the operands first makes no difference
     law, of                    how it meets products and sums, with its base or exponent
-    row_map                    where it stands on a score, the row rule begins
-    effort                     the unit of a processor that does it, and what it costs there
+    effort                     the unit of a processor that does it, and what it costs there; it cannot be left out
 
 An operator that is added here is evaluated, folded, bounded, lifted, split and counted; each language adds a spelling.
+What follows from the rest is a property: `bounded`, `curved`, `steep`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any, Literal, TypeAlias
@@ -31,21 +31,29 @@ Meaning: TypeAlias = str | Function
 Unit: TypeAlias = Literal["lane", "special", "root", "division", "maximum", "mask"]
 # exponential  f(x + y) = f(x)·f(y)      power        f(x·y) = f(x)·f(y), f(x) = x^k
 # logarithm    f(x·y) = f(x) + f(y)      homogeneous  f(h·x) = h·f(x) for h > 0
-Law: TypeAlias = Literal["", "exponential", "logarithm", "power", "homogeneous"]
+# affine       f(x + y, z) + f(0, z) = f(x, z) + f(y, z): a line in the first operand while the second stands
+Law: TypeAlias = Literal["", "exponential", "logarithm", "power", "homogeneous", "affine"]
 INF = math.inf
 ANY, NATURAL, SIGNED, SHARE = (-INF, INF), (0.0, INF), (-1.0, 1.0), (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """`calls` of a GPU's special-function unit; `exps`: the price on a host, in exponentials, where nobody timed it."""
+    """What one result costs.
+
+    `calls` of a GPU's special-function unit; `exps`: the price on a host, in exponentials, where nobody timed it; `slots`
+    in which a lane of a GPU issues it.
+    """
 
     unit: Unit = "lane"
     calls: int = 0
     exps: float = 1.0
+    slots: float = 1.0
 
 
 LANE, ROOT, DIVISION, MAXIMUM, MASK = (Effort(u) for u in ("lane", "root", "division", "maximum", "mask"))
+# Half of the multiplies and additions fuse; a sign goes with what reads it.
+FUSES, FREE = Effort(slots=0.75), Effort(slots=0.0)
 CALL = Effort("special", 1)
 
 
@@ -69,8 +77,7 @@ class Operator:
     narrow: bool = False
     law: Law = ""
     of: float = 0.0
-    row_map: bool = False
-    effort: Effort = LANE
+    effort: Effort = field(kw_only=True)
     # how terms are shown: the sign between the operands, and how tightly it binds
     sign: str = ""
     level: int = 0
@@ -78,6 +85,16 @@ class Operator:
     @property
     def bounded(self) -> bool:
         return math.isfinite(self.range[0]) and math.isfinite(self.range[1])
+
+    @property
+    def curved(self) -> bool:
+        """Is it a number that follows the operands along no line? Where it stands on a score, the row rule begins."""
+        return self.law != "affine" and self.effort.unit != "mask"
+
+    @property
+    def steep(self) -> bool:
+        """Does it pass all bounds at a modest number, as exponentials do?"""
+        return self.arity == 1 and self.result == "float" and math.isinf(self.fold(1e4))
 
     def in_numpy(self, numpy: ModuleType) -> Function:
         return _meaning(self.numpy or self.name, numpy)
@@ -90,11 +107,12 @@ class Operator:
         """What a graph calls it."""
         return (self.torch or self.name).rpartition(".")[2]
 
-    def in_sympy(self, sympy: ModuleType) -> Function | None:
+    def in_algebra(self, sympy: object) -> Function | None:
+        """Over sympy, or over whatever has functions of the same names."""
         return _meaning(self.algebra, sympy) if self.algebra is not None else None
 
 
-def _meaning(of: Meaning, library: ModuleType) -> Function:
+def _meaning(of: Meaning, library: object) -> Function:
     """The function that a name or a formula stands for in a library."""
     if isinstance(of, str):
         found: Function = operator.attrgetter(of)(library)
@@ -151,8 +169,18 @@ _compare = partial(_test, arity=2, level=3)
 
 _TABLE: tuple[Operator, ...] = (
     # signs, steps and selections
-    Operator("neg", operator.neg, "negative", algebra=lambda s, x: -x, monotone=-1, exact=True, narrow=True),
-    Operator("abs", abs, algebra="Abs", range=NATURAL, exact=True, narrow=True, law="homogeneous", row_map=True),
+    Operator(
+        "neg",
+        operator.neg,
+        "negative",
+        algebra=lambda s, x: -x,
+        monotone=-1,
+        exact=True,
+        narrow=True,
+        law="affine",
+        effort=FREE,
+    ),
+    Operator("abs", abs, algebra="Abs", range=NATURAL, exact=True, narrow=True, law="homogeneous", effort=LANE),
     Operator(
         "relu",
         lambda x: max(x, type(x)(0)),
@@ -163,12 +191,12 @@ _TABLE: tuple[Operator, ...] = (
         exact=True,
         narrow=True,
         law="homogeneous",
-        row_map=True,
+        effort=LANE,
     ),
-    Operator("floor", _rounding(math.floor), monotone=1, exact=True),
-    Operator("ceil", _rounding(math.ceil), monotone=1, exact=True),
-    Operator("round", _rounding(round), monotone=1, exact=True),
-    Operator("trunc", _rounding(math.trunc), monotone=1, exact=True),
+    Operator("floor", _rounding(math.floor), monotone=1, exact=True, effort=LANE),
+    Operator("ceil", _rounding(math.ceil), monotone=1, exact=True, effort=LANE),
+    Operator("round", _rounding(round), monotone=1, exact=True, effort=LANE),
+    Operator("trunc", _rounding(math.trunc), monotone=1, exact=True, effort=LANE),
     # torch has it that NaN has no sign
     Operator(
         "sign",
@@ -177,6 +205,7 @@ _TABLE: tuple[Operator, ...] = (
         range=SIGNED,
         monotone=1,
         exact=True,
+        effort=LANE,
     ),
     _test("isnan", lambda x: x != x),
     _test("isinf", lambda x: isinstance(x, float) and math.isinf(x)),
@@ -190,7 +219,6 @@ _TABLE: tuple[Operator, ...] = (
         monotone=1,
         law="exponential",
         of=math.e,
-        row_map=True,
         effort=CALL,
     ),
     _real(
@@ -202,7 +230,6 @@ _TABLE: tuple[Operator, ...] = (
         monotone=1,
         law="exponential",
         of=2.0,
-        row_map=True,
         effort=CALL,
     ),
     _real(
@@ -211,18 +238,17 @@ _TABLE: tuple[Operator, ...] = (
         algebra=lambda s, x: s.exp(x) - 1,
         range=(-1.0, INF),
         monotone=1,
-        row_map=True,
         effort=CALL,
     ),
     _real("log", _total(math.log, 0.0), algebra="log", monotone=1, pole=True, law="logarithm", of=math.e, effort=CALL),
     _real("log2", _total(math.log2, 0.0), monotone=1, pole=True, law="logarithm", of=2.0, effort=CALL),
+    _real("log10", _total(math.log10, 0.0), monotone=1, pole=True, law="logarithm", of=10.0, effort=CALL),
     _real(
         "log1p",
         _total(math.log1p, -1.0),
         algebra=lambda s, x: s.log(1 + x),
         monotone=1,
         pole=True,
-        row_map=True,
         effort=CALL,
     ),
     _real(
@@ -231,7 +257,6 @@ _TABLE: tuple[Operator, ...] = (
         "arcsinh",
         algebra="asinh",
         monotone=1,
-        row_map=True,
         effort=Effort("special", 2, 27.0),
     ),
     # torch makes it a line from 20 on, where it falls by 2·10⁻⁹: it is not monotone
@@ -243,11 +268,10 @@ _TABLE: tuple[Operator, ...] = (
         lambda s, x: s.log(1 + s.exp(x)),
         range=NATURAL,
         positive=True,
-        row_map=True,
         effort=Effort("special", 2, 3.0),
     ),
     # bounded curves
-    _real("tanh", math.tanh, algebra="tanh", range=SIGNED, monotone=1, row_map=True, effort=Effort("special", 1, 3.0)),
+    _real("tanh", math.tanh, algebra="tanh", range=SIGNED, monotone=1, effort=Effort("special", 1, 3.0)),
     _real(
         "sigmoid",
         _sigmoid,
@@ -256,7 +280,6 @@ _TABLE: tuple[Operator, ...] = (
         range=SHARE,
         positive=True,
         monotone=1,
-        row_map=True,
         effort=Effort("special", 1, 1.5),
     ),
     _real(
@@ -268,8 +291,17 @@ _TABLE: tuple[Operator, ...] = (
         monotone=1,
         effort=Effort("special", 1, 2.0),
     ),
-    _real("sin", _total(math.sin), algebra="sin", range=SIGNED, row_map=True, effort=Effort("special", 1, 2.0)),
-    _real("cos", _total(math.cos), algebra="cos", range=SIGNED, row_map=True, effort=Effort("special", 1, 2.0)),
+    _real(
+        "atan",
+        math.atan,
+        "arctan",
+        algebra="atan",
+        range=(-math.pi / 2, math.pi / 2),
+        monotone=1,
+        effort=Effort("special", 2, 3.0),
+    ),
+    _real("sin", _total(math.sin), algebra="sin", range=SIGNED, effort=Effort("special", 1, 2.0)),
+    _real("cos", _total(math.cos), algebra="cos", range=SIGNED, effort=Effort("special", 1, 2.0)),
     # roots and reciprocals
     _real(
         "sqrt",
@@ -279,7 +311,6 @@ _TABLE: tuple[Operator, ...] = (
         monotone=1,
         law="power",
         of=0.5,
-        row_map=True,
         effort=ROOT,
     ),
     # −∞ at −0: no interval can be read off its ends
@@ -305,9 +336,9 @@ _TABLE: tuple[Operator, ...] = (
         effort=DIVISION,
     ),
     # arithmetic
-    _binary("add", operator.add, algebra=lambda s, x, y: x + y, sign="+", level=4),
-    _binary("sub", operator.sub, "subtract", algebra=lambda s, x, y: x - y, sign="−", level=4),
-    _binary("mul", operator.mul, "multiply", algebra=lambda s, x, y: x * y, sign="·", level=5),
+    _binary("add", operator.add, algebra=lambda s, x, y: x + y, law="affine", effort=FUSES, sign="+", level=4),
+    _binary("sub", operator.sub, "subtract", algebra=lambda s, x, y: x - y, law="affine", effort=FUSES, sign="−", level=4),
+    _binary("mul", operator.mul, "multiply", algebra=lambda s, x, y: x * y, law="affine", effort=FUSES, sign="·", level=5),
     _binary(
         "div",
         _true_div,
@@ -315,12 +346,13 @@ _TABLE: tuple[Operator, ...] = (
         algebra=lambda s, x, y: x / y,
         result="float",
         pole=True,
+        law="affine",
         effort=DIVISION,
         sign="/",
         level=5,
     ),
-    _binary("floordiv", operator.floordiv, "floor_divide", "floor_divide", sign="//", level=5),
-    _binary("mod", operator.mod, "mod", "remainder", sign="%", level=5),
+    _binary("floordiv", operator.floordiv, "floor_divide", "floor_divide", effort=LANE, sign="//", level=5),
+    _binary("mod", operator.mod, "mod", "remainder", effort=LANE, sign="%", level=5),
     _binary("max", _maximum, "maximum", "maximum", "Max", monotone=1, exact=True, narrow=True, effort=MAXIMUM),
     _binary("min", _minimum, "minimum", "minimum", "Min", monotone=1, exact=True, narrow=True, effort=MAXIMUM),
     _binary("pow", operator.pow, "power", algebra=lambda s, x, y: x**y, effort=Effort("special", 2, 3.0)),
@@ -344,8 +376,13 @@ def named(keep: Callable[[Operator], bool]) -> tuple[str, ...]:
     return tuple(o.name for o in _TABLE if keep(o))
 
 
+def logarithm(op: str) -> str:
+    """The logarithm to an exponential's base, or "" where the table has none."""
+    return next((o.name for o in _TABLE if o.law == "logarithm" and o.of == facts(op).of), "")
+
+
 # What is said of leaves, choices and casts: nothing.
-_OTHER = Operator("", lambda: math.nan)
+_OTHER = Operator("", lambda: math.nan, effort=LANE)
 
 
 def facts(op: str) -> Operator:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
+from ...cost_model.time import cpu_tiles
 from ...patterns import expr as ex
 from ...patterns.cascade import Einsum, show
 from ...patterns.expr import Expr
@@ -22,8 +23,9 @@ from ..forms.program import bindings, loose
 from ..text.print_torch import TYPES, TorchBody, TorchScope, identifier
 from ..text.printer import PrintError
 
+_SEES_ALL = "# Calls with fewer scores a head see every key: to find out which to skip would cost more."
 CONSTANTS = {
-    "FEW": "# Calls with fewer scores a head see every key: to find out which to skip would cost more.\nFEW = 4096",
+    "FEW": f"{_SEES_ALL}\nFEW = {cpu_tiles.FEW}",
     "LOG2E": "LOG2E = 1.4426950408889634",
 }
 LICENCE = "This file may be used, changed and licensed freely by whoever had it printed; it needs nothing but torch."
@@ -50,8 +52,18 @@ def parts(module: ModuleType) -> Mapping[str, tuple[str, frozenset[str]]]:
             start -= 1
         before = node.end_lineno or first
         used = frozenset(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
-        out |= {name: ("\n".join(lines[start:before]), used) for name in _defined(node)}
+        written = "\n".join(lines[start:before])
+        for name in _defined(node):
+            # a printed file imports nothing of ours: a number of the cost model is printed as it is written there
+            out[name] = (written.replace(f"cpu_tiles.{name}", _numbers().get(name, "")), used)
     return out
+
+
+@cache
+def _numbers() -> Mapping[str, str]:
+    """The cost model's numbers of the CPU's tiles, as they are written."""
+    nodes = ast.parse(inspect.getsource(cpu_tiles)).body
+    return {name: ast.unparse(n.value) for n in nodes if isinstance(n, ast.Assign) for name in _defined(n)}
 
 
 def _defined(node: ast.stmt) -> list[str]:

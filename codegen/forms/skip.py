@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from ...patterns import expr as ex
 from ...patterns.attention.rowstate import RowState
 from ...patterns.expr import Expr
 from ...patterns.masks.split import VANISHING, Mask
+from ...patterns.operators import OPERATORS, facts, named
 from ...patterns.terms.conditions import negated, simplify_under
 from ...patterns.terms.intervals import Span, spans
 from .terms import mapped_elements
@@ -25,6 +28,10 @@ FINITE = 1e29
 # Weights beyond this are not cast to float16.
 HALF = 6e4
 _SCORE = "$score"
+_OPENED = named(lambda o: o.positive and not o.law and callable(o.algebra))
+_TERMS = SimpleNamespace(
+    **{o.algebra: partial(ex.unary, o.name) for o in OPERATORS.values() if isinstance(o.algebra, str) and o.arity == 1}
+)
 
 
 def vanishes(state: RowState, score: Expr, key: str, lo: float, hi: float) -> bool:
@@ -55,15 +62,18 @@ def predicate(state: RowState, score: Expr, key: str) -> Expr:
 
 
 def _opened(root: Expr) -> Expr:
-    """Bounded functions by the exponentials that they are of, exact where these vanish.
+    """Positive functions that are made of exponentials by these, exact where they vanish: softplus(x) = log(1 + exp(x)).
 
-    sigmoid(x) = exp(x) / (1 + exp(x))        softplus(x) = log(1 + exp(x))
+    The table's formulas are over sympy; here terms stand for it.
     """
 
     def rule(e: Expr, args: tuple[Expr, ...]) -> Expr | None:
-        if e.op == "sigmoid":
-            return ex.exp(args[0]) / (1.0 + ex.exp(args[0]))
-        return ex.unary("log1p", ex.exp(args[0])) if e.op == "softplus" else None
+        if e.op not in _OPENED:
+            return None
+        made = facts(e.op).in_algebra(_TERMS)
+        assert made is not None
+        term: Expr = made(*args)
+        return term
 
     return ex.rebuild(root, rule)
 
@@ -73,7 +83,7 @@ def fits_half(state: RowState, score: Expr, key: str) -> bool:
     weight = state.weight
     while weight.op in ("where", "cast"):
         weight = weight.args[-1] if weight.op == "cast" or weight.args[1].is_const else weight.args[1]
-    if weight.op in ("exp", "exp2") and state.correction is not None:
+    if facts(weight.op).law == "exponential" and state.correction is not None:
         return True
     low, high = _span(_in_range(state.weight, score, -FINITE, FINITE), state, key, -FINITE, FINITE)
     return low >= -HALF and high <= HALF

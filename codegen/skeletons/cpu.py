@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...cost_model.time import cpu_tiles
+
 
 class Run(NamedTuple):
     """A slice of the keys; `masked`: something is added to its scores."""
@@ -37,9 +39,9 @@ class Block(NamedTuple):
 
 
 # Query tiles are folded into the batch of one SDPA call: enough of them to feed the cores, few enough to stay in the cache.
-CALL_SCORES = 1 << 18
-PIECES_PER_THREAD = 4
-PIECE_ROWS = 64
+CALL_SCORES = cpu_tiles.CALL_SCORES
+PIECES_PER_THREAD = cpu_tiles.PIECES_PER_THREAD
+PIECE_ROWS = cpu_tiles.PIECE_ROWS
 
 
 @lru_cache(maxsize=64)

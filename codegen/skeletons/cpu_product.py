@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...cost_model.time import cpu_tiles
 from .cpu import Block
 
 # The longest slice of keys, and scores in flight for each thread.
-SLICE = 512
-SCORES = 1 << 18
+SLICE = cpu_tiles.SLICE
+SCORES = cpu_tiles.SCORES
 
 State = tuple[Tensor, ...]
 

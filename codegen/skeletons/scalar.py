@@ -90,6 +90,19 @@ def asinh(x):
 
 
 @triton.jit
+def atan(x):
+    """Odd polynomial below tan(π/8) (error 1.4), π/4 + atan((x − 1)/(x + 1)) to tan(3π/8) (3.5), π/2 − atan(1/x) (2)."""
+    a = tl.abs(x)
+    far, mid = a > 2.41421356, a > 0.414213562
+    t = tl.where(far, -1.0 / tl.where(far, a, 1.0), tl.where(mid, (a - 1.0) / (tl.where(far, 0.0, a) + 1.0), a))
+    z = t * t
+    p = -0.138776856 + z * 8.05374450e-2
+    p = t + t * (z * (-0.333329492 + z * (0.199777106 + z * p)))
+    y = tl.where(far, 1.57079633, tl.where(mid, 0.785398163, 0.0)) + p
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
 def softplus(x):
     """log(1 + exp(x)), and x itself above 20, as torch has it."""
     return tl.where(x > 20.0, x, tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x))))

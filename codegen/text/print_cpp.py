@@ -88,8 +88,10 @@ SPELLINGS: Mapping[str, Spelling] = {
     "expm1": call("std::expm1"),
     "log": call("log_"),
     "log2": call("log2_"),
+    "log10": call("std::log10"),
     "log1p": call("log1p_"),
     "asinh": call("std::asinh"),
+    "atan": call("std::atan"),
     "softplus": call("softplus_"),
     "tanh": call("tanh_"),
     "sigmoid": call("sigmoid_"),
@@ -100,6 +102,10 @@ SPELLINGS: Mapping[str, Spelling] = {
     "rsqrt": call("rsqrt_"),
     "reciprocal": Spelling("1.0f / {}", PRODUCT, (UNARY,)),
 }
+# What they call of the skeleton's functions.
+CALLED = frozenset(
+    re.findall(r"(?<![\w:])[a-z]\w*(?=\()", " ".join(t.text for s in SPELLINGS.values() for t in (s, s.plain) if t))
+)
 # On predicates.
 TRUTHS: Mapping[str, Spelling] = {
     name: Spelling(f"{{}} {sign} {{}}", ANY, (SUM, SUM))

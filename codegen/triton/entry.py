@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import sympy
 
+from ...cost_model.count.subject import FEW_ROWS
 from ...patterns import expr as ex
 from ...patterns.cascade import Size, as_size
 from ...patterns.mapping import TileMapping
@@ -19,7 +20,7 @@ from ..files.library import functions
 from ..text import print_torch
 from .device_function import KernelNames, atom
 from .holes import mask_ranks
-from .streaming import FEW_ROWS, Streaming
+from .streaming import Streaming
 
 
 def is_static(s: Streaming) -> bool:

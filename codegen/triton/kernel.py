@@ -20,9 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cost_model.count.subject import FEW_ROWS
+from ...cost_model.count.work import WIDTH
 from ...cost_model.devices.architecture import FIRST_TILES_F32, Architecture, UnknownArchitecture
 from ...cost_model.devices.architecture import architecture as known_architecture
 from ...cost_model.devices.device import Device
+from ...cost_model.time.fit import SharedTiles
 from ...patterns.cascade import Cascade, bind
 from ...patterns.evaluate import DTYPE, evaluate
 from ...patterns.mapping import TileMapping
@@ -33,7 +36,7 @@ from ..files import cache
 from ..text.printer import PrintError
 from . import entry, interpret, module
 from .device_function import KernelNames
-from .streaming import FEW_ROWS, NAME, Streaming, power_of_two, read
+from .streaming import NAME, Streaming, power_of_two, read
 
 MISSING = "Triton is not installed: pip install 'reattend[triton]' (a CUDA build of torch brings its own)"
 # Static tile lists kept by a kernel, one for each combination of sizes.
@@ -90,10 +93,7 @@ def _too_large(s: Streaming, mapping: TileMapping, target: Device | str) -> Refu
     return Refusal(NAME, f"{mapping} needs {need} bytes of shared memory; {arch.name} has {limit}")
 
 
-_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
-
-
-def shared_bytes(c: Cascade, mapping: TileMapping, target: Device | str = "sm_90") -> int | Refusal:
+def shared_bytes(c: Cascade, mapping: TileMapping, target: Device | str) -> int | Refusal:
     """Bytes of shared memory that Triton gives one program of the kernel."""
     s, arch = read(c), architecture(target)
     if isinstance(s, Refusal):
@@ -102,32 +102,18 @@ def shared_bytes(c: Cascade, mapping: TileMapping, target: Device | str = "sm_90
 
 
 def _shared_bytes(s: Streaming, mapping: TileMapping, arch: Architecture) -> int:
-    """query tile + buffers · (key tile + value tile), as Triton's compiler lays them out.
-
-    Where the tensor cores read shared memory (from sm_90 on, 64 rows and more, 16-bit types) `stages` tiles are in
-    flight (from sm_100 on, of keys one less where a head is cut in pieces: the second waits for the first); elsewhere
-    they pass through registers and one buffer less is enough, but weights change their layout in shared memory when a
-    warp holds fewer rows than one instruction. AMD keeps the query tile in registers.
-    """
+    """Of each operand in its own type and of each chunk of a head; the model of times counts by head sizes alone."""
     rows, keys = mapping.tile_p, mapping.tile_m
-    query = rows * sum(_BYTES[p.query.dtype] * w for p in s.products for _, w in p.chunks)
-    key = keys * sum(_BYTES[p.key.dtype] * w for p in s.products for _, w in p.chunks)
-    value = keys * _BYTES[s.values.dtype] * s.value_width
+    query = rows * sum(WIDTH[p.query.dtype] * w for p in s.products for _, w in p.chunks)
+    key = keys * sum(WIDTH[p.key.dtype] * w for p in s.products for _, w in p.chunks)
+    width = WIDTH[s.values.dtype]
     plain = "f32" in {s.values.dtype, *(p.query.dtype for p in s.products)}
-    if arch.kind == "hip":
-        relaid = plain or rows < 32 * mapping.warps
-        return max(1, mapping.stages - 1) * (key + value) + relaid * rows * keys * _BYTES[s.values.dtype]
-    if mapping.stages == 1:
-        return query + max(key, value)
-    if arch.instruction_rows and rows >= 64 and not plain:
-        late = arch.tensor_memory and any(len(p.chunks) > 1 for p in s.products)
-        return query + mapping.stages * (key + value) - late * key
-    relaid = plain or rows < max(16 * mapping.warps, s.value_width)
-    return query + (mapping.stages - 1) * (key + value) + relaid * rows * keys * _BYTES[s.values.dtype]
+    cut = any(len(p.chunks) > 1 for p in s.products)
+    return SharedTiles(query, key, keys * width * s.value_width, width, s.value_width, plain, cut).laid_out(mapping, arch)
 
 
 @lru_cache(maxsize=256)
-def default_mapping(c: Cascade, target: Device | str = "sm_90") -> TileMapping | Refusal:
+def default_mapping(c: Cascade, target: Device | str) -> TileMapping | Refusal:
     """The mapping to start from on an architecture: large tiles whose accumulators stay in registers."""
     s, arch = read(c), architecture(target)
     if isinstance(s, Refusal):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ...cost_model.count.subject import FEW_ROWS, SHARED_ROWS
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
@@ -25,8 +26,6 @@ from ..forms.skip import fits_half, predicate, rule
 from ..forms.terms import mapped_state, uncast
 
 NAME = "triton"
-# Query rows up to which heads of a group share a row block, and up to which a tile list is not worth its launches.
-FEW_ROWS = 16
 WIDEST = 1024
 
 
@@ -304,7 +303,7 @@ def _grouped(s: Streaming) -> Streaming:
         return s
     for r in reversed(s.grid):
         group = _group(s, r)
-        if group is not None and 1 < group * queries <= 64:
+        if group is not None and 1 < group * queries <= SHARED_ROWS:
             return _regrouped(s, r, group)
     return s
 

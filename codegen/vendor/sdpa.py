@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from ...cost_model.devices.architecture import OLDEST_FLASH
 from ...cost_model.devices.device import Device
-from ...cost_model.time.predict import VendorUse
+from ...cost_model.time.predict import VENDORS, VendorUse
 from ...patterns import expr as ex
 from ...patterns.attention.traits import no_key_rule
 from ...patterns.cascade import Cascade, bind
@@ -175,7 +176,7 @@ def _cpu_flash(call: VendorCall, e: int, v: int, gradients: bool) -> str:
 
 
 def _favours_cudnn(device: Device) -> bool:
-    return device.kind == "cuda" and device.architecture.major in (9, 10)
+    return device.kind == "cuda" and device.architecture.cudnn_first
 
 
 def _cudnn(device: Device, dtype: str, e: int, v: int) -> str:
@@ -196,8 +197,8 @@ def _flash(call: VendorCall, device: Device, dtype: str, e: int, v: int) -> str:
         return f"{dtype} is not float16 or bfloat16"
     if e != v or e > 256:
         return f"head sizes {e} and {v}: it takes equal ones up to 256"
-    if device.kind == "cuda" and device.architecture.major < 8:
-        return f"{device.arch} is older than sm_80"
+    if not device.architecture.takes_flash:
+        return f"{device.arch} is older than {OLDEST_FLASH}"
     return ""
 
 
@@ -216,7 +217,7 @@ def use(call: VendorCall, device: Device, sizes: Mapping[str, int], *, gradients
     """How torch would run the call on a device: the first kernel that takes it, and what its mask costs."""
     backend = next(b for b, why in backends(call, device, sizes, gradients=gradients).items() if not why)
     if call.mask is None:
-        return VendorUse(backend, skips=call.causal and backend != "math")
+        return VendorUse(backend, skips=call.causal and not VENDORS[backend].eager)
     rank = call.cascade.rank
     count = math.prod(int(bind(rank[r].size, sizes)) for r in call.mask.ranks if r in rank)
     bare, dtype = call.mask.op == "load", call.mask.dtype

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
+from ...patterns.operators import OPERATORS, named
 from ..devices.device import (
     CALIBRATION_SCHEMA,
     Device,
@@ -312,16 +313,18 @@ def _points(t: str) -> dict[str, float]:
     return {name: seconds(run) / x.numel() for name, run in runs.items()}
 
 
-# What torch has kernels of its own for.
-CURVES = ("tanh", "sigmoid", "erf", "sin", "cos")
+# What is priced in exponentials where nobody timed it; powers have two operands, of which the second decides the price.
+CURVES = named(lambda o: o.effort.unit == "special" and o.arity == 1 and o.name != "exp")
 
 
 def _curves(t: str) -> dict[str, dict[str, float]]:
     import torch
 
-    x = torch.randn(1 << 16, dtype=_dtype(t))
+    # logarithms want positive numbers
+    x = torch.randn(1 << 16, dtype=_dtype(t)).abs()
     out = torch.empty_like(x)
-    return {op: {t: seconds(lambda op=op: getattr(torch, op)(x, out=out)) / x.numel()} for op in CURVES}  # type: ignore[misc]
+    runs = {op: getattr(torch.ops.aten, OPERATORS[op].aten).out for op in CURVES}
+    return {op: {t: seconds(lambda run=run: run(x, out=out)) / x.numel()} for op, run in runs.items()}  # type: ignore[misc]
 
 
 # Keys of which the last fill no vector register: some such numbers suit the kernel less than others.

@@ -21,7 +21,8 @@ from ...patterns.verdict import Obstacle
 from .tiles import NOTHING, Data, Jobs, jobs, tile_map
 from .work import WIDTH, Sizes, Work, count, factors, size_int, term_operations
 
-# Query rows up to which the heads of a group share a row block in our kernels.
+# With fewer query rows the heads of a group share a row block in our kernels, of so many rows at most, and no list of tiles
+# is worth its launches.
 FEW_ROWS = 16
 SHARED_ROWS = 64
 

@@ -4,6 +4,7 @@ Sources, beside each number:
     [G] CUDA C++ programming guide, technical specifications per compute capability
     [I] AMD's CDNA instruction set references
     [P] PTX guide, shapes of `wgmma` and `tcgen05.mma`
+    [T] torch's sdp_utils.cpp, 2.11 to 2.13
     [R] read back from our kernels, compiled ahead of time by Triton: no spills, and the names in their assembly
 """
 
@@ -13,6 +14,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# torch's FlashAttention kernels want the asynchronous copies of this one. [T]
+OLDEST_FLASH = "sm_80"
 # Query rows, keys, warps and stages of a first mapping.
 Tiles = tuple[int, int, int, int]
 
@@ -44,6 +47,16 @@ class Architecture:
     def major(self) -> int:
         """CUDA's major compute capability; 0 for AMD."""
         return self.capability // 10
+
+    @property
+    def cudnn_first(self) -> bool:
+        """Does torch try cuDNN's attention before its own, for heads of 256? On Hopper and Blackwell in servers. [T]"""
+        return self.major in (9, 10)
+
+    @property
+    def takes_flash(self) -> bool:
+        """Are torch's FlashAttention kernels built for it? On CUDA from OLDEST_FLASH on. [T]"""
+        return self.kind != "cuda" or self.major >= 8
 
 
 # [R] for sm_80, sm_90, sm_100, gfx942; those of sm_80 for what was not read back.

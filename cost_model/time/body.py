@@ -18,23 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...patterns import expr as ex
+from ...patterns.attention.score import bends
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import PARTIAL, TileRuns, conjuncts
+from ...patterns.operators import facts
 from ...patterns.terms.affine import affine, says_at_most_zero
 from ..count.subject import Shape, Subject
 from ..count.tiles import Jobs, expected, tile_map
 from ..count.work import EXPONENTIALS, INDEX, WIDTH, term_operations
 from ..devices.device import Device
 from .cost import Cost
+from .cpu_tiles import CALL_SCORES, FEW, PIECE_ROWS, PIECES_PER_THREAD, SCORES, SLICE
 from .host import Bill, Host, causal_pairs
 
-# Query tiles are folded into the batch of one call until it has so many scores, and pieces for every thread.
-CALL_SCORES = 1 << 18
-PIECES_PER_THREAD = 4
-PIECE_ROWS = 64
-# Scores a head up to which nothing is skipped.
-FEW = 4096
 # ATen calls around one call of the kernel: slices, views, the copy of the result; fewer where the tiles of a block were cut
 # before. Around a whole attention: planning.
 AROUND_CALL = 25
@@ -43,9 +40,6 @@ AROUND_STEP = 12
 AROUND_ALL = 12
 # … and around the plan of a mask on run-time data: the extremes of its tiles, rows with a key, lists for Python.
 AROUND_DATA = 40
-# The product body's longest slice of keys, and its scores in flight for each thread.
-SLICE = 512
-SCORES = 1 << 18
 # torch.exp takes so much longer where the result underflows, as it does behind a mask.
 UNDERFLOW = 7.0
 
@@ -295,11 +289,8 @@ def by_sdpa(s: Subject) -> bool:
     a = s.attention
     if len(a.products) != 1 or [e.op for e in a.row][:1] != ["max"]:
         return False
-    made = {e.out.tensor for e in a.products}
-    curved = (*EXPONENTIALS, "relu", "abs", "sqrt", "rsqrt", "reciprocal", "max", "min")
-    return not any(
-        t.op in curved and any(str(x.attr) in made for x in ex.loads(t)) for t in ex.walk(s.mask.full)
-    ) and any(t.op in ("exp", "exp2") for t in ex.walk(a.weight))
+    exponential = any(facts(t.op).law == "exponential" for t in ex.walk(a.weight))
+    return exponential and not bends(s.mask.full, {e.out.tensor for e in a.products})
 
 
 def _pairs(c: KernelCall) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...patterns.mapping import TileMapping
+from ..devices.architecture import Architecture
 from ..devices.device import Device
 
 # Registers for addresses, bounds and the row state: with operands in shared memory, and with operands in registers.
@@ -47,28 +48,48 @@ def chunked(n: int) -> int:
 
 
 def shared_bytes(mapping: TileMapping, e: int, f: int, width: int, device: Device) -> int:
-    """Bytes of shared memory of one program; `e` and `f` are head sizes, `width` the bytes of an element.
+    """Bytes of shared memory of one program; `e` and `f` are head sizes, `width` the bytes of an element."""
+    rows, keys = width * mapping.tile_p, width * mapping.tile_m
+    cut = chunked(e) != padded(e)
+    tiles = SharedTiles(rows * chunked(e), keys * chunked(e), keys * padded(f), width, padded(f), width == 4, cut)
+    return tiles.laid_out(mapping, device.architecture)
 
-    Where the tensor cores read shared memory, `stages` tiles are in flight (of keys one less where they accumulate in tensor
-    memory and the head is cut in two); elsewhere they pass through registers, one
-    buffer less is enough, and weights change their layout in shared memory when a warp holds fewer rows than one
-    instruction. AMD keeps the query tile in registers.
+
+@dataclass(frozen=True)
+class SharedTiles:
+    """Bytes of one tile of queries, of keys and of values, and of a weight; `value_width` as it is padded.
+
+    `plain`: some operand is fp32, which no tensor core reads; `cut`: a head's product is made in pieces.
     """
-    rows, keys, stages = mapping.tile_p, mapping.tile_m, mapping.stages
-    query, tile = width * rows * chunked(e), width * keys * (chunked(e) + padded(f))
-    plain = width == 4
-    weights = width * rows * keys
-    if device.kind == "hip":
-        relaid = plain or rows < 32 * mapping.warps
-        return max(1, stages - 1) * tile + relaid * weights
-    if stages == 1:
-        return query + width * keys * max(chunked(e), padded(f))
-    if device.architecture.instruction_rows and rows >= 64 and not plain:
-        # the product over the second piece of a head waits for the first
-        late = device.architecture.tensor_memory and chunked(e) != padded(e)
-        return query + stages * tile - late * width * keys * chunked(e)
-    relaid = plain or rows < max(16 * mapping.warps, padded(f))
-    return query + (stages - 1) * tile + relaid * weights
+
+    query: int
+    key: int
+    value: int
+    weight: int
+    value_width: int
+    plain: bool
+    cut: bool
+
+    def laid_out(self, mapping: TileMapping, arch: Architecture) -> int:
+        """query tile + buffers · (key tile + value tile) [+ weights], as Triton's compiler lays them out.
+
+        Where the tensor cores read shared memory, `stages` tiles are in flight (of keys one less where they accumulate in
+        tensor memory and the head is cut: the second piece waits for the first); elsewhere they pass through registers, one
+        buffer less is enough, and weights change their layout in shared memory when a warp holds fewer rows than one
+        instruction. AMD keeps the query tile in registers.
+        """
+        rows, stages, tile = mapping.tile_p, mapping.stages, self.key + self.value
+        weights = self.weight * rows * mapping.tile_m
+        if arch.kind == "hip":
+            relaid = self.plain or rows < 32 * mapping.warps
+            return max(1, stages - 1) * tile + relaid * weights
+        if stages == 1:
+            return self.query + max(self.key, self.value)
+        if arch.instruction_rows and rows >= 64 and not self.plain:
+            late = arch.tensor_memory and self.cut
+            return self.query + stages * tile - late * self.key
+        relaid = self.plain or rows < max(16 * mapping.warps, self.value_width)
+        return self.query + (stages - 1) * tile + relaid * weights
 
 
 def registers(mapping: TileMapping, e: int, f: int, width: int, device: Device) -> int:

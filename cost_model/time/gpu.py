@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ...patterns.mapping import TileMapping
+from ...patterns.operators import OPERATORS
 from ..count.tiles import SCHEDULED, Jobs, launch_span
 from ..count.work import DIVISIONS, EXPONENTIALS, ROOTS, Work, size_int
 from ..devices.device import Device
 from .cost import Cost, bound_of
 from .fit import Footprint
 
-# Issue slots of a lane: half of the multiplies and additions fuse, conversions run at half a slot beside others.
-SLOTS: Mapping[str, float] = {"mul": 0.75, "add": 0.75, "sub": 0.75, "cast": 0.5, "neg": 0.0}
+# Issue slots of a lane: the table's, and conversions, which run at half a slot beside others.
+SLOTS: Mapping[str, float] = {**{o.name: o.effort.slots for o in OPERATORS.values()}, "cast": 0.5}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ...patterns import expr as ex
 from ...patterns.expr import Expr
 from ...patterns.operators import OPERATORS
 from ..count.eager import EagerOperator
-from ..count.work import EXPONENTIALS, WIDTH
+from ..count.work import EXPONENTIALS, MAXIMA, WIDTH
 from ..devices.device import Device, HostRates
 from .cost import Cost, bound_of
 
@@ -33,7 +33,7 @@ KEY_BLOCK = 512
 # Keys that fill a vector register, whatever the machine: the kernels' products and their rows are the slower for a rest.
 VECTOR = 16
 # Element-wise operators by what a plain addition costs, on operands in the cache.
-IN_ELEMENTS: Mapping[str, float] = {"max": 0.7, "min": 0.7}
+IN_ELEMENTS: Mapping[str, float] = dict.fromkeys(MAXIMA, 0.7)
 # torch's vectorised exp is the unit; what was not timed costs about so many of them.
 IN_EXPS: Mapping[str, float] = {o.name: o.effort.exps for o in OPERATORS.values()}
 

@@ -10,7 +10,7 @@ All is counted from the cascade; what a vendor's kernel is told stands in `Vendo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -22,7 +22,7 @@ from ..count.eager import EagerOperator, operators
 from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
 from ..count.tiles import NOTHING, SCHEDULED, Data, Jobs
 from ..count.work import WIDTH, Work, size_int
-from ..devices.device import Device, HostRates
+from ..devices.device import Device, HostRates, TimeModel
 from . import gpu, host
 from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, tiled
 from .cost import Cost, bound_of
@@ -30,7 +30,8 @@ from .fit import Footprint, candidates, footprint, padded, refuse
 from .fused import PLAIN, fits, fused
 
 __all__ = [
-    "Cost", "VendorUse", "best_mapping", "predict", "predict_original", "predict_vendor", "ranked_mappings", "tiles_of",
+    "VENDORS", "Cost", "VendorKernel", "VendorUse", "best_mapping", "predict", "predict_original", "predict_vendor",
+    "ranked_mappings", "tiles_of",
 ]
 
 # Mappings whose queue is run job by job; the others are compared by an even load.
@@ -43,10 +44,33 @@ FEW_VENDOR_ROWS = 64
 
 
 @dataclass(frozen=True)
+class VendorKernel:
+    """One of PyTorch's kernels as its time is predicted; `way` is what calibrations call it.
+
+    `eager`: the operators of the original; `generated` for the attention at hand, as ours are. `share` of the device's model
+    is how much of such a kernel's speed it reaches; None: all of it.
+    """
+
+    way: str = "sdpa"
+    eager: bool = False
+    generated: bool = False
+    share: Callable[[TimeModel], float] | None = None
+
+
+VENDORS: Mapping[str, VendorKernel] = {
+    "flash": VendorKernel(),
+    "cudnn": VendorKernel(),
+    "efficient": VendorKernel(share=lambda m: m.efficient_share),
+    "math": VendorKernel(eager=True),
+    "flex": VendorKernel("flex", generated=True, share=lambda m: m.flex_share),
+}
+
+
+@dataclass(frozen=True)
 class VendorUse:
     """How a vendor's function is called for an attention.
 
-    `backend`: "flash", "cudnn", "efficient" or "math" of SDPA, or "flex". `skips`: the kernel leaves out tiles that the mask
+    `backend`: a name of VENDORS. `skips`: the kernel leaves out tiles that the mask
     empties (SDPA's is_causal, FlexAttention's block mask). `mask_elements` counts the mask tensor that is passed, in
     `mask_dtype`; `built_elements` what of it is made anew at each call. `operators`: ATen calls around it.
     """
@@ -57,6 +81,10 @@ class VendorUse:
     mask_dtype: str = "b1"
     built_elements: int = 0
     operators: int = 0
+
+    @property
+    def kernel(self) -> VendorKernel:
+        return VENDORS[self.backend]
 
 
 def predict(
@@ -130,7 +158,7 @@ def predict_vendor(
     if isinstance(s, Obstacle):
         return s
     at = shape(s.cascade, s.attention, sizes or {})
-    if use.backend == "math":
+    if use.kernel.eager:
         return _math(c, s, use, device, sizes or {})
     if device.kind == "cpu":
         return _vendor_on_cpu(s, at, use, device, data)
@@ -247,11 +275,11 @@ def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
     extra = use.mask_elements * WIDTH[use.mask_dtype]
     kernel = replace(kernel, unique_bytes=kernel.unique_bytes + extra, moved_bytes=kernel.moved_bytes + extra)
     model = device.model
-    if use.backend == "flex":
-        cost = gpu.seconds(kernel, device, overlap=model.overlap, partial_factor=model.partial_factor)
-        return _slower(cost, model.flex_share)
-    cost = gpu.seconds(kernel, device, overlap=model.vendor_overlap, partial_factor=model.vendor_partial_factor)
-    return _slower(cost, model.efficient_share) if use.backend == "efficient" else cost
+    overlap, factor = model.vendor_overlap, model.vendor_partial_factor
+    if use.kernel.generated:
+        overlap, factor = model.overlap, model.partial_factor
+    cost = gpu.seconds(kernel, device, overlap=overlap, partial_factor=factor)
+    return cost if use.kernel.share is None else _slower(cost, use.kernel.share(model))
 
 
 def _split_keys(k: gpu.KernelWork, device: Device) -> gpu.KernelWork:
@@ -270,7 +298,7 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
     prices, bill = host.Host(device), host.Bill()
     pairs = at.batch * at.queries * at.keys
     moved = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
-    if use.backend == "flex":
+    if use.kernel.generated:
         pairs = _flex_on_cpu(s, at, use, prices, bill, data)
     else:
         if use.skips:
@@ -282,7 +310,7 @@ def _vendor_on_cpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
         _mask_on_cpu(s, at, use, prices, bill)
     bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
     bill.bytes = moved + use.mask_elements * WIDTH[use.mask_dtype]
-    return bill.cost(device, "flex" if use.backend == "flex" else "sdpa", s.dtype)
+    return bill.cost(device, use.kernel.way, s.dtype)
 
 
 def _flex_on_cpu(s: Subject, at: Shape, use: VendorUse, prices: host.Host, bill: host.Bill, data: Data) -> int:

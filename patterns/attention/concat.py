@@ -14,7 +14,7 @@ from dataclasses import replace
 import sympy
 
 from .. import expr as ex
-from ..cascade import Access, Cascade, Einsum, Rank, Size, Tensor, as_size, size_term, term_size
+from ..cascade import OF_SIZES, Access, Cascade, Einsum, Rank, Size, Tensor, as_size, size_term, term_size
 from ..expr import Expr
 
 
@@ -167,4 +167,4 @@ def settle(c: Cascade) -> Cascade:
 
 
 def _is_size(e: Expr) -> bool:
-    return not e.ranks and all(x.op in ("const", "symbol", "add", "sub", "mul", "floordiv", "mod") for x in ex.walk(e))
+    return not e.ranks and all(x.op in ("const", "symbol", *OF_SIZES) for x in ex.walk(e))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .. import expr as ex
 from ..cascade import Einsum
 from ..expr import Expr
-from ..operators import named
+from ..operators import facts, named
 
 
 def factors(body: Expr) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
@@ -79,6 +79,27 @@ def reading(term: Expr, names: frozenset[str] | set[str]) -> set[Expr]:
     return out
 
 
+def bends(term: Expr, names: frozenset[str] | set[str]) -> tuple[Expr, ...]:
+    """The sub-terms that follow what they read of the named tensors along no line, the innermost first."""
+    made = reading(term, names)
+    return tuple(e for e in ex.walk(term) if e in made and _bends(e, [a in made for a in e.args]))
+
+
+def _bends(e: Expr, on: list[bool]) -> bool:
+    """`on`: which arguments read them."""
+    match e.op:
+        case "mul":
+            return all(on)
+        case "div":
+            return on[1]
+        case "cast":
+            return not e.is_float or e.args[0].dtype == "b1"
+        case "where":
+            return on[0]
+    # a load has no law: of what is looked up at a computed place no line is known
+    return any(on) and facts(e.op).law != "affine"
+
+
 def _gates(term: Expr, key: str) -> list[Expr]:
     """Sub-terms through which all dependence on the key passes, the largest first (a chain)."""
     chain: list[Expr] = []
@@ -131,7 +152,7 @@ def score(
     raise AssertionError("the weight holds a product")
 
 
-_MAPS = frozenset(named(lambda o: o.row_map))
+_MAPS = frozenset(named(lambda o: o.arity == 1 and o.curved))
 
 
 def _peel(top: Expr, key: str) -> Expr:

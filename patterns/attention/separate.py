@@ -16,7 +16,7 @@ import numpy as np
 from .. import expr as ex
 from ..cascade import IDENTITY
 from ..expr import Expr
-from ..operators import facts
+from ..operators import facts, logarithm
 from ..terms.constant import leaves, number
 from ..terms.laws import separates, unseparable
 from .carried import OLD, Carried
@@ -176,7 +176,7 @@ class Splitter:
 
     def grows(self, e: Expr) -> bool:
         """Does an exponential of the element take a row scalar with it, without which it may pass all bounds?"""
-        return any(t.op in ("exp", "exp2", "expm1") and self.mixed(t) for t in ex.walk(e))
+        return any(facts(t.op).steep and self.mixed(t) for t in ex.walk(e))
 
     def at_point(self, e: Expr, x: Expr, rows: tuple[Expr, ...], point: float) -> Summand | None:
         one, at = {r: ex.const(1.0, r.dtype) for r in rows}, {x: ex.const(point, x.dtype)}
@@ -262,7 +262,7 @@ class Splitter:
             raise Stop(e, f"{e.op} of a term that splits into no sum: {stop.law}") from stop
         after: list[After] = []
         falls: list[tuple[int, Expr]] = []
-        log = "log" if e.op == "exp" else "log2"
+        log = logarithm(e.op)
         for sign, t in rest:
             ops = {self.ops[n] for n in self.rows(t)}
             if ops and ops <= {"max", "min"}:
@@ -345,11 +345,11 @@ class Splitter:
         if len(parts) != 1:
             raise self.stop(e)
         (p,) = parts
-        if e.op == "relu" and not all(a.how == "zero" or self.positive(a.term) for a in p.after):
-            raise Stop(e, "relu(f·h) = relu(f)·h needs h > 0")
-        after = p.after if e.op == "relu" else tuple(
-            a if a.how == "zero" else After(a.how, ex.unary("abs", a.term)) for a in p.after
-        )
+        after = p.after
+        if e.op == "abs":
+            after = tuple(a if a.how == "zero" else After(a.how, ex.unary("abs", a.term)) for a in p.after)
+        elif not all(a.how == "zero" or self.positive(a.term) for a in p.after):
+            raise Stop(e, f"{e.op}(f·h) = {e.op}(f)·h needs h > 0")
         return replace(p, lift=ex.unary(e.op, p.lift), after=after)
 
     def select(self, e: Expr) -> tuple[Summand, ...]:
@@ -411,12 +411,12 @@ class Splitter:
         if p.op == "div" and self.key not in p.args[1].ranks and self.covers(p.args[1], p.args[0]):
             total = p.args[1]
             return ex.unary("isnan", total) | ex.equal(total, 0.0)
-        if p.op in ("exp", "exp2"):
+        if facts(p.op).law == "exponential":
             _, rest = self.apart(p.args[0])
             out: Expr = ex.FALSE
             for _, t in rest:
                 out = out | ex.unary("isnan", t)
-            logs = [t.args[0] for sign, t in rest if sign < 0 and t.op in ("log", "log2")]
+            logs = [t.args[0] for sign, t in rest if sign < 0 and facts(t.op).law == "logarithm"]
             for t in logs:
                 out = out | ex.equal(t, 0.0)
             if logs:

@@ -8,9 +8,10 @@ import numpy as np
 
 from .. import expr as ex
 from ..expr import Expr
+from ..operators import facts
 from ..terms.constant import REDUCE, number, tries
 from .attention import Attention
-from .score import factors, reading
+from .score import bends, factors, reading
 
 # The made-up row: two products and two values.
 SCORES, VALUES = np.array([0.3, -0.7]), np.array([1.0, 3.0])
@@ -115,18 +116,22 @@ def masked_side(e: Expr) -> Expr:
 
 
 def kind(a: Attention) -> str:
-    """A word for the row rule. For people to read; no code depends on it."""
-    above = [e for e in ex.walk(a.weight) if a.key in e.ranks and e not in set(ex.walk(a.score))]
-    ops = {e.op for e in above}
-    sums = any(r.op == "add" for r in a.row)
-    if ops & {"exp", "exp2"}:
-        return "softmax" if sums else "exp"
-    for op in ("sigmoid", "softplus", "relu", "tanh", "sin", "cos"):
-        if op in ops:
-            return op
-    if "pow" in ops or any(e.op == "mul" and e.args[0] is e.args[1] for e in above):
+    """A word for the row rule. For people to read; no code depends on it.
+
+    "softmax"; "exp" without a sum; else the outermost operator that bends a weight over its products; "power"; "linear".
+    """
+    score = set(ex.walk(a.score))
+    found = bends(a.weight, {e.out.tensor for e in a.products})
+    # where the row rule is no map of the score, it is told by what stands in that
+    rule = [e for e in found if e not in score] or list(found)
+    if any(facts(e.op).law == "exponential" for e in rule if e not in score):
+        return "softmax" if any(r.op == "add" for r in a.row) else "exp"
+    maps = [e.op for e in rule if e.op in ex.UNARY and facts(e.op).curved]
+    if maps:
+        return maps[-1]
+    if any(e.op == "pow" or (e.op == "mul" and e.args[0] is e.args[1]) for e in rule):
         return "power"
-    return "linear" if not ops - {"mul", "div", "cast", "neg", "where"} else "pointwise"
+    return "pointwise" if rule else "linear"
 
 
 def traits(a: Attention) -> frozenset[str]:

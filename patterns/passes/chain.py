@@ -19,6 +19,7 @@ from ..attention.score import reading
 from ..attention.traits import is_mask, masked_side
 from ..cascade import Cascade, Einsum, Rank, Tensor, verify
 from ..expr import Expr
+from ..operators import facts
 
 
 class Reading:
@@ -100,7 +101,7 @@ def needed(einsums: tuple[Einsum, ...], outputs: Sequence[str]) -> tuple[Einsum,
 
 def exposed(c: Cascade, terms: Mapping[str, Expr], key: str) -> tuple[Expr, ...]:
     """Where a −∞ may come from: what exponentials over the key take, and what maxima run over. `terms`: inlined bodies."""
-    found = [e.args[0] for e in ex.walk(*terms.values()) if e.op in ("exp", "exp2") and key in e.ranks]
+    found = [e.args[0] for e in ex.walk(*terms.values()) if facts(e.op).law == "exponential" and key in e.ranks]
     found += [t for n, t in terms.items() if c.producers[n][0].op in ("max", "min")]
     return tuple(dict.fromkeys(found))
 

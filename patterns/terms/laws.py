@@ -108,7 +108,7 @@ def _symbolic(e: Expr, symbols: dict[Expr, sympy.Symbol]) -> sympy.Expr | None:
     if e.op == "cast":
         return _symbolic(e.args[0], symbols)
     args = [_symbolic(a, symbols) for a in e.args]
-    form = facts(e.op).in_sympy(sympy)
+    form = facts(e.op).in_algebra(sympy)
     return None if form is None or any(a is None for a in args) else form(*args)
 
 

@@ -29,6 +29,7 @@ from ...cost_model.sites.picture import picture
 from ...cost_model.sites.site import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
 from ...cost_model.time.cost import Cost
 from ...cost_model.time.predict import (
+    VENDORS,
     VendorUse,
     best_mapping,
     predict_original,
@@ -156,7 +157,7 @@ def _original_use(q: Question, written: VendorUse, sizes: Mapping[str, int]) -> 
     mask = ex.load("mask", (), written.mask_dtype) if written.mask_elements else None
     able = vendor.backends(replace(made, mask=mask), q.device, sizes, gradients=q.gradients)
     backend = next(b for b, why in able.items() if not why)
-    return replace(written, backend=backend, skips=written.skips and backend != "math")
+    return replace(written, backend=backend, skips=written.skips and not VENDORS[backend].eager)
 
 
 def _refused(name: str, why: str) -> tuple[Candidate, None]:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...patterns.cascade import OF_SIZES
+from ...patterns.operators import OPERATORS
 from .aliases import Aliases
 from .node import arguments, op_name, written_arguments
 from .torch_private import OpOverload, schema
 
-ARITHMETIC: Mapping[str, Callable[..., Any]] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
-}
+# Python's functions that a graph computes sizes by.
+ARITHMETIC: Mapping[str, Callable[..., Any]] = {op: OPERATORS[op].fold for op in OF_SIZES}
 
 
 def erase_dead(gm: fx.GraphModule) -> int:

@@ -15,10 +15,11 @@ from dataclasses import replace
 from ...patterns import expr as ex
 from ...patterns.cascade import Cascade
 from ...patterns.expr import Expr
+from ...patterns.operators import named
 from .index import is_simple
 from .lift import Lifter
 
-_INEXACT = frozenset((*ex.FLOAT_UNARY, "div", "pow"))
+_INEXACT = frozenset((*named(lambda o: o.result == "float"), "pow"))
 
 
 def hoist(lifter: Lifter, c: Cascade) -> Cascade:

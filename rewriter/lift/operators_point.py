@@ -32,8 +32,10 @@ def operand(lifter: Lifter, n: fx.Node, value: object, at: At, dtype: str | None
 def unary(op: str) -> Rule:
     def rule(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
         x = lifter.value(source(n, a), at)
-        if op in ("isnan", "isinf", "not"):
-            return ex.unary(op, x if op != "not" else ex.cast(x, "b1"))
+        if op == "not":
+            return ex.unary(op, ex.cast(x, "b1"))
+        if OPERATORS[op].result == "truth":
+            return ex.unary(op, x)
         return ex.unary(op, ex.cast(x, dtype_of(n)))
 
     return rule

@@ -50,8 +50,10 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "expm1": (lambda e, d: d * (e + 1.0),),
     "log": (lambda e, d: d / _first(e),),
     "log2": (lambda e, d: d / (_first(e) * math.log(2)),),
+    "log10": (lambda e, d: d / (_first(e) * math.log(10)),),
     "log1p": (lambda e, d: d / (_first(e) + 1.0),),
     "asinh": (lambda e, d: d / ex.unary("sqrt", _first(e) * _first(e) + 1.0),),
+    "atan": (lambda e, d: d / (_first(e) * _first(e) + 1.0),),
     "tanh": (lambda e, d: d * (1.0 - e * e),),
     "sigmoid": (lambda e, d: d * e * (1.0 - e),),
     # a line from 20 on, as in torch

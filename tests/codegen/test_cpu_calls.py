@@ -1,14 +1,19 @@
 """The cost model walks the calls that the printed CPU kernel makes: the same number, sizes, masks and triangles."""
 
+import itertools
+import re
 from collections import Counter
+from importlib.resources import files
 
 import pytest
 import torch
 
 from reattend.codegen.cpu import kernel as cpu
 from reattend.codegen.files import cache
+from reattend.codegen.skeletons import cpu as skeleton
 from reattend.cost_model.count.subject import Subject, plan_tiles, shape, subject
-from reattend.cost_model.time.body import blocks, calls
+from reattend.cost_model.time import cpu_tiles, fused
+from reattend.cost_model.time.body import blocks, calls, folds
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
@@ -94,3 +99,26 @@ def test_the_model_walks_the_kernels_calls(
         # every key is kept: the kernel finds out and masks nothing, the model cannot know
         kernel, model = (Counter({(*k[:2], False, False): n for k, n in c.items()}) for c in (kernel, model))
     assert kernel == model
+
+
+@pytest.mark.parametrize(("body", "names"), [("sdpa", {"CALL_SCORES", "PIECES_PER_THREAD", "PIECE_ROWS", "FEW"}), ("product", {"SLICE", "SCORES", "FEW"})])
+def test_a_printed_file_holds_the_models_numbers(body: str, names: set[str]) -> None:
+    """And imports nothing of ours for them."""
+    kernel = cpu.build(masked(ex.index("m") <= ex.index("p")), TileMapping(64, 64, body=body))
+    assert isinstance(kernel, cpu.CpuKernel)
+    assert "cpu_tiles" not in kernel.source
+    there = vars(cache.load(kernel.source))
+    assert {n: there.get(n) for n in names} == {n: getattr(cpu_tiles, n) for n in names}
+
+
+def test_the_loops_fold_as_the_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    for heads, rows, keys in itertools.product((1, 4, 32), (16, 64, 200), (1, 300, 5000)):
+        assert skeleton.folds(heads, rows, keys) == folds(heads, rows, keys, 6)
+
+
+def test_the_fused_loop_cuts_units_as_the_model_does() -> None:
+    text = files("reattend.codegen.skeletons").joinpath("fused.hpp").read_text(encoding="utf-8")
+    for name in ("ITEMS_BYTES", "UNITS_A_THREAD"):
+        (written,) = re.findall(rf"constexpr int64_t .*\b{name} = ([\d< ]+);", text)
+        assert eval(written) == getattr(fused, name)

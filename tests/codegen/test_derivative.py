@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -17,6 +18,7 @@ from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, ver
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.expr import Expr
 from reattend.patterns.operators import OPERATORS
+from reattend.patterns.terms.constant import number
 from reattend.patterns.verdict import Refusal
 
 from .. import strategies
@@ -144,15 +146,21 @@ def test_of_drawn_scores(p: Program) -> None:
 
 N = ex.index("n")
 X, Y = ex.load("x", (N,), "f32"), ex.load("y", (N,), "f32")
-POSITIVE = ("log", "log2", "log1p", "sqrt", "rsqrt", "pow")
+# What an operator may be asked about: all numbers, those above 0, those between 0 and 1.
+DOMAINS = (X, ex.unary("abs", X) + 0.5, ex.unary("sigmoid", X))
+
+
+def defined(of: Callable[[Expr], Expr]) -> Expr:
+    """The operator on the widest domain where it has values."""
+    loads = {"x": np.linspace(-4.0, 4.0, 33), "y": np.linspace(-1.5, 2.0, 33)}
+    return next(of(x) for x in DOMAINS if not np.isnan(number(of(x), loads)).any())
 
 
 def cases() -> Mapping[str, Expr]:
     """Every operator that makes numbers of numbers, where it has values, of arguments that both vary."""
     x, y = X, X * Y + 0.3
-    big = ex.unary("abs", X) + 0.5
-    unary = {op: ex.unary(op, big if op in POSITIVE else x) for op in RULES if op in ex.UNARY}
-    binary = {op: ex.binary(op, big if op in POSITIVE else x, y) for op in RULES if op in ex.BINARY}
+    unary = {op: defined(lambda x, op=op: ex.unary(op, x)) for op in RULES if op in ex.UNARY}  # type: ignore[misc]
+    binary = {op: defined(lambda x, op=op: ex.binary(op, x, y)) for op in RULES if op in ex.BINARY}  # type: ignore[misc]
     stairs = {op: ex.make(op, (x, y)[: 1 if op in ex.UNARY else 2]) * x for op in STAIRCASES}
     return {**unary, **binary, **stairs, "where": ex.where(y > 0.0, x * x, y), "cast": ex.cast(x * x, "f64")}
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 from importlib.resources import files
 
 import pytest
 import torch
 
+from reattend.codegen.cpu.cpp.names import RESERVED
 from reattend.codegen.files import native
-from reattend.codegen.text.print_cpp import STORED, CppBody, CppOperand, CppScope, identifier, kind
+from reattend.codegen.files.library import SKELETONS
+from reattend.codegen.text.print_cpp import CALLED, STORED, CppBody, CppOperand, CppScope, identifier, kind
 from reattend.codegen.text.printer import PrintError
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import DTYPE, _Evaluation
@@ -22,6 +25,7 @@ At = ex.index("n")
 LOADS = {"x": "f32", "y": "f32", "i": "i64", "j": "i64", "c": "b1", "d": "b1", "u": "u8", "h": "f16", "g": "bf16"}
 X, Y, K, J, C, D, U, HALF, BRAIN = (ex.load(n, (At,), d) for n, d in LOADS.items())
 N = 256
+SCALARS = files(SKELETONS).joinpath("fused_scalar.hpp").read_text(encoding="utf-8")
 P, M = ex.index("p"), ex.index("m")
 
 
@@ -95,6 +99,13 @@ def test_types_that_cpp_does_not_have_are_refused() -> None:
     body = CppBody(CppScope({At: "n"}, {"x": wide}, {"n": N}), [], {"n"})
     with pytest.raises(PrintError, match="computes in float32"):
         body.term(ex.load("x", (At,), "f64"))
+
+
+@pytest.mark.parametrize("name", sorted(CALLED))
+def test_what_the_text_calls_stands_in_the_skeleton(name: str) -> None:
+    """And no tensor takes its name."""
+    assert re.search(rf"^(INLINE|inline|template .*) .*\b{name}\(", SCALARS, re.MULTILINE)
+    assert name in RESERVED
 
 
 def test_identifiers() -> None:

@@ -17,7 +17,9 @@ from torch.profiler import profile
 
 from reattend.codegen.vendor import use as vendor
 from reattend.codegen.vendor.call import VendorCall
+from reattend.codegen.vendor.sdpa import BACKENDS
 from reattend.cost_model.devices.device import Device, device
+from reattend.cost_model.time.predict import VENDORS
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.verdict import Refusal
@@ -289,3 +291,7 @@ def test_nothing_is_made_that_is_not_used() -> None:
     text = taken(vendor.sdpa(VARIANTS["plain"]().cascade)).source
     assert "mask" not in text
     assert "arange" not in text
+
+
+def test_the_model_of_times_knows_every_kernel_of_sdpa() -> None:
+    assert set(BACKENDS) | {"flex"} == set(VENDORS)

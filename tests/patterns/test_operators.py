@@ -14,11 +14,12 @@ import torch
 
 from reattend.codegen.files.library import functions
 from reattend.codegen.text import print_cpp, print_torch, print_triton
+from reattend.cost_model.calibration.calibrate import CURVES
 from reattend.cost_model.count.work import Work, term_operations
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import DTYPE, _Evaluation
 from reattend.patterns.expr import Expr
-from reattend.patterns.operators import OPERATORS, Operator, facts
+from reattend.patterns.operators import OPERATORS, Operator, facts, logarithm
 from reattend.patterns.terms.constant import number
 from reattend.patterns.terms.intervals import spans
 from reattend.rewriter.find.detect import RULES
@@ -32,6 +33,7 @@ MODEST = tuple(x for x in NUMBERS if abs(x) <= 50)
 WHOLE = (-9, -4, -1, 0, 1, 2, 3, 7, 12)
 TRUTHS = (False, True)
 LOGIC = ("not", "and", "or", "xor")
+X = torch.tensor([0.25, 1.5, 3.0])
 
 
 def operators(keep: Callable[[Operator], bool]) -> pytest.MarkDecorator:
@@ -97,7 +99,7 @@ def test_numpy_is_torchs(o: Operator) -> None:
 
 @operators(lambda o: o.algebra is not None)
 def test_algebra_is_torchs(o: Operator) -> None:
-    function = o.in_sympy(sympy)
+    function = o.in_algebra(sympy)
     assert function is not None
     for values in itertools.product([x for x in MODEST if 0.1 < x < 19], repeat=o.arity):
         assert same(function(*(sympy.Float(v, 40) for v in values)), by_torch(o, values, "f64")), values
@@ -151,9 +153,11 @@ def test_ranges_and_signs(o: Operator) -> None:
         assert all(by_torch(o, (x,), "f64") > 0 for x in MODEST)
 
 
-@operators(lambda o: o.bounded)
-def test_bounds_are_reached(o: Operator) -> None:
-    found = [by_torch(o, (x,), "f64") for x in np.linspace(-30.0, 30.0, 4001)]
+@operators(lambda o: any(math.isfinite(x) for x in o.range))
+def test_ends_of_a_range_are_reached(o: Operator) -> None:
+    """Where it is open or irrational, its end is the value at infinity, or comes as near as one likes."""
+    values = (by_torch(o, (x,), "f64") for x in (*np.linspace(-30.0, 30.0, 4001), *NUMBERS))
+    found = [y for y in values if y == y]
     assert min(found) == pytest.approx(o.range[0], abs=1e-4)
     assert max(found) == pytest.approx(o.range[1], abs=1e-4)
 
@@ -194,6 +198,32 @@ def test_rounding_before_or_after(o: Operator) -> None:
     assert not o.narrow or all(equal)
 
 
+def straight(o: Operator, x: float, y: float) -> bool:
+    """f(x + y, z) + f(0, z) = f(x, z) + f(y, z) for some z: the operator follows its first operand along a line."""
+
+    def f(v: float, z: float) -> float:
+        return float(by_torch(o, (v, z)[: o.arity], "f64"))
+
+    return all(math.isclose(f(x + y, z) + f(0.0, z), f(x, z) + f(y, z), abs_tol=1e-12) for z in (0.75, -2.5))
+
+
+@operators(lambda o: o.name not in LOGIC and o.result != "truth")
+def test_what_is_curved_follows_no_line(o: Operator) -> None:
+    """A row rule begins at it, and SDPA's kernel does not reach past it: an operator that is left out is taken for a line."""
+    pairs = itertools.product([0.25, 0.6, 1.5, 3.0, -0.4, -2.0], repeat=2)
+    assert o.curved == (not all(straight(o, x, y) for x, y in pairs))
+
+
+@EVERY
+def test_what_is_steep_passes_all_bounds(o: Operator) -> None:
+    assert o.steep == (o.arity == 1 and o.result == "float" and math.isinf(by_torch(o, (1e4,), "f32")))
+
+
+@operators(lambda o: o.law == "exponential")
+def test_every_exponential_has_its_logarithm(o: Operator) -> None:
+    assert same(by_torch(OPERATORS[logarithm(o.name)], (by_torch(o, (1.5,), "f64"),), "f64"), 1.5)
+
+
 @operators(lambda o: o.law != "")
 def test_laws(o: Operator) -> None:
     def f(x: float) -> float:
@@ -207,6 +237,8 @@ def test_laws(o: Operator) -> None:
                 holds = math.isclose(f(x * y), f(x) + f(y), abs_tol=1e-12) and same(f(o.of), 1.0)
             case "power":
                 holds = same(f(x * y), f(x) * f(y)) and same(f(x), x**o.of)
+            case "affine":
+                holds = straight(o, x, y)
             case _:
                 holds = all(same(f(y * s), y * f(s)) for s in (x, -x))
         assert holds, (x, y)
@@ -236,6 +268,25 @@ def test_work_is_counted(o: Operator) -> None:
     )
     assert (o.effort.calls > 0) == (o.effort.unit == "special")
     assert o.effort.exps > 0
+    assert (o.effort.slots == 1) or o.effort.unit == "lane"
+
+
+@EVERY
+def test_no_function_is_priced_as_a_lane_s_operator(o: Operator) -> None:
+    """What makes floats of anything runs on a unit of its own or takes many steps; truths only choose."""
+    assert not (o.result == "float" and o.effort.unit == "lane")
+    assert (o.effort.unit == "mask") == (o.result == "truth" or o.name in LOGIC)
+
+
+def test_the_price_of_an_operator_cannot_be_left_out() -> None:
+    with pytest.raises(TypeError, match="effort"):
+        Operator("new", abs)  # type: ignore[call-arg]
+
+
+@operators(lambda o: o.effort.unit == "special" and o.arity == 1)
+def test_every_function_is_timed(o: Operator) -> None:
+    assert o.name == "exp" or o.name in CURVES
+    assert torch.equal(getattr(torch.ops.aten, o.aten).out(X, out=torch.empty_like(X)), o.in_torch(torch)(X))
 
 
 @EVERY

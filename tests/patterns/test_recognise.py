@@ -19,6 +19,7 @@ from reattend.patterns.cascade import Access, Cascade, Rank, Tensor, parse, to_t
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.library import papers
 from reattend.patterns.library.papers import Builder
+from reattend.patterns.operators import named
 from reattend.patterns.verdict import Obstacle
 
 from . import rules
@@ -583,6 +584,36 @@ def test_words_for_people(rule: Any, score: Any, word: Any, has: Any) -> None:
     assert kind(a) == word
     assert has <= traits(a)
     assert traits(a) <= has | {"cross"}
+
+
+@pytest.mark.parametrize("op", named(lambda o: o.arity == 1 and o.curved))
+def test_every_row_rule_has_its_word(op: str) -> None:
+    """A new operator answers by itself: none is left to be called linear."""
+
+    def rule(b: Any, s: Any) -> Any:
+        return ex.unary(op, s)
+
+    a = seen(papers.attention("x", rule, rules.scaled))
+    assert kind(a) == ("exp" if op == "exp2" else op)
+    assert a.score.op == "mul"
+
+
+@pytest.mark.parametrize(
+    ("rule", "word"),
+    [
+        (lambda s: s * ex.unary("sigmoid", s), "sigmoid"),
+        (lambda s: s * (ex.unary("erf", s * 0.7) + 1.0), "erf"),
+        (lambda s: ex.unary("relu", s) * ex.unary("relu", s), "relu"),
+        (lambda s: ex.unary("erf", ex.unary("relu", s)), "erf"),
+        (lambda s: ex.maximum(s, -1.0), "pointwise"),
+        (lambda s: ex.where(s > 0.0, s, 0.0), "pointwise"),
+        (lambda s: ex.binary("pow", s, 3.0), "power"),
+        (lambda s: s * 2.0 + 1.0, "linear"),
+    ],
+    ids=["silu", "gelu", "squared relu", "outermost", "clamped", "chosen", "cube", "line"],
+)
+def test_a_row_rule_that_is_no_map_of_the_score_is_no_line(rule: Any, word: str) -> None:
+    assert kind(seen(papers.attention("x", lambda b, s: rule(s), rules.scaled))) == word
 
 
 # --- names mean nothing -------------------------------------------------------------------------------------------

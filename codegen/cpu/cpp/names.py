@@ -16,7 +16,7 @@ from ....patterns.cascade import size_term
 from ....patterns.expr import Expr
 from ...forms.form import Form
 from ...forms.terms import Terms, mapped_elements
-from ...text.print_cpp import STORED, At, CppBody, CppOperand, CppScope, identifier, kind
+from ...text.print_cpp import CALLED, STORED, At, CppBody, CppOperand, CppScope, identifier, kind
 from ...text.printer import PrintError
 from .terms import Diagonal, Tile, costly, reciprocals, tiles
 
@@ -24,10 +24,8 @@ from .terms import Diagonal, Tile, costly, reciprocals, tiles
 RESERVED = frozenset([
     "x", "w", "n", "m0", "i", "state", "acc", "out", "row", "at_z", "at_h", "at_p", "tensors", "sizes", "Row",
     "Program", "T", "OUT", "E", "F", "TILE_P", "TILE_M", "PRODUCTS", "CARRIED", "PARTIAL", "least", "top", "start",
-    "step", "finish", "load", "self", "bits", "std", "INF", "NAN", "INFINITY", "INLINE", "max_", "min_", "row_max",
-    "row_sum", "floor_div", "floor_mod", "exp_", "exp2_", "log_", "log1p_", "log2_", "tanh_", "sigmoid_", "softplus_",
-    "sqrt_", "rsqrt_", "abs_", "floor_", "erf_", "sin_", "cos_", "pow_", "bf16", "f16", "int8_t", "int16_t",
-    "int32_t", "int64_t", "uint8_t",
+    "step", "finish", "load", "self", "bits", "std", "INF", "NAN", "INFINITY", "INLINE", "row_max", "row_sum", "abs_",
+    "bf16", "f16", "int8_t", "int16_t", "int32_t", "int64_t", "uint8_t", *CALLED,
 ])
 SCORE = "score of the tile"
 
