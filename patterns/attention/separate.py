@@ -24,6 +24,8 @@ from .score import elements, reading
 
 # Terms above the element that sympy is asked about.
 SMALL = 24
+# The smallest number that no rounding makes 0.
+_NORMAL = {"f16": 2.0**-14, "bf16": 2.0**-126, "f32": 2.0**-126, "f64": 2.0**-126}
 
 
 class Stop(Exception):
@@ -187,8 +189,10 @@ class Splitter:
         )
         if unit == 0.0 or not math.isfinite(unit):
             return None
-        # The proof is for positive symbols: signs, zero and domains are tried.
-        for v, d in itertools.product((-1.7, -0.3, 0.0, 0.4, 2.1), (0.3, 1.9)):
+        # The proof is for positive symbols: signs, zero and domains are tried, as far as the element takes them.
+        o = facts(x.op)
+        values = [v for v in (-1.7, -0.3, 0.0, 0.4, 2.1) if o.range[0] <= v <= o.range[1] and not (o.positive and v == 0)]
+        for v, d in itertools.product(values, (0.0, 0.3, 1.9)):
             known = {x: v, **dict.fromkeys(rows, d)}
             with np.errstate(all="ignore"):
                 apart = number(lift, {}, known) * number(row, {}, known) / unit
@@ -334,13 +338,14 @@ class Splitter:
         (p,) = parts
         if not k.is_integer() and not (all(self.nonnegative(a.term) for a in p.after) and self.nonnegative(p.lift)):
             raise Stop(e, "a root of a product splits only where both factors are provably at least 0")
-        if k < 0 and any(a.how == "zero" for a in p.after):
+        # 0^k is 0 for k > 0 alone
+        if k <= 0 and any(a.how == "zero" for a in p.after):
             raise self.stop(e)
         after = tuple(a if a.how == "zero" else After(a.how, _power(a.term, k)) for a in p.after)
         return Summand(_power(p.lift, k), after, tuple((b, k * n) for b, n in p.bounds))
 
     def homogeneous(self, e: Expr) -> Summand:
-        """|f·h| = |f|·|h|; relu(f·h) = relu(f)·h where h > 0."""
+        """|f·h| = |f|·|h|; relu(f·h) = relu(f)·h where h > 0, and relu(−1/0) is 0, which −1·∞ and 0/0 are not."""
         parts = self.split(e.args[0])
         if len(parts) != 1:
             raise self.stop(e)
@@ -348,7 +353,7 @@ class Splitter:
         after = p.after
         if e.op == "abs":
             after = tuple(a if a.how == "zero" else After(a.how, ex.unary("abs", a.term)) for a in p.after)
-        elif not all(a.how == "zero" or self.positive(a.term) for a in p.after):
+        elif not all(a.how == "zero" or self.keeps_signs(p.lift, a) for a in p.after):
             raise Stop(e, f"{e.op}(f·h) = {e.op}(f)·h needs h > 0")
         return replace(p, lift=ex.unary(e.op, p.lift), after=after)
 
@@ -534,6 +539,8 @@ class Splitter:
                 return float(e.value)
             case "relu":
                 return max(0.0, self.least(e.args[0]))
+            case "sqrt":
+                return math.sqrt(max(0.0, self.least(e.args[0])))
             case "cast":
                 return self.least(e.args[0])
             case "add":
@@ -559,6 +566,16 @@ class Splitter:
     def positive(self, e: Expr) -> bool:
         """More than 0, or the row is degenerate in the model as well (a sum of squares that is 0 divides by 0)."""
         return self.nonnegative(e)
+
+    def keeps_signs(self, f: Expr, a: After) -> bool:
+        """Is the row scalar at least 0, and f·h of the sign of f? An element that is never negative has one sign."""
+        if not self.nonnegative(a.term) or self.nonnegative(f):
+            return self.nonnegative(a.term)
+        # what must not be 0, so that nothing is infinite
+        divisors = [a.term] if a.how == "div" else []
+        divisors += [t.args[-1] for t in ex.walk(a.term) if facts(t.op).pole]
+        divisors += [t.args[0] for t in ex.walk(a.term) if t.op == "pow" and not self.nonnegative(t.args[1])]
+        return all(self.least(x) >= _NORMAL.get(x.dtype, 1.0) for x in divisors)
 
 
 def _merge(parts: tuple[Summand, ...]) -> tuple[Summand, ...]:

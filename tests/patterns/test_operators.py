@@ -86,6 +86,9 @@ def test_folds_are_torchs(o: Operator) -> None:
             if made.is_const:
                 folded += 1
                 assert same(made.value, by_torch(o, values, dtype)), (made, values)
+            else:
+                # Python raises there, or its power is complex
+                assert o.name == "pow" or (o.name in ("floordiv", "mod") and values[1] == 0), values
     assert folded > 1
 
 

@@ -58,6 +58,27 @@ def test_no_law_takes_a_value_for_what_it_does_not_know() -> None:
     assert len({str(row[gate]) for row in tries((x * gate,), {x: 1.0})}) == TRIES
 
 
+def test_what_is_made_up_takes_every_kind_of_value() -> None:
+    """Floats of both signs, coordinates and sizes of 1 to 3, conditions of both kinds; two of each where a rank spreads."""
+    p, m = ex.index("p"), ex.index("m")
+    floats, flags, counts = (
+        {ex.load(f"{dtype}{n}", (r,), dtype): r for n in range(6) for r in (p, m)} for dtype in ("f32", "b1", "i64")
+    )
+    sizes: dict[Any, Any] = {**counts, p: p, m: m, ex.symbol("n"): p}
+    terms = (*floats, *flags, *sizes)
+    rows = list(tries(terms, {}, spread="m"))
+    for e, r in {**floats, **flags, **sizes}.items():
+        assert {np.asarray(row[e]).shape for row in rows} == {(2,) if r is m else ()}
+    made, truths, whole = (
+        np.concatenate([np.asarray(row[e]).reshape(-1) for row in rows for e in kind]) for kind in (floats, flags, sizes)
+    )
+    assert made.min() < 0 < made.max()
+    assert truths.dtype == np.bool_
+    assert set(truths.tolist()) == {False, True}
+    assert whole.dtype == np.int64
+    assert set(whole.tolist()) == {1, 2, 3}
+
+
 @pytest.mark.parametrize("score", rules.SCORES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("rule", [*rules.SOFTMAX, *rules.OTHERS], ids=lambda f: f.__name__)
 def test_stream_equals_the_rule_as_written(rule: Any, score: Any) -> None:
@@ -251,6 +272,10 @@ def floor_after(b: Any, s: Any) -> Any:
     return ex.maximum(papers.softmax(b, s), 1e-6)
 
 
+def ceiling_after(b: Any, s: Any) -> Any:
+    return ex.minimum(papers.softmax(b, s), 0.5)
+
+
 @pytest.mark.parametrize(
     ("rule", "law"),
     [
@@ -258,11 +283,12 @@ def floor_after(b: Any, s: Any) -> Any:
         (shifted_sigmoid, "sigmoid is no f(element)·h(SD)"),
         (row_temperature, "exp of a term that splits into no sum: div is no element + h(TT)"),
         (floor_after, "max of an element and a row scalar"),
+        (ceiling_after, "min of an element and a row scalar"),
         (scaled_apart, "a choice between terms that scale differently with SD"),
         (papers.sparsemax(2), "relu is no f(element)·h(GM)"),
         (papers.differential, "one accumulator holds one"),
     ],
-    ids=["threshold", "sigmoid", "temperature", "floor", "choice", "sparsemax", "differential"],
+    ids=["threshold", "sigmoid", "temperature", "floor", "ceiling", "choice", "sparsemax", "differential"],
 )
 def test_chains_without_a_one_pass_form(rule: Any, law: Any) -> None:
     view = attention(papers.attention("x", rule, rules.scaled))
@@ -378,6 +404,69 @@ def test_factors_of_either_sign_and_inverse_powers_are_deferred(of: Any) -> None
 
     error, _ = streams(derived(rule), 16)
     assert error <= 1e-12
+
+
+def total(b: Any, x: Any) -> Any:
+    return b.put("SD", "bhp", x, "add", "m")
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda b, s: s * total(b, ex.unary("relu", s)), lambda b, s: s / (total(b, ex.unary("relu", s)) + 1.0),
+        lambda b, s: s / ex.unary("sqrt", total(b, s * s) + 1e-6), lambda b, s: ex.unary("abs", s) / total(b, ex.unary("abs", s)),
+        lambda b, s: s * ex.unary("reciprocal", total(b, ex.unary("relu", s)) + 1.0), lambda b, s: s * (total(b, ex.unary("relu", s)) / 37.0),
+    ],
+    ids=["times a sum", "over a sum and 1", "over a length", "no sign", "reciprocal", "times a mean"],
+)
+@pytest.mark.parametrize("score", [rules.scaled, lambda b, qk: -ex.unary("sigmoid", qk)], ids=["any", "below 0"])
+def test_a_rectifier_commutes_with_what_is_positive(of: Any, score: Any) -> None:
+    error, whole = streams(derived(lambda b, s: ex.unary("relu", of(b, s)), score), 16)
+    assert error <= 1e-12
+    assert score is not rules.scaled or (whole.isfinite().all() and (whole != 0).any())
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda b, s: s * (0.5 - total(b, ex.unary("sigmoid", s))), lambda b, s: s / (total(b, ex.unary("sigmoid", s)) - 18.0),
+        lambda b, s: s / total(b, ex.unary("relu", s)), lambda b, s: s / ex.unary("sqrt", total(b, ex.unary("relu", s))),
+        lambda b, s: s * ex.unary("rsqrt", total(b, ex.unary("relu", s))),
+        lambda b, s: s * ex.binary("pow", total(b, ex.unary("relu", s)), -1.0),
+    ],
+    ids=["times any", "over any", "over 0", "over the root of 0", "times ∞", "times 0 to the power −1"],
+)
+def test_a_rectifier_hides_what_a_row_makes_infinite(of: Any) -> None:
+    """relu(−1/0) is 0, where 0/0 is NaN: the row attends to nothing, and is no degenerate one."""
+    c = papers.attention("x", lambda b, s: ex.unary("relu", of(b, s)), rules.scaled)
+    view: Any = attention(c)
+    assert isinstance(derive(view), Obstacle)
+
+
+@pytest.mark.parametrize("k", [0.0, -1.0])
+def test_no_power_of_a_row_without_a_key_is_deferred_that_makes_something_of_0(k: float) -> None:
+    def rule(b: Any, s: Any) -> Any:
+        kept = b.put("E", "bhp", rules.M <= rules.P - 3, "or", "m")
+        x = ex.unary("sigmoid", s)
+        return ex.binary("pow", ex.where(kept, x / total(b, x), 0.0), ex.const(k))
+
+    view: Any = attention(papers.attention("x", rule, rules.scaled))
+    obstacle = derive(view)
+    assert isinstance(obstacle, Obstacle)
+    assert "pow is no f(element)·h(" in obstacle.reason
+
+
+@pytest.mark.parametrize(("dtype", "ends"), [("f32", True), ("i64", False)])
+def test_only_a_float_lets_a_bound_be_empty(dtype: str, ends: bool) -> None:
+    """A number of a row that is an integer is never −∞: such a row ends as it is guarded."""
+
+    def rule(b: Any, s: Any) -> Any:
+        top = b.put("GM", "bhp", ex.maximum(b.put("RM", "bhp", s, "max", "m"), ex.cast(b.input("sink", "h", dtype), "f32")))
+        return ex.exp(s - top) / (total(b, ex.exp(s - top)) + 1e-6)
+
+    found = derived(rule, rules.causal)
+    assert streams(found, 16)[0] <= 1e-12
+    assert any(e.is_const and np.isnan(float(e.value)) for e in ex.walk(found[2].finish)) is ends
 
 
 # --- row programs drawn at random ---------------------------------------------------------------------------------
