@@ -26,7 +26,10 @@ from reattend.rewriter.splice import guards
 INF = float("inf")
 # Something other than the model's own code has to run, whatever is faster.
 FORCED = reattend.Policy(deny=("original", "flex"))
-TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# The narrowest mantissa in the short run, the others in the long one.
+TYPES = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16))]
+)
 
 
 class Fn(nn.Module):

@@ -202,7 +202,14 @@ def caught(name: str, tokens: int, patch: pytest.MonkeyPatch, calls: int = 2) ->
     assert str(reattend.report(model)).count("keeps the original: ") == len(wrong)
 
 
-@pytest.mark.parametrize("name", FAULTS)
+# One of each kind in the short run.
+SHORT = (
+    "scale", "keys of the layer before", "correction left out", "tile list one tile short", "a vendor's mask", "an operand in 16 bits",
+    "a value that is no number", "a kernel that raises",
+)
+
+
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in FAULTS])
 def test_the_original_answers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     caught(name, 512, monkeypatch)
 
