@@ -27,11 +27,25 @@ from ..lift.lift import ZERO, Lifter, Rule
 from ..lift.names import canonical
 from ..lift.operators_contract import peel
 from . import defect
-from .final import Final, finals
+from .final import Final, finals, hides_product
 from .twins import match
+from .unaccounted import unaccounted
 
 RULES: Mapping[str, Rule] = {
     **operators_view.RULES, **operators_point.RULES, **operators_reduce.RULES, **operators_contract.RULES,
+}
+
+
+# Operators of torch that hold a whole attention, and what shows its parts.
+_FAST_PATH = "torch.backends.mha.set_fastpath_enabled(False) runs it as operators that can be read"
+_PUBLIC = "call torch.nn.functional.scaled_dot_product_attention instead"
+WHOLE: Mapping[str, str] = {
+    **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FAST_PATH),
+    **dict.fromkeys(
+        (f"_scaled_dot_product_{kind}" for kind in (
+            "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention", "attention_math",
+        )), _PUBLIC,
+    ),
 }
 
 
@@ -79,7 +93,10 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     found: list[Found] = []
     missed: list[NearMiss] = []
     taken: set[fx.Node] = set()
+    dismissed: set[fx.Node] = set()
     for n in gm.graph.nodes:
+        if (hint := WHOLE.get(op_name(n))) is not None:
+            missed.append(replace(_near(n, "one operator of torch holds the whole attention", 1), hint=hint))
         if n.op != "call_function" or not isinstance(n.meta.get("val"), torch.Tensor) or n in taken:
             continue
         try:
@@ -91,6 +108,10 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
             taken |= {out.output, out.final}
         elif out is not None and out.depth > 0:
             missed.append(out)
+        elif out is not None:
+            dismissed.add(out.node)
+    known = taken | dismissed | {m.node for m in missed}
+    missed += [_near(n, reason, 1) for n, reason in dict(unaccounted(gm.graph, known)).items()]
     return found, missed
 
 
@@ -348,8 +369,9 @@ def _normalised_elsewhere(view: Attention) -> str:
 
 
 def told(lifter: Lifter) -> list[str]:
-    """What the rules said that gave up between the products."""
-    return [m for m, _ in lifter.misses if m != "an input"]
+    """What the rules said that gave up between the products, and what hides a product."""
+    hidden = [] if lifter.products else [m for m, n in lifter.closed if hides_product(n)]
+    return [m for m, _ in lifter.misses if m != "an input"] + hidden
 
 
 def _reason(lifter: Lifter, reason: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import cast as typed
@@ -52,7 +53,7 @@ def finals(lifter: Lifter, n: fx.Node, done: Collection[fx.Node] = ()) -> Iterat
         return
     for side in (0, 1):
         weights = (first, second)[side][0]
-        if _leads_to_product(weights, done):
+        if leads_to_product(weights, done):
             yield _from_contraction(n, c, side)
 
 
@@ -67,31 +68,37 @@ def _from_contraction(n: fx.Node, c: Contraction, side: int) -> Final:
     return Final(n, c.shape, c.place, c.size, weight, value, op_name(n))
 
 
-_LIMIT = 96
-_NOT_BETWEEN = frozenset(("placeholder", "linear", "embedding", "layer_norm", "convolution", "conv1d", "conv2d", "output"))
-_CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
-_SHAPE_ONLY = _CONTRACTIONS | frozenset((
+# How many nodes behind the weights are looked at, the nearest first.
+_LIMIT = 512
+NOT_BETWEEN = frozenset(("placeholder", "linear", "embedding", "layer_norm", "convolution", "conv1d", "conv2d", "output"))
+CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
+_SHAPE_ONLY = CONTRACTIONS | frozenset((
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "permute", "expand",
     "contiguous", "clone", "slice", "select", "to", "_to_copy", "getitem", "cat", "stack", "detach", "alias", "split",
     "chunk", "unbind",
 ))
 
 
-def _leads_to_product(start: fx.Node, done: Collection[fx.Node]) -> bool:
+def hides_product(n: fx.Node) -> bool:
+    """Whether a node that is read as it is, is a contraction or rests on one."""
+    return op_name(n) in CONTRACTIONS or leads_to_product(n)
+
+
+def leads_to_product(start: fx.Node, done: Collection[fx.Node] = ()) -> bool:
     """Whether a contraction stands upstream of the weights, behind something other than views and casts."""
     seen: set[fx.Node] = set()
-    stack: list[tuple[fx.Node, bool]] = [(start, False)]
-    while stack and len(seen) < _LIMIT:
-        n, between = stack.pop()
+    queue: deque[tuple[fx.Node, bool]] = deque([(start, False)])
+    while queue and len(seen) < _LIMIT:
+        n, between = queue.popleft()
         if n in seen or n in done:
             continue
         seen.add(n)
         name = op_name(n)
-        if n is not start and between and (name in _CONTRACTIONS or _is_product_sum(n)):
+        if n is not start and between and (name in CONTRACTIONS or _is_product_sum(n)):
             return True
-        if name in _NOT_BETWEEN or n.op in ("placeholder", "get_attr"):
+        if name in NOT_BETWEEN or n.op in ("placeholder", "get_attr"):
             continue
-        stack.extend((a, between or name not in _SHAPE_ONLY) for a in n.all_input_nodes)
+        queue.extend((a, between or name not in _SHAPE_ONLY) for a in n.all_input_nodes)
     return any(_is_product_sum(x) for x in seen if x is not start)
 
 

@@ -71,6 +71,8 @@ class Lifter:
         self.key = ""
         self.output_at: At = ()
         self.misses: list[tuple[str, fx.Node]] = []
+        # what is read as it is, because nothing is known of how it is made
+        self.closed: list[tuple[str, fx.Node]] = []
         self._memo: dict[tuple[fx.Node, At], Expr] = {}
         self._defined: dict[tuple[fx.Node, str], tuple[str, tuple[int, ...]]] = {}
         self._leaf_of: dict[fx.Node, str] = {}
@@ -129,9 +131,11 @@ class Lifter:
             if i.op == "index":
                 self._hint.setdefault((n, d), str(i.attr))
         if self._consumer and self.aliases.written_between(n, n, self._consumer[-1]):
+            self.closed.append((f"{n.name} is written in place before {self._consumer[-1].name} reads it", n))
             return self.leaf(n, at)
         rule = self.rules.get(op_name(n))
         if rule is None:
+            self.closed.append((f"{op_name(n)} has no term", n))
             return self.leaf(n, at)
         if len(self._consumer) == DEEPEST:
             self.misses.append((f"more than {DEEPEST} operators stand one behind the other", n))

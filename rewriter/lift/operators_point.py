@@ -137,6 +137,18 @@ def square(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     return x * x
 
 
+def extreme_of_two(op: str) -> Rule:
+    """max.other and min.other; of one tensor the extreme of all is no number of one element."""
+    both = binary(op)
+
+    def rule(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
+        if "other" not in a:
+            raise CannotLift(f"the {op} of a whole tensor", n)
+        return both(lifter, n, a, at)
+
+    return rule
+
+
 def clamp(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     dtype = dtype_of(n)
     x = operand(lifter, n, a["self"], at, dtype)
@@ -303,7 +315,7 @@ RULES: dict[str, Rule] = {
     # other names of the same, and then the operators that take more than operands
     "negative": unary("neg"), "absolute": unary("abs"), "logical_not": unary("not"), "multiply": binary("mul"),
     "less": binary("lt"), "less_equal": binary("le"), "greater": binary("gt"), "greater_equal": binary("ge"),
-    "not_equal": binary("ne"),
+    "not_equal": binary("ne"), "max": extreme_of_two("max"), "min": extreme_of_two("min"),
     "add": scaled_sum(+1), "sub": scaled_sum(-1), "subtract": scaled_sum(-1), "rsub": rsub, "div": divide,
     "divide": divide, "true_divide": divide, "fmod": fmod, "pow": power, "square": square, "clamp": clamp, "clip": clamp,
     "clamp_min": clamp, "clamp_max": clamp, "where": where, "masked_fill": masked_fill,

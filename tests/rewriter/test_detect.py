@@ -258,3 +258,106 @@ def test_twins_with_another_constant_are_not_twins() -> None:
     values = values_of(gm, args)
     assert found[0].cascade != found[1].cascade
     assert all(error_of(f, values) <= 1e-12 for f in found)
+
+
+# --- no silent miss ---------------------------------------------------------------------------------------------------
+
+
+def _qkv(*more: torch.Tensor) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [*(torch.randn(2, 4, 24, 16) for _ in range(3)), *more]
+
+
+def _columns(q: Any, k: Any, v: Any) -> Any:
+    a = q @ k.mT * 0.25
+    a[..., -5:] = -math.inf
+    return a.softmax(-1) @ v
+
+
+def _columns_of_the_product(q: Any, k: Any, v: Any) -> Any:
+    a = q @ k.mT
+    a[..., :3] = -1e4
+    return (a * 0.25).softmax(-1) @ v
+
+
+def _index(q: Any, k: Any, v: Any) -> Any:
+    return (q @ k.mT * 0.25).index_fill(-1, torch.tensor([0, 1]), -1e4).softmax(-1) @ v
+
+
+MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def _mixed_before(q: Any, k: Any, v: Any) -> Any:
+    return F.linear((q @ k.mT).movedim(1, -1), MIX).movedim(-1, 1).softmax(-1) @ v
+
+
+def _mixed_after(q: Any, k: Any, v: Any) -> Any:
+    return F.linear((q @ k.mT).softmax(-1).movedim(1, -1), MIX).movedim(-1, 1) @ v
+
+
+@pytest.mark.parametrize(
+    ("fn", "words"),
+    [
+        (_columns, "mul is written in place before softmax reads it"),
+        (_columns_of_the_product, "matmul is written in place before mul reads it"), (_index, "index_fill has no term"),
+        (_mixed_before, "linear mixes them"), (_mixed_after, "linear mixes them"),
+    ],
+)
+def test_what_stands_between_the_products_is_named(fn: Callable[..., torch.Tensor], words: str) -> None:
+    args = _qkv()
+    found, missed = detect.find(graph_of(fn, args))
+    assert not found
+    (miss,) = missed
+    assert words in miss.reason
+    assert miss.depth > 0
+
+
+@pytest.mark.parametrize(
+    ("fn", "args"),
+    [
+        # a router: its gate and the next layer's projection are weights, and experts are no tokens
+        (
+            lambda x, q, gate, down, k: (
+                F.linear((F.linear(x @ q.mT @ q, gate).softmax(-1).topk(2)[0].sum(-1, keepdim=True) * x), down) @ k.mT
+            ),
+            (torch.randn(2, 24, 16), torch.randn(2, 24, 16), torch.randn(8, 16), torch.randn(16, 16), torch.randn(2, 24, 16)),
+        ),
+        # a head over classes
+        (lambda x, w: F.linear(x @ x.mT @ x, w).softmax(-1), (torch.randn(2, 24, 16), torch.randn(7, 16))),
+    ],
+)
+def test_a_softmax_over_no_scores_is_no_miss(fn: Callable[..., torch.Tensor], args: tuple[torch.Tensor, ...]) -> None:
+    _, missed = detect.find(graph_of(fn, list(args)))
+    assert not [m for m in missed if "softmax stands between" in m.reason]
+
+
+def test_a_bias_of_many_operators_hides_nothing() -> None:
+    def fn(q: Any, k: Any, v: Any, b: Any, ids: Any) -> Any:
+        for i in range(40):
+            b = torch.where(ids > i, b * 1.01, b - 0.01)
+        return (q @ k.mT * 0.25 + b).softmax(-1) @ v
+
+    found, _ = detect.find(graph_of(fn, _qkv(torch.randn(4, 24, 24), torch.randint(0, 9, (24, 24)))))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("extreme", [torch.max, torch.min])
+def test_the_larger_of_two_is_a_term(extreme: Callable[..., torch.Tensor]) -> None:
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        return extreme(q @ k.mT * 0.25, torch.tensor(-0.5, dtype=torch.float64)).softmax(-1) @ v
+
+    args = [x.double() for x in _qkv()]
+    gm = graph_of(fn, args)
+    (f,), _ = detect.find(gm)
+    assert error_of(f, values_of(gm, args)) < 1e-12
+
+
+def test_an_operator_that_holds_a_whole_attention_is_named() -> None:
+    def fn(q: Any, k: Any, v: Any) -> Any:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v)[0]
+
+    found, missed = detect.find(graph_of(fn, _qkv()))
+    assert not found
+    assert [(m.what, "scaled_dot_product_attention" in m.hint) for m in missed] == [
+        ("_scaled_dot_product_flash_attention_for_cpu", True)
+    ]
