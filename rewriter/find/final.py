@@ -14,8 +14,9 @@ from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
-from ..lift.lift import ZERO, At, Lifter, scratch
-from ..lift.operators_contract import PRODUCTS, Contraction, contract
+from ..lift.index import ZERO
+from ..lift.lift import At, Lifter, scratch
+from ..lift.operators_contract import CONTRACTIONS, PRODUCTS, Contraction, contract
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def _from_contraction(n: fx.Node, c: Contraction, side: int) -> Final:
 
 _LIMIT = 96
 _NOT_BETWEEN = frozenset(("placeholder", "linear", "embedding", "layer_norm", "convolution", "conv1d", "conv2d", "output"))
-_CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
-_SHAPE_ONLY = _CONTRACTIONS | frozenset((
+_SHAPE_ONLY = CONTRACTIONS | frozenset((
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "permute", "expand",
     "contiguous", "clone", "slice", "select", "to", "_to_copy", "getitem", "cat", "stack", "detach", "alias", "split",
     "chunk", "unbind",
@@ -87,7 +87,7 @@ def _leads_to_product(start: fx.Node, done: Collection[fx.Node]) -> bool:
             continue
         seen.add(n)
         name = op_name(n)
-        if n is not start and between and (name in _CONTRACTIONS or _is_product_sum(n)):
+        if n is not start and between and (name in CONTRACTIONS or _is_product_sum(n)):
             return True
         if name in _NOT_BETWEEN or n.op in ("placeholder", "get_attr"):
             continue
