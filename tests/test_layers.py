@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -43,6 +44,19 @@ def test_the_layer_contracts_hold() -> None:
     code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     done = run(sys.executable, "-c", code)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_class_name_stands_in_one_file() -> None:
+    """One word, one thing: who reads of a class need not ask which of two is meant."""
+    files: dict[str, set[str]] = {}
+    for layer in ("patterns", "cost_model", "codegen", "rewriter", "reattend"):
+        for path in (ROOT / layer).rglob("*.py"):
+            where = path.resolve().relative_to(ROOT).as_posix()
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    files.setdefault(node.name, set()).add(where)
+    assert len(files) > 150
+    assert {name: there for name, there in files.items() if len(there) > 1} == {}
 
 
 def test_the_algebra_loads_neither_torch_nor_triton() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from ...patterns import expr as ex
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
+from ...patterns.terms.arithmetic import FLOAT_FORMAT
 from ..files.tile_plan import planned
 from ..files.torch_file import (
     PrintedFunction,
@@ -30,7 +31,6 @@ from ..text.tile_terms import relative_parts
 
 # The body that cuts a causal triangle into slices as well, instead of leaving it to torch's own causal mode.
 SLICES = "slices"
-LARGEST = 3.4028234663852886e38
 
 
 def text(f: Form, s: Softmax, m: TileMapping, version: str) -> str:
@@ -176,7 +176,7 @@ def _empty(f: Form, s: Softmax) -> float | None:
     if any(x.is_float and a.key in x.ranks for x in ex.loads(s.score.added)):
         return s.ending.empty
     # where every row is proved to keep a key, nobody has to look for those that do not
-    return s.ending.empty if lowest < -LARGEST and rows_keep_a_key(a, f.mask.keep) else None
+    return s.ending.empty if lowest < -FLOAT_FORMAT["f32"][2] and rows_keep_a_key(a, f.mask.keep) else None
 
 
 def _scale(p: Printer, s: Softmax) -> str:

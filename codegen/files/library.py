@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 
-# Their text is read here, never imported: Triton need not be there.
+# Their text is read here, never imported: Triton need not be there. So names join the rooms, which no contract sees; a test
+# holds that each name is a file.
 SKELETONS = "reattend.codegen.skeletons"
 
 

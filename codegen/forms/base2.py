@@ -21,7 +21,7 @@ from .terms import Terms, mapped_state
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 # Constants of at least this magnitude are fills, not numbers to compute with.
-FILL = 1e30
+UNSCALED = 1e30
 
 
 def in_base2(t: Terms, key: str, products: frozenset[Expr]) -> Terms:
@@ -87,7 +87,7 @@ class _Scaling:
         args = [memo[a] for a in e.args]
         match e.op:
             case "const":
-                return e if abs(float(e.value)) >= FILL else ex.const(float(e.value) * LOG2E, "f32")
+                return e if abs(float(e.value)) >= UNSCALED else ex.const(float(e.value) * LOG2E, "f32")
             case "load" if self.is_bound(e):
                 return e
             case "add" | "sub" | "max" | "min" | "neg":

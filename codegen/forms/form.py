@@ -17,14 +17,13 @@ from ...patterns.masks.rows import witnesses
 from ...patterns.masks.split import VANISHING, Mask, split
 from ...patterns.terms.conditions import conjunction, conjuncts, simplify_under
 from ...patterns.terms.intervals import spans
+from ...patterns.terms.narrow import LARGEST
 from ...patterns.verdict import Obstacle
 from . import skip
 from .operands import Heads, Product, heads, product
 from .scaled import Ending, Scaled, ending, scaled
 from .terms import uncast
 
-# The largest coordinate or size that proofs about rows allow for.
-LARGEST = 2**40
 # exp(-UNDERFLOW) is 0 in float32.
 UNDERFLOW = 104.0
 

@@ -26,7 +26,7 @@ from .terms import mapped_elements
 # Largest magnitude of a finite score that the proofs allow; fills lie far beyond it.
 FINITE = 1e29
 # Weights beyond this are not cast to float16.
-HALF = 6e4
+HALF_MOST = 6e4
 _SCORE = "$score"
 _OPENED = named(lambda o: o.positive and not o.law and callable(o.algebra))
 _TERMS = SimpleNamespace(
@@ -86,7 +86,7 @@ def fits_half(state: RowState, score: Expr, key: str) -> bool:
     if facts(weight.op).law == "exponential" and state.correction is not None:
         return True
     low, high = _span(_in_range(state.weight, score, -FINITE, FINITE), state, key, -FINITE, FINITE)
-    return low >= -HALF and high <= HALF
+    return low >= -HALF_MOST and high <= HALF_MOST
 
 
 def _in_range(e: Expr, score: Expr, lo: float, hi: float) -> Expr:
@@ -100,13 +100,13 @@ def _span(e: Expr, state: RowState, key: str, lo: float, hi: float) -> tuple[flo
     ops = {c.name: c.op for c in state.carried}
     of_row = {str(x.attr) for x in ex.loads(e) if key not in x.ranks and ops.get(str(x.attr)) != "add"}
 
-    def bounds(name: str, box: Sequence[Span]) -> Span | None:
+    def of_load(name: str, box: Sequence[Span]) -> Span | None:
         if name == _SCORE:
             return np.float64(lo), np.float64(hi)
         return (np.float64(-FINITE), np.float64(FINITE)) if name in of_row else None
 
     e = ex.substitute(e, {ex.symbol(n): ex.index(f"${n}") for n in ex.symbols(e)})
-    low, high = spans(e, {r: (np.float64(0), np.float64(2**24)) for r in e.ranks}, bounds=bounds)
+    low, high = spans(e, {r: (np.float64(0), np.float64(2**24)) for r in e.ranks}, of_load=of_load)
     return float(np.min(low)), float(np.max(high))
 
 

@@ -8,7 +8,7 @@ go through the affine normal form. A load over tiles reads a table of least and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ...patterns import expr as ex
@@ -238,6 +238,11 @@ def relative(root: Expr, query: str, key: str) -> bool:
 
 def relative_parts(root: Expr, query: str, key: str) -> tuple[Expr, ...]:
     """The largest sub-terms that vary over both query and key, and only with their difference."""
+    return largest_parts(root, query, key, lambda e: relative(e, query, key))
+
+
+def largest_parts(root: Expr, query: str, key: str, fits: Callable[[Expr], bool]) -> tuple[Expr, ...]:
+    """The largest sub-terms that vary over both query and key and are as asked for, left to right."""
     out: dict[Expr, None] = {}
     seen: set[Expr] = set()
     stack = [root]
@@ -246,7 +251,7 @@ def relative_parts(root: Expr, query: str, key: str) -> tuple[Expr, ...]:
         if e in seen or not {query, key} <= e.ranks:
             continue
         seen.add(e)
-        if relative(e, query, key):
+        if fits(e):
             out[e] = None
         else:
             stack.extend(reversed(e.args))

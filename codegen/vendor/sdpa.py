@@ -29,7 +29,7 @@ from .call import VendorCall, Whole, axes, file, function, result
 
 NAME = "sdpa"
 BACKENDS = ("cudnn", "flash", "efficient", "math")
-HALF = ("f16", "bf16")
+SIXTEEN_BITS = ("f16", "bf16")
 
 
 def sdpa(c: Cascade, *, keyed: bool = False) -> VendorCall | Refusal:
@@ -183,7 +183,7 @@ def _cudnn(device: Device, dtype: str, e: int, v: int) -> str:
     if device.kind != "cuda":
         return "not built for this device"
     limit = 256 if _favours_cudnn(device) else 128
-    if dtype not in HALF:
+    if dtype not in SIXTEEN_BITS:
         return f"{dtype} is not float16 or bfloat16"
     if max(e, v) > limit or e % 8 or v % 8:
         return f"head sizes {e} and {v}: it takes multiples of 8 up to {limit}"
@@ -193,7 +193,7 @@ def _cudnn(device: Device, dtype: str, e: int, v: int) -> str:
 def _flash(call: VendorCall, device: Device, dtype: str, e: int, v: int) -> str:
     if call.mask is not None:
         return "it takes no mask tensor"
-    if dtype not in HALF:
+    if dtype not in SIXTEEN_BITS:
         return f"{dtype} is not float16 or bfloat16"
     if e != v or e > 256:
         return f"head sizes {e} and {v}: it takes equal ones up to 256"
@@ -205,7 +205,7 @@ def _flash(call: VendorCall, device: Device, dtype: str, e: int, v: int) -> str:
 def _efficient(call: VendorCall, device: Device, dtype: str, e: int, v: int) -> str:
     if dtype == "f64":
         return "f64 is not float16, bfloat16 or float32"
-    alignment = 8 if dtype in HALF else 4
+    alignment = 8 if dtype in SIXTEEN_BITS else 4
     if e % alignment or v % alignment:
         return f"head sizes {e} and {v} are no multiples of {alignment}"
     if call.grouped and device.kind == "hip":

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ...patterns import expr as ex
 from ...patterns.expr import Expr
-from ...patterns.masks.split import FULL, PARTIAL, Mask, TileRuns, block_bounds, conjuncts, count_tiles, rows_with_key
+from ...patterns.masks.split import FULL, PARTIAL, Mask, TileRuns, block_spans, conjuncts, count_tiles, rows_with_key
 from .schedule import SCHEDULED, launch_span, makespan, order
 
 __all__ = [
@@ -144,14 +144,14 @@ def _counted(
     keep: Expr, vanishing: bool, query: str, key: str, ranks: tuple[tuple[str, int], ...],
     known: tuple[tuple[str, int], ...], tile_p: int, tile_m: int, data: Data,
 ) -> TileRuns:
-    bounds = block_bounds(data.tables, (tile_p, tile_m)) if data.tables else None
+    of_load = block_spans(data.tables, (tile_p, tile_m)) if data.tables else None
     extents, symbols = dict(ranks), dict(known)
     tiles = count_tiles(
-        keep, query=query, key=key, extents=extents, symbols=symbols, tile_p=tile_p, tile_m=tile_m, bounds=bounds
+        keep, query=query, key=key, extents=extents, symbols=symbols, tile_p=tile_p, tile_m=tile_m, of_load=of_load
     )
     if not vanishing:
         return tiles.guarded(np.zeros(tiles.shape[:-1], np.bool_))
-    certain = rows_with_key(keep, tiles, query=query, key=key, extents=extents, symbols=symbols, bounds=bounds)
+    certain = rows_with_key(keep, tiles, query=query, key=key, extents=extents, symbols=symbols, of_load=of_load)
     return tiles.guarded(certain)
 
 

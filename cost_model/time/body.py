@@ -41,7 +41,7 @@ AROUND_ALL = 12
 # … and around the plan of a mask on run-time data: the extremes of its tiles, rows with a key, lists for Python.
 AROUND_DATA = 40
 # torch.exp takes so much longer where the result underflows, as it does behind a mask.
-UNDERFLOW = 7.0
+UNDERFLOWING_EXP = 7.0
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ def _product(host: Host, bill: Bill, s: Subject, at: Shape, b: QueryBlock) -> No
     for op in ops:
         host.point(op, "f32", points, 0, one)
         if op == "exp":
-            host.point(op, "f32", round(points * b.cut * UNDERFLOW), 0, one)
+            host.point(op, "f32", round(points * b.cut * UNDERFLOWING_EXP), 0, one)
     one.add("launch", 2 * host.h.product_seconds + (len(ops) + AROUND_STEP) * host.h.operator_seconds)
     for name, seconds in one.parts.items():
         bill.add(name, seconds * steps * count * (host.h.step_factor if name != "launch" else 1.0))

@@ -23,7 +23,7 @@ from ..terms.affine import Affine, affine
 from ..terms.arithmetic import Span
 from ..terms.conditions import normal
 from ..terms.intervals import spans
-from .descent import Grid, GroundMask
+from .descent import Grid, KnownMask
 from .runs import Intervals, Ints, between
 
 # Conjunctions of a mask and half-planes of a conjunction above which intervals are the better way; and what a mask may
@@ -31,7 +31,7 @@ from .runs import Intervals, Ints, between
 CONJUNCTIONS, HALVES = 48, 24
 PREDICATES, CHOICES = 96, 10
 # The largest number that rows are computed with.
-LARGEST = 1 << 40
+EXACT = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ Conjunction = tuple[Half, ...]
 Disjunction = tuple[Conjunction, ...]
 
 
-def in_closed_form(work: GroundMask, grid: Grid) -> tuple[Intervals, Intervals] | None:
+def in_closed_form(work: KnownMask, grid: Grid) -> tuple[Intervals, Intervals] | None:
     """(full, partial) tiles of a mask as intervals that do not overlap, or None where it has no closed form."""
     parts = _parts(work.keep, grid.query, grid.key)
     if parts is None:
@@ -249,7 +249,7 @@ def _joined(upper: Half, lower: Half) -> Half | None:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-def _meeting(cases: Disjunction, work: GroundMask, grid: Grid) -> Intervals | None:
+def _meeting(cases: Disjunction, work: KnownMask, grid: Grid) -> Intervals | None:
     """The key tiles in which some point of a row satisfies one of the cases."""
     first = np.arange(grid.shape(1)[-2]) * grid.tile_p
     rows = first, np.minimum(first + grid.tile_p, grid.extents[grid.query]) - 1
@@ -266,10 +266,11 @@ def _meeting(cases: Disjunction, work: GroundMask, grid: Grid) -> Intervals | No
     return Intervals.join(found)
 
 
-def _value(rest: Affine, work: GroundMask, box: Mapping[str, Span], entries: int) -> Ints | None:
+def _value(rest: Affine, work: KnownMask, box: Mapping[str, Span], entries: int) -> Ints | None:
     """A term without query and key for every batch entry, [entries, 1]; None where it is not known exactly."""
-    lo, hi = (np.broadcast_to(np.asarray(v, np.float64), (entries, 1)) for v in spans(rest.term(), box, bounds=work.bounds))
-    return lo.astype(np.int64) if bool(((lo == hi) & (abs(lo) <= LARGEST)).all()) else None
+    ends = spans(rest.term(), box, of_load=work.of_load)
+    lo, hi = (np.broadcast_to(np.asarray(v, np.float64), (entries, 1)) for v in ends)
+    return lo.astype(np.int64) if bool(((lo == hi) & (abs(lo) <= EXACT)).all()) else None
 
 
 def _interval(conjunction: Conjunction, known: Mapping[Affine, Ints], rows: tuple[Ints, Ints], grid: Grid) -> Intervals:

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from ..expr import Expr
 from ..terms.arithmetic import Array, Span
-from ..terms.intervals import Bounds, native, spans
+from ..terms.intervals import LoadSpan, native, spans
 from .runs import EMPTY, FULL, PARTIAL, Intervals, Ints
 
 # Boxes of the coarsest grid, boxes evaluated at once, and the most that settle the open tiles of one group.
 COARSE = 4096
-CHUNK = 1 << 16
+AT_ONCE = 1 << 16
 BUDGET = 1 << 20
 
 
@@ -64,11 +64,11 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class GroundMask:
+class KnownMask:
     """A mask without symbols, and what is known of the tensors that it reads."""
 
     keep: Expr
-    bounds: Bounds | None
+    of_load: LoadSpan | None
     xp: ModuleType = np
 
     def dense(self, grid: Grid) -> Array:
@@ -76,18 +76,18 @@ class GroundMask:
         shape = grid.shape(1)
         n = len(shape)
         where = [np.arange(s).reshape([-1 if d == i else 1 for d in range(n)]) for i, s in enumerate(shape)]
-        yes, maybe = spans(self.keep, grid.box(where, 1), bounds=self.bounds, xp=self.xp)
+        yes, maybe = spans(self.keep, grid.box(where, 1), of_load=self.of_load, xp=self.xp)
         if native(yes):
             classes = np.add(yes, maybe, dtype=np.uint8)
             return np.ascontiguousarray(np.broadcast_to(classes, shape)).copy()
         return (yes.to(self.xp.uint8) + maybe.to(self.xp.uint8)).expand(shape).contiguous()
 
     def boxes(self, box: Mapping[str, Span], count: int) -> Span:
-        yes, maybe = spans(self.keep, box, bounds=self.bounds, xp=self.xp)
+        yes, maybe = spans(self.keep, box, of_load=self.of_load, xp=self.xp)
         return np.broadcast_to(yes, (count,)), np.broadcast_to(maybe, (count,))
 
 
-def descend(work: GroundMask, grid: Grid, *, settle: bool) -> tuple[Intervals, Intervals]:
+def descend(work: KnownMask, grid: Grid, *, settle: bool) -> tuple[Intervals, Intervals]:
     """(full, partial) tiles of a mask as intervals that do not overlap; rows are query tiles, batch-major.
 
     `settle`: tiles that intervals leave open are decided point by point where need be.
@@ -112,12 +112,12 @@ def descend(work: GroundMask, grid: Grid, *, settle: bool) -> tuple[Intervals, I
     return Intervals.join(full), _tiles_of(grid, where, 1)
 
 
-def _evaluated(work: GroundMask, grid: Grid, where: tuple[Array, ...], scale: int) -> tuple[Array, Array]:
+def _evaluated(work: KnownMask, grid: Grid, where: tuple[Array, ...], scale: int) -> tuple[Array, Array]:
     n = len(where[-1])
     yes, maybe = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
-    for a in range(0, n, CHUNK):
-        part = tuple(w[a : a + CHUNK] for w in where)
-        yes[a : a + CHUNK], maybe[a : a + CHUNK] = work.boxes(grid.box(part, scale), len(part[-1]))
+    for a in range(0, n, AT_ONCE):
+        part = tuple(w[a : a + AT_ONCE] for w in where)
+        yes[a : a + AT_ONCE], maybe[a : a + AT_ONCE] = work.boxes(grid.box(part, scale), len(part[-1]))
     return yes, maybe
 
 
@@ -149,12 +149,12 @@ def _tiles_of(grid: Grid, where: tuple[Array, ...], scale: int) -> Intervals:
 SAMPLES = ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1.0, 1.0), (0.5, 0.5), (0.3, 0.8), (0.7, 0.2), (0.45, 0.6))
 
 
-def settled(work: GroundMask, query: str, key: str, box: Mapping[str, Span]) -> NDArray[np.uint8]:
+def settled(work: KnownMask, query: str, key: str, box: Mapping[str, Span]) -> NDArray[np.uint8]:
     """The classes of boxes: points that differ prove one partial, else it is split until all of it is decided."""
     n = len(box[key][0])
     kinds = np.full(n, PARTIAL, np.uint8)
-    for a in range(0, n, CHUNK):
-        part = np.arange(a, min(a + CHUNK, n))
+    for a in range(0, n, AT_ONCE):
+        part = np.arange(a, min(a + AT_ONCE, n))
         part = part[_unproved(work, query, key, at(box, part))]
         # few at a time, so that one with many pieces does not use up the budget of all
         for b in range(0, len(part), 1024):
@@ -167,7 +167,7 @@ def at(box: Mapping[str, Span], which: Array) -> dict[str, Span]:
     return {r: (lo[which], hi[which]) for r, (lo, hi) in box.items()}
 
 
-def _unproved(work: GroundMask, query: str, key: str, box: dict[str, Span]) -> Ints:
+def _unproved(work: KnownMask, query: str, key: str, box: dict[str, Span]) -> Ints:
     """Boxes in which a few sample points do not show both answers."""
     left = np.arange(len(box[key][0]))
     some, every = np.zeros(len(left), np.bool_), np.ones(len(left), np.bool_)
@@ -184,7 +184,7 @@ def _unproved(work: GroundMask, query: str, key: str, box: dict[str, Span]) -> I
     return left
 
 
-def _split(work: GroundMask, query: str, key: str, box: dict[str, Span]) -> NDArray[np.uint8]:
+def _split(work: KnownMask, query: str, key: str, box: dict[str, Span]) -> NDArray[np.uint8]:
     """Split boxes in four until each is decided or its owner shows both answers."""
     count = len(box[key][0])
     owner = np.arange(count)

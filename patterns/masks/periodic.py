@@ -17,7 +17,7 @@ from .. import expr as ex
 from ..expr import Expr
 from ..terms.affine import affine
 from ..terms.arithmetic import Array
-from .descent import Grid, GroundMask, settled
+from .descent import Grid, KnownMask, settled
 from .runs import FULL, PARTIAL, Intervals, Ints
 
 # Tiles of one period along a side, and tiles of a map below which looking at all of them is as good.
@@ -25,7 +25,7 @@ LONGEST = 16
 FEW = 4096
 
 
-def repeated(work: GroundMask, grid: Grid) -> tuple[Intervals, Intervals] | None:
+def repeated(work: KnownMask, grid: Grid) -> tuple[Intervals, Intervals] | None:
     """(full, partial) tiles of a mask as intervals that do not overlap, or None where it does not repeat."""
     if ex.loads(work.keep) or math.prod(grid.shape(1)) <= FEW:
         return None
@@ -68,7 +68,7 @@ class _Pattern:
     rows below. Row r + a·k is that strip, b·k tiles further on.
     """
 
-    def __init__(self, work: GroundMask, grid: Grid, a: int, b: int) -> None:
+    def __init__(self, work: KnownMask, grid: Grid, a: int, b: int) -> None:
         self.work, self.grid, self.a, self.b = work, grid, a, b
         n_p, n_m = grid.shape(1)[-2:]
         self.left = -(-n_p // a) * b

@@ -17,9 +17,9 @@ from .. import expr as ex
 from ..expr import Expr
 from ..terms.affine import affine
 from ..terms.arithmetic import Array, Span
-from ..terms.bounds import block_bounds
+from ..terms.block_spans import block_spans
 from ..terms.conditions import conjunction, conjuncts
-from ..terms.intervals import Bounds, align, native, spans
+from ..terms.intervals import LoadSpan, align, native, spans
 from .tiles import TileMap, TileRuns, batch_ranks, bind, classify
 
 # Rows proved at once, and rows few enough to test all witnesses together.
@@ -64,7 +64,7 @@ def _query_free(keep: Expr, query: str) -> Expr:
 
 def rows_with_key(
     keep: Expr, tiles: TileMap | TileRuns, *, query: str, key: str, extents: Mapping[str, int],
-    symbols: Mapping[str, int] | None = None, bounds: Bounds | None = None, xp: ModuleType = np,
+    symbols: Mapping[str, int] | None = None, of_load: LoadSpan | None = None, xp: ModuleType = np,
 ) -> Array:
     """bool [*batch, n_p]: True only where every row of the query tile certainly keeps at least one key.
 
@@ -73,7 +73,7 @@ def rows_with_key(
     """
     keep = bind(keep, symbols)
     certain = tiles.has_full()
-    rows = _Rows(keep, query, key, batch_ranks(keep, query, key, extents), extents, tiles.tile_p, bounds, xp)
+    rows = _Rows(keep, query, key, batch_ranks(keep, query, key, extents), extents, tiles.tile_p, of_load, xp)
     if xp is not np or not native(certain):
         return rows.whole_tiles(certain)
     # a query tile without any visited tile has no key at all
@@ -95,7 +95,7 @@ class _Rows:
     batch: tuple[str, ...]
     extents: Mapping[str, int]
     tile: int
-    bounds: Bounds | None
+    of_load: LoadSpan | None
     xp: ModuleType
 
     @property
@@ -121,7 +121,7 @@ class _Rows:
                 break
             if aligned and w.op not in ("index", "const"):
                 continue
-            yes = spans(_holds(self.keep, self.key, w, self.extents[self.key]), box, bounds=self.bounds, xp=self.xp)[0]
+            yes = spans(_holds(self.keep, self.key, w, self.extents[self.key]), box, of_load=self.of_load, xp=self.xp)[0]
             ((certain, yes),) = align([(certain, yes)], self.xp)
             certain = certain | yes
         return certain
@@ -157,7 +157,7 @@ class _Rows:
             if nearest:
                 # the nearest keys that loads allow stand for the witness itself
                 at = np.concatenate([table[(*index, at)] for table in nearest])
-            yes = spans(self.keep, {**box, self.key: (at, at)}, bounds=self.bounds)[0]
+            yes = spans(self.keep, {**box, self.key: (at, at)}, of_load=self.of_load)[0]
             found |= (yes & (at >= 0) & (at < size)).any(0)
         return found.all(-1)
 
@@ -171,7 +171,7 @@ class _Rows:
             return ()
         size = self.extents[self.key]
         keys = np.arange(size)
-        yes = spans(free, {**self.batch_box(), self.key: (keys, keys)}, bounds=self.bounds)[0]
+        yes = spans(free, {**self.batch_box(), self.key: (keys, keys)}, of_load=self.of_load)[0]
         yes = np.broadcast_to(yes, (*(self.extents[r] for r in self.batch), size))
         before = np.maximum.accumulate(np.where(yes, keys, -1), axis=-1)
         after = np.minimum.accumulate(np.where(yes, keys, size)[..., ::-1], axis=-1)[..., ::-1]
@@ -196,11 +196,11 @@ def runtime_classify(
     tile_p: int, tile_m: int, arrays: Mapping[str, Array], xp: ModuleType = np,
 ) -> Walk:
     """`classify` and `rows_with_key` with the tensors that the mask loads, as given to the kernel."""
-    bounds = block_bounds(arrays, (tile_p, tile_m), xp)
+    of_load = block_spans(arrays, (tile_p, tile_m), xp)
     tiles = classify(
-        keep, query=query, key=key, extents=extents, symbols=symbols, tile_p=tile_p, tile_m=tile_m, bounds=bounds, xp=xp
+        keep, query=query, key=key, extents=extents, symbols=symbols, tile_p=tile_p, tile_m=tile_m, of_load=of_load, xp=xp
     )
     certain = rows_with_key(
-        keep, tiles, query=query, key=key, extents=extents, symbols=symbols, bounds=bounds, xp=xp
+        keep, tiles, query=query, key=key, extents=extents, symbols=symbols, of_load=of_load, xp=xp
     )
     return Walk(tiles, certain)

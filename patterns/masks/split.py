@@ -17,7 +17,7 @@ from operator import mul, truediv
 
 from .. import expr as ex
 from ..expr import TRUE, Expr
-from ..terms.bounds import block_bounds
+from ..terms.block_spans import block_spans
 from ..terms.conditions import conjunction, conjuncts, constant, negated, normal, simplify_under
 from ..terms.intervals import spans
 from .rows import Walk, rows_with_key, runtime_classify, witnesses
@@ -33,7 +33,7 @@ __all__ = [
     "TileMap",
     "TileRuns",
     "Walk",
-    "block_bounds",
+    "block_spans",
     "classify",
     "conjuncts",
     "count_tiles",

@@ -20,9 +20,9 @@ import numpy as np
 from .. import expr as ex
 from ..expr import Expr
 from ..terms.arithmetic import Array, Span
-from ..terms.intervals import Bounds
+from ..terms.intervals import LoadSpan
 from .closed_form import in_closed_form
-from .descent import COARSE, Grid, GroundMask, at, descend, quarters, settled
+from .descent import COARSE, Grid, KnownMask, at, descend, quarters, settled
 from .periodic import repeated
 from .runs import EMPTY, FULL, PARTIAL, KeyRun, TileRuns, tile_runs
 
@@ -180,7 +180,7 @@ def batch_ranks(keep: Expr, query: str, key: str, extents: Mapping[str, int]) ->
 
 def count_tiles(
     keep: Expr, *, query: str, key: str, extents: Mapping[str, int], symbols: Mapping[str, int] | None = None,
-    tile_p: int, tile_m: int, bounds: Bounds | None = None,
+    tile_p: int, tile_m: int, of_load: LoadSpan | None = None,
 ) -> TileRuns:
     """The visited `tile_p` × `tile_m` tiles of a mask as runs: sound always, exact where no unknown data decides.
 
@@ -192,17 +192,17 @@ def count_tiles(
     sizes = tuple((r, extents[r]) for r in (*batch, query, key))
     if not ex.loads(keep):
         return _static(keep, query, key, sizes, tile_p, tile_m)
-    return _counted(GroundMask(keep, bounds), Grid(query, key, batch, dict(sizes), tile_p, tile_m))
+    return _counted(KnownMask(keep, of_load), Grid(query, key, batch, dict(sizes), tile_p, tile_m))
 
 
 @lru_cache(maxsize=256)
 def _static(keep: Expr, query: str, key: str, sizes: tuple[tuple[str, int], ...], tile_p: int, tile_m: int) -> TileRuns:
-    return _counted(GroundMask(keep, None), Grid(query, key, tuple(r for r, _ in sizes[:-2]), dict(sizes), tile_p, tile_m))
+    return _counted(KnownMask(keep, None), Grid(query, key, tuple(r for r, _ in sizes[:-2]), dict(sizes), tile_p, tile_m))
 
 
-def _counted(work: GroundMask, grid: Grid) -> TileRuns:
+def _counted(work: KnownMask, grid: Grid) -> TileRuns:
     # what is not known at all stays open however small the boxes
-    settle = work.bounds is not None or not ex.loads(work.keep)
+    settle = work.of_load is not None or not ex.loads(work.keep)
     found = in_closed_form(work, grid) or repeated(work, grid) or descend(work, grid, settle=settle)
     sizes = grid.extents[grid.query], grid.extents[grid.key]
     entries = tuple(grid.extents[r] for r in grid.batch)
@@ -212,12 +212,12 @@ def _counted(work: GroundMask, grid: Grid) -> TileRuns:
 
 def classify(
     keep: Expr, *, query: str, key: str, extents: Mapping[str, int], symbols: Mapping[str, int] | None = None,
-    tile_p: int, tile_m: int, bounds: Bounds | None = None, xp: ModuleType = np, settle: bool = False,
+    tile_p: int, tile_m: int, of_load: LoadSpan | None = None, xp: ModuleType = np, settle: bool = False,
 ) -> TileMap:
     """Classify every `tile_p` × `tile_m` tile of a mask: sound always, exact where no run-time data decides.
 
-    `extents` gives the size of every rank in elements; `bounds` the range of loads over coordinate boxes (default:
-    nothing is known of them). `settle` spends more time where bounds of loads leave tiles open; it pays for constants.
+    `extents` gives the size of every rank in elements; `of_load` the range of loads over coordinate boxes (default:
+    nothing is known of them). `settle` spends more time where spans of loads leave tiles open; it pays for constants.
     With `xp` other than numpy, loads may bring arrays of that namespace, and so does the map.
     Maps of masks without loads are cached and read-only.
     Raises ValueError for a rank without extent or a symbol without value.
@@ -228,7 +228,7 @@ def classify(
     if not ex.loads(keep):
         return _static_map(keep, query, key, sizes, tile_p, tile_m)
     grid = Grid(query, key, batch, dict(sizes), tile_p, tile_m)
-    work = GroundMask(keep, bounds, xp)
+    work = KnownMask(keep, of_load, xp)
     if xp is np and math.prod(grid.shape(1)) > COARSE:
         sides = extents[query], extents[key]
         entries = tuple(extents[r] for r in batch)
@@ -254,14 +254,14 @@ def _static_map(
 
 def pairs(
     keep: Expr, tiles: TileMap | TileRuns, *, query: str, key: str, extents: Mapping[str, int],
-    symbols: Mapping[str, int] | None = None, bounds: Bounds | None = None,
+    symbols: Mapping[str, int] | None = None, of_load: LoadSpan | None = None,
 ) -> int:
     """The number of kept (query, key) points, over the batch ranks of the map: full tiles by area, others by splitting.
 
-    Arguments as given to `classify`; needs a numpy map and, for loads, bounds that are exact on single elements.
+    Arguments as given to `classify`; needs a numpy map and, for loads, spans that are exact on single elements.
     """
     grid = Grid(query, key, tiles.batch, extents, tiles.tile_p, tiles.tile_m)
-    work = GroundMask(bind(keep, symbols), bounds, np)
+    work = KnownMask(bind(keep, symbols), of_load, np)
     total = 0
     for kind in (FULL, PARTIAL):
         where = tiles.tiles_of(kind)

@@ -24,12 +24,12 @@ from ..expr import Expr
 from .affine import Affine, affine
 from .arithmetic import INTEGER_RANGE, LIMIT, Array, Span, clip_integer, floating, integer, rounded
 
-__all__ = ["Array", "Bounds", "Span", "Step", "align", "native", "spans", "steps"]
+__all__ = ["Array", "LoadSpan", "Span", "Step", "align", "native", "spans", "steps"]
 
 # Atoms whose magnitude stays below LIMIT.
 PLAIN = ("index", "symbol", "load")
-# bounds(tensor, [(lo, hi) of each coordinate]) -> (lo, hi) of the elements; None: nothing is known of that tensor.
-Bounds: TypeAlias = Callable[[str, Sequence[Span]], "Span | None"]
+# of_load(tensor, [(lo, hi) of each coordinate]) -> (lo, hi) of the elements; None: nothing is known of that tensor.
+LoadSpan: TypeAlias = Callable[[str, Sequence[Span]], "Span | None"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _step(e: Expr) -> Step:
 
 
 def spans(
-    root: Expr, box: Mapping[str, Span], *, symbols: Mapping[str, int] | None = None, bounds: Bounds | None = None,
+    root: Expr, box: Mapping[str, Span], *, symbols: Mapping[str, int] | None = None, of_load: LoadSpan | None = None,
     xp: ModuleType = np,
 ) -> Span:
     """The span of a term over boxes: `box[rank] = (lo, hi)`, inclusive, arrays that broadcast together.
@@ -85,7 +85,7 @@ def spans(
         for step in steps(root):
             args = align([memo[n] for n in step.needs], xp)
             lib = np if all(native(a) for span in args for a in span) else xp
-            memo[step.term] = _span(step, args, lib, box, symbols or {}, bounds)
+            memo[step.term] = _span(step, args, lib, box, symbols or {}, of_load)
         return memo[root]
 
 
@@ -106,7 +106,8 @@ def align(args: list[Span], xp: ModuleType) -> list[Span]:
 
 
 def _span(
-    step: Step, args: list[Span], lib: ModuleType, box: Mapping[str, Span], symbols: Mapping[str, int], bounds: Bounds | None
+    step: Step, args: list[Span], lib: ModuleType, box: Mapping[str, Span], symbols: Mapping[str, int],
+    of_load: LoadSpan | None,
 ) -> Span:
     e = step.term
     if step.form is not None:
@@ -129,7 +130,7 @@ def _span(
                 raise ValueError(f"size {e.attr} has no value")
             return np.float64(symbols[str(e.attr)]), np.float64(symbols[str(e.attr)])
         case "load":
-            return _load(e, args, bounds)
+            return _load(e, args, of_load)
         case "where":
             return _where(e, args, lib)
         case "cast":
@@ -218,8 +219,8 @@ def _truth(lo: Array, hi: Array) -> Span:
     return (lo > 0) | (hi < 0), ~((lo == 0) & (hi == 0))
 
 
-def _load(e: Expr, args: list[Span], bounds: Bounds | None) -> Span:
-    found = bounds(str(e.attr), args) if bounds is not None else None
+def _load(e: Expr, args: list[Span], of_load: LoadSpan | None) -> Span:
+    found = of_load(str(e.attr), args) if of_load is not None else None
     if found is not None:
         lo, hi = found
         return (lo != 0, hi != 0) if e.dtype == "b1" else (lo, hi)

@@ -19,7 +19,7 @@ from .intervals import spans
 
 # The smallest numbers that are rounded to ∞.
 BEYOND: Mapping[str, float] = {"f16": 65520.0, "bf16": 3.3961775292304601e38, "f32": 3.4028235677973366e38}
-# The largest coordinate or size that the bounds allow for.
+# The largest coordinate or size that proofs allow for.
 LARGEST = 2.0**40
 
 
@@ -35,7 +35,7 @@ def narrowed(e: Expr, dtype: str) -> Expr:
         return e if inner is e.args[0] else ex.cast(inner, e.dtype)
     if any(x.is_float for x in ex.loads(e)):
         return e
-    low, high = _bounds(e)
+    low, high = _span(e)
     if (-limit < low and high < limit) or not math.isfinite(low + high):
         return e
     out = e
@@ -46,7 +46,7 @@ def narrowed(e: Expr, dtype: str) -> Expr:
     return out
 
 
-def _bounds(e: Expr) -> tuple[float, float]:
+def _span(e: Expr) -> tuple[float, float]:
     """The range of the term where nothing is rounded."""
 
     def wide(t: Expr, args: tuple[Expr, ...]) -> Expr | None:

@@ -17,7 +17,7 @@ from .interval_rules import BITWISE, LIMITS, PLAIN, bitwise, interval
 # What coordinates and sizes stay below where they are symbolic, and what run-time integers do (positions, segments): tables
 # beyond 16 million rows use 64-bit terms anyhow.
 REACH, DATA = 2**24, 2**29
-LARGEST: Mapping[str, int] = {d: LIMITS[d][1] for d in ("i32", "i64")}
+HELD: Mapping[str, int] = {d: LIMITS[d][1] for d in ("i32", "i64")}
 _DATA = (-DATA, DATA)
 _Interval: TypeAlias = tuple[float, float]
 
@@ -29,14 +29,14 @@ def passes(root: Expr, ranks: Mapping[str, Rank]) -> Expr | None:
         if e.dtype != "b1" and e.dtype not in ex.INTEGERS:
             continue
         lo, hi = known[e] = _reached(e, [known.get(a, _DATA) for a in e.args], ranks)
-        if max(-lo, hi) > LARGEST.get(e.dtype, math.inf):
+        if max(-lo, hi) > HELD.get(e.dtype, math.inf):
             return e
     return None
 
 
 def _reached(e: Expr, args: list[_Interval], ranks: Mapping[str, Rank]) -> _Interval:
     """What a term stays in, its ends included."""
-    if e.dtype in LIMITS and e.dtype not in LARGEST:
+    if e.dtype in LIMITS and e.dtype not in HELD:
         return LIMITS[e.dtype]
     match e.op:
         case "const":

@@ -23,7 +23,8 @@ from ..graph.torch_private import expression
 from ..graph.where import module_path, source_line
 from ..lift import operators_contract, operators_point, operators_reduce, operators_view
 from ..lift.hoist import hoist
-from ..lift.lift import ZERO, Lifter, Rule
+from ..lift.index import ZERO
+from ..lift.lift import Lifter, Rule
 from ..lift.names import canonical
 from ..lift.operators_contract import peel
 from . import defect

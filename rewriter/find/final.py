@@ -15,8 +15,9 @@ from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
-from ..lift.lift import ZERO, At, Lifter, scratch
-from ..lift.operators_contract import PRODUCTS, Contraction, contract
+from ..lift.index import ZERO
+from ..lift.lift import At, Lifter, scratch
+from ..lift.operators_contract import CONTRACTIONS, PRODUCTS, Contraction, contract
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,6 @@ def _from_contraction(n: fx.Node, c: Contraction, side: int) -> Final:
 # How many nodes behind the weights are looked at, the nearest first.
 _LIMIT = 512
 NOT_BETWEEN = frozenset(("placeholder", "linear", "embedding", "layer_norm", "convolution", "conv1d", "conv2d", "output"))
-CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
 _SHAPE_ONLY = CONTRACTIONS | frozenset((
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "permute", "expand",
     "contiguous", "clone", "slice", "select", "to", "_to_copy", "getitem", "cat", "stack", "detach", "alias", "split",

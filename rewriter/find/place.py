@@ -29,7 +29,7 @@ from ..graph.liveness import survivors
 from ..graph.node import arguments, op_name
 from ..graph.sizes import product, shape_of, size_of
 from ..graph.torch_private import bounds, expression, traced_size, tree_leaves
-from ..lift.operators_contract import PRODUCTS
+from ..lift.operators_contract import CONTRACTIONS
 from ..splice.splice import hint
 from .detect import Found
 
@@ -180,13 +180,10 @@ def _data(n: fx.Node) -> Iterator[fx.Node]:
             yield i
 
 
-_CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
-
-
 def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:
     """The interior nodes from the products of queries and keys on: scores, weights and what is between."""
     order = {n: i for i, n in enumerate(f.output.graph.nodes)}
-    reached = {n for n in inside if op_name(n) in _CONTRACTIONS} or _meeting(f, inside, order)
+    reached = {n for n in inside if op_name(n) in CONTRACTIONS} or _meeting(f, inside, order)
     for n in sorted(inside, key=lambda x: order[x]):
         if any(i in reached for i in n.all_input_nodes):
             reached.add(n)

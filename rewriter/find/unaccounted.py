@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from ..graph.node import arguments, op_name, tensor_of
 from ..graph.sizes import shape_of
-from .final import CONTRACTIONS, NOT_BETWEEN
+from ..lift.operators_contract import CONTRACTIONS
+from .final import NOT_BETWEEN
 
 SOFTMAXES = frozenset(("softmax", "_softmax", "_safe_softmax", "special_softmax", "log_softmax", "_log_softmax"))
 # Layers of weights that may mix scores or probabilities; behind a second one stand other things than scores.

@@ -28,7 +28,8 @@ from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of
 from ..graph.where import module_path
 from ..lift import operators_contract, operators_view
-from ..lift.lift import ZERO, At, Lifter, Rule
+from ..lift.index import ZERO
+from ..lift.lift import At, Lifter, Rule
 from ..lift.names import rename
 from ..lift.operators_contract import Contraction
 from .detect import Found

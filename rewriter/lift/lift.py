@@ -25,11 +25,10 @@ from ...patterns.terms.narrow import narrowed
 from ..graph.aliases import Aliases
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of, size_of
-from .index import is_simple
+from .index import ZERO, is_simple
 
 At = tuple[Expr, ...]
 Rule = Callable[["Lifter", fx.Node, Mapping[str, object], At], Expr]
-ZERO = ex.const(0)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from ...patterns.cascade import Einsum, Size
 from ...patterns.expr import Expr
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
-from .index import is_simple
-from .lift import ZERO, At, Lifter, Rule, scratch
+from .index import ZERO, is_simple
+from .lift import At, Lifter, Rule, scratch
 from .operators_reduce import dims_of, full_place, reduction
 from .operators_view import source
 
@@ -349,6 +349,8 @@ PRODUCTS: dict[str, Callable[[Lifter, fx.Node], Contraction | None]] = {
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "linalg_matmul"), matmul),
     "einsum": einsum_product, "sum": product_sum, "linear": _linear_product,
 }
+# What is by its name a product of two computed tensors: a layer's weights are given, and not every sum is of a product.
+CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
 
 RULES: dict[str, Rule] = {
     "sum": sum_, "baddbmm": baddbmm, "addmm": baddbmm, "linear": linear, "einsum": einsum,

@@ -15,7 +15,8 @@ from ...patterns.operators import OPERATORS
 from ...patterns.terms.affine import affine
 from ..graph.node import CannotLift, dtype_of, tensor_of
 from ..graph.sizes import shape_of
-from .lift import ZERO, At, Lifter, Rule
+from .index import ZERO
+from .lift import At, Lifter, Rule
 from .operators_view import dim_of, source, term_of
 
 Args = Mapping[str, object]

@@ -14,7 +14,8 @@ from ...patterns.cascade import Einsum, size_term
 from ...patterns.expr import Expr
 from ..graph.node import CannotLift, arguments, dtype_of, tensor_of
 from ..graph.sizes import shape_of
-from .lift import ZERO, At, Lifter, Rule, scratch
+from .index import ZERO
+from .lift import At, Lifter, Rule, scratch
 from .operators_view import SEVERAL, dim_of, source
 
 Args = Mapping[str, object]

@@ -14,7 +14,8 @@ from ...patterns.expr import Expr
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of, size_of
 from . import index
-from .lift import ZERO, At, Lifter, Rule
+from .index import ZERO
+from .lift import At, Lifter, Rule
 
 Args = Mapping[str, object]
 
@@ -290,6 +291,7 @@ def gather_term(lifter: Lifter, i: Expr, size: Size) -> Expr:
 
 
 def _nonnegative(i: Expr) -> bool:
+    """By signs alone, for coordinates and data without a bound: intervals want one, and give products of sizes up."""
     match i.op:
         case "index" | "symbol":
             return True

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from reattend.codegen.files import cache, library
+from reattend.codegen.files import cache, library, native
 from reattend.codegen.triton import kernel as triton_kernel
 from reattend.codegen.triton.kernel import TritonKernel, build
 from reattend.patterns import expr as ex
@@ -23,6 +23,8 @@ from reattend.patterns.verdict import Refusal
 
 from .. import strategies
 from ..strategies import INF, LOWEST, H, M, P, attention
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CAUSAL = M <= P
 Golden = Callable[[str, str], None]
@@ -163,3 +165,23 @@ def test_the_interpreter_tier_runs() -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+def skeletons_named() -> set[str]:
+    """Files of codegen/skeletons that other files read the text of, by the names they call them."""
+    found = {f"{name}.hpp" for name in native.SKELETON}
+    for path in (ROOT / "codegen").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("functions", "library.functions"):
+                found |= {f"{x.value}.py" for x in call.args if isinstance(x, ast.Constant) and isinstance(x.value, str)}
+    return found
+
+
+def test_every_skeleton_that_is_named_exists() -> None:
+    """Texts join them, which no contract of imports sees."""
+    named = skeletons_named()
+    assert {"stream.py", "scalar.py", "cpu.py", "fused.hpp"} <= named
+    there = {p.name for p in (ROOT / "codegen" / "skeletons").iterdir()}
+    assert named <= there
+    # what no name leads to is imported
+    assert {p for p in there - named if p.endswith(".hpp")} == set()

@@ -17,14 +17,14 @@ from reattend.patterns import expr as ex
 from reattend.patterns.expr import Expr
 from reattend.patterns.masks import periodic
 from reattend.patterns.masks.closed_form import in_closed_form
-from reattend.patterns.masks.descent import Grid, GroundMask, descend
+from reattend.patterns.masks.descent import Grid, KnownMask, descend
 from reattend.patterns.masks.runs import Intervals, tile_runs
 from reattend.patterns.masks.split import (
     EMPTY,
     FULL,
     PARTIAL,
     TileRuns,
-    block_bounds,
+    block_spans,
     classify,
     count_tiles,
     rows_with_key,
@@ -115,8 +115,8 @@ def affine_predicates() -> st.SearchStrategy[Expr]:
 @example(ex.equal(P, M + 3) | ex.equal(M * 3, P), (8, 8))
 def test_closed_forms_have_no_difference(keep: Expr, tile: tuple[int, int]) -> None:
     grid = grid_of(keep, tile)
-    bounds = block_bounds(TABLES, tile)
-    found = in_closed_form(GroundMask(keep, bounds), grid)
+    of_load = block_spans(TABLES, tile)
+    found = in_closed_form(KnownMask(keep, of_load), grid)
     if found is not None:
         expected = brute_classes(brute(keep, extents_of(grid)), tile)
         np.testing.assert_array_equal(runs_of(found, grid).classes(), expected)
@@ -134,7 +134,7 @@ def test_closed_forms_have_no_difference(keep: Expr, tile: tuple[int, int]) -> N
 )
 def test_what_has_a_closed_form(keep: Expr) -> None:
     grid = grid_of(keep, (8, 8))
-    found = in_closed_form(GroundMask(keep, block_bounds(TABLES, (8, 8))), grid)
+    found = in_closed_form(KnownMask(keep, block_spans(TABLES, (8, 8))), grid)
     assert found is not None
     np.testing.assert_array_equal(runs_of(found, grid).classes(), brute_classes(brute(keep, extents_of(grid)), (8, 8)))
 
@@ -148,7 +148,7 @@ def test_what_has_a_closed_form(keep: Expr) -> None:
     ids=str,
 )
 def test_what_has_none(keep: Expr) -> None:
-    assert in_closed_form(GroundMask(keep, block_bounds(TABLES, (8, 8))), grid_of(keep, (8, 8))) is None
+    assert in_closed_form(KnownMask(keep, block_spans(TABLES, (8, 8))), grid_of(keep, (8, 8))) is None
 
 
 # --- masks that repeat --------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_repeated_masks_have_no_difference(keep: Expr, tile: tuple[int, int], p:
     grid = grid_of(keep, tile, {"h": 2, "p": p, "m": m})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(periodic, "FEW", 0)
-        found = periodic.repeated(GroundMask(keep, None), grid)
+        found = periodic.repeated(KnownMask(keep, None), grid)
     if found is not None:
         np.testing.assert_array_equal(runs_of(found, grid).classes(), brute_classes(brute(keep, extents_of(grid)), tile))
 
@@ -180,14 +180,14 @@ def test_repeated_masks_have_no_difference(keep: Expr, tile: tuple[int, int], p:
 @pytest.mark.parametrize("keep", [ex.equal((P - M) % 3, 0), CAUSAL & (P - M < 900) & ex.equal((P - M) % 4, 0), ex.equal(M % 64, 63)], ids=str)
 def test_what_repeats(keep: Expr) -> None:
     extents = {"p": 1500, "m": 1400}
-    found = periodic.repeated(GroundMask(keep, None), grid_of(keep, (16, 16), extents))
+    found = periodic.repeated(KnownMask(keep, None), grid_of(keep, (16, 16), extents))
     assert found is not None
     np.testing.assert_array_equal(runs_of(found, grid_of(keep, (16, 16), extents)).classes(), brute_classes(brute(keep, extents), (16, 16)))
 
 
 @pytest.mark.parametrize("keep", [CAUSAL & (M < 900), ex.equal(M % 1021, 5), P * 2 > M, ex.equal(table("seg", B, P), table("seg", B, M))], ids=str)
 def test_what_does_not_repeat(keep: Expr) -> None:
-    assert periodic.repeated(GroundMask(keep, None), grid_of(keep, (16, 16), {"b": 2, "p": 4000, "m": 4000})) is None
+    assert periodic.repeated(KnownMask(keep, None), grid_of(keep, (16, 16), {"b": 2, "p": 4000, "m": 4000})) is None
 
 
 # --- any mask -----------------------------------------------------------------------------------------------------
@@ -224,22 +224,22 @@ def predicates() -> st.SearchStrategy[Expr]:
 def test_drawn_masks_have_no_difference(keep: Expr, tile: tuple[int, int], coarse: bool) -> None:
     """Whatever the mask, counts equal those of looking at every point, and lie between pairs and all."""
     grid = grid_of(keep, tile)
-    bounds = block_bounds(TABLES, tile)
+    of_load = block_spans(TABLES, tile)
     mask = brute(keep, extents_of(grid))
     expected = brute_classes(mask, tile)
     if coarse:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("reattend.patterns.masks.descent.COARSE", 4)
-            found = runs_of(descend(GroundMask(keep, bounds), grid, settle=True), grid)
+            found = runs_of(descend(KnownMask(keep, of_load), grid, settle=True), grid)
     else:
-        found = count_tiles(keep, query="p", key="m", extents=EXTENTS, tile_p=tile[0], tile_m=tile[1], bounds=bounds)
+        found = count_tiles(keep, query="p", key="m", extents=EXTENTS, tile_p=tile[0], tile_m=tile[1], of_load=of_load)
     np.testing.assert_array_equal(found.classes(), expected)
     assert (found.visited, found.full) == ((expected != EMPTY).sum(), (expected == FULL).sum())
     np.testing.assert_array_equal(found.counts(), (expected != EMPTY).sum(-1))
     np.testing.assert_array_equal(found.counts(PARTIAL), (expected == PARTIAL).sum(-1))
-    assert pairs(keep, found, query="p", key="m", extents=EXTENTS, bounds=bounds) == mask.sum()
+    assert pairs(keep, found, query="p", key="m", extents=EXTENTS, of_load=of_load) == mask.sum()
     assert -(-int(mask.sum()) // (tile[0] * tile[1])) <= found.visited <= found.total
-    certain = rows_with_key(keep, found, query="p", key="m", extents=EXTENTS, bounds=bounds)
+    certain = rows_with_key(keep, found, query="p", key="m", extents=EXTENTS, of_load=of_load)
     rows = np.logical_and.reduceat(mask.any(-1), np.arange(0, 61, tile[0]), -1)
     assert (rows | ~certain).all()
 
@@ -252,7 +252,7 @@ def test_drawn_masks_have_no_difference(keep: Expr, tile: tuple[int, int], coars
 def test_runs_say_what_the_matrix_says(keep: Expr, other: Expr, at_most: int) -> None:
     keep, other = keep | (H > 5), other | (H > 5)
     both: dict[str, Any] = {
-        "query": "p", "key": "m", "extents": EXTENTS, "tile_p": 8, "tile_m": 4, "bounds": block_bounds(TABLES, (8, 4)),
+        "query": "p", "key": "m", "extents": EXTENTS, "tile_p": 8, "tile_m": 4, "of_load": block_spans(TABLES, (8, 4)),
     }
     found, second = count_tiles(keep, **both), count_tiles(other, **both)
     table = found.classes()
@@ -315,7 +315,7 @@ def test_a_million_tokens_with_windows_sinks_and_documents() -> None:
     ids = {"doc": doc.cumsum().astype(np.int32)}
     p, m = (ex.load("doc", (r,), "i32") for r in (P, M))
     keep = CAUSAL & ((P - M < window) | (M < sinks)) & ex.equal(p, m)
-    found = count_tiles(keep, query="p", key="m", extents={"p": n, "m": n}, tile_p=tile, tile_m=tile, bounds=block_bounds(ids, (tile, tile)))
+    found = count_tiles(keep, query="p", key="m", extents={"p": n, "m": n}, tile_p=tile, tile_m=tile, of_load=block_spans(ids, (tile, tile)))
     first = np.arange(0, n, tile)
     last = first + tile - 1
     # a query tile sees from its window or the beginning of its first document, whichever is later, to itself
@@ -332,7 +332,7 @@ def test_a_million_tokens_by_head() -> None:
     spans = {"span": np.array([1024, 4096, 65536])}
     found = count_tiles(
         CAUSAL & (P - M < table("span", H)), query="p", key="m", extents={"h": 3, "p": n, "m": n}, tile_p=128, tile_m=128,
-        bounds=block_bounds(spans, (128, 128)),
+        of_load=block_spans(spans, (128, 128)),
     )
     a = np.arange(0, n, 128)
     expected = [int(((a + 127) // 128 - np.maximum(0, a - w + 1) // 128 + 1).sum()) for w in spans["span"]]
@@ -384,6 +384,6 @@ def test_long_masks_are_counted_by_intervals() -> None:
     ids = np.searchsorted(cuts, np.arange(1500), side="right")
     expected = brute_classes(ids[:, None] == ids[None], (64, 64))
     for keep in (ex.equal(segment(P), segment(M)), alternatives):
-        assert in_closed_form(GroundMask(keep, None), grid_of(keep, (64, 64), extents)) is None
+        assert in_closed_form(KnownMask(keep, None), grid_of(keep, (64, 64), extents)) is None
         found = count_tiles(keep, query="p", key="m", extents=extents, tile_p=64, tile_m=64)
         np.testing.assert_array_equal(found.classes(), expected)

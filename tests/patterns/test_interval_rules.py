@@ -16,7 +16,7 @@ from reattend.patterns.cascade import Rank
 from reattend.patterns.expr import Expr
 from reattend.patterns.terms.arithmetic import INTEGER_RANGE, LIMIT, Arrays, clip_integer
 from reattend.patterns.terms.interval_rules import BITWISE, LIMITS, PLAIN, Ends, bitwise, interval
-from reattend.patterns.terms.overflow import LARGEST, passes
+from reattend.patterns.terms.overflow import HELD, passes
 
 X, Y = ex.index("x"), ex.index("y")
 REACH = 6
@@ -249,7 +249,7 @@ def test_the_types_are_those_of_torch() -> None:
     for name, dtype in {"u8": torch.uint8, "i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64}.items():
         assert LIMITS[name] == (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
         assert INTEGER_RANGE[name] == (LIMITS[name] if name != "i64" else (-math.inf, math.inf))
-    assert LIMIT < LARGEST["i64"]
+    assert LIMIT < HELD["i64"]
 
 
 @pytest.mark.parametrize("dtype", ["i32", "i64"])

@@ -18,7 +18,7 @@ from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
 from reattend.patterns.evaluate import DTYPE, DTYPE_NAME, evaluate
 from reattend.patterns.expr import Expr
 from reattend.patterns.terms.affine import affine
-from reattend.patterns.terms.bounds import block_bounds
+from reattend.patterns.terms.block_spans import block_spans
 from reattend.patterns.terms.intervals import spans
 
 EXTENTS = {"h": 3, "p": 13, "m": 17}
@@ -129,7 +129,7 @@ def box_of(corners: tuple[list[int], ...]) -> dict[str, tuple[np.ndarray, np.nda
 @settings(max_examples=200, deadline=None)
 @given(INTEGERS, BOX, st.booleans())
 def test_integer_spans_hold_every_value(term: Expr, corners: tuple[list[int], ...], known: bool) -> None:
-    lo, hi = spans(term, box_of(corners), bounds=block_bounds(ARRAYS) if known else None)
+    lo, hi = spans(term, box_of(corners), of_load=block_spans(ARRAYS) if known else None)
     inside = values(term)[tuple(slice(a, b + 1) for a, b in corners)]
     assert not (inside < lo).any(), (term, lo)
     assert not (inside > hi).any(), (term, hi)
@@ -138,7 +138,7 @@ def test_integer_spans_hold_every_value(term: Expr, corners: tuple[list[int], ..
 @settings(max_examples=200, deadline=None)
 @given(FLOATS, BOX, st.booleans())
 def test_float_spans_hold_every_value_or_say_unknown(term: Expr, corners: tuple[list[int], ...], known: bool) -> None:
-    lo, hi = spans(term, box_of(corners), bounds=block_bounds(ARRAYS) if known else None)
+    lo, hi = spans(term, box_of(corners), of_load=block_spans(ARRAYS) if known else None)
     inside = values(term)[tuple(slice(a, b + 1) for a, b in corners)].astype(np.float64)
     if np.isnan(inside).any():
         assert np.isnan(lo).all() or np.isnan(hi).all()
@@ -150,7 +150,7 @@ def test_float_spans_hold_every_value_or_say_unknown(term: Expr, corners: tuple[
 @settings(max_examples=200, deadline=None)
 @given(PREDICATES, BOX, st.booleans())
 def test_certain_answers_hold_at_every_point(term: Expr, corners: tuple[list[int], ...], known: bool) -> None:
-    yes, maybe = spans(term, box_of(corners), bounds=block_bounds(ARRAYS) if known else None)
+    yes, maybe = spans(term, box_of(corners), of_load=block_spans(ARRAYS) if known else None)
     inside = values(term)[tuple(slice(a, b + 1) for a, b in corners)]
     if np.all(yes):
         assert inside.all(), term
@@ -163,7 +163,7 @@ def test_certain_answers_hold_at_every_point(term: Expr, corners: tuple[list[int
 def test_single_points_are_exact(term: Expr) -> None:
     """Splitting down to points ends: there the span is the value."""
     box = {r: (x, x) for r, x in zip(EXTENTS, np.indices(tuple(EXTENTS.values())))}
-    lo, hi = spans(term, box, bounds=block_bounds(ARRAYS))
+    lo, hi = spans(term, box, of_load=block_spans(ARRAYS))
     expected = values(term)
     np.testing.assert_array_equal(np.broadcast_to(lo, expected.shape), expected)
     np.testing.assert_array_equal(np.broadcast_to(hi, expected.shape), expected)
@@ -177,9 +177,9 @@ def test_torch_agrees_with_numpy(term: Expr, known: bool) -> None:
         "p": (np.array([0, 4, 8, 12])[None, :, None], np.array([3, 7, 11, 12])[None, :, None]),
         "m": (np.array([0, 6, 12])[None, None, :], np.array([5, 11, 16])[None, None, :]),
     }
-    a = spans(term, box, bounds=block_bounds(ARRAYS, (4, 6)) if known else None)
+    a = spans(term, box, of_load=block_spans(ARRAYS, (4, 6)) if known else None)
     tensors = {n: torch.from_numpy(x) for n, x in ARRAYS.items()}
-    b = spans(term, box, bounds=block_bounds(tensors, (4, 6), torch) if known else None, xp=torch)
+    b = spans(term, box, of_load=block_spans(tensors, (4, 6), torch) if known else None, xp=torch)
     for x, y in zip(a, b):
         np.testing.assert_array_equal(np.broadcast_to(x, (3, 4, 3)), np.broadcast_to(np.asarray(y), (3, 4, 3)))
 
@@ -214,7 +214,7 @@ WHOLE = {r: (np.int64(0), np.int64(n - 1)) for r, n in PAIR.items()}
 @given(EDGES, DRAWN, DRAWN)
 def test_spans_of_infinite_loads_hold_every_value_or_say_unknown(term: Expr, x: np.ndarray, y: np.ndarray) -> None:
     arrays = {"x": x, "y": y}
-    lo, hi = spans(term, WHOLE, bounds=block_bounds(arrays))
+    lo, hi = spans(term, WHOLE, of_load=block_spans(arrays))
     inside = values(term, PAIR, arrays).astype(np.float64)
     if np.isnan(inside).any():
         assert np.isnan(lo) or np.isnan(hi), (term, lo, hi)
@@ -227,7 +227,7 @@ def test_spans_of_infinite_loads_hold_every_value_or_say_unknown(term: Expr, x: 
 @given(ASKED, DRAWN, DRAWN)
 def test_certain_answers_about_infinite_loads_hold_at_every_point(term: Expr, x: np.ndarray, y: np.ndarray) -> None:
     arrays = {"x": x, "y": y}
-    yes, maybe = spans(term, WHOLE, bounds=block_bounds(arrays))
+    yes, maybe = spans(term, WHOLE, of_load=block_spans(arrays))
     inside = values(term, PAIR, arrays)
     assert inside.all() or not yes, term
     assert maybe or not inside.any(), term
@@ -257,8 +257,8 @@ def on_rows(term: Expr, rows: Mapping[str, np.ndarray], xp: Any) -> tuple[np.nda
     n, width = rows["x"].shape
     whole = (np.zeros(n), np.full(n, width - 1))
     box = {"b": (np.arange(n),) * 2, "p": whole, "m": whole}
-    bounds = block_bounds({name: xp.asarray(x) for name, x in rows.items()}, xp=xp)
-    lo, hi = (np.broadcast_to(np.asarray(x), n) for x in spans(term, box, bounds=bounds, xp=xp))
+    of_load = block_spans({name: xp.asarray(x) for name, x in rows.items()}, xp=xp)
+    lo, hi = (np.broadcast_to(np.asarray(x), n) for x in spans(term, box, of_load=of_load, xp=xp))
     return lo, hi, values(term, {"b": n, "p": width, "m": width}, rows).reshape(n, -1)
 
 
@@ -405,7 +405,7 @@ def test_an_operator_without_a_rule_may_answer_anything() -> None:
 def test_increasing_functions_are_known_to_their_last_places(op: str, dtype: str) -> None:
     at, unit = ex.cast(ex.load("x", (P,), "f64"), dtype), torch.finfo(DTYPE[dtype]).eps
     box = {"p": (np.int64(0), np.int64(1))}
-    lo, hi = spans(ex.unary(op, at), box, bounds=block_bounds({"x": np.array([0.5, 3.0])}))
+    lo, hi = spans(ex.unary(op, at), box, of_load=block_spans({"x": np.array([0.5, 3.0])}))
     least, most = (getattr(np, op)(x) for x in (0.5, 3.0))
     assert abs(lo - least) <= 4 * unit * abs(least)
     assert abs(hi - most) <= 4 * unit * abs(most)
@@ -481,7 +481,7 @@ def test_wrapping_is_not_overlooked() -> None:
 def test_integers_beyond_float64_decide_nothing() -> None:
     huge = {"x": np.array([2**60, 2**60 + 1])}
     load = ex.load("x", (P,), "i64")
-    yes, maybe = spans(ex.equal(load, 2**60), {"p": (np.array([0, 1]),) * 2}, bounds=block_bounds(huge))
+    yes, maybe = spans(ex.equal(load, 2**60), {"p": (np.array([0, 1]),) * 2}, of_load=block_spans(huge))
     assert not yes.any()
     assert maybe.all()
     yes, maybe = spans(P * 2**53 + 1 > P * 2**53, {"p": (np.int64(0), np.int64(9))})
@@ -494,15 +494,15 @@ def test_integers_beyond_float64_decide_nothing() -> None:
 def test_loads_beyond_float64_are_not_told_apart(xp: Any) -> None:
     x, y = ex.load("x", (P,), "i64"), ex.load("y", (P,), "i64")
     arrays = {"x": xp.asarray([2**53, -(2**53)]), "y": xp.asarray([2**53 + 1, -(2**53) - 1])}
-    yes, maybe = spans(ex.equal(x, y), {"p": (np.arange(2),) * 2}, bounds=block_bounds(arrays, xp=xp), xp=xp)
+    yes, maybe = spans(ex.equal(x, y), {"p": (np.arange(2),) * 2}, of_load=block_spans(arrays, xp=xp), xp=xp)
     assert not yes.any()
     assert maybe.all()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32", "f64"])
 def test_tensors_in_host_memory_are_read_as_arrays(dtype: str) -> None:
-    bounds = block_bounds({"x": torch.tensor([-2.0, 0.5, 3.0], dtype=DTYPE[dtype], requires_grad=True)})
-    assert spans(ex.load("x", (P,), dtype), {"p": (np.int64(0), np.int64(1))}, bounds=bounds) == (-2.0, 0.5)
+    of_load = block_spans({"x": torch.tensor([-2.0, 0.5, 3.0], dtype=DTYPE[dtype], requires_grad=True)})
+    assert spans(ex.load("x", (P,), dtype), {"p": (np.int64(0), np.int64(1))}, of_load=of_load) == (-2.0, 0.5)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
@@ -534,7 +534,7 @@ def test_spans_stay_on_the_device_of_their_loads() -> None:
     box = {"h": (np.arange(3),) * 2, "p": (np.array([0, 4, 8]), np.array([3, 7, 11])), "m": (np.zeros(3), np.full(3, 9.0))}
     compared = (LOADS["seg_m"] + M < LOADS["seg_p"]) & LOADS["pad"] & (LOADS["slope"] * 0.5 < LOADS["edge"])
     for term in (compared, LOADS["seg_m"] * P + 3, ex.where(P < M, LOADS["slope"], 0.5)):
-        for end in spans(term, box, bounds=block_bounds(tensors, (4,), torch), xp=torch):
+        for end in spans(term, box, of_load=block_spans(tensors, (4,), torch), xp=torch):
             assert end.device.type == "meta"
             assert end.shape == (3,)
 
@@ -558,7 +558,7 @@ def test_bounds_of_whole_blocks_are_exact(size: int, block: int, xp: Any) -> Non
     array = np.random.default_rng(size).permutation(size * 3).reshape(3, size)
     runs = [(a, min(b, size) - 1) for a in range(0, size, block) for b in range(a + block, size + block, block)]
     lo, hi = (np.array(x, float) for x in zip(*runs))
-    found = block_bounds({"x": xp.asarray(array)}, (block,), xp)("x", [(np.full(len(runs), 1.0),) * 2, (lo, hi)])
+    found = block_spans({"x": xp.asarray(array)}, (block,), xp)("x", [(np.full(len(runs), 1.0),) * 2, (lo, hi)])
     assert found is not None
     for i, (a, b) in enumerate(runs):
         assert (int(found[0][i]), int(found[1][i])) == (array[1, a : b + 1].min(), array[1, a : b + 1].max())
@@ -569,9 +569,9 @@ def test_bounds_of_whole_blocks_are_exact(size: int, block: int, xp: Any) -> Non
 def test_bounds_of_any_interval_are_exact(block: int, xp: Any) -> None:
     """Each one alone, whether it begins and ends with a block or not, and in a box of two dimensions."""
     array = np.random.default_rng(0).permutation(9)
-    bounds = block_bounds({"x": xp.asarray(array)}, (block,), xp)
+    of_load = block_spans({"x": xp.asarray(array)}, (block,), xp)
     for a, b in itertools.combinations_with_replacement(range(9), 2):
-        found = bounds("x", [(np.full((2, 1), float(a)), np.full((2, 1), float(b)))])
+        found = of_load("x", [(np.full((2, 1), float(a)), np.full((2, 1), float(b)))])
         assert found is not None
         assert [np.asarray(x).tolist() for x in found] == [[[array[a : b + 1].min()]] * 2, [[array[a : b + 1].max()]] * 2]
 
@@ -580,10 +580,10 @@ def test_bounds_of_any_interval_are_exact(block: int, xp: Any) -> None:
 def test_bounds_behind_a_load_are_exact(xp: Any) -> None:
     """Coordinates that are read come in the namespace of their tensor."""
     table = np.random.default_rng(1).permutation(9)
-    bounds = block_bounds({"at": xp.asarray(np.arange(9)), "x": xp.asarray(table)}, xp=xp)
+    of_load = block_spans({"at": xp.asarray(np.arange(9)), "x": xp.asarray(table)}, xp=xp)
     ends = list(itertools.combinations_with_replacement(range(9), 2))
     box = {"p": (np.array([a for a, _ in ends]), np.array([b for _, b in ends]))}
-    lo, hi = spans(ex.load("x", (ex.load("at", (P,), "i64"),), "i64"), box, bounds=bounds, xp=xp)
+    lo, hi = spans(ex.load("x", (ex.load("at", (P,), "i64"),), "i64"), box, of_load=of_load, xp=xp)
     np.testing.assert_array_equal(lo, [table[a : b + 1].min() for a, b in ends])
     np.testing.assert_array_equal(hi, [table[a : b + 1].max() for a, b in ends])
 
@@ -598,7 +598,7 @@ def test_block_bounds_are_exact(data: st.DataObject, blocks: tuple[int, ...]) ->
         pairs = [sorted(data.draw(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)))) for _ in range(5)]
         box.append((np.array([a for a, _ in pairs], float), np.array([b for _, b in pairs], float)))
     for xp, given_array in ((np, array), (torch, torch.from_numpy(array))):
-        found = block_bounds({"x": given_array}, blocks, xp)("x", box)
+        found = block_spans({"x": given_array}, blocks, xp)("x", box)
         assert found is not None
         for i in range(5):
             part = array[tuple(slice(int(lo[i]), int(hi[i]) + 1) for lo, hi in box)]
@@ -607,7 +607,7 @@ def test_block_bounds_are_exact(data: st.DataObject, blocks: tuple[int, ...]) ->
 
 def test_block_bounds_of_floats_say_nan() -> None:
     array = np.array([1.0, math.nan, 3.0, 4.0])
-    found = block_bounds({"x": array}, (2,))("x", [(np.array([0.0, 2.0]), np.array([1.0, 3.0]))])
+    found = block_spans({"x": array}, (2,))("x", [(np.array([0.0, 2.0]), np.array([1.0, 3.0]))])
     assert found is not None
     lo, hi = found
     assert math.isnan(lo[0])
@@ -616,7 +616,7 @@ def test_block_bounds_of_floats_say_nan() -> None:
 
 
 def test_unknown_coordinates_reach_the_whole_tensor() -> None:
-    found = block_bounds({"x": np.arange(7)})("x", [(np.array([-math.inf, math.nan]), np.array([2.0, math.nan]))])
+    found = block_spans({"x": np.arange(7)})("x", [(np.array([-math.inf, math.nan]), np.array([2.0, math.nan]))])
     assert found is not None
     np.testing.assert_array_equal(found[0], [0, 0])
     np.testing.assert_array_equal(found[1], [2, 6])

@@ -21,7 +21,7 @@ from reattend.patterns.masks.split import (
     FULL,
     PARTIAL,
     TileMap,
-    block_bounds,
+    block_spans,
     classify,
     rows_with_key,
     runtime_classify,
@@ -451,7 +451,7 @@ def test_static_predicates_are_exact(keep: Expr, tile: tuple[int, int]) -> None:
 @given(predicates(st.one_of(PLAIN, LOADED), PAD, ex.load("dense", (P, M), "b1")), TILES, st.booleans())
 def test_predicates_with_loads_are_sound(keep: Expr, tile: tuple[int, int], known: bool) -> None:
     arguments: dict[str, Any] = {
-        "query": "p", "key": "m", "extents": EXTENTS, "bounds": block_bounds(ARRAYS, tile) if known else None,
+        "query": "p", "key": "m", "extents": EXTENTS, "of_load": block_spans(ARRAYS, tile) if known else None,
     }
     found = classify(keep, tile_p=tile[0], tile_m=tile[1], **arguments)
     extents = {r: n for r, n in EXTENTS.items() if r in (*found.batch, "p", "m")}
@@ -636,9 +636,9 @@ def test_run_time_data_costs_what_its_blocks_do() -> None:
     arrays = {"pad": left_padding(8, 4096, 2000)}
 
     def work() -> None:
-        bounds = block_bounds(arrays, (128,))
+        of_load = block_spans(arrays, (128,))
         extents = {"b": 8, "p": 4096, "m": 4096}
-        classify(CAUSAL & PAD, query="p", key="m", extents=extents, tile_p=128, tile_m=128, bounds=bounds)
+        classify(CAUSAL & PAD, query="p", key="m", extents=extents, tile_p=128, tile_m=128, of_load=of_load)
 
     work()
     # 620 calls; 8 · 32 · 32 tiles

@@ -122,7 +122,7 @@ def test_spans_hold_every_value(o: Operator, dtype: str) -> None:
     results = {v: by_torch(o, v, dtype) for v in known}
     for at in itertools.product(boxes, repeat=o.arity):
         ends = {n: (np.float64(lo), np.float64(hi)) for n, (lo, hi) in zip("xy", at)}
-        low, high = spans(e, {}, bounds=lambda name, _, ends=ends: ends[name])  # type: ignore[misc]
+        low, high = spans(e, {}, of_load=lambda name, _, ends=ends: ends[name])  # type: ignore[misc]
         inside = [r for v, r in results.items() if all(lo <= x <= hi for x, (lo, hi) in zip(v, at))]
         if o.result == "truth":
             assert all(inside) or not low, (at, low)
@@ -138,7 +138,7 @@ def test_spans_say_the_same_in_torch(o: Operator) -> None:
     """What is unknown stays unknown there, and ends are the same but for a library's last places."""
     for lo, hi in [*itertools.combinations_with_replacement([x for x in NUMBERS if x == x], 2), (NAN, NAN)]:
         of_numpy, of_torch = (
-            spans(term(o, "f64"), {}, bounds=lambda *_, at=at: at, xp=lib)
+            spans(term(o, "f64"), {}, of_load=lambda *_, at=at: at, xp=lib)
             for at, lib in (
                 ((np.float64(lo), np.float64(hi)), np),
                 (tuple(torch.tensor(x, dtype=torch.float64) for x in (lo, hi)), torch),

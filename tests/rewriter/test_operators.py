@@ -15,7 +15,8 @@ from reattend.patterns.evaluate import DTYPE_NAME, evaluate
 from reattend.patterns.operators import OPERATORS, Operator
 from reattend.rewriter.find.detect import RULES
 from reattend.rewriter.graph.aliases import Aliases
-from reattend.rewriter.lift.lift import ZERO, Lifter
+from reattend.rewriter.lift.index import ZERO
+from reattend.rewriter.lift.lift import Lifter
 
 from .helpers import graph_of, values_of
 

@@ -14,7 +14,7 @@ from ....patterns.cascade import Size, size_term
 from ....patterns.expr import TRUE, Expr
 from ....patterns.terms.conditions import simplify_under
 from ...forms.terms import Terms, mapped_elements
-from ...text.tile_terms import relative
+from ...text.tile_terms import largest_parts, relative
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,12 @@ COSTLY = frozenset(["pow", "floordiv", "mod", *ex.FLOAT_UNARY])
 
 def costly(root: Expr, query: str, key: str) -> list[Expr]:
     """The largest sub-terms over m − p and sizes alone that are not quickly computed."""
-    out: dict[Expr, None] = {}
-    seen: set[Expr] = set()
-    stack = [root]
-    while stack:
-        e = stack.pop()
-        if e in seen or not {query, key} <= e.ranks:
-            continue
-        seen.add(e)
-        if e.ranks == {query, key} and not ex.loads(e) and relative(e, query, key):
-            if any(x.op in COSTLY and x.ranks for x in ex.walk(e)):
-                out[e] = None
-        else:
-            stack.extend(reversed(e.args))
-    return list(out)
+
+    def over_distance(e: Expr) -> bool:
+        return e.ranks == {query, key} and not ex.loads(e) and relative(e, query, key)
+
+    parts = largest_parts(root, query, key, over_distance)
+    return [e for e in parts if any(x.op in COSTLY and x.ranks for x in ex.walk(e))]
 
 
 def reciprocals(root: Expr, value: str) -> Expr:

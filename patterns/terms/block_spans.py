@@ -16,13 +16,13 @@ from .arithmetic import LIMIT, Array, Span
 from .intervals import native
 
 
-def block_bounds(arrays: Mapping[str, Array], blocks: Sequence[int] = (), xp: ModuleType = np) -> BlockBounds:
-    """`bounds` for `classify` and `rows_with_key` from run-time tensors, exact for intervals on the given block sizes.
+def block_spans(arrays: Mapping[str, Array], blocks: Sequence[int] = (), xp: ModuleType = np) -> BlockSpans:
+    """`of_load` for `classify` and `rows_with_key` from run-time tensors, exact for intervals on the given block sizes.
 
     `arrays` are numpy arrays or tensors of `xp`; tensors in host memory are read as numpy arrays when `xp` is numpy.
     Tensors that are not given stay unknown.
     """
-    return BlockBounds({n: _host(a) if xp is np else a for n, a in arrays.items()}, tuple(blocks), xp)
+    return BlockSpans({n: _host(a) if xp is np else a for n, a in arrays.items()}, tuple(blocks), xp)
 
 
 def _host(array: Array) -> Array:
@@ -33,7 +33,7 @@ def _host(array: Array) -> Array:
     return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
 
 
-class BlockBounds:
+class BlockSpans:
     """Answers ranges over boxes and keeps its tables; make one per call, the tensors must not change meanwhile."""
 
     def __init__(self, arrays: Mapping[str, Array], blocks: tuple[int, ...], xp: ModuleType) -> None:
