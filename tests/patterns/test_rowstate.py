@@ -413,8 +413,11 @@ def test_separable_beyond_the_rules() -> None:
 
 @pytest.mark.parametrize(
     "of",
-    [lambda a, sd: ex.unary("abs", a * (0.5 - sd)), lambda a, sd: ex.binary("pow", a / (0.5 + sd), -1.0)],
-    ids=["absolute", "inverse"],
+    [
+        lambda a, sd: ex.unary("abs", a * (0.5 - sd)), lambda a, sd: ex.binary("pow", a / (0.5 + sd), -1.0),
+        lambda a, sd: -(a / (0.5 + sd)),
+    ],
+    ids=["absolute", "inverse", "negative"],
 )
 def test_factors_of_either_sign_and_inverse_powers_are_deferred(of: Any) -> None:
     def rule(b: Any, s: Any) -> Any:
