@@ -254,6 +254,13 @@ def test_drawn_masks_have_no_difference(keep: Expr, tile: tuple[int, int], coars
     assert (rows | ~certain).all()
 
 
+def test_thousands_of_open_tiles_are_settled() -> None:
+    """Intervals do not see that p² − p is even: all 1,600 tiles are split down to points."""
+    keep = ex.equal((P * P - P) % 2, 0) & (M < 130)
+    found = count_tiles(keep, query="p", key="m", extents={"p": 160, "m": 160}, tile_p=4, tile_m=4)
+    np.testing.assert_array_equal(found.classes(), brute_classes(brute(keep, {"p": 160, "m": 160}), (4, 4)))
+
+
 # --- what is derived from runs ------------------------------------------------------------------------------------
 
 
