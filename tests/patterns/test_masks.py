@@ -501,6 +501,18 @@ def test_subdivision_equals_the_dense_grid() -> None:
         np.testing.assert_array_equal(found.classes, brute_classes(points(keep, extents), 4, 8))
 
 
+@pytest.mark.parametrize("settle", [False, True])
+def test_subdivision_of_a_mask_of_data(settle: bool) -> None:
+    arrays = {"seg": np.sort(np.random.default_rng(4).integers(0, 9, (2, 1111)), axis=-1)}
+    keep = (M < P + 50) & ex.equal(seg(P), seg(M)) & ex.binary("ne", seg(M) % 3, 1)
+    arguments: dict[str, Any] = {"query": "p", "key": "m", "extents": {"b": 2, "p": 1111, "m": 999}, "tile_p": 8, "tile_m": 16}
+    found = classify(keep, bounds=block_bounds(arrays, (8, 16)), settle=settle, **arguments)
+    assert found.total > 4096
+    expected = brute_classes(points(keep, arguments["extents"], arrays), 8, 16)
+    assert ((found.classes == expected) | (found.classes == PARTIAL)).all()
+    assert not settle or (found.classes == expected).all()
+
+
 def test_static_maps_are_cached_and_read_only() -> None:
     assert tiles(CAUSAL, 777) is tiles(CAUSAL, 777)
     with pytest.raises(ValueError, match="read-only"):

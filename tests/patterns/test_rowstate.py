@@ -350,6 +350,25 @@ def test_a_proof_that_has_no_end_is_not_begun() -> None:
     assert separates(ex.exp(x / 40.0) * rows[0], x, (rows[0],))
 
 
+@pytest.mark.parametrize("of", [lambda x, t: x * t, lambda x, t: x / t], ids=["times", "over"])
+@pytest.mark.parametrize("score", [rules.scaled, rules.causal, rules.late_keys], ids=lambda f: f.__name__)
+def test_a_bound_that_data_scale_may_fall(of: Any, score: Any) -> None:
+    """Temperatures of either sign: where one is negative the scaled maximum falls from +∞ on."""
+
+    def rule(b: Any, s: Any) -> Any:
+        sn = b.put("SN", "bhpm", ex.exp(of(s - b.put("GM", "bhp", s, "max", "m"), b.input("temperature", "h"))))
+        return sn / b.put("SD", "bhp", sn, "add", "m")
+
+    c, view, state = derived(rule, score)
+    given_tensors = rules.tensors(c)
+    given_tensors["temperature"] = torch.tensor([0.7, -0.6, 1.3, -1.1], dtype=torch.float64)
+    whole, tiled = (
+        evaluate(x, given_tensors, {**rules.SIZES, "M0": 8}, widen=True)["O"] for x in (c, stream(view, state))
+    )
+    assert rules.error(tiled, whole) <= 1e-12
+    assert whole[:, 0].isfinite().any()
+
+
 def test_a20_shifts_of_a_maximum() -> None:
     assert additive(X - D, X, D) == D - NEW
     assert additive(X * D, X, D) is None
@@ -394,8 +413,11 @@ def test_separable_beyond_the_rules() -> None:
 
 @pytest.mark.parametrize(
     "of",
-    [lambda a, sd: ex.unary("abs", a * (0.5 - sd)), lambda a, sd: ex.binary("pow", a / (0.5 + sd), -1.0)],
-    ids=["absolute", "inverse"],
+    [
+        lambda a, sd: ex.unary("abs", a * (0.5 - sd)), lambda a, sd: ex.binary("pow", a / (0.5 + sd), -1.0),
+        lambda a, sd: -(a / (0.5 + sd)),
+    ],
+    ids=["absolute", "inverse", "negative"],
 )
 def test_factors_of_either_sign_and_inverse_powers_are_deferred(of: Any) -> None:
     def rule(b: Any, s: Any) -> Any:
