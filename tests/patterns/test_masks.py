@@ -506,7 +506,7 @@ def test_subdivision_of_a_mask_of_data(settle: bool) -> None:
     arrays = {"seg": np.sort(np.random.default_rng(4).integers(0, 9, (2, 1111)), axis=-1)}
     keep = (M < P + 50) & ex.equal(seg(P), seg(M)) & ex.binary("ne", seg(M) % 3, 1)
     arguments: dict[str, Any] = {"query": "p", "key": "m", "extents": {"b": 2, "p": 1111, "m": 999}, "tile_p": 8, "tile_m": 16}
-    found = classify(keep, bounds=block_bounds(arrays, (8, 16)), settle=settle, **arguments)
+    found = classify(keep, of_load=block_spans(arrays, (8, 16)), settle=settle, **arguments)
     assert found.total > 4096
     expected = brute_classes(points(keep, arguments["extents"], arrays), 8, 16)
     assert ((found.classes == expected) | (found.classes == PARTIAL)).all()
