@@ -16,10 +16,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 CHUNK = 200
+# One draw of so many is captured by Dynamo; so is what needs it.
+DYNAMO = 8
 # One draw may take so long; a process that is silent for longer is ended.
 SILENT_SECONDS = 900
 
@@ -76,12 +79,13 @@ def worker(o: argparse.Namespace) -> int:
         start, d = time.perf_counter(), draws.draw(o.seed, number)
         print(json.dumps({"begun": number}), flush=True)
         every = {"fused": bool(o.fused) and number % o.fused == 0, "flex": bool(o.flex) and number % o.flex == 0}
-        judged = judge.judge(d, ways.of(number, d.grad != "none", **every))
+        dynamo = number % DYNAMO == 0
+        judged = judge.judge(d, ways.of(number, d.grad != "none", **every), dynamo=dynamo)
         findings = []
         for f in judged.findings[:3]:
             small = d
             if not o.no_shrink and not any(f.same(g) for g in judged.findings[: judged.findings.index(f)]):
-                small = draws.shrunk(d, lambda other, f=f: judge.judged_alone(other, f))  # type: ignore[misc]
+                small = draws.shrunk(d, partial(judge.judged_alone, finding=f, dynamo=dynamo))
             findings.append({"kind": f.kind, "way": f.way, "what": f.what, "said": f.said, "draw": str(small)})
         line: dict[str, Any] = {
             "number": number, "drawn": str(d), "invalid": judged.invalid, "captured": judged.captured,

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from reattend.rewriter.check.gradient import LONGER
 from .draws import Draw, as_data
 from .module import Composed
 from .operands import TYPES, inputs
-from .ways import Rewritten, Ways
+from .ways import ByDynamo, Rewritten, Traced, Ways
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,8 @@ class Reference:
     other: dict[str, Tensor] | None = None
 
 
-def judge(d: Draw, ways: Sequence[str]) -> Judged:
-    """Hold the ways of a draw against float64."""
-    torch._dynamo.reset()
+def judge(d: Draw, ways: Sequence[str], *, dynamo: bool = True) -> Judged:
+    """Hold the ways of a draw against float64. Without `dynamo` the function is traced, where sizes and types allow it."""
     out = Judged()
     try:
         model = Composed(d)
@@ -75,13 +73,19 @@ def judge(d: Draw, ways: Sequence[str]) -> Judged:
     except RuntimeError as error:
         out.invalid = str(error).splitlines()[0]
         return out
-    held = Ways(model, ways)
+    held: Ways
+    if dynamo or d.again or d.autocast:
+        torch._dynamo.reset()
+        held = ByDynamo(model, ways)
+    else:
+        with torch.set_grad_enabled(d.grad != "none"):
+            held = Traced(model, ways, _leaves(d, model, calls[0].given))
     try:
         for way in ("original", *ways):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 _held(d, model, calls, held, way, out)
-        out.captured = bool(held.captures) and not held.failures()
+        out.captured = bool(held.captures)
     finally:
         held.close()
     out.findings = [replace(f, draw=as_data(d)) for f in out.findings]
@@ -92,7 +96,7 @@ def _held(d: Draw, model: Composed, calls: Sequence[Reference], held: Ways, way:
     held.way = way
     for number, call in enumerate(calls):
         try:
-            got = _outputs(d, model, call.given)
+            got = _outputs(d, model, call.given, held.run)
         except Exception as error:
             out.findings.append(Finding("raised", way, f"call {number}", f"{type(error).__name__}: {str(error)[:400]}"))
             break
@@ -156,20 +160,27 @@ def _double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def _outputs(d: Draw, model: Composed, given: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The result, and the gradients that the draw wants, by name."""
-    leaves = {n: x.detach().clone() for n, x in zip(model.names, given)}
-    with _autocast(d, model):
-        if d.grad == "none":
-            with torch.no_grad():
-                return {"result": model(*leaves.values()).clone()}
-        wanted = {
-            n: x.requires_grad_() for n, x in leaves.items() if x.is_floating_point() and not n.startswith(("padding", "additive"))
-        }
-        model.requires_grad_(d.grad == "all")
-        if d.grad == "all":
-            wanted |= {f"parameter {n}": p for n, p in model.w.items()}
-        out = model(*leaves.values())
+def _leaves(d: Draw, model: Composed, given: Sequence[Tensor]) -> list[Tensor]:
+    """Inputs of a call of their own; those that get a gradient are marked, and the module's parameters too."""
+    model.requires_grad_(d.grad == "all")
+    leaves = [x.detach().clone() for x in given]
+    for n, x in zip(model.names, leaves):
+        if d.grad != "none" and x.is_floating_point() and not n.startswith(("padding", "additive")):
+            x.requires_grad_()
+    return leaves
+
+
+def _outputs(
+    d: Draw, model: Composed, given: Sequence[Tensor], run: Callable[..., Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The result of `run`, or of the module itself, and the gradients that the draw wants, by name."""
+    leaves = _leaves(d, model, given)
+    with _autocast(d, model), torch.set_grad_enabled(d.grad != "none"):
+        out = (run or model)(*leaves)
+    if d.grad == "none":
+        return {"result": out.clone()}
+    wanted = {n: x for n, x in zip(model.names, leaves) if x.requires_grad}
+    wanted |= {f"parameter {n}": p for n, p in model.w.items() if p.requires_grad}
     generator = torch.Generator().manual_seed(d.seed)
     flow = torch.randn(out.shape, generator=generator).to(TYPES[d.dtype]).to(out.dtype)
     found = torch.autograd.grad(out, list(wanted.values()), flow, allow_unused=True)
@@ -194,6 +205,9 @@ def _wrong(d: Draw, model: Composed, call: Reference, name: str, got: Tensor) ->
     own, exact = call.own[name], call.exact[name]
     if got.dtype != own.dtype or got.shape != own.shape:
         return "shape", f"{got.dtype} {list(got.shape)} for {own.dtype} {list(own.shape)}"
+    if d.autocast:
+        # What is computed in 16 bits is as right as 16 bits are, whatever type holds it.
+        got, own = (x.to(TYPES[d.autocast]) for x in (got, own))
     e = errors(got, own, exact)
     gradient = name != "result"
     if _right(e, (0.0, 0.0), gradient):
@@ -210,7 +224,7 @@ def _right(e: Errors, yardstick: tuple[float, float], gradient: bool) -> bool:
     return e.within((max(LONGER * rms, yardstick[0]), max(LONGER * MAX_RATIO * largest, yardstick[1])))
 
 
-def judged_alone(d: Draw, finding: Finding) -> bool:
+def judged_alone(d: Draw, finding: Finding, *, dynamo: bool) -> bool:
     """Is the finding there in this draw as well?"""
-    ways: Any = (finding.way,) if finding.way != "original" else ()
-    return any(f.same(finding) for f in judge(d, ways).findings)
+    ways = (finding.way,) if finding.way != "original" else ()
+    return any(f.same(finding) for f in judge(d, ways, dynamo=dynamo).findings)

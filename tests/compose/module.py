@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,11 @@ class Composed(nn.Module):
     # --- the call ---------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Tensor) -> Tensor:
-        d, given, w = self.d, dict(zip(self.names, args)), self.w
+        return self.attend(args, self.w)
+
+    def attend(self, args: Sequence[Tensor], w: dict[str, Tensor]) -> Tensor:
+        """The result for these inputs and parameters."""
+        d, given = self.d, dict(zip(self.names, args))
         q, k, v = operands(d, given, w)
         q, k = self._normed(q, "q", w), self._normed(k, "k", w)
         k, v = attended(d, k, v, given, w)

@@ -1,6 +1,7 @@
 """Every way to run a module: as the default policy has it, forced onto each candidate, and onto each body for the CPU.
 
-One capture by Dynamo serves all ways of one draw: each rewrites a graph of its own, and `Ways.way` says which one runs.
+One capture serves all ways of one draw: each rewrites a graph of its own, and `Ways.way` says which one runs. Most captures
+leave Dynamo out, which would take most of the time: the function itself is traced to the graph that Dynamo's would give.
 """
 
 from __future__ import annotations
@@ -11,21 +12,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from reattend.codegen import operator as ours
 from reattend.patterns.mapping import TileMapping
 from reattend.patterns.verdict import Refusal
 from reattend.rewriter.capture import capture
+from reattend.rewriter.capture.weights import PARAMETER
 from reattend.rewriter.check.verdicts import Check
 from reattend.rewriter.choose import choose
 from reattend.rewriter.choose.candidates import our_call
 from reattend.rewriter.choose.policy import Policy
+from reattend.rewriter.graph import torch_private
 from reattend.rewriter.graph.liveness import erase_dead
+from reattend.rewriter.graph.torch_private import FakeTensorMode
 from reattend.rewriter.run import session
 from reattend.rewriter.run.session import Session
 from reattend.rewriter.splice import splice
 from reattend.rewriter.splice.guards import Guarded
+
+from .module import Composed
 
 BODIES = {
     "product": TileMapping(16, 16, body="product"), "product-": TileMapping(128, 128, body="product"),
@@ -52,28 +58,45 @@ class Rewritten:
 
 
 class Ways:
-    """The ways of one module. Call `use(way)`, then the module."""
+    """The ways of one module. Set `way`, then call `run`."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self.names, self.way, self.captures = tuple(names), "original", list[Mapping[str, Rewritten]]()
-        self.error = ""
-        self.session = Session(Policy(), None, backend=self._backend)
-        self.session.install(model)
+
+    def run(self, *values: Tensor) -> Tensor:
+        """The module's result by the way."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        self.session.detach()
+        """Leave the module as it was."""
 
     def made(self, way: str) -> list[Rewritten]:
         return [c[way] for c in self.captures if way in c]
 
-    def failures(self) -> list[str]:
-        return [f for e in self.session.entries for f in e.failures]
-
-    def _backend(self, gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
-        captured = capture.from_dynamo(gm, inputs, names)
+    def _keep(self, captured: capture.Captured) -> Mapping[str, Rewritten]:
         graphs = {way: _copied(captured.graph) for way in self.names}
         table = {way: _rewritten(graph, way) for way, graph in graphs.items()}
         self.captures.append(table)
+        return table
+
+
+class ByDynamo(Ways):
+    """As `reattend.optimize` has it: a session whose backend keeps a graph of each way."""
+
+    def __init__(self, model: Composed, names: Sequence[str]) -> None:
+        super().__init__(names)
+        self.model, self.session = model, Session(Policy(), None, backend=self._backend)
+        self.session.install(model)
+
+    def run(self, *values: Tensor) -> Tensor:
+        out: Tensor = self.model(*values)
+        return out
+
+    def close(self) -> None:
+        self.session.detach()
+
+    def _backend(self, gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
+        table = self._keep(capture.from_dynamo(gm, inputs, names))
 
         def run(*values: Any) -> Any:
             # as a session's own graphs are counted
@@ -81,6 +104,40 @@ class Ways:
             return gm.forward(*values) if self.way == "original" else table[self.way].run(*values)
 
         return run
+
+
+class Traced(Ways):
+    """The module's function traced at the sizes and types of these values; parameters come behind the inputs."""
+
+    def __init__(self, model: Composed, names: Sequence[str], values: Sequence[Tensor]) -> None:
+        super().__init__(names)
+        self.model = model
+        self.table = self._keep(capture.Captured(self._traced(values), "traced", 0.0))
+
+    def run(self, *values: Tensor) -> Tensor:
+        if self.way == "original":
+            return self.model.attend(values, self.model.w)
+        out: Tensor = self.table[self.way].run(*values, *self.model.w.values())
+        return out
+
+    def _traced(self, values: Sequence[Tensor]) -> fx.GraphModule:
+        count, own = len(values), list(self.model.w.values())
+        mode = FakeTensorMode()
+        fakes = [mode.from_tensor(x, static_shapes=True) for x in (*values, *own)]
+
+        def attend(*given: Tensor) -> Tensor:
+            return self.model.attend(given[:count], dict(zip(self.model.weights, given[count:])))
+
+        with mode:
+            graph = torch_private.pre_dispatch_graph(attend, fakes)
+        places = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        for n, x in zip(places, (*values, *own)):
+            if x.requires_grad:
+                capture._mark(n.meta["val"])
+            if isinstance(x, nn.Parameter):
+                n.meta[PARAMETER] = True
+        capture.finish(graph, lambda key, path: path)
+        return graph
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:
