@@ -39,6 +39,23 @@ def test_a_draw_is_right_in_every_way(number: int) -> None:
     assert not findings, told(findings, 0, number)
 
 
+# What was found once, as small as it gets, and the ways that it was found in.
+FOUND = {
+    "autocast inside an einsum": ('{"autocast": "bf16", "second": "einsum", "bias": "alibi"}', ("checked sdpa", "checked reattend")),
+    "a prelude that reads the keys first": ('{"batch": 2, "group": 2, "product": "bmm", "bias": "keyed"}', ("product", "reattend")),
+    "one query, one number a value": ('{"queries": 1, "keys": 5, "value": 1}', ("default", "product")),
+    "sizes that are half of others": ('{"again": 2, "layout": "strided"}', ("sdpa", "product", "checked")),
+    "values of fewer numbers than a vector": ('{"size": 16, "value": 4}', ("fused",)),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_is_right(name: str) -> None:
+    text, chosen = FOUND[name]
+    findings = judge.judge(draws.read(text), chosen).findings
+    assert not findings, findings
+
+
 @pytest.mark.slow
 def test_new_draws_are_right_in_every_way() -> None:
     seed = int(os.environ.get("COMPOSE_SEED") or random.SystemRandom().randrange(1 << 30))
