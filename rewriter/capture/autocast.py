@@ -98,22 +98,35 @@ def _dtype(n: fx.Node) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
+# What holds its first argument's numbers in another shape, beside the views.
+_RESHAPED = ("aten::clone", "aten::_unsafe_view")
+
+
 class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the type that each watched tensor is converted to."""
+    """Notes the type that each watched tensor is converted to: as it is, or as the operator has reshaped it (einsum)."""
 
     def __init__(self, watched: list[object]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.watched = watched
+        self.shapes = [[w] for w in watched]
         self.casts: list[torch.dtype | None] = [None] * len(watched)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch_private.TO_COPY:
-            for i, w in enumerate(self.watched):
-                if w is args[0] and self.casts[i] is None:
-                    self.casts[i] = (kwargs or {}).get("dtype")
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        mine = [i for i, shapes in enumerate(self.shapes) if args and any(w is args[0] for w in shapes)]
+        for i in mine:
+            if func is torch_private.TO_COPY and self.casts[i] is None:
+                self.casts[i] = (kwargs or {}).get("dtype")
+            elif _reshapes(func):
+                self.shapes[i].append(out)
+        return out
+
+
+def _reshapes(func: Any) -> bool:
+    said = torch_private.schema(func)
+    shared = any(r.alias_info is not None and not r.alias_info.is_write for r in said.returns)
+    return shared or said.name in _RESHAPED
 
 
 def _observe(n: fx.Node, device: str, region: Region) -> tuple[tuple[torch.dtype | None, ...], torch.dtype | None]:

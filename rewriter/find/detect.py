@@ -306,7 +306,7 @@ def _with_query(c: Cascade) -> Cascade:
     moved = ex.load(str(q.attr), (*q.args[:dim], p, *q.args[dim + 1 :]), q.dtype)
     longer: dict[str, int] = {}
     einsums: list[Einsum] = []
-    last = {"m", str(c.producers[c.outputs[0]][-1].out.index[-1].attr)}
+    last = {"m", *(str(i.attr) for i in c.producers[c.outputs[0]][-1].out.index[-1:])}
     for e in c.einsums:
         table = {q: moved} if e is product else {}
         for x in e.reads:

@@ -207,6 +207,22 @@ def test_autocast_is_made_explicit() -> None:
     assert not [n for n in graph.graph.nodes if "autocast_for" in n.meta]
 
 
+def test_autocast_inside_an_einsum_is_made_explicit() -> None:
+    """What it casts are its operands as it has permuted them."""
+
+    class Product(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.einsum("bpe,bme->bpm", x, y.softmax(-1)) + torch.einsum("ij,bj->bi", x[0], y[:, 0])[..., None]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b, graph = run(Product(), torch.randn(2, 2, 8), torch.randn(2, 5, 8))
+    assert torch.equal(a, b)
+    products = [n for n in graph.graph.nodes if n.op == "call_function" and "einsum" in str(n.target)]
+    assert products
+    for n in products:
+        assert {i.meta["val"].dtype for i in n.all_input_nodes} == {torch.bfloat16}, n.format_node()
+
+
 def test_a_graph_without_autocast_is_left_as_it_is() -> None:
     _, _, graph = run(Mixed(), torch.randn(2, 5, 8))
     assert not [n for n in graph.graph.nodes if "autocast_for" in n.meta]

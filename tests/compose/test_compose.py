@@ -1,0 +1,125 @@
+"""Attentions composed at random are what their own code computes, whatever runs them; a dozen fixed ones, and new ones each time.
+
+    COMPOSE_SEED=1234 ./run tests tests/compose -m slow      the draws of a run that failed, which names its seed
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+from . import draws, judge, ways
+from .draws import Draw
+from .module import Composed
+from .operands import inputs
+
+FIXED = 12
+SLOW = 300
+
+
+def found_in(seed: int, number: int) -> tuple[list[judge.Finding], bool]:
+    """What is found in a draw, and whether a kernel ran in it."""
+    d = draws.draw(seed, number)
+    judged = judge.judge(d, ways.of(number, d.grad != "none"))
+    assert not judged.invalid, judged.invalid
+    return judged.findings, any(k != "original" for ks in judged.kernels.values() for k in ks)
+
+
+def told(findings: list[judge.Finding], seed: int, number: int) -> str:
+    said = "\n".join(f"{f.kind} {f.way} {f.what}: {f.said}" for f in findings)
+    return f"seed {seed}, draw {number}:\n{said}\npython -m tests.compose --draw '{draws.draw(seed, number)}'"
+
+
+@pytest.mark.parametrize("number", range(FIXED))
+def test_a_draw_is_right_in_every_way(number: int) -> None:
+    findings, _ = found_in(0, number)
+    assert not findings, told(findings, 0, number)
+
+
+# What was found once, as small as it gets, and the ways that it was found in.
+FOUND = {
+    "autocast inside an einsum": ('{"autocast": "bf16", "second": "einsum", "bias": "alibi"}', ("checked sdpa", "checked reattend")),
+    "a prelude that reads the keys first": ('{"batch": 2, "group": 2, "product": "bmm", "bias": "keyed"}', ("product", "reattend")),
+    "one query, one number a value": ('{"queries": 1, "keys": 5, "value": 1}', ("default", "product")),
+    "sizes that are half of others": ('{"again": 2, "layout": "strided"}', ("sdpa", "product", "checked")),
+    "values of fewer numbers than a vector": ('{"size": 16, "value": 4}', ("fused",)),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_is_right(name: str) -> None:
+    text, chosen = FOUND[name]
+    findings = judge.judge(draws.read(text), chosen).findings
+    assert not findings, findings
+
+
+@pytest.mark.slow
+def test_new_draws_are_right_in_every_way() -> None:
+    seed = int(os.environ.get("COMPOSE_SEED") or random.SystemRandom().randrange(1 << 30))
+    wrong, ran = [], 0
+    for number in range(SLOW):
+        findings, kernel = found_in(seed, number)
+        ran += kernel
+        if findings:
+            wrong.append(told(findings, seed, number))
+    assert not wrong, "\n\n".join(wrong)
+    # Draws that are all left alone show nothing.
+    assert ran >= SLOW // 3, (seed, ran)
+
+
+def test_draws_repeat_and_print_themselves() -> None:
+    for number in range(200):
+        d = draws.draw(5, number)
+        assert d == draws.draw(5, number) == draws.read(str(d)) == draws.valid(d)
+
+
+def test_every_choice_is_drawn() -> None:
+    seen = [draws.draw(5, n) for n in range(4000)]
+    for name, choices in draws.CHOICES.items():
+        if name != "seed":
+            assert {getattr(d, name) for d in seen} >= set(choices), name
+
+
+def test_a_draw_shrinks_to_what_is_at_fault() -> None:
+    d = next(d for n in range(4000) if (d := draws.draw(5, n)).row == "sink" and d.mask == "window")
+    small = draws.shrunk(d, lambda other: other.row == "sink" and other.mask == "window")
+    assert small == draws.valid(Draw(row="sink", mask="window"))
+
+
+def test_in_float64_every_float_is_wide() -> None:
+    """The reference of a module in 16 bits rounds nothing but what it is given."""
+    d = draws.read('{"dtype": "bf16", "rope": "half", "norm": "rms", "bias": "alibi_constant", "mask": "window", "row": "sink32"}')
+    model = Composed(d)
+    given = list(inputs(d, 5, 5).values())
+    model.mode = "noted"
+    model.begin()
+    assert model(*given).dtype == torch.bfloat16
+    assert model.noted
+    wide = model.widened()
+    wide.begin()
+    assert wide(*[x.double() if x.is_floating_point() else x for x in given]).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("fault", "kind"), [("value", "wrong"), ("type", "shape"), ("raise", "raised")])
+def test_a_fault_is_found(fault: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is off in one value, answers another type or raises."""
+
+    def spoilt(gm: torch.fx.GraphModule, way: str) -> ways.Rewritten:
+        def run(*values: torch.Tensor) -> object:
+            (out,) = gm.forward(*values)
+            if fault == "raise":
+                raise RuntimeError("no such kernel")
+            if fault == "type":
+                return (out.double(),)
+            out = out.clone()
+            out.view(-1)[3] += 1e-3
+            return (out,)
+
+        return ways.Rewritten(run, ("reattend",))
+
+    monkeypatch.setattr(ways, "_rewritten", spoilt)
+    found = judge.judge(draws.valid(Draw(mask="causal")), ("default",)).findings
+    assert [(f.kind, f.way) for f in found] == [(kind, "default")], found
