@@ -96,12 +96,12 @@ def _bind(p: Program, device: str) -> Runner:
 
     def on_cpu(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         nonlocal current
-        known = dict(zip(loose, sizes))
+        given, known = dict(zip(names, tensors)), dict(zip(loose, sizes))
         try:
-            out = current.entry(*tensors, **known)
+            out = current.run(given, known)
         except current.failures as no:
             current = _uncompiled(p, tensors, known, no)
-            out = current.entry(*tensors, **known)
+            out = current.run(given, known)
         return out if _laid_out(out, order) else allocate(p, tensors, sizes).copy_(out)
 
     return on_cpu

@@ -32,7 +32,7 @@ from . import sdpa as cpu_sdpa
 
 @dataclass(frozen=True)
 class CpuKernel:
-    """A printed kernel: the file's text, and a call that runs exactly that text.
+    """A printed kernel: the file's text, and a call that runs exactly that text on `inputs`, in this order, and `sizes`.
 
     `compiled` compiles what the first call would; either raises one of `failures` where the compiler fails.
     """
@@ -110,8 +110,9 @@ def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
     except PrintError as no:
         return Refusal(f"{NAME} {mapping.body}", str(no))
     made = cache.load(source)
-    inputs = tuple(t.name for t in c.inputs)
+    # the file has them in the order in which the attention's own cascade reads them
+    inputs = tuple(t.name for t in f.cascade.inputs)
     if mapping.body != "fused":
-        return CpuKernel(source, inputs, loose(c), made.attention)
+        return CpuKernel(source, inputs, loose(f.cascade), made.attention)
     compiled = partial(made.compiled, made.SOURCE)
-    return CpuKernel(source, inputs, loose(c), made.attention, compiled, (made.CompilerError,))
+    return CpuKernel(source, inputs, loose(f.cascade), made.attention, compiled, (made.CompilerError,))

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,8 @@ import sympy
 
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
-from ...patterns.cascade import Cascade, CascadeError, bind, parse, to_text
+from ...patterns.cascade import Cascade, CascadeError, bind, parse, size_term, to_text
+from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 
 SCHEMA = 1
@@ -94,6 +96,25 @@ def _value(size: Any, known: Mapping[str, Any]) -> Any:
         return known[str(size)]
     if all(isinstance(known[str(s)], int) for s in size.free_symbols):
         return bind(size, known)
-    # a symbolic integer of torch takes part in Python's arithmetic only
-    names = sorted(str(s) for s in size.free_symbols)
-    return sympy.lambdify(names, size, modules=[{"floor": lambda x: x // 1}, "math"])(*(known[n] for n in names))
+    try:
+        term = size_term(size)
+    except ValueError:
+        names = sorted(str(s) for s in size.free_symbols)
+        return sympy.lambdify(names, size, modules="math")(*(known[n] for n in names))
+    return _counted(term, known)
+
+
+# A symbolic integer of torch takes part in Python's arithmetic only, and stays one under whole operators alone.
+_WHOLE: Mapping[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
+}
+
+
+def _counted(term: Expr, known: Mapping[str, Any]) -> Any:
+    """The value of a size that is a term."""
+    if term.op == "symbol":
+        return known[str(term.attr)]
+    if term.is_const:
+        return int(term.value)
+    a, b = (_counted(x, known) for x in term.args)
+    return _WHOLE[term.op](a, b)
