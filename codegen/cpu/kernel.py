@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib import metadata
+from importlib import import_module
 
 from torch import Tensor
 
@@ -55,7 +55,8 @@ class CpuKernel:
 
 
 def version() -> str:
-    return metadata.version("reattend")
+    # The package's own number: there is no metadata where it is a folder on the path.
+    return str(import_module(__name__.partition(".")[0]).__version__)
 
 
 # What one more call costs, in elements of a score matrix; and how many rows a tile gives up to reach full speed.

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reattend
 from reattend.codegen.cpu import kernel as cpu
 from reattend.codegen.forms.form import rows_keep_a_key
 from reattend.patterns import expr as ex
@@ -245,3 +247,14 @@ def test_no_witness_proves_nothing() -> None:
     assert isinstance(view, Attention)
     assert rows_keep_a_key(view, CAUSAL) == ()
     assert rows_keep_a_key(view, ex.FALSE) != ()
+
+
+def test_a_package_that_is_not_installed_prints_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder on the path has no metadata."""
+
+    def unknown(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", unknown)
+    case = VARIANTS["causal"]()
+    assert f"reattend {reattend.__version__}" in kernel(case, TileMapping(64, 64, body="sdpa")).source
