@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
@@ -528,15 +530,38 @@ def test_ends_are_float64() -> None:
             assert end.dtype == np.float64
 
 
+class OneDevice(TorchFunctionMode):
+    """Refuses what an accelerator refuses and the meta device lets pass: tensors of two devices in one call."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
+        assert len({t.device for t in tensors}) <= 1, func
+        return func(*args, **(kwargs or {}))
+
+
 def test_spans_stay_on_the_device_of_their_loads() -> None:
     """The meta device holds no numbers, and joins no tensor of another device."""
     tensors = {n: torch.empty(a.shape, dtype=torch.from_numpy(a).dtype, device="meta") for n, a in ARRAYS.items()}
     box = {"h": (np.arange(3),) * 2, "p": (np.array([0, 4, 8]), np.array([3, 7, 11])), "m": (np.zeros(3), np.full(3, 9.0))}
     compared = (LOADS["seg_m"] + M < LOADS["seg_p"]) & LOADS["pad"] & (LOADS["slope"] * 0.5 < LOADS["edge"])
     for term in (compared, LOADS["seg_m"] * P + 3, ex.where(P < M, LOADS["slope"], 0.5)):
-        for end in spans(term, box, of_load=block_spans(tensors, (4,), torch), xp=torch):
+        with OneDevice():
+            found = spans(term, box, of_load=block_spans(tensors, (4,), torch), xp=torch)
+        for end in found:
             assert end.device.type == "meta"
             assert end.shape == (3,)
+
+
+@pytest.mark.parametrize("blocks", [(), (4,)])
+def test_ranges_are_found_on_the_device_of_a_tensor(blocks: tuple[int, ...]) -> None:
+    """Blocks that the end cuts, runs of blocks in both dimensions, and single elements."""
+    bounds = block_bounds({"x": torch.empty(14, 9, device="meta")}, blocks, torch)
+    lo, hi = (torch.tensor([0.0, 4.0, 8.0], device="meta"), torch.tensor([3.0, 11.0, 13.0], device="meta"))
+    with OneDevice():
+        for box in (((lo, hi), (lo, hi)), ((lo, lo), (lo, hi)), ((np.array([0, 4, 8]), np.array([3, 11, 13])), (lo, lo))):
+            found = bounds("x", box)
+            assert found is not None
+            assert {(end.device.type, end.shape) for end in found} == {("meta", (3,))}
 
 
 def test_a_missing_rank_or_size_is_named() -> None:
