@@ -555,7 +555,7 @@ def test_spans_stay_on_the_device_of_their_loads() -> None:
 @pytest.mark.parametrize("blocks", [(), (4,)])
 def test_ranges_are_found_on_the_device_of_a_tensor(blocks: tuple[int, ...]) -> None:
     """Blocks that the end cuts, runs of blocks in both dimensions, and single elements."""
-    bounds = block_bounds({"x": torch.empty(14, 9, device="meta")}, blocks, torch)
+    bounds = block_spans({"x": torch.empty(14, 9, device="meta")}, blocks, torch)
     lo, hi = (torch.tensor([0.0, 4.0, 8.0], device="meta"), torch.tensor([3.0, 11.0, 13.0], device="meta"))
     with OneDevice():
         for box in (((lo, hi), (lo, hi)), ((lo, lo), (lo, hi)), ((np.array([0, 4, 8]), np.array([3, 11, 13])), (lo, lo))):
