@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,10 +20,10 @@ def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-def run(way: str, *args: Tensor) -> Tensor:
+def run(way: str, *args: Tensor, f: Callable[..., Tensor] = masked) -> Tensor:
     """One call of that candidate, which may fall back to the original where its guard says so."""
     torch._dynamo.reset()
-    model = reattend.optimize(Fn(masked), policy=reattend.Policy(deny=tuple(w for w in EVERY if w != way)))
+    model = reattend.optimize(Fn(f), policy=reattend.Policy(deny=tuple(w for w in EVERY if w != way)))
     with torch.no_grad():
         out: Tensor = model(*args)
     (site,) = reattend.report(model).sites
@@ -49,3 +51,25 @@ def test_scores_beyond_a_narrow_type_may_stay_finite(way: str) -> None:
     assert masked(q, k, v).isnan().any()
     out, exact = run(way, q, k, v), masked(q.double(), k.double(), v.double())
     torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)
+
+
+def cast_at_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Queries and keys that were turned in complex128, as rotary embeddings of image models do."""
+    mask = mask.to(v.dtype) if mask.is_floating_point() else mask
+    out: Tensor = torch.nn.functional.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.float64])
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_operands_in_float64_that_are_cast_at_once_leave_the_mask_its_type(
+    way: str, kind: torch.dtype, dtype: torch.dtype
+) -> None:
+    q, k, v = tensors(*3 * [(2, 4, 100, 16)])
+    keep = torch.ones(2, 1, 100, 100, dtype=torch.bool)
+    keep[1, ..., 90:] = False
+    mask = keep if kind == torch.bool else torch.where(keep, 0.5, -1e4).to(kind)
+    given = q.double(), k.double(), v.to(dtype), mask
+    out = run(way, *given, f=cast_at_once)
+    torch.testing.assert_close(out, cast_at_once(*given), **({} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}))
