@@ -29,7 +29,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.q(x) @ self.k(x).mT / 4
-        return scores.softmax(-1) @ self.v(x)
+        out: Tensor = scores.softmax(-1) @ self.v(x)
+        return out
 
 
 class Choice(nn.Module):
