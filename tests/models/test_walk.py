@@ -71,6 +71,7 @@ def rows(walk: ModuleType, model: type[nn.Module], **wishes: Any) -> dict[str, A
     return out
 
 
+@pytest.mark.slow
 def test_a_right_model_is_right(walk: ModuleType) -> None:
     row = rows(walk, Attention, dtypes=["float32", "bfloat16"], thorough=True)
     assert row["attentions"] == 1
@@ -80,6 +81,7 @@ def test_a_right_model_is_right(walk: ModuleType) -> None:
     assert row["runs"]["bfloat16 forced"]["graphs"] == 2
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_wrong(walk: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = walk.outputs
 
