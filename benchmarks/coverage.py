@@ -155,14 +155,14 @@ def table(rows: list[Row]) -> str:
     lines = []
     for library in dict.fromkeys(r["library"] for r in rows):
         own = [r for r in rows if r["library"] == library]
-        ran = [r for r in own if r.get("runs")]
+        ran = [r for r in own if any("verdict" in run for run in r.get("runs", {}).values())]
         forced = [next((v for k, v in r["runs"].items() if k.endswith("forced")), {}) for r in ran]
         total = sum((verdicts(r) for r in ran), Counter[str]())
         rewritten = sum(n for run in forced for k, n in run.get("kernels", {}).items() if k != "original")
         lines.append((
-            library, len(own), len(ran), sum(r.get("attentions", 0) for r in ran), sum(f.get("found",
+            library, len(own), len(ran), sum(r["attentions"] for r in ran), sum(f.get("found",
                 0) for f in forced),
-            rewritten, sum(len(r["runs"]) for r in ran), *(total[k] for k in titles[7:12]),
+            rewritten, sum("verdict" in run for r in ran for run in r["runs"].values()), *(total[k] for k in titles[7:12]),
             sum("stopped" in r for r in own), round(sum(r["seconds"] for r in own)),
         ))
     widths = [max(len(str(x)) for x in column) for column in zip(titles, *lines)]

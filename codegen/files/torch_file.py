@@ -207,10 +207,19 @@ def common(kinds: Sequence[str]) -> str:
     return out
 
 
+def operand_type(terms: Sequence[Expr], real: str) -> str:
+    """The type in which torch's kernels get operands: their common one, and no wider than anything is computed in.
+
+    What is read in float64 and cast at once is cast: beside operands in float64 torch's CPU kernel takes what the scores get
+    added for float64, whatever it is.
+    """
+    kinds = [element_type(t, real) for t in terms]
+    return real if "f64" in kinds else common(kinds)
+
+
 def common_type(p: Printer, terms: Sequence[Expr], texts: Sequence[str]) -> str:
-    """The operands in their common type."""
-    kinds = [element_type(t, p.f.real) for t in terms]
-    wanted = common(kinds)
+    """The operands in that type."""
+    kinds, wanted = [element_type(t, p.f.real) for t in terms], operand_type(terms, p.f.real)
     return ", ".join(t if x == wanted else f"{t}.to({TYPES[wanted]})" for t, x in zip(texts, kinds))
 
 

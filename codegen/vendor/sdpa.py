@@ -20,9 +20,8 @@ from ...patterns.expr import TRUE, Expr
 from ...patterns.terms.conditions import conjuncts
 from ...patterns.verdict import Obstacle, Refusal
 from ..files.tile_plan import without_causal
-from ..files.torch_file import Printer, common, common_type, operands, query_operand, shared_alike
+from ..files.torch_file import Printer, common_type, operand_type, operands, query_operand, shared_alike
 from ..forms.form import Form, Softmax, form, rows_keep_a_key, softmax
-from ..forms.operands import element_type
 from ..text.print_torch import TYPES, TorchBody, is_number
 from ..text.printer import PrintError
 from .call import VendorCall, Whole, axes, file, function, result
@@ -113,7 +112,7 @@ def _call(f: Form, s: Softmax, mask: Expr | None) -> VendorCall:
 def _common(f: Form) -> str:
     """The type in which torch gets the operands."""
     terms = (f.products[0].near, f.products[0].far, f.values)
-    return common([element_type(t, f.real) for t in terms])
+    return operand_type(terms, f.real)
 
 
 def _as_it_is(f: Form, mask: Expr) -> bool:
