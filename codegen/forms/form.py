@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import RowState, derive
+from ...patterns.attention.traits import is_mask, masked_side, no_key_rule
 from ...patterns.cascade import Cascade, size_term
 from ...patterns.expr import FALSE, TRUE, Expr
 from ...patterns.masks.rows import witnesses
@@ -24,6 +26,8 @@ from .operands import Heads, Product, heads, product
 from .scaled import Ending, Scaled, ending, scaled
 from .terms import uncast
 
+# A fill below this may be taken beyond float32.
+HIDING = -(2.0**100)
 # exp(-UNDERFLOW) is 0 in float32.
 UNDERFLOW = 104.0
 
@@ -55,6 +59,19 @@ class Form:
     def guarded(self) -> bool:
         """Do rows have to be shown to keep a key at run time?"""
         return self.rule in ("guarded", "bounded") and bool(self.proof)
+
+    @property
+    def hidden(self) -> bool:
+        """Is a fill left in the score that data may take to −∞ (`masked / temperature`)? Any row may be all of it."""
+        a = self.attention
+        masks = (e for e in ex.walk(self.mask.full) if is_mask(e, a.key))
+        return any(masked_side(e).is_float and masked_side(e).value < HIDING for e in masks)
+
+    @property
+    def no_key(self) -> str:
+        """What a row without a key gives (`no_key_rule`); of a mask by arithmetic, `log(keep)`, the fills alone tell."""
+        rule = no_key_rule(self.attention)
+        return "nan" if rule == "never" and -math.inf in self.mask.fills else rule
 
     @property
     def skips(self) -> bool:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from ...cost_model.devices.device import Device
 from ...cost_model.time.predict import VendorUse
 from ...patterns import expr as ex
-from ...patterns.attention.traits import no_key_rule
 from ...patterns.cascade import Cascade
 from ...patterns.expr import TRUE, Expr
 from ...patterns.verdict import Obstacle, Refusal
@@ -50,6 +49,8 @@ def flex(c: Cascade, *, keyed: bool = False) -> VendorCall | Refusal:
     end = ending(f.attention, f.state)
     if isinstance(end, str):
         return Refusal(NAME, end)
+    if f.hidden:
+        return Refusal(NAME, "a row may be all −∞ by a fill that data scales: NaN in the model, 0 in FlexAttention")
     why = ("" if keyed else _rows(f, end)) or _operands_fit(f)
     if why:
         return Refusal(NAME, why)
@@ -72,7 +73,7 @@ def _rows(f: Form, end: Ending) -> str:
     """Why rows without a key would differ: FlexAttention gives them 0."""
     if f.mask.keep is TRUE or not rows_keep_a_key(f.attention, f.mask.keep):
         return ""
-    rule = no_key_rule(f.attention)
+    rule = f.no_key
     if not f.skips or rule in ("zero", "never"):
         return ""
     return f"a row without a key gives {_RULE.get(rule, rule)} in the model and 0 in FlexAttention, and rows may have none"

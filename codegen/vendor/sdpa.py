@@ -14,7 +14,6 @@ from ...cost_model.devices.architecture import OLDEST_FLASH
 from ...cost_model.devices.device import Device
 from ...cost_model.time.predict import VENDORS, VendorUse
 from ...patterns import expr as ex
-from ...patterns.attention.traits import no_key_rule
 from ...patterns.cascade import Cascade, bind
 from ...patterns.expr import TRUE, Expr
 from ...patterns.terms.conditions import conjuncts
@@ -57,8 +56,10 @@ def _mask(f: Form, s: Softmax, keyed: bool) -> Expr | Refusal | None:
     if s.score.added is None:
         return None
     a = f.attention
+    if f.hidden:
+        return Refusal(NAME, "a row may be all −∞ by a fill that data scales: NaN in the model, 0 in SDPA")
     never = keyed or f.mask.keep is TRUE or not rows_keep_a_key(a, f.mask.keep)
-    rule = "never" if never else no_key_rule(a)
+    rule = "never" if never else f.no_key
     if rule == "nan":
         return Refusal(NAME, "a row without a key gives NaN in the model and 0 in SDPA, and rows may have none")
     if rule == "varies":

@@ -45,6 +45,12 @@ FOUND = {
     "a prelude that reads the keys first": ('{"batch": 2, "group": 2, "product": "bmm", "bias": "keyed"}', ("product", "reattend")),
     "one query, one number a value": ('{"queries": 1, "keys": 5, "value": 1}', ("default", "product")),
     "sizes that are half of others": ('{"again": 2, "layout": "strided"}', ("sdpa", "product", "checked")),
+    "rows without a key under a temperature": (
+        '{"keys": 2, "mask": "causal", "row": "temperature"}', ("sdpa", "sdpa body", "slices", "checked sdpa")
+    ),
+    "rows without a key by the logarithm of a mask": (
+        '{"keys": 2, "mask": "stride", "form": "logarithm"}', ("sdpa", "sdpa body", "product", "checked")
+    ),
     "values of fewer numbers than a vector": ('{"size": 16, "value": 4}', ("fused",)),
 }
 
