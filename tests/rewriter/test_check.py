@@ -217,6 +217,41 @@ def test_what_the_models_own_rounding_changed_may_be_either() -> None:
     assert not errors(other, own, exact).within()
 
 
+def test_a_row_that_cancels_may_be_as_far_off_as_the_models_own() -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(8, 32, dtype=torch.float64)
+    own = exact.float()
+    own[3] += 1e-3 * torch.randn(32)
+    other = exact.float()
+    other[3] += 0.5e-3 * torch.randn(32)
+    assert errors(other, own, exact).within()
+    other[3] += 5e-3 * torch.randn(32)
+    assert not errors(other, own, exact).within()
+    # and it widens nothing for other rows
+    other = own.clone()
+    other[4] += 0.5e-3 * torch.randn(32)
+    assert not errors(other, own, exact).within()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_gradient_behind_a_saturated_softmax_is_no_false_alarm(dtype: torch.dtype) -> None:
+    """p·(dp − Σ p·dp) cancels: by how much the model's own code is off on few rows is luck, and in float64 nothing."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        x = [torch.randn(2, 2, 3, 48, dtype=dtype) for _ in range(3)]
+        q, k = (F.layer_norm(t, (48,)) for t in x[:2])
+        model = reattend.optimize(Unscaled(), policy=reattend.Policy(allow="sdpa", deny="original"))
+        model(*(t.detach().requires_grad_() for t in (q, k, x[2])))
+        (check,) = reattend.report(model).checks
+        assert (check.verdict, check.gradients) == ("same", True), check
+
+
+class Unscaled(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = (q @ k.mT).softmax(-1) @ v
+        return out
+
+
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
