@@ -32,7 +32,7 @@ def test_what_fits(e: Expr) -> None:
     P * 6364136223846793005 + M, (P * N * N) < 3, SEGMENT * SEGMENT * SEGMENT, M * 2**51, P + 2**63 - 1, NARROW * NARROW,
     ex.make("xor", (P * 2**39, M)), (P * 2**40) % 5, ex.binary("pow", P, ex.const(3)),
     ex.binary("pow", ex.const(2), P % 64), ex.binary("pow", SEGMENT, P), ex.binary("pow", ex.const(-2), P % 62) - 2**62 - (2**61 + 5),
-    P * 2**38 - 2**62 - (2**62 + 5), N * 2**38 - 2**62 - (2**62 + 5), ex.load("x", (P,), "f32") + ex.cast(P * 6364136223846793005 + M, "f32"),
+    ex.binary("pow", ex.const(2), P % 62) + 2**62 + (2**61 + 5), P * 2**38 - 2**62 - (2**62 + 5), N * 2**38 - 2**62 - (2**62 + 5), ex.load("x", (P,), "f32") + ex.cast(P * 6364136223846793005 + M, "f32"),
 ], ids=str)
 def test_what_may_wrap_around(e: Expr) -> None:
     assert passes(e, RANKS) is not None
