@@ -29,6 +29,7 @@ from reattend.patterns.masks.split import (
     split,
 )
 from reattend.patterns.masks.tiles import pairs
+from reattend.patterns.terms.conditions import normal
 from tests.effort import calls, peak_bytes
 
 B, H, P, M = (ex.index(r) for r in "bhpm")
@@ -255,6 +256,30 @@ def values(term: Expr, extents: Mapping[str, int], arrays: Mapping[str, Any]) ->
     out = Tensor("out", tuple(extents.values()), term.dtype)
     c = Cascade("term", tuple(Rank(r, s) for r, s in extents.items()), (*declared, out), (einsum,), ("out",))
     return np.asarray(evaluate(c, tensors)["out"])
+
+
+@pytest.mark.parametrize(
+    ("term", "expected"),
+    [
+        (f32(CAUSAL) * f32(PAD), ex.where(CAUSAL & PAD, ex.const(1.0), ex.const(0.0))),
+        (ex.minimum(f32(CAUSAL), f32(PAD)), ex.where(CAUSAL & PAD, ex.const(1.0), ex.const(0.0))),
+        (ex.maximum(f32(CAUSAL), f32(PAD)), ex.where(CAUSAL | PAD, ex.const(1.0), ex.const(0.0))),
+        (fill(CAUSAL, -1.0, S) + fill(CAUSAL, 2.0, BIAS), fill(CAUSAL, 1.0, S + BIAS)),
+        (~(P < M), CAUSAL),
+        (P >= M, CAUSAL),
+    ],
+    ids=str,
+)
+def test_normal_form(term: Expr, expected: Expr) -> None:
+    """One spelling of equal conditions and choices."""
+    assert normal(term) is expected
+    rng = np.random.default_rng(8)
+    arrays = {
+        "pad": rng.random((2, 7)) < 0.5, "QK": rng.standard_normal((2, 5, 7)).astype(np.float32),
+        "bias": rng.standard_normal((5, 7)).astype(np.float32),
+    }
+    extents = {"b": 2, "p": 5, "m": 7}
+    np.testing.assert_array_equal(values(term, extents, arrays), values(expected, extents, arrays))
 
 
 def test_simplify_under() -> None:

@@ -47,7 +47,7 @@ def test_a_filled_score_keeps_its_score() -> None:
     assert narrowed(e, "f16") is ex.where(KEEP, SCORE, ex.const(-math.inf, "f32"))
 
 
-@pytest.mark.parametrize("e", [SCORE, SCORE * 1e9, SCORE + mask(-1e9), mask(-1e4), by_arithmetic(-1e4)], ids=str)
+@pytest.mark.parametrize("e", [SCORE, SCORE * 1e9, SCORE + mask(-1e9), mask(-1e4), by_arithmetic(-1e4), ex.index("m") * 7], ids=str)
 def test_what_stays_in_range_and_what_data_decide_is_left_alone(e: Expr) -> None:
     assert narrowed(e, "f16") is e
 

@@ -20,7 +20,9 @@ NARROW = ex.load("segment", (P,), "i32")
 @pytest.mark.parametrize("e", [
     P * N + M, (P * N + M) * 3 % 7, SEGMENT * SEGMENT, P - SEGMENT < 4, NARROW - ex.cast(M, "i32"), (P * 2654435761 + M) % 65536,
     ex.where(P < M, P, 2**62), M * 2**50, -(2**62) + P, ex.binary("pow", P, ex.const(2)),
-    ex.cast(P < M, "i64") * 2**62,
+    ex.cast(P < M, "i64") * 2**62, ex.const(2**63 - 1) - P, ex.index("z") * 2**38, ex.cast(ex.load("x", (P,), "f32"), "i64") + 1,
+    ex.binary("pow", ex.const(2), P % 60), ex.binary("pow", ex.const(-2), P % 60), ex.binary("pow", P % 2, SEGMENT),
+    ex.binary("and", SEGMENT, ex.const(255)) * 2**40,
 ], ids=str)
 def test_what_fits(e: Expr) -> None:
     assert passes(e, RANKS) is None
@@ -29,7 +31,8 @@ def test_what_fits(e: Expr) -> None:
 @pytest.mark.parametrize("e", [
     P * 6364136223846793005 + M, (P * N * N) < 3, SEGMENT * SEGMENT * SEGMENT, M * 2**51, P + 2**63 - 1, NARROW * NARROW,
     ex.make("xor", (P * 2**39, M)), (P * 2**40) % 5, ex.binary("pow", P, ex.const(3)),
-    ex.load("x", (P,), "f32") + ex.cast(P * 6364136223846793005 + M, "f32"),
+    ex.binary("pow", ex.const(2), P % 64), ex.binary("pow", SEGMENT, P), ex.binary("pow", ex.const(-2), P % 62) - 2**62 - (2**61 + 5),
+    ex.binary("pow", ex.const(2), P % 62) + 2**62 + (2**61 + 5), P * 2**38 - 2**62 - (2**62 + 5), N * 2**38 - 2**62 - (2**62 + 5), ex.load("x", (P,), "f32") + ex.cast(P * 6364136223846793005 + M, "f32"),
 ], ids=str)
 def test_what_may_wrap_around(e: Expr) -> None:
     assert passes(e, RANKS) is not None
