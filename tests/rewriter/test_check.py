@@ -246,6 +246,34 @@ def test_a_gradient_behind_a_saturated_softmax_is_no_false_alarm(dtype: torch.dt
         assert (check.verdict, check.gradients) == ("same", True), check
 
 
+class Causal(nn.Module):
+    """Several layers: the first row of each has one key, whose queries get no gradient."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+        for _ in range(3):
+            v = v + (q @ k.mT * 0.25).masked_fill(~keep, -torch.inf).softmax(-1) @ v
+        return v
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("what", ["random", "large", "equal", "one key, many times"])
+def test_gradients_that_are_nothing_are_no_false_alarm(what: str, dtype: torch.dtype) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = [torch.randn(2, 4, 40 + seed, 16, dtype=dtype) for _ in range(3)]
+        if what == "large":
+            x = [x[0] * 8, x[1] * 8, x[2]]
+        elif what == "equal":
+            x = [torch.ones_like(t) * t[:1, :1, :1, :1] for t in x]
+        elif what != "random":
+            x[1] = x[1][:, :, :1].expand(-1, -1, x[1].shape[2], -1)
+        model = reattend.optimize(Causal(), policy=reattend.Policy(allow="sdpa", deny="original"))
+        model(*(t.detach().clone().requires_grad_() for t in x))
+        checks = reattend.report(model).checks
+        assert [(c.verdict, c.gradients) for c in checks] == [("same", True)] * 3, checks
+
+
 class Unscaled(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = (q @ k.mT).softmax(-1) @ v
