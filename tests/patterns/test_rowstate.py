@@ -55,6 +55,9 @@ def test_no_law_takes_a_value_for_what_it_does_not_know() -> None:
     x, gate = ex.load("x", (ex.index("m"),), "f32"), ex.load("gate", (), "f32")
     with pytest.raises(KeyError):
         number(x * gate, {"x": 1.0})
+    for leaf in (ex.index("m"), ex.symbol("n")):
+        with pytest.raises(KeyError, match=f"'{leaf}'"):
+            number(leaf + 1, {})
     assert len({str(row[gate]) for row in tries((x * gate,), {x: 1.0})}) == TRIES
 
 
