@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from ..graph import torch_private
 from ..graph.node import written_arguments
+from . import backward
 from .autocast import explicit_casts
 from .weights import PARAMETER
 
@@ -64,7 +65,13 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     attributes = list(held)
     with mode:
         flat = [fake(x) for x in (*inputs, *held.values())]
-    graph = _trace(gm, flat, len(inputs), attributes, mode)
+    watch = backward.Watch()
+    graph = _trace(gm, flat, len(inputs), attributes, mode, watch)
+    lost = watch.lost(graph)
+    if not lost and any(isinstance(x, Tensor) and x.requires_grad for x in flat) and _enables_gradients(gm):
+        lost = backward.inside(gm)
+    if lost:
+        raise CaptureError(lost)
     made_here = [attribute(graph, str(n.target)) for n in graph.graph.nodes if n.op == "get_attr"]
     baked = [x for x in made_here if torch_private.has_no_value(x)]
     if baked:
@@ -83,10 +90,15 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
 
 
 def _trace(
-    gm: fx.GraphModule, flat: list[object], count: int, held: list[fx.Node], mode: torch_private.FakeTensorMode
+    gm: fx.GraphModule,
+    flat: list[object],
+    count: int,
+    held: list[fx.Node],
+    mode: torch_private.FakeTensorMode,
+    watch: backward.Watch,
 ) -> fx.GraphModule:
     def run(*values: object) -> object:
-        runner = _Run(gm, dict(zip(held, values[count:], strict=True)))
+        runner = _Run(gm, dict(zip(held, values[count:], strict=True)), watch)
         try:
             with traceback.preserve_node_meta():
                 return runner.run(*values[:count])
@@ -107,9 +119,9 @@ def _trace(
 class _Run(fx.Interpreter):
     """Runs a graph with the values of its tensor attributes given, so that they are traced as inputs."""
 
-    def __init__(self, gm: fx.GraphModule, held: Mapping[fx.Node, object]) -> None:
+    def __init__(self, gm: fx.GraphModule, held: Mapping[fx.Node, object], watch: backward.Watch) -> None:
         super().__init__(gm)
-        self.held = held
+        self.held, self.watch = held, watch
         self.regions: dict[fx.Node, tuple[str, bool, torch.dtype]] = {}
 
     def leave_regions(self) -> None:
@@ -137,7 +149,13 @@ class _Run(fx.Interpreter):
         if n.target is torch_private.CHECKPOINT:
             body = attribute(self.module, str(n.args[0].target))  # type: ignore[union-attr]
             torch_private.trace_checkpoint_with(body, _recompute_all)  # type: ignore[arg-type]
-        return super().run_node(n)
+        if n.op not in ("call_function", "call_method"):
+            return super().run_node(n)
+        return self.watch.call(n, [self.env[x] for x in n.all_input_nodes], lambda: super(_Run, self).run_node(n))
+
+
+def _enables_gradients(gm: fx.GraphModule) -> bool:
+    return torch.is_grad_enabled() or any(n.target is torch_private.SET_GRAD and n.args[0] for n in gm.graph.nodes)
 
 
 def _set_autocast(device: str, enabled: bool, dtype: torch.dtype | None) -> None:

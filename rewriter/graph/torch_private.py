@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,6 +209,18 @@ WRAPPED = Private(
     "torch._C._functorch:is_functorch_wrapped_tensor", "values inside a transform of functions", "2.5",
     "no graph can be captured",
 )
+HIGHER_ORDER = Private(
+    "torch._ops:HigherOrderOperator", "operators whose bodies are graphs", "2.2", "no graph can be captured"
+)
+OWN_BACKWARD = Private(
+    "operators torch.ops.higher_order.autograd_function_apply and torch.ops.higher_order.register_hook",
+    "a backward of its own in a checkpointed region or a branch", "2.13",
+    "nothing is lost: before register_hook such a hook breaks the graph",
+)
+TENSOR_HOOKS = Private(
+    "Tensor._backward_hooks, Tensor._post_accumulate_grad_hooks", "hooks that change gradients", "2.2",
+    "no graph can be captured",
+)
 BUFFER_HOOKS = Private(
     "torch.nn.modules.module:_global_buffer_registration_hooks", "a hook that a failed export leaves", "2.2",
     "no whole graph can be exported",
@@ -221,6 +234,7 @@ PARTIAL = Private(
 )
 
 _ENTERS = "_increment_nesting"
+_OWN_BACKWARD = ("autograd_function_apply", "register_hook")
 LOGS = ("torch._subclasses.fake_tensor", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -252,6 +266,31 @@ def transform(gm: fx.GraphModule) -> str:
     """The transform of functions (vmap, grad, jvp) that a graph of Dynamo's enters; empty where it enters none."""
     entered = (str(getattr(n.target, "__name__", "")) for n in gm.graph.nodes if n.op == "call_function")
     return next((name.strip("_").removesuffix(_ENTERS) for name in entered if name.endswith(_ENTERS)), "")
+
+
+def is_own_function(target: object) -> bool:
+    """Is this a function of the user's that Dynamo leaves whole, or Dynamo's own around one?"""
+    if not isinstance(target, FunctionType):
+        return False
+    return target.__module__.partition(".")[0] != "torch" or target.__module__.startswith("torch._dynamo.")
+
+
+def has_backward(target: object) -> bool:
+    """Is this an operator of Dynamo's whose backward is written in Python, or that hooks one?"""
+    return isinstance(target, HIGHER_ORDER.found()) and target.name() in _OWN_BACKWARD
+
+
+def has_hooks(x: Tensor) -> bool:
+    """Does something happen to the gradient of this tensor?"""
+    try:
+        return bool(x._backward_hooks) or bool(x._post_accumulate_grad_hooks)
+    except AttributeError:
+        raise TENSOR_HOOKS.gone() from None
+
+
+def packet(target: object) -> object:
+    """An operator without the overload, as graphs of torch functions may call it; anything else as it is."""
+    return target.overloadpacket if isinstance(target, OpOverload) else target
 
 
 def has_no_value(x: object) -> bool:
