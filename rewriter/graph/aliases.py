@@ -26,22 +26,18 @@ class Aliases:
         for n in graph.nodes:
             if n.op != "call_function":
                 continue
+            for node in shared_by(n):
+                self._join(n, node)
             if n.target is operator.getitem:
-                self._join(n, n.args[0])
                 continue
             if not isinstance(n.target, OpOverload):
                 # An unknown callable may write to any tensor that it is given; what was spliced in does not.
                 if not _is_pure(n.target) and SPLICED not in n.meta:
                     written.extend((n, a) for a in n.all_input_nodes)
                 continue
-            aliased = any(r.alias_info is not None for r in schema(n.target).returns)
             for argument, node in _given(n, schema(n.target)):
-                if aliased and argument.alias_info is not None:
-                    self._join(n, node)
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     written.append((n, node))
-            for node in _unsaid(n, schema(n.target).name):
-                self._join(n, node)
         for writer, node in written:
             self._writes.setdefault(self._root(node), []).append(self.position[writer])
 
@@ -50,9 +46,7 @@ class Aliases:
             n = self._parent[n]
         return n
 
-    def _join(self, a: object, b: object) -> None:
-        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
-            return
+    def _join(self, a: fx.Node, b: fx.Node) -> None:
         x, y = self._root(a), self._root(b)
         if x is not y:
             self._parent[x] = y
@@ -78,6 +72,20 @@ class Aliases:
 
     def is_written(self, n: fx.Node) -> bool:
         return bool(self._writes.get(self._root(n)))
+
+
+def shared_by(n: fx.Node) -> list[fx.Node]:
+    """The nodes that `n` is given whose storage its value may share."""
+    if n.op != "call_function":
+        return []
+    if n.target is operator.getitem:
+        return _nodes(n.args[0])
+    if not isinstance(n.target, OpOverload):
+        return []
+    said = schema(n.target)
+    aliased = any(r.alias_info is not None for r in said.returns)
+    of_schema = [node for argument, node in _given(n, said) if aliased and argument.alias_info is not None]
+    return of_schema + _unsaid(n, said.name)
 
 
 # Operators that may answer their first tensors, or views of them, while their schemas say that they make new ones.

@@ -161,6 +161,7 @@ class Guarded(nn.Module):
     """A call with its conditions and the original subgraph. `fallbacks` counts, by name, how often the original ran.
 
     `once`: the call can be differentiated once; the original gives the second derivative.
+    `known`: others may write to the memory of the result; where a backward may keep the kernel's, they get one of their own.
     A call that raises, or whose result the `watch` finds to differ from the original's, is not made again.
     """
 
@@ -171,6 +172,7 @@ class Guarded(nn.Module):
         super().__init__()
         self.name, self.target, self.conditions = name, target, tuple(conditions)
         self.once, self.watch = once, watch
+        self.known = False
         self.original = original
         self.fallbacks: Counter[str] = Counter()
         self.broken = ""
@@ -199,9 +201,10 @@ class Guarded(nn.Module):
         warnings.warn(f"reattend: {said}" + (f": {REPORT}" if watch is not None else ""), stacklevel=3)
 
     def _called(self, arguments: Sequence[Any], inputs: Sequence[Any]) -> Any:
-        if self.once and torch.is_grad_enabled():
-            return twice(self.target, arguments, self.original, inputs)
-        return self.target(*arguments)
+        if not torch.is_grad_enabled():
+            return self.target(*arguments)
+        out = twice(self.target, arguments, self.original, inputs) if self.once else self.target(*arguments)
+        return out.clone() if self.known and out.requires_grad else out
 
     def _attempt(self, arguments: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, str]:
         """The call's result, and why it must not be used, if so."""

@@ -9,7 +9,6 @@ where they are.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +23,11 @@ from ..capture.autocast import regions, remove_unused_casts
 from ..check.watch import SiteWatch
 from ..graph import torch_private
 from ..graph.aliases import SPLICED
-from ..graph.liveness import ARITHMETIC, erase_dead, is_pure
-from ..graph.node import op_name
-from ..graph.sizes import same, shape_of, size_of
+from ..graph.liveness import ARITHMETIC, erase_dead
+from ..graph.sizes import shape_of
 from ..graph.torch_private import expression
 from .guards import Condition, Guarded
+from .order import absorbed, equal, is_known_outside, same_strides
 
 # In the metadata of what is spliced in: the site that it computes.
 SITE = "reattend_site"
@@ -115,7 +114,10 @@ def _replace(
             graph.call_function(torch_private.EXIT_AUTOCAST, (token,))
         new.meta[SPLICED] = call.name
         new.meta[SITE] = name
-        new = _fit(graph, output, new, sizes)
+        new, known = _fit(graph, output, new, sizes)
+        guard = gm.get_submodule(target) if isinstance(target, str) else None
+        if isinstance(guard, Guarded):
+            guard.known = known
     output.replace_all_uses_with(new)
     new.meta.setdefault("replaces", output.name)
     return new
@@ -157,18 +159,25 @@ def _node(
     return n
 
 
-def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> fx.Node:
-    """Give the value the shape, type and order of memory of the value that it replaces: later views may rely on them."""
+def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> tuple[fx.Node, bool]:
+    """Give the value the shape, type and order of memory of the value that it replaces: later views may rely on them.
+
+    With the node, whether others than the graph know the memory of the call's result.
+    """
     old = output.meta["val"]
-    if not _equal(shape_of(new.meta["val"]), shape_of(old)):
+    if not equal(shape_of(new.meta["val"]), shape_of(old)):
         new = _node(graph, output, torch.ops.aten.reshape.default, (new, [sizes.value(s) for s in shape_of(old)]))
     if new.meta["val"].dtype != old.dtype:
         new = _node(graph, output, torch.ops.aten.to.dtype, (new, old.dtype))
-    changed = None if _same_strides(new.meta["val"], old) else _absorbed(output, new.meta["val"])
+    fits = same_strides(new.meta["val"], old)
+    changed = None if fits else absorbed(output, new.meta["val"])
+    known = fits and is_known_outside(output, {})
     if changed is not None:
-        for n, value in changed.items():
+        values, shared = changed
+        known = is_known_outside(output, shared)
+        for n, value in values.items():
             n.meta["val"] = value
-    elif not _same_strides(new.meta["val"], old):
+    elif not fits:
         order = sorted(range(old.dim()), key=lambda d: -hint(old.stride(d)))
         back = [order.index(d) for d in range(old.dim())]
         new = _node(graph, output, torch.ops.aten.permute.default, (new, order))
@@ -176,55 +185,11 @@ def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> fx
         new = _node(graph, output, torch.ops.aten.permute.default, (new, back))
     if old.requires_grad:
         new.meta["val"].requires_grad_(True)
-    return new
-
-
-def _absorbed(output: fx.Node, value: torch.Tensor) -> dict[fx.Node, torch.Tensor] | None:
-    """New fake values of the readers of `output`, when its other order of memory is gone a few operators on.
-
-    before   out [b,h,p,f] as it lies; transpose(1, 2); contiguous()        the copy that the model makes anyway
-    None where a reader needs the old order: a view that would fail, a write, a custom operator, the end of the graph.
-    """
-    mode = torch_private.detect_fake_mode([value])
-    new: dict[fx.Node, torch.Tensor] = {output: value}
-    queue = list(output.users)
-    while queue:
-        n = queue.pop(0)
-        old = n.meta.get("val")
-        plain = n.op == "call_function" and isinstance(n.target, torch_private.OpOverload) and is_pure(n)
-        if not plain or len(new) > _FOLLOWED or not isinstance(old, torch.Tensor) or op_name(n) in _EXACT_STRIDES:
-            return None
-        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda x: new[x] if x in new else x.meta["val"])
-        try:
-            with mode if mode is not None else contextlib.nullcontext(), torch.no_grad():
-                made = n.target(*args, **kwargs)  # type: ignore[operator]
-        except (RuntimeError, ValueError):
-            return None
-        if made.dtype != old.dtype or not _equal(shape_of(made), shape_of(old)):
-            return None
-        if _same_strides(made, old):
-            continue
-        new[n] = made.requires_grad_(old.requires_grad)
-        queue.extend(n.users)
-    del new[output]
-    return new
-
-
-# How far a changed order of memory is followed, and operators that read strides without failing on others.
-_FOLLOWED = 16
-_EXACT_STRIDES = ("as_strided", "as_strided_scatter", "set", "resize")
-
-
-def _equal(a: Sequence[Size], b: Sequence[Size]) -> bool:
-    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return new, known
 
 
 def hint(value: int | torch.SymInt) -> int:
     return value if isinstance(value, int) else int(torch_private.traced_size(value))  # type: ignore[arg-type]
-
-
-def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return all(same(size_of(x), size_of(y)) for x, y, s in zip(a.stride(), b.stride(), b.shape) if size_of(s) != 1)
 
 
 class SizeNodes:

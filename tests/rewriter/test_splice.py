@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -242,3 +243,32 @@ def test_in_place_operators_on_what_others_read_stay() -> None:
         torch.testing.assert_close(a, b)
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)
+
+
+class Ended(nn.Module):
+    """An attention, and what is made of its result with its heads last."""
+
+    def __init__(self, end: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.end = end
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return self.end(Eager()(q, k, v).transpose(1, 2))
+
+
+@pytest.mark.parametrize(("end", "copies", "trained"), [
+    (lambda o: o.reshape(2, 8, 48), 0, 1),
+    (lambda o: o.reshape(2, 8, 48) @ torch.ones(48, 4), 0, 0),
+    (lambda o: (o.reshape(2, 8, 48) @ torch.ones(48, 4), o.reshape(2, 384) * 2), 0, 0),
+    (lambda o: (o.reshape(2, 8, 48), o.reshape(2, 384) * 2), 0, 1),
+    (lambda o: (o.reshape(2, 8, 48), o.reshape(2, 384)), 1, 1),
+    (lambda o: (o.reshape(2, 8, 48).add_(1), o * 2), 1, 1),
+], ids=["one", "projected", "read_twice", "one_and_a_reader", "two", "written"])
+def test_a_copy_is_dropped_where_nobody_can_tell(end: Callable[[Tensor], Any], copies: int, trained: int) -> None:
+    for wanted, args in ((copies, qkv(2, 3, 8, 16)), (trained, tuple(x.requires_grad_() for x in qkv(2, 3, 8, 16)))):
+        graph = export.from_export(Ended(end), args, None).graph
+        (found,), _ = detect.find(graph)
+        splice.replace(graph, found.output, found.tensors, found.scalars, transposed(found))
+        splice.finish(graph)
+        torch.testing.assert_close(graph(*args), Ended(end)(*args))
+        assert sum("contiguous" in n for n in names(graph)) == wanted
