@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 
 class OneHead(Attention):
-    """A single head, whose result lies in memory as kernels have it: no copy is made of it."""
+    """A single head: joining it is a view in the model's code as well."""
 
     heads = 1
 

@@ -298,7 +298,7 @@ def test_a_result_that_is_given_away_is_not_what_a_backward_keeps(once: bool) ->
     graph = export.from_export(Eager(), args, None).graph
     (found,), _ = detect.find(graph)
     call, inner = oracle(found), oracle(found).target
-    call = replace(call, target=lambda *x: Keeping.apply(inner(*x)), fake=inner, fragile=True, once=once)
+    call = replace(call, target=lambda *x: Keeping.apply(inner(*x)), fake=inner, fragile=True, once=once)  # type: ignore[no-untyped-call]
     original = original_subgraph(graph, found.output, interior(found))
     splice.replace(graph, found.output, found.tensors, found.scalars, call, original=original)
     splice.finish(graph)
