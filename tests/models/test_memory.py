@@ -25,22 +25,34 @@ def _fresh_dynamo() -> None:
 class Attention(nn.Module):
     """Self-attention; `end` makes what is given of the result, which is [b, n, h, f]."""
 
+    heads = HEADS
+
     def __init__(self, end: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.qkv = nn.Linear(D, 3 * D)
         self.end = end
 
     def forward(self, x: Tensor) -> Any:
-        q, k, v = self.qkv(x).view(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         return self.end(((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2))
 
 
-class Einsum(Attention):
-    """The same, its result [b, n, h, f] in memory: as kernels have it, so that no copy is made of it."""
+class OneHead(Attention):
+    """A single head: joining it is a view in the model's code as well."""
+
+    heads = 1
+
+
+class Broken(Attention):
+    """The graph ends where its results are written."""
 
     def forward(self, x: Tensor) -> Any:
-        q, k, v = self.qkv(x).view(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        return self.end(torch.einsum("bhqk,bhkf->bqhf", (q @ k.mT / 4).softmax(-1), v))
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        o = ((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2)
+        y, z = self.end(o)
+        torch._dynamo.graph_break()
+        y.add_(1)
+        return y, z
 
 
 def joined(o: Tensor) -> Tensor:
@@ -84,19 +96,12 @@ def copies_of_a_copy(o: Tensor) -> Given:
 def heads_joined_twice(o: Tensor) -> Given:
     """Views as the result lies in the model's code, and copies where heads lie last."""
     inner = o.transpose(1, 2)
-    return inner.reshape(B * HEADS, N, -1), inner.reshape(B * HEADS * N, -1)
-
-
-def written_behind_a_break(o: Tensor) -> Given:
-    y, z = joined(o), o.contiguous()
-    torch._dynamo.graph_break()
-    y.add_(1)
-    return y, z
+    return inner.reshape(B * o.shape[2], N, -1), inner.reshape(B * N * o.shape[2], -1)
 
 
 FORMS = [
     reshape_and_contiguous, two_reshapes, two_contiguous, flatten_and_chunk, chunks_of_one, copies_of_a_copy,
-    heads_joined_twice, written_behind_a_break,
+    heads_joined_twice,
 ]
 
 
@@ -144,23 +149,35 @@ def test_what_is_written_after_the_model_is_seen_where_it_was(form: Callable[[Te
 @pytest.mark.parametrize("kernel", ["sdpa", "reattend"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("kind", [Attention, Einsum])
+@pytest.mark.parametrize("kind", [Attention, OneHead])
 @pytest.mark.parametrize("end", [joined, itself, back, torch.Tensor.contiguous], ids=lambda f: f.__name__)
 def test_a_residual_may_be_added_where_the_result_lies(
     end: Callable[[Tensor], Tensor], kind: type[Attention], trained: bool, dtype: torch.dtype, kernel: str
 ) -> None:
+    if kind is OneHead and kernel == "reattend":
+        pytest.skip("a single head has no kernel of ours in bf16, and none of ours has a gradient here")
     x, found = given(dtype), []
     with mode(trained):
         for m in both(made(kind, end, dtype), kernel, trained):
             m.zero_grad()
             y = m(x)
-            y += x.view(B, N, HEADS, -1).transpose(1, 2).reshape(y.shape)
+            y += x.reshape(y.shape)
             if trained:
                 y.float().pow(2).sum().backward()
             found.append([y.detach(), *(p.grad for p in m.parameters() if trained)])
     for ours, own in zip(*found, strict=True):
         wide = 1e-4 if dtype == torch.float32 else 4e-2
         torch.testing.assert_close(ours, own, rtol=wide, atol=wide * float(own.abs().max()))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "reattend"])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("form", [reshape_and_contiguous, two_reshapes, two_contiguous], ids=lambda f: f.__name__)
+def test_a_write_behind_a_graph_break(form: Callable[[Tensor], Given], trained: bool, kernel: str) -> None:
+    with mode(trained):
+        ours, own = (m(given()) for m in both(made(Broken, form), kernel, trained))
+    for a, b in zip(ours, own, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_a_written_result_can_be_differentiated() -> None:

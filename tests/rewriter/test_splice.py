@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch import Tensor, fx, nn
 from reattend.patterns.evaluate import evaluate
 from reattend.rewriter.capture import export
 from reattend.rewriter.find import detect
+from reattend.rewriter.find.place import interior
 from reattend.rewriter.graph import liveness
 from reattend.rewriter.splice import splice
+from reattend.rewriter.splice.guards import original_subgraph
 
 
 def oracle(found: detect.Found) -> splice.Call:
@@ -272,3 +275,36 @@ def test_a_copy_is_dropped_where_nobody_can_tell(end: Callable[[Tensor], Any], c
         splice.finish(graph)
         torch.testing.assert_close(graph(*args), Ended(end)(*args))
         assert sum("contiguous" in n for n in names(graph)) == wanted
+
+
+class Keeping(torch.autograd.Function):
+    """A kernel keeps its result for its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.clone()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (out,) = ctx.saved_tensors
+        return gradient + 0 * out
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_a_result_that_is_given_away_is_not_what_a_backward_keeps(once: bool) -> None:
+    args = tuple(x.requires_grad_() for x in qkv(2, 3, 8, 16))
+    graph = export.from_export(Eager(), args, None).graph
+    (found,), _ = detect.find(graph)
+    call, inner = oracle(found), oracle(found).target
+    call = replace(call, target=lambda *x: Keeping.apply(inner(*x)), fake=inner, fragile=True, once=once)  # type: ignore[no-untyped-call]
+    original = original_subgraph(graph, found.output, interior(found))
+    splice.replace(graph, found.output, found.tensors, found.scalars, call, original=original)
+    splice.finish(graph)
+    assert not [n for n in names(graph) if "contiguous" in n]
+    ours, own = graph(*args), Eager()(*args)
+    for y in (ours, own):
+        y += 1
+    for a, b in zip(torch.autograd.grad(ours.sum(), args), torch.autograd.grad(own.sum(), args), strict=True):
+        torch.testing.assert_close(a, b)
