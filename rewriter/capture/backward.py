@@ -20,7 +20,7 @@ from ..graph import torch_private
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 
 
-class Watch:
+class GradientWatch:
     """Follows the autograd graph of the values while they are traced: which calls have a backward or a hook of their own."""
 
     def __init__(self) -> None:

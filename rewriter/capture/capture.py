@@ -65,7 +65,7 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     attributes = list(held)
     with mode:
         flat = [fake(x) for x in (*inputs, *held.values())]
-    watch = backward.Watch()
+    watch = backward.GradientWatch()
     graph = _trace(gm, flat, len(inputs), attributes, mode, watch)
     lost = watch.lost(graph)
     if not lost and any(isinstance(x, Tensor) and x.requires_grad for x in flat) and _enables_gradients(gm):
@@ -95,7 +95,7 @@ def _trace(
     count: int,
     held: list[fx.Node],
     mode: torch_private.FakeTensorMode,
-    watch: backward.Watch,
+    watch: backward.GradientWatch,
 ) -> fx.GraphModule:
     def run(*values: object) -> object:
         runner = _Run(gm, dict(zip(held, values[count:], strict=True)), watch)
@@ -119,7 +119,7 @@ def _trace(
 class _Run(fx.Interpreter):
     """Runs a graph with the values of its tensor attributes given, so that they are traced as inputs."""
 
-    def __init__(self, gm: fx.GraphModule, held: Mapping[fx.Node, object], watch: backward.Watch) -> None:
+    def __init__(self, gm: fx.GraphModule, held: Mapping[fx.Node, object], watch: backward.GradientWatch) -> None:
         super().__init__(gm)
         self.held, self.watch = held, watch
         self.regions: dict[fx.Node, tuple[str, bool, torch.dtype]] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.compiler import nested_compile_region
 from torch.utils.checkpoint import checkpoint
 
 import reattend
@@ -92,6 +93,8 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "hook": hooked,
     "checkpointed": lambda x: checkpoint(lambda z: apply(Reverse, z) * 2, x, use_reentrant=False),
     "checkpointed hook": lambda x: checkpoint(hooked, x, use_reentrant=False),
+    "branch": lambda x: torch.cond(x.sum() > -1e9, lambda z: apply(Reverse, z) * 2, lambda z: z * 3, (x,)),
+    "compiled region": nested_compile_region(lambda x: apply(Reverse, x).sin()),
     "left whole": lambda x: whole(x),
     "a hook in what is left whole": lambda x: whole_hook(x),
     "no gradient from what is left whole": lambda x: x + whole_sign(x),
@@ -184,3 +187,23 @@ def test_a_checkpoint_and_detached_values_are_no_reason() -> None:
     for a, b in zip(trained(ours, x), trained(model, x), strict=True):
         torch.testing.assert_close(a, b)
     assert [p.error for p in reattend.report(ours).pieces] == [""]
+
+
+def test_a_backward_before_the_graph_is_no_reason() -> None:
+    """What comes from outside, a view of it among them, is differentiated outside."""
+    torch._dynamo.reset()
+    model = Model(lambda x: x * 2, True)
+    ours = reattend.optimize(copy.deepcopy(model), policy=reattend.Policy(allow=("sdpa", "original")))
+    got, want = (
+        trained(nn.Sequential(before, m), torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)))
+        for before, m in ((Before(), ours), (Before(), model))
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert [p.error for p in reattend.report(ours).pieces] == [""]
+
+
+class Before(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = hooked(apply(Reverse, x))[:, 1:]
+        return made
