@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import sys
 import time
 import traceback
@@ -322,4 +323,6 @@ def _said(e: BaseException) -> str:
     """One line: what was raised, and the innermost line of ours that it passed."""
     ours = [f for f in traceback.extract_tb(e.__traceback__) if "/reattend/" in f.filename or "/rewriter/" in f.filename]
     where = f" [{'/'.join(ours[-1].filename.split('/')[-2:])}:{ours[-1].lineno}]" if ours else ""
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}{where}"
+    # rows are kept: where packages lie on a machine is nobody's business
+    text = re.sub(r"/\S*/site-packages/", "", " ".join(str(e).split()))
+    return f"{type(e).__name__}: {text[:200]}{where}"

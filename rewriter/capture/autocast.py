@@ -145,9 +145,12 @@ def _observe(n: fx.Node, device: str, region: Region) -> tuple[tuple[torch.dtype
     watch = _Watch(values)
     with mode, torch.no_grad(), torch.autocast(device, region.dtype, cache_enabled=False), watch:
         n.target(*args, **kwargs)  # type: ignore[operator]
-    casts = tuple(c if c is not None and c != _dtype(s) else None for s, c in zip(sources, watch.casts))
-    wanted = _dtypes(n.meta.get("val"))
-    if any(casts) or _run(n, args, kwargs, mode) == wanted or not any(a.name == "dtype" for a in said.arguments):
+    wanted, alone = _dtypes(n.meta.get("val")), _Watch(values)
+    same = _run(n, args, kwargs, mode, alone) == wanted
+    # what the operator converts by itself is no cast of autocast's: SDPA in 16 bits computes in float32
+    own = alone.casts if same else none
+    casts = tuple(c if c not in (None, _dtype(s), o) else None for s, c, o in zip(sources, watch.casts, own))
+    if any(casts) or same or not any(a.name == "dtype" for a in said.arguments):
         return casts, None
     return none, wanted[0]
 
@@ -159,11 +162,11 @@ def _fake_mode(values: list[Any]) -> AbstractContextManager[Any]:
 
 
 def _run(
-    n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], mode: AbstractContextManager[Any]
+    n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], mode: AbstractContextManager[Any], watch: _Watch
 ) -> tuple[torch.dtype | None, ...] | None:
     """The types of the results without autocast; None where the operator refuses mixed types."""
     try:
-        with mode, torch.no_grad(), no_autocast():
+        with mode, torch.no_grad(), no_autocast(), watch:
             return _dtypes(n.target(*args, **kwargs))  # type: ignore[operator]
     except (RuntimeError, TypeError):
         return None

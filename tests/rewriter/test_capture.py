@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reattend.rewriter.capture import capture, export
 
@@ -221,6 +222,23 @@ def test_autocast_inside_an_einsum_is_made_explicit() -> None:
     assert products
     for n in products:
         assert {i.meta["val"].dtype for i in n.all_input_nodes} == {torch.bfloat16}, n.format_node()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_an_operator_converts_by_itself_is_no_cast_of_autocast(dtype: torch.dtype, masked: bool) -> None:
+    """SDPA as matrix products computes 16 bits in float32, with autocast and without."""
+
+    class Attend(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if masked else None)
+
+    q, k, v = (torch.randn(2, 2, n, 4).to(dtype) for n in (3, 33, 33))
+    with torch.autocast("cpu", dtype), sdpa_kernel(SDPBackend.MATH):
+        a, b, graph = run(Attend(), q, k, v, torch.randn(3, 33))
+    assert torch.equal(a, b)
+    casts = [n.meta["val"].dtype for n in graph.graph.nodes if "autocast_for" in n.meta]
+    assert set(casts) <= {dtype}, casts
 
 
 def test_a_graph_without_autocast_is_left_as_it_is() -> None:
