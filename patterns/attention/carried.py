@@ -1,10 +1,13 @@
-"""What a row carries over tiles of keys, as plain data; `rowstate` says precisely what a generator does with it."""
+"""What a row carries over tiles of keys, as plain data, and how small it may be; `rowstate` says how it is used."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..expr import Expr
+from ..operators import facts
 
 # Prefix of a carried name in a correction: its value before this tile.
 OLD = "old:"
@@ -43,3 +46,35 @@ class RowState:
         factor = f" · {self.correction}" if self.correction is not None else ""
         lines = [*map(str, self.carried), f"acc ← acc{factor} + Σ ({self.weight})·V", f"out = {self.finish}"]
         return "\n".join(lines)
+
+
+def least(e: Expr, carried: Sequence[Carried]) -> float:
+    """A lower bound of a term over what a row carries (−∞ where nothing is known)."""
+    match e.op:
+        case "const":
+            return float(e.value)
+        case "relu":
+            return max(0.0, least(e.args[0], carried))
+        case "sqrt":
+            return math.sqrt(max(0.0, least(e.args[0], carried)))
+        case "cast":
+            return least(e.args[0], carried)
+        case "add":
+            return sum(least(x, carried) for x in e.args)
+        case "min" | "where":
+            return min(least(x, carried) for x in e.args[-2:])
+        case "max":
+            return max(least(x, carried) for x in e.args)
+        case "mul" if e.args[0] is e.args[1]:
+            return 0.0
+        case "mul" | "div" | "reciprocal":
+            return 0.0 if all(least(x, carried) >= 0.0 for x in e.args) else -math.inf
+        case "pow":
+            even = e.args[1].is_const and float(e.args[1].value) % 2 == 0
+            return 0.0 if even or least(e.args[0], carried) >= 0.0 else -math.inf
+        case "load":
+            c = next((c for c in carried if c.name == str(e.attr)), None)
+            if c is None:
+                return -math.inf
+            return least(c.lift, carried) if c.op != "add" else 0.0 if least(c.lift, carried) >= 0.0 else -math.inf
+    return facts(e.op).range[0]

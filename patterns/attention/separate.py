@@ -19,7 +19,7 @@ from ..expr import Expr
 from ..operators import facts, logarithm
 from ..terms.constant import leaves, number
 from ..terms.laws import separates, unseparable
-from .carried import OLD, Carried
+from .carried import OLD, Carried, least
 from .score import elements, reading
 
 # Terms above the element that sympy is asked about.
@@ -530,38 +530,7 @@ class Splitter:
     # signs
 
     def nonnegative(self, e: Expr) -> bool:
-        return self.least(e) >= 0.0
-
-    def least(self, e: Expr) -> float:
-        """A lower bound of a term (−∞ where nothing is known)."""
-        match e.op:
-            case "const":
-                return float(e.value)
-            case "relu":
-                return max(0.0, self.least(e.args[0]))
-            case "sqrt":
-                return math.sqrt(max(0.0, self.least(e.args[0])))
-            case "cast":
-                return self.least(e.args[0])
-            case "add":
-                return sum(self.least(x) for x in e.args)
-            case "min" | "where":
-                return min(self.least(x) for x in e.args[-2:])
-            case "max":
-                return max(self.least(x) for x in e.args)
-            case "mul" if e.args[0] is e.args[1]:
-                return 0.0
-            case "mul" | "div" | "reciprocal":
-                return 0.0 if all(self.nonnegative(x) for x in e.args) else -math.inf
-            case "pow":
-                even = e.args[1].is_const and float(e.args[1].value) % 2 == 0
-                return 0.0 if even or self.nonnegative(e.args[0]) else -math.inf
-            case "load" if str(e.attr) in self.ops:
-                c = next((c for c in self.carried if c.name == str(e.attr)), None)
-                if c is None:
-                    return -math.inf
-                return self.least(c.lift) if c.op != "add" else 0.0 if self.nonnegative(c.lift) else -math.inf
-        return facts(e.op).range[0]
+        return least(e, self.carried) >= 0.0
 
     def positive(self, e: Expr) -> bool:
         """More than 0, or the row is degenerate in the model as well (a sum of squares that is 0 divides by 0)."""
@@ -575,7 +544,7 @@ class Splitter:
         divisors = [a.term] if a.how == "div" else []
         divisors += [t.args[-1] for t in ex.walk(a.term) if facts(t.op).pole]
         divisors += [t.args[0] for t in ex.walk(a.term) if t.op == "pow" and not self.nonnegative(t.args[1])]
-        return all(self.least(x) >= _NORMAL.get(x.dtype, 1.0) for x in divisors)
+        return all(least(x, self.carried) >= _NORMAL.get(x.dtype, 1.0) for x in divisors)
 
 
 def _merge(parts: tuple[Summand, ...]) -> tuple[Summand, ...]:
