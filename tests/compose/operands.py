@@ -115,7 +115,7 @@ def inputs(d: Draw, queries: int, keys: int) -> dict[str, Tensor]:
         keep = torch.rand(spread(d.mask_spread, b, h, queries, m), generator=g) < 0.7
         lowest = torch.finfo(dtype).min
         fill = {"-inf": -math.inf, "lowest": lowest, "lowest32": lowest}.get(d.fill) or float(d.fill)
-        out["additive"] = torch.zeros(keep.shape).masked_fill(~_emptied(d, keep), fill).to(dtype)
+        out["additive"] = torch.zeros(keep.shape, dtype=torch.float64).masked_fill(~_emptied(d, keep), fill).to(dtype)
     return out
 
 
