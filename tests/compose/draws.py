@@ -224,7 +224,7 @@ def _mended(d: Draw) -> Draw:
         put(keys=0)
     if d.keys_map == "cache" and d.layout in MODEL:
         put(keys_map="cat")
-    if d.keys_map == "drop" and (d.keys or d.queries) < 2:
+    if d.keys_map == "drop" and (d.keys or min(d.queries, d.again or d.queries)) < 2:
         put(keys_map="plain")
     if d.value == d.size:
         put(value=0)

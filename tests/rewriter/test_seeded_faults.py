@@ -1,8 +1,12 @@
-"""The compiler broken on purpose, one fault at a time: the user gets the original's result and a warning."""
+"""The compiler broken on purpose, one fault at a time: the user gets the original's result and a warning.
+
+    SEEDED_TOKENS=16384 ./run tests tests/rewriter/test_seeded_faults.py -k original_answers      every fault at 16k: 13 GB, half an hour
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -211,7 +215,7 @@ SHORT = (
 
 @pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in FAULTS])
 def test_the_original_answers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    caught(name, 512, monkeypatch)
+    caught(name, int(os.environ.get("SEEDED_TOKENS") or 512), monkeypatch)
 
 
 @pytest.mark.slow
