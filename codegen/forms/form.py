@@ -23,7 +23,7 @@ from ...patterns.terms.narrow import LARGEST
 from ...patterns.verdict import Obstacle
 from . import skip
 from .operands import Heads, Product, heads, product
-from .scaled import Ending, Scaled, ending, scaled
+from .scaled import FILLED, Ending, Scaled, ending, scaled
 from .terms import uncast
 
 # A fill below this may be taken beyond float32.
@@ -175,6 +175,8 @@ def softmax(f: Form) -> Softmax | str:
     score, kept = scaled(written, p.name), scaled(full, p.name)
     if isinstance(kept, str):
         return kept
+    if end.counts and _may_be_filled(f, kept.added):
+        return "a row without a key ends by how many keys were filled, which its log-sum-exp does not tell"
     limit = (-max(f.mask.fills) - UNDERFLOW) / 2 if f.rule == "bounded" and kept.added is None else None
     chosen = isinstance(score, str) and limit is not None and not f.proof and end.finish is None
     if chosen:
@@ -190,3 +192,12 @@ def softmax(f: Form) -> Softmax | str:
         one = ex.const(1.0)
         p, score, kept = replace(p, near=p.near * score.scale), replace(score, scale=one), replace(kept, scale=one)
     return Softmax(p, score, kept, end, limit, chosen)
+
+
+def _may_be_filled(f: Form, added: Expr | None) -> bool:
+    """May a row be all fills, each so large that the logarithm of their number is lost beside it?"""
+    a = f.attention
+    if added is not None and any(x.is_float and a.key in x.ranks for x in ex.loads(added)):
+        return True
+    large = any(-math.inf < x <= FILLED for x in f.mask.fills)
+    return (large or f.hidden) and bool(rows_keep_a_key(a, f.mask.keep))

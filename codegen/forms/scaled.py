@@ -9,7 +9,9 @@ sum := exp(lse − d̂), N := o · sum: a finish that depends on the scores thro
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,8 @@ from .terms import uncast
 
 # Added to any finite score in float32 it leaves itself: a fill at or below this may as well be added.
 ABSORBS = -1e30
+# From here on float64 loses the logarithm of a number of keys beside a score.
+FILLED = -(2.0**48)
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,14 @@ def _absorbs(e: Expr, most: float) -> bool:
 
 @dataclass(frozen=True)
 class Ending:
-    """How rows end after SDPA: `empty` for rows without a key; `finish` over o, lse (None: the output is o)."""
+    """How rows end after SDPA: `empty` for rows without a key; `finish` over o, lse (None: the output is o).
+
+    `counts`: a row of fills so large that its log-sum-exp is one of them ends by how many they are; `lse` does not tell.
+    """
 
     empty: float
     finish: Expr | None
+    counts: bool = False
 
 
 def ending(a: Attention, state: RowState) -> Ending | str:
@@ -151,9 +159,11 @@ def ending(a: Attention, state: RowState) -> Ending | str:
         return Ending(math.nan, None)
     if _zero_for_empty(plain_end, n, s, g):
         return Ending(0.0, None)
-    if not _blind(state.finish, n, s, g, bound, at_row):
+    rng = np.random.default_rng(7)
+    if not _blind(state.finish, n, s, g, bound, at_row, [rng.normal(size=5) * 3 for _ in range(8)]):
         return "the end of the row depends on its maximum itself"
-    return Ending(0.0, ex.substitute(state.finish, {n: o * mass, s: mass, g: lse}))
+    counts = not _blind(state.finish, n, s, g, bound, at_row, [np.full(5, FILLED * 2.0**52)])
+    return Ending(0.0, ex.substitute(state.finish, {n: o * mass, s: mass, g: lse}), counts)
 
 
 def _zero_for_empty(e: Expr, n: Expr, s: Expr, g: Expr) -> bool:
@@ -164,22 +174,24 @@ def _zero_for_empty(e: Expr, n: Expr, s: Expr, g: Expr) -> bool:
     return _zero(uncast(e.args[1])) and rest.op == "div" and uncast(rest.args[0]) is n and uncast(rest.args[1]) is s
 
 
-def _blind(finish: Expr, n: Expr, s: Expr, g: Expr, bound: Expr, at_row: Expr) -> bool:
-    """Is the end the same from (N, sum, max) and from (o · mass, mass, lse)? Tested on rows of random scores."""
+def _blind(
+    finish: Expr, n: Expr, s: Expr, g: Expr, bound: Expr, at_row: Expr, rows: Sequence[np.ndarray[Any, Any]]
+) -> bool:
+    """Is the end the same from (N, sum, max) and from (o · mass, mass, lse)? Tested on rows of scores."""
     rng = np.random.default_rng(7)
     loads = {str(x.attr) for t in (finish, bound) for x in ex.loads(t)}
     names = loads - {str(x.attr) for x in (n, s, g)}
     # coordinates and sizes
     (open_, *_) = tries((finish, bound), {}, loads)
-    for _ in range(8):
-        scores, values = rng.normal(size=5) * 3, rng.normal(size=5)
+    for scores in rows:
+        values = rng.normal(size=5)
         others: dict[str, object] = {x: rng.normal() for x in sorted(names)}
         top = scores.max()
         parts = np.exp(scores - number(bound, {**others, str(at_row.attr): top}, open_))
         direct = number(finish, {**others, str(n.attr): parts @ values, str(s.attr): parts.sum(), str(g.attr): top}, open_)
-        lse = np.log(np.exp(scores - top).sum()) + top
+        shares = np.exp(scores - top)
+        lse, o = np.log(shares.sum()) + top, shares @ values / shares.sum()
         mass = np.exp(lse - number(bound, {**others, str(at_row.attr): lse}, open_))
-        o = parts @ values / parts.sum()
         again = number(finish, {**others, str(n.attr): o * mass, str(s.attr): mass, str(g.attr): lse}, open_)
         if not np.allclose(direct, again, rtol=1e-9, atol=1e-12):
             return False

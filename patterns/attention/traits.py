@@ -9,6 +9,7 @@ import numpy as np
 from .. import expr as ex
 from ..expr import Expr
 from ..operators import facts
+from ..terms.conditions import FILL
 from ..terms.constant import REDUCE, number, tries
 from .attention import Attention
 from .score import bends, factors, reading
@@ -104,7 +105,10 @@ def run_row(a: Attention, known: Mapping[Expr, object]) -> dict[str, object]:
 
 
 def is_mask(e: Expr, key: str) -> bool:
-    return e.op == "where" and key in e.args[0].ranks and (e.args[1].is_const or e.args[2].is_const)
+    """Does a term choose a constant for some keys, or a fill for all keys of some rows?"""
+    if e.op != "where" or not (e.args[1].is_const or e.args[2].is_const):
+        return False
+    return key in e.args[0].ranks or (key in e.ranks and masked_side(e).value <= FILL)
 
 
 def masked_side(e: Expr) -> Expr:

@@ -18,7 +18,7 @@ from operator import mul, truediv
 from .. import expr as ex
 from ..expr import TRUE, Expr
 from ..terms.block_spans import block_spans
-from ..terms.conditions import conjunction, conjuncts, constant, negated, normal, simplify_under
+from ..terms.conditions import FILL, conjunction, conjuncts, constant, negated, normal, simplify_under
 from ..terms.intervals import spans
 from .rows import Walk, rows_with_key, runtime_classify, witnesses
 from .tiles import EMPTY, FULL, PARTIAL, KeyRun, Rows, TileMap, TileRuns, classify, count_tiles
@@ -45,8 +45,7 @@ __all__ = [
     "witnesses",
 ]
 
-# A constant counts as a fill at or below this; below VANISHING its weight underflows beside any finite score.
-FILL = -1e3
+# Below this the weight of a fill underflows beside any finite score.
 VANISHING = -1e30
 # An additive mask that is read masks at or below this, so that a scale after it keeps it beyond VANISHING.
 OPAQUE = -1e32
@@ -75,7 +74,8 @@ class _Part:
 
 @lru_cache(maxsize=512)
 def split(score: Expr, key: str, opaque: frozenset[str] = frozenset()) -> Mask:
-    """Separate a score into its mask and the score without it. `keep` is TRUE when nothing is masked over `key`.
+    """Separate a score into its mask and the score without it. `keep` is TRUE when nothing is masked; a mask of whole rows
+    does not depend on `key`.
 
     `opaque` names tensors that hold additive masks as numbers: where such an element is next to −∞, it masks. It stays
     in `full`, so that only tiles without any kept element change; what they hold is known at run time alone.
@@ -85,7 +85,7 @@ def split(score: Expr, key: str, opaque: frozenset[str] = frozenset()) -> Mask:
     for e in ex.walk(plain):
         parts[e] = _part(e, parts, opaque)
     found = parts[plain]
-    if key not in found.keep.ranks:
+    if not found.fills:
         return Mask(TRUE, score, ())
     keep = conjunction(conjuncts(found.keep))
     full = ex.cast(simplify_under(found.full, {keep: True}), score.dtype)

@@ -14,6 +14,9 @@ from .. import expr as ex
 from ..expr import FALSE, TRUE, Expr
 from .intervals import spans
 
+# A constant that a score is replaced by, or that it gets added, counts as a fill at or below this.
+FILL = -1e3
+
 _FLIP = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 _MIRROR = {"gt": "lt", "ge": "le"}
 _BACK = {**_MIRROR, **{v: k for k, v in _MIRROR.items()}}

@@ -24,10 +24,12 @@ RMS_RATIO, MAX_RATIO = 1.2, 2.5
 UNITS = {torch.float64: 2.0**16, torch.float32: 8.0, torch.float16: 1.5, torch.bfloat16: 1.0}
 # A row of the own code that is off by more units is changed altogether.
 ALTOGETHER = 256.0
-# Up to this share of a row it may be cancellation; to be off by no more than the own code is then right.
+# It may be cancellation: to be off by no more than the own code, and by no more than this share of a row, is then right.
 CANCELLED = 2.0**-7
 # How many times what one unit of its inputs changes a result may be off by.
 CONDITION = 8.0
+# How often the own error is drawn again before a result counts as wrong.
+DRAWS = 4
 # A row is at least this share of the largest: sums over many keys cancel.
 SMALLEST_ROW = 1 / 16
 
@@ -75,7 +77,8 @@ def errors(ours: Tensor, own: Tensor, exact: Tensor, altogether: float = 0.0) ->
     base, _ = _off(b, c, scale)
     own_error = base.square().mean(-1).sqrt()
     sane = own_error <= max(ALTOGETHER * unit, altogether)
-    cancelled = ~sane & (own_error <= CANCELLED) & (error.square().mean(-1).sqrt() <= own_error)
+    off_by = error.square().mean(-1).sqrt()
+    cancelled = ~sane & (off_by <= CANCELLED) & (off_by <= own_error)
     error = torch.where(cancelled[:, None], 0.0, error)
     kept = base[sane]
     own_rms, own_largest = (_rms(kept), kept.max().item()) if kept.numel() else (0.0, 0.0)
@@ -110,6 +113,12 @@ def redrawn(given: Sequence[Any], seed: int) -> list[Any]:
         return (x.detach().double() * (1 + torch.finfo(x.dtype).eps * (2 * noise - 1))).to(x.dtype)
 
     return [one(x) for x in given]
+
+
+def drawn(own: Sequence[Errors], longer: float = 1.0) -> tuple[float, float]:
+    """The RMS and largest error that is right as well where the own code is off by that much on moved inputs."""
+    rms, largest = (max((getattr(e, name) for e in own), default=0.0) for name in ("own_rms", "own_largest"))
+    return longer * RMS_RATIO * rms, longer * MAX_RATIO * largest
 
 
 def change(exact: Tensor, other: Tensor) -> tuple[float, float]:

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..graph.torch_private import tree_map
-from .compare import CANCELLED, MAX_RATIO, RMS_RATIO, UNITS, Errors, change, errors, moved, redrawn
+from .compare import CANCELLED, DRAWS, MAX_RATIO, UNITS, Errors, change, drawn, errors, moved, redrawn
 from .cut import CutProgram
 from .demand import everything, kept, pick
 
-# A gradient is a longer chain of rounded steps: so many times what is asked of a result.
-LONGER = 2.0
+# A gradient is a longer chain of rounded steps, and a backward that makes the weights again from their log-sum-exp
+# rounds them once more: so many times what is asked of a result.
+LONGER = 4.0
 
 
 def wrong_gradient(
@@ -41,12 +42,10 @@ def wrong_gradient(
         doubtful = [i for i in doubtful if not _drowned(p, given, wanting, flow, i, theirs[i], exact[i])]
         if not doubtful:
             return None
-        drawn = _drawn(p, given, wanting, flow)
-        return next((found[i] for i in doubtful if not _right(found[i], drawn[i])), None)
+        limits = _drawn(p, given, wanting, flow)
+        return next((found[i] for i in doubtful if not _right(found[i], limits[i])), None)
 
 
-# How often the own error is drawn again before a gradient counts as wrong.
-DRAWS = 4
 # What one input is made by, so that scores are near 0 and no softmax is saturated.
 FLAT = 1e-3
 # Units of the largest number there that rounding of many terms may come to.
@@ -70,7 +69,12 @@ def _drowned(
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
         plain[j] = (noise * _usual(x) * (FLAT if j == i else 1.0)).to(x.dtype)
     _, there = _own(p, plain, wanting, flow, [_detached(x) for x in plain])
-    largest = float(there[i].nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return drowned(ours, exact, there[i])
+
+
+def drowned(ours: Tensor, exact: Tensor, there: Tensor) -> bool:
+    """Is a gradient off by no more than rounding leaves of numbers as large as those `there`, where nothing cancels?"""
+    largest = float(there.nan_to_num(0.0, 0.0, 0.0).abs().max())
     limit = LONGER * DROWNED.get(ours.dtype, 0.0) * torch.finfo(ours.dtype).eps * largest
     return bool((ours.double() - exact).abs().max() <= limit)
 
@@ -87,15 +91,13 @@ def _drawn(p: CutProgram, given: Sequence[Any], wanting: Sequence[int], flow: Te
 
     Where a derivative cancels, by how much the own code is off is luck on a few rows.
     """
-    limits = dict.fromkeys(wanting, (0.0, 0.0))
+    off: dict[int, list[Errors]] = {i: [] for i in wanting}
     for seed in range(DRAWS):
         shaken = redrawn(given, seed)
         mine, exact = _own(p, shaken, wanting, flow, [_detached(x) for x in shaken])
         for i in wanting:
-            e = errors(mine[i], mine[i], exact[i], CANCELLED)
-            rms, largest = LONGER * RMS_RATIO * e.own_rms, LONGER * MAX_RATIO * e.own_largest
-            limits[i] = (max(limits[i][0], rms), max(limits[i][1], largest))
-    return limits
+            off[i].append(errors(mine[i], mine[i], exact[i], CANCELLED))
+    return {i: drawn(e, LONGER) for i, e in off.items()}
 
 
 def _right(e: Errors, yardstick: tuple[float, float]) -> bool:

@@ -183,27 +183,39 @@ def _data(n: fx.Node) -> Iterator[fx.Node]:
 def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:
     """The interior nodes from the products of queries and keys on: scores, weights and what is between."""
     order = {n: i for i, n in enumerate(f.output.graph.nodes)}
-    reached = {n for n in inside if op_name(n) in CONTRACTIONS} or _meeting(f, inside, order)
+    reached = {n for n in inside if op_name(n) in CONTRACTIONS}
+    queries, keys = _operands(f)
+    # Where one tensor is both, all that is made of it would be a product.
+    if not reached or not queries & keys:
+        reached |= _meeting((queries, keys), inside, order)
     for n in sorted(inside, key=lambda x: order[x]):
         if any(i in reached for i in n.all_input_nodes):
             reached.add(n)
     return reached
 
 
-def _meeting(f: Found, inside: frozenset[fx.Node], order: Mapping[fx.Node, int]) -> set[fx.Node]:
-    """Where a product is spelled by hand: the nodes that depend on the query's and on the key's operand."""
+def _operands(f: Found) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The tensors that the scores' products read with the queries, and those with the keys."""
     view = attention(f.cascade)
     assert isinstance(view, Attention), view
-    sides: list[set[fx.Node]] = [set(), set()]
+    sides: tuple[set[fx.Node], set[fx.Node]] = (set(), set())
     for e in view.products:
         for load in ex.loads(e.body):
             if str(load.attr) in f.tensors:
                 sides[view.key in load.ranks].add(f.tensors[str(load.attr)])
+    return sides
+
+
+def _meeting(
+    sides: tuple[set[fx.Node], set[fx.Node]], inside: frozenset[fx.Node], order: Mapping[fx.Node, int]
+) -> set[fx.Node]:
+    """Where a product is spelled by hand: the nodes that depend on the query's and on the key's operand."""
+    queries, keys = (set(s) for s in sides)
     for n in sorted(inside, key=lambda x: order[x]):
-        for reached in sides:
+        for reached in (queries, keys):
             if any(i in reached for i in n.all_input_nodes):
                 reached.add(n)
-    return {n for n in inside if n in sides[0] and n in sides[1]}
+    return {n for n in inside if n in queries and n in keys}
 
 
 def _gradient_cut(inside: frozenset[fx.Node]) -> fx.Node | None:

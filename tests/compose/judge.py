@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from reattend.rewriter.check.compare import MAX_RATIO, Errors, change, errors, moved
-from reattend.rewriter.check.gradient import LONGER
+from reattend.rewriter.check.compare import CANCELLED, DRAWS, MAX_RATIO, Errors, change, drawn, errors, moved, redrawn
+from reattend.rewriter.check.gradient import FLAT, LONGER, drowned
 
 from .draws import Draw, as_data
 from .module import Composed
@@ -62,6 +62,7 @@ class Reference:
     own: dict[str, Tensor]
     exact: dict[str, Tensor]
     other: dict[str, Tensor] | None = None
+    off: dict[str, list[Errors]] = field(default_factory=dict)
 
 
 def judge(d: Draw, ways: Sequence[str], *, dynamo: bool = True) -> Judged:
@@ -128,14 +129,7 @@ def _noted(made: Rewritten, way: str, out: Judged) -> None:
 def _reference(d: Draw, model: Composed, queries: int) -> Reference:
     keys = queries if not d.keys else d.keys if queries == d.queries else d.keys + 4
     given = list(inputs(d, queries, keys).values())
-    model.mode = "noted"
-    model.begin()
-    own = _outputs(d, model, given)
-    model.mode = "own"
-    wide = model.widened()
-    wide.begin()
-    exact = _outputs(d, wide, [_double(x) for x in given])
-    return Reference(given, own, exact)
+    return Reference(given, *_both(d, model, given))
 
 
 def _moved(d: Draw, model: Composed, call: Reference) -> dict[str, Tensor]:
@@ -154,6 +148,46 @@ def _moved(d: Draw, model: Composed, call: Reference) -> dict[str, Tensor]:
         wide.begin()
         call.other = _outputs(d, wide, [_double(x) for x in values[: len(call.given)]])
     return call.other
+
+
+def _drawn(d: Draw, model: Composed, call: Reference) -> dict[str, list[Errors]]:
+    """The own errors, by name, where every input and parameter is moved within its type."""
+    if not call.off:
+        for seed in range(DRAWS):
+            noted = Composed(d)
+            values = redrawn([*call.given, *(p.detach() for p in noted.w.values())], seed)
+            with torch.no_grad():
+                for p, v in zip(noted.w.values(), values[len(call.given) :]):
+                    p.copy_(v)
+            given = values[: len(call.given)]
+            own, exact = _both(d, noted, given)
+            for name in own:
+                gradient = CANCELLED if name != "result" else 0.0
+                call.off.setdefault(name, []).append(errors(own[name], own[name], exact[name], gradient))
+    return call.off
+
+
+def _flat(d: Draw, model: Composed, call: Reference, name: str) -> Tensor:
+    """A gradient where its input or parameter is so small that no softmax is saturated and nothing cancels."""
+    noted, given = Composed(d), list(call.given)
+    kind, _, at = name.removeprefix("gradient of ").partition(" ")
+    if kind == "parameter" and at in noted.w:
+        with torch.no_grad():
+            noted.w[at].mul_(FLAT)
+    else:
+        given = [x * FLAT if n == kind else x for n, x in zip(model.names, given)]
+    return _both(d, noted, given)[1][name]
+
+
+def _both(d: Draw, model: Composed, given: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The results of the module as written, and these in float64."""
+    model.mode = "noted"
+    model.begin()
+    own = _outputs(d, model, given)
+    model.mode = "own"
+    wide = model.widened()
+    wide.begin()
+    return own, _outputs(d, wide, [_double(x) for x in given])
 
 
 def _double(x: Tensor) -> Tensor:
@@ -212,9 +246,13 @@ def _wrong(d: Draw, model: Composed, call: Reference, name: str, got: Tensor) ->
     gradient = name != "result"
     if _right(e, (0.0, 0.0), gradient):
         return None
-    if not e.odd and _right(e, change(exact, _moved(d, model, call)[name]), gradient):
-        return None
-    return "wrong", str(e)
+    if e.odd or not (
+        _right(e, change(exact, _moved(d, model, call)[name]), gradient)
+        or _right(e, drawn(_drawn(d, model, call)[name], LONGER if gradient else 1.0), gradient)
+        or (gradient and drowned(got, exact, _flat(d, model, call, name)))
+    ):
+        return "wrong", str(e)
+    return None
 
 
 def _right(e: Errors, yardstick: tuple[float, float], gradient: bool) -> bool:

@@ -56,6 +56,16 @@ FOUND = {
     "rows without a key by the logarithm of a mask": (
         '{"keys": 2, "mask": "stride", "form": "logarithm"}', ("sdpa", "sdpa body", "product", "checked")
     ),
+    "a product by hand beside one that is an operator": (
+        '{"product": "mulsum", "scale": "inplace", "bias": "relative", "bias_inplace": true}', ("reattend", "checked")
+    ),
+    "rows without a key that sum their values": (
+        '{"keys_map": "select", "mask": "causal", "fill": "lowest", "row": "logsumexp"}', ("sdpa body", "slices", "reattend")
+    ),
+    "a mask of whole rows": (
+        '{"queries": 4, "keys": 3, "mask": "data", "mask_spread": "bhp1", "empty": true}', ("sdpa", "sdpa body", "checked")
+    ),
+    "gradients behind a saturated softmax": ('{"grad": "inputs", "size": 7, "spread": 5.0, "layout": "fused"}', ("sdpa",)),
     "values of fewer numbers than a vector": ('{"size": 16, "value": 4}', ("fused",)),
 }
 

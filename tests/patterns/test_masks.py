@@ -135,6 +135,7 @@ DOUBLE = f32(CAUSAL) * f32(PAD)
         ),
         (S + ex.where(CAUSAL, f32(M - P) * 0.5, LOWEST), CAUSAL, S + f32(M - P) * 0.5, (LOWEST,)),
         (fill(P - M >= 0, LOWEST, S), P - M >= 0, S, (LOWEST,)),
+        (fill(P > 3, LOWEST, S), P > 3, S, (LOWEST,)),
     ],
     ids=str,
 )
@@ -166,7 +167,6 @@ def test_split(score: Expr, keep: Expr, full: Expr, fills: tuple[float, ...]) ->
         (S + fill(CAUSAL, LOWEST)) * -1.0,
         S - fill(CAUSAL, LOWEST),
         ex.exp(fill(CAUSAL, -math.inf, S)),
-        fill(P > 3, LOWEST, S),
         fill(CAUSAL, LOWEST, S) * ex.load("scale", (P,), "f32"),
     ],
     ids=str,
