@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,9 @@ def report(model: nn.Module) -> Report:
     if session is None:
         return Report("", (), (), copied=is_copy(model), installed=False)
     with session.lock:
-        entries = tuple(Entered(e.path, e.calls, e.missed, tuple(e.failures)) for e in session.entries)
+        entries = tuple(
+            Entered(e.path, e.calls, e.missed, tuple(e.failures), Counter(e.bypassed)) for e in session.entries
+        )
         return Report(str(session.policy), entries, tuple(session.pieces), tuple(session.frames_given_up))
 
 

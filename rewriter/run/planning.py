@@ -31,6 +31,7 @@ from ..choose.policy import Policy
 from ..find import defect
 from ..find.place import Place, symbols_of
 from ..graph.torch_private import FakeTensor
+from . import bypass
 from .session import Session, break_of
 
 T = TypeVar("T")
@@ -49,7 +50,9 @@ def plan_model(
         linked(device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
         try:
-            return plan_graph(export.from_export(model, args, kwargs, dynamic=dynamic), device, policy, name)
+            with bypass.own():
+                captured = export.from_export(model, args, kwargs, dynamic=dynamic)
+            return plan_graph(captured, device, policy, name)
         except capture.CaptureError as no:
             tensors = [*model.parameters(), *export.held_tensors((args, dict(kwargs)))[0]]
             if any(_without_data(t) for t in tensors):

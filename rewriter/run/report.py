@@ -98,12 +98,16 @@ class SiteRun:
 
 @dataclass(frozen=True)
 class Entered:
-    """One module whose calls are caught: `missed` calls ran none of our graphs; `failures` are captures that failed."""
+    """One module whose calls are caught: `missed` calls ran none of our graphs; `failures` are captures that failed.
+
+    `bypassed`: calls that went round us and were noticed, by the reason.
+    """
 
     path: str
     calls: int
     missed: int
     failures: tuple[str, ...] = ()
+    bypassed: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,11 @@ class Report:
     def given_up(self) -> int:
         """Calls that ran none of our graphs: a frame that Dynamo gave up, or a capture that failed."""
         return sum(e.missed for e in self.entries)
+
+    @property
+    def bypassed(self) -> Counter[str]:
+        """Calls that went round us, by the reason; those of an outer `torch.compile` once for each of its graphs."""
+        return sum((e.bypassed for e in self.entries), Counter[str]())
 
     @property
     def breaks(self) -> tuple[str, ...]:
@@ -183,7 +192,7 @@ class Report:
         if not self.installed:
             return [_NOT_OPTIMISED_COPY if self.copied else _NOT_OPTIMISED]
         lines = [f"reattend: {_count(self.calls, 'call')} went through; {self._captures()}"]
-        if not self.pieces and not self.given_up:
+        if not self.pieces and not self.given_up and not self.bypassed:
             lines.append(
                 "nothing is captured before the first call (or give optimize an example); "
                 "calls of .forward, and calls inside another torch.compile, do not come here"
@@ -191,6 +200,7 @@ class Report:
         if self.given_up:
             lines.append(f"{_count(self.given_up, 'call')} ran as written, because the capture was given up:")
             lines += [f"  {f}" for e in self.entries for f in e.failures[-1:]]
+        lines += [f"went round reattend {n}×: {why}" for why, n in self.bypassed.items()]
         lines += [f"graph break at {b}" for b in self.breaks]
         lines += [f"runs as written: {f}" for f in self.frames_given_up]
         lines += [f"graph {p.number}: {p.error}" for p in self.pieces if p.error]

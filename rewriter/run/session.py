@@ -14,6 +14,7 @@ import time
 import types
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from ..choose.policy import Policy, StrictError
 from ..graph import torch_private
 from ..splice import sampling
 from ..splice.guards import Guarded
+from . import bypass
 from .report import GraphPiece
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -39,8 +41,6 @@ _FAILURES_ALLOWED = 2
 
 _numbers = itertools.count(1)
 _running = threading.local()
-# Threads in which a graph is being captured by us: fx's "a trace is running" is one flag for all threads.
-_capturing: set[int] = set()
 
 
 class Mark:
@@ -95,6 +95,7 @@ class Entry:
         self.calls = 0
         self.missed = 0
         self.failures: list[str] = []
+        self.bypassed, self.said = Counter[str](), session.said
         self.hook = _hook(self, torch.compiler.disable(self.call))  # type: ignore[no-untyped-call]
         self.compiled = _compile(path, _backend(self), session.dynamic)
 
@@ -109,7 +110,9 @@ class Entry:
             at = other.before
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        if _transparent(args, kwargs) or len(self.failures) > _FAILURES_ALLOWED:
+        given_up = len(self.failures) > _FAILURES_ALLOWED
+        if given_up or bypass.traced(args, kwargs):
+            bypass.went_round(self, bypass.GIVEN_UP if given_up else bypass.TRACED)
             return torch_private.own_call(self.module, *args, **kwargs)
         before, seen = getattr(_running, "pieces", 0), torch_private.attempts()[-1:]
         try:
@@ -126,12 +129,12 @@ class Entry:
             if getattr(_running, "asked", 0):
                 _hook_guards.done()
         ran = getattr(_running, "pieces", 0) != before
-        given_up = _frames_given_up(seen)
-        if given_up:
+        frames = _frames_given_up(seen)
+        if frames:
             with self.session.lock:
-                self.session.frames_given_up += [f for f in given_up if f not in self.session.frames_given_up]
+                self.session.frames_given_up += [f for f in frames if f not in self.session.frames_given_up]
         if not ran and self.missed == 0:
-            self.failures.append(given_up[-1] if given_up else "Dynamo captured no graph of it")
+            self.failures.append(frames[-1] if frames else "Dynamo captured no graph of it")
         self._count(ran)
         return out
 
@@ -168,36 +171,16 @@ def _backend(entry: Entry) -> capture.Backend:
 
 def _hook(entry: Entry, call: Callable[..., Any]) -> Callable[..., Any]:
     """What the calls go to: Dynamo, where it traces a caller, sees the module's own call in it."""
-    module = entry.module
+    module, number = entry.module, bypass.number_of(entry)
 
     def hook(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
+            bypass.compiled(number)
             return torch_private.own_call(module, *args, **kwargs)
         return call(*args, **kwargs)
 
     hook.entry = entry  # type: ignore[attr-defined]
     return hook
-
-
-def _transparent(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Inside somebody else's tracing the model is what it was: export, fx, functorch, dispatch modes, forward derivatives.
-
-    (`torch.compiler.is_compiling` is no test: it is true in all threads while one of them compiles.)
-    """
-    return bool(
-        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or _fx_traced(args, kwargs)
-        or torch_private.is_transformed()
-    )
-
-
-def _fx_traced(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Is this call part of a symbolic trace, and not only beside one that we make in another thread?"""
-    if not torch_private.is_symbolic_trace():
-        return False
-    if not _capturing - {threading.get_ident()}:
-        return True
-    return any(isinstance(x, fx.Proxy) for x in torch_private.tree_leaves((args, dict(kwargs))))
 
 
 def _frames_given_up(seen: Sequence[object]) -> list[str]:
@@ -244,6 +227,7 @@ class Session:
     entries: list[Entry] = field(default_factory=list)
     pieces: list[GraphPiece] = field(default_factory=list)
     frames_given_up: list[str] = field(default_factory=list)
+    said: set[str] = field(default_factory=set)
     outer: Session | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -288,7 +272,7 @@ class Session:
         run: Callable[..., Any] = gm.forward
         captured: capture.Captured | None = None
         try:
-            with _marked(), _own_saved_tensors():
+            with bypass.capturing(), _own_saved_tensors():
                 captured = capture.from_dynamo(gm, inputs, self.names())
             piece.capture_seconds = captured.seconds
             request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
@@ -331,21 +315,6 @@ class Session:
             return run(*args)
 
         return call
-
-
-@contextmanager
-def _marked() -> Iterator[None]:
-    """This thread is at a graph of ours. Dynamo runs one such thread at a time.
-
-    Before PyTorch 2.13 a call in another thread takes fx's flag for a trace of its own and raises, unless it sees this flag,
-    which Dynamo raises itself since.
-    """
-    with torch_private.said_to_compile():
-        _capturing.add(threading.get_ident())
-        try:
-            yield
-        finally:
-            _capturing.discard(threading.get_ident())
 
 
 @contextmanager
