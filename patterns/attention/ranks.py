@@ -27,10 +27,13 @@ def split(c: Cascade) -> Cascade:
 
 
 def _divisor(c: Cascade, rank: Rank) -> Expr | None:
-    """The one n by which the rank is divided, if the output's batch is read by quotient and remainder."""
+    """The one n by which the rank is divided, if the output's batch is read by quotient and remainder.
+
+    A query that the queries have as it is (the scores of a plane, to which a bias by row and column is added) stays one.
+    """
     out = c.producers[c.outputs[0]][-1].out.index
     r = ex.index(rank.name)
-    if r not in out:
+    if r not in out or _queried(c, r):
         return None
     found: dict[str, set[Expr]] = {"floordiv": set(), "mod": set()}
     for e in c.einsums:
@@ -45,6 +48,18 @@ def _divisor(c: Cascade, rank: Rank) -> Expr | None:
         return None
     quotient = sympy.cancel(sympy.sympify(rank.size) / sympy.sympify(term_size(n)))
     return n if sympy.fraction(quotient)[1] == 1 and quotient != 1 else None
+
+
+def _queried(c: Cascade, r: Expr) -> bool:
+    """Does a product read an operand along just this rank, and its keys not at all?"""
+    last = c.producers[c.outputs[0]][-1].out.index
+    keys = {k for e in c.einsums if e.op is not None and e.out.index == last for k in e.over}
+    for e in c.einsums:
+        if e.op == "add" and e.out.index != last and any(i.ranks & keys for i in e.out.index):
+            far = [x for x in e.reads if not x.ranks & keys]
+            if any(r in x.args for x in far) and not any(r in ex.walk(x) for x in e.reads if x not in far):
+                return True
+    return False
 
 
 def _split(c: Cascade, rank: Rank, n: Expr) -> Cascade:
