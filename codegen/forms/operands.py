@@ -1,18 +1,20 @@
-"""The operands of an attention's products as torch tensors: views where index maps allow it, a gather where not.
+"""The operands of an attention's products as torch tensors: views, views laid end to end, a gather where neither will do.
 
     QK[b,h,p,m] = Σ_e c · Q[b,h,p,e] · K[b,h//2,m,e]
         near = Q as [b, h, p, e]     far = K as [b, h//2, m, e]     outside = c, all that does not vary over e
+    where(m < M, K[b,h,m,e], X[b,h,m − M,e])                        torch.cat of K and X along m
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
+from ...patterns.attention.concat import joined_rank, pieces
 from ...patterns.attention.score import factors
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
@@ -122,12 +124,14 @@ def operand(e: Expr, order: Sequence[str], at: Heads, names: Names, real: str) -
         found = view(e, order, at, names)
         if found is not None:
             return *found, True
+    elif (joined := _end_to_end(e, order, at, names)) is not None:
+        return *joined, False
     return _gathered(e, order, names, real), (1 if at.head in e.ranks else 0), False
 
 
 def element_type(e: Expr, real: str) -> str:
-    """The type of the elements that `operand` gives: a tensor that is read keeps its own, what is computed is `real`."""
-    return e.dtype if e.op == "load" else real
+    """The type of the elements that `operand` gives: what is read or joined keeps its own, what is computed is `real`."""
+    return e.dtype if e.op == "load" or _lies_end_to_end(e) else real
 
 
 def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, int] | None:
@@ -167,6 +171,74 @@ def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, i
         if r not in ranks:
             text += f".unsqueeze({d})"
     return text, share
+
+
+def _lies_end_to_end(e: Expr) -> bool:
+    """Is a term made of tensors and numbers of one type, laid end to end?"""
+    if joined_rank(e) is None:
+        return e.op in ("load", "const")
+    return e.args[1].dtype == e.args[2].dtype and all(_lies_end_to_end(x) for x in e.args[1:])
+
+
+def _end_to_end(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, int] | None:
+    """Views joined by torch.cat, and how many heads share one; None where a piece is no view, or pieces share differently.
+
+        where(m < M, K[h,m,e], where(m < M + 1, 0, X[h,m − M − 1,e]))   →   torch.cat([K, zeros, X], -2)
+    """
+    loads = ex.loads(e)
+    if joined_rank(e) is None or not _lies_end_to_end(e) or not loads or not e.ranks <= set(order):
+        return None
+    shares = {_share(x, at) for x in loads} - {0}
+    if len(shares) > 1:
+        return None
+    share = shares.pop() if shares else 0
+    text = _laid(e, e.ranks, order, at, names, share)
+    return None if text is None else (text, share)
+
+
+def _share(e: Expr, at: Heads) -> int:
+    """How many heads read one element of a tensor: 1 where each reads its own, 0 where all read the same."""
+    if at.head not in e.ranks:
+        return 0
+    return 1 if ex.index(at.head) in e.args else at.group
+
+
+def _laid(e: Expr, whole: frozenset[str], order: Sequence[str], at: Heads, names: Names, share: int) -> str | None:
+    """Text of a term with all the ranks of `whole`."""
+    rank = joined_rank(e)
+    if rank is None:
+        return _whole_view(e, whole, order, at, names, share)
+    texts: list[str] = []
+    for p in pieces(e, rank, names.c.rank[rank].size):
+        own = replace(names, c=replace(names.c, ranks=tuple(
+            replace(r, size=p.size) if r.name == rank else r for r in names.c.ranks
+        )))
+        text = _laid(p.own, whole, order, at, own, share)
+        if text is None:
+            return None
+        texts.append(text)
+    return f"torch.cat([{', '.join(texts)}], {order.index(rank) - len(order)})"
+
+
+def _whole_view(
+    e: Expr, whole: frozenset[str], order: Sequence[str], at: Heads, names: Names, share: int
+) -> str | None:
+    """A tensor or a number as a view in which no rank is missing."""
+
+    def size(r: str) -> str:
+        text = names.rank(r)
+        return f"({text}) // {share}" if r == at.head and share > 1 else text
+
+    if e.is_const:
+        like = next(t for t in names.c.inputs if t.dtype == e.dtype)
+        shape = ", ".join(size(r) if r in whole else "1" for r in order)
+        return f"{names.tensors[like.name]}.new_full(({shape}), {e.value})"
+    found = view(e, order, at, names)
+    if found is None:
+        return None
+    if missing := whole - e.ranks:
+        return f"{found[0]}.expand({', '.join(size(r) if r in missing else '-1' for r in order)})"
+    return found[0]
 
 
 def _plain_index(i: Expr) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -182,28 +182,32 @@ def _data(n: fx.Node) -> Iterator[fx.Node]:
 
 def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:
     """The interior nodes from the products of queries and keys on: scores, weights and what is between."""
-    order = {n: i for i, n in enumerate(f.output.graph.nodes)}
-    reached = {n for n in inside if op_name(n) in CONTRACTIONS} or _meeting(f, inside, order)
-    for n in sorted(inside, key=lambda x: order[x]):
+    order = sorted(inside, key={n: i for i, n in enumerate(f.output.graph.nodes)}.__getitem__)
+    queries, keys = _reading(f, order)
+    # a product that reads neither makes a mask (which queries meet which keys), and masks are shared
+    reached = {n for n in order if op_name(n) in CONTRACTIONS and n in queries | keys}
+    # where a product is spelled by hand, it is where both meet
+    reached = reached or {n for n in order if n in queries & keys}
+    for n in order:
         if any(i in reached for i in n.all_input_nodes):
             reached.add(n)
     return reached
 
 
-def _meeting(f: Found, inside: frozenset[fx.Node], order: Mapping[fx.Node, int]) -> set[fx.Node]:
-    """Where a product is spelled by hand: the nodes that depend on the query's and on the key's operand."""
+def _reading(f: Found, order: Sequence[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The interior nodes that depend on operands of a product without the key, and on those with it; and the operands."""
     view = attention(f.cascade)
     assert isinstance(view, Attention), view
-    sides: list[set[fx.Node]] = [set(), set()]
+    sides: tuple[set[fx.Node], set[fx.Node]] = (set(), set())
     for e in view.products:
         for load in ex.loads(e.body):
             if str(load.attr) in f.tensors:
                 sides[view.key in load.ranks].add(f.tensors[str(load.attr)])
-    for n in sorted(inside, key=lambda x: order[x]):
+    for n in order:
         for reached in sides:
             if any(i in reached for i in n.all_input_nodes):
                 reached.add(n)
-    return {n for n in inside if n in sides[0] and n in sides[1]}
+    return sides
 
 
 def _gradient_cut(inside: frozenset[fx.Node]) -> fx.Node | None:

@@ -116,6 +116,8 @@ _PEEL = frozenset((
     "expand", "expand_as", "contiguous", "clone", "detach", "alias", "slice", "select", "narrow", "repeat_interleave",
     "cat", "getitem", "movedim", "swapaxes", "mT", "numpy_T", "lift_fresh_copy", "dropout", "repeat",
 ))
+# … of which these show one tensor, each element as it is.
+VIEWS = _PEEL - {"cat", "dropout", "getitem", "repeat", "repeat_interleave"}
 LOOKED_THROUGH = _PEEL | {"to", "_to_copy", "type_as", "float", "mul", "multiply", "div"}
 
 
@@ -138,7 +140,7 @@ def peel(lifter: Lifter, n: fx.Node, at: At, reduced: str, reader: fx.Node) -> t
         factors += [factor] if factor is not None else []
         lifter.visited.add(node)
         below, node, where = node, above, place
-        if is_simple(where):
+        if is_simple(where, lifter.offsets):
             best, best_reader, best_casts, best_factors = (node, where), below, len(casts), len(factors)
     out = lifter.leaf(*best, reader=best_reader)
     for c in reversed(casts[:best_casts]):
@@ -177,17 +179,18 @@ def _step_up(
             own, other = dtype_of(n), dtype_of(side)
             return side, at, (own if own != other else None), term
         return None
-    if name not in _PEEL:
-        return None
+    moved = step_through(lifter, n, at) if name in _PEEL else None
+    return None if moved is None else (*moved, None, None)
+
+
+def step_through(lifter: Lifter, n: fx.Node, at: At) -> tuple[fx.Node, At] | None:
+    """The one node that a view reads at these coordinates, and where; None where it reads several."""
     spy = _Spy(lifter)
     try:
-        lifter.rules[name](spy, n, arguments(n), at)  # type: ignore[arg-type]
+        lifter.rules[op_name(n)](spy, n, arguments(n), at)  # type: ignore[arg-type]
     except CannotLift:
         return None
-    if len(spy.seen) != 1:
-        return None
-    (x, place), = spy.seen
-    return x, place, None, None
+    return spy.seen[0] if len(spy.seen) == 1 else None
 
 
 def _is_scale(n: fx.Node, at: At, reduced: str) -> bool:
