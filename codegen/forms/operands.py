@@ -135,9 +135,10 @@ def element_type(e: Expr, real: str) -> str:
 
 
 def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, int] | None:
-    """A chain of views, or None where an index map needs more."""
+    """A chain of views, or None where an index map needs more. A rank that two dimensions make is flattened of them."""
     text = names.tensors[str(e.attr)]
     shape = list(names.c.tensor[str(e.attr)].shape)
+    parts = _parts(e, names)
     picks: list[str] = []
     ranks: list[str] = []
     share = 0
@@ -147,7 +148,9 @@ def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, i
         if i.is_const:
             picks.append(str(int(i.value)))
             continue
-        if i.op == "floordiv" and i.args[0] is ex.index(at.head) and i.args[1].is_const and i.args[1].value == at.group:
+        if i in parts:
+            rank, extent, share = parts[i], size, max(share, int(i.args[0] is ex.index(at.head)))
+        elif i.op == "floordiv" and i.args[0] is ex.index(at.head) and i.args[1].is_const and i.args[1].value == at.group:
             rank, start, share = at.head, 0, at.group
             extent = sympy.sympify(names.c.rank[rank].size) / at.group
         elif rank == at.head and rank:
@@ -158,19 +161,42 @@ def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, i
         whole = start == 0 and sympy.sympify(size) == sympy.sympify(extent)
         stop = names.size(sympy.floor(extent) + start if isinstance(extent, sympy.Expr) else extent + start)
         picks.append(":" if whole else f"{start or ''}:{stop}")
-    if not set(ranks) <= set(order):
+    arranged = _arranged(text, picks, ranks, order, parts)
+    return None if arranged is None else (arranged, share)
+
+
+def _parts(e: Expr, names: Names) -> dict[Expr, str]:
+    """Index terms `r // n` and `r % n` of a rank that two whole dimensions make, with a name for each."""
+    out: dict[Expr, str] = {}
+    sizes = dict(zip(e.args, names.c.tensor[str(e.attr)].shape))
+    for i in e.args:
+        high = i.args[0] // i.args[1] if i.op == "mod" and i.args[0].op == "index" and i.args[1].is_const else i
+        if high is not i and high in sizes:
+            r, n = str(i.args[0].attr), int(i.args[1].value)
+            if sizes[i] == n and sympy.sympify(sizes[high]) * n == sympy.sympify(names.c.rank[r].size):
+                out |= {high: f"{r} //", i: f"{r} %"}
+    return out
+
+
+def _arranged(text: str, picks: list[str], ranks: list[str], order: Sequence[str], parts: Mapping[Expr, str]) -> str | None:
+    """Dimensions picked, in the order that is wanted, pairs made one, missing ones of size 1."""
+    made = {str(i.args[0].attr) for i in parts}
+    if not {r.partition(" ")[0] for r in ranks} <= set(order):
         return None
     if set(picks) != {":"}:
         while picks[-1] == ":":
             picks.pop()
         text += f"[{', '.join(picks)}]"
-    wanted = [r for r in order if r in ranks]
+    wanted = [x for r in order for x in ((f"{r} //", f"{r} %") if r in made else (r,)) if x in ranks]
     if wanted != ranks:
         text += f".permute({', '.join(str(ranks.index(r)) for r in wanted)})"
+    for d, r in reversed(list(enumerate(wanted))):
+        if r.endswith("%"):
+            text += f".flatten({d - 1}, {d})"
     for d, r in enumerate(order):
-        if r not in ranks:
+        if r not in ranks and r not in made:
             text += f".unsqueeze({d})"
-    return text, share
+    return text
 
 
 def _lies_end_to_end(e: Expr) -> bool:

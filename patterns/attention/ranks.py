@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import sympy
 
@@ -33,7 +34,7 @@ def _divisor(c: Cascade, rank: Rank) -> Expr | None:
     """
     out = c.producers[c.outputs[0]][-1].out.index
     r = ex.index(rank.name)
-    if r not in out or _queried(c, r):
+    if r not in out or _queried(c, r) or rank.name in _of_values(c):
         return None
     found: dict[str, set[Expr]] = {"floordiv": set(), "mod": set()}
     for e in c.einsums:
@@ -48,6 +49,28 @@ def _divisor(c: Cascade, rank: Rank) -> Expr | None:
         return None
     quotient = sympy.cancel(sympy.sympify(rank.size) / sympy.sympify(term_size(n)))
     return n if sympy.fraction(quotient)[1] == 1 and quotient != 1 else None
+
+
+def _of_values(c: Cascade) -> list[str]:
+    """Ranks of the output that no score has, in the output's order: those of the values."""
+    last = c.producers[c.outputs[0]][-1].out.index
+    scored = frozenset().union(*(e.ranks for e in c.einsums if e.out.index != last))
+    return [str(i.attr) for i in last if str(i.attr) not in scored]
+
+
+def one_value(c: Cascade) -> Cascade:
+    """Values of several dimensions side by side in the output as one rank.
+
+    before   O[b,p,h,f] = Σ_m A[b,p,m]·V[b,m,h,f]        after   O[b,p,u] = Σ_m A[b,p,m]·V[b,m,u // F,u % F]
+    """
+    while len(own := _of_values(c)) > 1:
+        out = [str(i.attr) for i in c.producers[c.outputs[0]][-1].out.index]
+        pair = next((p for p in pairwise(out) if set(p) <= set(own)), None)
+        fused = fuse(c, *pair) if pair is not None else c
+        if fused is c:
+            break
+        c = fused
+    return c
 
 
 def _queried(c: Cascade, r: Expr) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import pairwise
 from operator import mul
 
 import sympy
@@ -214,10 +215,13 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final, offsets: bool = Fa
     if whole is not hoisted and not offsets:
         # slices that lie side by side in one tensor are that tensor again
         return _attempt(graph, aliases, final, offsets=True)
-    cascade = ranks.unify(ranks.split(_with_query(concat.split(whole))))
+    cascade = ranks.one_value(ranks.unify(ranks.split(_with_query(concat.split(whole)))))
     view = recognise.attention(cascade)
     if isinstance(view, Obstacle):
         return _near(n, _reason(lifter, view.reason), 1 if lifter.normalised or told(lifter) else 0)
+    if (plane := ranks.fuse(cascade, *pair) if (pair := _plane(view)) else cascade) is not cascade:
+        again = recognise.attention(plane)
+        cascade, view = (plane, again) if isinstance(again, Attention) else (cascade, view)
     if refusal := _normalised_elsewhere(view):
         return _near(n, refusal, 1)
     if refusal := _weights_are_parameters(view):
@@ -290,7 +294,7 @@ def _lift(lifter: Lifter, final: Final) -> Cascade:
 def _weighted(lifter: Lifter, final: Final, weight: Expr, place: At) -> Expr:
     """The weight times the values, which lie end to end where there are several."""
     n, m, dtype = final.node, ex.index("m"), dtype_of(final.node)
-    read = [peel(lifter, *v.place(lifter, place, m), "m", n) for v in final.values]
+    read = [peel(lifter, *v.place(lifter, place, m), frozenset("m"), n) for v in final.values]
     if len(read) == 1:
         ((value, factors),) = read
         return reduce(mul, [ex.cast(f, dtype) for f in factors], weight * ex.cast(value, dtype))
@@ -387,6 +391,24 @@ def _with_query(c: Cascade) -> Cascade:
         for t in c.tensors
     )
     return replace(c, ranks=(*c.ranks, Rank("p", 1)), tensors=tensors, einsums=tuple(einsums))
+
+
+def _plane(view: Attention) -> tuple[str, str] | None:
+    """Rows and columns of queries that attend to a plane of just their size: together they are one rank, as the keys are.
+
+    before   QK[y,x,m] = Σ_e Q[y,x,e]·K[m // X,m % X,e]        after   QK[p,m] = Σ_e Q[p // X,p % X,e]·K[m // X,m % X,e]
+    """
+    c, m = view.cascade, ex.index(view.key)
+    out = [str(i.attr) for i in c.producers[c.outputs[0]][-1].out.index]
+    keyed = [x for t in (*(e.body for e in view.products), view.values) for x in ex.loads(t) if view.key in x.ranks]
+    for rows, columns in pairwise(out):
+        width, size = size_term(c.rank[columns].size), sympy.sympify(c.rank[rows].size) * sympy.sympify(c.rank[columns].size)
+        queries = view.query in (rows, columns) and {rows, columns} <= {view.query, *view.batch}
+        if not queries or sympy.expand(size - sympy.sympify(c.rank[view.key].size)) != 0:
+            continue
+        if all({m // width, m % width} <= set(x.args) and not {rows, columns} & x.ranks for x in keyed):
+            return rows, columns
+    return None
 
 
 def _weights_are_parameters(view: Attention) -> str:
