@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import sympy
-from torch import fx
+from torch import Tensor, fx
 
 from ...patterns import expr as ex
 from ...patterns.attention.concat import is_size
@@ -97,7 +97,7 @@ def sums(lifter: Lifter, n: fx.Node, parts: list[Addend]) -> Final | None:
 def _summands(n: fx.Node, through: tuple[fx.Node, ...] = ()) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
     """What is added to make a node, each with the sums on the way to it."""
     a = arguments(n) if op_name(n) == "add" else {}
-    sides = [x for x in (a.get("self"), a.get("other")) if isinstance(x, fx.Node)]
+    sides = [x for x in (a.get("self"), a.get("other")) if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)]
     if len(sides) < 2 or a["alpha"] != 1 or any(shape_of(tensor_of(x)) != shape_of(tensor_of(n)) for x in sides):
         yield n, through
         return
@@ -132,6 +132,8 @@ def _of_one(lifter: Lifter, n: fx.Node) -> Contraction | None:
     a = arguments(n)
     x, y = a["self"], a["other"]
     if not isinstance(x, fx.Node) or not isinstance(y, fx.Node):
+        return None
+    if not isinstance(x.meta.get("val"), Tensor) or not isinstance(y.meta.get("val"), Tensor):
         return None
     shape, sides = shape_of(tensor_of(n)), [shape_of(tensor_of(z)) for z in (x, y)]
     outer = len(shape) > 1 and all(sides) and {s[-1] for s in sides} == {1, shape[-1]} != {1}

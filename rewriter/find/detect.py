@@ -25,7 +25,7 @@ from ..graph.node import CannotLift, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
 from ..graph.torch_private import expression
 from ..graph.where import module_path, source_line
-from ..lift import operators_contract, operators_point, operators_reduce, operators_view
+from ..lift import operators_contract, operators_edit, operators_point, operators_reduce, operators_view
 from ..lift.hoist import hoist
 from ..lift.index import ZERO
 from ..lift.lift import At, Lifter, Rule
@@ -39,6 +39,7 @@ from .unaccounted import unaccounted
 
 RULES: Mapping[str, Rule] = {
     **operators_view.RULES, **operators_point.RULES, **operators_reduce.RULES, **operators_contract.RULES,
+    **operators_edit.RULES,
 }
 
 
@@ -133,7 +134,7 @@ def _added(graph: fx.Graph, aliases: Aliases) -> Iterator[tuple[Found | NearMiss
     before: list[Found] = []
     taken: set[fx.Node] = set()
     for n in reversed(graph.nodes):
-        if n in taken or op_name(n) != "add":
+        if n in taken or op_name(n) != "add" or not isinstance(n.meta.get("val"), torch.Tensor):
             continue
         try:
             parts = addends(Lifter(graph, aliases, RULES), n)

@@ -1,4 +1,4 @@
-"""Spellings of real models, as small models beside those of `field`: keys from several places, positions of a plane."""
+"""Spellings of real models, as small models beside those of `field`: joined keys, positions of a plane, edited scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.cases.field import Fn, Inputs, case, causal, tensors
+from tests.cases.field import INF, Fn, Inputs, case, causal, tensors
 
 # --- joined keys: several key sets under one softmax ------------------------------------------------------------------
 
@@ -127,3 +127,55 @@ def positions_of_a_plane_bf16() -> tuple[nn.Module, Inputs]:
 @case("planes", kernel=False)
 def positions_of_a_plane_fp16() -> tuple[nn.Module, Inputs]:
     return plane(torch.float16, 3)
+
+
+# --- edits: scores written by slices and masks ----------------------------------------------------------------------------
+
+
+def edited(edit: Callable[[Tensor], object], dtype: torch.dtype, batch: int) -> tuple[nn.Module, Inputs]:
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a = q @ k.mT * 0.2
+        edit(a)
+        weights: Tensor = a.softmax(-1)
+        return weights @ v
+
+    return Fn(f), tensors(*3 * [(batch, 4, 300, 32)], dtype=dtype)
+
+
+def without_last_keys(a: Tensor) -> None:
+    a[..., -45:] = -INF
+
+
+def a_block_raised(a: Tensor) -> None:
+    a[:, :, :100, :100] += 1.0
+
+
+@case("edits", gradients=True)
+def last_keys_hidden_by_a_slice() -> tuple[nn.Module, Inputs]:
+    return edited(without_last_keys, torch.float32, 2)
+
+
+@case("edits")
+def last_keys_hidden_by_a_slice_bf16() -> tuple[nn.Module, Inputs]:
+    return edited(without_last_keys, torch.bfloat16, 1)
+
+
+@case("edits", gradients=True)
+def a_block_of_scores_raised() -> tuple[nn.Module, Inputs]:
+    return edited(a_block_raised, torch.float32, 1)
+
+
+@case("edits")
+def a_block_of_scores_raised_fp16() -> tuple[nn.Module, Inputs]:
+    return edited(a_block_raised, torch.float16, 2)
+
+
+@case("edits", kernel=False, gradients=True)
+def scores_that_are_read_before_they_are_edited() -> tuple[nn.Module, Inputs]:
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a = q @ k.mT * 0.2
+        before = a.mean(-1, keepdim=True)
+        a[..., :30] = -INF
+        return a.softmax(-1) @ v + before
+
+    return Fn(f), tensors(*3 * [(2, 4, 200, 32)])
