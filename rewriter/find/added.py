@@ -61,6 +61,26 @@ class _Stretch:
         return sympy.expand(self.start + sympy.sympify(self.addend.product.size))
 
 
+def candidates(graph: fx.Graph) -> list[fx.Node]:
+    """Sums of nothing but what may be products, the outermost first: found in one walk, for sums may be long chains."""
+    out: dict[fx.Node, None] = {}
+    for n in graph.nodes:
+        if op_name(n) == "add" and isinstance(n.meta.get("val"), Tensor):
+            sides = n.all_input_nodes
+            if len(sides) == 2 and all(x in out or op_name(_unviewed(x)) in _MULTIPLY for x in sides):
+                out[n] = None
+    return list(reversed(out))
+
+
+_MULTIPLY = CONTRACTIONS | {"mul", "multiply"}
+
+
+def _unviewed(n: fx.Node) -> fx.Node:
+    while op_name(n) in VIEWS:
+        n = n.all_input_nodes[0]
+    return n
+
+
 def addends(lifter: Lifter, n: fx.Node) -> list[Addend]:
     """The products with parts of one value that are added to make a node; none where anything else is added."""
     nodes = list(_summands(n)) if op_name(n) == "add" else []

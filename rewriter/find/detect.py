@@ -32,7 +32,7 @@ from ..lift.lift import At, Lifter, Rule
 from ..lift.names import canonical
 from ..lift.operators_contract import peel
 from . import defect
-from .added import Addend, addends, sums
+from .added import Addend, addends, candidates, sums
 from .final import Final, finals, hides_product
 from .twins import match
 from .unaccounted import unaccounted
@@ -133,8 +133,8 @@ def _added(graph: fx.Graph, aliases: Aliases) -> Iterator[tuple[Found | NearMiss
     """Attentions whose output is a sum of products, with these; the outermost sums come first."""
     before: list[Found] = []
     taken: set[fx.Node] = set()
-    for n in reversed(graph.nodes):
-        if n in taken or op_name(n) != "add" or not isinstance(n.meta.get("val"), torch.Tensor):
+    for n in candidates(graph):
+        if n in taken:
             continue
         try:
             parts = addends(Lifter(graph, aliases, RULES), n)

@@ -44,6 +44,13 @@ def functional(gm: fx.GraphModule) -> fx.GraphModule | None:
         return None
 
 
+def adopt(gm: fx.GraphModule) -> None:
+    """Where nothing depends on what a write moves (a check, a measurement), the graph goes without writes."""
+    pure = functional(gm)
+    if pure is not None:
+        gm.graph = pure.graph
+
+
 def _homes(graph: fx.Graph, aliases: Aliases) -> dict[fx.Node, fx.Node]:
     """For each node of written memory that is told apart: the node that made the memory."""
     written = {aliases.storage(t) for n in graph.nodes for t in written_arguments(n)}
