@@ -285,9 +285,15 @@ def _identity(op: str, x: Expr, y: Expr) -> Expr | None:
                 return x
             if _equals(x, 0):  # 0 + y = y
                 return y
+            if integer and x.op == "sub" and x.args[1] is y:  # (x - y) + y = x over the integers
+                return x.args[0]
+            if integer and y.op == "sub" and y.args[1] is x:  # x + (y - x) = y
+                return y.args[0]
         case "sub":
             if _equals(y, 0):  # x - 0 = x
                 return x
+            if integer and x.op == "add" and y in x.args:  # (x + y) - y = x over the integers
+                return x.args[1] if x.args[0] is y else x.args[0]
             if integer and x is y:  # x - x = 0 over the integers
                 return const(0, x.dtype)
         case "mul":

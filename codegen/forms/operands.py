@@ -1,18 +1,20 @@
-"""The operands of an attention's products as torch tensors: views where index maps allow it, a gather where not.
+"""The operands of an attention's products as torch tensors: views, views laid end to end, a gather where neither will do.
 
     QK[b,h,p,m] = Σ_e c · Q[b,h,p,e] · K[b,h//2,m,e]
         near = Q as [b, h, p, e]     far = K as [b, h//2, m, e]     outside = c, all that does not vary over e
+    where(m < M, K[b,h,m,e], X[b,h,m − M,e])                        torch.cat of K and X along m
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
+from ...patterns.attention.concat import joined_rank, pieces
 from ...patterns.attention.score import factors
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
@@ -122,18 +124,21 @@ def operand(e: Expr, order: Sequence[str], at: Heads, names: Names, real: str) -
         found = view(e, order, at, names)
         if found is not None:
             return *found, True
+    elif (joined := _end_to_end(e, order, at, names)) is not None:
+        return *joined, False
     return _gathered(e, order, names, real), (1 if at.head in e.ranks else 0), False
 
 
 def element_type(e: Expr, real: str) -> str:
-    """The type of the elements that `operand` gives: a tensor that is read keeps its own, what is computed is `real`."""
-    return e.dtype if e.op == "load" else real
+    """The type of the elements that `operand` gives: what is read or joined keeps its own, what is computed is `real`."""
+    return e.dtype if e.op == "load" or _lies_end_to_end(e) else real
 
 
 def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, int] | None:
-    """A chain of views, or None where an index map needs more."""
+    """A chain of views, or None where an index map needs more. A rank that two dimensions make is flattened of them."""
     text = names.tensors[str(e.attr)]
     shape = list(names.c.tensor[str(e.attr)].shape)
+    parts = _parts(e, names)
     picks: list[str] = []
     ranks: list[str] = []
     share = 0
@@ -143,7 +148,9 @@ def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, i
         if i.is_const:
             picks.append(str(int(i.value)))
             continue
-        if i.op == "floordiv" and i.args[0] is ex.index(at.head) and i.args[1].is_const and i.args[1].value == at.group:
+        if i in parts:
+            rank, extent, share = parts[i], size, max(share, int(i.args[0] is ex.index(at.head)))
+        elif i.op == "floordiv" and i.args[0] is ex.index(at.head) and i.args[1].is_const and i.args[1].value == at.group:
             rank, start, share = at.head, 0, at.group
             extent = sympy.sympify(names.c.rank[rank].size) / at.group
         elif rank == at.head and rank:
@@ -154,19 +161,110 @@ def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, i
         whole = start == 0 and sympy.sympify(size) == sympy.sympify(extent)
         stop = names.size(sympy.floor(extent) + start if isinstance(extent, sympy.Expr) else extent + start)
         picks.append(":" if whole else f"{start or ''}:{stop}")
-    if not set(ranks) <= set(order):
+    arranged = _arranged(text, picks, ranks, order, parts)
+    return None if arranged is None else (arranged, share)
+
+
+def _parts(e: Expr, names: Names) -> dict[Expr, str]:
+    """Index terms `r // n` and `r % n` of a rank that two whole dimensions make, with a name for each."""
+    out: dict[Expr, str] = {}
+    sizes = dict(zip(e.args, names.c.tensor[str(e.attr)].shape))
+    for i in e.args:
+        high = i.args[0] // i.args[1] if i.op == "mod" and i.args[0].op == "index" and i.args[1].is_const else i
+        if high is not i and high in sizes:
+            r, n = str(i.args[0].attr), int(i.args[1].value)
+            if sizes[i] == n and sympy.sympify(sizes[high]) * n == sympy.sympify(names.c.rank[r].size):
+                out |= {high: f"{r} //", i: f"{r} %"}
+    return out
+
+
+def _arranged(text: str, picks: list[str], ranks: list[str], order: Sequence[str], parts: Mapping[Expr, str]) -> str | None:
+    """Dimensions picked, in the order that is wanted, pairs made one, missing ones of size 1."""
+    made = {str(i.args[0].attr) for i in parts}
+    if not {r.partition(" ")[0] for r in ranks} <= set(order):
         return None
     if set(picks) != {":"}:
         while picks[-1] == ":":
             picks.pop()
         text += f"[{', '.join(picks)}]"
-    wanted = [r for r in order if r in ranks]
+    wanted = [x for r in order for x in ((f"{r} //", f"{r} %") if r in made else (r,)) if x in ranks]
     if wanted != ranks:
         text += f".permute({', '.join(str(ranks.index(r)) for r in wanted)})"
+    for d, r in reversed(list(enumerate(wanted))):
+        if r.endswith("%"):
+            text += f".flatten({d - 1}, {d})"
     for d, r in enumerate(order):
-        if r not in ranks:
+        if r not in ranks and r not in made:
             text += f".unsqueeze({d})"
-    return text, share
+    return text
+
+
+def _lies_end_to_end(e: Expr) -> bool:
+    """Is a term made of tensors and numbers of one type, laid end to end?"""
+    if joined_rank(e) is None:
+        return e.op in ("load", "const")
+    return e.args[1].dtype == e.args[2].dtype and all(_lies_end_to_end(x) for x in e.args[1:])
+
+
+def _end_to_end(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, int] | None:
+    """Views joined by torch.cat, and how many heads share one; None where a piece is no view, or pieces share differently.
+
+        where(m < M, K[h,m,e], where(m < M + 1, 0, X[h,m − M − 1,e]))   →   torch.cat([K, zeros, X], -2)
+    """
+    loads = ex.loads(e)
+    if joined_rank(e) is None or not _lies_end_to_end(e) or not loads or not e.ranks <= set(order):
+        return None
+    shares = {_share(x, at) for x in loads} - {0}
+    if len(shares) > 1:
+        return None
+    share = shares.pop() if shares else 0
+    text = _laid(e, e.ranks, order, at, names, share)
+    return None if text is None else (text, share)
+
+
+def _share(e: Expr, at: Heads) -> int:
+    """How many heads read one element of a tensor: 1 where each reads its own, 0 where all read the same."""
+    if at.head not in e.ranks:
+        return 0
+    return 1 if ex.index(at.head) in e.args else at.group
+
+
+def _laid(e: Expr, whole: frozenset[str], order: Sequence[str], at: Heads, names: Names, share: int) -> str | None:
+    """Text of a term with all the ranks of `whole`."""
+    rank = joined_rank(e)
+    if rank is None:
+        return _whole_view(e, whole, order, at, names, share)
+    texts: list[str] = []
+    for p in pieces(e, rank, names.c.rank[rank].size):
+        own = replace(names, c=replace(names.c, ranks=tuple(
+            replace(r, size=p.size) if r.name == rank else r for r in names.c.ranks
+        )))
+        text = _laid(p.own, whole, order, at, own, share)
+        if text is None:
+            return None
+        texts.append(text)
+    return f"torch.cat([{', '.join(texts)}], {order.index(rank) - len(order)})"
+
+
+def _whole_view(
+    e: Expr, whole: frozenset[str], order: Sequence[str], at: Heads, names: Names, share: int
+) -> str | None:
+    """A tensor or a number as a view in which no rank is missing."""
+
+    def size(r: str) -> str:
+        text = names.rank(r)
+        return f"({text}) // {share}" if r == at.head and share > 1 else text
+
+    if e.is_const:
+        like = next(t for t in names.c.inputs if t.dtype == e.dtype)
+        shape = ", ".join(size(r) if r in whole else "1" for r in order)
+        return f"{names.tensors[like.name]}.new_full(({shape}), {e.value})"
+    found = view(e, order, at, names)
+    if found is None:
+        return None
+    if missing := whole - e.ranks:
+        return f"{found[0]}.expand({', '.join(size(r) if r in missing else '-1' for r in order)})"
+    return found[0]
 
 
 def _plain_index(i: Expr) -> tuple[str, int]:

@@ -8,8 +8,8 @@ This is how attention sinks and other extra columns become part of the row state
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -18,11 +18,61 @@ from ..cascade import OF_SIZES, Access, Cascade, Einsum, Rank, Size, Tensor, as_
 from ..expr import Expr
 
 
+@dataclass(frozen=True)
+class Segment:
+    """What a joined term is for the coordinates from `lo` to `hi` of its rank."""
+
+    rank: str
+    term: Expr
+    lo: Size
+    hi: Size
+
+    @property
+    def size(self) -> Size:
+        return as_size(sympy.expand(sympy.sympify(self.hi) - sympy.sympify(self.lo)))
+
+    @property
+    def own(self) -> Expr:
+        """The term over the piece's own coordinate, from 0."""
+        i = ex.index(self.rank)
+        return self.term if self.lo == 0 else ex.substitute(self.term, {i: i + size_term(self.lo)})
+
+
+def joined_rank(e: Expr) -> str | None:
+    """The rank along which a term is laid end to end: `where(rank < size, …, …)`."""
+    if e.op == "where" and e.args[0].op == "lt" and e.args[0].args[0].op == "index" and is_size(e.args[0].args[1]):
+        return str(e.args[0].args[0].attr)
+    return None
+
+
+def pieces(e: Expr, rank: str, hi: Size, lo: Size = 0) -> list[Segment]:
+    """The pieces of a term along a rank, from `lo` to `hi`."""
+    if joined_rank(e) != rank:
+        return [Segment(rank, e, lo, hi)]
+    cut = term_size(e.args[0].args[1])
+    return [*pieces(e.args[1], rank, cut, lo), *pieces(e.args[2], rank, hi, cut)]
+
+
+def laid(ends: Sequence[Expr], terms: Sequence[Expr]) -> Expr:
+    """Terms end to end, each while the condition of its end holds; a cast that all have stands outside."""
+    if len({(t.op, t.dtype, t.args[0].dtype) for t in terms if t.op == "cast"}) == 1 and all(t.op == "cast" for t in terms):
+        return ex.cast(laid(ends, [t.args[0] for t in terms]), terms[0].dtype)
+    out = terms[-1]
+    for end, t in zip(reversed(ends[:-1]), reversed(terms[:-1])):
+        out = ex.where(end, t, out)
+    return out
+
+
 def split(c: Cascade) -> Cascade:
     """Split every reduction over a rank that joins pieces; a cascade without such a rank is answered unchanged."""
     whole = _whole(c)
     c = _inline(c, whole)
-    joined = {r: cut for e in c.einsums for r in e.over if r not in whole and (cut := _cut(c, e, r)) is not None}
+    # what was made of a longer rank may be read of its first part alone
+    whole |= _whole(c)
+    joined = {
+        r: cut for e in c.einsums for r in e.over
+        if r not in whole and not _multiplies_inputs(c, e) and (cut := _cut(c, e, r)) is not None
+    }
     if not joined:
         return settle(c)
     ranks = dict(c.rank)
@@ -68,6 +118,11 @@ def _whole(c: Cascade) -> set[str]:
     return {r for r in ranks if not any(_in_pieces(c, e, r) for e in c.einsums)}
 
 
+def _multiplies_inputs(c: Cascade, e: Einsum) -> bool:
+    """A product of queries and keys reduces what both have, however it is laid out."""
+    return e.op == "add" and not any(str(x.attr) in c.producers for x in e.reads)
+
+
 def _in_pieces(c: Cascade, e: Einsum, rank: str) -> bool:
     """Does a term read, over the rank, what was made of another length or at another coordinate?"""
     for x in e.reads:
@@ -83,7 +138,7 @@ def _cut(c: Cascade, e: Einsum, rank: str) -> Size | None:
         if t.op != "where" or t.args[0].op != "lt" or t.args[0].args[0] is not ex.index(rank):
             continue
         limit = t.args[0].args[1]
-        if _is_size(limit) and _at_least(c.rank[rank].size, cut := term_size(limit), 1):
+        if is_size(limit) and _at_least(c.rank[rank].size, cut := term_size(limit), 1):
             return cut
     return None
 
@@ -145,7 +200,7 @@ def settle(c: Cascade) -> Cascade:
     table: dict[Expr, Expr] = {}
     for e in c.einsums:
         for t in ex.walk(e.body):
-            if t.op in ("lt", "ge") and t.args[0].op == "index" and _is_size(t.args[1]):
+            if t.op in ("lt", "ge") and t.args[0].op == "index" and is_size(t.args[1]):
                 size = c.rank[str(t.args[0].attr)].size
                 if _at_least(term_size(t.args[1]), size, 0):
                     table[t] = ex.TRUE if t.op == "lt" else ex.FALSE
@@ -166,5 +221,6 @@ def settle(c: Cascade) -> Cascade:
     )
 
 
-def _is_size(e: Expr) -> bool:
+def is_size(e: Expr) -> bool:
+    """Is a term made of sizes and numbers alone?"""
     return not e.ranks and all(x.op in ("const", "symbol", *OF_SIZES) for x in ex.walk(e))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import sympy
 
@@ -27,10 +28,13 @@ def split(c: Cascade) -> Cascade:
 
 
 def _divisor(c: Cascade, rank: Rank) -> Expr | None:
-    """The one n by which the rank is divided, if the output's batch is read by quotient and remainder."""
+    """The one n by which the rank is divided, if the output's batch is read by quotient and remainder.
+
+    A query that the queries have as it is (the scores of a plane, to which a bias by row and column is added) stays one.
+    """
     out = c.producers[c.outputs[0]][-1].out.index
     r = ex.index(rank.name)
-    if r not in out:
+    if r not in out or _queried(c, r) or rank.name in _of_values(c):
         return None
     found: dict[str, set[Expr]] = {"floordiv": set(), "mod": set()}
     for e in c.einsums:
@@ -45,6 +49,40 @@ def _divisor(c: Cascade, rank: Rank) -> Expr | None:
         return None
     quotient = sympy.cancel(sympy.sympify(rank.size) / sympy.sympify(term_size(n)))
     return n if sympy.fraction(quotient)[1] == 1 and quotient != 1 else None
+
+
+def _of_values(c: Cascade) -> list[str]:
+    """Ranks of the output that no score has, in the output's order: those of the values."""
+    last = c.producers[c.outputs[0]][-1].out.index
+    scored = frozenset().union(*(e.ranks for e in c.einsums if e.out.index != last))
+    return [str(i.attr) for i in last if str(i.attr) not in scored]
+
+
+def one_value(c: Cascade) -> Cascade:
+    """Values of several dimensions side by side in the output as one rank.
+
+    before   O[b,p,h,f] = Σ_m A[b,p,m]·V[b,m,h,f]        after   O[b,p,u] = Σ_m A[b,p,m]·V[b,m,u // F,u % F]
+    """
+    while len(own := _of_values(c)) > 1:
+        out = [str(i.attr) for i in c.producers[c.outputs[0]][-1].out.index]
+        pair = next((p for p in pairwise(out) if set(p) <= set(own)), None)
+        fused = fuse(c, *pair) if pair is not None else c
+        if fused is c:
+            break
+        c = fused
+    return c
+
+
+def _queried(c: Cascade, r: Expr) -> bool:
+    """Does a product read an operand along just this rank, and its keys not at all?"""
+    last = c.producers[c.outputs[0]][-1].out.index
+    keys = {k for e in c.einsums if e.op is not None and e.out.index == last for k in e.over}
+    for e in c.einsums:
+        if e.op == "add" and e.out.index != last and any(i.ranks & keys for i in e.out.index):
+            far = [x for x in e.reads if not x.ranks & keys]
+            if any(r in x.args for x in far) and not any(r in ex.walk(x) for x in e.reads if x not in far):
+                return True
+    return False
 
 
 def _split(c: Cascade, rank: Rank, n: Expr) -> Cascade:

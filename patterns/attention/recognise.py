@@ -141,8 +141,11 @@ def _rank_order(e: Expr) -> list[str]:
 class _Reader:
     """One attempt to read an attention around one contraction of the output term."""
 
-    def __init__(self, form: _Form, term: Expr, ranks: tuple[str, ...], load: Expr) -> None:
-        self.form, self.term, self.output, self.load = form, term, ranks, load
+    def __init__(
+        self, form: _Form, term: Expr, ranks: tuple[str, ...], load: Expr, biases: frozenset[str] = frozenset()
+    ) -> None:
+        self.form, self.term, self.output, self.load, self.biases = form, term, ranks, load, biases
+        self.product_of: dict[str, str] = {}
         self.products: dict[str, Einsum] = {}
         self.row: dict[str, Einsum] = {}
         self.prelude: dict[str, Einsum] = {}
@@ -162,6 +165,8 @@ class _Reader:
                 whole,
                 3,
             )
+        if biases := self.of_queries_themselves():
+            return _Reader(self.form, self.term, self.output, self.load, self.biases | biases).read()
         query = self.query(weight, values)
         finish = self.settle(ex.substitute(self.term, {self.load: self.accumulator(whole)}))
         if self.key in finish.ranks:
@@ -286,11 +291,29 @@ class _Reader:
                 4,
             )
         own = frozenset(str(i.attr) for i in inst.out.index)
-        if e.op != "add" or not own & self.candidates or not self.separates(inst):
+        if e.op != "add" or name in self.biases or not own & self.candidates or not self.separates(inst):
             self.before(x)
             return x
         self.note(e, inst)
-        return self.enter(self.products, inst, x)
+        out = self.enter(self.products, inst, x)
+        self.product_of[str(out.attr)] = name
+        return out
+
+    def of_queries_themselves(self) -> frozenset[str]:
+        """Products whose keys are those of a part of the queries, where no other rank is left for the query.
+
+            before   QK[y,x,m] = Σ_e Q·K[m,e];  R[y,x,u] = Σ_e Q·H[y,u,e];  C[y,x,v] = Σ_e Q·W[x,v,e]
+            after    R and C come before the score, which reads R[y,x,m // V] and C[y,x,m % V]
+        """
+        near = {n: self.near(e) & self.candidates for n, e in self.products.items()}
+        all_have = frozenset.intersection(*near.values())
+        if self.candidates - frozenset().union(*near.values()) or all_have not in near.values():
+            return frozenset()
+        return frozenset(self.product_of[n] for n, own in near.items() if own != all_have)
+
+    def near(self, product: Einsum) -> frozenset[str]:
+        """The ranks of a product's operand along the key."""
+        return frozenset().union(*(f.ranks for f in factors(product.body)[0] if self.key in f.ranks))
 
     def separates(self, inst: Einsum) -> bool:
         """Is the body a product in which the key and some query rank sit in different factors?"""

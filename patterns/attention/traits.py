@@ -168,7 +168,7 @@ def _operands(a: Attention) -> set[str]:
     keyed = [f for e in a.products for f in factors(e.body)[0] if a.key in f.ranks]
     heads = [f.ranks & set(a.batch) for f in keyed]
     out = {"latent"} if any(h != heads[0] for h in heads) else set()
-    if any(i.op == "floordiv" for f in keyed for x in ex.loads(f) for i in x.args):
+    if any(i.op == "floordiv" and i.ranks <= set(a.batch) for f in keyed for x in ex.loads(f) for i in x.args):
         out.add("gqa")
     return out
 

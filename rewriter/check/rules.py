@@ -372,6 +372,58 @@ def made(p: PlacedOperator) -> RowCut:
     return RowCut(dict.fromkeys(p.tensors, ANYTHING), p.wanted, lambda given: called(p.target, {**given, "size": sizes}))
 
 
+# --- edits: other values at some places ------------------------------------------------------------------------------
+
+
+def scatter(*named: str) -> Rule:
+    """Slices and indices that are laid in: all of the dimensions that they name, which `src` has as well."""
+
+    def rule(p: PlacedOperator) -> RowCut:
+        wanted = without(p.wanted, *(p.dim(n) for n in named))
+        return RowCut({"self": wanted, "src": wanted}, wanted)
+
+    return rule
+
+
+def select_scatter(p: PlacedOperator) -> RowCut:
+    d = p.dim()
+    wanted = without(p.wanted, d)
+    return RowCut({"self": wanted, "src": wanted[:d] + wanted[d + 1 :]}, wanted)
+
+
+def diagonal_scatter(p: PlacedOperator) -> RowCut:
+    dims = {p.dim("dim1"), p.dim("dim2")}
+    wanted = without(p.wanted, *dims)
+    return RowCut({"self": wanted, "src": (*(w for d, w in enumerate(wanted) if d not in dims), None)}, wanted)
+
+
+def diagonal(p: PlacedOperator) -> RowCut:
+    dims = sorted(p.dim(n, len(p.out) + 1) for n in ("dim1", "dim2"))
+    wants = list(p.wanted[:-1])
+    for d in dims:
+        wants.insert(d, None)
+    return RowCut({"self": tuple(wants)}, without(p.wanted, len(p.out) - 1))
+
+
+def index_fill(p: PlacedOperator) -> RowCut:
+    wanted = without(p.wanted, p.dim())
+    return RowCut({"self": wanted}, wanted)
+
+
+def index_put(p: PlacedOperator) -> RowCut:
+    """One number at some places: all of the dimensions that the indices are of."""
+    if any(n != 1 for n in p.shape("values")):
+        return whole(p)
+    at, d = list[int](), 0
+    for i in p.given["indices"]:
+        kind = p.values[i].dtype if i is not None else None
+        many = len(p.shape_of(i)) if kind in (torch.bool, torch.uint8) else 1
+        at += range(d, d + many) if i is not None else ()
+        d += many
+    wanted = without(p.wanted, *at)
+    return RowCut({"self": wanted, "indices": (None,) * len(p.given["indices"])}, wanted)
+
+
 def several(p: PlacedOperator) -> RowCut:
     """A reduction with several outputs (`max` with its positions), or a sort: all of them are cut alike."""
     return reduce(p) if "keepdim" in p.given else along(p)
@@ -396,6 +448,8 @@ RULES: Mapping[str, Rule] = {
     "repeat": repeat, "repeat_interleave": repeat_interleave, "embedding": embedding, "index_select": index_select,
     "gather": gather, "index": index, "tril": triangle, "triu": triangle,
     **dict.fromkeys(("ones", "zeros", "full", "new_ones", "new_zeros", "new_full"), made),
+    "slice_scatter": scatter("dim"), "select_scatter": select_scatter, "diagonal_scatter": diagonal_scatter,
+    "diagonal": diagonal, "index_fill": index_fill, "index_put": index_put, "fill": point, "zero": point,
 }
 # Operators with several outputs that are cut alike.
 SEVERAL = ("max", "min", "topk", "sort", "kthvalue", "median", "cummax", "cummin", "var_mean", "aminmax")

@@ -37,6 +37,7 @@ from ..find.detect import Found, NearMiss, defective, find
 from ..find.place import Place, hints_of, interior, named, place
 from ..find.upstream import Reached, projection_width, upstream
 from ..graph.aliases import Aliases
+from ..graph.functional import EDITED, functional
 from ..graph.liveness import erase_dead
 from ..splice import splice
 from ..splice.guards import original_subgraph
@@ -129,7 +130,7 @@ def rewrite(captured: capture.Captured, request: Request, checks: list[Check] | 
     where = request.target
     taken: Counter[str] = Counter()
     for region in capture.regions(captured.graph):
-        decisions, missed = decide(region, request, taken)
+        decisions, missed = _decided(region, request, taken)
         replaced: dict[fx.Node, fx.Node] = {}
         misses += missed
         for d in decisions:
@@ -143,6 +144,27 @@ def rewrite(captured: capture.Captured, request: Request, checks: list[Check] | 
         splice.finish(region)
         where = where or _device_of(region)
     return Plan(tuple(sites), tuple(misses), where or running_device("cpu"))
+
+
+def _decided(region: fx.GraphModule, request: Request, taken: Counter[str]) -> tuple[list[Decision], list[Miss]]:
+    """The decisions for a graph. Scores that are written in place are decided without the writes.
+
+    Where no call stands for them the graph stays as it is: a write in place moves less than a new value.
+    """
+    pure = functional(region)
+    if pure is None:
+        return decide(region, request, taken)
+    before = Counter(taken)
+    decisions, missed = decide(pure, request, taken)
+    edited = [d for d in decisions if any(EDITED in n.meta for n in interior(d.found))]
+    if any(d.call is not None for d in edited):
+        region.graph = pure.graph
+        return decisions, missed
+    taken.clear()
+    taken.update(before)
+    decisions, missed = decide(region, request, taken)
+    seen = {d.site.where for d in edited}
+    return [*decisions, *edited], [m for m in missed if m.where not in seen]
 
 
 def _reading(d: Decision, replaced: Mapping[fx.Node, fx.Node]) -> Decision:
@@ -218,6 +240,8 @@ def places(
 
     With `sharded` they also say what their keys and values are made of.
     """
+    # nothing runs here, so that what is written in place may as well be a new value
+    gm = functional(gm) or gm
     erase_dead(gm)
     found, missed = find(gm)
     out: list[Place] = []

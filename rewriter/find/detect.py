@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import pairwise
+from operator import mul
 
 import sympy
 import torch
@@ -12,8 +15,9 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.attention import concat, ranks, recognise
 from ...patterns.attention.attention import Attention
-from ...patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, verify
+from ...patterns.cascade import Access, Cascade, Einsum, Rank, Size, Tensor, as_size, size_term, verify
 from ...patterns.expr import Expr
+from ...patterns.passes import joined
 from ...patterns.verdict import Obstacle
 from ..capture.weights import is_weight
 from ..graph.aliases import Aliases
@@ -21,19 +25,21 @@ from ..graph.node import CannotLift, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
 from ..graph.torch_private import expression
 from ..graph.where import module_path, source_line
-from ..lift import operators_contract, operators_point, operators_reduce, operators_view
+from ..lift import operators_contract, operators_edit, operators_point, operators_reduce, operators_view
 from ..lift.hoist import hoist
 from ..lift.index import ZERO
-from ..lift.lift import Lifter, Rule
+from ..lift.lift import At, Lifter, Rule
 from ..lift.names import canonical
 from ..lift.operators_contract import peel
 from . import defect
+from .added import Addend, addends, candidates, sums
 from .final import Final, finals, hides_product
 from .twins import match
 from .unaccounted import unaccounted
 
 RULES: Mapping[str, Rule] = {
     **operators_view.RULES, **operators_point.RULES, **operators_reduce.RULES, **operators_contract.RULES,
+    **operators_edit.RULES,
 }
 
 
@@ -95,6 +101,12 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     missed: list[NearMiss] = []
     taken: set[fx.Node] = set()
     dismissed: set[fx.Node] = set()
+    for whole, parts in _added(gm.graph, aliases):
+        if isinstance(whole, Found):
+            found.append(whole)
+            taken |= {whole.output, *parts}
+        else:
+            missed.append(whole)
     for n in gm.graph.nodes:
         if (hint := WHOLE.get(op_name(n))) is not None:
             missed.append(replace(_near(n, "one operator of torch holds the whole attention", 1), hint=hint))
@@ -111,9 +123,43 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
             missed.append(out)
         elif out is not None:
             dismissed.add(out.node)
+    found.sort(key=lambda f: aliases.position[f.output])
     known = taken | dismissed | {m.node for m in missed}
     missed += [_near(n, reason, 1) for n, reason in dict(unaccounted(gm.graph, known)).items()]
     return found, missed
+
+
+def _added(graph: fx.Graph, aliases: Aliases) -> Iterator[tuple[Found | NearMiss, tuple[fx.Node, ...]]]:
+    """Attentions whose output is a sum of products, with these; the outermost sums come first."""
+    before: list[Found] = []
+    taken: set[fx.Node] = set()
+    for n in candidates(graph):
+        if n in taken:
+            continue
+        try:
+            parts = addends(Lifter(graph, aliases, RULES), n)
+            found = _sum_of(graph, aliases, n, parts, before) if parts else None
+        except Exception as error:
+            yield defective(n, error), ()
+            continue
+        if found is not None:
+            own = (*(a.node for a in parts), *(x for a in parts for x in a.sums))
+            before.append(found)
+            taken |= {n, *own}
+            yield found, own
+
+
+def _sum_of(
+    graph: fx.Graph, aliases: Aliases, n: fx.Node, parts: list[Addend], before: list[Found]
+) -> Found | None:
+    if (twin := _twin(before, n, aliases)) is not None:
+        return twin
+    try:
+        final = sums(Lifter(graph, aliases, RULES), n, parts)
+    except CannotLift:
+        return None
+    out = _attempt(graph, aliases, final) if final is not None else None
+    return out if isinstance(out, Found) else None
 
 
 def _outcome(
@@ -155,9 +201,9 @@ def _attempts(
         yield _attempt(graph, aliases, final)
 
 
-def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMiss:
+def _attempt(graph: fx.Graph, aliases: Aliases, final: Final, offsets: bool = False) -> Found | NearMiss:
     n = final.node
-    lifter = Lifter(graph, aliases, RULES)
+    lifter = Lifter(graph, aliases, RULES, offsets)
     try:
         lifted = _lift(lifter, final)
     except CannotLift as no:
@@ -165,10 +211,18 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
     if not lifter.products:
         return _near(n, _reason(lifter, "no product of two token ranks stands behind the weights"), 1 if told(lifter) else 0)
     output, lifted = _with_epilogue(lifter, final, lifted)
-    cascade = ranks.unify(ranks.split(_with_query(concat.split(hoist(lifter, lifted)))))
+    hoisted = hoist(lifter, lifted)
+    whole = joined.join(hoisted)
+    if whole is not hoisted and not offsets:
+        # slices that lie side by side in one tensor are that tensor again
+        return _attempt(graph, aliases, final, offsets=True)
+    cascade = ranks.one_value(ranks.unify(ranks.split(_with_query(concat.split(whole)))))
     view = recognise.attention(cascade)
     if isinstance(view, Obstacle):
         return _near(n, _reason(lifter, view.reason), 1 if lifter.normalised or told(lifter) else 0)
+    if (plane := ranks.fuse(cascade, *pair) if (pair := _plane(view)) else cascade) is not cascade:
+        again = recognise.attention(plane)
+        cascade, view = (plane, again) if isinstance(again, Attention) else (cascade, view)
     if refusal := _normalised_elsewhere(view):
         return _near(n, refusal, 1)
     if refusal := _weights_are_parameters(view):
@@ -223,12 +277,8 @@ def _lift(lifter: Lifter, final: Final) -> Cascade:
     lifter.ranks["m"] = final.size
     place = tuple(at)
     weight = ex.cast(final.weight(lifter, place, ex.index("m")), dtype)
-    node, where = final.value(lifter, place, ex.index("m"))
-    value, factors = peel(lifter, node, where, "m", n)
     kept = [d for d, s in enumerate(final.shape) if s != 1]
-    body = weight * ex.cast(value, dtype)
-    for f in factors:
-        body = body * ex.cast(f, dtype)
+    body = _weighted(lifter, final, weight, place)
     lifter.tensors["O"] = Tensor("O", tuple(final.shape[d] for d in kept), dtype)
     lifter.einsums.append(Einsum(Access("O", tuple(at[d] for d in kept)), body, "add", ("m",)))
     lifter.output_at = place
@@ -240,6 +290,24 @@ def _lift(lifter: Lifter, final: Final) -> Cascade:
         outputs=("O",),
         accumulate="f64" if dtype == "f64" else "f32",
     )
+
+
+def _weighted(lifter: Lifter, final: Final, weight: Expr, place: At) -> Expr:
+    """The weight times the values, which lie end to end where there are several."""
+    n, m, dtype = final.node, ex.index("m"), dtype_of(final.node)
+    read = [peel(lifter, *v.place(lifter, place, m), frozenset("m"), n) for v in final.values]
+    if len(read) == 1:
+        ((value, factors),) = read
+        return reduce(mul, [ex.cast(f, dtype) for f in factors], weight * ex.cast(value, dtype))
+    start: Size = 0
+    laid: list[Expr] = []
+    ends: list[Expr] = []
+    for v, (value, factors) in zip(final.values, read):
+        own = reduce(mul, [ex.cast(f, value.dtype) for f in factors], value)
+        laid.append(ex.substitute(own, {m: m - size_term(start)}))
+        start = as_size(sympy.expand(sympy.sympify(start) + v.size))
+        ends.append(m < size_term(start))
+    return weight * ex.cast(concat.laid(ends, laid), dtype)
 
 
 _EPILOGUE = frozenset(
@@ -324,6 +392,24 @@ def _with_query(c: Cascade) -> Cascade:
         for t in c.tensors
     )
     return replace(c, ranks=(*c.ranks, Rank("p", 1)), tensors=tensors, einsums=tuple(einsums))
+
+
+def _plane(view: Attention) -> tuple[str, str] | None:
+    """Rows and columns of queries that attend to a plane of just their size: together they are one rank, as the keys are.
+
+    before   QK[y,x,m] = Σ_e Q[y,x,e]·K[m // X,m % X,e]        after   QK[p,m] = Σ_e Q[p // X,p % X,e]·K[m // X,m % X,e]
+    """
+    c, m = view.cascade, ex.index(view.key)
+    out = [str(i.attr) for i in c.producers[c.outputs[0]][-1].out.index]
+    keyed = [x for t in (*(e.body for e in view.products), view.values) for x in ex.loads(t) if view.key in x.ranks]
+    for rows, columns in pairwise(out):
+        width, size = size_term(c.rank[columns].size), sympy.sympify(c.rank[rows].size) * sympy.sympify(c.rank[columns].size)
+        queries = view.query in (rows, columns) and {rows, columns} <= {view.query, *view.batch}
+        if not queries or sympy.expand(size - sympy.sympify(c.rank[view.key].size)) != 0:
+            continue
+        if all({m // width, m % width} <= set(x.args) and not {rows, columns} & x.ranks for x in keyed):
+            return rows, columns
+    return None
 
 
 def _weights_are_parameters(view: Attention) -> str:

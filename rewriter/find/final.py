@@ -22,15 +22,26 @@ from ..lift.operators_contract import CONTRACTIONS, PRODUCTS, Contraction, contr
 
 @dataclass(frozen=True)
 class Final:
-    """`O[at] = Σ_m weight(at, m) · value(at, m)`; `shape` keeps missing dimensions as 1 and `place` fills them in."""
+    """`O[at] = Σ_m weight(at, m) · value(at, m)`; `shape` keeps missing dimensions as 1 and `place` fills them in.
+
+    `values` lie end to end: each with its size, its node and its coordinates there.
+    """
 
     node: fx.Node
     shape: tuple[Size, ...]
     place: Callable[[At], At]
     size: Size
     weight: Callable[[Lifter, At, Expr], Expr]
-    value: Callable[[Lifter, At, Expr], tuple[fx.Node, At]]
+    values: tuple[ValueRun, ...]
     why: str
+
+
+@dataclass(frozen=True)
+class ValueRun:
+    """So many values, and where each lies: `place(at, m)` is a node and the coordinates in it."""
+
+    size: Size
+    place: Callable[[Lifter, At, Expr], tuple[fx.Node, At]]
 
 
 def finals(lifter: Lifter, n: fx.Node, done: Collection[fx.Node] = ()) -> Iterator[Final]:
@@ -66,13 +77,13 @@ def _from_contraction(n: fx.Node, c: Contraction, side: int) -> Final:
     def value(lifter: Lifter, at: At, m: Expr) -> tuple[fx.Node, At]:
         return c.operands(at, m)[1 - side]
 
-    return Final(n, c.shape, c.place, c.size, weight, value, op_name(n))
+    return Final(n, c.shape, c.place, c.size, weight, (ValueRun(c.size, value),), op_name(n))
 
 
 # How many nodes behind the weights are looked at, the nearest first.
 _LIMIT = 512
 NOT_BETWEEN = frozenset(("placeholder", "linear", "embedding", "layer_norm", "convolution", "conv1d", "conv2d", "output"))
-_SHAPE_ONLY = CONTRACTIONS | frozenset((
+SHAPE_ONLY = CONTRACTIONS | frozenset((
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "permute", "expand",
     "contiguous", "clone", "slice", "select", "to", "_to_copy", "getitem", "cat", "stack", "detach", "alias", "split",
     "chunk", "unbind",
@@ -98,7 +109,7 @@ def leads_to_product(start: fx.Node, done: Collection[fx.Node] = ()) -> bool:
             return True
         if name in NOT_BETWEEN or n.op in ("placeholder", "get_attr"):
             continue
-        queue.extend((a, between or name not in _SHAPE_ONLY) for a in n.all_input_nodes)
+        queue.extend((a, between or name not in SHAPE_ONLY) for a in n.all_input_nodes)
     return any(_is_product_sum(x) for x in seen if x is not start)
 
 
@@ -175,7 +186,8 @@ def _sdpa(n: fx.Node) -> Final:
     def value(lifter: Lifter, at: At, m: Expr) -> tuple[fx.Node, At]:
         return v, broadcast_to(v, grouped(v, (*at[:-2], m, at[-1])))
 
-    return Final(n, shape_of(tensor_of(n)), lambda at: at, kv_shape[-2], weight, value, "scaled_dot_product_attention")
+    return Final(n, shape_of(tensor_of(n)), lambda at: at, kv_shape[-2], weight, (ValueRun(kv_shape[-2], value),),
+                 "scaled_dot_product_attention")
 
 
 def broadcast_to(n: fx.Node, at: At) -> At:

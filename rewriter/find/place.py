@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -182,20 +182,21 @@ def _data(n: fx.Node) -> Iterator[fx.Node]:
 
 def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:
     """The interior nodes from the products of queries and keys on: scores, weights and what is between."""
-    order = {n: i for i, n in enumerate(f.output.graph.nodes)}
-    reached = {n for n in inside if op_name(n) in CONTRACTIONS}
-    queries, keys = _operands(f)
-    # Where one tensor is both, all that is made of it would be a product.
-    if not reached or not queries & keys:
-        reached |= _meeting((queries, keys), inside, order)
-    for n in sorted(inside, key=lambda x: order[x]):
+    order = sorted(inside, key={n: i for i, n in enumerate(f.output.graph.nodes)}.__getitem__)
+    queries, keys = _reading(f, order)
+    # a product that reads neither makes a mask (which queries meet which keys), and masks are shared
+    reached = {n for n in order if op_name(n) in CONTRACTIONS and n in queries | keys}
+    # where a product is spelled by hand, it is where both meet; of one tensor that is both, all that is made of it would be
+    if not reached or not any(t in queries & keys for t in f.tensors.values()):
+        reached |= {n for n in order if n in queries & keys}
+    for n in order:
         if any(i in reached for i in n.all_input_nodes):
             reached.add(n)
     return reached
 
 
-def _operands(f: Found) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The tensors that the scores' products read with the queries, and those with the keys."""
+def _reading(f: Found, order: Sequence[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The interior nodes that depend on operands of a product without the key, and on those with it; and the operands."""
     view = attention(f.cascade)
     assert isinstance(view, Attention), view
     sides: tuple[set[fx.Node], set[fx.Node]] = (set(), set())
@@ -203,19 +204,11 @@ def _operands(f: Found) -> tuple[set[fx.Node], set[fx.Node]]:
         for load in ex.loads(e.body):
             if str(load.attr) in f.tensors:
                 sides[view.key in load.ranks].add(f.tensors[str(load.attr)])
-    return sides
-
-
-def _meeting(
-    sides: tuple[set[fx.Node], set[fx.Node]], inside: frozenset[fx.Node], order: Mapping[fx.Node, int]
-) -> set[fx.Node]:
-    """Where a product is spelled by hand: the nodes that depend on the query's and on the key's operand."""
-    queries, keys = (set(s) for s in sides)
-    for n in sorted(inside, key=lambda x: order[x]):
-        for reached in (queries, keys):
+    for n in order:
+        for reached in sides:
             if any(i in reached for i in n.all_input_nodes):
                 reached.add(n)
-    return {n for n in inside if n in queries and n in keys}
+    return sides
 
 
 def _gradient_cut(inside: frozenset[fx.Node]) -> fx.Node | None:

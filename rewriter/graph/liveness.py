@@ -60,14 +60,13 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
 
 def survivors(nodes: Collection[fx.Node], output: fx.Node) -> frozenset[fx.Node]:
     """The nodes of an attention's interior that stay alive when its output is replaced, because others read them."""
-    order = {n: i for i, n in enumerate(output.graph.nodes)}
     inside = set(nodes) - {output}
     # In-place operators on the interior belong to it.
     local = {u for n in inside for u in n.users if u is not output and set(written_arguments(u)) & inside}
-    inside |= local
     alive: set[fx.Node] = set()
-    for n in sorted(inside, key=lambda x: -order[x]):
-        if any(u in alive or (u not in inside and u is not output) for u in n.users) or not (is_pure(n) or n in local):
+    # what is made of the interior for the interior alone (a tensor of its shape) goes with it
+    for n in reversed(output.graph.nodes):
+        if any(u in alive and u is not output for u in n.users) or not (is_pure(n) or n in local):
             alive.add(n)
     return frozenset(alive & set(nodes))
 

@@ -63,6 +63,14 @@ def dtype_of(n: fx.Node) -> str:
     return name
 
 
+def constant_of(n: fx.Node) -> torch.Tensor | None:
+    """The tensor that a graph holds as a constant; parameters and buffers may change, and fake tensors have no value."""
+    held: object = n.graph.owning_module if n.op == "get_attr" else None
+    for part in str(n.target).split(".") if held is not None else ():
+        held = getattr(held, part, None)
+    return held if type(held) is torch.Tensor and held.device.type != "meta" and not held.requires_grad else None
+
+
 def written_arguments(n: fx.Node) -> list[fx.Node]:
     """The nodes that an operator writes in place, by its schema."""
     if not isinstance(n.target, OpOverload):

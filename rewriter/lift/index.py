@@ -179,10 +179,15 @@ def _sum(parts: Sequence[Part]) -> Expr:
     return out
 
 
-def is_simple(at: Sequence[Expr]) -> bool:
-    """Whether every coordinate is a rank, `rank // n`, `rank % n` or a constant, so that strides can address it."""
+def is_simple(at: Sequence[Expr], offsets: bool = False) -> bool:
+    """Whether every coordinate is a rank, `rank // n`, `rank % n` or a constant, so that strides can address it.
+
+    With `offsets`, a rank may begin behind the tensor's first element.
+    """
     seen: set[tuple[str, str]] = set()
     for t in at:
+        if offsets and t.op == "add" and any(a.is_const and a.value > 0 for a in t.args):
+            t = next((a for a in t.args if a.op == "index"), t)
         if t.op in ("const", "symbol"):
             continue
         if t.op == "index":

@@ -52,10 +52,13 @@ _REPEATS = frozenset(("expand", "expand_as", "broadcast_to"))
 
 
 class Lifter:
-    """One attempt to lift the value of one node. Collects ranks, tensors and Einsums as they are demanded."""
+    """One attempt to lift the value of one node. Collects ranks, tensors and Einsums as they are demanded.
 
-    def __init__(self, graph: fx.Graph, aliases: Aliases, rules: Mapping[str, Rule]) -> None:
-        self.aliases, self.rules = aliases, rules
+    With `offsets`, operands that are slices are read as what they are slices of.
+    """
+
+    def __init__(self, graph: fx.Graph, aliases: Aliases, rules: Mapping[str, Rule], offsets: bool = False) -> None:
+        self.aliases, self.rules, self.offsets = aliases, rules, offsets
         self.position = aliases.position
         self.ranks: dict[str, Size] = {}
         self.tensors: dict[str, Tensor] = {}

@@ -10,10 +10,11 @@ from typing import cast as typed
 from torch import fx
 
 from ...patterns import expr as ex
-from ...patterns.cascade import Einsum, Size
+from ...patterns.attention.ranks import quotient, remainder
+from ...patterns.cascade import Einsum, Size, size_term
 from ...patterns.expr import Expr
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
-from ..graph.sizes import shape_of
+from ..graph.sizes import product, shape_of
 from .index import ZERO, is_simple
 from .lift import At, Lifter, Rule, scratch
 from .operators_reduce import dims_of, full_place, reduction
@@ -76,13 +77,15 @@ class Contraction:
     """`out[w] = Σ_e a·b`: the operands' places for output coordinates `w` and a reduced coordinate.
 
     `shape` is the output's shape with the reduced and missing dimensions kept as 1; `place` turns the node's own
-    coordinates into `w`.
+    coordinates into `w`. Where several dimensions are reduced, the coordinate runs over all of them, and `digits` are their
+    sizes, the innermost last.
     """
 
     operands: Callable[[At, Expr], Pair]
     size: Size
     shape: tuple[Size, ...]
     place: Callable[[At], At] = lambda at: at
+    digits: tuple[Size, ...] = ()
 
 
 def contract(lifter: Lifter, n: fx.Node, c: Contraction, at: At) -> Expr:
@@ -92,15 +95,17 @@ def contract(lifter: Lifter, n: fx.Node, c: Contraction, at: At) -> Expr:
 
     def build(where: At) -> Einsum:
         taken = [str(i.attr) for i in where if i.op == "index"]
-        e = lifter.rank(c.size, "", taken)
+        over: list[str] = []
+        for size in c.digits or (c.size,):
+            over.append(lifter.rank(size, "", [*taken, *over]))
         inside: list[Expr] = []
         outside: list[Expr] = []
-        for node, place in c.operands(where, ex.index(e)):
-            term, factors = peel(lifter, node, place, e, n)
+        for node, place in c.operands(where, _number([ex.index(e) for e in over], c.digits)):
+            term, factors = peel(lifter, node, place, frozenset(over), n)
             inside.append(ex.cast(term, dtype))
             outside.extend(factors)
         lifter.outside[n] = (where, tuple(outside))
-        return scratch(inside[0] * inside[1], "add", (e,))
+        return scratch(inside[0] * inside[1], "add", tuple(over))
 
     out = lifter.define(n, "QK", c.shape, at, build, dtype)
     lifter.products.add(str(out.attr))
@@ -111,15 +116,34 @@ def contract(lifter: Lifter, n: fx.Node, c: Contraction, at: At) -> Expr:
     return out
 
 
+def _number(digits: Sequence[Expr], sizes: Sequence[Size]) -> Expr:
+    """The coordinate over several dimensions: a·B + b."""
+    out = digits[0]
+    for d, size in zip(digits[1:], sizes[1:]):
+        out = out * size_term(size) + d
+    return out
+
+
+def _digits(number: Expr, sizes: Sequence[Size]) -> list[Expr]:
+    """The coordinates in each of several dimensions."""
+    out: list[Expr] = []
+    for size in reversed(sizes[1:]):
+        out.append(remainder(number, size_term(size)))
+        number = quotient(number, size_term(size))
+    return [number, *reversed(out)]
+
+
 _PEEL = frozenset((
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "permute",
     "expand", "expand_as", "contiguous", "clone", "detach", "alias", "slice", "select", "narrow", "repeat_interleave",
     "cat", "getitem", "movedim", "swapaxes", "mT", "numpy_T", "lift_fresh_copy", "dropout", "repeat",
 ))
+# … of which these show one tensor, each element as it is.
+VIEWS = _PEEL - {"cat", "dropout", "getitem", "repeat", "repeat_interleave"}
 LOOKED_THROUGH = _PEEL | {"to", "_to_copy", "type_as", "float", "mul", "multiply", "div"}
 
 
-def peel(lifter: Lifter, n: fx.Node, at: At, reduced: str, reader: fx.Node) -> tuple[Expr, list[Expr]]:
+def peel(lifter: Lifter, n: fx.Node, at: At, reduced: frozenset[str], reader: fx.Node) -> tuple[Expr, list[Expr]]:
     """An operand read as far upstream as strides can still address it, and the scalar factors met on the way.
 
     Views, casts and products with a factor without the reduced coordinate are looked through; anything else is where the
@@ -138,7 +162,7 @@ def peel(lifter: Lifter, n: fx.Node, at: At, reduced: str, reader: fx.Node) -> t
         factors += [factor] if factor is not None else []
         lifter.visited.add(node)
         below, node, where = node, above, place
-        if is_simple(where):
+        if is_simple(where, lifter.offsets):
             best, best_reader, best_casts, best_factors = (node, where), below, len(casts), len(factors)
     out = lifter.leaf(*best, reader=best_reader)
     for c in reversed(casts[:best_casts]):
@@ -147,7 +171,7 @@ def peel(lifter: Lifter, n: fx.Node, at: At, reduced: str, reader: fx.Node) -> t
 
 
 def _step_up(
-    lifter: Lifter, n: fx.Node, at: At, reduced: str
+    lifter: Lifter, n: fx.Node, at: At, reduced: frozenset[str]
 ) -> tuple[fx.Node, At, str | None, Expr | None] | None:
     """One node upstream: (node, coordinates, cast met, factor met), or None where the operand is materialised."""
     name = op_name(n)
@@ -170,27 +194,28 @@ def _step_up(
                 term = ex.cast(lifter.arg(factor, at), dtype_of(n))
             except CannotLift:
                 continue
-            if reduced in term.ranks:
+            if reduced & term.ranks:
                 continue
             if name == "div":
                 term = ex.const(1.0, dtype_of(n)) / term
             own, other = dtype_of(n), dtype_of(side)
             return side, at, (own if own != other else None), term
         return None
-    if name not in _PEEL:
-        return None
+    moved = step_through(lifter, n, at) if name in _PEEL else None
+    return None if moved is None else (*moved, None, None)
+
+
+def step_through(lifter: Lifter, n: fx.Node, at: At) -> tuple[fx.Node, At] | None:
+    """The one node that a view reads at these coordinates, and where; None where it reads several."""
     spy = _Spy(lifter)
     try:
-        lifter.rules[name](spy, n, arguments(n), at)  # type: ignore[arg-type]
+        lifter.rules[op_name(n)](spy, n, arguments(n), at)  # type: ignore[arg-type]
     except CannotLift:
         return None
-    if len(spy.seen) != 1:
-        return None
-    (x, place), = spy.seen
-    return x, place, None, None
+    return spy.seen[0] if len(spy.seen) == 1 else None
 
 
-def _is_scale(n: fx.Node, at: At, reduced: str) -> bool:
+def _is_scale(n: fx.Node, at: At, reduced: frozenset[str]) -> bool:
     """A factor tensor that has no extent along the reduced coordinate and is small: a temperature, not an operand."""
     value = n.meta.get("val")
     if not hasattr(value, "dim"):
@@ -198,7 +223,7 @@ def _is_scale(n: fx.Node, at: At, reduced: str) -> bool:
     shape = shape_of(tensor_of(n))
     tail = at[len(at) - len(shape) :]
     live = [i for s, i in zip(shape, tail) if s != 1]
-    return all(reduced not in i.ranks for i in live)
+    return not any(reduced & i.ranks for i in live)
 
 
 class _Spy:
@@ -307,19 +332,39 @@ def einsum_spec(n: fx.Node, a: Args) -> tuple[list[str], str, list[fx.Node]]:
 
 def einsum_product(lifter: Lifter, n: fx.Node) -> Contraction | None:
     specs, out, nodes = einsum_spec(n, arguments(n))
-    reduced = sorted(set("".join(specs)) - set(out))
-    if len(nodes) != 2 or len(reduced) != 1 or any(reduced[0] not in s for s in specs):
-        return None
+    return letters_product(lifter, n, specs, out, nodes) if len(nodes) == 2 else None
+
+
+def letters_product(
+    lifter: Lifter, n: fx.Node, specs: Sequence[str], out: str, nodes: Sequence[fx.Node]
+) -> Contraction | None:
+    """Two operands whose dimensions have letters: those that the output lacks, and both have, are reduced."""
     sizes = {c: s for spec, x in zip(specs, nodes) for c, s in zip(spec, shape_of(tensor_of(x))) if s != 1}
-    if reduced[0] not in sizes:
+    reduced = [c for c in dict.fromkeys("".join(specs)) if c not in out]
+    many = [c for c in reduced if c in sizes]
+    if not many or any(c not in s for c in reduced for s in specs):
         return None
+    digits = tuple(sizes[c] for c in many)
 
     def operands(w: At, e: Expr) -> Pair:
-        place = dict(zip(out, w)) | {reduced[0]: e}
+        place = dict.fromkeys(reduced, ZERO) | dict(zip(out, w)) | dict(zip(many, _digits(e, digits)))
         first, second = ((t, lifter.broadcast(t, tuple(place[c] for c in s))) for s, t in zip(specs, nodes))
         return first, second
 
-    return Contraction(operands, sizes[reduced[0]], shape_of(tensor_of(n)))
+    return Contraction(operands, product(digits), shape_of(tensor_of(n)), digits=digits if len(digits) > 1 else ())
+
+
+def tensordot(lifter: Lifter, n: fx.Node) -> Contraction | None:
+    """The last dimensions of one operand with the first of the other, or pairs of them, named by letters."""
+    a = arguments(n)
+    x, y = typed("fx.Node", a["self"]), typed("fx.Node", a["other"])
+    dx, dy = typed("Sequence[int]", a["dims_self"]), typed("Sequence[int]", a["dims_other"])
+    first, second = ([chr(start + d) for d in range(len(shape_of(tensor_of(t))))] for start, t in ((97, x), (65, y)))
+    for i, j in zip(dx, dy):
+        second[j] = first[i]
+    shared = {first[i] for i in dx}
+    out = "".join(c for c in (*first, *second) if c not in shared)
+    return letters_product(lifter, n, ("".join(first), "".join(second)), out, (x, y))
 
 
 def einsum(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
@@ -340,19 +385,26 @@ def einsum(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     return product
 
 
-def _contraction(build: Callable[[Lifter, fx.Node], Contraction]) -> Rule:
-    return lambda lifter, n, a, at: contract(lifter, n, build(lifter, n), at)
+def _contraction(build: Callable[[Lifter, fx.Node], Contraction | None]) -> Rule:
+    def rule(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
+        found = build(lifter, n)
+        if found is None:
+            raise CannotLift(f"{op_name(n)} over dimensions of size 1", n)
+        return contract(lifter, n, found, at)
+
+    return rule
 
 
 # What may be the last product of an attention, and how its operands lie.
 PRODUCTS: dict[str, Callable[[Lifter, fx.Node], Contraction | None]] = {
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "linalg_matmul"), matmul),
-    "einsum": einsum_product, "sum": product_sum, "linear": _linear_product,
+    "einsum": einsum_product, "tensordot": tensordot, "sum": product_sum, "linear": _linear_product,
 }
 # What is by its name a product of two computed tensors: a layer's weights are given, and not every sum is of a product.
 CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
 
 RULES: dict[str, Rule] = {
     "sum": sum_, "baddbmm": baddbmm, "addmm": baddbmm, "linear": linear, "einsum": einsum,
+    "tensordot": _contraction(tensordot),
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "linalg_matmul"), _contraction(matmul)),
 }

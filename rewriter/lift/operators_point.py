@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import fx
 
 from ...patterns import expr as ex
@@ -13,7 +12,7 @@ from ...patterns.evaluate import DTYPE_NAME
 from ...patterns.expr import Expr
 from ...patterns.operators import OPERATORS
 from ...patterns.terms.affine import affine
-from ..graph.node import CannotLift, dtype_of, tensor_of
+from ..graph.node import CannotLift, constant_of, dtype_of, tensor_of
 from ..graph.sizes import shape_of
 from .index import ZERO
 from .lift import At, Lifter, Rule
@@ -294,9 +293,8 @@ def eye(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
 
 def one_element(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     """A constant of the graph with one element (Dynamo and export lift Python scalars so)."""
-    value = getattr(n.graph.owning_module, str(n.target), None) if n.op == "get_attr" else None
-    # exactly Tensor: parameters may change between calls, and fake tensors have no value
-    if type(value) is torch.Tensor and value.numel() == 1 and value.device.type != "meta" and not value.requires_grad:
+    value = constant_of(n)
+    if value is not None and value.numel() == 1:
         return ex.const(value.item(), DTYPE_NAME[value.dtype])
     raise CannotLift("an input", n)
 
@@ -328,7 +326,7 @@ RULES: dict[str, Rule] = {
     "log_sigmoid": via(lambda x: -ex.unary("softplus", -x)),
     "dropout": dropout, "feature_dropout": dropout, "tril": tri(True), "triu": tri(False), "arange": arange,
     "full": filled(None), "full_like": filled(None), "new_full": filled(None), "scalar_tensor": filled(None),
-    "fill": filled(None), "zeros": filled(0), "zeros_like": filled(0), "new_zeros": filled(0), "ones": filled(1),
-    "ones_like": filled(1), "new_ones": filled(1), "eye": eye, "get_attr": one_element,
+    "fill": filled(None), "zero": filled(0), "zeros": filled(0), "zeros_like": filled(0), "new_zeros": filled(0),
+    "ones": filled(1), "ones_like": filled(1), "new_ones": filled(1), "eye": eye, "get_attr": one_element,
     "cumsum": cumulative_ones, "diff": diff,
 }

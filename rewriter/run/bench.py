@@ -30,6 +30,7 @@ from ..capture.models import ModelInput, Shapes, UsageError, load
 from ..choose import choose
 from ..choose.policy import Policy
 from ..find.place import interior
+from ..graph.functional import adopt
 from ..splice.guards import original_subgraph
 from .explain import positions
 
@@ -157,6 +158,7 @@ def bench_input(given: ModelInput, site: str | None, seconds: float, step: Step)
         found: list[tuple[fx.GraphModule, choose.Decision]] = []
         taken: Counter[str] = Counter()
         for region in capture.regions(captured.graph):
+            adopt(region)
             found += [(region, d) for d in choose.decide(region, choose.Request(Policy()), taken)[0]]
         groups = _groups([d.site for _, d in found], site)
         done: list[SiteBench] = []

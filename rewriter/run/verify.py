@@ -29,6 +29,7 @@ from ..capture import capture
 from ..capture.models import run
 from ..choose import choose
 from ..choose.policy import Policy
+from ..graph.functional import adopt
 from ..graph.torch_private import tree_leaves
 from .session import Session, session_of
 
@@ -177,6 +178,7 @@ class _Checker:
             return gm.forward
         decisions, taken = {}, Counter[str]()
         for region in capture.regions(captured.graph):
+            adopt(region)
             made, _ = choose.decide(region, choose.Request(self.policy, choices=self.choices), taken)
             decisions.update({d.found.output: d for d in made})
         return lambda *values: _Checking(captured.graph, decisions, self.checks).run(*values)

@@ -1,4 +1,4 @@
-"""Counts attentions while a model runs, by data flow from a softmax to a product. Shares no code with detection."""
+"""Counts attentions while a model runs: softmaxes that flow into a product, or into several. Shares no code with detection."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class CountAttention(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
-        # tensors that hold probabilities; kept alive, so that no address is used twice
-        self._weights: dict[int, torch.Tensor] = {}
+        # tensors that hold probabilities, with the softmax that they come from; kept alive, so that no address is used twice
+        self._weights: dict[int, tuple[torch.Tensor, int]] = {}
+        self._counted: set[int] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -32,11 +33,12 @@ class CountAttention(TorchFunctionMode):
             self.count += 1
             return out
         flat = [a for x in args for a in (x if isinstance(x, (list, tuple)) else [x]) if isinstance(a, torch.Tensor)]
-        carries = any(id(a) in self._weights for a in flat)
+        carried = {self._weights[id(a)][1] for a in flat if id(a) in self._weights}
         if name in _SOFTMAX:
-            self._weights[id(out)] = out
-        elif carries and name in _PRODUCTS:
-            self.count += 1
-        elif carries and name in _THROUGH and isinstance(out, torch.Tensor):
-            self._weights[id(out)] = out
+            self._weights[id(out)] = (out, id(out))
+        elif carried and name in _PRODUCTS:
+            self.count += len(carried - self._counted)
+            self._counted |= carried
+        elif carried and name in _THROUGH and isinstance(out, torch.Tensor):
+            self._weights[id(out)] = (out, min(carried))
         return out

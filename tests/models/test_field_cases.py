@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import reattend
+from tests.cases import spelled  # noqa: F401  more cases
 from tests.cases.field import CASES
 
 # Errors below this are not compared: it is what a sum of numbers of float32 in another order may be off by.

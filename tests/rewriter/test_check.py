@@ -81,6 +81,16 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "in place": (lambda x: (x * 2).masked_fill_(x > 0, -1.0).add_(x).sigmoid(), [r(5, 6)]),
     "in place through a view": (lambda x: _view_written(x * 2), [r(5, 6)]),
     "converted": (lambda x, y: x.type_as(y).to(torch.float64), [r(5, 6).double(), r(3)]),
+    "a slice laid in": (lambda x, y: torch.slice_scatter(x, y, 1, 1, 4), [r(2, 5, 6), r(2, 3, 6)]),
+    "a column laid in": (lambda x, y: torch.select_scatter(x, y, -1, 2), [r(2, 5, 6), r(2, 5)]),
+    "a diagonal laid in": (lambda x, y: torch.diagonal_scatter(x, y, 1, 0, 2), [r(5, 3, 6), r(3, 5)]),
+    "a diagonal": (lambda x: x.diagonal(1, -1, 0), [r(5, 3, 6)]),
+    "filled at indices": (lambda x, i: x.index_fill(1, i, 3.0), [r(2, 5, 6), torch.tensor([0, 3])]),
+    "put by a mask": (
+        lambda x, m, c: torch.ops.aten.index_put(x, [None, m], c),
+        [r(2, 5, 6), torch.randn(5, 6) > 0, torch.tensor(2.0)],
+    ),
+    "put at indices": (lambda x, i, c: x.index_put((i,), c), [r(5, 6), torch.tensor([0, 3]), torch.tensor(2.0)]),
     "without a rule": (lambda x: torch.flip(x, (0,)).roll(1, 1), [r(5, 6)]),
 }
 

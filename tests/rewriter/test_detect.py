@@ -280,8 +280,8 @@ def _columns_of_the_product(q: Any, k: Any, v: Any) -> Any:
     return (a * 0.25).softmax(-1) @ v
 
 
-def _index(q: Any, k: Any, v: Any) -> Any:
-    return (q @ k.mT * 0.25).index_fill(-1, torch.tensor([0, 1]), -1e4).softmax(-1) @ v
+def _scattered(q: Any, k: Any, v: Any) -> Any:
+    return (q @ k.mT * 0.25).scatter(-1, torch.zeros(2, 4, 24, 1, dtype=torch.int64), -1e4).softmax(-1) @ v
 
 
 MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
@@ -299,7 +299,7 @@ def _mixed_after(q: Any, k: Any, v: Any) -> Any:
     ("fn", "words"),
     [
         (_columns, "mul is written in place before softmax reads it"),
-        (_columns_of_the_product, "matmul is written in place before mul reads it"), (_index, "index_fill has no term"),
+        (_columns_of_the_product, "matmul is written in place before mul reads it"), (_scattered, "scatter has no term"),
         (_mixed_before, "linear mixes them"), (_mixed_after, "linear mixes them"),
     ],
 )
