@@ -111,8 +111,8 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
             missed.append(out)
         elif out is not None:
             dismissed.add(out.node)
-    known = taken | dismissed | {m.node for m in missed}
-    missed += [_near(n, reason, 1) for n, reason in dict(unaccounted(gm.graph, known)).items()]
+    known = taken | {m.node for m in missed}
+    missed += [_near(n, reason, 1) for n, reason in dict(unaccounted(gm.graph, known, dismissed)).items()]
     return found, missed
 
 

@@ -13,6 +13,7 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
+from ..capture.weights import is_weight
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
 from ..lift.index import ZERO
@@ -53,8 +54,8 @@ def finals(lifter: Lifter, n: fx.Node, done: Collection[fx.Node] = ()) -> Iterat
     if name == "linear" and second[0].op in ("placeholder", "get_attr"):
         return
     for side in (0, 1):
-        weights = (first, second)[side][0]
-        if leads_to_product(weights, done):
+        weights, values = (first, second)[side][0], (first, second)[1 - side][0]
+        if leads_to_product(weights, done) or is_chained(weights, values, done):
             yield _from_contraction(n, c, side)
 
 
@@ -77,11 +78,20 @@ _SHAPE_ONLY = CONTRACTIONS | frozenset((
     "contiguous", "clone", "slice", "select", "to", "_to_copy", "getitem", "cat", "stack", "detach", "alias", "split",
     "chunk", "unbind",
 ))
+_MOVED = _SHAPE_ONLY - CONTRACTIONS - {"cat", "stack", "getitem"}
 
 
 def hides_product(n: fx.Node) -> bool:
     """Whether a node that is read as it is, is a contraction or rests on one."""
     return op_name(n) in CONTRACTIONS or leads_to_product(n)
+
+
+def is_chained(weights: fx.Node, values: fx.Node, done: Collection[fx.Node] = ()) -> bool:
+    """Whether a product of two computed tensors stands behind views and casts alone: (Q · Kᵀ) · V and Q · (Kᵀ · V)."""
+    n = weights
+    while op_name(n) in _MOVED and n not in done and n.all_input_nodes:
+        n = n.all_input_nodes[0]
+    return n not in done and op_name(n) in CONTRACTIONS and not any(map(is_weight, (values, *n.all_input_nodes)))
 
 
 def leads_to_product(start: fx.Node, done: Collection[fx.Node] = ()) -> bool:
@@ -94,15 +104,15 @@ def leads_to_product(start: fx.Node, done: Collection[fx.Node] = ()) -> bool:
             continue
         seen.add(n)
         name = op_name(n)
-        if n is not start and between and (name in CONTRACTIONS or _is_product_sum(n)):
+        if n is not start and between and (name in CONTRACTIONS or is_product_sum(n)):
             return True
         if name in NOT_BETWEEN or n.op in ("placeholder", "get_attr"):
             continue
         queue.extend((a, between or name not in _SHAPE_ONLY) for a in n.all_input_nodes)
-    return any(_is_product_sum(x) for x in seen if x is not start)
+    return any(is_product_sum(x) for x in seen if x is not start)
 
 
-def _is_product_sum(n: fx.Node) -> bool:
+def is_product_sum(n: fx.Node) -> bool:
     return op_name(n) == "sum" and any(op_name(a) in ("mul", "multiply") for a in n.all_input_nodes)
 
 
