@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from ..graph import torch_private
 from ..graph.node import written_arguments
-from . import backward
+from . import backward, mapped
 from .autocast import explicit_casts
 from .weights import PARAMETER
 
@@ -44,7 +44,9 @@ class Captured:
 # --- Dynamo -----------------------------------------------------------------------------------------------------
 
 
-def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str] = NO_NAMES) -> Captured:
+def from_dynamo(
+    gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str] = NO_NAMES, *, inductor: bool = False
+) -> Captured:
     """The ATen form of a graph that Dynamo hands to its backend, under Dynamo's own fake mode and symbols.
 
     before   a graph of torch functions (`torch.matmul`, `Tensor.softmax`, `F.linear`, ...)
@@ -54,12 +56,14 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     Raises CaptureError.
     """
     start = time.perf_counter()
-    if transform := torch_private.transform(gm):
-        raise CaptureError(f"a function is transformed inside it ({transform}): its values are no tensors of the graph")
     made = torch_private.dynamo_fakes()
     if made is None:
         raise CaptureError("the graph does not come from Dynamo: it has no fake mode")
     mode, fake = made
+    # Inductor has a kernel for a FlexAttention that it meets
+    gm = _written_out(gm, inputs, mode, fake, flex=not inductor)
+    if transform := torch_private.transform(gm):
+        raise CaptureError(f"a function is transformed inside it ({transform}): its values are no tensors of the graph")
     held = {n: attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
     held = {n: v for n, v in held.items() if isinstance(v, Tensor)}
     attributes = list(held)
@@ -87,6 +91,25 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
             node.meta[PARAMETER] = True
     finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names))
     return Captured(graph, "dynamo", time.perf_counter() - start)
+
+
+def _written_out(
+    gm: fx.GraphModule, inputs: Sequence[object], mode: torch_private.FakeTensorMode, fake: Callable[[object], object], *,
+    flex: bool,
+) -> fx.GraphModule:
+    """The graph without mapped functions. Raises CaptureError."""
+    def values() -> dict[fx.Node, Any]:
+        with mode:
+            given = [fake(x) for x in inputs]
+        return mapped.values_of(gm, given, mode, fake)
+
+    try:
+        return mapped.written_out(gm, values, mode, flex=flex)
+    except torch_private.restarts():
+        raise
+    except Exception as error:
+        # Whatever cannot run under a map, or below it.
+        raise CaptureError(f"a function is mapped inside it: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _trace(

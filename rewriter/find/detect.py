@@ -39,9 +39,11 @@ RULES: Mapping[str, Rule] = {
 
 # Operators of torch that hold a whole attention, and what shows its parts.
 _FAST_PATH = "torch.backends.mha.set_fastpath_enabled(False) runs it as operators that can be read"
+_FLEX = "FlexAttention stays as it is where its row sums are read, gradients flow, autocast is on, or Inductor compiles it"
 _PUBLIC = "call torch.nn.functional.scaled_dot_product_attention instead"
 WHOLE: Mapping[str, str] = {
     **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FAST_PATH),
+    "flex_attention": _FLEX,
     **dict.fromkeys(
         (f"_scaled_dot_product_{kind}" for kind in (
             "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention", "attention_math",
