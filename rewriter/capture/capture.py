@@ -23,6 +23,8 @@ from . import backward, mapped
 from .autocast import explicit_casts
 from .weights import PARAMETER
 
+# Set on the inputs of a graph that are floats of the model's, which Dynamo passes as tensors of one number.
+FLOAT = "reattend_float"
 _DETACHING = ("aten::detach", "aten::detach_", "aten::lift_fresh_copy")
 NO_NAMES: Mapping[int, str] = MappingProxyType({})
 _ROOTS = ("L['self'].", "L['self']", "L['model'].", "L['model']", "L__self___")
@@ -69,6 +71,7 @@ def from_dynamo(
     attributes = list(held)
     with mode:
         flat = [fake(x) for x in (*inputs, *held.values())]
+    changing = [torch_private.is_python_float(x) for x in flat[: len(inputs)]]
     watch = backward.GradientWatch()
     graph = _trace(gm, flat, len(inputs), attributes, mode, watch)
     lost = watch.lost(graph)
@@ -89,6 +92,8 @@ def from_dynamo(
     for node, given in zip((n for n in graph.graph.nodes if n.op == "placeholder"), inputs):
         if isinstance(given, nn.Parameter):
             node.meta[PARAMETER] = True
+    for node, is_float in zip((n for n in graph.graph.nodes if n.op == "placeholder"), changing):
+        node.meta[FLOAT] = is_float
     finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names))
     return Captured(graph, "dynamo", time.perf_counter() - start)
 

@@ -192,7 +192,7 @@ def _replace_flex(
     q, k, v, score, blocks, scale, _, *others = given
     held = [tuple(x) for x in (*others, (), ())[:2]]
     bodies = [operator.attrgetter(str(x.target))(gm) for x in (score, blocks[-1])]
-    read = [q, k, v, *held[0], *held[1]]
+    read = [q, k, v, scale, *held[0], *held[1]]
     nodes = list(dict.fromkeys(x for x in read if isinstance(x, fx.Node)))
 
     def of(values: Sequence[Any]) -> list[Any]:
@@ -201,10 +201,10 @@ def _replace_flex(
 
     fakes = of([at[x] for x in nodes])
     with mode, torch.no_grad():
-        call = _Flex(scale, len(held[0]), *(_over_all(f, len(h)) for f, h in zip(bodies, held, strict=True)))
-        s, places = call.scores(*fakes[:2])
-        parts = [_traced(f, (*places, s, *x), mode) for f, x in zip(call.functions, call.captured(fakes[3:]), strict=True)]
-    written = _Flex(scale, len(held[0]), *parts)
+        call = _Flex(len(held[0]), *(_over_all(f, len(h)) for f, h in zip(bodies, held, strict=True)))
+        s, places = call.scores(fakes[0], fakes[1], fakes[3])
+        parts = [_traced(f, (*places, s, *x), mode) for f, x in zip(call.functions, call.captured(fakes[4:]), strict=True)]
+    written = _Flex(len(held[0]), *parts)
     with mode:
         made = torch_private.pre_dispatch_graph(lambda *values: written(*of(values)), [at[x] for x in nodes])
     (out,) = _inlined(gm, made, nodes, n, like=n)
@@ -221,21 +221,21 @@ class _Flex:
     `functions` are the score's and the mask's, of all places, all scores and what they captured.
     """
 
-    def __init__(self, scale: Any, of_score: int, *functions: Callable[..., Tensor]) -> None:
-        self.scale, self.of_score, self.functions = scale, of_score, functions
+    def __init__(self, of_score: int, *functions: Callable[..., Tensor]) -> None:
+        self.of_score, self.functions = of_score, functions
 
     def captured(self, held: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         return held[: self.of_score], held[self.of_score :]
 
-    def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def scores(self, q: Tensor, k: Tensor, scale: Any) -> tuple[Tensor, list[Tensor]]:
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         k = _for_all(k, q)
-        s = torch.matmul(q.to(exact), k.to(exact).transpose(-2, -1)) * self.scale
+        s = torch.matmul(q.to(exact), k.to(exact).transpose(-2, -1)) * scale
         sizes = (q.size(0), q.size(1), q.size(2), k.size(2))
         return s, [torch.arange(n, device=q.device) for n in sizes]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *held: Any) -> Tensor:
-        s, places = self.scores(q, k)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: Any, *held: Any) -> Tensor:
+        s, places = self.scores(q, k, scale)
         score, keep = (f(*places, s, *x) for f, x in zip(self.functions, self.captured(held), strict=True))
         p = torch_private.safe_softmax(torch.where(keep, score, _NO))
         return torch.matmul(p.to(q.dtype), _for_all(v, q).to(q.dtype))

@@ -69,6 +69,9 @@ FAKE_MODE = Private(
 DISPATCH_MODE = Private(
     "torch.utils._python_dispatch:TorchDispatchMode", "seeing the casts of autocast", "2.2", "no graph can be read"
 )
+ITEM = Private(
+    "FakeTensor.item_memo", "floats that change from call to call", "2.8", "Inductor compiles again for each of their values"
+)
 DETECT = Private(
     "torch._guards:detect_fake_mode", "the fake mode of a graph's values", "2.2", "no graph can be rewritten"
 )
@@ -102,6 +105,13 @@ def detect_fake_mode(values: Sequence[object]) -> FakeTensorMode | None:
     """The fake mode that the values were made under."""
     mode: FakeTensorMode | None = DETECT.found()(values)
     return mode
+
+
+def is_python_float(value: object) -> bool:
+    """Is this a tensor of one number that Dynamo made of a float that changes from call to call?"""
+    if not isinstance(value, Tensor) or value.dim() or value.dtype is not torch.float64:
+        return False
+    return isinstance(getattr(value, "item_memo", None), torch.SymFloat)
 
 
 def tree_leaves(tree: object) -> list[Any]:
@@ -579,6 +589,9 @@ def is_compiled(model: object) -> bool:
 INDUCTOR = Private(
     "torch._inductor.compile_fx:compile_fx", "the rest of a graph by Inductor", "2.2", "`rest: inductor` cannot run"
 )
+MODES = Private(
+    "torch._inductor:list_mode_options", "what `mode=` of torch.compile asks of Inductor", "2.2", "`mode=` cannot be taken"
+)
 CPP_COMPILER = Private(
     "torch._inductor.cpp_builder:get_cpp_compiler", "looking for a C++ compiler", "2.5", "the backend cannot start"
 )
@@ -591,6 +604,12 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[object], options: Mapping[s
     """A graph compiled by Inductor under options of its own."""
     run: Callable[..., Any] = INDUCTOR.found()(graph, list(inputs), config_patches=dict(options))
     return run
+
+
+def inductor_modes() -> Mapping[str, Mapping[str, object]]:
+    """What each mode of torch.compile asks of Inductor."""
+    modes: Mapping[str, Mapping[str, object]] = MODES.found()()
+    return modes
 
 
 def has_cpp_compiler() -> bool:
