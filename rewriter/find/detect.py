@@ -38,7 +38,7 @@ RULES: Mapping[str, Rule] = {
 
 
 # Operators of torch that hold a whole attention, and what shows its parts.
-_FAST_PATH = "torch.backends.mha.set_fastpath_enabled(False) runs it as operators that can be read"
+_FAST_PATH = "torch.backends.mha.set_fastpath_enabled(False) runs it as operators that can be read, as a plan reads it"
 _FLEX = "FlexAttention stays as it is where its row sums are read, gradients flow, autocast is on, or Inductor compiles it"
 _PUBLIC = "call torch.nn.functional.scaled_dot_product_attention instead"
 WHOLE: Mapping[str, str] = {
@@ -165,7 +165,8 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
     except CannotLift as no:
         return _near(n, no.reason, 1)
     if not lifter.products:
-        return _near(n, _reason(lifter, "no product of two token ranks stands behind the weights"), 1 if told(lifter) else 0)
+        near = bool(told(lifter)) and (lifter.normalised or not final.of_weights)
+        return _near(n, _reason(lifter, "no product of two token ranks stands behind the weights"), int(near))
     output, lifted = _with_epilogue(lifter, final, lifted)
     cascade = ranks.unify(ranks.split(_with_query(concat.split(hoist(lifter, lifted)))))
     view = recognise.attention(cascade)

@@ -23,7 +23,10 @@ from ..lift.operators_contract import CONTRACTIONS, PRODUCTS, Contraction, contr
 
 @dataclass(frozen=True)
 class Final:
-    """`O[at] = Σ_m weight(at, m) · value(at, m)`; `shape` keeps missing dimensions as 1 and `place` fills them in."""
+    """`O[at] = Σ_m weight(at, m) · value(at, m)`; `shape` keeps missing dimensions as 1 and `place` fills them in.
+
+    `of_weights`: the values are weights of the model, which are attended to under a row rule only.
+    """
 
     node: fx.Node
     shape: tuple[Size, ...]
@@ -32,6 +35,7 @@ class Final:
     weight: Callable[[Lifter, At, Expr], Expr]
     value: Callable[[Lifter, At, Expr], tuple[fx.Node, At]]
     why: str
+    of_weights: bool = False
 
 
 def finals(lifter: Lifter, n: fx.Node, done: Collection[fx.Node] = ()) -> Iterator[Final]:
@@ -67,7 +71,8 @@ def _from_contraction(n: fx.Node, c: Contraction, side: int) -> Final:
     def value(lifter: Lifter, at: At, m: Expr) -> tuple[fx.Node, At]:
         return c.operands(at, m)[1 - side]
 
-    return Final(n, c.shape, c.place, c.size, weight, value, op_name(n))
+    values = c.operands(tuple(ZERO for _ in c.shape), ZERO)[1 - side][0]
+    return Final(n, c.shape, c.place, c.size, weight, value, op_name(n), is_weight(values))
 
 
 # How many nodes behind the weights are looked at, the nearest first.

@@ -240,3 +240,20 @@ def test_the_same_miss_of_many_steps_is_one_line() -> None:
     for text in (str(report), str(plan)):
         assert text.count("added to a state") == 1
         assert "×3" in text
+
+
+class Feed(nn.Module):
+    """A feed-forward that is spelled by products, with an operator between that has no term."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(8, 32)), nn.Parameter(torch.randn(32, 8))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q + torch.matmul(F.celu(torch.matmul(k, self.up)), self.down) + v
+
+
+def test_a_feed_forward_of_products_is_no_miss() -> None:
+    plan = reattend.plan(Feed(), tuple(inputs(2)))
+    assert not plan.sites
+    assert not plan.misses
