@@ -123,7 +123,7 @@ def _read(region: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _replace_region(
-    gm: fx.GraphModule, region: Sequence[fx.Node], at: Mapping[fx.Node, Any], mode: torch_private.FakeTensorMode
+    gm: fx.GraphModule, region: Sequence[fx.Node], at: dict[fx.Node, Any], mode: torch_private.FakeTensorMode
 ) -> None:
     inside, given = set(region), _read(region)
     answers = [n for n in region if any(u not in inside for u in n.users)]
@@ -136,6 +136,7 @@ def _replace_region(
     made = _traced(run, [at[x] for x in given], mode)
     news = _inlined(gm, made, given, region[-1])
     for old, new in zip(answers, news, strict=True):
+        at[new] = at[old]
         old.replace_all_uses_with(new, delete_user_cb=lambda u: u not in inside)
     for n in reversed(region):
         gm.graph.erase_node(n)
@@ -186,7 +187,7 @@ def _plain(n: fx.Node, at: Mapping[fx.Node, Any]) -> bool:
 
 
 def _replace_flex(
-    gm: fx.GraphModule, n: fx.Node, at: Mapping[fx.Node, Any], mode: torch_private.FakeTensorMode
+    gm: fx.GraphModule, n: fx.Node, at: dict[fx.Node, Any], mode: torch_private.FakeTensorMode
 ) -> None:
     given: tuple[Any, ...] = (*n.args, *n.kwargs.values())
     q, k, v, score, blocks, scale, _, *others = given
@@ -210,6 +211,7 @@ def _replace_flex(
     (out,) = _inlined(gm, made, nodes, n, like=n)
     for user in list(n.users):
         if user.args[1] == 0:
+            at[out] = at[user]
             user.replace_all_uses_with(out)
         gm.graph.erase_node(user)
     gm.graph.erase_node(n)

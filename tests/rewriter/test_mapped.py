@@ -131,6 +131,17 @@ def test_what_else_a_flex_attention_answers_is_its_own() -> None:
     assert [m.hint for m in plan.misses] == [miss.hint]
 
 
+def test_one_flex_attention_after_another() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flex_attention(q, k, v, block_mask=CAUSAL)
+        assert isinstance(out, Tensor)
+        again = flex_attention(out, out.tanh(), v, block_mask=CAUSAL)
+        assert isinstance(again, Tensor)
+        return again
+
+    assert len(held(f, qkv()).sites) == 2
+
+
 def test_a_plan_sees_it_as_well_with_open_sizes() -> None:
     plan = reattend.plan(Fn(SCORES["causal"]), qkv(), dynamic=True)
     assert [s.traits for s in plan.sites] == [{"causal"}]
@@ -142,6 +153,7 @@ MAPPED: dict[str, Any] = {
     "one operator": lambda q, k, v: torch.vmap(F.scaled_dot_product_attention)(q, k, v),
     "keys for all": lambda q, k, v: torch.vmap(attend, in_dims=(0, None, None))(q, k[0], v[0]),
     "a scan behind it": lambda q, k, v: associative_scan(torch.add, attend(q, k, v), 0, combine_mode="generic"),
+    "one map after another": lambda q, k, v: torch.vmap(attend)(torch.vmap(torch.tanh)(q), torch.vmap(torch.sin)(k), v),
     "heads last": lambda q, k, v: torch.vmap(attend, in_dims=1, out_dims=-1)(q, k, v),
 }
 
