@@ -15,7 +15,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from ...patterns.expr import Expr
 from ...patterns.verdict import Obstacle
-from ..capture.weights import is_weight
+from ..capture.weights import is_weight, weights_of
 from ..graph.aliases import Aliases
 from ..graph.node import CannotLift, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
@@ -92,7 +92,7 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     before   scores = q @ k.T; p = softmax(scores · scale + mask); out = p @ v
     after    Found(QK = Σ_e Q·K; S = …; GM, SN, SD, A; O = Σ_m A·V)
     """
-    aliases = Aliases(gm.graph)
+    aliases, weights = Aliases(gm.graph), weights_of(gm.graph)
     found: list[Found] = []
     missed: list[NearMiss] = []
     taken: set[fx.Node] = set()
@@ -103,7 +103,7 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
         if n.op != "call_function" or not isinstance(n.meta.get("val"), torch.Tensor) or n in taken:
             continue
         try:
-            out = _outcome(gm.graph, aliases, n, found, taken)
+            out = _outcome(gm.graph, aliases, n, found, taken, weights)
         except Exception as error:
             out = defective(n, error)
         if isinstance(out, Found):
@@ -119,12 +119,13 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
 
 
 def _outcome(
-    graph: fx.Graph, aliases: Aliases, n: fx.Node, found: list[Found], taken: Collection[fx.Node]
+    graph: fx.Graph, aliases: Aliases, n: fx.Node, found: list[Found], taken: Collection[fx.Node],
+    weights: Collection[fx.Node],
 ) -> Found | NearMiss | None:
     """What stands at one node: an attention, else the attempt that got farthest."""
     twin = _twin(found, n, aliases)
     best: NearMiss | None = None
-    for out in [twin] if twin is not None else _attempts(graph, aliases, n, taken):
+    for out in [twin] if twin is not None else _attempts(graph, aliases, n, taken, weights):
         if isinstance(out, Found):
             return out
         if best is None or out.depth > best.depth:
@@ -146,10 +147,10 @@ def _twin(found: list[Found], n: fx.Node, aliases: Aliases) -> Found | None:
 
 
 def _attempts(
-    graph: fx.Graph, aliases: Aliases, n: fx.Node, done: Collection[fx.Node] = ()
+    graph: fx.Graph, aliases: Aliases, n: fx.Node, done: Collection[fx.Node], weights: Collection[fx.Node]
 ) -> Iterator[Found | NearMiss]:
     try:
-        readings = list(finals(Lifter(graph, aliases, RULES), n, done))
+        readings = list(finals(Lifter(graph, aliases, RULES), n, done, weights))
     except CannotLift as no:
         yield _near(n, no.reason, 0)
         return

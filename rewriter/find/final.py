@@ -13,7 +13,6 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
-from ..capture.weights import is_weight
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
 from ..lift.index import ZERO
@@ -38,10 +37,12 @@ class Final:
     of_weights: bool = False
 
 
-def finals(lifter: Lifter, n: fx.Node, done: Collection[fx.Node] = ()) -> Iterator[Final]:
-    """Every reading of node `n` as the last product: each operand in turn may be the weights.
+def finals(
+    lifter: Lifter, n: fx.Node, done: Collection[fx.Node] = (), weights: Collection[fx.Node] = ()
+) -> Iterator[Final]:
+    """Every reading of node `n` as the last product: each operand in turn may weigh the other.
 
-    `done` are outputs of attentions found before; nothing is sought behind them.
+    `done` are outputs of attentions found before; nothing is sought behind them. `weights` are those of the model.
     """
     name = op_name(n)
     if name == "scaled_dot_product_attention":
@@ -58,12 +59,13 @@ def finals(lifter: Lifter, n: fx.Node, done: Collection[fx.Node] = ()) -> Iterat
     if name == "linear" and second[0].op in ("placeholder", "get_attr"):
         return
     for side in (0, 1):
-        weights, values = (first, second)[side][0], (first, second)[1 - side][0]
-        if leads_to_product(weights, done) or is_chained(weights, values, done):
-            yield _from_contraction(n, c, side)
+        weighs, values = (first, second)[side][0], (first, second)[1 - side][0]
+        chained = values not in weights and is_chained(weighs, done, weights)
+        if leads_to_product(weighs, done) or chained:
+            yield _from_contraction(n, c, side, values in weights)
 
 
-def _from_contraction(n: fx.Node, c: Contraction, side: int) -> Final:
+def _from_contraction(n: fx.Node, c: Contraction, side: int, of_weights: bool) -> Final:
     def weight(lifter: Lifter, at: At, m: Expr) -> Expr:
         node, where = c.operands(at, m)[side]
         return lifter.value(node, where)
@@ -71,8 +73,7 @@ def _from_contraction(n: fx.Node, c: Contraction, side: int) -> Final:
     def value(lifter: Lifter, at: At, m: Expr) -> tuple[fx.Node, At]:
         return c.operands(at, m)[1 - side]
 
-    values = c.operands(tuple(ZERO for _ in c.shape), ZERO)[1 - side][0]
-    return Final(n, c.shape, c.place, c.size, weight, value, op_name(n), is_weight(values))
+    return Final(n, c.shape, c.place, c.size, weight, value, op_name(n), of_weights)
 
 
 # How many nodes behind the weights are looked at, the nearest first.
@@ -91,12 +92,12 @@ def hides_product(n: fx.Node) -> bool:
     return op_name(n) in CONTRACTIONS or leads_to_product(n)
 
 
-def is_chained(weights: fx.Node, values: fx.Node, done: Collection[fx.Node] = ()) -> bool:
+def is_chained(start: fx.Node, done: Collection[fx.Node], weights: Collection[fx.Node]) -> bool:
     """Whether a product of two computed tensors stands behind views and casts alone: (Q · Kᵀ) · V and Q · (Kᵀ · V)."""
-    n = weights
+    n = start
     while op_name(n) in _MOVED and n not in done and n.all_input_nodes:
         n = n.all_input_nodes[0]
-    return n not in done and op_name(n) in CONTRACTIONS and not any(map(is_weight, (values, *n.all_input_nodes)))
+    return n not in done and op_name(n) in CONTRACTIONS and not any(x in weights for x in n.all_input_nodes)
 
 
 def leads_to_product(start: fx.Node, done: Collection[fx.Node] = ()) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from torch import Tensor, fx
 
-from ..capture.weights import is_weight
+from ..capture.weights import weights_of
 from ..graph.node import arguments, op_name, tensor_of
 from ..graph.sizes import shape_of
 from ..lift.operators_contract import CONTRACTIONS
@@ -44,19 +44,25 @@ def unaccounted(
 
     `dismissed` are products that were tried and found to be no attention between tokens.
     """
-    named = dict(_softmaxes(graph, {*known, *dismissed}))
+    given = weights_of(graph)
+    named = dict(_softmaxes(graph, {*known, *dismissed}, given))
     yield from named.items()
-    yield from _states(graph, {*known, *named})
+    yield from _states(graph, {*known, *named}, given)
 
 
 # --- a softmax between two products -------------------------------------------------------------------------------
 
 
-def _softmaxes(graph: fx.Graph, known: Collection[fx.Node]) -> Iterator[tuple[fx.Node, str]]:
+def _softmaxes(
+    graph: fx.Graph, known: Collection[fx.Node], weights: Collection[fx.Node]
+) -> Iterator[tuple[fx.Node, str]]:
+    def pairs(n: fx.Node) -> bool:
+        return _pairs(n, weights)
+
     for n in graph.nodes:
         if op_name(n) not in SOFTMAXES:
             continue
-        before = _nearest(n, lambda x: x.all_input_nodes, _pairs)
+        before = _nearest(n, lambda x: x.all_input_nodes, pairs)
         after = _nearest(n, lambda x: x.users, is_product_sum)
         if before is None or after is None or after[0] in known or _reaches(n, known):
             continue
@@ -66,17 +72,18 @@ def _softmaxes(graph: fx.Graph, known: Collection[fx.Node]) -> Iterator[tuple[fx
             continue
         if sum(op_name(x) in _MIXES for x in layers) > 1 and not all(_mixes_heads(x, before[0]) for x in layers):
             continue
-        yield after[0], f"a softmax stands between two products, but {_between(layers, before[0], after[0])}"
+        why = _between(layers, before[0], after[0], pairs(before[0]))
+        yield after[0], f"a softmax stands between two products, but {why}"
 
 
-def _between(layers: list[fx.Node], first: fx.Node, last: fx.Node) -> str:
+def _between(layers: list[fx.Node], first: fx.Node, last: fx.Node, in_pairs: bool) -> str:
     """What is in the way, in words."""
-    if not _pairs(first) and (mixing := [op_name(x) for x in layers if op_name(x) in _MIXES]):
-        return f"{' and '.join(dict.fromkeys(mixing))} mixes them"
-    if layers and not _pairs(first):
-        return f"{op_name(layers[0])} changes what it weighs"
-    if _pairs(first):
+    if in_pairs:
         return f"its scores are made pair by pair (by {op_name(first)}), not by a product"
+    if mixing := [op_name(x) for x in layers if op_name(x) in _MIXES]:
+        return f"{' and '.join(dict.fromkeys(mixing))} mixes them"
+    if layers:
+        return f"{op_name(layers[0])} changes what it weighs"
     unread = [op_name(x) for x in (first, last) if op_name(x) not in CONTRACTIONS]
     if unread or op_name(last) in ("addmm", "baddbmm"):
         return f"{(unread or [op_name(last)])[0]} is read as no product of two operands"
@@ -141,16 +148,18 @@ def _reaches(start: fx.Node, known: Collection[fx.Node]) -> bool:
 # --- a sum over tokens between two products -----------------------------------------------------------------------
 
 
-def _states(graph: fx.Graph, known: Collection[fx.Node]) -> Iterator[tuple[fx.Node, str]]:
+def _states(
+    graph: fx.Graph, known: Collection[fx.Node], weights: Collection[fx.Node]
+) -> Iterator[tuple[fx.Node, str]]:
     """Products with a state: with a sum of products of keys and values, however that is added up."""
     for n in graph.nodes:
         if n in known or not (op_name(n) in PRODUCTS or is_product_sum(n)) or not isinstance(n.meta.get("val"), Tensor):
             continue
         operands = _operands(n)
-        if len(operands) < 2 or any(map(is_weight, operands)):
+        if len(operands) < 2 or any(x in weights for x in operands):
             continue
         for x in operands:
-            way = _way_to_joint(x, known)
+            way = _way_to_joint(x, known, weights)
             if way is not None:
                 yield n, _stands(n, way)
                 break
@@ -163,7 +172,9 @@ def _operands(n: fx.Node) -> list[fx.Node]:
     return [x for x in n.all_input_nodes if isinstance(x.meta.get("val"), Tensor)]
 
 
-def _way_to_joint(start: fx.Node, known: Collection[fx.Node]) -> list[fx.Node] | None:
+def _way_to_joint(
+    start: fx.Node, known: Collection[fx.Node], weights: Collection[fx.Node]
+) -> list[fx.Node] | None:
     """From an operand up to the nearest joint of keys and values, through sums and what moves them; None without one."""
     came: dict[fx.Node, fx.Node | None] = {start: None}
     queue = deque([start])
@@ -171,7 +182,7 @@ def _way_to_joint(start: fx.Node, known: Collection[fx.Node]) -> list[fx.Node] |
         n = queue.popleft()
         if n in known:
             continue
-        if _joins(n):
+        if _joins(n, weights):
             way: list[fx.Node] = []
             at: fx.Node | None = n
             while at is not None:
@@ -186,19 +197,19 @@ def _way_to_joint(start: fx.Node, known: Collection[fx.Node]) -> list[fx.Node] |
     return None
 
 
-def _joins(n: fx.Node) -> bool:
+def _joins(n: fx.Node, weights: Collection[fx.Node]) -> bool:
     """Is a node a product of two computed tensors that keeps a dimension of each: Kᵀ · V, or k ⊗ v at every token?"""
     if op_name(n) in PRODUCTS:
-        return not any(map(is_weight, n.all_input_nodes))
-    return op_name(n) in ("mul", "multiply") and _pairs(n)
+        return not any(x in weights for x in n.all_input_nodes)
+    return op_name(n) in ("mul", "multiply") and _pairs(n, weights)
 
 
-def _pairs(n: fx.Node) -> bool:
+def _pairs(n: fx.Node, weights: Collection[fx.Node]) -> bool:
     """Does a pointwise operator lay two computed tensors across each other: q[:, None] − k[None], an element a pair?"""
     if op_name(n) not in ("add", "sub", "mul", "multiply"):
         return False
     shapes = [shape_of(tensor_of(x)) for x in n.all_input_nodes if isinstance(x.meta.get("val"), Tensor)]
-    if len(shapes) != 2 or any(map(is_weight, n.all_input_nodes)):
+    if len(shapes) != 2 or any(x in weights for x in n.all_input_nodes):
         return False
     pairs = list(zip(reversed(shapes[0]), reversed(shapes[1])))
     return any(a == 1 != b for a, b in pairs) and any(b == 1 != a for a, b in pairs)

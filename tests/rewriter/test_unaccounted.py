@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reattend
+from reattend.rewriter.choose.policy import StrictError
 from reattend.rewriter.find import detect
 
 from .helpers import graph_of
@@ -257,3 +259,31 @@ def test_a_feed_forward_of_products_is_no_miss() -> None:
     plan = reattend.plan(Feed(), tuple(inputs(2)))
     assert not plan.sites
     assert not plan.misses
+
+
+@pytest.mark.parametrize(("fn", "words"), [*NAMED[:4], (scores_first, "nothing stands between its two products")])
+def test_strict_raises_with_the_reason(fn: Callable[..., Tensor], words: str) -> None:
+    class Model(nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return fn(*args)
+
+    torch._dynamo.reset()
+    model = reattend.optimize(Model(), policy=reattend.Policy(strict=True))
+    with torch.no_grad(), pytest.raises(StrictError, match=re.escape(words)):
+        model(*inputs(2))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("fn", [*SITES, *(f for f, _ in NAMED)])
+def test_a_plan_and_a_report_agree(fn: Callable[..., Tensor], batch: int) -> None:
+    class Model(nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return fn(*args)
+
+    torch._dynamo.reset()
+    ours, args = reattend.optimize(Model()), tuple(inputs(batch))
+    with torch.no_grad():
+        assert torch.equal(ours(*args), fn(*args))
+        plan, report = reattend.plan(Model(), args), reattend.report(ours)
+    assert [s.kind for s in plan.sites] == [s.site.kind for s in report.sites]
+    assert sorted(m.reason for m in plan.misses) == sorted(m.reason for m in report.misses)
