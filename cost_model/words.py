@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 WIDTH = 160
-_NUMBER = re.compile(r"\d+")
+NUMBER = re.compile(r"\d+")
 # What is copied from a table stays on one line.
 _WHOLE = ("what", "where", "chosen", "candidate", "time")
 
@@ -72,8 +72,8 @@ def group_name(names: Sequence[str]) -> str:
     first = names[0]
     if len(set(names)) == 1:
         return first
-    numbers = [_NUMBER.findall(n) for n in names]
-    if len({_NUMBER.sub("#", n) for n in names}) > 1:
+    numbers = [NUMBER.findall(n) for n in names]
+    if len({NUMBER.sub("#", n) for n in names}) > 1:
         return first
     varying = [i for i in range(len(numbers[0])) if len({row[i] for row in numbers}) > 1]
     if len(varying) != 1:
@@ -81,7 +81,7 @@ def group_name(names: Sequence[str]) -> str:
     (at,) = varying
     spread = _spread(sorted({int(row[at]) for row in numbers}))
     parts = iter(range(len(numbers[0])))
-    return _NUMBER.sub(lambda m: f"[{spread}]" if next(parts) == at else m.group(), first)
+    return NUMBER.sub(lambda m: f"[{spread}]" if next(parts) == at else m.group(), first)
 
 
 def _spread(values: Sequence[int]) -> str:

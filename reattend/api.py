@@ -16,6 +16,7 @@ from .rewriter.capture.models import Shapes, UsageError, check_devices, inputs_f
 from .rewriter.choose import choose
 from .rewriter.choose.policy import Policy
 from .rewriter.graph.torch_private import is_compiled
+from .rewriter.run.compiled import report_of
 from .rewriter.run.planning import plan_model
 from .rewriter.run.report import Entered, Report
 from .rewriter.run.session import Session, is_copy, session_of
@@ -74,7 +75,12 @@ def restore(model: M) -> M:
 
 
 def report(model: nn.Module) -> Report:
-    """What is planned for an optimised model and what ran: kernels, guards that fell back, captures, graph breaks."""
+    """What is planned for an optimised model and what ran: kernels, guards that fell back, captures, graph breaks.
+
+    Of what `torch.compile(model, backend="reattend")` returns as well, after its first call.
+    """
+    if isinstance(model, nn.Module) and is_compiled(model) and (compiled := report_of(model)) is not None:
+        return compiled
     _check_module(model, "report")
     session = session_of(model)
     if session is None:

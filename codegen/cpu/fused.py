@@ -112,7 +112,7 @@ class _File:
         # a scale of a head or a query would belong to the operand
         if isinstance(s, str) or s.limit is None or s.product is not self.f.products[0]:
             return None
-        return s.limit, TorchBody(self.p.scope({}), [s.score.scale]).real(s.score.scale)
+        return s.limit, TorchBody(self.p.scope({}), []).real(s.score.scale)
 
     def _main(self, planned: PrintedFunction | None, limit: tuple[float, str] | None) -> str:
         f, a, p = self.f, self.f.attention, self.p

@@ -99,7 +99,7 @@ def _call(f: Form, s: Softmax, mask: Expr | None) -> VendorCall:
     elif mask is not None:
         lines += _mask_lines(p, mask)
         arguments.append("attn_mask=mask")
-    scale = TorchBody(p.scope({}), [s.score.scale]).real(s.score.scale)
+    scale = TorchBody(p.scope({}), []).real(s.score.scale)
     arguments.append(f"scale={scale}")
     if grouped:
         arguments.append("enable_gqa=True")

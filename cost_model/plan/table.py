@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..sites.findings import Findings
-from ..sites.site import Candidate, Miss, Site
+from ..sites.site import Candidate, Miss, Site, grouped
 from ..words import WIDTH, group_name, seconds_text, short_path, table_of, table_text
 
 
@@ -96,9 +96,8 @@ def _choice(s: Site) -> str:
 
 def _misses(misses: Sequence[Miss], width: int) -> str:
     table = table_of(("where", "what", "reason", "hint"))
-    for m in dict.fromkeys(misses):
-        many = f" ×{misses.count(m)}" if misses.count(m) > 1 else ""
-        table.add_row(short_path(m.where) + many, m.what, m.reason, m.hint)
+    for m, many in grouped(misses):
+        table.add_row(short_path(m.where) + (f" ×{many}" if many > 1 else ""), m.what, m.reason, m.hint)
     return table_text(table, width)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from ..json import Json
 from ..sites.course import Course
 from ..sites.findings import Findings
-from ..sites.site import Candidate, Site
+from ..sites.site import Candidate, Site, grouped
 from ..sites.sweep import Sweep
 from ..time.cost import TOTAL
 from ..time.roofline import roof
@@ -36,7 +36,7 @@ def plan_data(plan: Findings, sweeps: Sequence[Sweep]) -> dict[str, Json]:
         "range": between(plan.seconds, d.band), "mesh": mesh_data(plan, sweeps),
         "groups": [_group(plan, members, sweeps) for members in plan.groups],
         "memory": _memory(sweeps, d.name),
-        "misses": [asdict(m) for m in dict.fromkeys(plan.misses)],
+        "misses": [{**asdict(m), "what": m.what + (f" ×{n}" if n > 1 else "")} for m, n in grouped(plan.misses)],
     }
 
 

@@ -5,11 +5,13 @@ Needs neither torch nor Triton, so that tables, JSON and reports can be made any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 from ..count.memory import AttentionMemory
 from ..time.cost import Cost
+from ..words import NUMBER, group_name
 from .detail import Detail
 from .picture import Picture
 
@@ -182,6 +184,19 @@ class Miss:
     what: str
     reason: str
     hint: str = ""
+
+    @property
+    def alike(self) -> tuple[str, ...]:
+        """What misses have in common that differ by the number of their layer, or of an operator in it."""
+        return (self.where, NUMBER.sub("#", self.what), re.sub(r"_\d+\b", "", self.reason), self.hint)
+
+
+def grouped(misses: Sequence[Miss]) -> list[tuple[Miss, int]]:
+    """The same miss of many layers once, with how many there are."""
+    groups: dict[tuple[str, ...], list[Miss]] = {}
+    for m in misses:
+        groups.setdefault(m.alike, []).append(m)
+    return [(replace(same[0], what=group_name([m.what for m in same])), len(same)) for same in groups.values()]
 
 
 def ranked(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:

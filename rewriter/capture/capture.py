@@ -19,10 +19,12 @@ from torch import Tensor, fx, nn
 
 from ..graph import torch_private
 from ..graph.node import written_arguments
-from . import backward
+from . import backward, mapped
 from .autocast import explicit_casts
 from .weights import PARAMETER
 
+# Set on the inputs of a graph that are floats of the model's, which Dynamo passes as tensors of one number.
+FLOAT = "reattend_float"
 _DETACHING = ("aten::detach", "aten::detach_", "aten::lift_fresh_copy")
 NO_NAMES: Mapping[int, str] = MappingProxyType({})
 _ROOTS = ("L['self'].", "L['self']", "L['model'].", "L['model']", "L__self___")
@@ -44,7 +46,9 @@ class Captured:
 # --- Dynamo -----------------------------------------------------------------------------------------------------
 
 
-def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str] = NO_NAMES) -> Captured:
+def from_dynamo(
+    gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str] = NO_NAMES, *, inductor: bool = False
+) -> Captured:
     """The ATen form of a graph that Dynamo hands to its backend, under Dynamo's own fake mode and symbols.
 
     before   a graph of torch functions (`torch.matmul`, `Tensor.softmax`, `F.linear`, ...)
@@ -54,17 +58,20 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     Raises CaptureError.
     """
     start = time.perf_counter()
-    if transform := torch_private.transform(gm):
-        raise CaptureError(f"a function is transformed inside it ({transform}): its values are no tensors of the graph")
     made = torch_private.dynamo_fakes()
     if made is None:
         raise CaptureError("the graph does not come from Dynamo: it has no fake mode")
     mode, fake = made
+    # Inductor has a kernel for a FlexAttention that it meets
+    gm = _written_out(gm, inputs, mode, fake, flex=not inductor)
+    if transform := torch_private.transform(gm):
+        raise CaptureError(f"a function is transformed inside it ({transform}): its values are no tensors of the graph")
     held = {n: attribute(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
     held = {n: v for n, v in held.items() if isinstance(v, Tensor)}
     attributes = list(held)
     with mode:
         flat = [fake(x) for x in (*inputs, *held.values())]
+    changing = [torch_private.is_python_float(x) for x in flat[: len(inputs)]]
     watch = backward.GradientWatch()
     graph = _trace(gm, flat, len(inputs), attributes, mode, watch)
     lost = watch.lost(graph)
@@ -85,8 +92,29 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     for node, given in zip((n for n in graph.graph.nodes if n.op == "placeholder"), inputs):
         if isinstance(given, nn.Parameter):
             node.meta[PARAMETER] = True
+    for node, is_float in zip((n for n in graph.graph.nodes if n.op == "placeholder"), changing):
+        node.meta[FLOAT] = is_float
     finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names))
     return Captured(graph, "dynamo", time.perf_counter() - start)
+
+
+def _written_out(
+    gm: fx.GraphModule, inputs: Sequence[object], mode: torch_private.FakeTensorMode, fake: Callable[[object], object], *,
+    flex: bool,
+) -> fx.GraphModule:
+    """The graph without mapped functions. Raises CaptureError."""
+    def values() -> dict[fx.Node, Any]:
+        with mode:
+            given = [fake(x) for x in inputs]
+        return mapped.values_of(gm, given, mode, fake)
+
+    try:
+        return mapped.written_out(gm, values, mode, flex=flex)
+    except torch_private.restarts():
+        raise
+    except Exception as error:
+        # Whatever cannot run under a map, or below it.
+        raise CaptureError(f"a function is mapped inside it: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _trace(

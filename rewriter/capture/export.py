@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph import torch_private
+from . import mapped
 from .capture import Captured, CaptureError, attribute, finish, first_line
 
 
@@ -188,10 +189,24 @@ def from_program(program: torch.export.ExportedProgram, drop: str = "") -> Captu
         if n.target is torch_private.ASSERT_METADATA:
             graph.graph.erase_node(n)
     inline_regions(graph)
-    if any(n.target is torch_private.ENTER_AUTOCAST for n in graph.graph.nodes):
-        _propagate(graph)
+    plain = _written_out(graph)
+    if plain is not graph or any(n.target is torch_private.ENTER_AUTOCAST for n in graph.graph.nodes):
+        _propagate(plain)
+    graph = plain
     finish(graph, lambda key, path: _without(path, drop))
     return Captured(graph, "pt2", 0.0)
+
+
+def _written_out(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph without mapped functions and FlexAttentions. Raises CaptureError."""
+    known = {n: n.meta.get("val") for n in gm.graph.nodes}
+    mode = torch_private.detect_fake_mode([v for v in known.values() if isinstance(v, Tensor)])
+    if mode is None:
+        return gm
+    try:
+        return mapped.written_out(gm, lambda: known, mode, flex=True)
+    except Exception as error:
+        raise CaptureError(f"a function is mapped inside it: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _propagate(gm: fx.GraphModule) -> None:

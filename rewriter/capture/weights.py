@@ -8,6 +8,20 @@ from torch import fx, nn
 PARAMETER = "reattend_parameter"
 
 
+def weights_of(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Every node that `is_weight`, found in one pass."""
+    given: set[fx.Node] = set()
+    reached: set[fx.Node] = set()
+    for n in graph.nodes:
+        if n.op == "placeholder":
+            (reached if n.meta.get(PARAMETER) else given).add(n)
+        elif _holds_parameter(n) or any(x in reached for x in n.all_input_nodes):
+            reached.add(n)
+        if any(x in given for x in n.all_input_nodes):
+            given.add(n)
+    return frozenset(reached - given)
+
+
 def is_weight(n: fx.Node) -> bool:
     """Does no input of the graph but parameters reach a node, and at least one of these?"""
     reached = False

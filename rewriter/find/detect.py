@@ -19,7 +19,7 @@ from ...patterns.cascade import Access, Cascade, Einsum, Rank, Size, Tensor, as_
 from ...patterns.expr import Expr
 from ...patterns.passes import joined
 from ...patterns.verdict import Obstacle
-from ..capture.weights import is_weight
+from ..capture.weights import is_weight, weights_of
 from ..graph.aliases import Aliases
 from ..graph.node import CannotLift, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
@@ -44,10 +44,12 @@ RULES: Mapping[str, Rule] = {
 
 
 # Operators of torch that hold a whole attention, and what shows its parts.
-_FAST_PATH = "torch.backends.mha.set_fastpath_enabled(False) runs it as operators that can be read"
+_FAST_PATH = "torch.backends.mha.set_fastpath_enabled(False) runs it as operators that can be read, as a plan reads it"
+_FLEX = "FlexAttention stays as it is where its row sums are read, gradients flow, autocast is on, or Inductor compiles it"
 _PUBLIC = "call torch.nn.functional.scaled_dot_product_attention instead"
 WHOLE: Mapping[str, str] = {
     **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FAST_PATH),
+    "flex_attention": _FLEX,
     **dict.fromkeys(
         (f"_scaled_dot_product_{kind}" for kind in (
             "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention", "attention_math",
@@ -96,7 +98,7 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     before   scores = q @ k.T; p = softmax(scores · scale + mask); out = p @ v
     after    Found(QK = Σ_e Q·K; S = …; GM, SN, SD, A; O = Σ_m A·V)
     """
-    aliases = Aliases(gm.graph)
+    aliases, weights = Aliases(gm.graph), weights_of(gm.graph)
     found: list[Found] = []
     missed: list[NearMiss] = []
     taken: set[fx.Node] = set()
@@ -113,7 +115,7 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
         if n.op != "call_function" or not isinstance(n.meta.get("val"), torch.Tensor) or n in taken:
             continue
         try:
-            out = _outcome(gm.graph, aliases, n, found, taken)
+            out = _outcome(gm.graph, aliases, n, found, taken, weights)
         except Exception as error:
             out = defective(n, error)
         if isinstance(out, Found):
@@ -124,8 +126,8 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
         elif out is not None:
             dismissed.add(out.node)
     found.sort(key=lambda f: aliases.position[f.output])
-    known = taken | dismissed | {m.node for m in missed}
-    missed += [_near(n, reason, 1) for n, reason in dict(unaccounted(gm.graph, known)).items()]
+    known = taken | {m.node for m in missed}
+    missed += [_near(n, reason, 1) for n, reason in dict(unaccounted(gm.graph, known, dismissed)).items()]
     return found, missed
 
 
@@ -163,12 +165,13 @@ def _sum_of(
 
 
 def _outcome(
-    graph: fx.Graph, aliases: Aliases, n: fx.Node, found: list[Found], taken: Collection[fx.Node]
+    graph: fx.Graph, aliases: Aliases, n: fx.Node, found: list[Found], taken: Collection[fx.Node],
+    weights: Collection[fx.Node],
 ) -> Found | NearMiss | None:
     """What stands at one node: an attention, else the attempt that got farthest."""
     twin = _twin(found, n, aliases)
     best: NearMiss | None = None
-    for out in [twin] if twin is not None else _attempts(graph, aliases, n, taken):
+    for out in [twin] if twin is not None else _attempts(graph, aliases, n, taken, weights):
         if isinstance(out, Found):
             return out
         if best is None or out.depth > best.depth:
@@ -190,10 +193,10 @@ def _twin(found: list[Found], n: fx.Node, aliases: Aliases) -> Found | None:
 
 
 def _attempts(
-    graph: fx.Graph, aliases: Aliases, n: fx.Node, done: Collection[fx.Node] = ()
+    graph: fx.Graph, aliases: Aliases, n: fx.Node, done: Collection[fx.Node], weights: Collection[fx.Node]
 ) -> Iterator[Found | NearMiss]:
     try:
-        readings = list(finals(Lifter(graph, aliases, RULES), n, done))
+        readings = list(finals(Lifter(graph, aliases, RULES), n, done, weights))
     except CannotLift as no:
         yield _near(n, no.reason, 0)
         return
@@ -209,7 +212,8 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final, offsets: bool = Fa
     except CannotLift as no:
         return _near(n, no.reason, 1)
     if not lifter.products:
-        return _near(n, _reason(lifter, "no product of two token ranks stands behind the weights"), 1 if told(lifter) else 0)
+        near = bool(told(lifter)) and (lifter.normalised or not final.of_weights)
+        return _near(n, _reason(lifter, "no product of two token ranks stands behind the weights"), int(near))
     output, lifted = _with_epilogue(lifter, final, lifted)
     hoisted = hoist(lifter, lifted)
     whole = joined.join(hoisted)

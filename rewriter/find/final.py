@@ -25,6 +25,7 @@ class Final:
     """`O[at] = Σ_m weight(at, m) · value(at, m)`; `shape` keeps missing dimensions as 1 and `place` fills them in.
 
     `values` lie end to end: each with its size, its node and its coordinates there.
+    `of_weights`: the values are weights of the model, which are attended to under a row rule only.
     """
 
     node: fx.Node
@@ -34,6 +35,7 @@ class Final:
     weight: Callable[[Lifter, At, Expr], Expr]
     values: tuple[ValueRun, ...]
     why: str
+    of_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ class ValueRun:
     place: Callable[[Lifter, At, Expr], tuple[fx.Node, At]]
 
 
-def finals(lifter: Lifter, n: fx.Node, done: Collection[fx.Node] = ()) -> Iterator[Final]:
-    """Every reading of node `n` as the last product: each operand in turn may be the weights.
+def finals(
+    lifter: Lifter, n: fx.Node, done: Collection[fx.Node] = (), weights: Collection[fx.Node] = ()
+) -> Iterator[Final]:
+    """Every reading of node `n` as the last product: each operand in turn may weigh the other.
 
-    `done` are outputs of attentions found before; nothing is sought behind them.
+    `done` are outputs of attentions found before; nothing is sought behind them. `weights` are those of the model.
     """
     name = op_name(n)
     if name == "scaled_dot_product_attention":
@@ -64,12 +68,13 @@ def finals(lifter: Lifter, n: fx.Node, done: Collection[fx.Node] = ()) -> Iterat
     if name == "linear" and second[0].op in ("placeholder", "get_attr"):
         return
     for side in (0, 1):
-        weights = (first, second)[side][0]
-        if leads_to_product(weights, done):
-            yield _from_contraction(n, c, side)
+        weighs, values = (first, second)[side][0], (first, second)[1 - side][0]
+        chained = values not in weights and is_chained(weighs, done, weights)
+        if leads_to_product(weighs, done) or chained:
+            yield _from_contraction(n, c, side, values in weights)
 
 
-def _from_contraction(n: fx.Node, c: Contraction, side: int) -> Final:
+def _from_contraction(n: fx.Node, c: Contraction, side: int, of_weights: bool) -> Final:
     def weight(lifter: Lifter, at: At, m: Expr) -> Expr:
         node, where = c.operands(at, m)[side]
         return lifter.value(node, where)
@@ -77,7 +82,7 @@ def _from_contraction(n: fx.Node, c: Contraction, side: int) -> Final:
     def value(lifter: Lifter, at: At, m: Expr) -> tuple[fx.Node, At]:
         return c.operands(at, m)[1 - side]
 
-    return Final(n, c.shape, c.place, c.size, weight, (ValueRun(c.size, value),), op_name(n))
+    return Final(n, c.shape, c.place, c.size, weight, (ValueRun(c.size, value),), op_name(n), of_weights)
 
 
 # How many nodes behind the weights are looked at, the nearest first.
@@ -88,11 +93,20 @@ SHAPE_ONLY = CONTRACTIONS | frozenset((
     "contiguous", "clone", "slice", "select", "to", "_to_copy", "getitem", "cat", "stack", "detach", "alias", "split",
     "chunk", "unbind",
 ))
+_MOVED = SHAPE_ONLY - CONTRACTIONS - {"cat", "stack", "getitem"}
 
 
 def hides_product(n: fx.Node) -> bool:
     """Whether a node that is read as it is, is a contraction or rests on one."""
     return op_name(n) in CONTRACTIONS or leads_to_product(n)
+
+
+def is_chained(start: fx.Node, done: Collection[fx.Node], weights: Collection[fx.Node]) -> bool:
+    """Whether a product of two computed tensors stands behind views and casts alone: (Q · Kᵀ) · V and Q · (Kᵀ · V)."""
+    n = start
+    while op_name(n) in _MOVED and n not in done and n.all_input_nodes:
+        n = n.all_input_nodes[0]
+    return n not in done and op_name(n) in CONTRACTIONS and not any(x in weights for x in n.all_input_nodes)
 
 
 def leads_to_product(start: fx.Node, done: Collection[fx.Node] = ()) -> bool:
@@ -105,15 +119,15 @@ def leads_to_product(start: fx.Node, done: Collection[fx.Node] = ()) -> bool:
             continue
         seen.add(n)
         name = op_name(n)
-        if n is not start and between and (name in CONTRACTIONS or _is_product_sum(n)):
+        if n is not start and between and (name in CONTRACTIONS or is_product_sum(n)):
             return True
         if name in NOT_BETWEEN or n.op in ("placeholder", "get_attr"):
             continue
         queue.extend((a, between or name not in SHAPE_ONLY) for a in n.all_input_nodes)
-    return any(_is_product_sum(x) for x in seen if x is not start)
+    return any(is_product_sum(x) for x in seen if x is not start)
 
 
-def _is_product_sum(n: fx.Node) -> bool:
+def is_product_sum(n: fx.Node) -> bool:
     return op_name(n) == "sum" and any(op_name(a) in ("mul", "multiply") for a in n.all_input_nodes)
 
 

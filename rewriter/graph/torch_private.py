@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,9 @@ FAKE_MODE = Private(
 DISPATCH_MODE = Private(
     "torch.utils._python_dispatch:TorchDispatchMode", "seeing the casts of autocast", "2.2", "no graph can be read"
 )
+ITEM = Private(
+    "FakeTensor.item_memo", "floats that change from call to call", "2.8", "Inductor compiles again for each of their values"
+)
 DETECT = Private(
     "torch._guards:detect_fake_mode", "the fake mode of a graph's values", "2.2", "no graph can be rewritten"
 )
@@ -102,6 +105,13 @@ def detect_fake_mode(values: Sequence[object]) -> FakeTensorMode | None:
     """The fake mode that the values were made under."""
     mode: FakeTensorMode | None = DETECT.found()(values)
     return mode
+
+
+def is_python_float(value: object) -> bool:
+    """Is this a tensor of one number that Dynamo made of a float that changes from call to call?"""
+    if not isinstance(value, Tensor) or value.dim() or value.dtype is not torch.float64:
+        return False
+    return isinstance(getattr(value, "item_memo", None), torch.SymFloat)
 
 
 def tree_leaves(tree: object) -> list[Any]:
@@ -212,6 +222,20 @@ WRAPPED = Private(
 HIGHER_ORDER = Private(
     "torch._ops:HigherOrderOperator", "operators whose bodies are graphs", "2.2", "no graph can be captured"
 )
+FLEX = Private(
+    "torch.ops:higher_order.flex_attention", "a FlexAttention that a model calls", "2.5", "it is left alone, and not named"
+)
+SAFE_SOFTMAX = Private(
+    "torch.ops:aten._safe_softmax.default", "the rows of a FlexAttention", "2.5", "it is left alone"
+)
+LEAVE_MAP = Private(
+    "torch._C._functorch:_vmap_decrement_nesting", "leaving a mapped function whose trace failed", "2.2",
+    "no graph with a mapped function is captured",
+)
+GETITEM = Private(
+    "torch._dynamo._trace_wrapped_higher_order_op:TransformGetItemToIndex", "indexing by coordinates in a FlexAttention",
+    "2.5", "it is left alone",
+)
 OWN_BACKWARD = Private(
     "operators torch.ops.higher_order.autograd_function_apply and torch.ops.higher_order.register_hook",
     "a backward of its own in a checkpointed region or a branch", "2.13",
@@ -233,7 +257,7 @@ PARTIAL = Private(
     "partial_fx_graph of export's errors", "the graph so far, beside an error", "2.8", "it is printed"
 )
 
-_ENTERS = "_increment_nesting"
+_ENTERS, _MAPS, _LEAVES = "_increment_nesting", "_vmap_increment_nesting", "_vmap_decrement_nesting"
 _OWN_BACKWARD = ("autograd_function_apply", "register_hook")
 LOGS = ("torch._subclasses.fake_tensor", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 
@@ -243,6 +267,55 @@ def pre_dispatch_graph(run: Callable[..., object], values: Sequence[object]) -> 
     make = MAKE_FX.found()(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)
     graph: fx.GraphModule = make(*values)
     return graph
+
+
+def dispatched_graph(run: Callable[..., object], values: Sequence[object]) -> fx.GraphModule:
+    """What a function does to these values, below transforms of functions: a graph of ATen operators on whole tensors."""
+    with leaving_maps():
+        graph: fx.GraphModule = MAKE_FX.found()(run, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+    return graph
+
+
+@contextmanager
+def leaving_maps() -> Iterator[None]:
+    """Where running a graph fails inside a mapped function, that is left."""
+    try:
+        yield
+    except BaseException:
+        while FUNCTORCH.found()() is not None:
+            LEAVE_MAP.found()()
+        raise
+
+
+def nesting(target: object) -> int:
+    """1 where a function that is mapped over a dimension is entered, −1 where it is left, else 0."""
+    name = str(getattr(target, "__name__", ""))
+    return int(name == _MAPS) - int(name == _LEAVES)
+
+
+def is_flex(target: object) -> bool:
+    """Is this the operator that a call of FlexAttention is in a graph?"""
+    try:
+        return target is FLEX.found()
+    except TorchChanged:
+        return False
+
+
+def safe_softmax(scores: Tensor) -> Tensor:
+    """The softmax of the last dimension, with 0 where a row has no key."""
+    out: Tensor = SAFE_SOFTMAX.found()(scores, -1)
+    return out
+
+
+def has_body(target: object) -> bool:
+    """Is this an operator with graphs as its bodies?"""
+    return isinstance(target, HIGHER_ORDER.found())
+
+
+def indexing_by_tensors() -> AbstractContextManager[object]:
+    """Where a tensor is indexed by coordinates that are tensors, it is gathered from, and not cut."""
+    mode: AbstractContextManager[object] = GETITEM.found()()
+    return mode
 
 
 def dynamo_fakes() -> tuple[FakeTensorMode, Callable[[object], object]] | None:
@@ -516,6 +589,9 @@ def is_compiled(model: object) -> bool:
 INDUCTOR = Private(
     "torch._inductor.compile_fx:compile_fx", "the rest of a graph by Inductor", "2.2", "`rest: inductor` cannot run"
 )
+MODES = Private(
+    "torch._inductor:list_mode_options", "what `mode=` of torch.compile asks of Inductor", "2.2", "`mode=` cannot be taken"
+)
 CPP_COMPILER = Private(
     "torch._inductor.cpp_builder:get_cpp_compiler", "looking for a C++ compiler", "2.5", "the backend cannot start"
 )
@@ -528,6 +604,12 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[object], options: Mapping[s
     """A graph compiled by Inductor under options of its own."""
     run: Callable[..., Any] = INDUCTOR.found()(graph, list(inputs), config_patches=dict(options))
     return run
+
+
+def inductor_modes() -> Mapping[str, Mapping[str, object]]:
+    """What each mode of torch.compile asks of Inductor."""
+    modes: Mapping[str, Mapping[str, object]] = MODES.found()()
+    return modes
 
 
 def has_cpp_compiler() -> bool:

@@ -133,7 +133,7 @@ class Lifter:
             if i.op == "index":
                 self._hint.setdefault((n, d), str(i.attr))
         if self._consumer and self.aliases.written_between(n, n, self._consumer[-1]):
-            self.closed.append((f"{n.name} is written in place before {self._consumer[-1].name} reads it", n))
+            self.closed.append((self._written(n, self._consumer[-1]), n))
             return self.leaf(n, at)
         rule = self.rules.get(op_name(n))
         if rule is None:
@@ -163,6 +163,10 @@ class Lifter:
         if out not in self.origin or (is_simple(at) and op_name(n) not in _REPEATS):
             self.origin[out] = Origin(n, at)
         return out
+
+    def _written(self, n: fx.Node, reader: fx.Node) -> str:
+        by = next(w for w in self.aliases.writers(n) if self.position[n] < self.position[w] < self.position[reader])
+        return f"{n.name} is written in place (by {op_name(by)}_) before {reader.name} reads it"
 
     def _length(self, e: Expr) -> int:
         """How many operators a term has, written out."""

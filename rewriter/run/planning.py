@@ -21,6 +21,7 @@ from ...cost_model.plan.plan import Plan
 from ...cost_model.sites.axes import axes
 from ...cost_model.sites.course import Symbol
 from ...cost_model.sites.site import Miss, Site
+from ...cost_model.words import group_name
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, bind
@@ -52,12 +53,28 @@ def plan_model(
         try:
             with bypass.own():
                 captured = export.from_export(model, args, kwargs, dynamic=dynamic)
-            return plan_graph(captured, device, policy, name)
+            plan = plan_graph(captured, device, policy, name)
+            return replace(plan, note=f"{plan.note}{_fused(model, plan)}")
         except capture.CaptureError as no:
             tensors = [*model.parameters(), *export.held_tensors((args, dict(kwargs)))[0]]
             if any(_without_data(t) for t in tensors):
                 raise
             return _plan_pieces(model, args, kwargs, device, policy, name, str(no))
+
+
+def _fused(model: nn.Module, plan: Plan) -> str:
+    """Which of these attentions torch may hold in one operator of its own, which no export shows and a call does."""
+    if torch.is_grad_enabled() or not torch.backends.mha.get_fastpath_enabled():
+        return ""
+    layers = [path for path, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer) and not m.training]
+    held = [x for x in layers if any(s.name == x or s.name.startswith(f"{x}." if x else "") for s in plan.sites)]
+    if not held:
+        return ""
+    where = group_name(held) or type(model).__name__
+    return (
+        f"; without gradients torch may run {where} as one operator, which optimize leaves alone: "
+        "torch.backends.mha.set_fastpath_enabled(False) runs it as planned here"
+    )
 
 
 def _without_data(t: Tensor) -> bool:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ...cost_model.calibration.accuracy import within
 from ...cost_model.plan.plan import Plan
-from ...cost_model.sites.site import ORIGINAL, Miss, Site
+from ...cost_model.sites.site import ORIGINAL, Miss, Site, grouped
 from ...cost_model.time.cost import Cost
 from ...cost_model.words import group_name, seconds_text, short_path
 from ..check.verdicts import Check
@@ -174,7 +174,11 @@ class Report:
 
     @property
     def misses(self) -> tuple[Miss, ...]:
-        return tuple(dict.fromkeys(m for p in self.pieces if p.plan is not None for m in p.plan.misses))
+        """What was left alone, as often as in the graph that has it most often: a graph may be captured again and again."""
+        most: Counter[Miss] = Counter()
+        for p in self.pieces:
+            most |= Counter(p.plan.misses if p.plan is not None else ())
+        return tuple(most.elements())
 
     @property
     def plan(self) -> Plan | None:
@@ -212,13 +216,18 @@ class Report:
             lines += _predictions(self.sites)
         elif self.pieces and not any(p.error for p in self.pieces):
             lines.append("no attention was found in what was captured")
-        lines += [f"left alone: {m.where} {m.what}: {m.reason}" for m in self.misses]
-        return lines
+        return lines + [_left(m, n) for m, n in grouped(self.misses)]
 
     def _captures(self) -> str:
         seconds = sum(p.capture_seconds + p.plan_seconds for p in self.pieces)
         taken = f" in {seconds:.1f} s" if self.pieces else ""
         return f"{_count(self.captures, 'graph')} captured{taken}, {_count(self.recompiles, 'recompilation')}"
+
+
+def _left(m: Miss, many: int) -> str:
+    """One line for the same miss of all layers."""
+    hint = f" ({m.hint})" if m.hint else ""
+    return f"left alone: {m.where} {m.what}{f' ×{many}' if many > 1 else ''}: {m.reason}{hint}"
 
 
 def _checked(checks: tuple[Check, ...]) -> list[str]:

@@ -28,7 +28,7 @@ from ..capture import capture
 from ..choose import choose
 from ..choose.policy import Policy, StrictError
 from ..graph import torch_private
-from ..splice import sampling
+from ..splice import floats, sampling
 from ..splice.guards import Guarded
 from . import bypass
 from .report import GraphPiece
@@ -221,6 +221,7 @@ class Session:
     policy: Policy
     target: Device | None
     inductor: bool = False
+    inductor_options: Mapping[str, object] = field(default_factory=dict)
     dynamic: bool | None = None
     choices: Mapping[str, str] = field(default_factory=dict)
     backend: Callable[[fx.GraphModule, Sequence[object], Mapping[int, str]], Callable[..., Any]] | None = None
@@ -273,14 +274,14 @@ class Session:
         captured: capture.Captured | None = None
         try:
             with bypass.capturing(), _own_saved_tensors():
-                captured = capture.from_dynamo(gm, inputs, self.names())
+                captured = capture.from_dynamo(gm, inputs, self.names(), inductor=self.inductor)
             piece.capture_seconds = captured.seconds
             request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
             piece.plan = choose.rewrite(captured, request, piece.checks)
             for module in captured.graph.modules():
                 if isinstance(module, Guarded):
                     module.fallbacks = piece.fallbacks
-            run = _runnable(captured.graph, inputs, self.inductor)
+            run = _runnable(captured.graph, inputs, self.inductor_options if self.inductor else None)
         except capture.CaptureError as no:
             piece.error = f"the graph could not be captured: {no}"
         except StrictError:
@@ -327,12 +328,16 @@ def _own_saved_tensors() -> Iterator[None]:
         yield
 
 
-def _runnable(graph: fx.GraphModule, inputs: Sequence[object], inductor: bool) -> Callable[..., Any]:
-    if inductor:
+def _runnable(
+    graph: fx.GraphModule, inputs: Sequence[object], inductor: Mapping[str, object] | None
+) -> Callable[..., Any]:
+    """The graph as a function; by Inductor where there are options for it, none among them."""
+    if inductor is not None:
         # Named, the threads are part of the key in Inductor's cache on disk: before PyTorch 2.13 FlexAttention compiled for
         # one thread came back in a process of two, and wrote past its buffers. Dynamo compiles again when they change.
-        threads = {"cpp.threads": torch.get_num_threads()}
-        return torch_private.inductor(graph, inputs, threads)
+        options = {**inductor, "cpp.threads": torch.get_num_threads()}
+        floats.computed_with(graph)
+        return torch_private.inductor(graph, inputs, options)
     for body in list(capture.regions(graph)):
         for n in body.graph.nodes:
             if n.op == "call_function" and n.target is torch_private.CHECKPOINT:

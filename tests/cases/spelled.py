@@ -73,7 +73,7 @@ def a_window_beside_global_keys_fp16() -> tuple[nn.Module, Inputs]:
     """A window that is cut by views, and keys that all queries see."""
 
     def f(q: Tensor, k: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(2, (-1, 16)) for t in (q, k, v))
+        q, k, v = (t.unflatten(2, (-1, 16)) for t in (q, k, v))  # type: ignore[no-untyped-call]
         s = torch.cat([torch.einsum("bhnid,bhjd->bhnij", q, x), q @ k.mT], -1)
         p, n = (s * 0.2).softmax(-1), x.shape[-2]
         return (p[..., n:] @ v + torch.einsum("bhnij,bhjd->bhnid", p[..., :n], y)).flatten(2, 3)

@@ -10,7 +10,17 @@ import pytest
 from reattend.cost_model.devices.device import shipped
 from reattend.cost_model.plan.plan import SCHEMA, Plan
 from reattend.cost_model.plan.table import candidates_table, plan_table
-from reattend.cost_model.sites.site import Candidate, MaskView, Miss, PlanError, Site, SiteShape, TileCounts, ranked
+from reattend.cost_model.sites.site import (
+    Candidate,
+    MaskView,
+    Miss,
+    PlanError,
+    Site,
+    SiteShape,
+    TileCounts,
+    grouped,
+    ranked,
+)
 from reattend.cost_model.time.cost import Cost
 from reattend.cost_model.words import group_name, seconds_text
 
@@ -142,3 +152,12 @@ def test_plans_are_read_without_torch_and_triton(tmp_path) -> None:  # type: ign
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "×32" in done.stdout
+
+
+def test_the_same_miss_of_many_layers_is_one_line() -> None:
+    misses = [Miss("m.py:3", f"matmul in layers.{i}.attn", f"mul_{i} is written in place before it is read") for i in range(12)]
+    other = Miss("m.py:9", "matmul in head", "a softmax over one element")
+    (first, twelve), (last, one) = grouped([*misses, other])
+    assert (first.what, twelve, one) == ("matmul in layers.[0-11].attn", 12, 1)
+    assert last is not None
+    assert last.reason == other.reason

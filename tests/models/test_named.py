@@ -53,3 +53,21 @@ def test_a_fused_layer_of_torch_is_named_with_what_shows_its_parts() -> None:
         assert torch.allclose(ours(x), layer(x), atol=1e-5)
     (miss,) = reattend.report(ours).misses
     assert "set_fastpath_enabled" in miss.hint
+
+
+def test_a_plan_says_what_a_call_runs_in_one_operator() -> None:
+    torch._dynamo.reset()
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, batch_first=True), 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 24, 32)
+    with torch.no_grad():
+        plan, ours = reattend.plan(model, x), reattend.optimize(copy.deepcopy(model))
+        ours(x)
+    assert len(plan.sites) == len(reattend.report(ours).misses) == 2
+    assert "torch may run layers.[0-1] as one operator" in plan.note
+    assert "×2" in str(reattend.report(ours))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            assert "one operator" not in reattend.plan(model, x).note
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)

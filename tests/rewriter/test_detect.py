@@ -298,8 +298,9 @@ def _mixed_after(q: Any, k: Any, v: Any) -> Any:
 @pytest.mark.parametrize(
     ("fn", "words"),
     [
-        (_columns, "mul is written in place before softmax reads it"),
-        (_columns_of_the_product, "matmul is written in place before mul reads it"), (_scattered, "scatter has no term"),
+        (_columns, "mul is written in place (by fill_) before softmax reads it"),
+        (_columns_of_the_product, "matmul is written in place (by fill_) before mul reads it"),
+        (_scattered, "scatter has no term"),
         (_mixed_before, "linear mixes them"), (_mixed_after, "linear mixes them"),
     ],
 )

@@ -1,0 +1,289 @@
+"""Places that are no attention to a rule are named all the same: states, sums over tokens, scores made pair by pair."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import reattend
+from reattend.rewriter.choose.policy import StrictError
+from reattend.rewriter.find import detect
+
+from .helpers import graph_of
+
+WEIGHT = torch.randn(4, 4)
+
+
+def phi(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
+def over_features(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+
+def normalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (phi(q) @ (phi(k).mT @ v)) / (phi(q) @ phi(k).sum(-2, keepdim=True).mT)
+
+
+def channels_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state = torch.einsum("bhdn,bhen->bhde", k.softmax(-1), v)
+    return torch.einsum("bhde,bhdn->bhen", state, q.softmax(-2))
+
+
+def padded_with_ones(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = (F.pad(v, (0, 0, 0, 1), value=1.0) @ k.relu().mT) @ q.relu()
+    return out[:, :, :-1] / (out[:, :, -1:] + 1e-15)
+
+
+def of_a_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    return torch.bmm(q.relu(), torch.bmm(k.relu().transpose(1, 2), v))
+
+
+def scores_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (phi(q) @ phi(k).mT) @ v
+
+
+def three_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state = torch.einsum("bhnd,bhne->bhde", phi(k), v)
+    total = 1 / torch.einsum("bhnd,bhd->bhn", phi(q), phi(k).sum(-2))
+    return torch.einsum("bhnd,bhde,bhn->bhne", phi(q), state, total)
+
+
+def running(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state = (phi(k)[..., None] * v[..., None, :]).cumsum(2)
+    return torch.einsum("bhnd,bhnde->bhne", phi(q), state) / (phi(q) * phi(k).cumsum(2)).sum(-1, keepdim=True)
+
+
+def running_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhnd,bhnde->bhne", q, torch.einsum("bhnd,bhne->bhnde", k, v).cumsum(2))
+
+
+def step_by_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, out = torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1]), []
+    for t in range(3):
+        state = state * 0.9 + k[:, :, t, :, None] * v[:, :, t, None]
+        out.append((q[:, :, t, :, None] * state).sum(-2))
+    return torch.stack(out, 2)
+
+
+def step_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, out = torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1]), []
+    for t in range(3):
+        state = state + k[:, :, t, :, None] @ v[:, :, t, None]
+        out.append(q[:, :, t, None] @ state)
+    return torch.cat(out, 2)
+
+
+def by_deltas(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, out = torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1]), []
+    for t in range(2):
+        key = k[:, :, t, :, None]
+        state = state + key * (v[:, :, t] - (state * key).sum(-2))[..., None, :]
+        out.append((q[:, :, t, :, None] * state).sum(-2))
+    return torch.stack(out, 2)
+
+
+def distances(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (-torch.cdist(q, k)).softmax(-1) @ v
+
+
+def squares(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (-(q[:, :, :, None] - k[:, :, None]).pow(2).sum(-1)).softmax(-1) @ v
+
+
+def vectors(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q[:, :, :, None] - k[:, :, None]).tanh().softmax(-2) * v[:, :, None]).sum(-2)
+
+
+def normed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.layer_norm(q @ k.mT, (k.shape[-2],)).softmax(-1) @ v
+
+
+def mixed_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    before = F.linear((q @ k.mT).movedim(1, -1), WEIGHT)
+    return F.linear(before.softmax(-2), WEIGHT).movedim(-1, 1) @ v
+
+
+def mixed_by_images(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mix = WEIGHT[..., None, None]
+    return F.conv2d(F.conv2d(q @ k.mT, mix).softmax(-1), mix) @ v
+
+
+def added_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    return torch.baddbmm(v[:, :1], (q @ k.mT).softmax(-1), v)
+
+
+SITES = (over_features, normalised, padded_with_ones, of_a_batch, scores_first)
+NAMED: tuple[tuple[Callable[..., Tensor], str], ...] = (
+    (three_at_once, "einsum multiplies 3 operands at once"),
+    (running, "a running sum (cumsum)"),
+    (running_products, "a running sum of data"),
+    (step_by_step, "added to a state"),
+    (step_by_products, "added to a state"),
+    (by_deltas, "added to a state"),
+    (distances, "cdist"),
+    (squares, "made pair by pair (by sub)"),
+    (vectors, "made pair by pair (by sub)"),
+    (normed, "layer_norm changes what it weighs"),
+    (mixed_twice, "linear mixes them"),
+    (mixed_by_images, "conv2d mixes them"),
+    (added_to, "baddbmm"),
+)
+
+
+def inputs(batch: int, dtype: torch.dtype = torch.float32) -> list[Any]:
+    return [torch.randn(batch, 4, 24, 8, dtype=dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("fn", [*SITES, channels_first])
+def test_keys_and_values_first_is_a_site(fn: Callable[..., Tensor], batch: int) -> None:
+    args = inputs(batch)
+    if fn is channels_first:
+        args = [x.mT.contiguous() for x in args]
+    found, missed = detect.find(graph_of(fn, args))
+    assert len(found) == 1, [m.reason for m in missed]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fn", SITES)
+def test_products_alone_keep_their_order_and_their_gradients(fn: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    class Model(nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return fn(*args)
+
+    torch._dynamo.reset()
+    args = [x.requires_grad_() for x in inputs(2, dtype)]
+    model = reattend.optimize(Model())
+    got, want = model(*args), fn(*args)
+    assert torch.equal(got, want)
+    ours, own = (torch.autograd.grad(y.float().square().sum(), args) for y in (got, want))
+    assert all(map(torch.equal, ours, own))
+    (site,) = reattend.report(model).sites
+    assert site.kernel == "original"
+    assert "nothing stands between its two products" in site.site.chosen.why
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("fn", "words"), NAMED)
+def test_what_no_rule_reads_is_named(fn: Callable[..., Tensor], words: str, batch: int) -> None:
+    found, missed = detect.find(graph_of(fn, inputs(batch)))
+    assert not found
+    assert missed
+    assert all(words in m.reason for m in missed), [m.reason for m in missed]
+
+
+def test_open_sizes_are_named_as_well() -> None:
+    class Model(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return normalised(q, k, v) + running(q, k, v)
+
+    plan = reattend.plan(Model(), tuple(inputs(2)), dynamic=True)
+    assert [s.kind for s in plan.sites] == ["linear"]
+    assert ["cumsum" in m.reason for m in plan.misses] == [True]
+
+
+class Experts(nn.Module):
+    """A mixture of experts behind an attention: its products are of tokens with weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.gate = nn.Linear(32, 32), nn.Linear(32, 4)
+        self.experts = nn.Parameter(torch.randn(4, 32, 32))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return torch.einsum("bne,bnf->bnf", self.gate(x).softmax(-1), torch.einsum("bnd,edf->bnf", x, self.experts))
+
+
+class Adapters(nn.Module):
+    """Products of weights, and of tokens with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q @ self.down @ self.up + k @ (self.down @ self.up) + v.mul(2)
+
+
+@pytest.mark.parametrize(("model", "sites"), [(Experts(), 1), (Adapters(), 0)])
+def test_products_with_weights_are_no_state(model: nn.Module, sites: int) -> None:
+    torch._dynamo.reset()
+    ours = reattend.optimize(model)
+    with torch.no_grad():
+        ours(*inputs(2))
+    report = reattend.report(ours)
+    assert len(report.sites) == sites
+    assert not report.misses
+
+
+def test_the_same_miss_of_many_steps_is_one_line() -> None:
+    class Model(nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return step_by_step(*args)
+
+    torch._dynamo.reset()
+    args = tuple(inputs(2))
+    ours = reattend.optimize(Model())
+    with torch.no_grad():
+        ours(*args)
+    report, plan = reattend.report(ours), reattend.plan(Model(), args)
+    assert len(report.misses) == len(plan.misses) == 3
+    for text in (str(report), str(plan)):
+        assert text.count("added to a state") == 1
+        assert "×3" in text
+
+
+class Feed(nn.Module):
+    """A feed-forward that is spelled by products, with an operator between that has no term."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(8, 32)), nn.Parameter(torch.randn(32, 8))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q + torch.matmul(F.celu(torch.matmul(k, self.up)), self.down) + v
+
+
+def test_a_feed_forward_of_products_is_no_miss() -> None:
+    plan = reattend.plan(Feed(), tuple(inputs(2)))
+    assert not plan.sites
+    assert not plan.misses
+
+
+@pytest.mark.parametrize(("fn", "words"), [*NAMED[:4], (scores_first, "nothing stands between its two products")])
+def test_strict_raises_with_the_reason(fn: Callable[..., Tensor], words: str) -> None:
+    class Model(nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return fn(*args)
+
+    torch._dynamo.reset()
+    model = reattend.optimize(Model(), policy=reattend.Policy(strict=True))
+    with torch.no_grad(), pytest.raises(StrictError, match=re.escape(words)):
+        model(*inputs(2))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("fn", [*SITES, *(f for f, _ in NAMED)])
+def test_a_plan_and_a_report_agree(fn: Callable[..., Tensor], batch: int) -> None:
+    class Model(nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return fn(*args)
+
+    torch._dynamo.reset()
+    ours, args = reattend.optimize(Model()), tuple(inputs(batch))
+    with torch.no_grad():
+        assert torch.equal(ours(*args), fn(*args))
+        plan, report = reattend.plan(Model(), args), reattend.report(ours)
+    assert [s.kind for s in plan.sites] == [s.site.kind for s in report.sites]
+    assert sorted(m.reason for m in plan.misses) == sorted(m.reason for m in report.misses)
