@@ -13,7 +13,8 @@ from torch import Tensor
 from ...patterns.cascade import Cascade, show
 from ...patterns.expr import Expr
 from ..files import cache
-from ..files.torch_file import LICENCE, Printer, einsum, imports, indented, sizes, skeleton, used_names
+from ..files.beforehand import einsum
+from ..files.torch_file import LICENCE, Printer, imports, indented, sizes, skeleton, used_names
 from ..forms.form import Form
 from ..forms.operands import view
 from ..forms.program import loose
@@ -115,7 +116,7 @@ def function(p: Printer, name: str, lines: Sequence[str]) -> str:
     """The text of a function of the cascade's inputs and loose sizes."""
     names = p.names
     parameters = [*(names.tensors[t.name] for t in p.f.cascade.inputs), *(names.symbols[s] for s in p.loose)]
-    before = [f"{names.tensors[e.out.tensor]} = {einsum(p, e)}" for e in p.f.attention.prelude]
+    before = [f"{names.tensors[e.out.tensor]} = {einsum(names, p.f.real, e)}" for e in p.f.attention.prelude]
     body = [*sizes(p), *before, *lines]
     used = used_names("\n".join([*before, *lines]))
     body = [x for x in body if x not in sizes(p) or x.split(" = ")[0] in used]

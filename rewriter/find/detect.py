@@ -14,6 +14,7 @@ from ...patterns.attention import concat, ranks, recognise
 from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from ...patterns.expr import Expr
+from ...patterns.terms.divisions import divided
 from ...patterns.verdict import Obstacle
 from ..capture.weights import is_weight
 from ..graph.aliases import Aliases
@@ -166,6 +167,7 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
         return _near(n, _reason(lifter, "no product of two token ranks stands behind the weights"), 1 if told(lifter) else 0)
     output, lifted = _with_epilogue(lifter, final, lifted)
     cascade = ranks.unify(ranks.split(_with_query(concat.split(hoist(lifter, lifted)))))
+    cascade = divided(cascade)
     view = recognise.attention(cascade)
     if isinstance(view, Obstacle):
         return _near(n, _reason(lifter, view.reason), 1 if lifter.normalised or told(lifter) else 0)
