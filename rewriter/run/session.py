@@ -27,8 +27,9 @@ from ..capture import capture
 from ..choose import choose
 from ..choose.policy import Policy, StrictError
 from ..graph import torch_private
-from ..splice import sampling
+from ..splice import sampling, splice
 from ..splice.guards import Guarded
+from .calls import call_plainly
 from .report import GraphPiece
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -296,7 +297,7 @@ class Session:
             for module in captured.graph.modules():
                 if isinstance(module, Guarded):
                     module.fallbacks = piece.fallbacks
-            run = _runnable(captured.graph, inputs, self.inductor)
+            run = _runnable(captured.graph, gm, inputs, self.inductor)
         except capture.CaptureError as no:
             piece.error = f"the graph could not be captured: {no}"
         except StrictError:
@@ -314,7 +315,8 @@ class Session:
         with self.lock:
             self.pieces.append(piece)
         # Inductor's code has no nodes that could be run one by one.
-        sampled = captured.graph if captured is not None and not self.inductor and not piece.error else None
+        changed = captured is not None and splice.is_changed(captured.graph)
+        sampled = captured.graph if captured is not None and changed and not self.inductor and not piece.error else None
         return self._counted(piece, run, sampled)
 
     def _counted(self, piece: GraphPiece, run: Callable[..., Any], sampled: fx.GraphModule | None) -> Callable[..., Any]:
@@ -358,16 +360,24 @@ def _own_saved_tensors() -> Iterator[None]:
         yield
 
 
-def _runnable(graph: fx.GraphModule, inputs: Sequence[object], inductor: bool) -> Callable[..., Any]:
+def _runnable(
+    graph: fx.GraphModule, came: fx.GraphModule, inputs: Sequence[object], inductor: bool
+) -> Callable[..., Any]:
+    """What is run of a rewritten graph: itself, or the one that `came` from Dynamo where nothing was put in."""
     if inductor:
         # Named, the threads are part of the key in Inductor's cache on disk: before PyTorch 2.13 FlexAttention compiled for
         # one thread came back in a process of two, and wrote past its buffers. Dynamo compiles again when they change.
         threads = {"cpp.threads": torch.get_num_threads()}
         return torch_private.inductor(graph, inputs, threads)
-    for body in list(capture.regions(graph)):
+    bodies = list(capture.regions(graph))
+    # a checkpointed region was changed for its capture
+    if len(bodies) == 1 and not splice.is_changed(graph):
+        return came.forward
+    for body in bodies:
         for n in body.graph.nodes:
             if n.op == "call_function" and n.target is torch_private.CHECKPOINT:
                 n.target = capture.checkpointed
+        call_plainly(body)
         body.recompile()
     return graph.forward
 
