@@ -79,7 +79,7 @@ def report(model: nn.Module) -> Report:
     if session is None:
         return Report("", (), (), copied=is_copy(model), installed=False)
     with session.lock:
-        entries = tuple(Entered(e.path, e.calls, e.missed, tuple(e.failures)) for e in session.entries)
+        entries = tuple(Entered(e.path, e.calls, e.missed, tuple(e.failures), e.as_written) for e in session.entries)
         return Report(str(session.policy), entries, tuple(session.pieces), tuple(session.frames_given_up))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reattend
-from reattend.rewriter.run.calls import PLAIN, call_plainly
+from reattend.rewriter.splice.calls import PLAIN, call_plainly
 
 X, Y = torch.rand(2, 3, 4) + 0.1, torch.randn(2, 3, 4)
 MASK, WEIGHT = Y > 0, torch.randn(4, 4)
