@@ -140,8 +140,7 @@ class Entry:
         finally:
             _running.written = outer
             if outer is not self.session:
-                self._count(True)
-                self.as_written += 1
+                self._count(True, as_written=True)
 
     def _rewritten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before, seen = getattr(_running, "pieces", 0), torch_private.attempts()[-1:]
@@ -179,10 +178,11 @@ class Entry:
         warnings.warn(f"reattend: {self.path or 'the model'} runs as written: {self.failures[-1]}", stacklevel=4)
         return out
 
-    def _count(self, ran: bool) -> None:
+    def _count(self, ran: bool, as_written: bool = False) -> None:
         with self.session.lock:
             self.calls += 1
             self.missed += not ran
+            self.as_written += as_written
 
 
 def _backend(entry: Entry) -> capture.Backend:
