@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class VendorCall:
     def sizes(self) -> tuple[str, ...]:
         return loose(self.cascade)
 
-    @property
+    @cached_property
     def function(self) -> Callable[..., Tensor]:
         """`function(*tensors, *sizes)`: the cascade's output, in its rank order."""
         found: Callable[..., Tensor] = getattr(cache.load(self.source), self.name)
