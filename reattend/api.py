@@ -87,7 +87,7 @@ def report(model: nn.Module) -> Report:
         return Report("", (), (), copied=is_copy(model), installed=False)
     with session.lock:
         entries = tuple(
-            Entered(e.path, e.calls, e.missed, tuple(e.failures), Counter(e.bypassed)) for e in session.entries
+            Entered(e.path, e.calls, e.missed, tuple(e.failures), Counter(e.bypassed), e.as_written) for e in session.entries
         )
         return Report(str(session.policy), entries, tuple(session.pieces), tuple(session.frames_given_up))
 

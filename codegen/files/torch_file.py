@@ -14,14 +14,14 @@ from types import ModuleType
 
 from ...cost_model.time import cpu_tiles
 from ...patterns import expr as ex
-from ...patterns.cascade import Einsum, show
+from ...patterns.cascade import show
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ..forms.form import Form
 from ..forms.operands import Names, element_type, joined, operand
 from ..forms.program import bindings, loose
 from ..text.print_torch import TYPES, TorchBody, TorchScope, identifier
-from ..text.printer import PrintError
+from .beforehand import einsum
 
 _SEES_ALL = "# Calls with fewer scores a head see every key: to find out which to skip would cost more."
 CONSTANTS = {
@@ -254,21 +254,6 @@ def make_near(p: Printer, made: Sequence[tuple[str, PrintedFunction]], batch: Ma
     return lines
 
 
-def einsum(p: Printer, e: Einsum) -> str:
-    """A contraction that is computed beforehand, whole, over all its coordinates."""
-    order = [*(str(i.attr) for i in e.out.index), *e.over]
-    at = {ex.index(r): p.names.axis(p.names.rank(r), len(order) - 1 - d) for d, r in enumerate(order)}
-    text = TorchBody(p.names.scope(at, p.f.real), []).real(e.body)
-    if e.op is None:
-        return f"({text}).expand({', '.join(p.names.rank(r) for r in order)})"
-    dims = tuple(range(len(order) - len(e.over), len(order)))
-    shape = ", ".join(p.names.rank(r) for r in order)
-    pick = {"add": "sum", "max": "amax", "min": "amin"}.get(e.op)
-    if pick is None:
-        raise PrintError(f"{e.out.tensor} is reduced by {e.op}")
-    return f"({text}).expand({shape}).{pick}({dims})"
-
-
 MODULES = (
     "ctypes", "hashlib", "math", "os", "platform", "shlex", "shutil", "signal", "subprocess", "sys", "tempfile",
     "threading", "warnings",
@@ -331,7 +316,7 @@ def indented(lines: Iterable[str]) -> list[str]:
 def entry(p: Printer, lines: Sequence[str], setup: Sequence[str] = (), checks: Sequence[str] = ()) -> str:
     """The text of `attention`: sizes, what is computed beforehand, coordinates, the output's memory, then `lines`."""
     names = p.names
-    before = [f"{names.tensors[e.out.tensor]} = {einsum(p, e)}" for e in p.f.attention.prelude]
+    before = [f"{names.tensors[e.out.tensor]} = {einsum(names, p.f.real, e)}" for e in p.f.attention.prelude]
     body = [*sizes(p), *checks, *before, *setup, *coordinates(p, "\n".join(lines)), *allocation(p), *lines, "return out"]
     head = f'def attention({signature(p)}):\n    """The output {p.f.cascade.outputs[0]}."""\n'
     return head + "\n".join(indented(body))

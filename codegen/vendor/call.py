@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from ...patterns.cascade import Cascade, show
 from ...patterns.expr import Expr
 from ..files import cache
-from ..files.torch_file import LICENCE, Printer, einsum, imports, indented, sizes, skeleton, used_names
+from ..files.beforehand import einsum
+from ..files.torch_file import LICENCE, Printer, imports, indented, sizes, skeleton, used_names
 from ..forms.form import Form
 from ..forms.operands import view
 from ..forms.program import loose
@@ -47,7 +49,7 @@ class VendorCall:
     def sizes(self) -> tuple[str, ...]:
         return loose(self.cascade)
 
-    @property
+    @cached_property
     def function(self) -> Callable[..., Tensor]:
         """`function(*tensors, *sizes)`: the cascade's output, in its rank order."""
         found: Callable[..., Tensor] = getattr(cache.load(self.source), self.name)
@@ -115,7 +117,7 @@ def function(p: Printer, name: str, lines: Sequence[str]) -> str:
     """The text of a function of the cascade's inputs and loose sizes."""
     names = p.names
     parameters = [*(names.tensors[t.name] for t in p.f.cascade.inputs), *(names.symbols[s] for s in p.loose)]
-    before = [f"{names.tensors[e.out.tensor]} = {einsum(p, e)}" for e in p.f.attention.prelude]
+    before = [f"{names.tensors[e.out.tensor]} = {einsum(names, p.f.real, e)}" for e in p.f.attention.prelude]
     body = [*sizes(p), *before, *lines]
     used = used_names("\n".join([*before, *lines]))
     body = [x for x in body if x not in sizes(p) or x.split(" = ")[0] in used]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from ...cost_model.count.eager import strided
 from ...cost_model.devices.architecture import OLDEST_FLASH
 from ...cost_model.devices.device import Device
 from ...cost_model.time.predict import VENDORS, VendorUse
@@ -170,9 +171,21 @@ def backends(call: VendorCall, device: Device, sizes: Mapping[str, int], *, grad
 def _cpu_flash(call: VendorCall, e: int, v: int, gradients: bool) -> str:
     if e != v:
         return f"keys are {e} wide and values {v}: the kernel takes equal widths"
+    if not _lies_by_rows(call):
+        return "the elements of a query, a key or a value do not lie side by side, as the kernel reads them"
     if gradients and call.mask is not None and call.mask.dtype != "b1" and any(x.is_float for x in ex.loads(call.mask)):
         return "the mask may want a gradient"
     return ""
+
+
+def _lies_by_rows(call: VendorCall) -> bool:
+    """Is the innermost dimension of every operand that is a view of an input the head's?"""
+    f = form(call.cascade)
+    assert not isinstance(f, Obstacle)
+    (product,) = f.products
+    inner = [(product.near, product.over[-1]), (product.far, product.over[-1]), (f.values, f.attention.value)]
+    views = [(x, r) for x, r in inner if x.op == "load" and strided(x) and r in x.ranks]
+    return all(x.args[-1] is ex.index(r) for x, r in views)
 
 
 def _favours_cudnn(device: Device) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ...patterns import expr as ex
+from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Cascade, Einsum
 from ...patterns.expr import Expr
 from .work import EXPONENTIALS, WIDTH, Sizes, contraction, elements, is_view, size_int
@@ -45,6 +46,46 @@ class EagerOperator:
         if self.kind == "softmax":
             return self.points
         return self.points * EXPONENTIALS.get(self.name, 0) if self.kind == "point" else 0
+
+
+def beforehand(a: Attention, extent: Mapping[str, int]) -> tuple[EagerOperator, ...]:
+    """What a kernel's call computes before the kernel: every operator of the prelude's terms, and its products and sums."""
+    out: list[EagerOperator] = []
+    for e in a.prelude:
+        parts = contraction(e)
+        for f in parts or (e.body,):
+            out += computed(f, extent)
+        if parts is not None:
+            out.append(_product(e, parts, extent))
+        elif e.op is not None:
+            out.append(_reduction(e, extent))
+    return tuple(out)
+
+
+def computed(term: Expr, extent: Mapping[str, int]) -> tuple[EagerOperator, ...]:
+    """The operators of a term that is computed from what lies in memory, gathers among them."""
+    out: list[EagerOperator] = []
+    for t in ex.walk(term):
+        leaf = t.op in ("const", "index", "symbol") or (t.op == "load" and strided(t))
+        if leaf or not t.ranks:
+            continue
+        points, width = _count(extent, t.ranks), WIDTH[t.dtype]
+        name = "gather" if t.op == "load" else t.op
+        read = points * width if t.op == "load" else sum(_count(extent, x.ranks) * WIDTH[x.dtype] for x in t.args if x.ranks)
+        out.append(EagerOperator("point", name, t.dtype, points, read, points * width))
+    return tuple(out)
+
+
+def strided(x: Expr) -> bool:
+    """Can strides address what a load reads: each rank once, by itself, from some element on, or divided (grouped heads)?"""
+    ranks = [r for i in x.args for r in i.ranks]
+    return len(set(ranks)) == len(ranks) and all(_plain(i) for i in x.args)
+
+
+def _plain(i: Expr) -> bool:
+    if i.op in ("add", "floordiv") and i.args[1].is_const:
+        i = i.args[0]
+    return i.op == "index" or not i.ranks
 
 
 def operators(c: Cascade, sizes: Mapping[str, int]) -> tuple[EagerOperator, ...]:
@@ -117,14 +158,17 @@ def _einsum(c: Cascade, e: Einsum, extent: Mapping[str, int]) -> list[EagerOpera
     if parts is None:
         out = _points(e.body, made, extent)
         if e.op is not None:
-            points = _count(extent, e.ranks)
-            width = WIDTH[e.body.dtype]
-            result = _count(extent, e.ranks - set(e.over))
-            out.append(EagerOperator("reduce", e.op, e.body.dtype, points, points * width, result * width))
+            out.append(_reduction(e, extent))
         return out
     out = [o for f in parts for o in (*_points(f, made, extent), *_copies(f, extent))]
     out.append(_product(e, parts, extent))
     return out
+
+
+def _reduction(e: Einsum, extent: Mapping[str, int]) -> EagerOperator:
+    points, width = _count(extent, e.ranks), WIDTH[e.body.dtype]
+    result = _count(extent, e.ranks - set(e.over))
+    return EagerOperator("reduce", str(e.op), e.body.dtype, points, points * width, result * width)
 
 
 def _computed(e: Expr, made: set[str]) -> bool:

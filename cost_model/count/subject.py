@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...patterns import expr as ex
@@ -135,9 +135,11 @@ def plan_tiles(s: Subject, at: Shape, mapping: TileMapping, data: Data = NOTHING
 
 
 def work(s: Subject, at: Shape, mapping: TileMapping, sizes: Mapping[str, int], tiles: Jobs) -> Work:
-    """The work of the one-pass form under a mapping."""
+    """The work of the one-pass form under a mapping: the kernel's own, which reads what the prelude has made."""
+    before = {e.out.tensor for e in s.attention.prelude}
+    flow = replace(s.flow, einsums=tuple(e for e in s.flow.einsums if e.out.tensor not in before)) if before else s.flow
     return count(
-        s.flow, mapping, sizes, tiles.tally, query=s.attention.query, mask_ops=mask_operations(s, at, mapping)
+        flow, mapping, sizes, tiles.tally, query=s.attention.query, mask_ops=mask_operations(s, at, mapping)
     )
 
 

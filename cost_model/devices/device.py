@@ -76,6 +76,9 @@ class HostRates:
     `fused_element_seconds` and `fused_exp_seconds` of another operator and another exponential a pair, `fused_row_seconds`
     of a row, `fused_key_seconds` of an element of a key and its value that a unit lays out, `fused_bias_seconds` of an
     element of a bias.
+    `gather_seconds` are of an element that an operator reads at coordinates in tensors, `division_seconds` of an integer
+    division, `transpose_seconds` of an element that is copied to another innermost dimension; `fused_gather_seconds` and
+    `fused_division_seconds` of the first two inside our fused loop.
     `company_factor[kind][dtype]` is what a call takes between other calls beside what all these say, with one thread and
     with several, `company_call_seconds[kind]` what it takes longer until its code and its operands are back in the caches.
     """
@@ -120,6 +123,11 @@ class HostRates:
     fused_pair_seconds: Mapping[str, float]
     fused_key_seconds: Mapping[str, float]
     fused_bias_seconds: Mapping[str, float]
+    gather_seconds: float
+    division_seconds: float
+    transpose_seconds: float
+    fused_gather_seconds: float
+    fused_division_seconds: float
     scaling: Mapping[str, float]
     company_factor: Mapping[str, Mapping[str, tuple[float, float]]]
     company_call_seconds: Mapping[str, float]
@@ -290,7 +298,7 @@ def with_threads(d: Device, threads: int) -> Device:
 
 # --- calibration files ------------------------------------------------------------------------------------------
 
-CALIBRATION_SCHEMA = 4
+CALIBRATION_SCHEMA = 5
 # Names another file, for whatever device is calibrated next; empty: none is read or written.
 CALIBRATION_VARIABLE = "REATTEND_CALIBRATION"
 

@@ -28,6 +28,7 @@ from ..count.subject import Shape, Subject
 from ..count.tiles import Jobs, expected, tile_map
 from ..count.work import EXPONENTIALS, INDEX, WIDTH, term_operations
 from ..devices.device import Device
+from .beforehand import fetch_seconds
 from .cost import Cost
 from .cpu_tiles import CALL_SCORES, FEW, PIECE_ROWS, PIECES_PER_THREAD, SCORES, SLICE
 from .host import Bill, Host, causal_pairs
@@ -80,6 +81,7 @@ def tiled(s: Subject, at: Shape, mapping: TileMapping, jobs: Jobs, device: Devic
         _added(host, bill, s, found, at, mapping)
     share = pairs / max(at.batch * at.queries * at.keys, 1)
     bill.add("memory", host.stream(bias_bytes(s, at, share)))
+    bill.add("element", fetch_seconds(host, s, at, pairs))
     if mapping.body != "product":
         host.biases(biases(s, at, share), mapping.tile_p / at.queries, bill, chosen=s.mask.keep is not ex.TRUE)
     bill.flops, bill.exps = 2 * pairs * (at.embed + at.value), pairs
@@ -279,8 +281,14 @@ def biases(s: Subject, at: Shape, share: float = 1.0) -> tuple[tuple[str, int], 
     a = s.attention
     made = {e.out.tensor for e in a.products}
     loads = dict.fromkeys(ex.loads(s.mask.full))
-    read = (x for x in loads if str(x.attr) not in made and {a.query, a.key} <= {i.attr for i in x.args})
+    read = (x for x in loads if str(x.attr) not in made and _by_pairs(x, a.query, a.key))
     return tuple((x.dtype, round(share * math.prod(at.extent[r] for r in x.ranks))) for x in read)
+
+
+def _by_pairs(x: Expr, query: str, key: str) -> bool:
+    """Does a load have one coordinate for the query, and another one for the key?"""
+    rows, columns = ([d for d, i in enumerate(x.args) if r in i.ranks] for r in (query, key))
+    return any(d != k for d in rows for k in columns)
 
 
 @lru_cache(maxsize=256)

@@ -17,6 +17,7 @@ from ..count.subject import Shape, Subject
 from ..count.tiles import Jobs
 from ..count.work import EXPONENTIALS, WIDTH
 from ..devices.device import Device
+from .beforehand import fused_fetch_seconds
 from .body import AROUND_ALL, AROUND_DATA, bias_bytes, biases, loaded, pointwise
 from .cost import Cost
 from .host import IN_EXPS, Bill, Host, balanced, rate
@@ -62,6 +63,7 @@ def fused(s: Subject, at: Shape, mapping: TileMapping, jobs: Jobs, device: Devic
     bill.add("memory", host.stream(at.batch // at.group * at.keys * (at.embed + at.value) * WIDTH[t]))
     bill.add("memory", host.stream(bias_bytes(s, at, pairs / max(at.batch * at.queries * at.keys, 1))))
     bill.add("element", pairs * len(biases(s, at)) * rate(h.fused_bias_seconds, t) / gain)
+    bill.add("element", fused_fetch_seconds(host, s, pairs) / gain)
     bill.add("fault", host.fresh(WIDTH[t] * at.batch * at.queries * at.value))
     bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
     bill.bytes = WIDTH[t] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)

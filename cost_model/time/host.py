@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from ...patterns import expr as ex
 from ...patterns.expr import Expr
 from ...patterns.operators import OPERATORS
+from ...patterns.terms.divisions import DIVISIONS
 from ..count.eager import EagerOperator
 from ..count.work import EXPONENTIALS, MAXIMA, WIDTH
 from ..devices.device import Device, HostRates
@@ -134,6 +135,9 @@ class Host:
             bill.add("exp", points * self.curve(name, dtype) / gain)
             bill.add("memory", self.stream(moved, points))
             return
+        if each := self._apart(name, dtype):
+            bill.add("element", points * each / gain)
+            return
         if name == "where":
             # a branch for each element: nothing is fetched ahead of it
             bill.add("element", points * rate(self.h.where_seconds, dtype) / gain)
@@ -142,6 +146,14 @@ class Host:
         busy = points * rate(self.h.element_seconds, dtype) * IN_ELEMENTS.get(name, 1.0) / gain
         stream = self.stream(moved, points)
         bill.add("memory" if stream > busy else "element", max(stream, busy))
+
+    def _apart(self, name: str, dtype: str) -> float:
+        """Seconds of an element that is no vector's; 0 for all others."""
+        if name == "gather":
+            return self.h.gather_seconds
+        if name == "transpose":
+            return self.h.transpose_seconds
+        return self.h.division_seconds if name in DIVISIONS and dtype in ex.INTEGERS else 0.0
 
     def curve(self, name: str, dtype: str) -> float:
         """Seconds of an element of an exponential, or of what is made of exponentials."""

@@ -111,7 +111,8 @@ def _calls_for_free(h: HostRates) -> HostRates:
     return replace(
         h, threads=1, operator_seconds=0.0, product_seconds=0.0, attention_seconds=0.0, mask_seconds=0.0,
         operator_call_seconds=0.0, flex_call_seconds=0.0, flex_blocks_seconds=0.0, flex_score_seconds=0.0,
-        curve_seconds={},
+        curve_seconds={}, gather_seconds=0.0, division_seconds=0.0, transpose_seconds=0.0, fused_gather_seconds=0.0,
+        fused_division_seconds=0.0,
     )
 
 

@@ -18,12 +18,13 @@ from ...patterns import expr as ex
 from ...patterns.cascade import Cascade
 from ...patterns.mapping import TileMapping
 from ...patterns.verdict import Obstacle
-from ..count.eager import EagerOperator, operators
+from ..count.eager import EagerOperator, beforehand, operators
 from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
 from ..count.tiles import NOTHING, SCHEDULED, Data, Jobs
 from ..count.work import WIDTH, Work, size_int
 from ..devices.device import Device, HostRates, TimeModel
 from . import gpu, host
+from .beforehand import fetch_seconds, fused_fetch_seconds, plus, with_operands, with_prelude
 from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, tiled
 from .cost import Cost, bound_of
 from .fit import Footprint, candidates, footprint, padded, refuse
@@ -161,8 +162,8 @@ def predict_vendor(
     if use.kernel.eager:
         return _math(c, s, use, device, sizes or {})
     if device.kind == "cpu":
-        return _vendor_on_cpu(s, at, use, device, data)
-    return _vendor_on_gpu(s, at, use, device, data)
+        return with_prelude(_vendor_on_cpu(s, at, use, device, data), s, at, device)
+    return _with_prelude(_vendor_on_gpu(s, at, use, device, data), s, at, device)
 
 
 def tiles_of(c: Cascade, mapping: TileMapping, sizes: Mapping[str, int], data: Data = NOTHING) -> Jobs | Obstacle:
@@ -204,6 +205,7 @@ def _ours_on_cpu(s: Subject, at: Shape, mapping: TileMapping, device: Device, da
     jobs = plan_tiles(s, at, mapping, data)
     cost = (fused if mapping.body == "fused" else tiled)(s, at, mapping, jobs, device)
     unseen = at.keys - _keys_visited(jobs, at.keys)
+    cost = with_operands(with_prelude(cost, s, at, device), s, at, device)
     return replace(cost, bytes=cost.bytes - WIDTH[s.dtype] * (at.batch // at.group) * unseen * (at.embed + at.value))
 
 
@@ -248,10 +250,17 @@ def _ours(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Dat
     instruction = device.architecture.instruction_rows
     read = gpu.operand_bytes(mapping.tile_p, mapping.tile_m, at.embed, at.value, WIDTH[s.dtype], instruction)
     kernel = replace(kernel, operand_bytes=read)
-    return gpu.seconds(
+    cost = gpu.seconds(
         _shared_heads(kernel, _packed(at)), device, overlap=device.model.overlap,
         partial_factor=device.model.partial_factor, scheduled=scheduled,
     )
+    return _with_prelude(cost, s, at, device)
+
+
+def _with_prelude(cost: Cost, s: Subject, at: Shape, device: Device) -> Cost:
+    """What is computed before the kernel runs operator by operator."""
+    ops = beforehand(s.attention, at.extent)
+    return plus(cost, _operators(ops, device)) if ops else cost
 
 
 def _shared_heads(k: gpu.KernelWork, group: int) -> gpu.KernelWork:
@@ -331,6 +340,7 @@ def _flex_on_cpu(s: Subject, at: Shape, use: VendorUse, prices: host.Host, bill:
     # a bias is read as our fused body reads it
     changed = len(pointwise(s, False)) > len(PLAIN) or bool(biases(s, at))
     score = changed * h.flex_score_seconds + len(biases(s, at)) * host.rate(h.fused_bias_seconds, t)
+    score += fused_fetch_seconds(prices, s, 1)
     bill.add("exp", (visited * (a + score) + partial * host.rate(h.flex_mask_seconds, t)) / gain)
     bill.add("memory", prices.stream(operands * WIDTH[t] + bias_bytes(s, at)))
     # the scores of a block are written and read in turn by the product, the scale, the maximum and the exponential
@@ -352,6 +362,7 @@ def _mask_on_cpu(s: Subject, at: Shape, use: VendorUse, prices: host.Host, bill:
     A bias for each query and key comes from memory.
     """
     bill.add("memory", prices.stream(bias_bytes(s, at)))
+    bill.add("element", fetch_seconds(prices, s, at, at.batch * at.queries * at.keys))
     if use.built_elements:
         prices.biases(biases(s, at), 1.0, bill, chosen=s.mask.keep is not ex.TRUE)
         made = prices.terms if use.mask_dtype == "b1" else prices.chosen

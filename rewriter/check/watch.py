@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class SiteWatch:
         grad = torch.is_grad_enabled()
         tensors = [x for x in given if isinstance(x, Tensor)]
         held = tuple(_held(given[i]) for i in self.masks if i < len(given))
-        return tuple((_sizes(x), x.dtype, grad and x.requires_grad) for x in tensors), held, str(tensors[0].device)
+        return tuple((_sizes(x.shape), x.dtype, grad and x.requires_grad) for x in tensors), held, str(tensors[0].device)
 
     def _note(self, check: Check) -> None:
         with self.lock:
@@ -144,8 +145,9 @@ def _again(p: CutProgram, given: Sequence[Any]) -> Iterator[Errors]:
         yield errors(own, own, exact)
 
 
-def _sizes(x: Tensor) -> tuple[tuple[int, bool], ...]:
-    return tuple((n.bit_length(), n % 64 == 0) if n > 16 else (n, False) for n in x.shape)
+@lru_cache(maxsize=1024)
+def _sizes(shape: torch.Size) -> tuple[tuple[int, bool], ...]:
+    return tuple((n.bit_length(), n % 64 == 0) if n > 16 else (n, False) for n in shape)
 
 
 def _held(x: Any) -> tuple[bool, ...]:

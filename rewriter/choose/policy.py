@@ -31,7 +31,10 @@ class Policy:
 
     `check` says when what runs is held against the model's own code on the inputs at hand: "never", "first", where a graph
     first runs at sizes, types and masks of a kind, or an integer n, also in every n-th call. What differs goes back to the
-    model's own code; with `strict` it raises. Raises ValueError with one sentence.
+    model's own code; with `strict` it raises.
+
+    `tune`: a few of the first calls on a CPU also time what was chosen beside the model's own code, where predictions do not
+    tell which is faster; what is slower there is not called again. Raises ValueError with one sentence.
     """
 
     approximate: bool = False
@@ -43,6 +46,7 @@ class Policy:
     strict: bool = False
     expect: Collection[str] = ()
     check: str | int = "first"
+    tune: bool = True
 
     def __post_init__(self) -> None:
         for field in ("allow", "deny"):

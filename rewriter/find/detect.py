@@ -18,6 +18,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Access, Cascade, Einsum, Rank, Size, Tensor, as_size, size_term, verify
 from ...patterns.expr import Expr
 from ...patterns.passes import joined
+from ...patterns.terms.divisions import divided
 from ...patterns.verdict import Obstacle
 from ..capture.weights import is_weight, weights_of
 from ..graph.aliases import Aliases
@@ -220,7 +221,7 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final, offsets: bool = Fa
     if whole is not hoisted and not offsets:
         # slices that lie side by side in one tensor are that tensor again
         return _attempt(graph, aliases, final, offsets=True)
-    cascade = ranks.one_value(ranks.unify(ranks.split(_with_query(concat.split(whole)))))
+    cascade = divided(ranks.one_value(ranks.unify(ranks.split(_with_query(concat.split(whole))))))
     view = recognise.attention(cascade)
     if isinstance(view, Obstacle):
         return _near(n, _reason(lifter, view.reason), 1 if lifter.normalised or told(lifter) else 0)

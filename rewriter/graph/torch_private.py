@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,10 @@ class Private:
         return self.path.replace(":", ".")
 
     def found(self) -> Any:
-        """The part itself. Raises TorchChanged."""
+        """The part itself, as it is now. Raises TorchChanged."""
         try:
-            return pkgutil.resolve_name(self.path)
+            owner, name = _owner(self.path)
+            return getattr(owner, name)
         except (ImportError, AttributeError):
             raise self.gone() from None
 
@@ -56,6 +58,14 @@ class Private:
             f"PyTorch {torch.__version__} lacks {self.shown} ({self.use}): {self.without}. "
             "docs/compatibility.md names the versions that have it"
         )
+
+
+@cache
+def _owner(path: str) -> tuple[object, str]:
+    """What holds a part, looked up once: some parts are asked for at every call of a model."""
+    module, _, names = path.partition(":")
+    within, _, name = names.rpartition(".")
+    return pkgutil.resolve_name(f"{module}:{within}" if within else module), name
 
 
 # --- operators and values -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from rich.console import Console
@@ -22,7 +23,8 @@ from ..splice.sampling import Samples
 @dataclass
 class GraphPiece:
     """One graph that Dynamo handed over. `calls` counts its runs; `fallbacks` the guards that failed, by site; `samples`
-    are times of the chosen kernels in some of the runs; `checks` what was found where they were held against the original.
+    are times of the chosen kernels in some of the runs; `checks` what was found where they were held against the original;
+    `slower` says of sites whose kernel took longer than the model's own code how long either took.
 
     `broke` says where and why Dynamo ended the graph early; `error` why nothing was rewritten in it.
     """
@@ -39,6 +41,7 @@ class GraphPiece:
     fallbacks: Counter[str] = field(default_factory=Counter)
     samples: Samples = field(default_factory=Samples)
     checks: list[Check] = field(default_factory=list)
+    slower: dict[str, str] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -101,6 +104,7 @@ class Entered:
     """One module whose calls are caught: `missed` calls ran none of our graphs; `failures` are captures that failed.
 
     `bypassed`: calls that went round us and were noticed, by the reason.
+    `as_written` calls ran the model's own code, to time it or because that is faster.
     """
 
     path: str
@@ -108,6 +112,7 @@ class Entered:
     missed: int
     failures: tuple[str, ...] = ()
     bypassed: Counter[str] = field(default_factory=Counter)
+    as_written: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,11 @@ class Report:
     def calls(self) -> int:
         """Calls of the model that went through us."""
         return sum(e.calls - e.missed for e in self.entries)
+
+    @property
+    def as_written(self) -> int:
+        """Calls that ran the model's own code, to time it or because it was faster so."""
+        return sum(e.as_written for e in self.entries)
 
     @property
     def captures(self) -> int:
@@ -162,6 +172,11 @@ class Report:
     def checks(self) -> tuple[Check, ...]:
         """What was found where rewritten sites were held against the model's own code."""
         return tuple(c for p in self.pieces for c in p.checks)
+
+    @property
+    def slower(self) -> Mapping[str, str]:
+        """Sites that went back to the model's own code because the clock said so, with both times."""
+        return {name: said for p in self.pieces for name, said in p.slower.items()}
 
     @property
     def kernels(self) -> Counter[str]:
@@ -205,6 +220,8 @@ class Report:
             lines.append(f"{_count(self.given_up, 'call')} ran as written, because the capture was given up:")
             lines += [f"  {f}" for e in self.entries for f in e.failures[-1:]]
         lines += [f"went round reattend {n}×: {why}" for why, n in self.bypassed.items()]
+        if self.as_written:
+            lines.append(f"{_count(self.as_written, 'call')} ran as written: timed beside rewritten ones, or faster so")
         lines += [f"graph break at {b}" for b in self.breaks]
         lines += [f"runs as written: {f}" for f in self.frames_given_up]
         lines += [f"graph {p.number}: {p.error}" for p in self.pieces if p.error]
@@ -213,6 +230,7 @@ class Report:
             ran = ", ".join(f"{k} {n}×" for k, n in self.kernels.most_common())
             lines.append(f"ran: {ran or 'nothing yet'}; guards that fell back: {self.fallbacks}")
             lines += _checked(self.checks)
+            lines += [f"slower on this machine: {name}: {said}" for name, said in self.slower.items()]
             lines += _predictions(self.sites)
         elif self.pieces and not any(p.error for p in self.pieces):
             lines.append("no attention was found in what was captured")

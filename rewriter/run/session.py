@@ -24,13 +24,17 @@ import torch
 from torch import fx, nn
 
 from ...cost_model.devices.device import Device
+from ...cost_model.sites.site import ORIGINAL
 from ..capture import capture
 from ..choose import choose
 from ..choose.policy import Policy, StrictError
 from ..graph import torch_private
-from ..splice import floats, sampling
+from ..splice import floats, sampling, splice
+from ..splice.calls import call_plainly
 from ..splice.guards import Guarded
+from ..splice.race import Race, undecided
 from . import bypass
+from .contest import Contests, now
 from .report import GraphPiece
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -94,8 +98,10 @@ class Entry:
         self.before: Callable[..., Any] | None = None
         self.calls = 0
         self.missed = 0
+        self.as_written = 0
         self.failures: list[str] = []
         self.bypassed, self.said = Counter[str](), session.said
+        self.contests = Contests(module) if session.may_run_as_written else None
         self.hook = _hook(self, torch.compiler.disable(self.call))  # type: ignore[no-untyped-call]
         self.compiled = _compile(path, _backend(self), session.dynamic)
 
@@ -114,6 +120,32 @@ class Entry:
         if given_up or bypass.traced(args, kwargs):
             bypass.went_round(self, bypass.GIVEN_UP if given_up else bypass.TRACED)
             return torch_private.own_call(self.module, *args, **kwargs)
+        contest = self.contests.of(args, kwargs) if self.contests is not None else None
+        turn = contest.turn() if contest is not None else None
+        if self.contests is None or contest is None or turn is None:
+            return self._rewritten(args, kwargs)
+        start = now()
+        out = self.written(args, kwargs) if turn is contest.written else self._rewritten(args, kwargs)
+        self.contests.note(turn, now() - start)
+        return out
+
+    def is_faster_as_written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Did calls like this one take longer as rewritten? Inside a call that runs as written, all others do."""
+        if getattr(_running, "written", None) is self.session:
+            return True
+        return self.contests is not None and self.contests.lost(args, kwargs)
+
+    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's own code, sub-modules that are entered on the way included."""
+        outer, _running.written = getattr(_running, "written", None), self.session
+        try:
+            return torch_private.own_call(self.module, *args, **kwargs)
+        finally:
+            _running.written = outer
+            if outer is not self.session:
+                self._count(True, as_written=True)
+
+    def _rewritten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before, seen = getattr(_running, "pieces", 0), torch_private.attempts()[-1:]
         try:
             out = self.compiled(self.module, *args, **kwargs)
@@ -149,10 +181,11 @@ class Entry:
         warnings.warn(f"reattend: {self.path or 'the model'} runs as written: {self.failures[-1]}", stacklevel=4)
         return out
 
-    def _count(self, ran: bool) -> None:
+    def _count(self, ran: bool, as_written: bool = False) -> None:
         with self.session.lock:
             self.calls += 1
             self.missed += not ran
+            self.as_written += as_written
 
 
 def _backend(entry: Entry) -> capture.Backend:
@@ -177,6 +210,8 @@ def _hook(entry: Entry, call: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_dynamo_compiling():
             bypass.compiled(number)
             return torch_private.own_call(module, *args, **kwargs)
+        if entry.is_faster_as_written(args, kwargs):
+            return entry.written(args, kwargs)
         return call(*args, **kwargs)
 
     hook.entry = entry  # type: ignore[attr-defined]
@@ -232,6 +267,12 @@ class Session:
     outer: Session | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def may_run_as_written(self) -> bool:
+        """May the clock decide against what was rewritten?"""
+        chosen = self.choices or self.backend is not None or self.inductor
+        return self.policy.tune and not chosen and ORIGINAL not in self.policy.deny
+
     def install(self, model: nn.Module) -> None:
         self.entries = [Entry(self, path, module) for path, module in entry_points(model)]
         self.attach()
@@ -281,7 +322,9 @@ class Session:
             for module in captured.graph.modules():
                 if isinstance(module, Guarded):
                     module.fallbacks = piece.fallbacks
-            run = _runnable(captured.graph, inputs, self.inductor_options if self.inductor else None)
+            if self.may_run_as_written:
+                _enter_races(captured.graph, piece)
+            run = _runnable(captured.graph, gm, inputs, self.inductor_options if self.inductor else None)
         except capture.CaptureError as no:
             piece.error = f"the graph could not be captured: {no}"
         except StrictError:
@@ -299,11 +342,17 @@ class Session:
         with self.lock:
             self.pieces.append(piece)
         # Inductor's code has no nodes that could be run one by one.
-        sampled = captured.graph if captured is not None and not self.inductor and not piece.error else None
-        return self._counted(piece, run, sampled)
+        changed = captured is not None and splice.is_changed(captured.graph)
+        sampled = captured.graph if captured is not None and changed and not self.inductor and not piece.error else None
+        return self._counted(piece, run, sampled, gm.forward)
 
-    def _counted(self, piece: GraphPiece, run: Callable[..., Any], sampled: fx.GraphModule | None) -> Callable[..., Any]:
+    def _counted(
+        self, piece: GraphPiece, run: Callable[..., Any], sampled: fx.GraphModule | None, came: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """`came`: the graph as Dynamo gave it, which runs where every call that was put in has lost its race."""
         lock = self.lock
+        sites = [s.name for s in piece.sites]
+        lost = False
 
         # Dynamo keeps this function: nothing in it holds the session, or the model.
         def call(*args: Any) -> Any:
@@ -311,11 +360,38 @@ class Session:
                 piece.calls += 1
                 number = piece.calls
             _running.pieces = getattr(_running, "pieces", 0) + 1
+            nonlocal lost
+            if lost:
+                piece.fallbacks.update(sites)
+                return came(*args)
             if sampled is not None and sampling.due(number):
-                return sampling.timed(sampled, piece.samples, *args)
+                out = sampling.timed(sampled, piece.samples, *args)
+                lost = _all_lost(sampled)
+                return out
             return run(*args)
 
         return call
+
+
+def _enter_races(graph: fx.GraphModule, piece: GraphPiece) -> None:
+    """Let calls whose predictions do not tell be timed beside their own code, where sizes stay what they are."""
+    values = [n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"]
+    if any(isinstance(v, torch.SymInt) for v in values):
+        return
+    sites = {s.name: s for s in piece.sites}
+    for module in graph.modules():
+        if isinstance(module, Guarded) and (site := sites.get(module.name)) is not None:
+            own = next((c.cost for c in site.candidates if c.is_original), None)
+            if undecided(site.chosen.cost, own):
+                module.race = Race(site.name or site.where, piece.slower)
+
+
+def _all_lost(graph: fx.GraphModule) -> bool:
+    """Has every call that was put into the graph lost its race? Then the graph as it came does the same in fewer steps."""
+    spliced = [n for body in capture.regions(graph) for n in body.graph.nodes if splice.SITE in n.meta]
+    modules = [body.get_submodule(str(n.target)) for body in capture.regions(graph) for n in body.graph.nodes
+               if splice.SITE in n.meta and n.op == "call_module"]
+    return len(modules) == len(spliced) and all(isinstance(m, Guarded) and m.slower for m in modules)
 
 
 @contextmanager
@@ -329,19 +405,27 @@ def _own_saved_tensors() -> Iterator[None]:
 
 
 def _runnable(
-    graph: fx.GraphModule, inputs: Sequence[object], inductor: Mapping[str, object] | None
+    graph: fx.GraphModule, came: fx.GraphModule, inputs: Sequence[object], inductor: Mapping[str, object] | None
 ) -> Callable[..., Any]:
-    """The graph as a function; by Inductor where there are options for it, none among them."""
+    """What is run of a rewritten graph: itself, or the one that `came` from Dynamo where nothing was put in.
+
+    By Inductor where there are options for it, none among them.
+    """
     if inductor is not None:
         # Named, the threads are part of the key in Inductor's cache on disk: before PyTorch 2.13 FlexAttention compiled for
         # one thread came back in a process of two, and wrote past its buffers. Dynamo compiles again when they change.
         options = {**inductor, "cpp.threads": torch.get_num_threads()}
         floats.computed_with(graph)
         return torch_private.inductor(graph, inputs, options)
-    for body in list(capture.regions(graph)):
+    bodies = list(capture.regions(graph))
+    # a checkpointed region was changed for its capture
+    if len(bodies) == 1 and not splice.is_changed(graph):
+        return came.forward
+    for body in bodies:
         for n in body.graph.nodes:
             if n.op == "call_function" and n.target is torch_private.CHECKPOINT:
                 n.target = capture.checkpointed
+        call_plainly(body)
         body.recompile()
     return graph.forward
 

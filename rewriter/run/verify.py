@@ -102,7 +102,7 @@ def verify(
     """Run the model twice without gradients, as written and rewritten, and compare. The model is left as it was found."""
     held = session_of(model)
     # What was chosen is looked at as it is: nothing steps aside.
-    policy = replace(policy, check="never")
+    policy = replace(policy, check="never", tune=False)
     if held is not None:
         held.detach()
     try:

@@ -32,6 +32,7 @@ from ..check.watch import REPORT, SiteWatch
 from ..graph.aliases import Aliases
 from ..graph.torch_private import checkpoint_ends
 from .derivatives import twice
+from .race import Race
 
 TILE = 64
 
@@ -162,16 +163,17 @@ class Guarded(nn.Module):
 
     `once`: the call can be differentiated once; the original gives the second derivative.
     `known`: others may write to the memory of the result; where a backward may keep the kernel's, they get one of their own.
-    A call that raises, or whose result the `watch` finds to differ from the original's, is not made again.
+    A call that raises, or whose result the `watch` finds to differ from the original's, is not made again; nor is one that
+    lost its `race`.
     """
 
     def __init__(
         self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition],
-        once: bool = False, watch: SiteWatch | None = None,
+        once: bool = False, watch: SiteWatch | None = None, race: Race | None = None,
     ) -> None:
         super().__init__()
         self.name, self.target, self.conditions = name, target, tuple(conditions)
-        self.once, self.watch = once, watch
+        self.once, self.watch, self.race = once, watch, race
         self.known = False
         self.original = original
         self.fallbacks: Counter[str] = Counter()
@@ -181,14 +183,22 @@ class Guarded(nn.Module):
     def forward(
         self, arguments: Sequence[Any], inputs: Sequence[Any], tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
     ) -> Any:
-        if not self.broken and all(c.holds(tensors, sizes) for c in self.conditions):
+        if not self.broken and not self.slower and all(c.holds(tensors, sizes) for c in self.conditions):
             out, why = self._attempt(arguments, inputs)
             if not why:
                 return out
             self._step_aside(why)
         with self.lock:
             self.fallbacks[self.name] += 1
-        # Every cast that autocast made is written in the subgraph.
+        return self.own(inputs)
+
+    @property
+    def slower(self) -> bool:
+        """Has the call lost its race against the original?"""
+        return self.race is not None and bool(self.race.lost)
+
+    def own(self, inputs: Sequence[Any]) -> Any:
+        """The original's result. Every cast that autocast made is written in it."""
         with no_autocast():
             return self.original(*inputs)
 

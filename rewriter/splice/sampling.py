@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,18 @@ class _Timed(fx.Interpreter):
         out, seconds = (_by_events if on_gpu else _by_clock)(lambda: super(_Timed, self).run_node(n))
         if not isinstance(guard, Guarded) or guard.fallbacks[site] == before:
             self.samples.add(site, seconds)
+            if isinstance(guard, Guarded) and guard.race is not None and not guard.race.over and not on_gpu:
+                self._race(n, guard)
         return out
+
+    def _race(self, n: fx.Node, guard: Guarded) -> None:
+        """The call beside its own code, where no gradient is wanted: what a backward takes is not timed."""
+        inputs: Sequence[Any] = self.map_nodes_to_values(n.args, n)[1]  # type: ignore[index, assignment]
+        wanted = any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(inputs))
+        if guard.race is None or (torch.is_grad_enabled() and wanted):
+            return
+        with torch.no_grad():
+            guard.race.run(lambda: super(_Timed, self).run_node(n), lambda: guard.own(inputs))
 
     def _as_planned(self, n: fx.Node) -> bool:
         """Have the tensors the sizes with which the graph was captured?"""

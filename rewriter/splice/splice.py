@@ -240,6 +240,11 @@ class SizeNodes:
         return node
 
 
+def is_changed(gm: fx.GraphModule) -> bool:
+    """Was anything put into the graph?"""
+    return any(SITE in n.meta for n in gm.graph.nodes)
+
+
 def finish(gm: fx.GraphModule) -> None:
     """After the last replacement: erase, check, compile the graph's Python."""
     erase_dead(gm)
