@@ -1,9 +1,10 @@
-"""The front door: optimize a model in place, undo it, report on it, plan without running, verify against float64."""
+"""The front door: optimize a model in place, undo it, report on it, plan without running, verify; doors of libraries."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from .rewriter.capture.export import held_tensors
 from .rewriter.capture.models import Shapes, UsageError, check_devices, inputs_for
 from .rewriter.choose import choose
 from .rewriter.choose.policy import Policy
+from .rewriter.doors.book import passed
+from .rewriter.doors.open import DOORS, open_door
 from .rewriter.graph.torch_private import is_compiled
 from .rewriter.run.planning import plan_model
 from .rewriter.run.report import Entered, Report
@@ -75,12 +78,30 @@ def restore(model: M) -> M:
 def report(model: nn.Module) -> Report:
     """What is planned for an optimised model and what ran: kernels, guards that fell back, captures, graph breaks."""
     _check_module(model, "report")
-    session = session_of(model)
+    session, through = session_of(model), passed(model)
     if session is None:
-        return Report("", (), (), copied=is_copy(model), installed=False)
+        found = Report(through.policy, (), through.pieces, copied=is_copy(model), installed=bool(through.entries))
+        return replace(found, doors=through.entries, notes=through.notes)
     with session.lock:
         entries = tuple(Entered(e.path, e.calls, e.missed, tuple(e.failures)) for e in session.entries)
-        return Report(str(session.policy), entries, tuple(session.pieces), tuple(session.frames_given_up))
+        pieces = (*session.pieces, *through.pieces)
+        found = Report(str(session.policy), entries, pieces, tuple(session.frames_given_up))
+    return replace(found, doors=through.entries, notes=through.notes)
+
+
+def register(
+    library: Literal["transformers", "diffusers"] = "transformers", *, policy: Policy | None = None,
+    target: str | Device | None = None,
+) -> None:
+    """Let a library's models choose our attention by its name, "reattend"; nothing is captured by Dynamo.
+
+    transformers: `attn_implementation="reattend"`; diffusers: `model.set_attention_backend("reattend")`, and for models with
+    attention processors `model.set_attn_processor(...)` (docs/doors.md). Registering again changes policy and target.
+    Raises ImportError where the library is not installed, and ValueError for an unknown one.
+    """
+    if library not in DOORS:
+        raise ValueError(f"reattend.register: unknown library {library!r}; one of {', '.join(DOORS)}")
+    open_door(library, policy or Policy(), device(target) if target is not None else None)
 
 
 def plan(

@@ -232,6 +232,20 @@ LOGGERS = Private(
 PARTIAL = Private(
     "partial_fx_graph of export's errors", "the graph so far, beside an error", "2.8", "it is printed"
 )
+_SIZES = "no attention behind a door is rewritten"
+SHAPES = Private(
+    "torch.fx.experimental.symbolic_shapes:ShapeEnv", "open sizes of a call, and the guards on them", "2.11", _SIZES
+)
+SHAPE_NAMES = Private("torch.fx.experimental.symbolic_shapes:SYMPY_INTERP", "what such guards read", "2.11", _SIZES)
+OPEN_SIZES = Private(
+    "torch.fx.experimental.symbolic_shapes:StatelessSymbolicContext", "which sizes of a tensor are open", "2.11", _SIZES
+)
+OPEN_KIND = Private("torch.fx.experimental.symbolic_shapes:DimDynamic", "which sizes are open", "2.11", _SIZES)
+SOURCE = Private("torch._dynamo.source:ConstantSource", "names of what a call is given", "2.11", _SIZES)
+WRAPPER_TENSOR = Private(
+    "torch:Tensor._make_wrapper_subclass", "masks that are made only where somebody reads them", "2.11",
+    "no door can be registered"
+)
 
 _ENTERS = "_increment_nesting"
 _OWN_BACKWARD = ("autograd_function_apply", "register_hook")
@@ -260,6 +274,49 @@ def dynamo_fakes() -> tuple[FakeTensorMode, Callable[[object], object]] | None:
         return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
 
     return mode, fake
+
+
+class CallFakes:
+    """What a call is given as values without data: the sizes that are said to be open have symbols, all others numbers."""
+
+    def __init__(self, symbolic: bool) -> None:
+        self.env = SHAPES.found()() if symbolic else None
+        self.mode: FakeTensorMode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self.env)
+        self.given: list[Any] = []
+
+    def tensor(self, x: Tensor, open_dims: Sequence[int]) -> Tensor:
+        """Sizes that are equal share a symbol, and a guard says so."""
+        if self.env is None:
+            return self.mode.from_tensor(x, static_shapes=True)
+        kind, source = OPEN_KIND.found(), SOURCE.found()(f"given_{len(self.given)}")
+        dims = [kind.DUCK if d in open_dims else kind.STATIC for d in range(x.dim())]
+        context = OPEN_SIZES.found()(dynamic_sizes=dims)
+        made: Tensor = self.mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=source)
+        self.given.append(made)
+        return made
+
+    def number(self, n: int) -> torch.SymInt:
+        """An open number that is no size: 0 and 1 are not special."""
+        assert self.env is not None
+        source = SOURCE.found()(f"given_{len(self.given)}")
+        kind = OPEN_KIND.found().DYNAMIC
+        symbol = self.env.create_symbol(n, source, dynamic_dim=kind, do_not_specialize_zero_one=True)
+        made: torch.SymInt = self.env.create_symintnode(symbol, hint=n, source=source)
+        self.given.append(made)
+        return made
+
+    def guards(self) -> Callable[[Sequence[Any]], bool]:
+        """Whether other values of the same kinds may stand in these places, sizes that are numbers left out."""
+        text = self.env.produce_guards_expression(self.given) if self.env is not None else None
+        if text is None:
+            return lambda given: True
+        code, names = compile(text, "<guards of a call>", "eval"), dict(SHAPE_NAMES.found())
+        return lambda given: bool(eval(code, names, {"L": {f"t{i}": x for i, x in enumerate(given)}}))
+
+
+def wrapper_tensor(kind: type[Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of this kind that has a shape, a type and a device, and no memory."""
+    return WRAPPER_TENSOR.found()(kind, tuple(shape), dtype=dtype, device=device)
 
 
 def transform(gm: fx.GraphModule) -> str:

@@ -109,7 +109,7 @@ class Entry:
             at = other.before
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        if _transparent(args, kwargs) or len(self.failures) > _FAILURES_ALLOWED:
+        if transparent(args, kwargs) or len(self.failures) > _FAILURES_ALLOWED:
             return torch_private.own_call(self.module, *args, **kwargs)
         before, seen = getattr(_running, "pieces", 0), torch_private.attempts()[-1:]
         try:
@@ -179,7 +179,7 @@ def _hook(entry: Entry, call: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def _transparent(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def transparent(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Inside somebody else's tracing the model is what it was: export, fx, functorch, dispatch modes, forward derivatives.
 
     (`torch.compiler.is_compiling` is no test: it is true in all threads while one of them compiles.)
@@ -288,7 +288,7 @@ class Session:
         run: Callable[..., Any] = gm.forward
         captured: capture.Captured | None = None
         try:
-            with _marked(), _own_saved_tensors():
+            with marked(), own_saved_tensors():
                 captured = capture.from_dynamo(gm, inputs, self.names())
             piece.capture_seconds = captured.seconds
             request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
@@ -334,7 +334,7 @@ class Session:
 
 
 @contextmanager
-def _marked() -> Iterator[None]:
+def marked() -> Iterator[None]:
     """This thread is at a graph of ours. Dynamo runs one such thread at a time.
 
     Before PyTorch 2.13 a call in another thread takes fx's flag for a trace of its own and raises, unless it sees this flag,
@@ -349,7 +349,7 @@ def _marked() -> Iterator[None]:
 
 
 @contextmanager
-def _own_saved_tensors() -> Iterator[None]:
+def own_saved_tensors() -> Iterator[None]:
     """What tracing saves for a backward pass is not shown to the caller's hooks: checkpoints count what they are shown."""
     if not torch_private.may_hook_saved_tensors():
         yield

@@ -1,0 +1,273 @@
+"""transformers' door: `attn_implementation="reattend"`, its masks carried as functions of positions.
+
+    mask        function of (batch, head, query, key)  →  PositionMask               nothing of N² elements
+    attention   module, q [b,h,p,e], k, v [b,g,m,e]    →  the model's own eager function, traced with that mask
+
+The model's own eager function says what is to be computed: scale, groups, caps, sinks, biases and the order of roundings are
+what it writes. It is also what each rewritten attention is held against, and what runs where nothing can be rewritten.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import types
+from collections.abc import Callable, Hashable, Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import and_masks, padding_mask_function, prepare_padding_mask, sdpa_mask
+
+from ..capture.call import SizeAt
+from ..graph.torch_private import tree_leaves
+from ..run.session import transparent
+from .book import layer_of
+from .callables import OpenNumber
+from .mask import PositionMask, Positions, added
+from .reads import Reads, Seen, tensors_of
+from .site import Door, DoorCall
+
+NAME = "reattend"
+Function = Callable[..., Any]
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def register(door: Door) -> None:
+    """Make the name known to transformers, for attentions and for masks."""
+    AttentionInterface.register(NAME, partial(attention, door))
+    AttentionMaskInterface.register(NAME, mask)
+
+
+# --- masks --------------------------------------------------------------------------------------------------------
+
+
+def mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0, *, mask_function: Function,
+    attention_mask: Tensor | None = None, dtype: torch.dtype = torch.float32, device: Any = "cpu", use_vmap: bool = False,
+    **options: Any,
+) -> Tensor | None:
+    """What transformers asks for in the place of a mask: one by positions, or None where every key is kept.
+
+    Inside somebody's tracing it is the dense one.
+    """
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    dense = partial(
+        sdpa_mask, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap=use_vmap,
+        device=device, allow_is_causal_skip=False,
+    )
+    skips = bool(options.get("allow_is_bidirectional_skip"))
+    if _traced(attention_mask, q_offset):
+        made: Tensor | None = dense(allow_is_bidirectional_skip=skips)
+        return made
+    if attention_mask is not None and padding is not None:
+        whole = bool(attention_mask.all())
+        if whole and skips and _covers(attention_mask, kv_length, kv_offset) and options.get("local_size") is None:
+            return None
+        if not whole:
+            mask_function = and_masks(mask_function, padding_mask_function(padding))
+        elif not _covers(attention_mask, kv_length, kv_offset):
+            mask_function = and_masks(mask_function, shorter_than(OpenNumber(attention_mask.shape[-1])))
+    elif skips and options.get("local_size") is None:
+        return None
+    return PositionMask.of(Positions(
+        batch_size, q_length, kv_length, int(q_offset), int(kv_offset), mask_function, dtype, torch.device(device),
+        not use_vmap, dense,
+    ))
+
+
+def _covers(attention_mask: Tensor, keys: int, offset: int) -> bool:
+    return attention_mask.shape[-1] >= keys + offset
+
+
+def shorter_than(length: int) -> Function:
+    """Keys before `length`: what padding with zeros up to a cache's size keeps of a mask of ones."""
+
+    def keep(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return key < length
+
+    return keep
+
+
+def _traced(*values: object) -> bool:
+    return torch.compiler.is_dynamo_compiling() or transparent(values, {})
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+
+
+def attention(
+    door: Door, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention of a module, called as transformers calls what is registered with it."""
+    own = partial(as_written, module, query, key, value, attention_mask, options)
+    if _traced(query, key, value):
+        return own()
+    page = layer_of(module)
+    call = _call(module, query, key, value, attention_mask, options)
+    if isinstance(call, str):
+        page.calls += 1
+        page.leave(call)
+        return own()
+    out = page.run(call, door)
+    return own() if out is None else (out, None)
+
+
+def as_written(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own eager function with a dense mask; transformers' SDPA where the model has none."""
+    function = eager_of(module)
+    if function is None:
+        dense = attention_mask.positions.dense if isinstance(attention_mask, PositionMask) else attention_mask
+        made: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, dense, **options)
+        return made
+    if isinstance(attention_mask, PositionMask):
+        attention_mask = attention_mask.positions.additive
+    elif attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = added(attention_mask, query.dtype)
+    elif attention_mask is None and _is_causal(module, query, options):
+        attention_mask = added(upper_left(query, key), query.dtype)
+    out: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **options)
+    return out
+
+
+def _is_causal(module: nn.Module, query: Tensor, options: Mapping[str, Any]) -> bool:
+    """Without a mask, transformers' implementations but the eager one take this for causal."""
+    given = options.get("is_causal")
+    return query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def upper_left(query: Tensor, key: Tensor) -> Tensor:
+    q, k = (torch.arange(x.shape[2], device=x.device) for x in (query, key))
+    return (k[None, :] <= q[:, None])[None, None]
+
+
+def _call(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, options: Mapping[str, Any]
+) -> DoorCall | str:
+    """The call as a function of tensors and open numbers, or why it is left to transformers."""
+    if why := _left(module, query, key, value, options):
+        return why
+    function = eager_of(module)
+    if function is None:
+        return f"{type(module).__name__} names no eager function that says what it computes"
+    given = taken(function, options)
+    if isinstance(given, str):
+        return given
+    held = tensors_of(module)
+    named = {n: x for n, x in given.items() if isinstance(x, Tensor)}
+    plain = {n: x for n, x in given.items() if n not in named}
+    kind, reading, leaves, notes = _mask_of(module, query, key, attention_mask, options)
+    if any(type(x) not in (Tensor, nn.Parameter) for x in (*held.values(), *named.values())):
+        return "a tensor of a kind of its own is read"
+
+    def code(reads: Reads) -> Callable[..., Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+            left = iter(rest)
+            made = reading(q, k, [next(left) for _ in leaves])
+            seen = Seen(module, {n: next(left) for n in held}, reads)
+            out: Tensor = function(seen, q, k, v, made, **plain, **dict(zip(named, left)))[0]
+            return out
+
+        return run
+
+    values = (query, key, value, *leaves, *held.values(), *named.values())
+    growing = frozenset[SizeAt](((1, 2), (2, 2))) if query.shape[2] == 1 and key.shape[2] > 1 else frozenset[SizeAt]()
+    options_key = tuple((n, type(x), x) for n, x in plain.items())
+    whole: Hashable = (NAME, function, kind, options_key, tuple(held), tuple(named), len(leaves))
+    label = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".strip()
+    where = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
+    return DoorCall(module, label, where, whole, values, code, growing, notes)
+
+
+def _left(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> str:
+    """Why a call is left to transformers, whatever its function computes; empty where it is not."""
+    if any(type(x) not in (Tensor, nn.Parameter) for x in (query, key, value)):
+        return "queries, keys or values are tensors of a kind of their own"
+    if query.device.type not in ("cpu", "cuda") or {key.device, value.device} != {query.device}:
+        return f"no kernel runs on {query.device.type}" if query.device.type not in ("cpu", "cuda") else "two devices"
+    if options.get("output_attentions"):
+        return "the weights are asked for"
+    if module.training and options.get("dropout"):
+        return "live dropout: its random numbers cannot be kept"
+    return ""
+
+
+def _mask_of(
+    module: nn.Module, query: Tensor, key: Tensor, given: Tensor | None, options: Mapping[str, Any]
+) -> tuple[Hashable, Callable[..., Tensor | None], list[Any], tuple[str, ...]]:
+    """A mask's part of the key, what makes it of its leaves, the leaves, and what the report should say."""
+    if given is None:
+        causal = _is_causal(module, query, options)
+        return ("none", causal), (lambda q, k, _: added(upper_left(q, k), q.dtype) if causal else None), [], ()
+    notes: tuple[str, ...] = ()
+    if isinstance(given, PositionMask):
+        at = given.positions
+        fits = (at.batch, at.queries, at.keys) == (query.shape[0], query.shape[2], key.shape[2])
+        if not isinstance(at.lifted, str) and fits:
+            return ("positions", at.key), at.of_leaves, at.leaves, ()
+        why = at.lifted if isinstance(at.lifted, str) else "it was made for other sizes"
+        given, notes = at.additive, (f"a mask's function could not be lifted, the mask is dense: {why}",)
+    if given.dtype == torch.bool:
+        return ("boolean", given.dim()), (lambda q, k, rest: added(rest[0], q.dtype)), [given], notes
+    return ("additive", given.dim()), (lambda q, k, rest: rest[0]), [given], notes
+
+
+# --- the model's own function ---------------------------------------------------------------------------------------
+
+_FIRST = ("module", "query", "key", "value", "attention_mask")
+
+
+def eager_of(module: nn.Module) -> types.FunctionType | None:
+    """The function that a module's class names for eager attention; None where it names none, or several."""
+    kind: Any = type(module)
+    return _eager_of(kind)
+
+
+@lru_cache(maxsize=512)
+def _eager_of(kind: type) -> types.FunctionType | None:
+    for base in kind.__mro__:
+        found = dict.fromkeys(f for m in vars(base).values() for f in _named_by(m))
+        if len(found) == 1:
+            return next(iter(found))
+        if found:
+            return None
+    return None
+
+
+def _named_by(member: object) -> list[types.FunctionType]:
+    """The functions of the shape of an attention that a method names."""
+    method = inspect.unwrap(member) if callable(member) else None
+    if not isinstance(method, types.FunctionType):
+        return []
+    read = (method.__globals__.get(n) for n in method.__code__.co_names)
+    return [f for f in read if isinstance(f, types.FunctionType) and _is_attention(f)]
+
+
+def _is_attention(f: types.FunctionType) -> bool:
+    return tuple(inspect.signature(f).parameters)[:5] == _FIRST
+
+
+@lru_cache(maxsize=512)
+def _parameters(function: types.FunctionType) -> tuple[frozenset[str], bool]:
+    """The options that a function names, and whether it looks at the others."""
+    parameters = inspect.signature(function).parameters.values()
+    rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+    looks = any(i.argval == rest and i.opname.startswith("LOAD") for i in dis.get_instructions(function))
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD), rest is not None and looks
+
+
+def taken(function: types.FunctionType, options: Mapping[str, Any]) -> dict[str, Any] | str:
+    """The options that a function can read, or why they cannot be traced."""
+    names, looks = _parameters(function)
+    given = {n: x for n, x in options.items() if looks or n in names}
+    for n, x in given.items():
+        if isinstance(x, Tensor):
+            continue
+        if type(x) not in _PLAIN:
+            return f"the option {n} is a {type(x).__name__}" + (" of tensors" if tree_leaves(x) else "")
+    return given

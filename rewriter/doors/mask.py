@@ -1,0 +1,163 @@
+"""A mask by positions: the callable that a library makes masks from, carried in the mask's place and made only where read.
+
+    keep(b, h, q, k)        q counts from where the queries begin, k from where the keys begin
+
+It is a boolean tensor by shape and type. Who computes with it (slices it, adds to it, moves it) gets the dense one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..graph import torch_private
+from .callables import Leaf, Opaque, Structure, structure
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """What a mask is made from. `fill` is the type whose least number stands where a key is not kept.
+
+    `pointwise`: is the callable known to see each position alone when it is given whole ranges? `make` gives the dense mask.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    query_offset: int
+    key_offset: int
+    function: Callable[..., Tensor]
+    fill: torch.dtype
+    device: torch.device
+    pointwise: bool
+    make: Callable[[], Tensor]
+
+    @cached_property
+    def lifted(self) -> Structure | str:
+        """The callable taken apart, or why it cannot be."""
+        try:
+            found = structure(self.function)
+        except Opaque as no:
+            return str(no)
+        if not self.pointwise and (why := not_pointwise(found, self.device)):
+            return why
+        return found
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """The mask as a tensor, made once."""
+        return self.make()
+
+    @cached_property
+    def additive(self) -> Tensor:
+        """The mask as what is added to scores, made once."""
+        return added(self.dense, self.fill)
+
+    @property
+    def ends_together(self) -> bool:
+        """Is the last query at the last key, as in a cache that grows?"""
+        return self.query_offset + self.queries == self.key_offset + self.keys
+
+    @property
+    def key(self) -> Hashable:
+        """All that the mask's code depends on, beside the leaves."""
+        assert isinstance(self.lifted, Structure)
+        return self.lifted.key, self.ends_together, self.fill
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """The tensors and numbers that the mask's code reads; `of_leaves` takes them."""
+        assert isinstance(self.lifted, Structure)
+        offsets = [self.key_offset] if self.ends_together else [self.key_offset, self.query_offset]
+        return [*offsets, *self.lifted.leaves]
+
+    def of_leaves(self, query: Tensor, key: Tensor, leaves: Sequence[Any]) -> Tensor:
+        """The additive mask of these queries and keys (two last dimensions but one), to be traced."""
+        assert isinstance(self.lifted, Structure)
+        queries, keys, first, *rest = query.shape[-2], key.shape[-2], *leaves
+        begin = first + keys - queries if self.ends_together else rest.pop(0)
+        there = query.device
+        b = torch.arange(query.shape[0], device=there)[:, None, None, None]
+        h = torch.arange(1, device=there)[None, :, None, None]
+        q = (torch.arange(queries, device=there) + begin)[None, None, :, None]
+        k = (torch.arange(keys, device=there) + first)[None, None, None, :]
+        keep = self.lifted.make(rest)(b, h, q, k)
+        return added(keep.expand(query.shape[0], -1, queries, keys), self.fill)
+
+
+def added(keep: Tensor, fill: torch.dtype) -> Tensor:
+    """What eager attention adds to its scores."""
+    return torch.where(keep, torch.zeros((), device=keep.device, dtype=fill), torch.finfo(fill).min)
+
+
+def not_pointwise(s: Structure, device: torch.device) -> str:
+    """Why a callable of single positions may not be given whole ranges; empty where it provably may.
+
+    Operators that act on each element alone act on ranges alike, and so does a read of one element of a tensor.
+    """
+    shapes = (2, 1, 1, 1), (1, 1, 1, 1), (1, 1, 3, 1), (1, 1, 1, 5)
+    ranges = [torch.zeros(n, dtype=torch.long, device=device) for n in shapes]
+    try:
+        graph = torch_private.pre_dispatch_graph(lambda *x: s.make(s.leaves)(*x), ranges)
+    except Exception as error:
+        return f"it cannot be given ranges of positions: {type(error).__name__}"
+    for n in graph.graph.nodes:
+        if n.op != "call_function":
+            continue
+        single = n.target is torch.ops.aten.index.Tensor and _reads_elements(n)
+        if not single and torch.Tag.pointwise not in getattr(n.target, "tags", ()) and n.target not in _ALIKE:
+            return f"{n.target} need not see each position alone"
+    return ""
+
+
+_ALIKE = frozenset((
+    torch.ops.aten.new_ones.default, torch.ops.aten.new_zeros.default, torch.ops.aten.to.device, torch.ops.aten.to.dtype,
+    torch.ops.aten.to.dtype_layout, torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default,
+))
+
+
+def _reads_elements(n: Any) -> bool:
+    """`x[i, j]` with an index in every dimension, none of them a condition."""
+    read, indices = n.args
+    held = [i.meta["val"] for i in indices if i is not None]
+    whole = len(held) == len(indices) == _value(read).dim()
+    return whole and all(not i.dtype.is_floating_point and i.dtype not in (torch.bool, torch.uint8) for i in held)
+
+
+def _value(n: Any) -> Tensor:
+    if n.op == "get_attr":
+        held: Tensor = getattr(n.graph.owning_module, str(n.target))
+        return held
+    value: Tensor = n.meta["val"]
+    return value
+
+
+class PositionMask(Tensor):
+    """A mask that is made where somebody reads it."""
+
+    positions: Positions
+
+    @staticmethod
+    def of(positions: Positions) -> PositionMask:
+        shape = (positions.batch, 1, positions.queries, positions.keys)
+        made: PositionMask = torch_private.wrapper_tensor(PositionMask, shape, torch.bool, positions.device)
+        made.positions = positions
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"PositionMask({tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return func(*torch_private.tree_map(_dense, args), **torch_private.tree_map(_dense, kwargs or {}))
+
+
+def _dense(x: Any) -> Any:
+    return x.positions.dense if isinstance(x, PositionMask) else x
