@@ -52,7 +52,7 @@ def _notes(found: Iterable[tuple[str, BehindDoor]]) -> list[str]:
     said: Counter[str] = Counter()
     for _, page in found:
         own.update(page.own)
-        said.update(page.notes)
+        said.update(list(page.notes))
     left = [f"left to the library's own function: {n} calls: {why}" for why, n in own.items()]
     return left + [f"{why} (×{n})" if n > 1 else why for why, n in said.items()]
 

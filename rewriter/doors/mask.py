@@ -11,11 +11,13 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from typing import cast as typed
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..graph import torch_private
+from ..graph.node import op_name
 from .callables import Leaf, Opaque, Structure, structure
 
 
@@ -106,24 +108,30 @@ def not_pointwise(s: Structure, device: torch.device) -> str:
         graph = torch_private.pre_dispatch_graph(lambda *x: s.make(s.leaves)(*x), ranges)
     except Exception as error:
         return f"it cannot be given ranges of positions: {type(error).__name__}"
-    for n in graph.graph.nodes:
-        if n.op != "call_function":
-            continue
-        single = n.target is torch.ops.aten.index.Tensor and _reads_elements(n)
-        if not single and torch.Tag.pointwise not in getattr(n.target, "tags", ()) and n.target not in _ALIKE:
-            return f"{n.target} need not see each position alone"
-    return ""
+    calls = (n for n in graph.graph.nodes if n.op == "call_function")
+    return next((f"{n.target} need not see each position alone" for n in calls if not _sees_each_alone(n)), "")
 
 
-_ALIKE = frozenset((
-    torch.ops.aten.new_ones.default, torch.ops.aten.new_zeros.default, torch.ops.aten.to.device, torch.ops.aten.to.dtype,
-    torch.ops.aten.to.dtype_layout, torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default,
+# Operators on each element that carry no such tag, and those that make one number.
+_EACH = frozenset((
+    "__and__", "__or__", "__xor__", "floor_divide", "rsub", "masked_fill", "where", "clone", "to", "lift_fresh",
+    "lift_fresh_copy",
 ))
+_NUMBERS = frozenset(("new_ones", "new_zeros", "new_full"))
 
 
-def _reads_elements(n: Any) -> bool:
+def _sees_each_alone(n: fx.Node) -> bool:
+    name = op_name(n)
+    if name == "index":
+        return _reads_elements(n)
+    if name in _NUMBERS:
+        return n.args[1] == []
+    return name in _EACH or torch.Tag.pointwise in getattr(n.target, "tags", ())
+
+
+def _reads_elements(n: fx.Node) -> bool:
     """`x[i, j]` with an index in every dimension, none of them a condition."""
-    read, indices = n.args
+    read, indices = typed("tuple[Any, list[Any]]", n.args)
     held = [i.meta["val"] for i in indices if i is not None]
     whole = len(held) == len(indices) == _value(read).dim()
     return whole and all(not i.dtype.is_floating_point and i.dtype not in (torch.bool, torch.uint8) for i in held)

@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -229,18 +230,12 @@ LOGGERS = Private(
     "loggers torch._subclasses.fake_tensor, torch._export.non_strict_utils, torch.fx.experimental.symbolic_shapes",
     "tracebacks that the error says as well", "2.5", "they are printed",
 )
-PARTIAL = Private(
-    "partial_fx_graph of export's errors", "the graph so far, beside an error", "2.8", "it is printed"
-)
-_SIZES = "no attention behind a door is rewritten"
-SHAPES = Private(
-    "torch.fx.experimental.symbolic_shapes:ShapeEnv", "open sizes of a call, and the guards on them", "2.11", _SIZES
-)
-SHAPE_NAMES = Private("torch.fx.experimental.symbolic_shapes:SYMPY_INTERP", "what such guards read", "2.11", _SIZES)
-OPEN_SIZES = Private(
-    "torch.fx.experimental.symbolic_shapes:StatelessSymbolicContext", "which sizes of a tensor are open", "2.11", _SIZES
-)
-OPEN_KIND = Private("torch.fx.experimental.symbolic_shapes:DimDynamic", "which sizes are open", "2.11", _SIZES)
+PARTIAL = Private("partial_fx_graph of export's errors", "the graph so far, beside an error", "2.8", "it is printed")
+_SIZES, _SYMBOLIC = "no attention behind a door is rewritten", "torch.fx.experimental.symbolic_shapes:"
+SHAPES = Private(f"{_SYMBOLIC}ShapeEnv", "open sizes of a call, and the guards on them", "2.11", _SIZES)
+SHAPE_NAMES = Private(f"{_SYMBOLIC}SYMPY_INTERP", "what such guards read", "2.11", _SIZES)
+OPEN_SIZES = Private(f"{_SYMBOLIC}StatelessSymbolicContext", "which sizes of a tensor are open", "2.11", _SIZES)
+OPEN_KIND = Private(f"{_SYMBOLIC}DimDynamic", "which sizes are open", "2.11", _SIZES)
 SOURCE = Private("torch._dynamo.source:ConstantSource", "names of what a call is given", "2.11", _SIZES)
 WRAPPER_TENSOR = Private(
     "torch:Tensor._make_wrapper_subclass", "masks that are made only where somebody reads them", "2.11",
@@ -298,8 +293,7 @@ class CallFakes:
     def number(self, n: int) -> torch.SymInt:
         """An open number that is no size: 0 and 1 are not special."""
         assert self.env is not None
-        source = SOURCE.found()(f"given_{len(self.given)}")
-        kind = OPEN_KIND.found().DYNAMIC
+        source, kind = SOURCE.found()(f"given_{len(self.given)}"), OPEN_KIND.found().DYNAMIC
         symbol = self.env.create_symbol(n, source, dynamic_dim=kind, do_not_specialize_zero_one=True)
         made: torch.SymInt = self.env.create_symintnode(symbol, hint=n, source=source)
         self.given.append(made)
@@ -465,12 +459,18 @@ def own_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def is_symbolic_trace() -> bool:
     """Does fx trace symbolically, in whatever thread?"""
-    return bool(FX_TRACING.found()())
+    return bool(_kept(FX_TRACING)())
 
 
 def is_transformed() -> bool:
     """Is this call inside a functorch transform, a dispatch mode or forward derivatives?"""
-    return FUNCTORCH.found()() is not None or DISPATCH.found()() > 0 or FORWARD.found() >= 0
+    return _kept(FUNCTORCH)() is not None or _kept(DISPATCH)() > 0 or FORWARD.found() >= 0
+
+
+@cache
+def _kept(part: Private) -> Any:
+    """A function that is asked in every call, looked up once."""
+    return part.found()
 
 
 def checkpoint_ends() -> tuple[type[BaseException], ...]:

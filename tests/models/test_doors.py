@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from transformers import masking_utils
 
 import reattend
+from reattend.rewriter.doors.mask import PositionMask
 
 from . import zoo
 
@@ -123,3 +129,214 @@ def test_generation(name: str, pad: str, cache: str) -> None:
     report = reattend.report(door)
     assert set(report.kernels) == {"reattend"}, str(report)
     assert not report.notes, str(report)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
+def test_beams_and_one_token_prompts(name: str) -> None:
+    own, door = generating(name)
+    given = {k: v[:, :1] for k, v in zoo.inputs(name, pad="none").items() if not k.startswith("decoder")}
+    said = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    assert torch.equal(own.generate(**given, **said), door.generate(**given, **said))
+
+
+def test_autocast() -> None:
+    own, door = pair("gemma2", OURS)
+    given = zoo.inputs("gemma2", pad="left")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, want = (zoo.valid("gemma2", given, zoo.output_of(m(**given))) for m in (door, own))
+    assert relative(got.float(), want.float()) <= 3e-2
+    assert set(reattend.report(door).kernels) == {"reattend"}
+
+
+def test_packed_sequences_are_a_predicate_of_their_positions() -> None:
+    own, door = pair("mistral", OURS)
+    given = {"input_ids": zoo.inputs("mistral", pad="none")["input_ids"], "use_cache": False}
+    given["position_ids"] = torch.cat([torch.arange(10), torch.arange(14)])[None].expand(2, -1)
+    with torch.no_grad():
+        assert relative(zoo.output_of(door(**given)), zoo.output_of(own(**given))) <= 1e-5
+    report = reattend.report(door)
+    assert set(report.kernels) == {"reattend"}
+    assert not report.notes
+
+
+def test_masks_of_the_caller() -> None:
+    """Four dimensions, added or boolean: read as they are."""
+    own, door = pair("llama", OURS)
+    ids = zoo.inputs("llama", pad="none")["input_ids"]
+    keep = (torch.rand(2, 1, 24, 24) > 0.3) | torch.eye(24, dtype=torch.bool)
+    added = torch.where(keep, 0.0, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        want = zoo.output_of(own(input_ids=ids, attention_mask=added))
+        for mask in (added, keep):
+            assert relative(zoo.output_of(door(input_ids=ids, attention_mask=mask)), want) <= 1e-5
+    assert set(reattend.report(door).kernels) == {"reattend"}
+
+
+def test_attention_weights_and_live_dropout_are_left_to_the_model() -> None:
+    own, door = pair("llama")
+    given = zoo.inputs("llama")
+    with torch.no_grad():
+        pairs = zip(door(**given, output_attentions=True).attentions, own(**given, output_attentions=True).attentions)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    for m in (own, door):
+        m.train()
+        for layer in m.layers:
+            layer.self_attn.attention_dropout = 0.5
+    outs = []
+    for m in (own, door):
+        torch.manual_seed(0)
+        outs.append(zoo.output_of(m(**given)))
+    assert torch.equal(*outs)
+    notes = "\n".join(reattend.report(door).notes)
+    assert "the weights are asked for" in notes
+    assert "live dropout" in notes
+
+
+def test_checkpointed_layers_train() -> None:
+    own, door = pair("mistral")
+    given = zoo.inputs("mistral", pad="left")
+    for m in (own, door):
+        m.train()
+        m.gradient_checkpointing_enable()
+        out = zoo.valid("mistral", given, zoo.output_of(m(**given)))
+        torch.autograd.backward((out * torch.arange(out.numel()).reshape(out.shape).sin()).sum())
+    for p, q in zip(door.parameters(), own.parameters(), strict=True):
+        if q.grad is not None and q.grad.abs().max() > 1e-5:
+            assert p.grad is not None
+            assert relative(p.grad, q.grad) <= 1e-3
+
+
+@pytest.mark.parametrize("way", ["compile", "export", "vmap", "jvp"])
+def test_inside_a_trace_the_model_is_its_own(way: str) -> None:
+    own, door = pair("llama")
+    torch.manual_seed(1)
+    x = torch.randn(2, 1, 9, 64)
+
+    def run(m: Any) -> Any:
+        def call(e: torch.Tensor) -> torch.Tensor:
+            return m(inputs_embeds=e, use_cache=False)[0]  # type: ignore[no-any-return]
+
+        match way:
+            case "compile":
+                torch._dynamo.reset()
+                return torch.compile(call, backend="eager")(x[0])
+            case "export":
+                return torch.export.export(m, (), {"inputs_embeds": x[0], "use_cache": False}, strict=False).module()(
+                    inputs_embeds=x[0], use_cache=False
+                )[0]
+            case "vmap":
+                return torch.vmap(call)(x)
+        return torch.func.jvp(call, (x[0],), (x[0].sin(),))[1]
+
+    with torch.no_grad():
+        assert relative(run(door), run(own)) <= 1e-6
+
+
+def test_optimize_finds_what_the_door_would_do() -> None:
+    torch._dynamo.reset()
+    own, door = pair("llama")
+    given = zoo.inputs("llama")
+    reattend.optimize(door, policy=OURS)
+    with torch.no_grad():
+        assert relative(zoo.output_of(door(**given)), zoo.output_of(own(**given))) <= 1e-5
+    report = reattend.report(door)
+    assert set(report.kernels) == {"reattend"}
+    assert not report.doors
+
+
+def test_a_copy_starts_anew_and_types_may_change() -> None:
+    _, door = pair("llama", OURS)
+    given = zoo.inputs("llama")
+    with torch.no_grad():
+        door(**given)
+        other = copy.deepcopy(door)
+        assert not reattend.report(other).doors
+        assert zoo.output_of(other.to(torch.bfloat16)(**given)).dtype == torch.bfloat16
+    assert {s.site.shape.dtype for s in reattend.report(other).sites} == {"bfloat16"}
+    assert len(reattend.report(door).doors) == 2
+
+
+def test_the_report_says_what_ran_where() -> None:
+    _, door = pair("gemma2", OURS)
+    with torch.no_grad():
+        door(**zoo.inputs("gemma2", pad="left"))
+    report = reattend.report(door)
+    assert [(s.name, s.ran, s.kernel) for s in report.sites] == [(f"layers.{i}.self_attn", 1, "reattend") for i in (0, 1)]
+    assert {"causal", "softcap", "mask"} <= report.sites[0].site.traits
+    assert "modeling_gemma2.py" in report.sites[0].site.where
+    assert "through a door: 2 calls of 2 attentions, 0 of them left" in str(report)
+    assert not reattend.report(torch.nn.Linear(2, 2)).installed
+
+
+# --- masks of transformers ----------------------------------------------------------------------------------------------
+
+
+def made(implementation: str, **given: Any) -> Any:
+    reattend.register()
+    config = zoo.CONFIGS["mistral"]()
+    config._attn_implementation = implementation
+    make = masking_utils.create_sliding_window_causal_mask if given.pop("window", False) else masking_utils.create_causal_mask
+    return make(config=config, inputs_embeds=torch.zeros(2, 24, 8), attention_mask=given.pop("attention_mask", None), cache=None, **given)
+
+
+FIRST = torch.tensor([3, 7])
+
+
+@pytest.mark.parametrize(
+    ("function", "lifts"),
+    [
+        (lambda b, h, q, k: (q < 4) & (k < 4), True),
+        (lambda b, h, q, k: k < FIRST[b], True),
+        (lambda b, h, q, k: (q // 4 == k // 4) | (k % 5 == 0), True),
+        (lambda b, h, q, k: FIRST.sum() > k, False),
+    ],
+    ids=["prefix", "data", "blocks", "sum"],
+)
+def test_functions_of_the_caller_are_lifted_or_said(function: Callable[..., Any], lifts: bool) -> None:
+    mask = made("reattend", or_mask_function=function)
+    assert isinstance(mask, PositionMask)
+    assert isinstance(mask.positions.lifted, str) != lifts
+    want = made("sdpa", or_mask_function=function)
+    assert torch.equal(mask.positions.dense, want)
+    if lifts:
+        q, leaves = torch.zeros(2, 4, 24, 8), mask.positions.leaves
+        assert torch.equal(mask.positions.of_leaves(q, q, leaves) == 0, want)
+
+
+def test_a_mask_that_cannot_be_lifted_is_dense_and_said() -> None:
+    _, door = pair("llama", OURS)
+    mask = made("reattend", or_mask_function=lambda b, h, q, k: FIRST.sum() > k)
+    q, k = torch.randn(2, 4, 24, 16), torch.randn(2, 2, 24, 16)
+    layer = door.layers[0].self_attn
+    out = transformers.AttentionInterface()["reattend"](layer, q, k, k, mask, scaling=0.25)[0]
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k, k, attn_mask=mask.positions.dense, scale=0.25, enable_gqa=True
+    ).transpose(1, 2)
+    assert relative(out, want) <= 1e-5
+    assert "the mask is dense" in str(reattend.report(door))
+
+
+@pytest.mark.parametrize("pad", ["right", "left", "none"])
+@pytest.mark.parametrize("window", [False, True])
+def test_masks_are_those_of_eager_attention(pad: str, window: bool) -> None:
+    given = zoo.inputs("mistral", pad=pad)["attention_mask"]
+    mask = made("reattend", attention_mask=given, window=window)
+    want = made("eager", attention_mask=given, window=window)
+    assert torch.equal(mask.positions.additive.expand(2, -1, -1, -1), want)
+
+
+# --- the door itself ----------------------------------------------------------------------------------------------------
+
+
+def test_a_library_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"^reattend.register: transformers is not installed: pip install 'reattend\[models\]'$"):
+        reattend.register()
+    with pytest.raises(ValueError, match="unknown library 'jax'; one of transformers, diffusers"):
+        reattend.register("jax")  # type: ignore[arg-type]
+
+
+def test_nothing_is_imported_before_a_door_is_opened() -> None:
+    code = "import reattend, reattend.api, sys; assert 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
