@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .rewriter.capture.models import Shapes, UsageError, check_devices, inputs_f
 from .rewriter.choose import choose
 from .rewriter.choose.policy import Policy
 from .rewriter.doors.book import passed
-from .rewriter.doors.open import DOORS, open_door
+from .rewriter.doors.open import DOORS, open_door, processors_of
 from .rewriter.graph.torch_private import is_compiled
 from .rewriter.run.planning import plan_model
 from .rewriter.run.report import Entered, Report
@@ -102,6 +102,18 @@ def register(
     if library not in DOORS:
         raise ValueError(f"reattend.register: unknown library {library!r}; one of {', '.join(DOORS)}")
     open_door(library, policy or Policy(), device(target) if target is not None else None)
+
+
+def processors(model: nn.Module) -> dict[str, Any]:
+    """A diffusers model's attention processors, their SDPA through our door: `unet.set_attn_processor(processors(unet))`.
+
+    For models whose processors call SDPA themselves. Raises RuntimeError before `register("diffusers")`, and TypeError for a
+    model that has no processors.
+    """
+    _check_module(model, "processors")
+    if not hasattr(model, "attn_processors"):
+        raise TypeError(f"reattend.processors takes a diffusers model with attention processors, not {type(model).__name__}")
+    return processors_of(model)
 
 
 def plan(

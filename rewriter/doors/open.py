@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import nn
 
 from ...cost_model.devices.device import Device
 from ..choose.policy import Policy
@@ -18,7 +22,18 @@ DOORS: Mapping[str, tuple[str, str]] = {
 
 def open_door(library: str, policy: Policy, target: Device | None) -> None:
     """Register with a library. Raises ImportError with one sentence."""
-    file, install = DOORS[library]
-    if importlib.util.find_spec(library) is None:
-        raise ImportError(f"reattend.register: {library} is not installed: {install}")
-    importlib.import_module(f".{file}", __package__).register(Door(policy, target))
+    _library(library).register(Door(policy, target))
+
+
+def processors_of(model: nn.Module) -> dict[str, Any]:
+    """A diffusers model's processors with their SDPA through the door."""
+    found: dict[str, Any] = _library("diffusers").processors(model)
+    return found
+
+
+def _library(name: str) -> ModuleType:
+    """The file that knows a library."""
+    file, install = DOORS[name]
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(f"reattend.register: {name} is not installed: {install}")
+    return importlib.import_module(f".{file}", __package__)
