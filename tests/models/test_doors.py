@@ -131,6 +131,27 @@ def test_generation(name: str, pad: str, cache: str) -> None:
     assert not report.notes, str(report)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+def test_prompts_in_pieces(name: str) -> None:
+    """A cache that is continued by several tokens at once, beyond the window, left-padded."""
+    own, door = pair(name, OURS)
+    given = zoo.inputs(name, pad="left")
+    outs = []
+    with torch.no_grad():
+        for m in (own, door):
+            cache, parts = None, []
+            for begin, end in ((0, 13), (13, 20), (20, 23), (23, 24)):
+                out = m(
+                    input_ids=given["input_ids"][:, begin:end], attention_mask=given["attention_mask"][:, :end],
+                    past_key_values=cache, use_cache=True,
+                )
+                cache = out.past_key_values
+                parts.append(zoo.output_of(out))
+            outs.append(zoo.valid(name, given, torch.cat(parts, 1)))
+    assert relative(outs[1], outs[0]) <= 1e-5
+    assert set(reattend.report(door).kernels) == {"reattend"}
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
 def test_beams_and_one_token_prompts(name: str) -> None:
     own, door = generating(name)

@@ -333,7 +333,24 @@ def test_what_is_no_attention_is_left_to_the_library_and_said() -> None:
         layer_of(layer).run(call_of(layer, operands(24), lambda m, q, k, v: q * OUTSIDE[:1]), Door(Policy(strict=True)))
 
 
-def test_a_site_that_steps_aside_leaves_its_calls_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_differs_is_not_used() -> None:
+    door, layer, given = Door(OURS), Layer(), operands(26)
+    page, call = layer_of(layer), call_of(layer, given)
+    assert page.run(call, door) is not None
+    (running,) = page.kinds[call.kind()]
+    (guard,) = running.guards
+    right, guard.target = guard.target, lambda *x: 1.01 * right(*x)
+    assert guard.watch is not None
+    guard.watch.seen.clear()
+    with pytest.warns(UserWarning, match="the layer keeps the original code"):
+        out = page.run(call, door)
+    assert out is not None
+    assert torch.allclose(out, attend(layer, *given), atol=1e-6)
+    assert page.run(call, door) is None
+    assert [c.verdict for c in passed(layer).pieces[0].checks] == ["same", "differs"]
+
+
+def test_a_site_that_steps_aside_leaves_its_calls_to_the_library() -> None:
     door, layer, given = Door(OURS), Layer(), operands(28)
     page = layer_of(layer)
     assert page.run(call_of(layer, given), door) is not None
