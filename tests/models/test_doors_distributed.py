@@ -32,7 +32,7 @@ def dealt_out(model: Any, mesh: Any) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     for layer in model.layers:
-        plan = {n: ColwiseParallel() for n in ("q_proj", "k_proj", "v_proj")} | {"o_proj": RowwiseParallel()}
+        plan: dict[str, Any] = {n: ColwiseParallel() for n in ("q_proj", "k_proj", "v_proj")} | {"o_proj": RowwiseParallel()}
         parallelize_module(layer.self_attn, mesh, plan)
 
 
