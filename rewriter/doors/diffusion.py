@@ -115,8 +115,7 @@ def _through(
         return run
 
     key = (function, len(values), tuple((n, type(x), x) for n, x in plain.items()))
-    where = inspect.getsourcefile(type(layer)) or ""
-    return page.run(DoorCall(layer, type(layer).__name__, where, key, values, code), door)
+    return page.run(DoorCall(layer, lambda: inspect.getsourcefile(type(layer)) or "", key, values, code), door)
 
 
 def _left(values: tuple[Tensor, ...], options: Mapping[str, Any]) -> str:

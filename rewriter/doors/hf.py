@@ -13,6 +13,7 @@ import dis
 import inspect
 import types
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,13 +24,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, padding_mask_function, prepare_padding_mask, sdpa_mask
 
 from ..capture.call import SizeAt
-from ..graph.torch_private import tree_leaves
+from ..graph.torch_private import check_calls, tree_leaves
 from ..run.session import transparent
 from .book import layer_of
 from .callables import OpenNumber
 from .mask import PositionMask, Positions, added
 from .reads import Reads, Seen, tensors_of
-from .site import Door, DoorCall
+from .site import BehindDoor, Door, DoorCall
 
 NAME = "reattend"
 Function = Callable[..., Any]
@@ -38,6 +39,7 @@ _PLAIN = (type(None), bool, int, float, str)
 
 def register(door: Door) -> None:
     """Make the name known to transformers, for attentions and for masks."""
+    check_calls()
     AttentionInterface.register(NAME, partial(attention, door))
     AttentionMaskInterface.register(NAME, mask)
 
@@ -107,7 +109,7 @@ def attention(
     if _traced(query, key, value):
         return own()
     page = layer_of(module)
-    call = _call(module, query, key, value, attention_mask, options)
+    call = _call(page, module, query, key, value, attention_mask, options)
     if isinstance(call, str):
         page.calls += 1
         page.leave(call)
@@ -146,50 +148,98 @@ def upper_left(query: Tensor, key: Tensor) -> Tensor:
     return (k[None, :] <= q[:, None])[None, None]
 
 
-def _call(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, options: Mapping[str, Any]
-) -> DoorCall | str:
-    """The call as a function of tensors and open numbers, or why it is left to transformers."""
-    if why := _left(module, query, key, value, options):
-        return why
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How a layer's calls become functions of tensors and open numbers: all of a call but its values.
+
+    `named` are options that are tensors, `held` the module's own tensors, `leaves` what the mask reads beside them.
+    """
+
+    module: nn.Module
+    function: types.FunctionType
+    given: frozenset[str]
+    plain: Mapping[str, Any]
+    named: tuple[str, ...]
+    held: tuple[str, ...]
+    mask: Hashable
+    reading: Callable[..., Tensor | None]
+    leaves: int
+    key: Hashable
+
+    def serves(self, options: Mapping[str, Any], mask: Hashable) -> bool:
+        """Is this the recipe of a call with these options?"""
+        return (
+            self.mask == mask and options.keys() == self.given
+            and all(type(options[n]) is type(x) and options[n] == x for n, x in self.plain.items())
+            and all(isinstance(options[n], Tensor) for n in self.named)
+        )
+
+    def code(self, reads: Reads) -> Callable[..., Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+            left = iter(rest)
+            made = self.reading(q, k, [next(left) for _ in range(self.leaves)])
+            seen = Seen(self.module, {n: next(left) for n in self.held}, reads)
+            out: Tensor = self.function(seen, q, k, v, made, **self.plain, **dict(zip(self.named, left)))[0]
+            return out
+
+        return run
+
+    def where(self) -> str:
+        return f"{self.function.__code__.co_filename}:{self.function.__code__.co_firstlineno}"
+
+
+def _recipe(
+    module: nn.Module, options: Mapping[str, Any], mask: Hashable, reading: Callable[..., Tensor | None], leaves: int
+) -> Recipe | str:
     function = eager_of(module)
     if function is None:
         return f"{type(module).__name__} names no eager function that says what it computes"
     given = taken(function, options)
     if isinstance(given, str):
         return given
-    held = tensors_of(module)
-    named = {n: x for n, x in given.items() if isinstance(x, Tensor)}
+    named = tuple(n for n, x in given.items() if isinstance(x, Tensor))
     plain = {n: x for n, x in given.items() if n not in named}
+    held = tuple(tensors_of(module))
+    key = (NAME, function, mask, tuple((n, type(x), x) for n, x in plain.items()), held, named, leaves)
+    return Recipe(module, function, frozenset(options), plain, named, held, mask, reading, leaves, key)
+
+
+def _call(
+    page: BehindDoor, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    options: Mapping[str, Any],
+) -> DoorCall | str:
+    """The call as a function of tensors and open numbers, or why it is left to transformers."""
+    if why := _left(module, query, key, value, options):
+        return why
     kind, reading, leaves, notes = _mask_of(module, query, key, attention_mask, options)
-    if any(type(x) not in (Tensor, nn.Parameter) for x in (*held.values(), *named.values())):
+    held = tensors_of(module)
+    recipe = page.recipe
+    if not isinstance(recipe, Recipe) or tuple(held) != recipe.held or not recipe.serves(options, kind):
+        recipe = _recipe(module, options, kind, reading, len(leaves))
+        if isinstance(recipe, str):
+            return recipe
+        page.recipe = recipe
+    more = (*held.values(), *(options[n] for n in recipe.named))
+    if any(type(x) not in (Tensor, nn.Parameter) for x in more):
         return "a tensor of a kind of its own is read"
+    growing = _GROWING if query.shape[2] == 1 and key.shape[2] > 1 else frozenset[SizeAt]()
+    values = (query, key, value, *leaves, *more)
+    return DoorCall(module, recipe.where, recipe.key, values, recipe.code, growing, notes)
 
-    def code(reads: Reads) -> Callable[..., Tensor]:
-        def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-            left = iter(rest)
-            made = reading(q, k, [next(left) for _ in leaves])
-            seen = Seen(module, {n: next(left) for n in held}, reads)
-            out: Tensor = function(seen, q, k, v, made, **plain, **dict(zip(named, left)))[0]
-            return out
 
-        return run
-
-    values = (query, key, value, *leaves, *held.values(), *named.values())
-    growing = frozenset[SizeAt](((1, 2), (2, 2))) if query.shape[2] == 1 and key.shape[2] > 1 else frozenset[SizeAt]()
-    options_key = tuple((n, type(x), x) for n, x in plain.items())
-    whole: Hashable = (NAME, function, kind, options_key, tuple(held), tuple(named), len(leaves))
-    label = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".strip()
-    where = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
-    return DoorCall(module, label, where, whole, values, code, growing, notes)
+# The keys and values of one query grow in every step.
+_GROWING: frozenset[SizeAt] = frozenset(((1, 2), (2, 2)))
 
 
 def _left(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> str:
     """Why a call is left to transformers, whatever its function computes; empty where it is not."""
     if any(type(x) not in (Tensor, nn.Parameter) for x in (query, key, value)):
         return "queries, keys or values are tensors of a kind of their own"
-    if query.device.type not in ("cpu", "cuda") or {key.device, value.device} != {query.device}:
-        return f"no kernel runs on {query.device.type}" if query.device.type not in ("cpu", "cuda") else "two devices"
+    device = query.device
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernel runs on {device.type}"
+    if key.device != device or value.device != device:
+        return "queries, keys and values are on two devices"
     if options.get("output_attentions"):
         return "the weights are asked for"
     if module.training and options.get("dropout"):

@@ -60,12 +60,12 @@ class Positions:
         """The mask as what is added to scores, made once."""
         return added(self.dense, self.fill)
 
-    @property
+    @cached_property
     def ends_together(self) -> bool:
         """Is the last query at the last key, as in a cache that grows?"""
         return self.query_offset + self.queries == self.key_offset + self.keys
 
-    @property
+    @cached_property
     def key(self) -> Hashable:
         """All that the mask's code depends on, beside the leaves."""
         assert isinstance(self.lifted, Structure)
@@ -84,10 +84,10 @@ class Positions:
         queries, keys, first, *rest = query.shape[-2], key.shape[-2], *leaves
         begin = first + keys - queries if self.ends_together else rest.pop(0)
         there = query.device
-        b = torch.arange(query.shape[0], device=there)[:, None, None, None]
-        h = torch.arange(1, device=there)[None, :, None, None]
-        q = (torch.arange(queries, device=there) + begin)[None, None, :, None]
-        k = (torch.arange(keys, device=there) + first)[None, None, None, :]
+        b = torch.arange(query.shape[0], device=there).view(-1, 1, 1, 1)
+        h = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=there)
+        q = (torch.arange(queries, device=there) + begin).view(1, 1, -1, 1)
+        k = torch.arange(keys, device=there) + first
         keep = self.lifted.make(rest)(b, h, q, k)
         return added(keep.expand(query.shape[0], -1, queries, keys), self.fill)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -31,17 +31,22 @@ class Reads:
 
     def __init__(self) -> None:
         self.noted: dict[str, object] = {}
+        self._found: dict[str, Callable[[nn.Module], object]] = {}
 
     def note(self, path: str, value: object) -> None:
-        self.noted[path] = value
+        self.noted[path], self._found[path] = value, attrgetter(path)
+
+    def clear(self) -> None:
+        self.noted.clear()
+        self._found.clear()
 
     def hold(self, module: nn.Module) -> bool:
-        return all(_same(_at(module, path), value) for path, value in self.noted.items())
+        return all(_same(_at(module, get), self.noted[path]) for path, get in self._found.items())
 
 
-def _at(module: nn.Module, path: str) -> object:
+def _at(module: nn.Module, get: Callable[[nn.Module], object]) -> object:
     try:
-        return attrgetter(path)(module)
+        return get(module)
     except AttributeError:
         return MISSING
 

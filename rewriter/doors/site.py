@@ -53,13 +53,17 @@ class DoorCall:
     """
 
     layer: nn.Module
-    label: str
-    where: str
+    where: Callable[[], str]
     key: Hashable
     values: Sequence[Value]
     code: Callable[[Reads], Callable[..., Tensor]]
     growing: frozenset[SizeAt] = frozenset()
     notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What the layer is called while nobody has asked where it stands in a model."""
+        return f"{type(self.layer).__name__} {getattr(self.layer, 'layer_idx', '')}".strip()
 
     def kind(self) -> Hashable:
         grad = torch.is_grad_enabled()
@@ -75,7 +79,7 @@ def autocast_of(device: str) -> object:
 def _described(x: Value, grad: bool) -> object:
     if not isinstance(x, Tensor):
         return int
-    return x.dtype, x.device, grad and x.requires_grad, x.dim(), isinstance(x, nn.Parameter), x.is_neg()
+    return x.dtype, x.device, grad and x.requires_grad, x.dim(), type(x), x.is_neg()
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +129,10 @@ class Running:
 
 @dataclass(eq=False)
 class BehindDoor:
-    """All that ran behind a door in one layer. `own` counts, by reason, calls that were left to the library."""
+    """All that ran behind a door in one layer. `own` counts, by reason, calls that were left to the library.
+
+    `recipe` is what a door keeps of its last call.
+    """
 
     kinds: OrderedDict[Hashable, list[Running]] = field(default_factory=OrderedDict)
     pieces: list[GraphPiece] = field(default_factory=list)
@@ -133,6 +140,7 @@ class BehindDoor:
     notes: dict[str, None] = field(default_factory=dict)
     calls: int = 0
     door: Door | None = None
+    recipe: object = None
 
     def leave(self, why: str) -> None:
         with _lock:
@@ -209,8 +217,8 @@ def build(call: DoorCall, door: Door, sizes: frozenset[SizeAt]) -> Template:
         said = f"the rewrite failed, {call.label} runs as written: {type(error).__name__}: {first_line(error)}"
         warnings.warn(f"reattend: {said}", stacklevel=2)
         return Template(reads, error=said)
-    sites = tuple(replace(s, where=s.where or call.where) for s in plan.sites)
-    plan = replace(plan, sites=sites, misses=tuple(replace(m, where=m.where or call.where) for m in plan.misses))
+    sites = tuple(replace(s, where=s.where or call.where()) for s in plan.sites)
+    plan = replace(plan, sites=sites, misses=tuple(replace(m, where=m.where or call.where()) for m in plan.misses))
     graph = captured.captured.graph if any(not s.chosen.is_original for s in sites) else None
     return Template(reads, captured, graph, plan, "", begin - start, time.perf_counter() - begin)
 
@@ -221,7 +229,7 @@ def _captured(call: DoorCall, reads: Reads, sizes: frozenset[SizeAt]) -> Capture
             return from_call(call.code(reads), call.values, sizes, SITE_NAME)
         except CaptureError:
             # what its code asks of an open size may have an answer for a number
-            reads.noted.clear()
+            reads.clear()
     return from_call(call.code(reads), call.values, (), SITE_NAME)
 
 

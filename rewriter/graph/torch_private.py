@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     import sympy
@@ -464,12 +465,11 @@ def is_symbolic_trace() -> bool:
 
 def is_transformed() -> bool:
     """Is this call inside a functorch transform, a dispatch mode or forward derivatives?"""
-    return _kept(FUNCTORCH)() is not None or _kept(DISPATCH)() > 0 or FORWARD.found() >= 0
+    return _kept(FUNCTORCH)() is not None or _kept(DISPATCH)() > 0 or forward_ad._current_level >= 0
 
 
 @cache
 def _kept(part: Private) -> Any:
-    """A function that is asked in every call, looked up once."""
     return part.found()
 
 

@@ -263,7 +263,7 @@ def call_of(layer: nn.Module, values: Sequence[Tensor], function: Callable[..., 
     def code(reads: Reads) -> Callable[..., Tensor]:
         return lambda *given: function(Seen(layer, {}, reads), *given)
 
-    return DoorCall(layer, "the layer", "here:1", function, values, code)
+    return DoorCall(layer, lambda: "here:1", function, values, code)
 
 
 def operands(length: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,7 +342,7 @@ def test_a_kernel_that_differs_is_not_used() -> None:
     right, guard.target = guard.target, lambda *x: 1.01 * right(*x)
     assert guard.watch is not None
     guard.watch.seen.clear()
-    with pytest.warns(UserWarning, match="the layer keeps the original code"):
+    with pytest.warns(UserWarning, match="Layer keeps the original code"):
         out = page.run(call, door)
     assert out is not None
     assert torch.allclose(out, attend(layer, *given), atol=1e-6)
