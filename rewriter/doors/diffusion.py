@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
+import pkgutil
 from collections.abc import Callable, Mapping
 from enum import Enum
 from types import FrameType
 from typing import Any
 
 import torch
-from diffusers.models import attention_dispatch as dispatch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -36,12 +35,17 @@ def register(door: Door) -> None:
     """Make the backend known to diffusers. Raises ImportError where its registry is another than the one known here."""
     _doors[:] = [door]
     try:
-        registry, names = dispatch._AttentionBackendRegistry, dispatch.AttentionBackendName
-        native = registry._backends[names.NATIVE]
-        checks = registry._constraints[names.NATIVE]
-    except (AttributeError, KeyError) as no:
+        registry, backends, constraints, names = (pkgutil.resolve_name(part) for part in _PARTS)
+        native, checks = backends[names.NATIVE], constraints[names.NATIVE]
+    except (ImportError, AttributeError, KeyError) as no:
         raise ImportError(f"reattend.register: this diffusers has no attention backends as 0.42 has them: {no}") from None
     registry.register(_member(names), constraints=list(checks))(_backend(door, native))
+
+
+# Parts of diffusers that promise nothing.
+_FILE = "diffusers.models.attention_dispatch:"
+_REGISTRY = f"{_FILE}_AttentionBackendRegistry"
+_PARTS = _REGISTRY, f"{_REGISTRY}._backends", f"{_REGISTRY}._constraints", f"{_FILE}AttentionBackendName"
 
 
 def _member(names: type[Enum]) -> Enum:
@@ -50,13 +54,13 @@ def _member(names: type[Enum]) -> Enum:
     if known is not None:
         return known
     kind: Any = names
-    made = str.__new__(kind, NAME)
-    made._name_, made._value_ = NAME.upper(), NAME
-    names._member_names_.append(made._name_)
-    names._member_map_[made._name_] = made
-    names._value2member_map_[NAME] = made
-    member: Enum = made
-    return member
+    made: Enum = str.__new__(kind, NAME)
+    lists = vars(names)
+    vars(made).update({"_name_": NAME.upper(), "_value_": NAME, "_sort_order_": len(names)})
+    lists["_member_names_"].append(NAME.upper())
+    lists["_member_map_"][NAME.upper()] = made
+    lists["_value2member_map_"][NAME] = made
+    return made
 
 
 def _backend(door: Door, native: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -65,14 +69,14 @@ def _backend(door: Door, native: Callable[..., Tensor]) -> Callable[..., Tensor]
         given = dict(options)
         out = None
         if given.get("_parallel_config") is None and not given.get("return_lse"):
-            out = _through(door, _caller(sys._getframe(1)), native, (query, key, value), given)
+            out = _through(door, _caller(inspect.currentframe()), native, (query, key, value), given)
         return native(query, key, value, **options) if out is None else out
 
     return attention
 
 
 # The dispatcher and the processor stand between a backend and the module that it works for.
-_FRAMES = 4
+_FRAMES = 5
 _nobody = nn.Module()
 
 
@@ -108,7 +112,7 @@ def _through(
         return None
     plain = {n: x for n, x in options.items() if n != "attn_mask"}
 
-    def code(reads: Reads) -> Callable[..., Tensor]:
+    def code(layer: nn.Module, reads: Reads) -> Callable[..., Tensor]:
         def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
             return function(q, k, v, attn_mask=rest[0] if rest else None, **plain)
 

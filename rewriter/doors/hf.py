@@ -62,7 +62,7 @@ def mask(
         device=device, allow_is_causal_skip=False,
     )
     skips = bool(options.get("allow_is_bidirectional_skip"))
-    if _traced(attention_mask, q_offset):
+    if _traced(attention_mask, q_offset) or torch.device(device).type == "meta":
         made: Tensor | None = dense(allow_is_bidirectional_skip=skips)
         return made
     if attention_mask is not None and padding is not None:
@@ -155,7 +155,6 @@ class Recipe:
     `named` are options that are tensors, `held` the module's own tensors, `leaves` what the mask reads beside them.
     """
 
-    module: nn.Module
     function: types.FunctionType
     given: frozenset[str]
     plain: Mapping[str, Any]
@@ -174,11 +173,11 @@ class Recipe:
             and all(isinstance(options[n], Tensor) for n in self.named)
         )
 
-    def code(self, reads: Reads) -> Callable[..., Tensor]:
+    def code(self, module: nn.Module, reads: Reads) -> Callable[..., Tensor]:
         def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
             left = iter(rest)
             made = self.reading(q, k, [next(left) for _ in range(self.leaves)])
-            seen = Seen(self.module, {n: next(left) for n in self.held}, reads)
+            seen = Seen(module, {n: next(left) for n in self.held}, reads)
             out: Tensor = self.function(seen, q, k, v, made, **self.plain, **dict(zip(self.named, left)))[0]
             return out
 
@@ -201,7 +200,7 @@ def _recipe(
     plain = {n: x for n, x in given.items() if n not in named}
     held = tuple(tensors_of(module))
     key = (NAME, function, mask, tuple((n, type(x), x) for n, x in plain.items()), held, named, leaves)
-    return Recipe(module, function, frozenset(options), plain, named, held, mask, reading, leaves, key)
+    return Recipe(function, frozenset(options), plain, named, held, mask, reading, leaves, key)
 
 
 def _call(
@@ -259,7 +258,7 @@ def _mask_of(
         at = given.positions
         fits = (at.batch, at.queries, at.keys) == (query.shape[0], query.shape[2], key.shape[2])
         if not isinstance(at.lifted, str) and fits:
-            return ("positions", at.key), at.of_leaves, at.leaves, ()
+            return ("positions", at.key), at.reading, at.leaves, ()
         why = at.lifted if isinstance(at.lifted, str) else "it was made for other sizes"
         given, notes = at.additive, (f"a mask's function could not be lifted, the mask is dense: {why}",)
     if given.dtype == torch.bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from typing import cast as typed
 
@@ -73,23 +73,32 @@ class Positions:
 
     @property
     def leaves(self) -> list[Leaf]:
-        """The tensors and numbers that the mask's code reads; `of_leaves` takes them."""
+        """The tensors and numbers that the mask's code reads; `reading` takes them."""
         assert isinstance(self.lifted, Structure)
         offsets = [self.key_offset] if self.ends_together else [self.key_offset, self.query_offset]
         return [*offsets, *self.lifted.leaves]
 
-    def of_leaves(self, query: Tensor, key: Tensor, leaves: Sequence[Any]) -> Tensor:
-        """The additive mask of these queries and keys (two last dimensions but one), to be traced."""
+    @property
+    def reading(self) -> Callable[[Tensor, Tensor, Sequence[Any]], Tensor]:
+        """The additive mask of queries and keys and of leaves, as code that may be kept: it holds no dense mask."""
         assert isinstance(self.lifted, Structure)
-        queries, keys, first, *rest = query.shape[-2], key.shape[-2], *leaves
-        begin = first + keys - queries if self.ends_together else rest.pop(0)
-        there = query.device
-        b = torch.arange(query.shape[0], device=there).view(-1, 1, 1, 1)
-        h = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=there)
-        q = (torch.arange(queries, device=there) + begin).view(1, 1, -1, 1)
-        k = torch.arange(keys, device=there) + first
-        keep = self.lifted.make(rest)(b, h, q, k)
-        return added(keep.expand(query.shape[0], -1, queries, keys), self.fill)
+        return partial(of_leaves, self.lifted.make, self.ends_together, self.fill)
+
+
+def of_leaves(
+    make: Callable[[Sequence[Any]], Callable[..., Tensor]], ends_together: bool, fill: torch.dtype, query: Tensor,
+    key: Tensor, leaves: Sequence[Any],
+) -> Tensor:
+    """The additive mask of these queries and keys (their last dimension but one), to be traced."""
+    queries, keys, first, *rest = query.shape[-2], key.shape[-2], *leaves
+    begin = first + keys - queries if ends_together else rest.pop(0)
+    there = query.device
+    b = torch.arange(query.shape[0], device=there).view(-1, 1, 1, 1)
+    h = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=there)
+    q = (torch.arange(queries, device=there) + begin).view(1, 1, -1, 1)
+    k = torch.arange(keys, device=there) + first
+    keep = make(rest)(b, h, q, k)
+    return added(keep.expand(query.shape[0], -1, queries, keys), fill)
 
 
 def added(keep: Tensor, fill: torch.dtype) -> Tensor:

@@ -56,7 +56,7 @@ class DoorCall:
     where: Callable[[], str]
     key: Hashable
     values: Sequence[Value]
-    code: Callable[[Reads], Callable[..., Tensor]]
+    code: Callable[[nn.Module, Reads], Callable[..., Tensor]]
     growing: frozenset[SizeAt] = frozenset()
     notes: tuple[str, ...] = ()
 
@@ -131,7 +131,7 @@ class Running:
 class BehindDoor:
     """All that ran behind a door in one layer. `own` counts, by reason, calls that were left to the library.
 
-    `recipe` is what a door keeps of its last call.
+    `recipe` is what a door keeps of its last call. Nothing here holds the layer: it would live as long as its page.
     """
 
     kinds: OrderedDict[Hashable, list[Running]] = field(default_factory=OrderedDict)
@@ -226,11 +226,11 @@ def build(call: DoorCall, door: Door, sizes: frozenset[SizeAt]) -> Template:
 def _captured(call: DoorCall, reads: Reads, sizes: frozenset[SizeAt]) -> CapturedCall:
     if sizes:
         try:
-            return from_call(call.code(reads), call.values, sizes, SITE_NAME)
+            return from_call(call.code(call.layer, reads), call.values, sizes, SITE_NAME)
         except CaptureError:
             # what its code asks of an open size may have an answer for a number
             reads.clear()
-    return from_call(call.code(reads), call.values, (), SITE_NAME)
+    return from_call(call.code(call.layer, reads), call.values, (), SITE_NAME)
 
 
 # What a site is called while nobody has said where its layer stands in a model.

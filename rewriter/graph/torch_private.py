@@ -460,7 +460,7 @@ def own_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def is_symbolic_trace() -> bool:
     """Does fx trace symbolically, in whatever thread?"""
-    return bool(_kept(FX_TRACING)())
+    return torch.fx._symbolic_trace.is_fx_symbolic_tracing()
 
 
 def is_transformed() -> bool:

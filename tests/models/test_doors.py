@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -277,6 +279,23 @@ def test_a_copy_starts_anew_and_types_may_change() -> None:
     assert len(reattend.report(door).doors) == 2
 
 
+def test_a_model_that_is_gone_leaves_nothing() -> None:
+    _, door = pair("mistral", OURS)
+    with torch.no_grad():
+        door(**zoo.inputs("mistral", pad="left"))
+    layer = weakref.ref(door.layers[0].self_attn)
+    del door
+    gc.collect()
+    assert layer() is None
+
+
+def test_on_the_meta_device_the_model_is_its_own() -> None:
+    _, door = pair("llama")
+    given = {k: v.to("meta") for k, v in zoo.inputs("llama").items()}
+    door.to("meta")
+    assert zoo.output_of(door(**given)).shape == (2, 24, 64)
+
+
 def test_the_report_says_what_ran_where() -> None:
     _, door = pair("gemma2", OURS)
     with torch.no_grad():
@@ -321,7 +340,7 @@ def test_functions_of_the_caller_are_lifted_or_said(function: Callable[..., Any]
     assert torch.equal(mask.positions.dense, want)
     if lifts:
         q, leaves = torch.zeros(2, 4, 24, 8), mask.positions.leaves
-        assert torch.equal(mask.positions.of_leaves(q, q, leaves) == 0, want)
+        assert torch.equal(mask.positions.reading(q, q, leaves) == 0, want)
 
 
 def test_a_mask_that_cannot_be_lifted_is_dense_and_said() -> None:

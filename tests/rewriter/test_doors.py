@@ -130,7 +130,7 @@ def positions(function: Callable[..., Any], queries: int = 5, keys: int = 5, pas
 def test_a_mask_of_its_leaves_is_the_dense_one(queries: int, keys: int, past: int) -> None:
     keep = torch.rand(2, 8) > 0.3
     at = positions(both(window(3), padding(keep)), queries, keys, past)
-    made = at.of_leaves(torch.empty(2, 4, queries, 1), torch.empty(2, 4, keys, 1), at.leaves)
+    made = at.reading(torch.empty(2, 4, queries, 1), torch.empty(2, 4, keys, 1), at.leaves)
     assert torch.equal(made, at.additive)
     assert at.ends_together == (past + queries == keys)
 
@@ -260,7 +260,7 @@ def attend(layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def call_of(layer: nn.Module, values: Sequence[Tensor], function: Callable[..., Tensor] = attend) -> DoorCall:
-    def code(reads: Reads) -> Callable[..., Tensor]:
+    def code(layer: nn.Module, reads: Reads) -> Callable[..., Tensor]:
         return lambda *given: function(Seen(layer, {}, reads), *given)
 
     return DoorCall(layer, lambda: "here:1", function, values, code)
