@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import dis
 import inspect
+import sys
 import types
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import and_masks, padding_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.masking_utils import and_masks, eager_mask, padding_mask_function, prepare_padding_mask
+from transformers.utils import TransformersKwargs
 
 from ..capture.call import SizeAt
 from ..graph.torch_private import check_calls, tree_leaves
@@ -58,8 +60,8 @@ def mask(
     """
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     dense = partial(
-        sdpa_mask, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap=use_vmap,
-        device=device, allow_is_causal_skip=False,
+        eager_mask, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap=use_vmap,
+        device=device, dtype=dtype,
     )
     skips = bool(options.get("allow_is_bidirectional_skip"))
     if _traced(attention_mask, q_offset) or torch.device(device).type == "meta":
@@ -104,7 +106,11 @@ def _traced(*values: object) -> bool:
 def attention(
     door: Door, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention of a module, called as transformers calls what is registered with it."""
+    """The attention of a module, called as transformers calls what is registered with it.
+
+    Raises ValueError where the module leaves something to its implementations that its eager function does not do.
+    """
+    refuse_foreign(module, options)
     own = partial(as_written, module, query, key, value, attention_mask, options)
     if _traced(query, key, value):
         return own()
@@ -122,25 +128,23 @@ def as_written(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own eager function with a dense mask; transformers' SDPA where the model has none."""
+    if isinstance(attention_mask, PositionMask):
+        attention_mask = attention_mask.positions.dense
     function = eager_of(module)
     if function is None:
-        dense = attention_mask.positions.dense if isinstance(attention_mask, PositionMask) else attention_mask
-        made: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, dense, **options)
+        made: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return made
-    if isinstance(attention_mask, PositionMask):
-        attention_mask = attention_mask.positions.additive
-    elif attention_mask is not None and attention_mask.dtype == torch.bool:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = added(attention_mask, query.dtype)
-    elif attention_mask is None and _is_causal(module, query, options):
+    elif attention_mask is None and _is_causal(query, options):
         attention_mask = added(upper_left(query, key), query.dtype)
     out: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **options)
     return out
 
 
-def _is_causal(module: nn.Module, query: Tensor, options: Mapping[str, Any]) -> bool:
-    """Without a mask, transformers' implementations but the eager one take this for causal."""
-    given = options.get("is_causal")
-    return query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if given is None else given)
+def _is_causal(query: Tensor, options: Mapping[str, Any]) -> bool:
+    """Without a mask, whoever says that it is causal means it, although eager functions do not look at that."""
+    return query.shape[2] > 1 and bool(options.get("is_causal"))
 
 
 def upper_left(query: Tensor, key: Tensor) -> Tensor:
@@ -210,7 +214,7 @@ def _call(
     """The call as a function of tensors and open numbers, or why it is left to transformers."""
     if why := _left(module, query, key, value, options):
         return why
-    kind, reading, leaves, notes = _mask_of(module, query, key, attention_mask, options)
+    kind, reading, leaves, notes = _mask_of(query, key, attention_mask, options)
     held = tensors_of(module)
     recipe = page.recipe
     if not isinstance(recipe, Recipe) or tuple(held) != recipe.held or not recipe.serves(options, kind):
@@ -247,11 +251,11 @@ def _left(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options:
 
 
 def _mask_of(
-    module: nn.Module, query: Tensor, key: Tensor, given: Tensor | None, options: Mapping[str, Any]
+    query: Tensor, key: Tensor, given: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[Hashable, Callable[..., Tensor | None], list[Any], tuple[str, ...]]:
     """A mask's part of the key, what makes it of its leaves, the leaves, and what the report should say."""
     if given is None:
-        causal = _is_causal(module, query, options)
+        causal = _is_causal(query, options)
         return ("none", causal), (lambda q, k, _: added(upper_left(q, k), q.dtype) if causal else None), [], ()
     notes: tuple[str, ...] = ()
     if isinstance(given, PositionMask):
@@ -260,7 +264,7 @@ def _mask_of(
         if not isinstance(at.lifted, str) and fits:
             return ("positions", at.key), at.reading, at.leaves, ()
         why = at.lifted if isinstance(at.lifted, str) else "it was made for other sizes"
-        given, notes = at.additive, (f"a mask's function could not be lifted, the mask is dense: {why}",)
+        given, notes = at.dense, (f"a mask's function could not be lifted, the mask is dense: {why}",)
     if given.dtype == torch.bool:
         return ("boolean", given.dim()), (lambda q, k, rest: added(rest[0], q.dtype)), [given], notes
     return ("additive", given.dim()), (lambda q, k, rest: rest[0]), [given], notes
@@ -320,3 +324,45 @@ def taken(function: types.FunctionType, options: Mapping[str, Any]) -> dict[str,
         if type(x) not in _PLAIN:
             return f"the option {n} is a {type(x).__name__}" + (" of tensors" if tree_leaves(x) else "")
     return given
+
+
+# Options that transformers passes through its models, whatever the implementation.
+_PASSED = frozenset(TransformersKwargs.__annotations__)
+
+
+def refuse_foreign(module: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raises ValueError where a module hands a tensor by name to its implementations that its eager function does not read.
+
+    An index of selected keys is one: such a module masks the others itself where the implementation is named eager or SDPA.
+    """
+    unread = _unread(type(module).__module__, type(module).__qualname__, " ".join(options))
+    found = [n for n in unread.split() if isinstance(options[n], Tensor)]
+    if found and (foreign := [n for n in found if not any(options[n] is x for x in tensors_of(module).values())]):
+        raise ValueError(
+            f"reattend: {type(module).__name__} hands over {', '.join(foreign)}, which its eager attention does not read: "
+            'this model needs an implementation that does; attn_implementation="sdpa" or "eager" runs it'
+        )
+
+
+# Dynamo takes the answer as it is: how it is found is none of the model's code.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _unread(file: str, name: str, options: str) -> str:
+    return _found_unread(file, name, options)
+
+
+@lru_cache(maxsize=512)
+def _found_unread(file: str, name: str, options: str) -> str:
+    """Those of some options that the code of a class writes by name and its eager function does not read."""
+    kind = reduce(lambda x, part: getattr(x, part, None), name.split("."), sys.modules.get(file))
+    function = _eager_of(kind) if isinstance(kind, type) else None
+    if function is None:
+        return ""
+    names, looks = _parameters(function)
+    unread = frozenset() if looks else _texts(kind) - names - _PASSED
+    return " ".join(n for n in options.split() if n in unread)
+
+
+def _texts(kind: Any) -> frozenset[str]:
+    methods = (inspect.unwrap(m) for base in kind.__mro__ for m in vars(base).values() if callable(m))
+    held = (c for m in methods if isinstance(m, types.FunctionType) for c in m.__code__.co_consts)
+    return frozenset(x for c in held for x in (c if isinstance(c, tuple) else (c,)) if isinstance(x, str))

@@ -2,7 +2,8 @@
 
     keep(b, h, q, k)        q counts from where the queries begin, k from where the keys begin
 
-It is a boolean tensor by shape and type. Who computes with it (slices it, adds to it, moves it) gets the dense one.
+By shape and type it is what eager attention adds to its scores, and who computes with it (slices it, adds it, moves it) gets
+that: 0 where a key is kept, and the type's least number where it is not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from .callables import Leaf, Opaque, Structure, structure
 class Positions:
     """What a mask is made from. `fill` is the type whose least number stands where a key is not kept.
 
-    `pointwise`: is the callable known to see each position alone when it is given whole ranges? `make` gives the dense mask.
+    `pointwise`: is the callable known to see each position alone when it is given whole ranges? `make` gives the dense mask,
+    as it is added to scores.
     """
 
     batch: int
@@ -54,11 +56,6 @@ class Positions:
     def dense(self) -> Tensor:
         """The mask as a tensor, made once."""
         return self.make()
-
-    @cached_property
-    def additive(self) -> Tensor:
-        """The mask as what is added to scores, made once."""
-        return added(self.dense, self.fill)
 
     @cached_property
     def ends_together(self) -> bool:
@@ -162,7 +159,7 @@ class PositionMask(Tensor):
     @staticmethod
     def of(positions: Positions) -> PositionMask:
         shape = (positions.batch, 1, positions.queries, positions.keys)
-        made: PositionMask = torch_private.wrapper_tensor(PositionMask, shape, torch.bool, positions.device)
+        made: PositionMask = torch_private.wrapper_tensor(PositionMask, shape, positions.fill, positions.device)
         made.positions = positions
         return made
 

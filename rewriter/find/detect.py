@@ -14,7 +14,6 @@ from ...patterns.attention import concat, ranks, recognise
 from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from ...patterns.expr import Expr
-from ...patterns.passes.decide import decide
 from ...patterns.verdict import Obstacle
 from ..capture.weights import is_weight
 from ..graph.aliases import Aliases
@@ -181,7 +180,7 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final) -> Found | NearMis
         read = lifter.read_at.get(node)
         if read is not None and aliases.written_between(node, read - 1, output):
             return _near(n, f"{name} ({node.name}) is written in place between its use in the scores and the output", 2)
-    cascade, leaves = canonical(verify(decide(cascade)), leaves)
+    cascade, leaves = canonical(verify(cascade), leaves)
     return Found(
         cascade=cascade,
         tensors=leaves,

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from transformers import masking_utils
+from transformers.models.llama import modeling_llama as llama
 
 import reattend
 from reattend.rewriter.doors.mask import PositionMask
@@ -337,7 +338,7 @@ def test_functions_of_the_caller_are_lifted_or_said(function: Callable[..., Any]
     assert isinstance(mask, PositionMask)
     assert isinstance(mask.positions.lifted, str) != lifts
     want = made("sdpa", or_mask_function=function)
-    assert torch.equal(mask.positions.dense, want)
+    assert torch.equal(mask.positions.dense == 0, want)
     if lifts:
         q, leaves = torch.zeros(2, 4, 24, 8), mask.positions.leaves
         assert torch.equal(mask.positions.reading(q, q, leaves) == 0, want)
@@ -362,7 +363,32 @@ def test_masks_are_those_of_eager_attention(pad: str, window: bool) -> None:
     given = zoo.inputs("mistral", pad=pad)["attention_mask"]
     mask = made("reattend", attention_mask=given, window=window)
     want = made("eager", attention_mask=given, window=window)
-    assert torch.equal(mask.positions.additive.expand(2, -1, -1, -1), want)
+    assert torch.equal(mask.positions.dense.expand(2, -1, -1, -1), want)
+
+
+class Sparse(llama.LlamaAttention):  # type: ignore[misc]
+    """Leaves a selection of keys to implementations other than eager and SDPA, as sparse models do."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        q, k, v = (p(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        function = transformers.AttentionInterface().get_interface("reattend", llama.eager_attention_forward)
+        return function(self, q, k, v, None, scaling=self.scaling, indices=torch.zeros(1, 3, 2, dtype=torch.long))
+
+
+def test_what_eager_attention_does_not_read_is_refused() -> None:
+    reattend.register()
+    layer = Sparse(zoo.CONFIGS["llama"](), 0).eval()
+    with pytest.raises(ValueError, match="Sparse hands over indices, which its eager attention does not read"):
+        layer(torch.randn(1, 3, 64))
+    with pytest.raises(Exception, match="Sparse hands over indices"):
+        torch.compile(layer, backend="eager")(torch.randn(1, 3, 64))  # type: ignore[no-untyped-call]
+
+
+def test_models_that_add_the_mask_themselves_add_that_of_eager_attention() -> None:
+    mask = made("reattend", attention_mask=zoo.inputs("mistral", pad="right")["attention_mask"])
+    want = made("eager", attention_mask=zoo.inputs("mistral", pad="right")["attention_mask"])
+    assert torch.equal(torch.zeros(1) + mask, want)
+    assert torch.equal(mask[:, :, :3, -2:], want[:, :, :3, -2:])
 
 
 # --- the door itself ----------------------------------------------------------------------------------------------------

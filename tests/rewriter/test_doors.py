@@ -16,7 +16,7 @@ from reattend.rewriter.choose.policy import Policy, StrictError
 from reattend.rewriter.doors import site
 from reattend.rewriter.doors.book import layer_of, passed
 from reattend.rewriter.doors.callables import Opaque, OpenNumber, structure
-from reattend.rewriter.doors.mask import PositionMask, Positions, not_pointwise
+from reattend.rewriter.doors.mask import PositionMask, Positions, added, not_pointwise
 from reattend.rewriter.doors.reads import Reads, Seen
 from reattend.rewriter.doors.site import Door, DoorCall
 
@@ -120,7 +120,7 @@ def positions(function: Callable[..., Any], queries: int = 5, keys: int = 5, pas
     def dense() -> Tensor:
         b, h, q, k = (torch.arange(n) for n in (2, 1, queries, keys))
         at = b[:, None, None, None], h[None, :, None, None], q[None, None, :, None] + past, k[None, None, None, :]
-        return function(*at).expand(2, -1, queries, keys)  # type: ignore[no-any-return]
+        return added(function(*at).expand(2, -1, queries, keys), torch.float32)
 
     given = {"pointwise": True, **more}
     return Positions(2, queries, keys, past, 0, function, torch.float32, CPU, make=dense, **given)
@@ -131,7 +131,7 @@ def test_a_mask_of_its_leaves_is_the_dense_one(queries: int, keys: int, past: in
     keep = torch.rand(2, 8) > 0.3
     at = positions(both(window(3), padding(keep)), queries, keys, past)
     made = at.reading(torch.empty(2, 4, queries, 1), torch.empty(2, 4, keys, 1), at.leaves)
-    assert torch.equal(made, at.additive)
+    assert torch.equal(made, at.dense)
     assert at.ends_together == (past + queries == keys)
 
 
@@ -139,11 +139,11 @@ def test_a_mask_is_made_only_where_it_is_read() -> None:
     at = positions(window(3))
     mask = PositionMask.of(at)
     assert mask.shape == (2, 1, 5, 5)
-    assert mask.dtype == torch.bool
+    assert mask.dtype == torch.float32
     assert mask.contiguous() is mask
     assert "dense" not in vars(at)
     assert torch.equal(mask[:, :, :2], at.dense[:, :, :2])
-    assert torch.equal(torch.where(mask, 0.0, 1.0), torch.where(at.dense, 0.0, 1.0))
+    assert torch.equal(torch.zeros(5) + mask, at.dense)
 
 
 def test_single_positions_and_ranges_are_told_apart() -> None:

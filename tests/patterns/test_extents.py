@@ -1,4 +1,4 @@
-"""Conditions that extents decide: against brute force, for numbers and for symbols."""
+"""Comparisons that extents settle: against brute force, for numbers and for symbols."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import pytest
 import sympy
 
 from reattend.patterns import expr as ex
+from reattend.patterns.attention.concat import settle
 from reattend.patterns.cascade import Access, Cascade, Einsum, Rank, Size, Tensor, size_term
 from reattend.patterns.expr import Expr
-from reattend.patterns.passes.decide import decide
 
 P, M = ex.index("p"), ex.index("m")
 S = sympy.Symbol("s0", integer=True)
 
 
-def decided(condition: Expr, queries: Size, keys: Size) -> Expr:
+def left_of(condition: Expr, queries: Size, keys: Size) -> Expr:
     """What is left of a condition between so many queries and keys."""
     inputs = (Tensor("Q", (queries,), "f32"), Tensor("K", (keys,), "f32"))
     body = ex.where(condition, ex.load("Q", (P,), "f32") * ex.load("K", (M,), "f32"), ex.const(0.0, "f32"))
     out = Tensor("S", (queries, keys), "f32")
     made = Einsum(Access("S", (P, M)), body)
     c = Cascade("c", (Rank("p", queries), Rank("m", keys)), (*inputs, out), (made,), ("S",))
-    (e,) = decide(c).einsums
+    (e,) = settle(c).einsums
     return e.body.args[0] if e.body.op == "where" else ex.const(bool(ex.loads(e.body)))
 
 
@@ -34,7 +34,7 @@ def test_numbers_against_brute_force(queries: int, keys: int) -> None:
         if not condition.ranks:
             continue
         points = {a * p + b * m <= c for p in range(queries) for m in range(keys)}
-        got = decided(condition, queries, keys)
+        got = left_of(condition, queries, keys)
         assert (got.value if got.is_const else None) == (points.pop() if len(points) == 1 else None), str(condition)
 
 
@@ -57,5 +57,5 @@ def test_symbols(condition: Expr, keys: Size, answer: bool | None) -> None:
     body = ex.where(condition, ex.load("Q", (P,), "f32"), ex.const(0.0, "f32"))
     made = Einsum(Access("S", (P, M)), body)
     c = Cascade("c", (Rank("p", 1), Rank("m", keys)), (*inputs, Tensor("S", (1, keys), "f32")), (made,), ("S",))
-    (e,) = decide(c).einsums
+    (e,) = settle(c).einsums
     assert (bool(ex.loads(e.body)) if e.body.op != "where" else None) == answer
