@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import optimize, plan, report, restore, verify
+    from .api import optimize, plan, processors, register, report, restore, verify
     from .cost_model.devices.device import Device, targets
     from .cost_model.plan.plan import Plan
     from .cost_model.sites.site import Candidate, Miss, Site
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .rewriter.run.verify import Verification
 
 _WHERE = {
-    "optimize": "api", "restore": "api", "report": "api", "plan": "api", "verify": "api",
+    "optimize": "api", "restore": "api", "report": "api", "plan": "api", "verify": "api", "register": "api",
+    "processors": "api",
     "Policy": "rewriter.choose.policy", "StrictError": "rewriter.choose.policy", "Report": "rewriter.run.report",
     "Verification": "rewriter.run.verify", "targets": "cost_model.devices.device", "Device": "cost_model.devices.device",
     "Plan": "cost_model.plan.plan", "Site": "cost_model.sites.site", "Candidate": "cost_model.sites.site",
@@ -29,7 +30,7 @@ _WHERE = {
 __version__ = "0.1.0"
 __all__ = [
     "Candidate", "Device", "Miss", "Plan", "Policy", "Report", "Site", "StrictError", "Sweep", "Verification", "optimize",
-    "plan", "report", "restore", "targets", "verify",
+    "plan", "processors", "register", "report", "restore", "targets", "verify",
 ]
 
 

@@ -1,10 +1,11 @@
-"""The front door: optimize a model in place, undo it, report on it, plan without running, verify against float64."""
+"""The front door: optimize a model in place, undo it, report on it, plan without running, verify; doors of libraries."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from .rewriter.capture.export import held_tensors
 from .rewriter.capture.models import Shapes, UsageError, check_devices, inputs_for
 from .rewriter.choose import choose
 from .rewriter.choose.policy import Policy
+from .rewriter.doors.book import passed
+from .rewriter.doors.open import DOORS, open_door, processors_of
 from .rewriter.graph.torch_private import is_compiled
 from .rewriter.run.compiled import report_of
 from .rewriter.run.planning import plan_model
@@ -82,14 +85,44 @@ def report(model: nn.Module) -> Report:
     if isinstance(model, nn.Module) and is_compiled(model) and (compiled := report_of(model)) is not None:
         return compiled
     _check_module(model, "report")
-    session = session_of(model)
+    session, through = session_of(model), passed(model)
     if session is None:
-        return Report("", (), (), copied=is_copy(model), installed=False)
+        found = Report(through.policy, (), through.pieces, copied=is_copy(model), installed=bool(through.entries))
+        return replace(found, doors=through.entries, notes=through.notes)
     with session.lock:
         entries = tuple(
             Entered(e.path, e.calls, e.missed, tuple(e.failures), Counter(e.bypassed), e.as_written) for e in session.entries
         )
-        return Report(str(session.policy), entries, tuple(session.pieces), tuple(session.frames_given_up))
+        pieces = (*session.pieces, *through.pieces)
+        found = Report(str(session.policy), entries, pieces, tuple(session.frames_given_up))
+    return replace(found, doors=through.entries, notes=through.notes)
+
+
+def register(
+    library: Literal["transformers", "diffusers"] = "transformers", *, policy: Policy | None = None,
+    target: str | Device | None = None,
+) -> None:
+    """Let a library's models choose our attention by its name, "reattend"; nothing is captured by Dynamo.
+
+    transformers: `attn_implementation="reattend"`; diffusers: `model.set_attention_backend("reattend")`, and for models with
+    attention processors `model.set_attn_processor(...)` (docs/doors.md). Registering again changes policy and target.
+    Raises ImportError where the library is not installed, and ValueError for an unknown one.
+    """
+    if library not in DOORS:
+        raise ValueError(f"reattend.register: unknown library {library!r}; one of {', '.join(DOORS)}")
+    open_door(library, policy or Policy(), device(target) if target is not None else None)
+
+
+def processors(model: nn.Module) -> dict[str, Any]:
+    """A diffusers model's attention processors, their SDPA through our door: `unet.set_attn_processor(processors(unet))`.
+
+    For models whose processors call SDPA themselves. Raises RuntimeError before `register("diffusers")`, and TypeError for a
+    model that has no processors.
+    """
+    _check_module(model, "processors")
+    if not hasattr(model, "attn_processors"):
+        raise TypeError(f"reattend.processors takes a diffusers model with attention processors, not {type(model).__name__}")
+    return processors_of(model)
 
 
 def plan(

@@ -16,6 +16,8 @@ import sympy
 from .. import expr as ex
 from ..cascade import OF_SIZES, Access, Cascade, Einsum, Rank, Size, Tensor, as_size, size_term, term_size
 from ..expr import Expr
+from ..terms.affine import affine
+from ..terms.extents import settled
 
 
 @dataclass(frozen=True)
@@ -196,11 +198,15 @@ def _over(e: Einsum, body: Expr, rank: str, start: Expr, size: Size, ranks: dict
 
 
 def settle(c: Cascade) -> Cascade:
-    """Decide comparisons of a coordinate with a bound outside its rank, and drop ranks and tensors that nobody uses."""
+    """Settle comparisons that the extents of ranks decide, and drop ranks and tensors that nobody uses."""
     table: dict[Expr, Expr] = {}
+    last = {r.name: affine(size_term(r.size) - 1) for r in c.ranks}
+    sizes = {str(s) for t in c.inputs for s in t.shape if isinstance(s, sympy.Symbol)}
     for e in c.einsums:
         for t in ex.walk(e.body):
-            if t.op in ("lt", "ge") and t.args[0].op == "index" and is_size(t.args[1]):
+            if (known := settled(t, last, sizes)) is not None:
+                table[t] = ex.TRUE if known else ex.FALSE
+            elif t.op in ("lt", "ge") and t.args[0].op == "index" and is_size(t.args[1]):
                 size = c.rank[str(t.args[0].attr)].size
                 if _at_least(term_size(t.args[1]), size, 0):
                     table[t] = ex.TRUE if t.op == "lt" else ex.FALSE

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     import sympy
@@ -263,8 +264,16 @@ LOGGERS = Private(
     "loggers torch._subclasses.fake_tensor, torch._export.non_strict_utils, torch.fx.experimental.symbolic_shapes",
     "tracebacks that the error says as well", "2.5", "they are printed",
 )
-PARTIAL = Private(
-    "partial_fx_graph of export's errors", "the graph so far, beside an error", "2.8", "it is printed"
+PARTIAL = Private("partial_fx_graph of export's errors", "the graph so far, beside an error", "2.8", "it is printed")
+_SIZES, _SYMBOLIC = "no attention behind a door is rewritten", "torch.fx.experimental.symbolic_shapes:"
+SHAPES = Private(f"{_SYMBOLIC}ShapeEnv", "open sizes of a call, and the guards on them", "2.11", _SIZES)
+SHAPE_NAMES = Private(f"{_SYMBOLIC}SYMPY_INTERP", "what such guards read", "2.11", _SIZES)
+OPEN_SIZES = Private(f"{_SYMBOLIC}StatelessSymbolicContext", "which sizes of a tensor are open", "2.11", _SIZES)
+OPEN_KIND = Private(f"{_SYMBOLIC}DimDynamic", "which sizes are open", "2.11", _SIZES)
+SOURCE = Private("torch._dynamo.source:ConstantSource", "names of what a call is given", "2.11", _SIZES)
+WRAPPER_TENSOR = Private(
+    "torch:Tensor._make_wrapper_subclass", "masks that are made only where somebody reads them", "2.11",
+    "no door can be registered"
 )
 
 _ENTERS, _MAPS, _LEAVES = "_increment_nesting", "_vmap_increment_nesting", "_vmap_decrement_nesting"
@@ -343,6 +352,48 @@ def dynamo_fakes() -> tuple[FakeTensorMode, Callable[[object], object]] | None:
         return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
 
     return mode, fake
+
+
+class CallFakes:
+    """What a call is given as values without data: the sizes that are said to be open have symbols, all others numbers."""
+
+    def __init__(self, symbolic: bool) -> None:
+        self.env = SHAPES.found()() if symbolic else None
+        self.mode: FakeTensorMode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self.env)
+        self.given: list[Any] = []
+
+    def tensor(self, x: Tensor, open_dims: Sequence[int]) -> Tensor:
+        """Sizes that are equal share a symbol, and a guard says so."""
+        if self.env is None:
+            return self.mode.from_tensor(x, static_shapes=True)
+        kind, source = OPEN_KIND.found(), SOURCE.found()(f"given_{len(self.given)}")
+        dims = [kind.DUCK if d in open_dims else kind.STATIC for d in range(x.dim())]
+        context = OPEN_SIZES.found()(dynamic_sizes=dims)
+        made: Tensor = self.mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=source)
+        self.given.append(made)
+        return made
+
+    def number(self, n: int) -> torch.SymInt:
+        """An open number that is no size: 0 and 1 are not special."""
+        assert self.env is not None
+        source, kind = SOURCE.found()(f"given_{len(self.given)}"), OPEN_KIND.found().DYNAMIC
+        symbol = self.env.create_symbol(n, source, dynamic_dim=kind, do_not_specialize_zero_one=True)
+        made: torch.SymInt = self.env.create_symintnode(symbol, hint=n, source=source)
+        self.given.append(made)
+        return made
+
+    def guards(self) -> Callable[[Sequence[Any]], bool]:
+        """Whether other values of the same kinds may stand in these places, sizes that are numbers left out."""
+        text = self.env.produce_guards_expression(self.given) if self.env is not None else None
+        if text is None:
+            return lambda given: True
+        code, names = compile(text, "<guards of a call>", "eval"), dict(SHAPE_NAMES.found())
+        return lambda given: bool(eval(code, names, {"L": {f"t{i}": x for i, x in enumerate(given)}}))
+
+
+def wrapper_tensor(kind: type[Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of this kind that has a shape, a type and a device, and no memory."""
+    return WRAPPER_TENSOR.found()(kind, tuple(shape), dtype=dtype, device=device)
 
 
 def transform(gm: fx.GraphModule) -> str:
@@ -491,12 +542,17 @@ def own_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def is_symbolic_trace() -> bool:
     """Does fx trace symbolically, in whatever thread?"""
-    return bool(FX_TRACING.found()())
+    return torch.fx._symbolic_trace.is_fx_symbolic_tracing()
 
 
 def is_transformed() -> bool:
     """Is this call inside a functorch transform, a dispatch mode or forward derivatives?"""
-    return FUNCTORCH.found()() is not None or DISPATCH.found()() > 0 or FORWARD.found() >= 0
+    return _kept(FUNCTORCH)() is not None or _kept(DISPATCH)() > 0 or forward_ad._current_level >= 0
+
+
+@cache
+def _kept(part: Private) -> Any:
+    return part.found()
 
 
 def checkpoint_ends() -> tuple[type[BaseException], ...]:

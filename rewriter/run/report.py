@@ -117,7 +117,11 @@ class Entered:
 
 @dataclass(frozen=True)
 class Report:
-    """What `optimize` did to a model, up to now. `str()` is for reading."""
+    """What `optimize` did to a model, and what a door did in it, up to now. `str()` is for reading.
+
+    `doors` are the attentions that went through a door: `missed` of their calls were left to the library's own function.
+    `notes` are sentences about them.
+    """
 
     policy: str
     entries: tuple[Entered, ...]
@@ -125,6 +129,8 @@ class Report:
     frames_given_up: tuple[str, ...] = ()
     copied: bool = False
     installed: bool = True
+    doors: tuple[Entered, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def calls(self) -> int:
@@ -210,8 +216,8 @@ class Report:
     def _lines(self) -> list[str]:
         if not self.installed:
             return [_NOT_OPTIMISED_COPY if self.copied else _NOT_OPTIMISED]
-        lines = [f"reattend: {_count(self.calls, 'call')} went through; {self._captures()}"]
-        if not self.pieces and not self.given_up and not self.bypassed:
+        lines = self._through()
+        if not self.pieces and not self.given_up and not self.bypassed and not self.doors:
             lines.append(
                 "nothing is captured before the first call (or give optimize an example); "
                 "calls of .forward, and calls inside another torch.compile, do not come here"
@@ -234,7 +240,17 @@ class Report:
             lines += _predictions(self.sites)
         elif self.pieces and not any(p.error for p in self.pieces):
             lines.append("no attention was found in what was captured")
-        return lines + [_left(m, n) for m, n in grouped(self.misses)]
+        return [*lines, *(_left(m, n) for m, n in grouped(self.misses)), *self.notes]
+
+    def _through(self) -> list[str]:
+        """How many calls came to us, and which way."""
+        lines = [f"reattend: {_count(self.calls, 'call')} went through; {self._captures()}"]
+        if not self.doors:
+            return lines
+        calls, left = sum(d.calls for d in self.doors), sum(d.missed for d in self.doors)
+        said = f"through a door: {_count(calls, 'call')} of {_count(len(self.doors), 'attention')}"
+        doors = f"{said}, {left} of them left to the library's own function"
+        return [*lines, doors] if self.entries else [f"reattend: {doors}; {self._captures()}"]
 
     def _captures(self) -> str:
         seconds = sum(p.capture_seconds + p.plan_seconds for p in self.pieces)

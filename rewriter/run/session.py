@@ -314,7 +314,7 @@ class Session:
         run: Callable[..., Any] = gm.forward
         captured: capture.Captured | None = None
         try:
-            with bypass.capturing(), _own_saved_tensors():
+            with bypass.capturing(), own_saved_tensors():
                 captured = capture.from_dynamo(gm, inputs, self.names(), inductor=self.inductor)
             piece.capture_seconds = captured.seconds
             request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
@@ -395,7 +395,7 @@ def _all_lost(graph: fx.GraphModule) -> bool:
 
 
 @contextmanager
-def _own_saved_tensors() -> Iterator[None]:
+def own_saved_tensors() -> Iterator[None]:
     """What tracing saves for a backward pass is not shown to the caller's hooks: checkpoints count what they are shown."""
     if not torch_private.may_hook_saved_tensors():
         yield
