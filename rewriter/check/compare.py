@@ -28,6 +28,8 @@ ALTOGETHER = 256.0
 CANCELLED = 2.0**-7
 # How many times what one unit of its inputs changes a result may be off by.
 CONDITION = 8.0
+# How far inputs are moved at most to draw the own error again; numbers from LARGE on may be fills.
+NEAR, LARGE = 2.0**-6, 1e3
 # How often the own error is drawn again before a result counts as wrong.
 DRAWS = 4
 # A row is at least this share of the largest: sums over many keys cancel.
@@ -79,6 +81,9 @@ def errors(ours: Tensor, own: Tensor, exact: Tensor, altogether: float = 0.0) ->
     sane = own_error <= max(ALTOGETHER * unit, altogether)
     off_by = error.square().mean(-1).sqrt()
     cancelled = ~sane & (off_by <= CANCELLED) & (off_by <= own_error)
+    # rows that are rounded beside something large are rounded alike, each with luck of its own
+    rounded = ~sane & (own_error <= CANCELLED)
+    cancelled |= rounded & (off_by <= MAX_RATIO * own_error[rounded].amax()) if bool(rounded.any()) else False
     error = torch.where(cancelled[:, None], 0.0, error)
     kept = base[sane]
     own_rms, own_largest = (_rms(kept), kept.max().item()) if kept.numel() else (0.0, 0.0)
@@ -103,14 +108,18 @@ def moved(given: Sequence[Any]) -> list[Any]:
 
 
 def redrawn(given: Sequence[Any], seed: int) -> list[Any]:
-    """The inputs in their own types, each number moved by up to one unit of its type."""
+    """The inputs in their own types, each number moved: by up to one unit of its type, or, every other time, by up to `NEAR`.
+
+    Rounding beside a large number (a fill of -1e4) is the same for all inputs that are a unit apart; fills are not moved.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def one(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
-        return (x.detach().double() * (1 + torch.finfo(x.dtype).eps * (2 * noise - 1))).to(x.dtype)
+        by = torch.where(x.abs() < LARGE, torch.finfo(x.dtype).eps if seed % 2 == 0 else NEAR, 0.0)
+        return (x.detach().double() * (1 + by * (2 * noise - 1))).to(x.dtype)
 
     return [one(x) for x in given]
 

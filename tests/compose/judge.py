@@ -162,8 +162,7 @@ def _drawn(d: Draw, model: Composed, call: Reference) -> dict[str, list[Errors]]
             given = values[: len(call.given)]
             own, exact = _both(d, noted, given)
             for name in own:
-                gradient = CANCELLED if name != "result" else 0.0
-                call.off.setdefault(name, []).append(errors(own[name], own[name], exact[name], gradient))
+                call.off.setdefault(name, []).append(errors(own[name], own[name], exact[name], CANCELLED))
     return call.off
 
 
