@@ -135,14 +135,18 @@ def _in_pieces(c: Cascade, e: Einsum, rank: str) -> bool:
 
 
 def _cut(c: Cascade, e: Einsum, rank: str) -> Size | None:
-    """Where a rank is cut: `rank < cut` selects between pieces in the body, with the cut inside the rank."""
-    for t in ex.walk(e.body):
-        if t.op != "where" or t.args[0].op != "lt" or t.args[0].args[0] is not ex.index(rank):
+    """Where a rank is cut: `rank < cut` selects between pieces in the body, with the cut inside the rank.
+
+    The outermost cut counts, and before others one that parts what is computed from what is not.
+    """
+    found: list[tuple[bool, Size]] = []
+    for t in reversed(list(ex.walk(e.body))):
+        if joined_rank(t) != rank:
             continue
-        limit = t.args[0].args[1]
-        if is_size(limit) and _at_least(c.rank[rank].size, cut := term_size(limit), 1):
-            return cut
-    return None
+        if _at_least(c.rank[rank].size, cut := term_size(t.args[0].args[1]), 1):
+            first, second = (any(str(x.attr) in c.producers for x in ex.loads(side)) for side in t.args[1:])
+            found.append((first == second, cut))
+    return min(found, key=lambda x: x[0])[1] if found else None
 
 
 def _at_least(a: Size, b: Size, n: int) -> bool:

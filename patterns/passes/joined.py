@@ -16,7 +16,7 @@ import sympy
 
 from .. import expr as ex
 from ..attention.concat import Segment, joined_rank, laid, pieces
-from ..attention.score import only, without
+from ..attention.score import factors, only, without
 from ..cascade import Access, Cascade, Einsum, Rank, Size, Tensor, as_size, size_term
 from ..expr import Expr
 
@@ -102,10 +102,11 @@ class _Joining:
             whole = any(sympy.sympify(self.ranks[k].size) == size for k in self.keys)
             if whole or rank in self.keys | self.rows:
                 try:
-                    found[run] = self.run(found[run], rank)
+                    whole_run = self.run(found[run], rank)
                 except _Apart:
                     continue
-                return _laid(found)
+                found[run] = [Segment(rank, _merged(whole_run), whole_run[0].lo, whole_run[-1].hi)]
+                return laid([ex.index(rank) < size_term(p.hi) for p in found], [p.term for p in found])
         return e if rank in self.rows else None
 
     def products(self, piece: Segment, rank: str) -> list[Expr]:
@@ -181,7 +182,12 @@ class _Joining:
         queries = shown.near.ranks - shown.far.ranks - {shown.rank} if shown is not None else frozenset()
         for q in sorted(queries):
             return _two_sides(only(body, q), without(body, q), over, at, inside)
-        raise _Apart
+        # nor has one query: it is what the other pieces have as well
+        near = ex.substitute(shown.near, {ex.index(shown.rank): ex.index(over)}) if shown is not None else None
+        above, below = factors(body)
+        if near not in above or below or len(above) != 2:
+            raise _Apart
+        return _two_sides(near, next(f for f in above if f is not near), over, at, inside)
 
     def alike(self, parts: Sequence[_Sides]) -> tuple[Expr, str]:
         """The same queries for all: keys end to end."""
@@ -224,8 +230,8 @@ def _runs(wanted: Sequence[bool]) -> list[slice]:
     return out
 
 
-def _laid(run: Sequence[Segment]) -> Expr:
-    """Pieces end to end again; equal ones side by side are one."""
+def _merged(run: Sequence[Segment]) -> Expr:
+    """Pieces over one product as one term; equal ones side by side are one."""
     out, after = run[-1].term, run[-1].term
     for p in reversed(run[:-1]):
         if p.term is not after:

@@ -130,10 +130,10 @@ def _bound_to_original(f: Found) -> str:
     """Why this attention cannot be replaced where it stands, whatever its cascade says; empty when it can."""
     inside = interior(f)
     scores = _scores(f, inside)
-    escaped = survivors(frozenset(scores), f.output)
+    escaped = survivors(frozenset(scores), f.output, {*f.tensors.values(), *f.scalars.values()})
     if escaped:
-        reader = next(u for n in escaped for u in n.users if u not in inside and u is not f.output)
-        return f"the scores or weights are read elsewhere ({reader.name}): they would be computed twice"
+        readers = (u.name for n in escaped for u in n.users if u not in inside and u is not f.output)
+        return f"the scores or weights are read elsewhere ({next(readers, 'in place')}): they would be computed twice"
     if _wants_gradient(f) and (cut := _gradient_cut(inside)):
         return f"a gradient is cut inside the attention (at {cut.name})"
     return _PLAIN if _is_plain(f) else ""

@@ -58,15 +58,19 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
     return alive
 
 
-def survivors(nodes: Collection[fx.Node], output: fx.Node) -> frozenset[fx.Node]:
-    """The nodes of an attention's interior that stay alive when its output is replaced, because others read them."""
+def survivors(nodes: Collection[fx.Node], output: fx.Node, read: Collection[fx.Node] = ()) -> frozenset[fx.Node]:
+    """The nodes of an attention's interior that stay alive when its output is replaced, because others read them.
+
+    `read` is what stands in the place of the output reads.
+    """
     inside = set(nodes) - {output}
     # In-place operators on the interior belong to it.
     local = {u for n in inside for u in n.users if u is not output and set(written_arguments(u)) & inside}
     alive: set[fx.Node] = set()
     # what is made of the interior for the interior alone (a tensor of its shape) goes with it
     for n in reversed(output.graph.nodes):
-        if any(u in alive and u is not output for u in n.users) or not (is_pure(n) or n in local):
+        used = n in read or any(u in alive and u is not output for u in n.users)
+        if used or not (is_pure(n) or n in local):
             alive.add(n)
     return frozenset(alive & set(nodes))
 

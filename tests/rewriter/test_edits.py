@@ -13,6 +13,7 @@ from reattend.patterns.attention.attention import Attention
 from reattend.patterns.attention.recognise import attention
 from reattend.patterns.masks.split import split
 from reattend.rewriter.find import detect
+from reattend.rewriter.find.place import place
 from reattend.rewriter.graph.functional import functional
 
 from .helpers import error_of, graph_of, values_of
@@ -177,3 +178,18 @@ def test_a_mask_made_by_slices_is_a_predicate() -> None:
     mask = split(view.score, view.key)
     assert mask.fills == (-INF,)
     assert not [x for x in view.cascade.inputs if len(x.shape) < 2]
+
+
+def test_values_made_of_the_scores_keep_the_original() -> None:
+    """What the attention reads is made of its own scores, which would be computed twice."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT * 0.25
+        v = v.clone()
+        v[:, :, 0] = s.mean()
+        return s.softmax(-1) @ v
+
+    gm = functional(graph_of(f, [torch.randn(2, 3, N, 8) for _ in range(3)]))
+    assert gm is not None
+    (found,), _ = detect.find(gm)
+    assert "read elsewhere" in place(found, "site").bound

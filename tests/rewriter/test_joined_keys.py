@@ -239,3 +239,24 @@ def test_values_written_between_the_products() -> None:
     gm = graph_of(f, args)
     found, _ = detect.find(gm)
     assert all(error_of(x, values_of(gm, args)) <= 1e-12 for x in found)
+
+
+@pytest.mark.parametrize("queries", [1, N])
+def test_one_query_over_a_cache_and_its_own_key(queries: int) -> None:
+    """Decoding: neither the query nor the new key has a coordinate."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return joined(q, k, x) @ torch.cat([v, y], -2)
+
+    view = read(f, *tokens(queries, M, M, 1, 1))
+    assert view.cascade.rank[view.key].size == M + 1
+
+
+def test_a_mask_of_one_key_set_beside_a_column_without_a_key() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        near = (q @ k.mT).masked_fill(torch.arange(M) > torch.arange(N)[:, None], -1e4)
+        p = torch.cat([near, q @ x.mT, torch.zeros(B, H, N, 1, dtype=q.dtype)], -1).softmax(-1)
+        return p[..., :M] @ v + p[..., M:-1] @ y
+
+    view = read(f, *tokens(N, M, M, R, R))
+    assert view.cascade.rank[view.key].size == M + R
