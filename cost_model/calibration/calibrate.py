@@ -256,8 +256,8 @@ def held(took: Mapping[int, float]) -> float:
 SLOWER = 1.4
 
 
-def _integers() -> dict[str, dict[str, float]]:
-    """Coordinates, as masks compute with them: a difference over queries and keys, and a comparison of it."""
+def _integers() -> dict[str, object]:
+    """Coordinates, as masks compute with them: a difference over queries and keys, a comparison of it, a division."""
     import torch
 
     p, m = torch.arange(512).unsqueeze(1), torch.arange(512)
@@ -267,6 +267,20 @@ def _integers() -> dict[str, dict[str, float]]:
         "element_seconds": {
             "i64": seconds(lambda: torch.sub(p, m, out=apart)) / n, "b1": seconds(lambda: torch.lt(apart, 64, out=kept)) / n,
         },
+        "division_seconds": seconds(lambda: apart % 7) / n, **_apart(),
+    }
+
+
+def _apart() -> dict[str, object]:
+    """Elements that are read singly, at coordinates that broadcast, and those copied to another innermost dimension."""
+    import torch
+
+    h, p, m = torch.arange(4).view(-1, 1, 1), torch.arange(256).view(-1, 1), torch.arange(256)
+    plane, at = torch.randn(4, 256, 511), m - p + 255
+    keys = torch.randn(1024, 4, 48).permute(1, 2, 0)
+    return {
+        "gather_seconds": seconds(lambda: plane[h, p, at]) / (4 * 256 * 256),
+        "transpose_seconds": seconds(keys.contiguous) / keys.numel(),
     }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import reattend
 from reattend.codegen.cpu import kernel as cpu
+from reattend.codegen.files import cache
 from reattend.codegen.vendor import use as vendor
 from reattend.codegen.vendor.call import VendorCall
 from reattend.patterns import expr as ex
@@ -86,6 +87,16 @@ def test_vendors_calls_compute_it_alike(make: Callable[[Cascade], VendorCall]) -
     call = make(relative("f32", product))
     assert isinstance(call, VendorCall), call
     assert "torch.einsum(" in call.source
+
+
+def test_a_vendors_function_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text is long, and a decoding step short."""
+    c = relative("f32", product)
+    call, x = vendor.sdpa(c), given(c)
+    assert isinstance(call, VendorCall), call
+    call.run(x, {})
+    monkeypatch.setattr(cache, "load", None)
+    call.run(x, {})
 
 
 def test_gradients_flow_through_it() -> None:
