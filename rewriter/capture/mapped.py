@@ -60,12 +60,12 @@ def values_of(
     """The fake value of every node of a graph for these inputs."""
     found: dict[fx.Node, Any] = {}
 
-    class Record(fx.Interpreter):
+    class ValueRecord(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             found[n] = fake(super().run_node(n)) if n.op == "get_attr" else super().run_node(n)
             return found[n]
 
-    runner = Record(gm, garbage_collect_values=False)
+    runner = ValueRecord(gm, garbage_collect_values=False)
     with mode, torch.set_grad_enabled(torch.is_grad_enabled()), torch_private.leaving_maps():
         runner.run(*given)
     return found
@@ -202,10 +202,10 @@ def _replace_flex(
 
     fakes = of([at[x] for x in nodes])
     with mode, torch.no_grad():
-        call = _Flex(len(held[0]), *(_over_all(f, len(h)) for f, h in zip(bodies, held, strict=True)))
+        call = _WrittenFlex(len(held[0]), *(_over_all(f, len(h)) for f, h in zip(bodies, held, strict=True)))
         s, places = call.scores(fakes[0], fakes[1], fakes[3])
         parts = [_traced(f, (*places, s, *x), mode) for f, x in zip(call.functions, call.captured(fakes[4:]), strict=True)]
-    written = _Flex(len(held[0]), *parts)
+    written = _WrittenFlex(len(held[0]), *parts)
     with mode:
         made = torch_private.pre_dispatch_graph(lambda *values: written(*of(values)), [at[x] for x in nodes])
     (out,) = _inlined(gm, made, nodes, n, like=n)
@@ -217,7 +217,7 @@ def _replace_flex(
     gm.graph.erase_node(n)
 
 
-class _Flex:
+class _WrittenFlex:
     """What PyTorch computes for a FlexAttention that nothing compiles, in its types.
 
     `functions` are the score's and the mask's, of all places, all scores and what they captured.

@@ -436,7 +436,8 @@ POINTS = (
 )
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(POINTS, point), **dict.fromkeys(("to", "_to_copy", "type_as"), convert),
-    **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp"), along),
+    **dict.fromkeys(("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"), along),
+    **dict.fromkeys(("cumsum", "cumprod", "logcumsumexp"), along),
     **dict.fromkeys(
         ("sum", "mean", "amax", "amin", "logsumexp", "prod", "any", "all", "linalg_vector_norm", "norm", "nansum"), reduce
     ),

@@ -131,6 +131,14 @@ def test_what_else_a_flex_attention_answers_is_its_own() -> None:
     assert [m.hint for m in plan.misses] == [miss.hint]
 
 
+def test_a_long_one_is_held_on_sampled_rows() -> None:
+    tokens = 512
+    mask = create_block_mask(causal, None, None, tokens, tokens, device="cpu")
+    report = held(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), qkv(batch=1, tokens=tokens))
+    assert [c.verdict for c in report.checks] == ["same"]
+    assert report.fallbacks == 0
+
+
 def test_one_flex_attention_after_another() -> None:
     def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flex_attention(q, k, v, block_mask=CAUSAL)
