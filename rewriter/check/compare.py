@@ -108,7 +108,7 @@ def moved(given: Sequence[Any]) -> list[Any]:
 
 
 def redrawn(given: Sequence[Any], seed: int) -> list[Any]:
-    """The inputs in their own types, each number moved: by up to one unit of its type, or, every other time, by up to `NEAR`.
+    """The inputs in their own types, each number moved: by up to a unit of its type, or, every other time, by up to `NEAR`.
 
     Rounding beside a large number (a fill of -1e4) is the same for all inputs that are a unit apart; fills are not moved.
     """

@@ -139,7 +139,7 @@ def _forward(p: CutProgram, given: Sequence[Any], out: Tensor) -> tuple[Errors, 
 
 
 def _again(p: CutProgram, given: Sequence[Any]) -> Iterator[Errors]:
-    """The own errors on moved inputs, rows that are rounded beside something large among them: how large they are is luck."""
+    """The own errors on moved inputs, also of rows that are rounded beside something large: how large they are is luck."""
     for seed in range(DRAWS):
         own, exact = p.run(redrawn(given, seed))
         yield errors(own, own, exact, CANCELLED)
