@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 
 from ..graph import torch_private
 from ..graph.node import written_arguments
-from . import backward
+from . import backward, calls
 from .autocast import explicit_casts
+from .modes import Switches
 from .weights import PARAMETER
 
 _DETACHING = ("aten::detach", "aten::detach_", "aten::lift_fresh_copy")
@@ -65,8 +66,7 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     attributes = list(held)
     with mode:
         flat = [fake(x) for x in (*inputs, *held.values())]
-    watch = backward.GradientWatch()
-    graph = _trace(gm, flat, len(inputs), attributes, mode, watch)
+    graph, watch = _traced(gm, flat, len(inputs), attributes, mode)
     lost = watch.lost(graph)
     if not lost and any(isinstance(x, Tensor) and x.requires_grad for x in flat) and _enables_gradients(gm):
         lost = backward.inside(gm)
@@ -89,6 +89,22 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     return Captured(graph, "dynamo", time.perf_counter() - start)
 
 
+def _traced(
+    gm: fx.GraphModule, flat: list[object], count: int, held: list[fx.Node], mode: torch_private.FakeTensorMode
+) -> tuple[fx.GraphModule, backward.GradientWatch]:
+    """Traced call by call where that says all, else as a whole."""
+    watch = backward.GradientWatch()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return calls.trace(gm, flat, held, mode, watch), watch
+    except torch_private.restarts():
+        raise
+    except Exception:
+        # Unfit, or a call that fails by itself: the trace of the whole says whether the graph can be captured.
+        watch = backward.GradientWatch()
+        return _trace(gm, flat, count, held, mode, watch), watch
+
+
 def _trace(
     gm: fx.GraphModule,
     flat: list[object],
@@ -103,7 +119,7 @@ def _trace(
             with traceback.preserve_node_meta():
                 return runner.run(*values[:count])
         finally:
-            runner.leave_regions()
+            runner.switches.leave()
 
     try:
         # Grad mode switches inside the graph act on this thread while it is traced.
@@ -122,29 +138,13 @@ class _Run(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, held: Mapping[fx.Node, object], watch: backward.GradientWatch) -> None:
         super().__init__(gm)
         self.held, self.watch = held, watch
-        self.regions: dict[fx.Node, tuple[str, bool, torch.dtype]] = {}
-
-    def leave_regions(self) -> None:
-        """Restore the state around the graph when an error left a region open."""
-        while self.regions:
-            _set_autocast(*self.regions.popitem()[1])
+        self.switches = Switches()
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.held:
             return self.held[n]
-        if n.target is torch_private.ENTER_AUTOCAST:
-            # Tracing records the region but does not enter it; the types of the values depend on it.
-            device, dtype, enabled, *_ = n.args
-            token = super().run_node(n)
-            self.regions[n] = (
-                str(device),
-                torch.is_autocast_enabled(str(device)),
-                torch.get_autocast_dtype(str(device)),
-            )
-            _set_autocast(str(device), bool(enabled), dtype)  # type: ignore[arg-type]
-            return token
-        if n.target is torch_private.EXIT_AUTOCAST:
-            _set_autocast(*self.regions.pop(n.args[0]))  # type: ignore[arg-type]
+        if n.target in (torch_private.ENTER_AUTOCAST, torch_private.EXIT_AUTOCAST):
+            self.switches.act(n)
             return super().run_node(n)
         if n.target is torch_private.CHECKPOINT:
             body = attribute(self.module, str(n.args[0].target))  # type: ignore[union-attr]
@@ -156,13 +156,6 @@ class _Run(fx.Interpreter):
 
 def _enables_gradients(gm: fx.GraphModule) -> bool:
     return torch.is_grad_enabled() or any(n.target is torch_private.SET_GRAD and n.args[0] for n in gm.graph.nodes)
-
-
-def _set_autocast(device: str, enabled: bool, dtype: torch.dtype | None) -> None:
-    torch.set_autocast_enabled(device, enabled)
-    if dtype is not None:
-        torch.set_autocast_dtype(device, dtype)
-    torch.clear_autocast_cache()
 
 
 def _recompute_all() -> Any:
