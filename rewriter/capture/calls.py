@@ -60,11 +60,6 @@ class Template:
     values: Tree
     module: fx.GraphModule
 
-    @property
-    def shared(self) -> bool:
-        """May other calls be written down from it? Not where it holds a constant of its own."""
-        return not any(n.op == "get_attr" for n in self.nodes)
-
 
 @dataclass(frozen=True)
 class _Back:
@@ -148,7 +143,7 @@ class _CallByCall:
         found = self.known.get(key)
         if found is None:
             found = self._traced(n, cells)
-            if found.shared and n.target not in _BY_IDENTITY:
+            if n.target not in _BY_IDENTITY:
                 self.known[key] = found
         if found.said != self._tree_said(noted):
             raise Unfit(f"{n.name} is not what Dynamo noted")
@@ -249,7 +244,8 @@ class _CallByCall:
         target = m.target
         if m.op == "get_attr":
             target = f"_constant{len(dict(self.root.named_buffers()))}"
-            self.root.register_buffer(target, getattr(module, str(m.target)), persistent=False)
+            # each call has a constant of its own, as when each is traced
+            self.root.register_buffer(target, getattr(module, str(m.target)).clone(), persistent=False)
         args, kwargs = fx.map_arg((m.args, m.kwargs), table.__getitem__)
         made = self.out.create_node(m.op, target, args, kwargs, name=m.name)
         made.meta = {k: m.meta[k] if k in _OF_THE_TRACE else n.meta.get(k, m.meta[k]) for k in m.meta}

@@ -92,6 +92,7 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     """
     aliases = Aliases(gm.graph)
     found: list[Found] = []
+    patterns: list[Found] = []
     missed: list[NearMiss] = []
     taken: set[fx.Node] = set()
     dismissed: set[fx.Node] = set()
@@ -101,11 +102,12 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
         if n.op != "call_function" or not isinstance(n.meta.get("val"), torch.Tensor) or n in taken:
             continue
         try:
-            out = _outcome(gm.graph, aliases, n, found, taken)
+            out = _twin(patterns, n, aliases) or _outcome(gm.graph, aliases, n, taken)
         except Exception as error:
             out = defective(n, error)
         if isinstance(out, Found):
             found.append(out)
+            patterns += [out] if len(out.nodes) > 1 else []
             taken |= {out.output, out.final}
         elif out is not None and out.depth > 0:
             missed.append(out)
@@ -116,13 +118,10 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     return found, missed
 
 
-def _outcome(
-    graph: fx.Graph, aliases: Aliases, n: fx.Node, found: list[Found], taken: Collection[fx.Node]
-) -> Found | NearMiss | None:
+def _outcome(graph: fx.Graph, aliases: Aliases, n: fx.Node, taken: Collection[fx.Node]) -> Found | NearMiss | None:
     """What stands at one node: an attention, else the attempt that got farthest."""
-    twin = _twin(found, n, aliases)
     best: NearMiss | None = None
-    for out in [twin] if twin is not None else _attempts(graph, aliases, n, taken):
+    for out in _attempts(graph, aliases, n, taken):
         if isinstance(out, Found):
             return out
         if best is None or out.depth > best.depth:
@@ -130,9 +129,9 @@ def _outcome(
     return best
 
 
-def _twin(found: list[Found], n: fx.Node, aliases: Aliases) -> Found | None:
-    """The attention at `n` as a copy of one found before, when their subgraphs are equal."""
-    for f in found:
+def _twin(patterns: list[Found], n: fx.Node, aliases: Aliases) -> Found | None:
+    """The attention at `n` as a copy of one lifted before, when their subgraphs are equal."""
+    for f in patterns:
         if f.output.target is not n.target or f.output is not f.final:
             continue
         bound = match(f.output, f.tensors.values(), f.nodes, n, aliases)
