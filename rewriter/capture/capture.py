@@ -22,6 +22,7 @@ from ..graph.node import written_arguments
 from . import backward, calls
 from .autocast import explicit_casts
 from .modes import Switches
+from .templates import Unfit
 from .weights import PARAMETER
 
 _DETACHING = ("aten::detach", "aten::detach_", "aten::lift_fresh_copy")
@@ -97,10 +98,8 @@ def _traced(
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             return calls.trace(gm, flat, held, mode, watch), watch
-    except torch_private.restarts():
-        raise
-    except Exception:
-        # Unfit, or a call that fails by itself: the trace of the whole says whether the graph can be captured.
+    except Unfit:
+        # the trace of the whole says whether the graph can be captured
         watch = backward.GradientWatch()
         return _trace(gm, flat, count, held, mode, watch), watch
 

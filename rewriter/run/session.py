@@ -365,10 +365,11 @@ def _runnable(graph: fx.GraphModule, inputs: Sequence[object], inductor: bool) -
         threads = {"cpp.threads": torch.get_num_threads()}
         return torch_private.inductor(graph, inputs, threads)
     for body in list(capture.regions(graph)):
-        for n in body.graph.nodes:
-            if n.op == "call_function" and n.target is torch_private.CHECKPOINT:
-                n.target = capture.checkpointed
-        body.recompile()
+        checkpoints = [n for n in body.graph.nodes if n.op == "call_function" and n.target is torch_private.CHECKPOINT]
+        for n in checkpoints:
+            n.target = capture.checkpointed
+        if checkpoints:
+            body.recompile()
     return graph.forward
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import reattend
+from reattend.rewriter.capture import backward
 from reattend.rewriter.check import own
 from reattend.rewriter.choose import candidates
 from reattend.rewriter.find import detect
-from reattend.rewriter.graph import torch_private
 from reattend.rewriter.graph.aliases import Aliases
 
 
@@ -43,7 +43,7 @@ def work(layers: int, monkeypatch: pytest.MonkeyPatch, **policy: Any) -> tuple[C
     own._known.clear()
     counts: Counter[str] = Counter()
     steps: list[tuple[Any, str]] = [
-        (detect, "_attempt"), (Aliases, "__init__"), (torch_private, "pre_dispatch_graph"), (candidates, "_candidates"),
+        (detect, "_attempt"), (Aliases, "__init__"), (backward.GradientWatch, "call"), (candidates, "_candidates"),
         (torch.fx.GraphModule, "__init__"),
     ]
     with monkeypatch.context() as patch:

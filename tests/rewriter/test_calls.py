@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from reattend.rewriter.capture import calls, capture
+from reattend.rewriter.capture import backward, calls, capture
+from reattend.rewriter.capture.templates import Unfit
 from reattend.rewriter.graph import torch_private
 
 
@@ -26,12 +27,12 @@ class Both:
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
         with pytest.MonkeyPatch.context() as patch:
             count = 0
-            make, trace = torch_private.pre_dispatch_graph, calls.trace
+            call, trace = backward.GradientWatch.call, calls.trace
 
-            def counted(*given: Any) -> fx.GraphModule:
+            def counted(*given: Any) -> Any:
                 nonlocal count
                 count += 1
-                return make(*given)
+                return call(*given)
 
             def noted(*given: Any) -> fx.GraphModule:
                 try:
@@ -40,7 +41,7 @@ class Both:
                     self.unfit.append(f"{type(why).__name__}: {why}")
                     raise
 
-            patch.setattr(torch_private, "pre_dispatch_graph", counted)
+            patch.setattr(backward.GradientWatch, "call", counted)
             patch.setattr(calls, "trace", noted)
             ours = capture.from_dynamo(gm, inputs).graph
             self.traced.append(count)
@@ -50,7 +51,7 @@ class Both:
 
 
 def _never(*_: Any) -> fx.GraphModule:
-    raise calls.Unfit("off")
+    raise Unfit("off")
 
 
 def lines(gm: fx.GraphModule) -> list[object]:
