@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ class _Reader:
         self.outputs: list[Any] = []
         self.marks = 0
         self.known: dict[object, Template] = {}
+        # Values that the next call of a new key may be run on, by their metadata.
+        self.pool: dict[object, list[tuple[Tensor, int]]] = {}
         self.said: dict[int, object] = {}
         # Identities are kept, so what has them is.
         self.alive: list[object] = []
@@ -167,9 +170,10 @@ class _Reader:
 
     def _traced(self, n: fx.Node, cells: Sequence[Cell]) -> Template:
         """Run a call on values of its own."""
-        first = self._mark()
-        values = [c.value if n.target in _BY_IDENTITY else self._fresh(c) for c in cells]
-        before = [self._said_now(x) for x in values]
+        by_identity = n.target in _BY_IDENTITY
+        made = [(c.value, None) if by_identity or not isinstance(c.value, Tensor) else self._fresh(c) for c in cells]
+        values, marks = [x for x, _ in made], tuple(mark for _, mark in made)
+        before = [(self._said_now(x), torch_private.writes(x)) for x in values]
         table = dict(zip(cells, values))
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda x: _put(self.env[x], table))
         target: Any = n.target
@@ -181,13 +185,21 @@ class _Reader:
         with traceback.set_current_meta(n):
             result = plain(self.watch.call(n, values, run))
         self._mark()
-        if [self._said_now(x) for x in values] != before:
+        if [self._said_now(x) for x in values] != [said for said, _ in before]:
             raise Unfit(f"{n.name} changes the metadata of what it is given")
         self.alive += [values, result]
-        given = tuple(isinstance(x, Tensor) and n.target not in _BY_IDENTITY for x in values)
-        after = tuple(self._output(x) if tensor else None for x, tensor in zip(values, given))
         place = {id(x): i for i, x in reversed(list(enumerate(values)))}
-        return Template((first, call), given, after, self._leaves(result, place), self._tree_said(result))
+        back = {id(x) for x in torch_private.tree_leaves(result)}
+        # What is written in Python may hold a value in another node than it came in, and say nothing of it.
+        opaque = isinstance(target, FunctionType)
+        touched = [
+            opaque or times < 0 or id(x) in back or torch_private.writes(x) != times for x, (_, times) in zip(values, before)
+        ]
+        after = tuple(self._output(x) if mark and new else None for x, mark, new in zip(values, marks, touched))
+        for c, x, mark, new in zip(cells, values, marks, touched):
+            if mark and not new:
+                self.pool.setdefault(c.said, []).append((x, mark))
+        return Template(call, marks, after, self._leaves(result, place), self._tree_said(result))
 
     def _output(self, x: Any) -> int:
         self.outputs.append(x)
@@ -201,16 +213,19 @@ class _Reader:
             return x
         return Back(place[id(x)]) if id(x) in place else Leaf(self._output(x), self._said(x), x)
 
-    def _fresh(self, c: Cell) -> Any:
-        """A value with the metadata of a cell's, and nothing else of it."""
-        if not isinstance(c.value, Tensor):
-            return c.value
-        x = c.value
+    def _fresh(self, c: Cell) -> tuple[Tensor, int]:
+        """A value with the metadata of a cell's, and nothing else of it, and the mark behind which it is made.
+
+        It may have been read by other calls, which neither wrote to it nor gave it back.
+        """
+        if waiting := self.pool.get(c.said):
+            return waiting.pop()
+        x, mark = c.value, self._mark()
         made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         made.requires_grad_(x.requires_grad)
         if self._said_now(made) != c.said:
             raise Unfit("a value cannot be made from its metadata")
-        return made
+        return made, mark
 
     # --- metadata -------------------------------------------------------------------------------------------------
 

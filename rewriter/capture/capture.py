@@ -46,14 +46,16 @@ class Captured:
 # --- Dynamo -----------------------------------------------------------------------------------------------------
 
 
-def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str] = NO_NAMES) -> Captured:
+def from_dynamo(
+    gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str] = NO_NAMES, *, runs: bool = True
+) -> Captured:
     """The ATen form of a graph that Dynamo hands to its backend, under Dynamo's own fake mode and symbols.
 
     before   a graph of torch functions (`torch.matmul`, `Tensor.softmax`, `F.linear`, ...)
     after    a graph of ATen operators, in the same order, in-place writes and random state included
 
     `names` are the paths of the model's modules by identity: Dynamo's own are relative to the function that it compiles.
-    Raises CaptureError.
+    Where it need not run before it is rewritten, its Python is not written. Raises CaptureError.
     """
     start = time.perf_counter()
     if transform := torch_private.transform(gm):
@@ -86,7 +88,7 @@ def from_dynamo(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int
     for node, given in zip((n for n in graph.graph.nodes if n.op == "placeholder"), inputs):
         if isinstance(given, nn.Parameter):
             node.meta[PARAMETER] = True
-    finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names))
+    finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names), runs=runs)
     return Captured(graph, "dynamo", time.perf_counter() - start)
 
 
@@ -214,7 +216,7 @@ def first_line(error: BaseException) -> str:
 # --- both -------------------------------------------------------------------------------------------------------
 
 
-def finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str = "") -> None:
+def finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str = "", *, runs: bool = True) -> None:
     """Module paths as in `named_modules()`, gradients and casts. `frame`: the module whose own code the graph is."""
     for n in gm.graph.nodes:
         stack = n.meta.get("nn_module_stack") or ({"": (frame, nn.Module)} if frame and n.op == "call_function" else {})
@@ -229,9 +231,10 @@ def finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str = 
             for inner, given in zip((x for x in body.graph.nodes if x.op == "placeholder"), n.args[1:]):
                 if isinstance(given, fx.Node) and _wants(given):
                     _mark(inner.meta.get("val"))
-            finish(body, path_of, frame)
+            finish(body, path_of, frame, runs=runs)
     gm.graph.lint()
-    gm.recompile()
+    if runs:
+        gm.recompile()
 
 
 def _identity(key: str) -> int:

@@ -48,14 +48,14 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Template:
-    """One call as it was traced: between which marks its inputs are made and it stands, and which outputs tell of it.
+    """One call as it was traced: behind which mark it stands, and behind which its inputs are made, where they are tensors.
 
-    `given` says which of its inputs are tensors, `after` at which of the outputs they are shown when the call is over;
-    `result` is a tree of leaves, of inputs that are given back, and of plain values, and `said` its metadata.
+    `after` says at which of the trace's outputs an input is shown that the call wrote to or gave back; `result` is a tree of
+    leaves, of inputs that are given back, and of plain values, and `said` its metadata.
     """
 
-    marks: tuple[int, int]
-    given: tuple[bool, ...]
+    mark: int
+    given: tuple[int | None, ...]
     after: tuple[int | None, ...]
     result: Tree
     said: Tree

@@ -66,16 +66,23 @@ class Writer:
         if t is None:
             s.result.node = self._switch(s.node)
             return
-        made = (m for m in self.behind[t.marks[0]] if m.target is torch.ops.aten.empty_strided.default)
-        table = {next(made): c.node for c, tensor in zip(s.given, t.given) if tensor}
-        if any(n is None for n in table.values()) or any(True for _ in made):
-            raise Unfit(f"{s.node.name} reads what was not made for it")
-        for m in self.behind[t.marks[1]]:
+        table: dict[fx.Node, fx.Node | None] = {}
+        for c, mark in zip(s.given, t.given):
+            if mark is not None:
+                table[self._made(mark, s)] = c.node
+        for m in self.behind[t.mark]:
             table[m] = self._node(s, m, table)
         for c, i in zip(s.given, t.after):
             if i is not None:
                 c.node = self._at(self.shown[i], table, s)
         self._fill(t.result, s.result, table, s)
+
+    def _made(self, mark: int, s: Step) -> fx.Node:
+        """The node that makes a value to run calls on; before it, its sizes may stand."""
+        made = [m for m in self.behind[mark] if m.target is torch.ops.aten.empty_strided.default]
+        if len(made) != 1:
+            raise Unfit(f"{s.node.name} reads what was not made for it")
+        return made[0]
 
     def _fill(self, tree: Tree, cells: Tree, table: Mapping[fx.Node, fx.Node | None], s: Step) -> None:
         """Say in which nodes the results of a call are."""

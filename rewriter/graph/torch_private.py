@@ -211,6 +211,9 @@ NOTED = Private(
     "Node.meta['example_value'] of Dynamo's graphs", "what Dynamo knows of the result of a call", "2.2",
     "each call of a graph is traced, those of equal layers among them",
 )
+WRITES = Private(
+    "Tensor._version", "whether a call writes to what it is given", "2.2", "no graph can be captured"
+)
 NESTING = Private(
     "functions of torch._functorch that end in _increment_nesting", "where a graph transforms a function", "2.5",
     "such a graph is told by the values that its capture leaves only",
@@ -270,6 +273,16 @@ def dynamo_fakes() -> tuple[FakeTensorMode, Callable[[object], object]] | None:
         return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
 
     return mode, fake
+
+
+def writes(x: object) -> int:
+    """How often a tensor has been written to; -1 where nobody counts."""
+    if not isinstance(x, Tensor) or x.is_inference():
+        return -1
+    try:
+        return x._version
+    except AttributeError:
+        raise WRITES.gone() from None
 
 
 # There may be a result that is nothing.

@@ -289,7 +289,7 @@ class Session:
         captured: capture.Captured | None = None
         try:
             with _marked(), _own_saved_tensors():
-                captured = capture.from_dynamo(gm, inputs, self.names())
+                captured = capture.from_dynamo(gm, inputs, self.names(), runs=False)
             piece.capture_seconds = captured.seconds
             request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
             piece.plan = choose.rewrite(captured, request, piece.checks)

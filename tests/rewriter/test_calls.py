@@ -184,6 +184,18 @@ def test_one_tensor_twice_is_not_two_tensors() -> None:
         both(M(), torch.randn(5, 3, 8), torch.randn(5, 3, 8))
 
 
+def test_inference_mode() -> None:
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        a = x * 2
+        a.add_(y)
+        b = y * 2
+        b.add_(a)
+        return F.relu(a + b, inplace=True).float() + b.float().to(torch.float32)
+
+    with torch.inference_mode():
+        both(step, torch.randn(3, 4), torch.randn(3, 4))
+
+
 def test_writes_in_place_are_read_by_what_follows() -> None:
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         a = x * 2
