@@ -102,12 +102,13 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
         if n.op != "call_function" or not isinstance(n.meta.get("val"), torch.Tensor) or n in taken:
             continue
         try:
-            out = _twin(patterns, n, aliases) or _outcome(gm.graph, aliases, n, taken)
+            twin = _twin(patterns, n, aliases)
+            out = twin or _outcome(gm.graph, aliases, n, taken)
+            patterns += [out] if twin is None and isinstance(out, Found) else []
         except Exception as error:
             out = defective(n, error)
         if isinstance(out, Found):
             found.append(out)
-            patterns += [out] if len(out.nodes) > 1 else []
             taken |= {out.output, out.final}
         elif out is not None and out.depth > 0:
             missed.append(out)

@@ -184,6 +184,14 @@ def test_one_tensor_twice_is_not_two_tensors() -> None:
         both(M(), torch.randn(5, 3, 8), torch.randn(5, 3, 8))
 
 
+def test_constants_of_another_type_or_sign_are_other_calls() -> None:
+    def step(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return x * 1, x * 1.0, x * True, 1 / (y * 0.0), 1 / (y * -0.0), y.sum(0), y.sum(0, keepdim=True), y.sum(1)
+
+    made = both(step, torch.randint(5, (3, 3)), torch.rand(3, 3) + 1)
+    assert not made.unfit
+
+
 def test_inference_mode() -> None:
     def step(x: Tensor, y: Tensor) -> Tensor:
         a = x * 2
