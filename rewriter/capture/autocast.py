@@ -19,7 +19,7 @@ from torch import fx
 
 from ..graph import torch_private
 
-_DEVICES = ("cpu", "cuda", "xpu", "mps")
+DEVICES = ("cpu", "cuda", "xpu", "mps")
 _FOR = "autocast_for"
 
 
@@ -35,7 +35,7 @@ def regions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Mapping[str, Region]]
     """Every node with the autocast state that it runs under: what holds around the graph, and its own regions."""
     state = {
         d: Region(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
-        for d in _DEVICES
+        for d in DEVICES
         if torch.amp.is_autocast_available(d)
     }
     saved: dict[fx.Node, tuple[str, Region]] = {}
@@ -176,7 +176,7 @@ def _run(
 def no_autocast() -> Iterator[None]:
     """Autocast off, on every device."""
     with ExitStack() as stack:
-        for d in _DEVICES:
+        for d in DEVICES:
             if torch.amp.is_autocast_available(d):
                 stack.enter_context(torch.autocast(d, enabled=False))
         yield

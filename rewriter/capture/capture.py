@@ -19,8 +19,10 @@ from torch import Tensor, fx, nn
 
 from ..graph import torch_private
 from ..graph.node import written_arguments
-from . import backward, mapped
+from . import backward, calls, mapped
 from .autocast import explicit_casts
+from .modes import Switches
+from .templates import Unfit
 from .weights import PARAMETER
 
 # Set on the inputs of a graph that are floats of the model's, which Dynamo passes as tensors of one number.
@@ -47,7 +49,8 @@ class Captured:
 
 
 def from_dynamo(
-    gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str] = NO_NAMES, *, inductor: bool = False
+    gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str] = NO_NAMES, *, inductor: bool = False,
+    runs: bool = True,
 ) -> Captured:
     """The ATen form of a graph that Dynamo hands to its backend, under Dynamo's own fake mode and symbols.
 
@@ -55,7 +58,7 @@ def from_dynamo(
     after    a graph of ATen operators, in the same order, in-place writes and random state included
 
     `names` are the paths of the model's modules by identity: Dynamo's own are relative to the function that it compiles.
-    Raises CaptureError.
+    Where it need not run before it is rewritten, its Python is not written. Raises CaptureError.
     """
     start = time.perf_counter()
     made = torch_private.dynamo_fakes()
@@ -72,8 +75,7 @@ def from_dynamo(
     with mode:
         flat = [fake(x) for x in (*inputs, *held.values())]
     changing = [torch_private.is_python_float(x) for x in flat[: len(inputs)]]
-    watch = backward.GradientWatch()
-    graph = _trace(gm, flat, len(inputs), attributes, mode, watch)
+    graph, watch = _traced(gm, flat, len(inputs), attributes, mode)
     lost = watch.lost(graph)
     if not lost and any(isinstance(x, Tensor) and x.requires_grad for x in flat) and _enables_gradients(gm):
         lost = backward.inside(gm)
@@ -94,7 +96,7 @@ def from_dynamo(
             node.meta[PARAMETER] = True
     for node, is_float in zip((n for n in graph.graph.nodes if n.op == "placeholder"), changing):
         node.meta[FLOAT] = is_float
-    finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names))
+    finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names), runs=runs)
     return Captured(graph, "dynamo", time.perf_counter() - start)
 
 
@@ -117,6 +119,20 @@ def _written_out(
         raise CaptureError(f"a function is mapped inside it: {type(error).__name__}: {first_line(error)}") from error
 
 
+def _traced(
+    gm: fx.GraphModule, flat: list[object], count: int, held: list[fx.Node], mode: torch_private.FakeTensorMode
+) -> tuple[fx.GraphModule, backward.GradientWatch]:
+    """Traced call by call where that says all, else as a whole."""
+    watch = backward.GradientWatch()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return calls.trace(gm, flat, held, mode, watch), watch
+    except Unfit:
+        # the trace of the whole says whether the graph can be captured
+        watch = backward.GradientWatch()
+        return _trace(gm, flat, count, held, mode, watch), watch
+
+
 def _trace(
     gm: fx.GraphModule,
     flat: list[object],
@@ -131,7 +147,7 @@ def _trace(
             with traceback.preserve_node_meta():
                 return runner.run(*values[:count])
         finally:
-            runner.leave_regions()
+            runner.switches.leave()
 
     try:
         # Grad mode switches inside the graph act on this thread while it is traced.
@@ -150,29 +166,13 @@ class _Run(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, held: Mapping[fx.Node, object], watch: backward.GradientWatch) -> None:
         super().__init__(gm)
         self.held, self.watch = held, watch
-        self.regions: dict[fx.Node, tuple[str, bool, torch.dtype]] = {}
-
-    def leave_regions(self) -> None:
-        """Restore the state around the graph when an error left a region open."""
-        while self.regions:
-            _set_autocast(*self.regions.popitem()[1])
+        self.switches = Switches()
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.held:
             return self.held[n]
-        if n.target is torch_private.ENTER_AUTOCAST:
-            # Tracing records the region but does not enter it; the types of the values depend on it.
-            device, dtype, enabled, *_ = n.args
-            token = super().run_node(n)
-            self.regions[n] = (
-                str(device),
-                torch.is_autocast_enabled(str(device)),
-                torch.get_autocast_dtype(str(device)),
-            )
-            _set_autocast(str(device), bool(enabled), dtype)  # type: ignore[arg-type]
-            return token
-        if n.target is torch_private.EXIT_AUTOCAST:
-            _set_autocast(*self.regions.pop(n.args[0]))  # type: ignore[arg-type]
+        if n.target in (torch_private.ENTER_AUTOCAST, torch_private.EXIT_AUTOCAST):
+            self.switches.act(n)
             return super().run_node(n)
         if n.target is torch_private.CHECKPOINT:
             body = attribute(self.module, str(n.args[0].target))  # type: ignore[union-attr]
@@ -184,13 +184,6 @@ class _Run(fx.Interpreter):
 
 def _enables_gradients(gm: fx.GraphModule) -> bool:
     return torch.is_grad_enabled() or any(n.target is torch_private.SET_GRAD and n.args[0] for n in gm.graph.nodes)
-
-
-def _set_autocast(device: str, enabled: bool, dtype: torch.dtype | None) -> None:
-    torch.set_autocast_enabled(device, enabled)
-    if dtype is not None:
-        torch.set_autocast_dtype(device, dtype)
-    torch.clear_autocast_cache()
 
 
 def _recompute_all() -> Any:
@@ -250,7 +243,7 @@ def first_line(error: BaseException) -> str:
 # --- both -------------------------------------------------------------------------------------------------------
 
 
-def finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str = "") -> None:
+def finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str = "", *, runs: bool = True) -> None:
     """Module paths as in `named_modules()`, gradients and casts. `frame`: the module whose own code the graph is."""
     for n in gm.graph.nodes:
         stack = n.meta.get("nn_module_stack") or ({"": (frame, nn.Module)} if frame and n.op == "call_function" else {})
@@ -265,9 +258,10 @@ def finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str = 
             for inner, given in zip((x for x in body.graph.nodes if x.op == "placeholder"), n.args[1:]):
                 if isinstance(given, fx.Node) and _wants(given):
                     _mark(inner.meta.get("val"))
-            finish(body, path_of, frame)
+            finish(body, path_of, frame, runs=runs)
     gm.graph.lint()
-    gm.recompile()
+    if runs:
+        gm.recompile()
 
 
 def _identity(key: str) -> int:

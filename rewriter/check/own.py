@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from ..graph.aliases import Aliases
 from ..graph.liveness import is_pure
 from ..graph.node import op_name
+from ..graph.same import said
 from ..graph.torch_private import FakeTensorMode, OpOverload, schema
 
 
@@ -71,21 +72,11 @@ _lock = threading.Lock()
 
 def _key(graph: fx.Graph, given: Sequence[Any]) -> object:
     """What own code says, whatever its nodes are called, and the metadata of what it is given."""
-    place = {n: i for i, n in enumerate(graph.nodes)}
+    return said(graph), tuple(map(_metadata, given))
 
-    def plain(x: Any) -> object:
-        if isinstance(x, fx.Node):
-            return ("node", place[x])
-        if isinstance(x, (list, tuple)):
-            return tuple(map(plain, x))
-        if isinstance(x, slice):
-            return ("slice", plain(x.start), plain(x.stop), plain(x.step))
-        return (type(x), repr(x))
 
-    calls = ((n, n.target if n.op == "call_function" else "") for n in graph.nodes)
-    said = tuple((n.op, target, plain(n.args), plain(tuple(n.kwargs.items()))) for n, target in calls)
-    held = tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else plain(x) for x in given)
-    return said, held
+def _metadata(x: Any) -> object:
+    return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), repr(x))
 
 
 def _repeatable(n: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -40,7 +40,7 @@ from ..graph.aliases import Aliases
 from ..graph.functional import EDITED, functional
 from ..graph.liveness import erase_dead
 from ..splice import splice
-from ..splice.guards import original_subgraph
+from ..splice.guards import Originals
 from .candidates import Question, answer, guard_sentences
 from .policy import Policy, StrictError
 
@@ -132,10 +132,11 @@ def rewrite(captured: capture.Captured, request: Request, checks: list[Check] | 
     for region in capture.regions(captured.graph):
         decisions, missed = _decided(region, request, taken)
         replaced: dict[fx.Node, fx.Node] = {}
+        originals = Originals(region)
         misses += missed
         for d in decisions:
             try:
-                new = _splice(region, _reading(d, replaced), request, record)
+                new = _splice(originals, _reading(d, replaced), request, record)
                 replaced |= {d.found.output: new} if new is not None else {}
                 stays = d.call is not None and new is None
                 sites.append(replace(d.site, choice=ORIGINAL, guards=()) if stays else d.site)
@@ -173,7 +174,7 @@ def _reading(d: Decision, replaced: Mapping[fx.Node, fx.Node]) -> Decision:
     return replace(d, found=replace(d.found, tensors=tensors))
 
 
-def _splice(gm: fx.GraphModule, d: Decision, request: Request, record: list[Check]) -> fx.Node | None:
+def _splice(originals: Originals, d: Decision, request: Request, record: list[Check]) -> fx.Node | None:
     """Put in what was chosen, under the policy's watch; the new node. Where that raises, the graph stays as it is.
 
     What cannot be watched keeps the original code.
@@ -186,13 +187,23 @@ def _splice(gm: fx.GraphModule, d: Decision, request: Request, record: list[Chec
         why = "nothing can step aside in a graph that Inductor compiles"
         record.append(Check(_label(d.site), d.site.choice, "unchecked", why=why))
         watched = False
-    original = original_subgraph(gm, f.output, interior(f)) if call.guarded or watched else None
+    original = originals.of(f.output, interior(f)) if call.guarded or watched else None
     if watched and original is None:
         why = "its own code cannot run again: a part of it is written in place"
         record.append(Check(_label(d.site), d.site.choice, "unchecked", why=why))
         return None
     watch = watch_of(d, original[1], policy, record) if watched and original is not None else None
-    return splice.replace(gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original, watch=watch)
+    before = f.output.prev
+    new = splice.replace(
+        originals.gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original, watch=watch
+    )
+    originals.aliases.insert(list(_between(before, f.output)), f.output)
+    return new
+
+
+def _between(a: fx.Node, b: fx.Node) -> Iterator[fx.Node]:
+    while (a := a.next) is not b:
+        yield a
 
 
 def _label(site: Site) -> str:

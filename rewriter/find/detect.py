@@ -101,6 +101,7 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     """
     aliases, weights = Aliases(gm.graph), weights_of(gm.graph)
     found: list[Found] = []
+    patterns: list[Found] = []
     missed: list[NearMiss] = []
     taken: set[fx.Node] = set()
     dismissed: set[fx.Node] = set()
@@ -116,7 +117,9 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
         if n.op != "call_function" or not isinstance(n.meta.get("val"), torch.Tensor) or n in taken:
             continue
         try:
-            out = _outcome(gm.graph, aliases, n, found, taken, weights)
+            twin = _twin(patterns, n, aliases)
+            out = twin or _outcome(gm.graph, aliases, n, taken, weights)
+            patterns += [out] if twin is None and isinstance(out, Found) else []
         except Exception as error:
             out = defective(n, error)
         if isinstance(out, Found):
@@ -166,13 +169,11 @@ def _sum_of(
 
 
 def _outcome(
-    graph: fx.Graph, aliases: Aliases, n: fx.Node, found: list[Found], taken: Collection[fx.Node],
-    weights: Collection[fx.Node],
+    graph: fx.Graph, aliases: Aliases, n: fx.Node, taken: Collection[fx.Node], weights: Collection[fx.Node]
 ) -> Found | NearMiss | None:
     """What stands at one node: an attention, else the attempt that got farthest."""
-    twin = _twin(found, n, aliases)
     best: NearMiss | None = None
-    for out in [twin] if twin is not None else _attempts(graph, aliases, n, taken, weights):
+    for out in _attempts(graph, aliases, n, taken, weights):
         if isinstance(out, Found):
             return out
         if best is None or out.depth > best.depth:
@@ -180,9 +181,9 @@ def _outcome(
     return best
 
 
-def _twin(found: list[Found], n: fx.Node, aliases: Aliases) -> Found | None:
-    """The attention at `n` as a copy of one found before, when their subgraphs are equal."""
-    for f in found:
+def _twin(patterns: list[Found], n: fx.Node, aliases: Aliases) -> Found | None:
+    """The attention at `n` as a copy of one lifted before, when their subgraphs are equal."""
+    for f in patterns:
         if f.output.target is not n.target or f.output is not f.final:
             continue
         bound = match(f.output, f.tensors.values(), f.nodes, n, aliases)

@@ -33,10 +33,10 @@ def match(
             continue
         if not (_exchangeable(a, b) if a in stop else _alike(a, b)):
             return None
-        if a not in stop and aliases.written_between(b, b, candidate):
+        if a not in stop and not _is_empty(a) and aliases.written_between(b, b, candidate):
             return None
         bound[a] = b
-        if a in stop:
+        if a in stop or _is_empty(a):
             continue
         if a is b:
             # what both share, they share with all that is behind it
@@ -57,6 +57,12 @@ def match(
         if aliases.written_between(leaf, first - 1, candidate):
             return None
     return out
+
+
+def _is_empty(n: fx.Node) -> bool:
+    """Whether a value has no element: nothing is read of what it is made of."""
+    value = n.meta.get("val")
+    return isinstance(value, torch.Tensor) and any(isinstance(s, int) and s == 0 for s in value.shape)
 
 
 def _exchangeable(a: fx.Node, b: fx.Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
@@ -19,9 +19,9 @@ class Aliases:
     """Storage classes of a graph and the positions of in-place writes to each."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.position: dict[fx.Node, int] = {n: i for i, n in enumerate(graph.nodes)}
+        self.position: dict[fx.Node, float] = {n: i for i, n in enumerate(graph.nodes)}
         self._parent: dict[fx.Node, fx.Node] = {}
-        self._writes: dict[fx.Node, list[int]] = {}
+        self._writes: dict[fx.Node, list[float]] = {}
         written: list[tuple[fx.Node, fx.Node]] = []
         for n in graph.nodes:
             if n.op != "call_function":
@@ -41,6 +41,14 @@ class Aliases:
         for writer, node in written:
             self._writes.setdefault(self._root(node), []).append(self.position[writer])
 
+    def insert(self, nodes: Sequence[fx.Node], before: fx.Node) -> None:
+        """Take nodes in that were put in before a node since, one after the other, and write nothing."""
+        at = self.position[before]
+        for i, n in enumerate(nodes):
+            self.position[n] = at - 1 + (i + 1) / (len(nodes) + 1)
+            for node in shared_by(n):
+                self._join(n, node)
+
     def _root(self, n: fx.Node) -> fx.Node:
         while n in self._parent:
             n = self._parent[n]
@@ -51,13 +59,13 @@ class Aliases:
         if x is not y:
             self._parent[x] = y
 
-    def written_between(self, n: fx.Node, after: fx.Node | int, before: fx.Node | int) -> bool:
+    def written_between(self, n: fx.Node, after: fx.Node | float, before: fx.Node | float) -> bool:
         """Whether the storage of `n` is written strictly after `after` and strictly before `before`."""
         writes = self._writes.get(self._root(n))
         if not writes:
             return False
-        low = after if isinstance(after, int) else self.position[after]
-        high = before if isinstance(before, int) else self.position[before]
+        low = after if isinstance(after, (int, float)) else self.position[after]
+        high = before if isinstance(before, (int, float)) else self.position[before]
         at = bisect_right(writes, low)
         return at < len(writes) and writes[at] < high
 

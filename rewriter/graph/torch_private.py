@@ -201,7 +201,13 @@ METADATA = Private(
     "torch.ops:aten._assert_tensor_metadata.default", "export's assertions on types", "2.2", "no graph can be captured"
 )
 
+LOGS_USE = Private(
+    "torch._C:_log_api_usage_once", "a call of Dynamo's graphs that does nothing to them", "2.2",
+    "a graph that holds one is traced as a whole",
+)
+
 ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD = ENTER.found(), EXIT.found(), GRAD.found()
+SWITCHES = (ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD)
 CHECKPOINT, GRAD_REGION, AUTOCAST_REGION = TAG.found(), WRAP_GRAD.found(), WRAP_AUTOCAST.found()
 TO_COPY, ASSERT_METADATA = COPY.found(), METADATA.found()
 
@@ -221,6 +227,13 @@ FRAME = Private(
 CHECKPOINT_KEY = Private(
     "GraphModule.meta['_checkpoint_context_fn']", "tracing a checkpointed region", "2.2",
     "a graph with such a region is not captured",
+)
+NOTED = Private(
+    "Node.meta['example_value'] of Dynamo's graphs", "what Dynamo knows of the result of a call", "2.2",
+    "each call of a graph is traced, those of equal layers among them",
+)
+WRITES = Private(
+    "Tensor._version", "whether a call writes to what it is given", "2.2", "no graph can be captured"
 )
 NESTING = Private(
     "functions of torch._functorch that end in _increment_nesting", "where a graph transforms a function", "2.5",
@@ -396,6 +409,25 @@ def wrapper_tensor(kind: type[Tensor], shape: Sequence[int], dtype: torch.dtype,
     return WRAPPER_TENSOR.found()(kind, tuple(shape), dtype=dtype, device=device)
 
 
+def writes(x: object) -> int:
+    """How often a tensor has been written to; -1 where nobody counts."""
+    if not isinstance(x, Tensor) or x.is_inference():
+        return -1
+    try:
+        return x._version
+    except AttributeError:
+        raise WRITES.gone() from None
+
+
+# There may be a result that is nothing.
+NOTHING = object()
+
+
+def noted(n: fx.Node) -> object:
+    """What Dynamo knows of the result of a call; `NOTHING` where it does not say."""
+    return n.meta.get("example_value", NOTHING)
+
+
 def transform(gm: fx.GraphModule) -> str:
     """The transform of functions (vmap, grad, jvp) that a graph of Dynamo's enters; empty where it enters none."""
     entered = (str(getattr(n.target, "__name__", "")) for n in gm.graph.nodes if n.op == "call_function")
@@ -412,6 +444,14 @@ def is_own_function(target: object) -> bool:
 def has_backward(target: object) -> bool:
     """Is this an operator of Dynamo's whose backward is written in Python, or that hooks one?"""
     return isinstance(target, HIGHER_ORDER.found()) and target.name() in _OWN_BACKWARD
+
+
+def traces_nothing(target: object) -> bool:
+    """Is this a function that no trace has a node of?"""
+    try:
+        return target is LOGS_USE.found()
+    except TorchChanged:
+        return False
 
 
 def has_hooks(x: Tensor) -> bool:

@@ -64,7 +64,7 @@ class Lifter:
         self.tensors: dict[str, Tensor] = {}
         self.einsums: list[Einsum] = []
         self.leaves: dict[str, fx.Node] = {}
-        self.read_at: dict[fx.Node, int] = {}
+        self.read_at: dict[fx.Node, float] = {}
         self.scalars: dict[str, fx.Node] = {}
         self.origin: dict[Expr, Origin] = {}
         self.visited: set[fx.Node] = set()

@@ -315,7 +315,7 @@ class Session:
         captured: capture.Captured | None = None
         try:
             with bypass.capturing(), own_saved_tensors():
-                captured = capture.from_dynamo(gm, inputs, self.names(), inductor=self.inductor)
+                captured = capture.from_dynamo(gm, inputs, self.names(), inductor=self.inductor, runs=False)
             piece.capture_seconds = captured.seconds
             request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
             piece.plan = choose.rewrite(captured, request, piece.checks)

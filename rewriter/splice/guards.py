@@ -30,6 +30,7 @@ from ...patterns.masks.split import runtime_classify, split
 from ..capture.autocast import no_autocast
 from ..check.watch import REPORT, SiteWatch
 from ..graph.aliases import Aliases
+from ..graph.same import said, signature
 from ..graph.torch_private import checkpoint_ends
 from .derivatives import twice
 from .race import Race
@@ -235,43 +236,67 @@ class Guarded(nn.Module):
         return out, self.watch(self.original, self.target, arguments, inputs, out) if self.watch is not None else ""
 
 
+class Originals:
+    """The own code of the attentions of a graph. Equal code is one module, whatever the nodes around it are called."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm, self.aliases = gm, Aliases(gm.graph)
+        self._known: dict[object, fx.GraphModule] = {}
+
+    def of(
+        self, output: fx.Node, interior: frozenset[fx.Node]
+    ) -> tuple[fx.GraphModule, list[fx.Node]] | None:
+        """The code of an attention as a module, and the nodes that it reads.
+
+        What shares memory with something outside and is written is no code to be run again: its value is read.
+
+            before   q = linear(x); q.mul_(s); k = view(q)      after   given k
+
+        None where such a value is written once more before the output, so that reading it late would differ.
+        """
+        aliases = self.aliases
+        foreign = _written_outside(self.gm.graph, aliases, {*interior, output})
+        inside = _needed(output, {*interior, output} - foreign, aliases)
+        members = set(inside)
+        outside = list(dict.fromkeys(i for n in inside for i in n.all_input_nodes if i not in members))
+        reads: dict[fx.Node, float] = {}
+        for n in inside:
+            for i in n.all_input_nodes:
+                reads.setdefault(i, aliases.position[n])
+        if output in foreign or any(aliases.written_between(i, reads[i] - 1, output) for i in outside):
+            return None
+        return self._module(output, inside, outside), outside
+
+    def _module(self, output: fx.Node, inside: list[fx.Node], outside: list[fx.Node]) -> fx.GraphModule:
+        graph = fx.Graph()
+        table: dict[fx.Node, fx.Node] = {}
+        for i, n in enumerate(outside):
+            table[n] = graph.placeholder(f"given_{i}")
+            table[n].meta = dict(n.meta)
+        for n in inside:
+            table[n] = graph.node_copy(n, table.__getitem__)
+        graph.output(table[output])
+        key = (said(graph), tuple(map(signature, outside)))
+        if key not in self._known:
+            self._known[key] = fx.GraphModule(self.gm, graph, "Original")
+        return self._known[key]
+
+
 def original_subgraph(
     gm: fx.GraphModule, output: fx.Node, interior: frozenset[fx.Node]
 ) -> tuple[fx.GraphModule, list[fx.Node]] | None:
-    """The code of an attention as a module of its own, and the nodes that it reads.
-
-    What shares memory with something outside and is written is no code to be run again: its value is read.
-
-        before   q = linear(x); q.mul_(s); k = view(q)      after   given k
-
-    None where such a value is written once more before the output, so that reading it late would differ.
-    """
-    aliases = Aliases(gm.graph)
-    foreign = _written_outside(gm.graph, aliases, {*interior, output})
-    inside = _needed(output, {*interior, output} - foreign)
-    members = set(inside)
-    outside = list(dict.fromkeys(i for n in inside for i in n.all_input_nodes if i not in members))
-    reads = {i: min(aliases.position[n] for n in inside if i in n.all_input_nodes) for i in outside}
-    if output in foreign or any(aliases.written_between(i, at - 1, output) for i, at in reads.items()):
-        return None
-    graph = fx.Graph()
-    table: dict[fx.Node, fx.Node] = {}
-    for i, n in enumerate(outside):
-        table[n] = graph.placeholder(f"given_{i}")
-        table[n].meta = dict(n.meta)
-    for n in inside:
-        table[n] = graph.node_copy(n, table.__getitem__)
-    graph.output(table[output])
-    return fx.GraphModule(gm, graph, "Original"), outside
+    """The own code of one attention of a graph, as `Originals` has it."""
+    return Originals(gm).of(output, interior)
 
 
 def _written_outside(graph: fx.Graph, aliases: Aliases, inside: Collection[fx.Node]) -> frozenset[fx.Node]:
     """The nodes inside whose memory is written and is known outside: running them again would write, or read, it again."""
-    shared = {aliases.storage(n) for n in graph.nodes if n not in inside}
-    return frozenset(n for n in inside if aliases.is_written(n) and aliases.storage(n) in shared)
+    written = [n for n in inside if aliases.is_written(n)]
+    shared = {aliases.storage(n) for n in graph.nodes if n not in inside} if written else ()
+    return frozenset(n for n in written if aliases.storage(n) in shared)
 
 
-def _needed(output: fx.Node, members: Collection[fx.Node]) -> list[fx.Node]:
+def _needed(output: fx.Node, members: Collection[fx.Node], aliases: Aliases) -> list[fx.Node]:
     """The members that the output rests on, and those that write what it reads, in the graph's order."""
     seen: set[fx.Node] = set()
     stack = [output]
@@ -280,4 +305,4 @@ def _needed(output: fx.Node, members: Collection[fx.Node]) -> list[fx.Node]:
         if n in members and n not in seen:
             seen.add(n)
             stack += n.all_input_nodes
-    return [n for n in output.graph.nodes if n in seen]
+    return sorted(seen, key=aliases.position.__getitem__)

@@ -196,20 +196,25 @@ class SizeNodes:
     """Nodes that hold symbolic sizes, found among the graph's inputs or computed from them before `at`."""
 
     def __init__(self, graph: fx.Graph, at: fx.Node, scalars: Mapping[str, fx.Node]) -> None:
-        self.graph, self.known = graph, dict(scalars)
-        tensors: list[fx.Node] = []
-        for n in graph.nodes:
-            if n is at:
-                break
+        self.graph, self.at = graph, at
+        self.known, self.tensors = dict(scalars), list[fx.Node]()
+        self.looked = False
+
+    def _look(self) -> None:
+        self.looked = True
+        for n in self.graph.nodes:
+            if n is self.at:
+                return
             value = n.meta.get("val")
             if isinstance(value, torch.SymInt) and expression(value).is_Symbol:
                 self.known.setdefault(str(expression(value)), n)
             elif isinstance(value, torch.Tensor):
-                tensors.append(n)
-        self.tensors = tensors
+                self.tensors.append(n)
 
     def symbol(self, name: str) -> fx.Node:
         """The node whose value is the symbol. Raises SpliceError where no input carries it."""
+        if name not in self.known and not self.looked:
+            self._look()
         if name in self.known:
             return self.known[name]
         for n in self.tensors:

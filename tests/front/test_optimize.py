@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
 import reattend
-from reattend.rewriter.capture import capture
+from reattend.rewriter.capture import backward, calls
 from reattend.rewriter.choose import choose
 from reattend.rewriter.choose.policy import StrictError
 from reattend.rewriter.find import detect
 from reattend.rewriter.find.place import Place
-from reattend.rewriter.graph import torch_private
 from reattend.rewriter.splice import splice
 
 
@@ -166,7 +165,7 @@ def test_dynamo_begins_again_where_it_asks_to(
     stack: nn.Module, x: Tensor, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its request is no failure of ours, whatever is running when it comes."""
-    owner, name = (torch_private, "pre_dispatch_graph") if where == "capture" else (choose, "rewrite")
+    owner, name = (calls, "trace") if where == "capture" else (choose, "rewrite")
     whole, asked = getattr(owner, name), list[int]()
 
     def once(*args: Any, **kwargs: Any) -> Any:
@@ -475,14 +474,14 @@ def test_a_call_beside_a_capture_goes_through(stack: nn.Module, x: Tensor, monke
     reattend.optimize(stack, example=x)
     other = reattend.optimize(copy.deepcopy(stack))
     tracing, called = threading.Event(), threading.Event()
-    run_node = capture._Run.run_node
+    call = backward.GradientWatch.call
 
-    def paused(self: capture._Run, n: torch.fx.Node) -> Any:
+    def paused(*given: Any) -> Any:
         tracing.set()
         assert called.wait(60)
-        return run_node(self, n)
+        return call(*given)
 
-    monkeypatch.setattr(capture._Run, "run_node", paused)
+    monkeypatch.setattr(backward.GradientWatch, "call", paused)
     thread = threading.Thread(target=lambda: reattend.optimize(other, example=x))
     thread.start()
     try:

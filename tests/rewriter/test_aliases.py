@@ -134,3 +134,19 @@ def test_a_write_through_an_unsaid_view_is_seen() -> None:
     assert aliases.written_between(turned, turned, read)
     assert aliases.writers(turned) == (write,)
     assert not aliases.written_between(turned, write, read)
+
+
+def test_nodes_that_are_put_in_later_stand_where_they_were_put() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    write = graph.call_function(aten.add_.Tensor, (x, 1.0))
+    read = graph.call_function(aten.exp.default, (x,))
+    aliases = Aliases(graph)
+    with graph.inserting_before(read):
+        made = graph.call_function(aten.view.default, (x, [-1]))
+        again = graph.call_function(aten.exp.default, (made,))
+    aliases.insert([made, again], read)
+    assert sorted(graph.nodes, key=aliases.position.__getitem__) == list(graph.nodes)
+    assert aliases.storage(made) is aliases.storage(x) is not aliases.storage(again)
+    assert aliases.written_between(made, x, read)
+    assert not aliases.written_between(made, write, read)

@@ -260,6 +260,32 @@ def test_twins_with_another_constant_are_not_twins() -> None:
     assert all(error_of(f, values) <= 1e-12 for f in found)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_equal_layers_are_lifted_once(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def layers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            none = torch.empty(*k.shape[:2], 0, k.shape[3])
+            keys, values = torch.cat([none, k], 2), torch.cat([torch.empty_like(none), v], 2)
+            q = F.scaled_dot_product_attention(q, keys, values) if whole else (q @ keys.mT * 0.25).softmax(-1) @ values
+        return q
+
+    attempt, lifted = detect._attempt, list[str]()
+
+    def counted(graph: Any, aliases: Aliases, final: Any) -> Any:
+        lifted.append(final.node.name)
+        return attempt(graph, aliases, final)
+
+    monkeypatch.setattr(detect, "_attempt", counted)
+    args = qkv()
+    gm = graph_of(layers, args)
+    found, _ = detect.find(gm)
+    values = values_of(gm, args)
+    assert len(found) == 3
+    assert len({f.cascade for f in found}) == 1
+    assert all(error_of(f, values) <= 1e-6 for f in found)
+    assert [n for n in lifted if n in {f.final.name for f in found}] == [found[0].final.name]
+
+
 # --- no silent miss ---------------------------------------------------------------------------------------------------
 
 

@@ -315,3 +315,18 @@ def test_a_guard_computes_what_its_mask_reads_of_the_prelude() -> None:
     report = reattend.report(model)
     assert not any(p.error for p in report.pieces)
     assert report.fallbacks == 1
+
+
+def test_equal_own_code_is_one_module_and_other_code_is_not() -> None:
+    def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for scale in (0.25, 0.25, 0.5):
+            q = (q @ k.mT * scale).softmax(-1) @ v
+        return q.mT.contiguous().mT @ k.mT @ v + (q.mT.contiguous().mT @ k.mT * 0.25).softmax(-1) @ v
+
+    graph = graph_of(layers, [torch.randn(2, 2, 8, 16) for _ in range(3)])
+    found, _ = detect.find(graph)
+    originals = guards.Originals(graph)
+    made = [o for f in found if f.cascade.einsums and (o := originals.of(f.output, place.interior(f))) is not None]
+    modules = [m for m, _ in made]
+    assert modules[0] is modules[1]
+    assert len({id(m) for m in modules}) == len(modules) - 1 >= 3
