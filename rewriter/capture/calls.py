@@ -23,8 +23,22 @@ from torch import Tensor, fx
 from ..graph import torch_private
 from .backward import GradientWatch
 from .modes import Switches, modes
-from .templates import OPEN, PLAIN, Back, Cell, Leaf, Step, Template, Tree, Unfit, fresh_result, metadata, plain, term
-from .write import Writer
+from .templates import (
+    OPEN,
+    PLAIN,
+    Back,
+    CallStep,
+    CallTemplate,
+    Cell,
+    Leaf,
+    Tree,
+    Unfit,
+    fresh_result,
+    metadata,
+    plain,
+    term,
+)
+from .write import GraphWriter
 
 # What a tensor without data answers from what it remembers of itself: a Python number that Dynamo passes as a tensor.
 _BY_IDENTITY = ("item",)
@@ -39,7 +53,7 @@ def trace(
     Raises Unfit.
     """
     inputs = [*(n for n in gm.graph.nodes if n.op == "placeholder"), *held]
-    reader = _Reader(mode, watch)
+    reader = _CallReader(mode, watch)
     told = [i for i, x in enumerate(flat) if _tells(x)]
 
     def run(*_: object) -> object:
@@ -58,7 +72,7 @@ def trace(
         raise
     except Exception as error:
         raise Unfit(f"a call is not traced by itself: {type(error).__name__}: {error}") from error
-    return Writer(reader.env, reader.steps, reader.marks, made, [inputs[i] for i in told]).written(gm, inputs, flat)
+    return GraphWriter(reader.env, reader.steps, reader.marks, made, [inputs[i] for i in told]).written(gm, inputs, flat)
 
 
 def _tells(x: object) -> bool:
@@ -68,16 +82,16 @@ def _tells(x: object) -> bool:
     return isinstance(x, OPEN)
 
 
-class _Reader:
+class _CallReader:
     """Walks a graph of Dynamo's inside one trace, in which each call of a new key runs on values of its own."""
 
     def __init__(self, mode: torch_private.FakeTensorMode, watch: GradientWatch) -> None:
         self.mode, self.watch = mode, watch
         self.env: dict[fx.Node, Tree] = {}
-        self.steps: list[Step] = []
+        self.steps: list[CallStep] = []
         self.outputs: list[Any] = []
         self.marks = 0
-        self.known: dict[object, Template] = {}
+        self.known: dict[object, CallTemplate] = {}
         # Values that the next call of a new key may be run on, by their metadata.
         self.pool: dict[object, list[tuple[Tensor, int]]] = {}
         self.said: dict[int, object] = {}
@@ -135,7 +149,7 @@ class _Reader:
         if found.said != self._tree_said(noted):
             raise Unfit(f"{n.name} is not what Dynamo noted")
         result = fresh_result(found.result, given)
-        self.steps.append(Step(n, found, given, result))
+        self.steps.append(CallStep(n, found, given, result))
         return result
 
     def _switch(self, n: fx.Node) -> Tree:
@@ -146,7 +160,7 @@ class _Reader:
             self.switches.act(n)
         self.modes = modes()
         token = Cell(None, None)
-        self.steps.append(Step(n, None, (), token))
+        self.steps.append(CallStep(n, None, (), token))
         return token
 
     def _key(self, x: Any, cells: dict[Cell, int]) -> object:
@@ -168,7 +182,7 @@ class _Reader:
             return (type(x), repr(x))
         raise Unfit(f"{type(x).__name__} is given")
 
-    def _traced(self, n: fx.Node, cells: Sequence[Cell]) -> Template:
+    def _traced(self, n: fx.Node, cells: Sequence[Cell]) -> CallTemplate:
         """Run a call on values of its own."""
         by_identity = n.target in _BY_IDENTITY
         made = [(c.value, None) if by_identity or not isinstance(c.value, Tensor) else self._fresh(c) for c in cells]
@@ -199,7 +213,7 @@ class _Reader:
         for c, x, mark, new in zip(cells, values, marks, touched):
             if mark and not new:
                 self.pool.setdefault(c.said, []).append((x, mark))
-        return Template(call, marks, after, self._leaves(result, place), self._tree_said(result))
+        return CallTemplate(call, marks, after, self._leaves(result, place), self._tree_said(result))
 
     def _output(self, x: Any) -> int:
         self.outputs.append(x)

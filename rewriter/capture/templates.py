@@ -47,7 +47,7 @@ class Leaf:
 
 
 @dataclass(frozen=True)
-class Template:
+class CallTemplate:
     """One call as it was traced: behind which mark it stands, and behind which its inputs are made, where they are tensors.
 
     `after` says at which of the trace's outputs an input is shown that the call wrote to or gave back; `result` is a tree of
@@ -62,11 +62,11 @@ class Template:
 
 
 @dataclass(frozen=True)
-class Step:
+class CallStep:
     """A call of the graph: what it is written down from (nothing for a switch of modes), its inputs, and its result."""
 
     node: fx.Node
-    template: Template | None
+    template: CallTemplate | None
     given: tuple[Cell, ...]
     result: Tree
 

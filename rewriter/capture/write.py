@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph import torch_private
-from .templates import OPEN, Cell, Leaf, Step, Tree, Unfit, term
+from .templates import OPEN, CallStep, Cell, Leaf, Tree, Unfit, term
 
 # What a trace says of a node itself; all else in its metadata comes from the call that it stands for.
 _OF_THE_TRACE = ("val", "tensor_meta", "seq_nr")
 
 
-class Writer:
+class GraphWriter:
     """Writes the new graph down: what was read, call by call, from the trace of the calls that were run.
 
     `env` has the values of the read graph's nodes as trees of cells; `told` are its nodes that the trace has as inputs.
     """
 
     def __init__(
-        self, env: Mapping[fx.Node, Tree], steps: Sequence[Step], marks: int, made: fx.GraphModule, told: Sequence[fx.Node]
+        self, env: Mapping[fx.Node, Tree], steps: Sequence[CallStep], marks: int, made: fx.GraphModule,
+        told: Sequence[fx.Node],
     ) -> None:
         self.env, self.steps, self.made = env, steps, made
         self.out, self.root = fx.Graph(), nn.Module()
@@ -61,7 +62,7 @@ class Writer:
             cell.node = node
         return node
 
-    def _step(self, s: Step) -> None:
+    def _step(self, s: CallStep) -> None:
         t = s.template
         if t is None:
             s.result.node = self._switch(s.node)
@@ -77,14 +78,14 @@ class Writer:
                 c.node = self._at(self.shown[i], table, s)
         self._fill(t.result, s.result, table, s)
 
-    def _made(self, mark: int, s: Step) -> fx.Node:
+    def _made(self, mark: int, s: CallStep) -> fx.Node:
         """The node that makes a value to run calls on; before it, its sizes may stand."""
         made = [m for m in self.behind[mark] if m.target is torch.ops.aten.empty_strided.default]
         if len(made) != 1:
             raise Unfit(f"{s.node.name} reads what was not made for it")
         return made[0]
 
-    def _fill(self, tree: Tree, cells: Tree, table: Mapping[fx.Node, fx.Node | None], s: Step) -> None:
+    def _fill(self, tree: Tree, cells: Tree, table: Mapping[fx.Node, fx.Node | None], s: CallStep) -> None:
         """Say in which nodes the results of a call are."""
         if isinstance(tree, (tuple, list)):
             for x, y in zip(tree, cells):
@@ -97,7 +98,7 @@ class Writer:
         node.meta = {k: v for k, v in n.meta.items() if k in ("stack_trace", "nn_module_stack")}
         return node
 
-    def _node(self, s: Step, m: fx.Node, table: Mapping[fx.Node, fx.Node | None]) -> fx.Node:
+    def _node(self, s: CallStep, m: fx.Node, table: Mapping[fx.Node, fx.Node | None]) -> fx.Node:
         target = m.target
         if m.op == "get_attr":
             target = f"_constant{len(dict(self.root.named_buffers()))}"
@@ -113,7 +114,7 @@ class Writer:
 
     # --- sizes ----------------------------------------------------------------------------------------------------
 
-    def _at(self, m: object, table: Mapping[fx.Node, fx.Node | None], s: Step) -> fx.Node:
+    def _at(self, m: object, table: Mapping[fx.Node, fx.Node | None], s: CallStep) -> fx.Node:
         """Where a node of the trace is in the new graph. Beside the call's own there are sizes, which any call may show."""
         if not isinstance(m, fx.Node):
             raise Unfit(f"a result of {s.node.name} is in no node")
@@ -122,7 +123,7 @@ class Writer:
             found = self.sizes[m] = self._size(m, s)
         return found
 
-    def _given_size(self, m: fx.Node, s: Step) -> fx.Node | None:
+    def _given_size(self, m: fx.Node, s: CallStep) -> fx.Node | None:
         """The size of that value among the call's own, or as a dimension of what it is given."""
         value = m.meta.get("val")
         if m.op == "placeholder" or not isinstance(value, OPEN):
@@ -138,7 +139,7 @@ class Writer:
                     return made
         return None
 
-    def _size(self, m: fx.Node, s: Step) -> fx.Node:
+    def _size(self, m: fx.Node, s: CallStep) -> fx.Node:
         """A size that the inputs of the graph show, written down where it is first read."""
         if m.op == "placeholder":
             return self.inputs[self.told[m]]

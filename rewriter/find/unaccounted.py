@@ -160,7 +160,8 @@ def _states(
             continue
         for x in operands:
             way = _way_to_joint(x, known, weights)
-            if way is not None:
+            # positions laid across slopes, in the scores of an attention, are a joint as well
+            if way is not None and not _reaches(n, known):
                 yield n, _stands(n, way)
                 break
 

@@ -10,7 +10,7 @@ good for is decided in `patterns.absorb`, by algebra.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast as typed
 
@@ -27,7 +27,7 @@ from ..graph.aliases import Aliases
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of
 from ..graph.where import module_path
-from ..lift import operators_contract, operators_view
+from ..lift import operators_contract, operators_edit, operators_view
 from ..lift.index import ZERO
 from ..lift.lift import At, Lifter, Rule
 from ..lift.names import rename
@@ -38,6 +38,8 @@ _GATHERS = frozenset(("index", "index_select", "gather", "embedding", "unfold"))
 _JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
 _VIEWS = frozenset(operators_view.RULES) - _GATHERS - _JOINS
 _FRESH = frozenset(("new_empty", "empty", "empty_like", "new_zeros", "zeros", "zeros_like"))
+# What stands for a write into a fresh tensor in a graph without writes.
+_WRITES = frozenset(("slice_scatter", "copy"))
 # Nodes among which the module that a tensor comes from is sought.
 _LIMIT = 64
 
@@ -163,6 +165,8 @@ class _Climber(Lifter):
             name = op_name(n)
             if name in _PRODUCTS:
                 self._expands[n] = self.map_of(n) is not None
+            elif name in _WRITES:
+                self._expands[n] = any(self.expands(x) for x in n.all_input_nodes)
             elif name in _FRESH:
                 self._expands[n] = any(self.expands(w.all_input_nodes[-1]) for w in self.aliases.writers(n))
             elif name in _JOINS:
@@ -191,9 +195,10 @@ class _Climber(Lifter):
     def value(self, n: fx.Node, at: At) -> Expr:
         """As the lifter's, but for what is not followed: that is read as it stands."""
         at = tuple(ZERO if s == 1 else i for s, i in zip(shape_of(tensor_of(n)), at, strict=True))
-        if not self.inside and op_name(n) in _FRESH and self.expands(n):
+        made = self.assembled if op_name(n) in _FRESH else self.edited if op_name(n) == "slice_scatter" else None
+        if not self.inside and made is not None and self.expands(n):
             try:
-                return self.assembled(n, at)
+                return made(n, at)
             except CannotLift as no:
                 self.misses.append((no.reason, n))
                 return self.leaf(n, at)
@@ -217,6 +222,16 @@ class _Climber(Lifter):
             out = self.over(typed("fx.Node", a["self"]), typed("fx.Node", a["src"]), n, at, out)
         return out
 
+    def edited(self, n: fx.Node, at: At) -> Expr:
+        """The same where each copy is a value of its own: `slice_scatter(slice_scatter(empty, x, …), y, …)`."""
+        base = n.all_input_nodes[0]
+        fresh = op_name(base) in _FRESH and not self.aliases.writers(base)
+        before = ex.const(0.0, dtype_of(n)) if fresh else self.value(base, at)
+        source = typed("fx.Node", arguments(n)["src"])
+        d, start, end = _slice(n, shape_of(tensor_of(source)))
+        place = (*at[:d], at[d] - start, *at[d + 1 :])
+        return _between(ex.cast(self.value(source, place), dtype_of(n)), before, at[d], start, end)
+
     def over(self, view: fx.Node, source: fx.Node, n: fx.Node, at: At, before: Expr) -> Expr:
         """The value at `at` of `n` after `source` is copied into `view`, a chain of slices of `n`."""
         chain: list[fx.Node] = []
@@ -232,15 +247,19 @@ class _Climber(Lifter):
             where[d] = where[d] - start
         out = ex.cast(self.value(source, self.broadcast(source, tuple(where))), dtype_of(n))
         for i, start, end in bounds:
-            out = out if end is None else ex.where(i < end, out, before)
-            out = out if start == 0 else ex.where(i < start, before, out)
+            out = _between(out, before, i, start, end)
         return out
 
 
-def _slice(s: fx.Node) -> tuple[int, int, int | None]:
-    """Dimension, first coordinate and end of a slice with step 1; no end where it reaches the tensor's."""
+def _between(inside: Expr, outside: Expr, i: Expr, start: int, end: int | None) -> Expr:
+    out = inside if end is None else ex.where(i < end, inside, outside)
+    return out if start == 0 else ex.where(i < start, outside, out)
+
+
+def _slice(s: fx.Node, inner: Sequence[Size] = ()) -> tuple[int, int, int | None]:
+    """Dimension, first coordinate and end of a slice (of this shape) with step 1; no end where it reaches the tensor's."""
     a = arguments(s)
-    inner, outer = shape_of(tensor_of(s)), shape_of(tensor_of(s.all_input_nodes[0]))
+    inner, outer = inner or shape_of(tensor_of(s)), shape_of(tensor_of(s.all_input_nodes[0]))
     d, start = operators_view.dim_of(a["dim"], len(outer)), a["start"] or 0
     whole, kept = outer[d], inner[d]
     if same(whole, kept):
@@ -292,5 +311,5 @@ _PRODUCTS: Mapping[str, Callable[[Lifter, fx.Node], Contraction | None]] = {
 }
 _RULES: Mapping[str, Rule] = {
     **{name: rule for name, rule in operators_view.RULES.items() if name not in _GATHERS},
-    **dict.fromkeys(_PRODUCTS, _map),
+    **dict.fromkeys(_PRODUCTS, _map), "copy": operators_edit.copy,
 }

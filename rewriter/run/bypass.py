@@ -34,7 +34,7 @@ _numbers = itertools.count()
 _thread = threading.local()
 
 
-class Counted(Protocol):
+class Entrance(Protocol):
     """What is gone round: a way into a model, with the lock of what belongs to it and the reasons that were said already."""
 
     path: str
@@ -43,16 +43,16 @@ class Counted(Protocol):
 
 
 # What Dynamo can name while it compiles is a number.
-_by_number: weakref.WeakValueDictionary[int, Counted] = weakref.WeakValueDictionary()
+_by_number: weakref.WeakValueDictionary[int, Entrance] = weakref.WeakValueDictionary()
 
 
-def number_of(entry: Counted) -> int:
+def number_of(entry: Entrance) -> int:
     number = next(_numbers)
     _by_number[number] = entry
     return number
 
 
-def went_round(entry: Counted, why: str) -> None:
+def went_round(entry: Entrance, why: str) -> None:
     """Count a call, and warn at the first of its kind in a model."""
     if getattr(_thread, "own", False):
         return

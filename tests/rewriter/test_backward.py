@@ -185,7 +185,7 @@ def test_a_checkpoint_and_detached_values_are_no_reason() -> None:
     model, ours = both(step, True)
     x = torch.randn(2, 16, 32)
     for a, b in zip(trained(ours, x), trained(model, x), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-4)
     assert [p.error for p in reattend.report(ours).pieces] == [""]
 
 
