@@ -58,15 +58,20 @@ def mask(
 
     Inside somebody's tracing it is the dense one.
     """
-    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    dense = partial(
-        eager_mask, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap=use_vmap,
-        device=device, dtype=dtype,
-    )
+    padding, whole_function = prepare_padding_mask(attention_mask, kv_length, kv_offset), mask_function
+
+    def dense(first: Any, first_key: Any, **more: Any) -> Any:
+        return eager_mask(
+            batch_size, q_length, kv_length, first, first_key, whole_function, attention_mask, use_vmap=use_vmap,
+            device=device, dtype=dtype, **more,
+        )
+
     skips = bool(options.get("allow_is_bidirectional_skip"))
     if _traced(attention_mask, q_offset) or torch.device(device).type == "meta":
-        made: Tensor | None = dense(allow_is_bidirectional_skip=skips)
+        made: Tensor | None = dense(q_offset, kv_offset, allow_is_bidirectional_skip=skips)
         return made
+    # A static cache counts in the very tensor that it gives here, before its mask is read.
+    offset, key_offset = int(q_offset), int(kv_offset)
     if attention_mask is not None and padding is not None:
         whole = bool(attention_mask.all())
         if whole and skips and _covers(attention_mask, kv_length, kv_offset) and options.get("local_size") is None:
@@ -78,8 +83,8 @@ def mask(
     elif skips and options.get("local_size") is None:
         return None
     return PositionMask.of(Positions(
-        batch_size, q_length, kv_length, int(q_offset), int(kv_offset), mask_function, dtype, torch.device(device),
-        not use_vmap, dense,
+        batch_size, q_length, kv_length, offset, key_offset, mask_function, dtype, torch.device(device),
+        not use_vmap, partial(dense, offset, key_offset),
     ))
 
 

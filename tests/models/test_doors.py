@@ -63,6 +63,22 @@ def test_outputs_on_valid_tokens(name: str, policy: reattend.Policy | None) -> N
         assert set(report.kernels) == {"reattend"}, str(report)
 
 
+@pytest.mark.parametrize(("name", "options"), [("gemma2", {}), ("llama", {"output_attentions": True})])
+def test_a_static_cache_where_the_models_own_function_runs(name: str, options: dict[str, Any]) -> None:
+    """The cache counts in the tensor that says where queries stand, and a dense mask is made after it has."""
+    ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+
+    def logits(model: Any) -> torch.Tensor:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=32)
+        pieces = ((0, 6), (6, 10), (10, 11), (11, 12))
+        with torch.no_grad():
+            outs = [model(input_ids=ids[:, a:e], past_key_values=cache, **options) for a, e in pieces]
+        return torch.cat([zoo.output_of(out) for out in outs], 1)
+
+    own, door = pair(name, reattend.Policy(allow=("original",), deny=("reattend", "sdpa", "flex")))
+    assert relative(logits(door), logits(own)) <= 2e-5
+
+
 def error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float((got.double() - exact).square().mean().sqrt() / exact.abs().max())
 
