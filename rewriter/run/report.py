@@ -26,6 +26,7 @@ class GraphPiece:
     are times of the chosen kernels in some of the runs; `checks` what was found where they were held against the original;
     `slower` says of sites whose kernel took longer than the model's own code how long either took.
 
+    `close`: its sizes are fixed, and its attentions may be as fast as written, which then holds little memory.
     `broke` says where and why Dynamo ended the graph early; `error` why nothing was rewritten in it.
     """
 
@@ -40,6 +41,7 @@ class GraphPiece:
     calls: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     samples: Samples = field(default_factory=Samples)
+    close: bool = False
     checks: list[Check] = field(default_factory=list)
     slower: dict[str, str] = field(default_factory=dict)
 

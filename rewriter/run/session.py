@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 
 from ...cost_model.devices.device import Device
-from ...cost_model.sites.site import ORIGINAL
+from ...cost_model.sites.site import ORIGINAL, Site
 from ..capture import capture
 from ..choose import choose
 from ..choose.policy import Policy, StrictError
@@ -42,6 +42,8 @@ _MARK = "_reattend"
 # Compilations that one entry may ask for before Dynamo gives its frame up; a model meets many sizes, modes and types.
 _RECOMPILE_LIMIT = 64
 _FAILURES_ALLOWED = 2
+# What the own code of an attention may hold at once to be timed.
+TIMED_BYTES = 64 << 20
 
 _numbers = itertools.count(1)
 _running = threading.local()
@@ -120,7 +122,8 @@ class Entry:
         if given_up or bypass.traced(args, kwargs):
             bypass.went_round(self, bypass.GIVEN_UP if given_up else bypass.TRACED)
             return torch_private.own_call(self.module, *args, **kwargs)
-        contest = self.contests.of(args, kwargs) if self.contests is not None else None
+        close = self.contests is not None and all(p.close for p in self.session.pieces)
+        contest = self.contests.of(args, kwargs) if close and self.contests is not None else None
         turn = contest.turn() if contest is not None else None
         if self.contests is None or contest is None or turn is None:
             return self._rewritten(args, kwargs)
@@ -379,11 +382,19 @@ def _enter_races(graph: fx.GraphModule, piece: GraphPiece) -> None:
     if any(isinstance(v, torch.SymInt) for v in values):
         return
     sites = {s.name: s for s in piece.sites}
+    piece.close = all(map(_is_close, sites.values()))
     for module in graph.modules():
-        if isinstance(module, Guarded) and (site := sites.get(module.name)) is not None:
-            own = next((c.cost for c in site.candidates if c.is_original), None)
-            if undecided(site.chosen.cost, own):
-                module.race = Race(site.name or site.where, piece.slower)
+        if isinstance(module, Guarded) and (site := sites.get(module.name)) is not None and _is_close(site):
+            module.race = Race(site.name or site.where, piece.slower)
+
+
+def _is_close(site: Site) -> bool:
+    """May either be the faster one, and can the own code be afforded? Who shortens memory by us may not have it."""
+    if site.chosen.is_original:
+        return True
+    own = site.original.cost if site.original is not None else None
+    small = site.memory is not None and site.memory.eager_bytes <= TIMED_BYTES
+    return small and undecided(site.chosen.cost, own)
 
 
 def _all_lost(graph: fx.GraphModule) -> bool:

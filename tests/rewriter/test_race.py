@@ -116,6 +116,24 @@ def test_nothing_is_timed_where_the_policy_leaves_no_choice(policy: reattend.Pol
     assert (report.as_written, report.fallbacks) == (0, 0)
 
 
+@pytest.mark.parametrize("why", ["memory", "decided", "open sizes"])
+def test_the_model_is_not_run_as_written_to_be_timed(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its own code may not fit, is known to be slower, or may be called at any size."""
+    kernels(monkeypatch, own=1e-3, kernel=2e-3)
+    calls(monkeypatch, 1.0, 2.0)
+    if why == "memory":
+        monkeypatch.setattr("reattend.rewriter.run.session.TIMED_BYTES", 1 << 16)
+    elif why == "decided":
+        monkeypatch.setattr("reattend.rewriter.run.session.undecided", lambda kernel, own: False)
+    model = reattend.optimize(Attention(), policy=OURS)
+    if why == "open sizes":
+        ran(model, 1, N // 2)
+        ran(model, 1, N + 1)
+    ran(model, 24)
+    report = reattend.report(model)
+    assert (report.as_written, report.fallbacks) == (0, 0)
+
+
 def test_gradients_are_never_left_to_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels(monkeypatch, own=1e-3, kernel=2e-3)
     calls(monkeypatch, 1.0, 2.0)
