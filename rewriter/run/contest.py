@@ -4,8 +4,8 @@
     calls 5 … 20     as written, as rewritten, as written, …; fewer where one is far ahead
     afterwards       the one whose least time is shorter
 
-A capture has a price of its own, which a small model pays at every call. Running the model as written is always right, and is done
-where all of its attentions may be as fast so, and hold little memory (`GraphPiece.close`).
+A capture has a price of its own, which a small model pays at every call. Running the model as written is always right,
+and is done where all of its attentions may be as fast so, and hold little memory (`GraphPiece.close`).
 """
 
 from __future__ import annotations
