@@ -73,15 +73,25 @@ def _compiled(number: int) -> bool:
 compiled = torch.compiler.assume_constant_result(_compiled)  # type: ignore[no-untyped-call]
 
 
+def enter() -> bool:
+    """What this thread traces from here on is traced by us; answers what `leave` is given."""
+    before: bool = getattr(_thread, "own", False)
+    _thread.own = True
+    return before
+
+
+def leave(before: bool) -> None:
+    _thread.own = before
+
+
 @contextmanager
 def own() -> Iterator[None]:
-    """What is traced here is traced by us, to plan it."""
-    before = getattr(_thread, "own", False)
-    _thread.own = True
+    """The same for a stretch: what is traced here is traced by us, to plan it."""
+    before = enter()
     try:
         yield
     finally:
-        _thread.own = before
+        leave(before)
 
 
 # --- inside somebody else's trace -----------------------------------------------------------------------------------

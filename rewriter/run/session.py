@@ -150,6 +150,7 @@ class Entry:
 
     def _rewritten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before, seen = getattr(_running, "pieces", 0), torch_private.attempts()[-1:]
+        outer = bypass.enter()
         try:
             out = self.compiled(self.module, *args, **kwargs)
         except torch_private.dynamo_errors() as error:
@@ -161,6 +162,7 @@ class Entry:
                 raise
             return self._as_written(error, args, kwargs)
         finally:
+            bypass.leave(outer)
             if getattr(_running, "asked", 0):
                 _hook_guards.done()
         ran = getattr(_running, "pieces", 0) != before

@@ -308,3 +308,5 @@ def test_training(checked: bool, autocast: bool) -> None:
         assert b.grad is not None
         assert (a.grad - b.grad).abs().max() <= (5e-2 if autocast else 1e-4) * b.grad.abs().max()
     assert ran(ours)
+    # what a checkpoint traces inside our capture did not go round us
+    assert not reattend.report(ours).bypassed
