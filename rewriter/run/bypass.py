@@ -32,10 +32,11 @@ GIVEN_UP = "the capture of the model failed more than once"
 
 _numbers = itertools.count()
 _thread = threading.local()
+_lock = threading.Lock()
 
 
 class Entrance(Protocol):
-    """What is gone round: a way into a model, with the lock of what belongs to it and the reasons that were said already."""
+    """What is gone round: a way into a model; `said` are the reasons that its model was warned of already."""
 
     path: str
     bypassed: Counter[str]
@@ -56,9 +57,11 @@ def went_round(entry: Entrance, why: str) -> None:
     """Count a call, and warn at the first of its kind in a model."""
     if getattr(_thread, "own", False):
         return
-    entry.bypassed[why] += 1
-    if why not in entry.said:
+    with _lock:
+        entry.bypassed[why] += 1
+        fresh = why not in entry.said
         entry.said.add(why)
+    if fresh:
         warnings.warn(f"reattend: {entry.path or 'the model'} runs as written: {why}", stacklevel=5)
 
 

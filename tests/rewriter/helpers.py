@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.evaluate import evaluate
+from reattend.rewriter.find import detect
 from reattend.rewriter.find.detect import Found
 
 
@@ -41,3 +44,20 @@ def error_of(found: Found, values: dict[fx.Node, Any]) -> float:
     out = evaluate(found.cascade, tensors)[found.cascade.outputs[0]]
     reference = values[found.output]
     return float((out - reference.reshape(out.shape)).abs().max() / reference.abs().max())
+
+
+def read(fn: Callable[..., Tensor], *args: Tensor) -> Attention:
+    """The one attention of a function, beside which nothing is missed and which computes what the function does."""
+    gm = graph_of(fn, args)
+    found, missed = detect.find(gm)
+    assert len(found) == 1, [m.reason for m in missed]
+    assert not missed, [m.reason for m in missed]
+    assert error_of(found[0], values_of(gm, args)) <= 1e-12
+    view = attention(found[0].cascade)
+    assert isinstance(view, Attention)
+    return view
+
+
+def given(*shapes: tuple[int, ...]) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(s, dtype=torch.float64) for s in shapes]

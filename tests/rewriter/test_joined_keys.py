@@ -12,12 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from reattend.patterns.attention.attention import Attention
-from reattend.patterns.attention.recognise import attention
 from reattend.patterns.masks.split import split
 from reattend.rewriter.find import detect
 
-from .helpers import error_of, graph_of, values_of
+from .helpers import error_of, graph_of, read, values_of
 
 B, H, N, M, R, D = 2, 4, 12, 10, 3, 8
 
@@ -25,18 +23,6 @@ B, H, N, M, R, D = 2, 4, 12, 10, 3, 8
 def tokens(*lengths: int, heads: int = H, batch: int = B) -> list[Tensor]:
     torch.manual_seed(0)
     return [torch.randn(batch, heads, n, D, dtype=torch.float64) for n in lengths]
-
-
-def read(fn: Callable[..., Tensor], *args: Tensor) -> Attention:
-    """The one attention of a function, which computes what the function does."""
-    gm = graph_of(fn, args)
-    found, missed = detect.find(gm)
-    assert len(found) == 1, [m.reason for m in missed]
-    assert not missed, [m.reason for m in missed]
-    assert error_of(found[0], values_of(gm, args)) <= 1e-12
-    view = attention(found[0].cascade)
-    assert isinstance(view, Attention)
-    return view
 
 
 def joined(q: Tensor, *keys: Tensor) -> Tensor:

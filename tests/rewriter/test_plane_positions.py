@@ -11,29 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from reattend.patterns.attention.attention import Attention
-from reattend.patterns.attention.recognise import attention
 from reattend.rewriter.find import detect
 
-from .helpers import error_of, graph_of, values_of
+from .helpers import given, graph_of, read
 
 H, W, C = 6, 4, 8
-
-
-def read(fn: Callable[..., Tensor], *args: Tensor) -> Attention:
-    """The one attention of a function, which computes what the function does."""
-    gm = graph_of(fn, args)
-    found, missed = detect.find(gm)
-    assert len(found) == 1, [m.reason for m in missed]
-    assert error_of(found[0], values_of(gm, args)) <= 1e-12
-    view = attention(found[0].cascade)
-    assert isinstance(view, Attention)
-    return view
-
-
-def given(*shapes: tuple[int, ...]) -> list[Tensor]:
-    torch.manual_seed(0)
-    return [torch.randn(s, dtype=torch.float64) for s in shapes]
 
 
 def bias(r: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
