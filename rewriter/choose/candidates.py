@@ -22,7 +22,7 @@ from ...codegen.vendor import use as vendor
 from ...cost_model.count.expect import known
 from ...cost_model.count.memory import AttentionMemory, memory
 from ...cost_model.count.passes import key_passes
-from ...cost_model.count.tiles import Data
+from ...cost_model.count.tiles import NOTHING, Data
 from ...cost_model.devices.device import Device
 from ...cost_model.sites.detail import detail
 from ...cost_model.sites.picture import picture
@@ -55,7 +55,7 @@ from .policy import Policy
 class Question:
     """All that a decision depends on: equal questions have equal answers.
 
-    `origins` names the inputs of the graph behind each tensor that the mask reads.
+    `origins` names the inputs of the graph behind each tensor that the mask reads; `constants` has those that none reaches.
     """
 
     cascade: Cascade
@@ -69,6 +69,7 @@ class Question:
     written: VendorUse | None
     traced: bool
     origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    constants: Data = NOTHING
 
 
 @lru_cache(maxsize=1024)
@@ -76,7 +77,7 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     c, sizes = q.cascade, dict(q.sizes)
     view = attention(c)
     assert isinstance(view, Attention), view
-    taken = known(c, view, sizes, q.policy.expectations, dict(q.origins))
+    taken = known(c, view, sizes, q.policy.expectations, dict(q.origins), q.constants)
     candidates: list[Candidate] = []
     calls: dict[str, splice.Call] = {}
     for candidate, call in _candidates(q, sizes, taken.data):

@@ -302,7 +302,7 @@ def decide_place(
     question = Question(
         stands.cascade, tuple(sorted(stands.sizes(at).items())), request.target or running_device(stands.device_type),
         request.policy, request.executable, stands.gradients, stands.bound, stands.dtype, stands.call(at), request.traced,
-        stands.origins,
+        stands.origins, stands.constants,
     )
     site, calls = answer(question)
     guards = guard_sentences(calls.get(site.choice))

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from ...cost_model.count.expect import unknowns
+from ...cost_model.count.tiles import NOTHING, Data
 from ...cost_model.sites.course import Symbol
 from ...cost_model.time.predict import VendorUse
 from ...patterns import expr as ex
@@ -31,6 +32,7 @@ from ..graph.sizes import product, shape_of, size_of
 from ..graph.torch_private import bounds, expression, traced_size, tree_leaves
 from ..lift.operators_contract import CONTRACTIONS
 from ..splice.splice import hint
+from .constants import constants
 from .detect import Found
 
 # Sizes from here on are no bound that anyone set.
@@ -45,7 +47,7 @@ class Place:
     cascade that are no size of a graph input: as sizes of the graph, with the value that was traced. `written`: how the
     model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes. `upstream` has what
     makes its keys and values, where that was asked for, and `model` the channels of the projection behind it. `origins`:
-    the graph's inputs behind each tensor that its mask reads.
+    the graph's inputs behind each tensor that its mask reads; `constants`: those of these tensors that no input reaches.
     """
 
     cascade: Cascade
@@ -60,6 +62,7 @@ class Place:
     written: VendorUse | None
     mask_elements: Size
     origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    constants: Data = NOTHING
     upstream: Cascade | Obstacle | None = None
     model: Size = 0
 
@@ -94,21 +97,18 @@ def place(f: Found, name: str) -> Place:
     """The place of a found attention."""
     value = f.output.meta["val"]
     written, mask_elements = _written(f)
+    view = attention(f.cascade)
+    assert isinstance(view, Attention), view
+    read = {name: f.tensors[name] for name in unknowns(view) if name in f.tensors}
     return Place(
         f.cascade, name, f.where, f.notes, _bound_to_original(f), _wants_gradient(f),
         str(value.dtype).removeprefix("torch."), value.device.type, _scalars(f), written, mask_elements,
-        _origins(f),
+        tuple((name, _inputs_behind(n)) for name, n in read.items()), constants(read),
     )
 
 
-def _origins(f: Found) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The graph's inputs whose values, not sizes, reach the tensors that the mask reads."""
-    view = attention(f.cascade)
-    assert isinstance(view, Attention), view
-    return tuple((name, _inputs_behind(f.tensors[name])) for name in unknowns(view) if name in f.tensors)
-
-
 def _inputs_behind(node: fx.Node) -> tuple[str, ...]:
+    """The graph's inputs whose values, not sizes, reach a tensor."""
     found: dict[str, None] = {}
     seen, stack = {node}, [node]
     while stack:
