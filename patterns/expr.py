@@ -10,6 +10,7 @@ model wrote stays a `cast`. Nothing here imports torch.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 from weakref import WeakValueDictionary
@@ -383,14 +384,27 @@ def where(cond: Expr, a: Expr | Scalar, b: Expr | Scalar) -> Expr:
 
 
 def cast(a: Expr, dtype: str) -> Expr:
-    """Conversion to another dtype; a literal and a widening of a widening are folded."""
+    """Conversion to another dtype; a literal is converted here, so that a fill in 16 bits is a number like any other."""
     if a.dtype == dtype:
         return a
     if a.op == "const" and (dtype in FLOATS or a.dtype not in FLOATS or math.isfinite(a.value)):
-        if dtype in ("f16", "bf16") and a.dtype in FLOATS and a.value not in (0.0, 1.0, math.inf, -math.inf):
-            return Expr("cast", (a,), None, dtype)
-        return const(a.value, dtype)
+        return const(_rounded(float(a.value), dtype) if dtype in ("f16", "bf16") else a.value, dtype)
     return Expr("cast", (a,), None, dtype)
+
+
+def _rounded(value: float, dtype: str) -> float:
+    """The nearest number of a type of 16 bits, by way of float32, as torch converts it."""
+    try:
+        single = struct.pack("<f", value)
+        if dtype == "f16":
+            return float(struct.unpack("<e", struct.pack("<e", struct.unpack("<f", single)[0]))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    if math.isnan(value):
+        return value
+    (bits,) = struct.unpack("<I", single)
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
 
 
 def make(op: str, args: tuple[Expr, ...], attr: object = None, dtype: str | None = None) -> Expr:
