@@ -165,8 +165,10 @@ def _vit(path: str) -> nn.Module:
     return drawn(kind(**required | own))
 
 
-def _vit_calls(model: nn.Module, call: int) -> Iterator[Call]:
-    for size in (32, 64, 128, 224):
+def _vit_calls(path: str, model: nn.Module, call: int) -> Iterator[Call]:
+    # the size that it is made for first: others may leave a stage with one key
+    own = _STAGED.get(path, {}).get("image_size", 32)
+    for size in dict.fromkeys((own if isinstance(own, int) else own[0], 32, 64, 128, 224)):
         yield (numbers(2 + call, 3, size, size),), {}
     yield (numbers(2 + call, 3, 64),), {}
     yield (numbers(2 + call, 3, 4, 32, 32),), {}
@@ -175,7 +177,7 @@ def _vit_calls(model: nn.Module, call: int) -> Iterator[Call]:
 
 def vit_pytorch_cases() -> list[Case]:
     importlib.import_module("vit_pytorch")
-    return [Case("vit_pytorch", name, (partial(_vit, name),), _vit_calls) for name in _VIT_CLASSES]
+    return [Case("vit_pytorch", name, (partial(_vit, name),), partial(_vit_calls, name)) for name in _VIT_CLASSES]
 
 
 # --- diffusers ---

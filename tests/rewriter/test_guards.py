@@ -156,7 +156,7 @@ def test_the_condition_is_proved_from_mask_and_data() -> None:
     graph, found = captured(Padded(), x, mask(24, 9))
     view = attention(found.cascade)
     assert isinstance(view, Attention)
-    condition = guards.every_row_keeps_a_key(found.cascade, view)
+    condition = guards.every_row_keeps_a_key(view)
     (name,) = condition.tensors
     for lengths in ((24, 24), (24, 1), (24, 0)):
         run = fx.Interpreter(graph, garbage_collect_values=False)
@@ -204,7 +204,7 @@ def test_the_condition_reads_sums_and_sizes(model: nn.Module, first: int, end: i
     (found,), _ = detect.find(graph)
     view = attention(found.cascade)
     assert isinstance(view, Attention)
-    condition = guards.every_row_keeps_a_key(found.cascade, view)
+    condition = guards.every_row_keeps_a_key(view)
     run = fx.Interpreter(graph, garbage_collect_values=False)
     out = run.run(*args)
     tensors = {name: run.env[node] for name, node in found.tensors.items()}

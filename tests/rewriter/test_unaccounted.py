@@ -287,3 +287,19 @@ def test_a_plan_and_a_report_agree(fn: Callable[..., Tensor], batch: int) -> Non
         plan, report = reattend.plan(Model(), args), reattend.report(ours)
     assert [s.kind for s in plan.sites] == [s.site.kind for s in report.sites]
     assert sorted(m.reason for m in plan.misses) == sorted(m.reason for m in report.misses)
+
+
+def scaled_by_position(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rotated queries and keys that are scaled by where they stand: their own product looks like a last one."""
+    where = torch.arange(q.shape[-2], dtype=q.dtype)
+    angle = torch.einsum("i,j->ij", where, 1 / 100 ** torch.linspace(0, 1, q.shape[-1], dtype=q.dtype))
+    size = 0.9 ** ((where - where.max() // 2) / 8)[:, None]
+    q, k = (t * angle.cos() * s + t.flip(-1) * angle.sin() * s for t, s in ((q, size), (k, 1 / size)))
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def test_what_an_attention_computes_is_no_miss_of_its_own() -> None:
+    args = [torch.randn(2, 3, 7, 4, dtype=torch.float64) for _ in range(3)]
+    found, missed = detect.find(graph_of(scaled_by_position, args))
+    assert len(found) == 1
+    assert not missed, [m.reason for m in missed]
