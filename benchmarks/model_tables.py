@@ -133,7 +133,7 @@ _STAGED: dict[str, dict[str, Any]] = {
     "look_vit.LookViT": {"depth": 1, "patch_size": 8, "highres_patch_size": 4, "heads": 4},
     "jumbo_vit.JumboViT": {"jumbo_cls_k": 2}, "cvt.CvT": {"s1_emb_dim": 32, "s2_emb_dim": 64, "s3_emb_dim": 64,
         "s1_heads": 2, "s2_heads": 2, "s3_heads": 4, "s3_depth": 1, "s2_depth": 1},
-    "levit.LeViT": {"dim": (64, 64, 64), "depth": 1, "heads": (2, 2, 2), "mlp_mult": 2, "image_size": 64},
+    "levit.LeViT": {"dim": (64, 64, 64), "depth": 1, "heads": (2, 2, 2), "mlp_mult": 2, "image_size": 128},
     "pit.PiT": {"depth": (1, 1)}, "t2t.T2TViT": {"t2t_layers": ((7, 4), (3, 2)), "depth": 2, "heads": 4,
         "mlp_dim": 96}, "xcit.XCiT": {"local_patch_kernel_size": 3},
     "twins_svt.TwinsSVT": {"s1_emb_dim": 32, "s2_emb_dim": 64, "s3_emb_dim": 64, "s4_emb_dim": 64, "s3_depth": 1,

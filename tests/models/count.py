@@ -1,4 +1,7 @@
-"""Counts attentions while a model runs: softmaxes that flow into a product, or into several. Shares no code with detection."""
+"""Counts attentions while a model runs: softmaxes that flow into a product, or into several. Shares no code with detection.
+
+Over one key a softmax is 1, whatever the scores are: nothing is attended to, and nothing is counted.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,15 @@ class CountAttention(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name in _WHOLE:
-            self.count += 1
-            self.fused += name == _WHOLE[0]
+            self.count += name != _WHOLE[0] or args[1].shape[-2] > 1
+            self.fused += name == _WHOLE[0] and args[1].shape[-2] > 1
             return out
         flat = [a for x in args for a in (x if isinstance(x, (list, tuple)) else [x]) if isinstance(a, torch.Tensor)]
         carried = {self._weights[id(a)][1] for a in flat if id(a) in self._weights}
         if name in _SOFTMAX:
+            dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else None)
+            if isinstance(dim, int) and out.dim() and out.shape[dim] == 1:
+                return out
             self._weights[id(out)] = (out, id(out))
         elif carried and name in _PRODUCTS:
             self.count += len(carried - self._counted)
