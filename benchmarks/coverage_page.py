@@ -36,7 +36,9 @@ def missing(row: Row) -> int:
 
 
 def named(row: Row) -> int:
-    return min(missing(row), sum(forced(row).get("left", {}).values()))
+    """Of these, those that a report names: by a miss, or as a frame that Dynamo gave up."""
+    run = forced(row)
+    return missing(row) if run.get("given_up") else min(missing(row), sum(run.get("left", {}).values()))
 
 
 def silent(row: Row) -> int:
@@ -130,12 +132,13 @@ docs/coverage.md` writes what is below from `benchmarks/results/coverage_cpu.jso
 Every architecture that a library names is built small, with random weights none of which is near zero, and called in
 a process of its own with a time box. **Attentions** are counted while the model runs as written: softmaxes that flow
 into a product, and calls of SDPA, by code that shares nothing with detection. **Found** are those that are sites of a
-report; **named**, misses that have a reason there; **silent** is what neither accounts for. **Torch alone** are the
-attentions that are SDPA without us: as a model is written, or where one of Inductor's patterns matched in its
-captured graph. **Rewritten** is what a kernel of ours computed where the policy allows no other. Each model runs in
-float32 and bfloat16, as chosen and with our kernels forced, and every output is held against float64 as
-[design.md](design.md) says: *right*; *moved*, where the model itself moves as far when what its modules give moves by
-a unit in the last place (an expert, a bucket); or *wrong*.
+report; **named**, misses that have a reason there, or a frame that Dynamo gave up; **silent** is what neither
+accounts for. **Torch alone** are the attentions that are SDPA without us, of those in models that PyTorch's matcher
+was asked about: as a model is written, or where one of Inductor's patterns matched in its captured graph.
+**Rewritten** is what a kernel of ours computed where the policy allows no other. Each model runs in float32 and
+bfloat16, as chosen and with our kernels forced, and every output is held against float64 as [design.md](design.md)
+says: *right*; *moved*, where the model itself moves as far when what its modules give moves by a unit in the last
+place (an expert, a bucket); or *wrong*.
 """
 
 
@@ -170,8 +173,9 @@ def _libraries(rows: list[Row]) -> str:
 
     body = []
     for name, models, attentions, seen, said, lost, rewritten, *rest in lines(rows):
-        asked = [r for r in own(name) if "matcher" in r or not r["attentions"]]
-        torch = _share(sum(map(fused, asked)), sum(r["attentions"] for r in asked)) if asked else "–"
+        asked = [r for r in own(name) if "matcher" in r]
+        whole = sum(r["attentions"] for r in asked)
+        torch = f"{sum(map(fused, asked))} of {whole} ({_share(sum(map(fused, asked)), whole)})" if whole else "–"
         body.append((name, models, attentions, seen, _share(seen, attentions), said, lost, torch, rewritten, *rest))
     titles = (*TITLES[:4], "share", *TITLES[4:6], "torch alone", *TITLES[6:])
     return _grid(titles, body)
@@ -189,7 +193,10 @@ def _missing(rows: list[Row]) -> str:
 
 
 def _left(row: Row) -> list[str]:
-    return [f"{why} ×{n}" if n > 1 else why for why, n in forced(row).get("left", {}).items()]
+    run = forced(row)
+    given_up = run.get("given_up")
+    said = [f"a frame that Dynamo gave up: {str(given_up[0])[:80]} …"] if isinstance(given_up, list) else []
+    return said + [f"{why} ×{n}" if n > 1 else why for why, n in run.get("left", {}).items()]
 
 
 def _reasons(rows: list[Row]) -> str:

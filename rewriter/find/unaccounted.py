@@ -72,7 +72,7 @@ def _softmaxes(
         if before is None:
             continue
         if after is None and not before[1] and _is_of_tokens(before[0], weights) and _leaves(n, known):
-            yield n, "a softmax of a product leaves its graph before it meets values: a graph break is between them, or the end"
+            yield n, "a softmax of a product leaves its graph before it meets values: behind a graph break, or the end"
         if after is None or after[0] in known or _reaches(n, known):
             continue
         layers = [*before[1], *after[1]]

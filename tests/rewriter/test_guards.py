@@ -330,3 +330,22 @@ def test_equal_own_code_is_one_module_and_other_code_is_not() -> None:
     modules = [m for m, _ in made]
     assert modules[0] is modules[1]
     assert len({id(m) for m in modules}) == len(modules) - 1 >= 3
+
+
+class Gated(nn.Module):
+    """A bias is scaled by a gate that queries make: a sum over as many elements as there are keys, read at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.bias = nn.Linear(16, 8), nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, second = self.gate(q).unflatten(-1, (2, 4)).sum(-1).sigmoid().chunk(2, -1)
+        scores = q @ k.mT * 0.25 + (first * (second * 0.5 - 1) + 2) * self.bias
+        return scores.softmax(-1) @ v
+
+
+def test_a_product_that_is_read_at_two_places_is_guarded_where_it_stands() -> None:
+    plan = reattend.plan(Gated().eval(), tuple(torch.randn(2, 3, 4, 16) for _ in range(3)))
+    assert [s.kind for s in plan.sites] == ["softmax"]
+    assert not plan.misses, plan.misses
