@@ -265,11 +265,11 @@ def _vendor(
         keyed = make(q.cascade, keyed=True)
         if isinstance(keyed, Refusal) or q.traced:
             return _refused(name, made.reason)
-        first = every_row_keeps_a_key(q.cascade, view)
+        first = every_row_keeps_a_key(view)
         made, conditions = keyed, (first, *(c for c in conditions if c.sentence != first.sentence))
     if made.compiled and q.device.kind == "cpu":
         # the compiled kernel takes a row with a NaN for one without a key, and gives it 0
-        conditions = (*conditions, queries_and_keys_are_finite(q.cascade, view))
+        conditions = (*conditions, queries_and_keys_are_finite(view))
     if conditions and q.traced:
         return _refused(name, f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
     try:
@@ -301,12 +301,12 @@ def _row_conditions(q: Question, a: Attention) -> tuple[Condition, ...]:
     added = _added(a)
     if q.gradients:
         if added:
-            return (every_row_is_added_to(q.cascade, a, LEVEL),)
+            return (every_row_is_added_to(a, LEVEL),)
         keep = split(a.score, a.key).keep
-        return (every_row_keeps_a_key(q.cascade, a),) if keep is not ex.TRUE and rows_keep_a_key(a, keep) else ()
+        return (every_row_keeps_a_key(a),) if keep is not ex.TRUE and rows_keep_a_key(a, keep) else ()
     if low_row_rule(a, added) in ("never", "zero"):
         return ()
-    return (every_row_is_added_to(q.cascade, a, math.inf),)
+    return (every_row_is_added_to(a, math.inf),)
 
 
 def _added(a: Attention) -> tuple[ex.Expr, ...]:

@@ -35,6 +35,7 @@ from ..lift.operators_contract import peel
 from . import defect
 from .added import Addend, addends, candidates, sums
 from .final import Final, finals, hides_product
+from .inside import between
 from .twins import match
 from .unaccounted import unaccounted
 
@@ -130,6 +131,9 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
         elif out is not None:
             dismissed.add(out.node)
     found.sort(key=lambda f: aliases.position[f.output])
+    # what an attention computes is accounted for, whatever else it looks like
+    inside = {n for f in found for n in between({*f.tensors.values(), *f.scalars.values()}, f.output)}
+    missed = [m for m in missed if m.node not in inside or defect.is_one(m.reason)]
     known = taken | {m.node for m in missed}
     missed += [_near(n, reason, 1) for n, reason in dict(unaccounted(gm.graph, known, dismissed)).items()]
     return found, missed

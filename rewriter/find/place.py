@@ -29,11 +29,12 @@ from ...patterns.verdict import Obstacle
 from ..graph.liveness import survivors
 from ..graph.node import arguments, op_name
 from ..graph.sizes import product, shape_of, size_of
-from ..graph.torch_private import bounds, expression, traced_size, tree_leaves
+from ..graph.torch_private import bounds, expression, traced_size
 from ..lift.operators_contract import CONTRACTIONS
 from ..splice.splice import hint
 from .constants import constants
 from .detect import Found
+from .inside import between
 
 # Sizes from here on are no bound that anyone set.
 UNBOUNDED = 1 << 40
@@ -159,38 +160,7 @@ def _wants_gradient(f: Found) -> bool:
 
 def interior(f: Found) -> frozenset[fx.Node]:
     """The nodes between the inputs of an attention and its output."""
-    stop = {*f.tensors.values(), *f.scalars.values()}
-    seen: set[fx.Node] = set()
-    stack = [f.output]
-    while stack:
-        n = stack.pop()
-        if n in seen or n in stop or n.op != "call_function":
-            continue
-        seen.add(n)
-        stack.extend(_data(n))
-    return frozenset(seen - {f.output})
-
-
-# Operators that read no element of an argument: its shape, type and device alone.
-_LENT: Mapping[str, int] = {
-    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), 0),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
-    **dict.fromkeys(("expand_as", "type_as", "view_as", "reshape_as"), 1),
-}
-
-
-def _data(n: fx.Node) -> Iterator[fx.Node]:
-    """The nodes whose elements a node reads: no sizes, no empty part of a concatenation, nothing that lends its shape."""
-    at = _LENT.get(op_name(n), len(n.args))
-    read = tree_leaves((n.args[:at], n.args[at + 1 :], dict(n.kwargs)))
-    for i in n.all_input_nodes:
-        if i not in read:
-            continue
-        value = i.meta.get("val")
-        plain = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
-        empty = isinstance(value, torch.Tensor) and any(isinstance(s, int) and s == 0 for s in value.shape)
-        if not plain and not empty:
-            yield i
+    return between({*f.tensors.values(), *f.scalars.values()}, f.output)
 
 
 def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:
