@@ -44,7 +44,8 @@ def tile_classes(
 def tile_lists(classes: Tensor, ragged: bool, heavy_first: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """(row blocks in the order of the programs, full tiles, all tiles, key tiles with the full ones first, width).
 
-    `ragged`: the last key tile reaches past the end, so it is never full.
+    `ragged`: the last key tile reaches past the end, so it is never full. A program reads its list one number ahead, so that
+    each has one number more.
     """
     if ragged:
         classes = torch.cat([classes[..., :-1], classes[..., -1:].clamp(max=1)], -1)
@@ -55,8 +56,9 @@ def tile_lists(classes: Tensor, ragged: bool, heavy_first: bool) -> tuple[Tensor
         rows = torch.argsort(n_all, dim=-1, descending=True, stable=True)
         n_full, n_all = n_full.gather(1, rows), n_all.gather(1, rows)
         keys = keys.gather(1, rows[:, :, None].expand(keys.shape))
+    keys = torch.cat([keys, keys[..., :1]], -1)
     rows, n_full, n_all, keys = (t.to(torch.int32).contiguous() for t in (rows, n_full, n_all, keys))
-    return rows, n_full, n_all, keys, classes.shape[2]
+    return rows, n_full, n_all, keys, keys.shape[2]
 
 
 def index_type(*tensors: Tensor) -> Any:

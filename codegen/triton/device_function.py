@@ -19,7 +19,7 @@ HOLES = ("batch", "rows", "queries", "start", "products", "step", "values", "fin
 SPLIT_HOLES = ("save", "restore", "join")
 # Names that the emitted module uses for itself.
 RESERVED = (
-    *HOLES, *SPLIT_HOLES, "stream", "tile", "merge", "launch_split", "MERGE", "attention", "sizes_of", "plan_of", "kept",
+    *HOLES, *SPLIT_HOLES, "span", "ranged", "around", "first", "last", "alive", "stream", "tile", "merge", "launch_split", "MERGE", "attention", "sizes_of", "plan_of", "kept",
     "walk_of", "tile_classes", "tile_lists",
     "index_type", "launch", "choose", "out", "inputs", "sizes", "tiles", "at", "acc", "state", "x", "q", "r", "w", "c", "i",
     "inside", "shape", "programs", "row_blocks", "walk", "device", "name", "tensor", "PARTIAL", "BM", "BN", "BF", "INDEX",
@@ -98,7 +98,7 @@ class DeviceFunction:
         for i, n in enumerate(s.cascade.free_symbols):
             if names.symbols[n] in words:
                 yield f"    {names.symbols[n]} = sizes[{i}]"
-        source = "batch" if self.name == "rows" else "at"
+        source = "batch" if self.name in ("rows", "span") else "at"
         for i, r in enumerate(coordinates(s) if source == "at" else s.grid):
             if names.ranks[r] in words and self.name != "batch":
                 yield f"    {names.ranks[r]} = {source}[{i}]"

@@ -31,7 +31,8 @@ def is_static(s: Streaming) -> bool:
 def needs_lists(s: Streaming) -> bool:
     """May a mask say which key tiles a row block visits? Not for a few query rows: they visit all."""
     queries = s.extent[s.attention.query]
-    return s.mask.keep is not ex.TRUE and not (isinstance(queries, int) and queries < FEW_ROWS)
+    listed = s.mask.keep is not ex.TRUE and s.span is None
+    return listed and not (isinstance(queries, int) and queries < FEW_ROWS)
 
 
 def mask_tensors(s: Streaming) -> tuple[str, ...]:

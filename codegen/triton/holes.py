@@ -1,13 +1,15 @@
 """Prints the functions that fill the streaming skeleton's holes, a few lines each, from the attention's terms.
 
     batch, rows    which coordinates a program and a row have       products    the score-shaped contractions of a tile
-    queries        the tiles that a row block keeps                 values      the tile that is summed
-    finish         the epilogue, and the store                      row_holes   has those of the row state
+    span           the keys that a row block visits                 values      the tile that is summed
+    queries        the tiles that a row block keeps                 row_holes   has those of the row state
+    finish         the epilogue, and the store
 """
 
 from __future__ import annotations
 
 from ...patterns import expr as ex
+from ...patterns.masks.ranges import FIRST, LAST
 from ..text.print_triton import TYPES
 from . import row_holes
 from .device_function import DeviceFunction, KernelNames, Printed, atom, coordinates, ragged
@@ -17,7 +19,8 @@ from .streaming import Dot, DotOperand, Streaming
 def printed(s: Streaming, tile_m: int, split: bool = False) -> tuple[Printed, ...]:
     """All holes of a streaming attention for key tiles of `tile_m`, with those for split keys."""
     names = KernelNames(s)
-    before = (_batch(names), _rows(names), _queries(names), _products(names, tile_m))
+    walk = (_span(names),) if s.span is not None else ()
+    before = (_batch(names), _rows(names), *walk, _queries(names), _products(names, tile_m))
     return (*before, *row_holes.printed(names, tile_m, split), _values(names, tile_m), _finish(names))
 
 
@@ -64,6 +67,31 @@ def _rows(names: KernelNames) -> Printed:
     at = ", ".join(names.ranks[r] for r in coordinates(s))
     f.body.line(f"return ({at}{',' if len(coordinates(s)) == 1 else ''}), inside")
     return f.printed("Coordinates of the block's rows, and which of them exist.")
+
+
+def _span(names: KernelNames) -> Printed:
+    """The key range of a row block; rows without a key see every key where a masked one counts beside no other."""
+    s = names.s
+    span = s.span
+    assert span is not None
+    f = DeviceFunction(names, "span", "first, batch, inputs, sizes, BM: tl.constexpr", s.grid, span.terms)
+    body, size = f.body, f.size(s.attention.query)
+    if s.rows == (s.attention.query,):
+        body.line(f"last = tl.minimum(first + BM, {size}) - 1")
+    else:
+        # a block of several heads has all queries
+        body.line("first = 0")
+        body.line(f"last = {size} - 1")
+    body.bind(FIRST, "first")
+    body.bind(LAST, "last")
+    low, high = (body.term(e) for e in (span.low, span.high))
+    if s.skipping == "guarded":
+        body.line(f"alive = {body.term(span.alive)}")
+        low, high = f"tl.where(alive, {low}, 0)", f"tl.where(alive, {high}, {f.size(s.key)})"
+    elif s.skipping == "never":
+        low, high = "0", f.size(s.key)
+    body.line(f"return {low}, {high}, {body.term(span.full_low)}, {body.term(span.full_high)}")
+    return f.printed("Keys that some row of a block keeps, from and to, and those that all of them keep.")
 
 
 # --- operands ---------------------------------------------------------------------------------------------------

@@ -101,13 +101,17 @@ def _indented(text: str) -> str:
 
 def _constants(s: Streaming, mapping: TileMapping) -> str:
     tile = {"BM": mapping.tile_p, "BN": mapping.tile_m, "BF": s.value_width, "SPLIT": mapping.split_m}
-    holes = {h.upper(): h for h in HOLES} | {"SAVE": "save" if mapping.split_m > 1 else "None"}
+    late = {"LATE": s.span is not None and s.span.growing and mapping.heavy_first}
+    holes = {h.upper(): h for h in HOLES} | {
+        "RANGED": s.span is not None, "SPAN": "span" if s.span is not None else None,
+        "SAVE": "save" if mapping.split_m > 1 else None,
+    }
     options = {"num_warps": mapping.warps, "num_stages": mapping.stages}
-    text = _dictionary("CONSTANTS", {**tile, **holes, **options})
+    text = _dictionary("CONSTANTS", {**tile, **late, **holes, **options})
     if mapping.split_m > 1:
         del tile["BN"]
         merging = {h.upper(): h for h in ("batch", "rows", "start", "restore", "join", "finish")}
-        text += "\n" + _dictionary("MERGE", {**tile, **merging, "num_warps": 4})
+        text += "\n" + _dictionary("MERGE", {**tile, **late, **merging, "num_warps": 4})
     return f"# What fills the skeleton's holes, and how it is compiled.\n{text}"
 
 
