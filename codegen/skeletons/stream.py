@@ -20,10 +20,11 @@ def tile(
     BN: tl.constexpr, BF: tl.constexpr, INDEX: tl.constexpr, PARTIAL: tl.constexpr,
     PRODUCTS: tl.constexpr, STEP: tl.constexpr, VALUES: tl.constexpr,
 ):
-    m = i_m.to(INDEX) * BN + tl.arange(0, BN)  # [BN]
-    x = PRODUCTS(q, at, m[None, :], inputs, sizes, PARTIAL)  # each [BM, BN]
-    state, w, c = STEP(state, x, at, m[None, :], inputs, sizes, PARTIAL)  # [BM, 1], [BM, BN], [BM, 1]
-    v = VALUES(at, m[:, None], tl.arange(0, BF)[None, :], inputs, sizes, PARTIAL)  # [BN, BF]
+    base, lane = i_m.to(INDEX) * BN, tl.arange(0, BN)
+    m = base + lane  # [BN]
+    x = PRODUCTS(q, at, m[None, :], base, lane[None, :], inputs, sizes, PARTIAL)  # each [BM, BN]
+    state, w, c = STEP(state, x, at, m[None, :], base, lane[None, :], inputs, sizes, PARTIAL)  # [BM, 1], [BM, BN], [BM, 1]
+    v = VALUES(at, m[:, None], base, lane[:, None], tl.arange(0, BF)[None, :], inputs, sizes, PARTIAL)  # [BN, BF]
     acc = tl.dot(w.to(v.dtype), v, acc * c, input_precision="ieee")  # [BM, BF]
     return acc, state
 

@@ -41,13 +41,15 @@ class TritonScope:
     """What the leaves of a function's terms are called.
 
     `names` holds text for coordinates, sizes and terms computed before; `guards[rank]` is the condition under which a
-    coordinate of that rank is real (none: always); `extent[rank]` its size.
+    coordinate of that rank is real (none: always); `extent[rank]` its size. `moving[rank]`: where a loop is, and the
+    coordinates beside it, whose sum is the coordinate: what a loop need not compute again stands first in an address.
     """
 
     names: dict[Expr, str]
     tensors: Mapping[str, TritonOperand]
     extent: Mapping[str, Size]
     guards: Mapping[str, str] = field(default_factory=dict)
+    moving: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def identifier(text: str, taken: Iterable[str] = ()) -> str:
@@ -262,7 +264,7 @@ class TritonBody(Writer):
     def address(self, name: str, index: tuple[Expr, ...], clamp: bool = True) -> tuple[str, tuple[str, ...]]:
         """Pointer text of an element and the guards under which it may be read."""
         t = self.scope.tensors[name]
-        parts, guards = [t.name], []
+        parts, last, guards = [t.name], [], []
         for i, stride, size in zip(index, t.strides, t.shape):
             if i.is_const:
                 if int(i.value) != 0:
@@ -274,8 +276,13 @@ class TritonBody(Writer):
                 text = Text(f"tl.minimum(tl.maximum({text.code}, 0), {limit})", ATOM)
             else:
                 guards += [self.scope.guards[r] for r in sorted(i.ranks) if r in self.scope.guards]
-            parts.append(f"{text.within(6)} * {stride}")
-        return " + ".join(parts), tuple(dict.fromkeys(guards))
+            if i.op == "index" and i.attr in self.scope.moving:
+                base, lane = self.scope.moving[i.attr]
+                parts.append(f"{lane} * {stride}")
+                last.append(f"{base} * {stride}")
+            else:
+                parts.append(f"{text.within(6)} * {stride}")
+        return " + ".join([*parts, *last]), tuple(dict.fromkeys(guards))
 
     def _load(self, e: Expr) -> Text:
         text = self.load_text(e)

@@ -154,7 +154,7 @@ def _products(names: KernelNames, tile_m: int) -> Printed:
     s = names.s
     ranks = (*coordinates(s), s.key)
     f = DeviceFunction(
-        names, "products", f"q, at, {names.ranks[s.key]}, inputs, sizes, PARTIAL: tl.constexpr", ranks,
+        names, "products", f"q, at, {names.ranks[s.key]}, base, lane, inputs, sizes, PARTIAL: tl.constexpr", ranks,
         [p.key.term for p in s.products],
     )
     out, n = [], 0
@@ -178,7 +178,7 @@ def _values(names: KernelNames, tile_m: int) -> Printed:
     if s.value_width != s.extent[s.value]:
         guards[s.value] = f"{v} < {s.extent[s.value]}"
     f = DeviceFunction(
-        names, "values", f"at, {m}, {v}, inputs, sizes, PARTIAL: tl.constexpr", (*coordinates(s), s.key, s.value),
+        names, "values", f"at, {m}, base, lane, {v}, inputs, sizes, PARTIAL: tl.constexpr", (*coordinates(s), s.key, s.value),
         [s.values.term], guards,
     )
     name = _operand(f, s.values, "v", tile_m)

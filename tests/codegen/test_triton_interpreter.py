@@ -292,6 +292,55 @@ def test_other_batch_ranks() -> None:
         check(c, {t: torch.randn(shape(at), generator=g) for t, at in (("Q", q), ("K", k), ("V", v))}, {})
 
 
+# --- key ranges -----------------------------------------------------------------------------------------------------
+
+LENGTH = ex.load("length", (B,), "i64")
+RANGES = {
+    "causal": M <= P, "window": (M <= P) & (P - M < 9), "later": M >= P, "blocks": ex.equal(P // 8, M // 8),
+    "lengths": (M < LENGTH) & (M <= P), "shifted": M <= P - 5, "rows": (P < 30) & (M <= P + 2),
+}
+
+
+def ranged(name: str, fill: float, row: str = "softmax") -> Program:
+    batch = 2 if name == "lengths" else 1
+    return attention(lambda s: ex.where(RANGES[name], s, fill), strategies.ROWS[row], b=batch, h=1, p=37, m=53)
+
+
+@pytest.mark.parametrize("fill", [-INF, LOWEST])
+@pytest.mark.parametrize("name", RANGES)
+def test_row_blocks_walk_a_range(name: str, fill: float) -> None:
+    p, split = ranged(name, fill), 2 if name in ("window", "shifted") else 1
+    tensors = {**p.inputs(), **({"length": torch.tensor([0, 21])} if name == "lengths" else {})}
+    made = kernel(p.cascade, split=split)
+    # where a masked key may count, blocks whose bounds jump are listed
+    assert (made.streaming.span is None) == (name == "blocks" and fill == LOWEST)
+    close(run(made, tensors, p.sizes), p.cascade, tensors, p.sizes)
+    close(alone(made, tensors, p.sizes), p.cascade, tensors, p.sizes)
+
+
+@pytest.mark.parametrize(("name", "unread"), [("causal", slice(48, None)), ("later", slice(0, 0)), ("lengths", slice(32, None))])
+def test_tiles_outside_a_range_are_not_read(name: str, unread: slice) -> None:
+    p = ranged(name, -INF, row="zero")
+    tensors = {**p.inputs(), **({"length": torch.tensor([7, 21])} if name == "lengths" else {})}
+    want = run(kernel(p.cascade), tensors, p.sizes)
+    for n in ("K", "V"):
+        tensors[n][:, :, unread] = math.nan
+    torch.testing.assert_close(run(kernel(p.cascade), tensors, p.sizes), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_decode_reads_its_window_alone(split: int) -> None:
+    """One query at the end of a cache that was not trimmed, 4 heads to a key head."""
+    keep = (M <= P + 60) & (P + 60 - M < 12)
+    p = decode(8, 4, keys=61, keep=keep)
+    tensors = p.inputs()
+    want = evaluate(p.cascade, tensors, p.sizes, widen=True)["O"]
+    for n in ("K", "V"):
+        tensors[n][:, :, :48] = math.nan
+    out = run(kernel(p.cascade, split=split), tensors, p.sizes)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
+
+
 # --- split keys -----------------------------------------------------------------------------------------------------
 
 
