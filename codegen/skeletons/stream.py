@@ -49,10 +49,12 @@ def around(i, i_low, i_full, n_full):
 def stream(
     out, inputs, sizes, tiles, parts, n_rows, n_full, n_all,
     BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
-    RANGED: tl.constexpr, LATE: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-    QUERIES: tl.constexpr, START: tl.constexpr, PRODUCTS: tl.constexpr, STEP: tl.constexpr, VALUES: tl.constexpr,
-    FINISH: tl.constexpr, SAVE: tl.constexpr,
+    RANGED: tl.constexpr, LATE: tl.constexpr, EIGHTS: tl.constexpr, STRIDES: tl.constexpr, BATCH: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, QUERIES: tl.constexpr, START: tl.constexpr, PRODUCTS: tl.constexpr,
+    STEP: tl.constexpr, VALUES: tl.constexpr, FINISH: tl.constexpr, SAVE: tl.constexpr,
 ):
+    if EIGHTS:
+        out, inputs = STRIDES(out, inputs)
     i_block = tl.program_id(0) // SPLIT
     i_p = i_block % n_rows
     batch, i_mask = BATCH(i_block // n_rows, sizes)

@@ -157,6 +157,8 @@ def _arguments(
     signature["tiles"] = ("*i32", "*i32", "*i32", "*i32", "i32") if listed else ()
     literals: dict[Any, Any] = {(names.index(n),): v for n, v in constants.items()}
     literals |= {(names.index("INDEX"),): tl.int32, (names.index("LISTED"),): listed}
+    if "EIGHTS" in names:
+        literals[(names.index("EIGHTS"),)] = bool(s.eights)
     attributes: dict[Any, Any] = {}
     aligned = [["tt.divisibility", 16]]
 

@@ -212,6 +212,7 @@ def _attention(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
     first = next(tensors[t.name] for t in s.cascade.inputs if t.shape)
     inputs = _tuple(n if shapes[t].shape else f"{n}.to({first}.device)" for t, n in tensors.items())
     symbols = _symbols(s, names)
+    eights = f", {s.eights}" if s.eights else ""
     lines = [
         f"def attention({', '.join([*tensors.values(), *(['*', *keywords] if keywords else [])])}):",
         f'    """{_signature(s)}',
@@ -222,7 +223,7 @@ def _attention(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
         *_choose_walk(s, names, first),
         f"    out = torch.empty(shape, dtype={print_torch.TYPES[shapes[s.cascade.outputs[0]].dtype]}, "
         f"device={first}.device)",
-        f"    return {launcher(s, mapping)}, out, {inputs}, sizes, programs, row_blocks, walk)",
+        f"    return {launcher(s, mapping)}, out, {inputs}, sizes, programs, row_blocks, walk{eights})",
     ]
     if not keywords:
         lines[1] += '"""'

@@ -21,7 +21,23 @@ def printed(s: Streaming, tile_m: int, split: bool = False) -> tuple[Printed, ..
     names = KernelNames(s)
     walk = (_span(names),) if s.span is not None else ()
     before = (_batch(names), _rows(names), *walk, _queries(names), _products(names, tile_m))
+    if s.eights:
+        before = (_strides(names), *before)
     return (*before, *row_holes.printed(names, tile_m, split), _values(names, tile_m), _finish(names))
+
+
+def _strides(names: KernelNames) -> Printed:
+    """What the host has looked at, said so that Triton sees it: all strides but the innermost are multiples of 8."""
+    s = names.s
+    lines = ["@triton.jit", "def strides(out, inputs):", '    """The same, with strides that are multiples of 8 written as such."""']
+    results = ["out", *(f"inputs[{i}]" for i in range(len(s.inputs)))]
+    outer = {0: s.cascade.outputs[0]} | {i + 1: s.inputs[i] for i in s.eights}
+    for i, t in outer.items():
+        o = names.operands[t]
+        lines.append(f"    {', '.join((o.name, *o.strides))} = {results[i]}")
+        results[i] = f"({', '.join((o.name, *(f'{x} // 8 * 8' for x in o.strides[:-1]), o.strides[-1]))})"
+    lines.append(f"    return {results[0]}, ({', '.join(results[1:])},)")
+    return Printed("strides", "\n".join(lines), frozenset())
 
 
 # --- coordinates ------------------------------------------------------------------------------------------------

@@ -209,10 +209,11 @@ class TritonKernel:
             kernels, constants = (made.stream, made.merge), (made.CONSTANTS, made.MERGE)
             count = len(s.state.carried)
             result = made.launch_split(
-                kernels, constants, count, out, tuple(inputs), bound, programs, row_blocks, walk
+                kernels, constants, count, out, tuple(inputs), bound, programs, row_blocks, walk, s.eights
             )
         else:
-            result = made.launch(made.stream, made.CONSTANTS, out, tuple(inputs), bound, programs, row_blocks, walk)
+            given = out, tuple(inputs), bound, programs, row_blocks, walk, s.eights
+            result = made.launch(made.stream, made.CONSTANTS, *given)
         return result
 
     def _inputs(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:

@@ -103,6 +103,19 @@ class Streaming:
         of_program = {*self.grid, *FIRST.ranks, *LAST.ranks}
         return found if all(e.ranks <= of_program for e in found.terms) else None
 
+    @cached_property
+    def eights(self) -> tuple[int, ...]:
+        """Places among the inputs of operands whose strides are likely to be multiples of 8 and not of 16: heads of 40 or 72.
+
+        Triton looks for 16 alone, and reads two bytes at a time where it finds nothing.
+        """
+        widths = [*(p.size for p in self.products), int(self.extent[self.value])]
+        if all(n % 16 == 0 for n in widths) or any(n % 8 for n in widths):
+            return ()
+        sides = [x for p in self.products for x in (p.query, p.key)] + [self.values]
+        read = {str(x.load.attr) for x in sides if x.load is not None}
+        return tuple(i for i, t in enumerate(self.inputs) if t in read)
+
     @property
     def _alone(self) -> tuple[str, ...]:
         """The query rank where it has one coordinate, which no term names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +11,13 @@ import pytest
 
 from reattend.codegen.files import cache
 from reattend.codegen.triton import aot
-from reattend.codegen.triton.assembler import Loop
+from reattend.codegen.triton.assembler import Loop, instructions
+from reattend.codegen.triton.kernel import TritonKernel, build
+from reattend.patterns.mapping import TileMapping
 from tests.loading import benchmark
+
+from .. import strategies
+from ..strategies import attention
 
 pytestmark = pytest.mark.aot
 # At the tile of the stock kernel, three stages.
@@ -55,3 +61,16 @@ def test_full_tiles_beside_the_stock_kernel(counts: ModuleType, arch: str, head:
     correction, scores = mapping.tile_p * head // threads, mapping.tile_p * mapping.tile_m // threads
     assert ours.counts["multiply"] - correction <= 0.1 * scores
     assert ours.counts["matrix"] == stock.counts["matrix"]
+
+
+@pytest.mark.parametrize("head", [72, pytest.param(40, marks=pytest.mark.slow), pytest.param(88, marks=pytest.mark.slow)])
+def test_heads_of_8_modulo_16_are_not_read_two_bytes_at_a_time(counts: ModuleType, head: int) -> None:
+    c = attention(lambda s: s, strategies.ROWS["softmax"], h=8, e=head, f=head, dtype="bf16").cascade
+    made = build(c, TileMapping(128, 64, 8, 3), "sm_90")
+    assert isinstance(made, TritonKernel), made
+    report = aot.compile(made, "sm_90")
+    assert report.spill_bytes == 0
+    full = report.loops[0]
+    assert full.counts["global load"] == 0
+    narrow = [i.text for i in instructions(report.assembly) if re.match(r"(LDG|STG|LDGSTS)\S*\.U16", i.text)]
+    assert narrow == []

@@ -121,6 +121,23 @@ def test_head_sizes_that_are_no_power_of_two(size: int) -> None:
     check(p.cascade, p.inputs(), p.sizes)
 
 
+@pytest.mark.parametrize("odd", ["", "Q", "V"])
+def test_strides_that_are_no_multiples_of_8(odd: str) -> None:
+    """Heads of 24 are read 8 at a time, unless a tensor lies otherwise."""
+    p = attention(lambda s: s, strategies.ROWS["softmax"], e=24, f=24, h=1, p=17, m=17)
+    tensors = p.inputs()
+    if odd:
+        wide = torch.zeros(1, 1, 17, 27)
+        wide[..., 1:25] = tensors[odd]
+        tensors[odd] = wide[..., 1:25]
+    made = kernel(p.cascade)
+    assert made.streaming.eights == (0, 1, 2)
+    given = tuple(tensors[n] for n in "QKV")
+    assert made.module.in_eights(torch.empty(1, 1, 17, 24), given, made.streaming.eights) == (not odd)
+    check(p.cascade, tensors, p.sizes)
+    close(alone(made, tensors, p.sizes), p.cascade, tensors, p.sizes)
+
+
 @pytest.mark.parametrize("tile", [(16, 32), (32, 16), (64, 64)])
 def test_tiles_of_other_shapes(tile: tuple[int, int]) -> None:
     case = attentions.VARIANTS["window"]()
