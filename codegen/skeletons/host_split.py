@@ -31,6 +31,8 @@ def launch_split(
     )
     same = {"INDEX": index_type(out, *inputs), "LISTED": listed}
     with torch.cuda.device_of(out):
-        kernels[0][(blocks * first["SPLIT"],)](*common, n_full, n_all, EIGHTS=in_eights(out, inputs, eights), **same, **first)
+        kernels[0][(blocks * first["SPLIT"],)](
+            *common, n_full, n_all, EIGHTS=in_eights(out, inputs, eights), **same, **first
+        )
         kernels[1][(blocks,)](*common, **same, **second)
     return out

@@ -29,7 +29,8 @@ def printed(s: Streaming, tile_m: int, split: bool = False) -> tuple[Printed, ..
 def _strides(names: KernelNames) -> Printed:
     """What the host has looked at, said so that Triton sees it: all strides but the innermost are multiples of 8."""
     s = names.s
-    lines = ["@triton.jit", "def strides(out, inputs):", '    """The same, with strides that are multiples of 8 written as such."""']
+    doc = '    """The same, with strides that are multiples of 8 written as such."""'
+    lines = ["@triton.jit", "def strides(out, inputs):", doc]
     results = ["out", *(f"inputs[{i}]" for i in range(len(s.inputs)))]
     outer = {0: s.cascade.outputs[0]} | {i + 1: s.inputs[i] for i in s.eights}
     for i, t in outer.items():
@@ -194,8 +195,8 @@ def _values(names: KernelNames, tile_m: int) -> Printed:
     if s.value_width != s.extent[s.value]:
         guards[s.value] = f"{v} < {s.extent[s.value]}"
     f = DeviceFunction(
-        names, "values", f"at, {m}, base, lane, {v}, inputs, sizes, PARTIAL: tl.constexpr", (*coordinates(s), s.key, s.value),
-        [s.values.term], guards,
+        names, "values", f"at, {m}, base, lane, {v}, inputs, sizes, PARTIAL: tl.constexpr",
+        (*coordinates(s), s.key, s.value), [s.values.term], guards,
     )
     name = _operand(f, s.values, "v", tile_m)
     f.body.line(f"return {name}")

@@ -103,7 +103,8 @@ def _constants(s: Streaming, mapping: TileMapping) -> str:
     tile = {"BM": mapping.tile_p, "BN": mapping.tile_m, "BF": s.value_width, "SPLIT": mapping.split_m}
     late = {"LATE": s.span is not None and s.span.growing and mapping.heavy_first}
     holes = {h.upper(): h for h in HOLES} | {
-        "STRIDES": "strides" if s.eights else None, "RANGED": s.span is not None, "SPAN": "span" if s.span is not None else None,
+        "STRIDES": "strides" if s.eights else None,
+        "RANGED": s.span is not None, "SPAN": "span" if s.span is not None else None,
         "SAVE": "save" if mapping.split_m > 1 else None,
     }
     options = {"num_warps": mapping.warps, "num_stages": mapping.stages}

@@ -105,7 +105,7 @@ class Streaming:
 
     @cached_property
     def eights(self) -> tuple[int, ...]:
-        """Places among the inputs of operands whose strides are likely to be multiples of 8 and not of 16: heads of 40 or 72.
+        """Places among the inputs of operands whose strides are likely to be multiples of 8, not of 16: heads of 40 or 72.
 
         Triton looks for 16 alone, and reads two bytes at a time where it finds nothing.
         """

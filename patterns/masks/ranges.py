@@ -1,6 +1,6 @@
 """The keys of a block of rows as one range, in closed form: terms over its first and last row, for a kernel to compute.
 
-    keep  =  ∧ (a·x + c·y + r ≤ 0)        x = (p + i) // n, y = (m + j) // k, r free of both (sizes, heads, lengths in tensors)
+    keep  =  ∧ (a·x + c·y + r ≤ 0)        x = (p + i) // n, y = (m + j) // k, r free of both (sizes, lengths in tensors)
     some row keeps a key       only from `low` to below `high`
     all rows keep it           from `full_low` to below `full_high`
 

@@ -96,6 +96,18 @@ def test_half_precision(name: str, dtype: str) -> None:
     check(case.cascade, case.inputs(DTYPE[dtype]), case.sizes)
 
 
+@pytest.mark.parametrize("name", ["alibi", "bias", "cosine_cap", "nan_padding"])
+def test_scores_in_base_2(name: str) -> None:
+    case = attentions.VARIANTS[name](dtype="bf16")
+    check(case.cascade, case.inputs(torch.bfloat16), case.sizes)
+
+
+@pytest.mark.parametrize("score", ["table", "distance", "logarithm"])
+def test_distances_are_converted_apart(score: str) -> None:
+    p = attention(strategies.SCORES[score], strategies.ROWS["softmax"], h=1, dtype="bf16")
+    check(p.cascade, p.inputs(), p.sizes)
+
+
 @pytest.mark.parametrize("name", ["padding", "segments", "causal_padding", "decode", "checkerboard", "alibi", "window"])
 def test_the_emitted_file_finds_its_own_tiles(name: str) -> None:
     case = attentions.VARIANTS[name]()
