@@ -22,7 +22,7 @@ def merge(
         i_p = n_rows - 1 - i_p
     if LISTED:
         p_rows, _, _, _, _ = tiles
-        i_p = tl.load(p_rows + (i_mask * n_rows + i_p).to(tl.int64))
+        i_p = tl.load(p_rows + (i_mask * n_rows + i_p).to(tl.int64)).to(tl.int32)
     r = i_p.to(INDEX) * BM + tl.arange(0, BM)  # [BM]
     at, inside = ROWS(r[:, None], batch, sizes)  # [BM, 1]
     p_acc, p_state = parts

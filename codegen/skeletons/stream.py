@@ -58,13 +58,13 @@ def stream(
     i_block = tl.program_id(0) // SPLIT
     i_p = i_block % n_rows
     batch, i_mask = BATCH(i_block // n_rows, sizes)
-    i_low, i_full, p_keys = 0, 0, 0
+    i_low, i_full, p_keys, width = 0, 0, 0, 0
     if LATE:
         i_p = n_rows - 1 - i_p
     if LISTED:
         p_rows, p_full, p_all, p_keys, width = tiles
+        i_p = tl.load(p_rows + (i_mask * n_rows + i_p).to(tl.int64)).to(tl.int32)
         i_list = (i_mask * n_rows + i_p).to(tl.int64)
-        i_p = tl.load(p_rows + i_list)
         n_full = tl.load(p_full + i_list)
         n_all = tl.load(p_all + i_list)
         p_keys += i_list * width
@@ -83,7 +83,7 @@ def stream(
     # Of a list, the next number is read a turn ahead: a load that a turn waits for would stop its copies as well.
     i_next = 0
     if LISTED:
-        i_next = tl.load(p_keys + tl.minimum(first, n_all))
+        i_next = tl.load(p_keys + tl.minimum(first, n_full))
     for i in range(first, tl.minimum(last, n_full)):
         i_m = i_full + i
         if LISTED:
@@ -92,13 +92,18 @@ def stream(
         acc, state = tile(
             i_m, q, acc, state, at, inputs, sizes, BN, BF, INDEX, False, PRODUCTS, STEP, VALUES
         )
-    for i in range(tl.maximum(first, n_full), last):
+    # Partial tiles stand at the end of a list, the first of them last.
+    first = tl.maximum(first, n_full)
+    p_keys += width - 1 + n_full
+    if LISTED:
+        i_next = tl.load(p_keys - tl.minimum(first, n_all))
+    for i in range(first, last):
         i_m = i
         if RANGED:
             i_m = around(i - n_full, i_low, i_full, n_full)
         if LISTED:
             i_m = i_next
-            i_next = tl.load(p_keys + i + 1)
+            i_next = tl.load(p_keys - i - 1)
         acc, state = tile(
             i_m, q, acc, state, at, inputs, sizes, BN, BF, INDEX, True, PRODUCTS, STEP, VALUES
         )

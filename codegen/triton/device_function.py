@@ -21,7 +21,7 @@ SPLIT_HOLES = ("save", "restore", "join")
 RESERVED = (
     *HOLES, *SPLIT_HOLES, "span", "strides", "in_eights", "ranged", "around", "first", "last", "alive", "base", "lane",
     "stream", "tile", "merge", "launch_split", "MERGE", "attention", "sizes_of", "plan_of", "kept",
-    "walk_of", "tile_classes", "tile_lists",
+    "walk_of", "lists", "list_tiles", "tile_lists", "kept_lists", "LISTS", "MOST_LISTS",
     "index_type", "launch", "choose", "out", "inputs", "sizes", "tiles", "at", "acc", "state", "x", "q", "r", "w", "c", "i",
     "inside", "shape", "programs", "row_blocks", "walk", "device", "name", "tensor", "PARTIAL", "BM", "BN", "BF", "INDEX",
     "CONSTANTS", "CHUNK", "tl", "triton", "torch", "math", "Any", "Callable", "Mapping", "Tensor", "lru_cache", "float",
@@ -102,7 +102,7 @@ class DeviceFunction:
                 yield f"    {names.symbols[n]} = sizes[{i}]"
         source = "batch" if self.name in ("rows", "span") else "at"
         for i, r in enumerate(coordinates(s) if source == "at" else s.grid):
-            if names.ranks[r] in words and self.name != "batch":
+            if names.ranks[r] in words and self.name not in ("batch", "lists"):
                 yield f"    {names.ranks[r]} = {source}[{i}]"
 
 

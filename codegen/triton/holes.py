@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from ...cost_model.count.subject import FEW_ROWS
 from ...patterns import expr as ex
 from ...patterns.masks.ranges import FIRST, LAST
 from ..text.print_triton import TYPES
@@ -19,7 +20,7 @@ from .streaming import Dot, DotOperand, Streaming
 def printed(s: Streaming, tile_m: int, split: bool = False) -> tuple[Printed, ...]:
     """All holes of a streaming attention for key tiles of `tile_m`, with those for split keys."""
     names = KernelNames(s)
-    walk = (_span(names),) if s.span is not None else ()
+    walk = (_span(names),) if s.span is not None else (_lists(names), _kept(names)) if needs_lists(s) else ()
     before = (_batch(names), _rows(names), *walk, _queries(names), _products(names, tile_m))
     if s.eights:
         before = (_strides(names), *before)
@@ -39,6 +40,13 @@ def _strides(names: KernelNames) -> Printed:
         results[i] = f"({', '.join((o.name, *(f'{x} // 8 * 8' for x in o.strides[:-1]), o.strides[-1]))})"
     lines.append(f"    return {results[0]}, ({', '.join(results[1:])},)")
     return Printed("strides", "\n".join(lines), frozenset())
+
+
+def needs_lists(s: Streaming) -> bool:
+    """May a mask say which key tiles a row block visits, in a list? Not for a few query rows: they visit all."""
+    queries = s.extent[s.attention.query]
+    listed = s.mask.keep is not ex.TRUE and s.span is None
+    return listed and not (isinstance(queries, int) and queries < FEW_ROWS)
 
 
 # --- coordinates ------------------------------------------------------------------------------------------------
@@ -84,6 +92,31 @@ def _rows(names: KernelNames) -> Printed:
     at = ", ".join(names.ranks[r] for r in coordinates(s))
     f.body.line(f"return ({at}{',' if len(coordinates(s)) == 1 else ''}), inside")
     return f.printed("Coordinates of the block's rows, and which of them exist.")
+
+
+def _lists(names: KernelNames) -> Printed:
+    """The coordinates of a tile list's number: those of `_batch`, 0 for what the mask does not read."""
+    s = names.s
+    f = DeviceFunction(names, "lists", "i, sizes", ())
+    over = mask_ranks(s)
+    for r in reversed(over):
+        size = atom(f.size(r))
+        f.body.line(f"{names.ranks[r]} = {'i' if r == over[0] else f'i % {size}'}")
+        if r != over[0]:
+            f.body.line(f"i = i // {size}")
+    at = "".join(f"{names.ranks[r]}.to(tl.int64), " if r in over else "0, " for r in s.grid)
+    f.body.line(f"return ({at.strip() if len(s.grid) == 1 else at.rstrip(', ')})")
+    return f.printed("Coordinates of the batch entry that a tile list stands for.")
+
+
+def _kept(names: KernelNames) -> Printed:
+    """The mask of a tile; keys past the end are not read."""
+    s = names.s
+    m = names.ranks[s.key]
+    f = DeviceFunction(names, "kept", f"at, {m}, inputs, sizes", (*coordinates(s), s.key), [s.mask.keep])
+    f.body.scope.guards = {s.key: f"{m} < {f.size(s.key)}"}
+    f.body.line(f"return {f.body.term(s.mask.keep)}")
+    return f.printed("Which keys the rows of a block keep.")
 
 
 def _span(names: KernelNames) -> Printed:

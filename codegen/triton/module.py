@@ -19,7 +19,7 @@ from ..forms.base2 import in_base2
 from ..forms.terms import Terms
 from . import entry
 from .device_function import HOLES
-from .holes import printed
+from .holes import needs_lists, printed
 from .streaming import Streaming
 
 LICENCE = (
@@ -35,15 +35,17 @@ SKIPPING = {
 
 def emit(s: Streaming, mapping: TileMapping) -> str:
     """The text of the module for one attention and mapping."""
-    split = mapping.split_m > 1
+    split, kept = mapping.split_m > 1, entry.is_static(s)
     holes = printed(_in_base2(s), mapping.tile_m, split)
     parts = [
         *called(set().union(*(h.helpers for h in holes))),
         *(h.text for h in holes),
         *functions("stream").values(),
         *(functions("merge").values() if split else ()),
+        *(functions("lists").values() if needs_lists(s) else ()),
         _constants(s, mapping),
         *(text for name, text in functions("host").items() if not (split and name == "launch")),
+        *(text for name, text in functions("host_lists").items() if needs_lists(s) and (name == "tile_lists" or kept)),
         *(functions("host_split").values() if split else ()),
         *entry.printed(s, mapping),
     ]
@@ -113,6 +115,9 @@ def _constants(s: Streaming, mapping: TileMapping) -> str:
         del tile["BN"]
         merging = {h.upper(): h for h in ("batch", "rows", "start", "restore", "join", "finish")}
         text += "\n" + _dictionary("MERGE", {**tile, **late, **merging, "num_warps": 4})
+    if needs_lists(s):
+        listing: dict[str, object] = {n: tile[n] for n in ("BM",)} | {"BN": mapping.tile_m, "SKIP": repr(s.skipping)}
+        text += "\n" + _dictionary("LISTING", {**listing, "LISTS": "lists", "ROWS": "rows", "KEPT": "kept"})
     return f"# What fills the skeleton's holes, and how it is compiled.\n{text}"
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -424,18 +425,70 @@ def test_a_size_that_no_shape_shows_is_asked_for() -> None:
     check(case.cascade, tensors, case.sizes)
 
 
-@pytest.mark.parametrize("name", ["padding", "segments", "causal_padding"])
-def test_tiles_found_on_the_device_are_sound(name: str) -> None:
-    """Where data decides, classes from tensors (as on a GPU) are those from numpy or more careful."""
+@pytest.mark.parametrize("name", ["padding", "segments", "causal_padding", "sdpa_padding", "prefix", "small_padding"])
+def test_listed_tiles_are_those_of_the_mask(name: str) -> None:
+    """Full ones from the front, partial ones from the back; what the rule says of rows without a key is kept."""
     case = attentions.VARIANTS[name]()
     made, tensors = kernel(case.cascade), case.inputs()
-    sizes = dict(case.sizes)
-    extents = {"b": 2, "h": 4, "p": 37, "m": 37}
-    found = [made.classes(tensors, extents, sizes, on_device) for on_device in (False, True)]
-    host, device = torch.tensor(found[0]), found[1]
-    assert isinstance(device, Tensor)
-    assert host.shape == device.shape
-    assert ((host == device) | (device == 1)).all()
+    if "pad" in tensors:
+        tensors["pad"][0, :20] = False
+    s, bound = made.streaming, tuple(case.sizes[n] for n in case.cascade.free_symbols)
+    rows, full, every, found, _ = made.module.walk_of(tuple(tensors[n] for n in s.inputs), bound)
+    at = {"p": torch.arange(37)[:, None], "m": torch.arange(37)[None, :]}
+    for b in range(full.shape[0]):
+        kept = MASKED[name](tensors, b, **at).expand(37, 37)
+        assert sorted(rows[b].tolist()) == [0, 1, 2]
+        assert (every[b][rows[b]].diff() <= 0).all()
+        for i in range(3):
+            block = kept[16 * i : 16 * i + 16]
+            tiles = [block[:, 16 * j : 16 * j + 16] for j in range(3)]
+            whole = [j for j, t in enumerate(tiles) if t.all() and t.shape[1] == 16]
+            every_row = bool(block.any(1).all())
+            skipped = s.skipping == "always" or (s.skipping == "guarded" and every_row)
+            rest = [j for j, t in enumerate(tiles) if j not in whole and (t.any() or not skipped)]
+            n_full, n_all = int(full[b, i]), int(every[b, i])
+            assert found[b, i, :n_full].tolist() == whole
+            assert found[b, i].flip(0)[: n_all - n_full].tolist() == rest
+
+
+MASKED: Mapping[str, Callable[..., Tensor]] = {
+    "padding": lambda t, b, p, m: t["pad"][b][m], "sdpa_padding": lambda t, b, p, m: t["pad"][b][m],
+    "segments": lambda t, b, p, m: (m <= p) & (t["seg"][b][p] == t["seg"][b][m]),
+    "causal_padding": lambda t, b, p, m: (m <= p) & t["pad"][b][m],
+    "small_padding": lambda t, b, p, m: (m <= p) & t["pad"][b][m], "prefix": lambda t, b, p, m: (m <= p) | (m < 11),
+}
+
+
+def test_lists_that_sizes_decide_are_made_once() -> None:
+    case = attentions.VARIANTS["prefix"]()
+    made, tensors = kernel(case.cascade), case.inputs()
+    given, sizes = tuple(tensors[n] for n in "QKV"), tuple(case.sizes[n] for n in case.cascade.free_symbols)
+    first, again = (made.module.walk_of(given, sizes) for _ in range(2))
+    assert first[3] is again[3]
+    padded = attentions.VARIANTS["padding"]()
+    made, tensors = kernel(padded.cascade), padded.inputs()
+    given = tuple(tensors[n] for n in made.streaming.inputs)
+    sizes = tuple(padded.sizes[n] for n in padded.cascade.free_symbols)
+    assert made.module.walk_of(given, sizes)[3] is not made.module.walk_of(given, sizes)[3]
+
+
+def test_lists_are_not_kept_across_streams_nor_out_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = kernel(attentions.VARIANTS["prefix"]().cascade).module
+    here = SimpleNamespace(stream=1, capturing=False)
+    count = 0
+
+    def make() -> tuple[Tensor, ...]:
+        nonlocal count
+        count += 1
+        return (torch.zeros(count),)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: here.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=here.stream))
+    cuda = torch.device("cuda", 0)
+    sizes = []
+    for here.stream, here.capturing in ((1, True), (1, False), (1, False), (2, False), (1, False), (1, True)):
+        sizes.append(len(made.kept_lists(make, ("here",), cuda)[0]))
+    assert sizes == [1, 2, 2, 3, 2, 4]
 
 
 def test_a_number_on_the_host() -> None:
