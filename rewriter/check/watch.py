@@ -121,8 +121,9 @@ class SiteWatch:
     def _class(self, given: Sequence[Any], out: Any) -> object:
         grad = torch.is_grad_enabled()
         tensors = [x for x in given if isinstance(x, Tensor)]
-        held = tuple(_held(given[i]) for i in self.masks if i < len(given))
-        return tuple((_sizes(x.shape), x.dtype, grad and x.requires_grad) for x in tensors), held, str(tensors[0].device)
+        held = tuple([_held(given[i]) for i in self.masks if i < len(given)])
+        kinds = tuple([(_sizes(x.shape), x.dtype, grad and x.requires_grad) for x in tensors])
+        return kinds, held, tensors[0].device
 
     def _note(self, check: Check) -> None:
         with self.lock:

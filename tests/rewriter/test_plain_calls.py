@@ -105,6 +105,16 @@ def test_a_graph_calls_them() -> None:
     assert torch.equal(gm(X), -X[:, :2])
 
 
+def test_a_size_is_the_tensor_s_own() -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.ops.aten.sym_size.int, (graph.placeholder("x"), 2)))
+    gm = fx.GraphModule({}, graph)
+    call_plainly(gm)
+    gm.recompile()
+    assert torch.ops.aten.sym_size.int not in [n.target for n in gm.graph.nodes]
+    assert gm(X) == 4
+
+
 class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.mT * 0.25).softmax(-1) @ v
