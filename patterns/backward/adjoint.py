@@ -29,6 +29,7 @@ from ..operators import facts, logarithm
 from ..verdict import Obstacle
 from .derivative import derivative, pullback
 from .products import Product, collected, product, products, vanishes
+from .wide import Wide
 
 # A score beside which log l still counts, in float32 as in the score's own rounding.
 MODEST = 1e3
@@ -122,15 +123,16 @@ class _Backward:
     """One derivation. Bounds and h stand as loads of their own (`bound:0`, `scale:`) until the end, so that no law looks inside."""
 
     def __init__(self, a: Attention, state: RowState) -> None:
-        self.a, self.state = a, state
-        self.dtype = a.cascade.accumulate
+        self.a, self.wide = a, Wide(a.cascade)
+        self.state = state = self.wide.state(state)
+        self.dtype = self.wide.dtype
         self.carried = {c.name: c for c in state.carried}
         self.total = next(x for x in ex.loads(state.finish) if str(x.attr) == a.contraction.out.tensor)
         self.products = {e.out.tensor for e in a.products}
         self.bounds = {b.d: self.of_row(f"bound:{i}", b.d) for i, b in enumerate(dict.fromkeys(b for _, b, _ in state.bounds))}
         self.table = {**{guarded(d): x for d, x in self.bounds.items()}, **self.bounds}
         self.conditions: list[tuple[Expr, float]] = []
-        self.end = self.bounded(self.coefficient(state.finish))
+        self.end = self.bounded(self.levelled(self.coefficient(state.finish)))
         self.weight = self.bounded(state.weight)
         self.saved: dict[Expr, Saved] = {}
         self.row: list[RowSum] = []
@@ -150,7 +152,7 @@ class _Backward:
             leaves += [x for x in ex.loads(self.bounded(c.lift)) if self.is_leaf(x) and x not in leaves and c.op == "add"]
         found = _or_stop(pullback(seeds, leaves))
         pairs = (*a.batch, a.query, a.key)
-        gradients = [Gradient(x, self.finished(d), pairs) for x, d in found.items()]
+        gradients = [Gradient(self.wide.narrow(x), self.finished(d), pairs) for x, d in found.items()]
         scores = tuple(g for g in gradients if str(g.load.attr) in self.products)
         others = (*(g for g in gradients if g not in scores), *self.leaves_of_end())
         weight = self.finished(self.whole)
@@ -179,6 +181,17 @@ class _Backward:
     def bounded(self, e: Expr) -> Expr:
         """The term with its bounds as numbers of their own."""
         return ex.substitute(e, self.table)
+
+    def levelled(self, e: Expr) -> Expr:
+        """The maximum of what a bound was subtracted from already: max(x − d, y − d) = max(x, y) − d = 0 for d = max(x, y)."""
+
+        def rule(x: Expr, args: tuple[Expr, ...]) -> Expr | None:
+            if x.op not in ("max", "min") or any(y.op != "sub" for y in args) or args[0].args[1] is not args[1].args[1]:
+                return None
+            d = args[0].args[1]
+            return ex.const(0.0, x.dtype) if ex.binary(x.op, args[0].args[0], args[1].args[0]) is d and d in self.bounds else None
+
+        return ex.rebuild(e, rule)
 
     def is_leaf(self, x: Expr) -> bool:
         return x.is_float and str(x.attr) not in self.carried and x not in self.bounds.values()
@@ -250,7 +263,7 @@ class _Backward:
             return None
         (total,) = self.core.powers
         lse = self.of_row(self.fresh("lse"), self.row_end)
-        self.lse_of = Saved(lse, b.d + ex.unary(log, self.put_back(total)))
+        self.lse_of = Saved(lse, self.wide.back(b.d + ex.unary(log, self.put_back(total))))
         return lse
 
     def exponent(self, e: Expr) -> Expr | None:
@@ -310,8 +323,7 @@ class _Backward:
 
     def reached(self, x: Expr, slope: Expr) -> Expr:
         """dOut·total·∂h/∂x over [P, F]."""
-        total = ex.cast(self.total, self.dtype)
-        return self.under(ex.cast(self.dout, self.dtype) * total * slope)
+        return self.under(ex.cast(self.dout, self.dtype) * self.total * slope)
 
     def shared_delta(self) -> Expr:
         if self.delta is None:
@@ -349,16 +361,16 @@ class _Backward:
             made, ratio = product(self.end).powers, [p * product(self.end).inverse() for p in products(slope)]
             rows = (*self.a.batch, self.a.query)
             if all(n > 0 or made.get(e, 0) < 0 for p in ratio for e, n in p.powers.items()):
-                found.append(Gradient(x, self.finished(self.under(self.part_of_end(x))), rows))
+                found.append(Gradient(self.wide.narrow(x), self.finished(self.under(self.part_of_end(x))), rows))
             else:
-                found.append(Gradient(x, self.finished(self.reached(x, slope)), (*rows, self.a.value)))
+                found.append(Gradient(self.wide.narrow(x), self.finished(self.reached(x, slope)), (*rows, self.a.value)))
         return found
 
     # the end of the derivation
 
     def finished(self, e: Expr) -> Expr:
         """The term with weights shared, bounds and h put back, and what the forward knows read from what it hands over."""
-        return self.handed(self.regrouped(e))
+        return self.wide.back(self.handed(self.regrouped(e)))
 
     def regrouped(self, e: Expr) -> Expr:
         """The term with h and the weight as single factors of its products; what the forward computes stays as it is written."""
@@ -434,7 +446,7 @@ class _Backward:
         if x not in self.saved:
             name = "scale" if x is self.scale else "bound" if x in self.bounds.values() else "held"
             like = self.of_row(self.fresh(name), self.put_back(x))
-            self.saved[x] = Saved(ex.load(str(like.attr), like.args, x.dtype), self.put_back(x))
+            self.saved[x] = Saved(ex.load(str(like.attr), like.args, x.dtype), self.wide.back(self.put_back(x)))
         return self.saved[x].load
 
 
