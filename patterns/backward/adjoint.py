@@ -241,7 +241,7 @@ class _Backward:
         self.row_end = row
         self.core = product(row)
         self.scale: Expr | None = None
-        if self.core.powers or self.conditions:
+        if self.carried_loads(row) or self.conditions:
             self.scale = self.of_row("scale:", self.under(row))
         self.lse = self.logarithm_of_sum()
         self.whole = self.weight * (row if self.scale is None else self.scale)
@@ -311,17 +311,15 @@ class _Backward:
     def part_of_end(self, x: Expr) -> Expr:
         """Σ_f dOut·total·∂h/∂x as a scalar of the row: δ·(∂h/∂x)/h, where the division is one that h makes itself."""
         slope = self.slope(self.end, x)
-        ratio = [p * product(self.end).inverse() for p in products(slope)]
-        made = product(self.end).powers
-        if all(n > 0 or made.get(e, 0) < 0 for p in ratio for e, n in p.powers.items()):
+        if (ratio := self.ratio(slope)) is not None:
             return _summed([Product(1.0, {self.shared_delta(): 1}) * p for p in ratio], self.dtype)
-        term = self.reached(x, slope)
+        term = self.reached(slope)
         load = self.of_row(self.fresh("eta"), self.out)
         load = ex.load(str(load.attr), tuple(i for i in load.args if i.attr != self.a.value), self.dtype)
         self.row.append(RowSum(load, self.finished(term), self.a.value))
         return load
 
-    def reached(self, x: Expr, slope: Expr) -> Expr:
+    def reached(self, slope: Expr) -> Expr:
         """dOut·total·∂h/∂x over [P, F]."""
         return self.under(ex.cast(self.dout, self.dtype) * self.total * slope)
 
@@ -358,13 +356,19 @@ class _Backward:
         for x in ex.loads(self.end):
             if not self.is_leaf(x) or _zero(slope := self.slope(self.end, x)):
                 continue
-            made, ratio = product(self.end).powers, [p * product(self.end).inverse() for p in products(slope)]
             rows = (*self.a.batch, self.a.query)
-            if all(n > 0 or made.get(e, 0) < 0 for p in ratio for e, n in p.powers.items()):
+            if self.ratio(slope) is not None:
                 found.append(Gradient(self.wide.narrow(x), self.finished(self.under(self.part_of_end(x))), rows))
             else:
-                found.append(Gradient(self.wide.narrow(x), self.finished(self.reached(x, slope)), (*rows, self.a.value)))
+                found.append(Gradient(self.wide.narrow(x), self.finished(self.reached(slope)), (*rows, self.a.value)))
         return found
+
+    def ratio(self, slope: Expr) -> list[Product] | None:
+        """(∂h/∂x)/h as products, where it is of the row and divides by nothing that h does not divide by itself."""
+        whole = product(self.end)
+        parts = [p * whole.inverse() for p in products(slope)]
+        safe = all(n > 0 or whole.powers.get(e, 0) < 0 for p in parts for e, n in p.powers.items())
+        return parts if safe and not any(self.a.value in e.ranks for p in parts for e in p.powers) else None
 
     # the end of the derivation
 
@@ -392,7 +396,7 @@ class _Backward:
         """h for its factors; then the weight for h and its lift, or for h and an exponential under the same bound."""
         if self.scale is not None and self.core.powers and p.holds(self.core):
             p = p * self.core.inverse() * Product(1.0, {self.scale: 1})
-        lift = product(self.weight) if self.scale is None else product(self.weight) * Product(1.0, {self.scale: 1})
+        lift = product(self.weight) * (self.core if self.scale is None else Product(1.0, {self.scale: 1}))
         if p.powers and lift.powers and p.holds(lift):
             return Product(1.0, {self.whole: 1}) * p * lift.inverse()
         if self.lse is not None and self.scale in p.powers:
