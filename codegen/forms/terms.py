@@ -12,11 +12,15 @@ from ...patterns.masks.split import Mask
 
 @dataclass(frozen=True)
 class Terms:
-    """The element-wise program of an attention: the score as written, its mask, and the row state over it."""
+    """The element-wise program of an attention: the score as written, its mask, the row state over it.
+
+    `saved`: row scalars over the carried finals that are handed over beside the output.
+    """
 
     score: Expr
     mask: Mask
     state: RowState
+    saved: tuple[Expr, ...] = ()
 
 
 def mapped_state(state: RowState, f: Callable[[Expr], Expr]) -> RowState:
