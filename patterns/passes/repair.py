@@ -16,7 +16,8 @@ import numpy as np
 
 from .. import expr as ex
 from ..attention.carried import OLD, Carried
-from ..attention.separate import Bound, SplitContext, Splitter, Stop, Summand
+from ..attention.carried import Bound
+from ..attention.separate import SplitContext, Splitter, Stop, Summand
 from ..cascade import IDENTITY, Access, Cascade, Einsum, Tensor, size_term
 from ..expr import Expr
 from ..operators import facts
