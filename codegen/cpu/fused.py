@@ -60,7 +60,7 @@ def check_tiles(f: Form, m: TileMapping) -> None:
 class FusedFile:
     """The parts of one kernel's file."""
 
-    def __init__(self, f: Form, m: TileMapping, saved: tuple[Expr, ...] = (), reserved: Sequence[str] = ()) -> None:
+    def __init__(self, f: Form, m: TileMapping, saved: tuple[Expr, ...] | None = None, reserved: Sequence[str] = ()) -> None:
         """`saved`: row scalars that are handed over; `reserved`: more names that the printed Python uses."""
         self.f, self.m = f, m
         self.p = Printer(f, reserved=[*parts(cpu_fused), *parts(native), *LOCALS, *reserved])
@@ -106,7 +106,7 @@ class FusedFile:
     def holes(self) -> str:
         """What is printed of the C++: constants, types, `struct LoopProgram`."""
         program = self.program
-        saved = [f"#define SAVED {len(program.saved)}"] if program.saved else []
+        saved = [] if program.saved is None else [f"#define SAVED {len(program.saved)}"]
         return "\n".join([
             f"// ---- printed from {self.f.cascade.name}. What a row carries over the keys {self.f.attention.key}:", "//",
             *(f"//     {x}" for x in str(program.state).splitlines()), "", *saved,
@@ -145,15 +145,14 @@ class FusedFile:
     def main(self) -> str:
         """The text of `attention`."""
         setup, _ = self.operands()
-        saved = len(self.program.saved)
         lines, call = self.call(self.program)
-        more = [f"saved = torch.empty((*rows.shape[:3], {saved}), dtype=torch.float32, device={self.device}.device)"] if saved else []
-        lines += [*more, f"run(SOURCE, {call[0]}, rows, {call[1]}{', saved' if saved else ''})"]
-        return entry(self.p, lines, setup, self.checks(), "out, saved" if saved else "out")
-
-    @property
-    def device(self) -> str:
-        return self.p.names.tensors[self.f.cascade.inputs[0].name]
+        if self.program.saved is None:
+            lines.append(f"run(SOURCE, {call[0]}, rows, {call[1]})")
+            return entry(self.p, lines, setup, self.checks())
+        shape = f"(*rows.shape[:3], {len(self.program.saved)})"
+        lines.append(f'saved = torch.empty({shape}, dtype=torch.float32, device="cpu")')
+        lines.append(f"run(SOURCE, {call[0]}, rows, {call[1]}, saved)")
+        return entry(self.p, lines, setup, self.checks(), "out, saved")
 
     def call(self, program: LoopProgram) -> tuple[list[str], tuple[str, str]]:
         """Lines before a loop is called, and what it takes: operands; sizes, tiles, tensors and sizes of its program."""
@@ -272,7 +271,7 @@ def _multiplied(t: Terms) -> Terms:
         return ex.rebuild(e, rule)
 
     mask = replace(t.mask, keep=rewritten(t.mask.keep), full=rewritten(t.mask.full))
-    return Terms(rewritten(t.score), mask, mapped_state(t.state, rewritten), tuple(rewritten(x) for x in t.saved))
+    return Terms(rewritten(t.score), mask, mapped_state(t.state, rewritten), t.handed(rewritten))
 
 
 def _identifier(name: str) -> str:

@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ...patterns import expr as ex
-from ...patterns.attention.adjoint import Adjoint, adjoint
+from ...patterns.backward.adjoint import Adjoint, adjoint
 from ...patterns.mapping import TileMapping
 from ...patterns.verdict import Obstacle
 from ..files import cache, native
@@ -27,21 +29,29 @@ BODY = "one pass in C++ around the score and the row's state, and one around the
 LOCALS = (*parts(cpu_backward), "wanted", "given", "flow", "grad")
 
 
-def text(f: Form, m: TileMapping, version: str) -> str:
+@dataclass(frozen=True)
+class Printed:
+    """A file; the float inputs of which its backward gives no gradient; how many scalars a row hands over."""
+
+    text: str
+    without: tuple[str, ...]
+    scalars: int
+
+
+def printed(f: Form, m: TileMapping, version: str) -> Printed:
     """The kernel's file. Raises PrintError where a body does not fit the attention or the machine."""
     check_tiles(f, m)
-    return _TrainingFile(f, m, _adjoint(f)).text(version)
+    made = _adjoint(f)
+    return Printed(_TrainingFile(f, m, made).text(version), _without(f, made), len(made.saved))
 
 
-def without(f: Form) -> frozenset[str]:
-    """Inputs whose gradients the backward does not give: floats that the score or the row's end reads."""
-    a = f.attention
-    read = {str(x.attr) for e in BackwardProgram(f, _terms(f), _given(f), _adjoint(f)).terms() for x in ex.loads(e)}
-    read |= {str(x.attr) for p in f.products for x in ex.loads(p.outside)}
-    for e in reversed(a.prelude):
+def _without(f: Form, made: Adjoint) -> tuple[str, ...]:
+    """Float inputs that the score, the row's end or what multiplies a product reads, also through the prelude."""
+    read = {str(g.load.attr) for g in made.leaves} | {str(x.attr) for p in f.products for x in ex.loads(p.outside)}
+    for e in reversed(f.attention.prelude):
         if e.out.tensor in read:
             read |= {str(x.attr) for x in e.reads}
-    return frozenset(t.name for t in f.cascade.inputs if t.name in read and t.dtype in ex.FLOATS)
+    return tuple(t.name for t in f.cascade.inputs if t.name in read and t.dtype in ex.FLOATS)
 
 
 def _adjoint(f: Form) -> Adjoint:
@@ -49,7 +59,9 @@ def _adjoint(f: Form) -> Adjoint:
     if isinstance(made, Obstacle):
         raise PrintError(str(made))
     if made.passes:
-        raise PrintError(f"the gradient needs another pass over the keys: {made.passes[0].name}")
+        raise PrintError(f"the gradient needs another pass over the keys: {made.passes[0]}")
+    if any(f.attention.value in x.load.ranks for x in (*made.saved, *made.row)):
+        raise PrintError("the gradient needs what the forward sums, value by value: the fused body hands over scalars of rows")
     if f.rule != "never" and not _skips(f, made):
         raise PrintError("a masked key may have a gradient: its tile cannot be left out")
     return made
@@ -57,18 +69,13 @@ def _adjoint(f: Form) -> Adjoint:
 
 def _skips(f: Form, made: Adjoint) -> bool:
     """Does a key that the mask hides change no gradient, so that tiles of such keys may be left out?"""
-    terms = [made.weight, *(x for _, x in made.scores)]
-    own = {made.dweight, *(x.name for x in (*made.saved, *made.row)), *(p.name for p in f.products)}
+    terms = [made.weight, *(x.term for x in made.scores)]
     bound = (-max(f.mask.fills) - UNDERFLOW) / 2 if f.rule == "bounded" else FINITE
-    return vanishes_backwards(terms, f.attention.score, f.mask, frozenset(own), bound)
+    return vanishes_backwards(terms, f.mask.keep, bound)
 
 
 def _terms(f: Form) -> Terms:
     return Terms(f.attention.score, f.mask, f.state)
-
-
-def _given(f: Form) -> list[str]:
-    return [t.name for t in f.cascade.inputs] + [e.out.tensor for e in f.attention.prelude]
 
 
 class _TrainingFile(FusedFile):
@@ -89,10 +96,7 @@ class _TrainingFile(FusedFile):
     def backward_holes(self) -> str:
         made = self.adjoint
         counts = f", SAVED = {len(made.saved)}, SCALARS = {len(made.saved) + len(made.row)}"
-        said = [f"{x.name} = {x.term}" for x in made.saved]
-        said += [f"{x.name} = Σ {x.term}" for x in made.row]
-        said += [f"d{self.f.attention.contraction.out.tensor} = {made.acc}", f"weight = {made.weight}"]
-        said += [f"d{name} = {term}" for name, term in made.scores]
+        said = str(made).splitlines()
         return "\n".join([
             f"// ---- printed from the adjoint of {self.f.cascade.name}", "//", *(f"//     {x}" for x in said), "",
             *self.types(counts), "", cpp_backward.text(self.backward),

@@ -130,18 +130,9 @@ def rule(state: RowState, score: Expr, mask: Mask, key: str) -> str:
     return "guarded" if leans and any(f != -math.inf for f in mask.fills) else "always"
 
 
-def vanishes_backwards(terms: Sequence[Expr], score: Expr, mask: Mask, finite: frozenset[str], bound: float = FINITE) -> bool:
-    """Are all terms, a weight and the gradients of scores, 0 at every key that the mask hides?
-
-    `finite`: loads of at most `bound`: row scalars, products, and those of gradients.
-    """
-    if mask.fills:
-        held = [[_in_range(_opened(e), _opened(score), *_reach(fill)) for e in terms] for fill in mask.fills]
-        ranges = [_reach(fill) for fill in mask.fills]
-    else:
-        held = [[_opened(simplify_under(e, {part: False})) for e in terms] for part in conjuncts(mask.keep)]
-        ranges = [(0.0, 0.0)] * len(held)
-    return all(_nothing(e, finite, bound, lo, hi) for group, (lo, hi) in zip(held, ranges) for e in group)
+def vanishes_backwards(terms: Sequence[Expr], keep: Expr, bound: float = FINITE) -> bool:
+    """Are all terms, a weight and the gradients of scores, 0 at every key that the mask hides, whatever floats up to `bound` they read?"""
+    return all(_nothing(_opened(simplify_under(e, {part: False})), bound) for part in conjuncts(keep) for e in terms)
 
 
 def _reach(fill: float) -> tuple[float, float]:
@@ -149,12 +140,11 @@ def _reach(fill: float) -> tuple[float, float]:
     return (fill, fill) if math.isinf(fill) or fill > VANISHING else (-math.inf, fill / 2)
 
 
-def _nothing(e: Expr, finite: frozenset[str], bound: float, lo: float, hi: float) -> bool:
-    """Is a term 0, whatever its loads are?"""
+def _nothing(e: Expr, bound: float) -> bool:
+    """Is a term 0, whatever floats it reads?"""
+    finite = {str(x.attr) for x in ex.loads(e) if x.is_float}
 
     def of_load(name: str, box: Sequence[Span]) -> Span | None:
-        if name == _SCORE:
-            return np.float64(lo), np.float64(hi)
         return (np.float64(-bound), np.float64(bound)) if name in finite else None
 
     e = ex.substitute(e, {ex.symbol(n): ex.index(f"${n}") for n in ex.symbols(e)})

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ....patterns import expr as ex
-from ....patterns.attention.adjoint import Adjoint
+from ....patterns.backward.adjoint import Adjoint
 from ....patterns.expr import TRUE, Expr
 from ....patterns.terms.conditions import simplify_under
 from ...forms.form import Form
@@ -30,18 +30,16 @@ class BackwardProgram(LoopProgram):
         """`t`: the terms of the forward as the model wrote them; `given`: the tensors that exist when the kernel is called."""
         self.adjoint = adjoint
         super().__init__(f, t, given)
-        self.scalars = {}
+        self.scalars: dict[Expr, str] = {}
         for x in (*adjoint.saved, *adjoint.row):
-            self.scalars[x.name] = self.take(x.name.lower())
+            self.scalars[x.load] = self.take(str(x.load.attr).lower())
 
     def elements(self, full: bool) -> list[Expr]:
         """The weight, then the gradient of each product as the loop sums it; `full`: every key is known to be kept."""
-        gradients = dict(self.adjoint.scores)
-        out = [self.adjoint.weight, *(gradients[str(x.attr)] for x in self.products)]
-        mask = self.f.mask
-        if full and mask.keep is not TRUE:
-            facts = {mask.keep: True}
-            out = [simplify_under(ex.substitute(e, {self.a.score: mask.full}), facts) for e in out]
+        gradients = {g.load: g.term for g in self.adjoint.scores}
+        out = [self.adjoint.weight, *(gradients[x] for x in self.products)]
+        if full and self.f.mask.keep is not TRUE:
+            out = [simplify_under(e, {self.f.mask.keep: True}) for e in out]
         table = self.table()
         read = [ex.substitute(e, table) for e in out]
         around = [ex.const(1.0), *(ex.substitute(p.outside, table) for p in self.f.products)]
@@ -75,12 +73,11 @@ def _adjoint(p: BackwardProgram, terms: list[Expr]) -> list[str]:
     _bind_scalars(p, body, terms, "scalars")
     key = ex.index(p.key)
     loop = CppBody(replace(p.scope, names={**p.scope.names, key: p.ranks[p.key]}), terms, body.taken, Around(p, body, p.key), key)
-    at = {**{str(x.attr): f"{p.inputs[i]}[i]" for x, i in p.products.items()}, p.adjoint.dweight: "w[i]"}
-    for x in dict.fromkeys(x for e in terms for x in ex.loads(e)):
-        if str(x.attr) in at:
-            name = loop.fresh(str(x.attr).lower())
-            loop.lines.append(f"const float {name} = {at[str(x.attr)]};")
-            loop.bind(x, name)
+    at = {**{x: f"{p.inputs[i]}[i]" for x, i in p.products.items()}, p.adjoint.dweight: "w[i]"}
+    for x in dict.fromkeys(x for e in terms for x in ex.loads(e) if x in at):
+        name = loop.fresh(str(x.attr).lower())
+        loop.lines.append(f"const float {name} = {at[x]};")
+        loop.bind(x, name)
     texts = [loop.real(e) for e in terms]
     written = [f"{x}[i] = {text};" for x, text in zip(("w", *p.inputs), texts)]
     name = p.ranks[p.key]
@@ -97,12 +94,11 @@ def _flow(p: BackwardProgram) -> list[str]:
         body.lines.append(f"scalars[{i}] = saved[{i}];")
     _bind_scalars(p, body, terms, "saved", len(adjoint.saved))
     for i, x in enumerate(adjoint.row, len(adjoint.saved)):
-        name = p.scalars[x.name]
+        name = p.scalars[x.load]
         text, lines = _over_values(p, body, x.term)
         body.lines += [f"float {name} = 0.0f;", f"#pragma omp simd reduction(+ : {name})", *_loop(p, [*lines, f"{name} += {text};"])]
         body.lines.append(f"scalars[{i}] = {name};")
-        for e in dict.fromkeys(y for t in terms for y in ex.loads(t) if str(y.attr) == x.name):
-            body.bind(e, name)
+        body.bind(x.load, name)
     text, lines = _over_values(p, body, adjoint.acc)
     body.lines += ["#pragma omp simd", *_loop(p, [*lines, f"dacc[i] = {text};"])]
     head = "INLINE void flow(const Row& row, const float* saved, const OUT* out, const OUT* grad, float* dacc, float* scalars) const {"
@@ -115,11 +111,10 @@ def _over_values(p: BackwardProgram, body: CppBody, term: Expr) -> tuple[str, li
     value = ex.index(p.a.value)
     names = {**p.scope.names, value: p.ranks[p.a.value]}
     loop = CppBody(replace(p.scope, names=names), [term], body.taken, Around(p, body, p.a.value), value)
-    at = {p.adjoint.gradient: "grad[i]", p.f.cascade.outputs[0]: "out[i]"}
-    for x in ex.loads(term):
-        if str(x.attr) in at:
-            name = loop.fresh(at[str(x.attr)][:-3] + "_x")
-            loop.lines.append(f"const float {name} = (float){at[str(x.attr)]};")
+    for x, source in ((p.adjoint.dout, "grad"), (p.adjoint.out, "out")):
+        if x in ex.loads(term):
+            name = loop.fresh(f"{source}_x")
+            loop.lines.append(f"const float {name} = (float){source}[i];")
             loop.bind(x, name)
     return loop.real(term), loop.lines
 
@@ -133,9 +128,7 @@ def _loop(p: BackwardProgram, lines: list[str]) -> list[str]:
 def _bind_scalars(p: BackwardProgram, body: CppBody, terms: list[Expr], source: str, count: int | None = None) -> None:
     """Names for the row's scalars that terms read, the first `count` of them."""
     read = {x for e in terms for x in ex.loads(e)}
-    for i, (scalar, name) in enumerate(list(p.scalars.items())[:count]):
-        loads = [x for x in read if str(x.attr) == scalar]
-        if loads:
+    for i, (load, name) in enumerate(list(p.scalars.items())[:count]):
+        if load in read:
             body.lines.append(f"const float {name} = {source}[{i}];")
-        for x in loads:
-            body.bind(x, name)
+            body.bind(load, name)

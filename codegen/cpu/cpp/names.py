@@ -56,7 +56,7 @@ class LoopProgram:
         if t.state.correction is not None:
             # the weights' largest is 1: their sum has a reciprocal
             self.ending = reciprocals(self.ending, self.a.value)
-        self.saved = tuple(ex.substitute(x, self.outer) for x in t.saved)
+        self.saved = t.handed(lambda e: ex.substitute(e, self.outer))
         own = self._tensors(set(given))
         self.tensors = [*own, *(d.name for d in self.diagonals.values())]
         operands = {}
@@ -109,7 +109,7 @@ class LoopProgram:
         return found
 
     def terms(self) -> list[Expr]:
-        out = [self.ending, *self.saved]
+        out = [self.ending, *(self.saved or ())]
         for t in self.tiles:
             out += [t.score, t.state.weight, *(c.lift for c in t.state.carried), *t.state.corrections]
         return out

@@ -31,7 +31,7 @@ def text(p: LoopProgram) -> str:
             "    } else {", *("      " + x for x in TileStep(p, full).lines()), "    }",
         ]
         steps = _step(inner)
-    finish = [*_finish(p), *([""] + _save(p) if p.saved else [])]
+    finish = [*_finish(p), *([] if p.saved is None else ["", *_save(p, p.saved)])]
     row = p.fields.text()
     fetching = fetch(p, steps)
     code = "\n".join(["", *steps, *finish, *row])
@@ -109,14 +109,14 @@ def _finish(p: LoopProgram) -> list[str]:
     ]
 
 
-def _save(p: LoopProgram) -> list[str]:
+def _save(p: LoopProgram, saved: Sequence[Expr]) -> list[str]:
     """Row scalars that are handed over beside the output."""
-    body = CppBody(p.scope, p.saved, set(p.taken), p.fields)
-    for e in p.saved:
+    body = CppBody(p.scope, saved, set(p.taken), p.fields)
+    for e in saved:
         for x in ex.loads(e):
             if str(x.attr) in p.carried:
                 _read_state(p, body, x)
-    written = [f"saved[{i}] = {body.real(e)};" for i, e in enumerate(p.saved)]
+    written = [f"saved[{i}] = {body.real(e)};" for i, e in enumerate(saved)]
     lines = [*body.lines, *written]
     head = "INLINE void save(const Row& row, const float* state, float* saved) const {"
     return ["// what a row hands over", head, *(f"  {x}" for x in [*p.fields.unpacked(lines), *lines]), "}"]
