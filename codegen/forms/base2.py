@@ -43,7 +43,7 @@ def in_base2(t: Terms, key: str, products: frozenset[Expr]) -> Terms:
         replace(c, lift=scaling.scaled(o.lift)) if c.name in bounds else c for c, o in zip(new.carried, t.state.carried)
     )
     mask = replace(t.mask, keep=scaling.rewrite(t.mask.keep), full=scaling.scaled(t.mask.full))
-    return Terms(scaling.scaled(t.score), mask, replace(new, carried=lifts))
+    return Terms(scaling.scaled(t.score), mask, replace(new, carried=lifts), t.handed(scaling.rewrite))
 
 
 class _Scaling:
