@@ -1,7 +1,7 @@
-"""The operators that are trained: the cascade's output with what its rows hand over, and the gradients of its inputs from both.
+"""The operators that are trained: the cascade's output with what its rows hand over, and the inputs' gradients from both.
 
-    cascade_trained(Tensor[] tensors, SymInt[] sizes, str program) -> (Tensor out, Tensor saved)
-    cascade_backward(Tensor grad, Tensor out, Tensor saved, Tensor[] tensors, SymInt[] sizes, str program, int[] wanted) -> Tensor[]
+    cascade_trained(tensors, sizes, program) -> (out, saved)            as reattend::cascade takes them
+    cascade_backward(grad, out, saved, tensors, sizes, program, int[] wanted) -> Tensor[]
 
 `saved` is float32 [Z, H, P, scalars]. A gradient of a gradient is refused where somebody asks for it.
 """

@@ -7,16 +7,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...patterns import expr as ex
 from ...patterns.backward.adjoint import Adjoint, adjoint
+from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.verdict import Obstacle
 from ..files import cache, native
 from ..files.torch_file import file, indented, parts, prelude, signature, sizes
-from ..forms.form import UNDERFLOW, Form
-from ..forms.skip import FINITE, vanishes_backwards
+from ..forms.form import UNDERFLOW, Form, rows_keep_a_key
+from ..forms.skip import FINITE, idle_without_a_key, vanishes_backwards
 from ..forms.terms import Terms
 from ..skeletons import cpu, cpu_backward, cpu_fused
 from ..text.printer import PrintError
@@ -42,6 +43,9 @@ def printed(f: Form, m: TileMapping, version: str) -> Printed:
     """The kernel's file. Raises PrintError where a body does not fit the attention or the machine."""
     check_tiles(f, m)
     made = _adjoint(f)
+    if f.rule == "always" and not idle_without_a_key(_elements(made), [x.load for x in made.saved]):
+        # a row without a key has weights that are NaN, at every key
+        f = replace(f, rule="guarded", proof=rows_keep_a_key(f.attention, f.mask.keep))
     return Printed(_TrainingFile(f, m, made).text(version), _without(f, made), len(made.saved))
 
 
@@ -61,7 +65,7 @@ def _adjoint(f: Form) -> Adjoint:
     if made.passes:
         raise PrintError(f"the gradient needs another pass over the keys: {made.passes[0]}")
     if any(f.attention.value in x.load.ranks for x in (*made.saved, *made.row)):
-        raise PrintError("the gradient needs what the forward sums, value by value: the fused body hands over scalars of rows")
+        raise PrintError("the gradient needs what the forward sums, value by value: a row hands over scalars alone")
     if f.rule != "never" and not _skips(f, made):
         raise PrintError("a masked key may have a gradient: its tile cannot be left out")
     return made
@@ -69,9 +73,13 @@ def _adjoint(f: Form) -> Adjoint:
 
 def _skips(f: Form, made: Adjoint) -> bool:
     """Does a key that the mask hides change no gradient, so that tiles of such keys may be left out?"""
-    terms = [made.weight, *(x.term for x in made.scores)]
     bound = (-max(f.mask.fills) - UNDERFLOW) / 2 if f.rule == "bounded" else FINITE
-    return vanishes_backwards(terms, f.mask.keep, bound)
+    return vanishes_backwards(_elements(made), f.mask.keep, bound)
+
+
+def _elements(made: Adjoint) -> list[Expr]:
+    """What is computed for every query and key."""
+    return [made.weight, *(x.term for x in made.scores)]
 
 
 def _terms(f: Form) -> Terms:
@@ -88,7 +96,8 @@ class _TrainingFile(FusedFile):
         self.adjoint = made
 
     def text(self, version: str) -> str:
-        constants = [*self.constants(), f"BACKWARD = r'''\n{native.source(self.backward_holes(), 'fused_backward').strip()}\n'''"]
+        second = native.source(self.backward_holes(), "fused_backward").strip()
+        constants = [*self.constants(), f"BACKWARD = r'''\n{second}\n'''"]
         printed = [*self.functions(), self.main(), self.backward_main()]
         modules = (cache, native, cpu, cpu_fused, cpu_backward)
         return file(self.p, self.m, printed, modules, constants, BODY, version)

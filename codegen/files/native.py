@@ -93,7 +93,8 @@ def call_type(products: int, saved: bool = False) -> type[ctypes.Structure]:
 def backward_type(products: int) -> type[ctypes.Structure]:
     """`struct Call` of the backward's loop."""
     one, size, address = Operand * products, ctypes.c_int64, ctypes.c_void_p
-    fields = [("q", one), ("k", one), *((n, Operand) for n in ("v", "out", "grad")), ("dq", one), ("dk", one), ("dv", Operand)]
+    fields = [("q", one), ("k", one), ("v", Operand), ("out", Operand), ("grad", Operand)]
+    fields += [("dq", one), ("dk", one), ("dv", Operand)]
     fields += [("saved", address), ("sums", address), *((n, size) for n in ("segments", "Z", "H", "HKV", "P", "M"))]
     fields += [("classes", address), ("class_z", size), ("class_h", size), ("class_p", size)]
     fields += [("threads", ctypes.c_int32), ("wanted", ctypes.c_int32), ("tensors", address), ("sizes", address)]

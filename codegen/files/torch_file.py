@@ -317,7 +317,8 @@ def entry(
     p: Printer, lines: Sequence[str], setup: Sequence[str] = (), checks: Sequence[str] = (), answer: str = "out"
 ) -> str:
     """The text of `attention`: sizes, what is computed beforehand, coordinates, the output's memory, then `lines`."""
-    body = [*sizes(p), *checks, *prelude(p), *setup, *coordinates(p, "\n".join(lines)), *allocation(p), *lines, f"return {answer}"]
+    before = [*sizes(p), *checks, *prelude(p), *setup, *coordinates(p, "\n".join(lines)), *allocation(p)]
+    body = [*before, *lines, f"return {answer}"]
     head = f'def attention({signature(p)}):\n    """The output {p.f.cascade.outputs[0]}."""\n'
     return head + "\n".join(indented(body))
 

@@ -131,13 +131,22 @@ def rule(state: RowState, score: Expr, mask: Mask, key: str) -> str:
 
 
 def vanishes_backwards(terms: Sequence[Expr], keep: Expr, bound: float = FINITE) -> bool:
-    """Are all terms, a weight and the gradients of scores, 0 at every key that the mask hides, whatever floats up to `bound` they read?"""
+    """Are all terms, a weight and the gradients of scores, 0 at every key that the mask hides?
+
+    Whatever floats up to `bound` they read.
+    """
     return all(_nothing(_opened(simplify_under(e, {part: False})), bound) for part in conjuncts(keep) for e in terms)
 
 
 def _reach(fill: float) -> tuple[float, float]:
     """Scores that a fill leaves: finite terms may have been added to it."""
     return (fill, fill) if math.isinf(fill) or fill > VANISHING else (-math.inf, fill / 2)
+
+
+def idle_without_a_key(terms: Sequence[Expr], scalars: Sequence[Expr]) -> bool:
+    """Are all terms 0 in a row without a key, or read nothing of the row? What is of the row may be no number there."""
+    empty = {ex.equal(x, -math.inf): True for x in scalars}
+    return not any(x in ex.loads(simplify_under(e, empty)) for e in terms for x in scalars)
 
 
 def _nothing(e: Expr, bound: float) -> bool:

@@ -1,4 +1,4 @@
-"""The host's side of the fused CPU backward: operands and what flows back in, the operands' gradients out. Printed into its file.
+"""The host's side of the fused CPU backward: operands and what flows back in, their gradients out. Printed into its file.
 
     q [Z, H, P, E]   k [Z, HKV, M, E]   v [Z, HKV, M, F]   out, grad [Z, H, P, F]   saved [Z, H, P, scalars]
 """
@@ -48,20 +48,20 @@ def inputs_gradients(
 
 def gradients(
     text: str, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Tensor, ends: tuple[Tensor, Tensor, Tensor],
-    size: tuple[int, int, int, int, int], classes: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int], tile_p: int,
+    size: tuple[int, int, int, int, int], classes: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int],
+    tile_p: int,
 ) -> list[Tensor]:
     """The gradients of queries, keys and values, in this order. `ends`: out, grad, saved. `size`: Z, H, HKV, P, M."""
     out, grad, saved = ends[0], dense(ends[1]), ends[2].contiguous()
     z, h, hkv, p, m = size
-    all_q, all_k = [(z, h, p, x.shape[3]) for x in queries], [(z, hkv, m, x.shape[3]) for x in (*keys, values)]
-    operands, shapes = [*queries, *keys, values], [*all_q, *all_k]
+    operands = [*queries, *keys, values]
+    shapes = [(z, h, p, x.shape[3]) for x in queries] + [(z, hkv, m, x.shape[3]) for x in (*keys, values)]
     made = [torch.empty_like(x) if x.shape == s else x.new_empty(s) for x, s in zip(operands, shapes)]
     made = [x if x.stride(3) == 1 else x.contiguous() for x in made]
     n, threads = len(queries), torch.get_num_threads()
     entry, width = backward_compiled(text)
     tiles = -(-p // tile_p)
     segments = max(1, min(-(-UNITS * threads // max(1, z * hkv)), m))
-    segments = 1 if z * hkv >= UNITS * threads else segments
     sums = torch.empty((segments, z, h, tiles * tile_p * width), dtype=torch.float32, device="cpu")
     one = type(operand(values)) * n
     data = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])

@@ -27,7 +27,7 @@ class BackwardProgram(LoopProgram):
     mark = "backward "
 
     def __init__(self, f: Form, t: Terms, given: Iterable[str], adjoint: Adjoint) -> None:
-        """`t`: the terms of the forward as the model wrote them; `given`: the tensors that exist when the kernel is called."""
+        """`t`: the terms of the forward as the model wrote them; `given`: tensors that exist when the kernel is called."""
         self.adjoint = adjoint
         super().__init__(f, t, given)
         self.scalars: dict[Expr, str] = {}
@@ -57,7 +57,7 @@ def text(p: BackwardProgram) -> str:
     if partial != full:
         inner = ["if constexpr (PARTIAL) {", *(f"  {x}" for x in partial), "} else {", *(f"  {x}" for x in full), "}"]
     head = "INLINE void adjoint(const Row& row, const float* scalars, float* const* x, float* w, int64_t m0, int n) const {"
-    doc = "// n products of a row from key m0 on, and of the gradient with values: the gradients of the products, and weights"
+    doc = "// n products of a row from key m0 on, and its gradient's with values: gradients of the products, and weights"
     adjoint = [doc, "template <bool PARTIAL>", head, *(f"  {x}" for x in inner), "}"]
     flow = _flow(p)
     row, fetching = p.fields.text(), fetch(p, adjoint)
@@ -72,7 +72,8 @@ def _adjoint(p: BackwardProgram, terms: list[Expr]) -> list[str]:
     body.lines += [f"float* const {x} = x[{i}];" for i, x in enumerate(p.inputs)]
     _bind_scalars(p, body, terms, "scalars")
     key = ex.index(p.key)
-    loop = CppBody(replace(p.scope, names={**p.scope.names, key: p.ranks[p.key]}), terms, body.taken, Around(p, body, p.key), key)
+    scope = replace(p.scope, names={**p.scope.names, key: p.ranks[p.key]})
+    loop = CppBody(scope, terms, body.taken, Around(p, body, p.key), key)
     at = {**{x: f"{p.inputs[i]}[i]" for x, i in p.products.items()}, p.adjoint.dweight: "w[i]"}
     for x in dict.fromkeys(x for e in terms for x in ex.loads(e) if x in at):
         name = loop.fresh(str(x.attr).lower())
@@ -82,28 +83,30 @@ def _adjoint(p: BackwardProgram, terms: list[Expr]) -> list[str]:
     written = [f"{x}[i] = {text};" for x, text in zip(("w", *p.inputs), texts)]
     name = p.ranks[p.key]
     where = [f"const int32_t {name} = int32_t(m0) + i;"] if mentions(name, [*loop.lines, *written]) else []
-    lines = [*body.lines, "#pragma omp simd", "for (int i = 0; i < n; i++) {", *(f"  {x}" for x in [*where, *loop.lines, *written]), "}"]
+    inner = [*where, *loop.lines, *written]
+    lines = [*body.lines, "#pragma omp simd", "for (int i = 0; i < n; i++) {", *(f"  {x}" for x in inner), "}"]
     return [*p.fields.unpacked(lines), *lines]
 
 
 def _flow(p: BackwardProgram) -> list[str]:
-    a, adjoint = p.a, p.adjoint
+    adjoint = p.adjoint
     terms = [*(x.term for x in adjoint.row), adjoint.acc]
     body = CppBody(p.scope, terms, set(p.taken), p.fields)
-    for i, x in enumerate(adjoint.saved):
-        body.lines.append(f"scalars[{i}] = saved[{i}];")
+    body.lines += [f"scalars[{i}] = saved[{i}];" for i in range(len(adjoint.saved))]
     _bind_scalars(p, body, terms, "saved", len(adjoint.saved))
     for i, x in enumerate(adjoint.row, len(adjoint.saved)):
         name = p.scalars[x.load]
         text, lines = _over_values(p, body, x.term)
-        body.lines += [f"float {name} = 0.0f;", f"#pragma omp simd reduction(+ : {name})", *_loop(p, [*lines, f"{name} += {text};"])]
+        summed = _loop(p, [*lines, f"{name} += {text};"])
+        body.lines += [f"float {name} = 0.0f;", f"#pragma omp simd reduction(+ : {name})", *summed]
         body.lines.append(f"scalars[{i}] = {name};")
         body.bind(x.load, name)
     text, lines = _over_values(p, body, adjoint.acc)
     body.lines += ["#pragma omp simd", *_loop(p, [*lines, f"dacc[i] = {text};"])]
-    head = "INLINE void flow(const Row& row, const float* saved, const OUT* out, const OUT* grad, float* dacc, float* scalars) const {"
     doc = "// the end of a row, backwards: its scalars, and the gradient of what was summed over its keys"
-    return [doc, head, *(f"  {x}" for x in [*p.fields.unpacked(body.lines), *body.lines]), "}"]
+    head = ["INLINE void flow(const Row& row, const float* saved, const OUT* out, const OUT* grad, float* dacc,",
+            "                 float* scalars) const {"]
+    return [doc, *head, *(f"  {x}" for x in [*p.fields.unpacked(body.lines), *body.lines]), "}"]
 
 
 def _over_values(p: BackwardProgram, body: CppBody, term: Expr) -> tuple[str, list[str]]:
@@ -128,7 +131,7 @@ def _loop(p: BackwardProgram, lines: list[str]) -> list[str]:
 def _bind_scalars(p: BackwardProgram, body: CppBody, terms: list[Expr], source: str, count: int | None = None) -> None:
     """Names for the row's scalars that terms read, the first `count` of them."""
     read = {x for e in terms for x in ex.loads(e)}
-    for i, (load, name) in enumerate(list(p.scalars.items())[:count]):
-        if load in read:
+    for i, (scalar, name) in enumerate(list(p.scalars.items())[:count]):
+        if scalar in read:
             body.lines.append(f"const float {name} = {source}[{i}];")
-            body.bind(load, name)
+            body.bind(scalar, name)
