@@ -28,7 +28,7 @@ from ..skeletons import cpu, cpu_backward, cpu_product, cpu_product_backward
 from ..text.print_torch import TYPES, TorchBody
 from ..text.printer import PrintError
 from .product import ProductKernel, take
-from .training import Printed
+from .training import Printed, visiting
 
 BODY = "two products around the score and the row's state, and five around their derivatives"
 LOCALS = (
@@ -58,7 +58,8 @@ def printed(f: Form, m: TileMapping, version: str) -> Printed:
         raise PrintError("the gradient needs what the forward sums, value by value: rows hand over scalars")
     if f.real != "f32":
         raise PrintError("what rows hand over is float32, and this is computed in float64")
-    return Printed(_TrainingKernel(f, made).file(m, version), (), len(made.saved))
+    elements = [made.weight, *(g.term for g in (*made.scores, *made.leaves) if a_tile(f, g))]
+    return Printed(_TrainingKernel(visiting(f, made, elements), made).file(m, version), (), len(made.saved))
 
 
 class _TrainingKernel(ProductKernel):

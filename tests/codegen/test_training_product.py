@@ -89,8 +89,7 @@ EVERY = [pytest.param(n, t, marks=[] if t == "f32" or n in ("gqa", "padding") el
 
 @pytest.mark.parametrize(("name", "dtype"), EVERY)
 def test_of_a_variant(name: str, dtype: str) -> None:
-    sizes = {"m": 71, "p": 1, "symbols": {"past": 70}} if name == "decode" else LONG
-    of_case(VARIANTS[name](**sizes, dtype=dtype), dtype)
+    of_case(VARIANTS[name](dtype=dtype) if name == "decode" else VARIANTS[name](**LONG, dtype=dtype), dtype)
 
 
 @pytest.mark.parametrize("make", [windows, no_batch, lambda: interleaved("f32")])
