@@ -141,7 +141,8 @@ class ProductKernel:
             *near, *([""] if near else []), *self._update(f.mask.keep is not TRUE), "", *self.finish(), "",
             f"stream([{', '.join(pairs)}], v, rows, (z0, z1), plan, {start}, update, finish)",
         ]
-        return entry(p, [*self.allocated(), "", "def part(z0, z1, plan):", *indented(inner), "", *self.parts(plan)], setup, (), self.answer)
+        lines = [*self.allocated(), "", "def part(z0, z1, plan):", *indented(inner), "", *self.parts(plan)]
+        return entry(p, lines, setup, answer=self.answer)
 
     # what `attention` answers, and lines that make what else than the output it answers
     answer = "out"

@@ -49,7 +49,7 @@ def printed(f: Form, m: TileMapping, version: str) -> Printed:
 
 
 def visiting(f: Form, made: Adjoint, elements: Sequence[Expr]) -> Form:
-    """The form whose tiles the backward has to visit as well: a row without a key may have weights that are NaN, at every key."""
+    """The form whose tiles both loops visit: a row without a key may have weights that are NaN, at every key."""
     if f.rule != "always" or idle_without_a_key(elements, [x.load for x in made.saved]):
         return f
     return replace(f, rule="guarded", proof=rows_keep_a_key(f.attention, f.mask.keep))

@@ -1,21 +1,20 @@
 """Prints the CPU kernel in tiled torch that is trained: the product body, which hands over row scalars, and a second walk.
 
     handed         state → scalars of the row, for the backward
-    ready          (dOut, out, scalars) → what reaches the product with the values, sums of the row, gradients of the row's end
-    back           (products, dW, scalars) → the weight, each product's gradient, the gradients of other floats of the score
+    ready          (dOut, out, scalars) → what reaches the product with the values, sums of the row, gradients of its end
+    back           (products, dW, scalars) → the weight, each product's gradient, those of other floats of the score
     back_full      the same where the mask keeps every key
 Whatever floats the score or the row's end reads get their gradients: each tile's is summed over what the tensor lacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...patterns import expr as ex
 from ...patterns.backward.adjoint import Adjoint, Gradient, adjoint
 from ...patterns.backward.derivative import pullback
-from ...patterns.cascade import size_term
+from ...patterns.cascade import Size, size_term
 from ...patterns.expr import TRUE, Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.terms.conditions import simplify_under
@@ -32,8 +31,8 @@ from .training import Printed, visiting
 
 BODY = "two products around the score and the row's state, and five around their derivatives"
 LOCALS = (
-    *parts(cpu_backward), *parts(cpu_product_backward), "grad", "saved", "wanted", "given", "flow", "handed", "ready", "back",
-    "back_full", "begin", "update", "dq", "dk", "dv", "dw", "scalars", "scores", "acc", "g", "w",
+    *parts(cpu_backward), *parts(cpu_product_backward), "grad", "saved", "wanted", "given", "flow", "handed", "ready",
+    "back", "back_full", "begin", "update", "dq", "dk", "dv", "dw", "scalars", "scores", "acc", "g", "w",
 )
 
 
@@ -87,7 +86,8 @@ class _TrainingKernel(ProductKernel):
         f, p = self.f, self.p
         plan = [planned(p, always=False, triangles=False)] if f.skips else []
         back = [self.back] if self.full is self.back else [self.back, self.full]
-        functions = [*relatives(p, self.near), *self.scores, self.step, self.end, self.handed, self.ready, *back, *self.read_at.values(), *plan]
+        forward = [*relatives(p, self.near), *self.scores, self.step, self.end, self.handed]
+        functions = [*forward, self.ready, *back, *self.read_at.values(), *plan]
         call = plan[0].call({}) if plan else ""
         main, backward = self.main(call), self.backward(call if self._skips() else "")
         modules = (cpu, cpu_product, cpu_backward, cpu_product_backward)
@@ -124,8 +124,8 @@ class _TrainingKernel(ProductKernel):
     def _of_products(self) -> list[Expr]:
         """The gradient of each product as it is summed, without what multiplies it outside."""
         found = {g.load: self.whole(g.term) for g in self.made.scores}
-        terms = [found.get(load, ex.const(0.0)) for load in self._product_loads()]
-        return [t * x.outside if load in self.outer else t for t, x, load in zip(terms, self.f.products, self._product_loads())]
+        pairs = zip(self.f.products, self._product_loads())
+        return [found.get(load, ex.const(0.0)) * (x.outside if load in self.outer else 1.0) for x, load in pairs]
 
     def _outside(self) -> list[Sum]:
         """The gradients of floats that multiply a product outside of its sum."""
@@ -152,7 +152,7 @@ class _TrainingKernel(ProductKernel):
             body.bind(x.load, self.scalars[x.load])
         answer = [acc, *(self.scalars[x.load] for x in made.row), *map(body.real, ends)]
         lines = [*body.lines, f"    return {', '.join(answer)}"]
-        doc = "Of rows: what reaches the product with the values, sums over the values, and gradients of what the row's end reads."
+        doc = "Of rows: what reaches the product with the values, sums over the values, gradients of what the end reads."
         return self.p.define("ready", doc, lines, ["g", "o", *self._saved()], body.scope)
 
     def _saved(self) -> list[str]:
@@ -182,8 +182,8 @@ class _TrainingKernel(ProductKernel):
         ]
         lines = [
             f"out, grad = {rows_of(f, 'out')}, {rows_of(f, 'grad')}",
-            f"dq, dk, dv = [torch.zeros_like(x) for x in ({', '.join(queries)},)], [torch.zeros_like(x) for x in ({', '.join(keys)},)], "
-            "torch.zeros_like(v)",
+            *(f"d{x} = [torch.zeros_like(x) for x in ({', '.join(of)},)]" for x, of in (("q", queries), ("k", keys))),
+            "dv = torch.zeros_like(v)",
             *(f"{total} = torch.zeros({t}.shape, dtype=torch.float32, device={t}.device)" for total, t in totals.items()),
             "", "def part(z0, z1, plan):", *indented(inner), "", *self.parts(plan),
         ]
@@ -222,7 +222,8 @@ class _TrainingKernel(ProductKernel):
         lines.append(f"{', '.join(['w', *parts, *(f'{s.total}_part' for s in tiles)])} = {call}")
         for s in tiles:
             lines += self._add(s, f"{s.total}_part", "dw.shape")
-        return ["def update(scores, dw, scalars, at, masked):", *indented([*lines, f"return w, ({''.join(f'{x}, ' for x in parts)})"])]
+        lines.append(f"return w, ({''.join(f'{x}, ' for x in parts)})")
+        return ["def update(scores, dw, scalars, at, masked):", *indented(lines)]
 
     def _add(self, s: Sum, part: str, shape: str) -> list[str]:
         """Lines that add a tile's gradient of a tensor where it is read."""
@@ -235,9 +236,10 @@ class _TrainingKernel(ProductKernel):
         return [f"gather({s.total}, {part}.expand({shape}), {call if len(s.load.args) > 1 else f'[{call}]'})"]
 
     def _where(self, load: Expr) -> list[tuple[str, int | None]] | None:
-        """Slices of a tensor that a tile reads, each with the tile's dimension that it lies along; None where it is looked up."""
+        """Slices of a tensor that a tile reads, each with the tile's dimension that it lies along; None: it is looked up."""
         f, a = self.f, self.f.attention
-        dims = {a.query: 2, a.key: 3, **({f.heads.head: 1} if f.heads.head else {}), **({f.heads.lead[0]: 0} if len(f.heads.lead) == 1 else {})}
+        dims = {a.query: 2, a.key: 3, **dict.fromkeys([f.heads.head] if f.heads.head else [], 1)}
+        dims |= dict.fromkeys(f.heads.lead if len(f.heads.lead) == 1 else [], 0)
         out: list[tuple[str, int | None]] = []
         for i, n in zip(load.args, f.attention.cascade.tensor[str(load.attr)].shape):
             rank = str(i.attr) if i.op == "index" else ""
@@ -255,9 +257,14 @@ class _TrainingKernel(ProductKernel):
         for s in self.sums:
             if self._where(s.load) is None:
                 shape = self.f.attention.cascade.tensor[str(s.load.attr)].shape
-                at = [i if i.is_const else ex.minimum(ex.maximum(i, 0), size_term(n) - 1) for i, n in zip(s.load.args, shape)]
+                at = [_inside(i, n) for i, n in zip(s.load.args, shape)]
                 out[s.total] = self.p.function(f"read_at_{s.total}", "Where its elements are read.", at)
         return out
+
+
+def _inside(i: Expr, size: Size) -> Expr:
+    """A coordinate that stays in its tensor: what a mask hides may be read from anywhere."""
+    return i if i.is_const else ex.minimum(ex.maximum(i, 0), size_term(size) - 1)
 
 
 def a_tile(f: Form, g: Gradient) -> bool:

@@ -1,11 +1,11 @@
-"""The CPU's loop for the gradients of any score and row rule: five products around the printed derivatives. Printed into its file.
+"""The CPU's loop for the gradients of any score and row rule: five products around the printed derivatives.
 
     for every tile of queries:  acc, rows = begin(tile)
         for each slice of its keys:  w, dx = update(q·k, acc·v, rows)
             dv += wᵀ·acc;   dk += dxᵀ·q;   dq += dx·k
 
-One walk serves all three: keys and values gather in memory of their own, in the order of the walk, so that the sums are the same
-every time. Heads that share keys lie below one another, so that their sums are part of the product.
+One walk serves all three: the gradients of keys and values gather in memory of their own, in the order of the walk, so that
+sums are the same every time. Heads that share keys lie below one another, so that their sums are part of the product.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ def walk(
     flow: tuple[Sequence[Tensor], Sequence[Tensor], Tensor], begin: Callable[[At], tuple[Tensor, tuple[Tensor, ...]]],
     update: Callable[[list[Tensor], Tensor, tuple[Tensor, ...], At, bool], tuple[Tensor, tuple[Tensor, ...]]],
 ) -> None:
-    """Add the gradients of the operands to `flow`: those of queries, keys and values, over a range of the batch along its plan.
+    """Add the gradients of queries, keys and values to `flow`, over a range of the batch along its plan.
 
-    `pairs`: operands of the products, [Z, H, P, E] and [Z, H/G, M, E]; `rows`: the heads H. `begin(at)`: what reaches the product
-    with the values, and scalars of the rows. `update(products, dW, scalars, at, masked)`: the weight, and each product's gradient.
+    `pairs`: operands of the products, [Z, H, P, E] and [Z, H/G, M, E]; `rows`: the heads H. `begin(at)`: what reaches the
+    product with the values, and scalars of the rows. `update(products, dW, scalars, at, masked)`: the weight, and each
+    product's gradient.
     """
     group = rows // v.shape[1]
     dq, dk, dv = flow
@@ -54,13 +55,13 @@ def walk(
 
 
 def reduced(part: Tensor, dims: Sequence[int], order: Sequence[int]) -> Tensor:
-    """A tile of a gradient as the part of a tensor: summed over the tile's dimensions that it lacks, the others in its order."""
+    """A tile of a gradient as the part of a tensor: summed over dimensions that it lacks, the others in its order."""
     part = part.sum(tuple(dims), keepdim=True) if dims else part
     return part.permute(*order, *dims).reshape([part.shape[d] for d in order])
 
 
 def gather(total: Tensor, part: Tensor, at: Sequence[Tensor | int]) -> None:
-    """total[at] += part, summed over all of a tile that reads one element; one after another, in the same order every time."""
+    """total[at] += part, summed over all of a tile that reads one element, in the same order every time."""
     place = torch.zeros((1,) * part.dim(), dtype=torch.int64, device=part.device)
     for i, step in zip(at, total.stride()):
         place = place + i * step

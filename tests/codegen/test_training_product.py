@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from reattend.codegen.cpu.kernel import TrainedKernel, build_trained
 from reattend.patterns import expr as ex
 from reattend.patterns.backward.gradient import gradient
 from reattend.patterns.cascade import Cascade
+from reattend.patterns.cascade import Tensor as Tensor_
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.expr import Expr
 from reattend.patterns.mapping import TileMapping
@@ -22,7 +24,7 @@ from reattend.rewriter.check.gradient import FLAT, LONGER, drowned
 
 from .. import strategies
 from ..strategies import INF, SCORES, Program, programs
-from .attentions import CAUSAL, PAD, VARIANTS, B, Case, E, H, M, N, P, T, added, aux, build, masked, no_batch, windows
+from .attentions import CAUSAL, PAD, VARIANTS, B, Case, H, M, N, P, S, T, added, aux, build, masked, no_batch, windows
 from .test_cpu import TYPES, interleaved
 
 TILES = TileMapping(16, 16, body="product")
@@ -132,20 +134,17 @@ def test_of_drawn_attentions(p: Program) -> None:
     check(p.cascade, p.inputs(1), p.sizes)
 
 
+def multiplied(c: Cascade, name: str, factor: Expr, tensor: Tensor_) -> Cascade:
+    """With one more factor inside an Einsum."""
+    einsums = tuple(replace(e, body=e.body * factor) if e.out.tensor == name else e for e in c.einsums)
+    return replace(c, einsums=einsums, tensors=(*c.tensors, tensor))
+
+
 def test_a_sink_and_a_factor_of_the_scores_outside_of_the_product() -> None:
     tau = ex.load("tau", (H,), "f32")
 
-    def outside(case: Case) -> Cascade:
-        """Q·K·τ, with τ inside the product's own Einsum."""
-        c = case.cascade
-        load = {e.out.tensor: e for e in c.einsums}["QK"]
-        from dataclasses import replace
-
-        einsums = tuple(replace(e, body=e.body * tau) if e is load else e for e in c.einsums)
-        return replace(c, einsums=einsums, tensors=(*c.tensors, aux("tau", (4,))))
-
     case = build(added(CAUSAL), square=True, p=70, sink=ex.load("sink", (H,), "f32"), aux=(aux("sink", (4,)),))
-    c = outside(case)
+    c = multiplied(case.cascade, "QK", tau, aux("tau", (4,)))
     x = {**case.inputs(), "tau": torch.tensor([0.5, -1.0, 2.0, 0.0])}
     found = check(c, x, case.sizes)
     assert found["tau"].count_nonzero() == 4
@@ -155,14 +154,7 @@ def test_a_sink_and_a_factor_of_the_scores_outside_of_the_product() -> None:
 def test_values_of_which_a_part_is_masked() -> None:
     """What the operands are made of gets its gradient through them."""
     case = VARIANTS["plain"](p=9, m=70)
-    from dataclasses import replace
-
-    c = case.cascade
-    gate = ex.load("open", (B, M), "f32")
-    einsums = tuple(
-        replace(e, body=e.body * gate) if e.out.tensor == "N" else e for e in c.einsums
-    )
-    c = replace(c, einsums=einsums, tensors=(*c.tensors, aux("open", (N, T))))
+    c = multiplied(case.cascade, "N", ex.load("open", (B, M), "f32"), aux("open", (N, T)))
     x = {**case.inputs(), "open": torch.rand(2, 70)}
     assert check(c, x, case.sizes)["open"].count_nonzero() > 0
 
@@ -203,15 +195,9 @@ def refused(c: Cascade) -> str:
 def test_refusals_say_why() -> None:
     assert "which key has a maximum's gradient" in refused(strategies.attention(lambda s: s, strategies.ROWS["leveled"]).cascade)
     gate = ex.load("gate", (B, H, P, ex.index("f")), "f32")
-    gated = build(lambda s: s, finish=lambda n: n * gate, aux=(aux("gate", (N, 4, ex_size("s"), 16)),))
+    gated = build(lambda s: s, finish=lambda n: n * gate, aux=(aux("gate", (N, 4, S, 16)),))
     assert "value by value" in refused(gated.cascade)
     assert "float64" in refused(build(lambda s: s, dtype="f64").cascade)
-
-
-def ex_size(name: str) -> object:
-    from .attentions import size
-
-    return size(name)
 
 
 def test_the_oracle_has_the_same() -> None:

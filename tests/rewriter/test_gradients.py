@@ -23,7 +23,6 @@ from .helpers import graph_of, recorded
 from .test_detect import REFUSED, spellings
 
 
-
 def passed_on(fn: Callable[..., Tensor], args: Sequence[Tensor], tolerance: float = 1e-9) -> None:
     gm = graph_of(fn, args)
     found, _ = detect.find(gm)
