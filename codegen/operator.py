@@ -4,7 +4,7 @@
         tensors    the cascade's inputs, in its order        sizes    what no input has as a dimension, in `loose` order
         program    cascade and mapping as canonical text, so that an exported graph holds all it needs
 
-One operator for all attentions: what is computed stands in its text. It has no backward yet and says so.
+One operator for all attentions: what is computed stands in its text. It has no backward and says so; that of `trained` has.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .triton import kernel as triton_kernel
 __all__ = ["NO_GRADIENT", "build", "call", "program_text"]
 
 NO_GRADIENT = (
-    "reattend::cascade has no backward yet: run it under torch.no_grad(), or on tensors that need no gradient. "
+    "reattend::cascade has no backward: run it under torch.no_grad(), or on tensors that need no gradient. "
     "reattend.optimize chooses a kernel with a backward where gradients are wanted"
 )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from ...patterns import expr as ex
 from ...patterns.expr import TRUE, Expr
@@ -35,11 +36,17 @@ OPERANDS = ("f32", "bf16", "f16")
 # Constants between this and its inverse have a reciprocal in float32, and products with one another.
 SMALLEST = 1e-15
 # More names that the printed Python uses for itself.
-LOCALS = ("tiles", "drowned", "row", "column", *(f"diagonal_{i}" for i in range(16)))
+LOCALS = ("tiles", "drowned", "row", "column", "saved", *(f"{x}diagonal_{i}" for x in ("", "backward_") for i in range(16)))
 
 
 def text(f: Form, m: TileMapping, version: str) -> str:
     """The kernel's file. Raises PrintError where the body does not fit the attention or the machine."""
+    check_tiles(f, m)
+    return FusedFile(f, m).text(version)
+
+
+def check_tiles(f: Form, m: TileMapping) -> None:
+    """Raises PrintError where a fused body does not fit the attention or the machine."""
     if m.tile_p % ROWS or m.tile_m % COLUMNS:
         raise PrintError(f"tiles of {m.tile_p} × {m.tile_m}: the fused body takes multiples of {ROWS} × {COLUMNS}")
     if any(t.dtype == "f64" for t in f.cascade.tensors):
@@ -48,15 +55,15 @@ def text(f: Form, m: TileMapping, version: str) -> str:
         native.compiler()
     except native.CompilerError as no:
         raise PrintError(str(no)) from no
-    return _File(f, m).text(version)
 
 
-class _File:
+class FusedFile:
     """The parts of one kernel's file."""
 
-    def __init__(self, f: Form, m: TileMapping) -> None:
+    def __init__(self, f: Form, m: TileMapping, saved: tuple[Expr, ...] | None = None, reserved: Sequence[str] = ()) -> None:
+        """`saved`: row scalars that are handed over; `reserved`: more names that the printed Python uses."""
         self.f, self.m = f, m
-        self.p = Printer(f, reserved=[*parts(cpu_fused), *parts(native), *LOCALS])
+        self.p = Printer(f, reserved=[*parts(cpu_fused), *parts(native), *LOCALS, *reserved])
         a = f.attention
         given = [t.name for t in f.cascade.inputs] + [e.out.tensor for e in a.prelude]
         self.type = common([_kind(e) for x in f.products for e in (x.near, x.far)] + [_kind(f.values)])
@@ -64,36 +71,57 @@ class _File:
         if self.type not in OPERANDS or self.out not in OPERANDS:
             kinds = ", ".join(OPERANDS)
             raise PrintError(f"operands are {self.type} and the output is {self.out}: the fused body has {kinds}")
-        terms = Terms(a.score, f.mask, f.state)
+        terms = Terms(a.score, f.mask, f.state, saved)
         if self.type != "f32":
             products = {str(e.out.tensor) for e in a.products}
             terms = in_base2(_multiplied(terms), a.key, frozenset(x for x in ex.loads(a.score) if str(x.attr) in products))
-        self.program = LoopProgram(f, terms, given)
+        self.program: LoopProgram = LoopProgram(f, terms, given)
+        self.programs, self.given = [self.program], given
 
     def text(self, version: str) -> str:
-        f, p = self.f, self.p
-        holes = self._constants()
-        limit = self._limit()
-        planned = classes(p, limit is not None) if f.mask.keep is not TRUE else None
-        self.tables = [self._table(d) for d in self.program.diagonals.values()]
-        body = self._main(planned, limit)
-        constants = [f"# Scores below this leave masked weights at exactly 0.\nLIMIT = {limit[0]!r}"] if limit else []
-        constants.append(f"SOURCE = r'''\n{native.source(holes).strip()}\n'''")
-        printed = [*(x.text for x in self.tables), *([planned.text] if planned else []), body]
-        return file(p, self.m, printed, (cache, native, cpu, cpu_fused), constants, BODY, version)
+        # what is printed first says how tensors have to lie
+        constants = self.constants()
+        printed = [*self.functions(), self.main()]
+        return file(self.p, self.m, printed, (cache, native, cpu, cpu_fused), constants, BODY, version)
 
-    def _constants(self) -> str:
+    def functions(self) -> list[str]:
+        """What the entries call of what is printed."""
+        tables = [self.table(d).text for x in self.programs for d in x.diagonals.values()]
+        return [*tables, *([self.planned.text] if self.planned else [])]
+
+    @cached_property
+    def limit(self) -> tuple[float, str] | None:
+        return self._limit()
+
+    @cached_property
+    def planned(self) -> PrintedFunction | None:
+        return classes(self.p, self.limit is not None) if self.f.mask.keep is not TRUE else None
+
+    def constants(self) -> list[str]:
+        """The file's constants: the bound on scores, the C++."""
+        limit = self.limit
+        out = [f"# Scores below this leave masked weights at exactly 0.\nLIMIT = {limit[0]!r}"] if limit else []
+        return [*out, f"SOURCE = r'''\n{native.source(self.holes()).strip()}\n'''"]
+
+    def holes(self) -> str:
         """What is printed of the C++: constants, types, `struct LoopProgram`."""
+        program = self.program
+        saved = [] if program.saved is None else [f"#define SAVED {len(program.saved)}"]
+        return "\n".join([
+            f"// ---- printed from {self.f.cascade.name}. What a row carries over the keys {self.f.attention.key}:", "//",
+            *(f"//     {x}" for x in str(program.state).splitlines()), "", *saved,
+            *self.types(f", CARRIED = {len(program.state.carried)}"), "", cpp_program.text(program),
+        ])
+
+    def types(self, more: str) -> list[str]:
+        """Constants and types of the C++; `more` of the first."""
         f, m = self.f, self.m
         depths = [self._length(x.over) for x in f.products]
-        return "\n".join([
-            f"// ---- printed from {f.cascade.name}. What a row carries over the keys {f.attention.key}:", "//",
-            *(f"//     {x}" for x in str(self.program.state).splitlines()), "",
-            f"constexpr int PRODUCTS = {len(depths)}, TILE_P = {m.tile_p}, TILE_M = {m.tile_m}, "
-            f"CARRIED = {len(self.program.state.carried)};",
+        return [
+            f"constexpr int PRODUCTS = {len(depths)}, TILE_P = {m.tile_p}, TILE_M = {m.tile_m}{more};",
             f"constexpr int E[PRODUCTS] = {{{', '.join(map(str, depths))}}}, F = {self._length((f.attention.value,))};",
-            f"using T = {STORED[self.type]};", f"using OUT = {STORED[self.out]};", "", cpp_program.text(self.program),
-        ])
+            f"using T = {STORED[self.type]};", f"using OUT = {STORED[self.out]};",
+        ]
 
     def _length(self, ranks: Sequence[str]) -> int:
         out = 1
@@ -114,28 +142,41 @@ class _File:
             return None
         return s.limit, TorchBody(self.p.scope({}), []).real(s.score.scale)
 
-    def _main(self, planned: PrintedFunction | None, limit: tuple[float, str] | None) -> str:
+    def main(self) -> str:
+        """The text of `attention`."""
+        setup, _ = self.operands()
+        lines, call = self.call(self.program)
+        if self.program.saved is None:
+            lines.append(f"run(SOURCE, {call[0]}, rows, {call[1]})")
+            return entry(self.p, lines, setup, self.checks())
+        shape = f"(*rows.shape[:3], {len(self.program.saved)})"
+        lines.append(f'saved = torch.empty({shape}, dtype=torch.float32, device="cpu")')
+        lines.append(f"run(SOURCE, {call[0]}, rows, {call[1]}, saved)")
+        return entry(self.p, lines, setup, self.checks(), "out, saved")
+
+    def call(self, program: LoopProgram) -> tuple[list[str], tuple[str, str]]:
+        """Lines before a loop is called, and what it takes: operands; sizes, tiles, tensors and sizes of its program."""
         f, a, p = self.f, self.f.attention, self.p
         n = p.names
-        setup, group = self._operands()
+        _, group = self.operands()
         queries, keys = n.rank(a.query), n.rank(a.key)
         heads = n.rank(f.heads.head) if f.heads.head else "1"
         shared = heads if group == 1 else f"{heads} // {group}" if group else "1"
         many = len(f.products)
         q, k = ([x] if many == 1 else [f"{x}_{i}" for i in range(many)] for x in "qk")
-        tables = {_identifier(d.name): x for d, x in zip(self.program.diagonals.values(), self.tables)}
-        tensors = [n.tensors.get(t, _identifier(t)) for t in self.program.tensors]
-        sizes = [f"*{t}.stride()" for t in tensors] + [n.symbols[s] for s in self.program.symbols]
+        tables = {_identifier(d.name): self.table(d) for d in program.diagonals.values()}
+        tensors = [n.tensors.get(t, _identifier(t)) for t in program.tensors]
+        sizes = [f"*{t}.stride()" for t in tensors] + [n.symbols[s] for s in program.symbols]
         lines = [f"{name} = {x.call({})}" for name, x in tables.items()]
-        if planned is not None:
-            lines.append(f"tiles = {self._classes(planned, limit, queries, keys)}")
-        lines.append(
-            f"run(SOURCE, [{', '.join(q)}], [{', '.join(k)}], v, rows, ({p.batch}, {heads}, {shared}, {queries}, {keys}), "
-            f"{'tiles' if planned else 'None'}, [{', '.join(tensors)}], [{', '.join(sizes)}])"
+        if self.planned is not None:
+            lines.append(f"tiles = {self._classes(self.planned, self.limit, queries, keys)}")
+        return lines, (
+            f"[{', '.join(q)}], [{', '.join(k)}], v",
+            f"({p.batch}, {heads}, {shared}, {queries}, {keys}), {'tiles' if self.planned else 'None'}, "
+            f"[{', '.join(tensors)}], [{', '.join(sizes)}]",
         )
-        return entry(p, lines, setup, self._checks())
 
-    def _table(self, d: Diagonal) -> PrintedFunction:
+    def table(self, d: Diagonal) -> PrintedFunction:
         """The function that tabulates a term over m − p, once for its sizes."""
         p, a = self.p, self.f.attention
         queries, keys = (p.names.rank(r) for r in (a.query, a.key))
@@ -163,7 +204,8 @@ class _File:
         every = f"all_partial(-(-({queries}) // TILE_P), -(-({keys}) // TILE_M))"
         return f"{every} if {queries} * {keys} <= FEW else {call}"
 
-    def _checks(self) -> list[str]:
+    def checks(self) -> list[str]:
+        """Lines that refuse memory which is not laid out as the C++ reads it."""
         n = self.p.names
         out = []
         for t in self.f.cascade.inputs:
@@ -172,7 +214,7 @@ class _File:
             out.append(f'expect("{t.name}", {n.tensors[t.name]}, {TYPES[t.dtype]}, ({shape}))')
         return out
 
-    def _operands(self) -> tuple[list[str], int]:
+    def operands(self) -> tuple[list[str], int]:
         """Lines that make the operands, and how many heads share the keys of one (0: all)."""
         f, p, a = self.f, self.p, self.f.attention
         values = operands(p, a.key, f.values, (a.value,))
@@ -191,14 +233,18 @@ class _File:
 
     def units(self) -> dict[str, int]:
         """Tensors that are read along a dimension, by their names in the cascade."""
-        tensors = {x.name: t for t, x in self.program.scope.tensors.items()}
-        made = {d.name for d in self.program.diagonals.values()}
-        return {tensors[name]: d for name, d in self.program.unit.items() if tensors[name] not in made}
+        out: dict[str, int] = {}
+        for program in self.programs:
+            tensors = {x.name: t for t, x in program.scope.tensors.items()}
+            made = {d.name for d in program.diagonals.values()}
+            out |= {tensors[name]: d for name, d in program.unit.items() if tensors[name] not in made}
+        return out
 
     def _beforehand(self) -> list[str]:
         """What was computed beforehand, in the type in which the program reads it."""
         names = self.p.names.tensors
-        made = [e.out.tensor for e in self.f.attention.prelude if e.out.tensor in self.program.tensors]
+        read = {t for x in self.programs for t in x.tensors}
+        made = [e.out.tensor for e in self.f.attention.prelude if e.out.tensor in read]
         return [f"{names[t]} = {names[t]}.to({TYPES[stored(self.f, t)]})" for t in made]
 
     def _as(self, e: Expr) -> str:
@@ -225,7 +271,7 @@ def _multiplied(t: Terms) -> Terms:
         return ex.rebuild(e, rule)
 
     mask = replace(t.mask, keep=rewritten(t.mask.keep), full=rewritten(t.mask.full))
-    return Terms(rewritten(t.score), mask, mapped_state(t.state, rewritten))
+    return Terms(rewritten(t.score), mask, mapped_state(t.state, rewritten), t.handed(rewritten))
 
 
 def _identifier(name: str) -> str:

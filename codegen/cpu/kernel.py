@@ -22,12 +22,15 @@ from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import count_tiles
 from ...patterns.verdict import Obstacle, Refusal
 from ..files import cache
-from ..forms.form import form, softmax
+from ..forms.form import Form, form, softmax
 from ..forms.program import loose
 from ..text.printer import PrintError
 from . import fused as cpu_fused
 from . import product as cpu_product
 from . import sdpa as cpu_sdpa
+from . import training as cpu_training
+from . import training_product as cpu_training_product
+from .training import Printed
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,25 @@ class CpuKernel:
         """Compile now what would be compiled at the first call. Raises CompilerError's sentence where that fails."""
         if self.compiled is not None:
             self.compiled()
+
+
+@dataclass(frozen=True)
+class TrainedKernel:
+    """A printed kernel with its backward, both in the file `source`. Inputs in the order of the cascade's.
+
+    `forward(*inputs, **sizes)` gives the output and what its rows hand over, float32 [Z, H, P, `scalars`];
+    `backward(grad, out, saved, wanted, *inputs, **sizes)` the gradients of the inputs in the wanted places. `without`: float
+    inputs of which it gives none. `row_dims`: the output's dimensions that make each of Z, H and P.
+    """
+
+    source: str
+    inputs: tuple[str, ...]
+    sizes: tuple[str, ...]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., list[Tensor]]
+    without: tuple[str, ...]
+    scalars: int
+    row_dims: tuple[tuple[int, ...], ...]
 
 
 def version() -> str:
@@ -116,3 +138,35 @@ def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
         return CpuKernel(source, inputs, loose(f.cascade), made.attention)
     compiled = partial(made.compiled, made.SOURCE)
     return CpuKernel(source, inputs, loose(f.cascade), made.attention, compiled, (made.CompilerError,))
+
+
+BODIES_TRAINED: Mapping[str, Callable[[Form, TileMapping, str], Printed]] = {
+    "fused": cpu_training.printed, "product": cpu_training_product.printed,
+}
+
+
+@lru_cache(maxsize=512)
+def build_trained(c: Cascade, mapping: TileMapping) -> TrainedKernel | Refusal:
+    """The kernel of a cascade with its backward under a mapping, or why there is none."""
+    f = form(c)
+    if isinstance(f, Obstacle):
+        return Refusal(NAME, str(f))
+    if mapping.body not in BODIES_TRAINED:
+        return Refusal(f"{NAME} {mapping.body}", f"of our bodies {' and '.join(BODIES_TRAINED)} have a backward")
+    try:
+        printed = BODIES_TRAINED[mapping.body](f, mapping, version())
+    except PrintError as no:
+        return Refusal(f"{NAME} {mapping.body}", str(no))
+    made = cache.load(printed.text)
+    inputs = tuple(t.name for t in f.cascade.inputs)
+    return TrainedKernel(
+        printed.text, inputs, loose(f.cascade), made.attention, made.backward, printed.without, printed.scalars, _row_dims(f)
+    )
+
+
+def _row_dims(f: Form) -> tuple[tuple[int, ...], ...]:
+    """The output's dimensions that make the batch, the heads and the queries of a kernel."""
+    (e,) = f.cascade.producers[f.cascade.outputs[0]]
+    place = {str(i.attr): d for d, i in enumerate(e.out.index)}
+    ranks = (f.heads.lead, (f.heads.head,) if f.heads.head else (), (f.attention.query,))
+    return tuple(tuple(place[r] for r in group) for group in ranks)

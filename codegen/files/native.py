@@ -27,7 +27,7 @@ from typing import Any
 from .cache import directory
 from .library import SKELETONS
 
-SKELETON = ("fused_scalar", "fused_micro", "fused")
+SKELETON = ("fused_scalar", "fused_micro", "fused_memory", "fused", "fused_backward")
 COMPILERS = ("g++", "clang++", "c++")
 # Infinities and NaN are values of the scores: nothing that assumes their absence. Products may be fused with sums. Integers
 # that may wrap around do not come here at all: -fwrapv would make biases half as dear again.
@@ -51,11 +51,12 @@ class CompilerError(RuntimeError):
     """No C++ compiler, or one that could not compile the kernel."""
 
 
-def source(program: str) -> str:
+def source(program: str, loop: str = "fused") -> str:
     """The whole text of a kernel: number types and scalar functions, the printed program, the loop around it."""
     folder = files(SKELETONS)
-    scalar, micro, loop = (folder.joinpath(f"{n}.hpp").read_text(encoding="utf-8") for n in SKELETON)
-    return f"{scalar}\n{program}\n{micro}\n{loop}"
+    text = {n: folder.joinpath(f"{n}.hpp").read_text(encoding="utf-8") for n in SKELETON}
+    scalar, micro, memory = (text[f"fused_{x}"] for x in ("scalar", "micro", "memory"))
+    return f"{scalar}\n{program}\n{micro}\n{memory}\n{text[loop]}"
 
 
 def attention(text: str, flags: Sequence[str] | None = None) -> Callable[..., int]:
@@ -72,8 +73,8 @@ class Operand(ctypes.Structure):
 
 
 @cache
-def call_type(products: int) -> type[ctypes.Structure]:
-    """`struct Call` of the loop, for a score of so many products."""
+def call_type(products: int, saved: bool = False) -> type[ctypes.Structure]:
+    """`struct Call` of the loop, for a score of so many products; `saved`: it hands over row scalars."""
     one, size, address = Operand * products, ctypes.c_int64, ctypes.c_void_p
     fields = [("q", one), ("k", one), ("v", Operand), ("out", address)]
     fields += [(n, size) for n in ("out_z", "out_h", "out_p", "Z", "H", "HKV", "P", "M")]
@@ -84,8 +85,20 @@ def call_type(products: int) -> type[ctypes.Structure]:
         ("class_p", size),
         ("threads", ctypes.c_int32),
     ]
-    fields += [("tensors", address), ("sizes", address)]
+    fields += [("tensors", address), ("sizes", address), *([("saved", address)] if saved else [])]
     return type("Call", (ctypes.Structure,), {"_fields_": fields})
+
+
+@cache
+def backward_type(products: int) -> type[ctypes.Structure]:
+    """`struct Call` of the backward's loop."""
+    one, size, address = Operand * products, ctypes.c_int64, ctypes.c_void_p
+    fields = [("q", one), ("k", one), ("v", Operand), ("out", Operand), ("grad", Operand)]
+    fields += [("dq", one), ("dk", one), ("dv", Operand)]
+    fields += [("saved", address), ("sums", address), *((n, size) for n in ("segments", "Z", "H", "HKV", "P", "M"))]
+    fields += [("classes", address), ("class_z", size), ("class_h", size), ("class_p", size)]
+    fields += [("threads", ctypes.c_int32), ("wanted", ctypes.c_int32), ("tensors", address), ("sizes", address)]
+    return type("BackwardCall", (ctypes.Structure,), {"_fields_": fields})
 
 
 def load(text: str, flags: Sequence[str] | None = None) -> ctypes.CDLL:

@@ -313,13 +313,20 @@ def indented(lines: Iterable[str]) -> list[str]:
     return [f"    {x}" if x else "" for x in lines]
 
 
-def entry(p: Printer, lines: Sequence[str], setup: Sequence[str] = (), checks: Sequence[str] = ()) -> str:
+def entry(
+    p: Printer, lines: Sequence[str], setup: Sequence[str] = (), checks: Sequence[str] = (), answer: str = "out"
+) -> str:
     """The text of `attention`: sizes, what is computed beforehand, coordinates, the output's memory, then `lines`."""
-    names = p.names
-    before = [f"{names.tensors[e.out.tensor]} = {einsum(names, p.f.real, e)}" for e in p.f.attention.prelude]
-    body = [*sizes(p), *checks, *before, *setup, *coordinates(p, "\n".join(lines)), *allocation(p), *lines, "return out"]
+    before = [*sizes(p), *checks, *prelude(p), *setup, *coordinates(p, "\n".join(lines)), *allocation(p)]
+    body = [*before, *lines, f"return {answer}"]
     head = f'def attention({signature(p)}):\n    """The output {p.f.cascade.outputs[0]}."""\n'
     return head + "\n".join(indented(body))
+
+
+def prelude(p: Printer) -> list[str]:
+    """Lines that compute what is read as an ordinary tensor beforehand."""
+    names = p.names
+    return [f"{names.tensors[e.out.tensor]} = {einsum(names, p.f.real, e)}" for e in p.f.attention.prelude]
 
 
 def sizes(p: Printer) -> list[str]:

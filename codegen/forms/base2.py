@@ -50,7 +50,7 @@ def in_base2(t: Terms, key: str, products: frozenset[Expr]) -> Terms:
         replace(c, lift=scaling.scaled(o.lift)) if c.name in bounds else c for c, o in zip(new.carried, t.state.carried)
     )
     mask = replace(t.mask, keep=scaling.rewrite(t.mask.keep), full=scaling.scaled(t.mask.full))
-    return _gathered(Terms(scaling.scaled(t.score), mask, replace(new, carried=lifts)))
+    return _gathered(Terms(scaling.scaled(t.score), mask, replace(new, carried=lifts), t.handed(scaling.rewrite)))
 
 
 # --- factors ----------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def _gathered(t: Terms) -> Terms:
         return ex.substitute(gathered(ex.substitute(e, {t.score: hole})), {hole: score})
 
     mask = replace(t.mask, keep=around(t.mask.keep), full=gathered(t.mask.full))
-    return Terms(score, mask, mapped_state(t.state, around))
+    return Terms(score, mask, mapped_state(t.state, around), t.handed(around))
 
 
 def gathered(root: Expr) -> Expr:

@@ -19,7 +19,7 @@ from ...patterns.attention.rowstate import RowState
 from ...patterns.expr import Expr
 from ...patterns.masks.split import VANISHING, Mask
 from ...patterns.operators import OPERATORS, facts, named
-from ...patterns.terms.conditions import negated, simplify_under
+from ...patterns.terms.conditions import conjuncts, negated, simplify_under
 from ...patterns.terms.intervals import Span, spans
 from .terms import mapped_elements
 
@@ -123,10 +123,39 @@ def rule(state: RowState, score: Expr, mask: Mask, key: str) -> str:
     if mask.keep is ex.TRUE:
         return "never"
     for fill in mask.fills:
-        # Finite terms may have been added to the fill.
-        reach = (fill, fill) if math.isinf(fill) else (-math.inf, fill / 2) if fill <= VANISHING else (fill, fill)
-        if not vanishes(state, score, key, *reach):
+        if not vanishes(state, score, key, *_reach(fill)):
             return "never"
     bound = {c.name for c in state.carried if c.op in ("max", "min")}
     leans = any(str(x.attr) in bound for e in (state.weight, *(c.lift for c in state.carried)) for x in ex.loads(e))
     return "guarded" if leans and any(f != -math.inf for f in mask.fills) else "always"
+
+
+def vanishes_backwards(terms: Sequence[Expr], keep: Expr, bound: float = FINITE) -> bool:
+    """Are all terms, a weight and the gradients of scores, 0 at every key that the mask hides?
+
+    Whatever floats up to `bound` they read.
+    """
+    return all(_nothing(_opened(simplify_under(e, {part: False})), bound) for part in conjuncts(keep) for e in terms)
+
+
+def _reach(fill: float) -> tuple[float, float]:
+    """Scores that a fill leaves: finite terms may have been added to it."""
+    return (fill, fill) if math.isinf(fill) or fill > VANISHING else (-math.inf, fill / 2)
+
+
+def idle_without_a_key(terms: Sequence[Expr], scalars: Sequence[Expr]) -> bool:
+    """Are all terms 0 in a row without a key, or read nothing of the row? What is of the row may be no number there."""
+    empty = {ex.equal(x, -math.inf): True for x in scalars}
+    return not any(x in ex.loads(simplify_under(e, empty)) for e in terms for x in scalars)
+
+
+def _nothing(e: Expr, bound: float) -> bool:
+    """Is a term 0, whatever floats it reads?"""
+    finite = {str(x.attr) for x in ex.loads(e) if x.is_float}
+
+    def of_load(name: str, box: Sequence[Span]) -> Span | None:
+        return (np.float64(-bound), np.float64(bound)) if name in finite else None
+
+    e = ex.substitute(e, {ex.symbol(n): ex.index(f"${n}") for n in ex.symbols(e)})
+    low, high = spans(e, {r: (np.float64(0), np.float64(2**24)) for r in e.ranks}, of_load=of_load)
+    return float(np.min(low)) == 0.0 == float(np.max(high))

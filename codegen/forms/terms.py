@@ -12,11 +12,19 @@ from ...patterns.masks.split import Mask
 
 @dataclass(frozen=True)
 class Terms:
-    """The element-wise program of an attention: the score as written, its mask, and the row state over it."""
+    """The element-wise program of an attention: the score as written, its mask, the row state over it.
+
+    `saved`: row scalars over the carried finals that are handed over beside the output (None: no output but that one).
+    """
 
     score: Expr
     mask: Mask
     state: RowState
+    saved: tuple[Expr, ...] | None = None
+
+    def handed(self, f: Callable[[Expr], Expr]) -> tuple[Expr, ...] | None:
+        """`saved`, rewritten by `f`."""
+        return None if self.saved is None else tuple(map(f, self.saved))
 
 
 def mapped_state(state: RowState, f: Callable[[Expr], Expr]) -> RowState:

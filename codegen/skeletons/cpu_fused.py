@@ -73,8 +73,12 @@ def all_partial(rows: int, columns: int) -> Tensor:
 def run(
     text: str, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Tensor, out: Tensor,
     size: tuple[int, int, int, int, int], classes: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int],
+    saved: Tensor | None = None,
 ) -> None:
-    """Compute `out` [Z, H, P, F]. `size`: Z, H, HKV, P, M. `tensors`, `sizes`: what the printed program loads."""
+    """Compute `out` [Z, H, P, F]. `size`: Z, H, HKV, P, M. `tensors`, `sizes`: what the printed program loads.
+
+    `saved` [Z, H, P, scalars], float32: what a row hands over, of a program that does.
+    """
     one = Operand * len(queries)
     z, h, p, _ = out.stride()
     data = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
@@ -83,9 +87,10 @@ def run(
     if classes is not None:
         a, b, c, _ = classes.stride()
         tiles = (classes.data_ptr(), a if classes.shape[0] > 1 else 0, b if classes.shape[1] > 1 else 0, c)
-    call = call_type(len(queries))(
+    more = () if saved is None else (saved.data_ptr(),)
+    call = call_type(len(queries), saved is not None)(
         one(*map(operand, queries)), one(*map(operand, keys)), operand(values), out.data_ptr(), z, h, p, *size, *tiles,
-        torch.get_num_threads(), ctypes.addressof(data), ctypes.addressof(numbers),
+        torch.get_num_threads(), ctypes.addressof(data), ctypes.addressof(numbers), *more,
     )
     failed = compiled(text)(ctypes.addressof(call))
     if failed:

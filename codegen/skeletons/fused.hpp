@@ -8,16 +8,8 @@
 //           fetch;   S = Q Kᵀ;   c, W, state = step(S, state);   acc = c·acc + W V
 //       out = finish(acc, state)
 //
-// What is printed before this text: PRODUCTS, E[PRODUCTS], F, TILE_P, TILE_M, CARRIED, T, OUT and struct Program.
-
-#include <algorithm>
-#include <atomic>
-
-struct Operand {
-  const void* data;
-  // strides in elements: batch, head, row; the last dimension is contiguous
-  int64_t z, h, n;
-};
+// What is printed before this text: PRODUCTS, E[PRODUCTS], F, TILE_P, TILE_M, CARRIED, T, OUT and struct Program; and SAVED
+// where a row hands over so many scalars.
 
 struct Call {
   Operand q[PRODUCTS], k[PRODUCTS], v;
@@ -30,29 +22,13 @@ struct Call {
   int32_t threads;
   const void* const* tensors;
   const int64_t* sizes;
+#ifdef SAVED
+  // [Z, H, P, SAVED]
+  float* saved;
+#endif
 };
-
-// Scratch of a thread: one block, grown on demand, kept between calls. All kernels of a process share it: it is the one
-// symbol besides the entry that is not hidden, and its number changes with its layout.
-struct __attribute__((visibility("default"))) ReattendScratch1 {
-  char* base = nullptr;
-  int64_t size = 0;
-  ~ReattendScratch1() { std::free(base); }
-  bool reserve(int64_t bytes) {
-    if (bytes <= size) return true;
-    std::free(base);
-    size = (bytes + 4095) / 4096 * 4096;
-    base = static_cast<char*>(std::aligned_alloc(4096, size_t(size)));
-    if (!base) size = 0;
-    return base != nullptr;
-  }
-};
-__attribute__((visibility("default"))) inline thread_local ReattendScratch1 reattend_scratch_1;
 
 namespace {
-
-// What `attention` returns.
-enum Status { DONE = 0, NO_MEMORY = 1, NO_TILES = 2 };
 
 using Left = Micro::Left;
 using Right = Micro::Right;
@@ -253,8 +229,12 @@ struct Worker {
   }
 
   APART void end(const Item& x) const {
-    for (int i = 0; i < x.rows; i++)
+    for (int i = 0; i < x.rows; i++) {
       task.program.finish(x.row()[i], x.acc() + i * WIDE, x.state(i), out(x) + i * task.call.out_p);
+#ifdef SAVED
+      task.program.save(x.row()[i], x.state(i), task.call.saved + ((x.z * task.call.H + x.h) * task.call.P + x.p0 + i) * SAVED);
+#endif
+    }
   }
 
   void pack(Chunk& c, int64_t m, int tiles) const {
@@ -327,9 +307,6 @@ int compute(const Task& task, std::atomic<int64_t>& next) {
   Micro::stop();
   return DONE;
 }
-
-// A forked process has none of its parent's threads, and the OpenMP library would wait for them.
-const pid_t home = getpid();
 
 }  // namespace
 

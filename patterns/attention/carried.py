@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .. import expr as ex
 from ..expr import Expr
 from ..operators import facts
 
@@ -29,13 +30,31 @@ class Carried:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """A running bound d that `base`^(element − d) subtracts. `rises`: d never falls as tiles are added."""
+
+    base: str
+    d: Expr
+    rises: bool
+
+
+def guarded(d: Expr) -> Expr:
+    """d̂: the bound, or 0 where it is −∞ because every key so far is masked."""
+    return ex.where(ex.equal(d, -math.inf), ex.const(0.0, d.dtype), d)
+
+
+@dataclass(frozen=True)
 class RowState:
-    """The carried scalars in order of dependence, what multiplies V, and how the row ends."""
+    """The carried scalars in order of dependence, what multiplies V, and how the row ends.
+
+    `bounds`: (sum, d, k) for each bound d under a sum, carried or the contraction's own: the sum holds base^(−k·d).
+    """
 
     carried: tuple[Carried, ...]
     weight: Expr
     correction: Expr | None
     finish: Expr
+    bounds: tuple[tuple[str, Bound, float], ...]
 
     @property
     def corrections(self) -> list[Expr]:

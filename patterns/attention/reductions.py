@@ -13,7 +13,8 @@ from abc import ABC, abstractmethod
 from .. import expr as ex
 from ..cascade import Einsum
 from ..expr import Expr
-from .separate import After, Bound, SplitContext, Splitter, Stop, Summand
+from .carried import Bound
+from .separate import After, SplitContext, Splitter, Stop, Summand
 
 
 class Reducer(Splitter, ABC):

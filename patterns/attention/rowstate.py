@@ -47,10 +47,10 @@ from ..expr import Expr
 from ..terms.constant import REDUCE, number
 from ..verdict import Obstacle
 from .attention import Attention
-from .carried import OLD, Carried, RowState
+from .carried import OLD, Bound, Carried, RowState
 from .reductions import Reducer
 from .score import elements, reading
-from .separate import Bound, SplitContext, Stop
+from .separate import SplitContext, Stop
 from .stream import stream
 from .traits import VALUES, made_up, masked_row, run_row
 
@@ -118,7 +118,10 @@ class _Derivation(Reducer):
         correction = self.correction(part.bounds, part.lift)
         finish = ex.substitute(a.finish, {total: part.done(total), **self.final})
         finish = self.restored(part.lift, finish)
-        return RowState(self.used(part.lift, correction, finish), part.lift, correction, finish)
+        carried = self.used(part.lift, correction, finish)
+        sums = {at.tensor, *(c.name for c in carried)}
+        bounds = tuple((n, b, k) for n, bs in self.bounds.items() if n in sums for b, k in bs)
+        return RowState(carried, part.lift, correction, finish, bounds)
 
     def used(self, *roots: Expr | None) -> tuple[Carried, ...]:
         """The carried scalars that something reads, in order."""

@@ -19,7 +19,7 @@ from ..expr import Expr
 from ..operators import facts, logarithm
 from ..terms.constant import leaves, number
 from ..terms.laws import separates, unseparable
-from .carried import OLD, Carried, least
+from .carried import OLD, Bound, Carried, guarded, least
 from .score import elements, reading
 
 # Terms above the element that sympy is asked about.
@@ -50,15 +50,6 @@ class After:
             case "div":
                 return x / self.term
         return ex.where(self.term, ex.const(0.0, x.dtype), x)
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A running bound d that `base`^(element − d) subtracts. `rises`: d never falls as tiles are added."""
-
-    base: str
-    d: Expr
-    rises: bool
 
 
 @dataclass(frozen=True)
@@ -126,9 +117,7 @@ class Splitter:
 
     def guarded(self, d: Expr) -> Expr:
         """d̂: the bound, or 0 where it is −∞; the bound itself where the scores cannot be −∞."""
-        if not self.can_empty:
-            return d
-        return ex.where(ex.equal(d, -math.inf), ex.const(0.0, d.dtype), d)
+        return guarded(d) if self.can_empty else d
 
     @cached_property
     def can_empty(self) -> bool:

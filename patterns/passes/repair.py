@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import expr as ex
-from ..attention.carried import OLD, Carried
-from ..attention.separate import Bound, SplitContext, Splitter, Stop, Summand
+from ..attention.carried import OLD, Bound, Carried
+from ..attention.separate import SplitContext, Splitter, Stop, Summand
 from ..cascade import IDENTITY, Access, Cascade, Einsum, Tensor, size_term
 from ..expr import Expr
 from ..operators import facts

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ...codegen import operator as ours
+from ...codegen import trained
 from ...codegen.forms.form import rows_keep_a_key
 from ...codegen.forms.program import Program, loose, memory_order
 from ...codegen.vendor import use as vendor
@@ -47,7 +48,14 @@ from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import conjuncts, split
 from ...patterns.verdict import Obstacle, Refusal
 from ..splice import splice
-from ..splice.guards import LEVEL, Condition, every_row_is_added_to, every_row_keeps_a_key, queries_and_keys_are_finite
+from ..splice.guards import (
+    LEVEL,
+    Condition,
+    every_row_is_added_to,
+    every_row_keeps_a_key,
+    needs_no_gradient,
+    queries_and_keys_are_finite,
+)
 from .policy import Policy
 
 
@@ -175,14 +183,14 @@ def _ours(
 ) -> tuple[Candidate, splice.Call | None]:
     """Our kernel; `rival` is the least time of what runs without a compiler and is not ours."""
     name = "reattend"
-    if q.gradients:
-        return _refused(name, "our kernel has no backward yet, and gradients are wanted here")
+    if q.gradients and q.device.kind != "cpu":
+        return _refused(name, "our kernel has no backward on a GPU yet, and gradients are wanted here")
     found = _mappings(q, sizes, data)
-    order, held = _paid_back(found, rival)
+    order, held = ([x for x in found if x[0].body == "fused"], "") if q.gradients else _paid_back(found, rival)
     refusal = ""
     for mapping, predicted in order:
         cost = predicted
-        kernel = ours.build(q.cascade, mapping, q.device)
+        kernel = trained.build(q.cascade, mapping) if q.gradients else ours.build(q.cascade, mapping, q.device)
         if not isinstance(kernel, Refusal):
             break
         refusal = refusal or kernel.reason
@@ -198,7 +206,13 @@ def _ours(
     )
     # Triton and the fused body compile at the first launch; what else is printed for the CPU was loaded when it was built.
     compiles = q.device.is_gpu or mapping.body == "fused"
-    return candidate, our_call(q.cascade, mapping, fragile=compiles and not q.traced)
+    if not isinstance(kernel, trained.TrainedKernel):
+        return candidate, our_call(q.cascade, mapping, fragile=compiles and not q.traced)
+    if kernel.without and q.traced:
+        return _refused(name, f"its backward gives no gradient of {', '.join(kernel.without)}, which may need one")
+    conditions = (needs_no_gradient(kernel.without),) if kernel.without else ()
+    why = "; ".join((candidate.why, *(f"where {x.sentence}" for x in conditions)))
+    return replace(candidate, why=why), our_trained_call(q.cascade, mapping, conditions, guarded=not q.traced)
 
 
 def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[TileMapping, Cost]]:
@@ -243,6 +257,12 @@ def our_call(c: Cascade, mapping: TileMapping, fragile: bool = False) -> splice.
         return [tensors[n] for n in names], [size(s) for s in sizes], text
 
     return splice.Call("reattend", torch.ops.reattend.cascade.default, arguments, closed=False, fragile=fragile)
+
+
+def our_trained_call(c: Cascade, mapping: TileMapping, conditions: tuple[Condition, ...], guarded: bool) -> splice.Call:
+    """Our operator with its backward; the original stands by for a second derivative and for a compiler that fails."""
+    plain = our_call(c, mapping)
+    return replace(plain, target=trained.call, fragile=guarded, once=guarded, conditions=conditions)
 
 
 def _sdpa(q: Question, sizes: Mapping[str, int], data: Data) -> tuple[Candidate, splice.Call | None]:

@@ -104,6 +104,15 @@ def queries_and_keys_are_finite(a: Attention) -> Condition:
     return Condition("queries and keys are finite", names, (), holds)
 
 
+def needs_no_gradient(names: tuple[str, ...]) -> Condition:
+    """Nobody wants the gradient of these tensors."""
+
+    def holds(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
+        return not torch.is_grad_enabled() or not any(tensors[n].requires_grad for n in names)
+
+    return Condition(f"{' and '.join(names)} need{'s' if len(names) == 1 else ''} no gradient", names, (), holds)
+
+
 def _within(within: float) -> str:
     if math.isinf(within):
         return "no row's scores are all −∞ by what they get added"

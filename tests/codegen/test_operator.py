@@ -88,7 +88,7 @@ def test_exports_and_reloads(tmp_path: Path) -> None:
 def test_gradients_are_refused() -> None:
     tensors, sizes, text = arguments(VARIANTS["plain"]())
     tensors[0].requires_grad_()
-    with pytest.raises(RuntimeError, match="no backward yet"):
+    with pytest.raises(RuntimeError, match="has no backward"):
         op(tensors, sizes, text)
     with torch.no_grad():
         assert not op(tensors, sizes, text).requires_grad
@@ -98,7 +98,7 @@ def test_gradients_are_refused() -> None:
 def test_gradients_are_refused_when_compiled() -> None:
     tensors, sizes, text = arguments(VARIANTS["plain"]())
     tensors[0].requires_grad_()
-    with pytest.raises(RuntimeError, match="no backward yet"):
+    with pytest.raises(RuntimeError, match="has no backward"):
         torch.compile(lambda *t: op(list(t), sizes, text).sum(), fullgraph=True)(*tensors)
 
 

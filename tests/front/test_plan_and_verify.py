@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import reattend
+from reattend.patterns.mapping import TileMapping
 from reattend.rewriter.choose import candidates
 from reattend.rewriter.splice import splice
 
@@ -51,8 +52,12 @@ def test_a_policy_narrows_the_choice(stack: nn.Module, x: Tensor) -> None:
 
 
 def test_training_is_planned_with_candidates_that_have_a_backward(stack: nn.Module, x: Tensor) -> None:
-    plan = reattend.plan(stack.train(), (x,))
-    assert "no backward" in plan.sites[0].candidate("reattend").why
+    ours = reattend.plan(stack.train(), (x,)).sites[0].candidate("reattend")
+    assert ours.feasible
+    assert TileMapping.parse(ours.mapping).body == "fused"
+    away = reattend.plan(stack.train(), (x,), target="h100").sites[0].candidate("reattend")
+    assert not away.feasible
+    assert "no backward on a GPU" in away.why
     with torch.no_grad():
         assert "no backward" not in reattend.plan(stack, (x,)).sites[0].candidate("reattend").why
     assert "no backward" not in reattend.plan(stack.eval(), (x,)).sites[0].candidate("reattend").why

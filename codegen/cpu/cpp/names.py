@@ -25,7 +25,8 @@ RESERVED = frozenset([
     "x", "w", "n", "m0", "i", "state", "acc", "out", "row", "at_z", "at_h", "at_p", "tensors", "sizes", "Row",
     "Program", "T", "OUT", "E", "F", "TILE_P", "TILE_M", "PRODUCTS", "CARRIED", "PARTIAL", "least", "top", "start",
     "step", "finish", "load", "self", "bits", "std", "INF", "NAN", "INFINITY", "INLINE", "row_max", "row_sum", "abs_",
-    "bf16", "f16", "int8_t", "int16_t", "int32_t", "int64_t", "uint8_t", *CALLED,
+    "saved", "scalars", "grad", "dacc", "flow", "adjoint", "save", "SAVED", "SCALARS", "bf16", "f16", "int8_t",
+    "int16_t", "int32_t", "int64_t", "uint8_t", *CALLED,
 ])
 SCORE = "score of the tile"
 
@@ -33,17 +34,16 @@ SCORE = "score of the tile"
 class LoopProgram:
     """The text of the holes, and which tensors and sizes `load` reads, in order."""
 
+    # what the names of its tables begin with
+    mark = ""
+
     def __init__(self, f: Form, t: Terms, given: Iterable[str]) -> None:
         """`t`: the terms to print for the form; `given`: the tensors that exist when the kernel is called."""
         self.f, self.a, c = f, f.attention, f.cascade
         self.state = t.state
         self.key = self.a.key
-        taken = set(RESERVED)
-
-        def take(stem: str) -> str:
-            name = identifier(stem, taken)
-            taken.add(name)
-            return name
+        self.taken = set(RESERVED)
+        take = self.take
 
         loads = (ex.load(e.out.tensor, e.out.index, c.tensor[e.out.tensor].dtype) for e in self.a.products)
         self.products = {x: i for i, x in enumerate(loads)}
@@ -57,6 +57,7 @@ class LoopProgram:
         if t.state.correction is not None:
             # the weights' largest is 1: their sum has a reciprocal
             self.ending = reciprocals(self.ending, self.a.value)
+        self.saved = t.handed(lambda e: ex.substitute(e, self.outer))
         own = self._tensors(set(given))
         self.tensors = [*own, *(d.name for d in self.diagonals.values())]
         operands = {}
@@ -73,7 +74,6 @@ class LoopProgram:
         self.carried = {x.name: take(x.name.lower()) for x in t.state.carried}
         self.old = {n: take(f"{v}_old") for n, v in self.carried.items()}
         self.inputs = [take(f"x{i}") for i in range(len(self.products))]
-        self.taken = taken
         names = {ex.symbol(n): t for n, t in symbols.items()}
         self.scope = CppScope(names, operands, {r.name: r.size for r in c.ranks})
         self.fields = Fields(self)
@@ -81,12 +81,21 @@ class LoopProgram:
         # tensor → the dimension along which its elements have to lie next to one another
         self.unit: dict[str, int] = {}
 
+    def take(self, stem: str) -> str:
+        """A name that nothing else has."""
+        name = identifier(stem, self.taken)
+        self.taken.add(name)
+        return name
+
     def _outer(self, t: Tile) -> Tile:
         """What multiplies a product outside of its sum belongs to the score; what the host tabulates is read."""
-        here = ex.load(SCORE, (ex.index(self.key),), t.score.dtype)
-        table = self.outer | {part: d.load(self.a.query, self.key) for part, d in self.diagonals.items()}
+        here, table = ex.load(SCORE, (ex.index(self.key),), t.score.dtype), self.table()
         state = mapped_elements(t.state, lambda e: ex.substitute(ex.substitute(e, {t.score: here}), table))
         return Tile(ex.substitute(t.score, table), state)
+
+    def table(self) -> dict[Expr, Expr]:
+        """What stands for terms as they are written: products with what multiplies them, reads of what is tabulated."""
+        return self.outer | {part: d.load(self.a.query, self.key) for part, d in self.diagonals.items()}
 
     def _diagonals(self, written: Iterable[Tile]) -> dict[Expr, Diagonal]:
         """Costly terms over m − p alone, by which the host makes a table of each."""
@@ -97,11 +106,11 @@ class LoopProgram:
             for e in (t.score, t.state.weight, *(c.lift for c in t.state.carried)):
                 for part in costly(e, self.a.query, self.key):
                     dtype = {"int32_t": "i32", "int64_t": "i64"}.get(kind(part, extent), "f32" if part.is_float else "b1")
-                    found.setdefault(part, Diagonal(f"diagonal {len(found)}", part, shape, dtype))
+                    found.setdefault(part, Diagonal(f"{self.mark}diagonal {len(found)}", part, shape, dtype))
         return found
 
     def terms(self) -> list[Expr]:
-        out = [self.ending]
+        out = [self.ending, *(self.saved or ())]
         for t in self.tiles:
             out += [t.score, t.state.weight, *(c.lift for c in t.state.carried), *t.state.corrections]
         return out

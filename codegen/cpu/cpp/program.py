@@ -3,6 +3,7 @@
     load      pointers, strides and sizes by name        row       what belongs to a row alone
     fetch     what the scores of a row will read
     step      a row's scores to weights                  finish    the end of a row, a loop over its values
+    save      row scalars that are handed over
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ def text(p: LoopProgram) -> str:
             "    } else {", *("      " + x for x in TileStep(p, full).lines()), "    }",
         ]
         steps = _step(inner)
-    finish = _finish(p)
+    finish = [*_finish(p), *([] if p.saved is None else ["", *_save(p, p.saved)])]
     row = p.fields.text()
-    fetch = _fetch(p, steps)
+    fetching = fetch(p, steps)
     code = "\n".join(["", *steps, *finish, *row])
     parts = [DECLARED[r] for r in sorted(p.reductions)]
-    members, load = _load(p, set(re.findall(r"[^\W\d]\w*", code)))
+    members, loading = load(p, set(re.findall(r"[^\W\d]\w*", code)))
     first = " ".join(f"state[{i}] = {_identity(c)};" for i, c in enumerate(p.state.carried))
     parts.append("\n".join([
         "struct Program {", *("  " + x for x in members), *([""] if members else []),
-        *("  " + x for x in load), "",
+        *("  " + x for x in loading), "",
         *("  " + x if x else "" for x in row), "",
         f"  static void start(float* state) {{ {first} }}".replace("{  }", "{}"), "",
-        *("  " + x for x in fetch), "",
+        *("  " + x for x in fetching), "",
         *("  " + x for x in steps), "",
-        *("  " + x for x in finish), "};",
+        *("  " + x if x else "" for x in finish), "};",
     ]))
     return "\n\n".join(parts)
 
@@ -55,7 +56,7 @@ def _step(inner: Sequence[str]) -> list[str]:
     return [doc, "template <bool PARTIAL>", head, *(x[2:] for x in inner), "}"]
 
 
-def _fetch(p: LoopProgram, steps: Sequence[str]) -> list[str]:
+def fetch(p: LoopProgram, steps: Sequence[str]) -> list[str]:
     """A cache line after the other of what has an element for each query and key."""
     key = p.ranks[p.a.key]
     read = [n for n, tensor in p.fields.pointers.items() if p.by_pairs(tensor) and any(f"{n}[{key}]" in x for x in steps)]
@@ -65,7 +66,7 @@ def _fetch(p: LoopProgram, steps: Sequence[str]) -> list[str]:
     return ["// n elements from key m0 on of what a row's scores read", head, *(f"  {x}" for x in lines), "}"]
 
 
-def _load(p: LoopProgram, used: set[str]) -> tuple[list[str], list[str]]:
+def load(p: LoopProgram, used: set[str]) -> tuple[list[str], list[str]]:
     """Members, and the function that fills them: tensors in order, their strides one after the other, then sizes."""
     members, lines, at = [], [], 0
     for i, t in enumerate(p.tensors):
@@ -106,6 +107,19 @@ def _finish(p: LoopProgram) -> list[str]:
         "// the end of a row", head, *(f"  {x}" for x in [*p.fields.unpacked([*body.lines, *inner]), *body.lines]),
         "  #pragma omp simd", "  for (int i = 0; i < F; i++) {", *(f"    {x}" for x in inner), "  }", "}",
     ]
+
+
+def _save(p: LoopProgram, saved: Sequence[Expr]) -> list[str]:
+    """Row scalars that are handed over beside the output."""
+    body = CppBody(p.scope, saved, set(p.taken), p.fields)
+    for e in saved:
+        for x in ex.loads(e):
+            if str(x.attr) in p.carried:
+                _read_state(p, body, x)
+    written = [f"saved[{i}] = {body.real(e)};" for i, e in enumerate(saved)]
+    lines = [*body.lines, *written]
+    head = "INLINE void save(const Row& row, const float* state, float* saved) const {"
+    return ["// what a row hands over", head, *(f"  {x}" for x in [*p.fields.unpacked(lines), *lines]), "}"]
 
 
 def _identity(c: Carried) -> str:

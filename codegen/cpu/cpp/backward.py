@@ -1,0 +1,137 @@
+"""Prints the `struct Program` of the backward loop, from the adjoint of an attention.
+
+    flow      a row's scalars, and the gradient that reaches its contraction, from the output's gradient
+    adjoint   weights again from scores and row scalars, and the gradient of each product
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ....patterns import expr as ex
+from ....patterns.backward.adjoint import Adjoint
+from ....patterns.expr import TRUE, Expr
+from ....patterns.terms.conditions import simplify_under
+from ...forms.form import Form
+from ...forms.terms import Terms
+from ...text.print_cpp import CppBody
+from .names import Around, LoopProgram, mentions
+from .program import fetch, load
+
+
+class BackwardProgram(LoopProgram):
+    """Names of the backward's program, and the terms that it is printed from."""
+
+    mark = "backward "
+
+    def __init__(self, f: Form, t: Terms, given: Iterable[str], adjoint: Adjoint) -> None:
+        """`t`: the terms of the forward as the model wrote them; `given`: tensors that exist when the kernel is called."""
+        self.adjoint = adjoint
+        super().__init__(f, t, given)
+        self.scalars: dict[Expr, str] = {}
+        for x in (*adjoint.saved, *adjoint.row):
+            self.scalars[x.load] = self.take(str(x.load.attr).lower())
+
+    def elements(self, full: bool) -> list[Expr]:
+        """The weight, then the gradient of each product as the loop sums it; `full`: every key is known to be kept."""
+        gradients = {g.load: g.term for g in self.adjoint.scores}
+        out = [self.adjoint.weight, *(gradients[x] for x in self.products)]
+        if full and self.f.mask.keep is not TRUE:
+            out = [simplify_under(e, {self.f.mask.keep: True}) for e in out]
+        table = self.table()
+        read = [ex.substitute(e, table) for e in out]
+        around = [ex.const(1.0), *(ex.substitute(p.outside, table) for p in self.f.products)]
+        return [e if x.is_const and x.value == 1 else e * x for e, x in zip(read, around)]
+
+    def terms(self) -> list[Expr]:
+        ends = [*(x.term for x in self.adjoint.row), self.adjoint.acc]
+        return [*ends, *self.elements(False), *self.elements(True)]
+
+
+def text(p: BackwardProgram) -> str:
+    """The struct."""
+    partial, full = _adjoint(p, p.elements(False)), _adjoint(p, p.elements(True))
+    inner = partial
+    if partial != full:
+        inner = ["if constexpr (PARTIAL) {", *(f"  {x}" for x in partial), "} else {", *(f"  {x}" for x in full), "}"]
+    head = "INLINE void adjoint(const Row& row, const float* scalars, float* const* x, float* w, int64_t m0, int n) const {"
+    doc = "// n products of a row from key m0 on, and its gradient's with values: gradients of the products, and weights"
+    adjoint = [doc, "template <bool PARTIAL>", head, *(f"  {x}" for x in inner), "}"]
+    flow = _flow(p)
+    row, fetching = p.fields.text(), fetch(p, adjoint)
+    members, loading = load(p, set(re.findall(r"[^\W\d]\w*", "\n".join([*adjoint, *flow, *row]))))
+    parts = [loading, row, fetching, flow, adjoint]
+    body = [*members, *(line for part in parts for line in ("", *part))]
+    return "\n".join(["struct Program {", *(f"  {x}" if x else "" for x in body), "};"])
+
+
+def _adjoint(p: BackwardProgram, terms: list[Expr]) -> list[str]:
+    body = CppBody(p.scope, terms, set(p.taken), p.fields)
+    body.lines += [f"float* const {x} = x[{i}];" for i, x in enumerate(p.inputs)]
+    _bind_scalars(p, body, terms, "scalars")
+    key = ex.index(p.key)
+    scope = replace(p.scope, names={**p.scope.names, key: p.ranks[p.key]})
+    loop = CppBody(scope, terms, body.taken, Around(p, body, p.key), key)
+    at = {**{x: f"{p.inputs[i]}[i]" for x, i in p.products.items()}, p.adjoint.dweight: "w[i]"}
+    for x in dict.fromkeys(x for e in terms for x in ex.loads(e) if x in at):
+        name = loop.fresh(str(x.attr).lower())
+        loop.lines.append(f"const float {name} = {at[x]};")
+        loop.bind(x, name)
+    texts = [loop.real(e) for e in terms]
+    written = [f"{x}[i] = {text};" for x, text in zip(("w", *p.inputs), texts)]
+    name = p.ranks[p.key]
+    where = [f"const int32_t {name} = int32_t(m0) + i;"] if mentions(name, [*loop.lines, *written]) else []
+    inner = [*where, *loop.lines, *written]
+    lines = [*body.lines, "#pragma omp simd", "for (int i = 0; i < n; i++) {", *(f"  {x}" for x in inner), "}"]
+    return [*p.fields.unpacked(lines), *lines]
+
+
+def _flow(p: BackwardProgram) -> list[str]:
+    adjoint = p.adjoint
+    terms = [*(x.term for x in adjoint.row), adjoint.acc]
+    body = CppBody(p.scope, terms, set(p.taken), p.fields)
+    body.lines += [f"scalars[{i}] = saved[{i}];" for i in range(len(adjoint.saved))]
+    _bind_scalars(p, body, terms, "saved", len(adjoint.saved))
+    for i, x in enumerate(adjoint.row, len(adjoint.saved)):
+        name = p.scalars[x.load]
+        text, lines = _over_values(p, body, x.term)
+        summed = _loop(p, [*lines, f"{name} += {text};"])
+        body.lines += [f"float {name} = 0.0f;", f"#pragma omp simd reduction(+ : {name})", *summed]
+        body.lines.append(f"scalars[{i}] = {name};")
+        body.bind(x.load, name)
+    text, lines = _over_values(p, body, adjoint.acc)
+    body.lines += ["#pragma omp simd", *_loop(p, [*lines, f"dacc[i] = {text};"])]
+    doc = "// the end of a row, backwards: its scalars, and the gradient of what was summed over its keys"
+    head = ["INLINE void flow(const Row& row, const float* saved, const OUT* out, const OUT* grad, float* dacc,",
+            "                 float* scalars) const {"]
+    return [doc, *head, *(f"  {x}" for x in [*p.fields.unpacked(body.lines), *body.lines]), "}"]
+
+
+def _over_values(p: BackwardProgram, body: CppBody, term: Expr) -> tuple[str, list[str]]:
+    """The text of a term inside a loop over the values, and the lines before it."""
+    value = ex.index(p.a.value)
+    names = {**p.scope.names, value: p.ranks[p.a.value]}
+    loop = CppBody(replace(p.scope, names=names), [term], body.taken, Around(p, body, p.a.value), value)
+    for x, source in ((p.adjoint.dout, "grad"), (p.adjoint.out, "out")):
+        if x in ex.loads(term):
+            name = loop.fresh(f"{source}_x")
+            loop.lines.append(f"const float {name} = (float){source}[i];")
+            loop.bind(x, name)
+    return loop.real(term), loop.lines
+
+
+def _loop(p: BackwardProgram, lines: list[str]) -> list[str]:
+    name = p.ranks[p.a.value]
+    where = [f"const int32_t {name} = i;"] if mentions(name, lines) else []
+    return ["for (int i = 0; i < F; i++) {", *(f"  {x}" for x in [*where, *lines]), "}"]
+
+
+def _bind_scalars(p: BackwardProgram, body: CppBody, terms: list[Expr], source: str, count: int | None = None) -> None:
+    """Names for the row's scalars that terms read, the first `count` of them."""
+    read = {x for e in terms for x in ex.loads(e)}
+    for i, (scalar, name) in enumerate(list(p.scalars.items())[:count]):
+        if scalar in read:
+            body.lines.append(f"const float {name} = {source}[{i}];")
+            body.bind(scalar, name)

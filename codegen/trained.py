@@ -1,0 +1,142 @@
+"""The operators that are trained: the cascade's output with what its rows hand over, and the inputs' gradients from both.
+
+    cascade_trained(tensors, sizes, program) -> (out, saved)            as reattend::cascade takes them
+    cascade_backward(grad, out, saved, tensors, sizes, program, int[] wanted) -> Tensor[]
+
+`saved` is float32 [Z, H, P, scalars]. A gradient of a gradient is refused where somebody asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..patterns.cascade import Cascade
+from ..patterns.mapping import TileMapping
+from ..patterns.verdict import Refusal
+from .cpu.kernel import TrainedKernel, build_trained
+from .forms.program import output_shape, read_program
+from .operator import allocate, library
+
+__all__ = ["NO_SECOND", "TrainedKernel", "build", "call"]
+
+NO_SECOND = "reattend::cascade_backward has no derivative: differentiate the model's own code twice (reattend.restore)"
+
+library.define(  # type: ignore[no-untyped-call]
+    "cascade_trained(Tensor[] tensors, SymInt[] sizes, str program) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+)
+library.define(  # type: ignore[no-untyped-call]
+    "cascade_backward(Tensor grad, Tensor out, Tensor saved, Tensor[] tensors, SymInt[] sizes, str program, int[] wanted)"
+    " -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def build(c: Cascade, mapping: TileMapping) -> TrainedKernel | Refusal:
+    """The CPU's kernel with its backward, or why there is none."""
+    return build_trained(c, mapping)
+
+
+def call(tensors: Sequence[Tensor], sizes: Sequence[int], program: str) -> Tensor:
+    """The output, whose gradient the kernel computes as well."""
+    out: Tensor = torch.ops.reattend.cascade_trained.default(tensors, sizes, program)[0]
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _kernel(program: str) -> TrainedKernel:
+    p = read_program(program)
+    made = build(p.cascade, p.mapping)
+    if isinstance(made, Refusal):
+        raise RuntimeError(f"reattend::cascade_trained cannot run on cpu: {made}")
+    return made
+
+
+def _trained(tensors: Sequence[Tensor], sizes: Sequence[int], program: str) -> tuple[Tensor, Tensor]:
+    made = _kernel(program)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return made.forward(*tensors, **dict(zip(made.sizes, sizes)))
+
+
+def _backward(
+    grad: Tensor, out: Tensor, saved: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], program: str,
+    wanted: Sequence[int],
+) -> list[Tensor]:
+    made = _kernel(program)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        found = made.backward(grad, out, saved, wanted, *tensors, **dict(zip(made.sizes, sizes)))
+        return [_laid_as(g, tensors[i]) for g, i in zip(found, wanted)]
+
+
+def _laid_as(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient in memory as the fake kernel promises it."""
+    made = torch.empty_like(like)
+    return gradient if gradient.stride() == made.stride() else made.copy_(gradient)
+
+
+library.impl("cascade_trained", _trained, "CPU")  # type: ignore[no-untyped-call]
+library.impl("cascade_backward", _backward, "CPU")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_fake("reattend::cascade_trained", lib=library)  # type: ignore[untyped-decorator]
+def _fake(tensors: Sequence[Tensor], sizes: Sequence[Any], program: str) -> tuple[Tensor, Tensor]:
+    p, made = read_program(program), _kernel(program)
+    c = p.cascade
+    shape = output_shape(c, {t.name: x.shape for t, x in zip(c.inputs, tensors)}, dict(zip(p.loose, sizes)))
+    rows = [1, 1, 1]
+    for rows_dim, dims in enumerate(made.row_dims):
+        for d in dims:
+            rows[rows_dim] = rows[rows_dim] * shape[d]
+    return allocate(p, tensors, sizes), tensors[0].new_empty((*rows, made.scalars), dtype=torch.float32)
+
+
+@torch.library.register_fake("reattend::cascade_backward", lib=library)  # type: ignore[untyped-decorator]
+def _fake_backward(
+    grad: Tensor, out: Tensor, saved: Tensor, tensors: Sequence[Tensor], sizes: Sequence[Any], program: str,
+    wanted: Sequence[int],
+) -> list[Tensor]:
+    return [torch.empty_like(tensors[i]) for i in wanted]
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that cannot be differentiated, beside what they were made of."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *given: Tensor) -> Any:
+        return tuple(x.view_as(x) for x in given[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(NO_SECOND)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.sizes, ctx.program = inputs
+    ctx.wanted = [i for i, x in enumerate(tensors) if x.requires_grad]
+    made, p = _kernel(ctx.program), read_program(ctx.program)
+    lacking = [p.cascade.inputs[i].name for i in ctx.wanted if p.cascade.inputs[i].name in made.without]
+    if lacking:
+        raise RuntimeError(f"reattend::cascade_trained gives no gradient of {', '.join(lacking)}")
+    ctx.save_for_backward(*output, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _flow(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Any:
+    out, saved, *tensors = ctx.saved_tensors
+    gradients: list[Tensor | None] = [None] * len(tensors)
+    answer = gradients, [None] * len(ctx.sizes), None
+    if grad is None:
+        return answer
+    with torch.no_grad():
+        found = torch.ops.reattend.cascade_backward.default(grad, out, saved, tensors, ctx.sizes, ctx.program, ctx.wanted)
+    if torch.is_grad_enabled():
+        found = _Once.apply(len(found), *found, grad, *tensors)  # type: ignore[no-untyped-call]
+    for i, g in zip(ctx.wanted, found):
+        gradients[i] = g
+    return answer
+
+
+torch.library.register_autograd("reattend::cascade_trained", _flow, setup_context=_keep, lib=library)

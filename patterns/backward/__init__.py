@@ -1,0 +1,1 @@
+"""Gradients: what reaches each operand of a term, an attention, a cascade."""
