@@ -342,7 +342,8 @@ class Gated(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         first, second = self.gate(q).unflatten(-1, (2, 4)).sum(-1).sigmoid().chunk(2, -1)
         scores = q @ k.mT * 0.25 + (first * (second * 0.5 - 1) + 2) * self.bias
-        return scores.softmax(-1) @ v
+        out: Tensor = scores.softmax(-1) @ v
+        return out
 
 
 def test_a_product_that_is_read_at_two_places_is_guarded_where_it_stands() -> None:
