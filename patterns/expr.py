@@ -380,15 +380,25 @@ def where(cond: Expr, a: Expr | Scalar, b: Expr | Scalar) -> Expr:
         return cond
     if x is FALSE and y is TRUE:
         return unary("not", cond)
-    return Expr("where", (cond, x, y), None, dtype)
+    return Expr("where", (cond, _stored(x), _stored(y)), None, dtype)
+
+
+def _stored(e: Expr) -> Expr:
+    """A literal as the type has it: what is selected is kept, not computed with, and a fill of 16 bits is a number."""
+    if e.op == "cast" and e.args[0].is_const and e.dtype in ("f16", "bf16"):
+        return const(_rounded(float(e.args[0].value), e.dtype), e.dtype)
+    return e
 
 
 def cast(a: Expr, dtype: str) -> Expr:
-    """Conversion to another dtype; a literal is converted here, so that a fill in 16 bits is a number like any other."""
+    """Conversion to another dtype. A literal is folded where the type has it; in 16 bits others stay casts, because a number
+    beside a tensor is not rounded: `x * 0.3` computes in float32.
+    """
     if a.dtype == dtype:
         return a
     if a.op == "const" and (dtype in FLOATS or a.dtype not in FLOATS or math.isfinite(a.value)):
-        return const(_rounded(float(a.value), dtype) if dtype in ("f16", "bf16") else a.value, dtype)
+        if dtype not in ("f16", "bf16") or not math.isfinite(a.value) or _rounded(float(a.value), dtype) == a.value:
+            return const(a.value, dtype)
     return Expr("cast", (a,), None, dtype)
 
 

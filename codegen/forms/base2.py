@@ -43,20 +43,20 @@ def in_base2(t: Terms, key: str, products: frozenset[Expr]) -> Terms:
     if not bounds:
         return t
     if any(x.is_float and key in x.ranks and x not in products for x in ex.loads(t.score)):
-        return _gathered(replace(t, state=mapped_state(t.state, lambda e: _differences(e, frozenset(bounds)))))
+        return replace(t, state=mapped_state(t.state, lambda e: _differences(e, frozenset(bounds))))
     scaling = _Scaling(frozenset(bounds), key)
     new = mapped_state(t.state, scaling.rewrite)
     lifts = tuple(
         replace(c, lift=scaling.scaled(o.lift)) if c.name in bounds else c for c, o in zip(new.carried, t.state.carried)
     )
     mask = replace(t.mask, keep=scaling.rewrite(t.mask.keep), full=scaling.scaled(t.mask.full))
-    return _gathered(Terms(scaling.scaled(t.score), mask, replace(new, carried=lifts), t.handed(scaling.rewrite)))
+    return Terms(scaling.scaled(t.score), mask, replace(new, carried=lifts), t.handed(scaling.rewrite))
 
 
 # --- factors ----------------------------------------------------------------------------------------------------
 
 
-def _gathered(t: Terms) -> Terms:
+def one_factor(t: Terms) -> Terms:
     """The terms with the numbers of every product in one; what reads the score goes on reading it."""
     score, hole = gathered(t.score), ex.load("$score", (), t.score.dtype)
 

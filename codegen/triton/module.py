@@ -15,7 +15,7 @@ from dataclasses import replace
 from ...patterns.cascade import show
 from ...patterns.mapping import TileMapping
 from ..files.library import called, functions
-from ..forms.base2 import in_base2
+from ..forms.base2 import in_base2, one_factor
 from ..forms.terms import Terms
 from . import entry
 from .device_function import HOLES
@@ -57,7 +57,7 @@ def _in_base2(s: Streaming) -> Streaming:
     """The same row program in base 2, or `s` itself where that is not exact enough or not of use."""
     if any(p.query.dtype == "f32" for p in s.products):
         return s
-    out = in_base2(Terms(s.score, s.mask, s.state), s.key, frozenset(p.load for p in s.products))
+    out = one_factor(in_base2(Terms(s.score, s.mask, s.state), s.key, frozenset(p.load for p in s.products)))
     return replace(s, score=out.score, mask=out.mask, state=out.state)
 
 

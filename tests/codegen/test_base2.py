@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from reattend.codegen.forms import base2
-from reattend.codegen.forms.base2 import LARGEST_CAP, LN2, LOG2E, gathered, in_base2, positive_factor
+from reattend.codegen.forms.base2 import LARGEST_CAP, LN2, LOG2E, gathered, in_base2, one_factor, positive_factor
 from reattend.codegen.forms.terms import Terms
 from reattend.codegen.triton.streaming import Streaming, read
 from reattend.patterns import expr as ex
@@ -82,7 +82,7 @@ def form(score: Expr | None = None, name: str = "softmax", dtype: str = "bf16") 
 
 
 def rewritten(s: Streaming) -> Terms:
-    return in_base2(Terms(s.score, s.mask, s.state), s.key, frozenset(p.load for p in s.products))
+    return one_factor(in_base2(Terms(s.score, s.mask, s.state), s.key, frozenset(p.load for p in s.products)))
 
 
 def exponentials(t: Terms) -> set[str]:
