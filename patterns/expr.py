@@ -396,10 +396,10 @@ def cast(a: Expr, dtype: str) -> Expr:
     """
     if a.dtype == dtype:
         return a
-    if a.op == "const" and (dtype in FLOATS or a.dtype not in FLOATS or math.isfinite(a.value)):
-        if dtype not in ("f16", "bf16") or not math.isfinite(a.value) or _rounded(float(a.value), dtype) == a.value:
-            return const(a.value, dtype)
-    return Expr("cast", (a,), None, dtype)
+    if a.op != "const" or not (dtype in FLOATS or a.dtype not in FLOATS or math.isfinite(a.value)):
+        return Expr("cast", (a,), None, dtype)
+    has = dtype not in ("f16", "bf16") or not math.isfinite(a.value) or _rounded(float(a.value), dtype) == a.value
+    return const(a.value, dtype) if has else Expr("cast", (a,), None, dtype)
 
 
 def _rounded(value: float, dtype: str) -> float:
