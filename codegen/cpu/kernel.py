@@ -29,6 +29,8 @@ from . import fused as cpu_fused
 from . import product as cpu_product
 from . import sdpa as cpu_sdpa
 from . import training as cpu_training
+from . import training_product as cpu_training_product
+from .training import Printed
 
 
 @dataclass(frozen=True)
@@ -138,16 +140,21 @@ def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
     return CpuKernel(source, inputs, loose(f.cascade), made.attention, compiled, (made.CompilerError,))
 
 
+BODIES_TRAINED: Mapping[str, Callable[[Form, TileMapping, str], Printed]] = {
+    "fused": cpu_training.printed, "product": cpu_training_product.printed,
+}
+
+
 @lru_cache(maxsize=512)
 def build_trained(c: Cascade, mapping: TileMapping) -> TrainedKernel | Refusal:
     """The kernel of a cascade with its backward under a mapping, or why there is none."""
     f = form(c)
     if isinstance(f, Obstacle):
         return Refusal(NAME, str(f))
-    if mapping.body != "fused":
-        return Refusal(f"{NAME} {mapping.body}", "only the fused body has a backward")
+    if mapping.body not in BODIES_TRAINED:
+        return Refusal(f"{NAME} {mapping.body}", f"of our bodies {' and '.join(BODIES_TRAINED)} have a backward")
     try:
-        printed = cpu_training.printed(f, mapping, version())
+        printed = BODIES_TRAINED[mapping.body](f, mapping, version())
     except PrintError as no:
         return Refusal(f"{NAME} {mapping.body}", str(no))
     made = cache.load(printed.text)

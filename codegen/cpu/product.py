@@ -41,21 +41,21 @@ STEP = "Of a tile: its weights, the correction of what was summed before, and th
 
 def text(f: Form, m: TileMapping, version: str) -> str:
     """The kernel's file."""
-    k = _Kernel(f)
+    k = ProductKernel(f)
     plan = [planned(k.p, always=False, triangles=False)] if f.skips else []
     functions = [*relatives(k.p, k.near), *k.scores, k.step, k.end, *plan]
     main = k.main(plan[0].call({}) if plan else "")
     return file(k.p, m, [*(x.text for x in functions), main], (cpu, cpu_product), [], BODY, version)
 
 
-class _Kernel:
+class ProductKernel:
     """The printed functions of one kernel, and `attention`, which calls them."""
 
-    def __init__(self, f: Form) -> None:
-        self.f, self.p = f, Printer(f)
+    def __init__(self, f: Form, reserved: Sequence[str] = ()) -> None:
+        self.f, self.p = f, Printer(f, reserved=reserved)
         a, taken = f.attention, set(self.p.taken)
-        self.products = {p.name: _take(p.name.lower(), taken) for p in f.products}
-        self.state = {c.name: _take(c.name.lower(), taken) for c in f.state.carried}
+        self.products = {p.name: take(p.name.lower(), taken) for p in f.products}
+        self.state = {c.name: take(c.name.lower(), taken) for c in f.state.carried}
         # what multiplies a product outside of its sum belongs to the score
         self.outer: dict[Expr, Expr] = {}
         for p, e in zip(f.products, a.products):
@@ -131,25 +131,35 @@ class _Kernel:
 
     def main(self, plan: str) -> str:
         """The text of `attention`."""
-        f, a, p = self.f, self.f.attention, self.p
-        queries, keys = p.names.rank(a.query), p.names.rank(a.key)
-        setup, pairs = self._operands()
+        f, p = self.f, self.p
+        setup, pairs = self.operands()
         batch = {p.ranks[r]: f"{p.ranks[r]}[z0:z1]" for r in f.heads.lead}
         named = {x.name: x for x in relatives(p, self.near)}
         near = make_near(p, [(name, named[made]) for name, made in near_names(self.near)], batch)
         start = _tuple([literal(c.identity) for c in f.state.carried])
-        masked = f.mask.keep is not TRUE
         inner = [
-            *near, *([""] if near else []), *self._update(masked), "", *self._finish(), "",
+            *near, *([""] if near else []), *self._update(f.mask.keep is not TRUE), "", *self.finish(), "",
             f"stream([{', '.join(pairs)}], v, rows, (z0, z1), plan, {start}, update, finish)",
         ]
+        lines = [*self.allocated(), "", "def part(z0, z1, plan):", *indented(inner), "", *self.parts(plan)]
+        return entry(p, lines, setup, answer=self.answer)
+
+    # what `attention` answers, and lines that make what else than the output it answers
+    answer = "out"
+
+    def allocated(self) -> list[str]:
+        return []
+
+    def parts(self, plan: str) -> list[str]:
+        """Lines that call `part` for ranges of the batch, each along its plan."""
+        a, p, masked = self.f.attention, self.p, self.f.mask.keep is not TRUE
+        queries, keys = p.names.rank(a.query), p.names.rank(a.key)
         few = f"[(0, {p.batch}, strips({queries}, {keys}, {queries}, {masked}))]"
         every = f"[(0, {p.batch}, strips({queries}, {keys}, TILE_P, {masked}))]"
         parts = f"{few} if {queries} * {keys} <= FEW else {plan}" if plan else every
-        loop = [f"for z0, z1, plan in {parts}:", "    part(z0, z1, plan)"]
-        return entry(p, ["", "def part(z0, z1, plan):", *indented(inner), "", *loop], setup)
+        return [f"for z0, z1, plan in {parts}:", "    part(z0, z1, plan)"]
 
-    def _operands(self) -> tuple[list[str], list[str]]:
+    def operands(self) -> tuple[list[str], list[str]]:
         """Lines that make the operands, and the pairs of their names."""
         f, p = self.f, self.p
         lines, pairs = [], []
@@ -166,7 +176,7 @@ class _Kernel:
         return lines, pairs
 
     def _update(self, masked: bool) -> list[str]:
-        at = self._places()
+        at = self.places()
         score = self.scores[0].call(at)
         if masked and len(self.scores) > 1:
             score = f"{score} if masked else {self.scores[1].call(at)}"
@@ -175,12 +185,12 @@ class _Kernel:
         unpack = f"{''.join(f'{x}, ' for x in self.products.values()).rstrip()} = scores"
         return ["def update(scores, state, at, masked):", f"    {unpack}", f"    x = {score}", f"    return {step}"]
 
-    def _finish(self) -> list[str]:
-        end = self.end.call(self._places())
+    def finish(self) -> list[str]:
+        end = self.end.call(self.places())
         end = end.replace("end(acc" + "".join(f", {s}" for s in self.state.values()), "end(acc, *state", 1)
         return ["def finish(acc, state, at):", f"    return {end}"]
 
-    def _places(self) -> dict[str, str]:
+    def places(self) -> dict[str, str]:
         """Texts of the coordinates of a tile."""
         p, a = self.p, self.f.attention
         out = {p.ranks[r]: f"{p.ranks[r]}[at.z]" for r in self.f.heads.lead}
@@ -190,7 +200,7 @@ class _Kernel:
         return out | {name: f"{name}.cut({where})" for name, _ in near_names(self.near)}
 
 
-def _take(stem: str, taken: set[str]) -> str:
+def take(stem: str, taken: set[str]) -> str:
     name = identifier(stem, taken)
     taken.add(name)
     return name

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...patterns import expr as ex
@@ -43,10 +44,15 @@ def printed(f: Form, m: TileMapping, version: str) -> Printed:
     """The kernel's file. Raises PrintError where a body does not fit the attention or the machine."""
     check_tiles(f, m)
     made = _adjoint(f)
-    if f.rule == "always" and not idle_without_a_key(_elements(made), [x.load for x in made.saved]):
-        # a row without a key has weights that are NaN, at every key
-        f = replace(f, rule="guarded", proof=rows_keep_a_key(f.attention, f.mask.keep))
+    f = visiting(f, made, _elements(made))
     return Printed(_TrainingFile(f, m, made).text(version), _without(f, made), len(made.saved))
+
+
+def visiting(f: Form, made: Adjoint, elements: Sequence[Expr]) -> Form:
+    """The form whose tiles both loops visit: a row without a key may have weights that are NaN, at every key."""
+    if f.rule != "always" or idle_without_a_key(elements, [x.load for x in made.saved]):
+        return f
+    return replace(f, rule="guarded", proof=rows_keep_a_key(f.attention, f.mask.keep))
 
 
 def _without(f: Form, made: Adjoint) -> tuple[str, ...]:

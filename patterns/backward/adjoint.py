@@ -1,57 +1,40 @@
 """The backward of an attention as terms, derived from its one-pass form: what the forward hands over, and every gradient.
 
-    out = h(R)·Σ_m w(x)·V,   R_j = Σ_m g_j(x)                           the one-pass form: all that is of the row stands behind Σ
-    dW  = Σ_f acc·V,         dV = Σ_p weight·acc                        weight = h·w, recomputed from what is saved
-    δ   = Σ_f dOut·out = Σ_m dW·weight                                  exchange: the two sums change places
-    dx  = dW·h·w'(x) + Σ_j δ·(∂h/∂R_j / h)·g_j'(x)                      softmax: weight·(dW − δ)
-A bound d that the exponentials subtract passes nothing on where the output does not depend on it: for every bound it is proved that
-∂h/∂d + Σ_j ∂h/∂R_j·κ_j·R_j + κ·h = 0, where κ·R is what moving d does to a sum R. So no pass over the keys comes before the one
-that computes dx, whatever the row rule is.
+    out = h(R)·Σ_m w(x)·V,   R_j = Σ_m g_j(x)           the one-pass form: all that is of the row stands behind the sums
+    dW  = Σ_f acc·V,         dV = Σ_p weight·acc        weight = h·w, made again from what is saved
+    δ   = Σ_f dOut·out = Σ_m dW·weight                  exchange: the two sums change places
+    dx  = dW·h·w'(x) + Σ_j δ·(∂h/∂R_j / h)·g_j'(x)      softmax: weight·(dW − δ)
 
-Rows without a key: what the forward makes NaN has NaN gradients wherever no mask selects 0, and rows that the model sets to 0 pass
-nothing back, as in PyTorch's own kernels.
+A bound d that exponentials subtract passes nothing on, because the output does not depend on it: that is proved for every
+bound, by ∂h/∂d + Σ_j ∂h/∂R_j·κ_j·R_j + κ·h = 0, where κ·R is what moving d does to a sum R. So no pass over the keys comes
+before the one that makes dx, whatever the row rule is. Rows without a key: what the forward makes NaN has NaN gradients
+wherever no mask selects 0, and rows that the model sets to 0 pass nothing back, as in PyTorch's own kernels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from .. import expr as ex
 from ..attention.attention import Attention
-from ..attention.carried import RowState, guarded
+from ..attention.carried import RowState
 from ..attention.rowstate import derive
 from ..attention.score import only, without
 from ..expr import Expr
 from ..operators import facts, logarithm
 from ..verdict import Obstacle
 from .derivative import derivative, pullback
+from .handed import Handing, Saved, Scalar, modest
 from .products import Product, collected, product, products, vanishes
-from .wide import Wide
-
-# A score beside which log l still counts, in float32 as in the score's own rounding.
-MODEST = 1e3
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What the forward hands over, read as `load`: a term over what a row carries at its end (and its accumulator)."""
+class RowSum(Scalar):
+    """A number of the row that is the sum of a term over one rank."""
 
-    load: Expr
-    term: Expr
-
-    def __str__(self) -> str:
-        return f"{self.load} = {self.term}"
-
-
-@dataclass(frozen=True)
-class RowSum:
-    """A scalar of the row, read as `load`: the sum of a term over one rank."""
-
-    load: Expr
-    term: Expr
     over: str
 
     def __str__(self) -> str:
@@ -74,10 +57,11 @@ class Gradient:
 class Adjoint:
     """The backward of one attention; the head of this file says how its parts are used.
 
-    `out` and `dout` load the output and its gradient, `dweight` the product dW[…,p,m]. `row` sums over the value rank and reads `out`,
-    `dout` and `saved`; `passes` sums over the key rank. `acc` is a term over [P, F]; `weight` and the terms of `scores` (one a product)
-    are over [P, M]. `leaves`, the other floats of the score and of the row's end, say their own ranks, and a tensor may stand there several
-    times. All of them read coordinates, products, inputs, what the prelude makes, `saved`, `row` and `dweight`.
+    `out` and `dout` load the output and its gradient, `dweight` the product dW[…,p,m]. `row` sums over the value rank and
+    reads `out`, `dout` and `saved`; `passes` sums over the key rank. `acc` is a term over [P, F]; `weight` and the terms of
+    `scores`, one a product, are over [P, M]. `leaves`, the other floats of the score and of the row's end, say their own
+    ranks; a tensor may stand there several times. All terms read coordinates, products, inputs, what the prelude makes,
+    `saved`, `row` and `dweight`, and are computed in one wide type.
     """
 
     attention: Attention
@@ -93,7 +77,8 @@ class Adjoint:
     leaves: tuple[Gradient, ...]
 
     def __str__(self) -> str:
-        lines = [*self.saved, *self.row, *self.passes, f"acc = {self.acc}", f"weight = {self.weight}", *self.scores, *self.leaves]
+        sums = (*self.saved, *self.row, *self.passes)
+        lines = [*sums, f"acc = {self.acc}", f"weight = {self.weight}", *self.scores, *self.leaves]
         return "\n".join(map(str, lines))
 
 
@@ -113,88 +98,40 @@ class _NoGradient(Exception):
     """Carries a reason to the one place that catches it."""
 
 
-def _or_stop(found: dict[Expr, Expr] | Obstacle) -> dict[Expr, Expr]:
-    if isinstance(found, Obstacle):
-        raise _NoGradient(found.reason)
-    return found
-
-
-class _Backward:
-    """One derivation. Bounds and h stand as loads of their own (`bound:0`, `scale:`) until the end, so that no law looks inside."""
+class _Backward(Handing):
+    """One derivation. Bounds and h are loads of their own until the end, so that no law looks inside."""
 
     def __init__(self, a: Attention, state: RowState) -> None:
-        self.a, self.wide = a, Wide(a.cascade)
-        self.state = state = self.wide.state(state)
-        self.dtype = self.wide.dtype
-        self.carried = {c.name: c for c in state.carried}
-        self.total = next(x for x in ex.loads(state.finish) if str(x.attr) == a.contraction.out.tensor)
-        self.products = {e.out.tensor for e in a.products}
-        self.bounds = {b.d: self.of_row(f"bound:{i}", b.d) for i, b in enumerate(dict.fromkeys(b for _, b, _ in state.bounds))}
-        self.table = {**{guarded(d): x for d, x in self.bounds.items()}, **self.bounds}
+        super().__init__(a, state)
         self.conditions: list[tuple[Expr, float]] = []
-        self.end = self.bounded(self.levelled(self.coefficient(state.finish)))
-        self.weight = self.bounded(state.weight)
-        self.saved: dict[Expr, Saved] = {}
+        # h, as far as it is of the row, and what of it varies over the values
+        self.h = self.bounded(self.levelled(self.coefficient(self.state.finish)))
+        self.weight = self.bounded(self.state.weight)
+        name = a.cascade.outputs[0]
+        index, kind = a.cascade.producers[name][0].out.index, a.cascade.tensor[name].dtype
+        self.out, self.dout = ex.load(name, index, kind), ex.load(self.fresh(f"d{name}"), index, kind)
+        self.dweight = ex.load(self.fresh("dW"), tuple(map(ex.index, (*a.batch, a.query, a.key))), self.dtype)
+        self.own = {self.out, self.dout, self.dweight}
         self.row: list[RowSum] = []
         self.delta: Expr | None = None
-        self.tensors = set(a.cascade.tensor) | set(self.carried)
 
     def adjoint(self) -> Adjoint:
         a = self.a
-        self.check()
-        self.out = ex.load(a.cascade.outputs[0], self.output_index(), a.cascade.tensor[a.cascade.outputs[0]].dtype)
-        self.dout = ex.load(self.fresh(f"d{self.out.attr}"), self.out.args, self.out.dtype)
-        self.dweight = ex.load(self.fresh("dW"), tuple(map(ex.index, (*a.batch, a.query, a.key))), self.dtype)
-        self.of_end()
-        seeds = self.seeds()
-        leaves = [x for x in ex.loads(self.weight) if self.is_leaf(x)]
-        for c in self.carried.values():
-            leaves += [x for x in ex.loads(self.bounded(c.lift)) if self.is_leaf(x) and x not in leaves and c.op == "add"]
-        found = _or_stop(pullback(seeds, leaves))
+        self.check_bounds()
+        self.check_maxima()
+        self.split_end()
+        # what the forward computes stays as it is written
+        self.written = {x for e in self.lifts() for x in ex.walk(e)} | {self.whole}
         pairs = (*a.batch, a.query, a.key)
+        leaves = dict.fromkeys(x for e in self.lifts() for x in ex.loads(e) if self.is_leaf(x))
+        found = _or_stop(pullback(self.seeds(), leaves))
         gradients = [Gradient(self.wide.narrow(x), self.finished(d), pairs) for x, d in found.items()]
-        scores = tuple(g for g in gradients if str(g.load.attr) in self.products)
+        names = {e.out.tensor for e in a.products}
+        scores = tuple(g for g in gradients if str(g.load.attr) in names)
         others = (*(g for g in gradients if g not in scores), *self.leaves_of_end())
-        weight = self.finished(self.whole)
-        acc = self.finished(self.acc)
-        return Adjoint(
-            a, self.out, self.dout, self.dweight, tuple(self.saved.values()), tuple(self.row), (), acc, weight, scores, others
-        )
-
-    # names
-
-    def fresh(self, name: str) -> str:
-        while name in self.tensors:
-            name += "_"
-        self.tensors.add(name)
-        return name
-
-    def of_row(self, name: str, like: Expr) -> Expr:
-        """A load at those coordinates of the row, and of the value where `like` has it, over which `like` varies."""
-        ranks = (*self.a.batch, self.a.query, self.a.value)
-        return ex.load(name, tuple(ex.index(r) for r in ranks if r in like.ranks), self.dtype)
-
-    def output_index(self) -> tuple[Expr, ...]:
-        (e,) = self.a.cascade.producers[self.a.cascade.outputs[0]]
-        return e.out.index
-
-    def bounded(self, e: Expr) -> Expr:
-        """The term with its bounds as numbers of their own."""
-        return ex.substitute(e, self.table)
-
-    def levelled(self, e: Expr) -> Expr:
-        """The maximum of what a bound was subtracted from already: max(x − d, y − d) = max(x, y) − d = 0 for d = max(x, y)."""
-
-        def rule(x: Expr, args: tuple[Expr, ...]) -> Expr | None:
-            if x.op not in ("max", "min") or any(y.op != "sub" for y in args) or args[0].args[1] is not args[1].args[1]:
-                return None
-            d = args[0].args[1]
-            return ex.const(0.0, x.dtype) if ex.binary(x.op, args[0].args[0], args[1].args[0]) is d and d in self.bounds else None
-
-        return ex.rebuild(e, rule)
-
-    def is_leaf(self, x: Expr) -> bool:
-        return x.is_float and str(x.attr) not in self.carried and x not in self.bounds.values()
+        weight, acc = self.finished(self.whole), self.finished(self.acc)
+        saved = tuple(self.saved.values())
+        return Adjoint(a, self.out, self.dout, self.dweight, saved, tuple(self.row), (), acc, weight, scores, others)
 
     # the row's end
 
@@ -222,49 +159,53 @@ class _Backward:
                 return self.coefficient(e.args[2])
         raise _NoGradient(f"the output is no multiple of {self.total}")
 
+    def levelled(self, e: Expr) -> Expr:
+        """The maximum of what a bound was subtracted from already: max(x − d, y − d) = 0 for d = max(x, y)."""
+
+        def rule(x: Expr, args: tuple[Expr, ...]) -> Expr | None:
+            if x.op not in ("max", "min") or any(y.op != "sub" for y in args) or args[0].args[1] is not args[1].args[1]:
+                return None
+            d = args[0].args[1]
+            again = ex.binary(x.op, args[0].args[0], args[1].args[0])
+            return ex.const(0.0, x.dtype) if again is d and d in self.bounds else None
+
+        return ex.rebuild(e, rule)
+
     def under(self, h: Expr) -> Expr:
         """h under the conditions of the row: 0 where the output is a number, NaN where it is none."""
         for c, value in reversed(self.conditions):
             h = ex.where(c, math.nan if math.isnan(value) else 0.0, h)
         return h
 
-    def of_end(self) -> None:
+    def split_end(self) -> None:
         """Split h into what is of the row, which goes to the weight, and what varies over the values, which goes to acc."""
         value = self.a.value
         if any(value in c.ranks for c, _ in self.conditions):
             raise _NoGradient(f"a condition on {value} selects the output")
-        dout = ex.cast(self.dout, self.dtype)
-        row, own = self.end, None
-        if value in self.end.ranks:
-            row, own = without(self.end, value) or ex.const(1.0, self.dtype), only(self.end, value)
-        self.acc = dout if own is None else dout * own
-        self.row_end = row
-        self.core = product(row)
-        self.scale: Expr | None = None
-        if self.core.powers or self.conditions:
-            self.scale = self.of_row("scale:", self.under(row))
+        self.acc = ex.cast(self.dout, self.dtype)
+        row = self.h
+        if value in self.h.ranks:
+            row = without(self.h, value) or ex.const(1.0, self.dtype)
+            self.acc = self.acc * (only(self.h, value) or 1.0)
+        self.end, self.core, self.row_h = self.under(row), product(row), row
+        if self.carried_loads(row) or self.conditions:
+            self.scale = self.of_row("scale:", self.end)
         self.lse = self.logarithm_of_sum()
-        self.whole = self.weight * (row if self.scale is None else self.scale)
-        if self.lse is not None:
-            self.whole = self.relative(self.weight)
-        self.written = {*ex.walk(self.weight), self.whole, *(x for c in self.carried.values() for x in ex.walk(self.bounded(c.lift)))}
+        self.whole = self.relative(self.weight) or self.weight * (row if self.scale is None else self.scale)
 
-    def logarithm_of_sum(self) -> Expr | None:
-        """exp(x − d)/l = exp(x − lse) with lse = d + log l: one number a row, where no score is so large that log l is lost in it."""
-        found = {b for _, b, _ in self.state.bounds}
-        if len(found) != 1 or self.core.number != 1.0 or list(self.core.powers.values()) != [-1]:
+    def logarithm_of_sum(self) -> Saved | None:
+        """exp(x − d)/l = exp(x − lse), lse = d + log l: one number a row, where no score is so large that log l is lost."""
+        bounds = {b for _, b, _ in self.state.bounds}
+        if len(bounds) != 1 or self.core.number != 1.0 or list(self.core.powers.values()) != [-1]:
             return None
-        (b,) = found
-        log = logarithm(b.base)
-        at_bound = self.exponent(self.weight)
-        if not log or at_bound is None or not modest(at_bound, self.products):
+        ((b,), (total,)) = bounds, self.core.powers
+        x, log = self.exponent(self.weight), logarithm(b.base)
+        if not log or x is None or not modest(x, {e.out.tensor for e in self.a.products}):
             return None
         if any(c is not ex.equal(b.d, -math.inf) for c, _ in self.conditions):
             return None
-        (total,) = self.core.powers
-        lse = self.of_row(self.fresh("lse"), self.row_end)
-        self.lse_of = Saved(lse, self.wide.back(b.d + ex.unary(log, self.put_back(total))))
-        return lse
+        term = b.d + ex.unary(log, self.put_back(total))
+        return Saved(self.of_row(self.fresh("lse"), term), self.wide.back(term))
 
     def exponent(self, e: Expr) -> Expr | None:
         """x of base^(x − d)."""
@@ -273,29 +214,33 @@ class _Backward:
                 return e.args[0].args[0]
         return None
 
-    def relative(self, e: Expr) -> Expr:
+    def relative(self, e: Expr) -> Expr | None:
         """base^(x − lse) of base^(x − d), and 0 where the model sets the row to 0."""
-        x, lse = self.exponent(e), self.lse
-        assert x is not None
-        assert lse is not None
-        share = ex.unary(e.op, x - lse)
-        zero = any(value == value for _, value in self.conditions)
-        return ex.where(ex.equal(lse, -math.inf), 0.0, share) if zero else share
+        x = self.exponent(e)
+        if self.lse is None or x is None:
+            return None
+        share = ex.unary(e.op, x - self.lse.load)
+        zero = any(not math.isnan(value) for _, value in self.conditions)
+        return ex.where(ex.equal(self.lse.load, -math.inf), 0.0, share) if zero else share
 
-    def check(self) -> None:
-        """No gradient reaches a bound, and none a maximum."""
+    # what nothing may reach
+
+    def check_bounds(self) -> None:
+        """Does the output stay the same when a bound moves, and with it the sums under it?"""
         kappa = {(name, b.d): -k * math.log(facts(b.base).of) for name, b, k in self.state.bounds}
         for d, x in self.bounds.items():
-            moved = self.slope(self.end, x) + self.end * kappa.get((str(self.total.attr), d), 0.0)
-            for r in self.carried_loads(self.end):
-                moved = moved + self.slope(self.end, r) * (r * kappa.get((str(r.attr), d), 0.0))
+            moved = self.slope(self.h, x) + self.h * kappa.get((str(self.total.attr), d), 0.0)
+            for r in self.carried_loads(self.h):
+                moved = moved + self.slope(self.h, r) * (r * kappa.get((str(r.attr), d), 0.0))
             if not vanishes(moved):
                 raise _NoGradient(f"the output depends on {d} itself")
-        lifts = [self.weight, *(self.bounded(c.lift) for c in self.carried.values() if c.op == "add")]
-        for e in (self.end, *lifts):
+
+    def check_maxima(self) -> None:
+        for e in (self.h, *self.lifts()):
             for r in self.carried_loads(e):
-                if (self.carried[str(r.attr)].op != "add" or e is not self.end) and not _zero(self.slope(e, r)):
-                    raise _NoGradient(f"{r} is read beside the exponents, and which key has a maximum's gradient is not known")
+                passed = self.carried[str(r.attr)].op == "add" and e is self.h
+                if not passed and not _zero(self.slope(e, r)):
+                    raise _NoGradient(f"{r} is read beside exponents, and which key has a maximum's gradient is not known")
 
     def slope(self, e: Expr, x: Expr) -> Expr:
         found = derivative(e, x)
@@ -303,40 +248,12 @@ class _Backward:
             raise _NoGradient(found.reason)
         return found
 
-    def carried_loads(self, e: Expr) -> list[Expr]:
-        return [x for x in ex.loads(e) if str(x.attr) in self.carried]
+    # what reaches the sums, and the end's own leaves
 
-    # what reaches the sums and the end's own leaves
-
-    def part_of_end(self, x: Expr) -> Expr:
-        """Σ_f dOut·total·∂h/∂x as a scalar of the row: δ·(∂h/∂x)/h, where the division is one that h makes itself."""
-        slope = self.slope(self.end, x)
-        ratio = [p * product(self.end).inverse() for p in products(slope)]
-        made = product(self.end).powers
-        if all(n > 0 or made.get(e, 0) < 0 for p in ratio for e, n in p.powers.items()):
-            return _summed([Product(1.0, {self.shared_delta(): 1}) * p for p in ratio], self.dtype)
-        term = self.reached(x, slope)
-        load = self.of_row(self.fresh("eta"), self.out)
-        load = ex.load(str(load.attr), tuple(i for i in load.args if i.attr != self.a.value), self.dtype)
-        self.row.append(RowSum(load, self.finished(term), self.a.value))
-        return load
-
-    def reached(self, x: Expr, slope: Expr) -> Expr:
-        """dOut·total·∂h/∂x over [P, F]."""
-        return self.under(ex.cast(self.dout, self.dtype) * self.total * slope)
-
-    def shared_delta(self) -> Expr:
-        if self.delta is None:
-            at = tuple(map(ex.index, (*self.a.batch, self.a.query)))
-            self.delta = ex.load(self.fresh("delta"), at, self.dtype)
-            term = ex.cast(self.dout, self.dtype) * ex.cast(self.out, self.dtype)
-            self.row.append(RowSum(self.delta, term, self.a.value))
-        return self.delta
-
-    def seeds(self) -> dict[Expr, Expr]:
+    def seeds(self) -> Mapping[Expr, Expr]:
         """The gradient of each lift: of the weight h·dW, of a sum what reaches it from the end."""
-        seeds = {self.weight: self.dweight * self.row_end}
-        for r in self.carried_loads(self.end):
+        seeds = {self.weight: self.dweight * self.row_h}
+        for r in self.carried_loads(self.h):
             c = self.carried[str(r.attr)]
             if c.op == "add":
                 lift, part = self.bounded(c.lift), self.part_of_end(r)
@@ -346,34 +263,62 @@ class _Backward:
     def seed(self, d: Expr) -> Expr:
         """h·(what is left), where all parts have h; else the whole under the row's conditions."""
         common, rest = collected(d)
-        if self.scale is None:
+        if self.scale is not None and common.holds(self.core):
+            common = common * self.core.inverse() * Product(self.core.number, {self.scale: 1})
             return (common * product(rest)).term(d.dtype)
-        if common.holds(self.core):
-            left = common * Product(self.core.number, self.core.powers).inverse() * Product(1.0, {self.scale: 1})
-            return (left * Product(1.0, {rest: 1})).term(d.dtype) if not rest.is_const else (left * product(rest)).term(d.dtype)
         return self.under((common * product(rest)).term(d.dtype))
+
+    def part_of_end(self, x: Expr) -> Expr:
+        """Σ_f dOut·total·∂h/∂x as a scalar of the row: δ·(∂h/∂x)/h, where that divides by nothing but what h divides by."""
+        slope = self.slope(self.h, x)
+        if (ratio := self.ratio(slope)) is not None:
+            return _summed([Product(1.0, {self.shared_delta(): 1}) * p for p in ratio], self.dtype)
+        return self.row_sum("eta", self.finished(self.reached(slope)))
+
+    def ratio(self, slope: Expr) -> list[Product] | None:
+        """(∂h/∂x)/h as products, where it is of the row and divides by nothing that h does not divide by itself."""
+        whole = product(self.h)
+        parts = [p * whole.inverse() for p in products(slope)]
+        safe = all(n > 0 or whole.powers.get(e, 0) < 0 for p in parts for e, n in p.powers.items())
+        return parts if safe and not any(self.a.value in e.ranks for p in parts for e in p.powers) else None
+
+    def reached(self, slope: Expr) -> Expr:
+        """dOut·total·∂h/∂x over [P, F]."""
+        return self.under(ex.cast(self.dout, self.dtype) * self.total * slope)
+
+    def shared_delta(self) -> Expr:
+        if self.delta is None:
+            term = ex.cast(self.dout, self.dtype) * ex.cast(self.out, self.dtype)
+            self.delta = self.row_sum("delta", term)
+        return self.delta
+
+    def row_sum(self, name: str, term: Expr) -> Expr:
+        at = tuple(map(ex.index, (*self.a.batch, self.a.query)))
+        load = ex.load(self.fresh(name), at, self.dtype)
+        self.row.append(RowSum(load, term, self.a.value))
+        self.own.add(load)
+        return load
 
     def leaves_of_end(self) -> list[Gradient]:
         found = []
-        for x in ex.loads(self.end):
-            if not self.is_leaf(x) or _zero(slope := self.slope(self.end, x)):
+        rows = (*self.a.batch, self.a.query)
+        for x in ex.loads(self.h):
+            if not self.is_leaf(x) or _zero(slope := self.slope(self.h, x)):
                 continue
-            made, ratio = product(self.end).powers, [p * product(self.end).inverse() for p in products(slope)]
-            rows = (*self.a.batch, self.a.query)
-            if all(n > 0 or made.get(e, 0) < 0 for p in ratio for e, n in p.powers.items()):
-                found.append(Gradient(self.wide.narrow(x), self.finished(self.under(self.part_of_end(x))), rows))
-            else:
-                found.append(Gradient(self.wide.narrow(x), self.finished(self.reached(x, slope)), (*rows, self.a.value)))
+            of_row = self.ratio(slope) is not None
+            term = self.under(self.part_of_end(x)) if of_row else self.reached(slope)
+            space = rows if of_row else (*rows, self.a.value)
+            found.append(Gradient(self.wide.narrow(x), self.finished(term), space))
         return found
 
     # the end of the derivation
 
     def finished(self, e: Expr) -> Expr:
-        """The term with weights shared, bounds and h put back, and what the forward knows read from what it hands over."""
-        return self.wide.back(self.handed(self.regrouped(e)))
+        """The term with weights shared, and what the forward knows read from what it hands over."""
+        return self.handed(self.regrouped(e))
 
     def regrouped(self, e: Expr) -> Expr:
-        """The term with h and the weight as single factors of its products; what the forward computes stays as it is written."""
+        """The term with h and the weight as single factors of its products."""
         new: dict[Expr, Expr] = {}
 
         def go(x: Expr) -> Expr:
@@ -389,79 +334,24 @@ class _Backward:
         return go(e)
 
     def laws(self, p: Product) -> Product:
-        """h for its factors; then the weight for h and its lift, or for h and an exponential under the same bound."""
+        """h for its factors; then the weight for h and its lift, or a share for h and an exponential under its bound."""
+        h = self.core if self.scale is None else Product(1.0, {self.scale: 1})
         if self.scale is not None and self.core.powers and p.holds(self.core):
-            p = p * self.core.inverse() * Product(1.0, {self.scale: 1})
-        lift = product(self.weight) if self.scale is None else product(self.weight) * Product(1.0, {self.scale: 1})
-        if p.powers and lift.powers and p.holds(lift):
+            p = p * self.core.inverse() * h
+        lift = product(self.weight) * h
+        if lift.powers and p.holds(lift):
             return Product(1.0, {self.whole: 1}) * p * lift.inverse()
-        if self.lse is not None and self.scale in p.powers:
+        if self.scale is not None and self.scale in p.powers:
             for x, n in p.powers.items():
-                if n > 0 and self.exponent(x) is not None:
-                    return p * Product(1.0, {x: -1, self.scale: -1, self.relative(x): 1})
+                if n > 0 and (share := self.relative(x)) is not None:
+                    return p * Product(1.0, {x: -1, self.scale: -1, share: 1})
         return p
 
-    def put_back(self, e: Expr) -> Expr:
-        """Bounds as what they are, h as what it is."""
-        table = {x: guarded(d) if self.guards(d) else d for d, x in self.bounds.items()}
-        if self.scale is not None:
-            table[self.scale] = ex.substitute(self.under(self.row_end), table)
-        return ex.substitute(e, table)
 
-    def guards(self, d: Expr) -> bool:
-        """Does the one-pass form guard the bound?"""
-        terms = (self.state.weight, *(c.lift for c in self.state.carried))
-        return any(x is guarded(d) for t in terms for x in ex.walk(t))
-
-    def handed(self, e: Expr) -> Expr:
-        """The largest terms of the row that the forward knows, read from what it hands over."""
-        new: dict[Expr, Expr] = {}
-
-        def go(x: Expr) -> Expr:
-            if x not in new:
-                if x is self.lse:
-                    self.saved[x] = self.lse_of
-                new[x] = self.hand(x) if self.is_handed(x) else x
-                if new[x] is x and x.args and x.op != "load":
-                    args = tuple(map(go, x.args))
-                    new[x] = x if args == x.args else ex.make(x.op, args, x.attr, x.dtype)
-            return new[x]
-
-        return go(e)
-
-    def is_handed(self, x: Expr) -> bool:
-        if x is self.total:
-            return True
-        if not x.is_float or {self.a.key, self.a.value} & x.ranks:
-            return False
-        known = {*self.bounds.values(), self.scale}
-        inner = ex.loads(x)
-        return any(y in known or str(y.attr) in self.carried for y in inner) and not any(self.is_new(y) for y in inner)
-
-    def is_new(self, x: Expr) -> bool:
-        """Is it known in the backward alone?"""
-        return x in (self.out, self.dout, self.dweight, self.lse, *(r.load for r in self.row))
-
-    def hand(self, x: Expr) -> Expr:
-        if x not in self.saved:
-            name = "scale" if x is self.scale else "bound" if x in self.bounds.values() else "held"
-            like = self.of_row(self.fresh(name), self.put_back(x))
-            self.saved[x] = Saved(ex.load(str(like.attr), like.args, x.dtype), self.wide.back(self.put_back(x)))
-        return self.saved[x].load
-
-
-def modest(e: Expr, products: Collection[str]) -> bool:
-    """Are the finite values of a term made of products and small numbers alone? Of a tensor or a coordinate nothing is known."""
-    match e.op:
-        case "const":
-            return math.isinf(e.value) or abs(e.value) < MODEST
-        case "load":
-            return str(e.attr) in products
-        case "where":
-            return all(modest(x, products) for x in e.args[1:])
-        case "cast":
-            return e.args[0].dtype == "b1" or (e.args[0].is_float and modest(e.args[0], products))
-    return e.is_float and (facts(e.op).bounded or all(modest(x, products) for x in e.args))
+def _or_stop(found: dict[Expr, Expr] | Obstacle) -> dict[Expr, Expr]:
+    if isinstance(found, Obstacle):
+        raise _NoGradient(found.reason)
+    return found
 
 
 def _summed(parts: list[Product], dtype: str) -> Expr:

@@ -3,8 +3,8 @@
     derivative(score, product)     ∂ score / ∂ product
     pullback({y: d}, leaves)       what of gradients d at the roots y reaches each leaf
 
-Both walk from the roots down, as autograd does: a `where` selects the gradient before it is multiplied, and what a mask hides
-stays hidden even where it is NaN. Integers and truths pass nothing on.
+Both walk from the roots down, as autograd does: a `where` selects the gradient before it is multiplied, and what a mask
+hides stays hidden even where it is NaN. Integers and truths pass nothing on.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     δ = Σ_f dOut·out     dW = Σ_f acc·V                       dV = Σ_p weight·acc
     dX = its term        dQ = Σ_m dX·K, dK = Σ_p dX·Q         one pair for each product X
     what the prelude made passes its gradient on to what it was made of
-A tensor that is read at computed coordinates (a table, a head shared by a group) gathers its gradient over those that reach it.
+A tensor that is read at computed coordinates (a table, heads in groups) gathers its gradient over all that reads it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What of a gradient that reaches an operator's result reaches each operand: one row an operator, to the letter as autograd has it.
+"""What of a gradient that reaches an operator's result reaches each operand: one row an operator, as autograd has it.
 
-    RULES[op][i](d, y, *operands)      y = op(*operands), d the gradient of y, of the result what reaches operand i
+    RULES[op][i](d, y, *operands)      y = op(*operands), d the gradient of y; the gradient of operand i
 
 No operand: a staircase or a truth, which passes nothing on. An operator that is not here has no derivative in torch either.
 Selections select and never multiply by 0, so that NaN and ∞ stay where autograd leaves them.

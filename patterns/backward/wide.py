@@ -1,6 +1,6 @@
 """A row program in one wide float type: as kernels compute it, who drop the casts by which a model rounds in between.
 
-    bf16(exp(f32(S) − GM))·…   →   exp(S − GM)·…        S, GM read as numbers of the wide type, until they are put back as f32(S)
+    bf16(exp(f32(S) − GM))·…   →   exp(S − GM)·…        S, GM stand as numbers of the wide type until `back` puts in f32(S)
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import expr as ex
-from ..attention.carried import OLD, Carried
-from ..attention.carried import Bound
+from ..attention.carried import OLD, Bound, Carried
 from ..attention.separate import SplitContext, Splitter, Stop, Summand
 from ..cascade import IDENTITY, Access, Cascade, Einsum, Tensor, size_term
 from ..expr import Expr

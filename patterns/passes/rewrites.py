@@ -16,10 +16,9 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from .. import expr as ex
-from ..attention.carried import Carried
+from ..attention.carried import Bound, Carried
 from ..attention.reductions import Reducer
 from ..attention.score import factors
-from ..attention.carried import Bound
 from ..attention.separate import SplitContext, Stop, Summand
 from ..cascade import IDENTITY, Access, Cascade, Einsum, Tensor, size_term
 from ..expr import Expr

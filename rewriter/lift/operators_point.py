@@ -137,9 +137,19 @@ def square(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     return x * x
 
 
+def extreme(op: str) -> Rule:
+    """maximum and minimum. A number comes first; as the second operand it is a clamp's, whose ties have another gradient."""
+
+    def rule(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
+        x, y = (operand(lifter, n, a[k], at, dtype_of(n)) for k in ("self", "other"))
+        return ex.binary(op, y, x) if not ex.loads(y) and y.is_float else ex.binary(op, x, y)
+
+    return rule
+
+
 def extreme_of_two(op: str) -> Rule:
     """max.other and min.other; of one tensor the extreme of all is no number of one element."""
-    both = binary(op)
+    both = extreme(op)
 
     def rule(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
         if "other" not in a:
@@ -311,6 +321,7 @@ def cumulative_ones(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
 
 RULES: dict[str, Rule] = {
     **{o.aten: unary(o.name) if o.arity == 1 else binary(o.name) for o in OPERATORS.values()},
+    "maximum": extreme("max"), "minimum": extreme("min"),
     # other names of the same, and then the operators that take more than operands
     "negative": unary("neg"), "absolute": unary("abs"), "logical_not": unary("not"), "multiply": binary("mul"),
     "less": binary("lt"), "less_equal": binary("le"), "greater": binary("gt"), "greater_equal": binary("ge"),

@@ -1,0 +1,288 @@
+"""Prints the CPU kernel in tiled torch that is trained: the product body, which hands over row scalars, and a second walk.
+
+    handed         state → scalars of the row, for the backward
+    ready          (dOut, out, scalars) → what reaches the product with the values, sums of the row, gradients of its end
+    back           (products, dW, scalars) → the weight, each product's gradient, those of other floats of the score
+    back_full      the same where the mask keeps every key
+Whatever floats the score or the row's end reads get their gradients: each tile's is summed over what the tensor lacks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...patterns import expr as ex
+from ...patterns.backward.adjoint import Adjoint, Gradient, adjoint
+from ...patterns.backward.derivative import pullback
+from ...patterns.cascade import Size, size_term
+from ...patterns.expr import TRUE, Expr
+from ...patterns.mapping import TileMapping
+from ...patterns.terms.conditions import simplify_under
+from ...patterns.verdict import Obstacle
+from ..files.tile_plan import planned
+from ..files.torch_file import PrintedFunction, coordinates, file, indented, parts, prelude, relatives, signature, sizes
+from ..forms.form import Form
+from ..forms.skip import FINITE, vanishes_backwards
+from ..skeletons import cpu, cpu_backward, cpu_product, cpu_product_backward
+from ..text.print_torch import TYPES, TorchBody
+from ..text.printer import PrintError
+from .product import ProductKernel, take
+from .training import Printed, visiting
+
+BODY = "two products around the score and the row's state, and five around their derivatives"
+LOCALS = (
+    *parts(cpu_backward), *parts(cpu_product_backward), "grad", "saved", "wanted", "given", "flow", "handed", "ready",
+    "back", "back_full", "begin", "update", "dq", "dk", "dv", "dw", "scalars", "scores", "acc", "g", "w",
+)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The gradient of what stands at `load`, no operand: a term of every tile, or of every row, and where it is added up."""
+
+    load: Expr
+    term: Expr
+    of_tiles: bool
+    total: str
+
+
+def printed(f: Form, m: TileMapping, version: str) -> Printed:
+    """The kernel's file. Raises PrintError where the body does not fit the attention."""
+    made = adjoint(f.attention)
+    if isinstance(made, Obstacle):
+        raise PrintError(str(made))
+    if made.passes:
+        raise PrintError(f"the gradient needs another pass over the keys: {made.passes[0]}")
+    if any(f.attention.value in x.load.ranks for x in (*made.saved, *made.row)):
+        raise PrintError("the gradient needs what the forward sums, value by value: rows hand over scalars")
+    if f.real != "f32":
+        raise PrintError("what rows hand over is float32, and this is computed in float64")
+    elements = [made.weight, *(g.term for g in (*made.scores, *made.leaves) if a_tile(f, g))]
+    return Printed(_TrainingKernel(visiting(f, made, elements), made).file(m, version), (), len(made.saved))
+
+
+class _TrainingKernel(ProductKernel):
+    """The printed functions of both walks."""
+
+    answer = "out, saved"
+
+    def __init__(self, f: Form, made: Adjoint) -> None:
+        super().__init__(f, LOCALS)
+        self.made = made
+        self.taken = {*self.p.taken, *self.products.values(), *self.state.values()}
+        self.scalars = {x.load: take(str(x.load.attr), self.taken) for x in (*made.saved, *made.row)}
+        self.sums = [self._sum(g.load, self.whole(g.term), a_tile(f, g)) for g in made.leaves] + self._outside()
+        self.read_at = self._read_at()
+        self.handed = self._handed()
+        self.ready = self._ready()
+        self.back = self._back("back", "Of a tile: its weights, and the gradients of what the score reads.", TRUE)
+        full = self._back("back_full", "The same where the mask keeps every key.", f.mask.keep)
+        self.full = full if body_of(full) != body_of(self.back) else self.back
+
+    def _sum(self, load: Expr, term: Expr, of_tiles: bool) -> Sum:
+        return Sum(load, term, of_tiles, take(f"d_{self.p.names.tensors[str(load.attr)]}", self.taken))
+
+    def file(self, m: TileMapping, version: str) -> str:
+        f, p = self.f, self.p
+        plan = [planned(p, always=False, triangles=False)] if f.skips else []
+        back = [self.back] if self.full is self.back else [self.back, self.full]
+        forward = [*relatives(p, self.near), *self.scores, self.step, self.end, self.handed]
+        functions = [*forward, self.ready, *back, *self.read_at.values(), *plan]
+        call = plan[0].call({}) if plan else ""
+        main, backward = self.main(call), self.backward(call if self._skips() else "")
+        modules = (cpu, cpu_product, cpu_backward, cpu_product_backward)
+        return file(p, m, [*(x.text for x in functions), main, backward], modules, [], BODY, version)
+
+    def _skips(self) -> bool:
+        """Has a key that the mask hides no part in any gradient? Else every tile is visited."""
+        terms = [self.made.weight, *(x.term for x in self.made.scores), *(s.term for s in self.sums if s.of_tiles)]
+        return vanishes_backwards(terms, self.f.mask.keep, FINITE)
+
+    # the forward's part
+
+    def _handed(self) -> PrintedFunction:
+        terms = [self.whole(x.term) for x in self.made.saved]
+        named = {x: self.state[str(x.attr)] for t in terms for x in ex.loads(t) if str(x.attr) in self.state}
+        return self.p.function("handed", "What a row hands over for the backward.", terms, [*self.state.values()], named)
+
+    def allocated(self) -> list[str]:
+        return [f"saved = torch.empty((*rows.shape[:3], {len(self.made.saved)}), dtype=torch.float32, device=out.device)"]
+
+    def finish(self) -> list[str]:
+        first, *rest = super().finish()
+        call = self.handed.call({**self.places(), **{x: f"state[{i}]" for i, x in enumerate(self.state.values())}})
+        each = call if len(self.made.saved) > 1 else f"[{call}]"
+        hand = [f"    for i, x in enumerate({each}):", "        saved[at.z, at.h, at.p, i : i + 1] = x"]
+        return [first, *(hand if self.made.saved else []), *rest]
+
+    # the terms of the backward
+
+    def _product_loads(self) -> list[Expr]:
+        a = self.f.attention
+        return [ex.load(e.out.tensor, e.out.index, a.cascade.tensor[e.out.tensor].dtype) for e in a.products]
+
+    def _of_products(self) -> list[Expr]:
+        """The gradient of each product as it is summed, without what multiplies it outside."""
+        found = {g.load: self.whole(g.term) for g in self.made.scores}
+        pairs = zip(self.f.products, self._product_loads())
+        return [found.get(load, ex.const(0.0)) * (x.outside if load in self.outer else 1.0) for x, load in pairs]
+
+    def _outside(self) -> list[Sum]:
+        """The gradients of floats that multiply a product outside of its sum."""
+        out: list[Sum] = []
+        found = {g.load: self.whole(g.term) for g in self.made.scores}
+        for x, load in zip(self.f.products, self._product_loads()):
+            leaves = [y for y in ex.loads(x.outside) if y.is_float]
+            if not leaves or load not in found:
+                continue
+            reached = pullback({x.outside: found[load] * ex.cast(load, "f32")}, leaves)
+            if isinstance(reached, Obstacle):
+                raise PrintError(str(reached))
+            out += [self._sum(y, d, True) for y, d in reached.items()]
+        return out
+
+    def _ready(self) -> PrintedFunction:
+        made = self.made
+        ends = [s.term for s in self.sums if not s.of_tiles]
+        named = {made.dout: "g", made.out: "o", **{x.load: self.scalars[x.load] for x in made.saved}}
+        body = TorchBody(self.p.scope(named), [made.acc, *(x.term for x in made.row), *ends])
+        acc = body.real(made.acc)
+        for x in made.row:
+            body.line(f"{self.scalars[x.load]} = ({body.real(x.term)}).sum(-1, keepdim=True)")
+            body.bind(x.load, self.scalars[x.load])
+        answer = [acc, *(self.scalars[x.load] for x in made.row), *map(body.real, ends)]
+        lines = [*body.lines, f"    return {', '.join(answer)}"]
+        doc = "Of rows: what reaches the product with the values, sums over the values, gradients of what the end reads."
+        return self.p.define("ready", doc, lines, ["g", "o", *self._saved()], body.scope)
+
+    def _saved(self) -> list[str]:
+        return [self.scalars[x.load] for x in self.made.saved]
+
+    def _back(self, name: str, doc: str, keep: Expr) -> PrintedFunction:
+        terms = [self.whole(self.made.weight), *self._of_products(), *(s.term for s in self.sums if s.of_tiles)]
+        if keep is not TRUE:
+            terms = [simplify_under(t, {keep: True}) for t in terms]
+        loads = {x: self.products[str(x.attr)] for t in terms for x in ex.loads(t) if str(x.attr) in self.products}
+        named = {**loads, self.made.dweight: "dw", **self.scalars}
+        return self.p.function(name, doc, terms, [*self.products.values(), "dw"], named)
+
+    # putting it together
+
+    def backward(self, plan: str) -> str:
+        """The text of `backward`."""
+        f, p = self.f, self.p
+        names = [p.names.tensors[t.name] for t in f.cascade.inputs]
+        setup, pairs = self.operands()
+        queries, keys = ([x.strip("()").split(", ")[i] for x in pairs] for i in (0, 1))
+        made = [*queries, *keys, "v"]
+        totals = {s.total: p.names.tensors[str(s.load.attr)] for s in self.sums}
+        inner = [
+            *self._begin(), "", *self._update_backward(f.mask.keep is not TRUE), "",
+            f"walk([{', '.join(pairs)}], v, out.shape[1], (z0, z1), plan, (dq, dk, dv), begin, update)",
+        ]
+        lines = [
+            f"out, grad = {rows_of(f, 'out')}, {rows_of(f, 'grad')}",
+            *(f"d{x} = [torch.zeros_like(x) for x in ({', '.join(of)},)]" for x, of in (("q", queries), ("k", keys))),
+            "dv = torch.zeros_like(v)",
+            *(f"{total} = torch.zeros({t}.shape, dtype=torch.float32, device={t}.device)" for total, t in totals.items()),
+            "", "def part(z0, z1, plan):", *indented(inner), "", *self.parts(plan),
+        ]
+        flow = ", ".join(["*dq", "*dk", "dv", *(f"{total}.to({t}.dtype)" for total, t in totals.items())])
+        body = [
+            *sizes(p), f"given = leaves([{', '.join(names)}], wanted)", f"{', '.join(names)}, = given",
+            "with torch.enable_grad():", *indented([*prelude(p), *setup]), *coordinates(p, "\n".join(lines)), *lines,
+            f"flow = [{flow}]",
+            f"return inputs_gradients([{', '.join([*made, *totals.values()])}], flow, given, wanted)",
+        ]
+        own = signature(p).replace("*, ", "")
+        doc = "The gradients of the inputs in the wanted places, from the output and its gradient."
+        return f'def backward(grad, out, saved, wanted, {own}):\n    """{doc}"""\n' + "\n".join(indented(body))
+
+    def _begin(self) -> list[str]:
+        real = TYPES[self.f.real]
+        saved, rows = self._saved(), [self.scalars[x.load] for x in self.made.row]
+        ends = [s for s in self.sums if not s.of_tiles]
+        lines = [f"g, o = grad[at.z, at.h, at.p].to({real}), out[at.z, at.h, at.p].to({real})"]
+        lines += [f"{', '.join(saved)}, = saved[at.z, at.h, at.p].split(1, -1)"] if saved else []
+        answer = ["acc", *rows, *(f"{s.total}_part" for s in ends)]
+        lines.append(f"{', '.join(answer)} = {self.ready.call(self.places())}")
+        for s in ends:
+            lines += self._add(s, f"{s.total}_part", "(*acc.shape[:3], 1)")
+        return ["def begin(at):", *indented([*lines, f"return acc, ({''.join(f'{x}, ' for x in (*saved, *rows))})"])]
+
+    def _update_backward(self, masked: bool) -> list[str]:
+        names = list(self.scalars.values())
+        tiles = [s for s in self.sums if s.of_tiles]
+        parts = [f"d_{x}" for x in self.products.values()]
+        call = self.back.call(self.places())
+        if masked and self.full is not self.back:
+            call = f"{call} if masked else {self.full.call(self.places())}"
+        lines = [f"{', '.join(self.products.values())}, = scores"]
+        lines += [f"{', '.join(names)}, = scalars"] if names else []
+        lines.append(f"{', '.join(['w', *parts, *(f'{s.total}_part' for s in tiles)])} = {call}")
+        for s in tiles:
+            lines += self._add(s, f"{s.total}_part", "dw.shape")
+        lines.append(f"return w, ({''.join(f'{x}, ' for x in parts)})")
+        return ["def update(scores, dw, scalars, at, masked):", *indented(lines)]
+
+    def _add(self, s: Sum, part: str, shape: str) -> list[str]:
+        """Lines that add a tile's gradient of a tensor where it is read."""
+        where = self._where(s.load)
+        if where is not None:
+            return [f"{s.total}[{', '.join(text for text, _ in where) or '...'}] += reduced({part}.expand({shape}), "
+                    f"{[d for d in range(4) if d not in (x for _, x in where)]}, {[d for _, d in where if d is not None]})"]
+        place = self.read_at[s.total]
+        call = place.call(self.places())
+        return [f"gather({s.total}, {part}.expand({shape}), {call if len(s.load.args) > 1 else f'[{call}]'})"]
+
+    def _where(self, load: Expr) -> list[tuple[str, int | None]] | None:
+        """Slices of a tensor that a tile reads, each with the tile's dimension that it lies along; None: it is looked up."""
+        f, a = self.f, self.f.attention
+        dims = {a.query: 2, a.key: 3, **dict.fromkeys([f.heads.head] if f.heads.head else [], 1)}
+        dims |= dict.fromkeys(f.heads.lead if len(f.heads.lead) == 1 else [], 0)
+        out: list[tuple[str, int | None]] = []
+        for i, n in zip(load.args, f.attention.cascade.tensor[str(load.attr)].shape):
+            rank = str(i.attr) if i.op == "index" else ""
+            if i.is_const:
+                out.append((str(int(i.value)), None))
+            elif rank in dims and f.cascade.rank[rank].size == n and dims[rank] not in (d for _, d in out):
+                out.append((f"at.{'zhpm'[dims[rank]]}", dims[rank]))
+            else:
+                return None
+        return out
+
+    def _read_at(self) -> dict[str, PrintedFunction]:
+        """For each tensor that is looked up at computed places: the function of those places."""
+        out: dict[str, PrintedFunction] = {}
+        for s in self.sums:
+            if self._where(s.load) is None:
+                shape = self.f.attention.cascade.tensor[str(s.load.attr)].shape
+                at = [_inside(i, n) for i, n in zip(s.load.args, shape)]
+                out[s.total] = self.p.function(f"read_at_{s.total}", "Where its elements are read.", at)
+        return out
+
+
+def _inside(i: Expr, size: Size) -> Expr:
+    """A coordinate that stays in its tensor: what a mask hides may be read from anywhere."""
+    return i if i.is_const else ex.minimum(ex.maximum(i, 0), size_term(size) - 1)
+
+
+def a_tile(f: Form, g: Gradient) -> bool:
+    """Is a gradient a term of tiles, not of rows?"""
+    return f.attention.key in g.space
+
+
+def body_of(f: PrintedFunction) -> str:
+    """A function's lines, without its name and its doc."""
+    return f.text.partition('"""\n')[2]
+
+
+def rows_of(f: Form, name: str) -> str:
+    """The output or its gradient as [batch, head, query, value]."""
+    a, c, at = f.attention, f.cascade, f.heads
+    declared = [str(i.attr) for i in c.producers[c.outputs[0]][0].out.index]
+    order = [declared.index(r) for r in (*at.lead, *([at.head] if at.head else []), a.query, a.value)]
+    text = name if order == sorted(order) else f"{name}.permute({', '.join(map(str, order))})"
+    if not at.head:
+        text = f"{text}.unsqueeze(0)"
+    return f"{text}.flatten(0, {len(at.lead) - 1})" if len(at.lead) > 1 else text if at.lead else f"{text}.unsqueeze(0)"

@@ -1,0 +1,69 @@
+"""The CPU's loop for the gradients of any score and row rule: five products around the printed derivatives.
+
+    for every tile of queries:  acc, rows = begin(tile)
+        for each slice of its keys:  w, dx = update(q·k, acc·v, rows)
+            dv += wᵀ·acc;   dk += dxᵀ·q;   dq += dx·k
+
+One walk serves all three: the gradients of keys and values gather in memory of their own, in the order of the walk, so that
+sums are the same every time. Heads that share keys lie below one another, so that their sums are part of the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .cpu import Block
+from .cpu_product import SLICE, At, head_groups, row_tiles, slices
+
+
+def walk(
+    pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor, rows: int, batch: tuple[int, int], plan: list[Block],
+    flow: tuple[Sequence[Tensor], Sequence[Tensor], Tensor], begin: Callable[[At], tuple[Tensor, tuple[Tensor, ...]]],
+    update: Callable[[list[Tensor], Tensor, tuple[Tensor, ...], At, bool], tuple[Tensor, tuple[Tensor, ...]]],
+) -> None:
+    """Add the gradients of queries, keys and values to `flow`, over a range of the batch along its plan.
+
+    `pairs`: operands of the products, [Z, H, P, E] and [Z, H/G, M, E]; `rows`: the heads H. `begin(at)`: what reaches the
+    product with the values, and scalars of the rows. `update(products, dW, scalars, at, masked)`: the weight, and each
+    product's gradient.
+    """
+    group = rows // v.shape[1]
+    dq, dk, dv = flow
+    for p0, p1, runs in row_tiles(plan):
+        widest = min(SLICE, max((stop - start for start, stop, _ in runs), default=1))
+        for z, h in head_groups(batch, rows, group, (p1 - p0) * widest):
+            at = At(z, h, slice(p0, p1), slice(0, 0))
+            shape = (z.stop - z.start, h.stop - h.start, p1 - p0)
+            below = (shape[0], shape[1] // group, group * shape[2])
+            shared = slice(h.start // group, h.stop // group)
+            acc, scalars = begin(at)
+            acc = acc.expand(*shape, v.shape[3]).reshape(*below, -1)
+            queries = [q[z, h, at.p].reshape(*below, -1) for q, _ in pairs]
+            for m0, m1, masked in slices(runs):
+                at = at._replace(m=slice(m0, m1))
+                scores = [(q @ k[z, shared, at.m].mT).view(*shape, m1 - m0) for q, (_, k) in zip(queries, pairs)]
+                back = (acc @ v[z, shared, at.m].mT).view(*shape, m1 - m0)
+                w, parts = update(scores, back, scalars, at, masked)
+                dv[z, shared, at.m] += w.expand(*shape, m1 - m0).reshape(*below, -1).mT @ acc
+                for i, (part, query, (_, k)) in enumerate(zip(parts, queries, pairs)):
+                    dx = part.expand(*shape, m1 - m0).reshape(*below, -1)
+                    dq[i][z, h, at.p] += (dx @ k[z, shared, at.m]).view(*shape, -1)
+                    dk[i][z, shared, at.m] += dx.mT @ query
+
+
+def reduced(part: Tensor, dims: Sequence[int], order: Sequence[int]) -> Tensor:
+    """A tile of a gradient as the part of a tensor: summed over dimensions that it lacks, the others in its order."""
+    part = part.sum(tuple(dims), keepdim=True) if dims else part
+    return part.permute(*order, *dims).reshape([part.shape[d] for d in order])
+
+
+def gather(total: Tensor, part: Tensor, at: Sequence[Tensor | int]) -> None:
+    """total[at] += part, summed over all of a tile that reads one element, in the same order every time."""
+    place = torch.zeros((1,) * part.dim(), dtype=torch.int64, device=part.device)
+    for i, step in zip(at, total.stride()):
+        place = place + i * step
+    part = part.sum_to_size(place.shape)
+    total.view(-1).index_add_(0, place.reshape(-1), part.reshape(-1))
