@@ -70,7 +70,7 @@ def _adjoint(f: Form) -> Adjoint:
         raise PrintError(str(made))
     if made.passes:
         raise PrintError(f"the gradient needs another pass over the keys: {made.passes[0]}")
-    if any(f.attention.value in x.load.ranks for x in (*made.saved, *made.row)):
+    if any(f.attention.value in x.ranks for x in cpp_backward.scalars(made)):
         raise PrintError("the gradient needs what the forward sums, value by value: a row hands over scalars alone")
     if f.rule != "never" and not _skips(f, made):
         raise PrintError("a masked key may have a gradient: its tile cannot be left out")

@@ -185,7 +185,11 @@ def _ours(
     if q.gradients and q.device.kind != "cpu":
         return _refused(name, "our kernel has no backward on a GPU yet, and gradients are wanted here")
     found = _mappings(q, sizes, data)
-    order, held = ([x for x in found if x[0].body == "fused"], "") if q.gradients else _paid_back(found, rival)
+    if q.gradients:
+        found = [x for x in found if x[0].body == "fused"]
+    order, held = _paid_back(found, rival)
+    if held and q.gradients and name not in q.policy.allow:
+        return _refused(name, held)
     refusal = ""
     for mapping, predicted in order:
         cost = predicted
@@ -230,9 +234,9 @@ def _paid_back(found: list[tuple[TileMapping, Cost]], rival: float) -> tuple[lis
     """Mappings in the order in which they are tried, and what is said of one that does not pay for its compilation."""
     compiled = [(m, c) for m, c in found if m.body == "fused"]
     others = [(m, c) for m, c in found if m.body != "fused"]
-    if not compiled or not others:
+    if not compiled:
         return found, ""
-    saved = min(rival, others[0][1].seconds) - compiled[0][1].seconds
+    saved = min([rival, *(c.seconds for _, c in others[:1])]) - compiled[0][1].seconds
     if saved >= PAYBACK_SECONDS:
         return found, ""
     said = f"the fused body would save {saved * 1e3:.2g} ms a call, which does not pay for its compilation"

@@ -31,8 +31,8 @@ class BackwardProgram(LoopProgram):
         self.adjoint = adjoint
         super().__init__(f, t, given)
         self.scalars: dict[Expr, str] = {}
-        for x in (*adjoint.saved, *adjoint.row):
-            self.scalars[x.load] = self.take(str(x.load.attr).lower())
+        for x in scalars(adjoint):
+            self.scalars[x] = self.take(str(x.attr).lower())
 
     def elements(self, full: bool) -> list[Expr]:
         """The weight, then the gradient of each product as the loop sums it; `full`: every key is known to be kept."""
@@ -48,6 +48,11 @@ class BackwardProgram(LoopProgram):
     def terms(self) -> list[Expr]:
         ends = [*(x.term for x in self.adjoint.row), self.adjoint.acc]
         return [*ends, *self.elements(False), *self.elements(True)]
+
+
+def scalars(a: Adjoint) -> list[Expr]:
+    """The scalars of a row: those that the forward hands over, then sums over the values."""
+    return [*(x.load for x in a.saved), *(x.load for x in a.row)]
 
 
 def text(p: BackwardProgram) -> str:
