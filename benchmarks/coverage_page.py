@@ -214,7 +214,12 @@ def _reasons(rows: list[Row]) -> str:
 
 
 def _findings(rows: list[Row]) -> str:
-    body = [(name, said) for name, said in findings(rows) if ": moved" not in said and not said.startswith("moved")]
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, said in findings(rows):
+        if not said.startswith("moved"):
+            # the same at several attentions of one run, in other numbers
+            alike.setdefault((name, re.sub(r"[\d.e-]+", "", said)), []).append(said)
+    body = [(name, said[0] + (f" (×{len(said)})" if len(said) > 1 else "")) for (name, _), said in alike.items()]
     if not body:
         return "## Findings\n\nNo run is wrong, none raised, no check differs, no model was stopped.\n"
     return "## Findings\n\n" + _grid(("model and run", "what"), body)
