@@ -173,7 +173,7 @@ def _timm(name: str, settings: Mapping[str, Any]) -> nn.Module:
 
 
 _TIMM: Mapping[str, tuple[int, Mapping[str, Any]]] = {
-    "samvit_base_patch16": (1024, {"depth": 3, "global_attn_indexes": (2,)}),
+    "samvit_base_patch16": (512, {"img_size": 512, "depth": 3, "global_attn_indexes": (2,)}),
     "samvit_base_patch16_224": (224, {"depth": 2}),
     "xcit_nano_12_p16_224": (224, {"depth": 2}), "davit_tiny": (224, {"depths": (1, 1, 2, 1)}),
     "swin_tiny_patch4_window7_224": (224, {"depths": (2, 2, 2, 2)}),
@@ -404,7 +404,7 @@ def main() -> int:
     cases = [*transformers_cases(options.attn), *pictures_and_others()]
     wanted = [c for c in cases if not options.only or any(c.name.startswith(n) for n in options.only)]
     cells = [(c, n) for c in wanted for n in c.lengths or options.tokens if (c.name, n) not in done]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=len(cells))
