@@ -308,12 +308,13 @@ def is_slower(row: Row) -> bool:
 def timed(case: Case, length: int, options: argparse.Namespace) -> Row:
     """One cell: both ways warm, timed in turn, and again where the first rounds say slower."""
     import reattend
+    from reattend import backend
 
     torch.manual_seed(0)
     model = case.build().eval().requires_grad_(False)
     other = copy.deepcopy(model)
     written: Any = torch.compile(other) if options.inductor else other
-    rewritten: Any = torch.compile(model, backend="reattend") if options.inductor else reattend.optimize(model)
+    rewritten: Any = torch.compile(model, backend=backend.reattend) if options.inductor else reattend.optimize(model)
     with torch.no_grad():
         ways = case.called(written, length), case.called(rewritten, length)
         for way, calls in zip(ways, (2, 3 if options.inductor else WARM), strict=True):
