@@ -29,7 +29,7 @@ TILES = TileMapping(32, 32, body="fused")
 op = torch.ops.reattend.cascade_trained.default
 # A gradient is a longer chain of rounded steps than a result, and weights are made again: so many times the own code's error.
 RMS, MOST = 2.0, 4.0
-FAST = {("causal_padding", "bf16"), ("gqa", "f32"), ("sinks", "f32"), ("sigmoid", "f32")}
+FAST = {("causal_padding", "bf16"), ("gqa", "f32"), ("sinks", "f32"), ("sigmoid", "f32"), ("decode", "f32")}
 EVERY = [
     pytest.param(name, dtype, marks=[] if (name, dtype) in FAST else pytest.mark.slow)
     for name in sorted(VARIANTS) for dtype in TYPES if dtype != "f16" or name in ("gqa", "causal_padding")
@@ -204,8 +204,10 @@ def test_second_derivatives_are_refused_where_they_are_asked_for() -> None:
         torch.autograd.grad(first.sum(), [y["K"]])
 
 
-def test_opcheck() -> None:
-    case = VARIANTS["gqa"]()
+@pytest.mark.parametrize("name", ["gqa", pytest.param("decode", marks=pytest.mark.slow)])
+def test_opcheck(name: str) -> None:
+    """Sizes that no input tells are arguments as well: `decode` has one."""
+    case = VARIANTS[name]()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(op, arguments(case, wanting(case.inputs())), test_utils=tests)
 
