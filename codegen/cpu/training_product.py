@@ -1,7 +1,8 @@
 """Prints the CPU kernel in tiled torch that is trained: the product body, which hands over row scalars, and a second walk.
 
     handed         state → scalars of the row, for the backward
-    ready          (dOut, out, scalars) → what reaches the product with the values, sums of the row, gradients of its end
+    ready          (dOut, out, scalars) → what reaches the product with the values, and δ
+    ended          (dOut, out, scalars) → the gradients of what the row's end reads
     back           (products, dW, scalars) → the weight, each product's gradient, those of other floats of the score
     back_full      the same where the mask keeps every key
 Whatever floats the score or the row's end reads get their gradients: each tile's is summed over what the tensor lacks.
@@ -27,13 +28,16 @@ from ..skeletons import cpu, cpu_backward, cpu_product, cpu_product_backward
 from ..text.print_torch import TYPES, TorchBody
 from ..text.printer import PrintError
 from .product import ProductKernel, take
-from .training import Printed, visiting
+from .training import PrintedTraining, visiting
 
 BODY = "two products around the score and the row's state, and five around their derivatives"
 LOCALS = (
     *parts(cpu_backward), *parts(cpu_product_backward), "grad", "saved", "wanted", "given", "flow", "handed", "ready",
-    "back", "back_full", "begin", "update", "dq", "dk", "dv", "dw", "scalars", "scores", "acc", "g", "w",
+    "back", "back_full", "begin", "ended", "end_of", "exchanged",
+    "update", "dq", "dk", "dv", "dw", "scalars", "scores", "acc", "g", "w",
 )
+# Types in which an output is rounded so much that it tells δ too little for tensors of wider types.
+NARROW = ("bf16", "f16")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Sum:
     total: str
 
 
-def printed(f: Form, m: TileMapping, version: str) -> Printed:
+def printed(f: Form, m: TileMapping, version: str) -> PrintedTraining:
     """The kernel's file. Raises PrintError where the body does not fit the attention."""
     made = adjoint(f.attention)
     if isinstance(made, Obstacle):
@@ -58,7 +62,7 @@ def printed(f: Form, m: TileMapping, version: str) -> Printed:
     if f.real != "f32":
         raise PrintError("what rows hand over is float32, and this is computed in float64")
     elements = [made.weight, *(g.term for g in (*made.scores, *made.leaves) if a_tile(f, g))]
-    return Printed(_TrainingKernel(visiting(f, made, elements), made).file(m, version), (), len(made.saved))
+    return PrintedTraining(_TrainingKernel(visiting(f, made, elements), made).file(m, version), (), len(made.saved))
 
 
 class _TrainingKernel(ProductKernel):
@@ -75,6 +79,7 @@ class _TrainingKernel(ProductKernel):
         self.read_at = self._read_at()
         self.handed = self._handed()
         self.ready = self._ready()
+        self.ended = self._ended()
         self.back = self._back("back", "Of a tile: its weights, and the gradients of what the score reads.", TRUE)
         full = self._back("back_full", "The same where the mask keeps every key.", f.mask.keep)
         self.full = full if body_of(full) != body_of(self.back) else self.back
@@ -87,7 +92,8 @@ class _TrainingKernel(ProductKernel):
         plan = [planned(p, always=False, triangles=False)] if f.skips else []
         back = [self.back] if self.full is self.back else [self.back, self.full]
         forward = [*relatives(p, self.near), *self.scores, self.step, self.end, self.handed]
-        functions = [*forward, self.ready, *back, *self.read_at.values(), *plan]
+        ended = [self.ended] if self.ended is not None else []
+        functions = [*forward, self.ready, *ended, *back, *self.read_at.values(), *plan]
         call = plan[0].call({}) if plan else ""
         main, backward = self.main(call), self.backward(call if self._skips() else "")
         modules = (cpu, cpu_product, cpu_backward, cpu_product_backward)
@@ -143,17 +149,26 @@ class _TrainingKernel(ProductKernel):
 
     def _ready(self) -> PrintedFunction:
         made = self.made
-        ends = [s.term for s in self.sums if not s.of_tiles]
         named = {made.dout: "g", made.out: "o", **{x.load: self.scalars[x.load] for x in made.saved}}
-        body = TorchBody(self.p.scope(named), [made.acc, *(x.term for x in made.row), *ends])
-        acc = body.real(made.acc)
-        for x in made.row:
-            body.line(f"{self.scalars[x.load]} = ({body.real(x.term)}).sum(-1, keepdim=True)")
-            body.bind(x.load, self.scalars[x.load])
-        answer = [acc, *(self.scalars[x.load] for x in made.row), *map(body.real, ends)]
+        body = TorchBody(self.p.scope(named), [made.acc, *(x.term for x in made.row)])
+        answer = [body.real(made.acc), *(f"({body.real(x.term)}).sum(-1, keepdim=True)" for x in made.row)]
+        doc = "Of rows: what reaches the product with the values, and sums over the values."
         lines = [*body.lines, f"    return {', '.join(answer)}"]
-        doc = "Of rows: what reaches the product with the values, sums over the values, gradients of what the end reads."
         return self.p.define("ready", doc, lines, ["g", "o", *self._saved()], body.scope)
+
+    def _ended(self) -> PrintedFunction | None:
+        terms = [s.term for s in self.sums if not s.of_tiles]
+        doc = "Of rows: the gradients of what their end reads."
+        return self.p.function("ended", doc, terms, [*self.scalars.values()], self.scalars) if terms else None
+
+    def _rounded(self) -> str:
+        """When is a δ wanted that is more exact than what the output tells, for tensors of a wider type: as Python text."""
+        c = self.f.cascade
+        out = c.tensor[c.outputs[0]].dtype
+        if not self.made.row or out not in NARROW:
+            return ""
+        wide = {self.p.names.tensors[str(s.load.attr)] for s in self.sums if s.load.dtype not in NARROW}
+        return " or ".join(f"{t}.requires_grad" for t in sorted(wide))
 
     def _saved(self) -> list[str]:
         return [self.scalars[x.load] for x in self.made.saved]
@@ -176,9 +191,13 @@ class _TrainingKernel(ProductKernel):
         queries, keys = ([x.strip("()").split(", ")[i] for x in pairs] for i in (0, 1))
         made = [*queries, *keys, "v"]
         totals = {s.total: p.names.tensors[str(s.load.attr)] for s in self.sums}
+        wide, masked = self._rounded(), f.mask.keep is not TRUE
+        exchanged = [*self._exchanged(masked), ""] if wide else []
+        exchange, end = f"exchanged if {wide} else None" if wide else "None", "end_of" if self.ended is not None else "None"
+        end_of = [*self._end_of(), ""] if self.ended is not None else []
         inner = [
-            *self._begin(), "", *self._update_backward(f.mask.keep is not TRUE), "",
-            f"walk([{', '.join(pairs)}], v, out.shape[1], (z0, z1), plan, (dq, dk, dv), begin, update)",
+            *self._begin(), "", *exchanged, *end_of, *self._update_backward(masked), "",
+            f"walk([{', '.join(pairs)}], v, out.shape[1], (z0, z1), plan, (dq, dk, dv), begin, {exchange}, {end}, update)",
         ]
         lines = [
             f"out, grad = {rows_of(f, 'out')}, {rows_of(f, 'grad')}",
@@ -201,24 +220,40 @@ class _TrainingKernel(ProductKernel):
     def _begin(self) -> list[str]:
         real = TYPES[self.f.real]
         saved, rows = self._saved(), [self.scalars[x.load] for x in self.made.row]
-        ends = [s for s in self.sums if not s.of_tiles]
         lines = [f"g, o = grad[at.z, at.h, at.p].to({real}), out[at.z, at.h, at.p].to({real})"]
         lines += [f"{', '.join(saved)}, = saved[at.z, at.h, at.p].split(1, -1)"] if saved else []
-        answer = ["acc", *rows, *(f"{s.total}_part" for s in ends)]
-        lines.append(f"{', '.join(answer)} = {self.ready.call(self.places())}")
-        for s in ends:
-            lines += self._add(s, f"{s.total}_part", "(*acc.shape[:3], 1)")
+        lines.append(f"{', '.join(['acc', *rows])} = {self.ready.call(self.places())}")
         return ["def begin(at):", *indented([*lines, f"return acc, ({''.join(f'{x}, ' for x in (*saved, *rows))})"])]
 
-    def _update_backward(self, masked: bool) -> list[str]:
+    def _read(self) -> list[str]:
         names = list(self.scalars.values())
-        tiles = [s for s in self.sums if s.of_tiles]
-        parts = [f"d_{x}" for x in self.products.values()]
+        return [f"{', '.join(names)}, = scalars"] if names else []
+
+    def _end_of(self) -> list[str]:
+        ends = [s for s in self.sums if not s.of_tiles]
+        assert self.ended is not None
+        lines = [*self._read(), f"{', '.join(f'{s.total}_part' for s in ends)} = {self.ended.call(self.places())}"]
+        shape = "(at.z.stop - at.z.start, at.h.stop - at.h.start, at.p.stop - at.p.start, 1)"
+        for s in ends:
+            lines += self._add(s, f"{s.total}_part", shape)
+        return ["def end_of(at, scalars):", *indented(lines)]
+
+    def _of_tile(self, masked: bool) -> list[str]:
+        """Lines that give a tile's products their names, and the call of what is printed of it."""
         call = self.back.call(self.places())
         if masked and self.full is not self.back:
             call = f"{call} if masked else {self.full.call(self.places())}"
-        lines = [f"{', '.join(self.products.values())}, = scores"]
-        lines += [f"{', '.join(names)}, = scalars"] if names else []
+        return [f"{', '.join(self.products.values())}, = scores", *self._read(), call]
+
+    def _exchanged(self, masked: bool) -> list[str]:
+        *lines, call = self._of_tile(masked)
+        lines += [f"w, *_ = {call}", "return w * dw"]
+        return ["def exchanged(scores, dw, scalars, at, masked):", *indented(lines)]
+
+    def _update_backward(self, masked: bool) -> list[str]:
+        tiles = [s for s in self.sums if s.of_tiles]
+        parts = [f"d_{x}" for x in self.products.values()]
+        *lines, call = self._of_tile(masked)
         lines.append(f"{', '.join(['w', *parts, *(f'{s.total}_part' for s in tiles)])} = {call}")
         for s in tiles:
             lines += self._add(s, f"{s.total}_part", "dw.shape")

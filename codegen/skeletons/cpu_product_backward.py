@@ -1,6 +1,6 @@
 """The CPU's loop for the gradients of any score and row rule: five products around the printed derivatives.
 
-    for every tile of queries:  acc, rows = begin(tile)
+    for every tile of queries:  acc, rows = begin(tile);  rows = end(rows)
         for each slice of its keys:  w, dx = update(q·k, acc·v, rows)
             dv += wᵀ·acc;   dk += dxᵀ·q;   dq += dx·k
 
@@ -22,13 +22,16 @@ from .cpu_product import SLICE, At, head_groups, row_tiles, slices
 def walk(
     pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor, rows: int, batch: tuple[int, int], plan: list[Block],
     flow: tuple[Sequence[Tensor], Sequence[Tensor], Tensor], begin: Callable[[At], tuple[Tensor, tuple[Tensor, ...]]],
+    exchanged: Callable[[list[Tensor], Tensor, tuple[Tensor, ...], At, bool], Tensor] | None,
+    end: Callable[[At, tuple[Tensor, ...]], None] | None,
     update: Callable[[list[Tensor], Tensor, tuple[Tensor, ...], At, bool], tuple[Tensor, tuple[Tensor, ...]]],
 ) -> None:
     """Add the gradients of queries, keys and values to `flow`, over a range of the batch along its plan.
 
     `pairs`: operands of the products, [Z, H, P, E] and [Z, H/G, M, E]; `rows`: the heads H. `begin(at)`: what reaches the
-    product with the values, and scalars of the rows. `update(products, dW, scalars, at, masked)`: the weight, and each
-    product's gradient.
+    product with the values, and scalars of the rows, δ the last. `exchanged(products, dW, scalars, at, masked)`: weight·dW,
+    where the sum of these is more exact a δ than the output, which was rounded, tells. `end(at, scalars)`: is told of rows.
+    `update(products, dW, scalars, at, masked)`: the weight, and each product's gradient.
     """
     group = rows // v.shape[1]
     dq, dk, dv = flow
@@ -42,16 +45,30 @@ def walk(
             acc, scalars = begin(at)
             acc = acc.expand(*shape, v.shape[3]).reshape(*below, -1)
             queries = [q[z, h, at.p].reshape(*below, -1) for q, _ in pairs]
+            sides = [*((q, k[z, shared]) for q, (_, k) in zip(queries, pairs)), (acc, v[z, shared])]
+            if exchanged is not None:
+                total = torch.zeros((*shape, 1), dtype=v.dtype, device=v.device)
+                for m0, m1, masked in slices(runs):
+                    at = at._replace(m=slice(m0, m1))
+                    *scores, back = products(sides, at.m, shape)
+                    total += exchanged(scores, back, scalars, at, masked).sum(-1, keepdim=True)
+                scalars = (*scalars[:-1], total)
+            if end is not None:
+                end(at, scalars)
             for m0, m1, masked in slices(runs):
                 at = at._replace(m=slice(m0, m1))
-                scores = [(q @ k[z, shared, at.m].mT).view(*shape, m1 - m0) for q, (_, k) in zip(queries, pairs)]
-                back = (acc @ v[z, shared, at.m].mT).view(*shape, m1 - m0)
+                *scores, back = products(sides, at.m, shape)
                 w, parts = update(scores, back, scalars, at, masked)
                 dv[z, shared, at.m] += w.expand(*shape, m1 - m0).reshape(*below, -1).mT @ acc
                 for i, (part, query, (_, k)) in enumerate(zip(parts, queries, pairs)):
                     dx = part.expand(*shape, m1 - m0).reshape(*below, -1)
                     dq[i][z, h, at.p] += (dx @ k[z, shared, at.m]).view(*shape, -1)
                     dk[i][z, shared, at.m] += dx.mT @ query
+
+
+def products(sides: Sequence[tuple[Tensor, Tensor]], m: slice, shape: tuple[int, int, int]) -> list[Tensor]:
+    """The products of rows with a slice of keys, or of values."""
+    return [(x @ y[:, :, m].mT).view(*shape, m.stop - m.start) for x, y in sides]
 
 
 def reduced(part: Tensor, dims: Sequence[int], order: Sequence[int]) -> Tensor:
