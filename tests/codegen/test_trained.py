@@ -232,6 +232,17 @@ def test_other_bodies_and_row_rules_without_a_backward_are_refused() -> None:
     assert "a backward" in refused.reason
 
 
+def test_operands_wider_than_a_rounded_output_are_refused() -> None:
+    """δ = Σ dOut·out of an output in bfloat16 is off by more than a gradient in float32 may be."""
+    c = VARIANTS["plain"]().cascade
+    (out,) = c.outputs
+    einsums = tuple(replace(e, body=ex.cast(e.body, "bf16")) if e.out.tensor == out and e.op is None else e for e in c.einsums)
+    narrow = replace(c, tensors=tuple(replace(t, dtype="bf16") if t.name == out else t for t in c.tensors), einsums=einsums)
+    refused = trained.build(narrow, TILES)
+    assert isinstance(refused, Refusal)
+    assert "wider operands" in refused.reason
+
+
 def test_a_tile_is_left_out_only_where_its_gradients_are_0() -> None:
     """exp(x − lse) beside a fill of −∞ passes nothing back; x² does where nothing hides it."""
     x, lse = ex.load("X", (ex.index("p"), ex.index("m")), "f32"), ex.load("LSE", (ex.index("p"),), "f32")
