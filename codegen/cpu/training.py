@@ -32,7 +32,7 @@ LOCALS = (*parts(cpu_backward), "wanted", "given", "flow", "grad")
 
 
 @dataclass(frozen=True)
-class Printed:
+class PrintedTraining:
     """A file; the float inputs of which its backward gives no gradient; how many scalars a row hands over."""
 
     text: str
@@ -40,12 +40,16 @@ class Printed:
     scalars: int
 
 
-def printed(f: Form, m: TileMapping, version: str) -> Printed:
+def printed(f: Form, m: TileMapping, version: str) -> PrintedTraining:
     """The kernel's file. Raises PrintError where a body does not fit the attention or the machine."""
     check_tiles(f, m)
     made = _adjoint(f)
+    out = f.cascade.tensor[f.cascade.outputs[0]].dtype
+    operands = [x for p in f.products for x in (p.near, p.far)] + [f.values]
+    if made.row and out in ("bf16", "f16") and any(x.dtype in ("f32", "f64") for e in operands for x in ex.loads(e)):
+        raise PrintError(f"an output that is rounded to {out} tells too little of the gradients of wider operands")
     f = visiting(f, made, _elements(made))
-    return Printed(_TrainingFile(f, m, made).text(version), _without(f, made), len(made.saved))
+    return PrintedTraining(_TrainingFile(f, m, made).text(version), _without(f, made), len(made.saved))
 
 
 def visiting(f: Form, made: Adjoint, elements: Sequence[Expr]) -> Form:

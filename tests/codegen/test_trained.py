@@ -29,7 +29,7 @@ TILES = TileMapping(32, 32, body="fused")
 op = torch.ops.reattend.cascade_trained.default
 # A gradient is a longer chain of rounded steps than a result, and weights are made again: so many times the own code's error.
 RMS, MOST = 2.0, 4.0
-FAST = {("causal_padding", "bf16"), ("gqa", "f32"), ("sinks", "f32"), ("sigmoid", "f32")}
+FAST = {("causal_padding", "bf16"), ("gqa", "f32"), ("sinks", "f32"), ("sigmoid", "f32"), ("decode", "f32")}
 EVERY = [
     pytest.param(name, dtype, marks=[] if (name, dtype) in FAST else pytest.mark.slow)
     for name in sorted(VARIANTS) for dtype in TYPES if dtype != "f16" or name in ("gqa", "causal_padding")
@@ -204,8 +204,10 @@ def test_second_derivatives_are_refused_where_they_are_asked_for() -> None:
         torch.autograd.grad(first.sum(), [y["K"]])
 
 
-def test_opcheck() -> None:
-    case = VARIANTS["gqa"]()
+@pytest.mark.parametrize("name", ["gqa", pytest.param("decode", marks=pytest.mark.slow)])
+def test_opcheck(name: str) -> None:
+    """Sizes that no input tells are arguments as well: `decode` has one."""
+    case = VARIANTS[name]()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(op, arguments(case, wanting(case.inputs())), test_utils=tests)
 
@@ -228,6 +230,17 @@ def test_other_bodies_and_row_rules_without_a_backward_are_refused() -> None:
     refused = trained.build(VARIANTS["plain"]().cascade, replace(TILES, body="sdpa"))
     assert isinstance(refused, Refusal)
     assert "a backward" in refused.reason
+
+
+def test_operands_wider_than_a_rounded_output_are_refused() -> None:
+    """δ = Σ dOut·out of an output in bfloat16 is off by more than a gradient in float32 may be."""
+    c = VARIANTS["plain"]().cascade
+    (out,) = c.outputs
+    einsums = tuple(replace(e, body=ex.cast(e.body, "bf16")) if e.out.tensor == out and e.op is None else e for e in c.einsums)
+    narrow = replace(c, tensors=tuple(replace(t, dtype="bf16") if t.name == out else t for t in c.tensors), einsums=einsums)
+    refused = trained.build(narrow, TILES)
+    assert isinstance(refused, Refusal)
+    assert "wider operands" in refused.reason
 
 
 def test_a_tile_is_left_out_only_where_its_gradients_are_0() -> None:

@@ -188,9 +188,9 @@ def _forced(gm: fx.GraphModule, mapping: TileMapping) -> tuple[str, ...]:
 def of(number: int, gradients: bool, *, flex: bool = False, fused: bool = False) -> tuple[str, ...]:
     """The ways of a draw: the policies take turns, with the net and without; what compiles runs where it is asked for.
 
-    Our kernel has no backward: where gradients are wanted, its bodies would all be the original.
+    The operator that a body is put in by hand with has no backward: where gradients are wanted, policies alone are ways.
     """
-    policies = ("default", "sdpa", "reattend") if not gradients else ("default", "sdpa", "sdpa")
+    policies = ("default", "sdpa", "reattend")
     checked, plain = ("checked", "checked sdpa", "checked reattend")[number % 3], policies[number // 3 % 3]
     if gradients:
         ways = dict.fromkeys((checked if number % 3 < 2 else "checked", "sdpa", plain))
