@@ -36,11 +36,11 @@ def gradient(c: Cascade) -> Cascade | Obstacle:
         return found
     try:
         return _Gradient(found).cascade()
-    except _NoGradient as stop:
+    except _NoCascade as stop:
         return Obstacle(f"no gradient: {stop}", str(a.contraction.out), depth=7)
 
 
-class _NoGradient(Exception):
+class _NoCascade(Exception):
     """Carries a reason to the one place that catches it."""
 
 
@@ -181,7 +181,7 @@ class _Gradient:
         if d is None:
             return
         if e.op not in (None, "add"):
-            raise _NoGradient(f"{e.out} is a reduction by {e.op}")
+            raise _NoCascade(f"{e.out} is a reduction by {e.op}")
         self.pull(e.body, d, (*(str(i.attr) for i in e.out.index), *e.over))
 
     def pull(self, body: Expr, d: Expr, space: tuple[str, ...]) -> None:
@@ -189,7 +189,7 @@ class _Gradient:
         leaves = [x for x in ex.loads(body) if x.is_float]
         found = pullback({body: d}, leaves)
         if isinstance(found, Obstacle):
-            raise _NoGradient(found.reason)
+            raise _NoCascade(found.reason)
         for x, part in found.items():
             self.gather(x, ex.cast(part, self.a.cascade.accumulate), space)
 
