@@ -1,10 +1,11 @@
 """A walk through real architectures: which attentions are found, and is what runs instead of them right, in 32 and 16 bits?
 
     python benchmarks/coverage.py [--library transformers timm …] [--name bert …] [--dtype bfloat16] [--resume] [--box 150]
+    python benchmarks/coverage.py --matcher [--resume]        what PyTorch's own matcher finds, beside rows that are there
+    python benchmarks/coverage.py --table docs/coverage.md    the rows as a page; nothing is run
 
-Each model is a process of its own with a time box,
-forked from one that has imported everything. Rows are written to the JSON
-file as they come, and --resume leaves those that are there. A library that is not installed is skipped.
+Each model is a process of its own with a time box, forked from one that has imported everything. Rows are written to the
+JSON file as they come, and --resume leaves those that are there. A library that is not installed is skipped.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from coverage_page import Row, page, table
+
 OUT = Path(__file__).parent / "results" / "coverage_cpu.json"
 LIBRARIES = ("transformers", "timm", "diffusers", "vit_pytorch", "x_transformers")
-Row = dict[str, Any]
+# What is asked of a model: it says parts of its row.
+Task = Callable[[Any, Callable[[Row], None]], None]
 
 
 def cases(library: str) -> list[Any]:
@@ -47,10 +52,8 @@ def cases(library: str) -> list[Any]:
     return found
 
 
-def walked(case: Any, box: float, dtypes: list[str], thorough: bool, cache: Path) -> Row:
+def walked(case: Any, box: float, task: Task, cache: Path) -> Row:
     """One model in a forked process; what it said until its time box ended."""
-    from coverage_one import one
-
     row: Row = {"library": case.library, "name": case.name}
     shutil.rmtree(cache / "reattend" / "verdicts", ignore_errors=True)
     read, write = os.pipe()
@@ -67,7 +70,7 @@ def walked(case: Any, box: float, dtypes: list[str], thorough: bool, cache: Path
                 pipe.flush()
 
             try:
-                one(case, say, dtypes=dtypes, thorough=thorough)
+                task(case, say)
             except BaseException as e:
                 say({"eager": f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"})
         os._exit(0)
@@ -137,53 +140,6 @@ def processor() -> str:
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
 
 
-def verdicts(row: Row) -> Counter[str]:
-    """How many runs of a model ended how; checks that differ are counted beside."""
-    out: Counter[str] = Counter()
-    for run in row.get("runs", {}).values():
-        out[run.get("verdict", "eager fails")] += 1
-        out["check differs"] += run.get("checks", {}).get("differs", 0) > 0
-        out["check raised"] += run.get("checks", {}).get("raised", 0) > 0
-    return +out
-
-
-def table(rows: list[Row]) -> str:
-    """One line a library, then every finding."""
-    titles = ("library", "tried", "eager runs", "attentions", "found", "rewritten", "runs", "right", "moved",
-        "wrong", "raised",
-              "check differs", "stopped", "seconds")
-    lines = []
-    for library in dict.fromkeys(r["library"] for r in rows):
-        own = [r for r in rows if r["library"] == library]
-        ran = [r for r in own if any("verdict" in run for run in r.get("runs", {}).values())]
-        forced = [next((v for k, v in r["runs"].items() if k.endswith("forced")), {}) for r in ran]
-        total = sum((verdicts(r) for r in ran), Counter[str]())
-        rewritten = sum(n for run in forced for k, n in run.get("kernels", {}).items() if k != "original")
-        lines.append((
-            library, len(own), len(ran), sum(r["attentions"] for r in ran), sum(f.get("found",
-                0) for f in forced),
-            rewritten, sum("verdict" in run for r in ran for run in r["runs"].values()), *(total[k] for k in titles[7:12]),
-            sum("stopped" in r for r in own), round(sum(r["seconds"] for r in own)),
-        ))
-    widths = [max(len(str(x)) for x in column) for column in zip(titles, *lines)]
-    out = ["  ".join(str(x).rjust(w) for x, w in zip(line, widths)) for line in (titles, *lines)]
-    reasons: Counter[str] = Counter()
-    for r in rows:
-        for name, run in r.get("runs", {}).items():
-            if name.endswith("forced"):
-                reasons.update({**run.get("left", {}), **run.get("kept", {})})
-            said = [v for k in ("why", "raised") if (v := run.get(k)) and run["verdict"] != "right"]
-            said += [x for x in run.get("aside", ()) if not x.startswith("unchecked")] + run.get("errors", [])
-            said += [x for x in run.get("left", ()) if x.startswith("a bug in reattend")]
-            out += [f"{r['library']} {r['name']} {name}: {run.get('verdict')}: {x}" for x in said]
-        if str(r.get("backward", "right")).split(":")[0] not in ("right", "eager"):
-            out.append(f"{r['library']} {r['name']} backward: {r['backward']}")
-        if "stopped" in r:
-            out.append(f"{r['library']} {r['name']}: {r['stopped']}")
-    out += [f"left {n}×: {why}" for why, n in reasons.most_common()]
-    return "\n".join(out)
-
-
 def bar(done: int, many: int, name: str, start: float) -> None:
     if sys.stderr.isatty():
         filled = 30 * done // max(many, 1)
@@ -201,36 +157,61 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="leave models that have a row already")
     parser.add_argument("--box", type=float, default=150, help="seconds that a model may take")
     parser.add_argument("--thorough", type=int, default=4, help="every n-th model: a second length, gradients")
+    parser.add_argument("--matcher", action="store_true", help="PyTorch's own matcher, on models that have rows")
+    parser.add_argument("--table", type=Path, help="write the rows as a page, and run nothing")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    if options.table:
+        options.table.write_text(page(json.loads(options.out.read_text(encoding="utf-8"))), encoding="utf-8")
+        return
     os.environ |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"versions": {},
         "models": []}
     rows = {(r["library"], r["name"]): r for r in kept["models"]}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
-        import torch
-
-        torch.set_num_threads(1)
-        chosen = [
-            (number, c) for library in options.library for number, c in enumerate(cases(library))
-            if (not options.name or c.name in options.name)
-            and not (options.resume and walked_already(rows.get((library, c.name)), options.dtype))
-        ]
-        # Names that are near are often one family: in this order a part of the walk is a fair part.
-        chosen.sort(key=lambda nc: hashlib.md5(nc[1].name.encode()).digest())
-        warm_up()
-        start = time.monotonic()
-        for done, (number, case) in enumerate(chosen):
-            bar(done, len(chosen), f"{case.library} {case.name}", start)
-            thorough = options.thorough > 0 and number % options.thorough == 0
-            row = walked(case, options.box, options.dtype, thorough, Path(cache))
-            # Runs in another type stay.
-            row["runs"] = {**rows.get((case.library, case.name), {}).get("runs", {}), **row.get("runs", {})}
-            rows[case.library, case.name] = row
-            save(options.out, kept["versions"] | {case.library: versions(case.library)}, list(rows.values()))
-            kept["versions"][case.library] = versions(case.library)
+        walk(options, rows, kept["versions"], Path(cache))
     print("\n" + table([r for r in rows.values() if r["library"] in options.library]))
+
+
+def walk(
+    options: argparse.Namespace, rows: dict[tuple[str, str], Row], known: dict[str, dict[str, str]], cache: Path
+) -> None:
+    """Ask every chosen model, and save after each."""
+    import torch
+    from coverage_matcher import matched
+    from coverage_one import one
+
+    torch.set_num_threads(1)
+
+    def there(row: Row | None) -> bool:
+        return "matcher" in (row or {}) if options.matcher else walked_already(row, options.dtype)
+
+    chosen = [
+        (number, c) for library in options.library for number, c in enumerate(cases(library))
+        if (not options.name or c.name in options.name)
+        and not (options.matcher and not rows.get((library, c.name), {}).get("attentions"))
+        and not (options.resume and there(rows.get((library, c.name))))
+    ]
+    # Names that are near are often one family: in this order a part of the walk is a fair part.
+    chosen.sort(key=lambda nc: hashlib.md5(nc[1].name.encode()).digest())
+    warm_up()
+    start = time.monotonic()
+    for done, (number, case) in enumerate(chosen):
+        bar(done, len(chosen), f"{case.library} {case.name}", start)
+        thorough = options.thorough > 0 and number % options.thorough == 0
+        before = rows.get((case.library, case.name), {})
+        if options.matcher:
+            said = walked(case, options.box, matched, cache)
+            row = before | {"matcher": said.get("matcher", {"raised": said.get("stopped") or said.get("eager", "")})}
+        else:
+            row = walked(case, options.box, partial(one, dtypes=options.dtype, thorough=thorough), cache)
+            # Runs in another type stay, and what the matcher found.
+            row["runs"] = {**before.get("runs", {}), **row.get("runs", {})}
+            row |= {k: before[k] for k in ("matcher",) if k in before}
+        rows[case.library, case.name] = row
+        known[case.library] = versions(case.library)
+        save(options.out, known, list(rows.values()))
 
 
 def save(path: Path, known: dict[str, dict[str, str]], rows: list[Row]) -> None:

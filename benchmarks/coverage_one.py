@@ -113,8 +113,8 @@ def one(case: Case, say: Say, *, dtypes: Sequence[str], thorough: bool) -> None:
     start = time.perf_counter()
     warnings.simplefilter("ignore")
     with torch.no_grad():
-        model, calls, attentions = first_call(case)
-        say({"parameters": sum(p.numel() for p in model.parameters()), "attentions": attentions, "calls": len(calls)})
+        model, calls, seen = first_call(case)
+        say({"parameters": sum(p.numel() for p in model.parameters()), "attentions": seen.count, "calls": len(calls)})
         exact = []
         try:
             torch.set_default_dtype(torch.float64)
@@ -122,7 +122,7 @@ def one(case: Case, say: Say, *, dtypes: Sequence[str], thorough: bool) -> None:
             with Widened():
                 exact = [outputs(largest, cast(c, torch.float64)) for c in calls]
         except Exception as e:
-            say({"float64": _said(e)})
+            say({"float64": said(e)})
         finally:
             torch.set_default_dtype(torch.float32)
         single = [outputs(model, c) for c in calls]
@@ -137,7 +137,7 @@ def one(case: Case, say: Say, *, dtypes: Sequence[str], thorough: bool) -> None:
                     own_model = own_model.to(dtype)
                     own = [outputs(own_model, c) for c in own_calls]
             except Exception as e:
-                say({"runs": {name: {"eager": _said(e)}}})
+                say({"runs": {name: {"eager": said(e)}}})
                 continue
             truth = exact or single
             if any(_shapes(a) != _shapes(b) for a, b in zip(own, truth)):
@@ -156,14 +156,14 @@ def _shapes(xs: list[Tensor]) -> list[torch.Size]:
     return [x.shape for x in xs]
 
 
-def first_call(case: Case) -> tuple[nn.Module, list[Call], int]:
+def first_call(case: Case) -> tuple[nn.Module, list[Call], CountAttention]:
     """The first model of the architecture that can be built and called, its two calls, the attentions of the first."""
     failures = []
     for build in case.builds:
         try:
             model = build()
         except Exception as e:
-            failures.append(_said(e))
+            failures.append(said(e))
             continue
         for way, call in enumerate(case.calls(model, 0)):
             try:
@@ -172,15 +172,15 @@ def first_call(case: Case) -> tuple[nn.Module, list[Call], int]:
                 if not once:
                     raise ValueError("it gives no float tensor")
             except Exception as e:
-                failures.append(_said(e))
+                failures.append(said(e))
                 continue
             second = next(itertools.islice(case.calls(model, 1), way, None))
             try:
                 outputs(model, second)
             except Exception:
                 # A model of one size alone.
-                return model, [call], seen.count
-            return model, [call, second], seen.count
+                return model, [call], seen
+            return model, [call, second], seen
     raise RuntimeError(failures[0] if failures else "unknown inputs")
 
 
@@ -221,13 +221,13 @@ def rewritten(
             try:
                 ours = outputs(run, call)
             except Exception as e:
-                row |= {"verdict": "raised", "raised": f"call {number}: {_said(e)}"}
+                row |= {"verdict": "raised", "raised": f"call {number}: {said(e)}"}
                 continue
             if number == 0:
                 row |= found(both.report(name))
-            said = compared(model, call, ours, own[number], exact[number], dtype)
-            if said and row["verdict"] != "wrong":
-                row |= {"verdict": said.split(":")[0], "why": f"call {number}: {said}"}
+            verdict = compared(model, call, ours, own[number], exact[number], dtype)
+            if verdict and row["verdict"] != "wrong":
+                row |= {"verdict": verdict.split(":")[0], "why": f"call {number}: {verdict}"}
     for name, row in rows.items():
         row |= aside(both.report(name))
         row["seconds"] = round(time.perf_counter() - start, 1)
@@ -300,7 +300,7 @@ def gradients(model: nn.Module, call: Call) -> str:
         with Widened():
             exact = of(in_type(model, torch.float64), cast(call, torch.float64))
     except Exception as e:
-        return f"eager: {_said(e)}"
+        return f"eager: {said(e)}"
     finally:
         torch.set_default_dtype(torch.float32)
     torch._dynamo.reset()
@@ -308,7 +308,7 @@ def gradients(model: nn.Module, call: Call) -> str:
     try:
         ours = of(run, call)
     except Exception as e:
-        return f"raised: {_said(e)}"
+        return f"raised: {said(e)}"
     differ = [c for c in reattend.report(run).checks if c.verdict == "differs"]
     if differ:
         return f"differs: {differ[0].kernel}: {differ[0].why}"
@@ -319,7 +319,7 @@ def gradients(model: nn.Module, call: Call) -> str:
     return "right"
 
 
-def _said(e: BaseException) -> str:
+def said(e: BaseException) -> str:
     """One line: what was raised, and the innermost line of ours that it passed."""
     ours = [f for f in traceback.extract_tb(e.__traceback__) if "/reattend/" in f.filename or "/rewriter/" in f.filename]
     where = f" [{'/'.join(ours[-1].filename.split('/')[-2:])}:{ours[-1].lineno}]" if ours else ""

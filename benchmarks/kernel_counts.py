@@ -11,9 +11,10 @@ visit full tiles in one loop and the diagonal's in another; a diagonal of one or
 
 How to read a row. MMA (matrix instructions) is the work; every other column is paid for it. FMUL above the scores of a
 thread says that a scale was not folded. `flying`: groups of asynchronous copies (`cp`) that go on while a turn waits for
-one; 0 hides no latency, whatever the stages; bulk copies (`tma`) are not counted so. `int`, `sel`, `ldg`, `lds` and `bar`
-are integer arithmetic, selections, loads from global and from shared memory, barriers. `reg`, `spill` (bytes) and `KiB` (of
-shared memory) are of the whole kernel. --order prints what a turn issues, in order: do products overlap with exponentials?
+one; 0 hides no latency, whatever the stages; bulk copies (`tma`) are not counted so. `int`, `sel`, `ldg`, `lds`, `bar` and
+`nop` are integer arithmetic, selections, loads from global and from shared memory, barriers, idle slots between products.
+`reg`, `spill` (bytes) and `KiB` (of shared memory) are of the whole kernel. --order prints what a turn issues, in order: do
+products overlap with exponentials?
 
 Nothing is timed and nothing is run. Writes benchmarks/results/kernel_counts.json.
 """
@@ -54,7 +55,7 @@ TOKENS, HEADS, GROUP, BLOCK = 4096, 32, 4, 128
 COLUMNS = {
     "FMUL": "multiply", "FFMA": "fused", "FADD": "add", "FMNMX": "maximum", "EX2": "exp2", "MMA": "matrix",
     "int": "integer", "sel": "select", "ldg": "global load", "cp": "copy", "tma": "bulk copy", "lds": "shared load",
-    "bar": "barrier",
+    "bar": "barrier", "nop": "idle",
 }
 LOOPS = ("full", "partial")
 Row = dict[str, Any]

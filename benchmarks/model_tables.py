@@ -133,7 +133,7 @@ _STAGED: dict[str, dict[str, Any]] = {
     "look_vit.LookViT": {"depth": 1, "patch_size": 8, "highres_patch_size": 4, "heads": 4},
     "jumbo_vit.JumboViT": {"jumbo_cls_k": 2}, "cvt.CvT": {"s1_emb_dim": 32, "s2_emb_dim": 64, "s3_emb_dim": 64,
         "s1_heads": 2, "s2_heads": 2, "s3_heads": 4, "s3_depth": 1, "s2_depth": 1},
-    "levit.LeViT": {"dim": (64, 64, 64), "depth": 1, "heads": (2, 2, 2), "mlp_mult": 2, "image_size": 64},
+    "levit.LeViT": {"dim": (64, 64, 64), "depth": 1, "heads": (2, 2, 2), "mlp_mult": 2, "image_size": 128},
     "pit.PiT": {"depth": (1, 1)}, "t2t.T2TViT": {"t2t_layers": ((7, 4), (3, 2)), "depth": 2, "heads": 4,
         "mlp_dim": 96}, "xcit.XCiT": {"local_patch_kernel_size": 3},
     "twins_svt.TwinsSVT": {"s1_emb_dim": 32, "s2_emb_dim": 64, "s3_emb_dim": 64, "s4_emb_dim": 64, "s3_depth": 1,
@@ -165,8 +165,10 @@ def _vit(path: str) -> nn.Module:
     return drawn(kind(**required | own))
 
 
-def _vit_calls(model: nn.Module, call: int) -> Iterator[Call]:
-    for size in (32, 64, 128, 224):
+def _vit_calls(path: str, model: nn.Module, call: int) -> Iterator[Call]:
+    # the size that it is made for first: others may leave a stage with one key
+    own = _STAGED.get(path, {}).get("image_size", 32)
+    for size in dict.fromkeys((own if isinstance(own, int) else own[0], 32, 64, 128, 224)):
         yield (numbers(2 + call, 3, size, size),), {}
     yield (numbers(2 + call, 3, 64),), {}
     yield (numbers(2 + call, 3, 4, 32, 32),), {}
@@ -175,7 +177,7 @@ def _vit_calls(model: nn.Module, call: int) -> Iterator[Call]:
 
 def vit_pytorch_cases() -> list[Case]:
     importlib.import_module("vit_pytorch")
-    return [Case("vit_pytorch", name, (partial(_vit, name),), _vit_calls) for name in _VIT_CLASSES]
+    return [Case("vit_pytorch", name, (partial(_vit, name),), partial(_vit_calls, name)) for name in _VIT_CLASSES]
 
 
 # --- diffusers ---

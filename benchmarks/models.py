@@ -225,7 +225,8 @@ def _transformer_calls(model: nn.Module, call: int) -> Iterator[Call]:
     config: Any = model.config
     signature = inspect.signature(model.forward).parameters
     batch, length = 2, TOKENS[call]
-    size = _setting(config, "image_size", "input_size", default=32)
+    # stages halve an image again and again, and keys are to be left in the last
+    size = _setting(config, "image_size", "input_size", default=64 if hasattr(config, "depths") else 32)
     height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
     channels = _setting(config, "num_channels", "in_channels", "in_chans", default=3)
     channels = channels if isinstance(channels, int) else 3

@@ -10,6 +10,7 @@ model wrote stays a `cast`. Nothing here imports torch.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 from weakref import WeakValueDictionary
@@ -379,18 +380,41 @@ def where(cond: Expr, a: Expr | Scalar, b: Expr | Scalar) -> Expr:
         return cond
     if x is FALSE and y is TRUE:
         return unary("not", cond)
-    return Expr("where", (cond, x, y), None, dtype)
+    return Expr("where", (cond, _stored(x), _stored(y)), None, dtype)
+
+
+def _stored(e: Expr) -> Expr:
+    """A literal as the type has it: what is selected is kept, not computed with, and a fill of 16 bits is a number."""
+    if e.op == "cast" and e.args[0].is_const and e.dtype in ("f16", "bf16"):
+        return const(_rounded(float(e.args[0].value), e.dtype), e.dtype)
+    return e
 
 
 def cast(a: Expr, dtype: str) -> Expr:
-    """Conversion to another dtype; a literal and a widening of a widening are folded."""
+    """Conversion to another dtype. A literal is folded where the type has it; in 16 bits others stay casts, because a number
+    beside a tensor is not rounded: `x * 0.3` computes in float32.
+    """
     if a.dtype == dtype:
         return a
-    if a.op == "const" and (dtype in FLOATS or a.dtype not in FLOATS or math.isfinite(a.value)):
-        if dtype in ("f16", "bf16") and a.dtype in FLOATS and a.value not in (0.0, 1.0, math.inf, -math.inf):
-            return Expr("cast", (a,), None, dtype)
-        return const(a.value, dtype)
-    return Expr("cast", (a,), None, dtype)
+    if a.op != "const" or not (dtype in FLOATS or a.dtype not in FLOATS or math.isfinite(a.value)):
+        return Expr("cast", (a,), None, dtype)
+    has = dtype not in ("f16", "bf16") or not math.isfinite(a.value) or _rounded(float(a.value), dtype) == a.value
+    return const(a.value, dtype) if has else Expr("cast", (a,), None, dtype)
+
+
+def _rounded(value: float, dtype: str) -> float:
+    """The nearest number of a type of 16 bits, by way of float32, as torch converts it."""
+    try:
+        single = struct.pack("<f", value)
+        if dtype == "f16":
+            return float(struct.unpack("<e", struct.pack("<e", struct.unpack("<f", single)[0]))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    if math.isnan(value):
+        return value
+    (bits,) = struct.unpack("<I", single)
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
 
 
 def make(op: str, args: tuple[Expr, ...], attr: object = None, dtype: str | None = None) -> Expr:

@@ -117,6 +117,7 @@ _AUXILIARY: Mapping[str, Callable[[int, int], tuple[tuple[Size, ...], str]]] = {
     "gate": lambda b, h: ((b, KEYS), "f32"), "sink": lambda b, h: ((h,), "f32"),
     "pad": lambda b, h: ((b, KEYS), "b1"), "group": lambda b, h: ((b, sympy.Max(QUERIES, KEYS)), "i64"),
     "keep": lambda b, h: ((1, h, QUERIES, KEYS), "b1"), "barred": lambda b, h: ((b, KEYS), "f32"),
+    "length": lambda b, h: ((b,), "i64"),
 }
 
 

@@ -37,8 +37,12 @@ def operands_of(e: Einsum) -> tuple[Expr, ...] | None:
 
 
 def made_type(e: Einsum, real: str) -> str:
-    """The type in which it lies in memory: a product has that of the model's, all else is computed in `real`."""
-    return e.body.dtype if operands_of(e) is not None else real
+    """The type in which it lies in memory: products and integers have that of the model's, all else is in `real`."""
+    return e.body.dtype if operands_of(e) is not None or _counts(e) else real
+
+
+def _counts(e: Einsum) -> bool:
+    return e.body.dtype in ex.INTEGERS
 
 
 def _product(names: Names, real: str, e: Einsum, parts: tuple[Expr, ...]) -> str:
@@ -73,7 +77,9 @@ def _merged(parts: tuple[Expr, ...]) -> list[Expr]:
 def _reduced(names: Names, real: str, e: Einsum) -> str:
     order = [*(str(i.attr) for i in e.out.index), *e.over]
     at = {ex.index(r): names.axis(names.rank(r), len(order) - 1 - d) for d, r in enumerate(order)}
-    text = TorchBody(names.scope(at, real), []).real(e.body)
+    body = TorchBody(names.scope(at, real), [])
+    # an index that is added up stays one
+    text = body.term(e.body) if _counts(e) else body.real(e.body)
     shape = ", ".join(names.rank(r) for r in order)
     if e.op is None:
         return f"({text}).expand({shape})"

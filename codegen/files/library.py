@@ -23,12 +23,13 @@ def functions(skeleton: str) -> Mapping[str, str]:
         if isinstance(node, ast.FunctionDef):
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             out[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
-        elif isinstance(node, ast.Assign):
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             # with the comment above it
             first = node.lineno - 1
             while lines[first - 1].startswith("#"):
                 first -= 1
-            out[ast.unparse(node.targets[0])] = "\n".join(lines[first : node.end_lineno])
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            out[ast.unparse(target)] = "\n".join(lines[first : node.end_lineno])
     return out
 
 

@@ -18,6 +18,7 @@ from ...patterns.expr import FALSE, TRUE, Expr
 from ...patterns.masks.rows import witnesses
 from ...patterns.masks.split import VANISHING, Mask, split
 from ...patterns.terms.conditions import conjunction, conjuncts, simplify_under
+from ...patterns.terms.divisions import read_at
 from ...patterns.terms.intervals import spans
 from ...patterns.terms.narrow import LARGEST
 from ...patterns.verdict import Obstacle
@@ -119,9 +120,10 @@ def _wide(c: Cascade) -> bool:
 def rows_keep_a_key(a: Attention, keep: Expr) -> tuple[Expr, ...]:
     """Terms over the query, one of which proves that a row keeps a key; none where every row certainly does."""
     size = size_term(a.cascade.rank[a.key].size)
+    extent = {r.name: r.size for r in a.cascade.ranks}
     out: list[Expr] = []
     for w in witnesses(keep, a.query, a.key, size):
-        parts = [*conjuncts(ex.substitute(keep, {ex.index(a.key): w})), w >= 0]
+        parts = [*conjuncts(read_at(keep, {ex.index(a.key): w}, extent)), w >= 0]
         if not (w is ex.index(a.query) and a.cascade.rank[a.query].size == a.cascade.rank[a.key].size):
             parts.append(w < size)
         parts = [p for p in parts if not _certain(p)]

@@ -290,8 +290,14 @@ def _gathered(e: Expr, order: Sequence[str], names: Names, real: str) -> str:
 def joined(text: str, lead: Sequence[str], present: frozenset[str], names: Names) -> str:
     """A tensor [lead..., head, row, column] with one batch dimension in front."""
     if not lead:
-        return f"{text}.unsqueeze(0)"
+        return _whole_tensor(text, names) or f"{text}.unsqueeze(0)"
     missing = [r for r in lead if r not in present]
     if missing:
         text += f".expand({', '.join(names.rank(r) if r in missing else '-1' for r in lead)}, -1, -1, -1)"
     return text if len(lead) == 1 else f"{text}.flatten(0, {len(lead) - 1})"
+
+
+def _whole_tensor(text: str, names: Names) -> str:
+    """The tensor of one batch of which a text takes the first: there is nothing to take off and put back."""
+    tensors = (t for t in names.c.inputs if t.shape and t.shape[0] == 1)
+    return next((names.tensors[t.name] for t in tensors if text == f"{names.tensors[t.name]}[0]"), "")

@@ -111,7 +111,7 @@ def _launches(d: Device) -> Device:
 
 
 def _exponentials(d: Device) -> Device:
-    from ..skeletons.exps import BLOCK, exps
+    from .exps import BLOCK, exps
 
     programs = 32 * d.units
     out = torch.empty(programs * BLOCK, device="cuda")

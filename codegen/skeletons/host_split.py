@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .host import index_type
+from .host import in_eights, index_type
 
 
 def launch_split(
     kernels: tuple[Any, Any], constants: tuple[Mapping[str, Any], Mapping[str, Any]], states: int, out: Tensor,
     inputs: tuple[Tensor, ...], sizes: tuple[int, ...], programs: int, row_blocks: int, walk: tuple[Any, ...],
+    eights: tuple[int, ...] = (),
 ) -> Tensor:
     """Run the kernel with several programs a row block, then the one that merges their parts; arguments as `launch`.
 
@@ -30,6 +31,8 @@ def launch_split(
     )
     same = {"INDEX": index_type(out, *inputs), "LISTED": listed}
     with torch.cuda.device_of(out):
-        kernels[0][(blocks * first["SPLIT"],)](*common, n_full, n_all, **same, **first)
+        kernels[0][(blocks * first["SPLIT"],)](
+            *common, n_full, n_all, EIGHTS=in_eights(out, inputs, eights), **same, **first
+        )
         kernels[1][(blocks,)](*common, **same, **second)
     return out

@@ -13,14 +13,16 @@ import triton.language as tl
 def merge(
     out, inputs, sizes, tiles, parts, n_rows,
     BM: tl.constexpr, BF: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, START: tl.constexpr, RESTORE: tl.constexpr, JOIN: tl.constexpr,
-    FINISH: tl.constexpr,
+    LATE: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, START: tl.constexpr, RESTORE: tl.constexpr,
+    JOIN: tl.constexpr, FINISH: tl.constexpr,
 ):
     i_p = tl.program_id(0) % n_rows
     batch, i_mask = BATCH(tl.program_id(0) // n_rows, sizes)
+    if LATE:
+        i_p = n_rows - 1 - i_p
     if LISTED:
         p_rows, _, _, _, _ = tiles
-        i_p = tl.load(p_rows + (i_mask * n_rows + i_p).to(tl.int64))
+        i_p = tl.load(p_rows + (i_mask * n_rows + i_p).to(tl.int64)).to(tl.int32)
     r = i_p.to(INDEX) * BM + tl.arange(0, BM)  # [BM]
     at, inside = ROWS(r[:, None], batch, sizes)  # [BM, 1]
     p_acc, p_state = parts

@@ -20,32 +20,57 @@ def tile(
     BN: tl.constexpr, BF: tl.constexpr, INDEX: tl.constexpr, PARTIAL: tl.constexpr,
     PRODUCTS: tl.constexpr, STEP: tl.constexpr, VALUES: tl.constexpr,
 ):
-    m = i_m.to(INDEX) * BN + tl.arange(0, BN)  # [BN]
-    x = PRODUCTS(q, at, m[None, :], inputs, sizes, PARTIAL)  # each [BM, BN]
-    state, w, c = STEP(state, x, at, m[None, :], inputs, sizes, PARTIAL)  # [BM, 1], [BM, BN], [BM, 1]
-    v = VALUES(at, m[:, None], tl.arange(0, BF)[None, :], inputs, sizes, PARTIAL)  # [BN, BF]
+    base, lane = i_m.to(INDEX) * BN, tl.arange(0, BN)
+    m = base + lane  # [BN]
+    x = PRODUCTS(q, at, m[None, :], base, lane[None, :], inputs, sizes, PARTIAL)  # each [BM, BN]
+    state, w, c = STEP(state, x, at, m[None, :], base, lane[None, :], inputs, sizes, PARTIAL)  # [BM, 1], [BM, BN], [BM, 1]
+    v = VALUES(at, m[:, None], base, lane[:, None], tl.arange(0, BF)[None, :], inputs, sizes, PARTIAL)  # [BN, BF]
     acc = tl.dot(w.to(v.dtype), v, acc * c, input_precision="ieee")  # [BM, BF]
     return acc, state
+
+
+@triton.jit
+def ranged(low, high, full_low, full_high, BN: tl.constexpr):
+    """Keys from `low` to below `high`, of which a run is kept by all rows, as tiles: first, first full one, full, all."""
+    i_low, i_full = low // BN, tl.cdiv(full_low, BN)
+    n_all = tl.maximum(tl.cdiv(high, BN) - i_low, 0)
+    i_full = tl.maximum(i_full, i_low)
+    n_full = tl.maximum(tl.minimum(full_high // BN, i_low + n_all) - i_full, 0)
+    return i_low, i_full, n_full, n_all
+
+
+@triton.jit
+def around(i, i_low, i_full, n_full):
+    """Tile number i of those before and behind a run of full ones."""
+    return i_low + i + tl.where(i_low + i >= i_full, n_full, 0)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_full", "n_all"])
 def stream(
     out, inputs, sizes, tiles, parts, n_rows, n_full, n_all,
     BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, START: tl.constexpr, PRODUCTS: tl.constexpr,
+    RANGED: tl.constexpr, LATE: tl.constexpr, EIGHTS: tl.constexpr, STRIDES: tl.constexpr, BATCH: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, QUERIES: tl.constexpr, START: tl.constexpr, PRODUCTS: tl.constexpr,
     STEP: tl.constexpr, VALUES: tl.constexpr, FINISH: tl.constexpr, SAVE: tl.constexpr,
 ):
+    if EIGHTS:
+        out, inputs = STRIDES(out, inputs)
     i_block = tl.program_id(0) // SPLIT
     i_p = i_block % n_rows
     batch, i_mask = BATCH(i_block // n_rows, sizes)
-    p_keys = 0
+    i_low, i_full, p_keys, width = 0, 0, 0, 0
+    if LATE:
+        i_p = n_rows - 1 - i_p
     if LISTED:
         p_rows, p_full, p_all, p_keys, width = tiles
+        i_p = tl.load(p_rows + (i_mask * n_rows + i_p).to(tl.int64)).to(tl.int32)
         i_list = (i_mask * n_rows + i_p).to(tl.int64)
-        i_p = tl.load(p_rows + i_list)
         n_full = tl.load(p_full + i_list)
         n_all = tl.load(p_all + i_list)
         p_keys += i_list * width
+    if RANGED:
+        low, high, full_low, full_high = SPAN(i_p * BM, batch, inputs, sizes, BM)
+        i_low, i_full, n_full, n_all = ranged(low, high, full_low, full_high, BN)
     r = i_p.to(INDEX) * BM + tl.arange(0, BM)  # [BM]
     at, inside = ROWS(r[:, None], batch, sizes)  # [BM, 1]
     q = QUERIES(at, inputs, sizes)  # each [BM, E]
@@ -55,13 +80,30 @@ def stream(
     count = tl.cdiv(n_all, SPLIT)
     first = tl.program_id(0) % SPLIT * count
     last = tl.minimum(first + count, n_all)
+    # Of a list, the next number is read a turn ahead: a load that a turn waits for would stop its copies as well.
+    i_next = 0
+    if LISTED:
+        i_next = tl.load(p_keys + tl.minimum(first, n_full))
     for i in range(first, tl.minimum(last, n_full)):
-        i_m = tl.load(p_keys + i) if LISTED else i
+        i_m = i_full + i
+        if LISTED:
+            i_m = i_next
+            i_next = tl.load(p_keys + i + 1)
         acc, state = tile(
             i_m, q, acc, state, at, inputs, sizes, BN, BF, INDEX, False, PRODUCTS, STEP, VALUES
         )
-    for i in range(tl.maximum(first, n_full), last):
-        i_m = tl.load(p_keys + i) if LISTED else i
+    # Partial tiles stand at the end of a list, the first of them last.
+    first = tl.maximum(first, n_full)
+    p_keys += width - 1 + n_full
+    if LISTED:
+        i_next = tl.load(p_keys - tl.minimum(first, n_all))
+    for i in range(first, last):
+        i_m = i
+        if RANGED:
+            i_m = around(i - n_full, i_low, i_full, n_full)
+        if LISTED:
+            i_m = i_next
+            i_next = tl.load(p_keys - i - 1)
         acc, state = tile(
             i_m, q, acc, state, at, inputs, sizes, BN, BF, INDEX, True, PRODUCTS, STEP, VALUES
         )

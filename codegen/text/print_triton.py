@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from ...patterns import expr as ex
 from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
+from ...patterns.terms.affine import affine
 from .integers import INT32, in_range, span_of
 from .printer import ATOM, PYTHON, UNARY, PrintError, Spelling, Text, Writer, call, distinct, word
 
@@ -41,13 +42,15 @@ class TritonScope:
     """What the leaves of a function's terms are called.
 
     `names` holds text for coordinates, sizes and terms computed before; `guards[rank]` is the condition under which a
-    coordinate of that rank is real (none: always); `extent[rank]` its size.
+    coordinate of that rank is real (none: always); `extent[rank]` its size. `moving[rank]`: where a loop is, and the
+    coordinates beside it, whose sum is the coordinate: what a loop need not compute again stands first in an address.
     """
 
     names: dict[Expr, str]
     tensors: Mapping[str, TritonOperand]
     extent: Mapping[str, Size]
     guards: Mapping[str, str] = field(default_factory=dict)
+    moving: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def identifier(text: str, taken: Iterable[str] = ()) -> str:
@@ -72,6 +75,11 @@ def number(value: ex.Scalar, dtype: str) -> str:
 
 def _signed(text: str) -> Text:
     return Text(text, UNARY if text.startswith("-") else ATOM)
+
+
+def _exact(e: Expr, extent: Mapping[str, Size]) -> bool:
+    """Is every value of an integer term a float32?"""
+    return max(map(abs, span_of(e, extent))) <= 2**24
 
 
 # --- printing ---------------------------------------------------------------------------------------------------
@@ -221,12 +229,44 @@ class TritonBody(Writer):
     def _real(self, e: Expr, stem: str = "t") -> Text:
         if e.is_const:
             return _signed(number(float(e.value), "f32"))
+        if not e.is_float and (apart := self._apart(e)) is not None:
+            return apart
         text = self._put(e, stem)
         if e.is_float:
             return text
         if self._is_size(e):
             return Text(f"{text.within(6)} * 1.0", 6)
         return Text(f"{text.within(8)}.to(tl.float32)", ATOM)
+
+    def below(self, e: Expr) -> tuple[Expr, ...]:
+        """A distance that is converted is written by what it is converted to."""
+        return () if e.op == "cast" and e.is_float and self._distance(e.args[0]) is not None else e.args
+
+    def _distance(self, e: Expr) -> tuple[str, int, Expr] | None:
+        """(rank, ±1, rest) where an integer term is rest ± a moving coordinate, and all of it is exact in float32."""
+        if e.op == "abs":
+            return self._distance(e.args[0])
+        form = affine(e) if e.dtype == "i64" and self.scope.moving else None
+        for atom, c in form.terms if form else ():
+            if form and atom.op == "index" and atom.attr in self.scope.moving and abs(c) == 1:
+                rest = (form - affine(atom).scaled(c)).term()
+                exact = not atom.ranks <= rest.ranks and all(_exact(x, self.scope.extent) for x in (e, rest))
+                return (str(atom.attr), c, rest) if exact and rest.ranks else None
+        return None
+
+    def _apart(self, e: Expr) -> Text | None:
+        """A distance as a float: what moves is converted once for a row, and what does not before the loop.
+
+            f32(m − p) = f32(base − p) + f32(lane)        exact while integers stay below 2²⁴
+        """
+        found = self._distance(e)
+        if found is None:
+            return None
+        rank, c, rest = found
+        base, lane = self.scope.moving[rank]
+        sign = "+" if c > 0 else "-"
+        text = f"({self._put(rest).within(5)} {sign} {base}).to(tl.float32) {sign} {lane}.to(tl.float32)"
+        return Text(f"tl.abs({text})", ATOM) if e.op == "abs" else Text(text, 5)
 
     def _wide(self, e: Expr, text: Text) -> Text:
         if e.is_const or self._is_size(e):
@@ -262,7 +302,7 @@ class TritonBody(Writer):
     def address(self, name: str, index: tuple[Expr, ...], clamp: bool = True) -> tuple[str, tuple[str, ...]]:
         """Pointer text of an element and the guards under which it may be read."""
         t = self.scope.tensors[name]
-        parts, guards = [t.name], []
+        parts, last, guards = [t.name], [], []
         for i, stride, size in zip(index, t.strides, t.shape):
             if i.is_const:
                 if int(i.value) != 0:
@@ -274,8 +314,13 @@ class TritonBody(Writer):
                 text = Text(f"tl.minimum(tl.maximum({text.code}, 0), {limit})", ATOM)
             else:
                 guards += [self.scope.guards[r] for r in sorted(i.ranks) if r in self.scope.guards]
-            parts.append(f"{text.within(6)} * {stride}")
-        return " + ".join(parts), tuple(dict.fromkeys(guards))
+            if i.op == "index" and i.attr in self.scope.moving:
+                base, lane = self.scope.moving[str(i.attr)]
+                parts.append(f"{lane} * {stride}")
+                last.append(f"{base} * {stride}")
+            else:
+                parts.append(f"{text.within(6)} * {stride}")
+        return " + ".join([*parts, *last]), tuple(dict.fromkeys(guards))
 
     def _load(self, e: Expr) -> Text:
         text = self.load_text(e)

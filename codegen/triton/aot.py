@@ -1,7 +1,7 @@
 """Compile a kernel ahead of time for a GPU that is not there, and read back what it takes.
 
     compile(kernel, "sm_90")  →  registers, spilled bytes, shared memory, matrix instructions
-    compile_merge(…)          →  the same of the kernel that merges the parts of split keys
+    compile_merge(…)          →  the same of the kernel that merges the parts of split keys; list_request: that lists tiles
     request(kernel)           →  what a launch asks Triton's compiler for; compile_request takes any Triton function
 
 The signature is that of contiguous inputs: unit innermost strides, everything else as 32-bit integers, pointers (and
@@ -22,7 +22,8 @@ from typing import Any
 
 from ...cost_model.devices.architecture import architecture
 from ...patterns.cascade import Size
-from . import assembler, entry
+from . import assembler
+from .holes import needs_lists
 from .interpret import interpreting
 from .kernel import MISSING, TritonKernel, available
 
@@ -97,6 +98,14 @@ def merge_request(kernel: TritonKernel) -> CompileRequest:
     return _request(kernel, made.merge, dict(made.MERGE))
 
 
+def list_request(kernel: TritonKernel) -> CompileRequest:
+    """The same of the kernel that lists tiles. Raises ValueError for a mask that needs no lists."""
+    if not needs_lists(kernel.streaming):
+        raise ValueError(f"{kernel} walks no lists of tiles")
+    made = _module(kernel)
+    return _request(kernel, made.list_tiles, dict(made.LISTING))
+
+
 def _module(kernel: TritonKernel) -> ModuleType:
     if not available():
         raise ImportError(MISSING)
@@ -149,38 +158,40 @@ def _arguments(
 
     s = kernel.streaming
     tensors = s.attention.cascade.tensor
-    listed = entry.needs_lists(s)
+    listed = needs_lists(s)
     signature: dict[str, Any] = dict.fromkeys(names, "constexpr")
-    signature |= dict.fromkeys((n for n in ("n_rows", "n_full", "n_all") if n in names), "i32")
-    signature["sizes"] = ("i32",) * len(s.cascade.free_symbols)
-    signature["parts"] = ("*fp32", "*fp32") if kernel.mapping.split_m > 1 else ()
-    signature["tiles"] = ("*i32", "*i32", "*i32", "*i32", "i32") if listed else ()
-    literals: dict[Any, Any] = {(names.index(n),): v for n, v in constants.items()}
-    literals |= {(names.index("INDEX"),): tl.int32, (names.index("LISTED"),): listed}
-    attributes: dict[Any, Any] = {}
     aligned = [["tt.divisibility", 16]]
+    attributes: dict[Any, Any] = {}
+    kinds: dict[str, Any] = dict.fromkeys(("n_rows", "n_full", "n_all", "n_keys"), "i32")
+    kinds |= dict.fromkeys(("p_full", "p_all", "p_keys"), "*i32")
+    kinds["sizes"] = ("i32",) * len(s.cascade.free_symbols)
+    kinds["parts"] = ("*fp32", "*fp32") if kernel.mapping.split_m > 1 else ()
+    kinds["tiles"] = ("*i64", "*i32", "*i32", "*i32", "i32") if listed else ()
+    for n in (n for n in kinds if n in names):
+        signature[n], at = kinds[n], names.index(n)
+        paths = {(at,): kinds[n]} if isinstance(kinds[n], str) else {(at, i): k for i, k in enumerate(kinds[n])}
+        attributes |= {path: aligned for path, kind in paths.items() if kind.startswith("*")}
+    given = {**constants, "INDEX": tl.int32, "LISTED": listed, "EIGHTS": bool(s.eights)}
+    literals: dict[Any, Any] = {(names.index(n),): v for n, v in given.items() if n in names}
 
     def tensor(path: tuple[int, ...], name: str) -> tuple[str, ...]:
         t = tensors[name]
-        kinds = [POINTER[t.dtype]]
+        own = [POINTER[t.dtype]]
         attributes[(*path, 0)] = aligned
         for d in range(len(t.shape)):
             if d == len(t.shape) - 1:
-                kinds.append("constexpr")
+                own.append("constexpr")
                 literals[(*path, d + 1)] = 1
                 continue
-            kinds.append("i32")
+            own.append("i32")
             if _divisible(t.shape[d + 1 :]):
                 attributes[(*path, d + 1)] = aligned
-        return tuple(kinds)
+        return tuple(own)
 
-    signature["out"] = tensor((names.index("out"),), s.cascade.outputs[0])
+    if "out" in names:
+        signature["out"] = tensor((names.index("out"),), s.cascade.outputs[0])
     at = names.index("inputs")
     signature["inputs"] = tuple(tensor((at, i), n) for i, n in enumerate(s.inputs))
-    for i in range(4 if listed else 0):
-        attributes[(names.index("tiles"), i)] = aligned
-    for i in range(len(signature["parts"])):
-        attributes[(names.index("parts"), i)] = aligned
     return signature, literals, attributes
 
 

@@ -1,7 +1,7 @@
 """NVIDIA's assembler, as cuobjdump prints it: its loops, and what one turn of a loop issues.
 
     instructions(text)  →  every instruction        loops(text)  →  the innermost loops that multiply matrices
-    loop.counts         instructions by kind, as `KINDS` has them
+    loop.counts         instructions by kind, as `KINDS` has them; loop.busy: all but those that only wait
     loop.in_flight      groups of asynchronous copies that one turn leaves running where it waits for others
     loop.order          kinds in the order of issue, runs of one kind together
 """
@@ -27,12 +27,12 @@ KINDS: Mapping[str, re.Pattern[str]] = {
         "integer": r"U?(?:IADD|VIADD|IMAD|LEA|LOP3|SHF|SHL)", "copy": r"LDGSTS", "copy group": r"LDGDEPBAR",
         "copy wait": r"DEPBAR\.LE SB0", "bulk copy": r"UTMALDG", "global load": r"LDG\b", "shared load": r"LDS",
         "shared store": r"STS", "tensor memory": r"LDTM|STTM", "shuffle": r"SHFL", "barrier": r"BAR\.|SYNCS",
-        "spill": r"LDL|STL", "branch": r"BRA",
+        "spill": r"LDL|STL", "branch": r"BRA", "idle": r"NOP",
     }.items()
 }
 OTHER = "other"
 # Kinds that say nothing about how a loop is scheduled.
-_PLAIN = ("integer", "compare", "branch", OTHER)
+_PLAIN = ("integer", "compare", "branch", "idle", OTHER)
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Loop:
     @cached_property
     def counts(self) -> Mapping[str, int]:
         return Counter(i.kind for i in self.instructions)
+
+    @property
+    def busy(self) -> int:
+        """Instructions that do something: between products that wait for one another the assembler puts some that do not."""
+        return len(self.instructions) - self.counts["idle"]
 
     @property
     def in_flight(self) -> int | None:

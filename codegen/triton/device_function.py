@@ -19,8 +19,9 @@ HOLES = ("batch", "rows", "queries", "start", "products", "step", "values", "fin
 SPLIT_HOLES = ("save", "restore", "join")
 # Names that the emitted module uses for itself.
 RESERVED = (
-    *HOLES, *SPLIT_HOLES, "stream", "tile", "merge", "launch_split", "MERGE", "attention", "sizes_of", "plan_of", "kept",
-    "walk_of", "tile_classes", "tile_lists",
+    *HOLES, *SPLIT_HOLES, "span", "strides", "in_eights", "ranged", "around", "first", "last", "alive", "base", "lane",
+    "stream", "tile", "merge", "launch_split", "MERGE", "attention", "sizes_of", "plan_of", "kept",
+    "walk_of", "lists", "list_tiles", "tile_lists", "kept_lists", "LISTS", "MOST_LISTS",
     "index_type", "launch", "choose", "out", "inputs", "sizes", "tiles", "at", "acc", "state", "x", "q", "r", "w", "c", "i",
     "inside", "shape", "programs", "row_blocks", "walk", "device", "name", "tensor", "PARTIAL", "BM", "BN", "BF", "INDEX",
     "CONSTANTS", "CHUNK", "tl", "triton", "torch", "math", "Any", "Callable", "Mapping", "Tensor", "lru_cache", "float",
@@ -74,7 +75,8 @@ class DeviceFunction:
                  guards: dict[str, str] | None = None) -> None:
         self.names, self.name, self.params = names, name, params
         s = names.s
-        scope = TritonScope(names.leaves(ranks), names.operands, s.extent, guards or {})
+        moving = {s.key: ("base", "lane")} if re.search(r"\blane\b", params) else {}
+        scope = TritonScope(names.leaves(ranks), names.operands, s.extent, guards or {}, moving)
         self.body = TritonBody(scope, roots)
         self.body.taken |= {*HOLES, *re.findall(r"\w+", params), "stream", "tile", "tl", "out", "inside"}
         for own in (names.ranks, names.carried, names.old, names.products):
@@ -98,9 +100,9 @@ class DeviceFunction:
         for i, n in enumerate(s.cascade.free_symbols):
             if names.symbols[n] in words:
                 yield f"    {names.symbols[n]} = sizes[{i}]"
-        source = "batch" if self.name == "rows" else "at"
+        source = "batch" if self.name in ("rows", "span") else "at"
         for i, r in enumerate(coordinates(s) if source == "at" else s.grid):
-            if names.ranks[r] in words and self.name != "batch":
+            if names.ranks[r] in words and self.name not in ("batch", "lists"):
                 yield f"    {names.ranks[r]} = {source}[{i}]"
 
 

@@ -1,8 +1,7 @@
 """Prints the host's functions of an emitted module, from tensors to a launch.
 
-    sizes_of    sizes from shapes, checked            kept       the mask in torch
-    plan_of     output shape, grid, key tiles         walk_of    key tiles of every row block under the mask
-    attention   tensors in, tensor out
+    sizes_of    sizes from shapes, checked            walk_of    key tiles of every row block under the mask
+    plan_of     output shape, grid, key tiles         attention  tensors in, tensor out
 """
 
 from __future__ import annotations
@@ -16,27 +15,15 @@ from ...cost_model.count.subject import FEW_ROWS
 from ...patterns import expr as ex
 from ...patterns.cascade import Size, as_size
 from ...patterns.mapping import TileMapping
-from ..files.library import functions
 from ..text import print_torch
 from .device_function import KernelNames, atom
-from .holes import mask_ranks
+from .holes import mask_ranks, needs_lists
 from .streaming import Streaming
 
 
 def is_static(s: Streaming) -> bool:
     """Do the tile classes depend on sizes alone?"""
     return not ex.loads(s.mask.keep)
-
-
-def needs_lists(s: Streaming) -> bool:
-    """May a mask say which key tiles a row block visits? Not for a few query rows: they visit all."""
-    queries = s.extent[s.attention.query]
-    return s.mask.keep is not ex.TRUE and not (isinstance(queries, int) and queries < FEW_ROWS)
-
-
-def mask_tensors(s: Streaming) -> tuple[str, ...]:
-    loaded = {str(x.attr) for x in ex.loads(s.mask.keep)}
-    return tuple(t for t in s.inputs if t in loaded)
 
 
 def unbound(s: Streaming) -> tuple[str, ...]:
@@ -47,7 +34,7 @@ def unbound(s: Streaming) -> tuple[str, ...]:
 def printed(s: Streaming, mapping: TileMapping) -> list[str]:
     """The texts of the host's functions."""
     names = KernelNames(s)
-    masked = [*_kept(s, names), _walk_of(s, names, mapping)] if needs_lists(s) else []
+    masked = [_walk_of(s, names, mapping)] if needs_lists(s) else []
     return [_sizes_of(s, names), _plan_of(s, names, mapping), *masked, _attention(s, names, mapping)]
 
 
@@ -144,59 +131,26 @@ def _plan_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
     ])
 
 
-# --- the mask ---------------------------------------------------------------------------------------------------
-
-
-def _mask_arguments(s: Streaming, names: KernelNames) -> list[str]:
-    return [names.operands[t].name for t in mask_tensors(s)] + _symbols(s, names)
-
-
-def _kept(s: Streaming, names: KernelNames) -> list[str]:
-    """The mask as a torch function of rows and keys, over all tile lists, and the helpers it calls."""
-    query, key = names.ranks[s.attention.query], names.ranks[s.key]
-    scope = print_torch.TorchScope(
-        names=names.leaves((*s.grid, s.attention.query, s.key)),
-        tensors={t: names.operands[t].name for t in s.inputs},
-        shapes={t: o.shape for t, o in names.operands.items()},
-        extent=s.extent,
-        views=False,
-    )
-    body = print_torch.TorchBody(scope, [s.mask.keep])
-    body.taken |= set(names.ranks.values())
-    result = body.term(s.mask.keep)
-    lines = [
-        f"def kept({', '.join([*_mask_arguments(s, names), query, key])}):",
-        '    """Which keys a row keeps: bool [lists, rows, keys]."""',
-    ]
-    over = mask_ranks(s)
-    if over:
-        count = _product((s.extent[r] for r in over), names)
-        lines.append(f"    i = torch.arange({count}, device={key}.device)[:, None, None]")
-    for r in reversed(over):
-        size = atom(_product([s.extent[r]], names))
-        rest = [f"    i = i // {size}"] if r != over[0] else []
-        lines += [f"    {names.ranks[r]} = i % {size}" if rest else f"    {names.ranks[r]} = i", *rest]
-    helpers = [functions("cpu")[h] for h in sorted(body.helpers)]
-    return [*helpers, "\n".join([*lines, *body.lines, f"    return {result}"])]
+# --- tile lists --------------------------------------------------------------------------------------------------
 
 
 def _walk_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
-    query, key = names.ranks[s.attention.query], names.ranks[s.key]
-    keys, queries = (_product([s.extent[r]], names) for r in (s.key, s.attention.query))
-    over = [s.extent[r] for r in mask_ranks(s)]
-    lists = _product(over, names) if over else "1"
-    ragged = str(int(keys) % mapping.tile_m != 0) if keys.isdigit() else f"{atom(keys)} % {mapping.tile_m} != 0"
-    arguments = _mask_arguments(s, names)
-    text = "\n".join([
-        f"def walk_of({', '.join([*arguments, 'device'])}):",
+    queries, keys = (_product([s.extent[r]], names) for r in (s.attention.query, s.key))
+    lists = _product([s.extent[r] for r in mask_ranks(s)] or [1], names)
+    symbols = _symbols(s, names)
+    blocks = f"-(-{atom(queries)} // {mapping.tile_p})"
+    arguments = f"inputs, sizes, {lists}, {blocks}, {keys}, {mapping.heavy_first}, device"
+    lines = [
+        "def walk_of(inputs, sizes):",
         '    """The key tiles that every row block visits under the mask, as `launch` takes them."""',
-        "    classes = tile_classes(",
-        f"        lambda {query}, {key}: kept({', '.join([*arguments, query, key])}),",
-        f'        {lists}, {queries}, {keys}, {mapping.tile_p}, {mapping.tile_m}, "{s.skipping}", device,',
-        "    )",
-        f"    return tile_lists(classes, {ragged}, heavy_first={mapping.heavy_first})",
-    ])
-    return f"@lru_cache(maxsize=64)\n{text}" if is_static(s) else text
+        "    device = next(t.device for t in inputs if t.dim())",
+        *([f"    {_tuple(symbols)[1:-1]} = sizes"] if symbols else []),
+    ]
+    made = f"tile_lists(list_tiles, LISTING, {arguments})"
+    if is_static(s):
+        lines += ["", "    def make():", f"        return {made}", ""]
+        made = "kept_lists(make, (sizes, device), device)"
+    return "\n".join([*lines, f"    found = {made}", "    return *found, found[-1].shape[-1]"])
 
 
 # --- the way in -------------------------------------------------------------------------------------------------
@@ -211,6 +165,7 @@ def _attention(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
     first = next(tensors[t.name] for t in s.cascade.inputs if t.shape)
     inputs = _tuple(n if shapes[t].shape else f"{n}.to({first}.device)" for t, n in tensors.items())
     symbols = _symbols(s, names)
+    eights = f", {s.eights}" if s.eights else ""
     lines = [
         f"def attention({', '.join([*tensors.values(), *(['*', *keywords] if keywords else [])])}):",
         f'    """{_signature(s)}',
@@ -218,10 +173,12 @@ def _attention(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
         '    """' if keywords else "",
         f"    {_tuple(symbols)[1:-1]} = sizes = sizes_of({read})" if symbols else f"    sizes = sizes_of({read})",
         f"    shape, programs, row_blocks, walk = plan_of({', '.join(symbols)})",
-        *_choose_walk(s, names, first),
+        *([f"    inputs = {inputs}"] if needs_lists(s) else []),
+        *_choose_walk(s, names),
         f"    out = torch.empty(shape, dtype={print_torch.TYPES[shapes[s.cascade.outputs[0]].dtype]}, "
         f"device={first}.device)",
-        f"    return {launcher(s, mapping)}, out, {inputs}, sizes, programs, row_blocks, walk)",
+        f"    return {launcher(s, mapping)}, out, {'inputs' if needs_lists(s) else inputs}, sizes, programs, row_blocks, "
+        f"walk{eights})",
     ]
     if not keywords:
         lines[1] += '"""'
@@ -234,14 +191,12 @@ def launcher(s: Streaming, mapping: TileMapping) -> str:
     return "launch(stream, CONSTANTS"
 
 
-def _choose_walk(s: Streaming, names: KernelNames, first: str) -> list[str]:
+def _choose_walk(s: Streaming, names: KernelNames) -> list[str]:
     if not needs_lists(s):
         return []
-    call = f"walk = walk_of({', '.join([*_mask_arguments(s, names), f'{first}.device'])})"
     queries = _product([s.extent[s.attention.query]], names)
-    if queries.isdigit():
-        return [f"    {call}"]
-    return [f"    if {queries} >= {FEW_ROWS}:", f"        {call}"]
+    call = "walk = walk_of(inputs, sizes)"
+    return [f"    {call}"] if queries.isdigit() else [f"    if {queries} >= {FEW_ROWS}:", f"        {call}"]
 
 
 def _signature(s: Streaming) -> str:

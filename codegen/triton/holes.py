@@ -1,13 +1,16 @@
 """Prints the functions that fill the streaming skeleton's holes, a few lines each, from the attention's terms.
 
     batch, rows    which coordinates a program and a row have       products    the score-shaped contractions of a tile
-    queries        the tiles that a row block keeps                 values      the tile that is summed
-    finish         the epilogue, and the store                      row_holes   has those of the row state
+    span           the keys that a row block visits                 values      the tile that is summed
+    queries        the tiles that a row block keeps                 row_holes   has those of the row state
+    finish         the epilogue, and the store
 """
 
 from __future__ import annotations
 
+from ...cost_model.count.subject import FEW_ROWS
 from ...patterns import expr as ex
+from ...patterns.masks.ranges import FIRST, LAST
 from ..text.print_triton import TYPES
 from . import row_holes
 from .device_function import DeviceFunction, KernelNames, Printed, atom, coordinates, ragged
@@ -17,8 +20,33 @@ from .streaming import Dot, DotOperand, Streaming
 def printed(s: Streaming, tile_m: int, split: bool = False) -> tuple[Printed, ...]:
     """All holes of a streaming attention for key tiles of `tile_m`, with those for split keys."""
     names = KernelNames(s)
-    before = (_batch(names), _rows(names), _queries(names), _products(names, tile_m))
+    walk = (_span(names),) if s.span is not None else (_lists(names), _kept(names)) if needs_lists(s) else ()
+    before = (_batch(names), _rows(names), *walk, _queries(names), _products(names, tile_m))
+    if s.eights:
+        before = (_strides(names), *before)
     return (*before, *row_holes.printed(names, tile_m, split), _values(names, tile_m), _finish(names))
+
+
+def _strides(names: KernelNames) -> Printed:
+    """What the host has looked at, said so that Triton sees it: all strides but the innermost are multiples of 8."""
+    s = names.s
+    doc = '    """The same, with strides that are multiples of 8 written as such."""'
+    lines = ["@triton.jit", "def strides(out, inputs):", doc]
+    results = ["out", *(f"inputs[{i}]" for i in range(len(s.inputs)))]
+    outer = {0: s.cascade.outputs[0]} | {i + 1: s.inputs[i] for i in s.eights}
+    for i, t in outer.items():
+        o = names.operands[t]
+        lines.append(f"    {', '.join((o.name, *o.strides))} = {results[i]}")
+        results[i] = f"({', '.join((o.name, *(f'{x} // 8 * 8' for x in o.strides[:-1]), o.strides[-1]))})"
+    lines.append(f"    return {results[0]}, ({', '.join(results[1:])},)")
+    return Printed("strides", "\n".join(lines), frozenset())
+
+
+def needs_lists(s: Streaming) -> bool:
+    """May a mask say which key tiles a row block visits, in a list? Not for a few query rows: they visit all."""
+    queries = s.extent[s.attention.query]
+    listed = s.mask.keep is not ex.TRUE and s.span is None
+    return listed and not (isinstance(queries, int) and queries < FEW_ROWS)
 
 
 # --- coordinates ------------------------------------------------------------------------------------------------
@@ -64,6 +92,56 @@ def _rows(names: KernelNames) -> Printed:
     at = ", ".join(names.ranks[r] for r in coordinates(s))
     f.body.line(f"return ({at}{',' if len(coordinates(s)) == 1 else ''}), inside")
     return f.printed("Coordinates of the block's rows, and which of them exist.")
+
+
+def _lists(names: KernelNames) -> Printed:
+    """The coordinates of a tile list's number: those of `_batch`, 0 for what the mask does not read."""
+    s = names.s
+    f = DeviceFunction(names, "lists", "i, sizes", ())
+    over = mask_ranks(s)
+    for r in reversed(over):
+        size = atom(f.size(r))
+        f.body.line(f"{names.ranks[r]} = {'i' if r == over[0] else f'i % {size}'}")
+        if r != over[0]:
+            f.body.line(f"i = i // {size}")
+    at = "".join(f"{names.ranks[r]}.to(tl.int64), " if r in over else "0, " for r in s.grid)
+    f.body.line(f"return ({at.strip() if len(s.grid) == 1 else at.rstrip(', ')})")
+    return f.printed("Coordinates of the batch entry that a tile list stands for.")
+
+
+def _kept(names: KernelNames) -> Printed:
+    """The mask of a tile; keys past the end are not read."""
+    s = names.s
+    m = names.ranks[s.key]
+    f = DeviceFunction(names, "kept", f"at, {m}, inputs, sizes", (*coordinates(s), s.key), [s.mask.keep])
+    f.body.scope.guards = {s.key: f"{m} < {f.size(s.key)}"}
+    f.body.line(f"return {f.body.term(s.mask.keep)}")
+    return f.printed("Which keys the rows of a block keep.")
+
+
+def _span(names: KernelNames) -> Printed:
+    """The key range of a row block; rows without a key see every key where a masked one counts beside no other."""
+    s = names.s
+    span = s.span
+    assert span is not None
+    f = DeviceFunction(names, "span", "first, batch, inputs, sizes, BM: tl.constexpr", s.grid, span.terms)
+    body, size = f.body, f.size(s.attention.query)
+    if s.rows == (s.attention.query,):
+        body.line(f"last = tl.minimum(first + BM, {size}) - 1")
+    else:
+        # a block of several heads has all queries
+        body.line("first = 0")
+        body.line(f"last = {size} - 1")
+    body.bind(FIRST, "first")
+    body.bind(LAST, "last")
+    low, high = (body.term(e) for e in (span.low, span.high))
+    if s.skipping == "guarded":
+        body.line(f"alive = {body.term(span.alive)}")
+        low, high = f"tl.where(alive, {low}, 0)", f"tl.where(alive, {high}, {f.size(s.key)})"
+    elif s.skipping == "never":
+        low, high = "0", f.size(s.key)
+    body.line(f"return {low}, {high}, {body.term(span.full_low)}, {body.term(span.full_high)}")
+    return f.printed("Keys that some row of a block keeps, from and to, and those that all of them keep.")
 
 
 # --- operands ---------------------------------------------------------------------------------------------------
@@ -126,7 +204,7 @@ def _products(names: KernelNames, tile_m: int) -> Printed:
     s = names.s
     ranks = (*coordinates(s), s.key)
     f = DeviceFunction(
-        names, "products", f"q, at, {names.ranks[s.key]}, inputs, sizes, PARTIAL: tl.constexpr", ranks,
+        names, "products", f"q, at, {names.ranks[s.key]}, base, lane, inputs, sizes, PARTIAL: tl.constexpr", ranks,
         [p.key.term for p in s.products],
     )
     out, n = [], 0
@@ -150,8 +228,8 @@ def _values(names: KernelNames, tile_m: int) -> Printed:
     if s.value_width != s.extent[s.value]:
         guards[s.value] = f"{v} < {s.extent[s.value]}"
     f = DeviceFunction(
-        names, "values", f"at, {m}, {v}, inputs, sizes, PARTIAL: tl.constexpr", (*coordinates(s), s.key, s.value),
-        [s.values.term], guards,
+        names, "values", f"at, {m}, base, lane, {v}, inputs, sizes, PARTIAL: tl.constexpr",
+        (*coordinates(s), s.key, s.value), [s.values.term], guards,
     )
     name = _operand(f, s.values, "v", tile_m)
     f.body.line(f"return {name}")

@@ -14,9 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from types import ModuleType
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,18 +27,15 @@ from ...cost_model.time.fit import SharedTiles
 from ...patterns.cascade import Cascade, bind
 from ...patterns.evaluate import DTYPE, evaluate
 from ...patterns.mapping import TileMapping
-from ...patterns.masks.split import EMPTY, PARTIAL, TileMap, classify, rows_with_key, runtime_classify
-from ...patterns.terms.arithmetic import Array
 from ...patterns.verdict import Refusal
 from ..files import cache
 from ..text.printer import PrintError
 from . import entry, interpret, module
 from .device_function import KernelNames
+from .holes import needs_lists
 from .streaming import NAME, Streaming, power_of_two, read
 
 MISSING = "Triton is not installed: pip install 'reattend[triton]' (a CUDA build of torch brings its own)"
-# Static tile lists kept by a kernel, one for each combination of sizes.
-KEPT_LISTS = 64
 
 
 def available() -> bool:
@@ -168,7 +163,6 @@ class TritonKernel:
     def __init__(self, s: Streaming, mapping: TileMapping, source: str) -> None:
         self.streaming, self.mapping, self.source = s, mapping, source
         self.cascade = s.cascade
-        self._lists: dict[tuple[object, ...], tuple[Any, ...]] = {}
 
     def __repr__(self) -> str:
         return f"TritonKernel({self.cascade.name}, {self.mapping})"
@@ -196,12 +190,12 @@ class TritonKernel:
         device = next(t.device for t in inputs if t.dim())
         bound = made.sizes_of(*inputs, **self._named(sizes))
         shape, programs, row_blocks, walk = made.plan_of(*bound)
-        if self._listed and self._queries(bound) >= FEW_ROWS:
-            walk = self._walk(tensors, bound, device)
         # Numbers without dimensions may lie on the host, where Dynamo puts a module's floats.
         inputs = [t if t.dim() else t.to(device) for t in inputs]
         if s.attention.prelude:
             inputs += self._prelude(tensors, bound)
+        if self._listed and self._queries(bound) >= FEW_ROWS:
+            walk = made.walk_of(tuple(inputs), bound)
         if out is None:
             out = torch.empty(shape, dtype=self._dtype, device=device)
         result: Tensor
@@ -209,10 +203,11 @@ class TritonKernel:
             kernels, constants = (made.stream, made.merge), (made.CONSTANTS, made.MERGE)
             count = len(s.state.carried)
             result = made.launch_split(
-                kernels, constants, count, out, tuple(inputs), bound, programs, row_blocks, walk
+                kernels, constants, count, out, tuple(inputs), bound, programs, row_blocks, walk, s.eights
             )
         else:
-            result = made.launch(made.stream, made.CONSTANTS, out, tuple(inputs), bound, programs, row_blocks, walk)
+            given = out, tuple(inputs), bound, programs, row_blocks, walk, s.eights
+            result = made.launch(made.stream, made.CONSTANTS, *given)
         return result
 
     def _inputs(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -241,7 +236,7 @@ class TritonKernel:
 
     @cached_property
     def _listed(self) -> bool:
-        return entry.needs_lists(self.streaming)
+        return needs_lists(self.streaming)
 
     @cached_property
     def _dtype(self) -> torch.dtype:
@@ -260,61 +255,3 @@ class TritonKernel:
         names = tuple(e.out.tensor for e in before)
         made = evaluate(replace(self.cascade, einsums=before, outputs=names), tensors, self._known(bound))
         return [made[n] for n in names]
-
-    # which tiles to visit
-
-    def _walk(self, tensors: Mapping[str, Tensor], bound: tuple[int, ...], device: torch.device) -> tuple[Any, ...]:
-        """Tile lists: of one combination of sizes, or of the tensors that the mask reads."""
-        if not entry.is_static(self.streaming):
-            return self._fresh_lists(tensors, bound, device)
-        key = (bound, device)
-        if key not in self._lists:
-            if len(self._lists) >= KEPT_LISTS:
-                self._lists.clear()
-            self._lists[key] = self._fresh_lists(tensors, bound, device)
-        return self._lists[key]
-
-    def _fresh_lists(self, tensors: Mapping[str, Tensor], bound: tuple[int, ...], device: torch.device) -> tuple[Any, ...]:
-        s, known = self.streaming, self._known(bound)
-        wanted = (*s.grid, s.attention.query, s.key)
-        extents = {r: int(bind(n, known)) for r, n in s.extent.items() if r in wanted}
-        classes = self.classes(tensors, extents, known, device.type != "cpu")
-        if not isinstance(classes, Tensor):
-            classes = torch.tensor(classes, device=device)
-        ragged = extents[s.key] % self.mapping.tile_m != 0
-        lists: tuple[Any, ...] = self.module.tile_lists(
-            classes.reshape(-1, *classes.shape[-2:]), ragged, self.mapping.heavy_first
-        )
-        return lists
-
-    def classes(
-        self, tensors: Mapping[str, Tensor], extents: Mapping[str, int], sizes: Mapping[str, int], on_device: bool
-    ) -> Array:
-        """Tile classes with the rule for skipping applied: uint8 [*lists, row blocks, key tiles], numpy or a tensor.
-
-        `on_device`: what data decides is computed where the tensors are, without waiting for it.
-        """
-        s = self.streaming
-        where: dict[str, Any] = {
-            "query": s.attention.query, "key": s.key, "extents": extents, "symbols": sizes,
-        }
-        tiles: dict[str, Any] = {"tile_p": self.mapping.tile_p, "tile_m": self.mapping.tile_m}
-        certain = None
-        if entry.is_static(s):
-            found = classify(s.mask.keep, **where, **tiles)
-            if s.skipping == "guarded":
-                certain = rows_with_key(s.mask.keep, found, **where)
-        else:
-            arrays = {t: tensors[t].detach() for t in entry.mask_tensors(s)}
-            walk = runtime_classify(s.mask.keep, **where, **tiles, arrays=arrays, xp=torch if on_device else np)
-            found, certain = walk.tiles, walk.certain
-        return _visited(found, certain, s.skipping)
-
-
-def _visited(found: TileMap, certain: Array | None, skip: str) -> Array:
-    if skip == "always":
-        return found.classes
-    if skip == "guarded":
-        return found.guarded(certain).classes
-    empty = found.classes == EMPTY
-    return found.classes + empty * (np.uint8(PARTIAL) if isinstance(empty, np.ndarray) else PARTIAL)

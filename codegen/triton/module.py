@@ -15,11 +15,11 @@ from dataclasses import replace
 from ...patterns.cascade import show
 from ...patterns.mapping import TileMapping
 from ..files.library import called, functions
-from ..forms.base2 import in_base2
+from ..forms.base2 import in_base2, one_factor
 from ..forms.terms import Terms
 from . import entry
 from .device_function import HOLES
-from .holes import printed
+from .holes import needs_lists, printed
 from .streaming import Streaming
 
 LICENCE = (
@@ -35,15 +35,17 @@ SKIPPING = {
 
 def emit(s: Streaming, mapping: TileMapping) -> str:
     """The text of the module for one attention and mapping."""
-    split = mapping.split_m > 1
+    split, kept = mapping.split_m > 1, entry.is_static(s)
     holes = printed(_in_base2(s), mapping.tile_m, split)
     parts = [
         *called(set().union(*(h.helpers for h in holes))),
         *(h.text for h in holes),
         *functions("stream").values(),
         *(functions("merge").values() if split else ()),
+        *(functions("lists").values() if needs_lists(s) else ()),
         _constants(s, mapping),
         *(text for name, text in functions("host").items() if not (split and name == "launch")),
+        *(text for name, text in functions("host_lists").items() if needs_lists(s) and (name == "tile_lists" or kept)),
         *(functions("host_split").values() if split else ()),
         *entry.printed(s, mapping),
     ]
@@ -55,7 +57,7 @@ def _in_base2(s: Streaming) -> Streaming:
     """The same row program in base 2, or `s` itself where that is not exact enough or not of use."""
     if any(p.query.dtype == "f32" for p in s.products):
         return s
-    out = in_base2(Terms(s.score, s.mask, s.state), s.key, frozenset(p.load for p in s.products))
+    out = one_factor(in_base2(Terms(s.score, s.mask, s.state), s.key, frozenset(p.load for p in s.products)))
     return replace(s, score=out.score, mask=out.mask, state=out.state)
 
 
@@ -101,13 +103,21 @@ def _indented(text: str) -> str:
 
 def _constants(s: Streaming, mapping: TileMapping) -> str:
     tile = {"BM": mapping.tile_p, "BN": mapping.tile_m, "BF": s.value_width, "SPLIT": mapping.split_m}
-    holes = {h.upper(): h for h in HOLES} | {"SAVE": "save" if mapping.split_m > 1 else "None"}
+    late = {"LATE": s.span is not None and s.span.growing and mapping.heavy_first}
+    holes = {h.upper(): h for h in HOLES} | {
+        "STRIDES": "strides" if s.eights else None,
+        "RANGED": s.span is not None, "SPAN": "span" if s.span is not None else None,
+        "SAVE": "save" if mapping.split_m > 1 else None,
+    }
     options = {"num_warps": mapping.warps, "num_stages": mapping.stages}
-    text = _dictionary("CONSTANTS", {**tile, **holes, **options})
+    text = _dictionary("CONSTANTS", {**tile, **late, **holes, **options})
     if mapping.split_m > 1:
         del tile["BN"]
         merging = {h.upper(): h for h in ("batch", "rows", "start", "restore", "join", "finish")}
-        text += "\n" + _dictionary("MERGE", {**tile, **merging, "num_warps": 4})
+        text += "\n" + _dictionary("MERGE", {**tile, **late, **merging, "num_warps": 4})
+    if needs_lists(s):
+        listing: dict[str, object] = {n: tile[n] for n in ("BM",)} | {"BN": mapping.tile_m, "SKIP": repr(s.skipping)}
+        text += "\n" + _dictionary("LISTING", {**listing, "LISTS": "lists", "ROWS": "rows", "KEPT": "kept"})
     return f"# What fills the skeleton's holes, and how it is compiled.\n{text}"
 
 

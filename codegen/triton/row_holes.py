@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from ...patterns import expr as ex
 from ...patterns.attention.rowstate import OLD, Carried, RowState
 from ...patterns.expr import Expr
+from ..forms.base2 import positive_factor
 from ..forms.skip import null
 from ..text.print_triton import number
 from .device_function import DeviceFunction, KernelNames, Printed, coordinates, ragged
@@ -31,7 +32,7 @@ def _step(names: KernelNames, tile_m: int) -> Printed:
     s = names.s
     m = names.ranks[s.key]
     f = DeviceFunction(
-        names, "step", f"state, x, at, {m}, inputs, sizes, PARTIAL: tl.constexpr", (*coordinates(s), s.key)
+        names, "step", f"state, x, at, {m}, base, lane, inputs, sizes, PARTIAL: tl.constexpr", (*coordinates(s), s.key)
     )
     for i, c in enumerate(s.state.carried):
         f.body.line(f"{names.old[c.name]} = state[{i}]")
@@ -130,8 +131,24 @@ class _StepWriter:
             before = old if c.correction is None else f"{old} * {body.let('c', c.correction)}"
             body.line(f"{new} = {before} + tl.sum({element}, 1, keep_dims=True)")
         else:
-            body.line(f"{new} = tl.{c.op}imum({old}, tl.{c.op}({element}, 1, keep_dims=True))")
+            body.line(f"{new} = tl.{c.op}imum({old}, {self.extreme(c, full, element)})")
         return new
+
+    def extreme(self, c: Carried, full: Carried, element: str) -> str:
+        """The largest or least element of a row; a factor of all of them is left to the row, where the tile is full."""
+        body = self.body
+        whole, factored = f"tl.{c.op}({element}, 1, keep_dims=True)", positive_factor(full.lift)
+        if factored is None or self.s.key not in factored[0].ranks:
+            return whole
+        once = f"tl.{c.op}({{}}, 1, keep_dims=True) * {number(factored[1].value, 'f32')}"
+        if c.lift is full.lift and not self.ragged:
+            return once.format(body.real(factored[0]))
+        name = body.fresh("top")
+        with body.block("if PARTIAL:"):
+            body.line(f"{name} = {whole}")
+        with self.full_tile():
+            body.line(f"{name} = {once.format(body.real(factored[0]))}")
+        return name
 
 
 def _tensors(s: Streaming) -> list[Expr]:

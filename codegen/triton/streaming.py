@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from ...cost_model.count.subject import FEW_ROWS, SHARED_ROWS
 from ...patterns import expr as ex
@@ -17,8 +17,9 @@ from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import RowState, derive
 from ...patterns.attention.score import factors
-from ...patterns.cascade import Cascade, Einsum, Size
+from ...patterns.cascade import Cascade, Einsum, Size, size_term
 from ...patterns.expr import Expr
+from ...patterns.masks.ranges import FIRST, LAST, KeyRange, key_range
 from ...patterns.masks.split import Mask, split
 from ...patterns.terms.conditions import simplify_under
 from ...patterns.verdict import Obstacle, Refusal
@@ -90,6 +91,35 @@ class Streaming:
     def skipping(self) -> str:
         """Which tiles without a kept key may be left out: "always", "guarded" or "never" (see `skip.rule`)."""
         return rule(self.state, self.score, self.mask, self.key)
+
+    @cached_property
+    def span(self) -> KeyRange | None:
+        """The keys of a row block in closed form, for a program to compute by itself; None where tiles have to be listed."""
+        if self.mask.keep is ex.TRUE or self.attention.query not in (*self.rows, *self._alone):
+            return None
+        found = key_range(self.mask.keep, self.attention.query, self.key, size_term(self.extent[self.key]))
+        if found is None or (self.skipping == "guarded" and found.alive is ex.FALSE):
+            return None
+        of_program = {*self.grid, *FIRST.ranks, *LAST.ranks}
+        return found if all(e.ranks <= of_program for e in found.terms) else None
+
+    @cached_property
+    def eights(self) -> tuple[int, ...]:
+        """Places among the inputs of operands whose strides are likely to be multiples of 8, not of 16: heads of 40 or 72.
+
+        Triton looks for 16 alone, and reads two bytes at a time where it finds nothing.
+        """
+        widths = [*(p.size for p in self.products), int(self.extent[self.value])]
+        if all(n % 16 == 0 for n in widths) or any(n % 8 for n in widths):
+            return ()
+        sides = [x for p in self.products for x in (p.query, p.key)] + [self.values]
+        read = {str(x.load.attr) for x in sides if x.load is not None}
+        return tuple(i for i, t in enumerate(self.inputs) if t in read)
+
+    @property
+    def _alone(self) -> tuple[str, ...]:
+        """The query rank where it has one coordinate, which no term names."""
+        return (self.attention.query,) if self.extent[self.attention.query] == 1 else ()
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Cascade
 from ...patterns.expr import Expr
 from ...patterns.masks.split import conjuncts, split
-from .tiles import Data, Expectation, Table
+from .tiles import NOTHING, Data, Expectation, Table
 from .work import Sizes, size_int
 
 FORM = "write NAME=0.25 (share of key blocks), NAME=blocks:16, NAME=length:700 (or 60%, or 1k,4k), or NAME=segments:8"
@@ -117,10 +117,12 @@ class Known:
 
 
 def known(
-    c: Cascade, a: Attention, sizes: Mapping[str, int], wishes: Sequence[Expect], origins: Mapping[str, Sequence[str]]
+    c: Cascade, a: Attention, sizes: Mapping[str, int], wishes: Sequence[Expect], origins: Mapping[str, Sequence[str]],
+    constants: Data = NOTHING,
 ) -> Known:
     """What the wishes say of the tensors that an attention's mask reads. Raises ExpectError where a form does not fit.
 
+    `constants` are read as they are, unless a wish says something else of them.
     Of several tensors that come from one input the first keeps a share of blocks, and the others all that it keeps.
     """
     if any(n not in sizes for n in c.free_symbols):
@@ -133,6 +135,9 @@ def known(
     for name in unknowns(a):
         w = next((w for w in wishes if w.name in (name, *origins.get(name, ()))), None)
         if w is None:
+            if name in constants.tables:
+                tables[name] = constants.tables[name]
+                said[name] = ""
             continue
         shown = name if w.name == name else f"{w.name} ({name})"
         if w.form in ("share", "blocks"):

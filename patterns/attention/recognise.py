@@ -17,8 +17,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 from .. import expr as ex
-from ..cascade import Access, Cascade, Einsum, Rank, Tensor, verify
+from ..cascade import Access, Cascade, Einsum, Rank, Size, Tensor, verify
 from ..expr import Expr
+from ..terms.divisions import read_at
 from ..terms.overflow import passes
 from ..verdict import Obstacle
 from .attention import Attention
@@ -94,7 +95,7 @@ class _Form:
             if e.op != "load" or str(e.attr) not in self._pointwise:
                 return None
             at, body = self._pointwise[str(e.attr)]
-            return ex.substitute(body, dict(zip(at, args, strict=True)))
+            return read_at(body, dict(zip(at, args, strict=True)), self.extent)
 
         return ex.rebuild(root, rule)
 
@@ -131,7 +132,11 @@ class _Form:
                 table[ex.index(r)] = ex.index(new)
         order = [r for i in at for r in _rank_order(i)]
         out = tuple(ex.index(r) for r in dict.fromkeys(order))
-        return Einsum(Access(name, out), ex.substitute(e.body, table), e.op, tuple(reduced))
+        return Einsum(Access(name, out), read_at(e.body, table, self.extent), e.op, tuple(reduced))
+
+    @property
+    def extent(self) -> dict[str, Size]:
+        return {name: r.size for name, r in self.ranks.items()}
 
 
 def _rank_order(e: Expr) -> list[str]:

@@ -68,6 +68,20 @@ def in_closed_form(work: KnownMask, grid: Grid) -> tuple[Intervals, Intervals] |
     return between(grid.rows, grid.shape(1)[-1], some, open_)
 
 
+def halves(keep: Expr, query: str, key: str) -> tuple[Conjunction, Conjunction, Conjunction] | None:
+    """A mask that is one conjunction of half-planes: as written, with the query eliminated, and the negation of each.
+
+    None: it has another form, or a half-plane that is never true.
+    """
+    terms = _Cases(query, key, {})
+    plain = normal(keep)
+    written, against = terms.cases(plain, True), terms.cases(plain, False)
+    joined = _eliminated(written)
+    if written is None or joined is None or against is None or len(written) != 1 or any(len(c) != 1 for c in against):
+        return None
+    return written[0], joined[0], tuple(c[0] for c in against)
+
+
 # --- terms --------------------------------------------------------------------------------------------------------
 
 

@@ -20,16 +20,20 @@ from ..terms.arithmetic import Array, Span
 from ..terms.block_spans import block_spans
 from ..terms.conditions import conjunction, conjuncts
 from ..terms.intervals import LoadSpan, align, native, spans
+from .coordinates import places
 from .tiles import TileMap, TileRuns, batch_ranks, bind, classify
 
 # Rows proved at once, and rows few enough to test all witnesses together.
 ROWS = 1 << 18
 FEW = 1 << 12
+# Scores few enough to look at each where no witness proves a row.
+SCORES = 1 << 24
 
 
 @lru_cache(maxsize=512)
 def witnesses(keep: Expr, query: str, key: str, size: Expr) -> tuple[Expr, ...]:
-    """Keys w(query) worth testing as proof that a row keeps one: the diagonal, the bounds in the predicate, the ends.
+    """Keys w(query) worth testing as proof that a row keeps one: the diagonal, the bounds in the predicate (of a plane's
+    coordinates as well), the ends.
 
     `size` is the number of keys. A candidate proves nothing by itself: `keep` at `key := w` must hold, and w be a key.
     """
@@ -47,7 +51,7 @@ def witnesses(keep: Expr, query: str, key: str, size: Expr) -> tuple[Expr, ...]:
                 out.update(
                     dict.fromkeys((rest + affine(ex.const(s))).term() for s in ((0, -1, 1) if turned else near))
                 )
-    return (*tuple(out)[:8], ex.const(0), size - 1)
+    return (*tuple(out)[:8], *places(keep, query, key), ex.const(0), size - 1)
 
 
 @lru_cache(maxsize=2048)
@@ -138,7 +142,19 @@ class _Rows:
             some = tuple(w[part] for w in where)
             row = np.minimum(some[-1][:, None] * self.tile + np.arange(self.tile), self.extents[self.query] - 1)
             proved[part] = self.proved(some, row, nearest)
+        left = np.flatnonzero(~proved)
+        if len(left) * self.tile * self.extents[self.key] <= SCORES:
+            for part in np.array_split(left, max(1, -(-len(left) * self.tile * self.extents[self.key] // ROWS))):
+                proved[part] = self.looked_at(tuple(w[part] for w in where))
         return proved
+
+    def looked_at(self, where: tuple[Array, ...]) -> Array:
+        """Whether all rows of each query tile keep a key: every key is asked."""
+        rows = np.minimum(where[-1][:, None] * self.tile + np.arange(self.tile), self.extents[self.query] - 1)[:, :, None]
+        keys = np.arange(self.extents[self.key])[None, None, :]
+        box: dict[str, Span] = {r: (w[:, None, None], w[:, None, None]) for r, w in zip(self.batch, where)}
+        yes = spans(self.keep, {**box, self.query: (rows, rows), self.key: (keys, keys)}, of_load=self.of_load)[0]
+        return np.asarray(np.broadcast_to(yes, (len(rows), self.tile, keys.size)).any(-1).all(-1))
 
     def proved(self, where: tuple[Array, ...], row: Array, nearest: tuple[Array, ...]) -> Array:
         """Whether each of the rows [tile, row] has a witness, for all rows of a tile."""

@@ -55,6 +55,15 @@ def divided(c: Cascade) -> Cascade:
     return replace(c, einsums=einsums, tensors=tuple(t for t in c.tensors if t.name in used))
 
 
+def read_at(body: Expr, at: Mapping[Expr, Expr], extent: Mapping[str, Size]) -> Expr:
+    """A term at other coordinates, over ranks of these sizes; divisions that the new ones make exact are carried out.
+
+        QK[r // 4, r % 4] at r = 4·h + p, p < 4     →     QK[h, p]
+    """
+    out = ex.substitute(body, at)
+    return out if all(x.op == "index" for x in at.values()) else _Ranges(extent).rewritten(out)
+
+
 class _Ranges:
     """Terms over ranks whose sizes are known, by number or by symbol."""
 

@@ -139,6 +139,16 @@ def change(exact: Tensor, other: Tensor) -> tuple[float, float]:
     return CONDITION * _rms(off), CONDITION * off.max().item()
 
 
+def beside(number: float, dtype: torch.dtype) -> float:
+    """The error that is right in float64 where scores are rounded beside such a number: -1e9 in a row without a key.
+
+    Nothing wider shows it, and another order of operations rounds in another place. What is large enough to take in all
+    scores takes in the same ones in any order.
+    """
+    off = MAX_RATIO * abs(number) * torch.finfo(torch.float64).eps
+    return off if dtype == torch.float64 and off < CANCELLED else 0.0
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1] if x.dim() else 1) if x.numel() else x.reshape(0, 0)
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..capture.templates import OPEN
 from ..graph.aliases import Aliases
 from ..graph.liveness import is_pure
 from ..graph.node import op_name
 from ..graph.same import said
-from ..graph.torch_private import FakeTensorMode, OpOverload, schema
+from ..graph.torch_private import FakeTensorMode, OpOverload, schema, tree_leaves
 
 
 class Uncheckable(RuntimeError):
@@ -56,7 +57,7 @@ def read(gm: fx.GraphModule, given: Sequence[Any]) -> Own:
     for n in graph.nodes:
         if n.op not in ("placeholder", "output") and not _repeatable(n):
             raise Uncheckable(f"{op_name(n)} draws random numbers, or is not known to compute its value alone")
-    own = Own(graph, _fakes(gm, graph, given), written)
+    own = Own(graph, _carried(graph, given) or _fakes(gm, graph, given), written)
     with _lock:
         _known[at] = own
         while len(_known) > KEPT:
@@ -85,6 +86,22 @@ def _repeatable(n: fx.Node) -> bool:
         return pure
     # A write in place that is left is into memory of the graph's own.
     return schema(n.target).is_mutable and torch.Tag.nondeterministic_seeded not in n.target.tags
+
+
+def _carried(graph: fx.Graph, given: Sequence[Any]) -> dict[fx.Node, Any]:
+    """The fake values that a graph's nodes carry from its capture; none where that had other inputs, or open sizes."""
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    values = {n: n.meta["val"] for n in graph.nodes if "val" in n.meta and n.op != "output"}
+    if len(values) != len(graph.nodes) - 1 or any(_is_open(x) for v in values.values() for x in tree_leaves(v)):
+        return {}
+    alike = all(_metadata(values[n]) == _metadata(x) for n, x in zip(places, given, strict=True))
+    return values if alike else {}
+
+
+def _is_open(x: Any) -> bool:
+    if isinstance(x, Tensor):
+        return any(isinstance(n, torch.SymInt) for n in (*x.shape, *x.stride()))
+    return isinstance(x, OPEN)
 
 
 def _fakes(gm: fx.GraphModule, graph: fx.Graph, given: Sequence[Any]) -> dict[fx.Node, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from ..capture.autocast import no_autocast
 from ..graph.torch_private import tree_leaves
 from . import verdicts
-from .compare import CANCELLED, DRAWS, Errors, change, drawn, errors, moved, redrawn
+from .compare import CANCELLED, DRAWS, Errors, beside, change, drawn, errors, moved, redrawn
 from .cut import CutProgram
 from .demand import everything, pick
 from .gradient import wrong_gradient
@@ -38,7 +38,8 @@ class SiteWatch:
     """Holds a site's results against the model's own code. `every`: each n-th call too, 0 for none but the first.
 
     `kernel` is what was spliced in, `source` gives its text; `masks` are the inputs that its score reads beside the product;
-    `record` takes the checks. `refuse`, where given, makes the error that is raised instead of stepping aside.
+    `largest` is the largest finite number in that score, a fill perhaps. `record` takes the checks. `refuse`, where given,
+    makes the error that is raised instead of stepping aside.
     """
 
     site: str
@@ -46,6 +47,7 @@ class SiteWatch:
     source: Callable[[], str]
     every: int = 0
     masks: frozenset[int] = frozenset()
+    largest: float = 0.0
     refuse: Callable[[str], Exception] | None = None
     record: list[Check] = field(default_factory=list)
     calls: int = 0
@@ -101,7 +103,7 @@ class SiteWatch:
             values = [x.detach() if isinstance(x, Tensor) else x for x in given]
             own = read(code, values)
             program = fitting(own, values, generator)
-            e, same = _forward(program, values, out)
+            e, same = _forward(program, values, out, beside(self.largest, out.dtype))
             why = "" if same else f"{self.kernel} is {e}"
             if trained and not why:
                 smaller = fitting(own, values, generator, gradients=True)
@@ -119,21 +121,23 @@ class SiteWatch:
     def _class(self, given: Sequence[Any], out: Any) -> object:
         grad = torch.is_grad_enabled()
         tensors = [x for x in given if isinstance(x, Tensor)]
-        held = tuple(_held(given[i]) for i in self.masks if i < len(given))
-        return tuple((_sizes(x.shape), x.dtype, grad and x.requires_grad) for x in tensors), held, str(tensors[0].device)
+        held = tuple([_held(given[i]) for i in self.masks if i < len(given)])
+        kinds = tuple([(_sizes(x.shape), x.dtype, grad and x.requires_grad) for x in tensors])
+        return kinds, held, tensors[0].device
 
     def _note(self, check: Check) -> None:
         with self.lock:
             self.record.append(check)
 
 
-def _forward(p: CutProgram, given: Sequence[Any], out: Tensor) -> tuple[Errors, bool]:
-    """The errors of a result, and whether it is right."""
+def _forward(p: CutProgram, given: Sequence[Any], out: Tensor, unseen: float) -> tuple[Errors, bool]:
+    """The errors of a result, and whether it is right; `unseen` is the own error that nothing shows."""
     own, exact = p.run(given)
     shown = pick(out.detach().reshape(p.own.shape).to(own.dtype), everything(p.own.shape), p.wanted)
     e = errors(shown, own, exact)
-    if e.within() or e.odd:
-        return e, e.within()
+    right = e.within((unseen, unseen))
+    if right or e.odd:
+        return e, right
     _, other = p.run(given, moved(given))
     return e, e.within(change(exact, other)) or e.within(drawn(list(_again(p, given))))
 

@@ -23,7 +23,7 @@ from ...codegen.vendor import use as vendor
 from ...cost_model.count.expect import known
 from ...cost_model.count.memory import AttentionMemory, memory
 from ...cost_model.count.passes import key_passes
-from ...cost_model.count.tiles import Data
+from ...cost_model.count.tiles import NOTHING, Data
 from ...cost_model.devices.device import Device
 from ...cost_model.sites.detail import detail
 from ...cost_model.sites.picture import picture
@@ -63,7 +63,7 @@ from .policy import Policy
 class Question:
     """All that a decision depends on: equal questions have equal answers.
 
-    `origins` names the inputs of the graph behind each tensor that the mask reads.
+    `origins` names the inputs of the graph behind each tensor that the mask reads; `constants` has those that none reaches.
     """
 
     cascade: Cascade
@@ -77,6 +77,7 @@ class Question:
     written: VendorUse | None
     traced: bool
     origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    constants: Data = NOTHING
 
 
 @lru_cache(maxsize=1024)
@@ -84,7 +85,7 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     c, sizes = q.cascade, dict(q.sizes)
     view = attention(c)
     assert isinstance(view, Attention), view
-    taken = known(c, view, sizes, q.policy.expectations, dict(q.origins))
+    taken = known(c, view, sizes, q.policy.expectations, dict(q.origins), q.constants)
     candidates: list[Candidate] = []
     calls: dict[str, splice.Call] = {}
     for candidate, call in _candidates(q, sizes, taken.data):
@@ -288,11 +289,11 @@ def _vendor(
         keyed = make(q.cascade, keyed=True)
         if isinstance(keyed, Refusal) or q.traced:
             return _refused(name, made.reason)
-        first = every_row_keeps_a_key(q.cascade, view)
+        first = every_row_keeps_a_key(view)
         made, conditions = keyed, (first, *(c for c in conditions if c.sentence != first.sentence))
     if made.compiled and q.device.kind == "cpu":
         # the compiled kernel takes a row with a NaN for one without a key, and gives it 0
-        conditions = (*conditions, queries_and_keys_are_finite(q.cascade, view))
+        conditions = (*conditions, queries_and_keys_are_finite(view))
     if conditions and q.traced:
         return _refused(name, f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
     try:
@@ -324,12 +325,12 @@ def _row_conditions(q: Question, a: Attention) -> tuple[Condition, ...]:
     added = _added(a)
     if q.gradients:
         if added:
-            return (every_row_is_added_to(q.cascade, a, LEVEL),)
+            return (every_row_is_added_to(a, LEVEL),)
         keep = split(a.score, a.key).keep
-        return (every_row_keeps_a_key(q.cascade, a),) if keep is not ex.TRUE and rows_keep_a_key(a, keep) else ()
+        return (every_row_keeps_a_key(a),) if keep is not ex.TRUE and rows_keep_a_key(a, keep) else ()
     if low_row_rule(a, added) in ("never", "zero"):
         return ()
-    return (every_row_is_added_to(q.cascade, a, math.inf),)
+    return (every_row_is_added_to(a, math.inf),)
 
 
 def _added(a: Attention) -> tuple[ex.Expr, ...]:

@@ -8,6 +8,7 @@ permits them, the device has them, gradients flow through them where they are wa
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -216,10 +217,11 @@ def watch_of(d: Decision, inputs: Sequence[fx.Node], policy: Policy, record: lis
     view = attention(d.found.cascade)
     assert isinstance(view, Attention), view
     read = {d.found.tensors.get(str(x.attr)) for x in ex.loads(view.score)}
+    numbers = [abs(x.value) for x in ex.walk(view.score) if x.is_const and x.is_float and math.isfinite(x.value)]
     return SiteWatch(
         _label(d.site), d.site.choice, d.site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
-        masks=frozenset(i for i, n in enumerate(inputs) if n in read), refuse=StrictError if policy.strict else None,
-        record=record,
+        masks=frozenset(i for i, n in enumerate(inputs) if n in read), largest=max(numbers, default=0.0),
+        refuse=StrictError if policy.strict else None, record=record,
     )
 
 
@@ -302,7 +304,7 @@ def decide_place(
     question = Question(
         stands.cascade, tuple(sorted(stands.sizes(at).items())), request.target or running_device(stands.device_type),
         request.policy, request.executable, stands.gradients, stands.bound, stands.dtype, stands.call(at), request.traced,
-        stands.origins,
+        stands.origins, stands.constants,
     )
     site, calls = answer(question)
     guards = guard_sentences(calls.get(site.choice))

@@ -29,7 +29,7 @@ from ..capture.call import SizeAt
 from ..graph.torch_private import check_calls, tree_leaves
 from ..run.bypass import traced
 from .book import layer_of
-from .callables import OpenNumber
+from .callables import OpenNumber, standing_for
 from .mask import PositionMask, Positions, added
 from .reads import Reads, Seen, tensors_of
 from .site import BehindDoor, Door, DoorCall
@@ -115,11 +115,13 @@ def attention(
 
     Raises ValueError where the module leaves something to its implementations that its eager function does not do.
     """
-    refuse_foreign(module, options)
     own = partial(as_written, module, query, key, value, attention_mask, options)
     if _traced(query, key, value):
+        refuse_foreign(module, options)
         return own()
     page = layer_of(module)
+    if not isinstance(page.recipe, Recipe) or not page.recipe.takes_all_of(options):
+        refuse_foreign(module, options)
     call = _call(page, module, query, key, value, attention_mask, options)
     if isinstance(call, str):
         page.calls += 1
@@ -161,7 +163,8 @@ def upper_left(query: Tensor, key: Tensor) -> Tensor:
 class Recipe:
     """How a layer's calls become functions of tensors and open numbers: all of a call but its values.
 
-    `named` are options that are tensors, `held` the module's own tensors, `leaves` what the mask reads beside them.
+    `named` are options that are tensors, `held` the module's own tensors, `leaves` what the mask reads beside them; `unread`
+    are options that the class names and its function does not read.
     """
 
     function: types.FunctionType
@@ -173,12 +176,17 @@ class Recipe:
     reading: Callable[..., Tensor | None]
     leaves: int
     key: Hashable
+    unread: str
+
+    def takes_all_of(self, options: Mapping[str, Any]) -> bool:
+        """Are these the options of the recipe's call, all of which its function may leave unread?"""
+        return not self.unread and options.keys() == self.given
 
     def serves(self, options: Mapping[str, Any], mask: Hashable) -> bool:
         """Is this the recipe of a call with these options?"""
         return (
             self.mask == mask and options.keys() == self.given
-            and all(type(options[n]) is type(x) and options[n] == x for n, x in self.plain.items())
+            and all(options[n] is x or (type(options[n]) is type(x) and options[n] == x) for n, x in self.plain.items())
             and all(isinstance(options[n], Tensor) for n in self.named)
         )
 
@@ -208,8 +216,8 @@ def _recipe(
     named = tuple(n for n, x in given.items() if isinstance(x, Tensor))
     plain = {n: x for n, x in given.items() if n not in named}
     held = tuple(tensors_of(module))
-    key = (NAME, function, mask, tuple((n, type(x), x) for n, x in plain.items()), held, named, leaves)
-    return Recipe(function, frozenset(options), plain, named, held, mask, reading, leaves, key)
+    key = standing_for((NAME, function, mask, tuple((n, type(x), x) for n, x in plain.items()), held, named, leaves))
+    return Recipe(function, frozenset(options), plain, named, held, mask, reading, leaves, key, unread_of(module, options))
 
 
 def _call(
@@ -228,7 +236,7 @@ def _call(
             return recipe
         page.recipe = recipe
     more = (*held.values(), *(options[n] for n in recipe.named))
-    if any(type(x) not in (Tensor, nn.Parameter) for x in more):
+    if more and any(map(_is_of_its_own, more)):
         return "a tensor of a kind of its own is read"
     growing = _GROWING if query.shape[2] == 1 and key.shape[2] > 1 else frozenset[SizeAt]()
     values = (query, key, value, *leaves, *more)
@@ -241,7 +249,7 @@ _GROWING: frozenset[SizeAt] = frozenset(((1, 2), (2, 2)))
 
 def _left(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> str:
     """Why a call is left to transformers, whatever its function computes; empty where it is not."""
-    if any(type(x) not in (Tensor, nn.Parameter) for x in (query, key, value)):
+    if not type(query) is type(key) is type(value) is Tensor and any(map(_is_of_its_own, (query, key, value))):
         return "queries, keys or values are tensors of a kind of their own"
     device = query.device
     if device.type not in ("cpu", "cuda"):
@@ -253,6 +261,10 @@ def _left(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options:
     if module.training and options.get("dropout"):
         return "live dropout: its random numbers cannot be kept"
     return ""
+
+
+def _is_of_its_own(x: Tensor) -> bool:
+    return type(x) not in (Tensor, nn.Parameter)
 
 
 def _mask_of(
@@ -340,13 +352,19 @@ def refuse_foreign(module: nn.Module, options: Mapping[str, Any]) -> None:
 
     An index of selected keys is one: such a module masks the others itself where the implementation is named eager or SDPA.
     """
-    unread = _unread(type(module).__module__, type(module).__qualname__, " ".join(options))
+    unread = unread_of(module, options)
     found = [n for n in unread.split() if isinstance(options[n], Tensor)]
     if found and (foreign := [n for n in found if not any(options[n] is x for x in tensors_of(module).values())]):
         raise ValueError(
             f"reattend: {type(module).__name__} hands over {', '.join(foreign)}, which its eager attention does not read: "
             'this model needs an implementation that does; attn_implementation="sdpa" or "eager" runs it'
         )
+
+
+def unread_of(module: nn.Module, options: Mapping[str, Any]) -> str:
+    """The names of options that a module's class writes and its eager function does not read."""
+    found: str = _unread(type(module).__module__, type(module).__qualname__, " ".join(options))
+    return found
 
 
 # Dynamo takes the answer as it is: how it is found is none of the model's code.

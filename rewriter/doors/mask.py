@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from ..graph import torch_private
 from ..graph.node import op_name
-from .callables import Leaf, Opaque, Structure, structure
+from .callables import Leaf, Opaque, Structure, standing_for, structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,18 +64,18 @@ class Positions:
 
     @cached_property
     def key(self) -> Hashable:
-        """All that the mask's code depends on, beside the leaves."""
+        """Stands for all that the mask's code depends on, beside the leaves."""
         assert isinstance(self.lifted, Structure)
-        return self.lifted.key, self.ends_together, self.fill
+        return standing_for((self.lifted.key, self.ends_together, self.fill))
 
-    @property
+    @cached_property
     def leaves(self) -> list[Leaf]:
         """The tensors and numbers that the mask's code reads; `reading` takes them."""
         assert isinstance(self.lifted, Structure)
         offsets = [self.key_offset] if self.ends_together else [self.key_offset, self.query_offset]
         return [*offsets, *self.lifted.leaves]
 
-    @property
+    @cached_property
     def reading(self) -> Callable[[Tensor, Tensor, Sequence[Any]], Tensor]:
         """The additive mask of queries and keys and of leaves, as code that may be kept: it holds no dense mask."""
         assert isinstance(self.lifted, Structure)

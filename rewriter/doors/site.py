@@ -29,6 +29,7 @@ from ..run.bypass import capturing
 from ..run.report import GraphPiece
 from ..run.session import own_saved_tensors
 from ..splice import sampling
+from ..splice.calls import call_plainly
 from ..splice.guards import Guarded
 from .callables import Opaque
 from .reads import Reads
@@ -70,7 +71,7 @@ class DoorCall:
         grad = torch.is_grad_enabled()
         device = next(x.device.type for x in self.values if isinstance(x, Tensor))
         modes = grad, torch.is_inference_mode_enabled(), autocast_of(device)
-        return self.key, modes, tuple(_described(x, grad) for x in self.values)
+        return self.key, modes, tuple([_described(x, grad) for x in self.values])
 
 
 def autocast_of(device: str) -> object:
@@ -221,6 +222,8 @@ def build(call: DoorCall, door: Door, sizes: frozenset[SizeAt]) -> Template:
     sites = tuple(replace(s, where=s.where or call.where()) for s in plan.sites)
     plan = replace(plan, sites=sites, misses=tuple(replace(m, where=m.where or call.where()) for m in plan.misses))
     graph = captured.captured.graph if any(not s.chosen.is_original for s in sites) else None
+    if graph is not None:
+        call_plainly(graph)
     return Template(reads, captured, graph, plan, "", begin - start, time.perf_counter() - begin)
 
 

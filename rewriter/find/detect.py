@@ -15,7 +15,7 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.attention import concat, ranks, recognise
 from ...patterns.attention.attention import Attention
-from ...patterns.cascade import Access, Cascade, Einsum, Rank, Size, Tensor, as_size, size_term, verify
+from ...patterns.cascade import Access, Cascade, Einsum, Size, Tensor, as_size, size_term, verify
 from ...patterns.expr import Expr
 from ...patterns.passes import joined
 from ...patterns.terms.divisions import divided
@@ -35,6 +35,8 @@ from ..lift.operators_contract import peel
 from . import defect
 from .added import Addend, addends, candidates, sums
 from .final import Final, finals, hides_product
+from .inside import between
+from .query import laid_out, with_query
 from .twins import match
 from .unaccounted import unaccounted
 
@@ -130,6 +132,9 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
         elif out is not None:
             dismissed.add(out.node)
     found.sort(key=lambda f: aliases.position[f.output])
+    # what an attention computes is accounted for, whatever else it looks like
+    inside = {n for f in found for n in between({*f.tensors.values(), *f.scalars.values()}, f.output)}
+    missed = [m for m in missed if m.node not in inside or defect.is_one(m.reason)]
     known = taken | {m.node for m in missed}
     missed += [_near(n, reason, 1) for n, reason in dict(unaccounted(gm.graph, known, dismissed)).items()]
     return found, missed
@@ -217,12 +222,12 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final, offsets: bool = Fa
         near = bool(told(lifter)) and (lifter.normalised or not final.of_weights)
         return _near(n, _reason(lifter, "no product of two token ranks stands behind the weights"), int(near))
     output, lifted = _with_epilogue(lifter, final, lifted)
-    hoisted = hoist(lifter, lifted)
+    hoisted = hoist(lifter, laid_out(lifter, lifted))
     whole = joined.join(hoisted)
     if whole is not hoisted and not offsets:
         # slices that lie side by side in one tensor are that tensor again
         return _attempt(graph, aliases, final, offsets=True)
-    cascade = divided(ranks.one_value(ranks.unify(ranks.split(_with_query(concat.split(whole))))))
+    cascade = divided(ranks.one_value(ranks.unify(ranks.split(with_query(concat.split(whole))))))
     view = recognise.attention(cascade)
     if isinstance(view, Obstacle):
         return _near(n, _reason(lifter, view.reason), 1 if lifter.normalised or told(lifter) else 0)
@@ -360,44 +365,6 @@ def _with_epilogue(lifter: Lifter, final: Final, c: Cascade) -> tuple[fx.Node, C
         einsums=(*lifter.einsums, Einsum(Access("Y", kept), term)),
         outputs=("Y",),
     )
-
-
-def _with_query(c: Cascade) -> Cascade:
-    """Decoding has one query; its coordinate is put back, so that every attention has a query rank.
-
-    before   QK[b,h,m] = Σ_e Q[b,h,0,e]·K[b,h,m,e]        after   QK[b,h,p,m] = Σ_e Q[b,h,p,e]·K[b,h,m,e],  P = 1
-    """
-    product = next(e for e in c.einsums if e.op == "add")
-    out = frozenset().union(*(i.ranks for i in product.out.index))
-    q = next((x for x in product.reads if "m" not in x.ranks), None)
-    k = next((x for x in product.reads if "m" in x.ranks), None)
-    if q is None or k is None or (q.ranks & out) - k.ranks or "p" in c.rank:
-        return c
-    dim = next((d for d, s in reversed(list(enumerate(c.tensor[str(q.attr)].shape))) if s == 1), None)
-    if dim is None:
-        return c
-    p = ex.index("p")
-    moved = ex.load(str(q.attr), (*q.args[:dim], p, *q.args[dim + 1 :]), q.dtype)
-    longer: dict[str, int] = {}
-    einsums: list[Einsum] = []
-    last = {"m", *(str(i.attr) for i in c.producers[c.outputs[0]][-1].out.index[-1:])}
-    for e in c.einsums:
-        table = {q: moved} if e is product else {}
-        for x in e.reads:
-            if (where := longer.get(str(x.attr))) is not None:
-                table[x] = ex.load(str(x.attr), (*x.args[:where], p, *x.args[where:]), x.dtype)
-        if not table:
-            einsums.append(e)
-            continue
-        where = len(e.out.index) - (1 if e.out.index and str(e.out.index[-1].attr) in last else 0)
-        longer[e.out.tensor] = where
-        index = (*e.out.index[:where], p, *e.out.index[where:])
-        einsums.append(replace(e, out=Access(e.out.tensor, index), body=ex.substitute(e.body, table)))
-    tensors = tuple(
-        replace(t, shape=(*t.shape[: longer[t.name]], 1, *t.shape[longer[t.name] :])) if t.name in longer else t
-        for t in c.tensors
-    )
-    return replace(c, ranks=(*c.ranks, Rank("p", 1)), tensors=tensors, einsums=tuple(einsums))
 
 
 def _plane(view: Attention) -> tuple[str, str] | None:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from ...cost_model.count.expect import unknowns
+from ...cost_model.count.tiles import NOTHING, Data
 from ...cost_model.sites.course import Symbol
 from ...cost_model.time.predict import VendorUse
 from ...patterns import expr as ex
@@ -28,10 +29,12 @@ from ...patterns.verdict import Obstacle
 from ..graph.liveness import survivors
 from ..graph.node import arguments, op_name
 from ..graph.sizes import product, shape_of, size_of
-from ..graph.torch_private import bounds, expression, traced_size, tree_leaves
+from ..graph.torch_private import bounds, expression, traced_size
 from ..lift.operators_contract import CONTRACTIONS
 from ..splice.splice import hint
+from .constants import constants
 from .detect import Found
+from .inside import between
 
 # Sizes from here on are no bound that anyone set.
 UNBOUNDED = 1 << 40
@@ -45,7 +48,7 @@ class Place:
     cascade that are no size of a graph input: as sizes of the graph, with the value that was traced. `written`: how the
     model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes. `upstream` has what
     makes its keys and values, where that was asked for, and `model` the channels of the projection behind it. `origins`:
-    the graph's inputs behind each tensor that its mask reads.
+    the graph's inputs behind each tensor that its mask reads; `constants`: those of these tensors that no input reaches.
     """
 
     cascade: Cascade
@@ -60,6 +63,7 @@ class Place:
     written: VendorUse | None
     mask_elements: Size
     origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    constants: Data = NOTHING
     upstream: Cascade | Obstacle | None = None
     model: Size = 0
 
@@ -94,21 +98,18 @@ def place(f: Found, name: str) -> Place:
     """The place of a found attention."""
     value = f.output.meta["val"]
     written, mask_elements = _written(f)
+    view = attention(f.cascade)
+    assert isinstance(view, Attention), view
+    read = {name: f.tensors[name] for name in unknowns(view) if name in f.tensors}
     return Place(
         f.cascade, name, f.where, f.notes, _bound_to_original(f), _wants_gradient(f),
         str(value.dtype).removeprefix("torch."), value.device.type, _scalars(f), written, mask_elements,
-        _origins(f),
+        tuple((name, _inputs_behind(n)) for name, n in read.items()), constants(read),
     )
 
 
-def _origins(f: Found) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The graph's inputs whose values, not sizes, reach the tensors that the mask reads."""
-    view = attention(f.cascade)
-    assert isinstance(view, Attention), view
-    return tuple((name, _inputs_behind(f.tensors[name])) for name in unknowns(view) if name in f.tensors)
-
-
 def _inputs_behind(node: fx.Node) -> tuple[str, ...]:
+    """The graph's inputs whose values, not sizes, reach a tensor."""
     found: dict[str, None] = {}
     seen, stack = {node}, [node]
     while stack:
@@ -159,38 +160,7 @@ def _wants_gradient(f: Found) -> bool:
 
 def interior(f: Found) -> frozenset[fx.Node]:
     """The nodes between the inputs of an attention and its output."""
-    stop = {*f.tensors.values(), *f.scalars.values()}
-    seen: set[fx.Node] = set()
-    stack = [f.output]
-    while stack:
-        n = stack.pop()
-        if n in seen or n in stop or n.op != "call_function":
-            continue
-        seen.add(n)
-        stack.extend(_data(n))
-    return frozenset(seen - {f.output})
-
-
-# Operators that read no element of an argument: its shape, type and device alone.
-_LENT: Mapping[str, int] = {
-    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), 0),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
-    **dict.fromkeys(("expand_as", "type_as", "view_as", "reshape_as"), 1),
-}
-
-
-def _data(n: fx.Node) -> Iterator[fx.Node]:
-    """The nodes whose elements a node reads: no sizes, no empty part of a concatenation, nothing that lends its shape."""
-    at = _LENT.get(op_name(n), len(n.args))
-    read = tree_leaves((n.args[:at], n.args[at + 1 :], dict(n.kwargs)))
-    for i in n.all_input_nodes:
-        if i not in read:
-            continue
-        value = i.meta.get("val")
-        plain = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
-        empty = isinstance(value, torch.Tensor) and any(isinstance(s, int) and s == 0 for s in value.shape)
-        if not plain and not empty:
-            yield i
+    return between({*f.tensors.values(), *f.scalars.values()}, f.output)
 
 
 def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:

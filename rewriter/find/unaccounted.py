@@ -15,7 +15,7 @@ from ..capture.weights import weights_of
 from ..graph.node import arguments, op_name, tensor_of
 from ..graph.sizes import shape_of
 from ..lift.operators_contract import CONTRACTIONS
-from .final import NOT_BETWEEN, is_product_sum
+from .final import NOT_BETWEEN, SHAPE_ONLY, is_product_sum
 
 SOFTMAXES = frozenset(("softmax", "_softmax", "_safe_softmax", "special_softmax", "log_softmax", "_log_softmax"))
 # What multiplies tokens with tokens, or measures how far they are apart, whether or not a rule reads it.
@@ -34,6 +34,10 @@ _ADDITIVE = frozenset((
     "masked_fill", "tril", "triu", "lerp", "copy", "slice_scatter", "select_scatter", "nan_to_num", "mT", "swapaxes", "flip",
     "roll", "addcmul",
 ))
+# What leaves scores and weights what they are, each where they were or moved.
+_MOVES = (SHAPE_ONLY - CONTRACTIONS - {"cat", "stack", "getitem"}) | {
+    "mT", "swapaxes", "movedim", "dropout", "type_as", "float", "add", "masked_fill",
+}
 _LIMIT = 256
 
 
@@ -46,6 +50,7 @@ def unaccounted(
     """
     given = weights_of(graph)
     named = dict(_softmaxes(graph, {*known, *dismissed}, given))
+    named |= _made_by_layers(graph, {*known, *named}, given)
     yield from named.items()
     yield from _states(graph, {*known, *named}, given)
 
@@ -64,7 +69,11 @@ def _softmaxes(
             continue
         before = _nearest(n, lambda x: x.all_input_nodes, pairs)
         after = _nearest(n, lambda x: x.users, is_product_sum)
-        if before is None or after is None or after[0] in known or _reaches(n, known):
+        if before is None:
+            continue
+        if after is None and not before[1] and _is_of_tokens(before[0], weights) and _leaves(n, known):
+            yield n, "a softmax of a product leaves its graph before it meets values: behind a graph break, or the end"
+        if after is None or after[0] in known or _reaches(n, known):
             continue
         layers = [*before[1], *after[1]]
         # a router's softmax is over experts, which no product before it has
@@ -72,8 +81,38 @@ def _softmaxes(
             continue
         if sum(op_name(x) in _MIXES for x in layers) > 1 and not all(_mixes_heads(x, before[0]) for x in layers):
             continue
+        if _size(n) == {"1"}:
+            yield after[0], "one key only"
+            continue
         why = _between(layers, before[0], after[0], pairs(before[0]))
         yield after[0], f"a softmax stands between two products, but {why}"
+
+
+def _made_by_layers(
+    graph: fx.Graph, known: Collection[fx.Node], weights: Collection[fx.Node]
+) -> Iterator[tuple[fx.Node, str]]:
+    """Products with the softmax of what a layer makes: pooling with learned queries, convolutions made of tokens."""
+    for n in graph.nodes:
+        if op_name(n) not in SOFTMAXES:
+            continue
+        made, after = _moved_by(n, lambda x: x.all_input_nodes), _moved_by(n, lambda x: x.users)
+        if made is None or after is None or after in known or op_name(made) not in _MIXES:
+            continue
+        operands = _operands(after)
+        held = any(x in weights or x.op == "get_attr" for x in operands)
+        # a gate's softmax is over what no value has
+        if op_name(after) in CONTRACTIONS and not held and all(_size(n) <= _sizes(x) for x in operands):
+            yield after, f"a softmax weighs values, but its scores are made by a layer ({op_name(made)}), not by a product"
+
+
+def _moved_by(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> fx.Node | None:
+    """The first node in one direction that does more than move, round or mask what is given."""
+    for n in step(start):
+        while op_name(n) in _MOVES and (further := list(step(n))):
+            n = further[0]
+        if op_name(n) in _MIXES | PRODUCTS:
+            return n
+    return None
 
 
 def _between(layers: list[fx.Node], first: fx.Node, last: fx.Node, in_pairs: bool) -> str:
@@ -129,6 +168,24 @@ def _nearest(
             continue
         queue.extend((x, passed) for x in step(n))
     return None
+
+
+def _is_of_tokens(n: fx.Node, weights: Collection[fx.Node]) -> bool:
+    return op_name(n) in PRODUCTS - {"linear"} and not any(x in weights or x.op == "get_attr" for x in n.all_input_nodes)
+
+
+def _leaves(start: fx.Node, known: Collection[fx.Node]) -> bool:
+    """Does a value leave the graph, moved at most, and is it none that an attention accounts for?"""
+    queue, seen, leaves = deque([start]), set[fx.Node](), False
+    while queue and len(seen) < _LIMIT:
+        n = queue.popleft()
+        if n in known:
+            return False
+        if n not in seen:
+            seen.add(n)
+            leaves |= any(u.op == "output" for u in n.users)
+            queue.extend(u for u in n.users if op_name(u) in _MOVES)
+    return leaves
 
 
 def _reaches(start: fx.Node, known: Collection[fx.Node]) -> bool:

@@ -400,8 +400,9 @@ class CallFakes:
         text = self.env.produce_guards_expression(self.given) if self.env is not None else None
         if text is None:
             return lambda given: True
-        code, names = compile(text, "<guards of a call>", "eval"), dict(SHAPE_NAMES.found())
-        return lambda given: bool(eval(code, names, {"L": {f"t{i}": x for i, x in enumerate(given)}}))
+        holds = eval(compile(f"lambda L: {text}", "<guards of a call>", "eval"), dict(SHAPE_NAMES.found()))
+        places = [f"t{i}" for i in range(len(self.given))]
+        return lambda given: bool(holds(dict(zip(places, given))))
 
 
 def wrapper_tensor(kind: type[Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:

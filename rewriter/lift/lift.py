@@ -147,9 +147,12 @@ class Lifter:
             out = rule(self, n, arguments(n), at)
         except CannotLift as no:
             self.misses.append((no.reason, n))
-            return self.leaf(n, at)
+            out = None
         finally:
             self._consumer.pop()
+        if out is None:
+            # whoever asks for it reads it, not the node itself, which may be a write
+            return self.leaf(n, at)
         # narrowing walks the term as it is written out
         if self._length(out) <= LONGEST:
             out = ex.cast(narrowed(out, dtype_of(n)), dtype_of(n))

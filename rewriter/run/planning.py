@@ -166,7 +166,7 @@ def _bound(p: Place, at: Mapping[str, int], policy: Policy) -> tuple[ShardedSite
     c, model = p.cascade.with_sizes(sizes), bind(p.model, sizes)
     view = attention(c)
     assert isinstance(view, Attention), view
-    taken = known(c, view, {}, policy.expectations, dict(p.origins))
+    taken = known(c, view, {}, policy.expectations, dict(p.origins), p.constants)
     width = model if isinstance(model, int) else 0
     return ShardedSite(p.name, c, upstream=upstream, model=width, data=taken.data), taken.words if policy.expect else ()
 

@@ -32,13 +32,20 @@ PLAIN: Mapping[str, Callable[..., Any]] = {
     "aten::view": Tensor.view, "aten::expand": Tensor.expand, "aten::to.dtype": Tensor.to,
     "aten::contiguous": Tensor.contiguous,
 }
+# Those that run no operator at all.
+SIZES: Mapping[str, Callable[..., Any]] = {"aten::sym_size.int": Tensor.size}
+# How many arguments a function takes by position, where its operator takes more.
+_BY_POSITION: Mapping[Callable[..., Any], int] = {Tensor.to: 4}
 
 
 def call_plainly(gm: fx.GraphModule) -> None:
     """Give the operators of a graph their Python functions."""
+    known = {**PLAIN, **SIZES}
     for n in gm.graph.nodes:
         if n.op == "call_function" and isinstance(n.target, OpOverload):
-            n.target = PLAIN.get(_name(n.target), n.target)
+            plain = known.get(_name(n.target))
+            if plain is not None and len(n.args) <= _BY_POSITION.get(plain, len(n.args)):
+                n.target = plain
 
 
 def _name(operator: OpOverload) -> str:

@@ -48,13 +48,13 @@ class Condition:
     holds: Callable[[Mapping[str, Tensor], Mapping[str, int]], bool]
 
 
-def every_row_keeps_a_key(c: Cascade, a: Attention) -> Condition:
+def every_row_keeps_a_key(a: Attention) -> Condition:
     """Proved tile by tile from the mask and its run-time data; a row that is not proved to keep a key counts as empty.
 
     What the mask reads of the attention's prelude (a number of padded tokens) is computed for it.
     """
-    keep = split(a.score, a.key).keep
-    behind = _behind(c, a, keep)
+    c, keep = a.cascade, split(a.score, a.key).keep
+    behind = _behind(a, keep)
     before, made, names = behind.before, behind.made, behind.names
     read = tuple(dict.fromkeys(str(x.attr) for x in ex.loads(keep)))
     ranks = {r: c.rank[r].size for r in {*keep.ranks, a.query, a.key}}
@@ -75,11 +75,12 @@ def every_row_keeps_a_key(c: Cascade, a: Attention) -> Condition:
 LEVEL = 64.0
 
 
-def every_row_is_added_to(c: Cascade, a: Attention, within: float) -> Condition:
+def every_row_is_added_to(a: Attention, within: float) -> Condition:
     """The largest number that each row's scores get added lies between −`within` and `within`; a mask adds its fill."""
+    c = a.cascade
     zero = {ex.load(e.out.tensor, e.out.index, c.tensor[e.out.tensor].dtype): ex.const(0.0, "f32") for e in a.products}
     added = ex.substitute(a.score, zero)
-    behind = _behind(c, a, added)
+    behind = _behind(a, added)
     rows = tuple(r for r in (*a.batch, a.query) if r in added.ranks)
     top = Einsum(Access("TOP", tuple(ex.index(r) for r in rows)), added, "max", (a.key,))
     shape = tuple(c.rank[r].size for r in rows)
@@ -93,9 +94,9 @@ def every_row_is_added_to(c: Cascade, a: Attention, within: float) -> Condition:
     return Condition(_within(within), behind.names, tuple(c.free_symbols), holds)
 
 
-def queries_and_keys_are_finite(c: Cascade, a: Attention) -> Condition:
+def queries_and_keys_are_finite(a: Attention) -> Condition:
     """No NaN and no ∞ in what the products are made of."""
-    names = tuple(dict.fromkeys(n for e in a.products for n in _behind(c, a, e.body).names))
+    names = tuple(dict.fromkeys(n for e in a.products for n in _behind(a, e.body).names))
 
     def holds(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
         return all(bool(tensors[n].detach().isfinite().all()) for n in names)
@@ -127,11 +128,11 @@ class _Behind:
     names: tuple[str, ...]
 
 
-def _behind(c: Cascade, a: Attention, term: Expr) -> _Behind:
+def _behind(a: Attention, term: Expr) -> _Behind:
     read = tuple(dict.fromkeys(str(x.attr) for x in ex.loads(term)))
     before = _upstream(a.prelude, read)
     made = tuple(n for n in read if n in {e.out.tensor for e in before})
-    given = dict.fromkeys(str(x.attr) for e in before for x in e.reads if str(x.attr) not in c.producers)
+    given = dict.fromkeys(str(x.attr) for e in before for x in e.reads if str(x.attr) not in a.cascade.producers)
     return _Behind(before, made, (*(n for n in read if n not in made), *(n for n in given if n not in read)))
 
 

@@ -19,6 +19,7 @@ import torch
 
 from reattend.codegen.files import cache
 from reattend.codegen.triton import aot
+from reattend.codegen.triton.holes import needs_lists
 from reattend.codegen.triton.kernel import TritonKernel, build
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import DTYPE
@@ -118,18 +119,19 @@ def ahead(request: aot.CompileRequest) -> Asked:
 
 @dataclass(frozen=True)
 class Case:
-    """An attention, the mapping that it is launched with, and how many row blocks of programs that takes."""
+    """An attention, the mapping that it is launched with, how many row blocks of programs that takes, its heads."""
 
     program: Program
     mapping: TileMapping
     grid: int
+    heads: int
 
 
 def _case(mapping: TileMapping, programs: int, rows: int, **given: Any) -> Case:
     keep = given.pop("keep", ex.TRUE)
     row = strategies.ROWS[given.pop("row", "softmax")]
     made = attention(lambda s: ex.where(keep, s, -INF), row, e=64, f=64, dtype="bf16", **given)
-    return Case(made, mapping, programs * -(-rows // mapping.tile_p) * mapping.split_m)
+    return Case(made, mapping, programs * -(-rows // mapping.tile_p) * mapping.split_m, given["h"])
 
 
 def cases() -> Mapping[str, Case]:
@@ -163,12 +165,13 @@ def report(case: Case, driver: Driver) -> Mapping[str, object]:
     driver.launches.clear()
     made = kernel(case)
     run(made, case.program.sizes)
-    requests = [aot.request(made), *([aot.merge_request(made)] if case.mapping.split_m > 1 else [])]
+    listing = [aot.list_request(made)] if needs_lists(made.streaming) else []
+    requests = [*listing, aot.request(made), *([aot.merge_request(made)] if case.mapping.split_m > 1 else [])]
     return {
         "launched": [asdict(x.asked) for x in driver.launches],
         "ahead": [asdict(ahead(r)) for r in requests],
         "grids": [x.grid for x in driver.launches],
-        "programs": [case.grid, *([case.grid // case.mapping.split_m] if case.mapping.split_m > 1 else [])],
+        "programs": [*([case.grid // case.heads] if listing else []), case.grid, *([case.grid // case.mapping.split_m] if case.mapping.split_m > 1 else [])],
     }
 
 

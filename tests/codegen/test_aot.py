@@ -162,6 +162,17 @@ def test_head_sizes_in_two_pieces_on_blackwell(e: int, f: int, mapping: TileMapp
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("arch", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
+def test_the_kernel_that_lists_tiles(arch: str) -> None:
+    c = llama(64)
+    report = aot.compile_request(aot.list_request(compiled_kernel(c, default(c, arch))), arch)
+    assert report.spill_bytes == 0
+    causal = attention(lambda s: ex.where(CAUSAL, s, -INF), strategies.ROWS["softmax"], e=64, f=64, dtype="bf16").cascade
+    with pytest.raises(ValueError, match="walks no lists"):
+        aot.list_request(compiled_kernel(causal, default(causal, arch)))
+
+
+@pytest.mark.aot
 @pytest.mark.slow
 def test_amd() -> None:
     c = llama(64)
@@ -204,12 +215,13 @@ def test_a_launch_compiles_what_was_compiled_ahead_of_time(c: Cascade, monkeypat
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **kw: compiled.append(self.jit.run(*args, grid=grid, warmup=True, **kw))
 
-    monkeypatch.setattr(made.module, "stream", Warm(made.module.stream))
+    for name in {"stream", "list_tiles"} & set(vars(made.module)):
+        monkeypatch.setattr(made.module, name, Warm(getattr(made.module, name)))
     sizes = {"s": 64} if "s" in c.free_symbols else {"t": 77}
     bound = c.with_sizes(sizes)
     tensors = {t.name: torch.zeros([int(n) for n in t.shape], dtype=DTYPE[t.dtype]) for t in bound.inputs}
     made.run(tensors, sizes)
-    assert compiled[0].metadata.shared == shared_bytes(c, TileMapping(64, 64), "sm_90")
+    assert compiled[-1].metadata.shared == shared_bytes(c, TileMapping(64, 64), "sm_90")
 
 
 def test_mappings_that_do_not_fit_are_refused() -> None:

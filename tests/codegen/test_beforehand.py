@@ -134,3 +134,32 @@ def test_a_shifted_plane_is_read_by_strides(batch: int, n: int) -> None:
         run = reattend.optimize(Shifted(), policy=reattend.Policy(allow="reattend", deny=("original", "sdpa", "flex")))
         assert torch.allclose(run(q, k, v, r), Shifted()(q, k, v, r), atol=1e-5)
     assert reattend.report(run).sites[0].fell_back == 0
+
+
+class Summed(nn.Module):
+    """A bias that is looked up at a sum over both coordinates of a grid: the sum is an index, and stays a whole number."""
+
+    grid: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        where = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")).flatten(1)
+        self.register_buffer("grid", where[:, :, None] - where[:, None] + 3)
+        self.table = nn.Embedding(49, 2)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, row: Tensor) -> Tensor:
+        at = (self.grid * row[:, None, None]).sum(0)
+        bias = F.pad(self.table(at).permute(2, 0, 1), (1, 0, 1, 0))
+        return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
+
+
+def test_a_sum_that_is_an_index_stays_a_whole_number() -> None:
+    q, k, v = (torch.randn(2, 2, 13, 16) for _ in range(3))
+    model, row = Summed().eval(), torch.tensor([7, 1])
+    torch._dynamo.reset()
+    with torch.no_grad():
+        run = reattend.optimize(Summed().eval(), policy=reattend.Policy(allow="reattend", deny=("original", "sdpa", "flex")))
+        run.load_state_dict(model.state_dict())
+        assert torch.allclose(run(q, k, v, row), model(q, k, v, row), atol=1e-5)
+    (site,) = reattend.report(run).sites
+    assert (site.kernel, site.fell_back) == ("reattend", 0)

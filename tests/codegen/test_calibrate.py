@@ -237,7 +237,7 @@ def test_the_cascades_are_attention(masked: bool) -> None:
 @pytest.mark.interpreter
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 def test_the_kernel_does_nothing_but_exponentials() -> None:
-    from reattend.codegen.skeletons.exps import BLOCK, exps
+    from reattend.codegen.measure.exps import BLOCK, exps
 
     out = torch.empty(2 * BLOCK)
     exps[(2,)](out, 5)
@@ -252,7 +252,7 @@ def test_the_kernel_of_exponentials_compiles_for_gpus() -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from reattend.codegen.skeletons.exps import exps
+    from reattend.codegen.measure.exps import exps
 
     source = triton.compiler.ASTSource(exps, signature={"out": "*fp32", "steps": "i32"}, constexprs={})
     text = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]

@@ -29,7 +29,7 @@ def recorded() -> Mapping[str, Any]:
 
 def test_every_case_was_launched(recorded: Mapping[str, Any]) -> None:
     assert tuple(recorded) == NAMES
-    assert [len(case["launched"]) for case in recorded.values()] == [1, 1, 1, 1, 2]
+    assert [len(case["launched"]) for case in recorded.values()] == [1, 1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -62,7 +62,7 @@ def source(name: str) -> str:
 
 def without_skeleton(text: str) -> str:
     """The header and the printed functions: what differs from one attention to the next."""
-    for skeleton in ("stream", "host", "scalar"):
+    for skeleton in ("stream", "lists", "host", "host_lists", "scalar"):
         for function in library.functions(skeleton).values():
             text = text.replace(function + "\n\n\n", "")
     return text
@@ -180,7 +180,7 @@ def skeletons_named() -> set[str]:
 def test_every_skeleton_that_is_named_exists() -> None:
     """Texts join them, which no contract of imports sees."""
     named = skeletons_named()
-    assert {"stream.py", "scalar.py", "cpu.py", "fused.hpp"} <= named
+    assert {"stream.py", "scalar.py", "lists.py", "fused.hpp"} <= named
     there = {p.name for p in (ROOT / "codegen" / "skeletons").iterdir()}
     assert named <= there
     # what no name leads to is imported

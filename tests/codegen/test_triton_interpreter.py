@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,18 @@ def test_half_precision(name: str, dtype: str) -> None:
     check(case.cascade, case.inputs(DTYPE[dtype]), case.sizes)
 
 
+@pytest.mark.parametrize("name", ["alibi", "bias", "cosine_cap", "nan_padding"])
+def test_scores_in_base_2(name: str) -> None:
+    case = attentions.VARIANTS[name](dtype="bf16")
+    check(case.cascade, case.inputs(torch.bfloat16), case.sizes)
+
+
+@pytest.mark.parametrize("score", ["table", "distance", "logarithm"])
+def test_distances_are_converted_apart(score: str) -> None:
+    p = attention(strategies.SCORES[score], strategies.ROWS["softmax"], h=1, dtype="bf16")
+    check(p.cascade, p.inputs(), p.sizes)
+
+
 @pytest.mark.parametrize("name", ["padding", "segments", "causal_padding", "decode", "checkerboard", "alibi", "window"])
 def test_the_emitted_file_finds_its_own_tiles(name: str) -> None:
     case = attentions.VARIANTS[name]()
@@ -119,6 +132,23 @@ def test_sizes_that_are_numbers(b: int, h: int, p: int, m: int, f: int) -> None:
 def test_head_sizes_that_are_no_power_of_two(size: int) -> None:
     p = attention(lambda s: s, strategies.ROWS["softmax"], e=size, f=size, h=1)
     check(p.cascade, p.inputs(), p.sizes)
+
+
+@pytest.mark.parametrize("odd", ["", "Q", "V"])
+def test_strides_that_are_no_multiples_of_8(odd: str) -> None:
+    """Heads of 24 are read 8 at a time, unless a tensor lies otherwise."""
+    p = attention(lambda s: s, strategies.ROWS["softmax"], e=24, f=24, h=1, p=17, m=17)
+    tensors = p.inputs()
+    if odd:
+        wide = torch.zeros(1, 1, 17, 27)
+        wide[..., 1:25] = tensors[odd]
+        tensors[odd] = wide[..., 1:25]
+    made = kernel(p.cascade)
+    assert made.streaming.eights == (0, 1, 2)
+    given = tuple(tensors[n] for n in "QKV")
+    assert made.module.in_eights(torch.empty(1, 1, 17, 24), given, made.streaming.eights) == (not odd)
+    check(p.cascade, tensors, p.sizes)
+    close(alone(made, tensors, p.sizes), p.cascade, tensors, p.sizes)
 
 
 @pytest.mark.parametrize("tile", [(16, 32), (32, 16), (64, 64)])
@@ -292,6 +322,55 @@ def test_other_batch_ranks() -> None:
         check(c, {t: torch.randn(shape(at), generator=g) for t, at in (("Q", q), ("K", k), ("V", v))}, {})
 
 
+# --- key ranges -----------------------------------------------------------------------------------------------------
+
+LENGTH = ex.load("length", (B,), "i64")
+RANGES = {
+    "causal": M <= P, "window": (M <= P) & (P - M < 9), "later": M >= P, "blocks": ex.equal(P // 8, M // 8),
+    "lengths": (M < LENGTH) & (M <= P), "shifted": M <= P - 5, "rows": (P < 30) & (M <= P + 2),
+}
+
+
+def ranged(name: str, fill: float, row: str = "softmax") -> Program:
+    batch = 2 if name == "lengths" else 1
+    return attention(lambda s: ex.where(RANGES[name], s, fill), strategies.ROWS[row], b=batch, h=1, p=37, m=53)
+
+
+@pytest.mark.parametrize("fill", [-INF, LOWEST])
+@pytest.mark.parametrize("name", RANGES)
+def test_row_blocks_walk_a_range(name: str, fill: float) -> None:
+    p, split = ranged(name, fill), 2 if name in ("window", "shifted") else 1
+    tensors = {**p.inputs(), **({"length": torch.tensor([0, 21])} if name == "lengths" else {})}
+    made = kernel(p.cascade, split=split)
+    # where a masked key may count, blocks whose bounds jump are listed
+    assert (made.streaming.span is None) == (name == "blocks" and fill == LOWEST)
+    close(run(made, tensors, p.sizes), p.cascade, tensors, p.sizes)
+    close(alone(made, tensors, p.sizes), p.cascade, tensors, p.sizes)
+
+
+@pytest.mark.parametrize(("name", "unread"), [("causal", slice(48, None)), ("later", slice(0, 0)), ("lengths", slice(32, None))])
+def test_tiles_outside_a_range_are_not_read(name: str, unread: slice) -> None:
+    p = ranged(name, -INF, row="zero")
+    tensors = {**p.inputs(), **({"length": torch.tensor([7, 21])} if name == "lengths" else {})}
+    want = run(kernel(p.cascade), tensors, p.sizes)
+    for n in ("K", "V"):
+        tensors[n][:, :, unread] = math.nan
+    torch.testing.assert_close(run(kernel(p.cascade), tensors, p.sizes), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_decode_reads_its_window_alone(split: int) -> None:
+    """One query at the end of a cache that was not trimmed, 4 heads to a key head."""
+    keep = (M <= P + 60) & (P + 60 - M < 12)
+    p = decode(8, 4, keys=61, keep=keep)
+    tensors = p.inputs()
+    want = evaluate(p.cascade, tensors, p.sizes, widen=True)["O"]
+    for n in ("K", "V"):
+        tensors[n][:, :, :48] = math.nan
+    out = run(kernel(p.cascade, split=split), tensors, p.sizes)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
+
+
 # --- split keys -----------------------------------------------------------------------------------------------------
 
 
@@ -346,18 +425,70 @@ def test_a_size_that_no_shape_shows_is_asked_for() -> None:
     check(case.cascade, tensors, case.sizes)
 
 
-@pytest.mark.parametrize("name", ["padding", "segments", "causal_padding"])
-def test_tiles_found_on_the_device_are_sound(name: str) -> None:
-    """Where data decides, classes from tensors (as on a GPU) are those from numpy or more careful."""
+@pytest.mark.parametrize("name", ["padding", "segments", "causal_padding", "sdpa_padding", "prefix", "small_padding"])
+def test_listed_tiles_are_those_of_the_mask(name: str) -> None:
+    """Full ones from the front, partial ones from the back; what the rule says of rows without a key is kept."""
     case = attentions.VARIANTS[name]()
     made, tensors = kernel(case.cascade), case.inputs()
-    sizes = dict(case.sizes)
-    extents = {"b": 2, "h": 4, "p": 37, "m": 37}
-    found = [made.classes(tensors, extents, sizes, on_device) for on_device in (False, True)]
-    host, device = torch.tensor(found[0]), found[1]
-    assert isinstance(device, Tensor)
-    assert host.shape == device.shape
-    assert ((host == device) | (device == 1)).all()
+    if "pad" in tensors:
+        tensors["pad"][0, :20] = False
+    s, bound = made.streaming, tuple(case.sizes[n] for n in case.cascade.free_symbols)
+    rows, full, every, found, _ = made.module.walk_of(tuple(tensors[n] for n in s.inputs), bound)
+    at = {"p": torch.arange(37)[:, None], "m": torch.arange(37)[None, :]}
+    for b in range(full.shape[0]):
+        kept = MASKED[name](tensors, b, **at).expand(37, 37)
+        assert sorted(rows[b].tolist()) == [0, 1, 2]
+        assert (every[b][rows[b]].diff() <= 0).all()
+        for i in range(3):
+            block = kept[16 * i : 16 * i + 16]
+            tiles = [block[:, 16 * j : 16 * j + 16] for j in range(3)]
+            whole = [j for j, t in enumerate(tiles) if t.all() and t.shape[1] == 16]
+            every_row = bool(block.any(1).all())
+            skipped = s.skipping == "always" or (s.skipping == "guarded" and every_row)
+            rest = [j for j, t in enumerate(tiles) if j not in whole and (t.any() or not skipped)]
+            n_full, n_all = int(full[b, i]), int(every[b, i])
+            assert found[b, i, :n_full].tolist() == whole
+            assert found[b, i].flip(0)[: n_all - n_full].tolist() == rest
+
+
+MASKED: Mapping[str, Callable[..., Tensor]] = {
+    "padding": lambda t, b, p, m: t["pad"][b][m], "sdpa_padding": lambda t, b, p, m: t["pad"][b][m],
+    "segments": lambda t, b, p, m: (m <= p) & (t["seg"][b][p] == t["seg"][b][m]),
+    "causal_padding": lambda t, b, p, m: (m <= p) & t["pad"][b][m],
+    "small_padding": lambda t, b, p, m: (m <= p) & t["pad"][b][m], "prefix": lambda t, b, p, m: (m <= p) | (m < 11),
+}
+
+
+def test_lists_that_sizes_decide_are_made_once() -> None:
+    case = attentions.VARIANTS["prefix"]()
+    made, tensors = kernel(case.cascade), case.inputs()
+    given, sizes = tuple(tensors[n] for n in "QKV"), tuple(case.sizes[n] for n in case.cascade.free_symbols)
+    first, again = (made.module.walk_of(given, sizes) for _ in range(2))
+    assert first[3] is again[3]
+    padded = attentions.VARIANTS["padding"]()
+    made, tensors = kernel(padded.cascade), padded.inputs()
+    given = tuple(tensors[n] for n in made.streaming.inputs)
+    sizes = tuple(padded.sizes[n] for n in padded.cascade.free_symbols)
+    assert made.module.walk_of(given, sizes)[3] is not made.module.walk_of(given, sizes)[3]
+
+
+def test_lists_are_not_kept_across_streams_nor_out_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = kernel(attentions.VARIANTS["prefix"]().cascade).module
+    here = SimpleNamespace(stream=1, capturing=False)
+    count = 0
+
+    def make() -> tuple[Tensor, ...]:
+        nonlocal count
+        count += 1
+        return (torch.zeros(count),)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: here.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=here.stream))
+    cuda = torch.device("cuda", 0)
+    sizes = []
+    for here.stream, here.capturing in ((1, True), (1, False), (1, False), (2, False), (1, False), (1, True)):
+        sizes.append(len(made.kept_lists(make, ("here",), cuda)[0]))
+    assert sizes == [1, 2, 2, 3, 2, 4]
 
 
 def test_a_number_on_the_host() -> None:

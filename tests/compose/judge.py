@@ -14,7 +14,18 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from reattend.rewriter.check.compare import CANCELLED, DRAWS, MAX_RATIO, Errors, change, drawn, errors, moved, redrawn
+from reattend.rewriter.check.compare import (
+    CANCELLED,
+    DRAWS,
+    MAX_RATIO,
+    Errors,
+    beside,
+    change,
+    drawn,
+    errors,
+    moved,
+    redrawn,
+)
 from reattend.rewriter.check.gradient import FLAT, LONGER, drowned
 
 from .draws import Draw, as_data
@@ -243,7 +254,8 @@ def _wrong(d: Draw, model: Composed, call: Reference, name: str, got: Tensor) ->
         got, own = (x.to(TYPES[d.autocast]) for x in (got, own))
     e = errors(got, own, exact)
     gradient = name != "result"
-    if _right(e, (0.0, 0.0), gradient):
+    unseen = beside(float(d.fill), own.dtype) if d.mask != "none" and d.fill.startswith("-1e") else 0.0
+    if _right(e, (unseen, unseen), gradient):
         return None
     if e.odd or not (
         _right(e, change(exact, _moved(d, model, call)[name]), gradient)

@@ -50,6 +50,17 @@ FOUND = {
         ' "out": "projected"}', ("sdpa", "checked sdpa")
     ),
     "sizes that are half of others": ('{"again": 2, "layout": "strided"}', ("sdpa", "product", "checked")),
+    "the lowest number of 16 bits as a fill": (
+        '{"dtype": "bf16", "queries": 9, "keys": 2, "mask": "stride", "form": "where", "fill": "lowest", "row": "logsumexp"}',
+        ("product", "reattend"),
+    ),
+    "heads of a group as the queries of one step, a sink over all heads": (
+        '{"again": 1, "batch": 2, "kv_heads": 3, "group": 4, "queries": 9, "heads_map": "folded", "row": "sink_log"}', ("sdpa",)
+    ),
+    "float64 beside a fill": (
+        '{"dtype": "f64", "queries": 9, "keys": 2, "mask": "per_head", "form": "arithmetic", "fill": "-1e9", "row": "temperature"}',
+        ("sdpa", "checked sdpa"),
+    ),
     "rows without a key under a temperature": (
         '{"keys": 2, "mask": "causal", "row": "temperature"}', ("sdpa", "sdpa body", "slices", "checked sdpa")
     ),

@@ -385,10 +385,12 @@ def test_masks_are_those_of_eager_attention(pad: str, window: bool) -> None:
 class Sparse(llama.LlamaAttention):  # type: ignore[misc]
     """Leaves a selection of keys to implementations other than eager and SDPA, as sparse models do."""
 
+    indices: torch.Tensor | None = torch.zeros(1, 3, 2, dtype=torch.long)
+
     def forward(self, x: torch.Tensor) -> Any:
         q, k, v = (p(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         function = transformers.AttentionInterface().get_interface("reattend", llama.eager_attention_forward)
-        return function(self, q, k, v, None, scaling=self.scaling, indices=torch.zeros(1, 3, 2, dtype=torch.long))
+        return function(self, q, k, v, None, scaling=self.scaling, indices=self.indices)
 
 
 def test_what_eager_attention_does_not_read_is_refused() -> None:
@@ -398,6 +400,17 @@ def test_what_eager_attention_does_not_read_is_refused() -> None:
         layer(torch.randn(1, 3, 64))
     with pytest.raises(Exception, match="Sparse hands over indices"):
         torch.compile(layer, backend="eager")(torch.randn(1, 3, 64))  # type: ignore[no-untyped-call]
+
+
+def test_what_is_refused_is_refused_after_calls_that_were_not() -> None:
+    reattend.register()
+    layer = Sparse(zoo.CONFIGS["llama"](), 0).eval()
+    layer.indices, indices = None, layer.indices
+    for _ in range(2):
+        layer(torch.randn(1, 3, 64))
+    layer.indices = indices
+    with pytest.raises(ValueError, match="Sparse hands over indices"):
+        layer(torch.randn(1, 3, 64))
 
 
 def test_models_that_add_the_mask_themselves_add_that_of_eager_attention() -> None:

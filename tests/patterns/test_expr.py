@@ -295,3 +295,24 @@ def test_make_refuses_unknown_operators() -> None:
 )
 def test_notation(e: Any, text: Any) -> None:
     assert str(e) == text
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_what_a_where_selects_is_stored_in_its_type(dtype: str) -> None:
+    torch_type = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    x, cond = ex.load("x", (), dtype), ex.index("m") > 3
+    values = [0.0, 1.0, 0.1, -1e9, 1e5, 65519.9, 65520.0, -3.4028234663852886e38, 3.39e38, 1e-8, 6e-8, 1e-40, 1e39,
+              math.inf, -math.inf, math.nan, 1.00390625, 1.01171875, 1.0 + 2.0**-8 + 2.0**-30]
+    for v in values:
+        got = ex.where(cond, x, ex.cast(ex.const(v), dtype)).args[2]
+        want = torch.tensor(v, dtype=torch.float64).to(torch_type).item()
+        assert got.is_const
+        assert got.dtype == dtype
+        assert repr(got.value) == repr(want), v
+
+
+def test_literals_that_a_type_has_are_folded() -> None:
+    assert ex.cast(ex.const(0.25), "bf16").is_const
+    assert ex.cast(ex.const(-3.3895313892515355e38), "bf16").is_const
+    # multiplied with a tensor of 16 bits, it is 0.3 in float32
+    assert ex.cast(ex.const(0.3), "bf16").op == "cast"

@@ -115,7 +115,7 @@ DOUBLE = f32(CAUSAL) * f32(PAD)
         ),
         (ex.cast(fill(CAUSAL, LOWEST, S), "f64"), CAUSAL, ex.cast(S, "f64"), (LOWEST,)),
         (ex.cast(S + fill(CAUSAL, -math.inf), "bf16"), CAUSAL, ex.cast(S, "bf16"), (-math.inf,)),
-        (S + f32(ex.cast(fill(CAUSAL, LOWEST), "f16")), CAUSAL, S, (LOWEST,)),
+        (S + f32(ex.cast(fill(CAUSAL, LOWEST), "f16")), CAUSAL, S, (-math.inf,)),
         ((S + fill(CAUSAL, LOWEST)) * 0.5, CAUSAL, S * 0.5, (LOWEST / 2,)),
         ((S + fill(CAUSAL, -1e9)) / 2, CAUSAL, S / 2, (-5e8,)),
         (0.5 * (S + fill(CAUSAL, LOWEST)), CAUSAL, 0.5 * S, (LOWEST / 2,)),

@@ -235,6 +235,25 @@ def test_heads_split_and_joined_by_reshapes() -> None:
     check_same(c, a)
 
 
+def test_row_scalars_that_are_kept_over_two_ranks_at_once() -> None:
+    """The heads of a group as the queries of one step, and a row rule over all heads: r = 4·h + p is h and p again."""
+    b = Builder({"h": 3, "p": 4, "r": 12})
+    qk = b.put("QK", "hpm", b.input("Q", "hpe") * b.input("K", "hme"), "add", "e")
+    h, p, r, m = (ex.index(x) for x in "hprm")
+    at_r = ex.load("QK", (r // 4, r % 4, m), "f32")
+    gm = b.put("GM", "r", at_r, "max", "m")
+    sd = b.put("SD", "r", ex.exp(at_r - gm), "add", "m")
+
+    def row(x: ex.Expr) -> ex.Expr:
+        return ex.substitute(x, {r: h * 4 + p})
+
+    b.put("O", "hpf", ex.exp(qk - row(gm)) / row(sd) * b.input("V", "hmf"), "add", "m")
+    c = b.cascade("folded", "O")
+    a = seen(c)
+    assert a.score is ex.load("QK", (h, p, m), "f32")
+    check_same(c, a, {"H": 3, "P": 4})
+
+
 def test_a_transposed_epilogue_takes_the_outputs_ranks() -> None:
     b = Builder({"p": papers.size("P"), "m": papers.size("M"), "x": papers.size("P"), "y": papers.size("F")})
     s = b.put("QK", "pm", b.input("Q", "pe") * b.input("K", "me"), "add", "e")

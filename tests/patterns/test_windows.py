@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
 from reattend.patterns.expr import Expr
+from reattend.patterns.masks import rows
+from reattend.patterns.masks.coordinates import Coordinate, places, plane
+from reattend.patterns.masks.split import count_tiles
 from reattend.patterns.masks.windows import (
     flat,
     inside,
@@ -116,3 +119,43 @@ def test_unfolding_finds_the_coordinates(keep: Expr, expected: str) -> None:
     assert not any(e.op == "mod" for e in ex.walk(out)), (out, expected)
     found = values(out, p0=6, p1=8, m0=6, m1=8).reshape(48, 48)
     np.testing.assert_array_equal(found, values(keep, p=48, m=48))
+
+
+def strided(q: ex.Expr, k: ex.Expr, size: int, reach: int) -> ex.Expr:
+    first = q // size * size
+    return (k - first <= reach) & (first - k <= reach)
+
+
+@pytest.mark.parametrize("width", [32, 24])
+@pytest.mark.parametrize("steps", [(4, 5, 8, 6), (4, 1, 8, 1), (1, 3, 6, 2)], ids=str)
+def test_rows_of_strided_planes_are_proved_by_their_coordinates(
+    width: int, steps: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No row keeps its own key for certain, and none is looked at key by key."""
+    monkeypatch.setattr(rows, "SCORES", 0)
+    p, m = ex.index("p"), ex.index("m")
+    keep = strided(p // width, m // width, *steps[:2]) & strided(p % width, m % width, *steps[2:])
+    extents = {"p": 32 * width, "m": 32 * width}
+    tiles = count_tiles(keep, query="p", key="m", extents=extents, tile_p=64, tile_m=64)
+    assert rows.rows_with_key(keep, tiles, query="p", key="m", extents=extents).all()
+
+
+def test_coordinates_of_a_key() -> None:
+    m = ex.index("m")
+    keep = (m // 192 <= 3) & (m % 192 // 16 <= 2)
+    assert plane(keep, m) == (Coordinate(192, None), Coordinate(16, 12), Coordinate(1, 16))
+    # two ways to cut the keys are no plane
+    assert plane((m // 10 <= 3) & (m // 16 <= 2), m) == ()
+    assert places(m <= 4, "p", "m") == ()
+
+
+def test_rows_that_no_bound_proves_are_looked_at() -> None:
+    """The one kept key of a row is at none of its bounds."""
+    p, m = ex.index("p"), ex.index("m")
+    keep = ex.equal(m * 7 % 64, p)
+    extents = {"p": 64, "m": 64}
+    tiles = count_tiles(keep, query="p", key="m", extents=extents, tile_p=16, tile_m=16)
+    assert rows.rows_with_key(keep, tiles, query="p", key="m", extents=extents).all()
+    none = ex.equal(m * 2 % 64, p)
+    tiles = count_tiles(none, query="p", key="m", extents=extents, tile_p=16, tile_m=16)
+    assert not rows.rows_with_key(none, tiles, query="p", key="m", extents=extents).any()

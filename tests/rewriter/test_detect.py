@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from reattend.patterns.attention import recognise
 from reattend.patterns.attention.attention import Attention
@@ -20,7 +21,7 @@ from reattend.rewriter.find.twins import match
 from reattend.rewriter.graph.aliases import Aliases
 from reattend.rewriter.graph.node import op_name
 
-from .helpers import error_of, graph_of, values_of
+from .helpers import error_of, graph_of, read, values_of
 
 _spec = importlib.util.spec_from_file_location("spellings", Path(__file__).parents[1] / "cases" / "spellings.py")
 assert _spec is not None
@@ -388,3 +389,35 @@ def test_an_operator_that_holds_a_whole_attention_is_named() -> None:
     assert [(m.what, "scaled_dot_product_attention" in m.hint) for m in missed] == [
         ("_scaled_dot_product_flash_attention_for_cpu", True)
     ]
+
+
+def learned_query(x: Tensor, w: Tensor) -> Tensor:
+    """Every token attends to what its own layers made, by one learned query; the keys are normalised."""
+    s = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    q = w.view(-1, x.shape[-1]).expand(*x.shape[:-2], -1, -1)
+    return ((q @ s.mT) * 0.25).softmax(-1) @ s
+
+
+def one_step_of_normalised_keys(x: Tensor, q: Tensor) -> Tensor:
+    s = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return ((q[:, :, :1] @ s.mT) * 0.25).softmax(-1) @ s
+
+
+@pytest.mark.parametrize(("fn", "shape"), [(learned_query, (8,)), (one_step_of_normalised_keys, (2, 5, 3, 8))])
+def test_one_query_before_normalised_keys_has_a_coordinate(fn: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    view = read(fn, torch.randn(2, 5, 3, 8, dtype=torch.float64), torch.randn(*shape, dtype=torch.float64))
+    assert view.query == "p"
+    assert view.cascade.rank["p"].size == 1
+
+
+def written_at_indices(x: Tensor, at: Tensor, y: Tensor) -> Tensor:
+    """What is written at run-time indices has no term, and is read after it."""
+    s = torch.zeros_like(x).index_put_((at,), y)
+    s = s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (x @ s.mT).softmax(-1) @ s
+
+
+def test_a_tensor_is_read_after_the_write_that_makes_it() -> None:
+    x, y = torch.randn(3, 5, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
+    view = read(written_at_indices, x, torch.tensor([2, 0]), y)
+    assert view.key == "m"

@@ -16,7 +16,7 @@ from reattend.rewriter.check import verdicts
 from reattend.rewriter.choose.policy import Policy, StrictError
 from reattend.rewriter.doors import site
 from reattend.rewriter.doors.book import layer_of, passed
-from reattend.rewriter.doors.callables import Opaque, OpenNumber, structure
+from reattend.rewriter.doors.callables import Opaque, OpenNumber, standing_for, structure
 from reattend.rewriter.doors.mask import PositionMask, Positions, added, not_pointwise
 from reattend.rewriter.doors.reads import Reads, Seen
 from reattend.rewriter.doors.site import Door, DoorCall
@@ -56,7 +56,9 @@ def test_equal_callables_have_equal_keys_and_data_is_a_leaf() -> None:
     assert a.key == b.key
     assert hash(a.key) == hash(b.key)
     assert a.leaves == (one,)
+    assert standing_for(a.key) is standing_for(b.key)
     assert structure(both(window(4), padding(one))).key != a.key
+    assert standing_for(structure(both(window(4), padding(one))).key) != standing_for(a.key)
     assert structure(both(padding(one), window(3))).key != a.key
 
 

@@ -156,7 +156,7 @@ def test_the_condition_is_proved_from_mask_and_data() -> None:
     graph, found = captured(Padded(), x, mask(24, 9))
     view = attention(found.cascade)
     assert isinstance(view, Attention)
-    condition = guards.every_row_keeps_a_key(found.cascade, view)
+    condition = guards.every_row_keeps_a_key(view)
     (name,) = condition.tensors
     for lengths in ((24, 24), (24, 1), (24, 0)):
         run = fx.Interpreter(graph, garbage_collect_values=False)
@@ -204,7 +204,7 @@ def test_the_condition_reads_sums_and_sizes(model: nn.Module, first: int, end: i
     (found,), _ = detect.find(graph)
     view = attention(found.cascade)
     assert isinstance(view, Attention)
-    condition = guards.every_row_keeps_a_key(found.cascade, view)
+    condition = guards.every_row_keeps_a_key(view)
     run = fx.Interpreter(graph, garbage_collect_values=False)
     out = run.run(*args)
     tensors = {name: run.env[node] for name, node in found.tensors.items()}
@@ -330,3 +330,23 @@ def test_equal_own_code_is_one_module_and_other_code_is_not() -> None:
     modules = [m for m, _ in made]
     assert modules[0] is modules[1]
     assert len({id(m) for m in modules}) == len(modules) - 1 >= 3
+
+
+class Gated(nn.Module):
+    """A bias is scaled by a gate that queries make: a sum over as many elements as there are keys, read at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.bias = nn.Linear(16, 8), nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, second = self.gate(q).unflatten(-1, (2, 4)).sum(-1).sigmoid().chunk(2, -1)
+        scores = q @ k.mT * 0.25 + (first * (second * 0.5 - 1) + 2) * self.bias
+        out: Tensor = scores.softmax(-1) @ v
+        return out
+
+
+def test_a_product_that_is_read_at_two_places_is_guarded_where_it_stands() -> None:
+    plan = reattend.plan(Gated().eval(), tuple(torch.randn(2, 3, 4, 16) for _ in range(3)))
+    assert [s.kind for s in plan.sites] == ["softmax"]
+    assert not plan.misses, plan.misses

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reattend
+from reattend.rewriter.graph.torch_private import schema
 from reattend.rewriter.splice.calls import PLAIN, call_plainly
 
 X, Y = torch.rand(2, 3, 4) + 0.1, torch.randn(2, 3, 4)
@@ -76,6 +77,23 @@ def test_a_function_runs_just_its_operator(name: str) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_all_arguments_may_come_by_position(name: str) -> None:
+    packet, _, overload = name.removeprefix("aten::").partition(".")
+    operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    args = operands(name)
+    args += tuple(a.default_value for a in schema(operator).arguments[len(args) :] if not a.kwarg_only)
+    gm = fx.GraphModule({}, fx.Graph())
+    given: list[Any] = [gm.graph.placeholder(f"x{i}") if isinstance(a, Tensor) else a for i, a in enumerate(args)]
+    if isinstance(args[0], list):
+        given[0] = [gm.graph.placeholder("x"), gm.graph.placeholder("y")]
+    gm.graph.output(gm.graph.call_function(operator, tuple(given)))
+    call_plainly(gm)
+    gm.recompile()
+    tensors = args[0] if isinstance(args[0], list) else [a for a in args if isinstance(a, Tensor)]
+    assert torch.equal(gm(*tensors), operator(*args))
+
+
 def test_a_graph_calls_them() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
@@ -85,6 +103,16 @@ def test_a_graph_calls_them() -> None:
     gm.recompile()
     assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [torch.neg, torch.ops.aten.slice.Tensor]
     assert torch.equal(gm(X), -X[:, :2])
+
+
+def test_a_size_is_the_tensor_s_own() -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.ops.aten.sym_size.int, (graph.placeholder("x"), 2)))
+    gm = fx.GraphModule({}, graph)
+    call_plainly(gm)
+    gm.recompile()
+    assert torch.ops.aten.sym_size.int not in [n.target for n in gm.graph.nodes]
+    assert gm(X) == 4
 
 
 class Attention(nn.Module):

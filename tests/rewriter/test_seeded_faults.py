@@ -161,7 +161,7 @@ FAULTS: dict[str, Fault] = {
     "exponential of another base": Fault("reattend", printed("exp_(s_1 - t", "exp2_(s_1 - t")),
     "a vendor's scale": Fault("sdpa", printed("scale=0.125", "scale=0.12")),
     "a vendor's mask": Fault("sdpa", printed("p < m", "p + 1 < m")),
-    "a vendor's heads": Fault("sdpa", printed("k, v = Q[0].unsqueeze(0), K[0]", "k, v = Q[0].unsqueeze(0), K[0].flip(0)")),
+    "a vendor's heads": Fault("sdpa", printed("k, v = Q, K", "k, v = Q, K.flip(1)")),
     "an operand in 16 bits": Fault("reattend", called(rounded, "our_call")),
     "the last row": Fault("reattend", called(last_row, "our_call")),
     "a value that is no number": Fault("sdpa", called(no_number, "vendor_call")),

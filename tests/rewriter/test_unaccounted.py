@@ -287,3 +287,69 @@ def test_a_plan_and_a_report_agree(fn: Callable[..., Tensor], batch: int) -> Non
         plan, report = reattend.plan(Model(), args), reattend.report(ours)
     assert [s.kind for s in plan.sites] == [s.site.kind for s in report.sites]
     assert sorted(m.reason for m in plan.misses) == sorted(m.reason for m in report.misses)
+
+
+def scaled_by_position(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rotated queries and keys that are scaled by where they stand: their own product looks like a last one."""
+    where = torch.arange(q.shape[-2], dtype=q.dtype)
+    angle = torch.einsum("i,j->ij", where, 1 / 100 ** torch.linspace(0, 1, q.shape[-1], dtype=q.dtype))
+    size = 0.9 ** ((where - where.max() // 2) / 8)[:, None]
+    q, k = (t * angle.cos() * s + t.flip(-1) * angle.sin() * s for t, s in ((q, size), (k, 1 / size)))
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def test_what_an_attention_computes_is_no_miss_of_its_own() -> None:
+    args = [torch.randn(2, 3, 7, 4, dtype=torch.float64) for _ in range(3)]
+    found, missed = detect.find(graph_of(scaled_by_position, args))
+    assert len(found) == 1
+    assert not missed, [m.reason for m in missed]
+
+
+def pooled_by_a_layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As many weighted means as a layer has outputs: queries that are learned, and folded into it."""
+    return F.linear(k, WEIGHT).mT.softmax(-1) @ v
+
+
+def of_a_convolution(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = F.conv2d(k.flatten(0, 1).mT[..., None], WEIGHT[:, :, None, None]).flatten(2)
+    return torch.einsum("...si,...id->...sd", scores.softmax(-1), v.flatten(0, 1))
+
+
+@pytest.mark.parametrize(("fn", "layer"), [(pooled_by_a_layer, "linear"), (of_a_convolution, "conv2d")])
+def test_weights_that_a_layer_makes_are_named(fn: Callable[..., Tensor], layer: str) -> None:
+    found, missed = detect.find(graph_of(fn, [torch.randn(2, 3, 7, 4) for _ in range(3)]))
+    assert not found
+    assert [m.reason for m in missed] == [
+        f"a softmax weighs values, but its scores are made by a layer ({layer}), not by a product"
+    ]
+
+
+def a_router(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Which of a layer's experts a token gets: the values are weights."""
+    return F.linear(q, WEIGHT).softmax(-1) @ WEIGHT
+
+
+def test_a_router_is_no_miss() -> None:
+    found, missed = detect.find(graph_of(a_router, [torch.randn(2, 3, 7, 4) for _ in range(3)]))
+    assert not found
+    assert not missed
+
+
+def test_one_query_and_one_key_are_named() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bhid,bhjd->bhij", q, k)
+        return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
+
+    _, missed = detect.find(graph_of(fn, [torch.randn(2, 3, 1, 4) for _ in range(3)]))
+    assert [m.reason for m in missed] == ["one key only"]
+
+
+def test_weights_that_leave_their_graph_are_named() -> None:
+    """What reads them stands behind a graph break, where nothing shows that they are weights."""
+    args = [torch.randn(2, 3, 7, 4) for _ in range(3)]
+    _, missed = detect.find(graph_of(lambda q, k, v: (q @ k.mT).softmax(-1).unsqueeze(1), args))
+    assert ["leaves its graph" in m.reason for m in missed] == [True]
+    found, missed = detect.find(graph_of(lambda q, k, v: ((p := (q @ k.mT).softmax(-1)) @ v, p), args))
+    assert len(found) == 1
+    assert not missed
+    assert detect.find(graph_of(lambda q, k, v: F.linear(q, WEIGHT).softmax(-1), args)) == ([], [])

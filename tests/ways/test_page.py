@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import test_generate, test_processes, test_single  # noqa: F401
+from . import test_generate, test_libraries, test_processes, test_single  # noqa: F401
 from .ways import PAGE, ROWS
 
 
