@@ -28,7 +28,7 @@ from ..operators import facts, logarithm
 from ..verdict import Obstacle
 from .derivative import derivative, pullback
 from .handed import Handing, Saved, Scalar, modest
-from .products import Product, collected, product, products, vanishes
+from .products import Monomial, collected, product, products, vanishes
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class _Backward(Handing):
         """h·(what is left), where all parts have h; else the whole under the row's conditions."""
         common, rest = collected(d)
         if self.scale is not None and common.holds(self.core):
-            common = common * self.core.inverse() * Product(self.core.number, {self.scale: 1})
+            common = common * self.core.inverse() * Monomial(self.core.number, {self.scale: 1})
             return (common * product(rest)).term(d.dtype)
         return self.under((common * product(rest)).term(d.dtype))
 
@@ -272,10 +272,10 @@ class _Backward(Handing):
         """Σ_f dOut·total·∂h/∂x as a scalar of the row: δ·(∂h/∂x)/h, where that divides by nothing but what h divides by."""
         slope = self.slope(self.h, x)
         if (ratio := self.ratio(slope)) is not None:
-            return _summed([Product(1.0, {self.shared_delta(): 1}) * p for p in ratio], self.dtype)
+            return _summed([Monomial(1.0, {self.shared_delta(): 1}) * p for p in ratio], self.dtype)
         return self.row_sum("eta", self.finished(self.reached(slope)))
 
-    def ratio(self, slope: Expr) -> list[Product] | None:
+    def ratio(self, slope: Expr) -> list[Monomial] | None:
         """(∂h/∂x)/h as products, where it is of the row and divides by nothing that h does not divide by itself."""
         whole = product(self.h)
         parts = [p * whole.inverse() for p in products(slope)]
@@ -326,25 +326,25 @@ class _Backward(Handing):
                 return new.get(x, x)
             if x.is_float and x.op in ("mul", "div", "neg"):
                 p = self.laws(product(x))
-                new[x] = Product(p.number, {go(a): n for a, n in p.powers.items()}).term(x.dtype)
+                new[x] = Monomial(p.number, {go(a): n for a, n in p.powers.items()}).term(x.dtype)
             else:
                 new[x] = ex.make(x.op, tuple(map(go, x.args)), x.attr, x.dtype)
             return new[x]
 
         return go(e)
 
-    def laws(self, p: Product) -> Product:
+    def laws(self, p: Monomial) -> Monomial:
         """h for its factors; then the weight for h and its lift, or a share for h and an exponential under its bound."""
-        h = self.core if self.scale is None else Product(1.0, {self.scale: 1})
+        h = self.core if self.scale is None else Monomial(1.0, {self.scale: 1})
         if self.scale is not None and self.core.powers and p.holds(self.core):
             p = p * self.core.inverse() * h
         lift = product(self.weight) * h
         if lift.powers and p.holds(lift):
-            return Product(1.0, {self.whole: 1}) * p * lift.inverse()
+            return Monomial(1.0, {self.whole: 1}) * p * lift.inverse()
         if self.scale is not None and self.scale in p.powers:
             for x, n in p.powers.items():
                 if n > 0 and (share := self.relative(x)) is not None:
-                    return p * Product(1.0, {x: -1, self.scale: -1, share: 1})
+                    return p * Monomial(1.0, {x: -1, self.scale: -1, share: 1})
         return p
 
 
@@ -354,7 +354,7 @@ def _or_stop(found: dict[Expr, Expr] | Obstacle) -> dict[Expr, Expr]:
     return found
 
 
-def _summed(parts: list[Product], dtype: str) -> Expr:
+def _summed(parts: list[Monomial], dtype: str) -> Expr:
     out = parts[0].term(dtype)
     for p in parts[1:]:
         out = out + p.term(dtype)
