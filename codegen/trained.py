@@ -128,7 +128,7 @@ def _flow(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Any:
     out, saved, *tensors = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * len(tensors)
     # torch takes a list of numbers for one argument, and an empty one for a list of tensors
-    answer: tuple[Any, ...] = gradients, None if ctx.sizes else [], None
+    answer: tuple[Any, ...] = (gradients, None if ctx.sizes else [], None)
     if grad is None:
         return answer
     with torch.no_grad():
