@@ -30,7 +30,7 @@ from . import product as cpu_product
 from . import sdpa as cpu_sdpa
 from . import training as cpu_training
 from . import training_product as cpu_training_product
-from .training import Printed
+from .training import TrainedFile
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
     return CpuKernel(source, inputs, loose(f.cascade), made.attention, compiled, (made.CompilerError,))
 
 
-BODIES_TRAINED: Mapping[str, Callable[[Form, TileMapping, str], Printed]] = {
+BODIES_TRAINED: Mapping[str, Callable[[Form, TileMapping, str], TrainedFile]] = {
     "fused": cpu_training.printed, "product": cpu_training_product.printed,
 }
 

@@ -32,7 +32,7 @@ LOCALS = (*parts(cpu_backward), "wanted", "given", "flow", "grad")
 
 
 @dataclass(frozen=True)
-class Printed:
+class TrainedFile:
     """A file; the float inputs of which its backward gives no gradient; how many scalars a row hands over."""
 
     text: str
@@ -40,12 +40,12 @@ class Printed:
     scalars: int
 
 
-def printed(f: Form, m: TileMapping, version: str) -> Printed:
+def printed(f: Form, m: TileMapping, version: str) -> TrainedFile:
     """The kernel's file. Raises PrintError where a body does not fit the attention or the machine."""
     check_tiles(f, m)
     made = _adjoint(f)
     f = visiting(f, made, _elements(made))
-    return Printed(_TrainingFile(f, m, made).text(version), _without(f, made), len(made.saved))
+    return TrainedFile(_TrainingFile(f, m, made).text(version), _without(f, made), len(made.saved))
 
 
 def visiting(f: Form, made: Adjoint, elements: Sequence[Expr]) -> Form:

@@ -28,7 +28,7 @@ from ..skeletons import cpu, cpu_backward, cpu_product, cpu_product_backward
 from ..text.print_torch import TYPES, TorchBody
 from ..text.printer import PrintError
 from .product import ProductKernel, take
-from .training import Printed, visiting
+from .training import TrainedFile, visiting
 
 BODY = "two products around the score and the row's state, and five around their derivatives"
 LOCALS = (
@@ -50,7 +50,7 @@ class Sum:
     total: str
 
 
-def printed(f: Form, m: TileMapping, version: str) -> Printed:
+def printed(f: Form, m: TileMapping, version: str) -> TrainedFile:
     """The kernel's file. Raises PrintError where the body does not fit the attention."""
     made = adjoint(f.attention)
     if isinstance(made, Obstacle):
@@ -62,7 +62,7 @@ def printed(f: Form, m: TileMapping, version: str) -> Printed:
     if f.real != "f32":
         raise PrintError("what rows hand over is float32, and this is computed in float64")
     elements = [made.weight, *(g.term for g in (*made.scores, *made.leaves) if a_tile(f, g))]
-    return Printed(_TrainingKernel(visiting(f, made, elements), made).file(m, version), (), len(made.saved))
+    return TrainedFile(_TrainingKernel(visiting(f, made, elements), made).file(m, version), (), len(made.saved))
 
 
 class _TrainingKernel(ProductKernel):

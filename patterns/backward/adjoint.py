@@ -26,9 +26,9 @@ from ..attention.score import only, without
 from ..expr import Expr
 from ..operators import facts, logarithm
 from ..verdict import Obstacle
-from .derivative import derivative, pullback
+from .derivative import NoGradient, derivative, pullback
 from .handed import Handing, Saved, Scalar, modest
-from .products import Product, collected, product, products, vanishes
+from .products import Factors, collected, product, products, vanishes
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,8 @@ def adjoint(a: Attention) -> Adjoint | Obstacle:
         return state
     try:
         return _Backward(a, state).adjoint()
-    except _NoGradient as stop:
+    except NoGradient as stop:
         return Obstacle(f"no gradient: {stop}", str(a.contraction.out), depth=7)
-
-
-class _NoGradient(Exception):
-    """Carries a reason to the one place that catches it."""
 
 
 class _Backward(Handing):
@@ -157,7 +153,7 @@ class _Backward(Handing):
             case "where", [False, False, True] if e.args[1].is_const:
                 self.conditions.append((e.args[0], float(e.args[1].value)))
                 return self.coefficient(e.args[2])
-        raise _NoGradient(f"the output is no multiple of {self.total}")
+        raise NoGradient(f"the output is no multiple of {self.total}")
 
     def levelled(self, e: Expr) -> Expr:
         """The maximum of what a bound was subtracted from already: max(x − d, y − d) = 0 for d = max(x, y)."""
@@ -181,7 +177,7 @@ class _Backward(Handing):
         """Split h into what is of the row, which goes to the weight, and what varies over the values, which goes to acc."""
         value = self.a.value
         if any(value in c.ranks for c, _ in self.conditions):
-            raise _NoGradient(f"a condition on {value} selects the output")
+            raise NoGradient(f"a condition on {value} selects the output")
         self.acc = ex.cast(self.dout, self.dtype)
         row = self.h
         if value in self.h.ranks:
@@ -233,19 +229,19 @@ class _Backward(Handing):
             for r in self.carried_loads(self.h):
                 moved = moved + self.slope(self.h, r) * (r * kappa.get((str(r.attr), d), 0.0))
             if not vanishes(moved):
-                raise _NoGradient(f"the output depends on {d} itself")
+                raise NoGradient(f"the output depends on {d} itself")
 
     def check_maxima(self) -> None:
         for e in (self.h, *self.lifts()):
             for r in self.carried_loads(e):
                 passed = self.carried[str(r.attr)].op == "add" and e is self.h
                 if not passed and not _zero(self.slope(e, r)):
-                    raise _NoGradient(f"{r} is read beside exponents, and which key has a maximum's gradient is not known")
+                    raise NoGradient(f"{r} is read beside exponents, and which key has a maximum's gradient is not known")
 
     def slope(self, e: Expr, x: Expr) -> Expr:
         found = derivative(e, x)
         if isinstance(found, Obstacle):
-            raise _NoGradient(found.reason)
+            raise NoGradient(found.reason)
         return found
 
     # what reaches the sums, and the end's own leaves
@@ -264,7 +260,7 @@ class _Backward(Handing):
         """h·(what is left), where all parts have h; else the whole under the row's conditions."""
         common, rest = collected(d)
         if self.scale is not None and common.holds(self.core):
-            common = common * self.core.inverse() * Product(self.core.number, {self.scale: 1})
+            common = common * self.core.inverse() * Factors(self.core.number, {self.scale: 1})
             return (common * product(rest)).term(d.dtype)
         return self.under((common * product(rest)).term(d.dtype))
 
@@ -272,10 +268,10 @@ class _Backward(Handing):
         """Σ_f dOut·total·∂h/∂x as a scalar of the row: δ·(∂h/∂x)/h, where that divides by nothing but what h divides by."""
         slope = self.slope(self.h, x)
         if (ratio := self.ratio(slope)) is not None:
-            return _summed([Product(1.0, {self.shared_delta(): 1}) * p for p in ratio], self.dtype)
+            return _summed([Factors(1.0, {self.shared_delta(): 1}) * p for p in ratio], self.dtype)
         return self.row_sum("eta", self.finished(self.reached(slope)))
 
-    def ratio(self, slope: Expr) -> list[Product] | None:
+    def ratio(self, slope: Expr) -> list[Factors] | None:
         """(∂h/∂x)/h as products, where it is of the row and divides by nothing that h does not divide by itself."""
         whole = product(self.h)
         parts = [p * whole.inverse() for p in products(slope)]
@@ -326,35 +322,35 @@ class _Backward(Handing):
                 return new.get(x, x)
             if x.is_float and x.op in ("mul", "div", "neg"):
                 p = self.laws(product(x))
-                new[x] = Product(p.number, {go(a): n for a, n in p.powers.items()}).term(x.dtype)
+                new[x] = Factors(p.number, {go(a): n for a, n in p.powers.items()}).term(x.dtype)
             else:
                 new[x] = ex.make(x.op, tuple(map(go, x.args)), x.attr, x.dtype)
             return new[x]
 
         return go(e)
 
-    def laws(self, p: Product) -> Product:
+    def laws(self, p: Factors) -> Factors:
         """h for its factors; then the weight for h and its lift, or a share for h and an exponential under its bound."""
-        h = self.core if self.scale is None else Product(1.0, {self.scale: 1})
+        h = self.core if self.scale is None else Factors(1.0, {self.scale: 1})
         if self.scale is not None and self.core.powers and p.holds(self.core):
             p = p * self.core.inverse() * h
         lift = product(self.weight) * h
         if lift.powers and p.holds(lift):
-            return Product(1.0, {self.whole: 1}) * p * lift.inverse()
+            return Factors(1.0, {self.whole: 1}) * p * lift.inverse()
         if self.scale is not None and self.scale in p.powers:
             for x, n in p.powers.items():
                 if n > 0 and (share := self.relative(x)) is not None:
-                    return p * Product(1.0, {x: -1, self.scale: -1, share: 1})
+                    return p * Factors(1.0, {x: -1, self.scale: -1, share: 1})
         return p
 
 
 def _or_stop(found: dict[Expr, Expr] | Obstacle) -> dict[Expr, Expr]:
     if isinstance(found, Obstacle):
-        raise _NoGradient(found.reason)
+        raise NoGradient(found.reason)
     return found
 
 
-def _summed(parts: list[Product], dtype: str) -> Expr:
+def _summed(parts: list[Factors], dtype: str) -> Expr:
     out = parts[0].term(dtype)
     for p in parts[1:]:
         out = out + p.term(dtype)

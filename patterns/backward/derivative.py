@@ -17,6 +17,10 @@ from ..verdict import Obstacle
 from .rules import RULES
 
 
+class NoGradient(Exception):
+    """Carries a reason to the one place that makes an Obstacle of it."""
+
+
 def derivative(root: Expr, by: Expr) -> Expr | Obstacle:
     """∂ root / ∂ by, where `by` is a sub-term that stands for a number of its own; the number 0 where there is none."""
     found = pullback({root: ex.const(1.0, root.dtype)}, (by,))

@@ -20,7 +20,7 @@ from ..cascade import Access, Cascade, Einsum, Rank, Size, Tensor, verify
 from ..expr import Expr
 from ..verdict import Obstacle
 from .adjoint import Adjoint, adjoint
-from .derivative import pullback
+from .derivative import NoGradient, pullback
 
 
 def gradient(c: Cascade) -> Cascade | Obstacle:
@@ -36,12 +36,8 @@ def gradient(c: Cascade) -> Cascade | Obstacle:
         return found
     try:
         return _Gradient(found).cascade()
-    except _NoGradient as stop:
+    except NoGradient as stop:
         return Obstacle(f"no gradient: {stop}", str(a.contraction.out), depth=7)
-
-
-class _NoGradient(Exception):
-    """Carries a reason to the one place that catches it."""
 
 
 @dataclass
@@ -181,7 +177,7 @@ class _Gradient:
         if d is None:
             return
         if e.op not in (None, "add"):
-            raise _NoGradient(f"{e.out} is a reduction by {e.op}")
+            raise NoGradient(f"{e.out} is a reduction by {e.op}")
         self.pull(e.body, d, (*(str(i.attr) for i in e.out.index), *e.over))
 
     def pull(self, body: Expr, d: Expr, space: tuple[str, ...]) -> None:
@@ -189,7 +185,7 @@ class _Gradient:
         leaves = [x for x in ex.loads(body) if x.is_float]
         found = pullback({body: d}, leaves)
         if isinstance(found, Obstacle):
-            raise _NoGradient(found.reason)
+            raise NoGradient(found.reason)
         for x, part in found.items():
             self.gather(x, ex.cast(part, self.a.cascade.accumulate), space)
 

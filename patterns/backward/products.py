@@ -1,6 +1,6 @@
 """Sums of products in a normal form, over the reals: so that equal factors meet, cancel and are shared.
 
-    Product    c · ∏ atom^power        an atom is whatever is no product, quotient, sign or number
+    Factors    c · ∏ atom^power        an atom is whatever is no product, quotient, sign or number
     collected  h·x − d·h  →  (x − d)·h
 """
 
@@ -16,22 +16,22 @@ from ..expr import Expr
 
 
 @dataclass(frozen=True)
-class Product:
+class Factors:
     """A number times powers of atoms, in the order in which they were met."""
 
     number: float
     powers: Mapping[Expr, int]
 
-    def __mul__(self, other: Product) -> Product:
+    def __mul__(self, other: Factors) -> Factors:
         powers = dict(self.powers)
         for a, n in other.powers.items():
             powers[a] = powers.get(a, 0) + n
-        return Product(self.number * other.number, {a: n for a, n in powers.items() if n})
+        return Factors(self.number * other.number, {a: n for a, n in powers.items() if n})
 
-    def inverse(self) -> Product:
-        return Product(1.0 / self.number, {a: -n for a, n in self.powers.items()})
+    def inverse(self) -> Factors:
+        return Factors(1.0 / self.number, {a: -n for a, n in self.powers.items()})
 
-    def holds(self, other: Product) -> bool:
+    def holds(self, other: Factors) -> bool:
         """Is every factor of `other` one of these, on the same side of the line?"""
         return all(self.powers.get(a, 0) * n >= n * n for a, n in other.powers.items())
 
@@ -53,35 +53,35 @@ class Product:
         return ex.cast(out, dtype)
 
 
-ONE = Product(1.0, {})
+ONE = Factors(1.0, {})
 
 
-def product(e: Expr) -> Product:
+def product(e: Expr) -> Factors:
     """A term as one product; a term that is a sum is an atom of it."""
     if e.is_float:
         match e.op:
             case "const" if e.value == e.value and abs(e.value) not in (0.0, float("inf")):
-                return Product(float(e.value), {})
+                return Factors(float(e.value), {})
             case "neg":
-                return Product(-1.0, {}) * product(e.args[0])
+                return Factors(-1.0, {}) * product(e.args[0])
             case "mul":
                 return product(e.args[0]) * product(e.args[1])
             case "div":
                 return product(e.args[0]) * product(e.args[1]).inverse()
             case "reciprocal":
                 return product(e.args[0]).inverse()
-    return Product(1.0, {e: 1})
+    return Factors(1.0, {e: 1})
 
 
-def products(e: Expr) -> list[Product]:
+def products(e: Expr) -> list[Factors]:
     """A term as a sum of products: sums are multiplied out, as far as they are factors above the line."""
     match e.op:
         case "add":
             return [*products(e.args[0]), *products(e.args[1])]
         case "sub":
-            return [*products(e.args[0]), *(Product(-1.0, {}) * p for p in products(e.args[1]))]
+            return [*products(e.args[0]), *(Factors(-1.0, {}) * p for p in products(e.args[1]))]
         case "neg":
-            return [Product(-1.0, {}) * p for p in products(e.args[0])]
+            return [Factors(-1.0, {}) * p for p in products(e.args[0])]
         case "mul" if e.is_float:
             return [p * q for p in products(e.args[0]) for q in products(e.args[1])]
         case "div":
@@ -89,20 +89,20 @@ def products(e: Expr) -> list[Product]:
     return [product(e)]
 
 
-def shared(parts: Iterable[Product]) -> Product:
+def shared(parts: Iterable[Factors]) -> Factors:
     """The factors that all parts have."""
     first, *rest = parts
     powers = dict(first.powers)
     for p in rest:
         powers = {a: _nearer(n, p.powers[a]) for a, n in powers.items() if p.powers.get(a, 0) * n > 0}
-    return Product(1.0, powers)
+    return Factors(1.0, powers)
 
 
 def _nearer(n: int, m: int) -> int:
     return min(n, m) if n > 0 else max(n, m)
 
 
-def collected(e: Expr) -> tuple[Product, Expr]:
+def collected(e: Expr) -> tuple[Factors, Expr]:
     """A sum as (the factors that all its parts have, the sum of what is left)."""
     parts = products(e)
     common = shared(parts)
@@ -110,7 +110,7 @@ def collected(e: Expr) -> tuple[Product, Expr]:
     for p in parts:
         left = p * common.inverse()
         if out is not None and left.number < 0:
-            out = out - Product(-left.number, left.powers).term(e.dtype)
+            out = out - Factors(-left.number, left.powers).term(e.dtype)
         else:
             out = left.term(e.dtype) if out is None else out + left.term(e.dtype)
     assert out is not None
