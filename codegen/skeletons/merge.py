@@ -29,8 +29,9 @@ def merge(
     f = tl.arange(0, BF)[None, :]  # [1, BF]
     state = START(BM)  # each [BM, 1]
     acc = tl.zeros([BM, BF], dtype=tl.float32)
+    first = tl.program_id(0).to(tl.int64) * n_split * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
     for i in range(n_split):
-        o = (tl.program_id(0).to(tl.int64) * n_split + i) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+        o = first + i * BM
         state, a, b = JOIN(state, RESTORE(p_state, o), at, inputs, sizes)
         acc = acc * a + tl.load(p_acc + o * BF + f) * b
     FINISH(out, acc, state, at, f, inside, inputs, sizes)
