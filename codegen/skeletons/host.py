@@ -37,7 +37,7 @@ def launch(
     with torch.cuda.device_of(out):
         kernel[(programs * row_blocks,)](
             (out, *out.stride()), tuple((t, *t.stride()) for t in inputs), sizes, walk if listed else (), (), row_blocks,
-            n_full, n_all, INDEX=index_type(out, *inputs), LISTED=listed,
+            n_full, n_all, 1, INDEX=index_type(out, *inputs), LISTED=listed,
             EIGHTS=in_eights(out, inputs, eights), **constants,
         )
     return out

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_split"])
 def merge(
-    out, inputs, sizes, tiles, parts, n_rows,
-    BM: tl.constexpr, BF: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
+    out, inputs, sizes, tiles, parts, n_rows, n_split,
+    BM: tl.constexpr, BF: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
     LATE: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, START: tl.constexpr, RESTORE: tl.constexpr,
     JOIN: tl.constexpr, FINISH: tl.constexpr,
 ):
@@ -29,8 +29,9 @@ def merge(
     f = tl.arange(0, BF)[None, :]  # [1, BF]
     state = START(BM)  # each [BM, 1]
     acc = tl.zeros([BM, BF], dtype=tl.float32)
-    for i in range(SPLIT):
-        o = (tl.program_id(0).to(tl.int64) * SPLIT + i) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+    first = tl.program_id(0).to(tl.int64) * n_split * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+    for i in range(n_split):
+        o = first + i * BM
         state, a, b = JOIN(state, RESTORE(p_state, o), at, inputs, sizes)
         acc = acc * a + tl.load(p_acc + o * BF + f) * b
     FINISH(out, acc, state, at, f, inside, inputs, sizes)

@@ -45,9 +45,9 @@ def around(i, i_low, i_full, n_full):
     return i_low + i + tl.where(i_low + i >= i_full, n_full, 0)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_full", "n_all"])
+@triton.jit(do_not_specialize=["n_rows", "n_full", "n_all", "n_split"])
 def stream(
-    out, inputs, sizes, tiles, parts, n_rows, n_full, n_all,
+    out, inputs, sizes, tiles, parts, n_rows, n_full, n_all, n_split,
     BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
     RANGED: tl.constexpr, LATE: tl.constexpr, EIGHTS: tl.constexpr, STRIDES: tl.constexpr, BATCH: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, QUERIES: tl.constexpr, START: tl.constexpr, PRODUCTS: tl.constexpr,
@@ -55,7 +55,9 @@ def stream(
 ):
     if EIGHTS:
         out, inputs = STRIDES(out, inputs)
-    i_block = tl.program_id(0) // SPLIT
+    i_block, i_part = tl.program_id(0), 0
+    if SPLIT:
+        i_block, i_part = i_block // n_split, i_block % n_split
     i_p = i_block % n_rows
     batch, i_mask = BATCH(i_block // n_rows, sizes)
     i_low, i_full, p_keys, width = 0, 0, 0, 0
@@ -76,10 +78,12 @@ def stream(
     q = QUERIES(at, inputs, sizes)  # each [BM, E]
     state = START(BM)  # each [BM, 1]
     acc = tl.zeros([BM, BF], dtype=tl.float32)
-    # SPLIT programs share a block's tiles: this one has those from `first` to `last`.
-    count = tl.cdiv(n_all, SPLIT)
-    first = tl.program_id(0) % SPLIT * count
-    last = tl.minimum(first + count, n_all)
+    first, last = 0, n_all
+    if SPLIT:
+        # Several programs share a block's tiles: this one has those from `first` to `last`.
+        count = tl.cdiv(n_all, n_split)
+        first = i_part * count
+        last = tl.minimum(first + count, n_all)
     # Of a list, the next number is read a turn ahead: a load that a turn waits for would stop its copies as well.
     i_next = 0
     if LISTED:
@@ -107,7 +111,7 @@ def stream(
         acc, state = tile(
             i_m, q, acc, state, at, inputs, sizes, BN, BF, INDEX, True, PRODUCTS, STEP, VALUES
         )
-    if SPLIT > 1:
+    if SPLIT:
         p_acc, p_state = parts
         o = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
         tl.store(p_acc + o * BF + tl.arange(0, BF)[None, :], acc)

@@ -162,7 +162,7 @@ def _arguments(
     signature: dict[str, Any] = dict.fromkeys(names, "constexpr")
     aligned = [["tt.divisibility", 16]]
     attributes: dict[Any, Any] = {}
-    kinds: dict[str, Any] = dict.fromkeys(("n_rows", "n_full", "n_all", "n_keys"), "i32")
+    kinds: dict[str, Any] = dict.fromkeys(("n_rows", "n_full", "n_all", "n_keys", "n_split"), "i32")
     kinds |= dict.fromkeys(("p_full", "p_all", "p_keys"), "*i32")
     kinds["sizes"] = ("i32",) * len(s.cascade.free_symbols)
     kinds["parts"] = ("*fp32", "*fp32") if kernel.mapping.split_m > 1 else ()

@@ -166,6 +166,7 @@ def _attention(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
     inputs = _tuple(n if shapes[t].shape else f"{n}.to({first}.device)" for t, n in tensors.items())
     symbols = _symbols(s, names)
     eights = f", {s.eights}" if s.eights else ""
+    planned = f", planned={mapping.split_m}" if mapping.split_m > 1 else ""
     lines = [
         f"def attention({', '.join([*tensors.values(), *(['*', *keywords] if keywords else [])])}):",
         f'    """{_signature(s)}',
@@ -178,7 +179,7 @@ def _attention(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
         f"    out = torch.empty(shape, dtype={print_torch.TYPES[shapes[s.cascade.outputs[0]].dtype]}, "
         f"device={first}.device)",
         f"    return {launcher(s, mapping)}, out, {'inputs' if needs_lists(s) else inputs}, sizes, programs, row_blocks, "
-        f"walk{eights})",
+        f"walk{eights}{planned})",
     ]
     if not keywords:
         lines[1] += '"""'

@@ -22,6 +22,7 @@ from ...cost_model.count.subject import FEW_ROWS
 from ...cost_model.count.work import WIDTH
 from ...cost_model.devices.architecture import FIRST_TILES_F32, Architecture, UnknownArchitecture
 from ...cost_model.devices.architecture import architecture as known_architecture
+from ...cost_model.devices.compiled import compiled
 from ...cost_model.devices.device import Device
 from ...cost_model.time.fit import SharedTiles
 from ...patterns.cascade import Cascade, bind
@@ -117,9 +118,17 @@ def default_mapping(c: Cascade, target: Device | str) -> TileMapping | Refusal:
         return arch
     limit = shared_limit(target, arch)
     for mapping in _smaller(_first(s, arch)):
-        if limit is None or _shared_bytes(s, mapping, arch) <= limit:
+        if (limit is None or _shared_bytes(s, mapping, arch) <= limit) and not _spills(s, mapping, arch):
             return mapping
     return Refusal(NAME, f"no tile of head size {s.value_width} fits into the {limit} bytes of shared memory of {arch.name}")
+
+
+def _spills(s: Streaming, mapping: TileMapping, arch: Architecture) -> bool:
+    """Did the kernel of these sizes spill registers when it was compiled?"""
+    widths = {s.value_width, *(sum(w for _, w in p.chunks) for p in s.products)}
+    tile = mapping.tile_p, mapping.tile_m, mapping.warps
+    found = compiled(arch.compiled_as, WIDTH[s.values.dtype], s.value_width, tile) if len(widths) == 1 else None
+    return found is not None and found.spill_bytes > 0
 
 
 def _first(s: Streaming, arch: Architecture) -> TileMapping:
@@ -203,7 +212,8 @@ class TritonKernel:
             kernels, constants = (made.stream, made.merge), (made.CONSTANTS, made.MERGE)
             count = len(s.state.carried)
             result = made.launch_split(
-                kernels, constants, count, out, tuple(inputs), bound, programs, row_blocks, walk, s.eights
+                kernels, constants, count, out, tuple(inputs), bound, programs, row_blocks, walk, s.eights,
+                planned=self.mapping.split_m,
             )
         else:
             given = out, tuple(inputs), bound, programs, row_blocks, walk, s.eights

@@ -102,7 +102,7 @@ def _indented(text: str) -> str:
 
 
 def _constants(s: Streaming, mapping: TileMapping) -> str:
-    tile = {"BM": mapping.tile_p, "BN": mapping.tile_m, "BF": s.value_width, "SPLIT": mapping.split_m}
+    tile = {"BM": mapping.tile_p, "BN": mapping.tile_m, "BF": s.value_width, "SPLIT": mapping.split_m > 1}
     late = {"LATE": s.span is not None and s.span.growing and mapping.heavy_first}
     holes = {h.upper(): h for h in HOLES} | {
         "STRIDES": "strides" if s.eights else None,
@@ -112,7 +112,7 @@ def _constants(s: Streaming, mapping: TileMapping) -> str:
     options = {"num_warps": mapping.warps, "num_stages": mapping.stages}
     text = _dictionary("CONSTANTS", {**tile, **late, **holes, **options})
     if mapping.split_m > 1:
-        del tile["BN"]
+        del tile["BN"], tile["SPLIT"]
         merging = {h.upper(): h for h in ("batch", "rows", "start", "restore", "join", "finish")}
         text += "\n" + _dictionary("MERGE", {**tile, **late, **merging, "num_warps": 4})
     if needs_lists(s):

@@ -24,7 +24,7 @@ from .work import WIDTH, Sizes, Work, count, factors, size_int, term_operations
 # With fewer query rows the heads of a group share a row block in our kernels, of so many rows at most, and no list of tiles
 # is worth its launches.
 FEW_ROWS = 16
-SHARED_ROWS = 64
+SHARED_ROWS = 128
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ class Architecture:
 
     `instruction_rows` are the rows of one matrix instruction where it reads its operands from shared memory, 0 where they
     pass through registers. With `tensor_memory` it accumulates there. `first_tiles` are those to start from, by the widest
-    operand.
+    operand. `like` names the architecture that our kernels were compiled for where they were not for this one.
     """
 
     name: str
@@ -42,11 +42,17 @@ class Architecture:
     matrix_instructions: tuple[str, ...]
     instruction_rows: int = 0
     tensor_memory: bool = False
+    like: str = ""
 
     @property
     def major(self) -> int:
         """CUDA's major compute capability; 0 for AMD."""
         return self.capability // 10
+
+    @property
+    def compiled_as(self) -> str:
+        """The architecture whose compiled kernels tell what those for this one take."""
+        return self.like or self.name
 
     @property
     def cudnn_first(self) -> bool:
@@ -61,7 +67,7 @@ class Architecture:
 
 # [R] for sm_80, sm_90, sm_100, gfx942; those of sm_80 for what was not read back.
 _AMPERE = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 1024: (32, 32, 8, 1)}
-_HOPPER = {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), 1024: (32, 32, 8, 2)}
+_HOPPER = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2), 1024: (32, 32, 8, 2)}
 _BLACKWELL = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 1024: (32, 32, 8, 2)}
 _CDNA = {64: (128, 64, 4, 2), 128: (128, 64, 4, 2), 256: (64, 32, 4, 2), 1024: (32, 16, 4, 1)}
 # Products in fp32 run on the vector lanes of any architecture. [R]
@@ -69,12 +75,12 @@ FIRST_TILES_F32 = {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 
 
 
 def _cuda(
-    capability: int, kilobytes: int, tiles: Mapping[int, Tiles] = _AMPERE, reads: str = "", rows: int = 0
+    capability: int, kilobytes: int, tiles: Mapping[int, Tiles] = _AMPERE, reads: str = "", rows: int = 0, like: str = ""
 ) -> Architecture:
     """`kilobytes` of shared memory that one block may have, 32 threads in a warp [G]; `reads` names an instruction [R]."""
     names = (reads, "HMMA") if reads else ("HMMA",)
     return Architecture(
-        f"sm_{capability}", "cuda", capability, 32, 1024 * kilobytes, tiles, names, rows, reads == "UTCHMMA"
+        f"sm_{capability}", "cuda", capability, 32, 1024 * kilobytes, tiles, names, rows, reads == "UTCHMMA", like
     )
 
 
@@ -87,11 +93,12 @@ _KNOWN: Mapping[str, Architecture] = {
     a.name: a
     for a in (
         # Turing, Ampere, Ada [G]
-        _cuda(75, 64), _cuda(80, 163), _cuda(86, 99), _cuda(89, 99),
+        _cuda(75, 64), _cuda(80, 163), _cuda(86, 99, like="sm_80"), _cuda(89, 99, like="sm_80"),
         # Hopper: 64 rows of a warp group [P]
         _cuda(90, 227, _HOPPER, "HGMMA", 64),
         # Blackwell: 128 rows [P]; on workstations as Ada [G]
-        _cuda(100, 227, _BLACKWELL, "UTCHMMA", 128), _cuda(103, 227, _AMPERE, "UTCHMMA", 128), _cuda(120, 99),
+        _cuda(100, 227, _BLACKWELL, "UTCHMMA", 128), _cuda(103, 227, _AMPERE, "UTCHMMA", 128, "sm_100"),
+        _cuda(120, 99, like="sm_80"),
         # CDNA 2, 3 and 4 [I]
         _cdna("gfx90a", 64), _cdna("gfx942", 64), _cdna("gfx950", 160),
     )

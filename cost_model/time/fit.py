@@ -3,21 +3,28 @@
     shared     = queries + buffers · (keys + values) [+ weights, where their layout changes on the way]
     registers  = (scores + accumulator + weights) / threads + addresses, fitted to kernels compiled ahead of time
 
-The shared memory is what Triton's compiler lays out, byte for byte; registers are a heuristic that refuses tiles that spill
-more than a few bytes. Head sizes are cut and padded as the kernel does it.
+The shared memory is what Triton's compiler lays out, byte for byte. Registers and spills are read from the table of compiled
+kernels; where it has none, a heuristic refuses tiles that spill more than a few bytes. Head sizes are cut and padded as the
+kernel does it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 
 from ...patterns.mapping import TileMapping
-from ..devices.architecture import Architecture
+from ..count.subject import SHARED_ROWS
+from ..devices.architecture import Architecture, architecture
+from ..devices.compiled import Compiled, compiled
 from ..devices.device import Device
 
 # Registers for addresses, bounds and the row state: with operands in shared memory, and with operands in registers.
 FIXED_REGISTERS, FIXED_REGISTERS_OLDER = 72, 100
+# Estimates in fp32 from which on what was compiled spilled.
+MOST_REGISTERS_F32 = 190
 SMALLEST_DOT = 16
 # Sequences beyond this are cut into tiles of at least 64.
 LONG = 2048
@@ -75,8 +82,8 @@ class SharedTiles:
 
         Where the tensor cores read shared memory, `stages` tiles are in flight (of keys one less where they accumulate in
         tensor memory and the head is cut: the second piece waits for the first); elsewhere they pass through registers, one
-        buffer less is enough, and weights change their layout in shared memory when a warp holds fewer rows than one
-        instruction. AMD keeps the query tile in registers.
+        buffer less is enough, and weights change their layout in shared memory when a tile has fewer rows than values have
+        columns. AMD keeps the query tile in registers.
         """
         rows, stages, tile = mapping.tile_p, mapping.stages, self.key + self.value
         weights = self.weight * rows * mapping.tile_m
@@ -88,7 +95,7 @@ class SharedTiles:
         if arch.instruction_rows and rows >= 64 and not self.plain:
             late = arch.tensor_memory and self.cut
             return self.query + stages * tile - late * self.key
-        relaid = self.plain or rows < max(16 * mapping.warps, self.value_width)
+        relaid = self.plain or rows < self.value_width
         return self.query + (stages - 1) * tile + relaid * weights
 
 
@@ -101,10 +108,23 @@ def registers(mapping: TileMapping, e: int, f: int, width: int, device: Device) 
         # each wave holds all keys of its rows
         return round(30 + 2.2 * keys * (1 + max(0, f - 64) / 256) + 0.6 * f + max(0, rows - 64) * f / 256)
     if width == 4:
-        # products in fp32 run on the vector lanes, with their operands in registers
-        return round(30 + 3 * (2 * rows * keys + rows * f + keys * e / 2) / threads)
+        # products in fp32 run on the vector lanes, with their operands in registers: more of a large head at a time
+        wide = min(max(e / 64, 1.0), 2.0) if rows > SMALLEST_DOT else 1.0
+        return round(30 + 3 * wide * (2 * rows * keys + rows * f + keys * e / 2) / threads)
     words = (rows * keys * (1 + width / 4) + rows * f) / threads
     return round(words + (FIXED_REGISTERS if device.architecture.instruction_rows else FIXED_REGISTERS_OLDER))
+
+
+def as_compiled(mapping: TileMapping, e: int, f: int, width: int, device: Device) -> Compiled | None:
+    """What the kernel of these head sizes took when it was compiled; None where it was not."""
+    return _row(device.arch, width, e, f, (mapping.tile_p, mapping.tile_m, mapping.warps))
+
+
+@lru_cache(maxsize=4096)
+def _row(arch: str, width: int, e: int, f: int, tile: tuple[int, int, int]) -> Compiled | None:
+    if padded(e) != padded(f):
+        return None
+    return compiled(architecture(arch).compiled_as, width, padded(e), tile)
 
 
 def register_limit(mapping: TileMapping, device: Device) -> int:
@@ -116,7 +136,8 @@ def register_limit(mapping: TileMapping, device: Device) -> int:
 
 def footprint(mapping: TileMapping, e: int, f: int, width: int, device: Device) -> Footprint:
     shared = shared_bytes(mapping, e, f, width, device)
-    regs = min(registers(mapping, e, f, width, device), register_limit(mapping, device))
+    found = as_compiled(mapping, e, f, width, device)
+    regs = found.registers if found else min(registers(mapping, e, f, width, device), register_limit(mapping, device))
     threads = mapping.warps * device.threads_per_warp
     resident = min(
         device.shared_bytes_per_unit // max(shared, 1),
@@ -133,9 +154,15 @@ def refuse(mapping: TileMapping, e: int, f: int, width: int, device: Device) -> 
     need = shared_bytes(mapping, e, f, width, device)
     if need > device.shared_bytes_per_block:
         return f"needs {need} bytes of shared memory, a block of {device.name} has {device.shared_bytes_per_block}"
+    found = as_compiled(mapping, e, f, width, device)
+    if found is not None:
+        return f"spills {found.spill_bytes} bytes of each thread" if found.spill_bytes else None
     regs, limit = registers(mapping, e, f, width, device), register_limit(mapping, device)
+    if width == 4 and device.kind == "cuda":
+        limit = min(limit, MOST_REGISTERS_F32)
     if regs > limit:
-        return f"needs about {regs} registers a thread, {device.name} has {limit}"
+        spare = "" if limit == register_limit(mapping, device) else " to spare in fp32"
+        return f"needs about {regs} registers a thread, {device.name} has {limit}{spare}"
     return None
 
 
@@ -147,8 +174,10 @@ def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys
     """
     if device.kind == "cpu":
         return tuple(_on_cpu(queries, keys))
-    if queries <= SMALLEST_DOT:
-        return tuple(m for m in _short(device, keys) if refuse(m, e, f, width, device) is None)
+    if queries <= SHARED_ROWS:
+        short = (m for m in _short(device, padded(queries), keys) if refuse(m, e, f, width, device) is None)
+        if found := tuple(short):
+            return found
     for least in (64, 32, 16) if min(queries, keys) > LONG else (32, 16):
         found = tuple(m for m in _tall(device, queries, least) if refuse(m, e, f, width, device) is None)
         if found:
@@ -179,13 +208,16 @@ def _stages(device: Device) -> tuple[int, ...]:
     return (1, 2) if device.kind == "hip" else (2, 3, 4)
 
 
-def _short(device: Device, keys: int) -> Iterator[TileMapping]:
-    for tile_m in (32, 64, 128):
-        for split in (1, 2, 4, 8, 16, 32):
+def _short(device: Device, rows: int, keys: int) -> Iterator[TileMapping]:
+    """All rows in one tile, or in two where one needs too much room."""
+    for tile_p, tile_m in product(sorted({rows, max(SMALLEST_DOT, rows // 2)}), (16, 32, 64, 128)):
+        if tile_m == 16 and rows < SHARED_ROWS:
+            continue
+        for split in (1, 2, 4, 8, 16, 32, 64):
             # a program should keep some key tiles to stream
             if split == 1 or keys >= 4 * split * tile_m:
                 for s in _stages(device):
-                    yield TileMapping(SMALLEST_DOT, tile_m, warps=4, stages=s, split_m=split)
+                    yield TileMapping(tile_p, tile_m, warps=4, stages=s, split_m=split)
 
 
 def _tall(device: Device, queries: int, least: int) -> Iterator[TileMapping]:

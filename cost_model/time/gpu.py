@@ -3,7 +3,7 @@
     tile      = (1 − ω)·Σ_r c_r + ω·max_r c_r        r ∈ matrix, exp, vector          partial tiles × partial_factor
     matrix    = max(FLOP / rate, operands / shared memory's rate): a product reads shared memory while it runs
     program   = prologue + Σ tiles;   kernel = makespan(programs, units · resident)
-    seconds   = max(kernel, bytes / (η·bandwidth), L2 bytes / L2 bandwidth) + launch
+    seconds   = max(kernel, bytes / (η·bandwidth), L2 bytes / L2 bandwidth, L2 bytes / (busy units · port)) + launch
 
 Source: the FlashAttention-3 and -4 papers (resources per tile), NATTEN's profiles (partial tiles).
 """
@@ -21,6 +21,9 @@ from ..devices.device import Device
 from .cost import Cost, bound_of
 from .fit import Footprint
 
+# What one unit can draw from the second-level cache, bytes a clock: its port, on NVIDIA since Volta and on CDNA. Sources:
+# Jia et al., "Dissecting the NVIDIA Volta GPU" (1804.06826), section 3; AMD's CDNA 3 white paper.
+UNIT_PORT = 64
 # Issue slots of a lane: the table's, and conversions, which run at half a slot beside others.
 SLOTS: Mapping[str, float] = {**{o.name: o.effort.slots for o in OPERATORS.values()}, "cast": 0.5}
 
@@ -43,6 +46,8 @@ class KernelWork:
     launches: int = 1
     merge_bytes: int = 0
     operand_bytes: int = 0
+    # of a full tile, by all warps: what was compiled to go to the lanes (0: not known)
+    issued: int = 0
 
     @property
     def programs(self) -> int:
@@ -98,6 +103,7 @@ def overlapped(parts: Mapping[str, float], overlap: float) -> float:
 def seconds(k: KernelWork, d: Device, *, overlap: float, partial_factor: float, scheduled: int = SCHEDULED) -> Cost:
     """The time of one kernel on a GPU."""
     full, partial = (resources(w, d, k.operand_bytes) for w in (k.full_tile, k.partial_tile))
+    full, partial = (_issued(parts, k, d) for parts in (full, partial))
     rest = resources(k.program, d)
     t_full, t_partial = overlapped(full, overlap) + _exposed(k, d, full), overlapped(partial, overlap)
     t_partial = max(t_partial, t_full * partial_factor)
@@ -107,7 +113,7 @@ def seconds(k: KernelWork, d: Device, *, overlap: float, partial_factor: float, 
     repeat = k.jobs.repeat * k.split
     kernel = launch_span(costs, repeat, d.units * k.resident, k.heavy_first, scheduled)
     memory = _dram_bytes(k, d, costs.size * repeat) / (d.model.bandwidth_efficiency * d.dram_bytes_per_s)
-    l2 = k.moved_bytes / d.l2_bytes_per_s if d.l2_bytes_per_s else 0.0
+    l2 = max(k.moved_bytes / d.l2_bytes_per_s, _drawn(k, d, costs.size * repeat)) if d.l2_bytes_per_s else 0.0
     launch = k.launches * d.model.launch_seconds
     merge = k.merge_bytes / (d.model.bandwidth_efficiency * d.dram_bytes_per_s)
     busy = max(kernel, memory, l2)
@@ -118,10 +124,22 @@ def seconds(k: KernelWork, d: Device, *, overlap: float, partial_factor: float, 
     return Cost(busy + merge + launch, bound, k.flops, k.unique_bytes + k.written_bytes, k.exps, parts, d.basis, d.band)
 
 
+def _issued(parts: Mapping[str, float], k: KernelWork, d: Device) -> dict[str, float]:
+    """The resources of a tile whose lanes are busy for as long as it takes to issue what was compiled, if that is longer."""
+    issuing = 32 * k.issued / (d.lanes_per_unit * d.clock_hz)
+    return {**parts, "vector": max(parts["vector"], issuing)}
+
+
 def _exposed(k: KernelWork, d: Device, tile: Mapping[str, float]) -> float:
     """Latency of a tile's loads that neither earlier stages nor other programs of the unit cover."""
     covered = (k.stages - 1 + k.resident - 1) * sum(tile.values())
     return max(0.0, d.model.load_latency_seconds - covered)
+
+
+def _drawn(k: KernelWork, d: Device, programs: int) -> float:
+    """Seconds in which the units that have a program draw what the programs read, each through its own port."""
+    rate = UNIT_PORT * d.clock_hz * d.model.bandwidth_efficiency
+    return k.moved_bytes / (min(programs, d.units) * rate)
 
 
 def _dram_bytes(k: KernelWork, d: Device, programs: int) -> float:

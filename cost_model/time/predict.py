@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...patterns import expr as ex
-from ...patterns.cascade import Cascade
+from ...patterns.cascade import Cascade, size_term
 from ...patterns.mapping import TileMapping
+from ...patterns.masks.ranges import key_range
 from ...patterns.verdict import Obstacle
 from ..count.eager import EagerOperator, beforehand, operators
 from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
@@ -27,7 +28,7 @@ from . import gpu, host
 from .beforehand import fetch_seconds, fused_fetch_seconds, plus, with_operands, with_prelude
 from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, tiled
 from .cost import Cost, bound_of
-from .fit import Footprint, candidates, footprint, padded, refuse
+from .fit import Footprint, as_compiled, candidates, footprint, padded, refuse
 from .fused import PLAIN, fits, fused
 
 __all__ = [
@@ -249,12 +250,31 @@ def _ours(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Dat
     kernel = gpu.streaming(w, mapping, jobs, fit, at.value, at.queries, at.batch)
     instruction = device.architecture.instruction_rows
     read = gpu.operand_bytes(mapping.tile_p, mapping.tile_m, at.embed, at.value, WIDTH[s.dtype], instruction)
-    kernel = replace(kernel, operand_bytes=read)
+    known = as_compiled(mapping, at.embed, at.value, WIDTH[s.dtype], device)
+    # where operands pass through registers, copies start where a turn ends: the first tile ahead covers nothing
+    late = device.kind == "cuda" and not instruction
+    launches = kernel.launches + LISTING * _lists(s, at)
+    kernel = replace(
+        kernel, launches=launches, operand_bytes=read, stages=max(1, mapping.stages - late),
+        issued=known.others * mapping.warps if known else 0,
+    )
     cost = gpu.seconds(
-        _shared_heads(kernel, _packed(at)), device, overlap=device.model.overlap,
+        _shared_heads(kernel, _packed(at), -(-_rows(at) // mapping.tile_p)), device, overlap=device.model.overlap,
         partial_factor=device.model.partial_factor, scheduled=scheduled,
     )
     return _with_prelude(cost, s, at, device)
+
+
+# What a call launches to list the tiles of a mask that data decides: the listing, and a sort of what it found.
+LISTING = 2
+
+
+def _lists(s: Subject, at: Shape) -> bool:
+    """Are tiles listed at each call? Not where no data decides the mask, nor where a block's keys are a range."""
+    a, keep = s.attention, s.mask.keep
+    if at.queries < FEW_ROWS or not ex.loads(keep):
+        return False
+    return key_range(keep, a.query, a.key, size_term(a.cascade.rank[a.key].size)) is None
 
 
 def _with_prelude(cost: Cost, s: Subject, at: Shape, device: Device) -> Cost:
@@ -263,12 +283,12 @@ def _with_prelude(cost: Cost, s: Subject, at: Shape, device: Device) -> Cost:
     return plus(cost, _operators(ops, device)) if ops else cost
 
 
-def _shared_heads(k: gpu.KernelWork, group: int) -> gpu.KernelWork:
-    """One program serves the heads of a group: so many fewer programs, and the keys are read once for all of them."""
+def _shared_heads(k: gpu.KernelWork, group: int, blocks: int = 1) -> gpu.KernelWork:
+    """`blocks` programs serve the heads of a group: so many fewer, and the keys are read once by each of them."""
     if group == 1:
         return k
-    jobs = replace(k.jobs, repeat=max(1, k.jobs.repeat // group))
-    return replace(k, jobs=jobs, moved_bytes=max(k.unique_bytes, k.moved_bytes // group))
+    jobs = replace(k.jobs, repeat=max(1, k.jobs.repeat * blocks // group))
+    return replace(k, jobs=jobs, moved_bytes=max(k.unique_bytes, k.moved_bytes * blocks // group))
 
 
 # --- vendors' kernels -----------------------------------------------------------------------------------------------

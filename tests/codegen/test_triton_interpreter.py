@@ -235,7 +235,7 @@ def decode(heads: int, group: int, queries: int = 1, keys: int = 41, batch: int 
     return Program(p.cascade.with_sizes({"s": queries}), {"t": keys}, "decode")
 
 
-@pytest.mark.parametrize(("heads", "group", "queries"), [(8, 4, 1), (4, 4, 1), (4, 1, 1), (6, 2, 3)])
+@pytest.mark.parametrize(("heads", "group", "queries"), [(8, 4, 1), (4, 4, 1), (4, 1, 1), (6, 2, 3), (72, 72, 1)])
 def test_decode_packs_the_heads_of_a_group(heads: int, group: int, queries: int) -> None:
     p = decode(heads, group, queries, keep=strategies.MASKS["padding"])
     made = kernel(p.cascade)
@@ -382,6 +382,17 @@ def test_split_keys_in_decode(split: int) -> None:
     made = kernel(p.cascade, split=split)
     close(run(made, tensors, p.sizes), p.cascade, tensors, p.sizes)
     close(alone(made, tensors, p.sizes), p.cascade, tensors, p.sizes)
+
+
+def test_keys_are_split_for_the_keys_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many parts as keep 132 units busy twice, none shorter than four tiles; as planned where no units are known."""
+    made = kernel(decode(8, 4).cascade, split=4).module
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    found = {keys: made.parts_of(4, 8, keys // 64, cuda) for keys in (64, 1024, 32768, 131072)}
+    assert found == {64: 1, 1024: 4, 32768: 33, 131072: 33}
+    assert made.parts_of(4, 1000, 2048, cuda) == 1
+    assert made.parts_of(4, 8, 1, cpu) == 4
 
 
 @pytest.mark.parametrize("rule", sorted(strategies.ROWS))

@@ -63,7 +63,7 @@ def test_what_was_read_back_and_published() -> None:
     rows = {n: architecture(n).instruction_rows for n in NAMES if architecture(n).instruction_rows}
     assert rows == {"sm_90": 64, "sm_100": 128, "sm_103": 128}
     assert {n for n in NAMES if architecture(n).tensor_memory} == {"sm_100", "sm_103"}
-    assert architecture("sm_90").first_tiles[128] == (128, 128, 8, 2)
+    assert architecture("sm_90").first_tiles[128] == (128, 64, 8, 3)
 
 
 @pytest.mark.parametrize(

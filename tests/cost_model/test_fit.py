@@ -2,8 +2,18 @@
 
 import pytest
 
+from reattend.cost_model.devices.compiled import table
 from reattend.cost_model.devices.device import device
-from reattend.cost_model.time.fit import candidates, chunked, footprint, padded, refuse, shared_bytes
+from reattend.cost_model.time.fit import (
+    MOST_REGISTERS_F32,
+    as_compiled,
+    candidates,
+    chunked,
+    footprint,
+    padded,
+    refuse,
+    shared_bytes,
+)
 from reattend.patterns import expr as ex
 from reattend.patterns.library import papers
 from reattend.patterns.mapping import TileMapping
@@ -83,9 +93,56 @@ def test_every_candidate_fits(name: str, e: int, f: int, width: int) -> None:
 def test_decode_splits_its_keys() -> None:
     found = candidates(device("h200"), e=128, f=128, width=2, queries=1, keys=131072)
     assert {m.tile_p for m in found} == {16}
-    assert max(m.split_m for m in found) == 32
+    assert max(m.split_m for m in found) == 64
     assert max(m.split_m for m in candidates(device("h200"), e=128, f=128, width=2, queries=1, keys=64)) == 1
 
 
 def test_nothing_fits_a_head_beyond_the_chip() -> None:
     assert candidates(device("l4"), e=1024, f=1024, width=4, queries=4096, keys=4096) == ()
+
+
+@pytest.mark.parametrize(("name", "arch"), [("a100", "sm_80"), ("h200", "sm_90"), ("b200", "sm_100")])
+def test_what_was_compiled_stands_in_place_of_estimates(name: str, arch: str) -> None:
+    d = device(name)
+    rows = {key[1:]: row for key, row in table().items() if key[0] == arch}
+    assert len(rows) >= 20
+    for (kind, head, *tile), row in rows.items():
+        mapping, width = TileMapping(tile[0], tile[1], tile[2], 2), {"bf16": 2, "f32": 4}[kind]
+        need = shared_bytes(mapping, head, head, width, d)
+        # barriers and a buffer for sums across warps, beside tensor memory and in fp32
+        slack = 0 if kind == "bf16" and arch != "sm_100" else 1056
+        assert need <= row.shared_bytes <= need + slack
+        if need > d.shared_bytes_per_block:
+            continue
+        reason = refuse(mapping, head, head, width, d)
+        assert reason == (f"spills {row.spill_bytes} bytes of each thread" if row.spill_bytes else None)
+        assert footprint(mapping, head, head, width, d).registers == row.registers
+
+
+def test_a_tile_that_was_not_compiled_is_estimated() -> None:
+    d = device("h200")
+    assert as_compiled(TileMapping(128, 128, 8, 2), 192, 128, 2, d) is None
+    assert as_compiled(TileMapping(256, 16, 8, 2), 128, 128, 2, d) is None
+    assert as_compiled(TileMapping(128, 64, 8, 2), 128, 128, 2, d) == table()["sm_90", "bf16", 128, 128, 64, 8]
+    # Ada as Ampere
+    l4 = as_compiled(TileMapping(64, 64, 4, 2), 64, 64, 2, device("l4"))
+    assert l4 == table()["sm_80", "bf16", 64, 64, 64, 4]
+
+
+@pytest.mark.parametrize("head", [64, 128])
+@pytest.mark.parametrize("length", [512, 4096])
+def test_no_candidate_in_fp32_spills(head: int, length: int) -> None:
+    """What was compiled and spilled is not offered; what was not compiled is well inside the registers."""
+    d = device("h200")
+    found = candidates(d, e=head, f=head, width=4, queries=length, keys=length)
+    assert found
+    for m in found:
+        row = as_compiled(m, head, head, 4, d)
+        assert row is None or row.spill_bytes == 0
+        assert row is not None or footprint(m, head, head, 4, d).registers <= MOST_REGISTERS_F32
+
+
+def test_more_rows_than_one_instruction_has_split_their_keys() -> None:
+    found = candidates(device("h200"), e=128, f=128, width=2, queries=32, keys=131072)
+    assert {m.tile_p for m in found} == {16, 32}
+    assert max(m.split_m for m in found) == 64

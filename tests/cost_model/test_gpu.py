@@ -1,5 +1,7 @@
 """The GPU's time model: cycles of published tiles, and the baselines that are known to be wrong."""
 
+from collections.abc import Callable
+
 import pytest
 
 from reattend.cost_model.count.tiles import makespan, order
@@ -7,7 +9,7 @@ from reattend.cost_model.count.work import Work
 from reattend.cost_model.devices.architecture import architecture
 from reattend.cost_model.devices.device import Device, shipped
 from reattend.cost_model.time.cost import Cost
-from reattend.cost_model.time.gpu import operand_bytes, overlapped, resources
+from reattend.cost_model.time.gpu import UNIT_PORT, operand_bytes, overlapped, resources
 from reattend.cost_model.time.predict import predict, tiles_of
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
@@ -15,6 +17,7 @@ from reattend.patterns.library import papers
 from reattend.patterns.mapping import TileMapping
 from reattend.patterns.verdict import Obstacle
 
+INF = float("inf")
 P, M = ex.index("p"), ex.index("m")
 CAUSAL = papers.attention("causal", papers.softmax, lambda b, s: ex.where(M <= P, s * 0.125, -3e38))
 FULL = papers.attention("full", papers.softmax)
@@ -104,3 +107,39 @@ def narrow(c: Cascade) -> Cascade:
     from .test_predict import narrow as to_bf16
 
     return to_bf16(c)
+
+
+def test_few_programs_draw_through_few_ports() -> None:
+    """One program cannot draw what the memory gives, however long it is let: keys are split until enough units draw."""
+    d = shipped("h200")
+    at = {"B": 1, "H": 1, "P": 1, "M": 32768, "E": 128, "F": 128}
+    seconds = {}
+    for split in (1, 8, 64):
+        cost = predict(FULL, TileMapping(16, 32, 4, 2, split_m=split), d, at)
+        assert isinstance(cost, Cost)
+        seconds[split] = cost.parts["l2"]
+    port = UNIT_PORT * d.clock_hz * d.model.bandwidth_efficiency
+    moved = seconds[1] * port
+    assert moved >= 2 * 32768 * 128 * 4
+    assert seconds[8] == pytest.approx(seconds[1] / 8, rel=0.01)
+    assert seconds[64] >= moved / d.l2_bytes_per_s
+
+
+def test_lists_that_data_decides_are_two_launches_more() -> None:
+    d, at = shipped("h200"), {"B": 2, "H": 8, "P": 512, "M": 512, "E": 64, "F": 64}
+
+    def launched(mask: str) -> float:
+        c = papers.attention(mask, papers.softmax, MASKED[mask])
+        cost = predict(c, TileMapping(32, 32, 8, 2), d, at)
+        assert isinstance(cost, Cost)
+        return round(cost.parts["launch"] / d.model.launch_seconds)
+
+    assert {mask: launched(mask) for mask in MASKED} == {"causal": 1, "parity": 1, "lengths": 1, "padding": 3}
+
+
+MASKED: dict[str, Callable[[papers.Builder, ex.Expr], ex.Expr]] = {
+    "causal": lambda b, s: ex.where(M <= P, s, -INF),
+    "parity": lambda b, s: ex.where(ex.equal((M + P) % 2, 0), s, -INF),
+    "lengths": lambda b, s: ex.where(M < b.input("length", "b", "i64"), s, -INF),
+    "padding": lambda b, s: ex.where((M <= P) & b.input("pad", "bm", "b1"), s, -INF),
+}

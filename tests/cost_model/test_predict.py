@@ -75,8 +75,8 @@ def faster(d: Device, x: float) -> Device:
 @pytest.mark.parametrize("x", [0.5, 2.0, 10.0])
 def test_rates_times_x_divide_the_time_by_x(d: Device, x: float) -> None:
     for c in (FULL, CAUSAL, WINDOW):
-        base = known(predict(c, TileMapping(64, 32, 4, 2), d, sizes(2048)))
-        scaled = known(predict(c, TileMapping(64, 32, 4, 2), faster(d, x), sizes(2048)))
+        base = known(predict(c, TileMapping(64, 32, 8, 2), d, sizes(2048)))
+        scaled = known(predict(c, TileMapping(64, 32, 8, 2), faster(d, x), sizes(2048)))
         assert scaled.seconds == pytest.approx(base.seconds / x)
         assert known(predict_vendor(c, FLASH, faster(d, x), sizes(2048))).seconds == pytest.approx(
             known(predict_vendor(c, FLASH, d, sizes(2048))).seconds / x
@@ -253,8 +253,8 @@ def test_planning_a_site_is_short() -> None:
         predict_vendor(CAUSAL, VendorUse("flex", skips=True), d, at)
 
     plan()
-    # 7,800
-    assert calls(plan) < 16_000
+    # 16,400: in fp32, where heads of 128 fit small tiles alone, there are many of them
+    assert calls(plan) < 20_000
 
 
 
