@@ -44,7 +44,8 @@ def in_base2(t: Terms, key: str, products: frozenset[Expr]) -> Terms:
         return t
     if any(x.is_float and key in x.ranks and x not in products for x in ex.loads(t.score)):
         return replace(t, state=mapped_state(t.state, lambda e: _differences(e, frozenset(bounds))))
-    scaling = _Scaling(frozenset(bounds), key)
+    filled = any(UNSCALED <= abs(float(x.value)) < math.inf for x in ex.walk(t.score) if x.is_const and x.is_float)
+    scaling = _Scaling(frozenset(bounds), key, filled)
     new = mapped_state(t.state, scaling.rewrite)
     lifts = tuple(
         replace(c, lift=scaling.scaled(o.lift)) if c.name in bounds else c for c, o in zip(new.carried, t.state.carried)
@@ -140,8 +141,8 @@ def _differences(root: Expr, bounds: frozenset[str]) -> Expr:
 class _Scaling:
     """Rewrites terms while the `bounds` among the carried scalars are held in units of log₂."""
 
-    def __init__(self, bounds: frozenset[str], key: str) -> None:
-        self.bounds, self.key = bounds, key
+    def __init__(self, bounds: frozenset[str], key: str, filled: bool) -> None:
+        self.bounds, self.key, self.filled = bounds, key, filled
 
     def is_bound(self, e: Expr) -> bool:
         return e.op == "load" and str(e.attr).removeprefix(OLD) in self.bounds
@@ -155,7 +156,8 @@ class _Scaling:
         for e in ex.walk(root):
             args = tuple(memo[a] for a in e.args)
             if self.is_bound(e):
-                memo[e] = e * LN2
+                # the bound of a row of fills is a fill, which was not scaled
+                memo[e] = ex.where(ex.unary("abs", e) >= UNSCALED, e, e * LN2) if self.filled else e * LN2
             elif e.op == "exp" and self.reads_bound(e):
                 memo[e] = ex.unary("exp2", self.scaled(e.args[0]))
             elif e.op == "eq" and e.args[1].is_const and math.isinf(e.args[1].value):

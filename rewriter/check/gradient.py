@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..graph.torch_private import tree_map
-from .compare import CANCELLED, DRAWS, MAX_RATIO, UNITS, Errors, change, drawn, errors, moved, redrawn
+from .compare import CANCELLED, DRAWS, MAX_RATIO, SMALLEST_ROW, UNITS, Errors, change, drawn, errors, moved, redrawn
 from .cut import CutProgram
 from .demand import everything, kept, pick
 
@@ -73,10 +73,12 @@ def _drowned(
 
 
 def drowned(ours: Tensor, exact: Tensor, there: Tensor) -> bool:
-    """Is a gradient off by no more than rounding leaves of numbers as large as those `there`, where nothing cancels?"""
-    largest = float(there.nan_to_num(0.0, 0.0, 0.0).abs().max())
-    limit = LONGER * DROWNED.get(ours.dtype, 0.0) * torch.finfo(ours.dtype).eps * largest
-    return bool((ours.double() - exact).abs().max() <= limit)
+    """Is a gradient off, row by row, by no more than rounding leaves of numbers as large as those `there`?"""
+    size = there.nan_to_num(0.0, 0.0, 0.0).abs().double()
+    rows = size.amax(-1, keepdim=True) if size.dim() else size
+    rows = rows.clamp_min(SMALLEST_ROW * float(size.max()))
+    limit = LONGER * DROWNED.get(ours.dtype, 0.0) * torch.finfo(ours.dtype).eps * rows
+    return bool(((ours.double() - exact).abs() <= limit).all())
 
 
 def _usual(x: Tensor) -> float:

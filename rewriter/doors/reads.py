@@ -57,8 +57,6 @@ def _same(a: object, b: object) -> bool:
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """The tensors that stand on a module itself."""
-    if not module._parameters and not module._buffers:
-        return {}
     return {n: x for group in (module.named_parameters, module.named_buffers) for n, x in group(recurse=False)}
 
 

@@ -21,7 +21,7 @@ SIZES = {"B": 1, "H": 8, "P": 2048, "M": 2048, "E": 64, "F": 64}
 
 
 def ours(d: Device) -> TileMapping:
-    return TileMapping(64, 64, body="sdpa") if d.kind == "cpu" else TileMapping(64, 32, 4, 2)
+    return TileMapping(64, 64, body="sdpa") if d.kind == "cpu" else TileMapping(64, 32, 8, 2)
 
 
 def seconds(rung: Rung, candidate: str, c: Cascade) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,16 @@ from torch import Tensor, nn
 
 import reattend
 from reattend.codegen import trained
+from reattend.codegen.forms import base2
 
 pytestmark = pytest.mark.slow
 OURS = reattend.Policy(allow=("reattend",))
+
+
+@pytest.fixture(autouse=True)
+def of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the net found of a kernel is kept on disk: a fault that is put in here is nobody else's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 class Block(nn.Module):
@@ -105,3 +113,41 @@ def test_a_wrong_gradient_is_found_before_it_reaches_a_parameter(monkeypatch: py
     with pytest.warns(UserWarning, match="keeps the original code"):
         found = losses(m)
     assert found == losses(model())
+
+
+class Filled(nn.Module):
+    """The first rows of one sequence keep no key, under the lowest number of 16 bits."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        fill = torch.finfo(q.dtype).min
+        return (q @ k.mT * 0.125).masked_fill(~keep, fill).softmax(-1) @ v
+
+
+def filled(dtype: torch.dtype, width: int = 64) -> tuple[Tensor, ...]:
+    keep = torch.ones(2, 1, 192, 192, dtype=torch.bool).tril()
+    keep[0, ..., :8] = False
+    g = torch.Generator().manual_seed(0)
+    return *(torch.randn(2, 2, 192, width, generator=g).to(dtype).requires_grad_() for _ in range(3)), keep
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_the_lowest_fill_pass_back_what_the_mean_does(dtype: torch.dtype) -> None:
+    given = filled(dtype)
+    flow = torch.randn(2, 2, 192, 64, generator=torch.Generator().manual_seed(3))
+    m = reattend.optimize(Filled(), policy=OURS)
+    found = torch.autograd.grad(m(*given), given[:3], flow.to(dtype))
+    wide = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in given]
+    s = (wide[0] @ wide[1].mT * 0.125).masked_fill(~wide[3], torch.finfo(dtype).min).softmax(-1) @ wide[2]
+    exact = torch.autograd.grad(s, wide[:3], flow.to(dtype).double())
+    for a, b in zip(found, exact, strict=True):
+        assert (a - b).norm() <= 2 * torch.finfo(dtype).eps * b.norm() + 1e-5
+
+
+def test_the_net_sees_that_such_rows_pass_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound in other units than the fills: the output is right, and a share of each value's gradient is lost."""
+    init = base2._Scaling.__init__
+    monkeypatch.setattr(base2._Scaling, "__init__", lambda self, bounds, key, filled: init(self, bounds, key, False))
+    m = reattend.optimize(Filled(), policy=OURS)
+    # of another width: a kernel that was built before stays
+    with pytest.warns(UserWarning, match="its gradient is off"):
+        m(*filled(torch.bfloat16, 32))
