@@ -32,6 +32,8 @@ def wrong_gradient(
         flow = torch.randn(kept(p.own.shape, p.wanted), generator=generator)
         mine, exact = _own(p, given, wanting, flow, [_detached(x) for x in given])
         theirs = _ours(p, target, arguments, given, wanting, flow)
+        types = {i: computed_in(mine[i]) for i in wanting}
+        mine, theirs = ({i: x.to(types[i]) for i, x in y.items()} for y in (mine, theirs))
         found = {i: errors(theirs[i], mine[i], exact[i]) for i in wanting}
         doubtful = [i for i in wanting if not _right(found[i], (0.0, 0.0))]
         if not doubtful:
@@ -40,10 +42,35 @@ def wrong_gradient(
         limits = {i: change(exact[i], other[i]) for i in doubtful}
         doubtful = [i for i in doubtful if not _right(found[i], limits[i])]
         doubtful = [i for i in doubtful if not _drowned(p, given, wanting, flow, i, theirs[i], exact[i])]
+        whole = float((flow.to(given[0].device) * p.run(given)[1]).nan_to_num(0.0, 0.0, 0.0).norm()) if doubtful else 0.0
+        doubtful = [i for i in doubtful if not vanishing(theirs[i], exact[i], whole)]
         if not doubtful:
             return None
         limits = _drawn(p, given, wanting, flow)
         return next((found[i] for i in doubtful if not _right(found[i], limits[i])), None)
+
+
+def computed_in(own: Tensor) -> torch.dtype:
+    """The type that a gradient's numbers were rounded to, whatever holds them: under autocast it is narrower."""
+    if own.dtype != torch.float32 or not bool(own.any()):
+        return own.dtype
+    held = (t for t in (torch.bfloat16, torch.float16) if _equal(own.to(t).to(own.dtype), own))
+    return next(held, own.dtype)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | b.isnan()).all())
+
+
+# What a derivative of this share of the whole is: 0, and rounded in float64.
+ZERO = 2.0**-40
+
+
+def vanishing(ours: Tensor, exact: Tensor, whole: float) -> bool:
+    """Is a gradient 0 by itself (of a bias that a row's keys share), and ours rounding of sums as large as the `whole`?"""
+    if not exact.numel() or not bool(ours.isfinite().all()) or float(exact.abs().max()) > ZERO * whole:
+        return False
+    return float(ours.abs().max()) <= LONGER * torch.finfo(ours.dtype).eps * whole
 
 
 # What one input is made by, so that scores are near 0 and no softmax is saturated.

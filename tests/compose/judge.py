@@ -26,7 +26,7 @@ from reattend.rewriter.check.compare import (
     moved,
     redrawn,
 )
-from reattend.rewriter.check.gradient import FLAT, LONGER, drowned
+from reattend.rewriter.check.gradient import FLAT, LONGER, drowned, vanishing
 
 from .draws import Draw, as_data
 from .module import Composed
@@ -225,12 +225,16 @@ def _outputs(
         return {"result": out.clone()}
     wanted = {n: x for n, x in zip(model.names, leaves) if x.requires_grad}
     wanted |= {f"parameter {n}": p for n, p in model.w.items() if p.requires_grad}
-    generator = torch.Generator().manual_seed(d.seed)
-    flow = torch.randn(out.shape, generator=generator).to(TYPES[d.dtype]).to(out.dtype)
-    found = torch.autograd.grad(out, list(wanted.values()), flow, allow_unused=True)
+    found = torch.autograd.grad(out, list(wanted.values()), _flow(d, out), allow_unused=True)
     return {"result": out.detach()} | {
         f"gradient of {n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(wanted.items(), found)
     }
+
+
+def _flow(d: Draw, out: Tensor) -> Tensor:
+    """What flows back into the result."""
+    generator = torch.Generator().manual_seed(d.seed)
+    return torch.randn(out.shape, generator=generator).to(TYPES[d.dtype]).to(out.dtype)
 
 
 @contextlib.contextmanager
@@ -261,6 +265,7 @@ def _wrong(d: Draw, model: Composed, call: Reference, name: str, got: Tensor) ->
         _right(e, change(exact, _moved(d, model, call)[name]), gradient)
         or _right(e, drawn(_drawn(d, model, call)[name], LONGER if gradient else 1.0), gradient)
         or (gradient and drowned(got, exact, _flat(d, model, call, name)))
+        or (gradient and vanishing(got, exact, float((_flow(d, call.own["result"]) * call.own["result"]).double().norm())))
     ):
         return "wrong", str(e)
     return None

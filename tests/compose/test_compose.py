@@ -57,6 +57,15 @@ FOUND = {
     "heads of a group as the queries of one step, a sink over all heads": (
         '{"again": 1, "batch": 2, "kv_heads": 3, "group": 4, "queries": 9, "heads_map": "folded", "row": "sink_log"}', ("sdpa",)
     ),
+    "gradients of float32 that autocast rounded to 16 bits": (
+        '{"autocast": "bf16", "grad": "inputs", "kv_heads": 2, "group": 4, "queries": 33, "keys": 17, "size": 2, "layout": "bphe",'
+        ' "heads_map": "index_select", "bias": "table", "mask": "padding_int", "second_mask": "blocks", "fill": "-1e9",'
+        ' "row": "sdpa", "seed": 260225688}', ("sdpa",)
+    ),
+    "a bias that all keys of a row share, whose gradient is 0": (
+        '{"dtype": "f16", "grad": "all", "kv_heads": 3, "queries": 64, "size": 65, "layout": "stacked", "keys_map": "gathered",'
+        ' "bias": "per_head", "row": "sdpa", "seed": 461625627}', ("sdpa",)
+    ),
     "float64 beside a fill": (
         '{"dtype": "f64", "queries": 9, "keys": 2, "mask": "per_head", "form": "arithmetic", "fill": "-1e9", "row": "temperature"}',
         ("sdpa", "checked sdpa"),
