@@ -101,6 +101,19 @@ def _fake_backward(
     return [torch.empty_like(tensors[i]) for i in wanted]
 
 
+@torch.library.register_vmap("reattend::cascade_backward", lib=library)  # type: ignore[untyped-decorator]
+def _mapped_backward(info: Any, in_dims: Any, *given: Any) -> tuple[list[Tensor], list[int]]:
+    """One backward after the other: `is_grads_batched`, a Jacobian."""
+    grad, out, saved, tensors, *rest = given
+    dims, held = (*in_dims[:3], *in_dims[3]), (grad, out, saved, *tensors)
+    each = []
+    for i in range(info.batch_size):
+        g, o, s, *x = (t if d is None else t.select(d, i) for t, d in zip(held, dims, strict=True))
+        each.append(torch.ops.reattend.cascade_backward.default(g, o, s, x, *rest))
+    made = [torch.stack(found) for found in zip(*each, strict=True)]
+    return made, [0] * len(made)
+
+
 class _Once(torch.autograd.Function):
     """Gradients that cannot be differentiated, beside what they were made of."""
 

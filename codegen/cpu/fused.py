@@ -151,8 +151,12 @@ class FusedFile:
             return entry(self.p, lines, setup, self.checks())
         shape = f"(*rows.shape[:3], {len(self.program.saved)})"
         lines.append(f'saved = torch.empty({shape}, dtype=torch.float32, device="cpu")')
-        lines.append(f"run(SOURCE, {call[0]}, rows, {call[1]}, saved)")
+        lines += [*self.ready(), f"run(SOURCE, {call[0]}, rows, {call[1]}, saved)"]
         return entry(self.p, lines, setup, self.checks(), "out, saved")
+
+    def ready(self) -> list[str]:
+        """What has to stand before a result is given whose gradient may be wanted."""
+        return []
 
     def call(self, program: LoopProgram) -> tuple[list[str], tuple[str, str]]:
         """Lines before a loop is called, and what it takes: operands; sizes, tiles, tensors and sizes of its program."""

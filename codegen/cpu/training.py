@@ -112,6 +112,10 @@ class _TrainingFile(FusedFile):
         modules = (cache, native, cpu, cpu_fused, cpu_backward)
         return file(self.p, self.m, printed, modules, constants, BODY, version)
 
+    def ready(self) -> list[str]:
+        """A compiler that fails does so in the forward, where another kernel can take its place."""
+        return ["backward_compiled(BACKWARD)"]
+
     def backward_holes(self) -> str:
         made = self.adjoint
         counts = f", SAVED = {len(made.saved)}, SCALARS = {len(made.saved) + len(made.row)}"

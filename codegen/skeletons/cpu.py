@@ -295,7 +295,7 @@ def sdpa(
             keys, values = (torch.cat([t[:, :, r.start : r.stop] for r in runs], 2) for t in (k, v))
         if added is not None and not triangle and any(r.masked for r in runs):
             parts = [four(added(p0, p1, m0, m1), p1 - p0, m1 - m0) for m0, m1, _ in runs]
-            mask = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+            mask = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         o, lse = attend(q[:, :, p0:p1], keys, values, mask, triangle, scale, empty, out.shape[3])
         out[:, :, p0:p1] = o if finish is None else finish(o, lse, 0, q.shape[0], p0, p1)
 

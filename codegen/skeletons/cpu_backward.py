@@ -52,7 +52,8 @@ def gradients(
     tile_p: int,
 ) -> list[Tensor]:
     """The gradients of queries, keys and values, in this order. `ends`: out, grad, saved. `size`: Z, H, HKV, P, M."""
-    out, grad, saved = ends[0], dense(ends[1]), ends[2].contiguous()
+    # hooks on what is saved may hand it back in another layout
+    out, grad, saved = dense(ends[0]), dense(ends[1]), ends[2].contiguous()
     z, h, hkv, p, m = size
     operands = [*queries, *keys, values]
     shapes = [(z, h, p, x.shape[3]) for x in queries] + [(z, hkv, m, x.shape[3]) for x in (*keys, values)]

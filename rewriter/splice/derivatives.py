@@ -40,7 +40,7 @@ class _Way:
         self.places = [place.get(id(x)) for x in flat]
         self.others = [x if i is None else None for x, i in zip(flat, self.places)]
         self.original = original
-        self.gradients: Sequence[Tensor | None] = ()
+        self.gradients: list[Tensor | None] = []
 
     def follow(self, leaves: Sequence[Tensor], gradient: Tensor) -> None:
         # one leaf may be made of another: what is asked for is the derivative by each alone
@@ -51,7 +51,12 @@ class _Way:
             out = self.original(*tree_unflatten(given, self.form))
         # the kernel's result stands for the original's up to a reshape and a cast
         gradient = gradient.reshape(out.shape).to(out.dtype)
-        self.gradients = torch.autograd.grad(out, leaves, gradient, create_graph=True, allow_unused=True)
+        self.gradients = list(torch.autograd.grad(out, leaves, gradient, create_graph=True, allow_unused=True))
+
+    def taken(self, i: int) -> Tensor | None:
+        """The gradient of a leaf, which is kept no longer: its graph leads back here."""
+        found, self.gradients[i] = self.gradients[i], None
+        return found
 
 
 class _Enter(torch.autograd.Function):
@@ -64,7 +69,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return ctx.way.gradients[ctx.i] if torch.is_grad_enabled() else gradient, None, None
+        return ctx.way.taken(ctx.i) if torch.is_grad_enabled() else gradient, None, None
 
 
 class _Leave(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,3 +153,61 @@ def test_the_net_sees_that_such_rows_pass_nothing_back(monkeypatch: pytest.Monke
     # of another width: a kernel that was built before stays
     with pytest.warns(UserWarning, match="its gradient is off"):
         m(*filled(torch.bfloat16, 32))
+
+
+def ours_and_own() -> tuple[nn.Module, nn.Module, tuple[Tensor, ...]]:
+    given = filled(torch.float32)
+    return reattend.optimize(Filled(), policy=OURS), Filled(), given
+
+
+def test_hooks_may_hand_what_was_saved_back_in_another_layout() -> None:
+    m, own, given = ours_and_own()
+    m(*given)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.mT.contiguous().mT if x.dim() > 1 else x, lambda x: x):
+        out = m(*given)
+    found = torch.autograd.grad(out.square().sum(), given[:3])
+    wanted = torch.autograd.grad(own(*given).square().sum(), given[:3])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_several_flows_at_once() -> None:
+    m, own, given = ours_and_own()
+    flows = torch.randn(3, 2, 2, 192, 64, generator=torch.Generator().manual_seed(3))
+
+    def all_of(model: nn.Module) -> Any:
+        out = model(*given)
+        return torch.vmap(lambda g: torch.autograd.grad(out, given[:3], g, retain_graph=True))(flows)
+
+    for a, b in zip(all_of(m), all_of(own), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert reattend.report(m).kernels["reattend"]
+
+
+def test_second_derivatives_keep_nothing_alive() -> None:
+    m, _, given = ours_and_own()
+    refs = []
+    for _ in range(2):
+        mine = [x.detach().clone().requires_grad_() for x in given[:3]]
+        out = m(*mine, given[3])
+        first = torch.autograd.grad(out.square().sum(), mine, create_graph=True)
+        torch.autograd.grad(sum(x.square().sum() for x in first), mine)
+        refs += [weakref.ref(x) for x in (*mine, out)]
+        del mine, out, first
+    gc.collect()
+    assert not [r for r in refs if r() is not None]
+
+
+def test_a_backward_that_cannot_be_compiled_is_found_in_the_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "compiler"
+    script.write_text(
+        '#!/bin/sh\nfor x in "$@"; do\n  if [ -f "$x" ] && grep -q "printed from the adjoint" "$x"; then exit 1; fi\ndone\nexec c++ "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    m = reattend.optimize(Filled(), policy=reattend.Policy(allow=("reattend",), check="never"))
+    given = filled(torch.float32, 16)
+    with pytest.warns(UserWarning, match="keeps the original code"):
+        out = m(*given)
+    out.square().sum().backward()
+    assert given[0].grad is not None
