@@ -191,7 +191,7 @@ def test_second_derivatives_keep_nothing_alive() -> None:
         mine = [x.detach().clone().requires_grad_() for x in given[:3]]
         out = m(*mine, given[3])
         first = torch.autograd.grad(out.square().sum(), mine, create_graph=True)
-        torch.autograd.grad(sum(x.square().sum() for x in first), mine)
+        torch.autograd.grad(torch.stack([x.square().sum() for x in first]).sum(), mine)
         refs += [weakref.ref(x) for x in (*mine, out)]
         del mine, out, first
     gc.collect()
