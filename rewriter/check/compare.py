@@ -21,7 +21,7 @@ from torch import Tensor
 RMS_RATIO, MAX_RATIO = 1.2, 2.5
 # Units in the last place within which a result is right whatever the own error is; summing in another order costs some.
 # Nothing wider measures float64: its limit is a thousandth of what one operand in float32 would show.
-UNITS = {torch.float64: 2.0**16, torch.float32: 8.0, torch.float16: 1.5, torch.bfloat16: 1.0}
+UNITS = {torch.float64: 2.0**16, torch.float32: 16.0, torch.float16: 1.5, torch.bfloat16: 1.0}
 # A row of the own code that is off by more units is changed altogether.
 ALTOGETHER = 256.0
 # It may be cancellation: to be off by no more than the own code, and by no more than this share of a row, is then right.

@@ -42,7 +42,7 @@ def wrong_gradient(
         limits = {i: change(exact[i], other[i]) for i in doubtful}
         doubtful = [i for i in doubtful if not _right(found[i], limits[i])]
         doubtful = [i for i in doubtful if not _drowned(p, given, wanting, flow, i, theirs[i], exact[i])]
-        whole = float((flow.to(given[0].device) * p.run(given)[1]).nan_to_num(0.0, 0.0, 0.0).norm()) if doubtful else 0.0
+        whole = _whole(p, given, flow) if doubtful else 0.0
         doubtful = [i for i in doubtful if not vanishing(theirs[i], exact[i], whole)]
         if not doubtful:
             return None
@@ -60,6 +60,13 @@ def computed_in(own: Tensor) -> torch.dtype:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | b.isnan()).all())
+
+
+def _whole(p: CutProgram, given: Sequence[Any], flow: Tensor) -> float:
+    """The size of what flows back through the result: sums of it are what a derivative cancels from."""
+    with torch.no_grad():
+        _, exact = p.run([_detached(x) for x in given])
+        return float((flow.to(exact.device) * exact).nan_to_num(0.0, 0.0, 0.0).norm())
 
 
 # What a derivative of this share of the whole is: 0, and rounded in float64.
