@@ -18,6 +18,13 @@ slow = pytest.mark.slow
 quiet = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.fixture(autouse=True)
+def no_state() -> None:
+    """accelerate keeps the precision of a process's first trainer for all that follow."""
+    state = pytest.importorskip("accelerate.state")
+    state.AcceleratorState._reset_state(True)
+
+
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(input_ids=tokens(2, 12)).logits
@@ -41,7 +48,6 @@ def trained(model: Any, folder: Path, **options: Any) -> float:
 @way("transformers' Trainer, with and without gradient checkpointing, under bf16", WORKS, slow)
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
 def test_trainer(options: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     model = llama()
     ours = optimised(model)
     losses = [trained(m, tmp_path, **options) for m in (ours, model)]
