@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..files.native import backward_type, load
-from .cpu_fused import FAILURES, dense, operand
+from .cpu_fused import FAILURES, dense, operand, read, seen
 
 # Units that a thread should get: where heads are fewer, their keys are cut into segments.
 UNITS = 3
@@ -65,17 +65,12 @@ def gradients(
     segments = max(1, min(-(-UNITS * threads // max(1, z * hkv)), m))
     sums = torch.empty((segments, z, h, tiles * tile_p * width), dtype=torch.float32, device="cpu")
     one = type(operand(values)) * n
-    data = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
-    numbers = (ctypes.c_int64 * len(sizes))(*sizes)
-    seen = (0, 0, 0, 0)
-    if classes is not None:
-        a, b, c, _ = classes.stride()
-        seen = (classes.data_ptr(), a if classes.shape[0] > 1 else 0, b if classes.shape[1] > 1 else 0, c)
+    data, numbers = read(tensors, sizes)
     wanted = any(x.requires_grad for x in queries) + 2 * any(x.requires_grad for x in keys) + 4 * values.requires_grad
     call = backward_type(n)(
         one(*map(operand, queries)), one(*map(operand, keys)), operand(values), operand(out), operand(grad),
         one(*map(operand, made[:n])), one(*map(operand, made[n:-1])), operand(made[-1]), saved.data_ptr(), sums.data_ptr(),
-        segments, *size, *seen, threads, wanted, ctypes.addressof(data), ctypes.addressof(numbers),
+        segments, *size, *seen(classes), threads, wanted, ctypes.addressof(data), ctypes.addressof(numbers),
     )
     failed = entry(ctypes.addressof(call))
     if failed:

@@ -70,6 +70,22 @@ def all_partial(rows: int, columns: int) -> Tensor:
     return torch.ones((1, 1, rows, columns), dtype=torch.uint8, device="cpu")
 
 
+def seen(classes: Tensor | None) -> tuple[int, int, int, int]:
+    """Where the classes of tiles lie, and their strides; nothing where all tiles are full."""
+    if classes is None:
+        return 0, 0, 0, 0
+    z, h, p, _ = classes.stride()
+    return classes.data_ptr(), z if classes.shape[0] > 1 else 0, h if classes.shape[1] > 1 else 0, p
+
+
+def read(
+    tensors: Sequence[Tensor], sizes: Sequence[int]
+) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int64]]:
+    """What a printed program loads: addresses and sizes."""
+    addresses = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+    return addresses, (ctypes.c_int64 * len(sizes))(*sizes)
+
+
 def run(
     text: str, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Tensor, out: Tensor,
     size: tuple[int, int, int, int, int], classes: Tensor | None, tensors: Sequence[Tensor], sizes: Sequence[int],
@@ -81,16 +97,11 @@ def run(
     """
     one = Operand * len(queries)
     z, h, p, _ = out.stride()
-    data = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
-    numbers = (ctypes.c_int64 * len(sizes))(*sizes)
-    tiles = (0, 0, 0, 0)
-    if classes is not None:
-        a, b, c, _ = classes.stride()
-        tiles = (classes.data_ptr(), a if classes.shape[0] > 1 else 0, b if classes.shape[1] > 1 else 0, c)
+    data, numbers = read(tensors, sizes)
     more = () if saved is None else (saved.data_ptr(),)
     call = call_type(len(queries), saved is not None)(
-        one(*map(operand, queries)), one(*map(operand, keys)), operand(values), out.data_ptr(), z, h, p, *size, *tiles,
-        torch.get_num_threads(), ctypes.addressof(data), ctypes.addressof(numbers), *more,
+        one(*map(operand, queries)), one(*map(operand, keys)), operand(values), out.data_ptr(), z, h, p, *size,
+        *seen(classes), torch.get_num_threads(), ctypes.addressof(data), ctypes.addressof(numbers), *more,
     )
     failed = compiled(text)(ctypes.addressof(call))
     if failed:

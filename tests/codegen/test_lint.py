@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from reattend.codegen.files import cache
 from reattend.codegen.triton import aot
 from reattend.codegen.triton.assembler import Loop, instructions
 from reattend.codegen.triton.kernel import TritonKernel, build
 from reattend.patterns.mapping import TileMapping
-from tests.loading import benchmark
 
 from .. import strategies
 from ..strategies import attention
@@ -28,16 +24,6 @@ CASES = [
     pytest.param("sm_80", 128, "128x64x8x3", marks=pytest.mark.slow),
     pytest.param("sm_100", 128, "128x64x8x3", marks=pytest.mark.slow),
 ]
-
-
-@pytest.fixture(scope="module")
-def counts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    folder = tmp_path_factory.mktemp("generated")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "directory", lambda: folder)
-        # benchmarks find one another beside themselves
-        patch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-        yield benchmark("kernel_counts")
 
 
 def full_tiles(counts: ModuleType, arch: str, head: int, tile: str, kernel: str) -> tuple[Loop, aot.AotReport]:
