@@ -200,7 +200,7 @@ class _Backward(Handing):
             return None
         ((b,), (total,)) = bounds, self.core.powers
         x, log = self.exponent(self.weight), logarithm(b.base)
-        if not log or x is None or not modest(x, {e.out.tensor for e in self.a.products}):
+        if not log or x is None or not modest(x):
             return None
         if any(c is not ex.equal(b.d, -math.inf) for c, _ in self.conditions):
             return None

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from .. import expr as ex
@@ -134,15 +133,15 @@ class Handing:
         return self.saved[x].load
 
 
-def modest(e: Expr, products: Collection[str]) -> bool:
-    """Are a term's finite values made of products and small numbers alone? Of tensors and coordinates nothing is known."""
+def modest(e: Expr) -> bool:
+    """Are a term's finite values proved to be small, by a cap say? Of products, tensors and coordinates nothing is known."""
     match e.op:
         case "const":
             return math.isinf(e.value) or abs(e.value) < MODEST
         case "load":
-            return str(e.attr) in products
+            return False
         case "where":
-            return all(modest(x, products) for x in e.args[1:])
+            return all(modest(x) for x in e.args[1:])
         case "cast":
-            return e.args[0].dtype == "b1" or (e.args[0].is_float and modest(e.args[0], products))
-    return e.is_float and (facts(e.op).bounded or all(modest(x, products) for x in e.args))
+            return e.args[0].dtype == "b1" or (e.args[0].is_float and modest(e.args[0]))
+    return e.is_float and (facts(e.op).bounded or all(map(modest, e.args)))

@@ -211,3 +211,15 @@ def test_a_backward_that_cannot_be_compiled_is_found_in_the_forward(tmp_path: Pa
         out = m(*given)
     out.square().sum().backward()
     assert given[0].grad is not None
+
+
+def test_large_equal_scores_keep_their_share() -> None:
+    """Of 64 equal keys each has a 64th, however large the scores are: log 64 is not lost beside them."""
+    v = torch.randn(1, 1, 64, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    keep = torch.ones(64, 64, dtype=torch.bool)
+    q, k = (torch.full((1, 1, 64, 16), 1e4) for _ in range(2))
+    m = reattend.optimize(Filled(), policy=reattend.Policy(allow="reattend", deny="original"))
+    flow = torch.randn(1, 1, 64, 16, generator=torch.Generator().manual_seed(3))
+    (found,) = torch.autograd.grad(m(q, k, v, keep), v, flow)
+    assert reattend.report(m).kernels["reattend"] == 1, str(reattend.report(m))
+    torch.testing.assert_close(found, flow.mean(2, keepdim=True).expand_as(v), rtol=1e-5, atol=1e-6)
