@@ -3,7 +3,7 @@
     coordinates   a query-side rank is a [BM, 1] vector, the key rank [1, BN], a batch rank a scalar: all broadcast
     floats        are computed in fp32: loads widen at once, the model's narrowing casts inside a term are dropped
     integers      are int32, or int64 where a bound says that 31 bits may not do; // and % round towards −∞
-    loads         are masked by the guards of the ranks they run over; other coordinates are clamped into the tensor
+    loads         are masked by the guards of the ranks they run over; coordinates that may leave the tensor are clamped
 """
 
 from __future__ import annotations
@@ -308,13 +308,13 @@ class TritonBody(Writer):
                 if int(i.value) != 0:
                     parts.append(f"{int(i.value)} * {stride}")
                 continue
-            text = self._put(i)
-            if clamp and not in_range(i, size, self.scope.extent):
-                limit = TritonBody(self.scope, ()).term(size_term(size) - 1)
-                text = Text(f"tl.minimum(tl.maximum({text.code}, 0), {limit})", ATOM)
-            else:
+            text, outside = self._put(i), clamp and not in_range(i, size, self.scope.extent)
+            if not outside or i.op == "index":
                 guards += [self.scope.guards[r] for r in sorted(i.ranks) if r in self.scope.guards]
-            if i.op == "index" and i.attr in self.scope.moving:
+            if outside:
+                limit = TritonBody(self.scope, ()).term(size_term(size) - 1)
+                parts.append(f"tl.minimum(tl.maximum({text.code}, 0), {limit}) * {stride}")
+            elif i.op == "index" and i.attr in self.scope.moving:
                 base, lane = self.scope.moving[str(i.attr)]
                 parts.append(f"{lane} * {stride}")
                 last.append(f"{base} * {stride}")

@@ -34,7 +34,7 @@ from ..lift.names import canonical
 from ..lift.operators_contract import peel
 from . import defect
 from .added import Addend, addends, candidates, sums
-from .final import Final, finals, hides_product
+from .final import Final, compare_lengths, finals, hides_product
 from .inside import between
 from .query import laid_out, with_query
 from .twins import match
@@ -101,6 +101,8 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     before   scores = q @ k.T; p = softmax(scores · scale + mask); out = p @ v
     after    Found(QK = Σ_e Q·K; S = …; GM, SN, SD, A; O = Σ_m A·V)
     """
+    # before any size is read: equal ones have one symbol from here on
+    compare_lengths(gm.graph)
     aliases, weights = Aliases(gm.graph), weights_of(gm.graph)
     found: list[Found] = []
     patterns: list[Found] = []

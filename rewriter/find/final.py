@@ -14,7 +14,7 @@ from ...patterns import expr as ex
 from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
-from ..graph.sizes import shape_of
+from ..graph.sizes import agree, shape_of
 from ..lift.index import ZERO
 from ..lift.lift import At, Lifter, scratch
 from ..lift.operators_contract import CONTRACTIONS, PRODUCTS, Contraction, contract
@@ -134,6 +134,19 @@ def is_product_sum(n: fx.Node) -> bool:
 # --- scaled_dot_product_attention -----------------------------------------------------------------------------------
 
 
+def compare_lengths(graph: fx.Graph) -> None:
+    """SDPA's rule for shapes compares no keys with values: two caches grow by symbols of their own, until one asks."""
+    for n in graph.nodes:
+        if op_name(n) == "scaled_dot_product_attention":
+            _as_many_values_as_keys(n)
+
+
+def _as_many_values_as_keys(n: fx.Node) -> bool:
+    a = arguments(n)
+    k, v = (tensor_of(typed("fx.Node", a[x])) for x in ("key", "value"))
+    return agree(k.shape[-2], v.shape[-2])
+
+
 def _sdpa(n: fx.Node) -> Final:
     a = arguments(n)
     q, k, v = (typed("fx.Node", a[x]) for x in ("query", "key", "value"))
@@ -178,6 +191,8 @@ def _sdpa(n: fx.Node) -> Final:
         return s
 
     def weight(lifter: Lifter, at: At, m: Expr) -> Expr:
+        if not _as_many_values_as_keys(n):
+            raise CannotLift("not as many keys as values", n)
         if a.get("dropout_p"):
             raise CannotLift("live dropout: its random numbers cannot be kept", n)
         dtype = dtype_of(n)

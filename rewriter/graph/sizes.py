@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from ...patterns.cascade import Size, as_size
-from .torch_private import expression, known_size
+from .torch_private import expression, known_size, traced_size
 
 
 def size_of(value: object) -> Size:
@@ -49,6 +49,12 @@ def same(a: Size, b: Size) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return bool(sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0)
+
+
+def agree(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Are two sizes that an operator demands to be one equal in the example? The graph is then guarded to keep it so."""
+    known = all(not isinstance(x, torch.SymInt) or traced_size(x) is not None for x in (a, b))
+    return bool(a == b) if known else same(size_of(a), size_of(b))
 
 
 def product(sizes: Sequence[Size]) -> Size:

@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -222,6 +223,21 @@ def test_nan_beyond_the_keys_is_not_read() -> None:
     wide[:, :, :21] = tensors["V"]
     tensors["V"] = wide[:, :, :21]
     check(p.cascade, tensors, p.sizes)
+
+
+def test_values_whose_length_has_a_symbol_of_its_own_are_not_read_past_their_end() -> None:
+    """Two caches that grow apart: as many values as keys, by no proof. What lies behind them in memory is NaN."""
+    case = attentions.build(lambda qk: qk, p=3, m=23)
+    own = case.cascade.tensor["V"]
+    values = replace(own, shape=(*own.shape[:2], attentions.size("t2"), own.shape[3]))
+    c = replace(case.cascade, tensors=tuple(values if t is own else t for t in case.cascade.tensors))
+    tensors = case.inputs()
+    wide = torch.full((*tensors["V"].shape[:2], 64, 16), math.nan)
+    wide[:, :, :23] = tensors["V"]
+    tensors["V"] = wide[:, :, :23]
+    got = run(kernel(c), tensors, {**case.sizes, "t2": 23})
+    want = scaled_dot_product_attention(tensors["Q"], tensors["K"], tensors["V"], scale=0.25)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 # --- decode, grouped heads, several products ---------------------------------------------------------------------

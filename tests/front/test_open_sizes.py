@@ -12,6 +12,9 @@ import reattend
 from reattend.cost_model.sites.course import SweepError
 from reattend.cost_model.sites.site import PlanError
 from reattend.rewriter.capture import export
+from reattend.rewriter.choose import choose
+from reattend.rewriter.find.detect import Found
+from reattend.rewriter.find.place import place
 
 from .conftest import Stack
 
@@ -98,3 +101,30 @@ def test_the_plan_holds_no_graph(plan: reattend.Plan) -> None:
         for x in value if isinstance(value, list) else [value]:
             assert not isinstance(x, (torch.fx.Graph, torch.fx.Node, nn.Module))
             assert not any(isinstance(v, torch.fx.Node) for v in vars(x).values()) if hasattr(x, "__dict__") else True
+
+
+def test_caches_that_grow_apart_have_one_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA's rule for shapes compares no keys with values; the graph is guarded to have as many of each."""
+
+    class Cached(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, new: Tensor) -> Tensor:
+            keys, values = torch.cat([k, new], 2), torch.cat([v, new], 2)
+            return nn.functional.scaled_dot_product_attention(q, keys, values)
+
+    def given(length: int) -> tuple[Tensor, ...]:
+        return (*(torch.randn(1, 2, n, 16) for n in (1, length, length)), torch.randn(1, 2, 1, 16))
+
+    seen: list[int] = []
+    at = place
+
+    def noted(f: Found, name: str) -> object:
+        seen.append(len(f.cascade.free_symbols))
+        return at(f, name)
+
+    monkeypatch.setattr(choose, "place", noted)
+    model = reattend.optimize(Cached().eval(), policy=reattend.Policy(deny=("original",)))
+    with torch.no_grad():
+        for length in (20, 21, 22, 30):
+            x = given(length)
+            torch.testing.assert_close(model(*x), Cached()(*x), rtol=0, atol=1e-5)
+    assert seen == [0, 1], str(reattend.report(model))
