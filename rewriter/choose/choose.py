@@ -40,6 +40,7 @@ from ..find.upstream import Reached, projection_width, upstream
 from ..graph.aliases import Aliases
 from ..graph.functional import EDITED, functional
 from ..graph.liveness import erase_dead
+from ..graph.shape_only import with_sizes
 from ..splice import splice
 from ..splice.guards import Originals
 from .candidates import Question, answer, guard_sentences
@@ -229,6 +230,7 @@ def decide(
     gm: fx.GraphModule, request: Request, taken: Counter[str] | None = None
 ) -> tuple[list[Decision], list[Miss]]:
     """Every attention of a graph with its decision, and what was left alone. `taken` counts the names given before."""
+    with_sizes(gm)
     erase_dead(gm)
     found, missed = find(gm)
     hints = hints_of(gm)
@@ -255,6 +257,7 @@ def places(
     """
     # nothing runs here, so that what is written in place may as well be a new value
     gm = functional(gm) or gm
+    with_sizes(gm)
     erase_dead(gm)
     found, missed = find(gm)
     out: list[Place] = []

@@ -16,7 +16,7 @@ from ...patterns import expr as ex
 from ...patterns.cascade import Cascade
 from ...patterns.expr import Expr
 from ...patterns.operators import named
-from .index import is_simple
+from .index import ZERO, is_simple
 from .lift import Lifter
 
 _INEXACT = frozenset((*named(lambda o: o.result == "float"), "pow"))
@@ -36,7 +36,10 @@ def hoist(lifter: Lifter, c: Cascade) -> Cascade:
         origin = lifter.origin.get(e)
         if origin is None or not is_simple(origin.at):
             return None
-        return lifter.leaf(origin.node, origin.at, reader=origin.node)
+        # along other coordinates the node repeats its value, and they may be those of another reader
+        others = {ex.index(r): ZERO for i in origin.at for r in i.ranks - e.ranks}
+        at = tuple(ex.substitute(i, others) for i in origin.at)
+        return lifter.leaf(origin.node, at, reader=origin.node)
 
     def dense(e: Expr) -> bool:
         return bool(e.ranks & queries) and bool(e.ranks - outer)

@@ -41,6 +41,9 @@ def test_a_draw_is_right_in_every_way(number: int) -> None:
 
 # What was found once, as small as it gets, and the ways that it was found in.
 FOUND = {
+    "rows masked whole, beside a sink": (
+        '{"mask": "data", "mask_spread": "b1p1", "form": "index_put_", "row": "sink"}', ("product", "checked reattend")
+    ),
     "autocast inside an einsum": ('{"autocast": "bf16", "second": "einsum", "bias": "alibi"}', ("checked sdpa", "checked reattend")),
     "a prelude that reads the keys first": ('{"batch": 2, "group": 2, "product": "bmm", "bias": "keyed"}', ("product", "reattend")),
     "one query, one number a value": ('{"queries": 1, "keys": 5, "value": 1}', ("default", "product")),

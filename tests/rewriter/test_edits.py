@@ -15,6 +15,7 @@ from reattend.patterns.masks.split import split
 from reattend.rewriter.find import detect
 from reattend.rewriter.find.place import place
 from reattend.rewriter.graph.functional import functional
+from reattend.rewriter.graph.shape_only import with_sizes
 
 from .helpers import error_of, graph_of, values_of
 
@@ -178,6 +179,25 @@ def test_a_mask_made_by_slices_is_a_predicate() -> None:
     mask = split(view.score, view.key)
     assert mask.fills == (-INF,)
     assert not [x for x in view.cascade.inputs if len(x.shape) < 2]
+
+
+def test_scores_read_for_their_shape_are_not_read() -> None:
+    """`expand_as(scores)`: the mask that it makes is read as it is, and the scores are not."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, sink: Tensor) -> Tensor:
+        s = q @ k.mT * 0.25
+        s[~keep.expand_as(s)] = -INF
+        return torch.cat([s, sink.expand(2, 3, N, 1)], -1).softmax(-1)[..., :-1] @ v
+
+    torch.manual_seed(0)
+    args = [*(torch.randn(2, 3, N, 8, dtype=torch.float64) for _ in range(3)), torch.rand(2, 1, N, 1) > 0.5]
+    args.append(torch.randn(1, dtype=torch.float64))
+    gm = graph_of(f, args)
+    gm = functional(gm) or gm
+    with_sizes(gm)
+    (found,), _ = detect.find(gm)
+    assert error_of(found, values_of(gm, args)) <= 1e-12
+    assert not place(found, "site").bound
 
 
 def test_values_made_of_the_scores_keep_the_original() -> None:
