@@ -26,11 +26,10 @@ from reattend.patterns.mapping import TileMapping
 from .. import strategies
 from ..strategies import INF, LOWEST, B, E, F, H, M, P, Program, attention, programs
 from . import attentions
+from .nearness import ULP, close
 
 pytestmark = pytest.mark.interpreter
 
-# One unit in the last place of an output of size 1.
-ULP = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
 PROGRAMS = int(os.environ.get("REATTEND_PROGRAMS", "40"))
 
 
@@ -62,20 +61,6 @@ def alone(made: TritonKernel, tensors: Mapping[str, Tensor], sizes: Mapping[str,
     named = {n: v for n, v in sizes.items() if n in keywords}
     result: Tensor = made.module.attention(*(tensors[n] for n in made.streaming.inputs), **named)
     return result
-
-
-def close(out: Tensor, c: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], most: float = 2.5) -> None:
-    """NaN where the model has it, and elsewhere at most `most` times the error of the same cascade run in torch."""
-    want = evaluate(c, tensors, sizes, widen=True)[c.outputs[0]]
-    plain = evaluate(c, tensors, sizes)[c.outputs[0]].double()
-    assert torch.equal(out.isnan(), want.isnan())
-    assert torch.equal(out.isinf(), want.isinf())
-    here = torch.isfinite(want)
-    if not here.any():
-        return
-    scale = max(1.0, float(want[here].abs().max()))
-    error, reference = ((x.double() - want)[here].abs().max().item() for x in (out, plain))
-    assert error <= most * reference + 2 * ULP[c.tensor[c.outputs[0]].dtype] * scale
 
 
 def check(c: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], tile: tuple[int, int] = (16, 16)) -> None:
