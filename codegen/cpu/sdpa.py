@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...patterns import expr as ex
+from ...patterns.attention.score import hiding
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.terms.arithmetic import FLOAT_FORMAT
@@ -173,7 +174,7 @@ def _empty(f: Form, s: Softmax) -> float | None:
     if s.score.added is None or (s.ending.finish is None and s.ending.empty == 0):
         return None
     a, lowest = f.attention, sum(x for x in f.mask.fills)
-    if f.hidden or any(x.is_float and a.key in x.ranks for x in ex.loads(s.score.added)):
+    if f.hidden or hiding(s.score.added, a.key):
         return s.ending.empty
     # where every row is proved to keep a key, nobody has to look for those that do not
     return s.ending.empty if lowest < -FLOAT_FORMAT["f32"][2] and rows_keep_a_key(a, f.mask.keep) else None

@@ -298,7 +298,7 @@ def file(
     ]
     numbers = [f"TILE_P, TILE_M = {m.tile_p}, {m.tile_m}", *constants]
     numbers += [line for name, line in CONSTANTS.items() if name in used_names(text)]
-    out = [header(p.f, decision, version), imports("\n".join([text, *loops])), "\n".join(numbers), *loops, text]
+    out = [header(p.f, decision, version), imports("\n".join([*numbers, text, *loops])), "\n".join(numbers), *loops, text]
     return "\n\n\n".join(out) + "\n"
 
 

@@ -12,6 +12,7 @@ from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import RowState, derive
+from ...patterns.attention.score import hiding
 from ...patterns.attention.traits import is_mask, masked_side, no_key_rule
 from ...patterns.cascade import Cascade, size_term
 from ...patterns.expr import FALSE, TRUE, Expr
@@ -199,7 +200,7 @@ def softmax(f: Form) -> Softmax | str:
 def _may_be_filled(f: Form, added: Expr | None) -> bool:
     """May a row be all fills, each so large that the logarithm of their number is lost beside it?"""
     a = f.attention
-    if added is not None and any(x.is_float and a.key in x.ranks for x in ex.loads(added)):
+    if added is not None and hiding(added, a.key):
         return True
     large = any(-math.inf < x <= FILLED for x in f.mask.fills)
     return (large or f.hidden) and bool(rows_keep_a_key(a, f.mask.keep))

@@ -27,6 +27,28 @@ def factors(body: Expr) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
     return tuple(above), tuple(below)
 
 
+def hiding(added: Expr, key: str) -> tuple[Expr, ...]:
+    """The float tensors that may take all scores of a row to −∞: what is added for each key, and what is for all of them.
+
+        QK + bias[p,m] + row[p]    both;        QK + slope[h]·(m − p)    neither
+    """
+    found: dict[Expr, None] = {}
+
+    def go(e: Expr) -> None:
+        if key not in e.ranks:
+            found.update(dict.fromkeys(x for x in ex.loads(e) if x.is_float))
+        elif e.op in ("add", "sub", "neg", "cast", "max", "min", "where", "mul", "div"):
+            for x in e.args[1:] if e.op == "where" else e.args:
+                # the other factor of what varies over the keys is a scale, or a slope
+                if key in x.ranks or e.op not in ("mul", "div"):
+                    go(x)
+        else:
+            found.update(dict.fromkeys(x for x in ex.loads(e) if x.is_float and key in x.ranks))
+
+    go(added)
+    return tuple(found)
+
+
 def without(body: Expr, value: str) -> Expr | None:
     """The product without the factors that vary over the value rank, otherwise as the model wrote it."""
     if value not in body.ranks:

@@ -42,6 +42,7 @@ from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
+from ...patterns.attention.score import hiding
 from ...patterns.attention.traits import kind, low_row_rule, no_key_rule, traits
 from ...patterns.cascade import Cascade, bind, show
 from ...patterns.mapping import TileMapping
@@ -136,6 +137,11 @@ def _why(chosen: Candidate, order: tuple[Candidate, ...], q: Question) -> str:
 def _candidates(
     q: Question, sizes: Mapping[str, int], data: Data
 ) -> Iterator[tuple[Candidate, splice.Call | None]]:
+    if empty := [r.name for r in q.cascade.ranks if bind(r.size, sizes) == 0]:
+        yield Candidate(ORIGINAL), None
+        for name in ("reattend", "sdpa", "flex"):
+            yield _refused(name, q.bound or f"rank {empty[0]} has no elements: there is nothing to compute")
+        return
     original = Candidate(ORIGINAL, cost=_original_cost(q, sizes))
     yield original, None
     sdpa = _sdpa(q, sizes, data)
@@ -334,9 +340,9 @@ def _row_conditions(q: Question, a: Attention) -> tuple[Condition, ...]:
 
 
 def _added(a: Attention) -> tuple[ex.Expr, ...]:
-    """Run-time data over the keys that scores get added where no mask that stands in the terms hides them."""
+    """Run-time data that scores get added where no mask that stands in the terms hides them."""
     products = {e.out.tensor for e in a.products}
-    return tuple(x for x in ex.loads(split(a.score, a.key).full) if a.key in x.ranks and str(x.attr) not in products)
+    return tuple(x for x in hiding(split(a.score, a.key).full, a.key) if str(x.attr) not in products)
 
 
 def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (), once: bool = False) -> splice.Call:

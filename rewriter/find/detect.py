@@ -23,7 +23,7 @@ from ...patterns.verdict import Obstacle
 from ..capture.weights import is_weight, weights_of
 from ..graph.aliases import Aliases
 from ..graph.node import CannotLift, dtype_of, op_name, tensor_of
-from ..graph.sizes import shape_of
+from ..graph.sizes import settle_signs, shape_of
 from ..graph.torch_private import expression
 from ..graph.where import module_path, source_line
 from ..lift import operators_contract, operators_edit, operators_point, operators_reduce, operators_view
@@ -101,7 +101,8 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     before   scores = q @ k.T; p = softmax(scores · scale + mask); out = p @ v
     after    Found(QK = Σ_e Q·K; S = …; GM, SN, SD, A; O = Σ_m A·V)
     """
-    # before any size is read: equal ones have one symbol from here on
+    # before any size is read: numbers are positive or known, and equal sizes have one symbol from here on
+    settle_signs(gm.graph)
     compare_lengths(gm.graph)
     aliases, weights = Aliases(gm.graph), weights_of(gm.graph)
     found: list[Found] = []

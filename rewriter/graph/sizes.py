@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import sympy
 import torch
+from torch import fx
 
 from ...patterns.cascade import Size, as_size
-from .torch_private import expression, known_size, traced_size
+from .torch_private import expression, known_size, least, traced_size
 
 
 def size_of(value: object) -> Size:
@@ -55,6 +56,19 @@ def agree(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Are two sizes that an operator demands to be one equal in the example? The graph is then guarded to keep it so."""
     known = all(not isinstance(x, torch.SymInt) or traced_size(x) is not None for x in (a, b))
     return bool(a == b) if known else same(size_of(a), size_of(b))
+
+
+def settle_signs(graph: fx.Graph) -> None:
+    """Integers that are no sizes and open in a graph: guarded to be positive, which every symbol is taken for, or fixed."""
+    for n in graph.find_nodes(op="placeholder"):
+        value = n.meta.get("val")
+        if not isinstance(value, torch.SymInt) or known_size(value) is not None or least(value) >= 0:
+            continue
+        traced = traced_size(value)
+        if traced is not None and traced >= 1:
+            bool(value >= 1)
+        elif traced is not None:
+            int(value)
 
 
 def product(sizes: Sequence[Size]) -> Size:

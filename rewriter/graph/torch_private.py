@@ -6,6 +6,7 @@ and said in a sentence. docs/compatibility.md has these entries as a table.
 
 from __future__ import annotations
 
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -168,6 +169,13 @@ def bounds(size: torch.SymInt) -> tuple[Any, Any] | None:
     """The least and the greatest value that the trace allows; None where nothing is known."""
     known = _node(size).shape_env.var_to_range.get(expression(size))
     return None if known is None else (known.lower, known.upper)
+
+
+def least(size: torch.SymInt) -> float:
+    """The least value that a symbol of an open number may have, as far as the trace is guarded; −∞ where none is known."""
+    node = _node(size)
+    ranges = [node.shape_env.var_to_range.get(s) for s in node.expr.free_symbols]
+    return min((-math.inf if r is None else float(r.lower) for r in ranges), default=math.inf)
 
 
 def _node(size: torch.SymInt) -> Any:

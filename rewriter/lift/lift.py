@@ -25,6 +25,7 @@ from ...patterns.terms.narrow import narrowed
 from ..graph.aliases import Aliases
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of, size_of
+from ..graph.torch_private import known_size, least, traced_size
 from .index import ZERO, is_simple
 
 At = tuple[Expr, ...]
@@ -98,9 +99,14 @@ class Lifter:
         """A symbolic integer or float of the graph."""
         value = n.meta.get("val")
         if isinstance(value, torch.SymInt):
+            # every symbol is taken for a size
+            if known_size(value) is None and least(value) < 0:
+                raise CannotLift(f"{n.name} is a number that may be negative", n)
             try:
                 return size_term(size_of(value))
             except ValueError:
+                if traced_size(value) is None or not value >= 0:
+                    raise CannotLift(f"{n.name} is a number that may be negative", n) from None
                 self.scalars[n.name] = n
                 return ex.symbol(n.name)
         if isinstance(value, (bool, int, float)):
