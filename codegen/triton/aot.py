@@ -26,6 +26,7 @@ from . import assembler
 from .holes import needs_lists
 from .interpret import interpreting
 from .kernel import MISSING, TritonKernel, available
+from .streaming import Streaming
 
 POINTER: Mapping[str, str] = {
     "b1": "*u1", "u8": "*u8", "i8": "*i8", "i16": "*i16", "i32": "*i32", "i64": "*i64", "f16": "*fp16",
@@ -116,7 +117,8 @@ def _module(kernel: TritonKernel) -> ModuleType:
 
 def _request(kernel: TritonKernel, function: Any, constants: dict[str, Any]) -> CompileRequest:
     options: dict[str, int] = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
-    signature, literals, attributes = _arguments(kernel, function.arg_names, constants)
+    parts = {"parts": ("*fp32", "*fp32") if kernel.mapping.split_m > 1 else ()}
+    signature, literals, attributes = arguments(kernel.streaming, function.arg_names, constants, parts)
     return CompileRequest(function, signature, literals, attributes, options, kernel.mapping.stages)
 
 
@@ -150,13 +152,15 @@ def compile_request(asked: CompileRequest, arch: str) -> AotReport:
 # --- the signature ----------------------------------------------------------------------------------------------
 
 
-def _arguments(
-    kernel: TritonKernel, names: list[str], constants: dict[str, Any]
+def arguments(
+    s: Streaming, names: list[str], constants: Mapping[str, Any], more: Mapping[str, Any], saved: bool = False
 ) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
-    """Types, compile-time values and divisibility of every argument, nested as the arguments are."""
+    """Types, compile-time values and divisibility of every argument, nested as the arguments are.
+
+    `more`: types of arguments beside those of every kernel; `saved`: behind the output stands where row scalars go.
+    """
     import triton.language as tl
 
-    s = kernel.streaming
     tensors = s.attention.cascade.tensor
     listed = needs_lists(s)
     signature: dict[str, Any] = dict.fromkeys(names, "constexpr")
@@ -165,13 +169,13 @@ def _arguments(
     kinds: dict[str, Any] = dict.fromkeys(("n_rows", "n_full", "n_all", "n_keys", "n_split"), "i32")
     kinds |= dict.fromkeys(("p_full", "p_all", "p_keys"), "*i32")
     kinds["sizes"] = ("i32",) * len(s.cascade.free_symbols)
-    kinds["parts"] = ("*fp32", "*fp32") if kernel.mapping.split_m > 1 else ()
     kinds["tiles"] = ("*i64", "*i32", "*i32", "*i32", "i32") if listed else ()
+    kinds |= more
     for n in (n for n in kinds if n in names):
         signature[n], at = kinds[n], names.index(n)
         paths = {(at,): kinds[n]} if isinstance(kinds[n], str) else {(at, i): k for i, k in enumerate(kinds[n])}
         attributes |= {path: aligned for path, kind in paths.items() if kind.startswith("*")}
-    given = {**constants, "INDEX": tl.int32, "LISTED": listed, "EIGHTS": bool(s.eights)}
+    given = {"INDEX": tl.int32, "LISTED": listed, "EIGHTS": bool(s.eights), **constants}
     literals: dict[Any, Any] = {(names.index(n),): v for n, v in given.items() if n in names}
 
     def tensor(path: tuple[int, ...], name: str) -> tuple[str, ...]:
@@ -188,8 +192,12 @@ def _arguments(
                 attributes[(*path, d + 1)] = aligned
         return tuple(own)
 
-    if "out" in names:
-        signature["out"] = tensor((names.index("out"),), s.cascade.outputs[0])
+    for n in ("out", "dout"):
+        if n in names:
+            signature[n] = tensor((names.index(n),), s.cascade.outputs[0])
+    if saved:
+        attributes[(names.index("out"), len(signature["out"]))] = aligned
+        signature["out"] += ("*fp32",)
     at = names.index("inputs")
     signature["inputs"] = tuple(tensor((at, i), n) for i, n in enumerate(s.inputs))
     return signature, literals, attributes

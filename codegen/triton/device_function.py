@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...patterns import expr as ex
 from ...patterns.cascade import size_term
@@ -42,9 +43,12 @@ class Printed:
 class KernelNames:
     """Python names for the ranks, sizes and tensors of one attention, all different."""
 
-    def __init__(self, s: Streaming) -> None:
-        self.s = s
-        taken = set(RESERVED)
+    reserved: ClassVar[tuple[str, ...]] = RESERVED
+
+    def __init__(self, s: Streaming, trained: bool = False) -> None:
+        """`trained`: behind the output stands where a row's scalars go."""
+        self.s, self.trained = s, trained
+        taken = set(self.reserved)
 
         def take(stem: str) -> str:
             name = identifier(stem, taken)
@@ -97,19 +101,19 @@ class DeviceFunction:
         s, names = self.names.s, self.names
         for i, t in enumerate(s.inputs):
             yield from _unpack(names.operands[t], f"inputs[{i}]", words)
-        yield from _unpack(names.operands[s.cascade.outputs[0]], "out", words)
+        yield from _unpack(names.operands[s.cascade.outputs[0]], "out", words, ("p_saved",) if names.trained else ())
         for i, n in enumerate(s.cascade.free_symbols):
             if names.symbols[n] in words:
                 yield f"    {names.symbols[n]} = sizes[{i}]"
-        source = "batch" if self.name in ("rows", "span") else "at"
+        source = "batch" if self.name in ("rows", "span", "seen") else "at"
         for i, r in enumerate(coordinates(s) if source == "at" else s.grid):
-            if names.ranks[r] in words and self.name not in ("batch", "lists"):
+            if names.ranks[r] in words and self.name not in ("batch", "lists", "keyed"):
                 yield f"    {names.ranks[r]} = {source}[{i}]"
 
 
-def _unpack(t: TritonOperand, source: str, words: set[str]) -> Iterable[str]:
+def _unpack(t: TritonOperand, source: str, words: set[str], more: tuple[str, ...] = ()) -> Iterable[str]:
     if t.name in words:
-        parts = [n if n in words else "_" for n in (t.name, *t.strides)]
+        parts = [n if n in words else "_" for n in (t.name, *t.strides, *more)]
         yield f"    {', '.join(parts)} = {source}" if len(parts) > 1 else f"    {t.name} = {source}[0]"
 
 

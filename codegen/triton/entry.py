@@ -26,42 +26,42 @@ def is_static(s: Streaming) -> bool:
     return not ex.loads(s.mask.keep)
 
 
-def unbound(s: Streaming) -> tuple[str, ...]:
+def unbound(s: Streaming, names: KernelNames | None = None) -> tuple[str, ...]:
     """Sizes that no tensor's shape shows, and that a caller gives by name."""
-    return tuple(_bound(s, KernelNames(s))[1])
+    return tuple(bound(s, names or KernelNames(s))[1])
 
 
 def printed(s: Streaming, mapping: TileMapping) -> list[str]:
     """The texts of the host's functions."""
     names = KernelNames(s)
-    masked = [_walk_of(s, names, mapping)] if needs_lists(s) else []
-    return [_sizes_of(s, names), _plan_of(s, names, mapping), *masked, _attention(s, names, mapping)]
+    masked = [walk_of(s, names, mapping)] if needs_lists(s) else []
+    return [sizes_of(s, names), plan_of(s, names, mapping), *masked, _attention(s, names, mapping)]
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------
 
 
-def _size(size: Size, names: KernelNames) -> str:
+def size_text(size: Size, names: KernelNames) -> str:
     return print_torch.size_source(size, names.symbols)
 
 
-def _product(sizes: Iterable[Size], names: KernelNames) -> str:
-    texts = [_size(n, names) for n in sizes if n != 1]
+def product_text(sizes: Iterable[Size], names: KernelNames) -> str:
+    texts = [size_text(n, names) for n in sizes if n != 1]
     if all(t.isdigit() for t in texts):
         return str(math.prod(map(int, texts)))
     return " * ".join(map(atom, texts)) if len(texts) > 1 else texts[0]
 
 
-def _tuple(texts: Iterable[str]) -> str:
+def tuple_text(texts: Iterable[str]) -> str:
     parts = list(texts)
     return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
-def _symbols(s: Streaming, names: KernelNames) -> list[str]:
+def symbols(s: Streaming, names: KernelNames) -> list[str]:
     return [names.symbols[n] for n in s.cascade.free_symbols]
 
 
-def _bound(s: Streaming, names: KernelNames) -> tuple[Mapping[str, str], list[str]]:
+def bound(s: Streaming, names: KernelNames) -> tuple[Mapping[str, str], list[str]]:
     """Texts of the sizes that the inputs' shapes give, in order, and the symbols that they do not give."""
     known: dict[str, str] = {}
     left = list(s.cascade.free_symbols)
@@ -72,9 +72,9 @@ def _bound(s: Streaming, names: KernelNames) -> tuple[Mapping[str, str], list[st
         symbol, tensor, d, (factor, rest) = found
         text = f"{tensor}.shape[{d}]"
         if rest != 0:
-            text += f" - {atom(_size(rest, names))}"
+            text += f" - {atom(size_text(rest, names))}"
         if factor != 1:
-            text = f"{text if rest == 0 else f'({text})'} // {atom(_size(factor, names))}"
+            text = f"{text if rest == 0 else f'({text})'} // {atom(size_text(factor, names))}"
         known[symbol] = text
         left.remove(symbol)
     return known, left
@@ -95,38 +95,38 @@ def _solved(symbol: str, size: Size, known: set[str]) -> tuple[Size, Size] | Non
     return as_size(factor), as_size(rest)
 
 
-def _sizes_of(s: Streaming, names: KernelNames) -> str:
-    known, missing = _bound(s, names)
+def sizes_of(s: Streaming, names: KernelNames) -> str:
+    known, missing = bound(s, names)
     tensors = [names.operands[t.name].name for t in s.cascade.inputs]
     keywords = [names.symbols[n] for n in missing]
     lines = [
         f"def sizes_of({', '.join([*tensors, *(['*', *keywords] if keywords else [])])}):",
-        f'    """Sizes {_tuple(_symbols(s, names))} of the inputs. Raises ValueError where their shapes contradict."""',
+        f'    """Sizes {tuple_text(symbols(s, names))} of the inputs. Raises ValueError where their shapes contradict."""',
         *(f"    {names.symbols[n]} = {text}" for n, text in known.items()),
         "    for name, tensor, shape in (",
         *(
             f'        ("{names.operands[t.name].name}", {names.operands[t.name].name}, '
-            f"{_tuple(_size(n, names) for n in t.shape)}),"
+            f"{tuple_text(size_text(n, names) for n in t.shape)}),"
             for t in s.cascade.inputs
         ),
         "    ):",
         "        if tensor.shape != shape:",
         '            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the others make it {shape}")',
-        f"    return {_tuple(_symbols(s, names))}",
+        f"    return {tuple_text(symbols(s, names))}",
     ]
     return "\n".join(lines)
 
 
-def _plan_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
+def plan_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
     out = s.attention.cascade.tensor[s.cascade.outputs[0]]
-    keys = atom(_product([s.extent[s.key]], names)) if s.extent[s.key] != 1 else "1"
+    keys = atom(product_text([s.extent[s.key]], names)) if s.extent[s.key] != 1 else "1"
     full = f"{keys} // {mapping.tile_m}" if s.mask.keep is ex.TRUE else "0"
-    rows = atom(_product((s.extent[r] for r in s.rows), names)) if any(s.extent[r] != 1 for r in s.rows) else "1"
-    programs = _product((s.extent[r] for r in s.grid), names) if s.grid else "1"
+    rows = atom(product_text((s.extent[r] for r in s.rows), names)) if any(s.extent[r] != 1 for r in s.rows) else "1"
+    programs = product_text((s.extent[r] for r in s.grid), names) if s.grid else "1"
     return "\n".join([
-        f"def plan_of({', '.join(_symbols(s, names))}):",
+        f"def plan_of({', '.join(symbols(s, names))}):",
         '    """Shape of the output, programs, row blocks of each, (full, all) key tiles of a block that visits all."""',
-        f"    shape = {_tuple(_size(n, names) for n in out.shape)}",
+        f"    shape = {tuple_text(size_text(n, names) for n in out.shape)}",
         f"    return shape, {programs}, -(-{rows} // {mapping.tile_p}), ({full}, -(-{keys} // {mapping.tile_m}))",
     ])
 
@@ -134,22 +134,23 @@ def _plan_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
 # --- tile lists --------------------------------------------------------------------------------------------------
 
 
-def _walk_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
-    queries, keys = (_product([s.extent[r]], names) for r in (s.attention.query, s.key))
-    lists = _product([s.extent[r] for r in mask_ranks(s)] or [1], names)
-    symbols = _symbols(s, names)
+def walk_of(s: Streaming, names: KernelNames, mapping: TileMapping, listing: str = "LISTING", name: str = "walk_of") -> str:
+    """The function that lists tiles of this mapping; `listing` says how."""
+    queries, keys = (product_text([s.extent[r]], names) for r in (s.attention.query, s.key))
+    lists = product_text([s.extent[r] for r in mask_ranks(s)] or [1], names)
+    own = symbols(s, names)
     blocks = f"-(-{atom(queries)} // {mapping.tile_p})"
     arguments = f"inputs, sizes, {lists}, {blocks}, {keys}, {mapping.heavy_first}, device"
     lines = [
-        "def walk_of(inputs, sizes):",
+        f"def {name}(inputs, sizes):",
         '    """The key tiles that every row block visits under the mask, as `launch` takes them."""',
         "    device = next(t.device for t in inputs if t.dim())",
-        *([f"    {_tuple(symbols)[1:-1]} = sizes"] if symbols else []),
+        *([f"    {tuple_text(own)[1:-1]} = sizes"] if own else []),
     ]
-    made = f"tile_lists(list_tiles, LISTING, {arguments})"
+    made = f"tile_lists(list_tiles, {listing}, {arguments})"
     if is_static(s):
         lines += ["", "    def make():", f"        return {made}", ""]
-        made = "kept_lists(make, (sizes, device), device)"
+        made = f"kept_lists(make, ({'' if name == 'walk_of' else repr(name) + ', '}sizes, device), device)"
     return "\n".join([*lines, f"    found = {made}", "    return *found, found[-1].shape[-1]"])
 
 
@@ -157,14 +158,14 @@ def _walk_of(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
 
 
 def _attention(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
-    _, missing = _bound(s, names)
+    _, missing = bound(s, names)
     keywords = [names.symbols[n] for n in missing]
     shapes = s.attention.cascade.tensor
     tensors = {t: names.operands[t].name for t in s.inputs}
     read = ", ".join([*(tensors[t.name] for t in s.cascade.inputs), *(f"{k}={k}" for k in keywords)])
     first = next(tensors[t.name] for t in s.cascade.inputs if t.shape)
-    inputs = _tuple(n if shapes[t].shape else f"{n}.to({first}.device)" for t, n in tensors.items())
-    symbols = _symbols(s, names)
+    inputs = tuple_text(n if shapes[t].shape else f"{n}.to({first}.device)" for t, n in tensors.items())
+    own = symbols(s, names)
     eights = f", {s.eights}" if s.eights else ""
     planned = f", planned={mapping.split_m}" if mapping.split_m > 1 else ""
     lines = [
@@ -172,10 +173,10 @@ def _attention(s: Streaming, names: KernelNames, mapping: TileMapping) -> str:
         f'    """{_signature(s)}',
         *([f"\n    {', '.join(keywords)}: sizes that no shape shows."] if keywords else []),
         '    """' if keywords else "",
-        f"    {_tuple(symbols)[1:-1]} = sizes = sizes_of({read})" if symbols else f"    sizes = sizes_of({read})",
-        f"    shape, programs, row_blocks, walk = plan_of({', '.join(symbols)})",
+        f"    {tuple_text(own)[1:-1]} = sizes = sizes_of({read})" if own else f"    sizes = sizes_of({read})",
+        f"    shape, programs, row_blocks, walk = plan_of({', '.join(own)})",
         *([f"    inputs = {inputs}"] if needs_lists(s) else []),
-        *_choose_walk(s, names),
+        *choose_walk(s, names),
         f"    out = torch.empty(shape, dtype={print_torch.TYPES[shapes[s.cascade.outputs[0]].dtype]}, "
         f"device={first}.device)",
         f"    return {launcher(s, mapping)}, out, {'inputs' if needs_lists(s) else inputs}, sizes, programs, row_blocks, "
@@ -192,10 +193,10 @@ def launcher(s: Streaming, mapping: TileMapping) -> str:
     return "launch(stream, CONSTANTS"
 
 
-def _choose_walk(s: Streaming, names: KernelNames) -> list[str]:
+def choose_walk(s: Streaming, names: KernelNames) -> list[str]:
     if not needs_lists(s):
         return []
-    queries = _product([s.extent[s.attention.query]], names)
+    queries = product_text([s.extent[s.attention.query]], names)
     call = "walk = walk_of(inputs, sizes)"
     return [f"    {call}"] if queries.isdigit() else [f"    if {queries} >= {FEW_ROWS}:", f"        {call}"]
 

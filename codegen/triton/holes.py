@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ...cost_model.count.subject import FEW_ROWS
 from ...patterns import expr as ex
+from ...patterns.expr import Expr
 from ...patterns.masks.ranges import FIRST, LAST
 from ..text.print_triton import TYPES
 from . import row_holes
@@ -17,14 +18,17 @@ from .device_function import DeviceFunction, KernelNames, Printed, atom, coordin
 from .streaming import Dot, DotOperand, Streaming
 
 
-def printed(s: Streaming, tile_m: int, split: bool = False) -> tuple[Printed, ...]:
-    """All holes of a streaming attention for key tiles of `tile_m`, with those for split keys."""
-    names = KernelNames(s)
+def printed(s: Streaming, tile_m: int, split: bool = False, saved: tuple[Expr, ...] | None = None) -> tuple[Printed, ...]:
+    """All holes of a streaming attention for key tiles of `tile_m`, with those for split keys.
+
+    `saved`: row scalars that are handed over beside the output, over what a row carries at its end.
+    """
+    names = KernelNames(s, trained=saved is not None)
     walk = (_span(names),) if s.span is not None else (_lists(names), _kept(names)) if needs_lists(s) else ()
     before = (_batch(names), _rows(names), *walk, _queries(names), _products(names, tile_m))
-    if s.eights:
+    if s.eights and saved is None:
         before = (_strides(names), *before)
-    return (*before, *row_holes.printed(names, tile_m, split), _values(names, tile_m), _finish(names))
+    return (*before, *row_holes.printed(names, tile_m, split), _values(names, tile_m), _finish(names, saved or ()))
 
 
 def _strides(names: KernelNames) -> Printed:
@@ -147,7 +151,7 @@ def _span(names: KernelNames) -> Printed:
 # --- operands ---------------------------------------------------------------------------------------------------
 
 
-def _operand(f: DeviceFunction, side: DotOperand, stem: str, tile_m: int = 0) -> str:
+def operand(f: DeviceFunction, side: DotOperand, stem: str, tile_m: int = 0) -> str:
     """The tile of an operand in the type in which it enters the tensor cores; `tile_m`: it is a tile of keys."""
     name = f.body.fresh(stem)
     if not (tile_m and ragged(f.names.s, tile_m)):
@@ -172,7 +176,7 @@ def _operand_text(f: DeviceFunction, side: DotOperand) -> str:
     return text if side.dtype == "f32" else f"({text}).to({TYPES[side.dtype]})"
 
 
-def _embed(f: DeviceFunction, p: Dot, piece: tuple[int, int], axis: str) -> None:
+def embed(f: DeviceFunction, p: Dot, piece: tuple[int, int], axis: str) -> None:
     """Name the embed coordinates of one piece, and guard them where the piece is padded."""
     start, width = piece
     e = f.names.ranks[p.embed]
@@ -193,8 +197,8 @@ def _queries(names: KernelNames) -> Printed:
     tiles = []
     for p in s.products:
         for piece in p.chunks:
-            _embed(f, p, piece, "[None, :]")
-            tiles.append(_operand(f, p.query, "q"))
+            embed(f, p, piece, "[None, :]")
+            tiles.append(operand(f, p.query, "q"))
     f.body.line(f"return ({', '.join(tiles)},)")
     shapes = ", ".join(f"[BM, {w}]" for p in s.products for _, w in p.chunks)
     return f.printed(f"The query operands of a row block: {shapes}.")
@@ -211,8 +215,8 @@ def _products(names: KernelNames, tile_m: int) -> Printed:
     for p in s.products:
         name = names.products[p.load]
         for i, piece in enumerate(p.chunks):
-            _embed(f, p, piece, "[:, None]")
-            k = _operand(f, p.key, "k", tile_m)
+            embed(f, p, piece, "[:, None]")
+            k = operand(f, p.key, "k", tile_m)
             so_far = f", {name}" if i else ""
             f.body.line(f'{name} = tl.dot(q[{n}], {k}{so_far}, input_precision="ieee")')
             n += 1
@@ -231,22 +235,32 @@ def _values(names: KernelNames, tile_m: int) -> Printed:
         names, "values", f"at, {m}, base, lane, {v}, inputs, sizes, PARTIAL: tl.constexpr",
         (*coordinates(s), s.key, s.value), [s.values.term], guards,
     )
-    name = _operand(f, s.values, "v", tile_m)
+    name = operand(f, s.values, "v", tile_m)
     f.body.line(f"return {name}")
     return f.printed("The values of a key tile, [BN, BF].")
+
+
+def row_number(f: DeviceFunction) -> str:
+    """The number of a row among those of all programs, from its coordinates."""
+    s, names = f.names.s, f.names
+    text = ""
+    for r in coordinates(s):
+        text = names.ranks[r] if not text else f"({text}) * {atom(f.size(r))} + {names.ranks[r]}"
+    return text or "0"
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def _finish(names: KernelNames) -> Printed:
+def _finish(names: KernelNames, saved: tuple[Expr, ...]) -> Printed:
     s = names.s
     v = names.ranks[s.value]
+    ends = [s.state.finish, *saved]
     f = DeviceFunction(
-        names, "finish", f"out, acc, state, at, {v}, inside, inputs, sizes", (*coordinates(s), s.value), [s.state.finish]
+        names, "finish", f"out, acc, state, at, {v}, inside, inputs, sizes", (*coordinates(s), s.value), ends
     )
     order = [c.name for c in s.state.carried]
-    for x in ex.loads(s.state.finish):
+    for x in dict.fromkeys(x for e in ends for x in ex.loads(e)):
         if str(x.attr) == s.accumulator:
             f.body.bind(x, "acc")
         elif str(x.attr) in order:
@@ -263,4 +277,9 @@ def _finish(names: KernelNames) -> Printed:
         mask.append(f"({v} < {s.extent[s.value]})")
     f.body.line(f"p_out = {at}")
     f.body.line(f"tl.store(p_out, {o}.to({target.name}.dtype.element_ty), mask={' & '.join(mask)})")
+    if saved:
+        number = f.body.fresh("o")
+        f.body.line(f"{number} = {row_number(f)}")
+    for i, e in enumerate(saved):
+        f.body.line(f"tl.store(p_saved + {number} * {len(saved)} + {i}, {f.body.real(e)}, mask=inside)")
     return f.printed("The output of a row block from its sum and its row state.")

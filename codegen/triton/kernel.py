@@ -66,7 +66,7 @@ def build(c: Cascade, mapping: TileMapping, target: Device | str | None = None) 
     for name, n in (("tile_p", mapping.tile_p), ("tile_m", mapping.tile_m)):
         if n < 16 or n & (n - 1):
             return Refusal(NAME, f"{name} = {n} is no power of two of at least 16")
-    refused = _too_large(s, mapping, target) if target is not None else None
+    refused = too_large(s, mapping, target) if target is not None else None
     if refused is not None:
         return refused
     try:
@@ -79,7 +79,7 @@ def build(c: Cascade, mapping: TileMapping, target: Device | str | None = None) 
 # --- shared memory and mappings ---------------------------------------------------------------------------------
 
 
-def _too_large(s: Streaming, mapping: TileMapping, target: Device | str) -> Refusal | None:
+def too_large(s: Streaming, mapping: TileMapping, target: Device | str) -> Refusal | None:
     arch = architecture(target)
     if isinstance(arch, Refusal):
         return arch

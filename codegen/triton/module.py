@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ...patterns.cascade import show
+from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ..files.library import called, functions
 from ..forms.base2 import in_base2, one_factor
@@ -36,46 +37,46 @@ SKIPPING = {
 def emit(s: Streaming, mapping: TileMapping) -> str:
     """The text of the module for one attention and mapping."""
     split, kept = mapping.split_m > 1, entry.is_static(s)
-    holes = printed(_in_base2(s), mapping.tile_m, split)
+    holes = printed(base2(s)[0], mapping.tile_m, split)
     parts = [
         *called(set().union(*(h.helpers for h in holes))),
         *(h.text for h in holes),
         *functions("stream").values(),
         *(functions("merge").values() if split else ()),
         *(functions("lists").values() if needs_lists(s) else ()),
-        _constants(s, mapping),
+        constants(s, mapping),
         *(text for name, text in functions("host").items() if not (split and name == "launch")),
         *(text for name, text in functions("host_lists").items() if needs_lists(s) and (name == "tile_lists" or kept)),
         *(functions("host_split").values() if split else ()),
         *entry.printed(s, mapping),
     ]
     text = "\n\n\n".join(p.strip("\n") for p in parts)
-    return f"{_header(s, mapping)}\n\n{_imports(text)}\n\n\n{text}\n"
+    return f"{header(s, mapping)}\n\n{imports(text)}\n\n\n{text}\n"
 
 
-def _in_base2(s: Streaming) -> Streaming:
-    """The same row program in base 2, or `s` itself where that is not exact enough or not of use."""
+def base2(s: Streaming, saved: tuple[Expr, ...] | None = None) -> tuple[Streaming, tuple[Expr, ...] | None]:
+    """The same row program in base 2, or `s` itself where that is not exact enough or not of use; so what is handed over."""
     if any(p.query.dtype == "f32" for p in s.products):
-        return s
-    out = one_factor(in_base2(Terms(s.score, s.mask, s.state), s.key, frozenset(p.load for p in s.products)))
-    return replace(s, score=out.score, mask=out.mask, state=out.state)
+        return s, saved
+    out = one_factor(in_base2(Terms(s.score, s.mask, s.state, saved), s.key, frozenset(p.load for p in s.products)))
+    return replace(s, score=out.score, mask=out.mask, state=out.state), out.saved
 
 
 # --- text -------------------------------------------------------------------------------------------------------
 
 
-def _header(s: Streaming, mapping: TileMapping) -> str:
+def header(s: Streaming, mapping: TileMapping, more: str = "") -> str:
     before = [f"beforehand: {e}" for e in s.attention.prelude]
     cascade = "\n".join([show(s.cascade), *before])
     text = (
         f"{s.cascade.name}: attention in one pass over the keys.\n\n{LICENCE}\n\nThe cascade, as lifted:\n"
-        f"{_indented(cascade)}\n\nThe row state over tiles of {s.key}:\n{_indented(str(s.state))}\n\n"
-        f"Mapping: {mapping}; {SKIPPING[s.skipping]}.\n"
+        f"{indented(cascade)}\n\nThe row state over tiles of {s.key}:\n{indented(str(s.state))}\n\n"
+        f"{more}Mapping: {mapping}; {SKIPPING[s.skipping]}.\n"
     )
     return f'"""{_quoted(text)}"""'
 
 
-def _imports(text: str) -> str:
+def imports(text: str) -> str:
     """The import lines that a module's text needs."""
 
     def used(*names: str) -> list[str]:
@@ -83,7 +84,7 @@ def _imports(text: str) -> str:
 
     standard = [
         f"from {source} import {', '.join(names)}\n"
-        for source, names in (("collections.abc", used("Callable", "Mapping")),
+        for source, names in (("collections.abc", used("Callable", "Mapping", "Sequence")),
             ("functools", used("lru_cache")),
             ("typing", used("Any")),
        )
@@ -97,30 +98,30 @@ def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"""', "'''")
 
 
-def _indented(text: str) -> str:
+def indented(text: str) -> str:
     return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
 
 
-def _constants(s: Streaming, mapping: TileMapping) -> str:
+def constants(s: Streaming, mapping: TileMapping, trained: bool = False) -> str:
     tile = {"BM": mapping.tile_p, "BN": mapping.tile_m, "BF": s.value_width, "SPLIT": mapping.split_m > 1}
     late = {"LATE": s.span is not None and s.span.growing and mapping.heavy_first}
     holes = {h.upper(): h for h in HOLES} | {
-        "STRIDES": "strides" if s.eights else None,
+        "STRIDES": "strides" if s.eights and not trained else None,
         "RANGED": s.span is not None, "SPAN": "span" if s.span is not None else None,
         "SAVE": "save" if mapping.split_m > 1 else None,
     }
     options = {"num_warps": mapping.warps, "num_stages": mapping.stages}
-    text = _dictionary("CONSTANTS", {**tile, **late, **holes, **options})
+    text = dictionary("CONSTANTS", {**tile, **late, **holes, **options})
     if mapping.split_m > 1:
         del tile["BN"], tile["SPLIT"]
         merging = {h.upper(): h for h in ("batch", "rows", "start", "restore", "join", "finish")}
-        text += "\n" + _dictionary("MERGE", {**tile, **late, **merging, "num_warps": 4})
+        text += "\n" + dictionary("MERGE", {**tile, **late, **merging, "num_warps": 4})
     if needs_lists(s):
         listing: dict[str, object] = {n: tile[n] for n in ("BM",)} | {"BN": mapping.tile_m, "SKIP": repr(s.skipping)}
-        text += "\n" + _dictionary("LISTING", {**listing, "LISTS": "lists", "ROWS": "rows", "KEPT": "kept"})
+        text += "\n" + dictionary("LISTING", {**listing, "LISTS": "lists", "ROWS": "rows", "KEPT": "kept"})
     return f"# What fills the skeleton's holes, and how it is compiled.\n{text}"
 
 
-def _dictionary(name: str, entries: Mapping[str, object]) -> str:
+def dictionary(name: str, entries: Mapping[str, object]) -> str:
     lines = [f'    "{k}": {v},' for k, v in entries.items()]
     return "\n".join([f"{name} = {{", *lines, "}"])

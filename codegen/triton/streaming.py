@@ -153,6 +153,13 @@ class _No(Exception):
 @lru_cache(maxsize=256)
 def read(c: Cascade) -> Streaming | Refusal:
     """The attention of a cascade as the streaming skeleton computes it, or why it cannot."""
+    s = read_rows(c)
+    return s if isinstance(s, Refusal) else _grouped(s)
+
+
+@lru_cache(maxsize=256)
+def read_rows(c: Cascade) -> Streaming | Refusal:
+    """The same with row blocks of queries alone, however few there are."""
     a = attention(c)
     if isinstance(a, Obstacle):
         return Refusal(NAME, str(a))
@@ -190,7 +197,7 @@ def _read(a: Attention, state: RowState) -> Streaming:
     widths = [sum(w for _, w in p.chunks) for p in products] + [out.value_width]
     if max(widths) > WIDEST:
         raise _No(f"a head size of {max(widths)} does not fit on chip; {WIDEST} is the largest")
-    return _grouped(_factored(out))
+    return _factored(out)
 
 
 def _mask(a: Attention, state: RowState) -> Mask:

@@ -1,0 +1,77 @@
+"""The host's side of a kernel that is trained, in plain torch: three launches, and a gradient as its tensor lies."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..host import index_type
+
+
+def given(*tensors: Tensor) -> tuple[Any, ...]:
+    """Each with its strides, as kernels take them."""
+    return tuple((t, *t.stride()) for t in tensors)
+
+
+def launch_trained(
+    kernel: Any, constants: Mapping[str, Any], out: Tensor, saved: Tensor, inputs: tuple[Tensor, ...],
+    sizes: tuple[int, ...], programs: int, row_blocks: int, walk: tuple[Any, ...],
+) -> None:
+    """The forward, which hands row scalars over: `saved` [programs, rows, scalars]."""
+    if out.numel() == 0:
+        return
+    listed = len(walk) > 2
+    n_full, n_all = (0, 0) if listed else walk
+    with torch.cuda.device_of(out):
+        kernel[(programs * row_blocks,)](
+            (out, *out.stride(), saved), given(*inputs), sizes, walk if listed else (), (), row_blocks, n_full, n_all, 1,
+            INDEX=index_type(out, saved, *inputs), LISTED=listed, EIGHTS=False, **constants,
+        )
+
+
+def launch_backward(
+    kernels: tuple[Any, Any], constants: tuple[Mapping[str, Any], Mapping[str, Any]], grads: tuple[Tensor, ...],
+    ends: tuple[Tensor, Tensor, Tensor], inputs: tuple[Tensor, ...], sizes: tuple[int, ...], programs: int, queries: int,
+    walk: tuple[Any, ...], keyed: tuple[int, int, int], sums: int,
+) -> None:
+    """The gradients of queries, which sum over values as well, then those of keys and values.
+
+    `ends`: out, its gradient and `saved`. `keyed`: programs of keys, how many programs of rows share one's keys, keys.
+    """
+    out, dout, saved = ends
+    rows, keys = constants
+    of_row = torch.empty((programs, queries, sums), dtype=torch.float32, device=out.device)
+    if out.numel() == 0 or keyed[2] == 0:
+        for g in grads:
+            g.zero_()
+        return
+    listed = len(walk) > 2
+    n_full, n_all = (0, 0) if listed else walk
+    index = index_type(out, dout, saved, *grads, *inputs)
+    row_blocks, blocks = -(-queries // rows["BM"]), -(-keyed[2] // keys["BN"])
+    shared = (given(out)[0], given(dout)[0], saved, of_row, given(*inputs), sizes)
+    with torch.cuda.device_of(out):
+        kernels[0][(programs * row_blocks,)](
+            grads, *shared, walk if listed else (), row_blocks, queries, n_full, n_all, INDEX=index, LISTED=listed, **rows
+        )
+        kernels[1][(keyed[0] * blocks,)](
+            grads, *shared, blocks, queries, keyed[2], keyed[1], INDEX=index, **keys
+        )
+
+
+def total(parts: Sequence[tuple[Tensor, Sequence[int], Sequence[int]]], like: Tensor) -> Tensor:
+    """The gradient of an input: the sum over the operands that read it."""
+    if not parts:
+        return torch.zeros_like(like)
+    first, *others = (laid(*part, like) for part in parts)
+    for x in others:
+        first = first + x
+    return first
+
+
+def laid(buffer: Tensor, summed: Sequence[int], order: Sequence[int], like: Tensor) -> Tensor:
+    """A gradient, dense over ranks, as its tensor lies: summed over those that it lacks, the others in its own order."""
+    if summed:
+        buffer = buffer.sum(tuple(summed))
+    return buffer.permute(tuple(order)).reshape(like.shape).to(like.dtype)
