@@ -18,11 +18,12 @@ from torch import Tensor
 from ..patterns.cascade import Cascade
 from ..patterns.mapping import TileMapping
 from ..patterns.verdict import Refusal
+from .cpu.kernel import BODIES_TRAINED as BODIES
 from .cpu.kernel import TrainedKernel, build_trained
 from .forms.program import output_shape, read_program
 from .operator import allocate, library
 
-__all__ = ["NO_SECOND", "TrainedKernel", "build", "call"]
+__all__ = ["BODIES", "NO_SECOND", "TrainedKernel", "build", "call"]
 
 NO_SECOND = "reattend::cascade_backward has no derivative: differentiate the model's own code twice (reattend.restore)"
 

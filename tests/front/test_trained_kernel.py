@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import reattend
 from reattend.codegen import trained
 from reattend.codegen.forms import base2
+from reattend.patterns.mapping import TileMapping
 
 pytestmark = pytest.mark.slow
 OURS = reattend.Policy(allow=("reattend",))
+ONLY_OURS = reattend.Policy(allow=("reattend",), deny=("original",))
 
 
 @pytest.fixture(autouse=True)
@@ -78,15 +80,32 @@ def test_the_losses_are_those_of_the_original() -> None:
     assert any(c.gradients for c in report.checks), str(report)
 
 
-def test_where_a_gradient_is_wanted_that_it_does_not_give_the_original_runs() -> None:
-    m = reattend.optimize(model(bias=True), policy=OURS)
+def bodies(m: nn.Module) -> set[str]:
+    found = set()
+    for s in reattend.report(m).sites:
+        mapping = s.site.candidate("reattend").mapping
+        assert mapping is not None
+        found.add(TileMapping.parse(mapping).body)
+    return found
+
+
+def test_a_learned_slope_trains_through_the_body_that_gives_its_gradient() -> None:
+    m = reattend.optimize(model(bias=True), policy=ONLY_OURS)
     assert losses(m) == pytest.approx(losses(model(bias=True)), rel=1e-5)
     report = reattend.report(m)
-    assert not report.kernels["reattend"], str(report)
+    assert report.kernels["reattend"] == 12, str(report)
+    assert all(c.ok for c in report.checks), str(report)
+    assert bodies(m) == {"product"}
     for name, p in m.named_parameters():
         p.requires_grad_(not name.endswith("slope"))
     losses(m, 1)
-    assert reattend.report(m).kernels["reattend"] == 2, str(reattend.report(m))
+    assert "fused" in bodies(m)
+
+
+def test_where_it_is_slower_a_learned_slope_keeps_the_original() -> None:
+    m = reattend.optimize(model(bias=True))
+    assert losses(m, 2) == losses(model(bias=True), 2)
+    assert not reattend.report(m).kernels["reattend"], str(reattend.report(m))
 
 
 def test_second_derivatives_are_those_of_the_original() -> None:
