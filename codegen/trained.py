@@ -129,8 +129,8 @@ class _Once(torch.autograd.Function):
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors, ctx.sizes, ctx.program = inputs
-    ctx.wanted = [i for i, x in enumerate(tensors) if x.requires_grad]
     made, p = _kernel(ctx.program), read_program(ctx.program)
+    ctx.wanted = [i for i, x in enumerate(tensors) if x.requires_grad and p.cascade.inputs[i].name in made.reached]
     lacking = [p.cascade.inputs[i].name for i in ctx.wanted if p.cascade.inputs[i].name in made.without]
     if lacking:
         raise RuntimeError(f"reattend::cascade_trained gives no gradient of {', '.join(lacking)}")

@@ -90,14 +90,14 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     c, sizes = q.cascade, dict(q.sizes)
     view = attention(c)
     assert isinstance(view, Attention), view
+    if why := _nothing(c, sizes):
+        none = tuple(Candidate(n, feasible=False, why=why) for n in ("reattend", "sdpa", "flex"))
+        candidates = (Candidate(ORIGINAL, why=why), *none)
+        return Site("", "", kind(view), traits(view), _shape(c, q, sizes), None, (), (), candidates, ORIGINAL, show(c)), {}
     taken = known(c, view, sizes, q.policy.expectations, dict(q.origins), q.constants)
-    candidates: list[Candidate] = []
-    calls: dict[str, splice.Call] = {}
-    for candidate, call in _candidates(q, sizes, taken.data):
-        candidates.append(candidate)
-        if call is not None:
-            calls[candidate.name] = call
-    order = ranked(tuple(candidates))
+    found = list(_candidates(q, sizes, taken.data))
+    calls: dict[str, splice.Call] = {candidate.name: call for candidate, call in found if call is not None}
+    order = ranked(tuple(candidate for candidate, _ in found))
     permitted = [x for x in order if x.feasible and q.policy.permits(x)]
     chosen = next(iter(permitted), None) or next(x for x in order if x.feasible)
     order = tuple(replace(x, why=_why(x, order, q)) if x is chosen else x for x in order)
@@ -113,6 +113,12 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
         detailer=cache(lambda: detail(c, one_pass, ours_text, sizes, taken.data)),
     )
     return site, calls
+
+
+def _nothing(c: Cascade, sizes: Mapping[str, int]) -> str:
+    """What is said of an attention without an element; nothing of others."""
+    empty = [r.name for r in c.ranks if bind(r.size, sizes) == 0]
+    return f"there is nothing to compute: {' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} 0 long" if empty else ""
 
 
 def _why(chosen: Candidate, order: tuple[Candidate, ...], q: Question) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import reattend
 from reattend.codegen import trained
@@ -201,6 +202,66 @@ def test_gradients_of_several_flows_at_once() -> None:
     for a, b in zip(all_of(m), all_of(own), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert reattend.report(m).kernels["reattend"]
+
+
+def test_gradients_of_several_flows_as_autograd_maps_them() -> None:
+    m, own, given = ours_and_own()
+    flows = torch.randn(3, 2, 2, 192, 64, generator=torch.Generator().manual_seed(3))
+    found, wanted = (torch.autograd.grad(f(*given), given[:3], flows, is_grads_batched=True) for f in (m, own))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert reattend.report(m).kernels["reattend"]
+
+
+class Thresholded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.least, self.gain = nn.Parameter(torch.tensor(-1.0)), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT * self.gain
+        return s.masked_fill(s < self.least, -1e4).softmax(-1) @ v
+
+
+def test_a_parameter_that_is_only_compared_with_stays_without_a_gradient() -> None:
+    m = reattend.optimize(Thresholded(), policy=ONLY_OURS)
+    given = filled(torch.float32, 16)[:3]
+    m(*given).square().sum().backward()
+    assert reattend.report(m).kernels["reattend"] == 1, str(reattend.report(m))
+    assert m.gain.grad is not None
+    assert m.least.grad is None
+
+
+@pytest.mark.parametrize("fault", ["differs", "raises"])
+def test_a_site_steps_aside_inside_a_checkpoint(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an attempt saved for its backward is counted by nobody."""
+    real = trained._kernel
+
+    def wrong(program: str) -> trained.TrainedKernel:
+        made = real(program)
+
+        def forward(*given: Any, **sizes: int) -> Any:
+            if fault == "raises":
+                raise RuntimeError("out of order")
+            out, saved = made.forward(*given, **sizes)
+            return out * 1.5, saved
+
+        return replace(made, forward=forward)
+
+    monkeypatch.setattr(trained, "_kernel", wrong)
+
+    class Checkpointed(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    m = reattend.optimize(Checkpointed(model()), policy=OURS)
+    with pytest.warns(UserWarning, match="keeps the original code"):
+        found = losses(m, 3)
+    assert found == losses(model(), 3)
 
 
 def test_second_derivatives_keep_nothing_alive() -> None:

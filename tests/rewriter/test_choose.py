@@ -191,3 +191,16 @@ def test_small_attentions_that_are_trained_say_why_they_keep_the_original() -> N
         site = decide(Eager(), *(x.requires_grad_() for x in qkv(1, 2, n, 16))).site
         assert not any(c.why == "" for c in site.candidates if not c.feasible), site.candidates
         assert site.chosen.why
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("sizes", [(0, 8, 8), (2, 0, 8), (2, 8, 0), (2, 0, 0)])
+def test_an_attention_without_an_element_keeps_the_original_and_says_so(sizes: tuple[int, int, int], trained: bool) -> None:
+    b, p, m = sizes
+    q, k, v = (torch.empty(b, 2, n, 16).requires_grad_(trained) for n in (p, m, m))
+    graph = export.from_export(Eager(), (q, k, v), None).graph
+    found, missed = choose.decide(graph, choose.Request(Policy()))
+    assert not any("bug" in m.reason for m in missed), missed
+    for d in found:
+        assert d.call is None
+        assert "there is nothing to compute" in d.site.chosen.why
