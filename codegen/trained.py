@@ -18,11 +18,12 @@ from torch import Tensor
 from ..patterns.cascade import Cascade
 from ..patterns.mapping import TileMapping
 from ..patterns.verdict import Refusal
+from .cpu.kernel import BODIES_TRAINED as BODIES
 from .cpu.kernel import TrainedKernel, build_trained
 from .forms.program import output_shape, read_program
 from .operator import allocate, library
 
-__all__ = ["NO_SECOND", "TrainedKernel", "build", "call"]
+__all__ = ["BODIES", "NO_SECOND", "TrainedKernel", "build", "call"]
 
 NO_SECOND = "reattend::cascade_backward has no derivative: differentiate the model's own code twice (reattend.restore)"
 
@@ -128,8 +129,8 @@ class _Once(torch.autograd.Function):
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors, ctx.sizes, ctx.program = inputs
-    ctx.wanted = [i for i, x in enumerate(tensors) if x.requires_grad]
     made, p = _kernel(ctx.program), read_program(ctx.program)
+    ctx.wanted = [i for i, x in enumerate(tensors) if x.requires_grad and p.cascade.inputs[i].name in made.reached]
     lacking = [p.cascade.inputs[i].name for i in ctx.wanted if p.cascade.inputs[i].name in made.without]
     if lacking:
         raise RuntimeError(f"reattend::cascade_trained gives no gradient of {', '.join(lacking)}")

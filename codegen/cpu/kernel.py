@@ -17,6 +17,7 @@ from importlib import import_module
 from torch import Tensor
 
 from ...cost_model.count.tiles import expected
+from ...patterns.backward.reached import reached
 from ...patterns.cascade import Cascade
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import count_tiles
@@ -63,7 +64,8 @@ class TrainedKernel:
 
     `forward(*inputs, **sizes)` gives the output and what its rows hand over, float32 [Z, H, P, `scalars`];
     `backward(grad, out, saved, wanted, *inputs, **sizes)` the gradients of the inputs in the wanted places. `without`: float
-    inputs of which it gives none. `row_dims`: the output's dimensions that make each of Z, H and P.
+    inputs of which it gives none. `reached`: the inputs that have a gradient where they want one. `row_dims`: the output's
+    dimensions that make each of Z, H and P.
     """
 
     source: str
@@ -72,6 +74,7 @@ class TrainedKernel:
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., list[Tensor]]
     without: tuple[str, ...]
+    reached: frozenset[str]
     scalars: int
     row_dims: tuple[tuple[int, ...], ...]
 
@@ -160,7 +163,8 @@ def build_trained(c: Cascade, mapping: TileMapping) -> TrainedKernel | Refusal:
     made = cache.load(printed.text)
     inputs = tuple(t.name for t in f.cascade.inputs)
     return TrainedKernel(
-        printed.text, inputs, loose(f.cascade), made.attention, made.backward, printed.without, printed.scalars, _row_dims(f)
+        printed.text, inputs, loose(f.cascade), made.attention, made.backward, printed.without, reached(f.cascade),
+        printed.scalars, _row_dims(f),
     )
 
 

@@ -8,8 +8,8 @@ Terms without computed tensors (masks, biases of coordinates) were built before:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...patterns import expr as ex
@@ -46,6 +46,65 @@ class EagerOperator:
         if self.kind == "softmax":
             return self.points
         return self.points * EXPONENTIALS.get(self.name, 0) if self.kind == "point" else 0
+
+
+def backward(ops: Sequence[EagerOperator]) -> tuple[EagerOperator, ...]:
+    """What autograd runs for the gradients of all that some operators computed, the last one first.
+
+    A product has two, of the same size; a softmax reads its result beside what flows back; a sum, a difference and a
+    reduction pass on what they get; a copy to several heads is summed up; any other operator has one of its size.
+    """
+    return tuple(x for o in reversed(ops) for x in _backward(o))
+
+
+PASSED_ON = ("add", "sub")
+
+
+def _backward(o: EagerOperator) -> tuple[EagerOperator, ...]:
+    width = WIDTH[o.dtype]
+    if o.kind == "product":
+        left, right, result = (o.batch * n * width for n in (o.rows * o.inner, o.inner * o.columns, o.rows * o.columns))
+        return (
+            replace(o, columns=o.inner, inner=o.columns, read_bytes=result + right, written_bytes=left),
+            replace(o, rows=o.inner, inner=o.rows, read_bytes=result + left, written_bytes=right),
+        )
+    if o.kind == "copy":
+        return (replace(o, kind="reduce", name="add", written_bytes=0),)
+    if o.kind == "reduce" or o.name in PASSED_ON:
+        return ()
+    name = o.name if o.name in ("cast", "where", "gather") else "mul"
+    size = o.points * width
+    return (EagerOperator("point", name, o.dtype, o.points, (1 if name in ("cast", "where") else 2) * size, size),)
+
+
+def learned(a: Attention, wanted: Iterable[str]) -> tuple[Expr, ...]:
+    """Floats beside the operands that a score, a weight or a row's end reads and whose gradients are wanted."""
+    reached = set(wanted)
+    for e in a.prelude:
+        if reached & {str(x.attr) for x in e.reads}:
+            reached.add(e.out.tensor)
+    made = {e.out.tensor for e in (*a.products, *a.row, a.contraction)}
+    terms = (a.score, *(e.body for e in a.row), a.weight, a.finish)
+    loads = dict.fromkeys(x for t in terms for x in ex.loads(t))
+    return tuple(x for x in loads if x.is_float and str(x.attr) in reached - made)
+
+
+def gathered_back(
+    a: Attention, wanted: Iterable[str], extent: Mapping[str, int], share: float = 1.0
+) -> tuple[EagerOperator, ...]:
+    """The gradients of what is learned beside the operands: summed over what a tensor lacks, added up where looked up.
+
+    `share`: of the pairs of queries and keys, those that are visited.
+    """
+    rows = frozenset((*a.batch, a.query))
+    out: list[EagerOperator] = []
+    for x in learned(a, wanted):
+        space = x.ranks | rows | (frozenset((a.key,)) if a.key in x.ranks else frozenset())
+        points, own = (round(share * _count(extent, r)) for r in (space, x.ranks))
+        out.append(EagerOperator("reduce", "add", "f32", points, points * WIDTH["f32"], own * WIDTH["f32"]))
+        if not strided(x):
+            out.append(EagerOperator("point", "gather", "f32", own, own * WIDTH["f32"], 0))
+    return tuple(out)
 
 
 def beforehand(a: Attention, extent: Mapping[str, int]) -> tuple[EagerOperator, ...]:

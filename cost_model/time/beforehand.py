@@ -44,7 +44,7 @@ def plus(cost: Cost, other: Cost) -> Cost:
         parts[name] = parts.get(name, 0.0) + seconds
     return replace(
         cost, seconds=cost.seconds + other.seconds, parts=parts, bound=bound_of(parts), flops=cost.flops + other.flops,
-        bytes=cost.bytes + other.bytes, exps=cost.exps + other.exps,
+        bytes=cost.bytes + other.bytes, exps=cost.exps + other.exps, backward=cost.backward + other.backward,
     )
 
 

@@ -39,10 +39,10 @@ def fits(s: Subject) -> bool:
     return s.dtype in TYPES and constant and not any(t.dtype == "f64" for t in s.cascade.tensors)
 
 
-def fused(s: Subject, at: Shape, mapping: TileMapping, jobs: Jobs, device: Device) -> Cost:
-    """Seconds of the fused body."""
+def fused(s: Subject, at: Shape, mapping: TileMapping, jobs: Jobs, device: Device, rates: str = "") -> Cost:
+    """Seconds of the fused body; `rates`: where it computes at the rates of another type than its operands'."""
     host, bill = Host(device), Bill()
-    h, t = host.h, s.dtype
+    h, t = host.h, rates or s.dtype
     tile, rows = mapping.tile_p * mapping.tile_m, -(-at.queries // mapping.tile_p) * mapping.tile_p
     # the last query tile is computed in whole blocks of rows
     filled = min(1.0, -(-at.queries // ROWS) * ROWS / rows)

@@ -5,12 +5,13 @@
     predict_vendor     SDPA and FlexAttention, as they are called
     best_mapping       the mapping of our kernel that the model likes best on a device
 
-All is counted from the cascade; what a vendor's kernel is told stands in `VendorUse`. A "no" is an Obstacle.
+All is counted from the cascade; what a vendor's kernel is told stands in `VendorUse`. A "no" is an Obstacle. Where gradients
+are `wanted`, of these inputs of the cascade, their backward is part of the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,7 +20,7 @@ from ...patterns.cascade import Cascade, size_term
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.ranges import key_range
 from ...patterns.verdict import Obstacle
-from ..count.eager import EagerOperator, beforehand, operators
+from ..count.eager import EagerOperator, backward, beforehand, gathered_back, operators
 from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
 from ..count.tiles import NOTHING, SCHEDULED, Data, Jobs
 from ..count.work import WIDTH, Work, size_int
@@ -27,7 +28,7 @@ from ..devices.device import Device, HostRates, TimeModel
 from . import gpu, host
 from .beforehand import fetch_seconds, fused_fetch_seconds, plus, with_operands, with_prelude
 from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, tiled
-from .cost import Cost, bound_of
+from .cost import Cost, bound_of, differentiated
 from .fit import Footprint, as_compiled, candidates, footprint, padded, refuse
 from .fused import PLAIN, fits, fused
 
@@ -119,7 +120,8 @@ def best_mapping(
 
 
 def ranked_mappings(
-    c: Cascade, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
+    c: Cascade, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING,
+    wanted: Sequence[str] | None = None,
 ) -> tuple[tuple[TileMapping, Cost], ...] | Obstacle:
     """Mappings that fit, best first: all of them on a CPU, the best few on a GPU. Raises ValueError without sizes."""
     s = subject(c)
@@ -134,7 +136,7 @@ def ranked_mappings(
         return Obstacle(f"no tile of head sizes {at.embed} and {at.value} fits {device.name}")
     if device.kind == "cpu":
         able = [m for m in fitting if m.body in _bodies(s)]
-        found = [(m, _ours_on_cpu(s, at, m, device, data)) for m in able]
+        found = [(m, _trained_on_cpu(s, at, m, device, data, wanted)) for m in able]
         return tuple(sorted(found, key=lambda pair: pair[1].seconds))
     rough = sorted(fitting, key=lambda m: _ours(s, at, m, device, data, scheduled=0).seconds)
     few = [(m, _ours(s, at, m, device, data)) for m in rough[:SCHEDULED_MAPPINGS]]
@@ -147,13 +149,16 @@ def _bodies(s: Subject) -> tuple[str, ...]:
     return ("product", *sdpa, *(("fused",) if fits(s) else ()))
 
 
-def predict_original(c: Cascade, device: Device, sizes: Mapping[str, int] | None = None) -> Cost:
+def predict_original(
+    c: Cascade, device: Device, sizes: Mapping[str, int] | None = None, wanted: Sequence[str] | None = None
+) -> Cost:
     """The original code as lifted: every operator a kernel, every result written. Raises ValueError without sizes."""
-    return _operators(operators(c, sizes or {}), device)
+    return _eager(operators(c, sizes or {}), c, device, sizes or {}, wanted)
 
 
 def predict_vendor(
-    c: Cascade, use: VendorUse, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING
+    c: Cascade, use: VendorUse, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING,
+    wanted: Sequence[str] | None = None,
 ) -> Cost | Obstacle:
     """SDPA or FlexAttention, called as `use` says. An Obstacle where the cascade is no streaming attention."""
     s = subject(c)
@@ -161,10 +166,10 @@ def predict_vendor(
         return s
     at = shape(s.cascade, s.attention, sizes or {})
     if use.kernel.eager:
-        return _math(c, s, use, device, sizes or {})
-    if device.kind == "cpu":
-        return with_prelude(_vendor_on_cpu(s, at, use, device, data), s, at, device)
-    return _with_prelude(_vendor_on_gpu(s, at, use, device, data), s, at, device)
+        return _math(c, s, use, device, sizes or {}, wanted)
+    made, around = (_vendor_on_cpu, with_prelude) if device.kind == "cpu" else (_vendor_on_gpu, _with_prelude)
+    cost = around(made(s, at, use, device, data), s, at, device)
+    return _with_backward(cost, cost, s, at, device, wanted)
 
 
 def tiles_of(c: Cascade, mapping: TileMapping, sizes: Mapping[str, int], data: Data = NOTHING) -> Jobs | Obstacle:
@@ -190,21 +195,62 @@ def _operators(ops: tuple[EagerOperator, ...], device: Device) -> Cost:
     return Cost(sum(parts.values()), bound_of(parts), flops, moved, exps, parts, device.basis, device.band)
 
 
-def _math(c: Cascade, s: Subject, use: VendorUse, device: Device, sizes: Mapping[str, int]) -> Cost:
+def _eager(
+    ops: tuple[EagerOperator, ...], c: Cascade, device: Device, sizes: Mapping[str, int], wanted: Sequence[str] | None
+) -> Cost:
+    """Operators, and autograd's of their gradients."""
+    cost = _operators(ops, device)
+    if wanted is None:
+        return cost
+    s = subject(c)
+    more = gathered_back(s.attention, wanted, shape(s.cascade, s.attention, sizes).extent) if isinstance(s, Subject) else ()
+    back = _operators((*more, *backward(ops)), device)
+    return plus(cost, replace(back, backward=back.seconds))
+
+
+def _with_backward(
+    cost: Cost, again: Cost, s: Subject, at: Shape, device: Device, wanted: Sequence[str] | None
+) -> Cost:
+    """The cost of a kernel with its backward, and with the sums of what is learned beside its operands.
+
+    `again`: the forward at the rates at which the backward computes.
+    """
+    if wanted is None:
+        return cost
+    # on a CPU exponentials are pairs, of those tiles that are visited
+    share = min(1.0, cost.exps / max(at.batch * at.queries * at.keys, 1)) if device.kind == "cpu" else 1.0
+    made, more = differentiated(cost, again), gathered_back(s.attention, wanted, at.extent, share)
+    back = _operators(more, device) if more else None
+    return plus(made, replace(back, backward=back.seconds)) if back is not None else made
+
+
+def _math(
+    c: Cascade, s: Subject, use: VendorUse, device: Device, sizes: Mapping[str, int], wanted: Sequence[str] | None
+) -> Cost:
     """SDPA's fall-back: the operators of the original, in fp32 on a CPU whatever the type of the inputs."""
     ops = operators(c, sizes)
     if device.kind == "cpu" and s.dtype in ("bf16", "f16"):
         ops = tuple(replace(o, dtype="f32", read_bytes=2 * o.read_bytes, written_bytes=2 * o.written_bytes) for o in ops)
-    return _operators(ops, device)
+    return _eager(ops, c, device, sizes, wanted)
 
 
 # --- our kernel on a CPU --------------------------------------------------------------------------------------------
 
 
-def _ours_on_cpu(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Data) -> Cost:
-    """The tiled body; of keys and values, what its tiles visit crosses the memory's edge."""
+def _trained_on_cpu(
+    s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Data, wanted: Sequence[str] | None
+) -> Cost:
+    """With its backward, where gradients are wanted: that of the fused body computes in float32 on vectors."""
+    cost = again = _ours_on_cpu(s, at, mapping, device, data)
+    if wanted is not None and mapping.body == "fused" and s.dtype != "f32":
+        again = _ours_on_cpu(s, at, mapping, device, data, "f32")
+    return _with_backward(cost, again, s, at, device, wanted)
+
+
+def _ours_on_cpu(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Data, rates: str = "") -> Cost:
+    """The tiled body; of keys and values, what its tiles visit crosses the memory's edge. `rates`: of products of a type."""
     jobs = plan_tiles(s, at, mapping, data)
-    cost = (fused if mapping.body == "fused" else tiled)(s, at, mapping, jobs, device)
+    cost = fused(s, at, mapping, jobs, device, rates) if mapping.body == "fused" else tiled(s, at, mapping, jobs, device)
     unseen = at.keys - _keys_visited(jobs, at.keys)
     cost = with_operands(with_prelude(cost, s, at, device), s, at, device)
     return replace(cost, bytes=cost.bytes - WIDTH[s.dtype] * (at.batch // at.group) * unseen * (at.embed + at.value))

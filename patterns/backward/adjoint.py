@@ -129,7 +129,7 @@ class _Backward(Handing):
         names = {e.out.tensor for e in a.products}
         scores = tuple(g for g in gradients if str(g.load.attr) in names)
         others = (*(g for g in gradients if g not in scores), *self.leaves_of_end())
-        weight, acc = self.finished(self.whole), self.finished(self.acc)
+        weight, acc = self.finished(self.cleaned(self.whole)), self.finished(self.acc)
         saved = tuple(self.saved.values())
         return Adjoint(a, self.out, self.dout, self.dweight, saved, tuple(self.row), (), acc, weight, scores, others)
 
@@ -222,6 +222,12 @@ class _Backward(Handing):
         share = ex.unary(e.op, x - self.lse.load)
         zero = any(not math.isnan(value) for _, value in self.conditions)
         return ex.where(ex.equal(self.lse.load, -math.inf), 0.0, share) if zero else share
+
+    def cleaned(self, e: Expr) -> Expr:
+        """The weight that meets the values: 0 where the model sets the row to 0, whatever its scores are."""
+        if self.scale is None or all(math.isnan(value) for _, value in self.conditions):
+            return e
+        return ex.where(ex.equal(self.scale, 0.0), 0.0, e)
 
     # what nothing may reach
 

@@ -58,10 +58,10 @@ class SiteWatch:
         self, code: fx.GraphModule, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], out: Any
     ) -> str:
         """Why the site must go back to the model's own code, or nothing."""
-        kind = self._class(given, out)
+        kind = self._class(given)
         with self.lock:
             self.calls += 1
-            again = bool(self.every) and self.calls > 1 and self.calls % self.every == 1 % self.every
+            again = self._again(self.calls)
             if kind in self.seen and not again:
                 return ""
             self.seen.add(kind)
@@ -69,6 +69,17 @@ class SiteWatch:
             self._note(Check(self.site, self.kernel, "unchecked", why="a graph of the device is being captured"))
             return ""
         return self._looked(code, target, arguments, given, out, "" if again else str(kind))
+
+    def due(self, given: Sequence[Any]) -> bool:
+        """Will the next call be looked at, if it is of these tensors?"""
+        if _captured():
+            return False
+        kind = self._class(given)
+        with self.lock:
+            return kind not in self.seen or self._again(self.calls + 1)
+
+    def _again(self, call: int) -> bool:
+        return bool(self.every) and call > 1 and call % self.every == 1 % self.every
 
     def raised(self, why: str) -> None:
         """Record a kernel that raised."""
@@ -118,7 +129,7 @@ class SiteWatch:
         bound = [place.get(id(x)) if isinstance(x, Tensor) else str(x) for x in tree_leaves(tuple(arguments))]
         return "" if not kind or None in bound else verdicts.key(code.code, str(bound), kind, self.kernel, self.source())
 
-    def _class(self, given: Sequence[Any], out: Any) -> object:
+    def _class(self, given: Sequence[Any]) -> object:
         grad = torch.is_grad_enabled()
         tensors = [x for x in given if isinstance(x, Tensor)]
         held = tuple([_held(given[i]) for i in self.masks if i < len(given)])

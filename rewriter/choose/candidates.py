@@ -64,6 +64,7 @@ from .policy import Policy
 class Question:
     """All that a decision depends on: equal questions have equal answers.
 
+    `wanted`: the inputs of the cascade whose gradients flow on; None where none flows back through the output.
     `origins` names the inputs of the graph behind each tensor that the mask reads; `constants` has those that none reaches.
     """
 
@@ -72,7 +73,7 @@ class Question:
     device: Device
     policy: Policy
     executable: bool
-    gradients: bool
+    wanted: tuple[str, ...] | None
     bound: str
     dtype: str
     written: VendorUse | None
@@ -80,20 +81,24 @@ class Question:
     origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
     constants: Data = NOTHING
 
+    @property
+    def gradients(self) -> bool:
+        return self.wanted is not None
+
 
 @lru_cache(maxsize=1024)
 def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     c, sizes = q.cascade, dict(q.sizes)
     view = attention(c)
     assert isinstance(view, Attention), view
+    if why := _nothing(c, sizes):
+        none = tuple(Candidate(n, feasible=False, why=why) for n in ("reattend", "sdpa", "flex"))
+        candidates = (Candidate(ORIGINAL, why=why), *none)
+        return Site("", "", kind(view), traits(view), _shape(c, q, sizes), None, (), (), candidates, ORIGINAL, show(c)), {}
     taken = known(c, view, sizes, q.policy.expectations, dict(q.origins), q.constants)
-    candidates: list[Candidate] = []
-    calls: dict[str, splice.Call] = {}
-    for candidate, call in _candidates(q, sizes, taken.data):
-        candidates.append(candidate)
-        if call is not None:
-            calls[candidate.name] = call
-    order = ranked(tuple(candidates))
+    found = list(_candidates(q, sizes, taken.data))
+    calls: dict[str, splice.Call] = {candidate.name: call for candidate, call in found if call is not None}
+    order = ranked(tuple(candidate for candidate, _ in found))
     permitted = [x for x in order if x.feasible and q.policy.permits(x)]
     chosen = next(iter(permitted), None) or next(x for x in order if x.feasible)
     order = tuple(replace(x, why=_why(x, order, q)) if x is chosen else x for x in order)
@@ -109,6 +114,12 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
         detailer=cache(lambda: detail(c, one_pass, ours_text, sizes, taken.data)),
     )
     return site, calls
+
+
+def _nothing(c: Cascade, sizes: Mapping[str, int]) -> str:
+    """What is said of an attention without an element; nothing of others."""
+    empty = [r.name for r in c.ranks if bind(r.size, sizes) == 0]
+    return f"there is nothing to compute: {' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} 0 long" if empty else ""
 
 
 def _why(chosen: Candidate, order: tuple[Candidate, ...], q: Question) -> str:
@@ -157,8 +168,8 @@ def _original_cost(q: Question, sizes: Mapping[str, int]) -> Cost | None:
     """The predicted time of the model's own code; None where a size of the cascade has no value to predict with."""
     try:
         if q.written is None:
-            return predict_original(q.cascade, q.device, sizes)
-        cost = predict_vendor(q.cascade, _original_use(q, q.written, sizes), q.device, sizes)
+            return predict_original(q.cascade, q.device, sizes, q.wanted)
+        cost = predict_vendor(q.cascade, _original_use(q, q.written, sizes), q.device, sizes, wanted=q.wanted)
     except ValueError:
         return None
     return cost if isinstance(cost, Cost) else None
@@ -193,14 +204,13 @@ def _ours(
         return _refused(name, "our kernel has no backward on a GPU yet, and gradients are wanted here")
     found = _mappings(q, sizes, data)
     if q.gradients:
-        found = [x for x in found if x[0].body == "fused"]
-    order, held = _paid_back(found, rival)
-    if held and q.gradients and name not in q.policy.allow:
-        return _refused(name, held)
+        found = [x for x in found if x[0].body in trained.BODIES]
+    # who names our kernel for training has a step to wait for, not a call
+    order, held = (found, "") if q.gradients and name in q.policy.allow else _paid_back(found, rival)
     refusal = ""
     for mapping, predicted in order:
         cost = predicted
-        kernel = trained.build(q.cascade, mapping) if q.gradients else ours.build(q.cascade, mapping, q.device)
+        kernel = _trained(q, mapping) if q.wanted is not None else ours.build(q.cascade, mapping, q.device)
         if not isinstance(kernel, Refusal):
             break
         refusal = refusal or kernel.reason
@@ -218,17 +228,29 @@ def _ours(
     compiles = q.device.is_gpu or mapping.body == "fused"
     if not isinstance(kernel, trained.TrainedKernel):
         return candidate, our_call(q.cascade, mapping, fragile=compiles and not q.traced)
-    if kernel.without and q.traced:
-        return _refused(name, f"its backward gives no gradient of {', '.join(kernel.without)}, which may need one")
     conditions = (needs_no_gradient(kernel.without),) if kernel.without else ()
     why = "; ".join((candidate.why, *(f"where {x.sentence}" for x in conditions)))
-    return replace(candidate, why=why), our_trained_call(q.cascade, mapping, conditions, guarded=not q.traced)
+    call = our_trained_call(q.cascade, mapping, conditions, fragile=compiles and not q.traced, once=not q.traced)
+    return replace(candidate, why=why), call
+
+
+def _trained(q: Question, mapping: TileMapping) -> trained.TrainedKernel | Refusal:
+    """The kernel with its backward, where that gives every gradient that is wanted: in Inductor's graph all that may be."""
+    made = trained.build(q.cascade, mapping)
+    if isinstance(made, Refusal):
+        return made
+    lacking = [n for n in made.without if q.traced or n in (q.wanted or ())]
+    if lacking:
+        need = "may need" if q.traced else "needs" if len(lacking) == 1 else "need"
+        why = f"the {mapping.body} body's backward gives no gradient of {', '.join(lacking)}, which {need} one"
+        return Refusal(f"cpu {mapping.body}", why)
+    return made
 
 
 def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[TileMapping, Cost]]:
     """The best mapping of every body by prediction, best first: where no kernel can be built for one, the next may do."""
     try:
-        found = ranked_mappings(q.cascade, q.device, sizes, data)
+        found = ranked_mappings(q.cascade, q.device, sizes, data, q.wanted)
     except ValueError:
         return []
     best: dict[str, tuple[TileMapping, Cost]] = {}
@@ -251,6 +273,7 @@ def _paid_back(found: list[tuple[TileMapping, Cost]], rival: float) -> tuple[lis
 
 
 def _no_mapping(q: Question, sizes: Mapping[str, int]) -> str:
+    """Why no mapping is there to be tried."""
     try:
         best = best_mapping(q.cascade, q.device, sizes)
     except ValueError as no:
@@ -269,10 +292,11 @@ def our_call(c: Cascade, mapping: TileMapping, fragile: bool = False) -> splice.
     return splice.Call("reattend", torch.ops.reattend.cascade.default, arguments, closed=False, fragile=fragile)
 
 
-def our_trained_call(c: Cascade, mapping: TileMapping, conditions: tuple[Condition, ...], guarded: bool) -> splice.Call:
+def our_trained_call(
+    c: Cascade, mapping: TileMapping, conditions: tuple[Condition, ...], fragile: bool, once: bool
+) -> splice.Call:
     """Our operator with its backward; the original stands by for a second derivative and for a compiler that fails."""
-    plain = our_call(c, mapping)
-    return replace(plain, target=trained.call, fragile=guarded, once=guarded, conditions=conditions)
+    return replace(our_call(c, mapping), target=trained.call, fragile=fragile, once=once, conditions=conditions)
 
 
 def _sdpa(q: Question, sizes: Mapping[str, int], data: Data) -> tuple[Candidate, splice.Call | None]:
@@ -304,7 +328,7 @@ def _vendor(
         return _refused(name, f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
     try:
         use = vendor.use(made, q.device, sizes, gradients=q.gradients)
-        cost = predict_vendor(q.cascade, use, q.device, sizes, data) if isinstance(use, VendorUse) else None
+        cost = predict_vendor(q.cascade, use, q.device, sizes, data, q.wanted) if isinstance(use, VendorUse) else None
     except ValueError as no:
         return _refused(name, str(no))
     if isinstance(use, Refusal):

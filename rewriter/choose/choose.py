@@ -306,7 +306,7 @@ def decide_place(
     """The decision for an attention at sizes of the graph's symbols. Equal questions are answered once."""
     question = Question(
         stands.cascade, tuple(sorted(stands.sizes(at).items())), request.target or running_device(stands.device_type),
-        request.policy, request.executable, stands.gradients, stands.bound, stands.dtype, stands.call(at), request.traced,
+        request.policy, request.executable, stands.wanted, stands.bound, stands.dtype, stands.call(at), request.traced,
         stands.origins, stands.constants,
     )
     site, calls = answer(question)

@@ -47,7 +47,8 @@ class Place:
     `bound` says why it cannot be replaced, whatever its cascade says; empty when it can. `scalars` are the symbols of its
     cascade that are no size of a graph input: as sizes of the graph, with the value that was traced. `written`: how the
     model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes. `upstream` has what
-    makes its keys and values, where that was asked for, and `model` the channels of the projection behind it. `origins`:
+    makes its keys and values, where that was asked for, and `model` the channels of the projection behind it. `wanted`: the
+    inputs of the cascade whose gradients flow on, None where none flows back through the output. `origins`:
     the graph's inputs behind each tensor that its mask reads; `constants`: those of these tensors that no input reaches.
     """
 
@@ -56,7 +57,7 @@ class Place:
     where: str
     notes: tuple[str, ...]
     bound: str
-    gradients: bool
+    wanted: tuple[str, ...] | None
     dtype: str
     device_type: str
     scalars: tuple[tuple[str, Size, int | None], ...]
@@ -66,6 +67,10 @@ class Place:
     constants: Data = NOTHING
     upstream: Cascade | Obstacle | None = None
     model: Size = 0
+
+    @property
+    def gradients(self) -> bool:
+        return self.wanted is not None
 
     def sizes(self, at: Mapping[str, int]) -> dict[str, int]:
         """The value of every symbol of the cascade where the graph's own symbols have the values `at`."""
@@ -102,7 +107,7 @@ def place(f: Found, name: str) -> Place:
     assert isinstance(view, Attention), view
     read = {name: f.tensors[name] for name in unknowns(view) if name in f.tensors}
     return Place(
-        f.cascade, name, f.where, f.notes, _bound_to_original(f), _wants_gradient(f),
+        f.cascade, name, f.where, f.notes, _bound_to_original(f), _wanted(f),
         str(value.dtype).removeprefix("torch."), value.device.type, _scalars(f), written, mask_elements,
         tuple((name, _inputs_behind(n)) for name, n in read.items()), constants(read),
     )
@@ -156,6 +161,13 @@ def _is_plain(f: Found) -> bool:
 def _wants_gradient(f: Found) -> bool:
     """Whether a gradient flows back through the output; under no_grad it does not, whatever the parameters want."""
     return bool(f.output.meta["val"].requires_grad)
+
+
+def _wanted(f: Found) -> tuple[str, ...] | None:
+    """The inputs of the cascade whose gradients are wanted."""
+    if not _wants_gradient(f):
+        return None
+    return tuple(name for name, n in f.tensors.items() if n.meta["val"].requires_grad)
 
 
 def interior(f: Found) -> frozenset[fx.Node]:

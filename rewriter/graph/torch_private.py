@@ -528,6 +528,20 @@ CHECKPOINT_ENDS = Private(
     "torch.utils.checkpoint:_StopRecomputationError", "how a checkpoint ends inside a call", "2.2",
     "a checkpoint ends outside of calls",
 )
+GRAPH_TASK = Private(
+    "torch._C:_current_graph_task_id", "telling passes through one graph apart", "2.2", "no second derivatives"
+)
+WILL_RUN = Private(
+    "torch._C:_will_engine_execute_node", "second derivatives of what is asked for alone", "2.2", "no second derivatives"
+)
+MAP_ENTER = Private(
+    "torch._C:_vmapmode_increment_nesting", "gradients of several flows at once (is_grads_batched)", "2.2",
+    "is_grads_batched raises",
+)
+MAP_LEAVE = Private("torch._C:_vmapmode_decrement_nesting", "the same", "2.2", "is_grads_batched raises")
+MAP_ADD = Private("torch:_add_batch_dim", "the same", "2.2", "is_grads_batched raises")
+MAP_REMOVE = Private("torch:_remove_batch_dim", "the same", "2.2", "is_grads_batched raises")
+KEYS = Private("torch._C:_dispatch_keys", "which tensors stand for several flows", "2.2", "is_grads_batched raises")
 COMPILING = Private(
     "torch.compiler:_is_compiling_flag", "calls in other threads during a capture", "2.5",
     "nothing is written: since 2.13 Dynamo raises the flag itself",
@@ -610,6 +624,52 @@ def checkpoint_ends() -> tuple[type[BaseException], ...]:
         return (CHECKPOINT_ENDS.found(),)
     except TorchChanged:
         return ()
+
+
+def graph_task() -> int:
+    """The number of the backward pass that runs in this thread."""
+    return int(_kept(GRAPH_TASK)())
+
+
+def will_run(node: Any) -> bool:
+    """Will the backward pass at hand come to this node?"""
+    return bool(_kept(WILL_RUN)(node))
+
+
+# The dispatch key of tensors that stand for several flows.
+FLOWS = "Batched"
+
+
+def maps_gradients() -> bool:
+    """Has this PyTorch what `is_grads_batched` is taken apart with?"""
+    try:
+        return all(x.found() for x in (MAP_ENTER, MAP_LEAVE, MAP_ADD, MAP_REMOVE, KEYS))
+    except TorchChanged:
+        return False
+
+
+def flows_level() -> int:
+    """How many such maps are around this call."""
+    level = int(_kept(MAP_ENTER)())
+    _kept(MAP_LEAVE)()
+    return level - 1
+
+
+def stands_for_flows(x: Tensor) -> bool:
+    # printed as DispatchKeySet(A, B, …): the key has no name in Python
+    return FLOWS in str(_kept(KEYS)(x)).partition("(")[2].rstrip(")").split(", ")
+
+
+def apart(x: Tensor, level: int) -> Tensor:
+    """The flows of a tensor that stands for several, along a first dimension."""
+    out: Tensor = _kept(MAP_REMOVE)(x, level, 0, 0)
+    return out
+
+
+def together(x: Tensor, level: int) -> Tensor:
+    """A tensor that stands for the flows along the first dimension of another."""
+    out: Tensor = _kept(MAP_ADD)(x, 0, level)
+    return out
 
 
 @contextmanager

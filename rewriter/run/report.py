@@ -98,7 +98,7 @@ class SiteRun:
     def off(self) -> bool:
         """Was the kernel timed, and is the prediction further off than the plan's band allows?"""
         p = self.predicted
-        return p is not None and self.measured is not None and not within(p.seconds, self.measured, p.band)
+        return p is not None and self.measured is not None and not within(p.forward, self.measured, p.band)
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def _predictions(runs: tuple[SiteRun, ...]) -> list[str]:
         assert r.measured is not None
         lines.append(
             f"prediction off: {group_name([m.name for m in members])}, {r.kernel}: {seconds_text(r.measured)} on the clock, "
-            f"{seconds_text(r.predicted.seconds)} ±{r.predicted.band:.0%} predicted ({r.predicted.basis}): "
+            f"{seconds_text(r.predicted.forward)} ±{r.predicted.band:.0%} predicted ({r.predicted.basis}): "
             "`reattend targets --calibrate` measures this machine"
         )
     return lines

@@ -8,6 +8,7 @@ Nothing more is kept for it than the kernel keeps itself: the leaves.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..capture.autocast import no_autocast
-from ..graph.torch_private import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from ..graph.torch_private import graph_task, tree_flatten, tree_leaves, tree_map, tree_unflatten, will_run
 
 
 def twice(kernel: Callable[..., Tensor], arguments: Any, original: Callable[..., Tensor], inputs: Any) -> Tensor:
@@ -26,36 +27,55 @@ def twice(kernel: Callable[..., Tensor], arguments: Any, original: Callable[...,
         return kernel(*arguments)
     way = _Way(original, inputs, leaves)
     entered = {id(x): _Enter.apply(x, way, i) for i, x in enumerate(leaves)}  # type: ignore[no-untyped-call]
+    way.nodes = [weakref.ref(x.grad_fn) for x in entered.values()]
     given = tree_map(lambda x: entered.get(id(x), x), arguments)
-    out: Tensor = _Leave.apply(kernel(*given), way, *leaves)  # type: ignore[no-untyped-call]
+    out: Tensor = _Leave.apply(kernel(*given), way, *leaves, *way.frozen(inputs))  # type: ignore[no-untyped-call]
     return out
 
 
 class _Way:
-    """How the gradients of one call are found a second time. Leaves are given by those who keep them for a backward."""
+    """How the gradients of one call are found a second time. Tensors are given by those who keep them for a backward.
+
+    Gradients are of one backward pass each: several may go through the graph at once.
+    """
 
     def __init__(self, original: Callable[..., Tensor], inputs: Any, leaves: Sequence[Tensor]) -> None:
         place = {id(x): i for i, x in enumerate(leaves)}
         flat, self.form = tree_flatten(inputs)
+        self.tensors = [isinstance(x, Tensor) for x in flat]
         self.places = [place.get(id(x)) for x in flat]
-        self.others = [x if i is None else None for x, i in zip(flat, self.places)]
+        self.others = [None if isinstance(x, Tensor) else x for x in flat]
+        self.count = len(leaves)
         self.original = original
-        self.gradients: list[Tensor | None] = []
+        self.nodes: list[weakref.ref[Any]] = []
+        self.gradients: dict[int, dict[int, Tensor | None]] = {}
 
-    def follow(self, leaves: Sequence[Tensor], gradient: Tensor) -> None:
+    def frozen(self, inputs: Any) -> list[Tensor]:
+        """The tensors among the inputs that need no gradient."""
+        return [x for x, i in zip(tree_leaves(inputs), self.places) if i is None and isinstance(x, Tensor)]
+
+    def follow(self, saved: Sequence[Tensor], gradient: Tensor) -> None:
         # one leaf may be made of another: what is asked for is the derivative by each alone
-        leaves = [x.view_as(x) for x in leaves]
-        given = [x if i is None else leaves[i] for x, i in zip(self.others, self.places)]
+        leaves, frozen = [x.view_as(x) for x in saved[: self.count]], iter(saved[self.count :])
+        asked = [i for i, node in enumerate(self.nodes) if will_run(node())]
+        given = [
+            leaves[i] if i is not None else next(frozen) if is_tensor else x
+            for x, i, is_tensor in zip(self.others, self.places, self.tensors)
+        ]
         # every cast that autocast made is written in the original
         with no_autocast():
             out = self.original(*tree_unflatten(given, self.form))
         # the kernel's result stands for the original's up to a reshape and a cast
         gradient = gradient.reshape(out.shape).to(out.dtype)
-        self.gradients = list(torch.autograd.grad(out, leaves, gradient, create_graph=True, allow_unused=True))
+        found = torch.autograd.grad(out, [leaves[i] for i in asked], gradient, create_graph=True, allow_unused=True)
+        self.gradients[graph_task()] = dict(zip(asked, found))
 
     def taken(self, i: int) -> Tensor | None:
         """The gradient of a leaf, which is kept no longer: its graph leads back here."""
-        found, self.gradients[i] = self.gradients[i], None
+        task = graph_task()
+        found = self.gradients[task].pop(i)
+        if not self.gradients[task]:
+            del self.gradients[task]
         return found
 
 
@@ -65,10 +85,12 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, way: _Way, i: int) -> Tensor:
         ctx.way, ctx.i = way, i
+        # what nothing reaches has no gradient
+        ctx.set_materialize_grads(False)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
         return ctx.way.taken(ctx.i) if torch.is_grad_enabled() else gradient, None, None
 
 
@@ -76,14 +98,14 @@ class _Leave(torch.autograd.Function):
     """The kernel's result."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, way: _Way, *leaves: Tensor) -> Tensor:
-        ctx.way = way
-        ctx.save_for_backward(*leaves)
+    def forward(ctx: Any, out: Tensor, way: _Way, *tensors: Tensor) -> Tensor:
+        ctx.way, ctx.count = way, len(tensors)
+        ctx.save_for_backward(*tensors)
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        leaves = ctx.saved_tensors
+        saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            ctx.way.follow(leaves, gradient)
-        return gradient, None, *(None for _ in leaves)
+            ctx.way.follow(saved, gradient)
+        return gradient, None, *(None for _ in range(ctx.count))

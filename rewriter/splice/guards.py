@@ -13,12 +13,14 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
@@ -32,6 +34,7 @@ from ..check.watch import REPORT, SiteWatch
 from ..graph.aliases import Aliases
 from ..graph.same import said, signature
 from ..graph.torch_private import checkpoint_ends
+from . import flows as flows
 from .derivatives import twice
 from .race import Race
 
@@ -228,9 +231,16 @@ class Guarded(nn.Module):
         return out.clone() if self.known and out.requires_grad else out
 
     def _attempt(self, arguments: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, str]:
-        """The call's result, and why it must not be used, if so."""
+        """The call's result, and why it must not be used, if so.
+
+        Where it is looked at in training, that is a call of its own: one that is not used has saved nothing for a backward
+        that anybody counts (a checkpoint does).
+        """
+        watch = self.watch
+        tried = watch is not None and torch.is_grad_enabled() and watch.due(inputs)
         try:
-            out = self._called(arguments, inputs)
+            with saved_tensors_hooks(_kept, _kept) if tried else nullcontext():
+                out = self._called(arguments, inputs)
         except torch.OutOfMemoryError:
             raise
         except checkpoint_ends():
@@ -243,7 +253,12 @@ class Guarded(nn.Module):
             if self.watch is not None:
                 self.watch.raised(why)
             return None, why
-        return out, self.watch(self.original, self.target, arguments, inputs, out) if self.watch is not None else ""
+        why = watch(self.original, self.target, arguments, inputs, out) if watch is not None else ""
+        return self._called(arguments, inputs) if tried and not why else out, why
+
+
+def _kept(x: Tensor) -> Tensor:
+    return x
 
 
 class Originals:

@@ -22,7 +22,7 @@ from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import TileMapping
 from reattend.patterns.verdict import Refusal
-from tests.codegen.attentions import CAUSAL, VARIANTS, Case, build, masked, no_batch, windows
+from tests.codegen.attentions import CAUSAL, VARIANTS, Case, aux, build, masked, no_batch, windows
 from tests.codegen.test_cpu import TYPES, interleaved
 
 TILES = TileMapping(32, 32, body="fused")
@@ -165,6 +165,18 @@ def test_only_what_is_wanted() -> None:
     # a gradient without memory of its own
     (found_v,) = torch.autograd.grad(trained.call(*arguments(case, y)).sum(), [y["V"]])
     assert torch.equal(found_v, ours(case, x, torch.ones_like(flow))[3])
+
+
+def test_what_is_only_compared_with_has_no_gradient() -> None:
+    """As in autograd: None, where a gradient of 0 would move an optimizer with a momentum."""
+    least = ex.load("least", (ex.index("h"),), "f32")
+    case = build(lambda s: ex.where(s > least, s, -1e9), aux=(aux("least", (4,)),), p=40, m=40)
+    y = wanting(case.inputs(), ("Q", "K", "V", "least"))
+    for body in ("fused", "product"):
+        out = trained.call(*arguments(case, y, replace(TILES, body=body)))
+        found = torch.autograd.grad(out.sum(), [y[n] for n in ("Q", "least")], allow_unused=True)
+        assert found[0] is not None
+        assert found[1] is None
 
 
 def test_what_has_no_gradient_is_refused() -> None:

@@ -14,6 +14,7 @@ from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
 from reattend.patterns.mapping import TileMapping
+from reattend.patterns.verdict import Obstacle
 
 P, M = ex.index("p"), ex.index("m")
 HERE = with_threads(alone(shipped("cpu")), 1)
@@ -106,3 +107,16 @@ def test_a_faster_machine_is_faster_by_as_much() -> None:
     half = {t: x / 2 for t, x in h.fused_multiply_seconds.items()}
     quick = replace(HERE, host=replace(h, fused_multiply_seconds=half))
     assert cost(attention(), d=quick).parts["matrix"] == pytest.approx(cost(attention()).parts["matrix"] / 2)
+
+
+def test_the_backward_computes_in_float32() -> None:
+    """Where the forward has a matrix unit."""
+
+    def trained(dtype: str) -> Cost:
+        found = ranked_mappings(attention("causal", dtype=dtype), HERE, {"P": 2048}, wanted=("Q", "K", "V"))
+        assert not isinstance(found, Obstacle)
+        return next(c for m, c in found if m.body == "fused")
+
+    wide, short = trained("f32"), trained("bf16")
+    assert short.forward < 0.6 * wide.forward
+    assert short.backward > 0.9 * wide.backward

@@ -295,3 +295,45 @@ def test_a_bias_for_each_pair_is_read_from_memory(body: str) -> None:
     use = replace(FLASH, mask_elements=8 * 2000**2, mask_dtype="f32")
     given, without = (known(predict_vendor(c, u, d, at)) for c, u in ((BIASED, use), (FULL, FLASH)))
     assert given.parts["memory"] - without.parts["memory"] == pytest.approx(bias, rel=0.1)
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+def test_a_backward_is_part_of_the_time_only_where_gradients_are_wanted() -> None:
+    at, own = sizes(1024), ("Q", "K", "V")
+    for cost, trained in (
+        (predict_original(CAUSAL, cpu(), at), predict_original(CAUSAL, cpu(), at, own)),
+        (known(predict_vendor(CAUSAL, FLASH, cpu(), at)), known(predict_vendor(CAUSAL, FLASH, cpu(), at, wanted=own))),
+        (known(predict_vendor(CAUSAL, FLASH, GPUS[0], at)), known(predict_vendor(CAUSAL, FLASH, GPUS[0], at, wanted=own))),
+    ):
+        assert cost.backward == 0
+        assert cost.forward == cost.seconds
+        assert trained.forward == pytest.approx(cost.seconds)
+        # five products for two, where scores are made again; four where they are read
+        assert 0.5 < trained.backward / trained.forward < 3
+        assert trained.flops / cost.flops in (3.0, 3.5)
+        assert Cost.from_dict(trained.to_dict()) == trained
+
+
+def test_mappings_are_ranked_by_the_whole_step() -> None:
+    found = ranked_mappings(WINDOW, cpu(), sizes(1024), wanted=("Q", "K", "V"))
+    assert not isinstance(found, Obstacle)
+    assert [c.seconds for _, c in found] == sorted(c.seconds for _, c in found)
+    assert all(c.backward > c.forward for _, c in found)
+
+
+def test_what_is_learned_beside_the_operands_is_summed_up() -> None:
+    at = sizes(1024)
+
+    def original(wanted: tuple[str, ...]) -> Cost:
+        return predict_original(BIASED, cpu(), at, wanted)
+
+    def ours(wanted: tuple[str, ...]) -> Cost:
+        found = ranked_mappings(BIASED, cpu(), at, wanted=wanted)
+        assert not isinstance(found, Obstacle)
+        return found[0][1]
+
+    for price in (original, ours):
+        assert price(("Q", "bias")).backward > price(("Q",)).backward
+        assert price(("Q", "bias")).forward == price(("Q",)).forward

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import reattend
 from reattend.codegen import trained
 from reattend.codegen.forms import base2
+from reattend.patterns.mapping import TileMapping
 
 pytestmark = pytest.mark.slow
 OURS = reattend.Policy(allow=("reattend",))
+ONLY_OURS = reattend.Policy(allow=("reattend",), deny=("original",))
 
 
 @pytest.fixture(autouse=True)
@@ -78,15 +81,32 @@ def test_the_losses_are_those_of_the_original() -> None:
     assert any(c.gradients for c in report.checks), str(report)
 
 
-def test_where_a_gradient_is_wanted_that_it_does_not_give_the_original_runs() -> None:
-    m = reattend.optimize(model(bias=True), policy=OURS)
+def bodies(m: nn.Module) -> set[str]:
+    found = set()
+    for s in reattend.report(m).sites:
+        mapping = s.site.candidate("reattend").mapping
+        assert mapping is not None
+        found.add(TileMapping.parse(mapping).body)
+    return found
+
+
+def test_a_learned_slope_trains_through_the_body_that_gives_its_gradient() -> None:
+    m = reattend.optimize(model(bias=True), policy=ONLY_OURS)
     assert losses(m) == pytest.approx(losses(model(bias=True)), rel=1e-5)
     report = reattend.report(m)
-    assert not report.kernels["reattend"], str(report)
+    assert report.kernels["reattend"] == 12, str(report)
+    assert all(c.ok for c in report.checks), str(report)
+    assert bodies(m) == {"product"}
     for name, p in m.named_parameters():
         p.requires_grad_(not name.endswith("slope"))
     losses(m, 1)
-    assert reattend.report(m).kernels["reattend"] == 2, str(reattend.report(m))
+    assert "fused" in bodies(m)
+
+
+def test_where_it_is_slower_a_learned_slope_keeps_the_original() -> None:
+    m = reattend.optimize(model(bias=True))
+    assert losses(m, 2) == losses(model(bias=True), 2)
+    assert not reattend.report(m).kernels["reattend"], str(reattend.report(m))
 
 
 def test_second_derivatives_are_those_of_the_original() -> None:
@@ -182,6 +202,66 @@ def test_gradients_of_several_flows_at_once() -> None:
     for a, b in zip(all_of(m), all_of(own), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert reattend.report(m).kernels["reattend"]
+
+
+def test_gradients_of_several_flows_as_autograd_maps_them() -> None:
+    m, own, given = ours_and_own()
+    flows = torch.randn(3, 2, 2, 192, 64, generator=torch.Generator().manual_seed(3))
+    found, wanted = (torch.autograd.grad(f(*given), given[:3], flows, is_grads_batched=True) for f in (m, own))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert reattend.report(m).kernels["reattend"]
+
+
+class Thresholded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.least, self.gain = nn.Parameter(torch.tensor(-1.0)), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT * self.gain
+        return s.masked_fill(s < self.least, -1e4).softmax(-1) @ v
+
+
+def test_a_parameter_that_is_only_compared_with_stays_without_a_gradient() -> None:
+    m = reattend.optimize(Thresholded(), policy=ONLY_OURS)
+    given = filled(torch.float32, 16)[:3]
+    m(*given).square().sum().backward()
+    assert reattend.report(m).kernels["reattend"] == 1, str(reattend.report(m))
+    assert m.gain.grad is not None
+    assert m.least.grad is None
+
+
+@pytest.mark.parametrize("fault", ["differs", "raises"])
+def test_a_site_steps_aside_inside_a_checkpoint(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an attempt saved for its backward is counted by nobody."""
+    real = trained._kernel
+
+    def wrong(program: str) -> trained.TrainedKernel:
+        made = real(program)
+
+        def forward(*given: Any, **sizes: int) -> Any:
+            if fault == "raises":
+                raise RuntimeError("out of order")
+            out, saved = made.forward(*given, **sizes)
+            return out * 1.5, saved
+
+        return replace(made, forward=forward)
+
+    monkeypatch.setattr(trained, "_kernel", wrong)
+
+    class Checkpointed(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    m = reattend.optimize(Checkpointed(model()), policy=OURS)
+    with pytest.warns(UserWarning, match="keeps the original code"):
+        found = losses(m, 3)
+    assert found == losses(model(), 3)
 
 
 def test_second_derivatives_keep_nothing_alive() -> None:

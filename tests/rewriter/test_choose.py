@@ -151,3 +151,56 @@ def test_gpus_are_told_by_name_else_by_architecture(name: str, architecture: str
 def test_an_unknown_gpu_is_refused_with_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"no device file describes Fancy.*name a target"):
         choose._gpu("Fancy", "sm_999")
+
+
+class Sloped(nn.Module):
+    """A slope that is learned, within a window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.full((8, 1, 1), 0.1))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i = torch.arange(q.shape[-2])
+        s = q @ k.transpose(-1, -2) * 0.25 + self.slope * (i - i[:, None])
+        return s.masked_fill((i > i[:, None]) | (i[:, None] - i >= 64), float("-inf")).softmax(-1) @ v
+
+
+def test_a_body_is_taken_that_gives_the_gradients_that_are_wanted() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(1, 8, 2048, 64))
+    model = Sloped()
+    learned = decide(model, q, k, v).site.candidate("reattend")
+    traced = decide(model, q, k, v, traced=True).site.candidate("reattend")
+    for c in (learned, traced):
+        assert c.feasible
+        assert c.mapping is not None
+        assert '"body":"product"' in c.mapping
+        assert "the fused body's backward gives no gradient of" in c.why
+        assert c.cost is not None
+        assert c.cost.backward > c.cost.forward
+    model.slope.requires_grad_(False)
+    frozen = decide(model, q, k, v).site.candidate("reattend")
+    assert frozen.mapping is not None
+    assert '"body":"fused"' in frozen.mapping
+    assert "needs no gradient" in frozen.why
+    assert frozen.seconds < learned.seconds
+
+
+def test_small_attentions_that_are_trained_say_why_they_keep_the_original() -> None:
+    for n in (2, 8, 15, 16):
+        site = decide(Eager(), *(x.requires_grad_() for x in qkv(1, 2, n, 16))).site
+        assert not any(c.why == "" for c in site.candidates if not c.feasible), site.candidates
+        assert site.chosen.why
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("sizes", [(0, 8, 8), (2, 0, 8), (2, 8, 0), (2, 0, 0)])
+def test_an_attention_without_an_element_keeps_the_original_and_says_so(sizes: tuple[int, int, int], trained: bool) -> None:
+    b, p, m = sizes
+    q, k, v = (torch.empty(b, 2, n, 16).requires_grad_(trained) for n in (p, m, m))
+    graph = export.from_export(Eager(), (q, k, v), None).graph
+    found, missed = choose.decide(graph, choose.Request(Policy()))
+    assert not any("bug" in m.reason for m in missed), missed
+    for d in found:
+        assert d.call is None
+        assert "there is nothing to compute" in d.site.chosen.why

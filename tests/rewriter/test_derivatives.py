@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import reattend
+from reattend.rewriter.splice.derivatives import _Way
 from tests.cases.field import Fn, attend, causal, tensors
 
 SDPA = reattend.Policy(allow=("sdpa",))
@@ -119,3 +123,61 @@ def test_forward_derivatives_are_not_lost(f: Callable[..., Any]) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(q, k, v), f(q, k, v), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tangent(model), tangent(f))
+
+
+def test_two_threads_go_back_through_one_graph() -> None:
+    """Each meets the other in the middle, and takes its own gradients."""
+    x = leaves(1, 4, 256, 16)
+    model = reattend.optimize(Fn(attend), policy=SDPA)
+    out = model(*x)
+    flows = [torch.randn(out.shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    wanted = [torch.autograd.grad(attend(*x), x, f) for f in flows]
+    meet = threading.Barrier(2)
+    found: list[tuple[Tensor, ...]] = [(), ()]
+
+    def back(i: int) -> None:
+        for _ in range(8):
+            meet.wait()
+            found[i] = torch.autograd.grad(out, x, flows[i], create_graph=True, retain_graph=True)
+            for ours, theirs in zip(found[i], wanted[i], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+    errors: list[BaseException] = []
+
+    def caught(i: int) -> None:
+        try:
+            back(i)
+        except BaseException as error:
+            errors.append(error)
+            meet.abort()
+
+    threads = [threading.Thread(target=caught, args=(i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors, errors[0]
+
+
+def test_second_derivatives_of_one_input_keep_nothing_of_the_others() -> None:
+    x = leaves(1, 2, 64, 16)
+    model = reattend.optimize(Fn(attend), policy=SDPA)
+    out = model(*x)
+    torch.autograd.grad(out.sum(), x[0], create_graph=True, retain_graph=True)
+    assert not any(w.gradients for w in gc.get_objects() if type(w) is _Way)
+    (again,) = torch.autograd.grad(out.sum(), x[1], create_graph=True)
+    torch.testing.assert_close(again, torch.autograd.grad(attend(*x).sum(), x[1])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_needs_no_gradient_lives_no_longer_than_the_backward() -> None:
+    q, first, v = leaves(1, 2, 64, 16)
+    model = reattend.optimize(Fn(attend), policy=SDPA)
+    model(q, first.detach(), v)
+    k = first.detach().clone()
+    out = model(q, k, v)
+    gone = weakref.ref(k)
+    out.sum().backward()
+    del k
+    gc.collect()
+    assert gone() is None
+    assert out.shape == q.shape

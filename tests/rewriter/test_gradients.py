@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from reattend.codegen.cpu.kernel import TrainedKernel, build_trained
 from reattend.patterns.attention.attention import Attention
 from reattend.patterns.attention.recognise import attention
 from reattend.patterns.backward.adjoint import Adjoint, adjoint
 from reattend.patterns.backward.gradient import gradient
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.evaluate import evaluate
+from reattend.patterns.mapping import TileMapping
 from reattend.rewriter.find import detect
 
 from .helpers import graph_of, recorded
@@ -89,3 +91,37 @@ def test_ties(floor: Callable[[Tensor], Tensor]) -> None:
     q, k, v = torch.randn(3, 1, 2, 6, 2, dtype=torch.float64)
     assert (scores(q, k) == 0).any()
     passed_on(lambda q, k, v: floor(q @ k.mT) @ v, [torch.relu(q), torch.relu(-k), v])
+
+
+def cleaned(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    w = (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1)
+    return w.masked_fill(w.isnan(), 0.0) @ v
+
+
+@pytest.mark.parametrize("body", ["fused", "product"])
+def test_a_row_that_is_nan_and_set_to_0_passes_nothing_to_the_values(body: str) -> None:
+    """The gradients of its scores are NaN, as autograd's are."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 70, 16, generator=g) for _ in range(3))
+    q[0, 1, 20] = float("nan")
+    keep = torch.ones(1, 1, 70, 70, dtype=torch.bool).tril()
+    keep[..., :5, :] = False
+    gm = graph_of(cleaned, (q, k, v, keep))
+    (found,), _ = detect.find(gm)
+    values = recorded(gm, [q, k, v, keep])[1]
+    made = build_trained(found.cascade, TileMapping(32, 32, body=body))
+    assert isinstance(made, TrainedKernel), made
+    given = [values[found.tensors[n]] for n in made.inputs]
+    flow = torch.randn(1, 2, 70, 16, generator=g)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    wanted = torch.autograd.grad(cleaned(leaves[0], leaves[1], leaves[2], keep), leaves, flow)
+    floats = [i for i, x in enumerate(given) if x.is_floating_point()]
+    with torch.no_grad():
+        out, saved = made.forward(*given)
+        gradients = made.backward(flow.reshape(out.shape), out, saved, floats, *given)
+    of = {made.inputs[i]: x for i, x in zip(floats, gradients, strict=True)}
+    for x, own in zip((q, k, v), wanted, strict=True):
+        (mine,) = (of[n] for n in of if values[found.tensors[n]].data_ptr() == x.data_ptr())
+        torch.testing.assert_close(mine.reshape(own.shape), own, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert not wanted[2].isnan().any()
+    assert wanted[0].isnan().any()
