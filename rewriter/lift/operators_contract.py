@@ -401,7 +401,7 @@ PRODUCTS: dict[str, Callable[[Lifter, fx.Node], Contraction | None]] = {
     "einsum": einsum_product, "tensordot": tensordot, "sum": product_sum, "linear": _linear_product,
 }
 # What is by its name a product of two computed tensors: a layer's weights are given, and not every sum is of a product.
-CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
+CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm", "cdist")) - {"sum", "linear"}
 
 RULES: dict[str, Rule] = {
     "sum": sum_, "baddbmm": baddbmm, "addmm": baddbmm, "linear": linear, "einsum": einsum,

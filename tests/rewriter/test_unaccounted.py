@@ -305,17 +305,18 @@ def test_what_an_attention_computes_is_no_miss_of_its_own() -> None:
     assert not missed, [m.reason for m in missed]
 
 
-def pooled_by_a_layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As many weighted means as a layer has outputs: queries that are learned, and folded into it."""
-    return F.linear(k, WEIGHT).mT.softmax(-1) @ v
+def with_a_kernel_of_its_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every token weighs its neighbours by what a layer makes of it: the keys are the layer's, and no tokens."""
+    near = F.pad(v, (0, 0, 1, 2)).unfold(-2, 4, 1)
+    return (near @ F.linear(q, WEIGHT).softmax(-1)[..., None])[..., 0]
 
 
-def of_a_convolution(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = F.conv2d(k.flatten(0, 1).mT[..., None], WEIGHT[:, :, None, None]).flatten(2)
+def of_neighbours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = F.conv2d(k.flatten(0, 1).mT[..., None], WEIGHT[:, :, None, None].expand(-1, -1, 3, 1), padding=(1, 0)).flatten(2)
     return torch.einsum("...si,...id->...sd", scores.softmax(-1), v.flatten(0, 1))
 
 
-@pytest.mark.parametrize(("fn", "layer"), [(pooled_by_a_layer, "linear"), (of_a_convolution, "conv2d")])
+@pytest.mark.parametrize(("fn", "layer"), [(with_a_kernel_of_its_own, "linear"), (of_neighbours, "conv2d")])
 def test_weights_that_a_layer_makes_are_named(fn: Callable[..., Tensor], layer: str) -> None:
     found, missed = detect.find(graph_of(fn, [torch.randn(2, 3, 7, 4) for _ in range(3)]))
     assert not found
