@@ -33,7 +33,7 @@ from ..splice import floats, sampling, splice
 from ..splice.calls import call_plainly
 from ..splice.guards import Guarded
 from ..splice.race import Race, undecided
-from . import bypass
+from . import bypass, kept
 from .contest import Contests, now
 from .report import GraphPiece
 
@@ -316,6 +316,11 @@ class Session:
             broke=break_of(gm),
         )
         start = time.perf_counter()
+        at = "" if self.inductor or self.choices else kept.key_of(gm, inputs, self.names(), self.policy, self.target)
+        if at and (plan := kept.recall(at)) is not None:
+            piece.plan, piece.plan_seconds = plan, time.perf_counter() - start
+            piece.close = self.may_run_as_written and not has_open_sizes(gm)
+            return self._planned(piece, gm.forward, None, gm.forward)
         run: Callable[..., Any] = gm.forward
         captured: capture.Captured | None = None
         try:
@@ -342,14 +347,22 @@ class Session:
             piece.error = f"the rewrite failed, the graph runs as written: {type(error).__name__}: {_sentence(error)}"
             warnings.warn(f"reattend: {piece.error}", stacklevel=2)
         piece.plan_seconds = time.perf_counter() - start - piece.capture_seconds
+        # Inductor's code has no nodes that could be run one by one.
+        changed = captured is not None and splice.is_changed(captured.graph)
+        sampled = captured.graph if captured is not None and changed and not self.inductor and not piece.error else None
+        if at and piece.plan is not None and not (changed or piece.error or piece.checks):
+            kept.keep(at, piece.plan)
+        return self._planned(piece, run, sampled, gm.forward)
+
+    def _planned(
+        self, piece: GraphPiece, run: Callable[..., Any], sampled: fx.GraphModule | None, came: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """What runs for a graph of which all is decided."""
         if self.policy.strict:
             piece.check()
         with self.lock:
             self.pieces.append(piece)
-        # Inductor's code has no nodes that could be run one by one.
-        changed = captured is not None and splice.is_changed(captured.graph)
-        sampled = captured.graph if captured is not None and changed and not self.inductor and not piece.error else None
-        return self._counted(piece, run, sampled, gm.forward)
+        return self._counted(piece, run, sampled, came)
 
     def _counted(
         self, piece: GraphPiece, run: Callable[..., Any], sampled: fx.GraphModule | None, came: Callable[..., Any]
@@ -380,14 +393,19 @@ class Session:
 
 def _enter_races(graph: fx.GraphModule, piece: GraphPiece) -> None:
     """Let calls whose predictions do not tell be timed beside their own code, where sizes stay what they are."""
-    values = [n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"]
-    if any(isinstance(v, torch.SymInt) for v in values):
+    if has_open_sizes(graph):
         return
     sites = {s.name: s for s in piece.sites}
     piece.close = all(map(_is_close, sites.values()))
     for module in graph.modules():
         if isinstance(module, Guarded) and (site := sites.get(module.name)) is not None and _is_close(site):
             module.race = Race(site.name or site.where, piece.slower)
+
+
+def has_open_sizes(gm: fx.GraphModule) -> bool:
+    """Is a size among the inputs of a graph, of Dynamo's or captured?"""
+    inputs = [n.meta for n in gm.graph.nodes if n.op == "placeholder"]
+    return any(isinstance(meta.get("val", meta.get("example_value")), torch.SymInt) for meta in inputs)
 
 
 def _is_close(site: Site) -> bool:
