@@ -82,7 +82,7 @@ def finals(
 def _from_contraction(n: fx.Node, c: Contraction, side: int, of_weights: bool) -> Final:
     def weight(lifter: Lifter, at: At, m: Expr) -> Expr:
         node, where = c.operands(at, m)[side]
-        return lifter.value(node, where)
+        return c.scaled(lifter, n, lifter.value(node, where), at)
 
     def value(lifter: Lifter, at: At, m: Expr) -> tuple[fx.Node, At]:
         return c.operands(at, m)[1 - side]

@@ -55,3 +55,11 @@ def test_a_distance_between_a_token_and_itself_has_the_models_gradient() -> None
 @pytest.mark.parametrize("grad", [False, True])
 def test_pooling(dtype: torch.dtype, grad: bool) -> None:
     same(Pooling(5, 16).to(dtype), tensors((3, 30, 16), dtype=dtype), policy=FORCED, grad=grad)
+
+
+@TYPES
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_factor_a_row_in_one_einsum(dtype: torch.dtype, grad: bool) -> None:
+    gated = Fn(lambda q, k, v, g: torch.einsum("bhij,bhjd,bhi->bhid", (q @ k.mT * 0.25).softmax(-1), v, g))
+    args = tensors((2, 3, 30, 16), (2, 3, 40, 16), (2, 3, 40, 16), (2, 3, 30), dtype=dtype)
+    same(gated, args, policy=FORCED, grad=grad)

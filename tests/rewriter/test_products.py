@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reattend.rewriter.find import detect
 
-from .helpers import given, graph_of, read
+from .helpers import error_of, given, graph_of, read, values_of
 
 LAYER = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 # As many taps, and channels, as there are tokens.
@@ -149,3 +149,54 @@ def test_experts_are_no_tokens() -> None:
         return pooled.softmax(-1) @ experts  # type: ignore[no-any-return]
 
     assert detect.find(graph_of(chosen, [torch.randn(3, 8, 5, 5)]))[0] == []
+
+
+def linear_with_a_sum_a_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As LoFTR writes it, and Performer."""
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    state, z = torch.einsum("bhmd,bhme->bhde", k, v), 1 / (torch.einsum("bhnd,bhd->bhn", q, k.sum(-2)) + 1e-6)
+    return torch.einsum("bhnd,bhde,bhn->bhne", q, state, z)
+
+
+def scaled_scores(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    return torch.einsum("h,bhid,bhjd->bhij", t, q, k).softmax(-1) @ v
+
+
+def gated_rows(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return torch.einsum("bhij,bhjd,bhi->bhid", (q @ k.mT).softmax(-1), v, g)
+
+
+def gated_twice(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return torch.einsum("bhij,h,bhjd,bi->bhid", (q @ k.mT).softmax(-1), g[0, :, 0], v, g[:, 0])
+
+
+def gated_values(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """A factor of rows and of the values' own rank: no weight of a key."""
+    return torch.einsum("bhij,bhjd,bhid->bhid", (q @ k.mT).softmax(-1), v, g)
+
+
+def weighed_keys(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """A factor of the reduced letter: three operands are reduced together."""
+    return torch.einsum("bhij,bhjd,j->bhid", (q @ k.mT).softmax(-1), v, w)
+
+
+def spread(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """A letter of the output that no operand of the product has."""
+    return torch.einsum("bhij,bhjd,g->bhidg", (q @ k.mT).softmax(-1), v, w)
+
+
+@pytest.mark.parametrize(("fn", "more"), [
+    (linear_with_a_sum_a_row, ()), (scaled_scores, ((4,),)), (gated_rows, ((2, 4, 7),)), (gated_twice, ((2, 4, 7),)),
+])
+def test_operands_without_a_reduced_letter_are_factors(fn: Callable[..., Tensor], more: Sequence[tuple[int, ...]]) -> None:
+    args = given(*TOKENS, *more)
+    gm = graph_of(fn, args)
+    found, missed = detect.find(gm)
+    assert [error_of(f, values_of(gm, args)) < 1e-12 for f in found] == [True], [m.reason for m in missed]
+
+
+@pytest.mark.parametrize(("fn", "more"), [(weighed_keys, (7,)), (spread, (3,)), (gated_values, (2, 4, 7, 8))])
+def test_three_operands_that_are_no_product_of_two_are_named(fn: Callable[..., Tensor], more: tuple[int, ...]) -> None:
+    found, missed = detect.find(graph_of(fn, given(*TOKENS, more)))
+    assert not found
+    assert missed

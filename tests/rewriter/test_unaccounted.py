@@ -57,6 +57,11 @@ def three_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhnd,bhde,bhn->bhne", phi(q), state, total)
 
 
+def three_of_one_letter(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state = torch.einsum("bhnd,bhne->bhde", phi(k), v)
+    return torch.einsum("bhnd,bhde,bhd->bhne", phi(q), state, 1 / phi(k).sum(-2))
+
+
 def running(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     state = (phi(k)[..., None] * v[..., None, :]).cumsum(2)
     return torch.einsum("bhnd,bhnde->bhne", phi(q), state) / (phi(q) * phi(k).cumsum(2)).sum(-1, keepdim=True)
@@ -122,9 +127,9 @@ def added_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.baddbmm(v[:, :1], (q @ k.mT).softmax(-1), v)
 
 
-SITES = (over_features, normalised, padded_with_ones, of_a_batch, scores_first)
+SITES = (over_features, normalised, padded_with_ones, of_a_batch, scores_first, three_at_once)
 NAMED: tuple[tuple[Callable[..., Tensor], str], ...] = (
-    (three_at_once, "einsum multiplies 3 operands at once"),
+    (three_of_one_letter, "einsum multiplies 3 operands at once"),
     (running, "a running sum (cumsum)"),
     (running_products, "a running sum of data"),
     (step_by_step, "added to a state"),
