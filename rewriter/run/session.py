@@ -316,25 +316,17 @@ class Session:
             broke=break_of(gm),
         )
         start = time.perf_counter()
-        at = "" if self.inductor or self.choices else kept.key_of(gm, inputs, self.names(), self.policy, self.target)
-        if at and (plan := kept.recall(at)) is not None:
-            piece.plan, piece.plan_seconds = plan, time.perf_counter() - start
-            piece.close = self.may_run_as_written and not has_open_sizes(gm)
-            return self._planned(piece, gm.forward, None, gm.forward)
         run: Callable[..., Any] = gm.forward
-        captured: capture.Captured | None = None
+        graph: fx.GraphModule | None = None
         try:
-            with bypass.capturing(), own_saved_tensors():
-                captured = capture.from_dynamo(gm, inputs, self.names(), inductor=self.inductor, runs=False)
-            piece.capture_seconds = captured.seconds
-            request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
-            piece.plan = choose.rewrite(captured, request, piece.checks)
-            for module in captured.graph.modules():
-                if isinstance(module, Guarded):
-                    module.fallbacks = piece.fallbacks
-            if self.may_run_as_written:
-                _enter_races(captured.graph, piece)
-            run = _runnable(captured.graph, gm, inputs, self.inductor_options if self.inductor else None)
+            at = "" if self.inductor or self.choices else kept.key_of(gm, inputs, self.names(), self.policy, self.target)
+            piece.plan = kept.recall(at) if at else None
+            if piece.plan is not None:
+                piece.close = self.may_run_as_written and not has_open_sizes(gm)
+            else:
+                run, graph = self._rewritten(piece, gm, inputs)
+                if at and piece.plan is not None and not piece.checks and not splice.is_changed(graph):
+                    kept.keep(at, piece.plan)
         except capture.CaptureError as no:
             piece.error = f"the graph could not be captured: {no}"
         except StrictError:
@@ -347,22 +339,29 @@ class Session:
             piece.error = f"the rewrite failed, the graph runs as written: {type(error).__name__}: {_sentence(error)}"
             warnings.warn(f"reattend: {piece.error}", stacklevel=2)
         piece.plan_seconds = time.perf_counter() - start - piece.capture_seconds
-        # Inductor's code has no nodes that could be run one by one.
-        changed = captured is not None and splice.is_changed(captured.graph)
-        sampled = captured.graph if captured is not None and changed and not self.inductor and not piece.error else None
-        if at and piece.plan is not None and not (changed or piece.error or piece.checks):
-            kept.keep(at, piece.plan)
-        return self._planned(piece, run, sampled, gm.forward)
-
-    def _planned(
-        self, piece: GraphPiece, run: Callable[..., Any], sampled: fx.GraphModule | None, came: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        """What runs for a graph of which all is decided."""
         if self.policy.strict:
             piece.check()
         with self.lock:
             self.pieces.append(piece)
-        return self._counted(piece, run, sampled, came)
+        # Inductor's code has no nodes that could be run one by one.
+        sampled = graph if graph is not None and splice.is_changed(graph) and not self.inductor and not piece.error else None
+        return self._counted(piece, run, sampled, gm.forward)
+
+    def _rewritten(
+        self, piece: GraphPiece, gm: fx.GraphModule, inputs: Sequence[object]
+    ) -> tuple[Callable[..., Any], fx.GraphModule]:
+        """What runs of a graph that is captured, planned and rewritten, and the graph that it was made of."""
+        with bypass.capturing(), own_saved_tensors():
+            captured = capture.from_dynamo(gm, inputs, self.names(), inductor=self.inductor, runs=False)
+        piece.capture_seconds = captured.seconds
+        request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
+        piece.plan = choose.rewrite(captured, request, piece.checks)
+        for module in captured.graph.modules():
+            if isinstance(module, Guarded):
+                module.fallbacks = piece.fallbacks
+        if self.may_run_as_written:
+            _enter_races(captured.graph, piece)
+        return _runnable(captured.graph, gm, inputs, self.inductor_options if self.inductor else None), captured.graph
 
     def _counted(
         self, piece: GraphPiece, run: Callable[..., Any], sampled: fx.GraphModule | None, came: Callable[..., Any]

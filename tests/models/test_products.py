@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -42,7 +44,8 @@ class Pooling(nn.Module):
 
 @TYPES
 def test_distances(dtype: torch.dtype) -> None:
-    same(Distances(), tensors((2, 3, 40, 16), (2, 3, 50, 16), (2, 3, 50, 16), dtype=dtype), policy=FORCED)
+    report = same(Distances(), tensors((2, 3, 40, 16), (2, 3, 50, 16), (2, 3, 50, 16), dtype=dtype), policy=FORCED)
+    assert [c.ok for c in report.checks] == [True], report.checks
 
 
 def test_a_distance_between_a_token_and_itself_has_the_models_gradient() -> None:
@@ -54,7 +57,23 @@ def test_a_distance_between_a_token_and_itself_has_the_models_gradient() -> None
 @TYPES
 @pytest.mark.parametrize("grad", [False, True])
 def test_pooling(dtype: torch.dtype, grad: bool) -> None:
-    same(Pooling(5, 16).to(dtype), tensors((3, 30, 16), dtype=dtype), policy=FORCED, grad=grad)
+    report = same(Pooling(5, 16).to(dtype), tensors((3, 30, 16), dtype=dtype), policy=FORCED, grad=grad)
+    assert [c.ok for c in report.checks] == [True], report.checks
+
+
+def test_the_layer_that_pools_learns() -> None:
+    """Its weights are queries without a batch: their gradient is summed over it."""
+    model = Pooling(5, 16)
+    ours = reattend.optimize(copy.deepcopy(model), policy=FORCED)
+    x = torch.randn(3, 30, 16)
+    for m in (model, ours):
+        m(x).square().sum().backward()
+    for a, b in zip(ours.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    report = reattend.report(ours)
+    assert [s.kernel for s in report.sites] != ["original"]
+    assert all(c.why for s in report.sites for c in s.site.candidates if not c.feasible)
+    assert [c.ok for c in report.checks] == [True], report.checks
 
 
 @TYPES
@@ -62,4 +81,6 @@ def test_pooling(dtype: torch.dtype, grad: bool) -> None:
 def test_a_factor_a_row_in_one_einsum(dtype: torch.dtype, grad: bool) -> None:
     gated = Fn(lambda q, k, v, g: torch.einsum("bhij,bhjd,bhi->bhid", (q @ k.mT * 0.25).softmax(-1), v, g))
     args = tensors((2, 3, 30, 16), (2, 3, 40, 16), (2, 3, 40, 16), (2, 3, 30), dtype=dtype)
-    same(gated, args, policy=FORCED, grad=grad)
+    report = same(gated, args, policy=FORCED, grad=grad)
+    # the factor's own gradient is the original's
+    assert [c.ok for c in report.checks] == ([] if grad else [True]), report.checks
