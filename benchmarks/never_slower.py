@@ -8,8 +8,8 @@ whatever is timed at run time has been (`WARM` calls), then in rounds of written
 round is rewritten over the mean of both written ones, its A/A ratio one of them over the other. A cell whose median of
 these, or whose ratio of least times, is above `LIMIT` is timed again with five times the rounds, and fails where both are.
 
-With --inductor it is torch.compile(backend="reattend") over torch.compile(). Prints a table, writes JSON as cells end, and
---resume leaves those that are there. Exit code 1 where a cell failed.
+With --inductor it is torch.compile(backend="reattend") over torch.compile(). Prints a table, writes JSON as cells end: cells
+of the file that are not timed now stay, and --resume times none that is there. Exit code 1 where a cell failed.
 """
 
 from __future__ import annotations
@@ -400,11 +400,16 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     path: Path = options.out or RESULTS / f"never_slower_{'inductor' if options.inductor else 'cpu'}.json"
-    rows: list[Row] = json.loads(path.read_text())["rows"] if options.resume and path.exists() else []
-    done = {(r["model"], r["length"]) for r in rows}
+    rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
     cases = [*transformers_cases(options.attn), *pictures_and_others()]
     wanted = [c for c in cases if not options.only or any(c.name.startswith(n) for n in options.only)]
-    cells = [(c, n) for c in wanted for n in c.lengths or options.tokens if (c.name, n) not in done]
+    cells = [(c, n) for c in wanted for n in c.lengths or options.tokens]
+    done = {(r["model"], r["length"]) for r in rows}
+    if options.resume:
+        cells = [(c, n) for c, n in cells if (c.name, n) not in done]
+    # cells that are not timed now stay
+    again = {(c.name, n) for c, n in cells}
+    rows = [r for r in rows if (r["model"], r["length"]) not in again]
     console = Console(width=None if sys.stdout.isatty() else 160)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:

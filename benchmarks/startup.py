@@ -109,6 +109,8 @@ def fresh(kind: str, cache: str, options: argparse.Namespace, attn: str) -> dict
     command = [sys.executable, __file__, "--one", kind, "--attn", attn, "--layers", str(options.layers)]
     command += ["--dtype", options.dtype]
     env = {**os.environ, "XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1"}
+    # an installed package has its bytecode, which the first process writes where it has not
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         raise RuntimeError(f"{kind} failed:\n{done.stderr[-2000:]}")

@@ -96,7 +96,7 @@ def from_dynamo(
             node.meta[PARAMETER] = True
     for node, is_float in zip((n for n in graph.graph.nodes if n.op == "placeholder"), changing):
         node.meta[FLOAT] = is_float
-    finish(graph, lambda key, path: names.get(_identity(key), _plain_path(path)), _frame_module(names), runs=runs)
+    finish(graph, lambda key, path: path_of(names, key, path), frame_module(names), runs=runs)
     return Captured(graph, "dynamo", time.perf_counter() - start)
 
 
@@ -264,13 +264,18 @@ def finish(gm: fx.GraphModule, path_of: Callable[[str, str], str], frame: str = 
         gm.recompile()
 
 
+def path_of(names: Mapping[int, str], key: str, path: str) -> str:
+    """The path of a module in a node's stack, by Dynamo's key and path of it."""
+    return names.get(_identity(key), _plain_path(path))
+
+
 def _identity(key: str) -> int:
     """Dynamo's key of a module in a stack is its identity, with the number of the call."""
     text = key.split("@")[0]
     return int(text) if text.isdigit() else 0
 
 
-def _frame_module(names: Mapping[int, str]) -> str:
+def frame_module(names: Mapping[int, str]) -> str:
     """The path of the module that the compiled function belongs to: a method's operators carry no stack for it."""
     for value in torch_private.compiled_locals().values():
         if isinstance(value, nn.Module) and id(value) in names:

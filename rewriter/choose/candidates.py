@@ -193,6 +193,8 @@ def _refused(name: str, why: str) -> tuple[Candidate, None]:
 # What a call of a kernel that must be compiled has to save over what need not: some seconds of a compiler, once for a
 # machine, are paid back within 10 000 calls. Where nothing takes long, nobody waits for a compiler.
 PAYBACK_SECONDS = 3e-4
+# Other bodies fit, which are no candidates where gradients are wanted.
+_NO_BACKWARD = "its fused body, which alone has a backward, has no tiling here"
 
 
 def _ours(
@@ -215,7 +217,7 @@ def _ours(
             break
         refusal = refusal or kernel.reason
     else:
-        return _refused(name, refusal or _no_mapping(q, sizes))
+        return _refused(name, refusal or _no_mapping(q, sizes) or _NO_BACKWARD)
     view = attention(q.cascade)
     assert isinstance(view, Attention)
     state = derive(view)

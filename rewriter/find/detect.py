@@ -26,12 +26,20 @@ from ..graph.node import CannotLift, dtype_of, op_name, tensor_of
 from ..graph.sizes import settle_signs, shape_of
 from ..graph.torch_private import expression
 from ..graph.where import module_path, source_line
-from ..lift import operators_contract, operators_edit, operators_point, operators_reduce, operators_view
+from ..lift import (
+    operators_contract,
+    operators_edit,
+    operators_point,
+    operators_product,
+    operators_reduce,
+    operators_view,
+)
 from ..lift.hoist import hoist
 from ..lift.index import ZERO
 from ..lift.lift import At, Lifter, Rule
 from ..lift.names import canonical
 from ..lift.operators_contract import peel
+from ..lift.operators_product import weight_of
 from . import defect
 from .added import Addend, addends, candidates, sums
 from .final import Final, compare_lengths, finals, hides_product
@@ -42,8 +50,9 @@ from .unaccounted import unaccounted
 
 RULES: Mapping[str, Rule] = {
     **operators_view.RULES, **operators_point.RULES, **operators_reduce.RULES, **operators_contract.RULES,
-    **operators_edit.RULES,
+    **operators_edit.RULES, **operators_product.RULES,
 }
+_OF_LAYERS: Mapping[str, Rule] = {**RULES, **operators_product.LAYERS}
 
 
 # Operators of torch that hold a whole attention, and what shows its parts.
@@ -211,12 +220,14 @@ def _attempts(
         yield _near(n, no.reason, 0)
         return
     for final in readings:
-        yield _attempt(graph, aliases, final)
+        out = _attempt(graph, aliases, final)
+        # most softmaxes of what a layer makes are gates and routers
+        yield replace(out, depth=0) if isinstance(out, NearMiss) and final.layer is not None else out
 
 
 def _attempt(graph: fx.Graph, aliases: Aliases, final: Final, offsets: bool = False) -> Found | NearMiss:
     n = final.node
-    lifter = Lifter(graph, aliases, RULES, offsets)
+    lifter = Lifter(graph, aliases, RULES if final.layer is None else _OF_LAYERS, offsets)
     try:
         lifted = _lift(lifter, final)
     except CannotLift as no:
@@ -242,7 +253,7 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final, offsets: bool = Fa
     if refusal := _weights_are_parameters(view):
         return _near(n, refusal, 0)
     leaves = {t.name: lifter.leaves[t.name] for t in cascade.inputs}
-    if refusal := _projects(view, leaves):
+    if refusal := _projects(view, leaves) or (_gates(view, leaves, final.layer) if final.layer is not None else ""):
         return _near(n, refusal, 0)
     for name, node in leaves.items():
         read = lifter.read_at.get(node)
@@ -416,6 +427,18 @@ def _projects(view: Attention, leaves: Mapping[str, fx.Node]) -> str:
         if read and all(is_weight(n) for n in read):
             return f"the {side} are weights of the model and nothing is normalised over them: a projection"
     return ""
+
+
+def _gates(view: Attention, leaves: Mapping[str, fx.Node], layer: fx.Node) -> str:
+    """A layer's weights are queries of tokens where no key is one of them: else its outputs choose among experts or taps."""
+    keys = {str(x.attr) for e in view.products for x in ex.loads(e.body) if view.key in x.ranks}
+    own, stack = set[fx.Node](), [weight_of(layer)]
+    while stack:
+        n = stack.pop()
+        if n not in own:
+            own.add(n)
+            stack += n.all_input_nodes
+    return "the keys are weights of a layer: a gate or a router" if any(leaves.get(k) in own for k in keys) else ""
 
 
 def _normalised_elsewhere(view: Attention) -> str:

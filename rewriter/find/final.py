@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast as typed
 
 from torch import fx
@@ -18,6 +18,7 @@ from ..graph.sizes import agree, shape_of
 from ..lift.index import ZERO
 from ..lift.lift import At, Lifter, scratch
 from ..lift.operators_contract import CONTRACTIONS, PRODUCTS, Contraction, contract
+from ..lift.operators_product import is_layer
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Final:
     """`O[at] = Σ_m weight(at, m) · value(at, m)`; `shape` keeps missing dimensions as 1 and `place` fills them in.
 
     `values` lie end to end: each with its size, its node and its coordinates there.
-    `of_weights`: the values are weights of the model, which are attended to under a row rule only.
+    `of_weights`: the values are weights of the model, which are attended to under a row rule only. `layer`: what makes the
+    scores, where it is no product of two computed tensors.
     """
 
     node: fx.Node
@@ -36,6 +38,7 @@ class Final:
     values: tuple[ValueRun, ...]
     why: str
     of_weights: bool = False
+    layer: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,14 @@ def finals(
         chained = values not in weights and is_chained(weighs, done, weights)
         if leads_to_product(weighs, done) or chained:
             yield _from_contraction(n, c, side, values in weights)
+        elif values not in weights and (layer := layer_behind(weighs, done)) is not None:
+            yield replace(_from_contraction(n, c, side, False), layer=layer)
 
 
 def _from_contraction(n: fx.Node, c: Contraction, side: int, of_weights: bool) -> Final:
     def weight(lifter: Lifter, at: At, m: Expr) -> Expr:
         node, where = c.operands(at, m)[side]
-        return lifter.value(node, where)
+        return c.scaled(lifter, n, lifter.value(node, where), at)
 
     def value(lifter: Lifter, at: At, m: Expr) -> tuple[fx.Node, At]:
         return c.operands(at, m)[1 - side]
@@ -87,6 +92,7 @@ def _from_contraction(n: fx.Node, c: Contraction, side: int, of_weights: bool) -
 
 # How many nodes behind the weights are looked at, the nearest first.
 _LIMIT = 512
+SOFTMAXES = frozenset(("softmax", "_softmax", "_safe_softmax", "special_softmax", "log_softmax", "_log_softmax"))
 NOT_BETWEEN = frozenset(("placeholder", "linear", "embedding", "layer_norm", "convolution", "conv1d", "conv2d", "output"))
 SHAPE_ONLY = CONTRACTIONS | frozenset((
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "permute", "expand",
@@ -94,11 +100,30 @@ SHAPE_ONLY = CONTRACTIONS | frozenset((
     "chunk", "unbind",
 ))
 _MOVED = SHAPE_ONLY - CONTRACTIONS - {"cat", "stack", "getitem"}
+# What scales or masks scores, each where it is.
+_MASKED = frozenset(("mul", "multiply", "div", "add", "masked_fill", "dropout", "mT", "swapaxes", "movedim"))
 
 
 def hides_product(n: fx.Node) -> bool:
     """Whether a node that is read as it is, is a contraction or rests on one."""
     return op_name(n) in CONTRACTIONS or leads_to_product(n)
+
+
+def layer_behind(start: fx.Node, done: Collection[fx.Node] = ()) -> fx.Node | None:
+    """The layer of which the weights are a softmax: each of its rows may be a query of all tokens.
+
+    None where it mixes scores: where a product that no attention accounts for stands behind it.
+    """
+    n, normalised = start, False
+    while n.all_input_nodes and n not in done:
+        if normalised and is_layer(n):
+            x = n.all_input_nodes[0]
+            return None if x not in done and (is_chained(x, done, ()) or leads_to_product(x, done)) else n
+        normalised |= op_name(n) in SOFTMAXES
+        if op_name(n) not in SOFTMAXES | _MOVED | _MASKED:
+            return None
+        n = n.all_input_nodes[0]
+    return None
 
 
 def is_chained(start: fx.Node, done: Collection[fx.Node], weights: Collection[fx.Node]) -> bool:

@@ -15,11 +15,10 @@ from ..capture.weights import weights_of
 from ..graph.node import arguments, op_name, tensor_of
 from ..graph.sizes import shape_of
 from ..lift.operators_contract import CONTRACTIONS
-from .final import NOT_BETWEEN, SHAPE_ONLY, is_product_sum
+from .final import NOT_BETWEEN, SHAPE_ONLY, SOFTMAXES, is_product_sum
 
-SOFTMAXES = frozenset(("softmax", "_softmax", "_safe_softmax", "special_softmax", "log_softmax", "_log_softmax"))
 # What multiplies tokens with tokens, or measures how far they are apart, whether or not a rule reads it.
-PRODUCTS = CONTRACTIONS | {"tensordot", "inner", "linalg_vecdot", "cdist", "linalg_multi_dot", "chain_matmul"}
+PRODUCTS = CONTRACTIONS | {"inner", "linalg_vecdot", "linalg_multi_dot", "chain_matmul"}
 # Layers of weights that may mix scores or probabilities, and norms over them.
 _MIXES = frozenset(("linear", "conv1d", "conv2d", "convolution"))
 _NORMS = frozenset(("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 from typing import cast as typed
 
@@ -78,7 +78,7 @@ class Contraction:
 
     `shape` is the output's shape with the reduced and missing dimensions kept as 1; `place` turns the node's own
     coordinates into `w`. Where several dimensions are reduced, the coordinate runs over all of them, and `digits` are their
-    sizes, the innermost last.
+    sizes, the innermost last. `factors` are what else is multiplied, which none of these reaches, by the places at `w`.
     """
 
     operands: Callable[[At, Expr], Pair]
@@ -86,6 +86,13 @@ class Contraction:
     shape: tuple[Size, ...]
     place: Callable[[At], At] = lambda at: at
     digits: tuple[Size, ...] = ()
+    factors: Callable[[At], tuple[tuple[fx.Node, At], ...]] = lambda w: ()
+
+    def scaled(self, lifter: Lifter, n: fx.Node, term: Expr, w: At) -> Expr:
+        """A term times the factors, as the model computes these."""
+        for node, place in self.factors(w):
+            term = term * ex.cast(lifter.leaf(node, place, reader=n), dtype_of(n))
+        return term
 
 
 def contract(lifter: Lifter, n: fx.Node, c: Contraction, at: At) -> Expr:
@@ -113,7 +120,7 @@ def contract(lifter: Lifter, n: fx.Node, c: Contraction, at: At) -> Expr:
     table = {b: i for b, i in zip(base, at) if b.op == "index"}
     for f in factors:
         out = out * ex.cast(ex.substitute(f, table), dtype)
-    return out
+    return c.scaled(lifter, n, out, at)
 
 
 def _number(digits: Sequence[Expr], sizes: Sequence[Size]) -> Expr:
@@ -331,8 +338,26 @@ def einsum_spec(n: fx.Node, a: Args) -> tuple[list[str], str, list[fx.Node]]:
 
 
 def einsum_product(lifter: Lifter, n: fx.Node) -> Contraction | None:
+    """Two operands, and any number of factors: operands without a letter that is reduced.
+
+        bhnd,bhde,bhn→bhne        Σ_d a·b, times a factor a row
+    """
     specs, out, nodes = einsum_spec(n, arguments(n))
-    return letters_product(lifter, n, specs, out, nodes) if len(nodes) == 2 else None
+    if any(len(set(s)) != len(s) for s in specs):
+        return None
+    pair = [i for i, s in enumerate(specs) if not set(s) <= set(out)]
+    if len(nodes) == 2 or len(pair) != 2:
+        return letters_product(lifter, n, specs, out, nodes) if len(nodes) == 2 else None
+    two = letters_product(lifter, n, [specs[i] for i in pair], out, [nodes[i] for i in pair])
+    rest = [i for i in range(len(nodes)) if i not in pair]
+
+    def factors(w: At) -> tuple[tuple[fx.Node, At], ...]:
+        place = dict(zip(out, w))
+        return tuple((nodes[i], lifter.broadcast(nodes[i], tuple(place[c] for c in specs[i]))) for i in rest)
+
+    # a letter of the output that only a factor has is no place of the product's own
+    whole = set(out) <= {c for i in pair for c in specs[i]}
+    return replace(two, factors=factors) if two is not None and whole else None
 
 
 def letters_product(
@@ -401,7 +426,7 @@ PRODUCTS: dict[str, Callable[[Lifter, fx.Node], Contraction | None]] = {
     "einsum": einsum_product, "tensordot": tensordot, "sum": product_sum, "linear": _linear_product,
 }
 # What is by its name a product of two computed tensors: a layer's weights are given, and not every sum is of a product.
-CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm")) - {"sum", "linear"}
+CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm", "cdist")) - {"sum", "linear"}
 
 RULES: dict[str, Rule] = {
     "sum": sum_, "baddbmm": baddbmm, "addmm": baddbmm, "linear": linear, "einsum": einsum,

@@ -33,7 +33,7 @@ from ..splice import floats, sampling, splice
 from ..splice.calls import call_plainly
 from ..splice.guards import Guarded
 from ..splice.race import Race, undecided
-from . import bypass
+from . import bypass, kept
 from .contest import Contests, now
 from .report import GraphPiece
 
@@ -317,19 +317,16 @@ class Session:
         )
         start = time.perf_counter()
         run: Callable[..., Any] = gm.forward
-        captured: capture.Captured | None = None
+        graph: fx.GraphModule | None = None
         try:
-            with bypass.capturing(), own_saved_tensors():
-                captured = capture.from_dynamo(gm, inputs, self.names(), inductor=self.inductor, runs=False)
-            piece.capture_seconds = captured.seconds
-            request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
-            piece.plan = choose.rewrite(captured, request, piece.checks)
-            for module in captured.graph.modules():
-                if isinstance(module, Guarded):
-                    module.fallbacks = piece.fallbacks
-            if self.may_run_as_written:
-                _enter_races(captured.graph, piece)
-            run = _runnable(captured.graph, gm, inputs, self.inductor_options if self.inductor else None)
+            at = "" if self.inductor or self.choices else kept.key_of(gm, inputs, self.names(), self.policy, self.target)
+            piece.plan = kept.recall(at) if at else None
+            if piece.plan is not None:
+                piece.close = self.may_run_as_written and not has_open_sizes(gm)
+            else:
+                run, graph = self._rewritten(piece, gm, inputs)
+                if at and piece.plan is not None and not piece.checks and not splice.is_changed(graph):
+                    kept.keep(at, piece.plan)
         except capture.CaptureError as no:
             piece.error = f"the graph could not be captured: {no}"
         except StrictError:
@@ -347,9 +344,24 @@ class Session:
         with self.lock:
             self.pieces.append(piece)
         # Inductor's code has no nodes that could be run one by one.
-        changed = captured is not None and splice.is_changed(captured.graph)
-        sampled = captured.graph if captured is not None and changed and not self.inductor and not piece.error else None
+        sampled = graph if graph is not None and splice.is_changed(graph) and not self.inductor and not piece.error else None
         return self._counted(piece, run, sampled, gm.forward)
+
+    def _rewritten(
+        self, piece: GraphPiece, gm: fx.GraphModule, inputs: Sequence[object]
+    ) -> tuple[Callable[..., Any], fx.GraphModule]:
+        """What runs of a graph that is captured, planned and rewritten, and the graph that it was made of."""
+        with bypass.capturing(), own_saved_tensors():
+            captured = capture.from_dynamo(gm, inputs, self.names(), inductor=self.inductor, runs=False)
+        piece.capture_seconds = captured.seconds
+        request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
+        piece.plan = choose.rewrite(captured, request, piece.checks)
+        for module in captured.graph.modules():
+            if isinstance(module, Guarded):
+                module.fallbacks = piece.fallbacks
+        if self.may_run_as_written:
+            _enter_races(captured.graph, piece)
+        return _runnable(captured.graph, gm, inputs, self.inductor_options if self.inductor else None), captured.graph
 
     def _counted(
         self, piece: GraphPiece, run: Callable[..., Any], sampled: fx.GraphModule | None, came: Callable[..., Any]
@@ -380,14 +392,19 @@ class Session:
 
 def _enter_races(graph: fx.GraphModule, piece: GraphPiece) -> None:
     """Let calls whose predictions do not tell be timed beside their own code, where sizes stay what they are."""
-    values = [n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"]
-    if any(isinstance(v, torch.SymInt) for v in values):
+    if has_open_sizes(graph):
         return
     sites = {s.name: s for s in piece.sites}
     piece.close = all(map(_is_close, sites.values()))
     for module in graph.modules():
         if isinstance(module, Guarded) and (site := sites.get(module.name)) is not None and _is_close(site):
             module.race = Race(site.name or site.where, piece.slower)
+
+
+def has_open_sizes(gm: fx.GraphModule) -> bool:
+    """Is a size among the inputs of a graph, of Dynamo's or captured?"""
+    inputs = [n.meta for n in gm.graph.nodes if n.op == "placeholder"]
+    return any(isinstance(meta.get("val", meta.get("example_value")), torch.SymInt) for meta in inputs)
 
 
 def _is_close(site: Site) -> bool:

@@ -57,6 +57,11 @@ def three_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhnd,bhde,bhn->bhne", phi(q), state, total)
 
 
+def three_of_one_letter(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state = torch.einsum("bhnd,bhne->bhde", phi(k), v)
+    return torch.einsum("bhnd,bhde,bhd->bhne", phi(q), state, 1 / phi(k).sum(-2))
+
+
 def running(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     state = (phi(k)[..., None] * v[..., None, :]).cumsum(2)
     return torch.einsum("bhnd,bhnde->bhne", phi(q), state) / (phi(q) * phi(k).cumsum(2)).sum(-1, keepdim=True)
@@ -122,9 +127,9 @@ def added_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.baddbmm(v[:, :1], (q @ k.mT).softmax(-1), v)
 
 
-SITES = (over_features, normalised, padded_with_ones, of_a_batch, scores_first)
+SITES = (over_features, normalised, padded_with_ones, of_a_batch, scores_first, three_at_once)
 NAMED: tuple[tuple[Callable[..., Tensor], str], ...] = (
-    (three_at_once, "einsum multiplies 3 operands at once"),
+    (three_of_one_letter, "einsum multiplies 3 operands at once"),
     (running, "a running sum (cumsum)"),
     (running_products, "a running sum of data"),
     (step_by_step, "added to a state"),
@@ -305,17 +310,18 @@ def test_what_an_attention_computes_is_no_miss_of_its_own() -> None:
     assert not missed, [m.reason for m in missed]
 
 
-def pooled_by_a_layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As many weighted means as a layer has outputs: queries that are learned, and folded into it."""
-    return F.linear(k, WEIGHT).mT.softmax(-1) @ v
+def with_a_kernel_of_its_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every token weighs its neighbours by what a layer makes of it: the keys are the layer's, and no tokens."""
+    near = F.pad(v, (0, 0, 1, 2)).unfold(-2, 4, 1)
+    return (near @ F.linear(q, WEIGHT).softmax(-1)[..., None])[..., 0]
 
 
-def of_a_convolution(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = F.conv2d(k.flatten(0, 1).mT[..., None], WEIGHT[:, :, None, None]).flatten(2)
+def of_neighbours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = F.conv2d(k.flatten(0, 1).mT[..., None], WEIGHT[:, :, None, None].expand(-1, -1, 3, 1), padding=(1, 0)).flatten(2)
     return torch.einsum("...si,...id->...sd", scores.softmax(-1), v.flatten(0, 1))
 
 
-@pytest.mark.parametrize(("fn", "layer"), [(pooled_by_a_layer, "linear"), (of_a_convolution, "conv2d")])
+@pytest.mark.parametrize(("fn", "layer"), [(with_a_kernel_of_its_own, "linear"), (of_neighbours, "conv2d")])
 def test_weights_that_a_layer_makes_are_named(fn: Callable[..., Tensor], layer: str) -> None:
     found, missed = detect.find(graph_of(fn, [torch.randn(2, 3, 7, 4) for _ in range(3)]))
     assert not found
