@@ -26,7 +26,14 @@ from ..graph.node import CannotLift, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
 from ..graph.torch_private import expression
 from ..graph.where import module_path, source_line
-from ..lift import operators_contract, operators_edit, operators_point, operators_reduce, operators_view
+from ..lift import (
+    operators_contract,
+    operators_edit,
+    operators_point,
+    operators_reduce,
+    operators_select,
+    operators_view,
+)
 from ..lift.hoist import hoist
 from ..lift.index import ZERO
 from ..lift.lift import At, Lifter, Rule
@@ -42,7 +49,7 @@ from .unaccounted import unaccounted
 
 RULES: Mapping[str, Rule] = {
     **operators_view.RULES, **operators_point.RULES, **operators_reduce.RULES, **operators_contract.RULES,
-    **operators_edit.RULES,
+    **operators_edit.RULES, **operators_select.RULES,
 }
 
 
