@@ -59,12 +59,12 @@ def test_a_layer_is_one_site_that_gathers(name: str) -> None:
             # padded rows as well: they have no visible key
             torch.testing.assert_close(out, want, rtol=0, atol=2e-5)
     report = reattend.report(ours)
-    (site, *_) = [s for s in report.plan.sites if s.name.endswith("attn")]
+    (site, *_) = [s for s in report.sites if s.name.endswith("attn")]
     assert site.kind == "selected"
     assert "top-k" in site.traits
     assert site.choice == "reattend"
     assert {c.verdict for c in report.checks} == {"same"}
-    assert not report.plan.misses or name == "hy_v4"
+    assert not report.misses or name == "hy_v4"
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_tokens_one_by_one(name: str) -> None:
             torch.testing.assert_close(out, want, rtol=0, atol=2e-5)
     report = reattend.report(ours)
     assert {c.verdict for c in report.checks} == {"same"}
-    assert any("decode" in s.traits and s.kind == "selected" and s.choice == "reattend" for s in report.plan.sites)
+    assert any("decode" in s.traits and s.kind == "selected" and s.choice == "reattend" for s in report.sites)
 
 
 class Named(torch.nn.Module):
@@ -122,7 +122,7 @@ def test_it_is_gathered() -> None:
     ours = reattend.optimize(Named(), policy=policy)
     with torch.no_grad():
         torch.testing.assert_close(ours(q, k, v, i), Named()(q, k, v, i))
-    (site,) = reattend.report(ours).plan.sites
+    (site,) = reattend.report(ours).sites
     assert (site.kind, site.choice) == ("selected", "reattend")
     assert site.mask is not None
     assert site.mask.density == 0.125
