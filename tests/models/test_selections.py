@@ -44,6 +44,13 @@ def tiny(name: str, attention: str = "eager") -> torch.nn.Module:
     return made(config).eval()  # type: ignore[no-any-return]
 
 
+def planned(ours: torch.nn.Module) -> tuple[reattend.Plan, set[str]]:
+    """What was planned, and what the net said of it."""
+    report = reattend.report(ours)
+    assert report.plan is not None
+    return report.plan, {c.verdict for c in report.checks}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_layer_is_one_site_that_gathers(name: str) -> None:
@@ -58,13 +65,13 @@ def test_a_layer_is_one_site_that_gathers(name: str) -> None:
             want, out = (m(**given).last_hidden_state for m in (model, ours))
             # padded rows as well: they have no visible key
             torch.testing.assert_close(out, want, rtol=0, atol=2e-5)
-    report = reattend.report(ours)
-    (site, *_) = [s for s in report.sites if s.name.endswith("attn")]
+    plan, checks = planned(ours)
+    (site, *_) = [s for s in plan.sites if s.name.endswith("attn")]
     assert site.kind == "selected"
     assert "top-k" in site.traits
     assert site.choice == "reattend"
-    assert {c.verdict for c in report.checks} == {"same"}
-    assert not report.misses or name == "hy_v4"
+    assert checks == {"same"}
+    assert not plan.misses or name == "hy_v4"
 
 
 @pytest.mark.slow
@@ -80,9 +87,9 @@ def test_tokens_one_by_one(name: str) -> None:
             given = [{"input_ids": ids[:, t : t + 1], "past_key_values": k, "use_cache": True} for k in kept]
             want, out = (m(**g).last_hidden_state for m, g in zip((model, ours), given))
             torch.testing.assert_close(out, want, rtol=0, atol=2e-5)
-    report = reattend.report(ours)
-    assert {c.verdict for c in report.checks} == {"same"}
-    assert any("decode" in s.traits and s.kind == "selected" and s.choice == "reattend" for s in report.sites)
+    plan, checks = planned(ours)
+    assert checks == {"same"}
+    assert any("decode" in s.traits and s.kind == "selected" and s.choice == "reattend" for s in plan.sites)
 
 
 class Named(torch.nn.Module):
@@ -122,7 +129,7 @@ def test_it_is_gathered() -> None:
     ours = reattend.optimize(Named(), policy=policy)
     with torch.no_grad():
         torch.testing.assert_close(ours(q, k, v, i), Named()(q, k, v, i))
-    (site,) = reattend.report(ours).sites
+    (site,) = planned(ours)[0].sites
     assert (site.kind, site.choice) == ("selected", "reattend")
     assert site.mask is not None
     assert site.mask.density == 0.125
