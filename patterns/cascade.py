@@ -14,7 +14,7 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TypeAlias
 
 import networkx as nx
@@ -202,7 +202,7 @@ def bind(size: Size, sizes: Mapping[str, int]) -> Size:
 
 
 def size_term(size: Size) -> Expr:
-    """A size as a term: sums, products, floor division and remainder of symbols and integers."""
+    """A size as a term: sums, products, extremes, floor division and remainder of symbols and integers."""
     if isinstance(size, int):
         return ex.const(size)
     if size.is_Integer:
@@ -231,13 +231,16 @@ def size_term(size: Size) -> Expr:
         return size_term(numerator) // size_term(denominator)
     if isinstance(size, sympy.Mod):
         return size_term(size.args[0]) % size_term(size.args[1])
+    if isinstance(size, (sympy.Min, sympy.Max)):
+        first, *rest = (size_term(a) for a in sorted(size.args, key=str))
+        return reduce(ex.minimum if isinstance(size, sympy.Min) else ex.maximum, rest, first)
     raise ValueError(f"size {size} has no form as a term")
 
 
 # The operators that sizes are made by, on sympy's terms.
 OF_SIZES: Mapping[str, Callable[[sympy.Expr, sympy.Expr], sympy.Expr]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": lambda a, b: sympy.floor(a / b),
-    "mod": sympy.Mod,
+    "mod": sympy.Mod, "min": sympy.Min, "max": sympy.Max,
 }
 
 
@@ -375,11 +378,15 @@ def parse(text: str) -> Cascade:
     )
 
 
+# Functions in the text of a size.
+_FUNCTIONS = {"floor": sympy.floor, "Mod": sympy.Mod, "Min": sympy.Min, "Max": sympy.Max}
+
+
 def parse_size(text: str) -> Size:
     if text.lstrip("-").isdigit():
         return int(text)
     names = {n: sympy.Symbol(n, integer=True, positive=True) for n in _names(text)}
-    return sympy.sympify(text, locals={**names, "floor": sympy.floor, "Mod": sympy.Mod})
+    return sympy.sympify(text, locals={**names, **_FUNCTIONS})
 
 
 def _names(text: str) -> Iterable[str]:
@@ -388,6 +395,6 @@ def _names(text: str) -> Iterable[str]:
         if ch.isalnum() or ch == "_":
             word += ch
         else:
-            if word and not word[0].isdigit() and word not in ("floor", "Mod"):
+            if word and not word[0].isdigit() and word not in _FUNCTIONS:
                 yield word
             word = ""

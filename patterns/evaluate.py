@@ -1,7 +1,8 @@
 """What a cascade means: `evaluate` runs it in plain torch, and is the oracle of every lift, replacement and kernel.
 
 It is written for plainness, not speed: every Einsum is computed whole, one after another, and iterative ranks in a
-Python loop. The only short cut is that a sum of products goes to `torch.einsum` and is not expanded first.
+Python loop. The short cuts: a sum of products goes to `torch.einsum`, and a membership is scattered, before either is
+expanded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from . import expr as ex
 from .cascade import IDENTITY, Cascade, Einsum, Size, bind
 from .expr import Expr
+from .membership import membership
 from .operators import OPERATORS
 
 DTYPE: Mapping[str, torch.dtype] = {
@@ -202,6 +204,8 @@ def _run(
         out = terms(e.body).expand(shape)
     elif (product := _sum_of_products(e, terms)) is not None:
         out = product
+    elif (members := _members(e, terms)) is not None:
+        out = members
     else:
         dims = tuple(order.index(r) for r in e.over)
         if any(extent[r] == 0 for r in e.over):
@@ -232,6 +236,23 @@ def _scatter(target: Tensor, where: list[Tensor], out: Tensor, kept: list[bool])
     for w, size in zip(points, target.shape):
         inside &= (w >= 0) & (w < size)
     target[tuple(w[inside] for w in points)] = out.reshape(-1)[inside]
+
+
+def _members(e: Einsum, terms: _Evaluation) -> Tensor | None:
+    """`or_j (T[…,j] = m)`: true at the indices, of which those outside are nobody's."""
+    found = membership(e)
+    if found is None or e.ranks & set(terms.at):
+        return None
+    order, size = terms.order, terms.extent[found.place]
+    shape = [terms.extent[r] for r in order]
+    m, j = order.index(found.place), order.index(found.slot)
+    # the slots lie along the last of the order, what is looked for has size 1
+    slots = terms(found.slots).expand([1 if d == m else n for d, n in enumerate(shape)])
+    slots = slots.movedim((m, j), (-2, -1)).squeeze(-2)
+    inside = (slots >= 0) & (slots < size)
+    spare = torch.zeros((*slots.shape[:-1], size + 1), dtype=torch.bool, device=terms.device)
+    out = spare.scatter_(-1, slots.where(inside, size), True)[..., :size]
+    return out.movedim(-1, m)
 
 
 def _sum_of_products(e: Einsum, terms: _Evaluation) -> Tensor | None:

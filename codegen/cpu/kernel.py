@@ -3,6 +3,7 @@
     body "sdpa"      softmax of scale · QK + anything: torch's own kernel on slices of the keys, causal triangles whole
     body "slices"    the same with every triangle cut into slices
     body "product"   every other score and row rule: two products around the printed program, with carried row state
+    body "selected"  rows that name their keys: the same around keys gathered for each row
     body "fused"     any score and row rule in one pass of C++ around the printed program, compiled at the first call
 """
 
@@ -29,6 +30,7 @@ from ..text.printer import PrintError
 from . import fused as cpu_fused
 from . import product as cpu_product
 from . import sdpa as cpu_sdpa
+from . import selected as cpu_selected
 from . import training as cpu_training
 from . import training_product as cpu_training_product
 from .training import PrintedTraining
@@ -125,6 +127,8 @@ def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
     try:
         if mapping.body == "product":
             source = cpu_product.text(f, mapping, version())
+        elif mapping.body == "selected":
+            source = cpu_selected.text(f, mapping, version())
         elif mapping.body == "fused":
             source = cpu_fused.text(f, mapping, version())
         else:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ...patterns import expr as ex
 from ...patterns.attention.rowstate import OLD, Carried
@@ -103,7 +103,7 @@ class ProductKernel:
         for c, lift in zip(f.state.carried, lifts):
             self._carry(body, c, lift, before.get(c.name), [y for y in reads if str(y.attr) == c.name])
         w, r = body.real(weight), body.real(last) if last is not None else "None"
-        body.line(f"return {w}, {r}, {_tuple(list(self.state.values()))}")
+        body.line(f"return {w}, {r}, {of_values(list(self.state.values()))}")
         return self.p.define("step", STEP, body.lines, ["x", *self.state.values()], body.scope)
 
     def _carry(self, body: TorchBody, c: Carried, lift: Expr, before: str | None, reads: Sequence[Expr]) -> None:
@@ -136,7 +136,7 @@ class ProductKernel:
         batch = {p.ranks[r]: f"{p.ranks[r]}[z0:z1]" for r in f.heads.lead}
         named = {x.name: x for x in relatives(p, self.near)}
         near = make_near(p, [(name, named[made]) for name, made in near_names(self.near)], batch)
-        start = _tuple([literal(c.identity) for c in f.state.carried])
+        start = of_values([literal(c.identity) for c in f.state.carried])
         inner = [
             *near, *([""] if near else []), *self._update(f.mask.keep is not TRUE), "", *self.finish(), "",
             f"stream([{', '.join(pairs)}], v, rows, (z0, z1), plan, {start}, update, finish)",
@@ -159,12 +159,12 @@ class ProductKernel:
         parts = f"{few} if {queries} * {keys} <= FEW else {plan}" if plan else every
         return [f"for z0, z1, plan in {parts}:", "    part(z0, z1, plan)"]
 
-    def operands(self) -> tuple[list[str], list[str]]:
-        """Lines that make the operands, and the pairs of their names."""
+    def operands(self, cast: bool = True) -> tuple[list[str], list[str]]:
+        """Lines that make the operands, in the type that is computed in or as they are, and the pairs of their names."""
         f, p = self.f, self.p
         lines, pairs = [], []
         v = operands(p, f.attention.key, f.values, (f.attention.value,))
-        real = f".to({TYPES[f.real]})"
+        real = f".to({TYPES[f.real]})" if cast else ""
         for i, x in enumerate(f.products):
             suffix = "" if len(f.products) == 1 else f"_{i}"
             k = operands(p, f.attention.key, x.far, x.over)
@@ -180,10 +180,14 @@ class ProductKernel:
         score = self.scores[0].call(at)
         if masked and len(self.scores) > 1:
             score = f"{score} if masked else {self.scores[1].call(at)}"
-        step = self.step.call({**at, "x": "x"})
-        step = step.replace("step(x" + "".join(f", {s}" for s in self.state.values()), "step(x, *state", 1)
+        step = self.stepped(at)
         unpack = f"{''.join(f'{x}, ' for x in self.products.values()).rstrip()} = scores"
         return ["def update(scores, state, at, masked):", f"    {unpack}", f"    x = {score}", f"    return {step}"]
+
+    def stepped(self, at: Mapping[str, str]) -> str:
+        """The call that takes a tile's score `x` into the state."""
+        step = self.step.call({**at, "x": "x"})
+        return step.replace("step(x" + "".join(f", {s}" for s in self.state.values()), "step(x, *state", 1)
 
     def finish(self) -> list[str]:
         end = self.end.call(self.places())
@@ -206,7 +210,7 @@ def take(stem: str, taken: set[str]) -> str:
     return name
 
 
-def _tuple(parts: Sequence[str]) -> str:
+def of_values(parts: Sequence[str]) -> str:
     return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 

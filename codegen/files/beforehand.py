@@ -2,6 +2,7 @@
 
     QK0[h,p,r] = Σ_e Q[b,h,p,e] · X[b,h,r,e]      →  torch.einsum("abd,acd->abc", Q[0], X[0])        in the model's own type
     N[h,p] = Σ_e Q[b,h,p,e]²                      →  (tile(Q, …) * tile(Q, …)).expand(…).sum((2,))
+    IN[p,m] = or_j (T[p,j] = m)                   →  torch.zeros(…).scatter_(-1, T, True)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from ...cost_model.count.work import contraction, factors
 from ...patterns import expr as ex
 from ...patterns.cascade import Einsum
 from ...patterns.expr import Expr
+from ...patterns.membership import Membership, membership
 from ..forms.operands import Heads, Names, element_type, operand
 from ..forms.terms import uncast
 from ..text.print_torch import TYPES, TorchBody
@@ -24,6 +26,8 @@ REDUCE = {"add": "sum", "max": "amax", "min": "amin"}
 
 def einsum(names: Names, real: str, e: Einsum) -> str:
     """An Einsum that is computed beforehand, whole, over all its coordinates."""
+    if (found := membership(e)) is not None:
+        return _members(names, e, found)
     parts = operands_of(e)
     return _reduced(names, real, e) if parts is None else _product(names, real, e, parts)
 
@@ -42,7 +46,21 @@ def made_type(e: Einsum, real: str) -> str:
 
 
 def _counts(e: Einsum) -> bool:
-    return e.body.dtype in ex.INTEGERS
+    return e.body.dtype in ex.INTEGERS or membership(e) is not None
+
+
+def _members(names: Names, e: Einsum, found: Membership) -> str:
+    order = [*found.rows, found.slot]
+    text, _, _ = operand(found.slots, order, ALONE, names, "f32")
+    index = text if found.slots.dtype == "i64" else f"{text}.to(torch.int64)"
+    shape = ", ".join(names.rank(r) for r in (*found.rows, found.place))
+    device = names.tensors[str(found.slots.attr)]
+    missing = [r for r in found.rows if r not in found.slots.ranks]
+    if missing:
+        index += f".expand({', '.join(names.rank(r) if r in missing else '-1' for r in order)})"
+    made = f"torch.zeros({shape}, dtype=torch.bool, device={device}.device).scatter_(-1, {index}, True)"
+    declared, own = [str(i.attr) for i in e.out.index], [*found.rows, found.place]
+    return made if own == declared else f"{made}.permute({', '.join(str(own.index(r)) for r in declared)})"
 
 
 def _product(names: Names, real: str, e: Einsum, parts: tuple[Expr, ...]) -> str:

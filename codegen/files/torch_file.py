@@ -284,9 +284,9 @@ def imports(code: str) -> str:
 
 def file(
     p: Printer, m: TileMapping, printed: Sequence[str], modules: Sequence[ModuleType], constants: Sequence[str], body: str,
-    version: str,
+    version: str, walk: Sequence[str] = (),
 ) -> str:
-    """The whole file: what it computes, what varies, the loops, and `attention`."""
+    """The whole file: what it computes, what varies, the loops, and `attention`. `walk` says which keys a row sees."""
     text = "\n\n\n".join(printed)
     rule = p.f.rule if "planned" in text or "classes" in text else "never"
     loops = skeleton(modules, used_names(text))
@@ -298,7 +298,9 @@ def file(
     ]
     numbers = [f"TILE_P, TILE_M = {m.tile_p}, {m.tile_m}", *constants]
     numbers += [line for name, line in CONSTANTS.items() if name in used_names(text)]
-    out = [header(p.f, decision, version), imports("\n".join([*numbers, text, *loops])), "\n".join(numbers), *loops, text]
+    out = [
+        header(p.f, walk or decision, version), imports("\n".join([*numbers, text, *loops])), "\n".join(numbers), *loops, text
+    ]
     return "\n\n\n".join(out) + "\n"
 
 
@@ -314,19 +316,20 @@ def indented(lines: Iterable[str]) -> list[str]:
 
 
 def entry(
-    p: Printer, lines: Sequence[str], setup: Sequence[str] = (), checks: Sequence[str] = (), answer: str = "out"
+    p: Printer, lines: Sequence[str], setup: Sequence[str] = (), checks: Sequence[str] = (), answer: str = "out",
+    without: str = "",
 ) -> str:
     """The text of `attention`: sizes, what is computed beforehand, coordinates, the output's memory, then `lines`."""
-    before = [*sizes(p), *checks, *prelude(p), *setup, *coordinates(p, "\n".join(lines)), *allocation(p)]
+    before = [*sizes(p), *checks, *prelude(p, without), *setup, *coordinates(p, "\n".join(lines)), *allocation(p)]
     body = [*before, *lines, f"return {answer}"]
     head = f'def attention({signature(p)}):\n    """The output {p.f.cascade.outputs[0]}."""\n'
     return head + "\n".join(indented(body))
 
 
-def prelude(p: Printer) -> list[str]:
-    """Lines that compute what is read as an ordinary tensor beforehand."""
-    names = p.names
-    return [f"{names.tensors[e.out.tensor]} = {einsum(names, p.f.real, e)}" for e in p.f.attention.prelude]
+def prelude(p: Printer, without: str = "") -> list[str]:
+    """Lines that compute what is read as an ordinary tensor beforehand, but for one."""
+    names, wanted = p.names, [e for e in p.f.attention.prelude if e.out.tensor != without]
+    return [f"{names.tensors[e.out.tensor]} = {einsum(names, p.f.real, e)}" for e in wanted]
 
 
 def sizes(p: Printer) -> list[str]:

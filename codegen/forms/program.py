@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import sympy
+import torch
 
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
@@ -107,6 +108,7 @@ def _value(size: Any, known: Mapping[str, Any]) -> Any:
 # A symbolic integer of torch takes part in Python's arithmetic only, and stays one under whole operators alone.
 _WHOLE: Mapping[str, Callable[[Any, Any], Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
+    "min": torch.sym_min, "max": torch.sym_max,
 }
 
 

@@ -4,11 +4,13 @@
         for each slice of its keys:  w, c, state = update(q·k, state);  acc = c·acc + w·v
         out = finish(acc, state)
 
-No more than a slice of the scores of a few heads exists at a time, so that it stays in the cache.
+No more than a slice of the scores of a few heads exists at a time, so that it stays in the cache. `selected` is the same
+over the keys that each row names, gathered, instead of slices of all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,11 +18,14 @@ import torch
 from torch import Tensor
 
 from ...cost_model.time import cpu_tiles
-from .cpu import Block
+from .cpu import Block, Run
 
 # The longest slice of keys, and scores in flight for each thread.
 SLICE = cpu_tiles.SLICE
 SCORES = cpu_tiles.SCORES
+# Elements of keys that are gathered at once, and the most rows that share a turn.
+GATHERED = cpu_tiles.GATHERED
+GATHERED_ROWS = cpu_tiles.GATHERED_ROWS
 
 State = tuple[Tensor, ...]
 
@@ -92,3 +97,91 @@ def head_groups(batch: tuple[int, int], heads: int, group: int, scores: int) -> 
     for z in range(*batch):
         for h in range(0, heads, step):
             yield slice(z, z + 1), slice(h, min(h + step, heads))
+
+
+def selected(
+    pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor, out: Tensor, slots: Tensor, places: int, block: int,
+    real: torch.dtype, start: Sequence[float],
+    update: Callable[[list[Tensor], State, At, Tensor, Tensor], tuple[Tensor, Tensor | None, State]],
+    finish: Callable[[Tensor, State, At], Tensor], kept: Callable[[At, Tensor, Tensor], Tensor] | None,
+    plain: Callable[[int, Block], None],
+) -> None:
+    """Compute `out` [Z, H, P, F] where each row reads the keys that its slots [Z, S, P, J] name, S dividing H.
+
+    Operands as in `stream`; they are gathered as they are and computed with as `real`. An index stands for `block` keys, of
+    `places` such blocks. `update(products, state, at, keys, there)` and `kept(at, keys, there)` get the keys
+    [1, 1, rows, J·block] and which of them count. Where `kept` (None: nobody asks) leaves a row without a key, `plain(z,
+    rows)` computes those rows as they are written.
+    """
+    queries, keys = out.shape[2], v.shape[2]
+    width = max(slots.shape[3] * block, 1)
+    wide = max([v.shape[3], *(k.shape[3] for _, k in pairs)])
+    rows = max(1, min(GATHERED_ROWS, GATHERED * torch.get_num_threads() // (width * wide)))
+    if queries * width >= keys:
+        # read more than once: the elements of a key side by side
+        pairs, v = [(q, k.contiguous()) for q, k in pairs], v.contiguous()
+    together = out.shape[1] // slots.shape[1]
+    for z in range(out.shape[0]):
+        for p0 in range(0, queries, rows):
+            at = At(slice(z, z + 1), slice(0, 0), slice(p0, min(p0 + rows, queries)), slice(0, 0))
+            named = [named_keys(s, places, block, keys) for s in slots[z, :, at.p]]
+            heads = [slice(h, h + together) for h in range(0, out.shape[1], together)]
+            if kept is not None and not all(
+                bool(kept(at._replace(h=h), m, there).any(-1).all()) for h, (m, there) in zip(heads, named)
+            ):
+                plain(z, Block(p0, at.p.stop, at.p.stop - p0, [Run(0, keys, True)]))
+                continue
+            for h, (m, there) in zip(heads, named):
+                group_selected(pairs, v, out, at._replace(h=h), m, there, real, start, update, finish)
+
+
+def named_keys(slots: Tensor, places: int, block: int, keys: int) -> tuple[Tensor, Tensor]:
+    """The keys [1, 1, rows, J·block] that slots [rows, J] name, and which count: each once, and none that is not there.
+
+    In order, so that one named again lies beside itself, and neighbours are read together.
+    """
+    index = slots.sort(-1).values.long()
+    there = (index >= 0) & (index < places)
+    there[:, 1:] &= index[:, 1:] != index[:, :-1]
+    m = index.clamp(0, max(places - 1, 0))
+    if block > 1:
+        m = (m.unsqueeze(-1) * block + torch.arange(block, device=m.device)).flatten(-2)
+        there = there.unsqueeze(-1).expand(*there.shape, block).flatten(-2)
+    there = there & (m < keys)
+    return m.clamp(max=keys - 1)[None, None], there[None, None]
+
+
+def group_selected(
+    pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor, out: Tensor, at: At, m: Tensor, there: Tensor, real: torch.dtype,
+    start: Sequence[float],
+    update: Callable[[list[Tensor], State, At, Tensor, Tensor], tuple[Tensor, Tensor | None, State]],
+    finish: Callable[[Tensor, State, At], Tensor],
+) -> None:
+    """The rows `at` of heads with the same keys: as many key heads at a time as the cache holds."""
+    z, group, together = at.z.start, out.shape[1] // v.shape[1], at.h.stop - at.h.start
+    count, width, index = m.shape[2], m.shape[3], m.reshape(-1)
+    wide = max([v.shape[3], *(k.shape[3] for _, k in pairs)])
+    few = max(1, GATHERED * torch.get_num_threads() // (count * width * wide))
+    # whole groups of heads that share keys, or a part of one
+    step = group * min(few, together // group) if together % group == 0 else math.gcd(group, together)
+    for h in range(at.h.start, at.h.stop, step):
+        here = at._replace(h=slice(h, min(h + step, at.h.stop)))
+        heads = here.h.stop - h
+        shared = slice(h // group, (here.h.stop - 1) // group + 1)
+        many = shared.stop - shared.start
+        # heads that share keys lie below one another: [key heads, rows, heads / key heads, ·]
+        scores = []
+        for q, k in pairs:
+            far = gathered(k[z, shared], index, real).view(many, count, width, -1)
+            near = q[z, here.h, at.p].to(real).unflatten(0, (many, -1)).transpose(1, 2)
+            scores.append((near @ far.mT).transpose(1, 2).reshape(1, heads, count, width))
+        state: State = tuple(torch.full((1, heads, count, 1), x, dtype=real, device=v.device) for x in start)
+        w, _, state = update(scores, state, here, m, there)
+        w = w.expand(1, heads, count, width).reshape(many, heads // many, count, width).transpose(1, 2)
+        acc = w @ gathered(v[z, shared], index, real).view(many, count, width, -1)
+        out[here.z, here.h, at.p] = finish(acc.transpose(1, 2).reshape(1, heads, count, -1), state, here)
+
+
+def gathered(t: Tensor, index: Tensor, real: torch.dtype) -> Tensor:
+    """Keys of some heads [heads, M, E] at these indices, as `real`."""
+    return t.index_select(1, index).to(real)

@@ -16,6 +16,7 @@ from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Cascade, Einsum
 from ...patterns.expr import Expr
+from ...patterns.membership import Membership, membership
 from .work import EXPONENTIALS, WIDTH, Sizes, contraction, elements, is_view, size_int
 
 
@@ -107,10 +108,16 @@ def gathered_back(
     return tuple(out)
 
 
-def beforehand(a: Attention, extent: Mapping[str, int]) -> tuple[EagerOperator, ...]:
-    """What a kernel's call computes before the kernel: every operator of the prelude's terms, and its products and sums."""
+def beforehand(a: Attention, extent: Mapping[str, int], without: str = "") -> tuple[EagerOperator, ...]:
+    """What a kernel's call computes before the kernel: every operator of the prelude's terms, and its products and sums.
+
+    `without`: a tensor of the prelude that nobody asks for.
+    """
     out: list[EagerOperator] = []
-    for e in a.prelude:
+    for e in (e for e in a.prelude if e.out.tensor != without):
+        if (found := membership(e)) is not None:
+            out.append(_members(found, extent))
+            continue
         parts = contraction(e)
         for f in parts or (e.body,):
             out += computed(f, extent)
@@ -213,6 +220,8 @@ def _count(extent: Mapping[str, int], ranks: frozenset[str]) -> int:
 
 def _einsum(c: Cascade, e: Einsum, extent: Mapping[str, int]) -> list[EagerOperator]:
     made = set(c.producers)
+    if (found := membership(e)) is not None:
+        return [_members(found, extent)]
     parts = contraction(e)
     if parts is None:
         out = _points(e.body, made, extent)
@@ -228,6 +237,13 @@ def _reduction(e: Einsum, extent: Mapping[str, int]) -> EagerOperator:
     points, width = _count(extent, e.ranks), WIDTH[e.body.dtype]
     result = _count(extent, e.ranks - set(e.over))
     return EagerOperator("reduce", str(e.op), e.body.dtype, points, points * width, result * width)
+
+
+def _members(found: Membership, extent: Mapping[str, int]) -> EagerOperator:
+    """A mask of all pairs, scattered from the indices."""
+    points = _count(extent, frozenset((*found.rows, found.place)))
+    read = _count(extent, found.slots.ranks) * WIDTH[found.slots.dtype]
+    return EagerOperator("copy", "scatter", "b1", points, read, points * WIDTH["b1"])
 
 
 def _computed(e: Expr, made: set[str]) -> bool:

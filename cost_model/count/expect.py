@@ -23,6 +23,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Cascade
 from ...patterns.expr import Expr
 from ...patterns.masks.split import conjuncts, split
+from ...patterns.membership import membership
 from .tiles import NOTHING, Data, Expectation, Table
 from .work import Sizes, size_int
 
@@ -150,7 +151,9 @@ def known(
             tables[name] = _table(w, name, c, a, keep, sizes)
             said[name] = f"expected: {shown} {w}"
     data = Data.of(tables, *expected) if tables or expected else Data()
-    rest = [_unsaid(name, origins) for name in unknowns(a) if name not in said]
+    # where the keys lie that a row names does not matter to whoever walks them, and to others they may lie anywhere
+    named = {e.out.tensor for e in a.prelude if membership(e) is not None}
+    rest = [_unsaid(name, origins) for name in unknowns(a) if name not in {*said, *named}]
     return Known(data, (*(s for s in dict.fromkeys(said.values()) if s), *rest))
 
 

@@ -25,9 +25,9 @@ from .cost import Cost, bound_of
 from .host import Bill, Host
 
 
-def with_prelude(cost: Cost, s: Subject, at: Shape, device: Device) -> Cost:
-    """The cost of a kernel on a CPU with what is computed before it."""
-    ops = beforehand(s.attention, at.extent)
+def with_prelude(cost: Cost, s: Subject, at: Shape, device: Device, without: str = "") -> Cost:
+    """The cost of a kernel on a CPU with what is computed before it, but for one tensor."""
+    ops = beforehand(s.attention, at.extent, without)
     return plus(cost, _priced(ops, device)) if ops else cost
 
 

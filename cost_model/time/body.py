@@ -3,6 +3,7 @@
     block     consecutive query tiles whose key slices lie alike: several of them are folded into the batch of a call
     sdpa      the fused kernel on the slice of a block, with what the scores get added where a tile of it is partial
     product   product, score and row rule, product, for some heads and at most SLICE keys of a query tile at a time
+    selected  the same for the keys that each row names, gathered, for some rows and heads at a time
 Runs of the same calls are priced once. The code generator's skeleton (codegen/skeletons/cpu.py) is what this models.
 """
 
@@ -21,6 +22,7 @@ from ...patterns import expr as ex
 from ...patterns.attention.score import bends
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
+from ...patterns.masks.selection import Selection
 from ...patterns.masks.split import PARTIAL, TileRuns, conjuncts
 from ...patterns.operators import facts
 from ...patterns.terms.affine import affine, says_at_most_zero
@@ -30,7 +32,7 @@ from ..count.work import EXPONENTIALS, INDEX, WIDTH, term_operations
 from ..devices.device import Device
 from .beforehand import fetch_seconds
 from .cost import Cost
-from .cpu_tiles import CALL_SCORES, FEW, PIECE_ROWS, PIECES_PER_THREAD, SCORES, SLICE
+from .cpu_tiles import CALL_SCORES, FEW, GATHERED, GATHERED_ROWS, PIECE_ROWS, PIECES_PER_THREAD, SCORES, SLICE
 from .host import Bill, Host, causal_pairs
 
 # ATen calls around one call of the kernel: slices, views, the copy of the result; fewer where the tiles of a block were cut
@@ -41,6 +43,10 @@ AROUND_STEP = 12
 AROUND_ALL = 12
 # … and around the plan of a mask on run-time data: the extremes of its tiles, rows with a key, lists for Python.
 AROUND_DATA = 40
+# Around a turn of the selected body, and around the keys that its rows name; an index put in order, among dozens.
+AROUND_TURN = 24
+AROUND_NAMED = 20
+SORT_SECONDS = 2e-8
 # torch.exp takes so much longer where the result underflows, as it does behind a mask.
 UNDERFLOWING_EXP = 7.0
 
@@ -88,6 +94,39 @@ def tiled(s: Subject, at: Shape, mapping: TileMapping, jobs: Jobs, device: Devic
     bill.bytes = WIDTH[s.dtype] * (at.batch * at.queries + at.batch // at.group * at.keys) * (at.embed + at.value)
     bill.add("fault", host.fresh(WIDTH[s.dtype] * at.batch * at.queries * at.value))
     return bill.cost(device, f"our-{mapping.body}", s.dtype)
+
+
+def selected(s: Subject, at: Shape, chosen: Selection, device: Device) -> Cost:
+    """Seconds of the body that gathers the keys which each row names."""
+    host, bill = Host(device), Bill()
+    named, keyed = at.extent[chosen.slot] * chosen.block, at.batch // at.group
+    lists = math.prod(at.extent[r] for r in chosen.slots.ranks)
+    room = GATHERED * host.threads // max(named * max(at.embed, at.value), 1)
+    rows = max(1, min(GATHERED_ROWS, room, at.queries))
+    tiles = -(-at.queries // rows) * (at.batch // _heads(s, at))
+    together = max(1, min(room // rows, _heads(s, at) // at.group))
+    turns = -(-at.queries // rows) * -(-keyed // together)
+    moved = together * rows * named * WIDTH[s.dtype]
+    points = together * at.group * rows * named
+    one = Bill()
+    one.add("matrix", host.product(together * rows, at.group, named, at.embed, "f32"))
+    one.add("matrix", host.product(together * rows, at.group, at.value, named, "f32"))
+    for width in (at.embed, at.value):
+        # read where it lies in the cache, written beside what was there
+        host.point("copy", s.dtype, together * rows * named * width, 2 * moved * width, one)
+    ops = (*pointwise(s, True), "where")
+    for op in ops:
+        host.point(op, "f32", points, 0, one)
+    one.add("launch", 2 * host.h.product_seconds + (len(ops) + AROUND_TURN) * host.h.operator_seconds)
+    for name, seconds in one.parts.items():
+        bill.add(name, seconds * turns)
+    bill.add("element", lists * SORT_SECONDS / host.gain("element", lists))
+    bill.add("launch", host.h.operator_call_seconds + tiles * AROUND_NAMED * host.h.operator_seconds)
+    pairs = at.batch * at.queries * named
+    bill.flops, bill.exps = 2 * pairs * (at.embed + at.value), pairs
+    bill.bytes = WIDTH[s.dtype] * keyed * at.queries * named * (at.embed + at.value)
+    bill.add("fault", host.fresh(WIDTH[s.dtype] * at.batch * at.queries * at.value))
+    return bill.cost(device, "our-selected", s.dtype)
 
 
 def tiles(s: Subject, found: Sequence[QueryBlock], at: Shape, mapping: TileMapping) -> Iterator[QueryBlock]:

@@ -11,3 +11,6 @@ FEW = 4096
 # The product body's longest slice of keys, and its scores in flight for each thread.
 SLICE = 512
 SCORES = 1 << 18
+# The selected body's elements of keys that are gathered at once for each thread, and the most rows that share a turn.
+GATHERED = 1 << 20
+GATHERED_ROWS = 256

@@ -20,6 +20,7 @@ from ..count.subject import SHARED_ROWS
 from ..devices.architecture import Architecture, architecture
 from ..devices.compiled import Compiled, compiled
 from ..devices.device import Device
+from .cpu_tiles import GATHERED_ROWS
 
 # Registers for addresses, bounds and the row state: with operands in shared memory, and with operands in registers.
 FIXED_REGISTERS, FIXED_REGISTERS_OLDER = 72, 100
@@ -196,6 +197,7 @@ def _on_cpu(queries: int, keys: int) -> Iterator[TileMapping]:
         # small tiles keep a block's scores near the core, and follow the mask closely
         tile = next((t for t in (32, 64) if queries * keys <= CLASSES * t * t), 128)
         yield TileMapping(tile_p=tile, tile_m=tile, warps=1, stages=1, body="fused")
+    yield TileMapping(tile_p=min(GATHERED_ROWS, queries), tile_m=64, warps=1, stages=1, body="selected")
     for body in ("sdpa", "slices", "product"):
         for tile in tiles:
             # narrower key tiles cut a slice closer to its mask

@@ -19,6 +19,7 @@ from ...patterns import expr as ex
 from ...patterns.cascade import Cascade, size_term
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.ranges import key_range
+from ...patterns.masks.selection import selection
 from ...patterns.verdict import Obstacle
 from ..count.eager import EagerOperator, backward, beforehand, gathered_back, operators
 from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
@@ -27,7 +28,7 @@ from ..count.work import WIDTH, Work, size_int
 from ..devices.device import Device, HostRates, TimeModel
 from . import gpu, host
 from .beforehand import fetch_seconds, fused_fetch_seconds, plus, with_operands, with_prelude
-from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, tiled
+from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, selected, tiled
 from .cost import Cost, bound_of, differentiated
 from .fit import Footprint, as_compiled, candidates, footprint, padded, refuse
 from .fused import PLAIN, fits, fused
@@ -146,7 +147,8 @@ def ranked_mappings(
 def _bodies(s: Subject) -> tuple[str, ...]:
     """Bodies that may be printed for an attention on a CPU."""
     sdpa = (("sdpa", "slices") if has_triangles(s) else ("sdpa",)) if by_sdpa(s) else ()
-    return ("product", *sdpa, *(("fused",) if fits(s) else ()))
+    named = ("selected",) if selection(s.attention, s.mask.keep) is not None else ()
+    return ("product", *sdpa, *named, *(("fused",) if fits(s) else ()))
 
 
 def predict_original(
@@ -249,6 +251,10 @@ def _trained_on_cpu(
 
 def _ours_on_cpu(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Data, rates: str = "") -> Cost:
     """The tiled body; of keys and values, what its tiles visit crosses the memory's edge. `rates`: of products of a type."""
+    if mapping.body == "selected":
+        found = selection(s.attention, s.mask.keep)
+        assert found is not None, mapping
+        return with_prelude(selected(s, at, found, device), s, at, device, without=str(found.member.attr))
     jobs = plan_tiles(s, at, mapping, data)
     cost = fused(s, at, mapping, jobs, device, rates) if mapping.body == "fused" else tiled(s, at, mapping, jobs, device)
     unseen = at.keys - _keys_visited(jobs, at.keys)

@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import expr as ex
 from ..expr import Expr
+from ..membership import membership
 from ..operators import facts
 from ..terms.conditions import FILL
 from ..terms.constant import REDUCE, number, tries
@@ -122,8 +123,11 @@ def masked_side(e: Expr) -> Expr:
 def kind(a: Attention) -> str:
     """A word for the row rule. For people to read; no code depends on it.
 
-    "softmax"; "exp" without a sum; else the outermost operator that bends a weight over its products; "power"; "linear".
+    "selected" where rows name their keys; "softmax"; "exp" without a sum; else the outermost operator that bends a
+    weight over its products; "power"; "linear".
     """
+    if _members(a):
+        return "selected"
     score = set(ex.walk(a.score))
     found = bends(a.weight, {e.out.tensor for e in a.products})
     # where the row rule is no map of the score, it is told by what stands in that
@@ -141,20 +145,23 @@ def kind(a: Attention) -> str:
 def traits(a: Attention) -> frozenset[str]:
     """Words for what stands in the terms. For people to read; no code depends on them.
 
-    gqa, latent, causal, window, alibi, bias, mask (data), varlen (segment ids), softcap, sink, prelude, decode, cross.
+    top-k (keys that rows name), blocks (of keys), gqa, latent, causal, window, alibi, bias, mask (data), varlen (segment
+    ids), softcap, sink, prelude, decode, cross.
     """
     out = _operands(a) | _limits(a)
-    products = {e.out.tensor for e in a.products}
+    products, named = {e.out.tensor for e in a.products}, _members(a)
     for e in ex.walk(a.score):
         if e.op == "tanh":
             out.add("softcap")
-        if e.op == "load" and str(e.attr) not in products and a.key in e.ranks:
+        if e.op == "load" and str(e.attr) in named and a.key in e.ranks:
+            out |= {"top-k"} if ex.index(a.key) in e.args else {"top-k", "blocks"}
+        elif e.op == "load" and str(e.attr) not in products and a.key in e.ranks:
             out.add(_data(e, a))
         if e.op == "mul" and _slope(e, a):
             out.add("alibi")
     if any(str(e.attr) not in products | a.row_names for e in _row_loads(a)):
         out.add("sink")
-    if a.prelude:
+    if any(e.out.tensor not in named for e in a.prelude):
         out.add("prelude")
     size = {n: a.cascade.rank[n].size for n in (a.query, a.key)}
     if size[a.query] == 1:
@@ -162,6 +169,11 @@ def traits(a: Attention) -> frozenset[str]:
     elif size[a.query] != size[a.key] and not out & {"causal", "window"}:
         out.add("cross")
     return frozenset(out)
+
+
+def _members(a: Attention) -> frozenset[str]:
+    """Masks of all pairs that are made of indices."""
+    return frozenset(e.out.tensor for e in a.prelude if membership(e) is not None)
 
 
 def _operands(a: Attention) -> set[str]:

@@ -132,13 +132,16 @@ def _without_writes(graph: fx.Graph) -> tuple[fx.Graph, bool]:
     shared = [n for n in graph.nodes if aliases.storage(n) in homes]
     if any(n.op == "placeholder" for n in shared):
         raise Uncheckable("it writes into its inputs")
-    first = {aliases.storage(n): n for n in reversed(shared)}
-    plain = all(is_write(n) or n is first[aliases.storage(n)] for n in shared) and all(_functional(n) for n in writes)
+    whole = {*writes, *{aliases.storage(n): n for n in reversed(shared)}.values()}
+    last = {aliases.storage(n): aliases.position[n] for n in writes}
+    # a view that is taken when all is written shows the newest value
+    plain = all(n in whole or aliases.position[n] > last[aliases.storage(n)] for n in shared)
+    plain = plain and all(_functional(n) for n in writes)
     out, table, newest = fx.Graph(), dict[fx.Node, fx.Node](), dict[fx.Node, fx.Node]()
     for n in graph.nodes:
-        made = out.node_copy(n, lambda x: newest.get(aliases.storage(x), table[x]) if plain else table[x])
+        made = out.node_copy(n, lambda x: newest.get(aliases.storage(x), table[x]) if plain and x in whole else table[x])
         table[n] = made
-        if plain and n in shared:
+        if plain and n in whole:
             newest[aliases.storage(n)] = made
             if is_write(n):
                 made.target = _functional(n) or made.target

@@ -276,7 +276,10 @@ def select(p: PlacedOperator) -> RowCut:
 def piece(p: PlacedOperator) -> RowCut:
     """`slice`: positions of what was sliced."""
     d, n = p.dim(), p.shape("self")[p.dim()]
-    start, _, step = slice(p.given["start"], p.given["end"], int(p.given["step"])).indices(n)
+    if isinstance(p.given["start"], fx.Node):
+        return whole(p)
+    # where it ends does not move where it starts, and may be a size that is open
+    start, _, step = slice(p.given["start"], None, int(p.given["step"])).indices(n)
     at = p.wanted[d]
     if at is None:
         return RowCut({"self": p.wanted}, p.wanted)

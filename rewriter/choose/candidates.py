@@ -46,6 +46,7 @@ from ...patterns.attention.score import hiding
 from ...patterns.attention.traits import kind, low_row_rule, no_key_rule, traits
 from ...patterns.cascade import Cascade, bind, show
 from ...patterns.mapping import TileMapping
+from ...patterns.masks.selection import Selection, selection
 from ...patterns.masks.split import conjuncts, split
 from ...patterns.verdict import Obstacle, Refusal
 from ..splice import splice
@@ -414,6 +415,8 @@ def _mask(
     mask = split(a.score, a.key)
     if mask.keep is ex.TRUE:
         return None
+    if (chosen := selection(a, mask.keep)) is not None:
+        return MaskView(ex.show(mask.keep), _named(chosen, c, sizes, a.key))
     text = next((x.mapping for x in order if x.is_tiled), "")
     tiling = TileMapping.parse(text) if text else TileMapping(64, 64)
     try:
@@ -426,6 +429,12 @@ def _mask(
     counts = TileCounts(tiling.tile_p, tiling.tile_m, n.total, n.visited, n.full, n.partial)
     paint = cache(lambda: picture(c, tiling, sizes, data))
     return MaskView(ex.show(mask.keep), n.visited / max(n.total, 1), counts, painter=paint)
+
+
+def _named(chosen: Selection, c: Cascade, sizes: Mapping[str, int], key: str) -> float:
+    """The share of the keys that a row names; 1 where a size has no value."""
+    slots, keys = (bind(c.rank[r].size, sizes) for r in (chosen.slot, key))
+    return min(1.0, slots * chosen.block / keys) if isinstance(slots, int) and isinstance(keys, int) and keys else 1.0
 
 
 _RULES = {
@@ -453,7 +462,10 @@ def _proofs(a: Attention, q: Question) -> tuple[str, ...]:
     ]
     mask = split(a.score, a.key)
     if mask.keep is not ex.TRUE:
-        static = all(not ex.loads(part) for part in conjuncts(mask.keep))
+        chosen = selection(a, mask.keep)
+        if chosen is not None:
+            out.append(f"{chosen.slots} names a row's keys: a key that is named twice counts once")
+        static = all(not ex.loads(part) for part in conjuncts(chosen.rest if chosen is not None else mask.keep))
         out.append("the mask is a function of positions" if static else "part of the mask is read from run-time data")
     if not q.bound:
         out.append("nobody else reads scores or weights")

@@ -32,6 +32,7 @@ from ..lift import (
     operators_point,
     operators_product,
     operators_reduce,
+    operators_select,
     operators_view,
 )
 from ..lift.hoist import hoist
@@ -50,7 +51,7 @@ from .unaccounted import unaccounted
 
 RULES: Mapping[str, Rule] = {
     **operators_view.RULES, **operators_point.RULES, **operators_reduce.RULES, **operators_contract.RULES,
-    **operators_edit.RULES, **operators_product.RULES,
+    **operators_edit.RULES, **operators_product.RULES, **operators_select.RULES,
 }
 _OF_LAYERS: Mapping[str, Rule] = {**RULES, **operators_product.LAYERS}
 

@@ -16,7 +16,9 @@ from .node import arguments, op_name, written_arguments
 from .torch_private import OpOverload, schema
 
 # Python's functions that a graph computes sizes by.
-ARITHMETIC: Mapping[str, Callable[..., Any]] = {op: OPERATORS[op].fold for op in OF_SIZES}
+ARITHMETIC: Mapping[str, Callable[..., Any]] = {
+    **{op: OPERATORS[op].fold for op in OF_SIZES}, "min": torch.sym_min, "max": torch.sym_max,
+}
 
 
 def erase_dead(gm: fx.GraphModule) -> int:

@@ -40,6 +40,10 @@ def plain(e: sympy.Expr) -> Size:
             out = sympy.Mod(args[0], args[1])
         case "ModularIndexing":
             out = sympy.Mod(sympy.floor(args[0] / args[1]), args[2])
+        case "Min":
+            out = sympy.Min(*args)
+        case "Max":
+            out = sympy.Max(*args)
         case _:
             out = e.func(*args)
     return as_size(out)

@@ -120,7 +120,7 @@ def test_binding_replaces_symbols_in_terms() -> None:
 _leaf = st.one_of(st.integers(1, 9), st.sampled_from([S, N]))
 _sizes = st.recursive(
     _leaf,
-    lambda inner: st.tuples(st.sampled_from(["add", "sub", "mul", "floordiv", "mod", "square"]), inner, inner).map(
+    lambda inner: st.tuples(st.sampled_from(["add", "sub", "mul", "floordiv", "mod", "square", "min", "max"]), inner, inner).map(
         lambda t: {
             "add": lambda a, b: a + b,
             "sub": lambda a, b: a - b,
@@ -128,6 +128,8 @@ _sizes = st.recursive(
             "floordiv": lambda a, b: sympy.floor(sympy.sympify(a) / 3) + b,
             "mod": lambda a, b: sympy.Mod(a, 4) + b,
             "square": lambda a, b: a**2 + b,
+            "min": lambda a, b: sympy.Min(a, b + 3),
+            "max": lambda a, b: sympy.Max(a, 7) + b,
         }[t[0]](t[1], t[2])
     ),
     max_leaves=5,

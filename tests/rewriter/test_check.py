@@ -81,6 +81,7 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "causal fill": (lambda x: x.masked_fill(torch.arange(N)[:, None] < torch.arange(N), -1.0), [r(N, N)]),
     "in place": (lambda x: (x * 2).masked_fill_(x > 0, -1.0).add_(x).sigmoid(), [r(5, 6)]),
     "in place through a view": (lambda x: _view_written(x * 2), [r(5, 6)]),
+    "written and then seen in part": (lambda x: _written_and_cut(x), [r(5, 6)]),
     "converted": (lambda x, y: x.type_as(y).to(torch.float64), [r(5, 6).double(), r(3)]),
     "a slice laid in": (lambda x, y: torch.slice_scatter(x, y, 1, 1, 4), [r(2, 5, 6), r(2, 3, 6)]),
     "a column laid in": (lambda x, y: torch.select_scatter(x, y, -1, 2), [r(2, 5, 6), r(2, 5)]),
@@ -94,6 +95,12 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "put at indices": (lambda x, i, c: x.index_put((i,), c), [r(5, 6), torch.tensor([0, 3]), torch.tensor(2.0)]),
     "without a rule": (lambda x: torch.flip(x, (0,)).roll(1, 1), [r(5, 6)]),
 }
+
+
+def _written_and_cut(x: Tensor) -> Tensor:
+    out = torch.zeros(5, 7)
+    out.scatter_(-1, torch.arange(5)[:, None], 2.0)
+    return x + out[..., :6].unsqueeze(0)[0]
 
 
 def _view_written(x: Tensor) -> Tensor:

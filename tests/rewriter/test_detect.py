@@ -308,7 +308,7 @@ def _columns_of_the_product(q: Any, k: Any, v: Any) -> Any:
 
 
 def _scattered(q: Any, k: Any, v: Any) -> Any:
-    return (q @ k.mT * 0.25).scatter(-1, torch.zeros(2, 4, 24, 1, dtype=torch.int64), -1e4).softmax(-1) @ v
+    return (q @ k.mT * 0.25).scatter(-1, torch.zeros(2, 4, 24, 1, dtype=torch.int64), v[..., :1]).softmax(-1) @ v
 
 
 MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
@@ -327,7 +327,7 @@ def _mixed_after(q: Any, k: Any, v: Any) -> Any:
     [
         (_columns, "mul is written in place (by fill_) before softmax reads it"),
         (_columns_of_the_product, "matmul is written in place (by fill_) before mul reads it"),
-        (_scattered, "scatter has no term"),
+        (_scattered, "a scatter of several values"),
         (_mixed_before, "linear mixes them"), (_mixed_after, "linear mixes them"),
     ],
 )

@@ -1,0 +1,128 @@
+"""Prints the CPU kernel for rows that name their keys: two products around the printed score and row state, keys gathered.
+
+    slots   the indices as the model computed them       chosen   the score of a key that is named
+    kept    which of a row's named keys it keeps         plain    rows that keep none of them, as they are written
+
+A change of the variable that is reduced, exact where an unnamed key's fill is neutral in a row that keeps some key.
+"""
+
+from __future__ import annotations
+
+from ...patterns import expr as ex
+from ...patterns.expr import TRUE, Expr
+from ...patterns.mapping import TileMapping
+from ...patterns.masks.selection import Selection, selection
+from ...patterns.terms.conditions import simplify_under
+from ..files.beforehand import einsum
+from ..files.torch_file import PrintedFunction, entry, file, indented, make_near, near_names, operands, relatives
+from ..forms import skip
+from ..forms.form import Form
+from ..skeletons import cpu, cpu_product
+from ..text.print_torch import TYPES, TorchBody, literal
+from ..text.printer import PrintError
+from .product import BODY, ProductKernel, of_values
+
+RESERVED = ("slots", "there", "chosen", "left", "plain", "member", "block", "selected")
+
+
+def text(f: Form, m: TileMapping, version: str) -> str:
+    """The kernel's file."""
+    k = SelectedKernel(f)
+    functions = [*relatives(k.p, k.near), *k.scores, *k.named, k.step, k.end]
+    walk = [f"Each row sees the keys that {k.choice.slots} names, gathered; {BODY}."]
+    return file(k.p, m, [*(x.text for x in functions), k.whole_file()], (cpu, cpu_product), [], BODY, version, walk)
+
+
+class SelectedKernel(ProductKernel):
+    """The printed functions of one kernel: those of the product body for rows as written, and the score of a named key."""
+
+    def __init__(self, f: Form) -> None:
+        super().__init__(f, RESERVED)
+        self.choice = _choice(f)
+        a = f.attention
+        null = skip.null(f.state, a.score, a.key)
+        if null is None:
+            raise PrintError("no score stands for a key that is not there")
+        self.null = null
+        score = self.whole(simplify_under(a.score, {self.choice.member: True}))
+        if any(x.attr == self.choice.member.attr for x in ex.loads(score)):
+            raise PrintError("the score of a key that is named reads the mask of all pairs")
+        self.chosen = self._apart("chosen", "The score of a key that the row names.", score)
+        self.left = None
+        if self.choice.rest is not TRUE:
+            self.left = self._apart("left", "What a key that the row names needs besides.", self.choice.rest)
+        self.named = [self.chosen, *([self.left] if self.left else [])]
+
+    def _apart(self, name: str, doc: str, term: Expr) -> PrintedFunction:
+        """A function at keys that lie anywhere: what it reads is gathered."""
+        leaves = {x: self.products[str(x.attr)] for x in ex.loads(term) if str(x.attr) in self.products}
+        body = TorchBody(self.p.scope(leaves, views=False, reuse=True), [term])
+        result = body.real(term) if term.is_float else body.term(term)
+        return self.p.define(name, doc, [*body.lines, f"    return {result}"], (), body.scope)
+
+    def whole_file(self) -> str:
+        """The text of `attention`."""
+        f, p, s = self.f, self.p, self.choice
+        real = TYPES[f.real]
+        setup, pairs = self.operands(cast=False)
+        slots, _ = operands(p, f.attention.query, s.slots, (s.slot,))
+        setup.append(f"slots = {slots}.expand(-1, -1, {p.names.rank(f.attention.query)}, -1)")
+        start = of_values([literal(c.identity) for c in f.state.carried])
+        kept = "kept" if f.rule == "guarded" else "None"
+        unpack = f"{''.join(f'{x}, ' for x in self.products.values()).rstrip()} = scores"
+        lines = [
+            *self.finish(), "", "def update(scores, state, at, keys, there):", f"    {unpack}",
+            f"    x = torch.where(there, {self.chosen.call(self.at_keys())}, {literal(self.null)})",
+            f"    return {self.stepped(self.places())}", "", *(self._kept() if kept != "None" else []),
+            *self._plain(pairs, real, start), "",
+            f"selected([{', '.join(pairs)}], v, rows, slots, {p.names.size(s.places)}, {s.block}, {real}, {start},",
+            f"         update, finish, {kept}, plain)",
+        ]
+        return entry(p, lines, setup, without=str(s.member.attr))
+
+    def at_keys(self) -> dict[str, str]:
+        return {**self.places(), self.p.ranks[self.f.attention.key]: "keys"}
+
+    def _kept(self) -> list[str]:
+        wanted = f"there & {self.left.call(self.at_keys())}" if self.left else "there"
+        return ["def kept(at, keys, there):", f"    return {wanted}", ""]
+
+    def _plain(self, pairs: list[str], real: str, start: str) -> list[str]:
+        """Lines of the rows that are computed as they are written, and of the mask of all pairs, made once if ever."""
+        f, p = self.f, self.p
+        member = str(self.choice.member.attr)
+        (e,) = (e for e in f.attention.prelude if e.out.tensor == member)
+        table = {x.name: x for x in relatives(p, self.near)}
+        batch = {p.ranks[r]: f"{p.ranks[r]}[z : z + 1]" for r in f.heads.lead}
+        near = make_near(p, [(name, table[made]) for name, made in near_names(self.near)], batch)
+        wide = ", ".join(f"({x})" for x in (_widened(pair, real) for pair in pairs))
+        inner = [
+            f"{p.names.tensors[member]} = member()", "plan = [block]", *near, *self._update(True),
+            f"stream([{wide}], v.to({real}), rows, (z, z + 1), plan, {start}, update, finish)",
+        ]
+        made = ["@cache", "def member():", f"    return {einsum(p.names, f.real, e)}", ""]
+        return [*made, "def plain(z, block):", *indented(inner)]
+
+
+def _widened(pair: str, real: str) -> str:
+    return ", ".join(f"{x}.to({real})" for x in pair.strip("()").split(", "))
+
+
+def _choice(f: Form) -> Selection:
+    """The selection of an attention whose unnamed keys may be left out. Raises PrintError with the reason where not."""
+    a = f.attention
+    found = selection(a, f.mask.keep)
+    if found is None:
+        raise PrintError("no row names its keys")
+    if f.rule not in ("always", "guarded"):
+        raise PrintError("the fill of a key that no row names is not proved to leave it without a weight")
+    if a.cascade.rank[found.slot].size == 0:
+        raise PrintError("rows have no slots")
+    x = ex.load("score", (), a.score.dtype)
+    inner = (*(c.lift for c in f.state.carried), f.state.weight)
+    if any(a.key in ex.substitute(e, {a.score: x}).ranks for e in inner):
+        raise PrintError("the row's state reads the key besides its score")
+    behind = [e for e in a.prelude if any(y.attr == found.member.attr for y in e.reads)]
+    if behind:
+        raise PrintError(f"{behind[0].out.tensor} reads the mask of all pairs")
+    return found

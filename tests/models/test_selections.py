@@ -1,0 +1,135 @@
+"""Models that select keys themselves, tiny and with random weights: each layer is one site that gathers, and computes the same."""
+
+from __future__ import annotations
+
+import copy
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+import reattend
+
+transformers = pytest.importorskip("transformers", minversion="5.20")
+
+BASE = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "vocab_size": 64, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}
+LATENT = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "index_topk": 8,
+    "index_n_heads": 4, "index_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}
+BLOCKS = {
+    "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "dense_intermediate_size": 64, "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 4, "index_topk_blocks": 3,
+    "mlp_layer_types": ["dense"], "layer_types": ["minimax_m3_sparse"],
+}
+# what a model type's text model is called, and its sizes
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v32": ("DeepseekV32Model", LATENT), "axk2": ("AXK2Model", LATENT), "glm_moe_dsa": ("GlmMoeDsaModel", LATENT),
+    "hy_v4": ("HYV4Model", {**LATENT, "head_dim": 24}), "dots3_note": ("Dots3NoteTextModel", LATENT),
+    "mistral_large4": ("MistralLarge4TextModel", {**LATENT, "head_dim": 8}),
+    "minimax_m3_vl": ("MiniMaxM3VLTextModel", BLOCKS),
+}
+
+
+def tiny(name: str, attention: str = "eager") -> torch.nn.Module:
+    kind, sizes = MODELS[name]
+    made = getattr(import_module(f"transformers.models.{name}.modeling_{name}"), kind)
+    config = made.config_class(**{**BASE, **sizes}, attn_implementation=attention)
+    torch.manual_seed(0)
+    return made(config).eval()  # type: ignore[no-any-return]
+
+
+def planned(ours: torch.nn.Module) -> tuple[reattend.Plan, set[str]]:
+    """What was planned, and what the net said of it."""
+    report = reattend.report(ours)
+    assert report.plan is not None
+    return report.plan, {c.verdict for c in report.checks}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layer_is_one_site_that_gathers(name: str) -> None:
+    model = tiny(name)
+    ids = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(0))
+    valid = torch.ones_like(ids)
+    valid[0, :15] = 0
+    ours = reattend.optimize(copy.deepcopy(model), policy=reattend.Policy(tune=False, deny=("sdpa", "flex", "original")))
+    with torch.no_grad():
+        for mask in (None, valid):
+            given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+            want, out = (m(**given).last_hidden_state for m in (model, ours))
+            # padded rows as well: they have no visible key
+            torch.testing.assert_close(out, want, rtol=0, atol=2e-5)
+    plan, checks = planned(ours)
+    (site, *_) = [s for s in plan.sites if s.name.endswith("attn")]
+    assert site.kind == "selected"
+    assert "top-k" in site.traits
+    assert site.choice == "reattend"
+    assert checks == {"same"}
+    assert not plan.misses or name == "hy_v4"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v32", "minimax_m3_vl"])
+def test_tokens_one_by_one(name: str) -> None:
+    """Each token after the cache of those before, with and without us."""
+    model = tiny(name, "sdpa")
+    ids = torch.randint(3, 64, (1, 26), generator=torch.Generator().manual_seed(0))
+    ours = reattend.optimize(copy.deepcopy(model), policy=reattend.Policy(tune=False, deny=("sdpa", "flex", "original")))
+    with torch.no_grad():
+        kept = [m(input_ids=ids[:, :20], use_cache=True).past_key_values for m in (model, ours)]
+        for t in range(20, 26):
+            given = [{"input_ids": ids[:, t : t + 1], "past_key_values": k, "use_cache": True} for k in kept]
+            want, out = (m(**g).last_hidden_state for m, g in zip((model, ours), given))
+            torch.testing.assert_close(out, want, rtol=0, atol=2e-5)
+    plan, checks = planned(ours)
+    assert checks == {"same"}
+    assert any("decode" in s.traits and s.kind == "selected" and s.choice == "reattend" for s in plan.sites)
+
+
+class Named(torch.nn.Module):
+    """Rows that name 8 of 64 keys."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        top = i.topk(8, -1).indices
+        keep = torch.zeros(i.shape, dtype=torch.bool).scatter(-1, top, True)
+        keep = keep & torch.ones(64, 64, dtype=torch.bool).tril()
+        out: torch.Tensor = (q @ k.mT * 0.25).masked_fill(~keep, -1e30).softmax(-1) @ v
+        return out
+
+
+@pytest.mark.slow
+def test_gradients_go_another_way() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 64, 16) for _ in range(3))
+    i = torch.randn(2, 1, 64, 64)
+    ours, grads = reattend.optimize(Named(), policy=reattend.Policy(tune=False)), []
+    for m in (Named(), ours):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        grads.append(torch.autograd.grad(m(*leaves, i).square().sum(), leaves))
+    for want, got in zip(*grads):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert {c.verdict for c in reattend.report(ours).checks} <= {"same"}
+    with torch.no_grad():
+        torch.testing.assert_close(ours(q, k, v, i), Named()(q, k, v, i))
+
+
+def test_it_is_gathered() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 64, 16) for _ in range(3))
+    i = torch.randn(2, 1, 64, 64)
+    policy = reattend.Policy(tune=False, deny=("original", "sdpa", "flex"))
+    ours = reattend.optimize(Named(), policy=policy)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(q, k, v, i), Named()(q, k, v, i))
+    (site,) = planned(ours)[0].sites
+    assert (site.kind, site.choice) == ("selected", "reattend")
+    assert site.mask is not None
+    assert site.mask.density == 0.125

@@ -1,0 +1,275 @@
+"""Selections: rows that name their keys by top-k, however the mask of all pairs is spelled, are read as names and gathered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from reattend.codegen.cpu.kernel import CpuKernel, build
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
+from reattend.patterns.attention.traits import kind, traits
+from reattend.patterns.cascade import Cascade
+from reattend.patterns.evaluate import evaluate
+from reattend.patterns.mapping import TileMapping
+from reattend.patterns.masks.selection import selection
+from reattend.patterns.masks.split import split
+from reattend.patterns.verdict import Refusal
+from reattend.rewriter.find import detect
+from reattend.rewriter.find.detect import Found
+from reattend.rewriter.graph.functional import functional
+
+from .helpers import graph_of, values_of
+
+N, K, INF = 40, 7, math.inf
+LOWEST = torch.finfo(torch.float64).min
+SELECTED = TileMapping(16, 16, body="selected")
+
+
+def waves(*shape: int, a: float) -> Tensor:
+    """sin(a·n) for n = 1, 2, … in row-major order."""
+    return (torch.arange(1, math.prod(shape) + 1, dtype=torch.float64) * a).sin().view(shape)
+
+
+def operands() -> tuple[Tensor, Tensor, Tensor]:
+    return waves(2, N, 5, a=0.37), waves(2, N, 5, a=0.41), waves(2, N, 6, a=0.43)
+
+
+def index_score() -> Tensor:
+    """I = 3^-½ Σ w relu(½ q·k), over keys that a query sees."""
+    q, k, w = waves(N, 3, 4, a=0.7), waves(N, 4, a=0.9), waves(N, 3, a=1.1)
+    return 3**-0.5 * torch.einsum("pi,pim->pm", w, torch.relu(0.5 * torch.einsum("pie,me->pim", q, k)))
+
+
+def causal() -> Tensor:
+    return torch.ones(N, N, dtype=torch.bool).tril()
+
+
+def found(fn: Callable[..., Tensor], *args: Tensor) -> tuple[Found, dict[str, Tensor], Tensor]:
+    """The one attention of a function that computes what it does, its inputs, and the function's value there."""
+    gm = graph_of(fn, args)
+    gm = functional(gm) or gm
+    (here,), _ = detect.find(gm)
+    values = values_of(gm, args)
+    return here, {name: values[n] for name, n in here.tensors.items()}, values[here.output]
+
+
+def gathered(c: Cascade, tensors: dict[str, Tensor]) -> Tensor:
+    made = build(c, SELECTED)
+    assert isinstance(made, CpuKernel), made
+    return made.run(tensors, {})
+
+
+def exact(fn: Callable[..., Tensor], *args: Tensor) -> Attention:
+    """The attention of a function whose selection is gathered, to rounding in float64."""
+    here, tensors, want = found(fn, *args)
+    out = gathered(here.cascade, tensors)
+    for other in (out, evaluate(here.cascade, tensors)[here.cascade.outputs[0]]):
+        wrong = (other - want.reshape(out.shape)).abs() > 1e-14 * want.nan_to_num().abs().max()
+        assert not wrong.any()
+        assert torch.equal(other.isnan(), want.reshape(out.shape).isnan())
+    view = attention(here.cascade)
+    assert isinstance(view, Attention)
+    return view
+
+
+# --- spellings ------------------------------------------------------------------------------------------------------
+
+
+def ones_without(s: Tensor, top: Tensor) -> Tensor:
+    out = torch.ones(N, N, dtype=torch.bool).scatter(-1, top, False)
+    return s.masked_fill(out | ~causal(), -INF)
+
+
+def zeros_with(s: Tensor, top: Tensor) -> Tensor:
+    keep = torch.zeros(N, N, dtype=torch.bool).scatter(-1, top, True)
+    return s.masked_fill(~(keep & causal()), -INF)
+
+
+def added_lowest(s: Tensor, top: Tensor) -> Tensor:
+    mask = torch.zeros(N, N, dtype=torch.float64).masked_fill(~causal(), LOWEST)
+    return s + mask.masked_fill(torch.ones(N, N, dtype=torch.bool).scatter(-1, top, False), LOWEST)
+
+
+def added_infinite(s: Tensor, top: Tensor) -> Tensor:
+    bias = torch.full((N, N), -INF, dtype=torch.float64)
+    bias.scatter_(-1, top, 0.0)
+    return s + bias + torch.full((N, N), -INF, dtype=torch.float64).triu(1)
+
+
+def compared(s: Tensor, top: Tensor) -> Tensor:
+    bias = torch.full((N, N), -INF, dtype=torch.float64).scatter(-1, top, 0.0)
+    return torch.where((bias == 0.0) & causal(), s, -INF)
+
+
+def a_column_to_throw_away(s: Tensor, top: Tensor) -> Tensor:
+    seen = top <= torch.arange(N)[:, None]
+    keep = torch.zeros(N, N + 1, dtype=torch.bool)
+    keep.scatter_(-1, torch.where(seen, top, N), True)
+    return s.masked_fill(~keep[:, :-1], -INF)
+
+
+def by_a_tensor(s: Tensor, top: Tensor) -> Tensor:
+    keep = torch.zeros(N, N, dtype=torch.bool).scatter(-1, top, torch.ones_like(top, dtype=torch.bool))
+    return s.masked_fill(~(keep & causal()), -INF)
+
+
+def in_int32(s: Tensor, top: Tensor) -> Tensor:
+    return zeros_with(s, top.to(torch.int32).long())
+
+
+SPELLINGS = [
+    ones_without, zeros_with, added_lowest, added_infinite, compared, a_column_to_throw_away, by_a_tensor, in_int32,
+]
+
+
+@pytest.mark.parametrize("masked", SPELLINGS, ids=lambda f: f.__name__)
+def test_spellings(masked: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, i: Tensor) -> Tensor:
+        top = i.masked_fill(~causal(), -INF).topk(K, -1).indices
+        return masked(q @ k.mT * 5**-0.5, top).softmax(-1) @ v
+
+    q, k, v = operands()
+    view = exact(f, q, k, v, index_score())
+    assert kind(view) == "selected"
+    assert "top-k" in traits(view)
+    out = f(q, k, v, index_score())
+    assert float(out.sum()) == pytest.approx(-2.4679861175, abs=1e-9)
+    assert float(out.square().sum()) == pytest.approx(55.4047705315, abs=1e-9)
+
+
+def test_members_of_the_known_answer() -> None:
+    top = index_score().masked_fill(~causal(), -INF).topk(K, -1).indices
+    keep = torch.zeros(N, N, dtype=torch.bool).scatter(-1, top, True) & causal()
+    assert int(keep.sum()) == 259
+    assert int(keep.nonzero()[:, 1].sum()) == 2661
+
+
+def test_rows_without_a_visible_key_give_what_the_spelling_gives() -> None:
+    """Keys 0 … 4 are invisible: rows 0 … 4 are the mean over all values, which no named key tells."""
+    hidden = torch.arange(N) < 5
+
+    def f(q: Tensor, k: Tensor, v: Tensor, i: Tensor) -> Tensor:
+        seen = causal() & ~hidden
+        top = i.masked_fill(~seen, -INF).topk(K, -1).indices
+        mask = torch.zeros(N, N, dtype=torch.float64).masked_fill(~seen, LOWEST)
+        mask = mask.masked_fill(torch.ones(N, N, dtype=torch.bool).scatter(-1, top, False), LOWEST)
+        return (q @ k.mT * 5**-0.5 + mask).softmax(-1) @ v
+
+    q, k, v = operands()
+    exact(f, q, k, v, index_score())
+    out = f(q, k, v, index_score())
+    assert float(out.sum()) == pytest.approx(-2.3648759689, abs=1e-9)
+    assert float(out.square().sum()) == pytest.approx(51.1245207351, abs=1e-9)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["zero", "nan"])
+def test_rows_without_a_key_by_infinite_fills(safe: bool) -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, i: Tensor) -> Tensor:
+        keep = torch.zeros(N, N, dtype=torch.bool).scatter(-1, i.topk(K, -1).indices, True) & causal()
+        if safe:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        return (q @ k.mT).masked_fill(~keep, -INF).softmax(-1) @ v
+
+    # every row names its last keys, which the first rows do not see
+    exact(f, *operands(), torch.arange(N, dtype=torch.float64).expand(N, N).contiguous())
+
+
+def test_a_key_that_is_named_twice_counts_once() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, names: Tensor) -> Tensor:
+        keep = torch.zeros(N, N, dtype=torch.bool).scatter(-1, names, True)
+        return (q @ k.mT).masked_fill(~keep, -INF).softmax(-1) @ v
+
+    exact(f, *operands(), torch.randint(0, 6, (N, 9), generator=torch.Generator().manual_seed(0)))
+
+
+def test_blocks_of_keys_by_group() -> None:
+    """Each of two key heads names blocks of 8 keys for its group of heads; −1 is thrown away; the last block is short."""
+    size, blocks, some = 8, 5, 36
+
+    def f(q: Tensor, k: Tensor, v: Tensor, i: Tensor) -> Tensor:
+        p = torch.arange(some)
+        best = i.masked_fill((torch.arange(blocks) * size)[None] > p[:, None], -INF).topk(3, -1)
+        names = torch.where(best.values == -INF, -1, best.indices)
+        mask = torch.full((2, some, blocks + 1), -INF, dtype=torch.float64)
+        mask.scatter_(-1, torch.where(names < 0, blocks, names), 0.0)
+        keep = (mask[..., :-1] == 0.0).repeat_interleave(size, -1)[..., :some].repeat_interleave(2, 0)
+        keep = keep & (p[None] <= p[:, None])
+        s = q @ k.repeat_interleave(2, 0).mT + torch.zeros(keep.shape, dtype=torch.float64).masked_fill(~keep, LOWEST)
+        return s.softmax(-1) @ v.repeat_interleave(2, 0)
+
+    q, k, v = waves(4, some, 5, a=0.37), waves(2, some, 5, a=0.41), waves(2, some, 6, a=0.43)
+    view = exact(f, q, k, v, waves(2, some, blocks, a=0.7))
+    assert {"top-k", "blocks", "gqa"} <= traits(view)
+    chosen = selection(view, split(view.score, view.key).keep)
+    assert chosen is not None
+    assert chosen.block == size
+
+
+def test_all_that_there_is_is_no_selection() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, i: Tensor) -> Tensor:
+        top = i.masked_fill(~causal(), -INF).topk(N, -1).indices.to(torch.int32)
+        keep = torch.zeros(N, N, dtype=torch.bool).scatter(-1, top.long(), True) & causal()
+        return (q @ k.mT).masked_fill(~keep, -INF).softmax(-1) @ v
+
+    here, _, _ = found(f, *operands(), index_score())
+    view = attention(here.cascade)
+    assert isinstance(view, Attention)
+    assert kind(view) == "softmax"
+    assert not view.prelude
+    assert str(split(view.score, view.key).keep) == "m − p ≤ 0"
+
+
+# --- what is left alone -----------------------------------------------------------------------------------------------
+
+
+def refused(c: Cascade) -> str:
+    made = build(c, SELECTED)
+    assert isinstance(made, Refusal)
+    return made.reason
+
+
+def test_a_fill_that_leaves_a_weight_is_not_gathered() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, names: Tensor) -> Tensor:
+        out = torch.ones(N, N, dtype=torch.bool).scatter(-1, names, False)
+        return (q @ k.mT).masked_fill(out, -20.0).softmax(-1) @ v
+
+    names = torch.randint(0, N, (N, 9), generator=torch.Generator().manual_seed(0))
+    assert "no row names its keys" in refused(found(f, *operands(), names)[0].cascade)
+
+
+def test_several_scattered_values_are_read_as_a_tensor() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, names: Tensor, some: Tensor) -> Tensor:
+        bias = torch.full((N, N), -INF, dtype=torch.float64).scatter(-1, names, some)
+        return (q @ k.mT + bias).softmax(-1) @ v
+
+    names = torch.randint(0, N, (N, 9), generator=torch.Generator().manual_seed(0))
+    here, _, _ = found(f, *operands(), names, waves(N, 9, a=0.3))
+    assert not any(e.op == "or" for e in here.cascade.einsums)
+
+
+def test_a_scatter_to_a_part_of_the_rows_is_read_as_a_tensor() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, names: Tensor) -> Tensor:
+        keep = torch.zeros(N, N, dtype=torch.bool).scatter(-1, names, True) | causal()
+        return (q @ k.mT).masked_fill(~keep, -INF).softmax(-1) @ v
+
+    names = torch.randint(0, N, (N // 2, 9), generator=torch.Generator().manual_seed(0))
+    here, _, _ = found(f, *operands(), names)
+    assert not any(e.op == "or" for e in here.cascade.einsums)
+
+
+# --- ties -------------------------------------------------------------------------------------------------------------
+
+
+def test_ties_are_whoever_made_them() -> None:
+    """Equal scores: the indices of torch's own operator are an input, so that no order is assumed of them."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, i: Tensor) -> Tensor:
+        keep = torch.zeros(N, N, dtype=torch.bool).scatter(-1, i.topk(4, -1).indices, True)
+        return (q @ k.mT).masked_fill(~keep, -INF).softmax(-1) @ v
+
+    exact(f, *operands(), torch.zeros(N, N, dtype=torch.float64))
