@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..patterns.backward.reached import reached
 from ..patterns.cascade import Cascade
 from ..patterns.mapping import TileMapping
 from ..patterns.verdict import Refusal
-from .cpu.kernel import BODIES_TRAINED as BODIES
-from .cpu.kernel import TrainedKernel, build_trained
+from .cpu.kernel import BODIES_TRAINED, TrainedKernel, build_trained
 from .forms.program import output_shape, read_program
 from .operator import allocate, library
+from .triton.backward import kernel as triton_kernel
 
 __all__ = ["BODIES", "NO_SECOND", "TrainedKernel", "build", "call"]
+
+BODIES = frozenset((*BODIES_TRAINED, "triton"))
 
 NO_SECOND = "reattend::cascade_backward has no derivative: differentiate the model's own code twice (reattend.restore)"
 
@@ -37,8 +40,16 @@ library.define(  # type: ignore[no-untyped-call]
 
 
 def build(c: Cascade, mapping: TileMapping) -> TrainedKernel | Refusal:
-    """The CPU's kernel with its backward, or why there is none."""
-    return build_trained(c, mapping)
+    """The kernel with its backward, a GPU's for body "triton", or why there is none."""
+    if mapping.body != "triton":
+        return build_trained(c, mapping)
+    made = triton_kernel.build(c, mapping)
+    if isinstance(made, Refusal):
+        return made
+    return TrainedKernel(
+        made.source, made.inputs, made.sizes, made.forward, made.backward, made.without, reached(c), made.scalars,
+        made.row_dims,
+    )
 
 
 def call(tensors: Sequence[Tensor], sizes: Sequence[int], program: str) -> Tensor:
@@ -52,13 +63,18 @@ def _kernel(program: str) -> TrainedKernel:
     p = read_program(program)
     made = build(p.cascade, p.mapping)
     if isinstance(made, Refusal):
-        raise RuntimeError(f"reattend::cascade_trained cannot run on cpu: {made}")
+        raise RuntimeError(f"reattend::cascade_trained cannot run: {made}")
     return made
+
+
+def _device(tensors: Sequence[Tensor]) -> str:
+    """Numbers without dimensions may lie on the host."""
+    return next(t.device.type for t in tensors if t.dim())
 
 
 def _trained(tensors: Sequence[Tensor], sizes: Sequence[int], program: str) -> tuple[Tensor, Tensor]:
     made = _kernel(program)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad(), torch.autocast(_device(tensors), enabled=False):
         return made.forward(*tensors, **dict(zip(made.sizes, sizes)))
 
 
@@ -67,7 +83,7 @@ def _backward(
     wanted: Sequence[int],
 ) -> list[Tensor]:
     made = _kernel(program)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad(), torch.autocast(_device(tensors), enabled=False):
         found = made.backward(grad, out, saved, wanted, *tensors, **dict(zip(made.sizes, sizes)))
         return [_laid_as(g, tensors[i]) for g, i in zip(found, wanted)]
 
@@ -78,8 +94,9 @@ def _laid_as(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient if gradient.stride() == made.stride() else made.copy_(gradient)
 
 
-library.impl("cascade_trained", _trained, "CPU")  # type: ignore[no-untyped-call]
-library.impl("cascade_backward", _backward, "CPU")  # type: ignore[no-untyped-call]
+for _key in ("CPU", "CUDA"):
+    library.impl("cascade_trained", _trained, _key)  # type: ignore[no-untyped-call]
+    library.impl("cascade_backward", _backward, _key)  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("reattend::cascade_trained", lib=library)  # type: ignore[untyped-decorator]

@@ -203,8 +203,6 @@ def _ours(
 ) -> tuple[Candidate, splice.Call | None]:
     """Our kernel; `rival` is the least time of what runs without a compiler and is not ours."""
     name = "reattend"
-    if q.gradients and q.device.kind != "cpu":
-        return _refused(name, "our kernel has no backward on a GPU yet, and gradients are wanted here")
     found = _mappings(q, sizes, data)
     if q.gradients:
         found = [x for x in found if x[0].body in trained.BODIES]
@@ -246,7 +244,7 @@ def _trained(q: Question, mapping: TileMapping) -> trained.TrainedKernel | Refus
     if lacking:
         need = "may need" if q.traced else "needs" if len(lacking) == 1 else "need"
         why = f"the {mapping.body} body's backward gives no gradient of {', '.join(lacking)}, which {need} one"
-        return Refusal(f"cpu {mapping.body}", why)
+        return Refusal(mapping.body, why)
     return made
 
 
@@ -258,7 +256,8 @@ def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[T
         return []
     best: dict[str, tuple[TileMapping, Cost]] = {}
     for mapping, cost in () if isinstance(found, Obstacle) else found:
-        best.setdefault(mapping.body, (mapping, cost))
+        if not q.gradients or mapping.split_m == 1:
+            best.setdefault(mapping.body, (mapping, cost))
     return list(best.values())
 
 

@@ -106,3 +106,43 @@ def test_the_kernels_are_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(launched) == 1
     assert "@triton.jit" in launched[0].source
     torch.testing.assert_close(got, model(*x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 8])
+def test_a_training_step_equals_the_original(window: int, dtype: torch.dtype) -> None:
+    """Heads in groups, a triangle or a window: the output and every gradient, by kernels for an H200."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.kv = torch.nn.Linear(32, 64), torch.nn.Linear(32, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            b, n, _ = x.shape
+            q = self.q(x).view(b, n, 4, 16).transpose(1, 2)
+            k, v = (t.view(b, n, 2, 16).transpose(1, 2).repeat_interleave(2, 1) for t in self.kv(x).chunk(2, -1))
+            i = torch.arange(n)
+            far = i[None] > i[:, None]
+            if window:
+                far = far | (i[:, None] - i[None] >= window)
+            s = (q @ k.mT * 0.25).masked_fill(far, float("-inf"))
+            out: torch.Tensor = s.softmax(-1) @ v
+            return out.transpose(1, 2).reshape(b, n, 64)
+
+    torch.manual_seed(0)
+    model = Layer().to(dtype)
+    optimised = reattend.optimize(copy.deepcopy(model), policy=OURS)
+    x = torch.randn(2, 37, 32, dtype=dtype)
+    flow = torch.randn(2, 37, 64, dtype=dtype)
+    found = []
+    for m in (model.double(), optimised):
+        given = x.to(next(m.parameters()).dtype).requires_grad_()
+        out = m(given)
+        found.append([out, *torch.autograd.grad(out, [given, *m.parameters()], flow.to(out.dtype))])
+    report = reattend.report(optimised)
+    assert set(report.kernels) == {"reattend"}, str(report)
+    bound = 3e-6 if dtype == torch.float32 else 3e-2
+    for want, got in zip(*found, strict=True):
+        assert float((got.double() - want).abs().max()) <= bound * float(want.abs().max()), str(report)

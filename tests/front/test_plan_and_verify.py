@@ -57,8 +57,8 @@ def test_training_is_planned_with_candidates_that_have_a_backward(stack: nn.Modu
     assert ours.feasible
     assert TileMapping.parse(ours.mapping).body == "fused"
     away = reattend.plan(stack.train(), (x,), target="h100").sites[0].candidate("reattend")
-    assert not away.feasible
-    assert "no backward on a GPU" in away.why
+    assert away.feasible
+    assert TileMapping.parse(away.mapping).body == "triton"
     with torch.no_grad():
         assert "no backward" not in reattend.plan(stack, (x,)).sites[0].candidate("reattend").why
     assert "no backward" not in reattend.plan(stack.eval(), (x,)).sites[0].candidate("reattend").why
