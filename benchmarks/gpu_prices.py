@@ -47,8 +47,8 @@ class Harness:
 
     def written(self, r: Row) -> float:
         """Bytes that the write of the cache moves: it reads the new keys and values, and writes them."""
-        new = 2 * r.batch * r.queries * r.key_heads * (r.head if r.table == "latent" else r.head + r.value)
-        return 0.0 if r.table == "encoder" else 2.0 * new
+        new = 2.0 * r.batch * r.queries * r.key_heads * (r.head + r.value)
+        return 0.0 if r.table == "encoder" else 2 * new
 
     def seconds(self, r: Row, d: Device, work: float) -> float:
         """Seconds beside a kernel that moves `work` bytes."""

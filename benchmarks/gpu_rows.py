@@ -2,7 +2,6 @@
 
     context     prompts under a causal mask, through a paged cache         window    the same with a sliding window
     generation  one new token a sequence, keys from a paged cache          encoder   no mask, no cache: a bare call
-    latent      absorbed latents: 576 numbers a key, its first 512 are the value
 
 A shape lies in one part on every device: `fit` gives constants, `choose` decides among forms, `judge` is for the last table.
 """
@@ -20,14 +19,14 @@ from typing import Any
 
 PACKAGE = "aiconfigurator-core"
 PARTS = ("fit", "choose", "judge")
-TABLES = ("context", "window", "generation", "encoder", "latent")
+TABLES = ("context", "window", "generation", "encoder")
 # Folders of the package by our names of devices.
 FOLDERS: Mapping[str, str] = {
     "a100": "a100_sxm", "h100": "h100_sxm", "h200": "h200_sxm", "b200": "b200_sxm", "b300": "b300_sxm", "gb200": "gb200",
     "gb300": "gb300", "l40s": "l40s", "rtxpro6000": "rtx_pro_6000_server",
 }
-# Which engine's rows a table is read from, and the version: one kernel a table.
-ENGINES: Mapping[str, tuple[str, ...]] = {"vllm": ("0.24.0", "0.14.0"), "trtllm": ("1.3.0rc20", "1.0.0")}
+# The engine whose rows are read, so that a table is of one kernel, and its versions, newest first.
+ENGINE, VERSIONS = "vllm", ("0.24.0", "0.14.0")
 # What a kernel's source is called there, and our name of its family.
 SOURCES: Mapping[str, str] = {
     "vllm_flash_attn": "fa2_paged", "vllm_flash_attn_fa2": "fa2_paged", "vllm_vit_flash_attn_fa2": "fa2",
@@ -40,10 +39,7 @@ FILES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "context": ("attention", "context_attention", GROUPED),
     "generation": ("attention", "generation_attention", GROUPED),
     "encoder": ("encoder_attention", "encoder_attention", ("head_dim", "attn_dtype")),
-    "latent": ("mla", "generation_mla", ("step", "mla_dtype", "kv_cache_dtype")),
 }
-# Absorbed latents of DeepSeek-V2 and V3: what a score and a value read of a key.
-LATENT = (576, 512)
 # Rows a table and device, drawn evenly over the latencies of each head size, group and window.
 ROWS = 1500
 
@@ -104,9 +100,8 @@ class Row:
     @property
     def key_bytes(self) -> int:
         """Bytes of the keys and values that are read at least once, in 16 bits."""
-        each = self.head if self.table == "latent" else self.head + self.value
         seen = min(self.keys, self.window or self.keys) if self.queries == 1 else self.keys
-        return 2 * self.batch * self.key_heads * seen * each
+        return 2 * self.batch * self.key_heads * seen * (self.head + self.value)
 
     def __str__(self) -> str:
         window = f" window {self.window}" if self.window else ""
@@ -178,11 +173,10 @@ def drawn(given: Iterable[Row], most: int = ROWS) -> list[Row]:
 
 def _read(device: str, kind: str, out: Counter[str]) -> Iterator[Row]:
     place, name, more = FILES[kind]
-    engine = "trtllm" if kind == "latent" else "vllm"
-    where = folder() / FOLDERS[device] / place / engine
+    where = folder() / FOLDERS[device] / place / ENGINE
     import pyarrow.parquet as parquet
 
-    file = next((f for v in ENGINES[engine] if (f := where / v / f"{name}_perf.parquet").is_file()), None)
+    file = next((f for v in VERSIONS if (f := where / v / f"{name}_perf.parquet").is_file()), None)
     if file is None:
         return
     held = set(parquet.read_schema(file).names)
@@ -196,29 +190,29 @@ def _read(device: str, kind: str, out: Counter[str]) -> Iterator[Row]:
 
 
 def _row(device: str, kind: str, r: Mapping[str, Any], out: Counter[str]) -> Row | None:
-    types = [r[c] for c in ("attn_dtype", "mla_dtype", "kv_cache_dtype") if c in r]
+    types = [r[c] for c in ("attn_dtype", "kv_cache_dtype") if c in r]
     if set(types) != {"bfloat16"}:
         out["not bf16 throughout"] += 1
         return None
-    kernel = "mla" if kind == "latent" else SOURCES.get(r["kernel_source"])
-    if kernel is None or (kind != "latent" and r["head_dim"] > 256):
-        out[f"another kernel ({r['kernel_source']}, head size {r.get('head_dim', 0)})"] += 1
+    kernel = SOURCES.get(r["kernel_source"])
+    if kernel is None or r["head_dim"] > 256:
+        out[f"another kernel ({r['kernel_source']}, head size {r['head_dim']})"] += 1
         return None
-    decode = kind in ("generation", "latent")
+    decode = kind == "generation"
     queries, heads = (1 if decode else int(r["isl"])), int(r["num_heads"])
     if not decode and queries < 2:
         out["prompts of one token (another kernel)"] += 1
         return None
     keys = int(r["step"]) + 1 if decode else queries
-    key_heads = 1 if kind == "latent" else int(r.get("num_key_value_heads") or heads)
-    head, value = LATENT if kind == "latent" else (int(r["head_dim"]),) * 2
+    key_heads = int(r.get("num_key_value_heads") or heads)
+    head = int(r["head_dim"])
     window = int(r.get("window_size") or 0)
     if window and (decode or window >= keys):
         out["decoding in a window" if decode else "a window that covers the prompt"] += 1
         return None
     table = "window" if window else kind
     return Row(
-        table, device, kernel, int(r["batch_size"]), queries, keys, heads, key_heads, head, value, window,
+        table, device, kernel, int(r["batch_size"]), queries, keys, heads, key_heads, head, head, window,
         float(r["latency"]) / 1e3,
     )
 

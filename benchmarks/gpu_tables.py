@@ -139,7 +139,7 @@ def worst(found: Iterable[Judged]) -> None:
 def cells(devices: Iterable[str], most: int) -> list[Cell]:
     out = []
     for device in devices:
-        for table in TABLES[:-1]:
+        for table in TABLES:
             some = drawn([r for r in rows(device, table, limits(shipped(device)))[0] if r.part == "fit"], most)
             if some:
                 out.append(Cell.of(shipped(device), vendor_kernels()[some[0].kernel], some))
@@ -185,7 +185,7 @@ def fitted(family: str, without: str, most: int) -> None:
 
 def unseen(device: str, found: Constants, names: Sequence[str], most: int) -> None:
     """The judged rows of a device, by its data sheet and its siblings' constants."""
-    for table in TABLES[:-1]:
+    for table in TABLES:
         some = read(device, table, "judge", most * 3)[0]
         if not some:
             continue
@@ -218,6 +218,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     given = arguments()
+    for asked, known in ((given.devices, FOLDERS), (given.tables, TABLES), (given.without or "a100", FOLDERS)):
+        if strange := [x for x in asked.split(",") if x not in known]:
+            print(f"no tables of {', '.join(strange)}; there are: {', '.join(known)}", file=sys.stderr)
+            return 2
     try:
         if given.fit:
             fitted(given.fit, given.without, FIT_ROWS)

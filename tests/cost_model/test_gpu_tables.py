@@ -93,6 +93,13 @@ def test_the_absent_package_is_one_sentence(tables: ModuleType, rows: ModuleType
     assert "\n" not in said
 
 
+def test_an_unknown_device_names_those_there_are(tables: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_tables.py", "--devices", "h900"])
+    assert tables.main() == 2
+    assert "no tables of h900" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", [{}, {"table": "window", "window": 128}, {"table": "generation", "queries": 1, "keys": 4096}])
 def test_fitting_prices_a_row_as_the_library_does(tables: ModuleType, rows: ModuleType, given: dict[str, Any]) -> None:
     r = row(rows, **given)
