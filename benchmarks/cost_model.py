@@ -41,6 +41,7 @@ from rich.table import Table
 
 from reattend.codegen.measure.calibrate import calibrate
 from reattend.cost_model.calibration.accuracy import Outcome, accuracy, percentile, within
+from reattend.cost_model.calibration.ladder import ladder
 from reattend.cost_model.devices.device import (
     Device,
     alone,
@@ -50,7 +51,6 @@ from reattend.cost_model.devices.device import (
     shipped,
     with_threads,
 )
-from reattend.cost_model.time.ladder import ladder
 from reattend.patterns.mapping import TileMapping
 from reattend.rewriter.choose.choose import running_device
 

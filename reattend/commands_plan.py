@@ -154,21 +154,35 @@ def targets(
         _calibrate()
     if json:
         rows = [{"name": d.name, "title": d.title, "kind": d.kind, "arch": d.arch, "basis": d.basis,
-                 "band": d.band, "dram_bytes_per_s": d.dram_bytes_per_s, "matrix_flops_per_s": dict(d.matrix_flops_per_s),
+                 "band": d.band, "kernel": d.kernel, "known": d.known if d.is_gpu else "",
+                 "prefill_band": d.prefill_band or d.band, "decode_band": d.decode_band or d.band,
+                 "band_seconds": d.band_seconds, "dram_bytes_per_s": d.dram_bytes_per_s,
+                 "matrix_flops_per_s": dict(d.matrix_flops_per_s),
                  "sources": dict(d.sources)} for d in all_targets()]
         print(json_module.dumps(rows, indent=2))
         return
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("target", "device", "arch", "units", "memory TB/s", "bf16 TFLOP/s", "basis", "times"):
-        table.add_column(column, justify="right" if column in ("units", "memory TB/s", "bf16 TFLOP/s") else "left")
+    numbers = ("units", "memory TB/s", "bf16 TFLOP/s")
+    for column in ("target", "device", "arch", *numbers, "basis", "times", "vendors' kernels"):
+        table.add_column(column, justify="right" if column in numbers else "left")
     for d in all_targets():
         table.add_row(
             d.name, d.title, d.arch, str(d.units), f"{d.dram_bytes_per_s / 1e12:.2f}",
-            f"{d.matrix_rate('bf16') / 1e12:.1f}", d.basis, f"±{d.band:.0%}",
+            f"{d.matrix_rate('bf16') / 1e12:.1f}", d.basis, f"±{d.band:.0%}", _known(d),
         )
     Console(width=max(100, Console().width)).print(table)
+
+
+def _known(d: Device) -> str:
+    """How well vendors' attention kernels are known on a GPU, with the bands of prompts and of decoding."""
+    if not d.is_gpu:
+        return ""
+    words = {"tables": "measured tables", "family": "kernel family", "sheet": "data sheet"}[d.known]
+    if not d.prefill_band:
+        return f"{words}, ±{d.band:.0%}"
+    return f"{words}, ±{d.prefill_band:.0%}, decode ±{d.decode_band:.0%}, and ±{d.band_seconds * 1e6:.0f} us"
 
 
 def _calibrate() -> None:

@@ -22,10 +22,13 @@ from typing import Any, TypeAlias
 
 from ..json import Json, Read
 from .architecture import Architecture, architecture
+from .kernels import FILE as KERNELS
+from .kernels import vendor_kernels
 
 # A number of a machine, or a table of them.
 Rate: TypeAlias = "str | float | tuple[float, float] | Mapping[str, Rate] | Mapping[int, Rate]"
 KINDS = ("cuda", "hip", "cpu", "array")
+KNOWN = ("tables", "family", "sheet")
 
 
 class UnknownDevice(ValueError):
@@ -38,6 +41,10 @@ class TimeModel:
 
     `overlap` is the share of the smaller resources' time that hides under the largest (0: a sum, 1: a maximum) in our
     kernels, `vendor_overlap` in the vendor's; `partial_factor` is how much dearer a tile is whose mask is evaluated.
+    Products reach `matrix_efficiency` of the peak in our kernels and in eager operators, `vendor_matrix_efficiency` in a
+    vendor's, whose programs and draws take `vendor_program_factor` of the clocks that kernels.toml has. A further kernel of
+    the same call costs `further_seconds`. Bytes from memory cost `ramp_seconds` more, all of it where there are as many as
+    the last cache holds; a long kernel takes `power_share` longer, half of that after `power_seconds`.
     `flex_share` is FlexAttention's rate beside our kernel's, `efficient_share` that of SDPA's memory-efficient kernel, which
     takes a mask tensor, beside the flash kernel's.
     """
@@ -46,11 +53,17 @@ class TimeModel:
     bandwidth_efficiency: float = 0.9
     overlap: float = 0.1
     vendor_overlap: float = 0.5
+    vendor_matrix_efficiency: float = 0.8
+    vendor_program_factor: float = 1.0
     partial_factor: float = 1.4
     vendor_partial_factor: float = 1.1
     flex_share: float = 0.9
     efficient_share: float = 0.6
     launch_seconds: float = 4e-6
+    further_seconds: float = 2e-6
+    power_share: float = 0.0
+    power_seconds: float = 3e-3
+    ramp_seconds: float = 0.0
     prologue_seconds: float = 1e-6
     load_latency_seconds: float = 7e-7
 
@@ -142,6 +155,9 @@ class Device:
     `basis` says whether the constants of the time model are assumed ("uncalibrated") or calibrated on a machine; `band` how
     far predictions may be off: a time within seconds / (1 + band) and seconds · (1 + band) is as predicted. A calibration
     measures the band on shapes that it was not fitted to; without one it is stated in the data file.
+    `kernel` is the family of vendors' kernels (kernels.toml) that SDPA runs on a GPU, and `known` where the rates of such
+    kernels come from: "tables" of timings on the device, the "family" of kernels timed on its like, or the data "sheet".
+    `prefill_band` and `decode_band` are those of such kernels, `band_seconds` what comes to them on short calls; 0: `band`.
     """
 
     name: str
@@ -173,6 +189,11 @@ class Device:
     vector_lanes: int = 0
     buffer_bytes: int = 0
     exp_slots: int = 0
+    kernel: str = ""
+    known: str = "sheet"
+    prefill_band: float = 0.0
+    decode_band: float = 0.0
+    band_seconds: float = 0.0
     model: TimeModel = TimeModel()
     host: HostRates | None = field(default=None, hash=False)
     basis: str = "uncalibrated"
@@ -188,6 +209,11 @@ class Device:
     def architecture(self) -> Architecture:
         """What is known of a GPU's architecture. Raises UnknownArchitecture, for what is no GPU as well."""
         return architecture(self.arch)
+
+    def vendor_band(self, decode: bool, seconds: float) -> float:
+        """How far a vendor's kernel may be off that is predicted to take so long."""
+        band = self.decode_band if decode else self.prefill_band
+        return band + self.band_seconds / seconds if band else self.band
 
     @property
     def is_gpu(self) -> bool:
@@ -252,13 +278,16 @@ def parse_device(text: str) -> Device:
     made = Device(**values, model=model, host=host_rates(host) if host else None, sources=sources)
     if made.is_gpu:
         architecture(made.arch)
+        if made.kernel not in vendor_kernels() or made.known not in KNOWN:
+            raise ValueError(f"device {made.name}: kernel {made.kernel!r} of {made.known!r} is none of those known")
     return made
 
 
 @lru_cache(maxsize=1)
 def _shipped() -> Mapping[str, Device]:
     folder = files(__package__)
-    found = [parse_device(f.read_text("utf-8")) for f in folder.iterdir() if f.name.endswith(".toml")]
+    names = [f for f in folder.iterdir() if f.name.endswith(".toml") and f.name != KERNELS.name]
+    found = [parse_device(f.read_text("utf-8")) for f in names]
     return {d.name: d for d in sorted(found, key=lambda d: d.name)}
 
 
@@ -328,7 +357,7 @@ def _calibrated(d: Device) -> Device:
     if path is None or not path.is_file():
         return d
     found = _read_calibration(path, path.stat().st_mtime_ns)
-    return replace(found, sources=d.sources) if found is not None and found.name == d.name else d
+    return replace(found, sources=d.sources, kernel=d.kernel) if found is not None and found.name == d.name else d
 
 
 @lru_cache(maxsize=8)

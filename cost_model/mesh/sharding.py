@@ -80,7 +80,9 @@ def exchanges(p: Placed, mesh: Mesh, step: str) -> tuple[Collective, ...]:
 def times(p: Placed, mesh: Mesh, device: Device, step: str = "prefill") -> Times:
     """Seconds of one layer's step. Raises MeshError for a device without links."""
     model, training = device.model, step == "training"
-    parts = {r: s / device.units for r, s in resources(plus(p.work, p.backward) if training else p.work, device).items()}
+    done = plus(p.work, p.backward) if training else p.work
+    each = resources(done, device, efficiency=model.vendor_matrix_efficiency)
+    parts = {r: s / device.units for r, s in each.items()}
     compute = overlapped(parts, model.vendor_overlap)
     # backward reads its operands and writes their gradients
     moving = (3 if training else 1) * p.traffic / (model.bandwidth_efficiency * device.dram_bytes_per_s)

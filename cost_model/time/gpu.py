@@ -2,9 +2,11 @@
 
     tile      = (1 − ω)·Σ_r c_r + ω·max_r c_r        r ∈ matrix, exp, vector          partial tiles × partial_factor
     matrix    = max(FLOP / rate, operands / shared memory's rate): a product reads shared memory while it runs
-    program   = prologue + Σ tiles;   kernel = makespan(programs, units · resident)
-    seconds   = max(kernel, bytes / (η·bandwidth), L2 bytes / L2 bandwidth, L2 bytes / (busy units · port)) + launch
+    program   = seconds of its own + Σ tiles;   kernel = makespan(programs, units · resident), slower on long calls
+    memory    = bytes / (η·bandwidth) + ramp; bytes that the last cache holds come at its rate
+    seconds   = max(kernel, memory, L2 bytes / L2 bandwidth, L2 bytes / (busy units · port)) + launch + further kernels
 
+One model for our kernels and for vendors': a Pace says how a kernel keeps the device busy.
 Source: the FlashAttention-3 and -4 papers (resources per tile), NATTEN's profiles (partial tiles).
 """
 
@@ -44,8 +46,14 @@ class KernelWork:
     stages: int = 2
     heavy_first: bool = True
     launches: int = 1
+    # kernels of the same call beside the first, but for the merge of split keys
+    further: int = 0
     merge_bytes: int = 0
     operand_bytes: int = 0
+    # of keys and values: what leaves the last cache between the heads of a group
+    again_bytes: int = 0
+    # of keys and values: what a tile of few rows waits for
+    tile_bytes: int = 0
     # of a full tile, by all warps: what was compiled to go to the lanes (0: not known)
     issued: int = 0
 
@@ -70,6 +78,29 @@ class KernelWork:
         return round(tiles * self.jobs.repeat) + of(self.program) * self.programs
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How a kernel keeps a device busy: shares of its rates, and seconds that a program takes before its first tile.
+
+    `exp_share` of its exponentials go to the special-function units, the others to the lanes; a tile takes `tile_seconds`
+    at least, however little there is to compute. To merge split keys takes `part_seconds` for each part.
+    """
+
+    matrix_efficiency: float
+    overlap: float
+    partial_factor: float
+    program_seconds: float
+    exp_share: float = 1.0
+    tile_seconds: float = 0.0
+    part_seconds: float = 0.0
+
+
+def own_pace(d: Device) -> Pace:
+    """The pace of our own kernels."""
+    m = d.model
+    return Pace(m.matrix_efficiency, m.overlap, m.partial_factor, m.prologue_seconds)
+
+
 def operand_bytes(rows: int, keys: int, e: int, f: int, width: int, instruction: int) -> int:
     """Bytes that the products of one tile read from shared memory, where they read it themselves; else 0.
 
@@ -81,11 +112,13 @@ def operand_bytes(rows: int, keys: int, e: int, f: int, width: int, instruction:
     return width * (rows * e + -(-rows // instruction) * keys * (e + f))
 
 
-def resources(w: Work, d: Device, operands: int = 0) -> dict[str, float]:
-    """Seconds of one unit by resource; `operands` are bytes that products read from shared memory."""
-    matrix = sum(
-        size_int(n) / (d.matrix_rate(t) * d.model.matrix_efficiency / d.units) for t, n in w.matrix.items()
-    )
+def resources(w: Work, d: Device, operands: int = 0, efficiency: float | None = None) -> dict[str, float]:
+    """Seconds of one unit by resource; `operands` are bytes that products read from shared memory.
+
+    Products reach `efficiency` of the peak; the device's own where none is given.
+    """
+    reached = d.model.matrix_efficiency if efficiency is None else efficiency
+    matrix = sum(size_int(n) / (d.matrix_rate(t) * reached / d.units) for t, n in w.matrix.items())
     special = size_int(w.exps) + size_int(w.divisions) + sum(size_int(w.ops.get(r, 0)) for r in ROOTS)
     lanes = sum(SLOTS.get(op, 1.0) * size_int(n) for op, n in w.ops.items() if op not in (*EXPONENTIALS, *DIVISIONS))
     reading = operands / (d.shared_bytes_per_unit_clock * d.clock_hz) if d.shared_bytes_per_unit_clock else 0.0
@@ -100,34 +133,62 @@ def overlapped(parts: Mapping[str, float], overlap: float) -> float:
     return (1 - overlap) * sum(parts.values()) + overlap * max(parts.values(), default=0.0)
 
 
-def seconds(k: KernelWork, d: Device, *, overlap: float, partial_factor: float, scheduled: int = SCHEDULED) -> Cost:
-    """The time of one kernel on a GPU."""
-    full, partial = (resources(w, d, k.operand_bytes) for w in (k.full_tile, k.partial_tile))
-    full, partial = (_issued(parts, k, d) for parts in (full, partial))
-    rest = resources(k.program, d)
-    t_full, t_partial = overlapped(full, overlap) + _exposed(k, d, full), overlapped(partial, overlap)
-    t_partial = max(t_partial, t_full * partial_factor)
-    tiles = (k.jobs.full * t_full + k.jobs.partial * t_partial) / k.split
-    # programs that share a unit share its rates as well
-    costs = d.model.prologue_seconds + (tiles + overlapped(rest, overlap)) * k.resident
+def seconds(k: KernelWork, d: Device, pace: Pace, scheduled: int = SCHEDULED, beside: float | None = None) -> Cost:
+    """The time of one kernel on a GPU.
+
+    The last cache holds nothing of its operands, unless the same call came just before: then `beside` are the bytes that
+    others moved in between.
+    """
+    full, partial = (resources(w, d, k.operand_bytes, pace.matrix_efficiency) for w in (k.full_tile, k.partial_tile))
+    full, partial = (_spread(_issued(parts, k, d), pace) for parts in (full, partial))
+    rest = resources(k.program, d, 0, pace.matrix_efficiency)
+    t_full, t_partial = overlapped(full, pace.overlap) + _exposed(k, d, full), overlapped(partial, pace.overlap)
     repeat = k.jobs.repeat * k.split
-    kernel = launch_span(costs, repeat, d.units * k.resident, k.heavy_first, scheduled)
-    memory = _dram_bytes(k, d, costs.size * repeat) / (d.model.bandwidth_efficiency * d.dram_bytes_per_s)
+    # programs that share a unit share its rates, and wait side by side
+    sharing = max(1, min(k.resident, -(-k.jobs.full.size * repeat // d.units)))
+    waits = pace.tile_seconds / sharing
+    t_full, t_partial = max(t_full, waits), max(t_partial, t_full * pace.partial_factor, waits)
+    tiles = (k.jobs.full * t_full + k.jobs.partial * t_partial) / k.split
+    costs = pace.program_seconds + (tiles + overlapped(rest, pace.overlap)) * sharing
+    kernel = _under_power(launch_span(costs, repeat, d.units * k.resident, k.heavy_first, scheduled), d)
+    moved = _dram_bytes(k, d, costs.size * repeat)
+    cached = 0.0 if beside is None else moved * held(moved + beside, d)
+    rate = d.model.bandwidth_efficiency
+    memory = (moved - cached) / (rate * d.dram_bytes_per_s) + (cached / (rate * d.l2_bytes_per_s) if cached else 0.0)
+    memory += d.model.ramp_seconds * min(1.0, (moved - cached) / d.l2_bytes) if d.l2_bytes else 0.0
     l2 = max(k.moved_bytes / d.l2_bytes_per_s, _drawn(k, d, costs.size * repeat)) if d.l2_bytes_per_s else 0.0
     launch = k.launches * d.model.launch_seconds
-    merge = k.merge_bytes / (d.model.bandwidth_efficiency * d.dram_bytes_per_s)
+    launch += (k.further + (k.split > 1)) * d.model.further_seconds + pace.part_seconds * (k.split - 1)
+    merge = k.merge_bytes / (rate * d.dram_bytes_per_s)
     busy = max(kernel, memory, l2)
     inside = _shares(k, d, (full, partial, rest), kernel)
     outside = {"memory": memory + merge, "l2": l2, "launch": launch}
     parts = inside | outside
-    bound = bound_of({"launch": launch} if launch > busy else inside if kernel >= busy else outside | {"launch": 0.0})
+    bound = bound_of(
+        {"launch": launch} if launch > busy else inside if kernel >= max(memory, l2) else outside | {"launch": 0.0}
+    )
     return Cost(busy + merge + launch, bound, k.flops, k.unique_bytes + k.written_bytes, k.exps, parts, d.basis, d.band)
+
+
+def held(moved: float, d: Device) -> float:
+    """The share of bytes that the last cache holds from one call to the next like it: all that fit, soon none of more."""
+    return min(1.0, max(0.0, 5 - 4 * moved / d.l2_bytes)) if d.l2_bytes else 0.0
+
+
+def _under_power(kernel: float, d: Device) -> float:
+    """Long calls run at the clock that the power allows: `power_share` slower, half of that after `power_seconds`."""
+    return kernel * (1 + d.model.power_share * kernel / (kernel + d.model.power_seconds))
 
 
 def _issued(parts: Mapping[str, float], k: KernelWork, d: Device) -> dict[str, float]:
     """The resources of a tile whose lanes are busy for as long as it takes to issue what was compiled, if that is longer."""
     issuing = 32 * k.issued / (d.lanes_per_unit * d.clock_hz)
     return {**parts, "vector": max(parts["vector"], issuing)}
+
+
+def _spread(parts: Mapping[str, float], pace: Pace) -> dict[str, float]:
+    """The resources of a tile whose exponentials are shared out between special-function units and lanes."""
+    return {**parts, "exp": parts["exp"] * pace.exp_share}
 
 
 def _exposed(k: KernelWork, d: Device, tile: Mapping[str, float]) -> float:
@@ -152,9 +213,9 @@ def _dram_bytes(k: KernelWork, d: Device, programs: int) -> float:
     entries = max(1, k.jobs.full.shape[0] * k.jobs.repeat)
     flying = min(entries, slots * entries / programs + 1) / entries
     if k.unique_bytes * flying <= d.l2_bytes:
-        return k.unique_bytes + k.written_bytes
+        return k.unique_bytes + k.again_bytes + k.written_bytes
     waves = -(-programs // slots)
-    again = max(k.unique_bytes, k.unique_bytes * flying * waves)
+    again = max(k.unique_bytes + k.again_bytes, k.unique_bytes * flying * waves)
     return float(min(k.moved_bytes, again) + k.written_bytes)
 
 
@@ -180,5 +241,5 @@ def streaming(w: Work, mapping: TileMapping, jobs: Jobs, fit: Footprint, value: 
         unique_bytes=sum(size_int(t.once) for t in read),
         written_bytes=sum(size_int(t.once) for t in w.traffic if t.written),
         resident=fit.resident, split=mapping.split_m, stages=mapping.stages, heavy_first=mapping.heavy_first,
-        launches=2 if mapping.split_m > 1 else 1, merge_bytes=merge,
+        merge_bytes=merge,
     )

@@ -26,7 +26,8 @@ from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, s
 from ..count.tiles import NOTHING, SCHEDULED, Data, Jobs
 from ..count.work import WIDTH, Work, size_int
 from ..devices.device import Device, HostRates, TimeModel
-from . import gpu, host
+from ..devices.kernels import vendor_kernels
+from . import gpu, host, vendor_gpu
 from .beforehand import fetch_seconds, fused_fetch_seconds, plus, with_operands, with_prelude
 from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, selected, tiled
 from .cost import Cost, bound_of, differentiated
@@ -40,11 +41,10 @@ __all__ = [
 
 # Mappings whose queue is run job by job; the others are compared by an even load.
 SCHEDULED_MAPPINGS = 3
-# Blocks of FlexAttention's mask, and the tile that stands for a vendor's kernel.
+# Blocks of FlexAttention's mask, and the tile that stands for what it generates; few queries take half its rows.
 FLEX_BLOCK = 128
-VENDOR_TILE = TileMapping(tile_p=128, tile_m=128, warps=8, stages=2, body="vendor")
-# … and rows of a vendor's tile where few queries share the keys: FlashAttention-2 splits those over blocks of 64 rows.
-FEW_VENDOR_ROWS = 64
+FLEX_TILE = TileMapping(tile_p=128, tile_m=128, warps=8, stages=2, body="vendor")
+FEW_FLEX_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -52,29 +52,33 @@ class VendorKernel:
     """One of PyTorch's kernels as its time is predicted; `way` is what calibrations call it.
 
     `eager`: the operators of the original; `generated` for the attention at hand, as ours are. `share` of the device's model
-    is how much of such a kernel's speed it reaches; None: all of it.
+    is how much of such a kernel's speed it reaches; None: all of it. `facts` names the family of kernels.toml that it
+    belongs to; "": the one that the device runs.
     """
 
     way: str = "sdpa"
     eager: bool = False
     generated: bool = False
     share: Callable[[TimeModel], float] | None = None
+    facts: str = ""
 
 
 VENDORS: Mapping[str, VendorKernel] = {
     "flash": VendorKernel(),
     "cudnn": VendorKernel(),
-    "efficient": VendorKernel(share=lambda m: m.efficient_share),
+    "efficient": VendorKernel(share=lambda m: m.efficient_share, facts="fa2"),
     "math": VendorKernel(eager=True),
     "flex": VendorKernel("flex", generated=True, share=lambda m: m.flex_share),
 }
+# One family by name, wherever it runs: engines other than torch call these.
+FAMILIES: Mapping[str, VendorKernel] = {name: VendorKernel(facts=name) for name in vendor_kernels()}
 
 
 @dataclass(frozen=True)
 class VendorUse:
     """How a vendor's function is called for an attention.
 
-    `backend`: a name of VENDORS. `skips`: the kernel leaves out tiles that the mask
+    `backend`: a name of VENDORS or FAMILIES. `skips`: the kernel leaves out tiles that the mask
     empties (SDPA's is_causal, FlexAttention's block mask). `mask_elements` counts the mask tensor that is passed, in
     `mask_dtype`; `built_elements` what of it is made anew at each call. `operators`: ATen calls around it.
     """
@@ -88,7 +92,7 @@ class VendorUse:
 
     @property
     def kernel(self) -> VendorKernel:
-        return VENDORS[self.backend]
+        return VENDORS[self.backend] if self.backend in VENDORS else FAMILIES[self.backend]
 
 
 def predict(
@@ -160,17 +164,23 @@ def predict_original(
 
 def predict_vendor(
     c: Cascade, use: VendorUse, device: Device, sizes: Mapping[str, int] | None = None, data: Data = NOTHING,
-    wanted: Sequence[str] | None = None,
+    wanted: Sequence[str] | None = None, beside: float | None = None,
 ) -> Cost | Obstacle:
-    """SDPA or FlexAttention, called as `use` says. An Obstacle where the cascade is no streaming attention."""
+    """SDPA or FlexAttention, called as `use` says. An Obstacle where the cascade is no streaming attention.
+
+    A GPU's last cache holds nothing of the operands, unless the same call came just before: then `beside` are the bytes that
+    others moved in between.
+    """
     s = subject(c)
     if isinstance(s, Obstacle):
         return s
     at = shape(s.cascade, s.attention, sizes or {})
     if use.kernel.eager:
         return _math(c, s, use, device, sizes or {}, wanted)
-    made, around = (_vendor_on_cpu, with_prelude) if device.kind == "cpu" else (_vendor_on_gpu, _with_prelude)
-    cost = around(made(s, at, use, device, data), s, at, device)
+    if device.kind == "cpu":
+        cost = with_prelude(_vendor_on_cpu(s, at, use, device, data), s, at, device)
+    else:
+        cost = _with_prelude(_vendor_on_gpu(s, at, use, device, data, beside), s, at, device)
     return _with_backward(cost, cost, s, at, device, wanted)
 
 
@@ -310,10 +320,8 @@ def _ours(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Dat
         kernel, launches=launches, operand_bytes=read, stages=max(1, mapping.stages - late),
         issued=known.others * mapping.warps if known else 0,
     )
-    cost = gpu.seconds(
-        _shared_heads(kernel, _packed(at), -(-_rows(at) // mapping.tile_p)), device, overlap=device.model.overlap,
-        partial_factor=device.model.partial_factor, scheduled=scheduled,
-    )
+    kernel = _shared_heads(kernel, _packed(at), -(-_rows(at) // mapping.tile_p))
+    cost = gpu.seconds(kernel, device, gpu.own_pace(device), scheduled)
     return _with_prelude(cost, s, at, device)
 
 
@@ -346,28 +354,38 @@ def _shared_heads(k: gpu.KernelWork, group: int, blocks: int = 1) -> gpu.KernelW
 # --- vendors' kernels -----------------------------------------------------------------------------------------------
 
 
-def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: Data) -> Cost:
-    tile = replace(VENDOR_TILE, tile_p=FEW_VENDOR_ROWS) if _rows(at) <= FEW_VENDOR_ROWS else VENDOR_TILE
+def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: Data, beside: float | None) -> Cost:
+    if use.kernel.generated:
+        return _flex_on_gpu(s, at, use, device, data)
+    facts = vendor_kernels()[use.kernel.facts or device.kernel]
+    kernel = vendor_gpu.laid_out(s, at, facts, device, use.skips, data)
+    cost = gpu.seconds(_with_mask(kernel, use), device, vendor_gpu.pace(facts, device, kernel), beside=beside)
+    cost = cost if use.kernel.share is None else _slower(cost, use.kernel.share(device.model))
+    return replace(cost, band=device.vendor_band(at.queries == 1, cost.seconds) if use.kernel.share is None else cost.band)
+
+
+def _with_mask(k: gpu.KernelWork, use: VendorUse) -> gpu.KernelWork:
+    """The kernel reads the mask tensor that it is given."""
+    extra = use.mask_elements * WIDTH[use.mask_dtype]
+    return replace(k, unique_bytes=k.unique_bytes + extra, moved_bytes=k.moved_bytes + extra)
+
+
+def _flex_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: Data) -> Cost:
+    """FlexAttention's kernel, which is generated as ours are."""
+    tile = replace(FLEX_TILE, tile_p=FEW_FLEX_ROWS) if _rows(at) <= FEW_FLEX_ROWS else FLEX_TILE
     w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), tile.tile_p, tile.tile_m, data)
     if not use.skips:
         jobs = replace(jobs, full=jobs.full * 0 + -(-at.keys // tile.tile_m), partial=jobs.partial * 0, map=None)
     kernel = gpu.streaming(w, tile, jobs, Footprint(0, 0, 0, 1), at.value, at.queries, at.batch)
     kernel = _split_keys(_shared_heads(kernel, _packed(at)), device)
-    extra = use.mask_elements * WIDTH[use.mask_dtype]
-    kernel = replace(kernel, unique_bytes=kernel.unique_bytes + extra, moved_bytes=kernel.moved_bytes + extra)
-    model = device.model
-    overlap, factor = model.vendor_overlap, model.vendor_partial_factor
-    if use.kernel.generated:
-        overlap, factor = model.overlap, model.partial_factor
-    cost = gpu.seconds(kernel, device, overlap=overlap, partial_factor=factor)
-    return cost if use.kernel.share is None else _slower(cost, use.kernel.share(model))
+    cost = gpu.seconds(_with_mask(kernel, use), device, gpu.own_pace(device))
+    return cost if use.kernel.share is None else _slower(cost, use.kernel.share(device.model))
 
 
 def _split_keys(k: gpu.KernelWork, device: Device) -> gpu.KernelWork:
-    """Vendors split the keys of a launch that leaves units idle."""
+    """FlexAttention splits the keys of a launch that leaves units idle."""
     longest = int(k.jobs.visited.max()) if k.jobs.full.size else 1
-    split = max(1, min(device.units // max(k.programs, 1), longest // 2, 32))
-    return replace(k, split=split, launches=2 if split > 1 else 1)
+    return replace(k, split=max(1, min(device.units // max(k.programs, 1), longest // 2, 32)))
 
 
 def _slower(cost: Cost, share: float) -> Cost:

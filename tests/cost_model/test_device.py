@@ -23,7 +23,9 @@ from reattend.cost_model.devices.device import (
     with_threads,
 )
 
-NAMES = ("a100", "b200", "cpu", "fusemax", "h100", "h200", "l4", "mi300x", "rtx4090")
+NAMES = (
+    "a100", "b200", "b300", "cpu", "fusemax", "gb200", "gb300", "h100", "h200", "l4", "l40s", "mi300x", "rtx4090", "rtxpro6000",
+)
 
 
 @pytest.fixture(autouse=True)

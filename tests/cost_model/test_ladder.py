@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 
+from reattend.cost_model.calibration.ladder import Rung, ladder
 from reattend.cost_model.devices.device import Device, alone, shipped, targets, with_threads
 from reattend.cost_model.time.cost import Cost
-from reattend.cost_model.time.ladder import Rung, ladder
 from reattend.cost_model.time.predict import VendorUse, predict, predict_original, predict_vendor
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade

@@ -43,7 +43,7 @@ def test_bad_text_is_refused_in_one_sentence(text: str, sentence: str) -> None:
 
 
 def test_a_device_without_links_names_those_that_have() -> None:
-    with pytest.raises(MeshError, match=r"cpu has no link to other devices: .*a100, b200, h100, h200") as no:
+    with pytest.raises(MeshError, match=r"cpu has no link to other devices: .*a100, b200, b300") as no:
         linked(device("cpu"))
     assert "cpu" not in str(no.value).split("(")[1]
 

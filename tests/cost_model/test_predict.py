@@ -61,10 +61,9 @@ def known(cost: Cost | Obstacle) -> Cost:
 
 def faster(d: Device, x: float) -> Device:
     """Every rate times x, every latency divided by it."""
-    model = replace(
-        d.model, launch_seconds=d.model.launch_seconds / x, prologue_seconds=d.model.prologue_seconds / x,
-        load_latency_seconds=d.model.load_latency_seconds / x,
-    )
+    m = d.model
+    names = [f.name for f in fields(m) if f.name.endswith("_seconds")]
+    model = replace(m, **{name: getattr(m, name) / x for name in names})
     return replace(
         d, clock_hz=d.clock_hz * x, dram_bytes_per_s=d.dram_bytes_per_s * x, l2_bytes_per_s=d.l2_bytes_per_s * x,
         matrix_flops_per_s={t: r * x for t, r in d.matrix_flops_per_s.items()}, model=model,

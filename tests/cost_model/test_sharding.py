@@ -43,7 +43,7 @@ from reattend.patterns.library.papers import Builder
 
 H100, H200 = device("h100"), device("h200")
 M = 32768
-IDEAL = TimeModel(matrix_efficiency=1.0, bandwidth_efficiency=1.0)
+IDEAL = TimeModel(matrix_efficiency=1.0, vendor_matrix_efficiency=1.0, bandwidth_efficiency=1.0)
 
 
 def causal(b: Builder, qk: Expr) -> Expr:

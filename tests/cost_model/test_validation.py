@@ -7,8 +7,8 @@ import torch
 
 from reattend.codegen.measure import calibrate, company
 from reattend.cost_model.calibration.calibrate import CALLS, HEADS
+from reattend.cost_model.calibration.ladder import ladder
 from reattend.cost_model.devices.device import shipped, with_threads
-from reattend.cost_model.time.ladder import ladder
 from tests.loading import benchmark
 
 

@@ -52,8 +52,9 @@ def ladder(plain: Device, calibrated: Device) -> tuple[Rung, ...]:
 
 def _gpu_ladder(d: Device) -> tuple[Device, Device, Device]:
     ideal = TimeModel(
-        matrix_efficiency=1.0, bandwidth_efficiency=1.0, overlap=1.0, vendor_overlap=1.0, partial_factor=1.0,
-        launch_seconds=0.0, prologue_seconds=0.0, load_latency_seconds=0.0,
+        matrix_efficiency=1.0, vendor_matrix_efficiency=1.0, bandwidth_efficiency=1.0, overlap=1.0, vendor_overlap=1.0,
+        partial_factor=1.0, launch_seconds=0.0, further_seconds=0.0, prologue_seconds=0.0, vendor_program_factor=0.0,
+        load_latency_seconds=0.0,
     )
     roof = replace(_pooled(d), exps_per_unit_clock=1 / FREE, lanes_per_unit=round(1 / FREE), l2_bytes_per_s=0.0, model=ideal)
     partial = replace(roof, model=replace(ideal, partial_factor=d.model.partial_factor))

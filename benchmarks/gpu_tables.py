@@ -1,0 +1,271 @@
+"""The time model of GPUs beside measured kernels: tables of the package `aiconfigurator-core`. Needs no GPU.
+
+    python benchmarks/gpu_tables.py [--devices h200,b200] [--tables context,generation] [--part choose] [--rows 1500]
+    python benchmarks/gpu_tables.py --part judge --json FILE --check
+    python benchmarks/gpu_tables.py --fit fa3 [--without h200]
+
+Shapes are split in thirds by the hash of the shape: constants are fitted to one, forms are chosen on the second, and the
+third is for the last table alone. Prints per table and by latency the error, its bias and rank, the share of rows within the
+stated band and how wide that is, the worst rows, and what was left out. --fit prints constants for the data files; with
+--without it also judges the family's constants on a device none of whose rows it has seen. --check ends with 1 where
+thresholds of gpu_harness.toml are missed. The package is an extra for developers (`gpu-tables`); no row of it is kept here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_fit import Cell, Constants, fit
+from gpu_prices import FILE, Harness, harnesses, priced
+from gpu_rows import FOLDERS, PARTS, TABLES, Limits, NoTables, Row, drawn, package_version, rows
+
+from reattend.cost_model.devices.device import Device, shipped
+from reattend.cost_model.devices.kernels import vendor_kernels
+
+LATENCIES = ((0.0, 2e-5, "< 20 us"), (2e-5, 1e-4, "20–100 us"), (1e-4, 1e-3, "0.1–1 ms"), (1e-3, math.inf, "> 1 ms"))
+WORST = 10
+# Devices whose kernels are of one family.
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "fa2": ("a100", "l40s", "rtxpro6000"), "fa3": ("h100", "h200"), "trtllm": ("b200", "b300", "gb200", "gb300"),
+}
+FREE_DEVICE = (
+    "launch_seconds", "further_seconds", "vendor_matrix_efficiency", "vendor_overlap", "ramp_seconds", "power_share",
+)
+FREE_KERNEL = ("program_clocks", "few_clocks", "draw_bytes_per_clock", "part_clocks", "exp_share")
+FREE_HARNESS = ("prompt_seconds", "decode_seconds", "write_factor", "token_seconds", "sequence_seconds")
+# Rows a cell that constants are fitted to.
+FIT_ROWS = 120
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One row with its prediction."""
+
+    row: Row
+    seconds: float
+    band: float
+    bound: str
+
+    @property
+    def error(self) -> float:
+        return self.seconds / self.row.seconds - 1
+
+    @property
+    def within(self) -> bool:
+        return 1 / (1 + self.band) <= self.row.seconds / self.seconds <= 1 + self.band
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Of some rows: mean and median absolute relative error, 90th percentile, bias, rank correlation, share in the band, and
+    the mean width of the band."""
+
+    n: int
+    mape: float
+    median: float
+    p90: float
+    bias: float
+    spearman: float
+    within: float
+    band: float
+
+    @staticmethod
+    def of(found: Sequence[Judged]) -> Metrics:
+        off = sorted(abs(j.error) for j in found)
+        return Metrics(
+            len(off), statistics.fmean(off), statistics.median(off), off[min(len(off) - 1, int(0.9 * len(off)))],
+            statistics.fmean(j.error for j in found), _spearman([j.seconds for j in found], [j.row.seconds for j in found]),
+            statistics.fmean(j.within for j in found), statistics.fmean(j.band for j in found),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n:5d} {self.mape:7.1%} {self.median:7.1%} {self.p90:7.1%} {self.bias:+7.1%} {self.spearman:7.3f} "
+            f"{self.within:6.0%} ±{self.band:.0%}"
+        )
+
+
+def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    def ranks(values: Sequence[float]) -> list[int]:
+        at = sorted(range(len(values)), key=lambda i: values[i])
+        out = [0] * len(values)
+        for rank, i in enumerate(at):
+            out[i] = rank
+        return out
+
+    return statistics.correlation(ranks(a), ranks(b)) if len(a) > 2 else 1.0
+
+
+def limits(d: Device) -> Limits:
+    return Limits(d.matrix_rate("bf16"), d.dram_bytes_per_s, d.l2_bytes)
+
+
+def read(device: str, table: str, part: str, most: int) -> tuple[list[Row], Counter[str]]:
+    found, out = rows(device, table, limits(shipped(device)))
+    return [r for r in drawn(found, most) if r.part == part], out
+
+
+def judged(given: Iterable[Row], d: Device, h: Harness) -> list[Judged]:
+    return [Judged(r, *priced(r, d, h)) for r in given]
+
+
+def show(name: str, found: Sequence[Judged]) -> None:
+    print(f"{name:24s} {Metrics.of(found)}")
+    for low, high, words in LATENCIES:
+        some = [j for j in found if low <= j.row.seconds < high]
+        if len(some) > 2:
+            print(f"  {words:22s} {Metrics.of(some)}")
+
+
+def worst(found: Iterable[Judged]) -> None:
+    print(f"\nthe {WORST} worst rows")
+    for j in sorted(found, key=lambda j: -abs(math.log1p(j.error)))[:WORST]:
+        print(f"  {j.seconds * 1e6:9.1f} us said, {j.row.seconds * 1e6:9.1f} measured, bound by {j.bound}: {j.row}")
+
+
+# --- fitting --------------------------------------------------------------------------------------------------------
+
+
+def cells(devices: Iterable[str], most: int) -> list[Cell]:
+    out = []
+    for device in devices:
+        for table in TABLES:
+            some = drawn([r for r in rows(device, table, limits(shipped(device)))[0] if r.part == "fit"], most)
+            if some:
+                out.append(Cell.of(shipped(device), vendor_kernels()[some[0].kernel], some))
+    return out
+
+
+def start(given: Sequence[Cell]) -> Constants:
+    """The constants of the data files."""
+    out: Constants = {}
+    for c in given:
+        d, k = c.device.name, c.facts
+        out |= {f"device.{d}.{n}": getattr(c.device.model, n) for n in FREE_DEVICE}
+        out |= {f"kernel.{k.name}.{n}": getattr(k, n) for n in FREE_KERNEL}
+        out |= {f"harness.{d}.{n}": getattr(harnesses()[d], n) for n in FREE_HARNESS}
+    return out
+
+
+def free(constants: Constants) -> list[str]:
+    """What is searched: of Hopper and Blackwell the products run at the data sheet's rate, and only Blackwell's kernels
+    compute exponentials on the lanes."""
+    hard = {d for f in ("fa3", "trtllm") for d in FAMILIES[f]}
+    out = []
+    for name in constants:
+        _, whose, short = name.split(".")
+        if short == "vendor_matrix_efficiency" and whose in hard:
+            continue
+        if short == "exp_share" and whose not in ("trtllm", "fa4"):
+            continue
+        out.append(name)
+    return out
+
+
+def fitted(family: str, without: str, most: int) -> None:
+    names = [d for d in FAMILIES[family] if d != without]
+    given = cells(names, most)
+    first = start(given)
+    found = fit(given, first, free(first))
+    for name, value in sorted(found.items()):
+        print(f"{name} = {value:.4g}  # was {first[name]:.4g}")
+    if without:
+        unseen(without, found, names, most)
+
+
+def unseen(device: str, found: Constants, names: Sequence[str], most: int) -> None:
+    """The judged rows of a device, by its data sheet and its siblings' constants."""
+    for table in TABLES:
+        some = read(device, table, "judge", most * 3)[0]
+        if not some:
+            continue
+        c = Cell.of(shipped(device), vendor_kernels()[some[0].kernel], some)
+        own = {n: v for n, v in found.items() if n.startswith("kernel.")}
+        for kind in ("device", "harness"):
+            for short in FREE_DEVICE if kind == "device" else FREE_HARNESS:
+                each = [max(found[f"{kind}.{d}.{short}"], 1e-12) for d in names]
+                own[f"{kind}.{device}.{short}"] = math.exp(statistics.fmean(map(math.log, each)))
+        seconds = c.works.seconds(*c.bound(own), 8192)
+        rows_ = [Judged(r, s, 0.25, "") for r, s in zip(some, seconds)]
+        print(f"{device + ' ' + table:24s} {Metrics.of(rows_)}  (constants of {', '.join(names)})")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--devices", default=",".join(FOLDERS))
+    p.add_argument("--tables", default=",".join(TABLES))
+    p.add_argument("--part", default="choose", choices=PARTS)
+    p.add_argument("--rows", type=int, default=1500)
+    p.add_argument("--json", type=Path)
+    p.add_argument("--check", action="store_true")
+    p.add_argument("--fit", choices=FAMILIES)
+    p.add_argument("--without", default="")
+    return p.parse_args()
+
+
+def main() -> int:
+    given = arguments()
+    for asked, known in ((given.devices, FOLDERS), (given.tables, TABLES), (given.without or "a100", FOLDERS)):
+        if strange := [x for x in asked.split(",") if x not in known]:
+            print(f"no tables of {', '.join(strange)}; there are: {', '.join(known)}", file=sys.stderr)
+            return 2
+    try:
+        if given.fit:
+            fitted(given.fit, given.without, FIT_ROWS)
+            return 0
+        return report(given)
+    except NoTables as no:
+        print(no, file=sys.stderr)
+        return 2
+
+
+def report(given: argparse.Namespace) -> int:
+    print(f"aiconfigurator-core {package_version()}, part {given.part!r}, at most {given.rows} rows a table and device\n")
+    print(f"{'':24s} {'rows':>5s} {'mean':>7s} {'median':>7s} {'p90':>7s} {'bias':>7s} {'rank':>7s} {'within':>6s} band")
+    every: list[Judged] = []
+    out: Counter[str] = Counter()
+    summary: dict[str, Any] = {}
+    for device in given.devices.split(","):
+        for table in given.tables.split(","):
+            some, left = read(device, table, given.part, given.rows)
+            out += left
+            if not some:
+                continue
+            found = judged(some, shipped(device), harnesses()[device])
+            show(f"{device} {table}", found)
+            every += found
+            summary[f"{device} {table}"] = asdict(Metrics.of(found))
+    worst(every)
+    print("\nleft out: " + "; ".join(f"{n} {why}" for why, n in out.most_common()))
+    if given.json:
+        given.json.write_text(json.dumps({"version": package_version(), "part": given.part, "tables": summary}, indent=1))
+    return missed(summary) if given.check else 0
+
+
+def missed(summary: Mapping[str, Mapping[str, float]]) -> int:
+    """1 where a threshold is missed, each said on a line."""
+    wanted = tomllib.loads(FILE.read_text("utf-8"))["thresholds"]
+    bad = 0
+    for name, m in summary.items():
+        most = wanted.get(name.split()[1], math.inf)
+        if m["mape"] > most or m["within"] < wanted["within"]:
+            print(f"missed: {name}: {m['mape']:.1%} (at most {most:.0%}), {m['within']:.0%} within the band")
+            bad = 1
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(main())
