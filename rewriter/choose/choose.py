@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...codegen.cpu.scan import ScanKernel
 from ...cost_model.count.expect import ExpectError
 from ...cost_model.devices.architecture import cuda_name
 from ...cost_model.devices.device import Device, targets, with_threads
@@ -37,12 +38,14 @@ from ..check.watch import SiteWatch
 from ..find.detect import Found, NearMiss, defective, find
 from ..find.place import Place, hints_of, interior, named, place
 from ..find.upstream import Reached, projection_width, upstream
+from ..fold.recurrences import FoundScan
 from ..graph.aliases import Aliases
 from ..graph.functional import EDITED, functional
 from ..graph.liveness import erase_dead
 from ..graph.shape_only import with_sizes
 from ..splice import splice
 from ..splice.guards import Originals
+from . import scans
 from .candidates import Question, answer, guard_sentences
 from .policy import Policy, StrictError
 
@@ -132,6 +135,9 @@ def rewrite(captured: capture.Captured, request: Request, checks: list[Check] | 
     where = request.target
     taken: Counter[str] = Counter()
     for region in capture.regions(captured.graph):
+        steps, missed = _scanned(region, request, taken, record)
+        sites += steps
+        misses += missed
         decisions, missed = _decided(region, request, taken)
         replaced: dict[fx.Node, fx.Node] = {}
         originals = Originals(region)
@@ -147,6 +153,47 @@ def rewrite(captured: capture.Captured, request: Request, checks: list[Check] | 
         splice.finish(region)
         where = where or _device_of(region)
     return Plan(tuple(sites), tuple(misses), where or running_device("cpu"))
+
+
+def _scanned(
+    region: fx.GraphModule, request: Request, taken: Counter[str], record: list[Check]
+) -> tuple[list[Site], list[Miss]]:
+    """Put our scan in the place of the recurrences that it is chosen for.
+
+    Where it is for none the graph stays as it is: a write in place moves less than a new value.
+    """
+    pure = functional(region) or region
+    erase_dead(pure)
+    found, misses = scans.scans(pure.graph, taken)
+    decided = [(f, *scans.decide(s, request.target or running_device(s.device_type), request.policy)) for f, s in found]
+    if request.traced:
+        decided = [(f, replace(site, choice=ORIGINAL), None) for f, site, _ in decided]
+    kept = [name for name, choice in request.choices.items() if choice == ORIGINAL]
+    decided = [(f, replace(s, choice=ORIGINAL), None) if s.name in kept else (f, s, k) for f, s, k in decided]
+    if any(kernel is not None for _, _, kernel in decided):
+        region.graph = pure.graph
+        for f, site, kernel in decided:
+            if kernel is not None:
+                _splice_scan(region, f, site, kernel, request, record)
+        splice.finish(region)
+    return [site for _, site, _ in decided], misses
+
+
+def _splice_scan(
+    region: fx.GraphModule, f: FoundScan, site: Site, kernel: ScanKernel, request: Request, record: list[Check]
+) -> None:
+    output = scans.output_of(region, f)
+    original = Originals(region).of(output, scans.interior(f, output))
+    policy = request.policy
+    watch = SiteWatch(
+        _label(site), site.choice, site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
+        refuse=StrictError if policy.strict else None, record=record,
+    )
+    watched = policy.check != "never" and original is not None
+    splice.replace(
+        region, output, f.tensors, {}, scans.call_of(f, kernel), name=site.name, original=original,
+        watch=watch if watched else None,
+    )
 
 
 def _decided(region: fx.GraphModule, request: Request, taken: Counter[str]) -> tuple[list[Decision], list[Miss]]:
@@ -250,15 +297,16 @@ def decide(
 
 def places(
     gm: fx.GraphModule, taken: Counter[str], *, sharded: bool = False
-) -> tuple[list[Place], list[Miss]]:
-    """Every attention of a graph as plain data, for decisions at other sizes and on other devices.
+) -> tuple[list[Place], list[scans.Scan], list[Miss]]:
+    """Every attention and every recurrence of a graph as plain data, for decisions at other sizes and on other devices.
 
-    With `sharded` they also say what their keys and values are made of.
+    With `sharded` attentions also say what their keys and values are made of.
     """
     # nothing runs here, so that what is written in place may as well be a new value
     gm = functional(gm) or gm
     with_sizes(gm)
     erase_dead(gm)
+    walked, others = scans.scans(gm.graph, taken)
     found, missed = find(gm)
     out: list[Place] = []
     aliases = Aliases(gm.graph)
@@ -267,7 +315,7 @@ def places(
             out.append(_with_upstream(place(f, name), f, aliases) if sharded else place(f, name))
         except Exception as error:
             missed.append(defective(f.output, error))
-    return out, [_miss(m) for m in missed]
+    return out, [s for _, s in walked], [*others, *(_miss(m) for m in missed)]
 
 
 def _with_upstream(p: Place, f: Found, aliases: Aliases) -> Place:

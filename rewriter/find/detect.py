@@ -22,25 +22,18 @@ from ...patterns.terms.divisions import divided
 from ...patterns.verdict import Obstacle
 from ..capture.weights import is_weight, weights_of
 from ..graph.aliases import Aliases
-from ..graph.node import CannotLift, dtype_of, op_name, tensor_of
+from ..graph.node import FOLDED, CannotLift, dtype_of, op_name, tensor_of
 from ..graph.sizes import settle_signs, shape_of
 from ..graph.torch_private import expression
 from ..graph.where import module_path, source_line
-from ..lift import (
-    operators_contract,
-    operators_edit,
-    operators_point,
-    operators_product,
-    operators_reduce,
-    operators_select,
-    operators_view,
-)
+from ..lift import operators_product
 from ..lift.hoist import hoist
 from ..lift.index import ZERO
 from ..lift.lift import At, Lifter, Rule
 from ..lift.names import canonical
 from ..lift.operators_contract import peel
 from ..lift.operators_product import weight_of
+from ..lift.rules import RULES
 from . import defect
 from .added import Addend, addends, candidates, sums
 from .final import Final, compare_lengths, finals, hides_product
@@ -49,10 +42,6 @@ from .query import laid_out, with_query
 from .twins import match
 from .unaccounted import unaccounted
 
-RULES: Mapping[str, Rule] = {
-    **operators_view.RULES, **operators_point.RULES, **operators_reduce.RULES, **operators_contract.RULES,
-    **operators_edit.RULES, **operators_product.RULES, **operators_select.RULES,
-}
 _OF_LAYERS: Mapping[str, Rule] = {**RULES, **operators_product.LAYERS}
 
 
@@ -129,7 +118,7 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     for n in gm.graph.nodes:
         if (hint := WHOLE.get(op_name(n))) is not None:
             missed.append(replace(_near(n, "one operator of torch holds the whole attention", 1), hint=hint))
-        if n.op != "call_function" or not isinstance(n.meta.get("val"), torch.Tensor) or n in taken:
+        if n.op != "call_function" or not isinstance(n.meta.get("val"), torch.Tensor) or n in taken or FOLDED in n.meta:
             continue
         try:
             twin = _twin(patterns, n, aliases)
@@ -148,7 +137,7 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     # what an attention computes is accounted for, whatever else it looks like
     inside = {n for f in found for n in between({*f.tensors.values(), *f.scalars.values()}, f.output)}
     missed = [m for m in missed if m.node not in inside or defect.is_one(m.reason)]
-    known = taken | {m.node for m in missed}
+    known = taken | {m.node for m in missed} | {n for n in gm.graph.nodes if FOLDED in n.meta}
     missed += [_near(n, reason, 1) for n, reason in dict(unaccounted(gm.graph, known, dismissed)).items()]
     return found, missed
 

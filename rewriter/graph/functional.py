@@ -52,14 +52,17 @@ def adopt(gm: fx.GraphModule) -> None:
 
 
 def _homes(graph: fx.Graph, aliases: Aliases) -> dict[fx.Node, fx.Node]:
-    """For each node of written memory that is told apart: the node that made the memory."""
-    written = {aliases.storage(t) for n in graph.nodes for t in written_arguments(n)}
+    """For each node of written memory that is told apart: the node that made the memory.
+
+    Whether a value shares that memory is of no interest behind the last write.
+    """
+    last = {aliases.storage(t): aliases.position[n] for n in graph.nodes for t in written_arguments(n)}
     home: dict[fx.Node, fx.Node] = {}
     unsure: set[fx.Node] = set()
     for n in graph.nodes:
         if n.op == "output" or _may_write(n):
             unsure |= {aliases.storage(x) for x in n.all_input_nodes}
-        if n.op == "output" or aliases.storage(n) not in written:
+        if n.op == "output" or aliases.position[n] > last.get(aliases.storage(n), -1.0):
             continue
         parents = [_target(n)] if _is_write(n) else shared_by(n)
         viewed = _views(n)

@@ -10,6 +10,9 @@ from torch import fx
 from ...patterns.evaluate import DTYPE_NAME
 from .torch_private import OpOverload, schema
 
+# In the metadata of a node that belongs to a loop: what is lifted elsewhere reads its value as it is.
+FOLDED = "reattend_loop"
+
 
 class CannotLift(Exception):
     """Raised inside lifting only, and caught there: the node (or the whole attempt) has no form as a term."""

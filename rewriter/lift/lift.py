@@ -23,7 +23,7 @@ from ...patterns.cascade import Access, Einsum, Rank, Size, Tensor, size_term
 from ...patterns.expr import Expr
 from ...patterns.terms.narrow import narrowed
 from ..graph.aliases import Aliases
-from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
+from ..graph.node import FOLDED, CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of, size_of
 from ..graph.torch_private import known_size, least, traced_size
 from .index import ZERO, is_simple
@@ -140,6 +140,9 @@ class Lifter:
                 self._hint.setdefault((n, d), str(i.attr))
         if self._consumer and self.aliases.written_between(n, n, self._consumer[-1]):
             self.closed.append((self._written(n, self._consumer[-1]), n))
+            return self.leaf(n, at)
+        if FOLDED in n.meta:
+            self.closed.append(("a recurrence makes it step by step", n))
             return self.leaf(n, at)
         rule = self.rules.get(op_name(n))
         if rule is None:

@@ -27,7 +27,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, bind
 from ..capture import capture, export
 from ..capture.models import ModelInput, Shapes, load, run
-from ..choose import choose
+from ..choose import choose, scans
 from ..choose.policy import Policy
 from ..find import defect
 from ..find.place import Place, symbols_of
@@ -91,12 +91,14 @@ def plan_graph(
     """
     start = time.perf_counter()
     places: list[Place] = []
+    walked: list[scans.Scan] = []
     misses: list[Miss] = []
     symbols: dict[str, Symbol] = {}
     taken: Counter[str] = Counter()
     for region in capture.regions(captured.graph):
-        found, missed = choose.places(region, taken, sharded=policy.mesh is not None)
+        found, steps, missed = choose.places(region, taken, sharded=policy.mesh is not None)
         places += found
+        walked += steps
         misses += missed
         symbols |= {s.name: s for s in symbols_of(region)}
     if whole:
@@ -105,14 +107,20 @@ def plan_graph(
 
     def retake(where: Device, at: Mapping[str, int], which: Sequence[int]) -> tuple[Site, ...]:
         request = choose.Request(policy, where, executable=False)
-        return tuple(choose.decide_place(places[i], at, request)[0] for i in which)
+        known = len(places)
+        return tuple(
+            scans.decide(walked[i - known], where, policy)[0]
+            if i >= known
+            else choose.decide_place(places[i], at, request)[0]
+            for i in which
+        )
 
     def reshard(where: Device, at: Mapping[str, int]) -> MeshPlan | None:
         return _sharded(places, at, where, policy, weights)
 
     traced = {s.name: s.value for s in symbols.values()}
     misses += _undecided(places, traced, choose.Request(policy, device, executable=False))
-    sites, sharding = retake(device, traced, range(len(places))), reshard(device, traced)
+    sites, sharding = retake(device, traced, range(len(places) + len(walked))), reshard(device, traced)
     note = f"captured in {captured.seconds:.1f} s, planned in {time.perf_counter() - start:.2f} s"
     return Plan(
         sites, tuple(misses), device, model=name, note=note, weight_bytes=weights, symbols=tuple(symbols.values()),

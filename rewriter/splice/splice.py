@@ -109,7 +109,7 @@ def _replace(
         token = None
         if call.closed and region is not None and region.enabled:
             token = graph.call_function(torch_private.ENTER_AUTOCAST, (device, region.dtype, False, False))
-        new = _node(graph, output, target, arguments, fake)
+        new = node(graph, output, target, arguments, fake)
         if token is not None:
             graph.call_function(torch_private.EXIT_AUTOCAST, (token,))
         new.meta[SPLICED] = call.name
@@ -138,7 +138,7 @@ def _guarded(
     return path, (arguments, tuple(inputs), wanted, known), lambda given, *_: fake(*given)
 
 
-def _node(
+def node(
     graph: fx.Graph,
     like: fx.Node,
     target: Callable[..., Any] | str,
@@ -166,9 +166,9 @@ def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> tu
     """
     old = output.meta["val"]
     if not equal(shape_of(new.meta["val"]), shape_of(old)):
-        new = _node(graph, output, torch.ops.aten.reshape.default, (new, [sizes.value(s) for s in shape_of(old)]))
+        new = node(graph, output, torch.ops.aten.reshape.default, (new, [sizes.value(s) for s in shape_of(old)]))
     if new.meta["val"].dtype != old.dtype:
-        new = _node(graph, output, torch.ops.aten.to.dtype, (new, old.dtype))
+        new = node(graph, output, torch.ops.aten.to.dtype, (new, old.dtype))
     fits = same_strides(new.meta["val"], old)
     changed = None if fits else absorbed(output, new.meta["val"])
     known = fits and is_known_outside(output, {})
@@ -180,9 +180,9 @@ def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> tu
     elif not fits:
         order = sorted(range(old.dim()), key=lambda d: -hint(old.stride(d)))
         back = [order.index(d) for d in range(old.dim())]
-        new = _node(graph, output, torch.ops.aten.permute.default, (new, order))
-        new = _node(graph, output, torch.ops.aten.contiguous.default, (new,))
-        new = _node(graph, output, torch.ops.aten.permute.default, (new, back))
+        new = node(graph, output, torch.ops.aten.permute.default, (new, order))
+        new = node(graph, output, torch.ops.aten.contiguous.default, (new,))
+        new = node(graph, output, torch.ops.aten.permute.default, (new, back))
     if old.requires_grad:
         new.meta["val"].requires_grad_(True)
     return new, known

@@ -22,7 +22,7 @@ from reattend.patterns.expr import Expr
 from reattend.patterns.operators import OPERATORS, Operator, facts, logarithm
 from reattend.patterns.terms.constant import number
 from reattend.patterns.terms.intervals import spans
-from reattend.rewriter.find.detect import RULES
+from reattend.rewriter.lift.rules import RULES
 
 INF, NAN = math.inf, math.nan
 NUMBERS = (

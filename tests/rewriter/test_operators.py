@@ -13,10 +13,10 @@ from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Access, Cascade, Einsum, Tensor, verify
 from reattend.patterns.evaluate import DTYPE_NAME, evaluate
 from reattend.patterns.operators import OPERATORS, Operator
-from reattend.rewriter.find.detect import RULES
 from reattend.rewriter.graph.aliases import Aliases
 from reattend.rewriter.lift.index import ZERO
 from reattend.rewriter.lift.lift import Lifter
+from reattend.rewriter.lift.rules import RULES
 
 from .helpers import graph_of, values_of
 

@@ -1,0 +1,232 @@
+"""Prints the CPU kernel of a recurrence: chunks of steps, the state carried from one to the next.
+
+    for a chunk    factor, added: terms over its steps, at once        states: one operator a step        outputs: at once
+
+Elements of a state must follow from themselves: what a step contracts has no kernel here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor
+
+from ...patterns import expr as ex
+from ...patterns.cascade import Einsum, Size, show
+from ...patterns.expr import Expr
+from ...patterns.recurrence.recurrence import ONE, Recurrence, State
+from ...patterns.verdict import Refusal
+from ..files import cache
+from ..files.torch_file import LICENCE, skeleton, used_names
+from ..skeletons import cpu as helpers
+from ..skeletons import scan as loops
+from ..text.print_torch import TYPES, TorchBody, TorchScope
+from ..text.printer import PrintError
+
+NAME = "reattend"
+# Elements of a state in a chunk of steps, which should lie in a core's cache; the least and the most steps of a chunk.
+IN_CACHE = 1 << 16
+STEPS = (16, 128)
+IMPORTS = """from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from math import inf, nan
+
+import torch
+from torch import Tensor"""
+# The rank of the steps of a chunk.
+CHUNK = "c"
+
+
+@dataclass(frozen=True)
+class ScanKernel:
+    """A printed scan: the file's text, and what runs it. `entry(*inputs)` gives the outputs in the order of the
+    cascade's; `steps` are computed at once."""
+
+    source: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    entry: Callable[..., tuple[Tensor, ...]]
+    steps: int
+
+
+@lru_cache(maxsize=256)
+def build(r: Recurrence) -> ScanKernel | Refusal:
+    """The kernel of a recurrence with fixed sizes, or why there is none."""
+    if not r.elementwise:
+        return Refusal(NAME, "a step contracts its state: no kernel yet for a state that is not element by element")
+    if any(not isinstance(x.size, int) for x in r.cascade.ranks):
+        return Refusal(NAME, "its sizes are open")
+    file = _File(r)
+    try:
+        source = file.text()
+    except PrintError as no:
+        return Refusal(NAME, str(no))
+    entry = cache.load(source).scan
+    return ScanKernel(source, tuple(t.name for t in r.cascade.inputs), r.cascade.outputs, entry, file.chunk)
+
+
+class _File:
+    """One kernel's text. Values of a chunk have a dimension for its steps, then one a rank."""
+
+    def __init__(self, r: Recurrence) -> None:
+        self.r, self.c = r, r.cascade
+        self.size = {x.name: x.size for x in self.c.ranks if isinstance(x.size, int)}
+        self.steps = self.size[r.rank]
+        self.order = [x.name for x in self.c.ranks if x.name != r.rank]
+        self.real = "f64" if any(t.dtype == "f64" for t in self.c.tensors) else "f32"
+        held = max(math.prod(self.size[x] for x in s.ranks) for s in r.states)
+        self.chunk = min(max(IN_CACHE // max(held, 1), STEPS[0]), STEPS[1], self.steps)
+        self.shapes: dict[str, tuple[Size, ...]] = {t.name: t.shape for t in self.c.inputs}
+        self.extent: dict[str, Size] = {**self.size, CHUNK: self.chunk}
+        self.made: set[str] = set()
+
+    def text(self) -> str:
+        loop: list[str] = []
+        for s in self.r.states:
+            loop += self._state(s)
+        names = {s.name for s in self.r.states}
+        for e in self.c.einsums:
+            if e.out.tensor not in names | self.made:
+                loop += self._value(e)
+        loop += [f"{s.name} = after_{s.name}[-1]" for s in self.r.states]
+        first = [line for s in self.r.states for line in self._initial(s)]
+        made = [
+            f"{e.out.tensor} = torch.empty({self._shape(e.out.tensor)}, dtype={TYPES[self.c.tensor[e.out.tensor].dtype]})"
+            for e in self.r.outputs
+        ]
+        last = [self._last(s) for s in self.r.states]
+        inputs = ", ".join(t.name for t in self.c.inputs)
+        ranks = [f"{x} = torch.arange({self.size[x]}).view({self._view(x)})" for x in self.order]
+        outputs = [o if o not in names else f"last_{o}" for o in self.c.outputs]
+        lines = [
+            f"def scan({inputs}):", f'    """{", ".join(self.c.outputs)}: what the steps give, and the last states."""',
+            *_indented([*ranks, *first, *made, f"for t0 in range(0, {self.steps}, {self.chunk}):"]),
+            *_indented([
+                f"n = min({self.chunk}, {self.steps} - t0)",
+                f"{self.r.rank} = torch.arange(t0, t0 + n).view({self._view(CHUNK)})",
+                f"{CHUNK} = torch.arange(n).view({self._view(CHUNK)})", *loop,
+            ], 2),
+            *_indented([*last, f"return {', '.join(outputs)},"]),
+        ]
+        body = "\n".join(lines)
+        head = "\n".join(["A recurrence, in chunks of steps.", "", LICENCE, "", *show(self.c).splitlines(), ""])
+        texts = skeleton((helpers, loops), used_names(body))
+        return "\n\n\n".join([f'"""{head}"""', IMPORTS, *texts, body]) + "\n"
+
+    # pieces
+
+    def _view(self, rank: str) -> str:
+        behind = len(self.order) if rank == CHUNK else len(self.order) - 1 - self.order.index(rank)
+        return ", ".join(["-1", *["1"] * behind])
+
+    def _shape(self, name: str) -> str:
+        return f"({', '.join(str(n) for n in self.c.tensor[name].shape)},)"
+
+    def _full(self, ranks: frozenset[str], steps: str) -> str:
+        return f"({', '.join([steps, *(str(self.size[x]) if x in ranks else '1' for x in self.order)])})"
+
+    def _dims(self, ranks: tuple[str, ...]) -> str:
+        return f"({', '.join(['0', *(str(1 + self.order.index(x)) for x in ranks)])},)"
+
+    def _term(self, e: Expr) -> tuple[list[str], str]:
+        """Lines and text of a term over a chunk's steps, after what it needs of the chunk."""
+        before = [line for x in ex.loads(e) for line in self._needed(str(x.attr))]
+        e = ex.substitute(e, {x: self._held(x) for x in ex.loads(e)})
+        ranks = [*self.order, self.r.rank, CHUNK]
+        names = {ex.index(x): x for x in ranks}
+        scope = TorchScope(names, {t: t for t in self.shapes}, self.shapes, self.extent, self.real)
+        body = TorchBody(scope, [e], indent="")
+        text = body.named(e)
+        if body.helpers - {"tile"}:
+            raise PrintError(f"a step needs {', '.join(sorted(body.helpers - {'tile'}))}")
+        return [*before, *body.lines], text
+
+    def _needed(self, name: str) -> list[str]:
+        """The lines of a value of each step that is no state, where they are not there yet."""
+        producers = self.c.producers.get(name, ())
+        if name in self.made or len(producers) != 1 or name in {s.name for s in self.r.states}:
+            return []
+        return self._value(producers[0])
+
+    def _held(self, x: Expr) -> Expr:
+        """A read of what a chunk holds, by its own steps."""
+        name, c = str(x.attr), ex.index(CHUNK)
+        if name not in self.c.producers:
+            return x
+        state = next((s for s in self.r.states if s.name == name), None)
+        if state is None:
+            (e,) = self.c.producers[name]
+            kept = [i for i, own in zip(x.args, e.out.index) if own.op == "index" and own.attr != self.r.rank]
+            return ex.load(name, (c, *kept), self._type(name))
+        at = x.args[-1]
+        before = at is ex.index(self.r.rank)
+        if not before and at is not ex.index(self.r.rank) + ex.const(1):
+            raise PrintError("a step reads a state of another step")
+        kept = [i for i, own in zip(x.args, state.step.out.index) if own.op == "index"]
+        made = f"{'before' if before else 'after'}_{name}"
+        return ex.load(made, (c, *kept), self.real)
+
+    def _type(self, name: str) -> str:
+        dtype = self.c.tensor[name].dtype
+        return self.real if dtype in ex.FLOATS else dtype
+
+    def _initial(self, s: State) -> list[str]:
+        first = next(e for e in self.c.producers[s.name] if e is not s.step)
+        lines, text = self._term(first.body)
+        ranks = s.ranks
+        full = self._full(frozenset(ranks), "1")
+        return [*lines, f"{s.name} = laid({text}, {full}, {self._dims(ranks)}, {TYPES[self.real]})[0]"]
+
+    def _state(self, s: State) -> list[str]:
+        full = self._full(frozenset(s.ranks), "n")
+        dims, real, name = self._dims(s.ranks), TYPES[self.real], s.name
+        lines, added = self._term(s.added)
+        lines.append(f"after_{name} = laid({added}, {full}, {dims}, {real})")
+        if s.law == "factor" and s.factor is ONE:
+            lines.append(f"summed({name}, after_{name})")
+        else:
+            more, factor = self._term(s.factor)
+            lines += [*more, f"factor_{name} = laid({factor}, {full}, {dims}, {real})"]
+            loop = "scaled" if s.law == "factor" else "largest"
+            lines.append(f"{loop}({name}, factor_{name}, after_{name})")
+        self.shapes[f"after_{name}"] = self.shapes[f"before_{name}"] = (self.chunk, *(self.size[x] for x in s.ranks))
+        return [*lines, f"before_{name} = earlier({name}, after_{name})"]
+
+    def _value(self, e: Einsum) -> list[str]:
+        """A value of each step of the chunk: an output, or what one needs."""
+        self.made.add(e.out.tensor)
+        if any(i.op not in ("index", "const") for i in e.out.index):
+            raise PrintError("a step gives several elements side by side")
+        ranks = tuple(str(i.attr) for i in e.out.index if i.op == "index" and i.attr != self.r.rank)
+        lines, text = self._term(e.body)
+        over = frozenset(e.over)
+        if over:
+            if e.op not in ("add", "max", "min"):
+                raise PrintError(f"a step reduces by {e.op}")
+            reduce = {"add": "sum", "max": "amax", "min": "amin"}[e.op]
+            dims = ", ".join(str(1 + self.order.index(x)) for x in e.over)
+            wide = self._full(over | e.body.ranks, "n")
+            text = f"torch.as_tensor({text}).expand({wide}).{reduce}(({dims},), keepdim=True)"
+        name = e.out.tensor
+        full, made = self._full(frozenset(ranks), "n"), self._dims(ranks)
+        if name not in self.c.outputs:
+            self.shapes[name] = (self.chunk, *(self.size[x] for x in ranks))
+            return [*lines, f"{name} = laid({text}, {full}, {made}, {TYPES[self._type(name)]})"]
+        at = next(d for d, i in enumerate(e.out.index) if i is ex.index(self.r.rank))
+        cut = ", ".join("t0 : t0 + n" if d == at else ":" if i.op == "index" else "0" for d, i in enumerate(e.out.index))
+        before = sum(i.op == "index" for i in e.out.index[:at])
+        value = f"laid({text}, {full}, {made}, {TYPES[self._type(name)]})"
+        return [*lines, f"{name}[{cut}] = {value}{f'.movedim(0, {before})' if before else ''}"]
+
+    def _last(self, s: State) -> str:
+        shape = self.c.tensor[s.name].shape[:-1]
+        return f"last_{s.name} = {s.name}.reshape({tuple(shape)}).to({TYPES[self.c.tensor[s.name].dtype]})"
+
+
+def _indented(lines: list[str], by: int = 1) -> list[str]:
+    return [f"{'    ' * by}{x}" for x in lines]

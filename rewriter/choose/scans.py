@@ -1,0 +1,223 @@
+"""Recurrences of a graph: what each way to run one would cost, which one runs, and the call that is spliced for it.
+
+    graph ─ loops → recurrences ─ candidates → Site (kind "scan") + Call ─ splice → graph
+
+Candidates are the model's own steps and our scan. Our scan has no backward: where gradients are wanted the own steps stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from ...codegen.cpu import scan as cpu_scan
+from ...cost_model.count.eager import EagerOperator, computed
+from ...cost_model.devices.device import Device
+from ...cost_model.sites.site import ORIGINAL, Candidate, Miss, Site, SiteShape, ranked
+from ...cost_model.time.cost import Cost
+from ...cost_model.time.host import Bill, Host
+from ...patterns.cascade import show
+from ...patterns.recurrence.recurrence import Recurrence
+from ...patterns.verdict import Refusal
+from ..find.inside import between
+from ..fold.loop import Loop, loops
+from ..fold.recurrences import FoundScan, OtherScan, lifted
+from ..graph.aliases import Aliases
+from ..graph.node import op_name
+from ..graph.where import module_path, source_line
+from ..lift import operators_view
+from ..splice import splice
+from ..splice.packed import packed, unpacked
+from .policy import Policy
+
+NAME = "reattend"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A recurrence as plain data, to be decided again on other devices. `steps`: what one of the model's own takes."""
+
+    recurrence: Recurrence
+    name: str
+    where: str
+    dtype: str
+    bound: str
+    steps: tuple[EagerOperator, ...]
+    device_type: str
+
+
+def scans(graph: fx.Graph, taken: Counter[str]) -> tuple[list[tuple[FoundScan, Scan]], list[Miss]]:
+    """Every recurrence of a graph, and what carries values on in another way. Marks what belongs to them."""
+    found: list[tuple[FoundScan, Scan]] = []
+    folded, failed = loops(graph)
+    aliases = Aliases(graph)
+    misses = [_miss(x.node, x.reason) for x in failed]
+    for loop in folded:
+        out = lifted(loop)
+        if isinstance(out, OtherScan):
+            misses.append(_miss(next(n for n in loop.copies[0] if n is not None), out.reason))
+            continue
+        taken[out.module] += 1
+        name = out.module if taken[out.module] == 1 else f"{out.module}#{taken[out.module]}"
+        value = out.output.meta["val"]
+        dtype = str(value.dtype).removeprefix("torch.")
+        bound, own = _bound(out, aliases), _own(loop)
+        found.append((out, Scan(out.recurrence, name, out.where, dtype, bound, own, value.device.type)))
+    return found, misses
+
+
+def _miss(n: fx.Node, reason: str) -> Miss:
+    module = module_path(n)
+    what = f"{op_name(n)} in {module}" if module else op_name(n)
+    return Miss(source_line(n), what, f"a recurrence of another kind: {reason}")
+
+
+def _bound(f: FoundScan, aliases: Aliases) -> str:
+    """Why a recurrence cannot be replaced where it stands; empty where it can."""
+    loop, values, at = f.loop, [n.meta["val"] for n in f.results.values()], aliases.position
+    start = min(at[n] for n in loop.copies[0] if n is not None)
+    last, inside = max(f.results.values(), key=at.__getitem__), set(loop.nodes)
+    if any(aliases.written_between(n, start - 1, last) for n in f.tensors.values()):
+        return "what its steps read is written in place meanwhile"
+    if any(at[u] < at[last] for n in f.results.values() for u in n.users if u not in inside):
+        return "a result is read before the others are there"
+    if any(place not in loop.carried for place in loop.finals):
+        return "a value of its last step is read elsewhere"
+    if any(v.requires_grad for v in values):
+        return "gradients are wanted, and our scan has no backward yet"
+    if len(values) > 1 and not all(v.is_contiguous() and v.dim() for v in values):
+        return "its results lie in memory in several orders"
+    return ""
+
+
+def _own(loop: Loop) -> tuple[EagerOperator, ...]:
+    """The operators of one of the model's own steps."""
+    out = []
+    for n in loop.copies[0]:
+        assert n is not None
+        made = n.meta["val"]
+        size = 0 if op_name(n) in operators_view.RULES else math.prod(s for s in made.shape if isinstance(s, int))
+        width = made.element_size()
+        out.append(EagerOperator("point", "mul", "f32", size, 2 * size * width, size * width))
+    return tuple(out)
+
+
+# --- one recurrence -----------------------------------------------------------------------------------------------
+
+
+def decide(s: Scan, device: Device, policy: Policy) -> tuple[Site, cpu_scan.ScanKernel | None]:
+    """The site of a recurrence, and our kernel where it is chosen."""
+    c = s.recurrence.cascade
+    original = Candidate(ORIGINAL, cost=_steps_cost(s, device))
+    kernel = _kernel(s, device)
+    if isinstance(kernel, Refusal):
+        ours = Candidate(NAME, feasible=False, why=kernel.reason)
+    else:
+        why = f"one operator a step and state, all else for {kernel.steps} steps at once"
+        text = kernel.source
+        ours = Candidate(NAME, cost=_scan_cost(s, device, kernel.steps), why=why, maker=lambda: text)
+        no = s.bound or ("" if policy.permits(ours) else "the policy does not permit it")
+        ours = replace(ours, feasible=False, why=no) if no else ours
+    order = ranked((original, ours))
+    chosen = next((x for x in order if x.feasible and policy.permits(x)), original)
+    why = chosen.why or ours.why
+    order = tuple(replace(x, why=why) if x is chosen else x for x in order)
+    sizes = {r.name: r.size if isinstance(r.size, int) else str(r.size) for r in c.ranks}
+    proofs = (
+        f"{sizes[s.recurrence.rank]} copies of one step, argument by argument",
+        "nothing but the states is handed from a step to the next",
+    )
+    site = Site(
+        s.name, s.where, "scan", s.recurrence.traits, SiteShape(sizes, s.dtype), None, proofs, (), order, chosen.name,
+        cascade=show(c),
+    )
+    return site, kernel if isinstance(kernel, cpu_scan.ScanKernel) and chosen.name == NAME else None
+
+
+def _kernel(s: Scan, device: Device) -> cpu_scan.ScanKernel | Refusal:
+    if device.kind != "cpu":
+        return Refusal(NAME, "our scan runs on CPUs only")
+    return cpu_scan.build(s.recurrence)
+
+
+def _steps_cost(s: Scan, device: Device) -> Cost | None:
+    if device.host is None:
+        return None
+    return _cost(s, device, [(o, _count(s)) for o in s.steps], "original")
+
+
+def _count(s: Scan) -> int:
+    size = s.recurrence.cascade.rank[s.recurrence.rank].size
+    return size if isinstance(size, int) else 1
+
+
+def _scan_cost(s: Scan, device: Device, chunk: int) -> Cost | None:
+    """Terms of a chunk at once, as often as there are chunks, and an operator a state and step."""
+    r = s.recurrence
+    extent = {x.name: x.size for x in r.cascade.ranks if isinstance(x.size, int)} | {r.rank: chunk}
+    often = -(-_count(s) // chunk)
+    work: list[tuple[EagerOperator, int]] = []
+    for state in r.states:
+        size = math.prod(extent[x] for x in state.ranks)
+        once = EagerOperator("point", "mul", "f32", size, 3 * 4 * size, 0)
+        copy = EagerOperator("copy", "copy", "f32", chunk * size, 4 * chunk * size, 4 * chunk * size)
+        work += [(once, _count(s)), (copy, 3 * often)]
+        work += [(o, often) for x in (state.factor, state.added) for o in computed(x, extent)]
+    names = {x.name for x in r.states}
+    for e in r.cascade.einsums:
+        if e.out.tensor not in names:
+            work += [(o, often) for o in computed(e.body, extent)]
+    return _cost(s, device, work, "our-scan")
+
+
+def _cost(s: Scan, device: Device, work: Sequence[tuple[EagerOperator, int]], kind: str) -> Cost | None:
+    total = Bill()
+    host = Host(device)
+    for o, often in work:
+        one = Bill()
+        host.operator(o, one)
+        for name, seconds in one.parts.items():
+            total.add(name, seconds * often)
+        total.flops += one.flops * often
+        total.bytes += one.bytes * often
+        total.exps += one.exps * often
+    return total.cost(device, kind, "f32")
+
+
+# --- into the graph -----------------------------------------------------------------------------------------------
+
+
+def call_of(f: FoundScan, kernel: cpu_scan.ScanKernel) -> splice.Call:
+    """Our scan as a call that gives all results of a recurrence: one tensor, or several packed into one."""
+    wanted = [kernel.outputs.index(n) for n in f.results]
+    shapes = tuple(tuple(n.meta["val"].shape) for n in f.results.values())
+    kinds = tuple(n.meta["val"].dtype for n in f.results.values())
+
+    def run(*given: Tensor) -> Tensor:
+        made = kernel.entry(*given)
+        return packed([made[i] for i in wanted])
+
+    def fake(*given: Tensor) -> Tensor:
+        return packed([given[0].new_empty(shape, dtype=kind) for shape, kind in zip(shapes, kinds)])
+
+    def arguments(tensors: Mapping[str, Any], size: Any) -> tuple[Any, ...]:
+        return tuple(tensors[n] for n in kernel.inputs)
+
+    run.__name__ = NAME
+    return splice.Call(NAME, run, arguments, fake=fake)
+
+
+def output_of(gm: fx.GraphModule, f: FoundScan) -> fx.Node:
+    """The node that a call of a recurrence stands for: its one result, or all of them packed, of which they are read."""
+    results = list(f.results.values())
+    return results[0] if len(results) == 1 else unpacked(gm, results, set(f.loop.nodes))
+
+
+def interior(f: FoundScan, output: fx.Node) -> frozenset[fx.Node]:
+    """The nodes between what a recurrence reads and a result."""
+    return between(set(f.tensors.values()), output)

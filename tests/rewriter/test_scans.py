@@ -1,0 +1,290 @@
+"""Unrolled loops: folded into one body, lifted into a recurrence that computes the same, run by our scan; others are named."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import reattend
+from reattend.codegen.cpu.scan import ScanKernel, build
+from reattend.patterns.evaluate import evaluate
+from reattend.rewriter.choose.scans import scans
+from reattend.rewriter.fold.loop import loops
+from reattend.rewriter.fold.recurrences import FoundScan, lifted
+from reattend.rewriter.graph.functional import functional
+from reattend.rewriter.graph.liveness import erase_dead
+
+from .helpers import graph_of, values_of
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def selective(a: Tensor, b: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """A state a channel and entry, [b,d,t,n]; what a step gives contracts it."""
+    out = []
+    for t in range(a.shape[2]):
+        s = a[:, :, t] * s + b[:, :, t]
+        out.append((s @ c[:, t, :, None])[..., 0])
+    return torch.stack(out, -1), s
+
+
+def gated_unit(a: Tensor, x: Tensor) -> Tensor:
+    """States written one by one into zeros."""
+    h = torch.zeros_like(x[:, 0])
+    out = torch.zeros_like(x)
+    for t in range(x.shape[1]):
+        h = a[:, t] * h + x[:, t]
+        out[:, t] = h
+    return out * 1
+
+
+def log_sum(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    """A weighted mean under a running maximum, whose own state decays."""
+    m, n, d = torch.full_like(k[:, 0], -1e38), torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0])
+    out = torch.zeros_like(v)
+    for t in range(k.shape[1]):
+        q = torch.maximum(m, k[:, t] + u)
+        e, f = torch.exp(m - q), torch.exp(k[:, t] + u - q)
+        out[:, t] = (e * n + f * v[:, t]) / (e * d + f)
+        q = torch.maximum(m + w, k[:, t])
+        e, f = torch.exp(m + w - q), torch.exp(k[:, t] - q)
+        m, n, d = q, e * n + f * v[:, t], e * d + f
+    return out * 1
+
+
+def outer(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """A matrix state under a decay a head: S' = g S + k vᵀ, o = S'ᵀ q."""
+    s = torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=k.dtype)
+    out = []
+    for t in range(k.shape[2]):
+        s = g[:, :, t, None, None] * s + k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append((s * q[:, :, t, :, None]).sum(-2))
+    return torch.stack(out, 2)
+
+
+def delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """A delta rule: what the state holds at a key is taken off before its value is written."""
+    s = torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=k.dtype)
+    out = []
+    for t in range(k.shape[2]):
+        s = g[:, :, t, None, None] * s
+        s = s + k[:, :, t, :, None] @ (v[:, :, t, None, :] - k[:, :, t, None, :] @ s)
+        out.append(q[:, :, t, None, :] @ s)
+    return torch.cat(out, 2)
+
+
+def inputs(name: str, t: int) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(t)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    if name == "selective":
+        return draw(2, 5, t, 3).sigmoid(), draw(2, 5, t, 3), draw(2, t, 3), draw(2, 5, 3)
+    if name == "gated_unit":
+        return draw(2, t, 7).sigmoid(), draw(2, t, 7)
+    if name == "log_sum":
+        return 3 * draw(2, t, 7), draw(2, t, 7), -draw(7).exp(), draw(7)
+    return draw(2, 3, t, 4), draw(2, 3, t, 4) / 4, draw(2, 3, t, 6), draw(2, 3, t).sigmoid()
+
+
+CASES: dict[str, Function] = {
+    "selective": selective, "gated_unit": gated_unit, "log_sum": log_sum, "outer": outer, "delta": delta,
+}
+ELEMENTWISE = ("selective", "gated_unit", "log_sum", "outer")
+
+
+def found(fn: Function, args: tuple[Tensor, ...]) -> tuple[FoundScan, dict[str, Tensor], dict[str, Tensor]]:
+    """The one recurrence of a function, its inputs, and what the function computes for its results."""
+    gm = graph_of(fn, args)
+    gm = functional(gm) or gm
+    erase_dead(gm)
+    values = values_of(gm, list(args))
+    (loop,), failed = loops(gm.graph)
+    assert not failed
+    out = lifted(loop)
+    assert isinstance(out, FoundScan), out
+    return out, {n: values[x] for n, x in out.tensors.items()}, {n: values[x] for n, x in out.results.items()}
+
+
+def last(name: str, value: Tensor) -> Tensor:
+    return value[..., -1] if name.startswith("S") else value
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("t", [3, 9])
+def test_a_loop_is_the_recurrence_that_it_computes(name: str, t: int) -> None:
+    scan, given, want = found(CASES[name], inputs(name, t))
+    got = evaluate(scan.recurrence.cascade, given)
+    assert scan.loop.steps == t
+    for n, x in want.items():
+        assert (last(n, got[n]).reshape(x.shape) - x).abs().max() <= 1e-14 * x.abs().max()
+
+
+@pytest.mark.parametrize(("name", "t"), [
+    *((n, 9) for n in ELEMENTWISE),
+    # more than one chunk of steps
+    *(pytest.param(n, t, marks=pytest.mark.slow) for n in ELEMENTWISE for t in (37, 64, 130, 200)),
+])
+def test_our_scan_is_the_loop_in_float64(name: str, t: int) -> None:
+    scan, given, want = found(CASES[name], inputs(name, t))
+    kernel = build(scan.recurrence)
+    assert isinstance(kernel, ScanKernel), kernel
+    got = dict(zip(kernel.outputs, kernel.entry(*(given[n] for n in kernel.inputs))))
+    for n, x in want.items():
+        assert (got[n] - x).abs().max() <= 1e-14 * x.abs().max()
+
+
+def test_what_a_step_does_to_a_state_is_read_off_its_term() -> None:
+    laws = {n: [s.law for s in found(CASES[n], inputs(n, 5))[0].recurrence.states] for n in CASES}
+    assert laws == {
+        "selective": ["factor"], "gated_unit": ["factor"], "log_sum": ["maximum", "factor", "factor"],
+        "outer": ["factor"], "delta": ["matrix"],
+    }
+    assert found(delta, inputs("delta", 5))[0].recurrence.traits == {"decay", "delta"}
+    assert found(outer, inputs("outer", 5))[0].recurrence.traits == {"decay"}
+
+
+def test_a_delta_rule_has_no_kernel_yet() -> None:
+    kernel = build(found(delta, inputs("delta", 5))[0].recurrence)
+    assert "contracts its state" in str(kernel)
+
+
+# --- known answers ------------------------------------------------------------------------------------------------
+
+
+def wave(a: float, *shape: int) -> Tensor:
+    return torch.sin(a * torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)).reshape(shape)
+
+
+def test_known_answer_of_a_selective_state() -> None:
+    x, dt, b, c, d = wave(0.7, 1, 5, 33), wave(0.9, 1, 5, 33), wave(1.1, 1, 3, 33), wave(1.3, 1, 3, 33), wave(0.5, 5)
+    dt = torch.nn.functional.softplus(dt)
+    a = torch.exp(-torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64) * dt[..., None])
+    added = dt[..., None] * b.transpose(1, 2)[:, None] * x[..., None]
+    scan, given, _ = found(selective, (a, added, c.transpose(1, 2), torch.zeros(1, 5, 3, dtype=torch.float64)))
+    kernel = build(scan.recurrence)
+    assert isinstance(kernel, ScanKernel)
+    y, s = kernel.entry(*(given[n] for n in kernel.inputs))
+    y = y + x * d[:, None]
+    assert [y.sum().item(), (y**2).sum().item()] == pytest.approx([21.6110350454, 148.9758465684], abs=1e-9)
+    assert [s.sum().item(), (s**2).sum().item()] == pytest.approx([0.6141517314, 3.0218102181], abs=1e-9)
+
+
+def test_known_answer_of_a_gated_unit_with_resets() -> None:
+    a = 0.5 + 0.5 * wave(0.9, 1, 33, 5)
+    a[:, [0, 20]] = 0.0
+    scan, given, _ = found(gated_unit, (a, wave(0.7, 1, 33, 5)))
+    kernel = build(scan.recurrence)
+    assert isinstance(kernel, ScanKernel)
+    h, end = kernel.entry(*(given[n] for n in kernel.inputs))
+    assert [h.sum().item(), (h**2).sum().item()] == pytest.approx([5.2234291332, 47.6095020267], abs=1e-9)
+    assert [end.sum().item(), (end**2).sum().item()] == pytest.approx([1.1288218863, 0.8559320673], abs=1e-9)
+
+
+# --- what is no loop, or none that we run -------------------------------------------------------------------------
+
+
+def reads_its_number(x: Tensor) -> Tensor:
+    s, out = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        s = s * t + x[:, t]
+        out.append(s)
+    return torch.stack(out, 1)
+
+
+def squares(x: Tensor) -> Tensor:
+    s, out = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        s = s * s + x[:, t]
+        out.append(s)
+    return torch.stack(out, 1)
+
+
+def chooses(x: Tensor) -> Tensor:
+    s, out = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        s = torch.where(x[:, t] > 0, s, 0.0) + x[:, t]
+        out.append(s)
+    return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize(("fn", "why"), [
+    (reads_its_number, "reads its own number"), (squares, "neither scaled and added to"), (chooses, "neither scaled"),
+])
+def test_another_kind_of_recurrence_is_named_once(fn: Function, why: str) -> None:
+    gm = graph_of(fn, (torch.randn(2, 9, 4),))
+    found_, misses = scans(gm.graph, Counter())
+    assert not found_
+    (miss,) = misses
+    assert "a recurrence of another kind" in miss.reason
+    assert why in miss.reason
+
+
+def test_a_value_of_one_step_that_is_read_outside_is_no_result() -> None:
+    def fn(a: Tensor, x: Tensor) -> Tensor:
+        h, kept = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            h = a[:, t] * h + x[:, t]
+            kept.append(h)
+        return torch.stack(kept, 1) + kept[3][:, None]
+
+    _, (miss,) = scans(graph_of(fn, (torch.rand(2, 9, 4), torch.rand(2, 9, 4))).graph, Counter())
+    assert "read by" in miss.reason
+
+
+def test_layers_that_hand_on_a_value_are_no_recurrence() -> None:
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        for _ in range(6):
+            x = x + torch.relu(x @ w)
+        return x
+
+    found_, misses = scans(graph_of(fn, (torch.randn(4, 4), torch.randn(4, 4))).graph, Counter())
+    assert not found_
+    assert not misses
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+class Selective(torch.nn.Module):
+    def forward(self, a: Tensor, b: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return selective(a, b, c, s)
+
+
+def test_a_model_runs_our_scan_and_gets_both_results() -> None:
+    args = tuple(x.float() for x in inputs("selective", 9))
+    want = selective(*args)
+    model = reattend.optimize(Selective().eval(), policy=reattend.Policy(tune=False, allow=("reattend",), deny=("original",)))
+    with torch.no_grad():
+        got = model(*args)
+    for x, y in zip(got, want):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    report = reattend.report(model)
+    assert [(s.kind, s.choice) for p in report.pieces if p.plan for s in p.plan.sites] == [("scan", "reattend")]
+    assert [c.verdict for c in report.checks] == ["same"]
+    reattend.restore(model)
+
+
+def test_where_gradients_are_wanted_the_own_steps_stay() -> None:
+    args = tuple(x.float().requires_grad_() for x in inputs("selective", 9))
+    model = reattend.optimize(Selective(), policy=reattend.Policy(tune=False))
+    y, s = model(*args)
+    (y.sum() + s.sum()).backward()
+    (site,) = [s for p in reattend.report(model).pieces if p.plan for s in p.plan.sites]
+    assert site.choice == "original"
+    assert "no backward" in site.chosen.why
+    assert args[0].grad is not None
+    reattend.restore(model)
+
+
+@pytest.mark.slow
+def test_a_long_loop_is_planned_without_recursion() -> None:
+    plan = reattend.plan(Selective().eval(), tuple(x.float() for x in inputs("selective", 1000)))
+    assert [s.kind for s in plan.sites] == ["scan"]
+    assert not plan.misses
