@@ -298,9 +298,8 @@ def file(
     ]
     numbers = [f"TILE_P, TILE_M = {m.tile_p}, {m.tile_m}", *constants]
     numbers += [line for name, line in CONSTANTS.items() if name in used_names(text)]
-    out = [
-        header(p.f, walk or decision, version), imports("\n".join([*numbers, text, *loops])), "\n".join(numbers), *loops, text
-    ]
+    head = header(p.f, walk or decision, version)
+    out = [head, imports("\n".join([*numbers, text, *loops])), "\n".join(numbers), *loops, text]
     return "\n\n\n".join(out) + "\n"
 
 
