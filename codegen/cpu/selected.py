@@ -1,15 +1,18 @@
 """Prints the CPU kernel for rows that name their keys: two products around the printed score and row state, keys gathered.
 
     slots   the indices as the model computed them       chosen   the score of a key that is named
-    kept    which of a row's named keys it keeps         plain    rows that keep none of them, as they are written
+    least   what one of a row's scores has to reach      plain    rows where none does, as they are written
 
-A change of the variable that is reduced, exact where an unnamed key's fill is neutral in a row that keeps some key.
+A change of the variable that is reduced, exact where an unnamed key's fill is neutral beside some score of the row. Masks
+that are added as data may hide all keys that a row names: only the scores tell.
 """
 
 from __future__ import annotations
 
+import math
+
 from ...patterns import expr as ex
-from ...patterns.expr import TRUE, Expr
+from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.selection import Selection, selection
 from ...patterns.terms.conditions import simplify_under
@@ -22,13 +25,13 @@ from ..text.print_torch import TYPES, TorchBody, literal
 from ..text.printer import PrintError
 from .product import BODY, ProductKernel, of_values
 
-RESERVED = ("slots", "there", "chosen", "left", "plain", "member", "block", "selected")
+RESERVED = ("slots", "there", "chosen", "named", "take", "plain", "member", "block", "selected")
 
 
 def text(f: Form, m: TileMapping, version: str) -> str:
     """The kernel's file."""
     k = SelectedKernel(f)
-    functions = [*relatives(k.p, k.near), *k.scores, *k.named, k.step, k.end]
+    functions = [*relatives(k.p, k.near), *k.scores, k.chosen, k.step, k.end]
     walk = [f"Each row sees the keys that {k.choice.slots} names, gathered; {BODY}."]
     return file(k.p, m, [*(x.text for x in functions), k.whole_file()], (cpu, cpu_product), [], BODY, version, walk)
 
@@ -48,10 +51,6 @@ class SelectedKernel(ProductKernel):
         if any(x.attr == self.choice.member.attr for x in ex.loads(score)):
             raise PrintError("the score of a key that is named reads the mask of all pairs")
         self.chosen = self._apart("chosen", "The score of a key that the row names.", score)
-        self.left = None
-        if self.choice.rest is not TRUE:
-            self.left = self._apart("left", "What a key that the row names needs besides.", self.choice.rest)
-        self.named = [self.chosen, *([self.left] if self.left else [])]
 
     def _apart(self, name: str, doc: str, term: Expr) -> PrintedFunction:
         """A function at keys that lie anywhere: what it reads is gathered."""
@@ -68,24 +67,17 @@ class SelectedKernel(ProductKernel):
         slots, _ = operands(p, f.attention.query, s.slots, (s.slot,))
         setup.append(f"slots = {slots}.expand(-1, -1, {p.names.rank(f.attention.query)}, -1)")
         start = of_values([literal(c.identity) for c in f.state.carried])
-        kept = "kept" if f.rule == "guarded" else "None"
+        least = literal(-skip.FINITE if f.rule == "guarded" else -math.inf)
+        at_keys = {**self.places(), p.ranks[f.attention.key]: "keys"}
         unpack = f"{''.join(f'{x}, ' for x in self.products.values()).rstrip()} = scores"
         lines = [
-            *self.finish(), "", "def update(scores, state, at, keys, there):", f"    {unpack}",
-            f"    x = torch.where(there, {self.chosen.call(self.at_keys())}, {literal(self.null)})",
-            f"    return {self.stepped(self.places())}", "", *(self._kept() if kept != "None" else []),
-            *self._plain(pairs, real, start), "",
+            *self.finish(), "", "def named(scores, at, keys, there):", f"    {unpack}",
+            f"    return torch.where(there, {self.chosen.call(at_keys)}, {literal(self.null)})", "",
+            "def take(x, state, at):", f"    return {self.stepped(self.places())}", "", *self._plain(pairs, real, start), "",
             f"selected([{', '.join(pairs)}], v, rows, slots, {p.names.size(s.places)}, {s.block}, {real}, {start},",
-            f"         update, finish, {kept}, plain)",
+            f"         named, take, finish, {least}, plain)",
         ]
         return entry(p, lines, setup, without=str(s.member.attr))
-
-    def at_keys(self) -> dict[str, str]:
-        return {**self.places(), self.p.ranks[self.f.attention.key]: "keys"}
-
-    def _kept(self) -> list[str]:
-        wanted = f"there & {self.left.call(self.at_keys())}" if self.left else "there"
-        return ["def kept(at, keys, there):", f"    return {wanted}", ""]
 
     def _plain(self, pairs: list[str], real: str, start: str) -> list[str]:
         """Lines of the rows that are computed as they are written, and of the mask of all pairs, made once if ever."""

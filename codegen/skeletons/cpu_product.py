@@ -101,17 +101,16 @@ def head_groups(batch: tuple[int, int], heads: int, group: int, scores: int) -> 
 
 def selected(
     pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor, out: Tensor, slots: Tensor, places: int, block: int,
-    real: torch.dtype, start: Sequence[float],
-    update: Callable[[list[Tensor], State, At, Tensor, Tensor], tuple[Tensor, Tensor | None, State]],
-    finish: Callable[[Tensor, State, At], Tensor], kept: Callable[[At, Tensor, Tensor], Tensor] | None,
-    plain: Callable[[int, Block], None],
+    real: torch.dtype, start: Sequence[float], score: Callable[[list[Tensor], At, Tensor, Tensor], Tensor],
+    take: Callable[[Tensor, State, At], tuple[Tensor, Tensor | None, State]],
+    finish: Callable[[Tensor, State, At], Tensor], least: float, plain: Callable[[int, Block], None],
 ) -> None:
     """Compute `out` [Z, H, P, F] where each row reads the keys that its slots [Z, S, P, J] name, S dividing H.
 
     Operands as in `stream`; they are gathered as they are and computed with as `real`. An index stands for `block` keys, of
-    `places` such blocks. `update(products, state, at, keys, there)` and `kept(at, keys, there)` get the keys
-    [1, 1, rows, J·block] and which of them count. Where `kept` (None: nobody asks) leaves a row without a key, `plain(z,
-    rows)` computes those rows as they are written.
+    `places` such blocks. `score(products, at, keys, there)` gets the keys [1, 1, rows, J·block] and which of them count,
+    `take(score, state, at)` takes the scores into the state. Where those of a row are all below `least`, other keys may
+    count beside them: `plain(z, rows)` computes such rows as they are written.
     """
     queries, keys = out.shape[2], v.shape[2]
     width = max(slots.shape[3] * block, 1)
@@ -126,13 +125,10 @@ def selected(
             at = At(slice(z, z + 1), slice(0, 0), slice(p0, min(p0 + rows, queries)), slice(0, 0))
             named = [named_keys(s, places, block, keys) for s in slots[z, :, at.p]]
             heads = [slice(h, h + together) for h in range(0, out.shape[1], together)]
-            if kept is not None and not all(
-                bool(kept(at._replace(h=h), m, there).any(-1).all()) for h, (m, there) in zip(heads, named)
-            ):
-                plain(z, Block(p0, at.p.stop, at.p.stop - p0, [Run(0, keys, True)]))
-                continue
             for h, (m, there) in zip(heads, named):
-                group_selected(pairs, v, out, at._replace(h=h), m, there, real, start, update, finish)
+                if not group_selected(pairs, v, out, at._replace(h=h), m, there, real, start, score, take, finish, least):
+                    plain(z, Block(p0, at.p.stop, at.p.stop - p0, [Run(0, keys, True)]))
+                    break
 
 
 def named_keys(slots: Tensor, places: int, block: int, keys: int) -> tuple[Tensor, Tensor]:
@@ -153,11 +149,12 @@ def named_keys(slots: Tensor, places: int, block: int, keys: int) -> tuple[Tenso
 
 def group_selected(
     pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor, out: Tensor, at: At, m: Tensor, there: Tensor, real: torch.dtype,
-    start: Sequence[float],
-    update: Callable[[list[Tensor], State, At, Tensor, Tensor], tuple[Tensor, Tensor | None, State]],
-    finish: Callable[[Tensor, State, At], Tensor],
-) -> None:
-    """The rows `at` of heads with the same keys: as many key heads at a time as the cache holds."""
+    start: Sequence[float], score: Callable[[list[Tensor], At, Tensor, Tensor], Tensor],
+    take: Callable[[Tensor, State, At], tuple[Tensor, Tensor | None, State]],
+    finish: Callable[[Tensor, State, At], Tensor], least: float,
+) -> bool:
+    """The rows `at` of heads with the same keys, as many key heads at a time as the cache holds; or no, where a row's scores
+    are all below `least`."""
     z, group, together = at.z.start, out.shape[1] // v.shape[1], at.h.stop - at.h.start
     count, width, index = m.shape[2], m.shape[3], m.reshape(-1)
     wide = max([v.shape[3], *(k.shape[3] for _, k in pairs)])
@@ -175,11 +172,15 @@ def group_selected(
             far = gathered(k[z, shared], index, real).view(many, count, width, -1)
             near = q[z, here.h, at.p].to(real).unflatten(0, (many, -1)).transpose(1, 2)
             scores.append((near @ far.mT).transpose(1, 2).reshape(1, heads, count, width))
-        state: State = tuple(torch.full((1, heads, count, 1), x, dtype=real, device=v.device) for x in start)
-        w, _, state = update(scores, state, here, m, there)
+        x = score(scores, here, m, there)
+        if least > -torch.inf and not bool((x.amax(-1) >= least).all()):
+            return False
+        state: State = tuple(torch.full((1, heads, count, 1), y, dtype=real, device=v.device) for y in start)
+        w, _, state = take(x, state, here)
         w = w.expand(1, heads, count, width).reshape(many, heads // many, count, width).transpose(1, 2)
         acc = w @ gathered(v[z, shared], index, real).view(many, count, width, -1)
         out[here.z, here.h, at.p] = finish(acc.transpose(1, 2).reshape(1, heads, count, -1), state, here)
+    return True
 
 
 def gathered(t: Tensor, index: Tensor, real: torch.dtype) -> Tensor:

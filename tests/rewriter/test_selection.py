@@ -167,6 +167,22 @@ def test_rows_without_a_visible_key_give_what_the_spelling_gives() -> None:
     assert float(out.square().sum()) == pytest.approx(51.1245207351, abs=1e-9)
 
 
+@pytest.mark.parametrize("fill", [-INF, LOWEST], ids=["infinite", "lowest"])
+@pytest.mark.parametrize("hidden", [-INF, LOWEST], ids=["hidden by infinity", "hidden by the lowest"])
+def test_data_that_hides_all_keys_of_a_row(fill: float, hidden: float) -> None:
+    """What is added to the scores hides the keys that some rows name: then it is up to the fill what the row is."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, i: Tensor, added: Tensor) -> Tensor:
+        out = torch.ones(N, N, dtype=torch.bool).scatter(-1, i.topk(K, -1).indices, False)
+        if fill == -INF:
+            return (q @ k.mT * 5**-0.5 + added).masked_fill(out, fill).softmax(-1) @ v
+        return (q @ k.mT * 5**-0.5 + added.masked_fill(out, fill)).softmax(-1) @ v
+
+    added = torch.zeros(N, N, dtype=torch.float64).masked_fill(~causal(), hidden)
+    added[3], added[:, :5] = hidden, hidden
+    exact(f, *operands(), index_score(), added)
+
+
 @pytest.mark.parametrize("safe", [True, False], ids=["zero", "nan"])
 def test_rows_without_a_key_by_infinite_fills(safe: bool) -> None:
     def f(q: Tensor, k: Tensor, v: Tensor, i: Tensor) -> Tensor:
@@ -224,6 +240,24 @@ def test_all_that_there_is_is_no_selection() -> None:
     assert str(split(view.score, view.key).keep) == "m − p ≤ 0"
 
 
+def lowest_of(dtype: torch.dtype) -> Callable[..., Tensor]:
+    def f(q: Tensor, k: Tensor, v: Tensor, i: Tensor) -> Tensor:
+        out = torch.ones(N, N, dtype=torch.bool).scatter(-1, i.topk(K, -1).indices, False) | ~causal()
+        mask = torch.zeros(N, N, dtype=dtype).masked_fill(out, torch.finfo(dtype).min)
+        return (q @ k.mT * 5**-0.5 + mask).softmax(-1) @ v
+
+    return f
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_types(dtype: torch.dtype) -> None:
+    here, tensors, want = found(lowest_of(dtype), *(x.to(dtype) for x in operands()), index_score())
+    out = gathered(here.cascade, tensors).double()
+    exact = evaluate(here.cascade, tensors, widen=True)[here.cascade.outputs[0]]
+    own = (want.double().reshape(exact.shape) - exact).abs().max()
+    assert (out - exact).abs().max() <= 1.5 * own
+
+
 # --- what is left alone -----------------------------------------------------------------------------------------------
 
 
@@ -240,6 +274,11 @@ def test_a_fill_that_leaves_a_weight_is_not_gathered() -> None:
 
     names = torch.randint(0, N, (N, 9), generator=torch.Generator().manual_seed(0))
     assert "no row names its keys" in refused(found(f, *operands(), names)[0].cascade)
+
+
+def test_a_fill_of_half_floats_is_no_lowest_score() -> None:
+    here, _, _ = found(lowest_of(torch.float16), *(x.half() for x in operands()), index_score())
+    assert "not proved" in refused(here.cascade)
 
 
 def test_several_scattered_values_are_read_as_a_tensor() -> None:
