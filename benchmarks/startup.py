@@ -7,7 +7,7 @@ measurement is a process of its own, and kinds take turns. The kinds: `dynamo` i
 with the same dynamic settings, `first` is reattend.optimize with an empty cache folder, `second` with the folder that an
 earlier process left, `unchecked` the same without the net's check. Medians of CPU time (compilers that are started
 included) and of wall time, in seconds, from before the first import of reattend or of Dynamo; torch and transformers are
-imported before. A ratio is a kind's median over that of `dynamo`. Writes JSON.
+imported before. A ratio is a kind's median over that of `dynamo`. Writes JSON as rows end.
 """
 
 from __future__ import annotations
@@ -183,13 +183,12 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one, options.layers, options.attn[0], options.dtype)))
         return
-    rows = []
+    rows, head = [], versions()
+    print(", ".join(f"{k} {v}" for k, v in head.items()), flush=True)
     for attn in options.attn:
         rows.append(cell(attn, options))
         print(table(rows[-1]), f"ours: {rows[-1]['ours']}", "", sep="\n", flush=True)
-    head = versions()
-    print(", ".join(f"{k} {v}" for k, v in head.items()))
-    options.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

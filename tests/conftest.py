@@ -90,3 +90,12 @@ def _seeded() -> None:
     """Random weights and inputs repeat; torch is not loaded for tests that do without it."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan of an earlier run is read: a test may change what makes it, or count that it is made."""
+    if "torch" in sys.modules and not INTERPRETED:
+        from reattend.rewriter.run import kept
+
+        monkeypatch.setattr(kept, "recall", lambda at: None)

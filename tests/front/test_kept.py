@@ -15,6 +15,9 @@ from reattend.codegen.files import cache
 from reattend.rewriter.capture import capture
 from reattend.rewriter.run import kept
 
+# Other tests read no plans.
+RECALL = kept.recall
+
 
 class Layer(nn.Module):
     def __init__(self) -> None:
@@ -31,6 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own."""
     monkeypatch.setattr(cache, "directory", lambda: tmp_path)
     monkeypatch.setattr(kept, "_own", set())
+    monkeypatch.setattr(kept, "recall", RECALL)
     torch.manual_seed(0)
     return tmp_path / "plans"
 
