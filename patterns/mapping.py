@@ -14,8 +14,9 @@ class TileMapping:
     programs share one row block's keys and merge (1: none; at other sizes as many as keep the device busy);
     `heavy_first` walks the row blocks with most tiles first; `body` names the code that computes one tile: "triton", or
     on the CPU "sdpa" (SDPA on key slices, a causal triangle whole), "slices" (the same, triangles cut as well), "product"
-    (two products around the printed score and row rule), "selected" (the same around keys that each row names) or "fused"
-    (one pass in C++ around them; tiles of 16 queries and 32 keys, or multiples).
+    (two products around the printed score and row rule), "selected" (the same around keys that each row names), "fused"
+    (one pass in C++ around them; tiles of 16 queries and 32 keys, or multiples) or "decode" (the same for few queries:
+    keys as they lie in memory, split over the threads).
     """
 
     tile_p: int
@@ -25,6 +26,11 @@ class TileMapping:
     split_m: int = 1
     heavy_first: bool = True
     body: str = "triton"
+
+    @property
+    def is_compiled(self) -> bool:
+        """Is it C++ that the machine's compiler has to compile?"""
+        return self.body in ("fused", "decode")
 
     def to_text(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)

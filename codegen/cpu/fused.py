@@ -30,6 +30,7 @@ from .cpp.names import LoopProgram, stored
 from .cpp.terms import Diagonal
 
 BODY = "one pass in C++ around the score and the row's state"
+FEW = "one read of keys and values in C++ around the score and the row's state"
 # What the loop is made for: rows of its register blocks, columns of two vectors.
 ROWS, COLUMNS = 16, 32
 OPERANDS = ("f32", "bf16", "f16")
@@ -63,6 +64,7 @@ class FusedFile:
     def __init__(self, f: Form, m: TileMapping, saved: tuple[Expr, ...] | None = None, reserved: Sequence[str] = ()) -> None:
         """`saved`: row scalars that are handed over; `reserved`: more names that the printed Python uses."""
         self.f, self.m = f, m
+        self.loop = "fused_decode" if m.body == "decode" else "fused"
         self.p = Printer(f, reserved=[*parts(cpu_fused), *parts(native), *LOCALS, *reserved])
         a = f.attention
         given = [t.name for t in f.cascade.inputs] + [e.out.tensor for e in a.prelude]
@@ -82,7 +84,8 @@ class FusedFile:
         # what is printed first says how tensors have to lie
         constants = self.constants()
         printed = [*self.functions(), self.main()]
-        return file(self.p, self.m, printed, (cache, native, cpu, cpu_fused), constants, BODY, version)
+        body = FEW if self.m.body == "decode" else BODY
+        return file(self.p, self.m, printed, (cache, native, cpu, cpu_fused), constants, body, version)
 
     def functions(self) -> list[str]:
         """What the entries call of what is printed."""
@@ -101,7 +104,7 @@ class FusedFile:
         """The file's constants: the bound on scores, the C++."""
         limit = self.limit
         out = [f"# Scores below this leave masked weights at exactly 0.\nLIMIT = {limit[0]!r}"] if limit else []
-        return [*out, f"SOURCE = r'''\n{native.source(self.holes()).strip()}\n'''"]
+        return [*out, f"SOURCE = r'''\n{native.source(self.holes(), self.loop).strip()}\n'''"]
 
     def holes(self) -> str:
         """What is printed of the C++: constants, types, `struct LoopProgram`."""

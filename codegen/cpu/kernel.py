@@ -5,6 +5,7 @@
     body "product"   every other score and row rule: two products around the printed program, with carried row state
     body "selected"  rows that name their keys: the same around keys gathered for each row
     body "fused"     any score and row rule in one pass of C++ around the printed program, compiled at the first call
+    body "decode"    the same for few queries
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
             source = cpu_product.text(f, mapping, version())
         elif mapping.body == "selected":
             source = cpu_selected.text(f, mapping, version())
-        elif mapping.body == "fused":
+        elif mapping.is_compiled:
             source = cpu_fused.text(f, mapping, version())
         else:
             s = softmax(f)
@@ -141,7 +142,7 @@ def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
     made = cache.load(source)
     # the file has them in the order in which the attention's own cascade reads them
     inputs = tuple(t.name for t in f.cascade.inputs)
-    if mapping.body != "fused":
+    if not mapping.is_compiled:
         return CpuKernel(source, inputs, loose(f.cascade), made.attention)
     compiled = partial(made.compiled, made.SOURCE)
     return CpuKernel(source, inputs, loose(f.cascade), made.attention, compiled, (made.CompilerError,))

@@ -27,7 +27,7 @@ from typing import Any
 from .cache import directory
 from .library import SKELETONS
 
-SKELETON = ("fused_scalar", "fused_micro", "fused_memory", "fused", "fused_backward")
+SKELETON = ("fused_scalar", "fused_micro", "fused_memory", "fused", "fused_backward", "fused_decode")
 COMPILERS = ("g++", "clang++", "c++")
 # Infinities and NaN are values of the scores: nothing that assumes their absence. Products may be fused with sums. Integers
 # that may wrap around do not come here at all: -fwrapv would make biases half as dear again.

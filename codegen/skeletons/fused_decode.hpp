@@ -32,6 +32,8 @@ namespace {
 constexpr int64_t UNITS_A_THREAD = 3;
 // Rows of a block, and vectors of sums that the registers hold.
 constexpr int MOST_ROWS = LANES < 8 ? LANES : 8, SUMS = 16;
+// Bytes ahead of what is read that are asked for, into the L2 cache: nearer ones come too late, and further ones leave it.
+constexpr int64_t PREFETCH = 32 << 10;
 constexpr int deep_of(int n) { return int(up(n, LANES)); }
 constexpr int WIDE = deep_of(F);
 constexpr int64_t queries_width() {
@@ -165,17 +167,19 @@ struct Worker {
       const int n = int(std::min<int64_t>(KEYS, stop - m));
       const T* keys[KEYS];
       for (int j = 0; j < KEYS; j++) keys[j] = at<T>(k, u.z, u.kv, m + std::min(j, n - 1));
-      Vector s[LANES] = {};
-      for (int e = 0; e < D; e += LANES) {
-        Vector x[ROWS];
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; i++) x[i] = *(const Vector*)(q + i * D + e);
-#pragma GCC unroll 16
-        for (int j = 0; j < KEYS; j++) {
+      Vector s[LANES];
+      // one key after the other: memory is read in its order
+      for (int j = 0; j < KEYS; j++) {
+        Vector t[ROWS] = {};
+#pragma GCC unroll 4
+        for (int e = 0; e < D; e += LANES) {
+          __builtin_prefetch((const char*)(keys[j] + e) + PREFETCH, 0, 2);
           const Vector y = part_of<E[I]>(keys[j], e);
 #pragma GCC unroll 16
-          for (int i = 0; i < ROWS; i++) s[i * KEYS + j] += x[i] * y;
+          for (int i = 0; i < ROWS; i++) t[i] += *(const Vector*)(q + i * D + e) * y;
         }
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; i++) s[i * KEYS + j] = t[i];
       }
       alignas(64) float found[LANES];
       *(Vector*)found = sums(s);
@@ -224,7 +228,7 @@ struct Worker {
       const int64_t m0 = m * TILE_M, end = std::min(c.M, stop * TILE_M);
       for (int j = 0; j < PRODUCTS; j++) s[j] = task.score(j, z, h, p) + m0;
       if (!kind) {
-        if (c.class_h) std::fill_n(s[0], end - m0, 0.0f);
+        if (c.class_h || c.P > TILE_P) std::fill_n(s[0], end - m0, 0.0f);
         continue;
       }
       const int n = int(end - m0);
@@ -270,7 +274,10 @@ struct Worker {
     for (; m < stop; m++, from += v.n) {
       Vector y[COLUMNS];
 #pragma GCC unroll 16
-      for (int j = 0; j < COLUMNS; j++) y[j] = part_of<F>(from, f + j * LANES);
+      for (int j = 0; j < COLUMNS; j++) {
+        __builtin_prefetch((const char*)(from + f + j * LANES) + PREFETCH, 0, 2);
+        y[j] = part_of<F>(from, f + j * LANES);
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++) {
         const float x = w[i][m];

@@ -197,6 +197,8 @@ def _on_cpu(queries: int, keys: int) -> Iterator[TileMapping]:
         # small tiles keep a block's scores near the core, and follow the mask closely
         tile = next((t for t in (32, 64) if queries * keys <= CLASSES * t * t), 128)
         yield TileMapping(tile_p=tile, tile_m=tile, warps=1, stages=1, body="fused")
+    if queries <= SHARED_ROWS:
+        yield TileMapping(tile_p=SMALLEST_DOT, tile_m=64, warps=1, stages=1, body="decode")
     yield TileMapping(tile_p=min(GATHERED_ROWS, queries), tile_m=64, warps=1, stages=1, body="selected")
     for body in ("sdpa", "slices", "product"):
         for tile in tiles:

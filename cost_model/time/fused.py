@@ -70,6 +70,43 @@ def fused(s: Subject, at: Shape, mapping: TileMapping, jobs: Jobs, device: Devic
     return bill.cost(device, "our-fused", t)
 
 
+# Rows of a block of the loop for few queries, and segments of keys that a thread should get.
+FEW_BLOCK, SEGMENTS_A_THREAD = 8, 3
+# A multiply-add there beside one of whole tiles: sums go across the lanes, and 8 rows fill the registers less. Keys in the
+# cache, 8 rows of 128: 3.3e-11 s.
+FEW_MULTIPLY = 2.4
+
+
+def few(s: Subject, at: Shape, mapping: TileMapping, jobs: Jobs, device: Device) -> Cost:
+    """Seconds of the body for few queries, which models codegen/skeletons/fused_decode.hpp: keys and values are read once.
+
+    Products run while the next keys are on their way: what takes longer counts. They are of floats on vectors.
+    """
+    host, bill = Host(device), Bill()
+    h, t, heads = host.h, s.dtype, at.batch // at.group
+    share = float(jobs.visited.sum()) * jobs.repeat / max(at.batch * -(-at.keys // mapping.tile_m), 1)
+    rows = at.group * at.queries
+    filled = rows // FEW_BLOCK * FEW_BLOCK + (1 << max(rows % FEW_BLOCK - 1, 0).bit_length() if rows % FEW_BLOCK else 0)
+    keys = heads * at.keys * min(share, 1.0)
+    units = heads * (max(1, -(-SEGMENTS_A_THREAD * host.threads // heads)) if host.threads > 1 else 1)
+    gain = balanced(host.gain("product"), host.threads, units)
+    multiplied = keys * filled * (at.embed + at.value) * FEW_MULTIPLY * h.fused_multiply_seconds["f32"] / gain
+    read = host.stream(keys * (at.embed + at.value) * WIDTH[t])
+    pairs = keys * rows
+    plain = rate(h.fused_pair_seconds, t) + more(host, pointwise(s, s.mask.keep is not ex.TRUE), PLAIN)
+    bill.add("launch", h.operator_call_seconds + h.fused_call_seconds)
+    if s.mask.keep is not ex.TRUE:
+        bill.add("launch", (AROUND_DATA if loaded(s) else AROUND_ALL) * h.operator_seconds)
+    bill.add("memory" if read > multiplied else "matrix", max(read, multiplied))
+    bill.add("exp", pairs * plain / gain)
+    bill.add("memory", host.stream(bias_bytes(s, at, min(share, 1.0))))
+    bill.add("element", pairs * len(biases(s, at)) * rate(h.fused_bias_seconds, t) / gain)
+    bill.add("element", fused_fetch_seconds(host, s, pairs) / gain)
+    bill.flops, bill.exps = int(2 * pairs * (at.embed + at.value)), int(pairs)
+    bill.bytes = WIDTH[t] * (at.batch * at.queries + heads * at.keys) * (at.embed + at.value)
+    return bill.cost(device, "our-fused", t)
+
+
 def _padded(n: int, to: int) -> int:
     return -(-n // to) * to
 

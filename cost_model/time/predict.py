@@ -32,7 +32,7 @@ from .beforehand import fetch_seconds, fused_fetch_seconds, plus, with_operands,
 from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, selected, tiled
 from .cost import Cost, bound_of, differentiated
 from .fit import Footprint, as_compiled, candidates, footprint, padded, refuse
-from .fused import PLAIN, fits, fused
+from .fused import PLAIN, few, fits, fused
 
 __all__ = [
     "VENDORS", "Cost", "VendorKernel", "VendorUse", "best_mapping", "predict", "predict_original", "predict_vendor",
@@ -140,7 +140,7 @@ def ranked_mappings(
     if not fitting:
         return Obstacle(f"no tile of head sizes {at.embed} and {at.value} fits {device.name}")
     if device.kind == "cpu":
-        able = [m for m in fitting if m.body in _bodies(s)]
+        able = [m for m in fitting if m.body in _bodies(s) and (m.body != "decode" or at.queries < FEW_ROWS)]
         found = [(m, _trained_on_cpu(s, at, m, device, data, wanted)) for m in able]
         return tuple(sorted(found, key=lambda pair: pair[1].seconds))
     rough = sorted(fitting, key=lambda m: _ours(s, at, m, device, data, scheduled=0).seconds)
@@ -152,7 +152,7 @@ def _bodies(s: Subject) -> tuple[str, ...]:
     """Bodies that may be printed for an attention on a CPU."""
     sdpa = (("sdpa", "slices") if has_triangles(s) else ("sdpa",)) if by_sdpa(s) else ()
     named = ("selected",) if selection(s.attention, s.mask.keep) is not None else ()
-    return ("product", *sdpa, *named, *(("fused",) if fits(s) else ()))
+    return ("product", *sdpa, *named, *(("fused", "decode") if fits(s) else ()))
 
 
 def predict_original(
@@ -266,7 +266,10 @@ def _ours_on_cpu(s: Subject, at: Shape, mapping: TileMapping, device: Device, da
         assert found is not None, mapping
         return with_prelude(selected(s, at, found, device), s, at, device, without=str(found.member.attr))
     jobs = plan_tiles(s, at, mapping, data)
-    cost = fused(s, at, mapping, jobs, device, rates) if mapping.body == "fused" else tiled(s, at, mapping, jobs, device)
+    if mapping.body == "decode":
+        cost = few(s, at, mapping, jobs, device)
+    else:
+        cost = fused(s, at, mapping, jobs, device, rates) if mapping.body == "fused" else tiled(s, at, mapping, jobs, device)
     unseen = at.keys - _keys_visited(jobs, at.keys)
     cost = with_operands(with_prelude(cost, s, at, device), s, at, device)
     return replace(cost, bytes=cost.bytes - WIDTH[s.dtype] * (at.batch // at.group) * unseen * (at.embed + at.value))

@@ -226,7 +226,7 @@ def _ours(
         name, passes=passes, cost=cost, mapping=mapping.to_text(), why=why, maker=lambda: str(kernel.source)
     )
     # Triton and the fused body compile at the first launch; what else is printed for the CPU was loaded when it was built.
-    compiles = q.device.is_gpu or mapping.body == "fused"
+    compiles = q.device.is_gpu or mapping.is_compiled
     if not isinstance(kernel, trained.TrainedKernel):
         return candidate, our_call(q.cascade, mapping, fragile=compiles and not q.traced)
     conditions = (needs_no_gradient(kernel.without),) if kernel.without else ()
@@ -263,14 +263,14 @@ def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[T
 
 def _paid_back(found: list[tuple[TileMapping, Cost]], rival: float) -> tuple[list[tuple[TileMapping, Cost]], str]:
     """Mappings in the order in which they are tried, and what is said of one that does not pay for its compilation."""
-    compiled = [(m, c) for m, c in found if m.body == "fused"]
-    others = [(m, c) for m, c in found if m.body != "fused"]
+    compiled = [(m, c) for m, c in found if m.is_compiled]
+    others = [(m, c) for m, c in found if not m.is_compiled]
     if not compiled:
         return found, ""
     saved = min([rival, *(c.seconds for _, c in others[:1])]) - compiled[0][1].seconds
     if saved >= PAYBACK_SECONDS:
         return found, ""
-    said = f"the fused body would save {saved * 1e3:.2g} ms a call, which does not pay for its compilation"
+    said = f"the {compiled[0][0].body} body would save {saved * 1e3:.2g} ms a call, which does not pay for its compilation"
     return [*others, *compiled], said if saved > 0 else ""
 
 

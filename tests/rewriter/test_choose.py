@@ -204,3 +204,23 @@ def test_an_attention_without_an_element_keeps_the_original_and_says_so(sizes: t
     for d in found:
         assert d.call is None
         assert "there is nothing to compute" in d.site.chosen.why
+
+
+class Grouped(nn.Module):
+    """A step of generation: four heads share the keys of one."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(4, 1) for x in (k, v))
+        return (q @ k.transpose(-1, -2) * 0.125).softmax(-1) @ v
+
+
+def test_few_queries_on_long_keys_take_the_loop_that_reads_them_once() -> None:
+    def at(queries: int, keys: int) -> Site:
+        k, v = (torch.empty(1, 8, keys, 64) for _ in range(2))
+        return decide(Grouped(), torch.empty(1, 32, queries, 64), k, v).site
+
+    for queries in (1, 4):
+        site = at(queries, 32768)
+        assert site.choice == "reattend"
+        assert '"body":"decode"' in (site.chosen.mapping or "")
+    assert '"body":"fused"' in (at(64, 32768).candidate("reattend").mapping or "")
