@@ -165,7 +165,7 @@ def targets(
 
     table = Table(box=None, pad_edge=False)
     numbers = ("units", "memory TB/s", "bf16 TFLOP/s")
-    for column in ("target", "device", "arch", *numbers, "basis", "times", "vendors' kernels"):
+    for column in ("target", "device", "arch", *numbers, "basis", "times", "kernels by"):
         table.add_column(column, justify="right" if column in numbers else "left")
     for d in all_targets():
         table.add_row(
@@ -176,13 +176,12 @@ def targets(
 
 
 def _known(d: Device) -> str:
-    """How well vendors' attention kernels are known on a GPU, with the bands of prompts and of decoding."""
+    """What vendors' kernels are known by on a GPU (Device.known), with the bands of prompts and of decoding."""
     if not d.is_gpu:
         return ""
-    words = {"tables": "measured tables", "family": "kernel family", "sheet": "data sheet"}[d.known]
     if not d.prefill_band:
-        return f"{words}, ±{d.band:.0%}"
-    return f"{words}, ±{d.prefill_band:.0%}, decode ±{d.decode_band:.0%}, and ±{d.band_seconds * 1e6:.0f} us"
+        return f"{d.known} ±{d.band:.0%}"
+    return f"{d.known} ±{d.prefill_band:.0%} / ±{d.decode_band:.0%}"
 
 
 def _calibrate() -> None:

@@ -109,7 +109,7 @@ def _gpu(name: str, architecture: str) -> Device:
     """The device file with this name, else one of the same architecture."""
     gpus = [d for d in targets() if d.is_gpu]
     words = re.findall(r"[a-z0-9]+", name.lower())
-    known = {*words, *(a + b for a, b in pairwise(words))}
+    known = {*words, *(a + b for a, b in pairwise(words)), *map("".join, zip(words, words[1:], words[2:]))}
     for d in gpus:
         if d.name in known:
             return d

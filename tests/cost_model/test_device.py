@@ -24,7 +24,8 @@ from reattend.cost_model.devices.device import (
 )
 
 NAMES = (
-    "a100", "b200", "b300", "cpu", "fusemax", "gb200", "gb300", "h100", "h200", "l4", "l40s", "mi300x", "rtx4090", "rtxpro6000",
+    "a10", "a100", "b200", "b300", "cpu", "fusemax", "gb200", "gb300", "h100", "h200", "l4", "l40s", "mi300x", "rtx3090", "rtx4090",
+    "rtx5090", "rtxpro6000",
 )
 
 
@@ -67,7 +68,7 @@ def test_d3_exponentials() -> None:
 
 
 def test_unknown_names_the_closest_and_all() -> None:
-    with pytest.raises(UnknownDevice, match=r"unknown target 'h20' \(did you mean 'h200'\?\); one of: a100, .*rtx4090"):
+    with pytest.raises(UnknownDevice, match=r"unknown target 'h20' \(did you mean 'h200'\?\); one of: a10, a100, .*rtx4090"):
         device("h20")
     with pytest.raises(UnknownDevice, match=r"unknown target 'toaster'; one of"):
         device("toaster")

@@ -110,7 +110,7 @@ def test_explain_shows_what_stands_behind(config: str, capsys: pytest.CaptureFix
 
 
 BAD = [
-    (["plan", "{config}", "--target", "h200", "--target", "b2000"], "unknown target 'b2000' (did you mean 'b200'?); one of: a100"),
+    (["plan", "{config}", "--target", "h200", "--target", "b2000"], "unknown target 'b2000' (did you mean 'b200'?); one of: a10, a100"),
     (["plan", "{config}", "--seq", "0"], "--seq 0 is too small: give at least 1"),
     (["plan", "{config}", "--batch", "0"], "--batch 0 is too small: give at least 1"),
     (["plan", "{config}", "--sweep", "seq"], "'seq' is no sweep over one of seq, past, batch: write seq=1k:1M"),

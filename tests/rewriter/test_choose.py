@@ -141,7 +141,9 @@ def test_the_running_device() -> None:
         ("AMD Instinct MI300X", "gfx942", "mi300x"),
         ("NVIDIA H20", "sm_90", "h100"),
         ("NVIDIA GeForce RTX 4090", "sm_89", "rtx4090"),
-        ("NVIDIA L40S", "sm_89", "l4"),
+        ("NVIDIA L40S", "sm_89", "l40s"),
+        ("NVIDIA A10", "sm_86", "a10"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "sm_120", "rtxpro6000"),
     ],
 )
 def test_gpus_are_told_by_name_else_by_architecture(name: str, architecture: str, expected: str) -> None:
