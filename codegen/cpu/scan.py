@@ -8,6 +8,7 @@ Elements of a state must follow from themselves: what a step contracts has no ke
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -191,18 +192,19 @@ class _File:
             lines.append(f"summed({name}, after_{name})")
         else:
             more, factor = self._term(s.factor)
-            lines += [*more, f"factor_{name} = laid({factor}, {full}, {dims}, {real})"]
+            lines += [*more, f"factor_{name} = shown({factor}, {full}, {dims}, {real})"]
             loop = "scaled" if s.law == "factor" else "largest"
             lines.append(f"{loop}({name}, factor_{name}, after_{name})")
         self.shapes[f"after_{name}"] = self.shapes[f"before_{name}"] = (self.chunk, *(self.size[x] for x in s.ranks))
-        return [*lines, f"before_{name} = earlier({name}, after_{name})"]
+        others = (x for e in self.c.einsums if e is not s.step for x in e.reads)
+        read = any(str(x.attr) == name and x.args[-1] is ex.index(self.r.rank) for x in others)
+        return [*lines, f"before_{name} = earlier({name}, after_{name})"] if read else lines
 
     def _value(self, e: Einsum) -> list[str]:
         """A value of each step of the chunk: an output, or what one needs."""
         self.made.add(e.out.tensor)
         if any(i.op not in ("index", "const") for i in e.out.index):
             raise PrintError("a step gives several elements side by side")
-        ranks = tuple(str(i.attr) for i in e.out.index if i.op == "index" and i.attr != self.r.rank)
         lines, text = self._term(e.body)
         over = frozenset(e.over)
         if over:
@@ -210,8 +212,25 @@ class _File:
                 raise PrintError(f"a step reduces by {e.op}")
             reduce = {"add": "sum", "max": "amax", "min": "amin"}[e.op]
             dims = ", ".join(str(1 + self.order.index(x)) for x in e.over)
+            if e.op == "add" and e.body.op == "mul" and over <= e.body.args[0].ranks & e.body.args[1].ranks:
+                return self._laid(e, *self._product(e))
             wide = self._full(over | e.body.ranks, "n")
             text = f"torch.as_tensor({text}).expand({wide}).{reduce}(({dims},), keepdim=True)"
+        return self._laid(e, lines, text)
+
+    def _product(self, e: Einsum) -> tuple[list[str], str]:
+        """A sum of products by torch's own; dimensions of one element are spread over the other's."""
+        (first, a), (second, b) = (self._term(x) for x in e.body.args)
+        letters = string.ascii_lowercase[: len(self.order) + 1]
+        kept = "".join(x for x, r in zip(letters, ["", *self.order]) if r not in e.over)
+        cut = ", ".join("None" if r in e.over else ":" for r in self.order)
+        spread = len(letters)
+        a, b = (f"wide({x}, {spread})" for x in (a, b))
+        return [*first, *second], f'torch.einsum("{letters},{letters}->{kept}", {a}, {b})[:, {cut}]'
+
+    def _laid(self, e: Einsum, lines: list[str], text: str) -> list[str]:
+        """The lines that keep a value of each step."""
+        ranks = tuple(str(i.attr) for i in e.out.index if i.op == "index" and i.attr != self.r.rank)
         name = e.out.tensor
         full, made = self._full(frozenset(ranks), "n"), self._dims(ranks)
         if name not in self.c.outputs:

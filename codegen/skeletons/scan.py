@@ -13,10 +13,15 @@ from torch import Tensor
 
 def laid(x: Tensor | float, full: Sequence[int], dims: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A value over `full` (1 where it is the same along a dimension), in new memory, with only the dimensions `dims`."""
+    seen = shown(x, full, dims, dtype)
+    return torch.empty(seen.shape, dtype=dtype).copy_(seen)
+
+
+def shown(x: Tensor | float, full: Sequence[int], dims: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The same without memory of its own, where that can be had."""
     wide = torch.as_tensor(x, dtype=dtype).expand(full)
-    rest = [d for d in range(len(full)) if d not in dims]
-    moved = wide.permute(*dims, *rest)
-    return torch.empty(moved.shape[: len(dims)], dtype=dtype).copy_(moved.reshape(moved.shape[: len(dims)]))
+    moved = wide.permute(*dims, *(d for d in range(len(full)) if d not in dims))
+    return moved.reshape(moved.shape[: len(dims)])
 
 
 def scaled(state: Tensor, factor: Tensor, added: Tensor) -> Tensor:
@@ -43,3 +48,8 @@ def largest(state: Tensor, factor: Tensor, added: Tensor) -> Tensor:
 def earlier(state: Tensor, after: Tensor) -> Tensor:
     """The states before each step, from those after."""
     return torch.cat((state[None], after[:-1]))
+
+
+def wide(x: Tensor, dims: int) -> Tensor:
+    """With as many dimensions as others, those in front of one element."""
+    return x[(None,) * (dims - x.dim())]

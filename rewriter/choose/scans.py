@@ -25,7 +25,7 @@ from ...patterns.cascade import show
 from ...patterns.recurrence.recurrence import Recurrence
 from ...patterns.verdict import Refusal
 from ..find.inside import between
-from ..fold.loop import Loop, loops
+from ..fold.loop import StepLoop, loops
 from ..fold.recurrences import FoundScan, OtherScan, lifted
 from ..graph.aliases import Aliases
 from ..graph.node import op_name
@@ -90,18 +90,21 @@ def _bound(f: FoundScan, aliases: Aliases) -> str:
         return "a value of its last step is read elsewhere"
     if any(v.requires_grad for v in values):
         return "gradients are wanted, and our scan has no backward yet"
-    if len(values) > 1 and not all(v.is_contiguous() and v.dim() for v in values):
-        return "its results lie in memory in several orders"
+    if len(values) > 1 and not all(v.dim() and all(isinstance(s, int) for s in v.shape) for v in values):
+        return "its results have open sizes, or no dimension"
     return ""
 
 
-def _own(loop: Loop) -> tuple[EagerOperator, ...]:
+def _own(loop: StepLoop) -> tuple[EagerOperator, ...]:
     """The operators of one of the model's own steps."""
     out = []
     for n in loop.copies[0]:
         assert n is not None
         made = n.meta["val"]
-        size = 0 if op_name(n) in operators_view.RULES else math.prod(s for s in made.shape if isinstance(s, int))
+        # views cost next to nothing, and less than an operator is priced at
+        if op_name(n) in operators_view.RULES:
+            continue
+        size = math.prod(s for s in made.shape if isinstance(s, int))
         width = made.element_size()
         out.append(EagerOperator("point", "mul", "f32", size, 2 * size * width, size * width))
     return tuple(out)

@@ -1,7 +1,7 @@
 """An unrolled loop as one body: copies of a subgraph of which each hands values to the next.
 
     before   a0 = select(x, 2, 0); s1 = a0 · s0; a1 = select(x, 2, 1); s2 = a1 · s1; …; y = stack([s1, s2, …])
-    after    Loop: n copies of (a = select(x, 2, t); s' = a · s), s0 handed in, s' handed on, every s' collected in y
+    after    StepLoop: n copies of (a = select(x, 2, t); s' = a · s), s0 handed in, s' handed on, every s' collected in y
 
 Whether two copies are one is proved argument by argument: a node of the same copy, one of the copy before, one of outside
 that is the same for all, or a number that grows by the same amount from copy to copy. Everything else is no loop.
@@ -26,14 +26,14 @@ SCATTERS = frozenset(("select_scatter", "slice_scatter"))
 
 
 @dataclass(frozen=True)
-class Own:
+class SameCopy:
     """A value of the same copy."""
 
     place: int
 
 
 @dataclass(frozen=True)
-class Before:
+class CopyBefore:
     """A value of the copy before; the first copy has `initial` in its place."""
 
     place: int
@@ -64,7 +64,7 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class Loop:
+class StepLoop:
     """`copies[t]` has the nodes of step t by place; the last may lack some, which nobody reads.
 
     `references[place]` has what each argument is, in the order in which a node holds them. `finals` are places whose last
@@ -84,7 +84,7 @@ class Loop:
     def carried(self) -> Mapping[int, fx.Node]:
         """Places whose values are handed on, but for what is only written into, with their first values."""
         whole = {c.whole for c in self.collected}
-        found = (r for refs in self.references for r in refs if isinstance(r, Before))
+        found = (r for refs in self.references for r in refs if isinstance(r, CopyBefore))
         return {r.place: r.initial for r in found if r.place not in whole}
 
     @property
@@ -102,13 +102,13 @@ class Unfolded:
     reason: str
 
 
-def loops(graph: fx.Graph) -> tuple[list[Loop], list[Unfolded]]:
+def loops(graph: fx.Graph) -> tuple[list[StepLoop], list[Unfolded]]:
     """Every loop over steps of its inputs, in graph order, and what looked like one. Marks the nodes of both."""
     nodes = [n for n in graph.nodes if n.op == "call_function"]
     numbers: dict[object, int] = {}
     labels = [numbers.setdefault(_label(n), len(numbers)) for n in nodes]
     taken = [False] * len(nodes)
-    found: list[tuple[int, Loop]] = []
+    found: list[tuple[int, StepLoop]] = []
     failed: list[Unfolded] = []
     pure = [is_pure(n) for n in nodes]
     for s in stretches(labels):
@@ -166,7 +166,7 @@ def _flat(value: object) -> Iterator[object]:
 # --- one stretch --------------------------------------------------------------------------------------------------
 
 
-def _best(nodes: Sequence[fx.Node], s: Stretch) -> Loop | Unfolded | None:
+def _best(nodes: Sequence[fx.Node], s: Stretch) -> StepLoop | Unfolded | None:
     """The reading of a stretch that hands on the fewest values: where a body begins is not said by its copies alone.
 
     None where nothing is handed on, or nothing read step by step.
@@ -210,7 +210,7 @@ def _initial(rows: Sequence[tuple[object, ...]]) -> dict[int, fx.Node]:
     flat = [r for row in rows for r in row]
     out: dict[int, fx.Node] = {}
     for r in flat:
-        if isinstance(r, Before) and out.setdefault(r.place, r.initial) is not r.initial:
+        if isinstance(r, CopyBefore) and out.setdefault(r.place, r.initial) is not r.initial:
             return {}
     return out if any(isinstance(r, Stepped) for r in flat) else {}
 
@@ -237,8 +237,8 @@ def _reference(values: Sequence[object], at: Mapping[fx.Node, tuple[int, int]]) 
         if any(not isinstance(v, fx.Node) or at.get(v) != (t - apart, place) for t, v in enumerate(values) if t):
             return None
         if apart == 0:
-            return Own(place) if isinstance(first, fx.Node) and at.get(first) == (0, place) else None
-        return Before(place, first) if apart == 1 and isinstance(first, fx.Node) and first not in at else None
+            return SameCopy(place) if isinstance(first, fx.Node) and at.get(first) == (0, place) else None
+        return CopyBefore(place, first) if apart == 1 and isinstance(first, fx.Node) and first not in at else None
     if isinstance(first, int) and isinstance(second, int) and not isinstance(first, bool) and first != second:
         by = second - first
         return Stepped(first, by) if all(v == first + t * by for t, v in enumerate(values)) else None
@@ -266,7 +266,7 @@ def _partial(
     made = [n for n in found if n is not None]
     # a copy of which only some inputs stand there is somebody else's
     steps = any(isinstance(r, Stepped) for n, row in zip(found, references) if n is not None for r in row)
-    carries = any(isinstance(r, Before) for n, row in zip(found, references) if n is not None for r in row)
+    carries = any(isinstance(r, CopyBefore) for n, row in zip(found, references) if n is not None for r in row)
     return tuple(found) if made and steps and carries else None
 
 
@@ -276,9 +276,9 @@ def _expected(
     out: list[object] = []
     for r in row:
         match r:
-            case Own(place):
+            case SameCopy(place):
                 out.append(copy[place])
-            case Before(place, _):
+            case CopyBefore(place, _):
                 out.append(before[place])
             case Stepped(first, by):
                 out.append(first + by * step)
@@ -292,7 +292,7 @@ def _expected(
 
 def _with_results(
     copies: Sequence[tuple[fx.Node | None, ...]], references: tuple[tuple[object, ...], ...]
-) -> Loop | Unfolded:
+) -> StepLoop | Unfolded:
     inside = {n for copy in copies for n in copy if n is not None}
     collected: list[Collected] = []
     finals: list[int] = []
@@ -311,7 +311,7 @@ def _with_results(
                 return Unfolded(u, f"the value of one step is read by {op_name(u)}, outside of the steps")
             elif place not in finals:
                 finals.append(place)
-    made = Loop(tuple(copies), references, tuple(collected), tuple(finals))
+    made = StepLoop(tuple(copies), references, tuple(collected), tuple(finals))
     return made if made.carried else Unfolded(column[0] or next(iter(inside)), "nothing but what is written is handed on")
 
 
@@ -339,11 +339,11 @@ def _written(
     if first is None or last is None or op_name(first) not in SCATTERS or not isinstance(first.target, OpOverload):
         return None
     row = references[place]
-    if not isinstance(row[0], Before) or row[0].place != place or not isinstance(row[1], Own):
+    if not isinstance(row[0], CopyBefore) or row[0].place != place or not isinstance(row[1], SameCopy):
         return None
     flat = [(p, i, r) for p, refs in enumerate(references) for i, r in enumerate(refs)]
-    readers = [(p, i) for p, i, r in flat if isinstance(r, Before) and r.place == place]
-    own = any(isinstance(r, Own) and r.place == place for refs in references for r in refs)
+    readers = [(p, i) for p, i, r in flat if isinstance(r, CopyBefore) and r.place == place]
+    own = any(isinstance(r, SameCopy) and r.place == place for refs in references for r in refs)
     if own or readers != [(place, 0)]:
         return None
     members = set(column)

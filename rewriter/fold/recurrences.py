@@ -1,6 +1,6 @@
 """Recurrences of a graph: a folded loop lifted into a cascade whose states are carried over an iterative rank.
 
-    Loop  →  S[…, 0] = S0;  S[…, t + 1] = step(S[…, t], X[t]);  O[…, t] = what a step gives        →  Recurrence
+    StepLoop  →  S[…, 0] = S0;  S[…, t + 1] = step(S[…, t], X[t]);  O[…, t] = what a step gives        →  Recurrence
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..graph.where import module_path, source_line
 from ..lift.index import ZERO
 from ..lift.lift import Lifter
 from ..lift.rules import RULES
-from .loop import Collected, Loop
-from .step import INPUT, After, Fixed, Piece, Prior, body
+from .loop import Collected, StepLoop
+from .step import INPUT, AfterStep, Fixed, Prior, StepPiece, body
 
 STEP = "t"
 
@@ -33,7 +33,7 @@ class FoundScan:
     """A recurrence of a graph. `tensors` maps the cascade's inputs to nodes; `results` its outputs to the nodes that they
     replace, for outputs that are read outside."""
 
-    loop: Loop
+    loop: StepLoop
     recurrence: Recurrence
     tensors: Mapping[str, fx.Node]
     results: Mapping[str, fx.Node]
@@ -54,7 +54,7 @@ class OtherScan:
     reason: str
 
 
-def lifted(loop: Loop) -> FoundScan | OtherScan:
+def lifted(loop: StepLoop) -> FoundScan | OtherScan:
     """The recurrence of a loop, or why it is none of the known ones."""
     first = next(n for n in loop.copies[0] if n is not None)
     try:
@@ -71,7 +71,7 @@ def lifted(loop: Loop) -> FoundScan | OtherScan:
 
 
 class _Lift:
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: StepLoop) -> None:
         self.loop = loop
         self.states = {place: f"S{k or ''}" for k, place in enumerate(loop.carried)}
         self.given = {c.place: f"O{k or ''}" for k, c in enumerate(loop.collected)}
@@ -216,11 +216,11 @@ class _Values:
             match node.meta[INPUT]:
                 case Prior(place):
                     table[x] = ex.load(whole.states[place], (*x.args, t), x.dtype)
-                case After(place):
+                case AfterStep(place):
                     table[x] = ex.load(whole.states[place], (*x.args, t + ex.const(1)), x.dtype)
                 case Fixed(source):
                     table[x] = whole.load(source, x.args)
-                case Piece() as p:
+                case StepPiece() as p:
                     table[x] = whole.load(p.node, _in_piece(p, x.args))
         return ex.substitute(term, table)
 
@@ -233,7 +233,7 @@ def _laid(c: Collected, shape: tuple[Size, ...], at: tuple[Expr, ...]) -> tuple[
     return shape, (*at[: c.dim], t * ex.const(c.width) + at[c.dim], *at[c.dim + 1 :])
 
 
-def _in_piece(p: Piece, at: tuple[Expr, ...]) -> tuple[Expr, ...]:
+def _in_piece(p: StepPiece, at: tuple[Expr, ...]) -> tuple[Expr, ...]:
     start = ex.index(STEP) * ex.const(p.by) + ex.const(p.first)
     if p.length is None:
         return (*at[: p.dim], start, *at[p.dim :])

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ..graph.node import FOLDED, CannotLift, arguments, op_name
-from .loop import Before, Loop, Own, Stepped
+from .loop import CopyBefore, SameCopy, StepLoop, Stepped
 
 # In the metadata of an input of a step's graph: what it stands for.
 INPUT = "reattend_input"
@@ -27,7 +27,7 @@ class Prior:
 
 
 @dataclass(frozen=True)
-class After:
+class AfterStep:
     """The state at a place of the body, after the step."""
 
     place: int
@@ -41,7 +41,7 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Piece:
+class StepPiece:
     """What step t reads of a tensor: its index `first + by · t` along `dim`, or `length` of them from there on."""
 
     node: fx.Node
@@ -51,7 +51,7 @@ class Piece:
     length: int | None
 
 
-def body(loop: Loop, wanted: Collection[int], after: bool) -> tuple[fx.Graph, Mapping[int, fx.Node]]:
+def body(loop: StepLoop, wanted: Collection[int], after: bool) -> tuple[fx.Graph, Mapping[int, fx.Node]]:
     """The graph that makes the values at the wanted places, and its nodes there.
 
     With `after`, the states behind the step are inputs of it. Raises CannotLift for a step that reads its own number.
@@ -60,7 +60,7 @@ def body(loop: Loop, wanted: Collection[int], after: bool) -> tuple[fx.Graph, Ma
 
 
 class _Body:
-    def __init__(self, loop: Loop, after: bool) -> None:
+    def __init__(self, loop: StepLoop, after: bool) -> None:
         self.loop, self.after = loop, after
         self.first = loop.copies[0]
         self.out = fx.Graph()
@@ -75,7 +75,7 @@ class _Body:
                 continue
             needed.add(place)
             if not (self.after and place in self.loop.carried):
-                stack += [r.place for r in self.loop.references[place] if isinstance(r, Own)]
+                stack += [r.place for r in self.loop.references[place] if isinstance(r, SameCopy)]
         for place in sorted(needed):
             self.table[place] = self._node(place)
         return self.out, {p: self.table[p] for p in wanted}
@@ -85,7 +85,7 @@ class _Body:
         assert n is not None
         row = self.loop.references[place]
         if self.after and place in self.loop.carried:
-            return self._input(After(place), n, "next")
+            return self._input(AfterStep(place), n, "next")
         if any(isinstance(r, Stepped) for r in row):
             return self._input(_piece(n, row), n, "piece")
         given = iter(row)
@@ -98,9 +98,9 @@ class _Body:
 
     def _argument(self, r: object) -> Any:
         match r:
-            case Own(place):
+            case SameCopy(place):
                 return self.table[place]
-            case Before(place, _):
+            case CopyBefore(place, _):
                 like = self.first[place]
                 assert like is not None
                 return self._input(Prior(place), like, "state")
@@ -125,7 +125,7 @@ def _rebuilt(args: tuple[Any, ...], given: Any, argument: Any) -> list[Any]:
     return [_rebuilt(tuple(a), given, argument) if isinstance(a, (list, tuple)) else argument(next(given)) for a in args]
 
 
-def _piece(n: fx.Node, row: tuple[object, ...]) -> Piece:
+def _piece(n: fx.Node, row: tuple[object, ...]) -> StepPiece:
     """The part of a tensor that a step reads. Raises CannotLift where the step's number means something else."""
     name, source = op_name(n), row[0]
     numbers = [r for r in row if isinstance(r, Stepped)]
@@ -143,8 +143,8 @@ def _piece(n: fx.Node, row: tuple[object, ...]) -> Piece:
         raise CannotLift(f"a step reads its inputs from behind ({name})", n)
     dim %= value.dim()
     if name == "select":
-        return Piece(tensor, dim, numbers[0].first, numbers[0].by, None)
+        return StepPiece(tensor, dim, numbers[0].first, numbers[0].by, None)
     length = n.meta["val"].shape[dim]
     if given.get("step", 1) != 1 or not isinstance(length, int) or len({r.by for r in numbers}) != 1:
         raise CannotLift("a step reads every other index of its input", n)
-    return Piece(tensor, dim, min(r.first for r in numbers), numbers[0].by, length)
+    return StepPiece(tensor, dim, min(r.first for r in numbers), numbers[0].by, length)

@@ -12,7 +12,8 @@ from functools import reduce
 import torch
 from torch import Tensor, fx
 
-from .splice import node
+from .order import same_strides
+from .splice import in_order, node
 
 _ATEN = torch.ops.aten
 
@@ -58,6 +59,8 @@ def unpacked(gm: fx.GraphModule, results: Sequence[fx.Node], inside: Collection[
             cut = node(graph, r, _ATEN.slice.Tensor, (cut, 1, 0, shape[-1]))
             back = node(graph, r, _ATEN.reshape.default, (cut, list(shape)))
             back = node(graph, r, _ATEN.to.dtype, (back, r.meta["val"].dtype)) if r.meta["val"].dtype != wide else back
+            if not same_strides(back.meta["val"], r.meta["val"]):
+                back = in_order(graph, r, back)
             first += many
             for u in readers[r]:
                 u.replace_input_with(r, back)

@@ -178,14 +178,20 @@ def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> tu
         for n, value in values.items():
             n.meta["val"] = value
     elif not fits:
-        order = sorted(range(old.dim()), key=lambda d: -hint(old.stride(d)))
-        back = [order.index(d) for d in range(old.dim())]
-        new = node(graph, output, torch.ops.aten.permute.default, (new, order))
-        new = node(graph, output, torch.ops.aten.contiguous.default, (new,))
-        new = node(graph, output, torch.ops.aten.permute.default, (new, back))
+        new = in_order(graph, output, new)
     if old.requires_grad:
         new.meta["val"].requires_grad_(True)
     return new, known
+
+
+def in_order(graph: fx.Graph, like: fx.Node, new: fx.Node) -> fx.Node:
+    """The value of `new` with its dimensions one inside the other in memory as those of `like` are."""
+    old = like.meta["val"]
+    order = sorted(range(old.dim()), key=lambda d: -hint(old.stride(d)))
+    back = [order.index(d) for d in range(old.dim())]
+    new = node(graph, like, torch.ops.aten.permute.default, (new, order))
+    new = node(graph, like, torch.ops.aten.contiguous.default, (new,))
+    return node(graph, like, torch.ops.aten.permute.default, (new, back))
 
 
 def hint(value: int | torch.SymInt) -> int:
