@@ -82,5 +82,5 @@ def test_a_factor_a_row_in_one_einsum(dtype: torch.dtype, grad: bool) -> None:
     gated = Fn(lambda q, k, v, g: torch.einsum("bhij,bhjd,bhi->bhid", (q @ k.mT * 0.25).softmax(-1), v, g))
     args = tensors((2, 3, 30, 16), (2, 3, 40, 16), (2, 3, 40, 16), (2, 3, 30), dtype=dtype)
     report = same(gated, args, policy=FORCED, grad=grad)
-    # the factor's own gradient is the original's
-    assert [c.ok for c in report.checks] == ([] if grad else [True]), report.checks
+    assert all(c.ok for c in report.checks), report.checks
+    assert grad or report.checks
