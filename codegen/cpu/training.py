@@ -20,7 +20,8 @@ from ..files.torch_file import file, indented, parts, prelude, signature, sizes
 from ..forms.form import UNDERFLOW, Form, rows_keep_a_key
 from ..forms.skip import FINITE, idle_without_a_key, vanishes_backwards
 from ..forms.terms import Terms
-from ..skeletons import cpu, cpu_backward, cpu_fused
+from ..skeletons import cpu, cpu_fused
+from ..skeletons.backward import cpu_backward
 from ..text.printer import PrintError
 from .cpp import backward as cpp_backward
 from .cpp.backward import BackwardProgram

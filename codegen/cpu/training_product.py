@@ -24,7 +24,8 @@ from ..files.tile_plan import planned
 from ..files.torch_file import PrintedFunction, coordinates, file, indented, parts, prelude, relatives, signature, sizes
 from ..forms.form import Form
 from ..forms.skip import FINITE, vanishes_backwards
-from ..skeletons import cpu, cpu_backward, cpu_product, cpu_product_backward
+from ..skeletons import cpu, cpu_product
+from ..skeletons.backward import cpu_backward, cpu_product_backward
 from ..text.print_torch import TYPES, TorchBody
 from ..text.printer import PrintError
 from .product import ProductKernel, take

@@ -26,7 +26,7 @@ MOST_SPLITS = 128
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowTiles:
     """How queries and heads fill tiles: `queries` of each of `heads` heads in a tile of `rows` rows, which reads `keys` keys
     at a time; `blocks` tiles serve the heads of a group where one does not."""
 
@@ -37,12 +37,12 @@ class Rows:
     blocks: int
 
 
-def rows_of(at: Shape, facts: VendorFacts) -> Rows:
+def rows_of(at: Shape, facts: VendorFacts) -> RowTiles:
     """The tile of a launch, and what lies in it."""
     most, keys = facts.tile(max(at.embed, at.value))
     heads = at.group if facts.packed or at.queries == 1 else 1
     rows = facts.few_rows if at.queries * heads <= facts.few_rows else most
-    return Rows(rows, keys, max(1, rows // heads), heads, -(-heads // rows))
+    return RowTiles(rows, keys, max(1, rows // heads), heads, -(-heads // rows))
 
 
 def laid_out(s: Subject, at: Shape, facts: VendorFacts, device: Device, skips: bool, data: Data) -> gpu.KernelWork:
@@ -72,7 +72,7 @@ def laid_out(s: Subject, at: Shape, facts: VendorFacts, device: Device, skips: b
     return _split(k, facts, device, at) if least[facts.splits] else k
 
 
-def _again(s: Subject, at: Shape, facts: VendorFacts, r: Rows, device: Device) -> int:
+def _again(s: Subject, at: Shape, facts: VendorFacts, r: RowTiles, device: Device) -> int:
     """Bytes of keys and values that come again for each head of a group, where a pass over the batch fills the cache."""
     if not facts.heads_apart or r.heads == at.group:
         return 0
@@ -93,7 +93,7 @@ def _wider(w: Work | None, ratio: float) -> Work | None:
     return w and replace(w, matrix={t: round(size_int(n) * ratio) for t, n in w.matrix.items()})
 
 
-def _shared_bytes(r: Rows, at: Shape, width: int) -> int:
+def _shared_bytes(r: RowTiles, at: Shape, width: int) -> int:
     return width * (r.rows * at.embed + r.keys * (at.embed + at.value))
 
 

@@ -1,1 +1,1 @@
-"""The loops and launches of kernels that are trained: Triton's text, beside that of the forward."""
+"""The loops and launches of kernels that are trained, beside those of the forward."""

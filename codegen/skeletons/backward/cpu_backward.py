@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..files.native import backward_type, load
-from .cpu_fused import FAILURES, dense, operand, read, seen
+from ...files.native import backward_type, load
+from ..cpu_fused import FAILURES, dense, operand, read, seen
 
 # Units that a thread should get: where heads are fewer, their keys are cut into segments.
 UNITS = 3

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .cpu import Block
-from .cpu_product import SLICE, At, head_groups, row_tiles, slices
+from ..cpu import Block
+from ..cpu_product import SLICE, At, head_groups, row_tiles, slices
 
 
 def walk(
