@@ -36,7 +36,7 @@ def narrowed(e: Expr, dtype: str) -> Expr:
     if any(x.is_float for x in ex.loads(e)):
         return e
     low, high = _span(e)
-    if (-limit < low and high < limit) or not math.isfinite(low + high):
+    if (-limit < low and high < limit) or not (math.isfinite(low) and math.isfinite(high)):
         return e
     out = e
     if low <= -limit:

@@ -12,6 +12,7 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Einsum, size_term
 from ...patterns.expr import Expr
+from ...patterns.terms.narrow import narrowed
 from ..graph.node import CannotLift, arguments, dtype_of, tensor_of
 from ..graph.sizes import shape_of
 from .index import ZERO
@@ -58,7 +59,10 @@ def _scores(lifter: Lifter, x: fx.Node, at: At, dtype: str) -> Expr:
         return ex.cast(direct, dtype)
     shape = shape_of(tensor_of(x))
     own = dtype_of(x)
-    return ex.cast(lifter.define(x, "S", shape, at, lambda where: scratch(lifter.value(x, where)), own), dtype)
+    # a fill that the narrower type of the softmax has not is ±∞ there
+    name = "S" if narrowed(direct, dtype) is direct else "SC"
+    made = lifter.define(x, name, shape, at, lambda where: scratch(narrowed(lifter.value(x, where), dtype)), own)
+    return ex.cast(made, dtype)
 
 
 def _softmax_parts(lifter: Lifter, n: fx.Node, x: fx.Node, d: int, at: At) -> tuple[Expr, Expr, Expr]:

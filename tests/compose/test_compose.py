@@ -41,6 +41,10 @@ def test_a_draw_is_right_in_every_way(number: int) -> None:
 
 # What was found once, as small as it gets, and the ways that it was found in.
 FOUND = {
+    "float64's lowest number under a softmax in float32": (
+        '{"dtype": "f64", "again": 18, "queries": 1, "keys": 5, "mask": "causal", "fill": "lowest", "row": "softmax32"}',
+        ("default", "reattend", "sdpa"),
+    ),
     "rows masked whole, beside a sink": (
         '{"mask": "data", "mask_spread": "b1p1", "form": "index_put_", "row": "sink"}', ("product", "checked reattend")
     ),
