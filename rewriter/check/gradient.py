@@ -28,7 +28,7 @@ def wrong_gradient(
 ) -> Errors | None:
     """The errors of the first input's gradient that is wrong; None where all are right."""
     wanting = [i for i, x in enumerate(given) if isinstance(x, Tensor) and x.requires_grad]
-    with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+    with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, lambda x: x):
         flow = torch.randn(kept(p.own.shape, p.wanted), generator=generator)
         mine, exact = _own(p, given, wanting, flow, [_detached(x) for x in given])
         theirs = _ours(p, target, arguments, given, wanting, flow)

@@ -234,12 +234,12 @@ class Guarded(nn.Module):
         """The call's result, and why it must not be used, if so.
 
         Where it is looked at in training, that is a call of its own: one that is not used has saved nothing for a backward
-        that anybody counts (a checkpoint does).
+        that anybody counts (a checkpoint does). What it saves is detached: a result that its own backward holds lives on.
         """
         watch = self.watch
         tried = watch is not None and torch.is_grad_enabled() and watch.due(inputs)
         try:
-            with saved_tensors_hooks(_kept, _kept) if tried else nullcontext():
+            with saved_tensors_hooks(Tensor.detach, _kept) if tried else nullcontext():
                 out = self._called(arguments, inputs)
         except torch.OutOfMemoryError:
             raise

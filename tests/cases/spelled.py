@@ -96,7 +96,7 @@ def two_layers_of_joined_keys() -> tuple[nn.Module, Inputs]:
             return z + (p[..., :-1] @ v + p[..., -1:] * self.extra[1]).transpose(1, 2).flatten(2)
 
     torch.manual_seed(0)
-    return nn.Sequential(Layer(), Layer()), tensors((2, 90, 32))
+    return nn.Sequential(Layer(), Layer()), tensors((2, 400, 32))
 
 
 # --- positions of a plane -----------------------------------------------------------------------------------------------

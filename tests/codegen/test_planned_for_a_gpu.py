@@ -146,3 +146,28 @@ def test_a_training_step_equals_the_original(window: int, dtype: torch.dtype) ->
     bound = 3e-6 if dtype == torch.float32 else 3e-2
     for want, got in zip(*found, strict=True):
         assert float((got.double() - want).abs().max()) <= bound * float(want.abs().max()), str(report)
+
+
+@pytest.mark.slow
+def test_operands_of_one_packed_tensor_have_one_gradient() -> None:
+    """Queries, keys and values that one layer makes: each operand's gradient goes to its own place of it."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = torch.nn.Linear(32, 96)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).view(2, -1, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    torch.manual_seed(0)
+    model, x = Packed(), torch.randn(2, 37, 32)
+    optimised = reattend.optimize(copy.deepcopy(model), policy=OURS)
+    found = []
+    for m in (model, optimised):
+        out = m(x)
+        found.append([out, *torch.autograd.grad(out.square().sum(), list(m.parameters()))])
+    assert set(reattend.report(optimised).kernels) == {"reattend"}, str(reattend.report(optimised))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

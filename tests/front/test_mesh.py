@@ -97,7 +97,7 @@ def test_plan_mesh_json(config: str, capsys: pytest.CaptureFixture[str]) -> None
         ("h200", "tp", "mesh 'tp' is malformed at 'tp': write axis=size, as tp=8 or tp=8,cp=2"),
         ("h200", "ep=2", "mesh axis 'ep' is not known: use tp (heads and latents), cp (the sequence), dp (the batch)"),
         ("h200", "dp=2", "mesh dp=2 does not divide a batch of 1: use a --batch that is a multiple of 2, or dp=1"),
-        ("cpu", "tp=2", "cpu has no link to other devices: drop the mesh, or plan for a target with one (a100, b200"),
+        ("cpu", "tp=2", "cpu has no link to other devices: drop the mesh, or plan for a target with one (a10, a100"),
     ],
 )
 def test_bad_meshes_are_one_sentence(

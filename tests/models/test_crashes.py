@@ -622,4 +622,4 @@ def test_a_recurrence_that_is_unrolled_before_an_attention() -> None:
         y = torch.stack(out, 1)
         return attend(y, y, y)
 
-    same(Fn(f), tensors(*3 * [(2, 96, 16)]))
+    same(Fn(f), tensors(*3 * [(2, 96, 16)]), sites=2)

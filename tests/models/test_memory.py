@@ -111,7 +111,7 @@ def mode(trained: bool) -> AbstractContextManager[object]:
 
 def both(model: nn.Module, kernel: str, trained: bool) -> tuple[nn.Module, nn.Module]:
     """The optimised model, which has run once with the kernel where it can, and its original."""
-    ours = reattend.optimize(copy.deepcopy(model), policy=reattend.Policy(allow=(kernel,)))
+    ours = reattend.optimize(copy.deepcopy(model), policy=reattend.Policy(allow=(kernel,), deny=("original",)))
     ours(given(next(model.parameters()).dtype))
     # our kernels for the CPU have no gradient
     assert kernel in reattend.report(ours).kernels or (kernel == "reattend" and trained)

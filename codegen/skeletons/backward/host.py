@@ -60,18 +60,15 @@ def launch_backward(
         )
 
 
-def total(parts: Sequence[tuple[Tensor, Sequence[int], Sequence[int]]], like: Tensor) -> Tensor:
+Part = tuple[Tensor, Sequence[int], Sequence[int], Sequence[int | None]]
+
+
+def total(parts: Sequence[Part], like: Tensor) -> Tensor:
     """The gradient of an input: the sum over the operands that read it."""
-    if not parts:
-        return torch.zeros_like(like)
-    first, *others = (laid(*part, like) for part in parts)
-    for x in others:
-        first = first + x
-    return first
-
-
-def laid(buffer: Tensor, summed: Sequence[int], order: Sequence[int], like: Tensor) -> Tensor:
-    """A gradient, dense over ranks, as its tensor lies: summed over those that it lacks, the others in its own order."""
-    if summed:
-        buffer = buffer.sum(tuple(summed))
-    return buffer.permute(tuple(order)).reshape(like.shape).to(like.dtype)
+    made = torch.zeros_like(like)
+    for buffer, summed, order, place in parts:
+        if summed:
+            buffer = buffer.sum(tuple(summed))
+        # dense over ranks: in the tensor's own order, at the one place that the operand reads of what it lacks
+        made[tuple(slice(None) if i is None else i for i in place)] += buffer.permute(tuple(order)).to(like.dtype)
+    return made

@@ -134,12 +134,10 @@ def _no(s: Streaming, made: Adjoint) -> str:
 
 
 def _is_plain(s: Streaming, load: Expr, own: tuple[str, str]) -> bool:
-    """Whole ranks, each once: the side's own two, ranks of the grid, heads of a group on the keys' side, or one element."""
+    """Whole ranks, each once: the side's own two, ranks of the grid, heads of a group on the keys' side, or one place."""
     seen: list[str] = []
     for i, size in zip(load.args, s.cascade.tensor[str(load.attr)].shape, strict=True):
         if i.is_const:
-            if size != 1:
-                return False
             continue
         grouped = i.op == "floordiv" and i.args[0].op == "index" and i.args[1].is_const and own[0] == s.key
         rank = str(i.args[0].attr) if grouped else str(i.attr) if i.op == "index" else ""

@@ -272,11 +272,12 @@ def _buffer(b: StreamingBackward, side: OperandGradient, names: BackwardNames, f
 
 
 def _part(b: StreamingBackward, number: int, side: OperandGradient) -> str:
-    """Where a buffer's gradient goes: the number of the input, the ranks summed, the order of the others."""
+    """Where a buffer goes: the number of the input, the ranks summed, the order of the others, its place there."""
     lacking = _lacks(b, side)
     left = [r for r in side.ranks if r not in lacking]
     order = [left.index(min(i.ranks)) for i in side.load.args if i.ranks]
     summed = entry.tuple_text(str(side.ranks.index(r)) for r in lacking)
     at = b.s.inputs.index(side.tensor)
-    return f"parts.setdefault({at}, []).append((grads[{number}], {summed}, {entry.tuple_text(map(str, order))}))"
+    place = entry.tuple_text(str(int(i.value)) if i.is_const else "None" for i in side.load.args)
+    return f"parts.setdefault({at}, []).append((grads[{number}], {summed}, {entry.tuple_text(map(str, order))}, {place}))"
 
