@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cost_model.devices.device import Device
 from ..patterns.backward.reached import reached
 from ..patterns.cascade import Cascade
 from ..patterns.mapping import TileMapping
@@ -39,11 +40,11 @@ library.define(  # type: ignore[no-untyped-call]
 )
 
 
-def build(c: Cascade, mapping: TileMapping) -> TrainedKernel | Refusal:
-    """The kernel with its backward, a GPU's for body "triton", or why there is none."""
+def build(c: Cascade, mapping: TileMapping, target: Device | None = None) -> TrainedKernel | Refusal:
+    """The kernel with its backward, a GPU's for body "triton", or why there is none (on a device, that it does not fit)."""
     if mapping.body != "triton":
         return build_trained(c, mapping)
-    made = triton_kernel.build(c, mapping)
+    made = triton_kernel.build(c, mapping, target)
     if isinstance(made, Refusal):
         return made
     return TrainedKernel(

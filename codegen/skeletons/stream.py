@@ -45,21 +45,12 @@ def around(i, i_low, i_full, n_full):
     return i_low + i + tl.where(i_low + i >= i_full, n_full, 0)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_full", "n_all", "n_split"])
-def stream(
-    out, inputs, sizes, tiles, parts, n_rows, n_full, n_all, n_split,
-    BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
-    RANGED: tl.constexpr, LATE: tl.constexpr, EIGHTS: tl.constexpr, STRIDES: tl.constexpr, BATCH: tl.constexpr,
-    ROWS: tl.constexpr, SPAN: tl.constexpr, QUERIES: tl.constexpr, START: tl.constexpr, PRODUCTS: tl.constexpr,
-    STEP: tl.constexpr, VALUES: tl.constexpr, FINISH: tl.constexpr, SAVE: tl.constexpr,
+@triton.jit
+def visits(
+    i_p, i_mask, batch, inputs, sizes, tiles, n_rows, n_full, n_all, BM: tl.constexpr, BN: tl.constexpr,
+    LISTED: tl.constexpr, RANGED: tl.constexpr, LATE: tl.constexpr, SPAN: tl.constexpr,
 ):
-    if EIGHTS:
-        out, inputs = STRIDES(out, inputs)
-    i_block, i_part = tl.program_id(0), 0
-    if SPLIT:
-        i_block, i_part = i_block // n_split, i_block % n_split
-    i_p = i_block % n_rows
-    batch, i_mask = BATCH(i_block // n_rows, sizes)
+    """The row block of a program, and its key tiles: the first, the first full one, full, all; its list, as wide."""
     i_low, i_full, p_keys, width = 0, 0, 0, 0
     if LATE:
         i_p = n_rows - 1 - i_p
@@ -73,6 +64,26 @@ def stream(
     if RANGED:
         low, high, full_low, full_high = SPAN(i_p * BM, batch, inputs, sizes, BM)
         i_low, i_full, n_full, n_all = ranged(low, high, full_low, full_high, BN)
+    return i_p, i_low, i_full, n_full, n_all, p_keys, width
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_full", "n_all", "n_split"])
+def stream(
+    out, inputs, sizes, tiles, parts, n_rows, n_full, n_all, n_split,
+    BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr, LISTED: tl.constexpr,
+    RANGED: tl.constexpr, LATE: tl.constexpr, EIGHTS: tl.constexpr, STRIDES: tl.constexpr, BATCH: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, QUERIES: tl.constexpr, START: tl.constexpr, PRODUCTS: tl.constexpr,
+    STEP: tl.constexpr, VALUES: tl.constexpr, FINISH: tl.constexpr, SAVE: tl.constexpr,
+):
+    if EIGHTS:
+        out, inputs = STRIDES(out, inputs)
+    i_block, i_part = tl.program_id(0), 0
+    if SPLIT:
+        i_block, i_part = i_block // n_split, i_block % n_split
+    batch, i_mask = BATCH(i_block // n_rows, sizes)
+    i_p, i_low, i_full, n_full, n_all, p_keys, width = visits(
+        i_block % n_rows, i_mask, batch, inputs, sizes, tiles, n_rows, n_full, n_all, BM, BN, LISTED, RANGED, LATE, SPAN
+    )
     r = i_p.to(INDEX) * BM + tl.arange(0, BM)  # [BM]
     at, inside = ROWS(r[:, None], batch, sizes)  # [BM, 1]
     q = QUERIES(at, inputs, sizes)  # each [BM, E]

@@ -20,8 +20,8 @@ HOLES = ("batch", "rows", "queries", "start", "products", "step", "values", "fin
 SPLIT_HOLES = ("save", "restore", "join")
 # Names that the emitted module uses for itself.
 RESERVED = (
-    *HOLES, *SPLIT_HOLES, "span", "strides", "in_eights", "ranged", "around", "first", "last", "alive", "base", "lane",
-    "stream", "tile", "merge", "launch_split", "parts_of", "LEAST_TILES", "RESIDENT",
+    *HOLES, *SPLIT_HOLES, "span", "strides", "in_eights", "ranged", "around", "visits", "first", "last", "alive", "base",
+    "lane", "stream", "tile", "merge", "launch_split", "parts_of", "LEAST_TILES", "RESIDENT",
     "MERGE", "attention", "sizes_of", "plan_of", "kept",
     "walk_of", "lists", "list_tiles", "tile_lists", "kept_lists", "LISTS", "MOST_LISTS",
     "index_type", "launch", "choose", "out", "inputs", "sizes", "tiles", "at", "acc", "state", "x", "q", "r", "w", "c", "i",

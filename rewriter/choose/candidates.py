@@ -237,7 +237,7 @@ def _ours(
 
 def _trained(q: Question, mapping: TileMapping) -> trained.TrainedKernel | Refusal:
     """The kernel with its backward, where that gives every gradient that is wanted: in Inductor's graph all that may be."""
-    made = trained.build(q.cascade, mapping)
+    made = trained.build(q.cascade, mapping, q.device)
     if isinstance(made, Refusal):
         return made
     lacking = [n for n in made.without if q.traced or n in (q.wanted or ())]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from torch import Tensor
 
 from reattend.codegen.files import cache
@@ -160,13 +160,20 @@ def test_heads_that_share_keys_are_summed_in_the_kernel() -> None:
 @settings(max_examples=PROGRAMS)
 def test_drawn_programs(p: Program) -> None:
     made = build(p.cascade, TileMapping(16, 16))
-    if isinstance(made, TritonTraining):
-        check(made, p.cascade, p.inputs(), p.sizes, ulps=64)
+    # hypothesis fails where too few are left
+    assume(isinstance(made, TritonTraining))
+    assert isinstance(made, TritonTraining)
+    check(made, p.cascade, p.inputs(), p.sizes, ulps=64)
 
 
 def test_what_it_does_not_do_is_said() -> None:
     computed = attention(lambda s: s, strategies.ROWS["softmax"])
     assert isinstance(build(computed.cascade, TileMapping(16, 16, split_m=4)), Refusal)
+    wide = attention(lambda s: s, strategies.ROWS["softmax"], e=128, f=128).cascade
+    fits, not_there = (build(wide, TileMapping(64, 64), target) for target in ("sm_90", "sm_80"))
+    assert isinstance(fits, TritonTraining)
+    assert isinstance(not_there, Refusal)
+    assert "shared memory" in not_there.reason
     bias = kernel(attentions.VARIANTS["bias"]().cascade)
     assert bias.without == ("bias",)
 

@@ -14,7 +14,7 @@ The functions in capitals are holes that a generator fills; tile shapes stand be
 import triton
 import triton.language as tl
 
-from ..stream import around, ranged
+from ..stream import around, ranged, visits
 
 
 @triton.jit
@@ -51,22 +51,12 @@ def rows_backward(
     KEYS: tl.constexpr, VALUES: tl.constexpr, FLOW: tl.constexpr, DOTS: tl.constexpr, ADJOINT: tl.constexpr,
     START_Q: tl.constexpr, ADD_Q: tl.constexpr, STORE_Q: tl.constexpr,
 ):
-    i_p = tl.program_id(0) % n_rows
     i_batch = tl.program_id(0) // n_rows
     batch, i_mask = BATCH(i_batch, sizes)
-    i_low, i_full, p_keys, width = 0, 0, 0, 0
-    if LATE:
-        i_p = n_rows - 1 - i_p
-    if LISTED:
-        p_rows, p_full, p_all, p_keys, width = tiles
-        i_p = tl.load(p_rows + (i_mask * n_rows + i_p).to(tl.int64)).to(tl.int32)
-        i_list = (i_mask * n_rows + i_p).to(tl.int64)
-        n_full = tl.load(p_full + i_list)
-        n_all = tl.load(p_all + i_list)
-        p_keys += i_list * width
-    if RANGED:
-        low, high, full_low, full_high = SPAN(i_p * BM, batch, inputs, sizes, BM)
-        i_low, i_full, n_full, n_all = ranged(low, high, full_low, full_high, BN)
+    i_p, i_low, i_full, n_full, n_all, p_keys, width = visits(
+        tl.program_id(0) % n_rows, i_mask, batch, inputs, sizes, tiles, n_rows, n_full, n_all, BM, BN, LISTED, RANGED, LATE,
+        SPAN,
+    )
     r = i_p.to(INDEX) * BM + tl.arange(0, BM)  # [BM]
     at, inside = ROWS(r[:, None], batch, sizes)  # [BM, 1]
     o = i_batch.to(tl.int64) * n_p + tl.minimum(r, n_p - 1)[:, None]  # [BM, 1]

@@ -55,10 +55,11 @@ def printed(b: StreamingBackward, tile_m: int) -> tuple[Printed, ...]:
     """The backward's own holes; those of the forward's rows and operands are printed with it."""
     n = BackwardNames(b)
     seen = (_seen(n),) if b.seen is not None else ()
-    return (
-        _keys(n, tile_m), _dots(n), _flow(n), _adjoint(n, tile_m), _keyed(n), *seen, _start(n, "q"), _add_q(n), _store_q(n),
-        _start(n, "k"), _add_k(n), _store_k(n),
+    ends = (
+        _start(n, "q"), _add(n, "q", "k", "{}", "tl.trans({})"), _store_q(n),
+        _start(n, "k"), _add(n, "k", "q", "tl.trans({})", "{}"), _store_k(n),
     )
+    return _keys(n, tile_m), _dots(n), _flow(n), _adjoint(n, tile_m), _keyed(n), *seen, *ends
 
 
 # --- operands ---------------------------------------------------------------------------------------------------------
@@ -230,24 +231,16 @@ def _pieces(products: Sequence[Dot]) -> Iterable[tuple[int, int]]:
             n += 1
 
 
-def _add_q(names: BackwardNames) -> Printed:
-    f = DeviceFunction(names, "add_q", "dq, dx, k", ())
-    parts = [
-        f'tl.dot(dx[{i}].to(k[{n}].dtype), tl.trans(k[{n}]), dq[{n}], input_precision="ieee")'
-        for i, n in _pieces(names.s.products)
-    ]
+def _add(names: BackwardNames, side: str, other: str, left: str, right: str) -> Printed:
+    """What a tile adds to the accumulators of one side, from the other's operand."""
+    f = DeviceFunction(names, f"add_{side}", f"d{side}, dx, {other}", ())
+    parts = []
+    for i, n in _pieces(names.s.products):
+        operand = f"{other}[{n}]"
+        dots = left.format(f"dx[{i}]"), right.format(operand)
+        parts.append(f'tl.dot({dots[0]}.to({operand}.dtype), {dots[1]}, d{side}[{n}], input_precision="ieee")')
     f.body.line(f"return ({', '.join(parts)},)")
-    return f.printed("dQ + dX·K.")
-
-
-def _add_k(names: BackwardNames) -> Printed:
-    f = DeviceFunction(names, "add_k", "dk, dx, q", ())
-    parts = [
-        f'tl.dot(tl.trans(dx[{i}]).to(q[{n}].dtype), q[{n}], dk[{n}], input_precision="ieee")'
-        for i, n in _pieces(names.s.products)
-    ]
-    f.body.line(f"return ({', '.join(parts)},)")
-    return f.printed("dK + dXᵀ·Q.")
+    return f.printed("dQ + dX·K." if side == "q" else "dK + dXᵀ·Q.")
 
 
 def _store_q(names: BackwardNames) -> Printed:
