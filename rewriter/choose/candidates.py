@@ -229,7 +229,10 @@ def _ours(
     compiles = q.device.is_gpu or mapping.is_compiled
     if not isinstance(kernel, trained.TrainedKernel):
         return candidate, our_call(q.cascade, mapping, fragile=compiles and not q.traced)
-    conditions = (needs_no_gradient(kernel.without),) if kernel.without else ()
+    rows = _nan_rows_have_gradients(view)
+    if rows and q.traced:
+        return _refused(name, f"it is trained where {rows[0].sentence}, which cannot be guarded inside Inductor's graph")
+    conditions = (*((needs_no_gradient(kernel.without),) if kernel.without else ()), *rows)
     why = "; ".join((candidate.why, *(f"where {x.sentence}" for x in conditions)))
     call = our_trained_call(q.cascade, mapping, conditions, fragile=compiles and not q.traced, once=not q.traced)
     return replace(candidate, why=why), call
@@ -246,6 +249,15 @@ def _trained(q: Question, mapping: TileMapping) -> trained.TrainedKernel | Refus
         why = f"the {mapping.body} body's backward gives no gradient of {', '.join(lacking)}, which {need} one"
         return Refusal(mapping.body, why)
     return made
+
+
+def _nan_rows_have_gradients(a: Attention) -> tuple[Condition, ...]:
+    """Under which no row is NaN that the model sets to 0: autograd's gradients of such a row are NaN, a kernel's are 0."""
+    if not any(e.op == "isnan" for e in ex.walk(a.weight, a.finish)):
+        return ()
+    keep = split(a.score, a.key).keep
+    masked = (every_row_keeps_a_key(a),) if keep is not ex.TRUE and rows_keep_a_key(a, keep) else ()
+    return (*masked, *((every_row_is_added_to(a, math.inf),) if _added(a) else ()))
 
 
 def _mappings(q: Question, sizes: Mapping[str, int], data: Data) -> list[tuple[TileMapping, Cost]]:

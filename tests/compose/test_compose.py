@@ -93,6 +93,10 @@ FOUND = {
         '{"queries": 4, "keys": 3, "mask": "data", "mask_spread": "bhp1", "empty": true}', ("sdpa", "sdpa body", "checked")
     ),
     "gradients behind a saturated softmax": ('{"grad": "inputs", "size": 7, "spread": 5.0, "layout": "fused"}', ("sdpa",)),
+    "gradients of rows whose NaN the model sets to 0": (
+        '{"grad": "inputs", "again": 18, "keys": 1, "mask": "causal", "form": "added", "after": "nan_to_num"}',
+        ("reattend", "checked reattend"),
+    ),
     "values of fewer numbers than a vector": ('{"size": 16, "value": 4}', ("fused",)),
 }
 
