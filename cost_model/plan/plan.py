@@ -124,6 +124,7 @@ def _site_to_dict(s: Site) -> dict[str, Json]:
         "traits": sorted(s.traits), "mask": mask, "detail": details.to_dict() if details is not None else None,
         "shape": {"sizes": dict(s.shape.sizes), "dtype": s.shape.dtype, "at": dict(s.shape.at)},
         "memory": dict(vars(s.memory)) if s.memory is not None else None,
+        "eager": s.eager.to_dict() if s.eager is not None else None,
         "candidates": [_candidate_to_dict(c) for c in s.candidates],
     }
     del out["detailer"]
@@ -148,6 +149,7 @@ def _site_from_dict(d: Read) -> Site:
         **d, "traits": frozenset(d["traits"]), "shape": SiteShape(**d["shape"]), "mask": mask, "candidates": candidates,
         "proofs": tuple(d["proofs"]), "guards": tuple(d["guards"]), "notes": tuple(d["notes"]),
         "memory": AttentionMemory(**d["memory"]) if d.get("memory") is not None else None,
+        "eager": Cost.from_dict(d["eager"]) if d.get("eager") is not None else None,
         "detail": Detail.from_dict(d["detail"]) if d.get("detail") is not None else None,
     })
 

@@ -23,7 +23,7 @@ _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f6
 def plan_data(plan: Findings, sweeps: Sequence[Sweep]) -> dict[str, Json]:
     """Everything that tables and drawings of one plan need."""
     d = plan.device
-    before = [s.original.cost if s.original is not None else None for s in plan.sites]
+    before = [s.before for s in plan.sites]
     known = all(c is not None for c in before) and plan.seconds > 0
     return {
         "model": plan.model, "note": plan.note, "seconds": plan.seconds, "sites": len(plan.sites),

@@ -120,7 +120,7 @@ class Site:
     """One attention of the model. `candidates` are best first; `choice` names the chosen one.
 
     `cascade` and `chosen_cascade` are texts in the papers' notation; `proofs` and `guards` are sentences; `notes` is what
-    else a reader should know.
+    else a reader should know. `eager`: the model's own call as it runs, where that is cheaper than the captured one.
     """
 
     name: str
@@ -137,6 +137,7 @@ class Site:
     chosen_cascade: str = ""
     notes: tuple[str, ...] = ()
     memory: AttentionMemory | None = None
+    eager: Cost | None = None
     detail: Detail | None = field(default=None, compare=False)
     detailer: Callable[[], Detail] | None = field(default=None, compare=False, repr=False)
 
@@ -161,9 +162,14 @@ class Site:
         return next((c for c in self.candidates if c.is_original), None)
 
     @property
+    def before(self) -> Cost | None:
+        """Its cost as the model runs it: the original's, or that of the model's own call where nothing traces it."""
+        return self.eager or (self.original.cost if self.original is not None else None)
+
+    @property
     def speedup(self) -> float | None:
-        """Predicted time of the original code over that of the chosen candidate."""
-        before = self.original.cost if self.original is not None else None
+        """Predicted time of the model's own code as it runs over that of the chosen candidate."""
+        before = self.before
         after = self.chosen.cost
         if before is None or after is None or after.seconds == 0:
             return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class CutProgram:
     """A site's own code cut to some positions of its output.
 
     `bytes` is the memory that its largest values take while it runs, `held_bytes` that of all, `flops` what its products
-    take.
+    take. `repeated`: along which dimensions an input repeats its values, so that gradients there count together.
     """
 
     own: Own
@@ -51,6 +51,7 @@ class CutProgram:
     bytes: int
     held_bytes: int
     flops: float
+    repeated: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def run(self, given: Sequence[Any], wide: Sequence[Any] | None = None) -> tuple[Tensor, Tensor]:
         """The wanted positions of the output: in the model's own types, and in float64."""

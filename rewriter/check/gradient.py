@@ -149,7 +149,7 @@ def _own(
     wider = {i: wide[i].detach().double().requires_grad_() for i in wanting}
     own, exact = p.run([leaves.get(i, x) for i, x in enumerate(given)], [wider.get(i, x) for i, x in enumerate(wide)])
     back = flow.to(own.device, own.dtype)
-    return _gradients(own, leaves, back), _gradients(exact, wider, back.double())
+    return _gradients(p, own, leaves, back), _gradients(p, exact, wider, back.double())
 
 
 def _ours(
@@ -163,16 +163,16 @@ def _ours(
     out = target(*call).reshape(p.own.shape)
     out = out.to(p.own.values[p.own.output].dtype)
     shown = pick(out, everything(p.own.shape), p.wanted)
-    return _gradients(shown, leaves, flow.to(shown.device, shown.dtype))
+    return _gradients(p, shown, leaves, flow.to(shown.device, shown.dtype))
 
 
 def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, Tensor) else x
 
 
-def _gradients(out: Tensor, leaves: dict[int, Tensor], flow: Tensor) -> dict[int, Tensor]:
-    """The gradient of each leaf; zero where none flows."""
-    if not out.requires_grad:
-        return {i: torch.zeros_like(x) for i, x in leaves.items()}
-    found = torch.autograd.grad(out, list(leaves.values()), flow, allow_unused=True)
-    return {i: torch.zeros_like(x) if g is None else g for (i, x), g in zip(leaves.items(), found)}
+def _gradients(p: CutProgram, out: Tensor, leaves: dict[int, Tensor], flow: Tensor) -> dict[int, Tensor]:
+    """The gradient of each leaf, summed where its values repeat; zero where none flows."""
+    none = (None,) * len(leaves)
+    found = torch.autograd.grad(out, list(leaves.values()), flow, allow_unused=True) if out.requires_grad else none
+    whole = {i: torch.zeros_like(x) if g is None else g for (i, x), g in zip(leaves.items(), found)}
+    return {i: g.sum(p.repeated[i], keepdim=True) if p.repeated.get(i) else g for i, g in whole.items()}

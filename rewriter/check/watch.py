@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -38,7 +38,8 @@ class SiteWatch:
     """Holds a site's results against the model's own code. `every`: each n-th call too, 0 for none but the first.
 
     `kernel` is what was spliced in, `source` gives its text; `masks` are the inputs that its score reads beside the product;
-    `largest` is the largest finite number in that score, a fill perhaps. `record` takes the checks. `refuse`, where given,
+    `largest` is the largest finite number in that score, a fill perhaps. `repeated`: the dimensions along which the kernel
+    takes an input's first values for all. `record` takes the checks. `refuse`, where given,
     makes the error that is raised instead of stepping aside.
     """
 
@@ -48,6 +49,7 @@ class SiteWatch:
     every: int = 0
     masks: frozenset[int] = frozenset()
     largest: float = 0.0
+    repeated: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     refuse: Callable[[str], Exception] | None = None
     record: list[Check] = field(default_factory=list)
     calls: int = 0
@@ -117,7 +119,7 @@ class SiteWatch:
             e, same = _forward(program, values, out, beside(self.largest, out.dtype))
             why = "" if same else f"{self.kernel} is {e}"
             if trained and not why:
-                smaller = fitting(own, values, generator, gradients=True)
+                smaller = replace(fitting(own, values, generator, gradients=True), repeated=self.repeated)
                 wrong = wrong_gradient(smaller, target, arguments, given, generator)
                 why, e = (f"{self.kernel}: its gradient is {wrong}", wrong) if wrong is not None else ("", e)
         verdict: Verdict = "differs" if why else "same"

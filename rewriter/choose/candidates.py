@@ -67,6 +67,7 @@ class Question:
 
     `wanted`: the inputs of the cascade whose gradients flow on; None where none flows back through the output.
     `origins` names the inputs of the graph behind each tensor that the mask reads; `constants` has those that none reaches.
+    `bare`: the model passes the mask of its call to a trace alone.
     """
 
     cascade: Cascade
@@ -81,6 +82,7 @@ class Question:
     traced: bool
     origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
     constants: Data = NOTHING
+    bare: bool = False
 
     @property
     def gradients(self) -> bool:
@@ -111,7 +113,7 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
         mask=_mask(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
         choice=chosen.name,
         cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.is_tiled else "",
-        notes=taken.words, memory=_memory(view, c, sizes),
+        notes=taken.words, memory=_memory(view, c, sizes), eager=_eager_cost(q, sizes),
         detailer=cache(lambda: detail(c, one_pass, ours_text, sizes, taken.data)),
     )
     return site, calls
@@ -171,6 +173,22 @@ def _original_cost(q: Question, sizes: Mapping[str, int]) -> Cost | None:
         if q.written is None:
             return predict_original(q.cascade, q.device, sizes, q.wanted)
         cost = predict_vendor(q.cascade, _original_use(q, q.written, sizes), q.device, sizes, wanted=q.wanted)
+    except ValueError:
+        return None
+    return cost if isinstance(cost, Cost) else None
+
+
+def _eager_cost(q: Question, sizes: Mapping[str, int]) -> Cost | None:
+    """The predicted time of the model's own call where nothing traces it, if it then passes no mask; else None.
+
+    What a mask says beside the triangle (a window that is longer than the context was) needs one at other sizes.
+    """
+    made = vendor.sdpa(q.cascade) if q.bare and q.written is not None else None
+    if q.written is None or made is None or isinstance(made, Refusal) or made.mask is not None:
+        return None
+    bare = replace(q.written, mask_elements=0, mask_dtype="b1", skips=made.causal)
+    try:
+        cost = predict_vendor(q.cascade, _original_use(q, bare, sizes), q.device, sizes, wanted=q.wanted)
     except ValueError:
         return None
     return cost if isinstance(cost, Cost) else None

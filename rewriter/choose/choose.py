@@ -43,6 +43,7 @@ from ..graph.aliases import Aliases
 from ..graph.functional import EDITED, functional
 from ..graph.liveness import erase_dead
 from ..graph.shape_only import with_sizes
+from ..lift.index import ZERO
 from ..splice import splice
 from ..splice.guards import Originals
 from . import scans
@@ -269,8 +270,19 @@ def watch_of(d: Decision, inputs: Sequence[fx.Node], policy: Policy, record: lis
     return SiteWatch(
         _label(d.site), d.site.choice, d.site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
         masks=frozenset(i for i, n in enumerate(inputs) if n in read), largest=max(numbers, default=0.0),
-        refuse=StrictError if policy.strict else None, record=record,
+        repeated=_repeated(d.found, inputs), refuse=StrictError if policy.strict else None, record=record,
     )
+
+
+def _repeated(f: Found, inputs: Sequence[fx.Node]) -> dict[int, tuple[int, ...]]:
+    """The dimensions along which every reader of a node takes its first element, by the node's place in `inputs`."""
+    at: dict[fx.Node, list[Sequence[ex.Expr]]] = {}
+    for e in f.cascade.einsums:
+        for x in e.reads:
+            if str(x.attr) in f.tensors:
+                at.setdefault(f.tensors[str(x.attr)], []).append(x.args)
+    first = {n: [d for d, of in enumerate(zip(*reads)) if all(i is ZERO for i in of)] for n, reads in at.items()}
+    return {i: tuple(d for d in first[n] if n.meta["val"].shape[d] != 1) for i, n in enumerate(inputs) if n in first}
 
 
 def decide(
@@ -355,7 +367,7 @@ def decide_place(
     question = Question(
         stands.cascade, tuple(sorted(stands.sizes(at).items())), request.target or running_device(stands.device_type),
         request.policy, request.executable, stands.wanted, stands.bound, stands.dtype, stands.call(at), request.traced,
-        stands.origins, stands.constants,
+        stands.origins, stands.constants, stands.bare,
     )
     site, calls = answer(question)
     guards = guard_sentences(calls.get(site.choice))

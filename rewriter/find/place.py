@@ -26,6 +26,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, Size, bind
 from ...patterns.evaluate import DTYPE_NAME
 from ...patterns.verdict import Obstacle
+from ..capture.called import BARE
 from ..graph.liveness import survivors
 from ..graph.node import arguments, op_name
 from ..graph.sizes import product, shape_of, size_of
@@ -44,12 +45,13 @@ UNBOUNDED = 1 << 40
 class Place:
     """Where an attention stands and what binds it there.
 
-    `bound` says why it cannot be replaced, whatever its cascade says; empty when it can. `scalars` are the symbols of its
-    cascade that are no size of a graph input: as sizes of the graph, with the value that was traced. `written`: how the
-    model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes. `upstream` has what
-    makes its keys and values, where that was asked for, and `model` the channels of the projection behind it. `wanted`: the
-    inputs of the cascade whose gradients flow on, None where none flows back through the output. `origins`:
-    the graph's inputs behind each tensor that its mask reads; `constants`: those of these tensors that no input reaches.
+    `bound` says why it cannot be replaced, whatever its cascade says; empty when it can. `scalars` are the symbols of
+    its cascade that are no size of a graph input: as sizes of the graph, with the value that was traced. `written`: how
+    the model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes, `bare`: to a
+    trace alone. `upstream` has what makes its keys and values, where that was asked for, and `model` the channels of the
+    projection behind it. `wanted`: the inputs of the cascade whose gradients flow on, None where none flows back through
+    the output. `origins`: the graph's inputs behind each tensor that its mask reads; `constants`: those of these tensors
+    that no input reaches.
     """
 
     cascade: Cascade
@@ -63,6 +65,7 @@ class Place:
     scalars: tuple[tuple[str, Size, int | None], ...]
     written: VendorUse | None
     mask_elements: Size
+    bare: bool = False
     origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
     constants: Data = NOTHING
     upstream: Cascade | Obstacle | None = None
@@ -109,7 +112,7 @@ def place(f: Found, name: str) -> Place:
     return Place(
         f.cascade, name, f.where, f.notes, _bound_to_original(f), _wanted(f),
         str(value.dtype).removeprefix("torch."), value.device.type, _scalars(f), written, mask_elements,
-        tuple((name, _inputs_behind(n)) for name, n in read.items()), constants(read),
+        BARE in f.final.meta, tuple((name, _inputs_behind(n)) for name, n in read.items()), constants(read),
     )
 
 

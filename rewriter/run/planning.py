@@ -25,7 +25,7 @@ from ...cost_model.words import group_name
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, bind
-from ..capture import capture, export
+from ..capture import called, capture, export
 from ..capture.models import ModelInput, Shapes, load, run
 from ..choose import choose, scans
 from ..choose.policy import Policy
@@ -33,7 +33,7 @@ from ..find import defect
 from ..find.place import Place, symbols_of
 from ..graph.torch_private import FakeTensor
 from . import bypass
-from .session import Session, break_of
+from .session import Session, break_of, session_of
 
 T = TypeVar("T")
 
@@ -53,6 +53,8 @@ def plan_model(
         try:
             with bypass.own():
                 captured = export.from_export(model, args, kwargs, dynamic=dynamic)
+                if session_of(model) is None:
+                    called.mark_bare(captured.graph, model, args, kwargs)
             plan = plan_graph(captured, device, policy, name)
             return replace(plan, note=f"{plan.note}{_fused(model, plan)}")
         except capture.CaptureError as no:

@@ -97,6 +97,9 @@ FOUND = {
         '{"grad": "inputs", "again": 18, "keys": 1, "mask": "causal", "form": "added", "after": "nan_to_num"}',
         ("reattend", "checked reattend"),
     ),
+    "the gradient of what repeats over the batch": (
+        '{"grad": "all", "batch": 2, "shape": "merged", "row": "temperature"}', ("reattend", "sdpa")
+    ),
     "values of fewer numbers than a vector": ('{"size": 16, "value": 4}', ("fused",)),
 }
 
