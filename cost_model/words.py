@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,24 +14,49 @@ from rich.console import Console
 from rich.table import Table
 
 WIDTH = 160
+# On screens narrower than this a cell has no room to be broken well.
+NARROW = 100
 NUMBER = re.compile(r"\d+")
 # What is copied from a table stays on one line.
 _WHOLE = ("what", "where", "chosen", "candidate", "time")
 
 
-def table_of(titles: Sequence[str], right: Sequence[str] = ()) -> Table:
-    """A table without lines; the columns `right` are flush right."""
+def table_of(titles: Sequence[str], right: Sequence[str] = (), whole: Sequence[str] = _WHOLE) -> Table:
+    """A table without lines; the columns `right` are flush right, and those of `whole` are never broken."""
     table = Table(box=None, pad_edge=False)
     for t in titles:
-        table.add_column(t, justify="right" if t in right else "left", overflow="fold", no_wrap=t in _WHOLE)
+        table.add_column(t, justify="right" if t in right else "left", overflow="fold", no_wrap=t in whole)
     return table
 
 
-def table_text(table: Table, width: int = WIDTH) -> str:
-    """The table as text, without blanks at the ends of lines."""
-    out = io.StringIO()
-    Console(file=out, width=width, force_terminal=False, highlight=False, markup=False).print(table)
+def screen_width() -> int:
+    """Columns to print in: COLUMNS, else those of the terminal, else 160, as in a file."""
+    return shutil.get_terminal_size((WIDTH, 24)).columns
+
+
+def table_text(table: Table, width: int | None = None) -> str:
+    """The table as text, without blanks at the ends of lines; one line a cell where it is too wide for the screen."""
+    width, out = width or screen_width(), io.StringIO()
+    console = Console(file=out, width=width, force_terminal=False, highlight=False, markup=False)
+    needs = console.measure(table, options=console.options.update(max_width=sys.maxsize))
+    if needs.minimum > width or (width < NARROW and needs.maximum > width):
+        return _records(table, width)
+    console.print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+def _records(table: Table, width: int) -> str:
+    """Each row as a paragraph: its first cell, and under it a line for each other one that is not empty."""
+    titles = [str(c.header) for c in table.columns]
+    indent = 2 + max(map(len, titles[1:]), default=0) + 2
+    lines: list[str] = []
+    for first, *cells in zip(*(c.cells for c in table.columns), strict=True):
+        lines += textwrap.wrap(str(first), width) or [""]
+        for title, cell in zip(titles[1:], cells):
+            under = " " * indent
+            head = f"  {title}".ljust(indent)
+            lines += textwrap.wrap(str(cell), max(width, indent + 20), initial_indent=head, subsequent_indent=under)
+    return "\n".join(lines)
 
 
 def seconds_text(seconds: float) -> str:

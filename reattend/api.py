@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .cost_model.devices.device import Device, device
 from .cost_model.plan.plan import Plan
 from .rewriter.capture.export import held_tensors
-from .rewriter.capture.models import Shapes, UsageError, check_devices, inputs_for
+from .rewriter.capture.models import check_devices, inputs_for
 from .rewriter.choose import choose
 from .rewriter.choose.policy import Policy
 from .rewriter.doors.book import passed
@@ -25,6 +25,7 @@ from .rewriter.run.report import Entered, Report
 from .rewriter.run.session import Session, is_copy, session_of
 from .rewriter.run.verify import Verification
 from .rewriter.run.verify import verify as _verify
+from .rewriter.shapes import Shapes, UsageError
 
 if TYPE_CHECKING:
     from typing import TypeVar

@@ -6,8 +6,12 @@ sentence on stderr.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+from importlib import metadata
+from platform import python_version
+from typing import Annotated
 
 import typer
 
@@ -17,7 +21,6 @@ from .options import tokens
 __all__ = ["app", "main", "tokens"]
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -39,6 +42,25 @@ app = typer.Typer(
     "  reattend diff monday.json friday.json\n\n"
     "Exit codes: 0; 1 a finding (a strict miss, a failed verification, a choice that got slower); 2 a usage error.",
 )
+
+
+def _version(asked: bool) -> None:
+    """What a report of a defect should name."""
+    if asked:
+        there = [n for n in ("torch", "triton", "transformers") if importlib.util.find_spec(n) is not None]
+        versions = [f"{n} {metadata.version(n)}" for n in there]
+        print(", ".join([f"reattend {metadata.version('reattend')}", f"Python {python_version()}", *versions]))
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", help="say the versions, and exit", is_eager=True, callback=_version)]
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    """What may stand before a command."""
+
+
 for command in (
     commands_plan.plan, commands_plan.explain, commands_run.emit, commands_run.bench, commands_run.verify,
     commands_plan.diff, commands_plan.targets,

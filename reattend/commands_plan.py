@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from .cost_model.plan.diff import Diff
     from .cost_model.plan.plan import Plan
     from .cost_model.sites.sweep import Sweep
-    from .rewriter.capture.models import Shapes
     from .rewriter.choose.policy import Policy
+    from .rewriter.shapes import Shapes
 
 
 def plan(
@@ -65,9 +65,10 @@ def plan(
 
     Example: reattend plan config.json --target h200 --target a100 --dtype bf16 --sweep seq=1k:128k --html plan.html
     """
+    shapes = shapes_of(model, batch, seq, dtype, phase, past, attn)
     from .cost_model.report.page import check_path, write_page
 
-    devices, shapes = devices_of(target), shapes_of(batch, seq, dtype, phase, past, attn)
+    devices = devices_of(target)
     for text in sweep or ():
         sweep_of(text)
     if html is not None:
@@ -95,7 +96,7 @@ def explain(
 
     Example: reattend explain config.json model.layers.0.self_attn --seq 4k --target h100
     """
-    made = plan_one(model, shapes_of(batch, seq, dtype, phase, past, attn), target, dynamic, expect or ())
+    made = plan_one(model, shapes_of(model, batch, seq, dtype, phase, past, attn), target, dynamic, expect or ())
     from .rewriter.run.explain import explanation, explanation_data
 
     sites = sites_of(made, site)
@@ -122,14 +123,14 @@ def diff(
     Example: reattend diff monday.json friday.json --tolerance 0.1
     """
     from .cost_model.plan.diff import diff as compare
-    from .rewriter.capture.models import UsageError
+    from .rewriter.shapes import UsageError
 
     if tolerance < 0:
         raise UsageError(f"--tolerance {tolerance} is no share: give 0 or more, such as 0.05 for 5%")
     if after is None:
         if len(target or ()) != 2:
             raise UsageError("diff compares two plans (A.json B.json), or one MODEL on two devices (--target A --target B)")
-        old, new = plan_all(before, shapes_of(batch, seq, dtype, phase, past, attn), devices_of(target), False)
+        old, new = plan_all(before, shapes_of(before, batch, seq, dtype, phase, past, attn), devices_of(target), False)
         _show(compare(old, new, tolerance), json)
         return
     made = compare(_saved(before), _saved(after), tolerance, (before, after))
@@ -256,7 +257,7 @@ def _saved(path: str) -> Plan:
     """A plan from a file. Raises UsageError and PlanError with one sentence."""
     from .cost_model.plan.plan import Plan
     from .cost_model.sites.site import PlanError
-    from .rewriter.capture.models import UsageError
+    from .rewriter.shapes import UsageError
 
     try:
         return Plan.from_json(Path(path).read_text(encoding="utf-8"))

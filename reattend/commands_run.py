@@ -45,7 +45,7 @@ def emit(
 
     if output is not None:
         check_path(output)
-    made = plan_one(model, shapes_of(batch, seq, dtype, phase, past, attn), target, False)
+    made = plan_one(model, shapes_of(model, batch, seq, dtype, phase, past, attn), target, False)
     chosen = sites_of(made, site)[0]
     text = _source(chosen, candidate)
     if output is not None:
@@ -58,20 +58,30 @@ def emit(
 
 
 def verify(
-    model: Model, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None, attn: Attn = None, json: Json = False,
-    debug: Debug = False,
+    model: Model, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None, attn: Attn = None,
+    candidate: Annotated[str, typer.Option(help="what to verify: reattend (our kernel, where it can run), sdpa, flex, or "
+                                           "chosen")] = "reattend",
+    json: Json = False, debug: Debug = False,
 ) -> None:
     """Run MODEL with random weights on this machine, original and rewritten, and compare both with float64.
 
     Example: reattend verify config.json --seq 512 --batch 2
     """
-    from .api import verify as verify_model
-    from .rewriter.capture.models import UsageError, load
+    from .rewriter.shapes import UsageError
 
-    given = load(model, shapes_of(batch, seq, dtype, "prefill", 0, attn), where="cpu")
+    if candidate not in ("reattend", "sdpa", "flex", "chosen"):
+        raise UsageError(f"--candidate {candidate} is not known: use reattend, sdpa, flex or chosen")
+    shapes = shapes_of(model, batch, seq, dtype, "prefill", 0, attn)
+    from .rewriter.capture.models import check_memory, load
+    from .rewriter.choose.policy import Policy
+    from .rewriter.run.verify import verify as verify_model
+
+    check_memory(model, shapes)
+    given = load(model, shapes, where="cpu")
     if given.model is None:
         raise UsageError("an exported program cannot be verified: give a config.json or module:factory")
-    result = verify_model(given.model, given.args, given.kwargs)
+    policy = Policy() if candidate == "chosen" else Policy(allow=candidate, deny="original")
+    result = verify_model(given.model, given.args, given.kwargs, policy)
     print(result.to_json() if json else result)
     if not result.ok:
         raise typer.Exit(1)
@@ -93,8 +103,8 @@ def bench(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .rewriter.capture.models import UsageError
     from .rewriter.run.bench import bench_spec
+    from .rewriter.shapes import UsageError
 
     if not seconds > 0:
         raise UsageError(f"--seconds {seconds} is no time to measure in: give more than 0")
@@ -106,12 +116,12 @@ def bench(
         def step(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        result = bench_spec(model, shapes_of(batch, seq, dtype, phase, past, attn), site, seconds, step)
+        result = bench_spec(model, shapes_of(model, batch, seq, dtype, phase, past, attn), site, seconds, step)
     print(result.to_json() if json else result)
 
 
 def _source(site: Site, candidate: str) -> str:
-    from .rewriter.capture.models import UsageError
+    from .rewriter.shapes import UsageError
 
     wanted = site.chosen.name if candidate == "chosen" else candidate
     found = next((c for c in site.candidates if c.name == wanted), None)

@@ -5,8 +5,10 @@ Loads no torch: what needs it is imported when a command runs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,18 +19,18 @@ if TYPE_CHECKING:
     from .cost_model.plan.plan import Plan
     from .cost_model.sites.site import Site
     from .cost_model.sites.sweep import Sweep
-    from .rewriter.capture.models import Shapes
     from .rewriter.choose.policy import Policy
+    from .rewriter.shapes import Shapes
 
 
 def tokens(value: str | int) -> int:
-    """4096, 4k (4096) or 1M (1048576)."""
+    """4096, 4_096 or 4,096; 4k (4096), 1.5k (1536) or 1M (1048576)."""
     text = str(value)
     factor = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
-    digits = text if factor == 1 else text[:-1]
-    if not digits.isdigit():
-        raise typer.BadParameter(f"{text!r} is no number of tokens: write 4096, 4k or 1M")
-    return int(digits) * factor
+    digits = re.sub(r"(?<=\d)[_,](?=\d{3}(\D|$))", "", text if factor == 1 else text[:-1])
+    if not re.fullmatch(r"\d+(\.\d+)?", digits) or Fraction(digits) * factor % 1:
+        raise typer.BadParameter(f"{text!r} is no number of tokens: write 4096, 4k, 1.5k or 1M")
+    return int(Fraction(digits) * factor)
 
 
 def sweep_of(text: str) -> tuple[str, tuple[int, ...]]:
@@ -98,10 +100,15 @@ Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
-def shapes_of(batch: int, seq: int | None, dtype: str | None, phase: str, past: int, attn: str | None) -> Shapes:
-    from .rewriter.capture.models import Shapes
+def shapes_of(
+    model: str, batch: int, seq: int | None, dtype: str | None, phase: str, past: int, attn: str | None
+) -> Shapes:
+    """The shape options for a model. What names none, and options that it would not heed, are refused, without torch."""
+    from .rewriter.shapes import Shapes, check_spec
 
-    return Shapes(batch, seq, dtype, phase, past, attn)
+    shapes = Shapes(batch, seq, dtype, phase, past, attn)
+    check_spec(model, shapes)
+    return shapes
 
 
 def devices_of(names: Sequence[str] | None) -> list[Device]:
@@ -119,6 +126,8 @@ def plan_one(spec: str, shapes: Shapes, target: str | None, dynamic: bool, expec
 
 def policy_of(mesh: str | None, expect: Sequence[str] | None, approximate: bool = False) -> Policy:
     """The policy of a command: a mesh to spread over, what is expected of run-time data, and whether results may differ."""
+    if approximate and mesh is None:
+        raise typer.BadParameter("--approximate is for ways to spread a model: give --mesh too, such as --mesh tp=8")
     from .rewriter.choose.policy import Policy
 
     return Policy(mesh=mesh, expect=tuple(expect or ()), approximate=approximate)
@@ -154,8 +163,8 @@ def plan_swept(
 
 def sites_of(made: Plan, name: str | None) -> list[Site]:
     """The sites of this name or number; without one, the first of each kind of identical sites."""
-    from .rewriter.capture.models import UsageError
     from .rewriter.run.explain import positions
+    from .rewriter.shapes import UsageError
 
     if not made.sites:
         raise UsageError("the model has no attention that was found: `reattend plan` says what was left alone and why")

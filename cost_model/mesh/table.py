@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rich.console import Console
-from rich.table import Table
-
-from ..words import bytes_text, seconds_text
+from ..words import bytes_text, seconds_text, table_of, table_text
 from .scheme import Scheme
 
-WIDTH = 180
 COLUMNS = ("way", "exact", "holds", "of it cache", "a token", "computes", "sends", "step", "bound", "largest batch", "why")
 RIGHT = ("holds", "of it cache", "a token", "computes", "sends", "step", "largest batch")
 
 
-def mesh_table(schemes: Sequence[Scheme], head: str, note: str = "", width: int = WIDTH) -> str:
+def mesh_table(schemes: Sequence[Scheme], head: str, note: str = "", width: int | None = None) -> str:
     """One row a way under a heading, best first; those that cannot run say why instead."""
-    table = Table(box=None, pad_edge=False)
-    for c in COLUMNS:
-        table.add_column(c, justify="right" if c in RIGHT else "left", overflow="fold", no_wrap=c not in ("why",))
+    table = table_of(COLUMNS, right=RIGHT, whole=COLUMNS[:-1])
     for s in _grouped(schemes):
         table.add_row(*_row(s))
-    out = io.StringIO()
-    Console(file=out, width=width, force_terminal=False, highlight=False, markup=False).print(table)
-    lines = [head, *(line.rstrip() for line in out.getvalue().rstrip().splitlines())]
+    lines = [head, table_text(table, width)]
     return "\n".join([*lines, f"({note})"] if note else lines)
 
 

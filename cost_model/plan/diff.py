@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from ..sites.findings import Findings
 from ..sites.site import Site
-from ..words import WIDTH, group_name, seconds_text, table_of, table_text
+from ..words import group_name, seconds_text, table_of, table_text
 
 SAME, CHANGED, NEW, GONE = "same", "changed", "new", "gone"
 
@@ -122,7 +122,7 @@ def _title(plan: Findings) -> str:
     return f"{plan.model or 'plan'} on {plan.device.name}"
 
 
-def diff_table(d: Diff, width: int = WIDTH) -> str:
+def diff_table(d: Diff, width: int | None = None) -> str:
     """Changed, new and gone sites first; those whose choice and time stayed are counted."""
     lines = [f"{d.before} → {d.after}: {seconds_text(d.before_seconds)} → {seconds_text(d.after_seconds)} in all"]
     same = [r for r in d.rows if r.status not in (CHANGED, NEW, GONE) and r.ratio in (None, 1.0)]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from ..sites.findings import Findings
 from ..sites.site import Candidate, Miss, Site, grouped
-from ..words import WIDTH, group_name, seconds_text, short_path, table_of, table_text
+from ..words import bytes_text, group_name, seconds_text, short_path, table_of, table_text
 
 
-def plan_table(plan: Findings, width: int = WIDTH) -> str:
+def plan_table(plan: Findings, width: int | None = None) -> str:
     """The plan as text: what, where, chosen, predicted time and speed-up, bound, why; then the misses."""
     lines = [_heading(plan)]
     if plan.sites:
@@ -36,10 +36,20 @@ def _heading(plan: Findings) -> str:
     model = f"{plan.model}: " if plan.model else ""
     total = f", {seconds_text(plan.seconds)} in all" if n else ""
     d = plan.device
-    return f"{model}{what} on {d.name} ({d.title}; {d.basis} times, ±{d.band:.0%}){total}"
+    return f"{model}{what} on {d.name} ({d.title}; {d.basis} times, ±{plan.band:.0%}){total}{_too_large(plan)}"
 
 
-def _sites(plan: Findings, width: int) -> str:
+def _too_large(plan: Findings) -> str:
+    """Whether weights and caches fit the device, where they do not."""
+    decoding = [s.memory.cache_bytes for s in plan.sites if s.memory is not None and "decode" in s.traits]
+    needed = plan.weight_bytes + sum(decoding)
+    if not 0 < plan.device.dram_bytes < needed:
+        return ""
+    parts = [f"weights {bytes_text(plan.weight_bytes)}", *([f"cache {bytes_text(sum(decoding))}"] if decoding else [])]
+    return f"; DOES NOT FIT: {' and '.join(parts)}, {plan.device.name} has {bytes_text(plan.device.dram_bytes)}: give --mesh"
+
+
+def _sites(plan: Findings, width: int | None) -> str:
     groups: dict[tuple[object, ...], list[Site]] = {}
     for s in plan.sites:
         groups.setdefault(s.alike, []).append(s)
@@ -63,7 +73,7 @@ def _row(members: Sequence[Site]) -> tuple[str, ...]:
     )
 
 
-def plans_table(plans: Sequence[Findings], width: int = WIDTH) -> str:
+def plans_table(plans: Sequence[Findings], width: int | None = None) -> str:
     """The same model planned for several devices, side by side: choice, predicted time and its speed-up on each."""
     first = plans[0]
     n = len(first.sites)
@@ -94,14 +104,14 @@ def _choice(s: Site) -> str:
     return f"{s.choice} {seconds_text(cost.seconds)}{speed} ({cost.bound})" if cost is not None else s.choice
 
 
-def _misses(misses: Sequence[Miss], width: int) -> str:
+def _misses(misses: Sequence[Miss], width: int | None) -> str:
     table = table_of(("where", "what", "reason", "hint"))
     for m, many in grouped(misses):
         table.add_row(short_path(m.where) + (f" ×{many}" if many > 1 else ""), m.what, m.reason, m.hint)
     return table_text(table, width)
 
 
-def candidates_table(candidates: Sequence[Candidate], width: int = WIDTH) -> str:
+def candidates_table(candidates: Sequence[Candidate], width: int | None = None) -> str:
     """Every candidate of a site with its predicted cost, or why it cannot run."""
     table = table_of(
         ("candidate", "time", "bound", "TFLOP", "GB", "G exp", "passes", "why"),

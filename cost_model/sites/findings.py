@@ -51,6 +51,13 @@ class Findings:
         return sum(s.chosen.cost.seconds for s in self.sites if s.chosen.cost is not None)
 
     @property
+    def band(self) -> float:
+        """How far their sum may be off: the bands of these times, each as much as its time counts."""
+        costs = [s.chosen.cost for s in self.sites if s.chosen.cost is not None]
+        whole = sum(c.seconds for c in costs)
+        return sum((c.band or self.device.band) * c.seconds for c in costs) / whole if whole else self.device.band
+
+    @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Positions of sites that differ by their name only, in order of appearance."""
         found: dict[tuple[object, ...], list[int]] = {}

@@ -106,8 +106,9 @@ class SiteShape:
     at: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        sizes = (f"{r}={n}={self.at[r]}" if r in self.at else f"{r}={n}" for r, n in self.sizes.items())
-        return " ".join([*sizes, self.dtype]).strip()
+        sizes = (f"{r}={self.at.get(r, n)}" for r, n in self.sizes.items())
+        free = f", open: {' '.join(self.at)}" if self.at else ""
+        return " ".join([*sizes, self.dtype]).strip() + free
 
     def size(self, rank: str) -> int | None:
         """The number behind a rank; None for a rank that the site lacks, or whose size is not known."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from ..json import Json, Read
 from ..mesh.course import MeshCourse
-from ..words import WIDTH, bytes_text, seconds_text, table_of, table_text, tokens_text
+from ..words import bytes_text, seconds_text, table_of, table_text, tokens_text
 from .course import Course, Point, course
 
 
@@ -46,7 +46,7 @@ class Sweep:
         return Sweep(d["axis"], tuple(d["values"]), courses, d["skipped"], d["seconds"], meshes)
 
 
-def sweep_table(sweep: Sweep, width: int = WIDTH) -> str:
+def sweep_table(sweep: Sweep, width: int | None = None) -> str:
     """A row a value: the winner on every device with its time and its lead; an arrow where the choice changes."""
     lines: list[str] = []
     for name in dict.fromkeys(c.site for c in sweep.courses):
@@ -63,7 +63,7 @@ def sweep_table(sweep: Sweep, width: int = WIDTH) -> str:
     return "\n".join([*lines, sweep.skipped, last] if sweep.skipped else [*lines, last])
 
 
-def _spread(sweep: Sweep, name: str, width: int) -> list[str]:
+def _spread(sweep: Sweep, name: str, width: int | None) -> list[str]:
     """A row a value: on every device the fastest way that fits, its step and what a device holds."""
     courses = [m for m in sweep.meshes if m.mesh == name]
     table = table_of((sweep.axis, *(m.device for m in courses)), right=(sweep.axis,))

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,52 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from ...cost_model.json import Read
+from ...cost_model.words import bytes_text
 from ...patterns.evaluate import DTYPE
 from ..graph.torch_private import FakeTensorMode, tree_leaves, tree_map
+from ..shapes import Shapes, UsageError, check_spec
 
+_PLAIN = Shapes()
 # Of transformers, which may be absent; an architecture's config has fields of its own.
 Config: TypeAlias = Any
 
 
-class UsageError(ValueError):
-    """What the user asked for cannot be done; the message is one sentence that says what to change."""
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The shape options of the command line. `seq` and `past` count tokens; `None` leaves the choice to the model."""
-
-    batch: int = 1
-    seq: int | None = None
-    dtype: str | None = None
-    phase: str = "prefill"
-    past: int = 0
-    attn: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.phase not in ("prefill", "decode"):
-            raise UsageError(f"--phase {self.phase} is not known: use prefill or decode")
-        if self.attn not in (None, "eager", "sdpa"):
-            raise UsageError(f"--attn {self.attn} is not known: use eager or sdpa")
-        if self.dtype is not None and DTYPE.get(_short(self.dtype), torch.int8) not in _FLOATS:
-            raise UsageError(f"--dtype {self.dtype} is not known: use f32, bf16, f16 or f64")
-        for option, value, low in (("--batch", self.batch, 1), ("--seq", self.seq, 1), ("--past", self.past, 0)):
-            if value is not None and value < low:
-                raise UsageError(f"{option} {value} is too small: give at least {low}")
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        return DTYPE[_short(self.dtype)] if self.dtype is not None else None
-
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LONG = {"float32": "f32", "fp32": "f32", "float": "f32", "bfloat16": "bf16", "float16": "f16", "half": "f16",
-         "fp16": "f16", "float64": "f64", "fp64": "f64", "double": "f64"}
 _DEFAULT_SEQ = 2048
-
-
-def _short(dtype: str) -> str:
-    return _LONG.get(dtype, dtype)
 
 
 @dataclass(frozen=True)
@@ -81,7 +47,7 @@ class ModelInput:
     note: str = ""
 
 
-def load(spec: str, shapes: Shapes = Shapes(), *, where: str = "meta") -> ModelInput:
+def load(spec: str, shapes: Shapes = _PLAIN, *, where: str = "meta") -> ModelInput:
     """What `spec` names. Raises UsageError with one sentence.
 
     A config's model has no weights where `where` is "meta" or "fake" (tensors that only say they are on the CPU, or with
@@ -89,18 +55,34 @@ def load(spec: str, shapes: Shapes = Shapes(), *, where: str = "meta") -> ModelI
     `spec` is `package.module:factory` (returns a module, or a module with its args and kwargs), the path of a
     `config.json` or of a folder that holds one, or the path of a `.pt2`.
     """
+    check_spec(spec, shapes)
     path = Path(spec)
-    if path.is_dir() and (path / "config.json").is_file():
-        path = path / "config.json"
-    if path.suffix == ".json":
-        return from_config(path, shapes, where)
-    if path.suffix == ".pt2":
-        return _from_program(path)
-    if path.is_dir():
-        raise UsageError(f"the folder {spec} holds no config.json: give one, or package.module:factory, or a .pt2 file")
-    if ":" in spec:
-        return _from_factory(spec, shapes)
-    raise UsageError(f"{spec} is no model: give package.module:factory, the path of a config.json, or a .pt2 file")
+    if path.is_dir() or path.suffix == ".json":
+        return from_config(path / "config.json" if path.is_dir() else path, shapes, where)
+    return _from_program(path) if path.suffix == ".pt2" else _from_factory(spec, shapes)
+
+
+def _dtype(shapes: Shapes) -> torch.dtype | None:
+    return DTYPE[shapes.short_dtype] if shapes.short_dtype is not None else None
+
+
+# Weights, their copy in float64 while a site is held against it, and what runs.
+_COPIES = 2
+
+
+def check_memory(spec: str, shapes: Shapes) -> None:
+    """Refuse a config whose model this machine has no memory for. Raises UsageError; nothing is built to find out."""
+    if Path(spec).suffix != ".json" and not Path(spec).is_dir():
+        return
+    model = load(spec, shapes).model
+    assert model is not None
+    needed = _COPIES * sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        raise UsageError(
+            f"{spec}: weights and what is compared with take {bytes_text(needed)}, {bytes_text(free)} are free here: "
+            "give a config with fewer layers (num_hidden_layers), or a narrower --dtype"
+        )
 
 
 # --- factories and programs -------------------------------------------------------------------------------------
@@ -126,14 +108,19 @@ def _from_factory(spec: str, shapes: Shapes) -> ModelInput:
         # A user's function may raise anything; the sentence names it, --debug shows the rest.
         raise UsageError(f"{spec} raised {named(error)} (--debug shows where)") from error
     model, args, kwargs = _unpack(spec, made)
-    if shapes.torch_dtype is not None:
-        model = model.to(shapes.torch_dtype)
-        args, kwargs = tree_map(lambda x: _to(x, shapes.torch_dtype), (args, kwargs))
+    if _dtype(shapes) is not None:
+        model = model.to(_dtype(shapes))
+        args, kwargs = tree_map(lambda x: _to(x, _dtype(shapes)), (args, kwargs))
     if not args and not kwargs:
         try:
             args, kwargs = inputs_for(model, shapes)
         except UsageError as no:
             raise UsageError(f"{spec}: {no}; a factory may return (module, args, kwargs)") from no
+    elif ignored := [x for x in shapes.given() if x != "--dtype"]:
+        raise UsageError(
+            f"{spec} brings its own inputs, which {' and '.join(ignored)} would not change: leave it out, or have the "
+            "factory return the module alone"
+        )
     check_devices(model, args, kwargs)
     return ModelInput(spec, model, args, kwargs)
 
@@ -187,8 +174,6 @@ def _to(x: object, dtype: torch.dtype | None) -> object:
 
 
 def _from_program(path: Path) -> ModelInput:
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist")
     try:
         program = torch.export.load(path)
     except Exception as error:
@@ -238,7 +223,7 @@ def build(path: Path, shapes: Shapes, where: str = "meta") -> nn.Module:
     except ImportError as error:
         raise UsageError("a config.json needs transformers: pip install 'reattend[models]'") from error
     config = _config(transformers, path, raw)
-    options: dict[str, object] = {"dtype": shapes.torch_dtype} if shapes.torch_dtype is not None else {}
+    options: dict[str, object] = {"dtype": _dtype(shapes)} if _dtype(shapes) is not None else {}
     if shapes.attn is not None:
         options["attn_implementation"] = shapes.attn
     try:

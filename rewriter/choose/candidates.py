@@ -28,7 +28,7 @@ from ...cost_model.devices.device import Device
 from ...cost_model.sites.detail import detail
 from ...cost_model.sites.picture import picture
 from ...cost_model.sites.site import ORIGINAL, Candidate, MaskView, Site, SiteShape, TileCounts, ranked
-from ...cost_model.time.cost import Cost
+from ...cost_model.time.cost import TOTAL, Cost
 from ...cost_model.time.predict import (
     VENDORS,
     VendorUse,
@@ -38,6 +38,7 @@ from ...cost_model.time.predict import (
     ranked_mappings,
     tiles_of,
 )
+from ...cost_model.words import seconds_text
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
@@ -137,12 +138,21 @@ def _why(chosen: Candidate, order: tuple[Candidate, ...], q: Question) -> str:
     if others and others[0].cost is not None and chosen.cost is not None and chosen.cost.seconds > 0:
         ratio = others[0].cost.seconds / chosen.cost.seconds
         why = (
-            f"predicted {ratio:.2f}× faster than {others[0].name}"
+            f"{ratio:.2f}× faster than {others[0].name}{_saved(chosen.cost, others[0].cost)}"
             if ratio >= 1
             else "the fastest that the policy permits"
         )
         return f"{why}; {chosen.why}" if chosen.why else why
     return chosen.why
+
+
+def _saved(mine: Cost, other: Cost) -> str:
+    """The part of a time that makes most of a difference, where one does."""
+    parts = [(other.parts.get(n, 0.0) - mine.parts.get(n, 0.0), n) for n in {*mine.parts, *other.parts} if n != TOTAL]
+    most, name = max(parts, default=(0.0, ""))
+    if most < 0.5 * (other.seconds - mine.seconds):
+        return ""
+    return f": {name} {seconds_text(mine.parts.get(name, 0.0))} for {seconds_text(other.parts.get(name, 0.0))}"
 
 
 # --- candidates ---------------------------------------------------------------------------------------------------

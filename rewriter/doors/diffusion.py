@@ -128,7 +128,7 @@ def _left(values: tuple[Tensor, ...], options: Mapping[str, Any]) -> str:
     devices = {x.device.type for x in values}
     if len(devices) != 1 or not devices <= {"cpu", "cuda"}:
         return f"no kernel runs on {', '.join(sorted(devices))}"
-    return "live dropout: its random numbers cannot be kept" if options.get("dropout_p") else ""
+    return "live dropout (model.eval() turns it off): its random numbers cannot be kept" if options.get("dropout_p") else ""
 
 
 # --- processors -------------------------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def _left(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options:
     if options.get("output_attentions"):
         return "the weights are asked for"
     if module.training and options.get("dropout"):
-        return "live dropout: its random numbers cannot be kept"
+        return "live dropout (model.eval() turns it off): its random numbers cannot be kept"
     return ""
 
 

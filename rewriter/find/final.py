@@ -219,7 +219,7 @@ def _sdpa(n: fx.Node) -> Final:
         if not _as_many_values_as_keys(n):
             raise CannotLift("not as many keys as values", n)
         if a.get("dropout_p"):
-            raise CannotLift("live dropout: its random numbers cannot be kept", n)
+            raise CannotLift("live dropout (model.eval() turns it off): its random numbers cannot be kept", n)
         dtype = dtype_of(n)
         w = (*at[:-1], m)
         rest = (*scores_shape[:-1], 1)

@@ -26,7 +26,6 @@ from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, Size, bind
 from ...patterns.evaluate import DTYPE_NAME
 from ...patterns.verdict import Obstacle
-from ..capture.called import BARE
 from ..graph.liveness import survivors
 from ..graph.node import arguments, op_name
 from ..graph.sizes import product, shape_of, size_of
@@ -39,6 +38,8 @@ from .inside import between
 
 # Sizes from here on are no bound that anyone set.
 UNBOUNDED = 1 << 40
+# What a call in a captured graph is marked with whose mask the model leaves out when nothing traces it.
+BARE = "passes no mask when it runs"
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ def softplus(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
 
 def dropout(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     if a.get("train") and a.get("p") != 0.0:
-        raise CannotLift("live dropout: its random numbers cannot be kept", n)
+        raise CannotLift("live dropout (model.eval() turns it off): its random numbers cannot be kept", n)
     return lifter.value(source(n, a), at)
 
 

@@ -9,7 +9,6 @@ or would take too long is left out with the reason.
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 import time
@@ -19,18 +18,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, fx
 
 from ...cost_model.sites.site import ORIGINAL, Candidate, Site
-from ...cost_model.words import bytes_text, group_name, seconds_text
+from ...cost_model.words import bytes_text, group_name, seconds_text, table_of, table_text
 from ..capture import capture, export
-from ..capture.models import ModelInput, Shapes, UsageError, load
+from ..capture.models import ModelInput, load
 from ..choose import choose
 from ..choose.policy import Policy
 from ..find.place import interior
 from ..graph.functional import adopt
+from ..shapes import Shapes, UsageError
 from ..splice.guards import original_subgraph
 from .explain import positions
 
@@ -119,9 +117,8 @@ def _title(s: SiteBench) -> str:
 
 
 def _table(s: SiteBench) -> str:
-    table = Table(box=None, pad_edge=False)
-    for title in ("candidate", "predicted", "measured", "measured / predicted", "first call", "note"):
-        table.add_column(title, justify="left" if title in ("candidate", "note") else "right", overflow="fold")
+    numbers = ("predicted", "measured", "measured / predicted", "first call")
+    table = table_of(("candidate", *numbers, "note"), right=numbers, whole=())
     for r in s.rows:
         ratio = f"{r.ratio:.2f}" if r.ratio is not None else ""
         times = (r.predicted_seconds, r.measured_seconds)
@@ -130,9 +127,7 @@ def _table(s: SiteBench) -> str:
         mark = "chosen" if r.candidate == s.choice else ""
         fast = "fastest" if r.candidate == s.fastest else ""
         table.add_row(r.candidate, predicted, measured, ratio, first, r.why or ", ".join(x for x in (mark, fast) if x))
-    out = io.StringIO()
-    Console(file=out, width=150, force_terminal=False).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+    return table_text(table)
 
 
 # --- a model --------------------------------------------------------------------------------------------------------

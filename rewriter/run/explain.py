@@ -12,7 +12,7 @@ from ...cost_model.sites.site import Candidate, Site
 from ...cost_model.time.cost import TOTAL
 from ...cost_model.words import bytes_text, group_name, seconds_text, table_of, table_text
 from ...patterns.mapping import TileMapping
-from ..capture.models import UsageError
+from ..shapes import UsageError
 
 # Rows and columns of a mask drawn in text.
 DRAWN = 32

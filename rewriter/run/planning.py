@@ -25,14 +25,15 @@ from ...cost_model.words import group_name
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, bind
-from ..capture import called, capture, export
-from ..capture.models import ModelInput, Shapes, load, run
+from ..capture import capture, export
+from ..capture.models import ModelInput, load, run
 from ..choose import choose, scans
 from ..choose.policy import Policy
 from ..find import defect
 from ..find.place import Place, symbols_of
 from ..graph.torch_private import FakeTensor
-from . import bypass
+from ..shapes import Shapes
+from . import bypass, called
 from .session import Session, break_of, session_of
 
 T = TypeVar("T")
@@ -56,12 +57,19 @@ def plan_model(
                 if session_of(model) is None:
                     called.mark_bare(captured.graph, model, args, kwargs)
             plan = plan_graph(captured, device, policy, name)
-            return replace(plan, note=f"{plan.note}{_fused(model, plan)}")
+            return replace(plan, note=f"{plan.note}{_trained()}{_fused(model, plan)}")
         except capture.CaptureError as no:
             tensors = [*model.parameters(), *export.held_tensors((args, dict(kwargs)))[0]]
             if any(_without_data(t) for t in tensors):
                 raise
             return _plan_pieces(model, args, kwargs, device, policy, name, str(no))
+
+
+def _trained() -> str:
+    """What was planned for, where it is a training step."""
+    if not torch.is_grad_enabled():
+        return ""
+    return "; planned with gradients, since the model is in training mode: model.eval() plans for inference"
 
 
 def _fused(model: nn.Module, plan: Plan) -> str:

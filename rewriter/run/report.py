@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-
-from rich.console import Console
-from rich.table import Table
 
 from ...cost_model.calibration.accuracy import within
 from ...cost_model.plan.plan import Plan
 from ...cost_model.sites.site import ORIGINAL, Miss, Site, grouped
 from ...cost_model.time.cost import Cost
-from ...cost_model.words import group_name, seconds_text, short_path
+from ...cost_model.words import group_name, seconds_text, short_path, table_of, table_text
 from ..check.verdicts import Check
 from ..choose.policy import StrictError
 from ..splice.sampling import Samples
@@ -316,9 +312,7 @@ def _table(runs: tuple[SiteRun, ...]) -> str:
     groups: dict[tuple[object, ...], list[SiteRun]] = {}
     for r in runs:
         groups.setdefault((*r.site.alike, r.ran, r.fell_back), []).append(r)
-    table = Table(box=None, pad_edge=False)
-    for title in ("site", "where", "what", "shape", "kernel", "ran", "fell back"):
-        table.add_column(title, justify="right" if title in ("ran", "fell back") else "left", overflow="fold")
+    table = table_of(("site", "where", "what", "shape", "kernel", "ran", "fell back"), right=("ran", "fell back"), whole=())
     for members in groups.values():
         s = members[0].site
         many = f" ×{len(members)}" if len(members) > 1 else ""
@@ -327,6 +321,4 @@ def _table(runs: tuple[SiteRun, ...]) -> str:
             group_name([m.name for m in members]) + many, short_path(s.where), " ".join([s.kind, *sorted(s.traits)]),
             str(s.shape), kernel, str(sum(m.ran for m in members)), str(sum(m.fell_back for m in members)),
         )
-    out = io.StringIO()
-    Console(file=out, width=160, force_terminal=False).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+    return table_text(table)

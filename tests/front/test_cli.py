@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from reattend.cli import main, tokens
 from reattend.cost_model.plan.plan import Plan
 
-from .commands import run
+from .commands import CONFIG, run, strict_model
 
 
 def test_help_teaches_and_loads_no_torch() -> None:
@@ -21,6 +22,85 @@ def test_help_teaches_and_loads_no_torch() -> None:
     assert done.stdout.rstrip().endswith("False")
     for word in ("plan", "explain", "emit", "bench", "verify", "diff", "targets", "Examples", "config.json", "Exit codes"):
         assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "nope.json"], "nope.json does not exist"),
+        (["plan", "nope.pt2"], "nope.pt2 does not exist"),
+        (["plan", "nope"], "nope is no model"),
+        (["plan", "a:b", "--phase", "train"], "--phase train is not known"),
+        (["plan", "a:b", "--past", "1.5k"], "--past 1536 is for --phase decode"),
+        (["plan", "a:b", "--attn", "eager"], "a factory builds its own model: leave --attn out"),
+        (["explain", "a:b", "--dtype", "int8"], "--dtype int8 is not known"),
+        (["verify", "a:b", "--candidate", "fast"], "--candidate fast is not known"),
+    ],
+)
+def test_what_can_be_refused_early_loads_no_torch(arguments: list[str], said: str) -> None:
+    code = f"import sys; from reattend.cli import main\ntry: main({arguments})\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stdout.strip() == "False"
+
+
+def test_options_that_would_change_nothing_are_refused(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "plan", config, "--approximate")
+    assert code == 2
+    assert "give --mesh too" in err
+    code, _, err = run(capsys, "plan", f"{strict_model.__module__}:strict_model", "--seq", "64")
+    assert code == 2
+    assert "brings its own inputs, which --seq would not change" in err
+    path = tmp_path / "small.pt2"
+    path.write_bytes(b"")
+    code, _, err = run(capsys, "plan", str(path), "--seq", "64", "--batch", "2")
+    assert code == 2
+    assert "an exported program has its own sizes and types: leave --batch and --seq out" in err
+
+
+def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--version")
+    assert code == 0
+    assert out.startswith("reattend ")
+    assert f"torch {torch.__version__.partition('+')[0]}" in out
+
+
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_a_narrow_screen_has_a_line_a_cell(
+    columns: str, config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = run(capsys, "plan", config, "--seq", "1k", "--target", "h200", "--dtype", "bf16")
+    assert code == 0
+    head, *rest = out.splitlines()
+    assert "2 attentions on h200" in head
+    assert all(len(line) <= int(columns) for line in rest), out
+    assert any(line.split()[:1] == ["chosen"] for line in rest)
+
+
+def test_what_does_not_fit_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**CONFIG, "hidden_size": 8192, "intermediate_size": 65536, "num_hidden_layers": 16}))
+    code, out, _ = run(capsys, "plan", str(path), "--seq", "64", "--target", "a100")
+    assert code == 0
+    assert "DOES NOT FIT: weights 1" in out.splitlines()[0]
+    code, _, err = run(capsys, "verify", str(path), "--seq", "64")
+    assert code == 2
+    assert "are free here: give a config with fewer layers" in err
+
+
+def test_verify_is_of_our_kernel_or_says_that_it_was_of_none(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "verify", config, "--seq", "32", "--json")
+    assert code == 0
+    assert {s["kernel"] for s in json.loads(out)["sites"]} == {"reattend"}
+    code, out, _ = run(capsys, "verify", config, "--seq", "32", "--candidate", "sdpa", "--json")
+    assert {s["kernel"] for s in json.loads(out)["sites"]} == {"sdpa"}
+    code, out, _ = run(capsys, "verify", f"{strict_model.__module__}:strict_model")
+    assert "verified: 0 attentions" in out
+    assert "nothing was verified" in out
 
 
 @pytest.mark.parametrize("command", ["plan", "explain", "emit", "bench", "verify", "diff", "targets"])
@@ -164,6 +244,7 @@ def test_debug_shows_the_traceback(config: str) -> None:
 
 
 def test_token_counts() -> None:
+    assert [tokens("4_096"), tokens("131,072"), tokens("1.5k")] == [4096, 131072, 1536]
     assert [tokens("4096"), tokens("4k"), tokens("128K"), tokens("1M")] == [4096, 4096, 131072, 1 << 20]
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from reattend.cost_model.devices.device import device
-from reattend.rewriter.capture.models import Shapes, UsageError, load
+from reattend.rewriter.capture.models import load
 from reattend.rewriter.choose.policy import Policy
 from reattend.rewriter.run.planning import plan_spec
+from reattend.rewriter.shapes import Shapes, UsageError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 SEQ2SEQ = {

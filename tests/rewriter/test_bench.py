@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from reattend.cost_model.sites.site import ORIGINAL
 from reattend.rewriter.capture import export
-from reattend.rewriter.capture.models import ModelInput, Shapes, UsageError
+from reattend.rewriter.capture.models import ModelInput
 from reattend.rewriter.choose import choose
 from reattend.rewriter.choose.policy import Policy
 from reattend.rewriter.run import bench
+from reattend.rewriter.shapes import Shapes, UsageError
 
 
 class Causal(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import reattend
-from reattend.rewriter.capture.called import masks_passed
+from reattend.rewriter.run.called import masks_passed
 
 
 def llama(**settings: Any) -> nn.Module:

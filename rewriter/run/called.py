@@ -17,14 +17,13 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..capture.export import held_tensors
+from ..find.place import BARE
 from ..graph import torch_private
 from ..graph.node import arguments, op_name
 from ..graph.torch_private import tree_leaves, tree_map
-from .export import held_tensors
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
-# What a node of the captured graph is marked with that passes a mask which the model leaves out when it runs.
-BARE = "passes no mask when it runs"
 # Positions of a million tokens have data; masks of all pairs do not.
 LARGEST = 1 << 21
 
