@@ -75,7 +75,7 @@ def test_a_narrow_screen_has_a_line_a_cell(
     monkeypatch.setenv("COLUMNS", columns)
     code, out, _ = run(capsys, "plan", config, "--seq", "1k", "--target", "h200", "--dtype", "bf16")
     assert code == 0
-    head, *rest = out.splitlines()
+    head, *rest = out.partition("\n\n")[0].splitlines()
     assert "2 attentions on h200" in head
     assert all(len(line) <= int(columns) for line in rest), out
     assert any(line.split()[:1] == ["chosen"] for line in rest)
