@@ -6,12 +6,14 @@ sentence on stderr.
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import os
 import sys
 from importlib import metadata
+from io import TextIOWrapper
 from platform import python_version
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -72,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and turns every error into one sentence and an exit code."""
     given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in given
+    _spell(sys.stdout, sys.stderr)
     try:
         code = app(given, standalone_mode=False)
         sys.stdout.flush()
@@ -84,6 +87,27 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code = _failed(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+# What a screen without these characters shows for them; a cascade's other letters come as \N{NAME}.
+_PLAIN = {
+    "×": "x", "±": "+/-", "µ": "u", "…": "...", "–": "-", "→": "->", "←": "<-", "−": "-", "·": "*", "≤": "<=", "≥": ">=",
+    "≠": "!=", "∧": "and", "∨": "or", "¬": "not ", "∞": "inf", "Σ": "sum", "√": "sqrt", "²": "^2",
+}
+
+
+def _spell(*streams: TextIO) -> None:
+    """Have streams that cannot show every character spell them; nothing is lost, and nothing raises."""
+    codecs.register_error("reattend", _spelled)
+    for s in streams:
+        if isinstance(s, TextIOWrapper) and s.encoding.lower().replace("-", "") != "utf8":
+            s.reconfigure(errors="reattend")
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(x) or x.encode("ascii", "namereplace").decode() for x in letters), error.end
 
 
 def _failed(error: Exception) -> int:

@@ -15,6 +15,7 @@ from .options import (
     Approximate,
     Attn,
     Batch,
+    Csv,
     Debug,
     Dtype,
     Dynamic,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: Model, target: Targets = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None, phase: Phase = "prefill",
-    past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, sweep: Sweeps = None, mesh: Meshes = None,
+    past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, sweep: Sweeps = None, csv: Csv = None, mesh: Meshes = None,
     approximate: Approximate = False, expect: Expects = None, html: Html = None, strict: Strict = False,
     json: Json = False, debug: Debug = False,
 ) -> None:
@@ -71,16 +72,24 @@ def plan(
     devices = devices_of(target)
     for text in sweep or ():
         sweep_of(text)
-    if html is not None:
-        check_path(html)
+    if csv is not None and not sweep:
+        raise typer.BadParameter("--csv writes a sweep: give --sweep too, such as --sweep seq=1k:128k")
+    for path in (html, csv):
+        if path is not None:
+            check_path(path)
     policy = policy_of(mesh, expect, approximate)
     plans, sweeps = _planned(model, shapes, devices, dynamic, sweep or [], policy, html is not None)
+    if html is not None:
+        print(f"wrote {write_page(plans, html)}", file=sys.stderr)
+    if csv is not None:
+        from .cost_model.sites.sweep import sweeps_csv
+
+        csv.write_text(sweeps_csv(sweeps), encoding="utf-8")
+        print(f"wrote {csv}", file=sys.stderr)
     if json:
         print(plans[0].to_json() if len(plans) == 1 else "[\n" + ",\n".join(p.to_json() for p in plans) + "\n]")
     else:
         print(_text(plans, sweeps))
-    if html is not None:
-        print(f"wrote {write_page(plans, html)}", file=sys.stderr)
     if strict:
         from .rewriter.run.report import check_plan
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+import textwrap
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +29,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from .cost_model.plan.plan import Plan
     from .cost_model.sites.site import Site
 
 
@@ -47,7 +50,7 @@ def emit(
         check_path(output)
     made = plan_one(model, shapes_of(model, batch, seq, dtype, phase, past, attn), target, False)
     chosen = sites_of(made, site)[0]
-    text = _source(chosen, candidate)
+    text = _headed(_source(chosen, candidate), chosen, candidate, made)
     if output is not None:
         output.write_text(text, encoding="utf-8")
         print(f"wrote {output}: {candidate} for {chosen.name or chosen.where}", file=sys.stderr)
@@ -118,6 +121,19 @@ def bench(
 
         result = bench_spec(model, shapes_of(model, batch, seq, dtype, phase, past, attn), site, seconds, step)
     print(result.to_json() if json else result)
+
+
+def _headed(text: str, site: Site, candidate: str, plan: Plan) -> str:
+    """The code, its docstring with what it was made by and for, and what it is predicted to take there."""
+    from .cost_model.words import between, seconds_text
+
+    cost = site.chosen.cost if candidate == "chosen" else site.candidate(candidate).cost
+    took = f", predicted to take {seconds_text(cost.seconds)} ({between(cost.seconds, cost.band)})" if cost else ""
+    what = f"{site.name or site.where} of {plan.model}, {site.shape}"
+    first, rest = text.split("\n", 1)
+    said = f"Made by reattend {metadata.version('reattend')} for {what}, on {plan.device.name}{took}."
+    lines = textwrap.wrap(said, 115)
+    return "\n".join([first, "", *lines, rest])
 
 
 def _source(site: Site, candidate: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -44,6 +46,19 @@ class Sweep:
         courses = tuple(map(course, d["courses"]))
         meshes = tuple(map(MeshCourse.from_dict, d.get("meshes", ())))
         return Sweep(d["axis"], tuple(d["values"]), courses, d["skipped"], d["seconds"], meshes)
+
+
+def sweeps_csv(sweeps: Sequence[Sweep]) -> str:
+    """A line a value, attention, device and candidate: its predicted seconds, and 1 where it is the choice."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow(("axis", "value", "attention", "layers", "device", "candidate", "seconds", "chosen"))
+    for s in sweeps:
+        for c in s.courses:
+            for p in c.points:
+                own = (s.axis, p.value, c.site, c.count, c.device)
+                lines.writerows((*own, e.candidate, e.seconds, int(e.candidate == p.choice)) for e in p.estimates)
+    return out.getvalue()
 
 
 def sweep_table(sweep: Sweep, width: int | None = None) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +82,42 @@ def test_a_narrow_screen_has_a_line_a_cell(
     assert "2 attentions on h200" in head
     assert all(len(line) <= int(columns) for line in rest), out
     assert any(line.split()[:1] == ["chosen"] for line in rest)
+
+
+def test_a_sweep_as_lines(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sweep.csv"
+    given = ("plan", config, "--target", "h200", "--target", "a100", "--sweep", "seq=1k:4k", "--csv", str(path))
+    code, _, err = run(capsys, *given)
+    assert code == 0, err
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert {(r["axis"], r["value"], r["device"]) for r in rows} == {
+        ("seq", n, d) for n in ("1024", "2048", "4096") for d in ("h200", "a100")
+    }
+    chosen = [r for r in rows if r["chosen"] == "1"]
+    assert len(chosen) == 6
+    for r in chosen:
+        at = [float(x["seconds"]) for x in rows if (x["value"], x["device"]) == (r["value"], r["device"])]
+        assert float(r["seconds"]) == min(at)
+    code, _, err = run(capsys, "plan", config, "--csv", str(path))
+    assert code == 2
+    assert "give --sweep too" in err
+
+
+def test_a_screen_without_our_letters_has_them_spelt(config: str) -> None:
+    code = f"from reattend.cli import main; main(['plan', {config!r}, '--seq', '64', '--target', 'h200'])"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "+/-" in done.stdout
+    assert "_attn x2" in done.stdout
+
+
+def test_emitted_code_says_what_it_was_made_for(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "emit", config, "--seq", "1k", "--target", "h200", "--dtype", "bf16")
+    assert code == 0
+    said = " ".join((ast.get_docstring(ast.parse(out)) or "").split())
+    assert "Made by reattend" in said
+    assert "of LlamaForCausalLM, h=8 p=1024 f=8 m=1024 e=8 bfloat16, on h200, predicted to take " in said
 
 
 def test_what_does_not_fit_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
