@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class Form:
         masks = (e for e in ex.walk(self.mask.full) if is_mask(e, a.key))
         return any(masked_side(e).is_float and masked_side(e).value < HIDING for e in masks)
 
-    @property
+    @cached_property
     def no_key(self) -> str:
         """What a row without a key gives (`no_key_rule`); of a mask by arithmetic, `log(keep)`, the fills alone tell."""
         rule = no_key_rule(self.attention)

@@ -55,6 +55,7 @@ def shared_limit(target: Device | str, arch: Architecture) -> int | None:
     return (target.shared_bytes_per_block or None) if isinstance(target, Device) else arch.shared_bytes_per_block
 
 
+@lru_cache(maxsize=256)
 def build(c: Cascade, mapping: TileMapping, target: Device | str | None = None) -> TritonKernel | Refusal:
     """The kernel of an attention under a mapping, or why there is none.
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from ...cost_model.devices.device import Device
 from ...cost_model.time.predict import VendorUse
@@ -39,6 +40,7 @@ MODULE = "torch.nn.attention.flex_attention"
 BLOCK = 128
 
 
+@lru_cache(maxsize=256)
 def flex(c: Cascade, *, keyed: bool = False) -> VendorCall | Refusal:
     """FlexAttention for a cascade, or why it would compute something else. `keyed`: every row is known to keep a key."""
     f = form(c)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 
 from ...cost_model.count.eager import strided
 from ...cost_model.devices.architecture import OLDEST_FLASH
@@ -31,6 +32,7 @@ BACKENDS = ("cudnn", "flash", "efficient", "math")
 SIXTEEN_BITS = ("f16", "bf16")
 
 
+@lru_cache(maxsize=256)
 def sdpa(c: Cascade, *, keyed: bool = False) -> VendorCall | Refusal:
     """SDPA for a cascade, or why it would compute something else. `keyed`: every row is known to keep a key."""
     f = form(c)

@@ -106,18 +106,40 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     permitted = [x for x in order if x.feasible and q.policy.permits(x)]
     chosen = next(iter(permitted), None) or next(x for x in order if x.feasible)
     order = tuple(replace(x, why=_why(x, order, q)) if x is chosen else x for x in order)
-    state = derive(view)
-    one_pass = stream(view, state) if not isinstance(state, Obstacle) else None
+    said = _said(c)
     ours_text = next((x.mapping for x in order if x.is_tiled), "")
     site = Site(
-        name="", where="", kind=kind(view), traits=traits(view), shape=_shape(c, q, sizes),
+        name="", where="", kind=said.kind, traits=said.traits, shape=_shape(c, q, sizes),
         mask=_mask(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
-        choice=chosen.name,
-        cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.is_tiled else "",
+        choice=chosen.name, cascade=said.text, chosen_cascade=said.one_pass_text if chosen.is_tiled else "",
         notes=taken.words, memory=_memory(view, c, sizes), eager=_eager_cost(q, sizes),
-        detailer=cache(lambda: detail(c, one_pass, ours_text, sizes, taken.data)),
+        detailer=cache(lambda: detail(c, said.one_pass, ours_text, sizes, taken.data)),
     )
     return site, calls
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What is said of a cascade whatever its sizes are. `rules`: how rows without a key end."""
+
+    kind: str
+    traits: frozenset[str]
+    text: str
+    one_pass: Cascade | None
+    one_pass_text: str
+    passes: int | None
+    rules: tuple[str, ...]
+
+
+@lru_cache(maxsize=512)
+def _said(c: Cascade) -> _Said:
+    a = attention(c)
+    assert isinstance(a, Attention), a
+    state = derive(a)
+    one_pass = stream(a, state) if not isinstance(state, Obstacle) else None
+    rules = sorted({no_key_rule(a), low_row_rule(a, _added(a))} - {"never"}) or ["never"]
+    text, passes = (show(one_pass), key_passes(one_pass)) if one_pass is not None else ("", None)
+    return _Said(kind(a), traits(a), show(c), one_pass, text, passes, tuple(rules))
 
 
 def _nothing(c: Cascade, sizes: Mapping[str, int]) -> str:
@@ -247,11 +269,9 @@ def _ours(
         return _refused(name, refusal or _no_mapping(q, sizes) or _NO_BACKWARD)
     view = attention(q.cascade)
     assert isinstance(view, Attention)
-    state = derive(view)
-    passes = key_passes(stream(view, state)) if not isinstance(state, Obstacle) else None
     why = "; ".join(s for s in (str(mapping), held or refusal) if s)
     candidate = Candidate(
-        name, passes=passes, cost=cost, mapping=mapping.to_text(), why=why, maker=lambda: str(kernel.source)
+        name, passes=_said(q.cascade).passes, cost=cost, mapping=mapping.to_text(), why=why, maker=lambda: str(kernel.source)
     )
     # Triton and the fused body compile at the first launch; what else is printed for the CPU was loaded when it was built.
     compiles = q.device.is_gpu or mapping.is_compiled
@@ -497,7 +517,7 @@ def _proofs(a: Attention, q: Question) -> tuple[str, ...]:
     out = [
         f"the weights are normalised over {a.key}, which the last product reduces",
         "keys and values are not written between their reads",
-        *(_RULES[r] for r in sorted({no_key_rule(a), low_row_rule(a, _added(a))} - {"never"}) or ["never"]),
+        *(_RULES[r] for r in _said(q.cascade).rules),
     ]
     mask = split(a.score, a.key)
     if mask.keep is not ex.TRUE:
