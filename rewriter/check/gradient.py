@@ -96,23 +96,36 @@ def _drowned(
     """
     if not bool(ours.isfinite().all()) or not bool(exact.isfinite().all()):
         return False
-    generator = torch.Generator().manual_seed(i)
-    plain = list(given)
-    for j in wanting:
-        x = given[j].detach()
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
-        plain[j] = (noise * _usual(x) * (FLAT if j == i else 1.0)).to(x.dtype)
-    _, there = _own(p, plain, wanting, flow, [_detached(x) for x in plain])
-    return drowned(ours, exact, there[i])
+    there = []
+    for share in (FLAT, FLAT / 2):
+        generator = torch.Generator().manual_seed(i)
+        plain = list(given)
+        for j in wanting:
+            x = given[j].detach()
+            noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+            plain[j] = (noise * _usual(x) * (share if j == i else 1.0)).to(x.dtype)
+        there.append(_own(p, plain, wanting, flow, [_detached(x) for x in plain])[1][i])
+    return drowned(ours, exact, *there)
 
 
-def drowned(ours: Tensor, exact: Tensor, there: Tensor) -> bool:
-    """Is a gradient off, row by row, by no more than rounding leaves of numbers as large as those `there`?"""
-    size = there.nan_to_num(0.0, 0.0, 0.0).abs().double()
-    rows = size.amax(-1, keepdim=True) if size.dim() else size
-    rows = rows.clamp_min(SMALLEST_ROW * float(size.max()))
+def drowned(ours: Tensor, exact: Tensor, there: Tensor, half: Tensor) -> bool:
+    """Is a gradient off, row by row, by no more than rounding leaves of numbers as large as there are where nothing cancels?
+
+    `there`: the gradient where its input is made by FLAT; `half`: by half of that. Queries, keys and values that lie in one
+    tensor are all small then, and their gradients with them: by which power, the two tell.
+    """
+    size, less = (_rows(x) for x in (there, half))
+    power = (size / less).log2().nan_to_num(0.0, 0.0, 0.0).round().clamp(0, 3)
+    rows = size / FLAT**power
+    rows = rows.clamp_min(SMALLEST_ROW * float(rows.max()))
     limit = LONGER * DROWNED.get(ours.dtype, 0.0) * torch.finfo(ours.dtype).eps * rows
     return bool(((ours.double() - exact).abs() <= limit).all())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The largest number of each row."""
+    size = x.nan_to_num(0.0, 0.0, 0.0).abs().double()
+    return size.amax(-1, keepdim=True) if size.dim() else size
 
 
 def _usual(x: Tensor) -> float:

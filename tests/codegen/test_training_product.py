@@ -77,9 +77,12 @@ def check(c: Cascade, x: Values, sizes: Mapping[str, int], tiles: TileMapping = 
 
 def cancels(c: Cascade, x: Values, sizes: Mapping[str, int], flow: Tensor, name: str, mine: Tensor, exact: Tensor) -> bool:
     """Is it off by no more than rounding of what it cancels from? That shows on random numbers and scores near 0."""
-    g = torch.Generator().manual_seed(1)
-    plain = {n: (torch.randn(t.shape, generator=g) * (FLAT if n == name else 1.0)).to(t.dtype) if n in floats(x) else t for n, t in x.items()}
-    return drowned(mine, exact, written(c, plain, sizes, flow, True)[name])
+    def there(share: float) -> Tensor:
+        g = torch.Generator().manual_seed(1)
+        noise = {n: torch.randn(t.shape, generator=g) * (share if n == name else 1.0) for n, t in x.items() if n in floats(x)}
+        return written(c, {n: noise[n].to(t.dtype) if n in noise else t for n, t in x.items()}, sizes, flow, True)[name]
+
+    return drowned(mine, exact, there(FLAT), there(FLAT / 2))
 
 
 def of_case(case: Case, dtype: str = "f32") -> dict[str, Tensor]:

@@ -177,15 +177,15 @@ def _drawn(d: Draw, model: Composed, call: Reference) -> dict[str, list[Errors]]
     return call.off
 
 
-def _flat(d: Draw, model: Composed, call: Reference, name: str) -> Tensor:
-    """A gradient where its input or parameter is so small that no softmax is saturated and nothing cancels."""
+def _flat(d: Draw, model: Composed, call: Reference, name: str, share: float) -> Tensor:
+    """A gradient where this share of its input or parameter is so small that no softmax is saturated and nothing cancels."""
     noted, given = Composed(d), list(call.given)
     kind, _, at = name.removeprefix("gradient of ").partition(" ")
     if kind == "parameter" and at in noted.w:
         with torch.no_grad():
-            noted.w[at].mul_(FLAT)
+            noted.w[at].mul_(share)
     else:
-        given = [x * FLAT if n == kind else x for n, x in zip(model.names, given)]
+        given = [x * share if n == kind else x for n, x in zip(model.names, given)]
     return _both(d, noted, given)[1][name]
 
 
@@ -264,7 +264,7 @@ def _wrong(d: Draw, model: Composed, call: Reference, name: str, got: Tensor) ->
     if e.odd or not (
         _right(e, change(exact, _moved(d, model, call)[name]), gradient)
         or _right(e, drawn(_drawn(d, model, call)[name], LONGER if gradient else 1.0), gradient)
-        or (gradient and drowned(got, exact, _flat(d, model, call, name)))
+        or (gradient and drowned(got, exact, *(_flat(d, model, call, name, x) for x in (FLAT, FLAT / 2))))
         or (gradient and vanishing(got, exact, float((_flow(d, call.own["result"]) * call.own["result"]).double().norm())))
     ):
         return "wrong", str(e)

@@ -100,6 +100,10 @@ FOUND = {
     "the gradient of what repeats over the batch": (
         '{"grad": "all", "batch": 2, "shape": "merged", "row": "temperature"}', ("reattend", "sdpa")
     ),
+    "a saturated softmax of what lies in one tensor": (
+        '{"grad": "inputs", "kv_heads": 2, "size": 15, "spread": 5.0, "layout": "fused", "scale": "clamped", "seed": 347452391}',
+        ("reattend", "sdpa")
+    ),
     "values of fewer numbers than a vector": ('{"size": 16, "value": 4}', ("fused",)),
 }
 

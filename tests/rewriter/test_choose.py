@@ -42,7 +42,7 @@ def test_candidates_are_ranked_by_predicted_time() -> None:
     feasible = [c for c in site.candidates if c.feasible]
     assert [c.seconds for c in feasible] == sorted(c.seconds for c in feasible)
     assert site.chosen is feasible[0]
-    assert "predicted" in site.chosen.why
+    assert "faster than" in site.chosen.why
     assert site.candidate("reattend").passes == 1
     assert site.candidate("reattend").mapping
 
