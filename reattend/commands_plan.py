@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +81,9 @@ def plan(
     policy = policy_of(mesh, expect, approximate)
     plans, sweeps = _planned(model, shapes, devices, dynamic, sweep or [], policy, html is not None)
     if html is not None:
-        print(f"wrote {write_page(plans, html)}", file=sys.stderr)
+        from .cost_model.plan.plan import made
+
+        print(f"wrote {write_page(plans, html, made(plans, shlex.join(['reattend', *sys.argv[1:]])))}", file=sys.stderr)
     if csv is not None:
         from .cost_model.sites.sweep import sweeps_csv
 

@@ -6,16 +6,19 @@ Needs neither torch nor Triton, so that tables, JSON and reports can be made any
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date
+from importlib import metadata
 from pathlib import Path
 
 from ..count.memory import AttentionMemory
 from ..devices.device import Device, device, device_from_dict, device_to_dict
 from ..json import Json, Read
 from ..mesh.plan import MeshPlan
-from ..report.page import write_page
+from ..report.page import Made, write_page
 from ..sites.axes import bound_sizes
 from ..sites.course import Symbol
 from ..sites.detail import Detail
@@ -67,7 +70,7 @@ class Plan(Findings):
 
         Raises PlanError where the path cannot be written.
         """
-        return write_page([self], path)
+        return write_page([self], path, made([self]))
 
     def to_json(self) -> str:
         """The plan as JSON; code is kept where its text is at hand."""
@@ -107,6 +110,14 @@ class Plan(Findings):
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"the plan is damaged: {error}") from None
+
+
+def made(plans: Sequence[Plan], command: str = "") -> Made:
+    """What a page says of how these plans were made: the command, the versions and the day; and the plans themselves."""
+    names = [n for n in ("reattend", "torch", "transformers") if importlib.util.find_spec(n) is not None]
+    how = f"`{command}`, " if command else ""
+    versions = ", ".join(f"{n} {metadata.version(n)}" for n in names)
+    return Made(f"Made by {how}{versions}, {date.today().isoformat()}.", tuple(p.to_json() for p in plans))
 
 
 # --- plain data -------------------------------------------------------------------------------------------------

@@ -57,6 +57,18 @@ devices.forEach((b, i) => {
   });
 });
 
+// --- the plan as JSON ----------------------------------------------------------------------------------------------------
+document.querySelectorAll("[data-document]").forEach((b) => b.addEventListener("click", async () => {
+  const text = document.getElementById(`document${b.dataset.document}`).textContent;
+  const packed = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const plain = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(await new Response(plain).blob());
+  link.download = b.dataset.name;
+  link.click();
+  URL.revokeObjectURL(link.href);
+}));
+
 // --- the table: sorting and searching ---------------------------------------------------------------------------------
 document.querySelectorAll(".plan").forEach((plan) => {
   const table = plan.querySelector("table.sites");

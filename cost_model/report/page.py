@@ -7,15 +7,18 @@ No network, no other file. Identical attentions share one section, so that a pag
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from ..sites.axes import powers_of_two
 from ..sites.course import SweepError
 from ..sites.findings import Findings
-from ..sites.site import PlanError
+from ..sites.site import PlanError, Site
 from ..sites.sweep import Sweep
 from ..sites.sweeping import sweep
 from ..words import bytes_text, seconds_text, short_path, tokens_text
@@ -43,30 +46,50 @@ def check_path(path: str | Path) -> None:
         raise PlanError(f"{path} cannot be written ({error.strerror}): give another path") from None
 
 
-def write_page(plans: Sequence[Findings], path: str | Path) -> Path:
+@dataclass(frozen=True)
+class Made:
+    """How a page was made, in a sentence, and the plans as JSON, one each, for whoever wants to read on elsewhere."""
+
+    by: str
+    documents: tuple[str, ...]
+
+
+def write_page(plans: Sequence[Findings], path: str | Path, made: Made | None = None) -> Path:
     """Write plans of one model, one for each device, as a page. Raises PlanError where the path cannot be written."""
     check_path(path)
-    Path(path).write_text(page(plans), encoding="utf-8")
+    Path(path).write_text(page(plans, made), encoding="utf-8")
     return Path(path)
 
 
-def page(plans: Sequence[Findings]) -> str:
-    """The page's text. Plans with open sizes and without a sweep are swept over their context length."""
+def page(plans: Sequence[Findings], made: Made | None = None) -> str:
+    """The page's text. Plans with open sizes and without a sweep are swept over their context length.
+
+    With `made` it says how it was made, and carries the plans and the code of our kernels.
+    """
     # Who makes no page does not wait for its templates.
     import jinja2
     from markupsafe import Markup
 
     data = [plan_data(p, swept(p)) for p in plans]
+    documents = [base64.b64encode(zlib.compress(x.encode(), 9)).decode() for x in made.documents] if made else []
+    sources = [[_source(p.sites[members[0]]) for members in p.groups] for p in plans] if made else []
     text = json.dumps({"plans": data}, ensure_ascii=False, separators=(",", ":"))
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"seconds": seconds_text, "bytes": bytes_text, "tokens": tokens_text, "short": short_path}
     return environment.from_string(_part("page.html")).render(
-        plans=data, title=plans[0].model or "plan", css=Markup(_part("page.css")), js=Markup(_script()),
+        plans=data, title=plans[0].model or "plan", by=made.by if made else "", documents=documents, sources=sources,
+        css=Markup(_part("page.css")), js=Markup(_script()),
         # What could close the script element is written as an escape.
         data=Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
     )
+
+
+def _source(site: Site) -> str:
+    """The code of our kernel for an attention; nothing where it has none."""
+    ours = next((c for c in site.candidates if c.feasible and c.is_tiled), None)
+    return ours.source() if ours is not None and (ours.text or ours.maker is not None) else ""
 
 
 def swept(plan: Findings) -> tuple[Sweep, ...]:

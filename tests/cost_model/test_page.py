@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -16,6 +18,7 @@ import pytest
 
 from reattend.cost_model.devices.device import shipped
 from reattend.cost_model.plan.plan import Plan
+from reattend.cost_model.plan.plan import made as made_by
 from reattend.cost_model.report.basis import basis_rows, basis_text
 from reattend.cost_model.report.data import mask_text
 from reattend.cost_model.report.page import check_path, page, swept
@@ -258,9 +261,24 @@ def test_a_browser_draws_every_figure_without_an_error(theme: str, width: int, t
     assert {"mask", "roofline", "parts", "sweep", "memory", "meshtime", "meshmemory", "meshsweep"} == set(drawn)
 
 
+def test_a_page_says_how_it_was_made_and_carries_plans_and_code() -> None:
+    coded = [replace(s, candidates=tuple(replace(c, text="@triton.jit  # a < b") if c.is_tiled else c for c in s.candidates))
+             for s in PLAN.sites]
+    plans = [replace(PLAN, sites=tuple(coded)), PLAN.at("cpu")]
+    text = page(plans, made_by(plans, "reattend plan 'a <model>' --html x.html"))
+    read = Reader(text)
+    assert any("Made by `reattend plan 'a <model>' --html x.html`, reattend " in t for _, t in read.texts)
+    packed = re.findall(r'<script type="application/octet-stream" id="document\d">([^<]*)</script>', text)
+    assert [Plan.from_json(zlib.decompress(base64.b64decode(x)).decode()) for x in packed] == plans
+    code = [t for tag, t in read.texts if tag == "pre" and t == "@triton.jit  # a < b"]
+    assert code
+    assert len(code) == sum(any(c.feasible and c.is_tiled for c in PLAN.sites[g[0]].candidates) for g in PLAN.groups)
+    assert len(read.all("button")) == len(Reader(page(plans)).all("button")) + len(plans)
+
+
 def test_a_page_is_written_and_paths_are_checked_first(tmp_path: Path) -> None:
     fixed = replace(PLAN, retake=None)
-    assert fixed.to_html(tmp_path / "plan.html").read_text("utf-8") == page([fixed])
+    assert fixed.to_html(tmp_path / "plan.html").read_text("utf-8") == page([fixed], made_by([fixed]))
     check_path(tmp_path / "new.html")
     assert not (tmp_path / "new.html").exists()
     with pytest.raises(PlanError, match=r"there is no folder .*nowhere: make it, or give another path"):
