@@ -104,6 +104,10 @@ FOUND = {
         '{"grad": "inputs", "kv_heads": 2, "size": 15, "spread": 5.0, "layout": "fused", "scale": "clamped", "seed": 347452391}',
         ("reattend", "sdpa")
     ),
+    "a result beside the largest number of its type": (
+        '{"dtype": "f16", "group": 2, "queries": 3, "spread": 5.0, "layout": "split", "scale": "learned_exp", "row": "relu2",'
+        ' "out": "merged", "seed": 889965838}', ("product", "checked reattend")
+    ),
     "values of fewer numbers than a vector": ('{"size": 16, "value": 4}', ("fused",)),
 }
 

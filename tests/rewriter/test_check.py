@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -220,6 +221,19 @@ def test_a_value_that_is_no_number_counts() -> None:
     assert errors(wrong, own, exact).odd == 4
     assert not errors(own, wrong, wrong.double()).within()
     assert errors(wrong, wrong, wrong.double()).within()
+
+
+@pytest.mark.parametrize(
+    ("ours", "own", "exact", "odd"),
+    [
+        (math.inf, 65440.0, 65517.1, 0), (65440.0, math.inf, 65521.0, 0), (-math.inf, -65472.0, -65519.0, 0),
+        (math.inf, 65440.0, 60000.0, 1), (-math.inf, 65440.0, 65517.1, 1), (math.nan, 65440.0, 65517.1, 1),
+        (math.inf, 100.0, 65517.1, 1),
+    ],
+)
+def test_beside_the_largest_number_of_a_type_rounding_tells(ours: float, own: float, exact: float, odd: int) -> None:
+    a, b = (torch.tensor([[x, 1.0]], dtype=torch.float16) for x in (ours, own))
+    assert errors(a, b, torch.tensor([[exact, 1.0]], dtype=torch.float64)).odd == odd
 
 
 def test_what_the_models_own_rounding_changed_may_be_either() -> None:
