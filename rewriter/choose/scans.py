@@ -16,12 +16,14 @@ from typing import Any
 from torch import Tensor, fx
 
 from ...codegen.cpu import scan as cpu_scan
+from ...codegen.skeletons.carried import BLOCK
 from ...cost_model.count.eager import EagerOperator, computed
 from ...cost_model.devices.device import Device
 from ...cost_model.sites.site import ORIGINAL, Candidate, Miss, Site, SiteShape, ranked
 from ...cost_model.time.cost import Cost
 from ...cost_model.time.host import Bill, Host
 from ...patterns.cascade import show
+from ...patterns.recurrence.low_rank import LowRank
 from ...patterns.recurrence.recurrence import Recurrence
 from ...patterns.verdict import Refusal
 from ..find.inside import between
@@ -121,9 +123,10 @@ def decide(s: Scan, device: Device, policy: Policy) -> tuple[Site, cpu_scan.Scan
     if isinstance(kernel, Refusal):
         ours = Candidate(NAME, feasible=False, why=kernel.reason)
     else:
-        why = f"one operator a step and state, all else for {kernel.steps} steps at once"
+        how = "matrix products carry the state" if kernel.forms else "one operator a step and state, all else"
+        why = f"{how} {'over' if kernel.forms else 'for'} {kernel.steps} steps at once"
         text = kernel.source
-        ours = Candidate(NAME, cost=_scan_cost(s, device, kernel.steps), why=why, maker=lambda: text)
+        ours = Candidate(NAME, cost=_scan_cost(s, device, kernel), why=why, maker=lambda: text)
         no = s.bound or ("" if policy.permits(ours) else "the policy does not permit it")
         ours = replace(ours, feasible=False, why=no) if no else ours
     order = ranked((original, ours))
@@ -159,23 +162,78 @@ def _count(s: Scan) -> int:
     return size if isinstance(size, int) else 1
 
 
-def _scan_cost(s: Scan, device: Device, chunk: int) -> Cost | None:
-    """Terms of a chunk at once, as often as there are chunks, and an operator a state and step."""
-    r = s.recurrence
+def _scan_cost(s: Scan, device: Device, kernel: cpu_scan.ScanKernel) -> Cost | None:
+    """Terms of a chunk at once, as often as there are chunks, and what carries each state over one."""
+    r, chunk = s.recurrence, kernel.steps
     extent = {x.name: x.size for x in r.cascade.ranks if isinstance(x.size, int)} | {r.rank: chunk}
     often = -(-_count(s) // chunk)
     work: list[tuple[EagerOperator, int]] = []
+    inside: set[str] = set()
     for state in r.states:
+        form = kernel.forms.get(state.name)
+        if form is not None:
+            rows = (form.factor, form.write, form.added, form.read, *(q.query for q in form.reads))
+            work += [(o, often) for x in rows if x is not None for o in computed(x, extent)]
+            work += [(o, often) for o in _carried(form, extent, chunk)]
+            inside |= {q.einsum.out.tensor for q in form.reads} | _taken(r, form)
+            continue
         size = math.prod(extent[x] for x in state.ranks)
-        once = EagerOperator("point", "mul", "f32", size, 3 * 4 * size, 0)
+        # every step reads its own factor and addend: those of a chunk pass through the cache, not those of a step
+        steps = EagerOperator("point", "mul", "f32", chunk * size, 3 * 4 * chunk * size, 0)
+        call = EagerOperator("point", "mul", "f32", 0, 0, 0)
         copy = EagerOperator("copy", "copy", "f32", chunk * size, 4 * chunk * size, 4 * chunk * size)
-        work += [(once, _count(s)), (copy, 3 * often)]
+        work += [(steps, often), (call, _count(s) - often), (copy, 3 * often)]
         work += [(o, often) for x in (state.factor, state.added) for o in computed(x, extent)]
-    names = {x.name for x in r.states}
+    names = {x.name for x in r.states} | inside
     for e in r.cascade.einsums:
         if e.out.tensor not in names:
             work += [(o, often) for o in computed(e.body, extent)]
     return _cost(s, device, work, "our-scan")
+
+
+def _taken(r: Recurrence, form: LowRank) -> set[str]:
+    """The tensors by which a step reads what it takes off, which the matrix products stand for."""
+    producers, out = r.cascade.producers, set[str]()
+    stack = [str(x.attr) for x in form.state.step.reads]
+    while stack:
+        n = stack.pop()
+        if n not in out and len(producers.get(n, ())) == 1:
+            out.add(n)
+            stack += [str(x.attr) for x in producers[n][0].reads]
+    return out
+
+
+def _carried(m: LowRank, extent: Mapping[str, int], n: int) -> list[EagerOperator]:
+    """The operators that carry a matrix over n steps: passes over it, products of pairs of steps, one triangular system."""
+    b, k, v = math.prod(extent[x] for x in m.batch), extent[m.key], extent[m.value]
+    asked, taken = len(m.reads) + (m.read is not None), int(m.read is not None)
+
+    def product(rows: int, columns: int, inner: int) -> EagerOperator:
+        read, written = b * inner * (rows + columns), b * rows * columns
+        return EagerOperator("product", "mul", "f32", written * inner, 4 * read, 4 * written, b, rows, columns, inner)
+
+    def point(size: int, name: str = "mul", dtype: str = "f32") -> EagerOperator:
+        width = 8 if dtype == "f64" else 4
+        return EagerOperator("point", name, dtype, size, 2 * size * width, size * width)
+
+    out = [product(n, v, k)] * asked + [product(k, v, n)]
+    out += [product(n, v, n)] * len(m.reads) + [product(n, v, n // 2 + 1)] * taken
+    # the matrix under its decay, and whether all is finite
+    out += [point(b * k * v), EagerOperator("reduce", "add", "f32", b * k * v, 4 * b * k * v, 0)]
+    # what is laid out for the products
+    out += [point(b * n * k)] * (asked + 1) + [point(b * n * v)] * 2
+    if m.key not in m.factor.ranks:
+        out += [product(n, n, k)] * asked + [point(b * n * n)] * asked
+        return [*out, *[point(b * n * n, dtype="f64")] * 4]
+    blocks = -(-n // BLOCK)
+    # diagonal by diagonal in a block of steps; the columns before a block are laid out for it
+    for d in range(BLOCK - 1):
+        size = b * blocks * (BLOCK - 1 - d) * k
+        out += [point(size)] * (2 + asked) + [EagerOperator("reduce", "add", "f32", asked * size, 4 * asked * size, 0)]
+    out += [point(b * blocks * k)] * (3 * BLOCK)
+    for a in range(1, blocks):
+        out += [product(BLOCK * asked, a * BLOCK, k), point(b * a * BLOCK * k), point(b * a * BLOCK * k)]
+    return out
 
 
 def _cost(s: Scan, device: Device, work: Sequence[tuple[EagerOperator, int]], kind: str) -> Cost | None:
