@@ -2,14 +2,15 @@
 
     for a chunk    factor, added: terms over its steps, at once        states: one operator a step        outputs: at once
 
-Elements of a state must follow from themselves: what a step contracts has no kernel here.
+A matrix that each step changes by an outer product is carried over a chunk by matrix products. Of any other state the
+elements must follow from themselves.
 """
 
 from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,10 +19,12 @@ from torch import Tensor
 from ...patterns import expr as ex
 from ...patterns.cascade import Einsum, Size, show
 from ...patterns.expr import Expr
+from ...patterns.recurrence.low_rank import LowRank, low_rank
 from ...patterns.recurrence.recurrence import ONE, Recurrence, State
 from ...patterns.verdict import Refusal
 from ..files import cache
 from ..files.torch_file import LICENCE, skeleton, used_names
+from ..skeletons import carried
 from ..skeletons import cpu as helpers
 from ..skeletons import scan as loops
 from ..text.print_torch import TYPES, TorchBody, TorchScope
@@ -31,6 +34,8 @@ NAME = "reattend"
 # Elements of a state in a chunk of steps, which should lie in a core's cache; the least and the most steps of a chunk.
 IN_CACHE = 1 << 16
 STEPS = (16, 128)
+# Steps over which a matrix is carried at once.
+MATRIX_STEPS = 64
 IMPORTS = """from __future__ import annotations
 
 import math
@@ -53,35 +58,42 @@ class ScanKernel:
     outputs: tuple[str, ...]
     entry: Callable[..., tuple[Tensor, ...]]
     steps: int
+    forms: Mapping[str, LowRank]
 
 
 @lru_cache(maxsize=256)
 def build(r: Recurrence) -> ScanKernel | Refusal:
     """The kernel of a recurrence with fixed sizes, or why there is none."""
-    if not r.elementwise:
-        return Refusal(NAME, "a step contracts its state: no kernel yet for a state that is not element by element")
+    forms: dict[str, LowRank] = {}
+    for s in r.states:
+        form = low_rank(r, s)
+        if isinstance(form, LowRank):
+            forms[s.name] = form
+        elif s.law == "matrix":
+            return Refusal(NAME, f"a step contracts its state, and {form}")
     if any(not isinstance(x.size, int) for x in r.cascade.ranks):
         return Refusal(NAME, "its sizes are open")
-    file = _File(r)
+    file = _File(r, forms)
     try:
         source = file.text()
     except PrintError as no:
         return Refusal(NAME, str(no))
     entry = cache.load(source).scan
-    return ScanKernel(source, tuple(t.name for t in r.cascade.inputs), r.cascade.outputs, entry, file.chunk)
+    return ScanKernel(source, tuple(t.name for t in r.cascade.inputs), r.cascade.outputs, entry, file.chunk, forms)
 
 
 class _File:
     """One kernel's text. Values of a chunk have a dimension for its steps, then one a rank."""
 
-    def __init__(self, r: Recurrence) -> None:
-        self.r, self.c = r, r.cascade
+    def __init__(self, r: Recurrence, forms: Mapping[str, LowRank]) -> None:
+        self.r, self.c, self.forms = r, r.cascade, forms
         self.size = {x.name: x.size for x in self.c.ranks if isinstance(x.size, int)}
         self.steps = self.size[r.rank]
         self.order = [x.name for x in self.c.ranks if x.name != r.rank]
         self.real = "f64" if any(t.dtype == "f64" for t in self.c.tensors) else "f32"
-        held = max(math.prod(self.size[x] for x in s.ranks) for s in r.states)
-        self.chunk = min(max(IN_CACHE // max(held, 1), STEPS[0]), STEPS[1], self.steps)
+        held = max((math.prod(self.size[x] for x in s.ranks) for s in r.states if s.name not in forms), default=0)
+        most = MATRIX_STEPS if forms else STEPS[1]
+        self.chunk = min(max(IN_CACHE // max(held, 1), STEPS[0]), most, self.steps)
         self.shapes: dict[str, tuple[Size, ...]] = {t.name: t.shape for t in self.c.inputs}
         self.extent: dict[str, Size] = {**self.size, CHUNK: self.chunk}
         self.made: set[str] = set()
@@ -89,12 +101,11 @@ class _File:
     def text(self) -> str:
         loop: list[str] = []
         for s in self.r.states:
-            loop += self._state(s)
+            loop += self._matrix(self.forms[s.name]) if s.name in self.forms else self._state(s)
         names = {s.name for s in self.r.states}
-        for e in self.c.einsums:
-            if e.out.tensor not in names | self.made:
-                loop += self._value(e)
-        loop += [f"{s.name} = after_{s.name}[-1]" for s in self.r.states]
+        for e in self.r.outputs:
+            loop += self._value(e)
+        loop += [f"{s.name} = after_{s.name}[-1]" for s in self.r.states if s.name not in self.forms]
         first = [line for s in self.r.states for line in self._initial(s)]
         made = [
             f"{e.out.tensor} = torch.empty({self._shape(e.out.tensor)}, dtype={TYPES[self.c.tensor[e.out.tensor].dtype]})"
@@ -116,7 +127,7 @@ class _File:
         ]
         body = "\n".join(lines)
         head = "\n".join(["A recurrence, in chunks of steps.", "", LICENCE, "", *show(self.c).splitlines(), ""])
-        texts = skeleton((helpers, loops), used_names(body))
+        texts = skeleton((helpers, loops, carried), used_names(body))
         return "\n\n\n".join([f'"""{head}"""', IMPORTS, *texts, body]) + "\n"
 
     # pieces
@@ -134,13 +145,13 @@ class _File:
     def _dims(self, ranks: tuple[str, ...]) -> str:
         return f"({', '.join(['0', *(str(1 + self.order.index(x)) for x in ranks)])},)"
 
-    def _term(self, e: Expr) -> tuple[list[str], str]:
-        """Lines and text of a term over a chunk's steps, after what it needs of the chunk."""
+    def _term(self, e: Expr, real: str = "") -> tuple[list[str], str]:
+        """Lines and text of a term over a chunk's steps, after what it needs of the chunk; its floats are `real`."""
         before = [line for x in ex.loads(e) for line in self._needed(str(x.attr))]
         e = ex.substitute(e, {x: self._held(x) for x in ex.loads(e)})
         ranks = [*self.order, self.r.rank, CHUNK]
         names = {ex.index(x): x for x in ranks}
-        scope = TorchScope(names, {t: t for t in self.shapes}, self.shapes, self.extent, self.real)
+        scope = TorchScope(names, {t: t for t in self.shapes}, self.shapes, self.extent, real or self.real)
         body = TorchBody(scope, [e], indent="")
         text = body.named(e)
         if body.helpers - {"tile"}:
@@ -164,6 +175,8 @@ class _File:
             (e,) = self.c.producers[name]
             kept = [i for i, own in zip(x.args, e.out.index) if own.op == "index" and own.attr != self.r.rank]
             return ex.load(name, (c, *kept), self._type(name))
+        if name in self.forms:
+            raise PrintError("a step reads a matrix other than as a product")
         at = x.args[-1]
         before = at is ex.index(self.r.rank)
         if not before and at is not ex.index(self.r.rank) + ex.const(1):
@@ -179,7 +192,7 @@ class _File:
     def _initial(self, s: State) -> list[str]:
         first = next(e for e in self.c.producers[s.name] if e is not s.step)
         lines, text = self._term(first.body)
-        ranks = s.ranks
+        ranks = self.forms[s.name].ranks if s.name in self.forms else s.ranks
         full = self._full(frozenset(ranks), "1")
         return [*lines, f"{s.name} = laid({text}, {full}, {self._dims(ranks)}, {TYPES[self.real]})[0]"]
 
@@ -199,6 +212,34 @@ class _File:
         others = (x for e in self.c.einsums if e is not s.step for x in e.reads)
         read = any(str(x.attr) == name and x.args[-1] is ex.index(self.r.rank) for x in others)
         return [*lines, f"before_{name} = earlier({name}, after_{name})"] if read else lines
+
+    def _matrix(self, m: LowRank) -> list[str]:
+        """The lines that carry a matrix over a chunk, and give what is read of it."""
+        name, lines = m.state.name, list[str]()
+
+        def rows(e: Expr, width: str, stem: str, real: str = "") -> str:
+            """The name of a term of each step, [n, *batch, width]."""
+            ranks = (*m.batch, width) if width else m.batch
+            more, text = self._term(e, real)
+            value = f"shown({text}, {self._full(frozenset(ranks), 'n')}, {self._dims(ranks)}, {TYPES[real or self.real]})"
+            lines.extend([*more, f"{stem}_{name} = {value}{'' if width else '[..., None]'}"])
+            return f"{stem}_{name}"
+
+        along = m.factor.ranks & {m.key}
+        # one decay a matrix costs little in float64
+        factor = rows(m.factor, m.key if along else "", "factor", "" if along else "f64")
+        write, added = rows(m.write, m.key, "write"), rows(m.added, m.value, "added")
+        read = rows(m.read, m.key, "read") if m.read is not None else "None"
+        queries = [f"({rows(x.query, m.key, f'query{i}')}, {x.after})" for i, x in enumerate(m.reads)]
+        lines.append(f"{name}, given_{name} = carried({name}, {factor}, {write}, {added}, {read}, [{', '.join(queries)}])")
+        for i, x in enumerate(m.reads):
+            made = x.einsum.out.tensor
+            order = [0, *(1 + (*m.batch, m.value).index(r) for r in x.ranks)]
+            moved = "" if order == sorted(order) else f".permute({', '.join(map(str, order))})"
+            lines.append(f"{made} = given_{name}[{i}]{moved}")
+            self.made.add(made)
+            self.shapes[made] = (self.chunk, *(self.size[r] for r in x.ranks))
+        return lines
 
     def _value(self, e: Einsum) -> list[str]:
         """A value of each step of the chunk: an output, or what one needs."""
@@ -244,7 +285,9 @@ class _File:
 
     def _last(self, s: State) -> str:
         shape = self.c.tensor[s.name].shape[:-1]
-        return f"last_{s.name} = {s.name}.reshape({tuple(shape)}).to({TYPES[self.c.tensor[s.name].dtype]})"
+        form = self.forms.get(s.name)
+        moved = "" if form is None else f".permute({', '.join(str(form.ranks.index(x)) for x in s.ranks)})"
+        return f"last_{s.name} = {s.name}{moved}.reshape({tuple(shape)}).to({TYPES[self.c.tensor[s.name].dtype]})"
 
 
 def _indented(lines: list[str], by: int = 1) -> list[str]:

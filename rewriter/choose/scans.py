@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
 
 from ...codegen.cpu import scan as cpu_scan
+from ...codegen.skeletons.carried import BLOCK
 from ...cost_model.count.eager import EagerOperator, computed
 from ...cost_model.devices.device import Device
 from ...cost_model.sites.site import ORIGINAL, Candidate, Miss, Site, SiteShape, ranked
 from ...cost_model.time.cost import Cost
 from ...cost_model.time.host import Bill, Host
 from ...patterns.cascade import show
+from ...patterns.recurrence.low_rank import LowRank, low_rank
 from ...patterns.recurrence.recurrence import Recurrence
-from ...patterns.verdict import Refusal
+from ...patterns.verdict import Obstacle, Refusal
 from ..find.inside import between
-from ..fold.loop import StepLoop, loops
+from ..fold.chunks import over_tokens
+from ..fold.loop import loops
 from ..fold.recurrences import FoundScan, OtherScan, lifted
 from ..graph.aliases import Aliases
-from ..graph.node import op_name
+from ..graph.node import FOLDED, op_name
 from ..graph.where import module_path, source_line
 from ..lift import operators_view
 from ..splice import splice
@@ -40,7 +43,11 @@ NAME = "reattend"
 
 @dataclass(frozen=True)
 class Scan:
-    """A recurrence as plain data, to be decided again on other devices. `steps`: what one of the model's own takes."""
+    """A recurrence as plain data, to be decided again on other devices.
+
+    `steps`: what one of the model's own `count` steps takes; `before`: what it computes ahead of them. `apart`: why a loop
+    over chunks is none over tokens.
+    """
 
     recurrence: Recurrence
     name: str
@@ -48,7 +55,10 @@ class Scan:
     dtype: str
     bound: str
     steps: tuple[EagerOperator, ...]
+    count: int
+    before: tuple[EagerOperator, ...]
     device_type: str
+    apart: str = ""
 
 
 def scans(graph: fx.Graph, taken: Counter[str]) -> tuple[list[tuple[FoundScan, Scan]], list[Miss]]:
@@ -62,13 +72,32 @@ def scans(graph: fx.Graph, taken: Counter[str]) -> tuple[list[tuple[FoundScan, S
         if isinstance(out, OtherScan):
             misses.append(_miss(next(n for n in loop.copies[0] if n is not None), out.reason))
             continue
+        out, apart = _over_tokens(out, graph, aliases)
         taken[out.module] += 1
         name = out.module if taken[out.module] == 1 else f"{out.module}#{taken[out.module]}"
         value = out.output.meta["val"]
         dtype = str(value.dtype).removeprefix("torch.")
-        bound, own = _bound(out, aliases), _own(loop)
-        found.append((out, Scan(out.recurrence, name, out.where, dtype, bound, own, value.device.type)))
+        bound, own = _bound(out, aliases), _own(loop.copies[0])
+        found.append((out, Scan(
+            out.recurrence, name, out.where, dtype, bound, own, loop.steps, _own(out.before), value.device.type, apart,
+        )))
     return found, misses
+
+
+def _over_tokens(f: FoundScan, graph: fx.Graph, aliases: Aliases) -> tuple[FoundScan, str]:
+    """A loop over chunks as the recurrence over tokens that it computes, or as it is and why. Marks what is ahead of it."""
+    if all(isinstance(low_rank(f.recurrence, s), LowRank) for s in f.recurrence.states):
+        return f, ""
+    out = over_tokens(f, graph, aliases)
+    if isinstance(out, Obstacle):
+        return f, str(out)
+    steps = set(out.loop.nodes)
+    before = between(set(out.tensors.values()), out.output) - steps
+    mine = before | steps
+    for n in before:
+        if all(u in mine for u in n.users):
+            n.meta[FOLDED] = True
+    return replace(out, before=tuple(sorted(before, key=aliases.position.__getitem__))), ""
 
 
 def _miss(n: fx.Node, reason: str) -> Miss:
@@ -80,7 +109,8 @@ def _miss(n: fx.Node, reason: str) -> Miss:
 def _bound(f: FoundScan, aliases: Aliases) -> str:
     """Why a recurrence cannot be replaced where it stands; empty where it can."""
     loop, values, at = f.loop, [n.meta["val"] for n in f.results.values()], aliases.position
-    start = min(at[n] for n in loop.copies[0] if n is not None)
+    first = [n for n in (*loop.copies[0], *f.before) if n is not None]
+    start = min(at[n] for n in first)
     last, inside = max(f.results.values(), key=at.__getitem__), set(loop.nodes)
     if any(aliases.written_between(n, start - 1, last) for n in f.tensors.values()):
         return "what its steps read is written in place meanwhile"
@@ -95,19 +125,40 @@ def _bound(f: FoundScan, aliases: Aliases) -> str:
     return ""
 
 
-def _own(loop: StepLoop) -> tuple[EagerOperator, ...]:
-    """The operators of one of the model's own steps."""
+PRODUCTS = frozenset(("matmul", "bmm", "mm", "linalg_solve_triangular"))
+
+
+def _own(nodes: Iterable[fx.Node | None]) -> tuple[EagerOperator, ...]:
+    """The model's own operators."""
     out = []
-    for n in loop.copies[0]:
+    for n in nodes:
         assert n is not None
         made = n.meta["val"]
         # views cost next to nothing, and less than an operator is priced at
-        if op_name(n) in operators_view.RULES:
+        if op_name(n) in operators_view.RULES or not isinstance(made, Tensor):
             continue
         size = math.prod(s for s in made.shape if isinstance(s, int))
         width = made.element_size()
-        out.append(EagerOperator("point", "mul", "f32", size, 2 * size * width, size * width))
+        if op_name(n) in PRODUCTS and made.dim() > 1:
+            out.append(_product(n, size, width))
+            continue
+        out.append(EagerOperator("point", _point_name(n), "f32", size, 2 * size * width, size * width))
     return tuple(out)
+
+
+def _point_name(n: fx.Node) -> str:
+    return op_name(n) if op_name(n) in ("exp", "where") else "mul"
+
+
+def _product(n: fx.Node, size: int, width: int) -> EagerOperator:
+    """A product, or a triangular system: each element is half a product with what was solved before it."""
+    operands = [x.meta["val"] for x in n.all_input_nodes]
+    rows, columns = (int(s) for s in n.meta["val"].shape[-2:])
+    inner = int(operands[0].shape[-1])
+    inner = inner // 2 + 1 if op_name(n) == "linalg_solve_triangular" else inner
+    read = sum(math.prod(int(s) for s in x.shape) for x in operands)
+    batch = size // max(rows * columns, 1)
+    return EagerOperator("product", "mul", "f32", size * inner, read * width, size * width, batch, rows, columns, inner)
 
 
 # --- one recurrence -----------------------------------------------------------------------------------------------
@@ -119,11 +170,12 @@ def decide(s: Scan, device: Device, policy: Policy) -> tuple[Site, cpu_scan.Scan
     original = Candidate(ORIGINAL, cost=_steps_cost(s, device))
     kernel = _kernel(s, device)
     if isinstance(kernel, Refusal):
-        ours = Candidate(NAME, feasible=False, why=kernel.reason)
+        ours = Candidate(NAME, feasible=False, why="; ".join(x for x in (kernel.reason, s.apart) if x))
     else:
-        why = f"one operator a step and state, all else for {kernel.steps} steps at once"
+        how = "matrix products carry the state" if kernel.forms else "one operator a step and state, all else"
+        why = f"{how} {'over' if kernel.forms else 'for'} {kernel.steps} steps at once"
         text = kernel.source
-        ours = Candidate(NAME, cost=_scan_cost(s, device, kernel.steps), why=why, maker=lambda: text)
+        ours = Candidate(NAME, cost=_scan_cost(s, device, kernel), why=why, maker=lambda: text)
         no = s.bound or ("" if policy.permits(ours) else "the policy does not permit it")
         ours = replace(ours, feasible=False, why=no) if no else ours
     order = ranked((original, ours))
@@ -132,7 +184,8 @@ def decide(s: Scan, device: Device, policy: Policy) -> tuple[Site, cpu_scan.Scan
     order = tuple(replace(x, why=why) if x is chosen else x for x in order)
     sizes = {r.name: r.size if isinstance(r.size, int) else str(r.size) for r in c.ranks}
     proofs = (
-        f"{sizes[s.recurrence.rank]} copies of one step, argument by argument",
+        f"{s.count} copies of one step, argument by argument",
+        *(["a chunk computes what its tokens would, factor by factor"] if s.before else []),
         "nothing but the states is handed from a step to the next",
     )
     site = Site(
@@ -151,7 +204,7 @@ def _kernel(s: Scan, device: Device) -> cpu_scan.ScanKernel | Refusal:
 def _steps_cost(s: Scan, device: Device) -> Cost | None:
     if device.host is None:
         return None
-    return _cost(s, device, [(o, _count(s)) for o in s.steps], "original")
+    return _cost(s, device, [*((o, s.count) for o in s.steps), *((o, 1) for o in s.before)], "original")
 
 
 def _count(s: Scan) -> int:
@@ -159,23 +212,78 @@ def _count(s: Scan) -> int:
     return size if isinstance(size, int) else 1
 
 
-def _scan_cost(s: Scan, device: Device, chunk: int) -> Cost | None:
-    """Terms of a chunk at once, as often as there are chunks, and an operator a state and step."""
-    r = s.recurrence
+def _scan_cost(s: Scan, device: Device, kernel: cpu_scan.ScanKernel) -> Cost | None:
+    """Terms of a chunk at once, as often as there are chunks, and what carries each state over one."""
+    r, chunk = s.recurrence, kernel.steps
     extent = {x.name: x.size for x in r.cascade.ranks if isinstance(x.size, int)} | {r.rank: chunk}
     often = -(-_count(s) // chunk)
     work: list[tuple[EagerOperator, int]] = []
+    inside: set[str] = set()
     for state in r.states:
+        form = kernel.forms.get(state.name)
+        if form is not None:
+            rows = (form.factor, form.write, form.added, form.read, *(q.query for q in form.reads))
+            work += [(o, often) for x in rows if x is not None for o in computed(x, extent)]
+            work += [(o, often) for o in _carried(form, extent, chunk)]
+            inside |= {q.einsum.out.tensor for q in form.reads} | _taken(r, form)
+            continue
         size = math.prod(extent[x] for x in state.ranks)
-        once = EagerOperator("point", "mul", "f32", size, 3 * 4 * size, 0)
+        # every step reads its own factor and addend: those of a chunk pass through the cache, not those of a step
+        steps = EagerOperator("point", "mul", "f32", chunk * size, 3 * 4 * chunk * size, 0)
+        call = EagerOperator("point", "mul", "f32", 0, 0, 0)
         copy = EagerOperator("copy", "copy", "f32", chunk * size, 4 * chunk * size, 4 * chunk * size)
-        work += [(once, _count(s)), (copy, 3 * often)]
+        work += [(steps, often), (call, _count(s) - often), (copy, 3 * often)]
         work += [(o, often) for x in (state.factor, state.added) for o in computed(x, extent)]
-    names = {x.name for x in r.states}
+    names = {x.name for x in r.states} | inside
     for e in r.cascade.einsums:
         if e.out.tensor not in names:
             work += [(o, often) for o in computed(e.body, extent)]
     return _cost(s, device, work, "our-scan")
+
+
+def _taken(r: Recurrence, form: LowRank) -> set[str]:
+    """The tensors by which a step reads what it takes off, which the matrix products stand for."""
+    producers, out = r.cascade.producers, set[str]()
+    stack = [str(x.attr) for x in form.state.step.reads]
+    while stack:
+        n = stack.pop()
+        if n not in out and len(producers.get(n, ())) == 1:
+            out.add(n)
+            stack += [str(x.attr) for x in producers[n][0].reads]
+    return out
+
+
+def _carried(m: LowRank, extent: Mapping[str, int], n: int) -> list[EagerOperator]:
+    """The operators that carry a matrix over n steps: passes over it, products of pairs of steps, one triangular system."""
+    b, k, v = math.prod(extent[x] for x in m.batch), extent[m.key], extent[m.value]
+    asked, taken = len(m.reads) + (m.read is not None), int(m.read is not None)
+
+    def product(rows: int, columns: int, inner: int) -> EagerOperator:
+        read, written = b * inner * (rows + columns), b * rows * columns
+        return EagerOperator("product", "mul", "f32", written * inner, 4 * read, 4 * written, b, rows, columns, inner)
+
+    def point(size: int, name: str = "mul", dtype: str = "f32") -> EagerOperator:
+        width = 8 if dtype == "f64" else 4
+        return EagerOperator("point", name, dtype, size, 2 * size * width, size * width)
+
+    out = [product(n, v, k)] * asked + [product(k, v, n)]
+    out += [product(n, v, n)] * len(m.reads) + [product(n, v, n // 2 + 1)] * taken
+    # the matrix under its decay, and whether all is finite
+    out += [point(b * k * v), EagerOperator("reduce", "add", "f32", b * k * v, 4 * b * k * v, 0)]
+    # what is laid out for the products
+    out += [point(b * n * k)] * (asked + 1) + [point(b * n * v)] * 2
+    if m.key not in m.factor.ranks:
+        out += [product(n, n, k)] * asked + [point(b * n * n)] * asked
+        return [*out, *[point(b * n * n, dtype="f64")] * 4]
+    blocks = -(-n // BLOCK)
+    # diagonal by diagonal in a block of steps; the columns before a block are laid out for it
+    for d in range(BLOCK - 1):
+        size = b * blocks * (BLOCK - 1 - d) * k
+        out += [point(size)] * (2 + asked) + [EagerOperator("reduce", "add", "f32", asked * size, 4 * asked * size, 0)]
+    out += [point(b * blocks * k)] * (3 * BLOCK)
+    for a in range(1, blocks):
+        out += [product(BLOCK * asked, a * BLOCK, k), point(b * a * BLOCK * k), point(b * a * BLOCK * k)]
+    return out
 
 
 def _cost(s: Scan, device: Device, work: Sequence[tuple[EagerOperator, int]], kind: str) -> Cost | None:
@@ -203,7 +311,7 @@ def call_of(f: FoundScan, kernel: cpu_scan.ScanKernel) -> splice.Call:
 
     def run(*given: Tensor) -> Tensor:
         made = kernel.entry(*given)
-        return packed([made[i] for i in wanted])
+        return packed([made[i].reshape(shape) for i, shape in zip(wanted, shapes)])
 
     def fake(*given: Tensor) -> Tensor:
         return packed([given[0].new_empty(shape, dtype=kind) for shape, kind in zip(shapes, kinds)])

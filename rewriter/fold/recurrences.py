@@ -31,7 +31,10 @@ STEP = "t"
 @dataclass(frozen=True)
 class FoundScan:
     """A recurrence of a graph. `tensors` maps the cascade's inputs to nodes; `results` its outputs to the nodes that they
-    replace, for outputs that are read outside."""
+    replace, for outputs that are read outside, in other shapes where a chunk's tokens have a dimension of their own.
+
+    `before`: nodes ahead of the loop that it stands for as well.
+    """
 
     loop: StepLoop
     recurrence: Recurrence
@@ -39,6 +42,7 @@ class FoundScan:
     results: Mapping[str, fx.Node]
     where: str
     module: str
+    before: tuple[fx.Node, ...] = ()
 
     @property
     def output(self) -> fx.Node:
