@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ...patterns import expr as ex
 from ...patterns.backward.adjoint import Adjoint, Gradient, adjoint
+from ...patterns.backward.outside import sum_of
 from ...patterns.expr import TRUE, Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.terms.conditions import simplify_under
@@ -26,7 +27,7 @@ from ..skeletons import cpu, cpu_product
 from ..skeletons.backward import cpu_backward, cpu_product_backward
 from ..text.print_torch import TYPES, TorchBody
 from ..text.printer import PrintError
-from .cpp.leaves import outside, sum_of
+from .cpp.leaves import outside
 from .leaf_sums import read_at, where
 from .product import ProductKernel, take
 from .training import NARROW, PrintedTraining, visiting

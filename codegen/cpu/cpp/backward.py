@@ -13,12 +13,13 @@ from dataclasses import replace
 
 from ....patterns import expr as ex
 from ....patterns.backward.adjoint import Adjoint
+from ....patterns.backward.outside import sum_of
 from ....patterns.expr import TRUE, Expr
 from ....patterns.terms.conditions import simplify_under
 from ...forms.form import Form
 from ...forms.terms import Terms
 from ...text.print_cpp import CppBody
-from .leaves import ENDS, ROWS, Leaf, folds, sum_of
+from .leaves import ENDS, ROWS, Leaf, folds
 from .names import Around, LoopProgram, mentions
 from .program import fetch, load
 

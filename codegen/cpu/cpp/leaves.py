@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ....patterns import expr as ex
 from ....patterns.backward.adjoint import Adjoint, Gradient
-from ....patterns.backward.derivative import pullback
+from ....patterns.backward.outside import outside as multiplied
 from ....patterns.expr import Expr
 from ....patterns.verdict import Obstacle
 from ...forms.form import Form
@@ -21,8 +21,6 @@ from ...text.printer import PrintError
 from ...text.tile_terms import relative
 
 ROWS, KEYS, DISTANCES, PAIRS, ENDS = "rows", "keys", "distances", "pairs", "ends"
-# A product as it is summed, without what multiplies it outside.
-SUM = "sum of "
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,14 @@ def _kind_of_load(f: Form, load: Expr) -> str:
 
 
 def outside(f: Form, made: Adjoint) -> list[tuple[Expr, Expr]]:
-    """Floats that multiply a product outside of its sum, each with its gradient, which reads the sum itself as `SUM`."""
-    found = {g.load: g.term for g in made.scores}
-    out: list[tuple[Expr, Expr]] = []
-    for x, e in zip(f.products, f.attention.products):
-        load = ex.load(e.out.tensor, e.out.index, f.cascade.tensor[e.out.tensor].dtype)
-        own = [y for y in ex.loads(x.outside) if y.is_float]
-        if own and load in found:
-            reached = pullback({x.outside: found[load] * ex.cast(sum_of(load), "f32")}, own)
-            if isinstance(reached, Obstacle):
-                raise PrintError(str(reached))
-            out += reached.items()
-    return out
-
-
-def sum_of(product: Expr) -> Expr:
-    return ex.load(SUM + str(product.attr), product.args, product.dtype)
+    """Floats that multiply a product outside of its sum, each with its gradient, which reads the sum itself."""
+    types = f.cascade.tensor
+    outs = [e.out for e in f.attention.products]
+    loads = [ex.load(x.tensor, x.index, types[x.tensor].dtype) for x in outs]
+    found = multiplied(zip(loads, (x.outside for x in f.products)), {g.load: g.term for g in made.scores})
+    if isinstance(found, Obstacle):
+        raise PrintError(str(found))
+    return found
 
 
 def folds(f: Form, given: Sequence[Leaf]) -> tuple[int, int]:
