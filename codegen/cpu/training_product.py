@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from ...patterns import expr as ex
 from ...patterns.backward.adjoint import Adjoint, Gradient, adjoint
-from ...patterns.backward.derivative import pullback
-from ...patterns.cascade import Size, size_term
+from ...patterns.backward.outside import sum_of
 from ...patterns.expr import TRUE, Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.terms.conditions import simplify_under
@@ -28,8 +27,10 @@ from ..skeletons import cpu, cpu_product
 from ..skeletons.backward import cpu_backward, cpu_product_backward
 from ..text.print_torch import TYPES, TorchBody
 from ..text.printer import PrintError
+from .cpp.leaves import outside
+from .leaf_sums import read_at, where
 from .product import ProductKernel, take
-from .training import PrintedTraining, visiting
+from .training import NARROW, PrintedTraining, visiting
 
 BODY = "two products around the score and the row's state, and five around their derivatives"
 LOCALS = (
@@ -37,8 +38,6 @@ LOCALS = (
     "back", "back_full", "begin", "ended", "end_of", "exchanged",
     "update", "dq", "dk", "dv", "dw", "scalars", "scores", "acc", "g", "w",
 )
-# Types in which an output is rounded so much that it tells δ too little for tensors of wider types.
-NARROW = ("bf16", "f16")
 
 
 @dataclass(frozen=True)
@@ -136,17 +135,8 @@ class _TrainingKernel(ProductKernel):
 
     def _outside(self) -> list[Sum]:
         """The gradients of floats that multiply a product outside of its sum."""
-        out: list[Sum] = []
-        found = {g.load: self.whole(g.term) for g in self.made.scores}
-        for x, load in zip(self.f.products, self._product_loads()):
-            leaves = [y for y in ex.loads(x.outside) if y.is_float]
-            if not leaves or load not in found:
-                continue
-            reached = pullback({x.outside: found[load] * ex.cast(load, "f32")}, leaves)
-            if isinstance(reached, Obstacle):
-                raise PrintError(str(reached))
-            out += [self._sum(y, d, True) for y, d in reached.items()]
-        return out
+        sums = {sum_of(x): x for x in self._product_loads()}
+        return [self._sum(y, ex.substitute(self.whole(d), sums), True) for y, d in outside(self.f, self.made)]
 
     def _ready(self) -> PrintedFunction:
         made = self.made
@@ -263,44 +253,26 @@ class _TrainingKernel(ProductKernel):
 
     def _add(self, s: Sum, part: str, shape: str) -> list[str]:
         """Lines that add a tile's gradient of a tensor where it is read."""
-        where = self._where(s.load)
-        if where is not None:
-            return [f"{s.total}[{', '.join(text for text, _ in where) or '...'}] += reduced({part}.expand({shape}), "
-                    f"{[d for d in range(4) if d not in (x for _, x in where)]}, {[d for _, d in where if d is not None]})"]
+        found = self._where(s.load)
+        if found is not None:
+            slices = ", ".join(text if d < 0 else f"at.{'zhpm'[d]}" for text, d in found)
+            lacking, order = [d for d in range(4) if d not in (x for _, x in found)], [d for _, d in found if d >= 0]
+            return [f"{s.total}[{slices or '...'}] += reduced({part}.expand({shape}), {lacking}, {order})"]
         place = self.read_at[s.total]
         call = place.call(self.places())
         return [f"gather({s.total}, {part}.expand({shape}), {call if len(s.load.args) > 1 else f'[{call}]'})"]
 
-    def _where(self, load: Expr) -> list[tuple[str, int | None]] | None:
-        """Slices of a tensor that a tile reads, each with the tile's dimension that it lies along; None: it is looked up."""
+    def _where(self, load: Expr) -> list[tuple[str, int]] | None:
+        """What a tile reads of a tensor, dimension for dimension; None: it is looked up."""
         f, a = self.f, self.f.attention
         dims = {a.query: 2, a.key: 3, **dict.fromkeys([f.heads.head] if f.heads.head else [], 1)}
         dims |= dict.fromkeys(f.heads.lead if len(f.heads.lead) == 1 else [], 0)
-        out: list[tuple[str, int | None]] = []
-        for i, n in zip(load.args, f.attention.cascade.tensor[str(load.attr)].shape):
-            rank = str(i.attr) if i.op == "index" else ""
-            if i.is_const:
-                out.append((str(int(i.value)), None))
-            elif rank in dims and f.cascade.rank[rank].size == n and dims[rank] not in (d for _, d in out):
-                out.append((f"at.{'zhpm'[dims[rank]]}", dims[rank]))
-            else:
-                return None
-        return out
+        return where(f, load, dims)
 
     def _read_at(self) -> dict[str, PrintedFunction]:
         """For each tensor that is looked up at computed places: the function of those places."""
-        out: dict[str, PrintedFunction] = {}
-        for s in self.sums:
-            if self._where(s.load) is None:
-                shape = self.f.attention.cascade.tensor[str(s.load.attr)].shape
-                at = [_inside(i, n) for i, n in zip(s.load.args, shape)]
-                out[s.total] = self.p.function(f"read_at_{s.total}", "Where its elements are read.", at)
-        return out
-
-
-def _inside(i: Expr, size: Size) -> Expr:
-    """A coordinate that stays in its tensor: what a mask hides may be read from anywhere."""
-    return i if i.is_const else ex.minimum(ex.maximum(i, 0), size_term(size) - 1)
+        looked = [s for s in self.sums if self._where(s.load) is None]
+        return {s.total: read_at(self.p, s.load, f"read_at_{s.total}") for s in looked}
 
 
 def a_tile(f: Form, g: Gradient) -> bool:

@@ -72,6 +72,12 @@ class Operand(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("z", ctypes.c_int64), ("h", ctypes.c_int64), ("n", ctypes.c_int64))
 
 
+class Kept(ctypes.Structure):
+    """Where the gradient of a leaf gathers: an address, and strides as `struct Kept` of the backward's loop says."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((n, ctypes.c_int64) for n in ("segment", "div", "mod", "z", "h", "p")))
+
+
 @cache
 def call_type(products: int, saved: bool = False) -> type[ctypes.Structure]:
     """`struct Call` of the loop, for a score of so many products; `saved`: it hands over row scalars."""
@@ -98,6 +104,7 @@ def backward_type(products: int) -> type[ctypes.Structure]:
     fields += [("saved", address), ("sums", address), *((n, size) for n in ("segments", "Z", "H", "HKV", "P", "M"))]
     fields += [("classes", address), ("class_z", size), ("class_h", size), ("class_p", size)]
     fields += [("threads", ctypes.c_int32), ("wanted", ctypes.c_int32), ("tensors", address), ("sizes", address)]
+    fields += [("kept", address), ("row_sums", address), ("row_ends", address)]
     return type("BackwardCall", (ctypes.Structure,), {"_fields_": fields})
 
 

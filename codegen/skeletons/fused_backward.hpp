@@ -3,16 +3,26 @@
 //     Q, dQ [Z, H, P, E]   K, dK [Z, H/G, M, E]   V, dV [Z, H/G, M, F]   out, grad [Z, H, P, F]   saved [Z, H, P, SAVED]
 //
 //     unit: a segment of the keys of one head, with all queries that see it         threads take units, early keys first
+//           (of all heads, where a wanted leaf over pairs is read by all of them: no two units add to one place)
 //       for each chunk of key tiles:   pack K, V, Kᵀ and Vᵀ; dK, dV = 0              no more than the L2 cache holds
 //         for each head of the group, each tile of queries that sees the chunk:
 //           dAcc, scalars = flow(grad, out, saved)
 //           for each visited tile:   S = Q Kᵀ;   dW = dAcc Vᵀ;   W, dS = adjoint(S, dW)
-//                                    dV += Wᵀ dAcc;   dK += dSᵀ Q;   sums += dS K
+//                                    dV += Wᵀ dAcc;   dK += dSᵀ Q;   sums += dS K;   leaves += what reaches them
 //       dK, dV of the chunk are written
-//     dQ = sums of the segments, in their order
+//     dQ = sums of the segments, in their order;   what reaches leaves of a row's end is written for each row
 //
 // Every number is added up by one thread in an order that depends on nothing but sizes and the number of threads.
-// What is printed before this text: PRODUCTS, E[PRODUCTS], F, TILE_P, TILE_M, SAVED, SCALARS, T, OUT and struct Program.
+// What is printed before this text: PRODUCTS, E[PRODUCTS], F, TILE_P, TILE_M, SAVED, SCALARS, T, OUT and struct Program. Of
+// leaves, floats that are no operands: KEPT read at keys, SUMMED at none and ENDS of a row's end; which are wanted, and whether
+// batches or heads are folded into one unit: FOLD_Z, FOLD_H.
+
+// Where the gradient of a leaf gathers: a number for each [segment, Z / div % mod, H, P, M], keys next to one another. A stride
+// of 0 stands where it has one for all, of −1 along the queries where it has one for each distance m − p.
+struct Kept {
+  float* data;
+  int64_t segment, div, mod, z, h, p;
+};
 
 struct Call {
   Operand q[PRODUCTS], k[PRODUCTS], v, out, grad;
@@ -30,6 +40,9 @@ struct Call {
   int32_t wanted;
   const void* const* tensors;
   const int64_t* sizes;
+  // [KEPT]; [segments, Z, H, P, SUMMED]; [Z, H, P, ENDS]: null where none is wanted
+  const Kept* kept;
+  float *row_sums, *row_ends;
 };
 
 namespace {
@@ -118,7 +131,9 @@ template <int WIDTH> void store(const Operand& o, int64_t z, int64_t h, int64_t 
 }
 
 struct Unit {
-  int64_t z, kv, segment, first, last;
+  // batches and heads of keys, from one up to another
+  int64_t z0, z1, kv0, kv1;
+  int64_t segment, first, last;
 };
 
 // One call: what all threads read.
@@ -130,10 +145,13 @@ struct Task {
   explicit Task(const Call& c)
       : call(c), program(Program::load(c.tensors, c.sizes)), group(c.H / c.HKV), tiles_p(up(c.P, TILE_P) / TILE_P),
         tiles_m(up(c.M, TILE_M) / TILE_M) {}
-  int64_t units() const { return call.Z * call.HKV * call.segments; }
+  int64_t batches() const { return FOLD_Z ? 1 : call.Z; }
+  int64_t heads() const { return FOLD_H ? 1 : call.HKV; }
+  int64_t units() const { return batches() * heads() * call.segments; }
   Unit unit(int64_t u) const {
-    const int64_t heads = call.Z * call.HKV, s = u / heads, x = u % heads;
-    return {x / call.HKV, x % call.HKV, s, s * tiles_m / call.segments, (s + 1) * tiles_m / call.segments};
+    const int64_t each = batches() * heads(), s = u / each, z = u % each / heads(), kv = u % heads();
+    return {z, FOLD_Z ? call.Z : z + 1, kv, FOLD_H ? call.HKV : kv + 1,
+            s, s * tiles_m / call.segments, (s + 1) * tiles_m / call.segments};
   }
   int64_t scratch() const { return int64_t(sizeof(float)) * (FIXED + std::min(CHUNK_TILES, tiles_m) * KEY_TILE); }
   const uint8_t* classes(int64_t z, int64_t h, int64_t tile) const {
@@ -150,6 +168,8 @@ struct Worker {
   const Task& task;
   const Unit unit;
   float* base;
+  // whose keys are at hand
+  int64_t z = 0, kv = 0;
 
   float* q() const { return base; }
   float* dacc() const { return base + QROWS; }
@@ -162,14 +182,14 @@ struct Worker {
   template <int I = 0> void pack_queries(int64_t h, int64_t p0, int rows, float* to) const {
     if constexpr (I < PRODUCTS) {
       const Operand& x = task.call.q[I];
-      pack_rows<E[I], TILE_P>(to, at<T>(x, unit.z, h, p0), x.n, rows);
+      pack_rows<E[I], TILE_P>(to, at<T>(x, z, h, p0), x.n, rows);
       pack_queries<I + 1>(h, p0, rows, to + row_of(E[I]) * TILE_P);
     }
   }
   template <int I = 0> void pack_keys(int64_t m0, int n, float* turned, float* rows) const {
     if constexpr (I < PRODUCTS) {
       const Operand& x = task.call.k[I];
-      const T* from = at<T>(x, unit.z, unit.kv, m0);
+      const T* from = at<T>(x, z, kv, m0);
       Fma::pack_keys<E[I]>(turned, from, x.n, n);
       pack_rows<E[I], TILE_M>(rows, from, x.n, n);
       pack_keys<I + 1>(m0, n, turned + deep_of(E[I]) * TILE_M, rows + row_of(E[I]) * TILE_M);
@@ -180,12 +200,12 @@ struct Worker {
     const int n = int(std::min<int64_t>(TILE_M, task.call.M - m0));
     pack_keys(m0, n, to, to + KT + VT);
     const Operand& v = task.call.v;
-    Fma::pack_keys<F>(to + KT, at<T>(v, unit.z, unit.kv, m0), v.n, n);
+    Fma::pack_keys<F>(to + KT, at<T>(v, z, kv, m0), v.n, n);
     std::fill_n(to + KT + VT + KROWS, KROWS + DV, 0.0f);
   }
   template <int I = 0> void write_keys(int64_t m0, int n, const float* from) const {
     if constexpr (I < PRODUCTS) {
-      store<E[I]>(task.call.dk[I], unit.z, unit.kv, m0, from, n);
+      store<E[I]>(task.call.dk[I], z, kv, m0, from, n);
       write_keys<I + 1>(m0, n, from + row_of(E[I]) * TILE_M);
     }
   }
@@ -193,7 +213,7 @@ struct Worker {
     const int64_t m0 = m * TILE_M;
     const int n = int(std::min<int64_t>(TILE_M, task.call.M - m0));
     if (task.call.wanted & 2) write_keys(m0, n, from + KT + VT + KROWS);
-    if (task.call.wanted & 4) store<F>(task.call.dv, unit.z, unit.kv, m0, from + KT + VT + 2 * KROWS, n);
+    if (task.call.wanted & 4) store<F>(task.call.dv, z, kv, m0, from + KT + VT + 2 * KROWS, n);
   }
 
   APART void begin(int64_t h, int64_t p0, int rows) const {
@@ -201,9 +221,9 @@ struct Worker {
     pack_queries(h, p0, rows, q());
     for (int i = 0; i < rows; i++) {
       const int64_t p = p0 + i;
-      row()[i] = task.program.row(unit.z, h, p);
-      const float* saved = c.saved + ((unit.z * c.H + h) * c.P + p) * SAVED;
-      task.program.flow(row()[i], saved, at<OUT>(c.out, unit.z, h, p), at<OUT>(c.grad, unit.z, h, p), dacc() + i * FROW,
+      row()[i] = task.program.row(z, h, p);
+      const float* saved = c.saved + ((z * c.H + h) * c.P + p) * SAVED;
+      task.program.flow(row()[i], saved, at<OUT>(c.out, z, h, p), at<OUT>(c.grad, z, h, p), dacc() + i * FROW,
                         scalars() + i * SCALARS);
       std::fill_n(dacc() + i * FROW + F, FROW - F, 0.0f);
     }
@@ -230,13 +250,25 @@ struct Worker {
   }
 
   // WHOLE: the compiler sees that n is a multiple of the vector's length.
-  template <bool PARTIAL, bool WHOLE> APART void adjoint(int rows, int64_t m0, int tiles) const {
-    const int n = WHOLE ? tiles * TILE_M : int(task.call.M - m0);
+  template <bool PARTIAL, bool WHOLE> APART void adjoint(int64_t h, int64_t p0, int rows, int64_t m0, int tiles) const {
+    const Call& c = task.call;
+    const int n = WHOLE ? tiles * TILE_M : int(c.M - m0);
+    float* kept[KEPT + 1] = {};
+    float* summed = nullptr;
+    if (KEPT && c.kept)
+      for (int j = 0; j < KEPT; j++) {
+        const Kept& g = c.kept[j];
+        kept[j] = g.data + unit.segment * g.segment + z / g.div % g.mod * g.z + h * g.h + p0 * g.p + m0;
+      }
+    if (SUMMED && c.row_sums) summed = c.row_sums + (((unit.segment * c.Z + z) * c.H + h) * c.P + p0) * SUMMED;
     for (int i = 0; i < rows; i++) {
       float* s[PRODUCTS];
       for (int j = 0; j < PRODUCTS; j++) s[j] = scores(j) + i * LDS;
       float* const w = weights() + i * LDS;
-      task.program.template adjoint<PARTIAL>(row()[i], scalars() + i * SCALARS, s, w, m0, n);
+      task.program.template adjoint<PARTIAL>(row()[i], scalars() + i * SCALARS, s, w, kept, summed, m0, n);
+      if (KEPT && c.kept)
+        for (int j = 0; j < KEPT; j++) kept[j] += c.kept[j].p;
+      if (SUMMED && summed) summed += SUMMED;
       for (int j = n; j < tiles * TILE_M; j++) {
         w[j] = 0.0f;
         for (int k = 0; k < PRODUCTS; k++) s[k][j] = 0.0f;
@@ -245,7 +277,7 @@ struct Worker {
   }
 
   // Tiles m, m + 1, … of a chunk that begins with c0.
-  void visit(int64_t c0, int64_t m, int tiles, bool partial, int rows, float* sums) const {
+  void visit(int64_t c0, int64_t m, int tiles, bool partial, int64_t h, int64_t p0, int rows, float* sums) const {
     const int64_t m0 = m * TILE_M;
     const int whole = int(up(rows, BLOCK_ROWS));
     for (int i = 0; i < rows; i++) task.program.fetch(row()[i], m0, tiles * TILE_M);
@@ -254,9 +286,9 @@ struct Worker {
       products(q(), x, t * TILE_M, whole);
       across<deep_of(F)>(dacc(), FROW, x + KT, weights() + t * TILE_M, whole);
     }
-    if (m0 + tiles * TILE_M > task.call.M) adjoint<true, false>(rows, m0, tiles);
-    else if (partial) adjoint<true, true>(rows, m0, tiles);
-    else adjoint<false, true>(rows, m0, tiles);
+    if (m0 + tiles * TILE_M > task.call.M) adjoint<true, false>(h, p0, rows, m0, tiles);
+    else if (partial) adjoint<true, true>(h, p0, rows, m0, tiles);
+    else adjoint<false, true>(h, p0, rows, m0, tiles);
     for (int t = 0; t < tiles; t++) {
       float* x = tile(m - c0 + t);
       if (task.call.wanted & 4) onto<true, F>(weights() + t * TILE_M, dacc(), rows, x + KT + VT + 2 * KROWS, TILE_M);
@@ -267,11 +299,11 @@ struct Worker {
 
   // All tiles of a chunk that a tile of queries sees, neighbours as runs.
   void visit_chunk(int64_t h, int64_t tile, int64_t first, int64_t last) const {
-    const uint8_t* classes = task.classes(unit.z, h, tile);
+    const uint8_t* classes = task.classes(z, h, tile);
     const auto seen = [&](int64_t m) { return classes ? classes[m] : 2; };
     const int64_t p0 = tile * TILE_P;
     const int rows = int(std::min<int64_t>(TILE_P, task.call.P - p0));
-    float* const sums = task.sums(unit.segment, unit.z, h, tile);
+    float* const sums = task.sums(unit.segment, z, h, tile);
     bool begun = false;
     for (int64_t m = first; m < last;) {
       if (!seen(m)) {
@@ -283,16 +315,20 @@ struct Worker {
       for (; tiles < RUN && m + tiles < last && seen(m + tiles); tiles++) partial |= seen(m + tiles) == 1;
       if (!begun) begin(h, p0, rows);
       begun = true;
-      visit(first, m, tiles, partial, rows, sums);
+      visit(first, m, tiles, partial, h, p0, rows, sums);
       m += tiles;
     }
   }
 
-  void run() const {
-    const int64_t g0 = unit.kv * task.group;
+  void run() {
+    for (z = unit.z0; z < unit.z1; z++)
+      for (kv = unit.kv0; kv < unit.kv1; kv++) run_head();
+  }
+  void run_head() const {
+    const int64_t g0 = kv * task.group;
     if (task.call.wanted & 1)
       for (int64_t h = g0; h < g0 + task.group; h++)
-        std::fill_n(task.sums(unit.segment, unit.z, h, 0), task.tiles_p * TILE_P * SUM_WIDTH, 0.0f);
+        std::fill_n(task.sums(unit.segment, z, h, 0), task.tiles_p * TILE_P * SUM_WIDTH, 0.0f);
     for (int64_t c = unit.first; c < unit.last; c += CHUNK_TILES) {
       const int64_t stop = std::min(unit.last, c + CHUNK_TILES);
       for (int64_t m = c; m < stop; m++) pack(m, tile(m - c));
@@ -319,6 +355,18 @@ template <int I = 0> void write_queries(const Task& task, int64_t z, int64_t h, 
   }
 }
 
+// What reaches the leaves of the ends of a tile's rows.
+template <class Asked> void write_ends(const Asked& task, int64_t z, int64_t h, int64_t tile) {
+  const Call& c = task.call;
+  float dacc[FROW], scalars[SCALARS + 1];
+  for (int64_t p = tile * TILE_P; p < std::min((tile + 1) * TILE_P, c.P); p++) {
+    const int64_t at_row = (z * c.H + h) * c.P + p;
+    const Program::Row row = task.program.row(z, h, p);
+    task.program.flow(row, c.saved + at_row * SAVED, at<OUT>(c.out, z, h, p), at<OUT>(c.grad, z, h, p), dacc, scalars);
+    task.program.ended(row, scalars, c.row_ends + at_row * ENDS);
+  }
+}
+
 // One thread: units from the common counter until none is left.
 int compute(const Task& task, std::atomic<int64_t>& next) {
   if (!reattend_scratch_1.reserve(task.scratch())) return NO_MEMORY;
@@ -328,8 +376,12 @@ int compute(const Task& task, std::atomic<int64_t>& next) {
 }
 void finish(const Task& task, std::atomic<int64_t>& next) {
   const int64_t all = task.call.Z * task.call.H * task.tiles_p;
-  for (int64_t u; (u = next++) < all;)
-    write_queries(task, u / task.tiles_p / task.call.H, u / task.tiles_p % task.call.H, u % task.tiles_p);
+  for (int64_t u; (u = next++) < all;) {
+    const int64_t z = u / task.tiles_p / task.call.H, h = u / task.tiles_p % task.call.H, tile = u % task.tiles_p;
+    if (task.call.wanted & 1) write_queries(task, z, h, tile);
+    if constexpr (ENDS > 0)
+      if (task.call.row_ends) write_ends(task, z, h, tile);
+  }
 }
 
 }  // namespace
@@ -347,7 +399,7 @@ extern "C" __attribute__((visibility("default"))) int backward(const Call* call)
 #pragma omp parallel num_threads(threads) reduction(max : status)
     status = compute(task, next);
   }
-  if (status || !(call->wanted & 1)) return status;
+  if (status || !((call->wanted & 1) || call->row_ends)) return status;
   if (threads < 2) finish(task, end);
   else {
 #pragma omp parallel num_threads(threads)

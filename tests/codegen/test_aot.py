@@ -24,6 +24,7 @@ from reattend.patterns.verdict import Refusal
 
 from .. import strategies
 from ..strategies import INF, LOWEST, M, P, attention
+from . import attentions
 
 CAUSAL = M <= P
 
@@ -41,6 +42,18 @@ def llama(size: int, dtype: str = "bf16") -> Cascade:
     keep = CAUSAL & strategies.MASKS["padding"]
     return attention(
         lambda s: ex.where(keep, s, LOWEST), strategies.ROWS["softmax"], b=2, h=8, group=2, e=size, f=size, dtype=dtype
+    ).cascade
+
+
+def learned(size: int) -> Cascade:
+    """Causal with slopes and sinks that are learned, and a bias for each pair of positions."""
+    slope, sink = (ex.cast(ex.load(n, (attentions.H,), "bf16"), "f32") for n in ("slope", "sink"))
+    bias = ex.cast(ex.load("bias", (attentions.P, attentions.M), "bf16"), "f32")
+    many = attentions.size("s")
+    return attentions.build(
+        lambda s: attentions.added(attentions.CAUSAL)(s + slope * ex.cast(attentions.M - attentions.P, "f32") + bias),
+        sink=sink, aux=(*(attentions.aux(n, (4,), "bf16") for n in ("slope", "sink")), attentions.aux("bias", (many, many), "bf16")),
+        square=True, e=size, dtype="bf16",
     ).cascade
 
 
@@ -253,6 +266,19 @@ def test_the_gradients_compile(arch: str) -> None:
     """Forward that hands over, queries, keys and values: what a few registers too many spill is a turn's, not a tile's."""
     made = training.build(llama(128), TileMapping(128, 64, 8, 2))
     assert isinstance(made, training.TritonTraining), made
+    for report in ahead.compile(made, arch):
+        assert report.spill_bytes <= 64, report
+        assert report.matrix_instructions > 0
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_the_gradients_of_what_is_no_operand_compile(arch: str) -> None:
+    """Sums of rows lie in registers, the places of pairs in more of them: what spills is a turn's, not a tile's."""
+    made = training.build(learned(64), TileMapping(64, 64, 4, 2))
+    assert isinstance(made, training.TritonTraining), made
+    assert not made.without
     for report in ahead.compile(made, arch):
         assert report.spill_bytes <= 64, report
         assert report.matrix_instructions > 0

@@ -1,22 +1,25 @@
 """Prints the `struct Program` of the backward loop, from the adjoint of an attention.
 
     flow      a row's scalars, and the gradient that reaches its contraction, from the output's gradient
-    adjoint   weights again from scores and row scalars, and the gradient of each product
+    adjoint   weights again from scores and row scalars, the gradient of each product, what reaches leaves of the score
+    ended     what reaches leaves of a row's end
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ....patterns import expr as ex
 from ....patterns.backward.adjoint import Adjoint
+from ....patterns.backward.outside import sum_of
 from ....patterns.expr import TRUE, Expr
 from ....patterns.terms.conditions import simplify_under
 from ...forms.form import Form
 from ...forms.terms import Terms
 from ...text.print_cpp import CppBody
+from .leaves import ENDS, ROWS, Leaf, folds
 from .names import Around, LoopProgram, mentions
 from .program import fetch, load
 
@@ -26,9 +29,11 @@ class BackwardProgram(LoopProgram):
 
     mark = "backward "
 
-    def __init__(self, f: Form, t: Terms, given: Iterable[str], adjoint: Adjoint) -> None:
+    def __init__(
+        self, f: Form, t: Terms, given: Iterable[str], adjoint: Adjoint, leaves: Sequence[Leaf] = ()
+    ) -> None:
         """`t`: the terms of the forward as the model wrote them; `given`: tensors that exist when the kernel is called."""
-        self.adjoint = adjoint
+        self.adjoint, self.leaves = adjoint, tuple(leaves)
         super().__init__(f, t, given)
         self.scalars: dict[Expr, str] = {}
         for x in scalars(adjoint):
@@ -45,9 +50,31 @@ class BackwardProgram(LoopProgram):
         around = [ex.const(1.0), *(ex.substitute(p.outside, table) for p in self.f.products)]
         return [e if x.is_const and x.value == 1 else e * x for e, x in zip(read, around)]
 
+    def reached(self, full: bool) -> list[Expr]:
+        """What reaches each leaf of the score."""
+        terms = [x.term for x in self.leaves if x.kind != ENDS]
+        if full and self.f.mask.keep is not TRUE:
+            terms = [simplify_under(e, {self.f.mask.keep: True}) for e in terms]
+        sums = {sum_of(x): x for x in self.products}
+        return [ex.substitute(ex.substitute(e, self.table()), sums) for e in terms]
+
+    def ended(self) -> list[Expr]:
+        """What reaches each leaf of a row's end."""
+        return [x.term for x in self.leaves if x.kind == ENDS]
+
     def terms(self) -> list[Expr]:
-        ends = [*(x.term for x in self.adjoint.row), self.adjoint.acc]
-        return [*ends, *self.elements(False), *self.elements(True)]
+        ends = [*(x.term for x in self.adjoint.row), self.adjoint.acc, *self.ended()]
+        return [*ends, *(e for full in (False, True) for e in (*self.elements(full), *self.reached(full)))]
+
+    def counts(self) -> str:
+        """How many leaves there are of each kind, and what is folded while some are wanted."""
+        kinds = [x.kind for x in self.leaves]
+        ends, rows = kinds.count(ENDS), kinds.count(ROWS)
+        z, h = (f"(LEAVES & {bits}) != 0" if bits else "false" for bits in folds(self.f, self.leaves))
+        return "\n".join([
+            f"constexpr int KEPT = {len(kinds) - ends - rows}, SUMMED = {rows}, ENDS = {ends};",
+            f"constexpr bool FOLD_Z = {z}, FOLD_H = {h};",
+        ])
 
 
 def scalars(a: Adjoint) -> list[Expr]:
@@ -57,14 +84,15 @@ def scalars(a: Adjoint) -> list[Expr]:
 
 def text(p: BackwardProgram) -> str:
     """The struct."""
-    partial, full = _adjoint(p, p.elements(False)), _adjoint(p, p.elements(True))
+    partial, full = (_adjoint(p, p.elements(x), p.reached(x)) for x in (False, True))
     inner = partial
     if partial != full:
         inner = ["if constexpr (PARTIAL) {", *(f"  {x}" for x in partial), "} else {", *(f"  {x}" for x in full), "}"]
-    head = "INLINE void adjoint(const Row& row, const float* scalars, float* const* x, float* w, int64_t m0, int n) const {"
+    head = ["INLINE void adjoint(const Row& row, const float* scalars, float* const* x, float* w, float* const* kept,",
+            "                    float* summed, int64_t m0, int n) const {"]
     doc = "// n products of a row from key m0 on, and its gradient's with values: gradients of the products, and weights"
-    adjoint = [doc, "template <bool PARTIAL>", head, *(f"  {x}" for x in inner), "}"]
-    flow = _flow(p)
+    adjoint = [doc, "template <bool PARTIAL>", *head, *(f"  {x}" for x in inner), "}"]
+    flow = [*_flow(p), *_ended(p)]
     row, fetching = p.fields.text(), fetch(p, adjoint)
     members, loading = load(p, set(re.findall(r"[^\W\d]\w*", "\n".join([*adjoint, *flow, *row]))))
     parts = [loading, row, fetching, flow, adjoint]
@@ -72,7 +100,8 @@ def text(p: BackwardProgram) -> str:
     return "\n".join(["struct Program {", *(f"  {x}" if x else "" for x in body), "};"])
 
 
-def _adjoint(p: BackwardProgram, terms: list[Expr]) -> list[str]:
+def _adjoint(p: BackwardProgram, elements: list[Expr], reached: list[Expr]) -> list[str]:
+    terms = [*elements, *reached]
     body = CppBody(p.scope, terms, set(p.taken), p.fields)
     body.lines += [f"float* const {x} = x[{i}];" for i, x in enumerate(p.inputs)]
     _bind_scalars(p, body, terms, "scalars")
@@ -86,11 +115,45 @@ def _adjoint(p: BackwardProgram, terms: list[Expr]) -> list[str]:
         loop.bind(x, name)
     texts = [loop.real(e) for e in terms]
     written = [f"{x}[i] = {text};" for x, text in zip(("w", *p.inputs), texts)]
+    summed, after = _reached(p, body, loop.taken, texts[len(elements) :], written)
     name = p.ranks[p.key]
     where = [f"const int32_t {name} = int32_t(m0) + i;"] if mentions(name, [*loop.lines, *written]) else []
     inner = [*where, *loop.lines, *written]
-    lines = [*body.lines, "#pragma omp simd", "for (int i = 0; i < n; i++) {", *(f"  {x}" for x in inner), "}"]
+    simd = f"#pragma omp simd reduction(+ : {', '.join(summed)})" if summed else "#pragma omp simd"
+    lines = [*body.lines, simd, "for (int i = 0; i < n; i++) {", *(f"  {x}" for x in inner), "}", *after]
     return [*p.fields.unpacked(lines), *lines]
+
+
+def _reached(
+    p: BackwardProgram, body: CppBody, taken: set[str], texts: Sequence[str], written: list[str]
+) -> tuple[list[str], list[str]]:
+    """More lines of the loop, which add what reaches leaves; the names of sums over the keys, and lines behind the loop."""
+    body.taken |= taken
+    summed, after, kept = [], [], 0
+    for text, (bit, leaf) in zip(texts, ((i, x) for i, x in enumerate(p.leaves) if x.kind != ENDS)):
+        name, wanted = body.fresh(f"d_{leaf.load.attr}"), f"if constexpr (LEAVES >> {bit} & 1)"
+        if leaf.kind == ROWS:
+            body.lines.append(f"float {name} = 0.0f;")
+            written.append(f"{wanted} {name} += {text};")
+            after.append(f"{wanted} summed[{len(summed)}] += {name};")
+            summed.append(name)
+        else:
+            body.lines.append(f"float* const {name} = kept[{kept}];")
+            written.append(f"{wanted} {name}[i] += {text};")
+            kept += 1
+    return summed, after
+
+
+def _ended(p: BackwardProgram) -> list[str]:
+    terms = p.ended()
+    if not terms:
+        return []
+    body = CppBody(p.scope, terms, set(p.taken), p.fields)
+    _bind_scalars(p, body, terms, "scalars")
+    lines = [f"to[{i}] = {text};" for i, text in enumerate([body.real(e) for e in terms])]
+    inner = [*p.fields.unpacked([*body.lines, *lines]), *body.lines, *lines]
+    head = "INLINE void ended(const Row& row, const float* scalars, float* to) const {"
+    return ["", "// what reaches leaves of the end of a row", head, *(f"  {x}" for x in inner), "}"]
 
 
 def _flow(p: BackwardProgram) -> list[str]:

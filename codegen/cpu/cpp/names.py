@@ -25,8 +25,9 @@ RESERVED = frozenset([
     "x", "w", "n", "m0", "i", "state", "acc", "out", "row", "at_z", "at_h", "at_p", "tensors", "sizes", "Row",
     "Program", "T", "OUT", "E", "F", "TILE_P", "TILE_M", "PRODUCTS", "CARRIED", "PARTIAL", "least", "top", "start",
     "step", "finish", "load", "self", "bits", "std", "INF", "NAN", "INFINITY", "INLINE", "row_max", "row_sum", "abs_",
-    "saved", "scalars", "grad", "dacc", "flow", "adjoint", "save", "SAVED", "SCALARS", "bf16", "f16", "int8_t",
-    "int16_t", "int32_t", "int64_t", "uint8_t", *CALLED,
+    "saved", "scalars", "grad", "kept", "summed", "ended", "to", "LEAVES", "KEPT", "SUMMED", "ENDS", "FOLD_Z", "FOLD_H",
+    "dacc", "flow", "adjoint", "save", "SAVED", "SCALARS", "bf16", "f16", "int8_t", "int16_t",
+    "int32_t", "int64_t", "uint8_t", *CALLED,
 ])
 SCORE = "score of the tile"
 

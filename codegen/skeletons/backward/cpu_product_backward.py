@@ -73,7 +73,9 @@ def products(sides: Sequence[tuple[Tensor, Tensor]], m: slice, shape: tuple[int,
 
 def reduced(part: Tensor, dims: Sequence[int], order: Sequence[int]) -> Tensor:
     """A tile of a gradient as the part of a tensor: summed over dimensions that it lacks, the others in its order."""
-    part = part.sum(tuple(dims), keepdim=True) if dims else part
+    # torch copies where it sums over one
+    over = tuple(d for d in dims if part.shape[d] != 1)
+    part = part.sum(over, keepdim=True) if over else part
     return part.permute(*order, *dims).reshape([part.shape[d] for d in order])
 
 

@@ -33,11 +33,13 @@ def launch_trained(
 def launch_backward(
     kernels: tuple[Any, Any], constants: tuple[Mapping[str, Any], Mapping[str, Any]], grads: tuple[Tensor, ...],
     ends: tuple[Tensor, Tensor, Tensor], inputs: tuple[Tensor, ...], sizes: tuple[int, ...], programs: int, queries: int,
-    walk: tuple[Any, ...], keyed: tuple[int, int, int], sums: int,
+    walk: tuple[Any, ...], keyed: tuple[int, int, int], sums: int, leaves: tuple[Tensor, ...] = (),
+    bits: tuple[int, int] = (0, 0),
 ) -> None:
     """The gradients of queries, which sum over values as well, then those of keys and values.
 
     `ends`: out, its gradient and `saved`. `keyed`: programs of keys, how many programs of rows share one's keys, keys.
+    `leaves`: where what reaches each leaf goes; `bits` of those that each kernel adds up.
     """
     out, dout, saved = ends
     rows, keys = constants
@@ -53,14 +55,31 @@ def launch_backward(
     shared = (given(out)[0], given(dout)[0], saved, of_row, given(*inputs), sizes)
     with torch.cuda.device_of(out):
         kernels[0][(programs * row_blocks,)](
-            grads, *shared, walk if listed else (), row_blocks, queries, n_full, n_all, INDEX=index, LISTED=listed, **rows
+            grads, leaves, *shared, walk if listed else (), row_blocks, queries, n_full, n_all, INDEX=index, LISTED=listed,
+            LEAVES=bits[0], **rows,
         )
         kernels[1][(keyed[0] * blocks,)](
-            grads, *shared, blocks, queries, keyed[2], keyed[1], INDEX=index, **keys
+            grads, leaves, *shared, blocks, queries, keyed[2], keyed[1], INDEX=index, LEAVES=bits[1], **keys
         )
 
 
 Part = tuple[Tensor, Sequence[int], Sequence[int], Sequence[int | None]]
+
+
+def room(bits: int, shapes: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
+    """Zeros where what reaches each wanted leaf goes; a number where nobody wants it."""
+    made = (shape if bits >> i & 1 else (1,) for i, shape in enumerate(shapes))
+    return tuple(torch.zeros(tuple(shape), dtype=torch.float32, device=device) for shape in made)
+
+
+def looked_up(part: Tensor, at: Sequence[Tensor | int], like: Tensor) -> Tensor:
+    """The gradient of a tensor that is read at computed places: summed there in the same order every time."""
+    place = torch.zeros((1,) * part.dim(), dtype=torch.int64, device=part.device)
+    for i, step in zip(at, like.contiguous().stride()):
+        place = place + i * step
+    part = part.sum_to_size(place.shape)
+    made = torch.zeros(like.numel(), dtype=torch.float32, device=like.device)
+    return made.index_put_((place.reshape(-1),), part.reshape(-1), accumulate=True).view(like.shape).to(like.dtype)
 
 
 def total(parts: Sequence[Part], like: Tensor) -> Tensor:

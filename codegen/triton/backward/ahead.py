@@ -27,7 +27,7 @@ def requests(kernel: TritonTraining) -> tuple[aot.CompileRequest, ...]:
     grads = tuple(aot.POINTER[types[side.tensor].dtype] for side in (*kernel.b.queries, *kernel.b.keys))
     more = {
         **dict.fromkeys(("n_p", "n_blocks", "n_m", "n_sharing"), "i32"), "p_saved": "*fp32", "p_sums": "*fp32",
-        "grads": grads, "parts": (),
+        "grads": grads, "parts": (), "leaves": ("*fp32",) * len(kernel.b.leaves),
     }
     asked = []
     for function, given in (
@@ -35,6 +35,9 @@ def requests(kernel: TritonTraining) -> tuple[aot.CompileRequest, ...]:
         (made.keys_backward, made.KEYS_BACKWARD),
     ):
         constants: dict[str, Any] = dict(given)
+        keyed = kernel.b.keyed_bits
+        if function is not made.stream:
+            constants["LEAVES"] = keyed if function is made.keys_backward else (1 << len(kernel.b.leaves)) - 1 & ~keyed
         options: dict[str, int] = {n: constants.pop(n) for n in ("num_warps", "num_stages")}
         if not kernel.b.skips and function is made.rows_backward:
             constants["LISTED"] = False

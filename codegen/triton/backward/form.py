@@ -4,16 +4,18 @@
     scalars    of a row: what the forward saves, then sums over the values
     sides      one gradient a product's query side, a key side, the values: dense over the ranks that it varies over
     shared     heads (and batches) whose queries see one key: a key's program sums over them
+    leaves     floats that are no operands: what reaches each, over [BM, BN] or, of a row's end, [BM, 1]
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ....patterns import expr as ex
 from ....patterns.backward.adjoint import Adjoint, RowSum, adjoint
+from ....patterns.backward.outside import outside, sum_of
 from ....patterns.cascade import Cascade, Size, size_term
 from ....patterns.expr import Expr
 from ....patterns.masks.ranges import KeyRange, key_range
@@ -38,6 +40,20 @@ class OperandGradient:
 
 
 @dataclass(frozen=True)
+class LeafGradient:
+    """What reaches the tensor at `load`, of a partial tile and of a full one (of a row's end the same), kept over `ranks`.
+
+    Without the key: a number for each row, of its end where `ends`. Without the query: one for each key of each head.
+    """
+
+    load: Expr
+    partial: Expr
+    full: Expr
+    ranks: tuple[str, ...]
+    ends: bool = False
+
+
+@dataclass(frozen=True)
 class StreamingBackward:
     """The backward of a streaming attention. Terms speak of the same coordinates and products as those of `s`."""
 
@@ -53,6 +69,12 @@ class StreamingBackward:
     full: tuple[Expr, ...]
     skips: bool
     without: tuple[str, ...]
+    leaves: tuple[LeafGradient, ...] = ()
+
+    @property
+    def keyed_bits(self) -> int:
+        """Bits of the leaves that the kernel of keys adds up."""
+        return sum(1 << i for i, x in enumerate(self.leaves) if self.s.attention.query not in x.ranks)
 
     @property
     def scalars(self) -> tuple[Expr, ...]:
@@ -187,14 +209,43 @@ def _read(s: Streaming, made: Adjoint) -> StreamingBackward | Refusal:
     full = elements if keep is ex.TRUE else [simplify_under(e, {keep: True}) for e in elements]
     saved = tuple(plain(x.load) for x in made.saved)
     row = tuple(replace(x, load=plain(x.load), term=plain(x.term)) for x in made.row)
+    leaves, skips = _leaves(s, made, plain, over_products), _skips(s, elements, saved)
+    if skips:
+        leaves = [x for x in leaves if x.ends or _skips(s, [*elements, x.partial], saved)]
     out = StreamingBackward(
         s, plain(made.out), plain(made.dout), saved, tuple(plain(x.term) for x in made.saved), row, plain(made.dweight),
-        plain(made.acc), tuple(elements), tuple(full), _skips(s, elements, saved), _without(s, made),
+        plain(made.acc), tuple(elements), tuple(full), skips, _without(s, made, plain, leaves), tuple(leaves),
     )
     try:
         _ = out.queries, out.keys
     except _Unequal as no:
         return Refusal(f"{NAME} backward", f"keys and values are shared by other coordinates of {no} each")
+    return out
+
+
+def _leaves(
+    s: Streaming, made: Adjoint, plain: Callable[[Expr], Expr], over_products: Callable[[Expr], Expr]
+) -> list[LeafGradient]:
+    """The leaves whose gradients these kernels give: inputs of the cascade, exact enough."""
+    a, inputs = s.attention, {t.name for t in s.cascade.inputs}
+    narrow = bool(made.row) and s.cascade.tensor[s.cascade.outputs[0]].dtype in ("bf16", "f16")
+    sums = {sum_of(p.load): p.load for p in s.products}
+    of_tiles = [(g.load, over_products(g.term)) for g in made.leaves if a.key in g.space and s.value not in g.space]
+    found = {plain(g.load): plain(g.term) for g in made.scores}
+    multiplied = outside(((p.load, p.factor) for p in s.products), found)
+    for load, term in () if isinstance(multiplied, Obstacle) else multiplied:
+        of_tiles.append((load, ex.substitute(over_products(term), sums)))
+    of_rows = [(g.load, plain(g.term)) for g in made.leaves if not {a.key, s.value} & set(g.space)]
+    out = []
+    for ends, pairs in ((False, of_tiles), (True, of_rows)):
+        for load, term in pairs:
+            at = plain(load)
+            if str(load.attr) not in inputs or (narrow and load.dtype == "f32"):
+                continue
+            keyed = (a.key,) if a.key in at.ranks else ()
+            own = (a.query, *keyed) if a.query in at.ranks or not keyed else keyed
+            full = term if ends or s.mask.keep is ex.TRUE else simplify_under(term, {s.mask.keep: True})
+            out.append(LeafGradient(at, term, full, (*s.grid, *own), ends))
     return out
 
 
@@ -207,9 +258,13 @@ def _skips(s: Streaming, elements: Sequence[Expr], saved: Sequence[Expr]) -> boo
     return idle_without_a_key(elements, saved) or not rows_keep_a_key(s.attention, s.mask.keep)
 
 
-def _without(s: Streaming, made: Adjoint) -> tuple[str, ...]:
-    """Float inputs that the score, the row's end or what multiplies a product reads, also through the prelude."""
-    read = {str(g.load.attr) for g in made.leaves} | {str(x.attr) for p in s.products for x in ex.loads(p.factor)}
+def _without(
+    s: Streaming, made: Adjoint, plain: Callable[[Expr], Expr], given: Sequence[LeafGradient]
+) -> tuple[str, ...]:
+    """Float inputs of leaves that are not among those given, also through the prelude."""
+    loads = [*(plain(g.load) for g in made.leaves), *(x for p in s.products for x in ex.loads(p.factor))]
+    known = {x.load for x in given}
+    read = {str(x.attr) for x in loads if x not in known}
     sides = {str(x.attr) for p in s.products for side in (p.query, p.key) for x in ex.loads(side.term)}
     sides |= {str(x.attr) for x in ex.loads(s.values.term)}
     for e in reversed(s.attention.prelude):

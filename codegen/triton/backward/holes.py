@@ -3,7 +3,8 @@
     flow      a row block's scalars, and what reaches its contraction     adjoint   weights, gradients of products
     keys      the key tiles of all products                               dots      products of tiles that are there
     keyed     one of the heads that share a key                           seen      the rows that see a block of keys
-    start_*   accumulators, add_* what a tile adds to them, store_* where they go: of the queries, of the keys and values
+    start_*   accumulators, add_* what a tile adds to them, store_* where they go: of the queries, of the keys and values,
+              of leaves by rows (_l) and by keys (_keyed)
 """
 
 from __future__ import annotations
@@ -11,44 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ....patterns.cascade import Size, size_term
-from ....patterns.expr import Expr
 from ....patterns.masks.ranges import FIRST, LAST
-from ...text.print_triton import TYPES, TritonOperand, identifier
+from ...text.print_triton import TYPES
 from .. import holes
-from ..device_function import RESERVED, DeviceFunction, KernelNames, Printed, atom, coordinates, ragged
+from ..device_function import DeviceFunction, Printed, atom, coordinates, ragged
 from ..streaming import Dot
+from . import leaf_holes
 from .form import OperandGradient, StreamingBackward
-
-HOLES = ("keys", "dots", "flow", "adjoint", "keyed", "start_q", "add_q", "store_q", "start_k", "add_k", "store_k")
-
-
-# More names that the emitted functions use for themselves.
-LOCALS = (
-    *HOLES, "seen", "pair", "of_keys", "of_rows", "rows_backward", "keys_backward", "backward", "wanted", "grad", "grads",
-    "dout", "saved", "sums", "p_saved", "p_sums", "scalars", "own", "exists", "g", "k", "v", "o", "dw", "dx", "dq", "dk",
-    "dv", "FIRST",
-)
-
-
-class BackwardNames(KernelNames):
-    """Names of the forward's tensors, of the gradient that flows in, and of a row's scalars."""
-
-    reserved = (*RESERVED, *LOCALS)
-
-    def __init__(self, b: StreamingBackward) -> None:
-        super().__init__(b.s)
-        self.b = b
-        taken = {*self.reserved, *self.symbols.values(), *self.ranks.values(), *self.products.values()}
-        taken |= {x for o in self.operands.values() for x in (o.name, *o.strides)}
-        out = self.operands[b.s.cascade.outputs[0]]
-        name, *strides = (identifier(f"d{x}", taken) for x in (out.name, *out.strides))
-        self.dout = TritonOperand(name, tuple(strides), out.shape, out.dtype)
-        taken |= {name, *strides}
-        self.operands[str(b.dout.attr)] = self.dout
-        self.scalars: dict[Expr, str] = {}
-        for x in b.scalars:
-            self.scalars[x] = identifier(str(x.attr).lower(), taken)
-            taken.add(self.scalars[x])
+from .names import BackwardNames
 
 
 def printed(b: StreamingBackward, tile_m: int) -> tuple[Printed, ...]:
@@ -59,7 +30,8 @@ def printed(b: StreamingBackward, tile_m: int) -> tuple[Printed, ...]:
         _start(n, "q"), _add(n, "q", "k", "{}", "tl.trans({})"), _store_q(n),
         _start(n, "k"), _add(n, "k", "q", "tl.trans({})", "{}"), _store_k(n),
     )
-    return _keys(n, tile_m), _dots(n), _flow(n), _adjoint(n, tile_m), _keyed(n), *seen, *ends
+    own = (_keys(n, tile_m), _dots(n), _flow(n), _adjoint(n, tile_m), _keyed(n), *seen, *ends)
+    return (*own, *leaf_holes.printed(n)) if b.leaves else own
 
 
 # --- operands ---------------------------------------------------------------------------------------------------------
@@ -138,7 +110,8 @@ def _adjoint(names: BackwardNames, tile_m: int) -> Printed:
     s, b = names.s, names.b
     m = names.ranks[s.key]
     f = DeviceFunction(
-        names, "adjoint", f"x, dw, scalars, at, inside, {m}, base, lane, inputs, sizes, PARTIAL: tl.constexpr",
+        names, "adjoint",
+        f"x, dw, scalars, at, inside, {m}, base, lane, inputs, sizes, PARTIAL: tl.constexpr, LEAVES: tl.constexpr",
         (*coordinates(s), s.key),
     )
     body = f.body
@@ -152,17 +125,27 @@ def _adjoint(names: BackwardNames, tile_m: int) -> Printed:
     body.bind(b.dweight, "dw")
     exists = f"{m} < {f.size(s.key)}"
     results = [body.fresh("w"), *(body.fresh("dx") for _ in s.products)]
+    leaves = [(i, body.fresh("dl")) for i, x in enumerate(b.leaves) if not x.ends]
     memo, uses = dict(body.memo), dict(body.uses)
     for head, terms in (("if PARTIAL:", b.partial), ("else:", b.full)):
         body.memo, body.uses = dict(memo), dict(uses)
-        body.count(terms)
+        reached = [b.leaves[i].full if head == "else:" else b.leaves[i].partial for i, _ in leaves]
+        body.count([*terms, *reached])
         with body.block(head):
             body.scope.guards = {s.key: exists} if head != "else:" and ragged(s, tile_m) else {}
             for name, e in zip(results, terms):
                 text = body.real(e)
                 body.line(f"{name} = tl.where(inside & ({exists}), {text}, 0.0)" if head != "else:" else f"{name} = {text}")
-    body.line(f"return {results[0]}, ({', '.join(results[1:])},)")
-    return f.printed("Weights of a tile, and the gradient of each product, [BM, BN].")
+            for (i, name), e in zip(leaves, reached):
+                text = body.real(e)
+                whole = f"tl.where(inside & ({exists}), {text}, 0.0)" if head != "else:" else text
+                # a tensor of the tile, whatever the term varies over; where nobody wants it, nobody reads it
+                body.line(f"{name} = {results[0]}")
+                with body.block(f"if LEAVES & {1 << i}:"):
+                    body.line(f"{name} = tl.zeros_like({results[0]}) + {whole}")
+    parts = ", ".join(name for _, name in leaves) or results[0]
+    body.line(f"return {results[0]}, ({', '.join(results[1:])},), ({parts},)")
+    return f.printed("Weights of a tile, the gradient of each product and what reaches leaves, [BM, BN].")
 
 
 # --- who shares a key, and who sees it ----------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ from ..kernel import MISSING, architecture, available, shared_limit, too_large
 from ..streaming import NAME, Streaming
 from . import holes
 from .form import OperandGradient, StreamingBackward, read_backward
-from .holes import BackwardNames
+from .leaf_host import direct, looked_up, room
+from .names import BackwardNames
 
 # Rows and keys of a tile of the backward, which holds twice as many accumulators.
 MOST = 64
@@ -155,13 +156,14 @@ def text(b: StreamingBackward, mapping: TileMapping) -> str:
         module.constants(s, mapping, trained=True),
         _constants(b, mapping, back),
         *(t for n, t in functions("host").items() if n == "index_type"),
-        *functions("backward/host").values(),
+        *(t for n, t in functions("backward/host").items() if b.leaves or n not in ("room", "looked_up")),
         *(t for n, t in functions("host_lists").items() if listed and (n == "tile_lists" or entry.is_static(s))),
         entry.sizes_of(s, names),
         entry.plan_of(s, names, mapping),
         *([entry.walk_of(s, names, mapping)] if listed else []),
         *([entry.walk_of(s, names, back, "LISTING_BACKWARD", "walk_backward")] if listed and b.skips else []),
         _attention(b, names),
+        *looked_up(b, names),
         _backward(b, names, back),
     ]
     body = "\n\n\n".join(p.strip("\n") for p in parts)
@@ -207,12 +209,17 @@ def _constants(b: StreamingBackward, mapping: TileMapping, back: TileMapping) ->
     both = {h.upper(): h for h in ("rows", "queries", "values", "keys", "flow", "dots", "adjoint")}
     ranged = b.skips and s.span is not None
     late = s.span is not None and s.span.growing and mapping.heavy_first
+    by_rows, by_keys = (
+        {f"{what}_{side}".upper(): f"{what}_{side}" if b.leaves else None for what in ("start", "add", "store")}
+        for side in ("l", "keyed")
+    )
     rows: dict[str, object] = {
-        **tile, "RANGED": ranged, "LATE": late and ranged, "SPAN": "span" if ranged else None, "BATCH": "batch", **both,
+        **tile, **both, **by_rows, "RANGED": ranged, "LATE": late and ranged, "SPAN": "span" if ranged else None,
+        "BATCH": "batch",
         **{h.upper(): h for h in ("start_q", "add_q", "store_q")},
     }
     keys: dict[str, object] = {
-        **tile, "RANGED": b.seen is not None, "SEEN": "seen" if b.seen is not None else None,
+        **tile, **by_keys, "RANGED": b.seen is not None, "SEEN": "seen" if b.seen is not None else None,
         "WHOLE": s.mask.keep is ex.TRUE, "KEYED": "keyed", **both, **{h.upper(): h for h in ("start_k", "add_k", "store_k")},
     }
     options = {"num_warps": WARPS, "num_stages": min(mapping.stages, STAGES)}
@@ -274,13 +281,15 @@ def _backward(b: StreamingBackward, names: BackwardNames, back: TileMapping) -> 
         '    """The gradients of the inputs in the wanted places, from the output and its gradient."""',
         f"    {entry.tuple_text(own)[1:-1] + ' = ' if own else ''}sizes = sizes_of({read})",
         f"    inputs = {inputs}", "    grads = (", *made, "    )",
-        f"    walk = {walk}",
+        f"    walk = {walk}", *room(b, names, first),
         "    launch_backward(",
         "        (rows_backward, keys_backward), (ROWS_BACKWARD, KEYS_BACKWARD), grads, (out, grad, saved), inputs, sizes,",
         f"        {programs}, {rows}, walk, {number}, {len(b.row)},",
+        *([f"        leaves, (leaf_bits & {~b.keyed_bits}, leaf_bits & {b.keyed_bits}),"] if b.leaves else []),
         "    )",
         "    parts = {}",
         *(f"    {_part(b, i, side)}" for i, side in enumerate(sides)),
+        *(f"    {x}" for x in direct(b, names)),
         "    return [total(parts.get(i, ()), inputs[i]) for i in wanted]",
     ])
 
