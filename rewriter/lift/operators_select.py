@@ -90,9 +90,10 @@ def _counted(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     told = lifter.leaf(named, rows, reader=n)
     lifter.assume(named, rows, told)
     place, counts = lifter.value(index, rows), lifter.value(src, rows)
-    inside = (told >= 0, told < size_term(size))
+    first, last = ex.const(0, told.dtype), ex.cast(size_term(size) - 1, told.dtype)
+    inside = (told >= first, told < ex.cast(size_term(size), told.dtype))
     valid = counts.args[0] if counts.op == "cast" and counts.args[0].dtype == "b1" else counts
-    brought = ex.minimum(ex.maximum(told, 0), size_term(size) - 1)
+    brought = ex.minimum(ex.maximum(told, first), last)
     if valid.dtype != "b1" or set(conjuncts(valid)) != set(inside) or ex.cast(place, "i64") is not ex.cast(brought, "i64"):
         raise CannotLift(f"{place} counted by {counts} is not what lies inside, each once", n)
     return _member(lifter, n, named, d, at)

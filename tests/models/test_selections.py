@@ -27,12 +27,18 @@ BLOCKS = {
     "dense_intermediate_size": 64, "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 4, "index_topk_blocks": 3,
     "mlp_layer_types": ["dense"], "layer_types": ["minimax_m3_sparse"],
 }
+POOLS = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 0, "v_head_dim": 16, "index_topk": 8,
+    "index_n_heads": 4, "index_head_dim": 16, "index_kpool": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense"], "indexer_types": ["full"],
+    "layer_types": ["indexed_attention"],
+}
 # what a model type's text model is called, and its sizes
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v32": ("DeepseekV32Model", LATENT), "axk2": ("AXK2Model", LATENT), "glm_moe_dsa": ("GlmMoeDsaModel", LATENT),
     "hy_v4": ("HYV4Model", {**LATENT, "head_dim": 24}), "dots3_note": ("Dots3NoteTextModel", LATENT),
     "mistral_large4": ("MistralLarge4TextModel", {**LATENT, "head_dim": 8}),
-    "minimax_m3_vl": ("MiniMaxM3VLTextModel", BLOCKS),
+    "minimax_m3_vl": ("MiniMaxM3VLTextModel", BLOCKS), "glm5_next": ("Glm5NextTextModel", POOLS),
 }
 
 
