@@ -4,7 +4,7 @@
 
 One decoder layer of transformers with random weights: `dsa` DeepSeek-V3.2's attention (16 heads of 32 + 16, latents of 128,
 8 index heads, 64 keys a row: the published widths cut by 8, 4 and 32), `msa` MiniMax-M3's (16 heads over 2, 4 blocks of 32
-keys), each by `eager`, with a feed-forward of 32. One process, both in turn, medians of processor time (with one thread);
+keys), each by `eager`, with a feed-forward of 32; `alone` is its attention module by itself, in decoding. One process, both in turn, medians of processor time (with one thread);
 the first call, with what is captured and checked, is made before and not counted. Writes
 benchmarks/results/own_sparsity_cpu.json.
 """
@@ -57,6 +57,15 @@ def prefill(m: torch.nn.Module, length: int) -> Callable[[], Tensor]:
     return lambda: m(inputs_embeds=x, use_cache=False).last_hidden_state
 
 
+def cache_of(m: torch.nn.Module, length: int) -> Any:
+    """The cache after so many tokens, a few hundred at a time: all scores of 16 Ki tokens would be 17 GB."""
+    x = torch.randn(1, length, 512, generator=torch.Generator().manual_seed(1))
+    cache = None
+    for part in x.split(512, 1):
+        cache = m(inputs_embeds=part, past_key_values=cache, use_cache=True).past_key_values
+    return cache
+
+
 def decode(m: torch.nn.Module, filled: Any) -> Callable[[], Tensor]:
     """One token after a cache, which stays as it was: each call gets a copy, made outside of the clock."""
     x = torch.randn(1, 1, 512, generator=torch.Generator().manual_seed(2))
@@ -68,6 +77,43 @@ def decode(m: torch.nn.Module, filled: Any) -> Callable[[], Tensor]:
 
     call.prepare = lambda: cache.append(copy.deepcopy(filled))  # type: ignore[attr-defined]
     return call
+
+
+class Output(torch.nn.Module):
+    """A module's first output: nobody reads its weights."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **given: Any) -> Tensor:
+        out: Tensor = self.inner(*args, **given)[0]
+        return out
+
+
+def alone(m: torch.nn.Module, filled: Any) -> tuple[torch.nn.Module, Callable[[torch.nn.Module], Callable[[], Tensor]]]:
+    """The attention module of a model, and what calls it, or what it became, as `decode` calls the model."""
+    module = m.layers[0].self_attn  # type: ignore[index, union-attr]
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    call = decode(m, filled)
+    call.prepare()  # type: ignore[attr-defined]
+    call()
+    hook.remove()
+    ((args, given),) = seen
+    name = next(k for k, x in given.items() if hasattr(x, "get_seq_length"))
+
+    def of(made: torch.nn.Module) -> Callable[[], Tensor]:
+        cache: list[Any] = []
+
+        def call() -> Tensor:
+            out: Tensor = made(*args, **{**given, name: cache.pop()})
+            return out
+
+        call.prepare = lambda: cache.append(copy.deepcopy(filled))  # type: ignore[attr-defined]
+        return call
+
+    return Output(module).eval(), of
 
 
 def compared(calls: dict[str, Callable[[], Tensor]], rounds: int) -> tuple[dict[str, float], float]:
@@ -109,10 +155,13 @@ def main() -> None:
             rows.append(row(kind, "prefill", length, *compared(calls, given.rounds), ours))
         for length in map(int, filter(None, given.cached.split(","))):
             ours = reattend.optimize(copy.deepcopy(own), policy=reattend.Policy(tune=False))
-            x = torch.randn(1, length, 512, generator=torch.Generator().manual_seed(1))
-            filled = own(inputs_embeds=x, use_cache=True).past_key_values
+            filled = cache_of(own, length)
             calls = {"original": decode(own, filled), "reattend": decode(ours, filled)}
             rows.append(row(kind, "decode", length, *compared(calls, 4 * given.rounds), ours))
+            module, of = alone(own, filled)
+            ours = reattend.optimize(copy.deepcopy(module), policy=reattend.Policy(tune=False))
+            calls = {"original": of(module), "reattend": of(ours)}
+            rows.append(row(kind, "alone", length, *compared(calls, 4 * given.rounds), ours))
     print(f"written to {timing.write('own_sparsity_cpu', rows, rounds=given.rounds, transformers=transformers.__version__)}")
 
 

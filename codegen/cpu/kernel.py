@@ -4,6 +4,7 @@
     body "slices"    the same with every triangle cut into slices
     body "product"   every other score and row rule: two products around the printed program, with carried row state
     body "selected"  rows that name their keys: the same around keys gathered for each row
+    body "latent"    the same around the latents of which keys and values are made
     body "fused"     any score and row rule in one pass of C++ around the printed program, compiled at the first call
     body "decode"    the same for few queries
 """
@@ -23,6 +24,7 @@ from ...patterns.backward.reached import reached
 from ...patterns.cascade import Cascade
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import count_tiles
+from ...patterns.passes.latents import Inner, inner
 from ...patterns.verdict import Obstacle, Refusal
 from ..files import cache
 from ..forms.form import Form, form, softmax
@@ -122,12 +124,15 @@ def default_mapping(c: Cascade, sizes: Mapping[str, int]) -> TileMapping:
 @lru_cache(maxsize=512)
 def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
     """The kernel of a cascade under a mapping, or why there is none."""
-    f = form(c)
-    if isinstance(f, Obstacle):
+    parts = inner(c) if mapping.body == "latent" else Inner(c, None)
+    f = form(parts.cascade) if isinstance(parts, Inner) else parts
+    if isinstance(f, Obstacle) or isinstance(parts, Obstacle):
         return Refusal(NAME, str(f))
     try:
         if mapping.body == "product":
             source = cpu_product.text(f, mapping, version())
+        elif mapping.body == "latent":
+            source = cpu_selected.text(f, mapping, version(), parts.after)
         elif mapping.body == "selected":
             source = cpu_selected.text(f, mapping, version())
         elif mapping.is_compiled:

@@ -52,7 +52,8 @@ class ProductKernel:
     """The printed functions of one kernel, and `attention`, which calls them."""
 
     def __init__(self, f: Form, reserved: Sequence[str] = ()) -> None:
-        self.f, self.p = f, Printer(f, reserved=reserved)
+        pairs = [f"{x}_{i}" for i in range(len(f.products)) for x in "qk"]
+        self.f, self.p = f, Printer(f, reserved=(*reserved, *pairs))
         a, taken = f.attention, set(self.p.taken)
         self.products = {p.name: take(p.name.lower(), taken) for p in f.products}
         self.state = {c.name: take(c.name.lower(), taken) for c in f.state.carried}

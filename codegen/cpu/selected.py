@@ -10,8 +10,10 @@ that are added as data may hide all keys that a row names: only the scores tell.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from ...patterns import expr as ex
+from ...patterns.cascade import Einsum
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.selection import Selection, selection
@@ -28,9 +30,9 @@ from .product import BODY, ProductKernel, of_values
 RESERVED = ("slots", "there", "chosen", "named", "take", "plain", "member", "block", "selected")
 
 
-def text(f: Form, m: TileMapping, version: str) -> str:
-    """The kernel's file."""
-    k = SelectedKernel(f)
+def text(f: Form, m: TileMapping, version: str, after: Einsum | None = None) -> str:
+    """The kernel's file; `after` maps what the attention sums to the output."""
+    k = SelectedKernel(f, after)
     functions = [*relatives(k.p, k.near), *k.scores, k.chosen, k.step, k.end]
     walk = [f"Each row sees the keys that {k.choice.slots} names, gathered; {BODY}."]
     return file(k.p, m, [*(x.text for x in functions), k.whole_file()], (cpu, cpu_product), [], BODY, version, walk)
@@ -39,8 +41,9 @@ def text(f: Form, m: TileMapping, version: str) -> str:
 class SelectedKernel(ProductKernel):
     """The printed functions of one kernel: those of the product body for rows as written, and the score of a named key."""
 
-    def __init__(self, f: Form) -> None:
+    def __init__(self, f: Form, after: Einsum | None = None) -> None:
         super().__init__(f, RESERVED)
+        self.after = after
         self.choice = _choice(f)
         a = f.attention
         null = skip.null(f.state, a.score, a.key)
@@ -77,7 +80,14 @@ class SelectedKernel(ProductKernel):
             f"selected([{', '.join(pairs)}], v, rows, slots, {p.names.size(s.places)}, {s.block}, {real}, {start},",
             f"         named, take, finish, {least}, plain)",
         ]
-        return entry(p, lines, setup, without=str(s.member.attr))
+        return entry(p, lines, setup, without=str(s.member.attr), answer=self._answer())
+
+    def _answer(self) -> str:
+        """The output: what the rows sum, or what a map makes of that."""
+        if self.after is None:
+            return self.answer
+        names, output = self.p.names, self.f.cascade.outputs[0]
+        return einsum(replace(names, tensors={**names.tensors, output: "out"}), self.f.real, self.after)
 
     def _plain(self, pairs: list[str], real: str, start: str) -> list[str]:
         """Lines of the rows that are computed as they are written, and of the mask of all pairs, made once if ever."""

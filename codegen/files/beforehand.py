@@ -53,12 +53,15 @@ def _members(names: Names, e: Einsum, found: Membership) -> str:
     order = [*found.rows, found.slot]
     text, _, _ = operand(found.slots, order, ALONE, names, "f32")
     index = text if found.slots.dtype == "i64" else f"{text}.to(torch.int64)"
-    shape = ", ".join(names.rank(r) for r in (*found.rows, found.place))
+    # who names no key that there is marks a column behind the last one
+    end = names.rank(found.place)
+    index = f"torch.where(({index} >= 0) & ({index} < {end}), {index}, {end})"
+    shape = ", ".join([*(names.rank(r) for r in found.rows), f"{end} + 1"])
     device = names.tensors[str(found.slots.attr)]
     missing = [r for r in found.rows if r not in found.slots.ranks]
     if missing:
         index += f".expand({', '.join(names.rank(r) if r in missing else '-1' for r in order)})"
-    made = f"torch.zeros({shape}, dtype=torch.bool, device={device}.device).scatter_(-1, {index}, True)"
+    made = f"torch.zeros({shape}, dtype=torch.bool, device={device}.device).scatter_(-1, {index}, True)[..., :-1]"
     declared, own = [str(i.attr) for i in e.out.index], [*found.rows, found.place]
     return made if own == declared else f"{made}.permute({', '.join(str(own.index(r)) for r in declared)})"
 

@@ -136,13 +136,12 @@ def element_type(e: Expr, real: str) -> str:
 
 def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, int] | None:
     """A chain of views, or None where an index map needs more. A rank that two dimensions make is flattened of them."""
-    text = names.tensors[str(e.attr)]
-    shape = list(names.c.tensor[str(e.attr)].shape)
+    text, args, shape = _unflattened(e, names)
     parts = _parts(e, names)
     picks: list[str] = []
     ranks: list[str] = []
     share = 0
-    for i, size in zip(e.args, shape, strict=True):
+    for i, size in zip(args, shape, strict=True):
         rank, start = _plain_index(i)
         extent = names.c.rank[rank].size if rank else 1
         if i.is_const:
@@ -163,6 +162,37 @@ def view(e: Expr, order: Sequence[str], at: Heads, names: Names) -> tuple[str, i
         picks.append(":" if whole else f"{start or ''}:{stop}")
     arranged = _arranged(text, picks, ranks, order, parts)
     return None if arranged is None else (arranged, share)
+
+
+def _unflattened(e: Expr, names: Names) -> tuple[str, list[Expr], list[Size]]:
+    """Text of a tensor with every dimension that two ranks index taken for two, its index terms and its shape.
+
+        W[h·64 + (f + 32),k]   →   W.unflatten(0, (16, 64))[h,f + 32,k]
+    """
+    text, args, shape = names.tensors[str(e.attr)], list[Expr](), list[Size]()
+    for i, size in zip(e.args, names.c.tensor[str(e.attr)].shape, strict=True):
+        outer, width, inner = two_ranks(i)
+        many = names.c.rank[outer].size if inner is not None else 0
+        rank, start = _plain_index(inner) if inner is not None else ("", 0)
+        own = names.c.rank[rank].size if rank else 0
+        if inner is not None and isinstance(many, int) and isinstance(own, int) and size == many * width >= many * (own + start):
+            text += f".unflatten({len(args)}, ({many}, {width}))"
+            args += [ex.index(outer), inner]
+            shape += [many, width]
+        else:
+            args.append(i)
+            shape.append(size)
+    return text, args, shape
+
+
+def two_ranks(i: Expr) -> tuple[str, int, Expr | None]:
+    """The rank, the width and the rest of an index `rank · width + (other + offset)`; no rest where it is something else."""
+    outer = i.args[0] if i.op == "add" else i
+    if outer.op != "mul" or outer.args[0].op != "index" or not outer.args[1].is_const:
+        return "", 0, None
+    rank, start = _plain_index(i.args[1])
+    fits = rank and start >= 0 and rank != outer.args[0].attr
+    return str(outer.args[0].attr), int(outer.args[1].value), i.args[1] if fits else None
 
 
 def _parts(e: Expr, names: Names) -> dict[Expr, str]:

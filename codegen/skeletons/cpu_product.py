@@ -113,12 +113,15 @@ def selected(
     count beside them: `plain(z, rows)` computes such rows as they are written.
     """
     queries, keys = out.shape[2], v.shape[2]
+    # where values are keys, as latents are, they are gathered once
+    twin = next((i for i, (_, k) in enumerate(pairs) if alike(k, v)), -1)
     width = max(slots.shape[3] * block, 1)
     wide = max([v.shape[3], *(k.shape[3] for _, k in pairs)])
     rows = max(1, min(GATHERED_ROWS, GATHERED * torch.get_num_threads() // (width * wide)))
     if queries * width >= keys:
         # read more than once: the elements of a key side by side
         pairs, v = [(q, k.contiguous()) for q, k in pairs], v.contiguous()
+    pairs = [(q, v if i == twin else k) for i, (q, k) in enumerate(pairs)]
     together = out.shape[1] // slots.shape[1]
     for z in range(out.shape[0]):
         for p0 in range(0, queries, rows):
@@ -167,9 +170,10 @@ def group_selected(
         shared = slice(h // group, (here.h.stop - 1) // group + 1)
         many = shared.stop - shared.start
         # heads that share keys lie below one another: [key heads, rows, heads / key heads, ·]
-        scores = []
+        scores, values = [], None
         for q, k in pairs:
             far = gathered(k[z, shared], index, real).view(many, count, width, -1)
+            values = far if k is v else values
             near = q[z, here.h, at.p].to(real).unflatten(0, (many, -1)).transpose(1, 2)
             scores.append((near @ far.mT).transpose(1, 2).reshape(1, heads, count, width))
         x = score(scores, here, m, there)
@@ -178,9 +182,16 @@ def group_selected(
         state: State = tuple(torch.full((1, heads, count, 1), y, dtype=real, device=v.device) for y in start)
         w, _, state = take(x, state, here)
         w = w.expand(1, heads, count, width).reshape(many, heads // many, count, width).transpose(1, 2)
-        acc = w @ gathered(v[z, shared], index, real).view(many, count, width, -1)
+        if values is None:
+            values = gathered(v[z, shared], index, real).view(many, count, width, -1)
+        acc = w @ values
         out[here.z, here.h, at.p] = finish(acc.transpose(1, 2).reshape(1, heads, count, -1), state, here)
     return True
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Are two tensors the same elements of the same memory?"""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def gathered(t: Tensor, index: Tensor, real: torch.dtype) -> Tensor:

@@ -109,12 +109,14 @@ def gathered_back(
 
 
 def beforehand(a: Attention, extent: Mapping[str, int], without: str = "") -> tuple[EagerOperator, ...]:
-    """What a kernel's call computes before the kernel: every operator of the prelude's terms, and its products and sums.
+    """What a kernel's call computes before the kernel; `without`: a tensor of the prelude that nobody asks for."""
+    return apart((e for e in a.prelude if e.out.tensor != without), extent)
 
-    `without`: a tensor of the prelude that nobody asks for.
-    """
+
+def apart(einsums: Iterable[Einsum], extent: Mapping[str, int]) -> tuple[EagerOperator, ...]:
+    """Einsums that are computed one by one: every operator of their terms, and their products and sums."""
     out: list[EagerOperator] = []
-    for e in (e for e in a.prelude if e.out.tensor != without):
+    for e in einsums:
         if (found := membership(e)) is not None:
             out.append(_members(found, extent))
             continue
@@ -149,6 +151,10 @@ def strided(x: Expr) -> bool:
 
 
 def _plain(i: Expr) -> bool:
+    outer = i.args[0] if i.op == "add" else i
+    if outer.op == "mul" and outer.args[0].op == "index" and outer.args[1].is_const:
+        # a dimension that two ranks make: `h · 64 + (f + 32)`
+        return i is outer or _plain(i.args[1])
     if i.op in ("add", "floordiv") and i.args[1].is_const:
         i = i.args[0]
     return i.op == "index" or not i.ranks

@@ -14,9 +14,11 @@ from dataclasses import replace
 from functools import lru_cache
 
 from ...patterns import expr as ex
+from ...patterns.cascade import Einsum
 from ...patterns.expr import Expr
 from ...patterns.terms.affine import affine
 from ...patterns.terms.divisions import DIVISIONS
+from ..count import eager
 from ..count.eager import EagerOperator, beforehand, computed, strided
 from ..count.subject import Shape, Subject
 from ..count.work import WIDTH, contraction
@@ -35,6 +37,11 @@ def with_operands(cost: Cost, s: Subject, at: Shape, device: Device) -> Cost:
     """The cost of a kernel on a CPU with its operands laid out as it reads them."""
     ops = laid_out(s, at)
     return plus(cost, _priced(ops, device)) if ops else cost
+
+
+def apart(einsums: Iterable[Einsum], extent: Mapping[str, int], device: Device) -> Cost:
+    """The cost of Einsums that are computed one by one on a CPU."""
+    return _priced(eager.apart(einsums, extent), device)
 
 
 def plus(cost: Cost, other: Cost) -> Cost:

@@ -11,7 +11,7 @@ are `wanted`, of these inputs of the cascade, their backward is part of the time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -20,23 +20,24 @@ from ...patterns.cascade import Cascade, size_term
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.ranges import key_range
 from ...patterns.masks.selection import selection
+from ...patterns.passes.latents import Inner, inner
 from ...patterns.verdict import Obstacle
 from ..count.eager import EagerOperator, backward, beforehand, gathered_back, operators
 from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
 from ..count.tiles import NOTHING, SCHEDULED, Data, Jobs
-from ..count.work import WIDTH, Work, size_int
+from ..count.work import WIDTH, Sizes, Work, size_int
 from ..devices.device import Device, HostRates, TimeModel
 from ..devices.kernels import vendor_kernels
 from . import gpu, host, vendor_gpu
-from .beforehand import fetch_seconds, fused_fetch_seconds, plus, with_operands, with_prelude
+from .beforehand import apart, fetch_seconds, fused_fetch_seconds, plus, with_operands, with_prelude
 from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, selected, tiled
 from .cost import Cost, bound_of, differentiated
 from .fit import Footprint, as_compiled, candidates, footprint, padded, refuse
 from .fused import PLAIN, few, fits, fused
 
 __all__ = [
-    "VENDORS", "Cost", "VendorKernel", "VendorUse", "best_mapping", "predict", "predict_original", "predict_vendor",
-    "ranked_mappings", "tiles_of",
+    "VENDORS", "Cost", "VendorKernel", "VendorUse", "best_mapping", "predict", "predict_latent", "predict_made",
+    "predict_original", "predict_vendor", "ranked_mappings", "tiles_of",
 ]
 
 # Mappings whose queue is run job by job; the others are compared by an even load.
@@ -182,6 +183,26 @@ def predict_vendor(
     else:
         cost = _with_prelude(_vendor_on_gpu(s, at, use, device, data, beside), s, at, device)
     return _with_backward(cost, cost, s, at, device, wanted)
+
+
+def predict_latent(c: Cascade, device: Device, sizes: Mapping[str, int]) -> Cost | Obstacle:
+    """Keys that rows name, gathered as the latents that they are made of, on a CPU: with the maps before and behind."""
+    parts = inner(c)
+    s = subject(parts.cascade) if isinstance(parts, Inner) else parts
+    if isinstance(parts, Obstacle) or isinstance(s, Obstacle):
+        return s if isinstance(s, Obstacle) else Obstacle("no attention over latents")
+    found = selection(s.attention, s.mask.keep)
+    if found is None:
+        return Obstacle("no row names its keys")
+    at = shape(s.cascade, s.attention, sizes)
+    cost = with_prelude(selected(s, at, found, device), s, at, device, without=str(found.member.attr))
+    return plus(cost, apart((parts.after,), at.extent, device)) if parts.after is not None else cost
+
+
+def predict_made(c: Cascade, names: Collection[str], device: Device, sizes: Mapping[str, int]) -> Cost:
+    """Some tensors of a cascade, each made by itself on a CPU."""
+    extent = {r: size_int(n) for r, n in Sizes(c, sizes).rank.items()}
+    return apart((e for e in c.einsums if e.out.tensor in names), extent, device)
 
 
 def tiles_of(c: Cascade, mapping: TileMapping, sizes: Mapping[str, int], data: Data = NOTHING) -> Jobs | Obstacle:

@@ -23,7 +23,7 @@ from ..graph.node import arguments, op_name
 from ..graph.torch_private import OpOverload, tree_leaves, tree_map
 from .demand import Demand, everything, joined, kept, pick
 from .own import Own, Uncheckable, is_write
-from .rules import ANYTHING, SEVERAL, VIEWS, PlacedOperator, RowCut, called, rule_of
+from .rules import ANYTHING, PARTS, SEVERAL, VIEWS, PlacedOperator, RowCut, called, rule_of, without
 
 # --- the cut ------------------------------------------------------------------------------------------------------
 
@@ -84,8 +84,11 @@ def _step(own: Own, n: fx.Node, shape: tuple[int, ...], want: Demand) -> CutStep
         return CutStep(n, RowCut({}, want), want)
     if n.target is operator.getitem:
         source = n.args[0]
-        several = isinstance(source, fx.Node) and op_name(source) in SEVERAL and not own.written
-        return CutStep(n, RowCut({"0": want if several else everything(shape)}), want)
+        made = op_name(source) if isinstance(source, fx.Node) and not own.written else ""
+        if made in PARTS:
+            d = int(arguments(source)["dim"]) % len(shape)  # type: ignore[arg-type]
+            return CutStep(n, RowCut({"0": without(want, d)}), want)
+        return CutStep(n, RowCut({"0": want if made in SEVERAL else everything(shape)}), want)
     if not isinstance(n.target, OpOverload) or own.written:
         return CutStep(n, RowCut({}, everything(shape)), want if isinstance(own.values[n], Tensor) else everything(shape))
     given = arguments(n)

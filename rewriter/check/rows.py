@@ -20,7 +20,7 @@ from .own import Own, Uncheckable
 # Positions that are kept of the dimension that saves most, then of the next ones.
 KEPT = (64, 6, 4, 2, 2, 2)
 # By how much fewer are kept, one after the other, where that does not fit.
-FEWER = (1, 2, 4, 8)
+FEWER = (1, 2, 4, 8, 32)
 # A float mask's values below this stand for "no key".
 MASKED = -1e4
 

@@ -294,6 +294,12 @@ def cat(p: PlacedOperator) -> RowCut:
     return RowCut({"tensors": tuple(wanted for _ in nodes)}, wanted) if fit else whole(p)
 
 
+def parts(p: PlacedOperator) -> RowCut:
+    """A tensor cut into several along a dimension: all of that one, and of the others what is wanted of any part."""
+    wanted = without(p.wanted, p.dim())
+    return RowCut({"self": wanted}, wanted)
+
+
 def stack(p: PlacedOperator) -> RowCut:
     d = p.dim()
     each = p.wanted[:d] + p.wanted[d + 1 :]
@@ -437,6 +443,8 @@ POINTS = (
     "__xor__", "floor_divide", "lift_fresh_copy", "dropout", "zeros_like", "ones_like", "full_like", "expand_as", "isneginf",
     "feature_dropout",
 )
+# Operators with several outputs, each a part of their input.
+PARTS = ("split", "split_with_sizes", "chunk")
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(POINTS, point), **dict.fromkeys(("to", "_to_copy", "type_as"), convert),
     **dict.fromkeys(("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"), along),
@@ -451,7 +459,8 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("mT", "adjoint", "t", "numpy_T"), matrix_transpose),
     "repeat": repeat, "repeat_interleave": repeat_interleave, "embedding": embedding, "index_select": index_select,
     "gather": gather, "index": index, "tril": triangle, "triu": triangle,
-    **dict.fromkeys(("ones", "zeros", "full", "new_ones", "new_zeros", "new_full"), made),
+    **dict.fromkeys(("ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "new_empty", "empty"), made),
+    **dict.fromkeys(PARTS, parts),
     "slice_scatter": scatter("dim"), "select_scatter": select_scatter, "diagonal_scatter": diagonal_scatter,
     "diagonal": diagonal, "index_fill": index_fill, "index_put": index_put, "fill": point, "zero": point,
 }

@@ -48,6 +48,7 @@ from ..splice import splice
 from ..splice.guards import Originals
 from . import scans
 from .candidates import Question, answer, guard_sentences
+from .latents import over_latents
 from .policy import Policy, StrictError
 
 
@@ -68,11 +69,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Decision:
-    """An attention of a graph with what was decided, and what each candidate that can run would be spliced as."""
+    """An attention of a graph with what was decided, and what each candidate that can run would be spliced as.
+
+    `inner`: the attention as it was found, of which `found` holds the maps before and behind as well where it runs over latents.
+    """
 
     found: Found
     site: Site
     calls: Mapping[str, splice.Call]
+    inner: Found
 
     @property
     def call(self) -> splice.Call | None:
@@ -220,8 +225,10 @@ def _decided(region: fx.GraphModule, request: Request, taken: Counter[str]) -> t
 
 def _reading(d: Decision, replaced: Mapping[fx.Node, fx.Node]) -> Decision:
     """The decision where what one attention yields is what this one reads."""
-    tensors = {name: replaced.get(n, n) for name, n in d.found.tensors.items()}
-    return replace(d, found=replace(d.found, tensors=tensors))
+    found, inner = (
+        replace(f, tensors={name: replaced.get(n, n) for name, n in f.tensors.items()}) for f in (d.found, d.inner)
+    )
+    return replace(d, found=found, inner=inner)
 
 
 def _splice(originals: Originals, d: Decision, request: Request, record: list[Check]) -> fx.Node | None:
@@ -263,9 +270,9 @@ def _label(site: Site) -> str:
 
 def watch_of(d: Decision, inputs: Sequence[fx.Node], policy: Policy, record: list[Check]) -> SiteWatch:
     """The watch over a site whose own code reads these nodes."""
-    view = attention(d.found.cascade)
+    view = attention(d.inner.cascade)
     assert isinstance(view, Attention), view
-    read = {d.found.tensors.get(str(x.attr)) for x in ex.loads(view.score)}
+    read = {d.inner.tensors.get(str(x.attr)) for x in ex.loads(view.score)}
     numbers = [abs(x.value) for x in ex.walk(view.score) if x.is_const and x.is_float and math.isfinite(x.value)]
     return SiteWatch(
         _label(d.site), d.site.choice, d.site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
@@ -352,12 +359,18 @@ def _device_of(gm: fx.GraphModule) -> Device | None:
 
 
 def _decide(f: Found, name: str, hints: Mapping[str, int], request: Request) -> Decision:
-    site, calls = decide_place(place(f, name), hints, request)
-    wished = request.choices.get(name, site.choice)
+    stands = place(f, name)
+    site, calls = decide_place(stands, hints, request)
+    device = request.target or running_device(stands.device_type)
+    over = None if request.traced else over_latents(f, stands, site, device, stands.sizes(hints), request.policy)
+    wished = request.choices.get(name, over.site.choice if over is not None else site.choice)
+    if over is not None and wished == over.site.choice:
+        guards = guard_sentences(over.call)
+        return Decision(over.found, replace(over.site, guards=guards), {over.site.choice: over.call}, f)
     there = any(c.name == wished and (c.is_original or wished in calls) for c in site.candidates)
     if wished != site.choice and there:
         site = replace(site, choice=wished, guards=guard_sentences(calls.get(wished)))
-    return Decision(f, site, calls)
+    return Decision(f, site, calls, f)
 
 
 def decide_place(

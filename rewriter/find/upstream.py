@@ -23,6 +23,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Access, Cascade, Einsum, Size, Tensor, verify
 from ...patterns.expr import Expr
 from ...patterns.verdict import Obstacle
+from ..capture.weights import PARAMETER
 from ..graph.aliases import Aliases
 from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
 from ..graph.sizes import same, shape_of
@@ -181,7 +182,8 @@ class _Climber(Lifter):
         """Whether a value is the same for all inputs: a weight, or what is computed of weights alone."""
         if n not in self._static:
             own = n.all_input_nodes
-            self._static[n] = n.op == "get_attr" or (bool(own) and all(self.static(x) for x in own))
+            given = n.op == "get_attr" or bool(n.op == "placeholder" and n.meta.get(PARAMETER))
+            self._static[n] = given or (bool(own) and all(self.static(x) for x in own))
         return self._static[n]
 
     def map_of(self, n: fx.Node) -> Contraction | None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -151,14 +152,12 @@ class Lifter:
         if len(self._consumer) == DEEPEST:
             self.misses.append((f"more than {DEEPEST} operators stand one behind the other", n))
             return self.leaf(n, at)
-        self._consumer.append(n)
         try:
-            out = rule(self, n, arguments(n), at)
+            with self.read_by(n):
+                out = rule(self, n, arguments(n), at)
         except CannotLift as no:
             self.misses.append((no.reason, n))
             out = None
-        finally:
-            self._consumer.pop()
         if out is None:
             # whoever asks for it reads it, not the node itself, which may be a write
             return self.leaf(n, at)
@@ -175,6 +174,15 @@ class Lifter:
         if out not in self.origin or (is_simple(at) and op_name(n) not in _REPEATS):
             self.origin[out] = Origin(n, at)
         return out
+
+    @contextmanager
+    def read_by(self, n: fx.Node) -> Iterator[None]:
+        """What is asked for meanwhile is asked for by node `n`."""
+        self._consumer.append(n)
+        try:
+            yield
+        finally:
+            self._consumer.pop()
 
     def _written(self, n: fx.Node, reader: fx.Node) -> str:
         by = next(w for w in self.aliases.writers(n) if self.position[n] < self.position[w] < self.position[reader])

@@ -118,12 +118,22 @@ def by_a_tensor(s: Tensor, top: Tensor) -> Tensor:
     return s.masked_fill(~(keep & causal()), -INF)
 
 
+def counted(s: Tensor, top: Tensor) -> Tensor:
+    """How often each key is named, and −1 for nobody."""
+    names = torch.where(top <= torch.arange(N)[:, None], top, -1)
+    valid = names.ge(0) & names.lt(N)
+    counts = torch.zeros(N, N, dtype=torch.int32)
+    counts.scatter_add_(-1, names.clamp(0, N - 1), valid.to(torch.int32))
+    return s.masked_fill(~counts.ne(0), -INF)
+
+
 def in_int32(s: Tensor, top: Tensor) -> Tensor:
     return zeros_with(s, top.to(torch.int32).long())
 
 
 SPELLINGS = [
     ones_without, zeros_with, added_lowest, added_infinite, compared, a_column_to_throw_away, by_a_tensor, in_int32,
+    counted,
 ]
 
 
@@ -299,6 +309,41 @@ def test_a_scatter_to_a_part_of_the_rows_is_read_as_a_tensor() -> None:
     names = torch.randint(0, N, (N // 2, 9), generator=torch.Generator().manual_seed(0))
     here, _, _ = found(f, *operands(), names)
     assert not any(e.op == "or" for e in here.cascade.einsums)
+
+
+def test_rows_that_name_nobody_beside_others_in_each_body() -> None:
+    """−1 stands for nobody in a row's slots, and rows of nothing else are computed over all keys, or over none."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, names: Tensor) -> Tensor:
+        counts = torch.zeros(N, N, dtype=torch.int32)
+        counts.scatter_add_(-1, names.clamp(0, N - 1), (names.ge(0) & names.lt(N)).to(torch.int32))
+        return (q @ k.mT).masked_fill(~counts.ne(0), LOWEST).softmax(-1) @ v
+
+    names = torch.randint(-3, N + 3, (N, 9), generator=torch.Generator().manual_seed(0))
+    names[3], names[N - 1] = -1, N
+    exact(f, *operands(), names)
+    here, tensors, want = found(f, *operands(), names)
+    made = build(here.cascade, TileMapping(16, 16, body="product"))
+    assert isinstance(made, CpuKernel), made
+    torch.testing.assert_close(made.run(tensors, {}), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("spoilt", ["beyond the end", "from one on", "several at once"])
+def test_counts_that_do_not_say_who_is_named(spoilt: str) -> None:
+    """Names beyond the end come to the last key, a count that starts at 1 names everybody, and a sum may cancel."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, names: Tensor) -> Tensor:
+        valid = names.ge(0) if spoilt == "beyond the end" else names.ge(0) & names.lt(N)
+        by = valid.to(torch.int32) - (1 if spoilt == "several at once" else 0)
+        start = torch.full((N, N), int(spoilt == "from one on"), dtype=torch.int32)
+        keep = start.scatter_add(-1, names.clamp(0, N - 1), by).ne(0)
+        return (q @ k.mT).masked_fill(~keep, -INF).softmax(-1) @ v
+
+    names = torch.randint(-3, N + 3, (N, 9), generator=torch.Generator().manual_seed(0))
+    here, tensors, want = found(f, *operands(), names)
+    assert not any(e.op == "or" for e in here.cascade.einsums)
+    out = evaluate(here.cascade, tensors)[here.cascade.outputs[0]]
+    torch.testing.assert_close(out, want, equal_nan=True)
 
 
 # --- ties -------------------------------------------------------------------------------------------------------------
