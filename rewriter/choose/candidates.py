@@ -44,7 +44,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
 from ...patterns.attention.score import hiding
 from ...patterns.attention.traits import kind, low_row_rule, no_key_rule, traits
-from ...patterns.cascade import Cascade, bind, show
+from ...patterns.cascade import Cascade, bind, show, to_text
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.selection import Selection, selection
 from ...patterns.masks.split import conjuncts, split
@@ -58,6 +58,7 @@ from ..splice.guards import (
     needs_no_gradient,
     queries_and_keys_are_finite,
 )
+from ..splice.recipe import Recipe
 from .policy import Policy
 
 
@@ -291,14 +292,19 @@ def our_call(c: Cascade, mapping: TileMapping, fragile: bool = False) -> splice.
     def arguments(tensors: Mapping[str, fx.Node], size: Any) -> tuple[Any, ...]:
         return [tensors[n] for n in names], [size(s) for s in sizes], text
 
-    return splice.Call("reattend", torch.ops.reattend.cascade.default, arguments, closed=False, fragile=fragile)
+    recipe = Recipe("ours", to_text(c), mapping.to_text())
+    target = torch.ops.reattend.cascade.default
+    return splice.Call("reattend", target, arguments, closed=False, fragile=fragile, recipe=recipe)
 
 
 def our_trained_call(
     c: Cascade, mapping: TileMapping, conditions: tuple[Condition, ...], fragile: bool, once: bool
 ) -> splice.Call:
     """Our operator with its backward; the original stands by for a second derivative and for a compiler that fails."""
-    return replace(our_call(c, mapping), target=trained.call, fragile=fragile, once=once, conditions=conditions)
+    recipe = Recipe("trained", to_text(c), mapping.to_text(), conditions=tuple(x.rule for x in conditions))
+    return replace(
+        our_call(c, mapping), target=trained.call, fragile=fragile, once=once, conditions=conditions, recipe=recipe
+    )
 
 
 def _sdpa(q: Question, sizes: Mapping[str, int], data: Data) -> tuple[Candidate, splice.Call | None]:
@@ -316,13 +322,13 @@ def _vendor(
     made = make(q.cascade)
     view = attention(q.cascade)
     assert isinstance(view, Attention)
-    conditions = _row_conditions(q, view)
+    conditions, keyed = _row_conditions(q, view), isinstance(made, Refusal)
     if isinstance(made, Refusal):
-        keyed = make(q.cascade, keyed=True)
-        if isinstance(keyed, Refusal) or q.traced:
+        under = make(q.cascade, keyed=True)
+        if isinstance(under, Refusal) or q.traced:
             return _refused(name, made.reason)
         first = every_row_keeps_a_key(view)
-        made, conditions = keyed, (first, *(c for c in conditions if c.sentence != first.sentence))
+        made, conditions = under, (first, *(c for c in conditions if c.sentence != first.sentence))
     if made.compiled and q.device.kind == "cpu":
         # the compiled kernel takes a row with a NaN for one without a key, and gives it 0
         conditions = (*conditions, queries_and_keys_are_finite(view))
@@ -343,7 +349,9 @@ def _vendor(
     why += "".join(f", where {c.sentence}" for c in conditions)
     # Inductor differentiates a graph once, whatever is in it; and what the model calls itself has the model's derivatives
     once = q.gradients and not q.traced and q.written is None
-    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions, once)
+    recipe = Recipe(name, to_text(q.cascade), keyed=keyed, conditions=tuple(x.rule for x in conditions))
+    call = replace(vendor_call(made, conditions, once), recipe=recipe)
+    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), call
 
 
 def _row_conditions(q: Question, a: Attention) -> tuple[Condition, ...]:
