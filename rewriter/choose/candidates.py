@@ -58,6 +58,7 @@ from ..splice.guards import (
     needs_no_gradient,
     queries_and_keys_are_finite,
 )
+from ..splice.race import TIMED_BYTES
 from ..splice.recipe import Recipe
 from .policy import Policy
 
@@ -102,8 +103,12 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     calls: dict[str, splice.Call] = {candidate.name: call for candidate, call in found if call is not None}
     order = ranked(tuple(candidate for candidate, _ in found))
     permitted = [x for x in order if x.feasible and q.policy.permits(x)]
-    chosen = next(iter(permitted), None) or next(x for x in order if x.feasible)
-    order = tuple(replace(x, why=_why(x, order, q)) if x is chosen else x for x in order)
+    first = next(iter(permitted), None) or next(x for x in order if x.feasible)
+    chosen, held = first, _memory(view, c, sizes)
+    doubted = _doubted(q, first, order, held)
+    if doubted:
+        chosen = next(x for x in order if x.is_original)
+    order = tuple(replace(x, why=doubted or _why(x, order, q)) if x is chosen else x for x in order)
     state = derive(view)
     one_pass = stream(view, state) if not isinstance(state, Obstacle) else None
     ours_text = next((x.mapping for x in order if x.is_tiled), "")
@@ -112,10 +117,24 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
         mask=_mask(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
         choice=chosen.name,
         cascade=show(c), chosen_cascade=show(one_pass) if one_pass is not None and chosen.is_tiled else "",
-        notes=taken.words, memory=_memory(view, c, sizes),
+        notes=taken.words, memory=held,
         detailer=cache(lambda: detail(c, one_pass, ours_text, sizes, taken.data)),
     )
     return site, calls
+
+
+def _doubted(q: Question, first: Candidate, order: tuple[Candidate, ...], held: AttentionMemory | None) -> str:
+    """Why the model's own code stays where a kernel is predicted faster: nothing is timed in a graph that Inductor compiles,
+    and on a CPU the kernel's time is known to its band. Whoever names kernels, or saves much memory by them, has them.
+    """
+    original = next((x for x in order if x.is_original and q.policy.permits(x)), None)
+    if not q.traced or q.device.kind != "cpu" or first.is_original or original is None or q.policy.allow:
+        return ""
+    if held is None or held.eager_bytes > TIMED_BYTES or first.cost is None or original.cost is None:
+        return ""
+    if original.cost.seconds > first.cost.seconds * (1 + first.cost.band):
+        return ""
+    return f"{first.name} may be faster, which predictions cannot tell here and nothing times inside Inductor's graph"
 
 
 def _nothing(c: Cascade, sizes: Mapping[str, int]) -> str:
@@ -170,7 +189,7 @@ def _original_cost(q: Question, sizes: Mapping[str, int]) -> Cost | None:
     """The predicted time of the model's own code; None where a size of the cascade has no value to predict with."""
     try:
         if q.written is None:
-            return predict_original(q.cascade, q.device, sizes, q.wanted)
+            return predict_original(q.cascade, q.device, sizes, q.wanted, fusing=q.traced)
         cost = predict_vendor(q.cascade, _original_use(q, q.written, sizes), q.device, sizes, wanted=q.wanted)
     except ValueError:
         return None

@@ -32,7 +32,7 @@ from ..graph import torch_private
 from ..splice import floats, sampling, splice
 from ..splice.calls import call_plainly
 from ..splice.guards import Guarded
-from ..splice.race import Race, undecided
+from ..splice.race import TIMED_BYTES, Race, undecided
 from . import bypass, kept
 from .contest import Contests, now
 from .report import GraphPiece
@@ -42,8 +42,6 @@ _MARK = "_reattend"
 # Compilations that one entry may ask for before Dynamo gives its frame up; a model meets many sizes, modes and types.
 _RECOMPILE_LIMIT = 64
 _FAILURES_ALLOWED = 2
-# What the own code of an attention may hold at once to be timed.
-TIMED_BYTES = 64 << 20
 
 _numbers = itertools.count(1)
 _running = threading.local()
