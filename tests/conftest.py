@@ -98,4 +98,4 @@ def _planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     if "torch" in sys.modules and not INTERPRETED:
         from reattend.rewriter.run import kept
 
-        monkeypatch.setattr(kept, "recall", lambda at: None)
+        monkeypatch.setattr(kept, "recall", lambda *_: None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
@@ -56,6 +57,23 @@ def backward(ops: Sequence[EagerOperator]) -> tuple[EagerOperator, ...]:
     reduction pass on what they get; a copy to several heads is summed up; any other operator has one of its size.
     """
     return tuple(x for o in reversed(ops) for x in _backward(o))
+
+
+def compiled(ops: Sequence[EagerOperator]) -> tuple[EagerOperator, ...]:
+    """What a compiler that fuses runs of some operators: between two products one pass, which reads once and writes once.
+
+    A softmax stands for the pass it is in; else the largest of its operators does. Exponentials are computed all the same.
+    """
+    out: list[EagerOperator] = []
+    for together, run in groupby(ops, lambda o: o.kind in ("point", "reduce", "softmax")):
+        if not together:
+            out += run
+            continue
+        parts = list(run)
+        whole = max(parts, key=lambda o: (o.kind == "softmax", o.points))
+        more = [o for o in parts if o is not whole and o.exps]
+        out += [*(replace(o, read_bytes=0, written_bytes=0) for o in more), whole]
+    return tuple(out)
 
 
 PASSED_ON = ("add", "sub")

@@ -22,7 +22,7 @@ from ...patterns.masks.ranges import key_range
 from ...patterns.masks.selection import selection
 from ...patterns.passes.latents import Inner, inner
 from ...patterns.verdict import Obstacle
-from ..count.eager import EagerOperator, backward, beforehand, gathered_back, operators
+from ..count.eager import EagerOperator, backward, beforehand, compiled, gathered_back, operators
 from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
 from ..count.tiles import NOTHING, SCHEDULED, Data, Jobs
 from ..count.work import WIDTH, Sizes, Work, size_int
@@ -157,10 +157,15 @@ def _bodies(s: Subject) -> tuple[str, ...]:
 
 
 def predict_original(
-    c: Cascade, device: Device, sizes: Mapping[str, int] | None = None, wanted: Sequence[str] | None = None
+    c: Cascade, device: Device, sizes: Mapping[str, int] | None = None, wanted: Sequence[str] | None = None, *,
+    fusing: bool = False,
 ) -> Cost:
-    """The original code as lifted: every operator a kernel, every result written. Raises ValueError without sizes."""
-    return _eager(operators(c, sizes or {}), c, device, sizes or {}, wanted)
+    """The original code as lifted: every operator a kernel, every result written. Raises ValueError without sizes.
+
+    `fusing`: by a compiler that makes one pass of what stands between products.
+    """
+    ops = operators(c, sizes or {})
+    return _eager(compiled(ops) if fusing else ops, c, device, sizes or {}, wanted)
 
 
 def predict_vendor(

@@ -45,7 +45,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
 from ...patterns.attention.score import hiding
 from ...patterns.attention.traits import kind, low_row_rule, no_key_rule, traits
-from ...patterns.cascade import Cascade, bind, show
+from ...patterns.cascade import Cascade, bind, show, to_text
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.selection import Selection, selection
 from ...patterns.masks.split import conjuncts, split
@@ -59,6 +59,8 @@ from ..splice.guards import (
     needs_no_gradient,
     queries_and_keys_are_finite,
 )
+from ..splice.race import TIMED_BYTES
+from ..splice.recipe import Recipe
 from .policy import Policy
 
 
@@ -104,15 +106,19 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     calls: dict[str, splice.Call] = {candidate.name: call for candidate, call in found if call is not None}
     order = ranked(tuple(candidate for candidate, _ in found))
     permitted = [x for x in order if x.feasible and q.policy.permits(x)]
-    chosen = next(iter(permitted), None) or next(x for x in order if x.feasible)
-    order = tuple(replace(x, why=_why(x, order, q)) if x is chosen else x for x in order)
+    first = next(iter(permitted), None) or next(x for x in order if x.feasible)
+    chosen, held = first, _memory(view, c, sizes)
+    doubted = _doubted(q, first, order, held)
+    if doubted:
+        chosen = next(x for x in order if x.is_original)
+    order = tuple(replace(x, why=doubted or _why(x, order, q)) if x is chosen else x for x in order)
     said = _said(c)
     ours_text = next((x.mapping for x in order if x.is_tiled), "")
     site = Site(
         name="", where="", kind=said.kind, traits=said.traits, shape=_shape(c, q, sizes),
         mask=_mask(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
         choice=chosen.name, cascade=said.text, chosen_cascade=said.one_pass_text if chosen.is_tiled else "",
-        notes=taken.words, memory=_memory(view, c, sizes), eager=_eager_cost(q, sizes),
+        notes=taken.words, memory=held, eager=_eager_cost(q, sizes),
         detailer=cache(lambda: detail(c, said.one_pass, ours_text, sizes, taken.data)),
     )
     return site, calls
@@ -140,6 +146,20 @@ def _said(c: Cascade) -> _Said:
     rules = sorted({no_key_rule(a), low_row_rule(a, _added(a))} - {"never"}) or ["never"]
     text, passes = (show(one_pass), key_passes(one_pass)) if one_pass is not None else ("", None)
     return _Said(kind(a), traits(a), show(c), one_pass, text, passes, tuple(rules))
+
+
+def _doubted(q: Question, first: Candidate, order: tuple[Candidate, ...], held: AttentionMemory | None) -> str:
+    """Why the model's own code stays where a kernel is predicted faster: nothing is timed in a graph that Inductor compiles,
+    and on a CPU the kernel's time is known to its band. Whoever names kernels, or saves much memory by them, has them.
+    """
+    original = next((x for x in order if x.is_original and q.policy.permits(x)), None)
+    if not q.traced or q.device.kind != "cpu" or first.is_original or original is None or q.policy.allow:
+        return ""
+    if held is None or held.eager_bytes > TIMED_BYTES or first.cost is None or original.cost is None:
+        return ""
+    if original.cost.seconds > first.cost.seconds * (1 + first.cost.band):
+        return ""
+    return f"{first.name} may be faster, which predictions cannot tell here and nothing times inside Inductor's graph"
 
 
 def _nothing(c: Cascade, sizes: Mapping[str, int]) -> str:
@@ -203,7 +223,7 @@ def _original_cost(q: Question, sizes: Mapping[str, int]) -> Cost | None:
     """The predicted time of the model's own code; None where a size of the cascade has no value to predict with."""
     try:
         if q.written is None:
-            return predict_original(q.cascade, q.device, sizes, q.wanted)
+            return predict_original(q.cascade, q.device, sizes, q.wanted, fusing=q.traced)
         cost = predict_vendor(q.cascade, _original_use(q, q.written, sizes), q.device, sizes, wanted=q.wanted)
     except ValueError:
         return None
@@ -351,14 +371,19 @@ def our_call(c: Cascade, mapping: TileMapping, fragile: bool = False) -> splice.
     def arguments(tensors: Mapping[str, fx.Node], size: Any) -> tuple[Any, ...]:
         return [tensors[n] for n in names], [size(s) for s in sizes], text
 
-    return splice.Call("reattend", torch.ops.reattend.cascade.default, arguments, closed=False, fragile=fragile)
+    recipe = Recipe("ours", to_text(c), mapping.to_text())
+    target = torch.ops.reattend.cascade.default
+    return splice.Call("reattend", target, arguments, closed=False, fragile=fragile, recipe=recipe)
 
 
 def our_trained_call(
     c: Cascade, mapping: TileMapping, conditions: tuple[Condition, ...], fragile: bool, once: bool
 ) -> splice.Call:
     """Our operator with its backward; the original stands by for a second derivative and for a compiler that fails."""
-    return replace(our_call(c, mapping), target=trained.call, fragile=fragile, once=once, conditions=conditions)
+    recipe = Recipe("trained", to_text(c), mapping.to_text(), conditions=tuple(x.rule for x in conditions))
+    return replace(
+        our_call(c, mapping), target=trained.call, fragile=fragile, once=once, conditions=conditions, recipe=recipe
+    )
 
 
 def _sdpa(q: Question, sizes: Mapping[str, int], data: Data) -> tuple[Candidate, splice.Call | None]:
@@ -376,13 +401,13 @@ def _vendor(
     made = make(q.cascade)
     view = attention(q.cascade)
     assert isinstance(view, Attention)
-    conditions = _row_conditions(q, view)
+    conditions, keyed = _row_conditions(q, view), isinstance(made, Refusal)
     if isinstance(made, Refusal):
-        keyed = make(q.cascade, keyed=True)
-        if isinstance(keyed, Refusal) or q.traced:
+        under = make(q.cascade, keyed=True)
+        if isinstance(under, Refusal) or q.traced:
             return _refused(name, made.reason)
         first = every_row_keeps_a_key(view)
-        made, conditions = keyed, (first, *(c for c in conditions if c.sentence != first.sentence))
+        made, conditions = under, (first, *(c for c in conditions if c.sentence != first.sentence))
     if made.compiled and q.device.kind == "cpu":
         # the compiled kernel takes a row with a NaN for one without a key, and gives it 0
         conditions = (*conditions, queries_and_keys_are_finite(view))
@@ -403,7 +428,9 @@ def _vendor(
     why += "".join(f", where {c.sentence}" for c in conditions)
     # Inductor differentiates a graph once, whatever is in it; and what the model calls itself has the model's derivatives
     once = q.gradients and not q.traced and q.written is None
-    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), vendor_call(made, conditions, once)
+    recipe = Recipe(name, to_text(q.cascade), keyed=keyed, conditions=tuple(x.rule for x in conditions))
+    call = replace(vendor_call(made, conditions, once), recipe=recipe)
+    return Candidate(name, cost=cost, why=why, maker=lambda: made.source), call
 
 
 def _row_conditions(q: Question, a: Attention) -> tuple[Condition, ...]:

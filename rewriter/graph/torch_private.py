@@ -228,6 +228,10 @@ MAKE_FX = Private(
 CONTEXT = Private(
     "torch._guards:TracingContext", "Dynamo's fake values, under its symbols", "2.5", "no graph can be captured"
 )
+FACTS = Private(
+    "guards, replacements, divisible and var_to_range of ShapeEnv", "what a trace is guarded on", "2.2",
+    "no plan is kept on disk",
+)
 FRAME = Private(
     "torch._dynamo.symbolic_convert:tls.current_tx", "the module whose code is compiled", "2.2",
     "operators of a method's own code have no module path",
@@ -373,6 +377,22 @@ def dynamo_fakes() -> tuple[FakeTensorMode, Callable[[object], object]] | None:
         return mode.from_tensor(x, static_shapes=False, symbolic_context=known, source=source, trace=False)
 
     return mode, fake
+
+
+def size_facts() -> tuple[str, ...]:
+    """What the trace at hand is guarded on, and knows of its open sizes; nothing where it has none."""
+    context = CONTEXT.found().try_get()
+    env = getattr(context.fake_mode, "shape_env", None) if context is not None else None
+    if env is None:
+        return ()
+    try:
+        known = (
+            [str(g.expr) for g in env.guards], sorted(map(str, env.replacements.items())), sorted(map(str, env.divisible)),
+            sorted((str(k), str(r.lower), str(r.upper)) for k, r in env.var_to_range.items()),
+        )
+    except AttributeError:
+        raise FACTS.gone() from None
+    return tuple(map(repr, known))
 
 
 class CallFakes:

@@ -1,16 +1,19 @@
-"""Plans on disk: a graph in which nothing was replaced runs as it comes in a later process, and is not captured again.
+"""Plans on disk: a later process neither captures, lifts nor plans a graph that an earlier one has.
 
-    <cache>/reattend/plans/<key>.json     key: the graph as Dynamo gave it, modes, policy, device, versions, our own sources
+    <cache>/reattend/plans/<key>.json     key: the graph of Dynamo's, guards, modes, policy, device, versions, our sources
 
-What is kept says that the model's own code is to run: an answer that does not fit could cost speed, and no result.
+Three lines: what the file is, with a sum over the rest; the rewritten graph, or null where nothing was replaced (then the
+model's own code runs as it comes); the plan. What is damaged, or of another graph, is not read, and a warning says so.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +23,36 @@ from torch import Tensor, fx, nn
 from ...codegen.files import cache as files
 from ...codegen.files import native
 from ...cost_model.devices.device import Device, device_to_dict
+from ...cost_model.json import Json
 from ...cost_model.plan.plan import Plan
 from ...cost_model.sites.site import ORIGINAL, PlanError
 from ..capture.capture import frame_module, path_of
 from ..capture.modes import modes
 from ..capture.templates import OPEN, PLAIN, Unfit, metadata, term
-from ..check.verdicts import key
+from ..check.verdicts import Check, key
 from ..choose.choose import running_device
 from ..choose.policy import Policy
+from ..choose.remake import remade
 from ..find import defect
 from ..graph import torch_private
 from ..graph.where import source_line
+from ..splice.recipe import RECIPE
+from ..splice.splice import SITE, is_changed
+from . import graph_data
 
 NOTE = "as an earlier process planned it"
+_TITLE = "reattend plan 1"
 _lock = threading.Lock()
 # Keys of plans that this process made: it looks at every graph itself.
 _own: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A plan of an earlier process, with the graph that runs; None where that is the one that came."""
+
+    plan: Plan
+    graph: fx.GraphModule | None
 
 
 def key_of(
@@ -46,36 +63,97 @@ def key_of(
     try:
         said = [repr(_node(n, numbers, names)) for n in gm.graph.nodes]
         devices = [target] if target is not None else [running_device(kind) for kind in sorted(set(_kinds(gm)))]
-    except (Unfit, ValueError):
+        facts = torch_private.size_facts()
+    except (Unfit, ValueError, torch_private.TorchChanged):
         return ""
     parameters = [isinstance(x, nn.Parameter) for x in inputs]
     described = json.dumps([device_to_dict(d) for d in devices], sort_keys=True)
-    return key("plan", repr(policy), described, repr((modes(), _switches(), parameters, frame_module(names))), *said)
+    around = repr((modes(), _switches(), parameters, frame_module(names)))
+    return key("plan", repr(policy), described, around, *facts, *said)
 
 
-def recall(at: str) -> Plan | None:
-    """What an earlier process found: every attention keeps the original code. None where that cannot be read."""
+def recall(at: str, policy: Policy, record: list[Check]) -> Kept | None:
+    """What an earlier process made of the graph; None where there is nothing that can be read. `record` takes the checks."""
     with _lock:
         if at in _own:
             return None
     try:
-        plan = Plan.from_json(_path(at).read_text(encoding="utf-8"))
-    except (OSError, ValueError, PlanError):
+        text = _path(at).read_text(encoding="utf-8")
+    except OSError:
         return None
-    return replace(plan, note=NOTE) if all(s.choice == ORIGINAL for s in plan.sites) else None
+    except UnicodeDecodeError as error:
+        return _damaged(str(error))
+    head, _, rest = text.partition("\n")
+    if head != _head(at, rest):
+        return _damaged("it is not what was written for this graph")
+    body, _, plan = rest.partition("\n")
+    try:
+        made, data = replace(Plan.from_json(plan), note=NOTE), json.loads(body)
+        graph = graph_data.read(data, made.device, policy, record) if data is not None else None
+    except (graph_data.Damaged, PlanError, ValueError) as error:
+        return _damaged(str(error))
+    if graph is None and any(s.choice != ORIGINAL for s in made.sites):
+        return _damaged("it replaces something and has no graph")
+    return Kept(made, graph)
 
 
-def keep(at: str, plan: Plan) -> None:
-    """Keep a plan that replaces nothing for later processes; a folder that cannot be written keeps none."""
+def described(at: str, plan: Plan, graph: fx.GraphModule, policy: Policy, facts: tuple[str, ...]) -> str | None:
+    """What is kept of a graph after it was rewritten; None where that cannot be said.
+
+    Of a graph in which something was replaced, all is held against what is read again: the graph, and the kernels' texts.
+    Where the rewrite made new guards (`facts` before it), another process would not have them.
+    """
+    if any(defect.is_one(m.reason) for m in plan.misses):
+        return None
+    body: Json = None
+    if is_changed(graph):
+        if torch_private.size_facts() != facts:
+            return None
+        try:
+            body = graph_data.written(graph)
+            again = graph_data.written(graph_data.read(json.loads(json.dumps(body)), plan.device, policy, []))
+            if again != body or not _same_kernels(graph, plan):
+                return None
+        except (Unfit, ValueError):
+            # what is not of a kind that can be written, or has no text
+            return None
+    elif any(s.choice != ORIGINAL for s in plan.sites):
+        return None
+    rest = json.dumps(body, separators=(",", ":")) + "\n" + plan.to_json()
+    return _head(at, rest) + "\n" + rest
+
+
+def _same_kernels(graph: fx.GraphModule, plan: Plan) -> bool:
+    """Do recipes give the texts of the kernels that were chosen?"""
+    recipes = {n.meta[SITE]: n.meta[RECIPE] for n in graph.graph.nodes if SITE in n.meta}
+    for s in plan.sites:
+        recipe = recipes.pop(s.name, None)
+        if (recipe is None) != (s.choice == ORIGINAL):
+            return False
+        if recipe is not None and remade(recipe, plan.device).source() != s.chosen.source():
+            return False
+    return not recipes
+
+
+def keep(at: str, text: str | None) -> None:
+    """Keep what was described for later processes; a folder that cannot be written keeps none."""
     with _lock:
         _own.add(at)
-    if any(s.choice != ORIGINAL for s in plan.sites) or any(defect.is_one(m.reason) for m in plan.misses):
+    if text is None:
         return
     try:
         _path(at).parent.mkdir(mode=0o700, exist_ok=True)
-        files.replace_text(_path(at), plan.to_json())
+        files.replace_text(_path(at), text)
     except OSError:
         return
+
+
+def _head(at: str, rest: str) -> str:
+    return f"{_TITLE} {at} {hashlib.sha256(rest.encode()).hexdigest()}"
+
+
+def _damaged(why: str) -> None:
+    warnings.warn(f"reattend: a plan on disk is damaged and made anew: {why}", stacklevel=4)
 
 
 def _path(at: str) -> Path:

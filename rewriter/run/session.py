@@ -32,7 +32,7 @@ from ..graph import torch_private
 from ..splice import floats, sampling, splice
 from ..splice.calls import call_plainly
 from ..splice.guards import Guarded
-from ..splice.race import Race, undecided
+from ..splice.race import TIMED_BYTES, Race, undecided
 from . import bypass, kept
 from .contest import Contests, now
 from .report import GraphPiece
@@ -42,8 +42,6 @@ _MARK = "_reattend"
 # Compilations that one entry may ask for before Dynamo gives its frame up; a model meets many sizes, modes and types.
 _RECOMPILE_LIMIT = 64
 _FAILURES_ALLOWED = 2
-# What the own code of an attention may hold at once to be timed.
-TIMED_BYTES = 64 << 20
 
 _numbers = itertools.count(1)
 _running = threading.local()
@@ -320,13 +318,11 @@ class Session:
         graph: fx.GraphModule | None = None
         try:
             at = "" if self.inductor or self.choices else kept.key_of(gm, inputs, self.names(), self.policy, self.target)
-            piece.plan = kept.recall(at) if at else None
-            if piece.plan is not None:
-                piece.close = self.may_run_as_written and not has_open_sizes(gm)
+            found = kept.recall(at, self.policy, piece.checks) if at else None
+            if found is not None:
+                run, graph = self._as_kept(piece, gm, inputs, found)
             else:
-                run, graph = self._rewritten(piece, gm, inputs)
-                if at and piece.plan is not None and not piece.checks and not splice.is_changed(graph):
-                    kept.keep(at, piece.plan)
+                run, graph = self._rewritten(piece, gm, inputs, at)
         except capture.CaptureError as no:
             piece.error = f"the graph could not be captured: {no}"
         except StrictError:
@@ -347,20 +343,38 @@ class Session:
         sampled = graph if graph is not None and splice.is_changed(graph) and not self.inductor and not piece.error else None
         return self._counted(piece, run, sampled, gm.forward)
 
+    def _as_kept(
+        self, piece: GraphPiece, gm: fx.GraphModule, inputs: Sequence[object], found: kept.Kept
+    ) -> tuple[Callable[..., Any], fx.GraphModule | None]:
+        """What runs of a graph by what an earlier process made of it, and the rewritten graph, if it is one."""
+        piece.plan = found.plan
+        if found.graph is None:
+            piece.close = self.may_run_as_written and not has_open_sizes(gm)
+            return gm.forward, None
+        self._enter(piece, found.graph, has_open_sizes(gm))
+        return _runnable(found.graph, gm, inputs, None), found.graph
+
+    def _enter(self, piece: GraphPiece, graph: fx.GraphModule, has_open: bool) -> None:
+        """Count the calls that were put in, and let those be timed whose predictions do not tell."""
+        for module in graph.modules():
+            if isinstance(module, Guarded):
+                module.fallbacks = piece.fallbacks
+        if self.may_run_as_written and not has_open:
+            _enter_races(graph, piece)
+
     def _rewritten(
-        self, piece: GraphPiece, gm: fx.GraphModule, inputs: Sequence[object]
+        self, piece: GraphPiece, gm: fx.GraphModule, inputs: Sequence[object], at: str
     ) -> tuple[Callable[..., Any], fx.GraphModule]:
-        """What runs of a graph that is captured, planned and rewritten, and the graph that it was made of."""
+        """What runs of a graph that is captured, planned and rewritten, and the graph that it was made of. Kept by `at`."""
+        facts = torch_private.size_facts() if at else ()
         with bypass.capturing(), own_saved_tensors():
             captured = capture.from_dynamo(gm, inputs, self.names(), inductor=self.inductor, runs=False)
         piece.capture_seconds = captured.seconds
         request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
         piece.plan = choose.rewrite(captured, request, piece.checks)
-        for module in captured.graph.modules():
-            if isinstance(module, Guarded):
-                module.fallbacks = piece.fallbacks
-        if self.may_run_as_written:
-            _enter_races(captured.graph, piece)
+        if at and not piece.checks:
+            kept.keep(at, kept.described(at, piece.plan, captured.graph, self.policy, facts))
+        self._enter(piece, captured.graph, has_open_sizes(captured.graph))
         return _runnable(captured.graph, gm, inputs, self.inductor_options if self.inductor else None), captured.graph
 
     def _counted(
@@ -391,9 +405,7 @@ class Session:
 
 
 def _enter_races(graph: fx.GraphModule, piece: GraphPiece) -> None:
-    """Let calls whose predictions do not tell be timed beside their own code, where sizes stay what they are."""
-    if has_open_sizes(graph):
-        return
+    """Let calls whose predictions do not tell be timed beside their own code."""
     sites = {s.name: s for s in piece.sites}
     piece.close = all(map(_is_close, sites.values()))
     for module in graph.modules():

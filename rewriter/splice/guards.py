@@ -39,16 +39,21 @@ from .derivatives import twice
 from .race import Race
 
 TILE = 64
+_KEYED, _ADDED, _FINITE, _UNTRAINED = "keyed", "added", "finite", "untrained"
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What must hold of the inputs: `holds(tensors by name, sizes by symbol)`."""
+    """What must hold of the inputs: `holds(tensors by name, sizes by symbol)`.
+
+    `rule`: by what name, and with what, it is made again for an attention (`condition`); empty where it cannot be.
+    """
 
     sentence: str
     tensors: tuple[str, ...]
     sizes: tuple[str, ...]
     holds: Callable[[Mapping[str, Tensor], Mapping[str, int]], bool]
+    rule: tuple[str, ...] = ()
 
 
 def every_row_keeps_a_key(a: Attention) -> Condition:
@@ -71,7 +76,7 @@ def every_row_keeps_a_key(a: Attention) -> Condition:
             data |= evaluate(replace(c, einsums=before, outputs=made), data, known)
         return _rows_are_keyed(keep, a, extents, known, {n: data[n] for n in read})
 
-    return Condition("every row keeps a key", names or (c.inputs[0].name,), symbols, holds)
+    return Condition("every row keeps a key", names or (c.inputs[0].name,), symbols, holds, (_KEYED,))
 
 
 # What scores get added at most for the logarithm of a row's sum to keep, in float32, the digits that a backward needs.
@@ -94,7 +99,7 @@ def every_row_is_added_to(a: Attention, within: float) -> Condition:
         out = evaluate(whole, data, bind_shapes(c, tensors, sizes))["TOP"]
         return bool((out.abs() < within).all())
 
-    return Condition(_within(within), behind.names, tuple(c.free_symbols), holds)
+    return Condition(_within(within), behind.names, tuple(c.free_symbols), holds, (_ADDED, repr(within)))
 
 
 def queries_and_keys_are_finite(a: Attention) -> Condition:
@@ -104,7 +109,7 @@ def queries_and_keys_are_finite(a: Attention) -> Condition:
     def holds(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
         return all(bool(tensors[n].detach().isfinite().all()) for n in names)
 
-    return Condition("queries and keys are finite", names, (), holds)
+    return Condition("queries and keys are finite", names, (), holds, (_FINITE,))
 
 
 def needs_no_gradient(names: tuple[str, ...]) -> Condition:
@@ -113,7 +118,22 @@ def needs_no_gradient(names: tuple[str, ...]) -> Condition:
     def holds(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
         return not torch.is_grad_enabled() or not any(tensors[n].requires_grad for n in names)
 
-    return Condition(f"{' and '.join(names)} need{'s' if len(names) == 1 else ''} no gradient", names, (), holds)
+    said = f"{' and '.join(names)} need{'s' if len(names) == 1 else ''} no gradient"
+    return Condition(said, names, (), holds, (_UNTRAINED, *names))
+
+
+def condition(rule: tuple[str, ...], a: Attention) -> Condition:
+    """The condition of a rule. Raises ValueError for another rule than the ones here."""
+    match rule:
+        case (str(kind),) if kind == _KEYED:
+            return every_row_keeps_a_key(a)
+        case (str(kind), within) if kind == _ADDED:
+            return every_row_is_added_to(a, float(within))
+        case (str(kind),) if kind == _FINITE:
+            return queries_and_keys_are_finite(a)
+        case (str(kind), *names) if kind == _UNTRAINED and names:
+            return needs_no_gradient(tuple(names))
+    raise ValueError(f"no condition is made by the rule {rule}")
 
 
 def _within(within: float) -> str:

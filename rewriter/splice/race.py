@@ -20,6 +20,8 @@ from ...cost_model.words import seconds_text
 
 # Rounds of a race, of which so many are run at a call that is timed.
 ROUNDS, AT_A_CALL = 6, 3
+# What the own code of an attention may hold at once to be timed.
+TIMED_BYTES = 64 << 20
 # Times that differ by less are the same.
 NEAR = 0.03
 

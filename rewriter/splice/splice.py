@@ -28,6 +28,7 @@ from ..graph.sizes import shape_of
 from ..graph.torch_private import expression
 from .guards import Condition, Guarded
 from .order import absorbed, equal, is_known_outside, same_strides
+from .recipe import RECIPE, Recipe
 
 # In the metadata of what is spliced in: the site that it computes.
 SITE = "reattend_site"
@@ -44,7 +45,8 @@ class Call:
     `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
     `size(name)`, which gives the node or number of a symbol. `closed` calls run with autocast off. `fake` stands in for
     `target` on fake values where the target cannot run on them. Under `conditions`, or where the call is `fragile` (its
-    kernel is compiled when it first runs) or can be differentiated only `once`, the original subgraph stands by.
+    kernel is compiled when it first runs) or can be differentiated only `once`, the original subgraph stands by. From its
+    `recipe`, where it has one, another process makes it again.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Call:
     conditions: tuple[Condition, ...] = ()
     fragile: bool = False
     once: bool = False
+    recipe: Recipe | None = None
 
     @property
     def guarded(self) -> bool:
@@ -114,6 +117,8 @@ def _replace(
             graph.call_function(torch_private.EXIT_AUTOCAST, (token,))
         new.meta[SPLICED] = call.name
         new.meta[SITE] = name
+        if call.recipe is not None:
+            new.meta[RECIPE] = call.recipe
         new, known = _fit(graph, output, new, sizes)
         guard = gm.get_submodule(target) if isinstance(target, str) else None
         if isinstance(guard, Guarded):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reattend.cost_model.count.eager import compiled, operators
 from reattend.cost_model.devices.device import Device, alone, shipped, targets, with_threads
 from reattend.cost_model.time.cost import BOUNDS, Cost
 from reattend.cost_model.time.predict import (
@@ -149,6 +150,17 @@ def test_longer_heads_and_batches_cost_more() -> None:
         base = known(predict_vendor(CAUSAL, FLASH, d, sizes(2048))).seconds
         assert known(predict_vendor(CAUSAL, FLASH, d, sizes(2048, d=128))).seconds > base
         assert known(predict_vendor(CAUSAL, FLASH, d, sizes(2048, batch=16))).seconds > base
+
+
+def test_a_compiler_makes_one_pass_of_what_stands_between_products() -> None:
+    at = sizes(512)
+    apart, whole = operators(CAPPED, at), compiled(operators(CAPPED, at))
+    assert [o for o in whole if o.kind == "product"] == [o for o in apart if o.kind == "product"]
+    moved = [o for o in whole if o.kind != "product" and o.read_bytes]
+    assert [o.kind for o in moved] == ["softmax"]
+    assert sum(o.exps for o in whole) == sum(o.exps for o in apart)
+    d = cpu()
+    assert predict_original(CAPPED, d, at, fusing=True).seconds < predict_original(CAPPED, d, at).seconds
 
 
 def test_a_window_beats_a_mask_tensor_and_eager() -> None:

@@ -155,6 +155,38 @@ def test_an_unknown_gpu_is_refused_with_what_to_do() -> None:
         choose._gpu("Fancy", "sm_999")
 
 
+@pytest.mark.parametrize("n", [64, 128])
+def test_nothing_is_timed_inside_inductor_so_that_doubt_keeps_the_original(n: int) -> None:
+    args = qkv(1, 8, n, 64)
+    eager, traced = (decide(Eager(), *args, traced=t).site for t in (False, True))
+    kernel, own, other = traced.candidates[0], traced.original, eager.original
+    assert own is not None
+    assert other is not None
+    assert kernel.cost is not None
+    assert own.cost is not None
+    assert other.cost is not None
+    assert own.cost.seconds < other.cost.seconds, "what stands between the products is one pass"
+    assert own.cost.flops == other.cost.flops
+    assert own.cost.exps == other.cost.exps
+    in_doubt = kernel.cost.seconds < own.cost.seconds <= kernel.cost.seconds * (1 + kernel.cost.band)
+    assert eager.choice == kernel.name
+    assert in_doubt
+    assert traced.choice == "original"
+    assert "which predictions cannot tell here" in traced.chosen.why
+    assert decide(Eager(), *args, traced=True, policy=Policy(deny=("original",))).site.choice == kernel.name
+    assert decide(Eager(), *args, traced=True, policy=Policy(allow=(kernel.name,))).site.choice == kernel.name
+
+
+def test_what_is_clearly_faster_runs_inside_inductor() -> None:
+    q, k, v = qkv(1, 8, 2048, 64)
+    site = decide(Windowed(), q, k, v, traced=True).site
+    assert site.original is not None
+    assert site.original.cost is not None
+    assert site.chosen.cost is not None
+    assert site.choice == "reattend"
+    assert site.original.cost.seconds > site.chosen.cost.seconds * (1 + site.chosen.cost.band)
+
+
 class Sloped(nn.Module):
     """A slope that is learned, within a window."""
 
