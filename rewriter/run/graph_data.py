@@ -124,7 +124,9 @@ def _constant(n: fx.Node, x: object) -> Json:
 def _watched(watch: SiteWatch | None) -> Json:
     if watch is None:
         return None
-    return {"site": watch.site, "kernel": watch.kernel, "masks": sorted(watch.masks), "largest": repr(watch.largest)}
+    repeated: Json = [[i, *dims] for i, dims in watch.repeated.items()]
+    return {"site": watch.site, "kernel": watch.kernel, "masks": sorted(watch.masks), "largest": repr(watch.largest),
+            "repeated": repeated}
 
 
 def _place(known: list[Any], x: object) -> int:
@@ -237,7 +239,8 @@ def _watch(said: Read | None, call: Remade, policy: Policy, record: list[Check])
         return None
     return SiteWatch(
         said["site"], said["kernel"], call.source, every=policy.check if isinstance(policy.check, int) else 0,
-        masks=frozenset(said["masks"]), largest=float(said["largest"]), refuse=StrictError if policy.strict else None,
+        masks=frozenset(said["masks"]), largest=float(said["largest"]),
+        repeated={i: tuple(dims) for i, *dims in said["repeated"]}, refuse=StrictError if policy.strict else None,
         record=record,
     )
 
