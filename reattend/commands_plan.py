@@ -29,6 +29,7 @@ from .options import (
     Phase,
     Seq,
     SiteName,
+    Sizes,
     Strict,
     Sweeps,
     Target,
@@ -40,6 +41,7 @@ from .options import (
     policy_of,
     shapes_of,
     sites_of,
+    sizes_of,
     sweep_of,
 )
 
@@ -102,12 +104,19 @@ def plan(
 def explain(
     model: Model, site: SiteName = None, target: Target = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None,
     phase: Phase = "prefill", past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, expect: Expects = None,
-    json: Json = False, debug: Debug = False,
+    size: Sizes = None, json: Json = False, debug: Debug = False,
 ) -> None:
     """Show one attention in full: its cascade before and after, passes, tiles, bytes, proofs, guards, every candidate.
 
+    A MODEL that ends in .txt is a cascade in the papers' notation, without a model; --size gives what it leaves open.
+
     Example: reattend explain config.json model.layers.0.self_attn --seq 4k --target h100
     """
+    if model.endswith(".txt"):
+        _explain_cascade(model, target, sizes_of(size), json)
+        return
+    if size:
+        raise typer.BadParameter("--size is for a cascade in a .txt: models take --seq, --past and --batch")
     made = plan_one(model, shapes_of(model, batch, seq, dtype, phase, past, attn), target, dynamic, expect or ())
     from .rewriter.run.explain import explanation, explanation_data
 
@@ -116,6 +125,27 @@ def explain(
         print(json_module.dumps([explanation_data(s) for s in sites], indent=2, ensure_ascii=False))
         return
     print("\n\n".join(explanation(s, made) for s in sites))
+
+
+def _explain_cascade(path: str, target: str | None, sizes: dict[str, int], json: bool) -> None:
+    from .cost_model.plan.plan import Plan
+    from .patterns.verdict import Obstacle
+    from .rewriter.choose.alone import counted, read_file, site_of
+    from .rewriter.run.explain import counted_text, explanation, explanation_data
+
+    (device,) = devices_of([target] if target else None)
+    c = read_file(Path(path), sizes)
+    site = site_of(c, device, sizes)
+    if isinstance(site, Obstacle):
+        details, cost = counted(c, device, sizes)
+        data = [{"name": c.name, "why": site.reason, "detail": details.to_dict(), "cost": cost.to_dict()}]
+        plain = json_module.dumps(data, indent=2, ensure_ascii=False)
+        print(plain if json else counted_text(c, site.reason, details, cost, device))
+        return
+    if json:
+        print(json_module.dumps([explanation_data(site)], indent=2, ensure_ascii=False))
+        return
+    print(explanation(site, Plan((site,), (), device, model=c.name)))
 
 
 def diff(

@@ -90,6 +90,10 @@ Meshes = Annotated[
 Approximate = Annotated[
     bool, typer.Option("--approximate", help="with --mesh: also take ways that are not exact (TPLA), which are shown anyhow")
 ]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option("--size", metavar="NAME=N", help="of a cascade in a .txt: an open size, such as M=128k"),
+]
 Expects = Annotated[
     list[str] | None,
     typer.Option("--expect", metavar="NAME=FORM", help="what to expect of run-time data that a mask reads: "
@@ -110,6 +114,17 @@ def shapes_of(
     shapes = Shapes(batch, seq, dtype, phase, past, attn)
     check_spec(model, shapes)
     return shapes
+
+
+def sizes_of(given: Sequence[str] | None) -> dict[str, int]:
+    """`M=128k` as a size by name."""
+    out: dict[str, int] = {}
+    for text in given or ():
+        name, equals, size = text.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{text!r} is no size: write M=4096 or M=128k")
+        out[name] = tokens(size)
+    return out
 
 
 def devices_of(names: Sequence[str] | None) -> list[Device]:

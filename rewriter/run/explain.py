@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ...cost_model.devices.device import Device
 from ...cost_model.json import Json
 from ...cost_model.plan.plan import Plan
 from ...cost_model.plan.table import candidates_table
 from ...cost_model.sites.detail import Detail, PassCount, TensorBytes
 from ...cost_model.sites.site import Candidate, Site
-from ...cost_model.time.cost import TOTAL
+from ...cost_model.time.cost import TOTAL, Cost
 from ...cost_model.words import bytes_text, group_name, seconds_text, table_of, table_text
+from ...patterns.cascade import Cascade, show
 from ...patterns.mapping import TileMapping
 from ..shapes import UsageError
 
@@ -50,6 +52,13 @@ def explanation(site: Site, plan: Plan) -> str:
         [f"chosen: {site.chosen.name}" + (f", {site.chosen.why}" if site.chosen.why else "")],
     ]
     return "\n\n".join("\n".join(p) for p in parts if p)
+
+
+def counted_text(c: Cascade, why: str, details: Detail, cost: Cost, device: Device) -> str:
+    """Of a cascade that is no attention, for the reason `why`: what it counts, and how long its Einsums take one by one."""
+    took = f"one Einsum after the other on {device.name}: {seconds_text(cost.seconds)}, bound by {cost.bound}"
+    parts = ["as written", _indented(show(c)), *_passes(details.passes_before)]
+    return "\n\n".join(["\n".join(parts), "\n".join(_bytes(details)), took, f"no attention: {why}"])
 
 
 def _sentences(site: Site) -> tuple[tuple[str, tuple[str, ...]], ...]:

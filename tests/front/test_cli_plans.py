@@ -178,3 +178,64 @@ def test_a_program_of_another_version_says_how_to_save_it(tmp_path: Path, capsys
     assert "is no exported program that PyTorch" in err
     assert "save it with torch.export.save under this version" in err
     assert len(err.strip().splitlines()) == 1
+
+
+SOFTMAX = """attention   P=P, M=M, E=64, F=64
+  inputs  Q: bf16[P,64], K: bf16[M,64], V: bf16[M,64]
+  S[p,m] = sum_e f32(Q[p,e]) * f32(K[m,e])
+  GM[p] = max_m S[p,m]
+  SN[p,m] = exp(S[p,m] - GM[p])
+  SD[p] = sum_m SN[p,m]
+  O[p,f] = sum_m SN[p,m] / SD[p] * f32(V[m,f])
+"""
+NORM = """layer norm   P=P, E=E
+  inputs  X: f32[P,E]
+  MU[p] = sum_e X[p,e] / 512
+  VA[p] = sum_e (X[p,e] - MU[p]) * (X[p,e] - MU[p]) / 512
+  Y[p,e] = (X[p,e] - MU[p]) * rsqrt(VA[p] + 0.00001)
+"""
+
+
+def test_a_cascade_is_explained_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "cascade.txt"
+    path.write_text(SOFTMAX)
+    code, out, _ = run(capsys, "explain", str(path), "--target", "h200", "--size", "P=4k", "--size", "M=128k")
+    assert code == 0
+    assert "3 passes over m (K 3×, V 1×)" in out
+    assert "1 pass: defer, then partition, then repair" in out
+    assert "candidates on h200, best first" in out
+    code, out, _ = run(capsys, "explain", str(path), "--target", "h200", "--size", "P=64", "--size", "M=64", "--json")
+    assert json.loads(out)[0]["detail"]["passes_before"][0]["count"] == 3
+    path.write_text(NORM)
+    code, out, _ = run(capsys, "explain", str(path), "--target", "h200", "--size", "P=4k", "--size", "E=512")
+    assert code == 0
+    assert "3 passes over e (X 3×)" in out
+    assert "one Einsum after the other on h200:" in out
+    assert "no attention:" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((), "leaves M, P open: give --size M=4096 --size P=4096"),
+        (("--size", "P=4k", "--size", "M=4k", "--size", "Z=1"), "has no open size Z: it has M, P"),
+        (("--size", "P"), "'P' is no size"),
+    ],
+)
+def test_sizes_of_a_cascade(
+    given: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cascade.txt"
+    path.write_text(SOFTMAX)
+    code, _, err = run(capsys, "explain", str(path), *given)
+    assert code == 2
+    assert said in err
+
+
+def test_sizes_are_for_cascades(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "explain", config, "--size", "M=4")
+    assert code == 2
+    assert "--size is for a cascade in a .txt" in err
+    code, _, err = run(capsys, "explain", str(tmp_path / "none.txt"))
+    assert code == 2
+    assert "none.txt" in err
