@@ -101,7 +101,7 @@ def _call(name: str, f: Callable[..., object]) -> str:
 
 
 def _parameter(p: inspect.Parameter) -> str:
-    stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+    stars = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
     default = f" = {p.default!r}" if p.default is not p.empty else ""
     return f"{stars}{p.name}: {_type(p.annotation)}{default}"
 
