@@ -217,6 +217,7 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
+        """Is it a GPU, of NVIDIA or AMD?"""
         return self.kind in ("cuda", "hip")
 
     def matrix_rate(self, dtype: str) -> float:

@@ -51,10 +51,12 @@ class Scheme:
 
     @property
     def held_bytes(self) -> int:
+        """Bytes that a device holds: weights, cache and activations."""
         return self.weight_bytes + self.cache_bytes + self.activation_bytes
 
     @property
     def sent_bytes(self) -> int:
+        """Bytes that a device sends in a step, over all layers."""
         return sum(x.sent_bytes * x.layers for x in self.exchanges)
 
     def batch(self, keys: int) -> int:

@@ -79,6 +79,7 @@ class Detail:
     forms: tuple[PlannedForm, ...] = ()
 
     def to_dict(self) -> dict[str, Json]:
+        """Nested plain data."""
         return asdict(self)
 
     @staticmethod

@@ -148,6 +148,7 @@ class Site:
 
     @property
     def chosen(self) -> Candidate:
+        """The candidate that runs."""
         return self.candidate(self.choice)
 
     def candidate(self, name: str) -> Candidate:

@@ -38,6 +38,7 @@ class Sweep:
         return sweep_table(self)
 
     def to_dict(self) -> dict[str, Json]:
+        """Nested plain data."""
         return asdict(self)
 
     @staticmethod

@@ -46,6 +46,7 @@ class Cost:
         return self.seconds - self.backward
 
     def to_dict(self) -> dict[str, Json]:
+        """Plain data."""
         return {
             "seconds": self.seconds, "bound": self.bound, "flops": self.flops, "bytes": self.bytes, "exps": self.exps,
             "parts": dict(self.parts), "basis": self.basis, "band": self.band, "backward": self.backward,
@@ -53,6 +54,7 @@ class Cost:
 
     @staticmethod
     def from_dict(d: Read) -> Cost:
+        """Read what `to_dict` wrote. Raises KeyError or TypeError on other data."""
         return Cost(**{**d, "parts": dict(d["parts"])})
 
 

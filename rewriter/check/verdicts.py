@@ -46,6 +46,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
+        """Was it compared, and is it the same?"""
         return self.verdict == "same"
 
 

@@ -72,9 +72,11 @@ class Policy:
 
     @property
     def expectations(self) -> tuple[Expect, ...]:
+        """What is expected of run-time data, read."""
         return tuple(map(parse, self.expect))
 
     def permits(self, candidate: Candidate) -> bool:
+        """May this candidate be chosen?"""
         if candidate.name in self.deny:
             return False
         return candidate.is_original or not self.allow or candidate.name in self.allow

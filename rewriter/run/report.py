@@ -43,6 +43,7 @@ class GraphPiece:
 
     @property
     def sites(self) -> tuple[Site, ...]:
+        """The attentions of its plan."""
         return tuple(self.plan.sites) if self.plan is not None else ()
 
     def check(self) -> None:
@@ -78,6 +79,7 @@ class SiteRun:
 
     @property
     def name(self) -> str:
+        """The path of the attention's module."""
         return self.site.name
 
     @property
@@ -142,10 +144,12 @@ class Report:
 
     @property
     def captures(self) -> int:
+        """Graphs that were captured."""
         return len(self.pieces)
 
     @property
     def recompiles(self) -> int:
+        """Captures of code that was captured before, for other sizes, types or modes."""
         return sum(p.recompiled for p in self.pieces)
 
     @property
@@ -160,14 +164,17 @@ class Report:
 
     @property
     def breaks(self) -> tuple[str, ...]:
+        """Where and why Dynamo ended graphs early."""
         return tuple(dict.fromkeys(p.broke for p in self.pieces if p.broke))
 
     @property
     def fallbacks(self) -> int:
+        """How often the model's own code ran in the place of a kernel, over all sites."""
         return sum(sum(p.fallbacks.values()) for p in self.pieces)
 
     @property
     def sites(self) -> tuple[SiteRun, ...]:
+        """Every attention of every graph, with what ran of it."""
         return tuple(
             SiteRun(s, p.calls, p.fallbacks.get(s.name, 0), p.samples.median(s.name)) for p in self.pieces for s in p.sites
         )

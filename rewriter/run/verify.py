@@ -70,6 +70,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Is every error, of each attention and of the whole, within its limit?"""
         return all(s.ok for s in self.sites) and self.whole_error <= self.whole_limit
 
     @property
@@ -78,6 +79,7 @@ class Verification:
         return max(self.sites, key=lambda s: (not s.ok, s.max_error), default=None)
 
     def to_json(self) -> str:
+        """All checks as JSON."""
         body = {"ok": self.ok, "whole_error": self.whole_error, "whole_limit": self.whole_limit, "note": self.note,
                 "sites": [asdict(s) for s in self.sites]}
         return json.dumps(body, indent=1)
