@@ -96,10 +96,11 @@ class StepLoop:
 
 @dataclass(frozen=True)
 class Unfolded:
-    """Copies that hand values on, but are no loop here: `reason` says why, `node` where."""
+    """Copies that hand values on, but are no loop here: `reason` says why, `node` where. `copies` have their nodes."""
 
     node: fx.Node
     reason: str
+    copies: tuple[tuple[fx.Node | None, ...], ...]
 
 
 def loops(graph: fx.Graph) -> tuple[list[StepLoop], list[Unfolded]]:
@@ -119,15 +120,21 @@ def loops(graph: fx.Graph) -> tuple[list[StepLoop], list[Unfolded]]:
             continue
         if isinstance(out, Unfolded):
             failed.append(out)
-            members = nodes[s.start : s.start + s.length]
         else:
             found.append((s.start, out))
-            members = list(out.nodes)
-        for n in members:
+        for n in out.nodes if isinstance(out, StepLoop) else nodes[s.start : s.start + s.length]:
             n.meta[FOLDED] = True
         for i in range(s.start, min(s.start + s.length + s.period, len(nodes))):
             taken[i] = taken[i] or FOLDED in nodes[i].meta
     return [x for _, x in sorted(found, key=lambda f: f[0])], failed
+
+
+def unmark(copies: Sequence[Sequence[fx.Node | None]]) -> None:
+    """Let others read the nodes of some copies again."""
+    for copy in copies:
+        for n in copy:
+            if n is not None:
+                n.meta.pop(FOLDED, None)
 
 
 def _label(n: fx.Node) -> object:
@@ -315,11 +322,13 @@ def _with_results(
             if joined is not None:
                 collected.append(joined)
             elif column[-1] is None or any(u in n.users for n in column[:-1] if n is not None):
-                return Unfolded(u, f"the value of one step is read by {op_name(u)}, outside of the steps")
+                return Unfolded(u, f"the value of one step is read by {op_name(u)}, outside of the steps", tuple(copies))
             elif place not in finals:
                 finals.append(place)
     made = StepLoop(tuple(copies), references, tuple(collected), tuple(finals))
-    return made if made.carried else Unfolded(column[0] or next(iter(inside)), "nothing but what is written is handed on")
+    if not made.carried:
+        return Unfolded(column[0] or next(iter(inside)), "nothing but what is written is handed on", made.copies)
+    return made
 
 
 def _joined(place: int, user: fx.Node, column: Sequence[fx.Node | None]) -> Collected | None:

@@ -330,6 +330,37 @@ def test_a_loop_is_what_it_computes_without_the_net(
     assert ("reattend" in reattend.report(model).kernels) == ours
 
 
+# --- layers that attend -------------------------------------------------------------------------------------------
+
+
+class Layers(torch.nn.Module):
+    """Four layers whose weights lie in one tensor; or one layer four times, each time told which it is."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.w = torch.nn.Parameter(torch.randn(4, 16, 48) / 4)
+        self.e = torch.nn.Parameter(torch.randn(4, 16))
+
+    def attend(self, x: Tensor, w: Tensor) -> Tensor:
+        q, k, v = (x @ w).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        return x + ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [x]
+        for i in range(4):
+            last = seen[-1]
+            seen.append(self.attend(last + self.e[i], self.w[0]) if self.way == "shared" else self.attend(last, self.w[i]))
+        return torch.stack(seen) if self.way == "all are read" else seen[-1]
+
+
+@pytest.mark.parametrize("way", ["in one", "shared", "all are read"])
+def test_attentions_of_layers_that_look_like_steps_are_found(way: str) -> None:
+    plan = reattend.plan(Layers(way).eval(), (torch.randn(2, 9, 16),))
+    assert [s.kind for s in plan.sites] == ["softmax"] * 4
+    assert not plan.misses
+
+
 # --- models -------------------------------------------------------------------------------------------------------
 
 
