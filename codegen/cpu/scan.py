@@ -140,7 +140,7 @@ class _File:
         return f"({', '.join(str(n) for n in self.c.tensor[name].shape)},)"
 
     def _full(self, ranks: frozenset[str], steps: str) -> str:
-        return f"({', '.join([steps, *(str(self.size[x]) if x in ranks else '1' for x in self.order)])})"
+        return f"({', '.join([steps, *(str(self.size[x]) if x in ranks else '1' for x in self.order)])},)"
 
     def _dims(self, ranks: tuple[str, ...]) -> str:
         return f"({', '.join(['0', *(str(1 + self.order.index(x)) for x in ranks)])},)"

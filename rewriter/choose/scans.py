@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ...codegen.cpu import scan as cpu_scan
 from ...codegen.skeletons.carried import BLOCK
@@ -22,13 +22,17 @@ from ...cost_model.devices.device import Device
 from ...cost_model.sites.site import ORIGINAL, Candidate, Miss, Site, SiteShape, ranked
 from ...cost_model.time.cost import Cost
 from ...cost_model.time.host import Bill, Host
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
+from ...patterns.attention.score import bends
 from ...patterns.cascade import show
 from ...patterns.recurrence.low_rank import LowRank, low_rank
 from ...patterns.recurrence.recurrence import Recurrence
 from ...patterns.verdict import Obstacle, Refusal
+from ..find.detect import find
 from ..find.inside import between
 from ..fold.chunks import over_tokens
-from ..fold.loop import loops
+from ..fold.loop import StepLoop, loops, unmark
 from ..fold.recurrences import FoundScan, OtherScan, lifted
 from ..graph.aliases import Aliases
 from ..graph.node import FOLDED, op_name
@@ -66,11 +70,13 @@ def scans(graph: fx.Graph, taken: Counter[str]) -> tuple[list[tuple[FoundScan, S
     found: list[tuple[FoundScan, Scan]] = []
     folded, failed = loops(graph)
     aliases = Aliases(graph)
-    misses = [_miss(x.node, x.reason) for x in failed]
+    misses: list[Miss] = []
+    for x in failed:
+        misses += _other(x.copies, x.node, x.reason)
     for loop in folded:
         out = lifted(loop)
         if isinstance(out, OtherScan):
-            misses.append(_miss(next(n for n in loop.copies[0] if n is not None), out.reason))
+            misses += _other(loop.copies, next(n for n in loop.copies[0] if n is not None), out.reason)
             continue
         out, apart = _over_tokens(out, graph, aliases)
         taken[out.module] += 1
@@ -98,6 +104,30 @@ def _over_tokens(f: FoundScan, graph: fx.Graph, aliases: Aliases) -> tuple[Found
         if all(u in mine for u in n.users):
             n.meta[FOLDED] = True
     return replace(out, before=tuple(sorted(before, key=aliases.position.__getitem__))), ""
+
+
+def _other(copies: Sequence[Sequence[fx.Node | None]], at: fx.Node, reason: str) -> list[Miss]:
+    """What is said of steps that are no recurrence we know: nothing of layers that attend, which are found elsewhere."""
+    if not _attend([n for copy in copies[:2] for n in copy if n is not None]):
+        return [_miss(at, reason)]
+    unmark(copies)
+    return []
+
+
+def _attend(nodes: Sequence[fx.Node]) -> bool:
+    """Whether an attention lies inside two steps: layers whose weights lie in one tensor, or which share them."""
+    graph, inside, table = fx.Graph(), set(nodes), dict[fx.Node, fx.Node]()
+    for i in dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside):
+        table[i] = graph.placeholder(i.name)
+        table[i].meta = dict(i.meta)
+    for n in nodes:
+        table[n] = graph.node_copy(n, table.__getitem__)
+    unmark([list(table.values())])
+    graph.output([table[n] for n in nodes if any(u not in inside for u in n.users)])
+    found, _ = find(fx.GraphModule(nn.Module(), graph))
+    views = [attention(f.cascade) for f in found]
+    # what has nothing between its products may as well be a recurrence
+    return any(isinstance(v, Attention) and bends(v.weight, {e.out.tensor for e in v.products}) for v in views)
 
 
 def _miss(n: fx.Node, reason: str) -> Miss:

@@ -18,7 +18,7 @@ from torch import fx
 
 from ..graph.liveness import is_pure
 from ..graph.node import FOLDED, arguments, op_name
-from ..graph.torch_private import OpOverload
+from ..graph.torch_private import OpOverload, schema
 from .period import Stretch, stretches
 
 JOINS = frozenset(("stack", "cat", "concat", "concatenate"))
@@ -96,10 +96,11 @@ class StepLoop:
 
 @dataclass(frozen=True)
 class Unfolded:
-    """Copies that hand values on, but are no loop here: `reason` says why, `node` where."""
+    """Copies that hand values on, but are no loop here: `reason` says why, `node` where. `copies` have their nodes."""
 
     node: fx.Node
     reason: str
+    copies: tuple[tuple[fx.Node | None, ...], ...]
 
 
 def loops(graph: fx.Graph) -> tuple[list[StepLoop], list[Unfolded]]:
@@ -119,15 +120,21 @@ def loops(graph: fx.Graph) -> tuple[list[StepLoop], list[Unfolded]]:
             continue
         if isinstance(out, Unfolded):
             failed.append(out)
-            members = nodes[s.start : s.start + s.length]
         else:
             found.append((s.start, out))
-            members = list(out.nodes)
-        for n in members:
+        for n in out.nodes if isinstance(out, StepLoop) else nodes[s.start : s.start + s.length]:
             n.meta[FOLDED] = True
         for i in range(s.start, min(s.start + s.length + s.period, len(nodes))):
             taken[i] = taken[i] or FOLDED in nodes[i].meta
     return [x for _, x in sorted(found, key=lambda f: f[0])], failed
+
+
+def unmark(copies: Sequence[Sequence[fx.Node | None]]) -> None:
+    """Let others read the nodes of some copies again."""
+    for copy in copies:
+        for n in copy:
+            if n is not None:
+                n.meta.pop(FOLDED, None)
 
 
 def _label(n: fx.Node) -> object:
@@ -153,6 +160,13 @@ def leaves(n: fx.Node) -> Iterator[object]:
     """The arguments of a node one by one, in a fixed order."""
     yield from _flat(n.args)
     yield from _flat(tuple(n.kwargs.values()))
+
+
+def by_name(n: fx.Node, row: Sequence[object]) -> dict[str, object]:
+    """What the arguments of an operator that takes no lists are, by the names of its schema; defaults are left out."""
+    assert isinstance(n.target, OpOverload)
+    names = [a.name for a in schema(n.target).arguments]
+    return dict(zip([*names[: len(n.args)], *n.kwargs], row, strict=True))
 
 
 def _flat(value: object) -> Iterator[object]:
@@ -257,8 +271,8 @@ def _partial(
         n = nodes[i] if i < len(nodes) else None
         like = before[place]
         assert like is not None
-        fits = n is not None and n.target is like.target and list(n.kwargs) == list(like.kwargs)
-        if n is None or not fits or list(leaves(n)) != _expected(row, found, before, step):
+        # by its label as well: a last piece that is cut off at the end of its tensor is shorter
+        if n is None or _label(n) != _label(like) or list(leaves(n)) != _expected(row, found, before, step):
             found.append(None)
             continue
         found.append(n)
@@ -298,7 +312,7 @@ def _with_results(
     finals: list[int] = []
     for place in range(len(references)):
         column = [copy[place] for copy in copies]
-        written = _written(place, column, references, copies)
+        written = _written(place, column, references)
         if written is not None:
             collected.append(written)
             continue
@@ -308,11 +322,13 @@ def _with_results(
             if joined is not None:
                 collected.append(joined)
             elif column[-1] is None or any(u in n.users for n in column[:-1] if n is not None):
-                return Unfolded(u, f"the value of one step is read by {op_name(u)}, outside of the steps")
+                return Unfolded(u, f"the value of one step is read by {op_name(u)}, outside of the steps", tuple(copies))
             elif place not in finals:
                 finals.append(place)
     made = StepLoop(tuple(copies), references, tuple(collected), tuple(finals))
-    return made if made.carried else Unfolded(column[0] or next(iter(inside)), "nothing but what is written is handed on")
+    if not made.carried:
+        return Unfolded(column[0] or next(iter(inside)), "nothing but what is written is handed on", made.copies)
+    return made
 
 
 def _joined(place: int, user: fx.Node, column: Sequence[fx.Node | None]) -> Collected | None:
@@ -328,8 +344,7 @@ def _joined(place: int, user: fx.Node, column: Sequence[fx.Node | None]) -> Coll
 
 
 def _written(
-    place: int, column: Sequence[fx.Node | None], references: Sequence[tuple[object, ...]],
-    copies: Sequence[tuple[fx.Node | None, ...]],
+    place: int, column: Sequence[fx.Node | None], references: Sequence[tuple[object, ...]]
 ) -> Collected | None:
     """Values written one by one, next to each other, into what nobody reads before the last is there.
 
@@ -352,21 +367,20 @@ def _written(
     given = arguments(first)
     shape = first.meta["val"].shape
     dim = int(given["dim"]) % len(shape)  # type: ignore[call-overload]
-    by = _width(first, references[place], copies)
-    if by is None or by * len(copies) != shape[dim]:
+    by = _width(first, references[place])
+    if by is None or by * len(column) != shape[dim]:
         return None
     return Collected(row[1].place, last, dim, None if op_name(first) == "select_scatter" else by, place)
 
 
-def _width(n: fx.Node, row: Sequence[object], copies: Sequence[tuple[fx.Node | None, ...]]) -> int | None:
+def _width(n: fx.Node, row: Sequence[object]) -> int | None:
     """How many indices each copy writes, where they begin at 0 and lie next to each other."""
-    numbers = [r for r in row[2:] if isinstance(r, Stepped)]
-    if op_name(n) == "select_scatter":
-        (at,) = numbers if len(numbers) == 1 else (None,)
-        return 1 if at is not None and (at.first, at.by) == (0, 1) else None
-    given = arguments(n)
-    starts = [r for r in numbers if r.first == 0]
-    ends = [r for r in numbers if r.first != 0]
-    if len(starts) != 1 or len(ends) != 1 or given["step"] != 1:
+    given = by_name(n, row)
+    if isinstance(given.get("dim"), Stepped) or arguments(n).get("step", 1) != 1:
         return None
-    return starts[0].by if starts[0].by == ends[0].by == ends[0].first else None
+    if op_name(n) == "select_scatter":
+        return 1 if given["index"] == Stepped(0, 1) else None
+    end = given.get("end")
+    if not isinstance(end, Stepped) or end.first != end.by or given.get("start") != Stepped(0, end.by):
+        return None
+    return end.by

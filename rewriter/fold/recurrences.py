@@ -78,7 +78,7 @@ class _Lift:
     def __init__(self, loop: StepLoop) -> None:
         self.loop = loop
         self.states = {place: f"S{k or ''}" for k, place in enumerate(loop.carried)}
-        self.given = {c.place: f"O{k or ''}" for k, c in enumerate(loop.collected)}
+        self.given = {c: f"O{k or ''}" for k, c in enumerate(loop.collected)}
         self.tensors: dict[str, fx.Node] = {}
         self.declared: dict[str, Tensor] = {}
         self.einsums: list[Einsum] = []
@@ -90,7 +90,7 @@ class _Lift:
         for place, initial in loop.carried.items():
             self._initial(place, initial)
         self._lift(list(self.states), False, self._next)
-        self._lift([c.place for c in loop.collected], True, self._output)
+        self._lift(list(dict.fromkeys(c.place for c in loop.collected)), True, self._output)
         outputs = (*self.given.values(), *self.states.values())
         used = frozenset().union(*(e.ranks | set(e.over) for e in self.einsums))
         ranks = tuple(Rank(r, s, r == STEP) for r, s in self.ranks.items() if r in used)
@@ -98,7 +98,7 @@ class _Lift:
         return verify(Cascade("recurrence", ranks, tuple(self.declared.values()), tuple(self.einsums), outputs))
 
     def results(self) -> dict[str, fx.Node]:
-        out = {self.given[c.place]: c.node for c in self.loop.collected}
+        out = {name: c.node for c, name in self.given.items()}
         last = self.loop.copies[-1]
         for place in self.loop.finals:
             node = last[place]
@@ -159,11 +159,11 @@ class _Lift:
         self.add(Einsum(Access(self.states[place], (*at, ex.index(STEP) + ex.const(1))), term))
 
     def _output(self, place: int, at: tuple[Expr, ...], term: Expr, dtype: str) -> None:
-        c = next(x for x in self.loop.collected if x.place == place)
-        shape, index = _laid(c, shape_of(tensor_of(c.node)), at)
-        name = self.given[place]
-        self.declared[name] = Tensor(name, shape, dtype)
-        self.add(Einsum(Access(name, index), term))
+        for c, name in self.given.items():
+            if c.place == place:
+                shape, index = _laid(c, shape_of(tensor_of(c.node)), at)
+                self.declared[name] = Tensor(name, shape, dtype)
+                self.add(Einsum(Access(name, index), term))
 
 
 class _Values:

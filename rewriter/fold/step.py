@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ..graph.node import FOLDED, CannotLift, arguments, op_name
-from .loop import CopyBefore, SameCopy, StepLoop, Stepped
+from .loop import CopyBefore, SameCopy, StepLoop, Stepped, by_name
 
 # In the metadata of an input of a step's graph: what it stands for.
 INPUT = "reattend_input"
@@ -128,7 +128,6 @@ def _rebuilt(args: tuple[Any, ...], given: Any, argument: Any) -> list[Any]:
 def _piece(n: fx.Node, row: tuple[object, ...]) -> StepPiece:
     """The part of a tensor that a step reads. Raises CannotLift where the step's number means something else."""
     name, source = op_name(n), row[0]
-    numbers = [r for r in row if isinstance(r, Stepped)]
     whole = isinstance(source, tuple) and isinstance(source[0], fx.Node)
     if name not in ("select", "slice", "narrow") or not whole:
         raise CannotLift(f"a step reads its own number ({name})", n)
@@ -137,14 +136,19 @@ def _piece(n: fx.Node, row: tuple[object, ...]) -> StepPiece:
     assert isinstance(tensor, fx.Node)
     value = tensor.meta["val"]
     assert isinstance(value, torch.Tensor)
-    given = arguments(n)
-    dim = given["dim"]
-    if not isinstance(dim, int) or any(r.by < 1 or r.first < 0 for r in numbers):
+    given, stepped = arguments(n), {k: r for k, r in by_name(n, row).items() if isinstance(r, Stepped)}
+    first, dim = stepped.get("index" if name == "select" else "start"), given["dim"]
+    if first is None or "dim" in stepped or not isinstance(dim, int):
+        raise CannotLift(f"a step reads its own number ({name})", n)
+    if first.by < 1 or first.first < 0:
         raise CannotLift(f"a step reads its inputs from behind ({name})", n)
     dim %= value.dim()
     if name == "select":
-        return StepPiece(tensor, dim, numbers[0].first, numbers[0].by, None)
+        return StepPiece(tensor, dim, first.first, first.by, None)
     length = n.meta["val"].shape[dim]
-    if given.get("step", 1) != 1 or not isinstance(length, int) or len({r.by for r in numbers}) != 1:
+    if given.get("step", 1) != 1 or not isinstance(length, int):
         raise CannotLift("a step reads every other index of its input", n)
-    return StepPiece(tensor, dim, min(r.first for r in numbers), numbers[0].by, length)
+    # no piece is cut off at the end of its tensor, as all are as long as their ends are apart
+    if name == "slice" and stepped.get("end") != Stepped(first.first + length, first.by):
+        raise CannotLift("the pieces that steps read are cut off", n)
+    return StepPiece(tensor, dim, first.first, first.by, length)

@@ -28,7 +28,7 @@ def packed(results: Sequence[Tensor]) -> Tensor:
     if len(results) == 1:
         return results[0]
     width, wide = max(x.shape[-1] for x in results), common(results)
-    rows = [x.reshape(-1, x.shape[-1]).to(wide) for x in results]
+    rows = [x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(wide) for x in results]
     return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in rows])
 
 
@@ -48,7 +48,7 @@ def unpacked(gm: fx.GraphModule, results: Sequence[fx.Node], inside: Collection[
     with graph.inserting_before(anchor):
         rows = []
         for r, shape in zip(results, shapes):
-            flat = node(graph, r, _ATEN.reshape.default, (r, [-1, shape[-1]]))
+            flat = node(graph, r, _ATEN.reshape.default, (r, [math.prod(shape[:-1]), shape[-1]]))
             flat = node(graph, r, _ATEN.to.dtype, (flat, wide)) if r.meta["val"].dtype != wide else flat
             rows.append(node(graph, r, _ATEN.constant_pad_nd.default, (flat, [0, width - shape[-1]], 0.0)))
         whole = node(graph, last, _ATEN.cat.default, (rows,))

@@ -243,6 +243,118 @@ def test_layers_that_hand_on_a_value_are_no_recurrence() -> None:
     assert not misses
 
 
+# --- where a step's number stands, and what is put together -------------------------------------------------------
+
+
+def dimensions(x: Tensor, a: Tensor) -> Tensor:
+    """The number of a step is the dimension that is read, not an index."""
+    s, out = torch.zeros_like(a), []
+    for t in range(4):
+        s = a * s + x.select(t, 1)
+        out.append(s)
+    return torch.stack(out)
+
+
+def written_across(x: Tensor, a: Tensor) -> Tensor:
+    """The number of a step is the dimension that is written."""
+    h, out = torch.zeros_like(x[0]), torch.zeros_like(x)
+    for t in range(3):
+        h = a[t] * h + x[t]
+        out.select(t, 0).copy_(h)
+    return out * 1
+
+
+def ends_behind(x: Tensor, a: Tensor) -> Tensor:
+    """Pieces that end behind their tensor are cut off there, each at the same place."""
+    s, out = torch.zeros_like(a), []
+    for t in range(5):
+        s = a * s + x[:, 2 : 100 + t]
+        out.append(s)
+    return torch.stack(out)
+
+
+def last_is_shorter(x: Tensor, a: Tensor) -> Tensor:
+    """The last piece of a tensor is what is left of it."""
+    s = torch.zeros_like(a)
+    for t in range(0, x.shape[1], 4):
+        s = a * s + x[:, t : t + 4].sum(1)
+    return s * 2
+
+
+def laid_twice(x: Tensor, a: Tensor) -> Tensor:
+    """The same values side by side along two dimensions, and in memory that is written."""
+    s, out, made = torch.zeros_like(x[:, 0]), [], torch.zeros_like(x)
+    for t in range(x.shape[1]):
+        s = a[:, t] * s + x[:, t]
+        out.append(s)
+        made[:, t] = s
+    laid = [torch.stack(out, 1), torch.stack(out, -1), torch.stack(out), made]
+    return torch.cat([y.flatten() for y in laid])
+
+
+def plain(x: Tensor, a: Tensor) -> Tensor:
+    s, out = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        s = a[:, t] * s + x[:, t]
+        out.append(s)
+    return torch.cat([torch.stack(out, 1), s[:, None]], 1)
+
+
+@pytest.mark.parametrize(("fn", "x", "a", "ours"), [
+    (dimensions, (4, 4, 4, 4), (4, 4, 4), False), (written_across, (3, 3, 3), (3, 3), False),
+    (ends_behind, (2, 7), (2, 5), False), (last_is_shorter, (2, 10, 5), (2, 5), True), (laid_twice, (2, 9, 5), (2, 9, 5), True),
+    (plain, (1, 9, 1), (1, 9, 1), True), (plain, (2, 9, 0), (2, 9, 0), True),
+])
+def test_a_loop_is_what_it_computes_without_the_net(
+    fn: Function, x: tuple[int, ...], a: tuple[int, ...], ours: bool
+) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            out = fn(*args)
+            assert isinstance(out, Tensor)
+            return out
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    args = torch.randn(x), torch.rand(a)
+    with torch.no_grad():
+        want = Model()(*args)
+        model = reattend.optimize(Model(), policy=reattend.Policy(deny=("original",), check="never", tune=False))
+        torch.testing.assert_close(model(*args), want, rtol=1e-5, atol=1e-5)
+    assert ("reattend" in reattend.report(model).kernels) == ours
+
+
+# --- layers that attend -------------------------------------------------------------------------------------------
+
+
+class Layers(torch.nn.Module):
+    """Four layers whose weights lie in one tensor; or one layer four times, each time told which it is."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.w = torch.nn.Parameter(torch.randn(4, 16, 48) / 4)
+        self.e = torch.nn.Parameter(torch.randn(4, 16))
+
+    def attend(self, x: Tensor, w: Tensor) -> Tensor:
+        q, k, v = (x @ w).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        return x + ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [x]
+        for i in range(4):
+            last = seen[-1]
+            seen.append(self.attend(last + self.e[i], self.w[0]) if self.way == "shared" else self.attend(last, self.w[i]))
+        return torch.stack(seen) if self.way == "all are read" else seen[-1]
+
+
+@pytest.mark.parametrize("way", ["in one", "shared", "all are read"])
+def test_attentions_of_layers_that_look_like_steps_are_found(way: str) -> None:
+    plan = reattend.plan(Layers(way).eval(), (torch.randn(2, 9, 16),))
+    assert [s.kind for s in plan.sites] == ["softmax"] * 4
+    assert not plan.misses
+
+
 # --- models -------------------------------------------------------------------------------------------------------
 
 
