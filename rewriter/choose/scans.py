@@ -32,7 +32,7 @@ from ...patterns.verdict import Obstacle, Refusal
 from ..find.detect import find
 from ..find.inside import between
 from ..fold.chunks import over_tokens
-from ..fold.loop import StepLoop, loops, unmark
+from ..fold.loop import loops, unmark
 from ..fold.recurrences import FoundScan, OtherScan, lifted
 from ..graph.aliases import Aliases
 from ..graph.node import FOLDED, op_name
