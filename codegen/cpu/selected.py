@@ -87,6 +87,11 @@ class SelectedKernel(ProductKernel):
         if self.after is None:
             return self.answer
         names, output = self.p.names, self.f.cascade.outputs[0]
+        made = self.f.cascade.producers[output][-1].out.index
+        here = all(str(x.attr) in names.tensors or (x.attr == output and x.args == made) for x in self.after.reads)
+        if not here or not self.after.ranks <= set(names.c.rank):
+            # an index map was folded, and with it what only the map behind reads
+            raise PrintError("the map behind the attention reads what is not there in its kernel")
         return einsum(replace(names, tensors={**names.tensors, output: "out"}), self.f.real, self.after)
 
     def _plain(self, pairs: list[str], real: str, start: str) -> list[str]:

@@ -153,7 +153,9 @@ def test_prompts_and_tokens_in_types(name: str, dtype: torch.dtype) -> None:
                 assert off <= 2 * own
     plan, checks = planned(ours)
     assert checks <= {"same"}
-    assert any(s.kind == "selected" and s.choice == "reattend" for s in plan.sites)
+    sites = [s for s in plan.sites if s.name.endswith("attn")]
+    assert sites
+    assert {(s.kind, s.choice) for s in sites} == {("selected", "reattend")}
 
 
 class Named(torch.nn.Module):
