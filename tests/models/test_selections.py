@@ -33,12 +33,18 @@ POOLS = {
     "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense"], "indexer_types": ["full"],
     "layer_types": ["indexed_attention"],
 }
+ENTRIES = {
+    "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 32, "o_groups": 2, "o_lora_rank": 16, "index_topk": 4,
+    "index_n_heads": 2, "index_head_dim": 16, "sliding_window": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "layer_types": ["compressed_sparse_attention"], "mlp_layer_types": ["moe"],
+}
 # what a model type's text model is called, and its sizes
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v32": ("DeepseekV32Model", LATENT), "axk2": ("AXK2Model", LATENT), "glm_moe_dsa": ("GlmMoeDsaModel", LATENT),
     "hy_v4": ("HYV4Model", {**LATENT, "head_dim": 24}), "dots3_note": ("Dots3NoteTextModel", LATENT),
     "mistral_large4": ("MistralLarge4TextModel", {**LATENT, "head_dim": 8}),
     "minimax_m3_vl": ("MiniMaxM3VLTextModel", BLOCKS), "glm5_next": ("Glm5NextTextModel", POOLS),
+    "deepseek_v4": ("DeepseekV4Model", ENTRIES),
 }
 # where a graph breaks inside of the attention module, eager code hands its weights out
 ATTENTION = {"glm5_next": "sdpa"}

@@ -87,7 +87,8 @@ def absorbed(m: Latent, given: tuple[Tensor, ...]) -> tuple[Cascade, Cascade, di
 def run(c: Cascade, tensors: Mapping[str, Tensor]) -> Tensor:
     made = build(c, LATENTS)
     assert isinstance(made, CpuKernel), made
-    return made.run(tensors, {})
+    out: Tensor = made.run(tensors, {})
+    return out
 
 
 @pytest.mark.parametrize("queries", [1, 24])
