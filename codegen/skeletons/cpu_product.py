@@ -108,9 +108,9 @@ def selected(
     """Compute `out` [Z, H, P, F] where each row reads the keys that its slots [Z, S, P, J] name, S dividing H.
 
     Operands as in `stream`; they are gathered as they are and computed with as `real`. An index stands for `block` keys, of
-    `places` such blocks behind the `first` keys, which all rows read. `score(products, at, keys, there)` gets the keys [1, 1, rows, ·] and which of them count,
-    `take(score, state, at)` takes the scores into the state. Where those of a row are all below `least`, other keys may
-    count beside them: `plain(z, rows)` computes such rows as they are written.
+    `places` such blocks behind the `first` keys, which all rows read. `score(products, at, keys, there)` gets the keys
+    [1, 1, rows, ·] and which of them count, `take(score, state, at)` takes the scores into the state. Where those of a row
+    are all below `least`, other keys may count beside them: `plain(z, rows)` computes such rows as they are written.
     """
     queries, keys = out.shape[2], v.shape[2]
     # where values are keys, as latents are, they are gathered once

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from ...patterns import expr as ex
 from ...patterns.attention.score import bends
+from ...patterns.cascade import bind
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
-from ...patterns.cascade import bind
 from ...patterns.masks.selection import Selection
 from ...patterns.masks.split import PARTIAL, TileRuns, conjuncts
 from ...patterns.operators import facts

@@ -52,7 +52,7 @@ class Latent(nn.Module):
         # the lowest number of float16 is within reach of its scores
         fill = -torch.inf if q.dtype == torch.float16 else torch.finfo(q.dtype).min
         scores = (q @ k.mT * 0.25).masked_fill(~keep[:, None], fill)
-        out = scores.softmax(-1) @ v
+        out: Tensor = scores.softmax(-1) @ v
         return out + k.sum() if self.spoilt == "read elsewhere" else out
 
 
