@@ -4,7 +4,8 @@
 
 One decoder layer of transformers with random weights: `dsa` DeepSeek-V3.2's attention (16 heads of 32 + 16, latents of 128,
 8 index heads, 64 keys a row: the published widths cut by 8, 4 and 32), `msa` MiniMax-M3's (16 heads over 2, 4 blocks of 32
-keys), each by `eager`, with a feed-forward of 32; `alone` is its attention module by itself, in decoding. One process, both in turn, medians of processor time (with one thread);
+keys), each by `eager`, with a feed-forward of 32; `alone` is its attention module by itself, in decoding. One process,
+both in turn, medians of processor time (with one thread);
 the first call, with what is captured and checked, is made before and not counted. Writes
 benchmarks/results/own_sparsity_cpu.json.
 """

@@ -13,7 +13,7 @@ import math
 from dataclasses import replace
 
 from ...patterns import expr as ex
-from ...patterns.cascade import Einsum
+from ...patterns.cascade import Einsum, size_term
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.selection import Selection, selection
@@ -73,11 +73,12 @@ class SelectedKernel(ProductKernel):
         least = literal(-skip.FINITE if f.rule == "guarded" else -math.inf)
         at_keys = {**self.places(), p.ranks[f.attention.key]: "keys"}
         unpack = f"{''.join(f'{x}, ' for x in self.products.values()).rstrip()} = scores"
+        places = f"{p.names.size(s.first)}, {p.names.size(s.places)}"
         lines = [
             *self.finish(), "", "def named(scores, at, keys, there):", f"    {unpack}",
             f"    return torch.where(there, {self.chosen.call(at_keys)}, {literal(self.null)})", "",
             "def take(x, state, at):", f"    return {self.stepped(self.places())}", "", *self._plain(pairs, real, start), "",
-            f"selected([{', '.join(pairs)}], v, rows, slots, {p.names.size(s.places)}, {s.block}, {real}, {start},",
+            f"selected([{', '.join(pairs)}], v, rows, slots, {places}, {s.block}, {real}, {start},",
             f"         named, take, finish, {least}, plain)",
         ]
         return entry(p, lines, setup, without=str(s.member.attr), answer=self._answer())
@@ -87,6 +88,11 @@ class SelectedKernel(ProductKernel):
         if self.after is None:
             return self.answer
         names, output = self.p.names, self.f.cascade.outputs[0]
+        made = self.f.cascade.producers[output][-1].out.index
+        here = all(str(x.attr) in names.tensors or (x.attr == output and x.args == made) for x in self.after.reads)
+        if not here or not self.after.ranks <= set(names.c.rank):
+            # an index map was folded, and with it what only the map behind reads
+            raise PrintError("the map behind the attention reads what is not there in its kernel")
         return einsum(replace(names, tensors={**names.tensors, output: "out"}), self.f.real, self.after)
 
     def _plain(self, pairs: list[str], real: str, start: str) -> list[str]:
@@ -124,6 +130,10 @@ def _choice(f: Form) -> Selection:
     inner = (*(c.lift for c in f.state.carried), f.state.weight)
     if any(a.key in ex.substitute(e, {a.score: x}).ranks for e in inner):
         raise PrintError("the row's state reads the key besides its score")
+    if found.first != 0:
+        before = simplify_under(a.score, {ex.index(a.key) < size_term(found.first): True})
+        if any(y.attr == found.member.attr for y in ex.loads(before)):
+            raise PrintError("who is named changes the score of keys that need no name")
     behind = [e for e in a.prelude if any(y.attr == found.member.attr for y in e.reads)]
     if behind:
         raise PrintError(f"{behind[0].out.tensor} reads the mask of all pairs")

@@ -175,7 +175,8 @@ def _unflattened(e: Expr, names: Names) -> tuple[str, list[Expr], list[Size]]:
         many = names.c.rank[outer].size if inner is not None else 0
         rank, start = _plain_index(inner) if inner is not None else ("", 0)
         own = names.c.rank[rank].size if rank else 0
-        if inner is not None and isinstance(many, int) and isinstance(own, int) and size == many * width >= many * (own + start):
+        known = inner is not None and isinstance(many, int) and isinstance(own, int)
+        if inner is not None and known and size == many * width and own + start <= width:
             text += f".unflatten({len(args)}, ({many}, {width}))"
             args += [ex.index(outer), inner]
             shape += [many, width]

@@ -100,7 +100,7 @@ def head_groups(batch: tuple[int, int], heads: int, group: int, scores: int) -> 
 
 
 def selected(
-    pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor, out: Tensor, slots: Tensor, places: int, block: int,
+    pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor, out: Tensor, slots: Tensor, first: int, places: int, block: int,
     real: torch.dtype, start: Sequence[float], score: Callable[[list[Tensor], At, Tensor, Tensor], Tensor],
     take: Callable[[Tensor, State, At], tuple[Tensor, Tensor | None, State]],
     finish: Callable[[Tensor, State, At], Tensor], least: float, plain: Callable[[int, Block], None],
@@ -108,14 +108,14 @@ def selected(
     """Compute `out` [Z, H, P, F] where each row reads the keys that its slots [Z, S, P, J] name, S dividing H.
 
     Operands as in `stream`; they are gathered as they are and computed with as `real`. An index stands for `block` keys, of
-    `places` such blocks. `score(products, at, keys, there)` gets the keys [1, 1, rows, J·block] and which of them count,
-    `take(score, state, at)` takes the scores into the state. Where those of a row are all below `least`, other keys may
-    count beside them: `plain(z, rows)` computes such rows as they are written.
+    `places` such blocks behind the `first` keys, which all rows read. `score(products, at, keys, there)` gets the keys
+    [1, 1, rows, ·] and which of them count, `take(score, state, at)` takes the scores into the state. Where those of a row
+    are all below `least`, other keys may count beside them: `plain(z, rows)` computes such rows as they are written.
     """
     queries, keys = out.shape[2], v.shape[2]
     # where values are keys, as latents are, they are gathered once
     twin = next((i for i, (_, k) in enumerate(pairs) if alike(k, v)), -1)
-    width = max(slots.shape[3] * block, 1)
+    width = max(first + slots.shape[3] * block, 1)
     wide = max([v.shape[3], *(k.shape[3] for _, k in pairs)])
     rows = max(1, min(GATHERED_ROWS, GATHERED * torch.get_num_threads() // (width * wide)))
     if queries * width >= keys:
@@ -126,7 +126,7 @@ def selected(
     for z in range(out.shape[0]):
         for p0 in range(0, queries, rows):
             at = At(slice(z, z + 1), slice(0, 0), slice(p0, min(p0 + rows, queries)), slice(0, 0))
-            named = [named_keys(s, places, block, keys) for s in slots[z, :, at.p]]
+            named = [named_keys(s, first, places, block, keys) for s in slots[z, :, at.p]]
             heads = [slice(h, h + together) for h in range(0, out.shape[1], together)]
             for h, (m, there) in zip(heads, named):
                 if not group_selected(pairs, v, out, at._replace(h=h), m, there, real, start, score, take, finish, least):
@@ -134,8 +134,8 @@ def selected(
                     break
 
 
-def named_keys(slots: Tensor, places: int, block: int, keys: int) -> tuple[Tensor, Tensor]:
-    """The keys [1, 1, rows, J·block] that slots [rows, J] name, and which count: each once, and none that is not there.
+def named_keys(slots: Tensor, first: int, places: int, block: int, keys: int) -> tuple[Tensor, Tensor]:
+    """The keys [1, 1, rows, first + J·block] that rows read, and which count: each once, and none that is not there.
 
     In order, so that one named again lies beside itself, and neighbours are read together.
     """
@@ -146,6 +146,9 @@ def named_keys(slots: Tensor, places: int, block: int, keys: int) -> tuple[Tenso
     if block > 1:
         m = (m.unsqueeze(-1) * block + torch.arange(block, device=m.device)).flatten(-2)
         there = there.unsqueeze(-1).expand(*there.shape, block).flatten(-2)
+    if first:
+        before = torch.arange(first, device=m.device).expand(len(m), first)
+        m, there = torch.cat([before, m + first], -1), torch.cat([before >= 0, there], -1)
     there = there & (m < keys)
     return m.clamp(max=keys - 1)[None, None], there[None, None]
 

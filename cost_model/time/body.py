@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ...patterns import expr as ex
 from ...patterns.attention.score import bends
+from ...patterns.cascade import bind
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.selection import Selection
@@ -99,7 +100,8 @@ def tiled(s: Subject, at: Shape, mapping: TileMapping, jobs: Jobs, device: Devic
 def selected(s: Subject, at: Shape, chosen: Selection, device: Device) -> Cost:
     """Seconds of the body that gathers the keys which each row names."""
     host, bill = Host(device), Bill()
-    named, keyed = at.extent[chosen.slot] * chosen.block, at.batch // at.group
+    first, keyed = bind(chosen.first, at.symbols), at.batch // at.group
+    named = at.extent[chosen.slot] * chosen.block + (first if isinstance(first, int) else at.keys)
     lists = math.prod(at.extent[r] for r in chosen.slots.ranks)
     room = GATHERED * host.threads // max(named * max(at.embed, at.value), 1)
     rows = max(1, min(GATHERED_ROWS, room, at.queries))

@@ -16,6 +16,7 @@ import sympy
 from .. import expr as ex
 from ..cascade import OF_SIZES, Access, Cascade, Einsum, Rank, Size, Tensor, as_size, size_term, term_size
 from ..expr import Expr
+from ..membership import membership
 from ..terms.affine import affine
 from ..terms.extents import settled
 
@@ -127,11 +128,17 @@ def _multiplies_inputs(c: Cascade, e: Einsum) -> bool:
 
 def _in_pieces(c: Cascade, e: Einsum, rank: str) -> bool:
     """Does a term read, over the rank, what was made of another length or at another coordinate?"""
+    made = _made(c)
     for x in e.reads:
         for i, size in zip(x.args, c.tensor[str(x.attr)].shape):
-            if str(x.attr) in c.producers and rank in i.ranks and (i is not ex.index(rank) or size != c.rank[rank].size):
+            if str(x.attr) in made and rank in i.ranks and (i is not ex.index(rank) or size != c.rank[rank].size):
                 return True
     return False
+
+
+def _made(c: Cascade) -> set[str]:
+    """What is computed; which keys are named, of one part of them or of all, is a condition like any other."""
+    return {name for name, all_of in c.producers.items() if membership(all_of[-1]) is None}
 
 
 def _cut(c: Cascade, e: Einsum, rank: str) -> Size | None:
@@ -140,11 +147,12 @@ def _cut(c: Cascade, e: Einsum, rank: str) -> Size | None:
     The outermost cut counts, and before others one that parts what is computed from what is not.
     """
     found: list[tuple[bool, Size]] = []
+    made = _made(c)
     for t in reversed(list(ex.walk(e.body))):
         if joined_rank(t) != rank:
             continue
         if _at_least(c.rank[rank].size, cut := term_size(t.args[0].args[1]), 1):
-            first, second = (any(str(x.attr) in c.producers for x in ex.loads(side)) for side in t.args[1:])
+            first, second = (any(str(x.attr) in made for x in ex.loads(side)) for side in t.args[1:])
             found.append((first == second, cut))
     return min(found, key=lambda x: x[0])[1] if found else None
 

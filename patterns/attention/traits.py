@@ -154,7 +154,7 @@ def traits(a: Attention) -> frozenset[str]:
         if e.op == "tanh":
             out.add("softcap")
         if e.op == "load" and str(e.attr) in named and a.key in e.ranks:
-            out |= {"top-k"} if ex.index(a.key) in e.args else {"top-k", "blocks"}
+            out |= {"top-k", "blocks"} if any(i.op == "floordiv" for i in e.args) else {"top-k"}
         elif e.op == "load" and str(e.attr) not in products and a.key in e.ranks:
             out.add(_data(e, a))
         if e.op == "mul" and _slope(e, a):

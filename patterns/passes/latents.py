@@ -20,7 +20,7 @@ from ..verdict import Obstacle
 
 @dataclass(frozen=True)
 class Inner:
-    """`cascade` has all inputs of the whole, of which `after` may be the only one to read some; None where nothing follows."""
+    """`cascade` has all inputs of the whole, of which `after` alone may read some; None where nothing follows."""
 
     cascade: Cascade
     after: Einsum | None

@@ -15,6 +15,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from typing import cast as typed
 
 import torch
 from torch import Tensor, fx
@@ -84,11 +85,11 @@ def _step(own: Own, n: fx.Node, shape: tuple[int, ...], want: Demand) -> CutStep
         return CutStep(n, RowCut({}, want), want)
     if n.target is operator.getitem:
         source = n.args[0]
-        made = op_name(source) if isinstance(source, fx.Node) and not own.written else ""
-        if made in PARTS:
-            d = int(arguments(source)["dim"]) % len(shape)  # type: ignore[arg-type]
+        name = op_name(source) if isinstance(source, fx.Node) and not own.written else ""
+        if isinstance(source, fx.Node) and name in PARTS:
+            d = typed("int", arguments(source)["dim"]) % len(shape)
             return CutStep(n, RowCut({"0": without(want, d)}), want)
-        return CutStep(n, RowCut({"0": want if made in SEVERAL else everything(shape)}), want)
+        return CutStep(n, RowCut({"0": want if name in SEVERAL else everything(shape)}), want)
     if not isinstance(n.target, OpOverload) or own.written:
         return CutStep(n, RowCut({}, everything(shape)), want if isinstance(own.values[n], Tensor) else everything(shape))
     given = arguments(n)

@@ -519,8 +519,10 @@ def _mask(
 
 def _named(chosen: Selection, c: Cascade, sizes: Mapping[str, int], key: str) -> float:
     """The share of the keys that a row names; 1 where a size has no value."""
-    slots, keys = (bind(c.rank[r].size, sizes) for r in (chosen.slot, key))
-    return min(1.0, slots * chosen.block / keys) if isinstance(slots, int) and isinstance(keys, int) and keys else 1.0
+    slots, keys, first = (bind(n, sizes) for n in (c.rank[chosen.slot].size, c.rank[key].size, chosen.first))
+    if not (isinstance(slots, int) and isinstance(keys, int) and isinstance(first, int) and keys):
+        return 1.0
+    return min(1.0, (first + slots * chosen.block) / keys)
 
 
 _RULES = {

@@ -71,7 +71,7 @@ class Request:
 class Decision:
     """An attention of a graph with what was decided, and what each candidate that can run would be spliced as.
 
-    `inner`: the attention as it was found, of which `found` holds the maps before and behind as well where it runs over latents.
+    `inner`: the attention as it was found; where it runs over latents, `found` holds the maps before and behind it as well.
     """
 
     found: Found

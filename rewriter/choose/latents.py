@@ -47,7 +47,9 @@ class Over:
     call: splice.Call
 
 
-def over_latents(f: Found, stands: Place, site: Site, device: Device, sizes: Mapping[str, int], policy: Policy) -> Over | None:
+def over_latents(
+    f: Found, stands: Place, site: Site, device: Device, sizes: Mapping[str, int], policy: Policy
+) -> Over | None:
     """The site with our kernel over latents in the place of that over keys and values; None where it is no better."""
     if site.kind != "selected" or stands.bound or stands.gradients or device.kind != "cpu":
         return None
@@ -78,7 +80,8 @@ def over_latents(f: Found, stands: Place, site: Site, device: Device, sizes: Map
         return None
     order = (ahead, *(c for c in site.candidates if c is not before))
     over = replace(f, cascade=whole, tensors=made.tensors)
-    return Over(over, replace(site, candidates=order, choice="reattend", chosen_cascade=show(whole)), our_call(whole, MAPPING))
+    chosen = replace(site, candidates=order, choice="reattend", chosen_cascade=show(whole))
+    return Over(over, chosen, our_call(whole, MAPPING))
 
 
 @lru_cache(maxsize=256)

@@ -75,7 +75,7 @@ def differs(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
             raise CannotLift(f"{x.name} is written in place before {n.name} reads it", n)
         with lifter.read_by(x):
             return _counted(lifter, x, arguments(x), lifter.broadcast(x, at))
-    return typed("Expr", operators_point.RULES[op_name(n)](lifter, n, a, at))
+    return operators_point.RULES[op_name(n)](lifter, n, a, at)
 
 
 def _counted(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:

@@ -236,6 +236,41 @@ def test_blocks_of_keys_by_group() -> None:
     assert chosen.block == size
 
 
+def two_sets(q: Tensor, k: Tensor, v: Tensor, i: Tensor) -> Tensor:
+    """A window of near keys, and of entries that stand for four keys each those that a row names; −1 is thrown away."""
+    p = torch.arange(N)[N - q.shape[-2] :, None]
+    behind, entries = p - torch.arange(N), 10
+    near = torch.zeros(len(p), N, dtype=torch.float64).masked_fill(~((behind >= 0) & (behind < 8)), LOWEST)
+    names = i[:, :entries].topk(3, -1).indices
+    far = torch.full((len(p), entries + 1), -INF, dtype=torch.float64)
+    far = far.scatter(-1, torch.where(names * 4 < p, names, entries), 0.0)[:, :entries]
+    joined = [torch.cat([x, x[:, :entries] * 1.5], -2) for x in (k, v)]
+    return (q @ joined[0].mT * 5**-0.5 + torch.cat([near, far], -1)).softmax(-1) @ joined[1]
+
+
+@pytest.mark.parametrize("queries", [N, 3])
+def test_one_of_two_joined_key_sets_is_named(queries: int) -> None:
+    q, k, v = operands()
+    view = exact(two_sets, q[:, :queries].contiguous(), k, v, index_score()[:queries])
+    chosen = selection(view, split(view.score, view.key).keep)
+    assert chosen is not None
+    assert (chosen.first, chosen.block) == (N, 1)
+
+
+def test_names_that_count_from_the_first_of_two_sets_are_not_shifted() -> None:
+    """m < 8 ∨ IN[p,m]: the names are of all keys, not of those behind the eighth."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor, i: Tensor) -> Tensor:
+        keep = torch.zeros(N, N, dtype=torch.bool).scatter(-1, i.topk(K, -1).indices, True) | (torch.arange(N) < 8)
+        return (q @ k.mT).masked_fill(~keep, -INF).softmax(-1) @ v
+
+    here, tensors, want = found(f, *operands(), index_score())
+    view = attention(here.cascade)
+    assert isinstance(view, Attention)
+    assert selection(view, split(view.score, view.key).keep) is None
+    torch.testing.assert_close(evaluate(here.cascade, tensors)[here.cascade.outputs[0]], want)
+
+
 def test_all_that_there_is_is_no_selection() -> None:
     def f(q: Tensor, k: Tensor, v: Tensor, i: Tensor) -> Tensor:
         top = i.masked_fill(~causal(), -INF).topk(N, -1).indices.to(torch.int32)
