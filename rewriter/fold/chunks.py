@@ -74,7 +74,7 @@ def over_tokens(f: FoundScan, graph: fx.Graph, aliases: Aliases) -> FoundScan | 
     """The recurrence over tokens of a loop over chunks, or where it differs from one."""
     if len(f.recurrence.states) != 1 or len(f.recurrence.outputs) != 1:
         return Obstacle("its chunks carry more than one state, or give more than one result")
-    if not sources(f.tensors.values(), f.loop.steps):
+    if not split(f.tensors.values(), f.loop.steps)[0]:
         return Obstacle("nothing over all tokens is split into its chunks")
     try:
         return _Chunks(f, graph, aliases).found()
@@ -82,8 +82,8 @@ def over_tokens(f: FoundScan, graph: fx.Graph, aliases: Aliases) -> FoundScan | 
         return Obstacle(str(no))
 
 
-def sources(inputs: Iterable[fx.Node], count: int) -> set[fx.Node]:
-    """The tensors over all tokens that are split into `count` chunks on the way to the inputs of a loop."""
+def split(inputs: Iterable[fx.Node], count: int) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The tensors over all tokens that are split into `count` chunks on the way to the inputs of a loop, and that way."""
     out: set[fx.Node] = set()
     seen, stack = set[fx.Node](), list(inputs)
     while stack:
@@ -96,7 +96,7 @@ def sources(inputs: Iterable[fx.Node], count: int) -> set[fx.Node]:
             out.add(source)
             continue
         stack += n.all_input_nodes
-    return out
+    return out, seen
 
 
 def _splits(before: tuple[object, ...], n: fx.Node, count: int) -> bool:
@@ -111,8 +111,9 @@ class _Chunks:
     def __init__(self, f: FoundScan, graph: fx.Graph, aliases: Aliases) -> None:
         self.f, self.c = f, f.recurrence.cascade
         (self.state,), (self.output,) = f.recurrence.states, f.recurrence.outputs
-        solved = {x.node: x for x in inverses(graph, aliases)}
-        self.lifter = Within(graph, aliases, RULES, {*sources(f.tensors.values(), f.loop.steps), *solved})
+        sources, way = split(f.tensors.values(), f.loop.steps)
+        solved = {x.node: x for x in inverses(way, graph, aliases)}
+        self.lifter = Within(graph, aliases, RULES, {*sources, *solved})
         self.lifter.ranks.update({r.name: r.size for r in self.c.ranks})
         self.normal = Solving(self._produced, self._opened, self.lifter, solved)
         self.size = 0
@@ -178,6 +179,8 @@ class _Chunks:
         for p in read:
             x = p.state(self.state.name)
             if x is not None:
+                if x.args[-1] is not ex.index(STEP):
+                    raise Differs("a chunk reads its state after it has changed it")
                 own = [(a, b) for a, b in zip(x.args[:-1], self.state.step.out.index[:-1]) if a.op == b.op == "index"]
                 keys |= {str(b.attr) for a, b in own if a.attr in p.over}
                 # what a chunk gives may name the state's ranks otherwise
@@ -256,7 +259,8 @@ class _Chunks:
             names[r] = ADDS if token in inside else DOT
         if len(set(names.values())) != len(names) or not made.over <= set(names):
             raise Differs("a chunk sums over more than its tokens and their keys")
-        at = None if not solved else (str(solved[0].attr), solved[0].args[:-2])
+        table = {ex.index(a): ex.index(b) for a, b in names.items()}
+        at = None if not solved else (str(solved[0].attr), tuple(ex.substitute(i, table) for i in solved[0].args[:-2]))
         return self._named(made, names, {state, *solved}, at, state is not None)
 
     def _named(
@@ -289,7 +293,13 @@ class _Chunks:
             raise Differs("a chunk reads the state before it more than once, or never")
         rest = None if taken is None else _at(taken.factors - keys, SOLVES, INNER)
         values, queries = _at(added.factors - keys, behind, ""), _at(inter[0].factors, READS, INNER)
-        return Roles(_at(keys, ADDS, self.key), values, queries, rest)
+        roles = Roles(_at(keys, ADDS, self.key), values, queries, rest)
+        own = {AT, "κ", *self.state.ranks} - {self.key}
+        if any(x.ranks - own for part in (roles.keys, values, queries, rest or {}) for x in part):
+            raise Differs("a factor of a chunk reads another token than its own")
+        if any(self.value in x.ranks for part in (roles.keys, queries, rest or {}) for x in part):
+            raise Differs("a row of a chunk varies along the values")
+        return roles
 
     def _agree(self, roles: Roles, step: list[Form], read: list[Form]) -> None:
         """Whether all products of a chunk are what the roles say."""
