@@ -188,12 +188,12 @@ class _Chunks:
         if len(keys) != 1 or len(set(self.alias.values())) != len(self.alias):
             raise Differs("no single rank of the state is contracted")
         (self.key,) = keys
-        p = self._powers(plain)
-        for x in p.factors:
+        made = self._powers(plain)
+        for x in made.factors:
             if self.key in x.ranks:
-                self.size = self.size or self._chunk(x, p)
-        along = [r for r in self.state.ranks if r != self.key and any(r in x.ranks for x in p.factors)]
-        apart = [r for r in along if not any(r in x.ranks and self.key in x.ranks for x in p.factors)]
+                self.size = self.size or self._chunk(x, made)
+        along = [r for r in self.state.ranks if r != self.key and any(r in x.ranks for x in made.factors)]
+        apart = [r for r in along if not any(r in x.ranks and self.key in x.ranks for x in made.factors)]
         if not self.size or not apart:
             raise Differs("what a chunk adds is no product of its tokens' keys and values")
         self.value = apart[-1]
@@ -295,9 +295,10 @@ class _Chunks:
         values, queries = _at(added.factors - keys, behind, ""), _at(inter[0].factors, READS, INNER)
         roles = Roles(_at(keys, ADDS, self.key), values, queries, rest)
         own = {AT, "κ", *self.state.ranks} - {self.key}
-        if any(x.ranks - own for part in (roles.keys, values, queries, rest or {}) for x in part):
+        rows = [*roles.keys, *queries, *(rest or ())]
+        if any(x.ranks - own for x in (*rows, *values)):
             raise Differs("a factor of a chunk reads another token than its own")
-        if any(self.value in x.ranks for part in (roles.keys, queries, rest or {}) for x in part):
+        if any(self.value in x.ranks for x in rows):
             raise Differs("a row of a chunk varies along the values")
         return roles
 
