@@ -21,7 +21,7 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from ...patterns.expr import Expr
-from ...patterns.recurrence.expand import Expansion, Product, product_of
+from ...patterns.recurrence.expand import Expansion, StateProduct, product_of
 from ...patterns.recurrence.powers import Powers
 from ...patterns.recurrence.recurrence import Recurrence, recurrence
 from ...patterns.verdict import Obstacle
@@ -49,7 +49,7 @@ class Differs(Exception):
 
 
 @dataclass(frozen=True)
-class Form:
+class ChunkProduct:
     """One product of a chunk. `factors` read tokens at `@place`, exponents the running sum at (place, key)."""
 
     sign: int
@@ -61,7 +61,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Roles:
+class TokenParts:
     """What the tokens of a recurrence read and add, at the token `@` and the key `κ`."""
 
     keys: Counter[Expr]
@@ -138,13 +138,13 @@ class _Chunks:
                 table[x] = self.lifter.value(node, x.args)
         return self.lifter.opened(ex.substitute(e, table) if table else e)
 
-    def _expanded(self, e: Expr) -> list[Product]:
+    def _expanded(self, e: Expr) -> list[StateProduct]:
         out = Expansion(self.c, self.state.name).of(e)
         if out is None:
             raise Differs("a chunk is not linear in its state")
         return out
 
-    def _powers(self, p: Product) -> Powers:
+    def _powers(self, p: StateProduct) -> Powers:
         out = self.normal.of(*p.factors)
         return replace(out, sign=out.sign * p.sign, over=out.over | p.over)
 
@@ -162,9 +162,9 @@ class _Chunks:
         self._agree(roles, step, given)
         return self._made(roles, row)
 
-    def _sorted(self, e: Expr) -> tuple[Product | None, Product, Product | None]:
+    def _sorted(self, e: Expr) -> tuple[StateProduct | None, StateProduct, StateProduct | None]:
         """The products of a step: with an element's own past, without the state, with others' past."""
-        own, plain, taken = list[Product](), list[Product](), list[Product]()
+        own, plain, taken = list[StateProduct](), list[StateProduct](), list[StateProduct]()
         before = (*self.state.step.out.index[:-1], ex.index(STEP))
         for p in self._expanded(e):
             x = p.state(self.state.name)
@@ -173,7 +173,7 @@ class _Chunks:
             raise Differs("a chunk changes its state by more than one product")
         return own[0], plain[0], taken[0] if taken else None
 
-    def _ranks(self, plain: Product, read: list[Product]) -> None:
+    def _ranks(self, plain: StateProduct, read: list[StateProduct]) -> None:
         """The matrix's ranks: products with the state sum over its key."""
         keys: set[str] = set()
         for p in read:
@@ -207,7 +207,7 @@ class _Chunks:
                     return int(size.value)
         return 0
 
-    def _decay(self, own: Product | None) -> Expr | None:
+    def _decay(self, own: StateProduct | None) -> Expr | None:
         """The running sum at the end of a chunk, whose exponential is the decay of the whole."""
         assert own is not None
         p = self.normal.of(*own.without(own.state(self.state.name)))
@@ -242,7 +242,7 @@ class _Chunks:
             raise Differs("a token is read by its place in its chunk")
         return out
 
-    def _form(self, p: Product, row: str) -> Form:
+    def _form(self, p: StateProduct, row: str) -> ChunkProduct:
         """A product of a chunk with its coordinates named by what they are. `row`: the token that reads, of an output."""
         made, state = self._powers(p), p.state(self.state.name)
         names = {**self.alias, row: READS} if row else {}
@@ -265,7 +265,7 @@ class _Chunks:
 
     def _named(
         self, made: Powers, names: dict[str, str], apart: set[Expr | None], solved: Solved | None, reads_state: bool
-    ) -> Form:
+    ) -> ChunkProduct:
         table = {ex.index(a): ex.index(b) for a, b in names.items()}
         places = set(names.values()) & {READS, ADDS, SOLVES}
         factors: Counter[Expr] = Counter()
@@ -279,9 +279,9 @@ class _Chunks:
                 raise Differs("a product of a chunk fades otherwise than its state")
             exponents[place, key] += n
         keeps = tuple(ex.substitute(x, table) for x in made.keeps)
-        return Form(made.sign, factors, exponents, keeps, solved, reads_state)
+        return ChunkProduct(made.sign, factors, exponents, keeps, solved, reads_state)
 
-    def _roles(self, added: Form, taken: Form | None, read: list[Form]) -> Roles:
+    def _roles(self, added: ChunkProduct, taken: ChunkProduct | None, read: list[ChunkProduct]) -> TokenParts:
         keys = Counter({x: n for x, n in added.factors.items() if self.key in x.ranks})
         behind = SOLVES if added.solved else ADDS
         if taken is not None and keys - taken.factors:
@@ -293,7 +293,7 @@ class _Chunks:
             raise Differs("a chunk reads the state before it more than once, or never")
         rest = None if taken is None else _at(taken.factors - keys, SOLVES, INNER)
         values, queries = _at(added.factors - keys, behind, ""), _at(inter[0].factors, READS, INNER)
-        roles = Roles(_at(keys, ADDS, self.key), values, queries, rest)
+        roles = TokenParts(_at(keys, ADDS, self.key), values, queries, rest)
         own = {AT, "κ", *self.state.ranks} - {self.key}
         rows = [*roles.keys, *queries, *(rest or ())]
         if any(x.ranks - own for x in (*rows, *values)):
@@ -302,7 +302,7 @@ class _Chunks:
             raise Differs("a row of a chunk varies along the values")
         return roles
 
-    def _agree(self, roles: Roles, step: list[Form], read: list[Form]) -> None:
+    def _agree(self, roles: TokenParts, step: list[ChunkProduct], read: list[ChunkProduct]) -> None:
         """Whether all products of a chunk are what the roles say."""
         solved = step[0].solved
         end = ex.const(self.size - 1)
@@ -310,15 +310,15 @@ class _Chunks:
         keys, pairs = _to(roles.keys, ADDS, self.key), _to(roles.queries, READS, DOT) + _to(roles.keys, ADDS, DOT)
         fades = self._fades((end, self.key, 1), (ADDS, self.key, -1))
         pair = self._fades((READS, DOT, 1), (ADDS, DOT, -1))
-        wanted = [Form(1, keys + add, fades, (), solved, False)]
+        wanted = [ChunkProduct(1, keys + add, fades, (), solved, False)]
         out = [
-            Form(1, _to(roles.queries, READS, INNER), self._fades((READS, INNER, 1)), (), None, True),
-            Form(1, pairs + add, pair, (), solved, False),
+            ChunkProduct(1, _to(roles.queries, READS, INNER), self._fades((READS, INNER, 1)), (), None, True),
+            ChunkProduct(1, pairs + add, pair, (), solved, False),
         ]
         if roles.taken is not None:
             off, old = _to(roles.taken, SOLVES, INNER), self._fades((SOLVES, INNER, 1))
-            wanted.append(Form(-1, keys + off, _sum(fades, old), (), solved, True))
-            out.append(Form(-1, pairs + off, _sum(pair, old), (), solved, True))
+            wanted.append(ChunkProduct(-1, keys + off, _sum(fades, old), (), solved, True))
+            out.append(ChunkProduct(-1, pairs + off, _sum(pair, old), (), solved, True))
         self._equal(step, wanted, pairs)
         self._equal(read, out, pairs)
         if solved is not None and roles.taken is not None:
@@ -333,7 +333,7 @@ class _Chunks:
             (ex.index(x) if isinstance(x, str) else x, ex.index(key) if each else ex.const(0)): n for x, key, n in at
         })
 
-    def _equal(self, got: list[Form], wanted: list[Form], pairs: Counter[Expr]) -> None:
+    def _equal(self, got: list[ChunkProduct], wanted: list[ChunkProduct], pairs: Counter[Expr]) -> None:
         left = list(wanted)
         for x in got:
             same = [w for w in left if replace(x, keeps=()) == w]
@@ -385,7 +385,7 @@ class _Chunks:
             raise Differs("a chunk does not give its tokens side by side")
         return str((*beside, *within)[0].attr)
 
-    def _made(self, roles: Roles, row: str) -> FoundScan:
+    def _made(self, roles: TokenParts, row: str) -> FoundScan:
         s, t = self.state, ex.index(STEP)
         tokens = self.f.loop.steps * self.size
         at, inner, dtype = s.step.out.index[:-1], f"{self.key}_", self.c.tensor[s.name].dtype
