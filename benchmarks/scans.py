@@ -1,6 +1,6 @@
 """Our scan beside the model's own steps: CPU time of one thread, interleaved, medians; one JSON line a case.
 
-    python benchmarks/scans.py --tokens 512
+    python benchmarks/scans.py --tokens 512 [--case "gated delta"]
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from transformers.models.kimi_linear import modeling_kimi_linear as kimi_linear
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 import reattend
-from reattend.codegen.cpu.scan import ScanKernel, build
-from reattend.rewriter.fold.loop import loops
-from reattend.rewriter.fold.recurrences import FoundScan, lifted
 
-ROUNDS = 7
+ROUNDS = 5
 
 
 def selective(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -42,17 +40,53 @@ def gated(a: Tensor, x: Tensor) -> Tensor:
     return torch.stack(out, 1)
 
 
+def lightning(q: Tensor, k: Tensor, v: Tensor, ratio: Tensor) -> Tensor:
+    """MiniMax's steps with a cache: a matrix a head under one decay."""
+    s, out = torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1]), []
+    for t in range(q.shape[2]):
+        s = ratio * s + k[:, :, t : t + 1].transpose(-1, -2) @ v[:, :, t : t + 1]
+        out.append(q[:, :, t : t + 1] @ s)
+    return torch.cat(out, 2)
+
+
+def gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """transformers' chunks of the gated delta rule."""
+    return _own(qwen3_next.torch_chunk_gated_delta_rule)(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0] * 1
+
+
+def gated_delta_steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """transformers' token loop of the same."""
+    return _own(qwen3_next.torch_recurrent_gated_delta_rule)(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0] * 1
+
+
+def kimi_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """transformers' chunks of Kimi's delta attention: a decay a channel."""
+    return _own(kimi_linear.chunk_kimi_delta_attention)(q, k, v, g, beta, 64, None, False, True)[0] * 1
+
+
+def _own(fn: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """A model's own code, whatever kernel a library would put in its place."""
+    return getattr(fn, "__wrapped__", fn)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, fn: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.fn(*args)
+
+
 def scan_of(fn: Callable[..., Tensor], args: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-    """What our scan computes of a function's loop."""
-    gm = make_fx(fn, pre_dispatch=True, tracing_mode="fake")(*args)
-    (loop,), _ = loops(gm.graph)
-    found = lifted(loop)
-    assert isinstance(found, FoundScan), found
-    kernel = build(found.recurrence)
-    assert isinstance(kernel, ScanKernel), kernel
-    places = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), args))
-    given = [places.get(n, torch.zeros(n.meta["val"].shape)) for n in map(found.tensors.__getitem__, kernel.inputs)]
-    return lambda: kernel.entry(*given)[0]
+    """The whole function with our scan in it, as a model that is optimised runs it."""
+    torch._dynamo.reset()
+    policy = reattend.Policy(tune=False, check="never", deny=("original",))
+    model = reattend.optimize(Model(fn).eval(), policy=policy)
+    model(*args)
+    chosen = [s.choice for p in reattend.report(model).pieces if p.plan for s in p.plan.sites]
+    assert chosen == ["reattend"], chosen
+    return lambda: model(*args)  # type: ignore[no-any-return]
 
 
 def median_seconds(ways: list[Callable[[], Tensor]]) -> list[float]:
@@ -69,17 +103,26 @@ def median_seconds(ways: list[Callable[[], Tensor]]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=512)
-    tokens = parser.parse_args().tokens
+    parser.add_argument("--case", default="", help="only cases with this in their name")
+    parsed = parser.parse_args()
+    tokens = parsed.tokens
     torch.set_num_threads(1)
     g = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
 
+    heads = (draw(1, tokens, 8, 128), draw(1, tokens, 8, 128), draw(1, tokens, 8, 128))
+    beta = draw(1, tokens, 8).sigmoid()
     cases: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         "selective 512x16": (selective, (draw(1, 512, tokens, 16).sigmoid(), draw(1, 512, tokens, 16), draw(1, tokens, 16))),
         "gated 512": (gated, (draw(1, tokens, 512).sigmoid(), draw(1, tokens, 512))),
+        "gated delta, chunks 8x128x128": (gated_delta, (*heads, -draw(1, tokens, 8).exp(), beta)),
+        "gated delta, steps 8x128x128": (gated_delta_steps, (*heads, -draw(1, tokens, 8).exp(), beta)),
+        "kimi delta, chunks 8x128x128": (kimi_delta, (*heads, -draw(1, tokens, 8, 128).exp(), beta)),
+        "lightning, steps 16x96x96": (lightning, (*(draw(1, 16, tokens, 96) for _ in range(3)), draw(16, 1, 1).sigmoid())),
     }
+    cases = {n: c for n, c in cases.items() if parsed.case in n}
     for name, (fn, args) in cases.items():
         ours = scan_of(fn, args)
         own, want = ours(), fn(*args)

@@ -93,8 +93,8 @@ def by_channel(
     tails = u * behind
     ends = tails[:, 0]
     for a in range(1, blocks):
-        start = a * BLOCK
-        pairs[:, :, start : start + BLOCK, :start] = rows[:, :, a] @ ends.mT
+        first = a * BLOCK
+        pairs[:, :, first : first + BLOCK, :first] = rows[:, :, a] @ ends.mT
         ends = torch.cat((ends * whole[:, a, None], tails[:, a]), 1)
     start = torch.ones_like(whole)
     for a in range(1, blocks):

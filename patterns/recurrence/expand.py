@@ -14,7 +14,7 @@ from ..expr import Expr
 
 
 @dataclass(frozen=True)
-class Product:
+class StateProduct:
     """`sign` · the factors, summed over the ranks `over`. At most one factor is a read of the state."""
 
     sign: int
@@ -40,13 +40,13 @@ class Expansion:
         self._depends: dict[str, bool] = {}
         self._fresh = 0
 
-    def of(self, e: Expr) -> list[Product] | None:
+    def of(self, e: Expr) -> list[StateProduct] | None:
         """The products that a term is the sum of; None where it is not linear in the state."""
         if not self.depends(e):
             return [self._plain(e)]
         match e.op:
             case "load" if str(e.attr) == self.name:
-                return [Product(1, (e,))]
+                return [StateProduct(1, (e,))]
             case "load":
                 return self._inlined(e)
             case "cast" if e.is_float and e.args[0].is_float:
@@ -76,13 +76,13 @@ class Expansion:
             self._depends[tensor] = len(producers) == 1 and self.depends(producers[0].body)
         return self._depends[tensor]
 
-    def _inlined(self, x: Expr) -> list[Product] | None:
+    def _inlined(self, x: Expr) -> list[StateProduct] | None:
         e = self.c.producers[str(x.attr)][0]
         if e.op not in (None, "add"):
             return None
         body, over = self._opened(e, x)
         inner = self.of(body)
-        return None if inner is None else [Product(p.sign, p.factors, p.over | over) for p in inner]
+        return None if inner is None else [StateProduct(p.sign, p.factors, p.over | over) for p in inner]
 
     def _opened(self, e: Einsum, x: Expr) -> tuple[Expr, frozenset[str]]:
         """What an Einsum computes for the element that is read, and the ranks that it is summed over, named anew."""
@@ -98,14 +98,14 @@ class Expansion:
             table[ex.index(r)] = ex.index(name)
         return ex.substitute(e.body, table), frozenset(over)
 
-    def _plain(self, e: Expr) -> Product:
+    def _plain(self, e: Expr) -> StateProduct:
         """A term without the state, as factors."""
         sign, out = 1, list[Expr]()
         for f in self._factors(e):
             if f.op == "neg":
                 sign, f = -sign, f.args[0]
             out.append(f)
-        return Product(sign, tuple(out))
+        return StateProduct(sign, tuple(out))
 
     def _factors(self, e: Expr) -> Iterator[Expr]:
         if e.op == "mul":
@@ -120,12 +120,12 @@ class Expansion:
         yield e
 
 
-def _negated(products: list[Product] | None) -> list[Product] | None:
-    return None if products is None else [Product(-p.sign, p.factors, p.over) for p in products]
+def _negated(products: list[StateProduct] | None) -> list[StateProduct] | None:
+    return None if products is None else [StateProduct(-p.sign, p.factors, p.over) for p in products]
 
 
-def _times(a: Product, b: Product) -> Product:
-    return Product(a.sign * b.sign, (*a.factors, *b.factors), a.over | b.over)
+def _times(a: StateProduct, b: StateProduct) -> StateProduct:
+    return StateProduct(a.sign * b.sign, (*a.factors, *b.factors), a.over | b.over)
 
 
 def product_of(factors: tuple[Expr, ...], sign: int = 1, table: Mapping[Expr, Expr] | None = None) -> Expr:

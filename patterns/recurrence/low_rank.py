@@ -16,7 +16,7 @@ from .. import expr as ex
 from ..cascade import Cascade, Einsum
 from ..expr import Expr
 from ..verdict import Obstacle
-from .expand import Expansion, Product, product_of
+from .expand import Expansion, StateProduct, product_of
 from .recurrence import Recurrence, State
 
 
@@ -81,7 +81,7 @@ def low_rank(r: Recurrence, s: State) -> LowRank | Obstacle:
 
 
 def _form(
-    s: State, at: int, own: list[Product], plain: Product, taken: list[Product], reads: tuple[Read, ...]
+    s: State, at: int, own: list[StateProduct], plain: StateProduct, taken: list[StateProduct], reads: tuple[Read, ...]
 ) -> LowRank | Obstacle:
     key = str(s.step.out.index[at].attr)
     value = next((x for x in reversed(s.ranks) if x != key and _apart(plain, key, x)), None)
@@ -104,13 +104,13 @@ def _form(
     return LowRank(s, batch, key, value, factor, product_of(write), added, read, reads)
 
 
-def _apart(plain: Product, key: str, value: str) -> bool:
+def _apart(plain: StateProduct, key: str, value: str) -> bool:
     """Whether no factor varies along both ranks, and each rank has one."""
     along = [(key in f.ranks, value in f.ranks) for f in plain.factors]
     return not any(a and b for a, b in along) and any(a for a, _ in along) and any(b for _, b in along)
 
 
-def _taken_off(s: State, key: str, value: str, write: tuple[Expr, ...], p: Product) -> Expr | Obstacle:
+def _taken_off(s: State, key: str, value: str, write: tuple[Expr, ...], p: StateProduct) -> Expr | Obstacle:
     """w, where u · Σ w · S is what a step takes off."""
     (inner,) = p.over
     left = list(p.without(p.state(s.name)))
@@ -123,19 +123,21 @@ def _taken_off(s: State, key: str, value: str, write: tuple[Expr, ...], p: Produ
     return product_of(tuple(left), -p.sign, {ex.index(inner): ex.index(key)})
 
 
-def _sorted(s: State, terms: list[Product], rank: str) -> tuple[list[Product], list[Product], list[Product]]:
+def _sorted(
+    s: State, terms: list[StateProduct], rank: str
+) -> tuple[list[StateProduct], list[StateProduct], list[StateProduct]]:
     """The products with an element's own past, with none, and with others'."""
     own_read = ex.load(s.name, (*s.step.out.index[:-1], ex.index(rank)), s.step.body.dtype)
-    own: list[Product] = []
-    plain: list[Product] = []
-    taken: list[Product] = []
+    own: list[StateProduct] = []
+    plain: list[StateProduct] = []
+    taken: list[StateProduct] = []
     for p in terms:
         x = p.state(s.name)
         (plain if x is None else own if x.args == own_read.args and not p.over else taken).append(p)
     return own, plain, taken
 
 
-def _summed(s: State, p: Product) -> int:
+def _summed(s: State, p: StateProduct) -> int:
     """The place of the one rank that is summed in a read of the whole state; -1 where it is not so."""
     x = p.state(s.name)
     assert x is not None

@@ -21,7 +21,7 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Access, Cascade, Einsum, Rank, Tensor, verify
 from ...patterns.expr import Expr
-from ...patterns.recurrence.expand import Expansion, Product, product_of
+from ...patterns.recurrence.expand import Expansion, StateProduct, product_of
 from ...patterns.recurrence.powers import Powers
 from ...patterns.recurrence.recurrence import Recurrence, recurrence
 from ...patterns.verdict import Obstacle
@@ -49,7 +49,7 @@ class Differs(Exception):
 
 
 @dataclass(frozen=True)
-class Form:
+class ChunkProduct:
     """One product of a chunk. `factors` read tokens at `@place`, exponents the running sum at (place, key)."""
 
     sign: int
@@ -61,7 +61,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Roles:
+class TokenParts:
     """What the tokens of a recurrence read and add, at the token `@` and the key `κ`."""
 
     keys: Counter[Expr]
@@ -74,7 +74,7 @@ def over_tokens(f: FoundScan, graph: fx.Graph, aliases: Aliases) -> FoundScan | 
     """The recurrence over tokens of a loop over chunks, or where it differs from one."""
     if len(f.recurrence.states) != 1 or len(f.recurrence.outputs) != 1:
         return Obstacle("its chunks carry more than one state, or give more than one result")
-    if not sources(f.tensors.values(), f.loop.steps):
+    if not split(f.tensors.values(), f.loop.steps)[0]:
         return Obstacle("nothing over all tokens is split into its chunks")
     try:
         return _Chunks(f, graph, aliases).found()
@@ -82,8 +82,8 @@ def over_tokens(f: FoundScan, graph: fx.Graph, aliases: Aliases) -> FoundScan | 
         return Obstacle(str(no))
 
 
-def sources(inputs: Iterable[fx.Node], count: int) -> set[fx.Node]:
-    """The tensors over all tokens that are split into `count` chunks on the way to the inputs of a loop."""
+def split(inputs: Iterable[fx.Node], count: int) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The tensors over all tokens that are split into `count` chunks on the way to the inputs of a loop, and that way."""
     out: set[fx.Node] = set()
     seen, stack = set[fx.Node](), list(inputs)
     while stack:
@@ -96,7 +96,7 @@ def sources(inputs: Iterable[fx.Node], count: int) -> set[fx.Node]:
             out.add(source)
             continue
         stack += n.all_input_nodes
-    return out
+    return out, seen
 
 
 def _splits(before: tuple[object, ...], n: fx.Node, count: int) -> bool:
@@ -111,8 +111,9 @@ class _Chunks:
     def __init__(self, f: FoundScan, graph: fx.Graph, aliases: Aliases) -> None:
         self.f, self.c = f, f.recurrence.cascade
         (self.state,), (self.output,) = f.recurrence.states, f.recurrence.outputs
-        solved = {x.node: x for x in inverses(graph, aliases)}
-        self.lifter = Within(graph, aliases, RULES, {*sources(f.tensors.values(), f.loop.steps), *solved})
+        sources, way = split(f.tensors.values(), f.loop.steps)
+        solved = {x.node: x for x in inverses(way, graph, aliases)}
+        self.lifter = Within(graph, aliases, RULES, {*sources, *solved})
         self.lifter.ranks.update({r.name: r.size for r in self.c.ranks})
         self.normal = Solving(self._produced, self._opened, self.lifter, solved)
         self.size = 0
@@ -137,13 +138,13 @@ class _Chunks:
                 table[x] = self.lifter.value(node, x.args)
         return self.lifter.opened(ex.substitute(e, table) if table else e)
 
-    def _expanded(self, e: Expr) -> list[Product]:
+    def _expanded(self, e: Expr) -> list[StateProduct]:
         out = Expansion(self.c, self.state.name).of(e)
         if out is None:
             raise Differs("a chunk is not linear in its state")
         return out
 
-    def _powers(self, p: Product) -> Powers:
+    def _powers(self, p: StateProduct) -> Powers:
         out = self.normal.of(*p.factors)
         return replace(out, sign=out.sign * p.sign, over=out.over | p.over)
 
@@ -161,9 +162,9 @@ class _Chunks:
         self._agree(roles, step, given)
         return self._made(roles, row)
 
-    def _sorted(self, e: Expr) -> tuple[Product | None, Product, Product | None]:
+    def _sorted(self, e: Expr) -> tuple[StateProduct | None, StateProduct, StateProduct | None]:
         """The products of a step: with an element's own past, without the state, with others' past."""
-        own, plain, taken = list[Product](), list[Product](), list[Product]()
+        own, plain, taken = list[StateProduct](), list[StateProduct](), list[StateProduct]()
         before = (*self.state.step.out.index[:-1], ex.index(STEP))
         for p in self._expanded(e):
             x = p.state(self.state.name)
@@ -172,12 +173,14 @@ class _Chunks:
             raise Differs("a chunk changes its state by more than one product")
         return own[0], plain[0], taken[0] if taken else None
 
-    def _ranks(self, plain: Product, read: list[Product]) -> None:
+    def _ranks(self, plain: StateProduct, read: list[StateProduct]) -> None:
         """The matrix's ranks: products with the state sum over its key."""
         keys: set[str] = set()
         for p in read:
             x = p.state(self.state.name)
             if x is not None:
+                if x.args[-1] is not ex.index(STEP):
+                    raise Differs("a chunk reads its state after it has changed it")
                 own = [(a, b) for a, b in zip(x.args[:-1], self.state.step.out.index[:-1]) if a.op == b.op == "index"]
                 keys |= {str(b.attr) for a, b in own if a.attr in p.over}
                 # what a chunk gives may name the state's ranks otherwise
@@ -185,12 +188,12 @@ class _Chunks:
         if len(keys) != 1 or len(set(self.alias.values())) != len(self.alias):
             raise Differs("no single rank of the state is contracted")
         (self.key,) = keys
-        p = self._powers(plain)
-        for x in p.factors:
+        made = self._powers(plain)
+        for x in made.factors:
             if self.key in x.ranks:
-                self.size = self.size or self._chunk(x, p)
-        along = [r for r in self.state.ranks if r != self.key and any(r in x.ranks for x in p.factors)]
-        apart = [r for r in along if not any(r in x.ranks and self.key in x.ranks for x in p.factors)]
+                self.size = self.size or self._chunk(x, made)
+        along = [r for r in self.state.ranks if r != self.key and any(r in x.ranks for x in made.factors)]
+        apart = [r for r in along if not any(r in x.ranks and self.key in x.ranks for x in made.factors)]
         if not self.size or not apart:
             raise Differs("what a chunk adds is no product of its tokens' keys and values")
         self.value = apart[-1]
@@ -204,7 +207,7 @@ class _Chunks:
                     return int(size.value)
         return 0
 
-    def _decay(self, own: Product | None) -> Expr | None:
+    def _decay(self, own: StateProduct | None) -> Expr | None:
         """The running sum at the end of a chunk, whose exponential is the decay of the whole."""
         assert own is not None
         p = self.normal.of(*own.without(own.state(self.state.name)))
@@ -239,7 +242,7 @@ class _Chunks:
             raise Differs("a token is read by its place in its chunk")
         return out
 
-    def _form(self, p: Product, row: str) -> Form:
+    def _form(self, p: StateProduct, row: str) -> ChunkProduct:
         """A product of a chunk with its coordinates named by what they are. `row`: the token that reads, of an output."""
         made, state = self._powers(p), p.state(self.state.name)
         names = {**self.alias, row: READS} if row else {}
@@ -256,12 +259,13 @@ class _Chunks:
             names[r] = ADDS if token in inside else DOT
         if len(set(names.values())) != len(names) or not made.over <= set(names):
             raise Differs("a chunk sums over more than its tokens and their keys")
-        at = None if not solved else (str(solved[0].attr), solved[0].args[:-2])
+        table = {ex.index(a): ex.index(b) for a, b in names.items()}
+        at = None if not solved else (str(solved[0].attr), tuple(ex.substitute(i, table) for i in solved[0].args[:-2]))
         return self._named(made, names, {state, *solved}, at, state is not None)
 
     def _named(
         self, made: Powers, names: dict[str, str], apart: set[Expr | None], solved: Solved | None, reads_state: bool
-    ) -> Form:
+    ) -> ChunkProduct:
         table = {ex.index(a): ex.index(b) for a, b in names.items()}
         places = set(names.values()) & {READS, ADDS, SOLVES}
         factors: Counter[Expr] = Counter()
@@ -275,9 +279,9 @@ class _Chunks:
                 raise Differs("a product of a chunk fades otherwise than its state")
             exponents[place, key] += n
         keeps = tuple(ex.substitute(x, table) for x in made.keeps)
-        return Form(made.sign, factors, exponents, keeps, solved, reads_state)
+        return ChunkProduct(made.sign, factors, exponents, keeps, solved, reads_state)
 
-    def _roles(self, added: Form, taken: Form | None, read: list[Form]) -> Roles:
+    def _roles(self, added: ChunkProduct, taken: ChunkProduct | None, read: list[ChunkProduct]) -> TokenParts:
         keys = Counter({x: n for x, n in added.factors.items() if self.key in x.ranks})
         behind = SOLVES if added.solved else ADDS
         if taken is not None and keys - taken.factors:
@@ -289,9 +293,16 @@ class _Chunks:
             raise Differs("a chunk reads the state before it more than once, or never")
         rest = None if taken is None else _at(taken.factors - keys, SOLVES, INNER)
         values, queries = _at(added.factors - keys, behind, ""), _at(inter[0].factors, READS, INNER)
-        return Roles(_at(keys, ADDS, self.key), values, queries, rest)
+        roles = TokenParts(_at(keys, ADDS, self.key), values, queries, rest)
+        own = {AT, "κ", *self.state.ranks} - {self.key}
+        rows = [*roles.keys, *queries, *(rest or ())]
+        if any(x.ranks - own for x in (*rows, *values)):
+            raise Differs("a factor of a chunk reads another token than its own")
+        if any(self.value in x.ranks for x in rows):
+            raise Differs("a row of a chunk varies along the values")
+        return roles
 
-    def _agree(self, roles: Roles, step: list[Form], read: list[Form]) -> None:
+    def _agree(self, roles: TokenParts, step: list[ChunkProduct], read: list[ChunkProduct]) -> None:
         """Whether all products of a chunk are what the roles say."""
         solved = step[0].solved
         end = ex.const(self.size - 1)
@@ -299,15 +310,15 @@ class _Chunks:
         keys, pairs = _to(roles.keys, ADDS, self.key), _to(roles.queries, READS, DOT) + _to(roles.keys, ADDS, DOT)
         fades = self._fades((end, self.key, 1), (ADDS, self.key, -1))
         pair = self._fades((READS, DOT, 1), (ADDS, DOT, -1))
-        wanted = [Form(1, keys + add, fades, (), solved, False)]
+        wanted = [ChunkProduct(1, keys + add, fades, (), solved, False)]
         out = [
-            Form(1, _to(roles.queries, READS, INNER), self._fades((READS, INNER, 1)), (), None, True),
-            Form(1, pairs + add, pair, (), solved, False),
+            ChunkProduct(1, _to(roles.queries, READS, INNER), self._fades((READS, INNER, 1)), (), None, True),
+            ChunkProduct(1, pairs + add, pair, (), solved, False),
         ]
         if roles.taken is not None:
             off, old = _to(roles.taken, SOLVES, INNER), self._fades((SOLVES, INNER, 1))
-            wanted.append(Form(-1, keys + off, _sum(fades, old), (), solved, True))
-            out.append(Form(-1, pairs + off, _sum(pair, old), (), solved, True))
+            wanted.append(ChunkProduct(-1, keys + off, _sum(fades, old), (), solved, True))
+            out.append(ChunkProduct(-1, pairs + off, _sum(pair, old), (), solved, True))
         self._equal(step, wanted, pairs)
         self._equal(read, out, pairs)
         if solved is not None and roles.taken is not None:
@@ -322,7 +333,7 @@ class _Chunks:
             (ex.index(x) if isinstance(x, str) else x, ex.index(key) if each else ex.const(0)): n for x, key, n in at
         })
 
-    def _equal(self, got: list[Form], wanted: list[Form], pairs: Counter[Expr]) -> None:
+    def _equal(self, got: list[ChunkProduct], wanted: list[ChunkProduct], pairs: Counter[Expr]) -> None:
         left = list(wanted)
         for x in got:
             same = [w for w in left if replace(x, keeps=()) == w]
@@ -374,7 +385,7 @@ class _Chunks:
             raise Differs("a chunk does not give its tokens side by side")
         return str((*beside, *within)[0].attr)
 
-    def _made(self, roles: Roles, row: str) -> FoundScan:
+    def _made(self, roles: TokenParts, row: str) -> FoundScan:
         s, t = self.state, ex.index(STEP)
         tokens = self.f.loop.steps * self.size
         at, inner, dtype = s.step.out.index[:-1], f"{self.key}_", self.c.tensor[s.name].dtype

@@ -44,7 +44,7 @@ class Solving(Normal):
 
     def _factor(self, e: Expr, out: Powers) -> None:
         node = self.lifter.leaves.get(str(e.attr)) if e.op == "load" else None
-        if node in self.inverses:
+        if node is not None and node in self.inverses:
             out.factors[self._solution(System(self.inverses[node].strict, True), e.args)] += 1
         elif node is not None and _is_unit_lower(node):
             self._solved(node, e, out)

@@ -8,6 +8,7 @@ Each row is proved: what it writes, where, and that nothing but the row before i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +31,10 @@ class Inverse:
     size: int
 
 
-def inverses(graph: fx.Graph, aliases: Aliases) -> list[Inverse]:
-    """Every forward substitution of a graph."""
+def inverses(nodes: Iterable[fx.Node], graph: fx.Graph, aliases: Aliases) -> list[Inverse]:
+    """Every forward substitution among some nodes of a graph."""
     out: list[Inverse] = []
-    for n in graph.nodes:
+    for n in nodes:
         if op_name(n) != "select_scatter" or _row(n) != 1 or not isinstance(n.args[0], fx.Node):
             continue
         found = _inverse(graph, aliases, n)

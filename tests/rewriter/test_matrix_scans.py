@@ -223,7 +223,8 @@ def test_steps_at_once_are_steps_one_by_one(n: int, channels: bool, taken: bool)
     queries = [(draw(n, 2, 3, 5), True), (draw(n, 2, 3, 5), False)]
     got, reads = carried(s, f, u, x, w, queries)
     flat = [(rows_of(q), after) for q, after in queries]
-    want, wanted = one_by_one(s.flatten(0, 1), *map(rows_of, (f, u, x)), None if w is None else rows_of(w), flat)
+    off = None if w is None else rows_of(w)
+    want, wanted = one_by_one(s.flatten(0, 1), rows_of(f), rows_of(u), rows_of(x), off, flat)
     torch.testing.assert_close(got.flatten(0, 1), want, rtol=1e-13, atol=1e-13)
     for a, b in zip(reads, wanted):
         torch.testing.assert_close(rows_of(a), b, rtol=1e-13, atol=1e-13)
@@ -297,5 +298,6 @@ def test_where_gradients_are_wanted_the_own_steps_stay() -> None:
     o, s = model(*args)
     (o.sum() + s.sum()).backward()
     (site,) = [s for p in reattend.report(model).pieces if p.plan for s in p.plan.sites]
-    assert (site.choice, site.traits) == ("original", {"decay", "delta"})
+    assert site.choice == "original"
+    assert site.traits == {"decay", "delta"}
     assert args[0].grad is not None
