@@ -129,7 +129,9 @@ def _reached(
 ) -> tuple[list[str], list[str]]:
     """More lines of the loop, which add what reaches leaves; the names of sums over the keys, and lines behind the loop."""
     body.taken |= taken
-    summed, after, kept = [], [], 0
+    summed: list[str] = []
+    after: list[str] = []
+    kept = 0
     for text, (bit, leaf) in zip(texts, ((i, x) for i, x in enumerate(p.leaves) if x.kind != ENDS)):
         name, wanted = body.fresh(f"d_{leaf.load.attr}"), f"if constexpr (LEAVES >> {bit} & 1)"
         if leaf.kind == ROWS:
