@@ -7,7 +7,7 @@
 through `reattend.optimize`: with our kernel ("reattend") and with what it chooses ("chosen"). One process, candidates in
 turn, medians; the first call, compilation included, is made before and not counted. `--clock cpu` counts processor time,
 which others on the machine do not lengthen (with one thread: threads that wait are counted as well); `wall` counts time.
-Writes benchmarks/results/training_cpu.json.
+Writes benchmarks/results/training_cpu.json, or of those alone training_learned_cpu.json.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def main() -> None:
             rows.append({"mask": mask, "dtype": dtype, "length": given.length, "milliseconds": ms})
             show(mask, dtype, ms)
     more = {"clock": given.clock, "rounds": given.rounds}
-    print(f"written to {timing.write('training_cpu', rows, **more)}")
+    name = "training_learned_cpu" if set(given.masks.split(",")) <= set(LEARNED) else "training_cpu"
+    print(f"written to {timing.write(name, rows, **more)}")
 
 
 def show(mask: str, dtype: str, ms: dict[str, float]) -> None:

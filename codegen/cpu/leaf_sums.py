@@ -15,7 +15,7 @@ from ...patterns.cascade import Size, size_term
 from ...patterns.expr import Expr
 from ..files.torch_file import PrintedFunction, Printer, indented
 from ..forms.form import Form
-from .cpp.leaves import DISTANCES, ENDS, KEYS, PAIRS, ROWS, Leaf, folds, own_lead
+from .cpp.leaves import DISTANCES, ENDS, KEYS, PAIRS, ROWS, LeafTerm, folds, own_lead
 
 
 def where(f: Form, load: Expr, dims: Mapping[str, int]) -> list[tuple[str, int]] | None:
@@ -55,7 +55,7 @@ class LeafSums:
     """
 
     p: Printer
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[LeafTerm, ...]
     names: tuple[str, ...]
 
     @property
@@ -107,7 +107,7 @@ class LeafSums:
         slices = ", ".join(":" if d >= 0 else text for text, d in found)
         return [f"{to} = torch.zeros_like({tensor})", f"{to}[{slices}] = {sums}.to({tensor}.dtype)"]
 
-    def _shape(self, leaf: Leaf) -> Sequence[Size]:
+    def _shape(self, leaf: LeafTerm) -> Sequence[Size]:
         return self.p.f.cascade.tensor[str(leaf.load.attr)].shape
 
     def _places(self, i: int) -> PrintedFunction | None:
@@ -120,7 +120,7 @@ class LeafSums:
         f = self.p.f
         return (*(f.heads.lead or ("",)), f.heads.head, f.attention.query, f.attention.key)
 
-    def _dims(self, leaf: Leaf) -> dict[str, int]:
+    def _dims(self, leaf: LeafTerm) -> dict[str, int]:
         """The dimension of each rank; distances have none that a query or a key moves along alone."""
         hidden = ("", *((self.p.f.attention.query, self.p.f.attention.key) if leaf.kind == DISTANCES else ()))
         return {r: d for d, r in enumerate(self._ranks()) if r not in hidden}
@@ -145,7 +145,7 @@ class LeafSums:
                 size = {r: x if r in kept else "1" for r, x in size.items()}
         return f"{text}.view({', '.join(size[r] for r in self._ranks())})"
 
-    def _coordinates(self, leaf: Leaf) -> dict[str, str]:
+    def _coordinates(self, leaf: LeafTerm) -> dict[str, str]:
         """Texts of the coordinates of what was gathered."""
         f, n = self.p.f, self.p.names
         ranks = self._ranks()

@@ -28,7 +28,7 @@ from ..text.print_torch import identifier
 from ..text.printer import PrintError
 from .cpp import backward as cpp_backward
 from .cpp.backward import BackwardProgram
-from .cpp.leaves import ENDS, Leaf, leaves
+from .cpp.leaves import ENDS, LeafTerm, leaves
 from .fused import FusedFile, check_tiles
 from .leaf_sums import LeafSums
 
@@ -69,14 +69,14 @@ def _rounded(f: Form, made: Adjoint) -> bool:
     return bool(made.row) and f.cascade.tensor[f.cascade.outputs[0]].dtype in NARROW
 
 
-def _is_given(f: Form, made: Adjoint, leaf: Leaf) -> bool:
+def _is_given(f: Form, made: Adjoint, leaf: LeafTerm) -> bool:
     """Is the loop's gradient of a leaf exact enough, and do tiles that it leaves out have no part in it?"""
     if _rounded(f, made) and leaf.load.dtype not in NARROW:
         return False
     return leaf.kind == ENDS or (not f.skips and f.rule != "bounded") or _vanish(f, [leaf.term])
 
 
-def _of_tiles(given: Sequence[Leaf]) -> list[Expr]:
+def _of_tiles(given: Sequence[LeafTerm]) -> list[Expr]:
     return [x.term for x in given if x.kind != ENDS]
 
 
@@ -132,7 +132,7 @@ def _terms(f: Form) -> Terms:
 class _TrainingFile(FusedFile):
     """A file with two loops."""
 
-    def __init__(self, f: Form, m: TileMapping, made: Adjoint, given: Sequence[Leaf]) -> None:
+    def __init__(self, f: Form, m: TileMapping, made: Adjoint, given: Sequence[LeafTerm]) -> None:
         super().__init__(f, m, tuple(x.term for x in made.saved), LOCALS)
         self.backward = BackwardProgram(f, _terms(f), self.given, made, given)
         self.programs.append(self.backward)

@@ -24,7 +24,7 @@ from .. import strategies
 from ..strategies import SCORES
 from .attentions import CAUSAL, VARIANTS, B, Case, H, M, N, P, S, T, added, aux, build, masked, windows
 from .test_cpu import TYPES
-from .test_training_product import LONG, check, floats, kernel, multiplied, written
+from .test_training_product import check, floats, kernel, multiplied, written
 
 TILES = TileMapping(32, 32, body="fused")
 OTHERS = {"Q", "K", "V"}
@@ -65,17 +65,17 @@ def in_type(make: Callable[[str], Case], dtype: str) -> None:
 def alibi(dtype: str) -> Case:
     slope = ex.cast(ex.load("slope", (H,), dtype), "f32")
     return build(lambda s: added(CAUSAL)(s + slope * ex.cast(M - P, "f32")), aux=(aux("slope", (4,), dtype),), square=True,
-                 dtype=dtype, **LONG)
+                 dtype=dtype, p=70, m=70)
 
 
 def bias(dtype: str) -> Case:
     return build(lambda s: s + ex.cast(ex.load("bias", (ex.const(0), H, P, M), dtype), "f32"),
-                 aux=(aux("bias", (1, 4, S, T), dtype),), dtype=dtype, **LONG)
+                 aux=(aux("bias", (1, 4, S, T), dtype),), dtype=dtype, p=70, m=70)
 
 
 def sinks(dtype: str) -> Case:
     return build(added(CAUSAL), sink=ex.cast(ex.load("sink", (H,), dtype), "f32"), aux=(aux("sink", (4,), dtype),),
-                 square=True, group=2, dtype=dtype, **LONG)
+                 square=True, group=2, dtype=dtype, p=70, m=70)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
@@ -85,7 +85,7 @@ def test_in_16_bits(make: Callable[[str], Case], dtype: str) -> None:
 
 
 def test_sinks_and_a_factor_outside_of_the_product() -> None:
-    case = build(added(CAUSAL), square=True, sink=ex.load("sink", (H,), "f32"), aux=(aux("sink", (4,)),), **LONG)
+    case = build(added(CAUSAL), square=True, sink=ex.load("sink", (H,), "f32"), aux=(aux("sink", (4,)),), p=70, m=70)
     c = multiplied(case.cascade, "QK", ex.load("tau", (H,), "f32"), aux("tau", (4,)))
     found = of_case(Case(c, case.sizes), {**case.inputs(), "tau": torch.tensor([0.5, -1.0, 2.0, 0.0])})
     assert found["tau"].count_nonzero() == 4
@@ -96,7 +96,7 @@ def test_batches_and_heads_that_share_a_bias_take_turns() -> None:
     def score(s: Expr) -> Expr:
         return added(CAUSAL)(s + ex.load("bias", (P, M), "f32"))
 
-    case = build(score, aux=(aux("bias", (S, S)),), square=True, group=2, **LONG)
+    case = build(score, aux=(aux("bias", (S, S)),), square=True, group=2, p=70, m=70)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -115,7 +115,7 @@ def test_a_bias_of_some_leading_ranks() -> None:
 @pytest.mark.slow
 def test_a_table_that_is_looked_up_by_a_tensor_of_places() -> None:
     """Swin: places of a table for each query and key, read through a tensor of integers."""
-    case = build(lambda s: s + ex.load("table", (LOOKED, H), "f32"), aux=(aux("table", (9, 4)), aux("place", (S, T), "i64")), **LONG)
+    case = build(lambda s: s + ex.load("table", (LOOKED, H), "f32"), aux=(aux("table", (9, 4)), aux("place", (S, T), "i64")), p=70, m=70)
     x = case.inputs()
     x["place"] = torch.randint(0, 9, x["place"].shape, generator=torch.Generator().manual_seed(2))
     of_case(case, x)
@@ -127,7 +127,7 @@ def test_a_bias_of_keys_and_slopes_at_once() -> None:
         slope, own = ex.load("slope", (H,), "f32"), ex.load("own", (B, M), "f32")
         return added(CAUSAL)(s + slope * ex.cast(M - P, "f32") + own)
 
-    of_case(build(score, aux=(aux("slope", (4,)), aux("own", (N, S))), square=True, **LONG))
+    of_case(build(score, aux=(aux("slope", (4,)), aux("own", (N, S))), square=True, p=70, m=70))
 
 
 def test_only_what_is_wanted_is_added_up() -> None:
@@ -135,7 +135,7 @@ def test_only_what_is_wanted_is_added_up() -> None:
     def score(s: Expr) -> Expr:
         return s + ex.load("slope", (H,), "f32") * ex.cast(M - P, "f32") + ex.load("bias", (ex.const(0), H, P, M), "f32")
 
-    case = build(score, aux=(aux("slope", (4,)), aux("bias", (1, 4, S, T))), **LONG)
+    case = build(score, aux=(aux("slope", (4,)), aux("bias", (1, 4, S, T))), p=70, m=70)
     x = case.inputs()
     flow = torch.randn(2, 4, 70, 16)
     exact = written(case.cascade, x, case.sizes, flow, True)
@@ -162,7 +162,7 @@ def test_on_other_numbers_of_threads() -> None:
 
 def test_what_a_rounded_output_tells_too_little_of_is_left_to_another_body() -> None:
     """δ = Σ dOut·out of an output in bfloat16 is off by more than a gradient in float32 may be."""
-    case = VARIANTS["alibi"](dtype="bf16", **LONG)
+    case = VARIANTS["alibi"](dtype="bf16", p=70, m=70)
     assert kernel(case.cascade, TILES).without == ("slope",)
     refused = build_trained(case.cascade, replace(TILES, body="product"))
     assert not isinstance(refused, Refusal)

@@ -204,8 +204,8 @@ def test_a_body_is_taken_that_gives_the_gradients_that_are_wanted() -> None:
     """Beside an output in bfloat16 the fused body does not give the gradient of a slope in float32; else it does."""
     q, k, v = (x.requires_grad_() for x in qkv(1, 8, 2048, 64))
     model = Sloped()
-    for traced in (False, True):
-        c = decide(model, q, k, v, traced=traced).site.candidate("reattend")
+    for inside in (False, True):
+        c = decide(model, q, k, v, traced=inside).site.candidate("reattend")
         assert c.feasible
         assert c.mapping is not None
         assert '"body":"fused"' in c.mapping

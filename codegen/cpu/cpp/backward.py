@@ -19,7 +19,7 @@ from ....patterns.terms.conditions import simplify_under
 from ...forms.form import Form
 from ...forms.terms import Terms
 from ...text.print_cpp import CppBody
-from .leaves import ENDS, ROWS, Leaf, folds
+from .leaves import ENDS, ROWS, LeafTerm, folds
 from .names import Around, LoopProgram, mentions
 from .program import fetch, load
 
@@ -30,7 +30,7 @@ class BackwardProgram(LoopProgram):
     mark = "backward "
 
     def __init__(
-        self, f: Form, t: Terms, given: Iterable[str], adjoint: Adjoint, leaves: Sequence[Leaf] = ()
+        self, f: Form, t: Terms, given: Iterable[str], adjoint: Adjoint, leaves: Sequence[LeafTerm] = ()
     ) -> None:
         """`t`: the terms of the forward as the model wrote them; `given`: tensors that exist when the kernel is called."""
         self.adjoint, self.leaves = adjoint, tuple(leaves)
@@ -129,7 +129,9 @@ def _reached(
 ) -> tuple[list[str], list[str]]:
     """More lines of the loop, which add what reaches leaves; the names of sums over the keys, and lines behind the loop."""
     body.taken |= taken
-    summed, after, kept = [], [], 0
+    summed: list[str] = []
+    after: list[str] = []
+    kept = 0
     for text, (bit, leaf) in zip(texts, ((i, x) for i, x in enumerate(p.leaves) if x.kind != ENDS)):
         name, wanted = body.fresh(f"d_{leaf.load.attr}"), f"if constexpr (LEAVES >> {bit} & 1)"
         if leaf.kind == ROWS:

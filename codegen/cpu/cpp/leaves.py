@@ -24,7 +24,7 @@ ROWS, KEYS, DISTANCES, PAIRS, ENDS = "rows", "keys", "distances", "pairs", "ends
 
 
 @dataclass(frozen=True)
-class Leaf:
+class LeafTerm:
     """What stands at `load`, its gradient's term over [P, M] or, of a row's end, [P], and where that is added up."""
 
     load: Expr
@@ -32,10 +32,10 @@ class Leaf:
     kind: str
 
 
-def leaves(f: Form, made: Adjoint) -> list[Leaf]:
+def leaves(f: Form, made: Adjoint) -> list[LeafTerm]:
     """All leaves of an attention whose gradients are terms of tiles or of rows."""
-    found = [Leaf(g.load, g.term, _kind(f, g)) for g in made.leaves if f.attention.value not in g.space]
-    return [*found, *(Leaf(y, term, _kind_of_load(f, y)) for y, term in outside(f, made))]
+    found = [LeafTerm(g.load, g.term, _kind(f, g)) for g in made.leaves if f.attention.value not in g.space]
+    return [*found, *(LeafTerm(y, term, _kind_of_load(f, y)) for y, term in outside(f, made))]
 
 
 def _kind(f: Form, g: Gradient) -> str:
@@ -62,14 +62,14 @@ def outside(f: Form, made: Adjoint) -> list[tuple[Expr, Expr]]:
     return found
 
 
-def folds(f: Form, given: Sequence[Leaf]) -> tuple[int, int]:
+def folds(f: Form, given: Sequence[LeafTerm]) -> tuple[int, int]:
     """Bits of the leaves over pairs that several batches, or several heads, read at one place: these take turns."""
     z = sum(1 << i for i, x in enumerate(given) if x.kind == PAIRS and len(own_lead(f, x)) < len(f.heads.lead))
     h = sum(1 << i for i, x in enumerate(given) if x.kind == PAIRS and f.heads.head and f.heads.head not in x.load.ranks)
     return z, h
 
 
-def own_lead(f: Form, leaf: Leaf) -> tuple[str, ...]:
+def own_lead(f: Form, leaf: LeafTerm) -> tuple[str, ...]:
     """The leading ranks over which a leaf over pairs is kept: from the first to the last that it is read at."""
     at = [i for i, r in enumerate(f.heads.lead) if r in leaf.load.ranks]
     return f.heads.lead[at[0] : at[-1] + 1] if at else ()

@@ -190,7 +190,8 @@ def backward_mapping(mapping: TileMapping) -> TileMapping:
 def shared_bytes(b: StreamingBackward, mapping: TileMapping) -> int:
     """Shared memory of the larger of both backward kernels, at most: what is resident, what streams in stages, dX turned.
 
-    Compiled: 98,304 and 107,264 bytes for heads of 128 in bf16 on sm_90, less on sm_80.
+    A tile of floats is turned as well where the score reads a tensor of pairs, or what reaches one is stored. Compiled:
+    98,304 and 107,264 bytes for heads of 128 in bf16 on sm_90, less on sm_80; 74,752 for heads of 64 and a bias on sm_100.
     """
     back, stages = backward_mapping(mapping), min(mapping.stages, STAGES)
     own = WIDTH[b.s.values.dtype]
@@ -200,7 +201,11 @@ def shared_bytes(b: StreamingBackward, mapping: TileMapping) -> int:
     )
     rows, keys = back.tile_p * far, back.tile_m * near
     resident = max(rows + stages * keys, keys + stages * rows)
-    return resident + back.tile_p * back.tile_m * own + 1024
+    both = {b.s.attention.query, b.s.key}
+    pairs = any(both <= x.ranks and str(x.attr) in b.s.inputs for e in b.partial for x in ex.loads(e))
+    turned = own + (WIDTH["f32"] if pairs else 0)
+    # barriers, and what reductions across warps exchange
+    return resident + back.tile_p * back.tile_m * turned + 2048
 
 
 def _constants(b: StreamingBackward, mapping: TileMapping, back: TileMapping) -> str:
