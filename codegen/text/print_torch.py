@@ -73,7 +73,8 @@ def size_source(size: Size, names: Mapping[str, str]) -> str:
     """A size as Python text; `names[symbol]` is the text of a symbol."""
     term = size_term(size)
     scope = TorchScope({ex.symbol(n): t for n, t in names.items()}, {}, {}, {})
-    return TorchBody(scope, [term]).term(term)
+    # nothing is named: a text has no lines before it
+    return TorchBody(scope, []).term(term)
 
 
 def is_number(e: Expr, numbers: frozenset[Expr] = frozenset()) -> bool:

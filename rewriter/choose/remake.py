@@ -23,6 +23,10 @@ from ..splice.recipe import Recipe
 from .candidates import vendor_call
 
 _MAKERS: dict[str, Any] = {"sdpa": vendor.sdpa, "flex": vendor.flex}
+# What runs, and what builds its kernel.
+_OPERATORS: dict[str, tuple[Any, Any]] = {
+    "ours": (torch.ops.reattend.cascade.default, ours.build), "trained": (trained.call, trained.build),
+}
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,7 @@ def remade(r: Recipe, device: Device) -> Remade:
         if isinstance(made, Refusal):
             raise ValueError(made.reason)
         return Remade(vendor_call(made).target, conditions, lambda: str(made.source))
-    target, build = {
-        "ours": (torch.ops.reattend.cascade.default, ours.build), "trained": (trained.call, trained.build),
-    }[r.kind]
+    target, build = _OPERATORS[r.kind]
     mapping = TileMapping.parse(r.mapping)
 
     @lru_cache(maxsize=1)

@@ -115,10 +115,9 @@ def attention(
 
     Raises ValueError where the module leaves something to its implementations that its eager function does not do.
     """
-    own = partial(as_written, module, query, key, value, attention_mask, options)
     if _traced(query, key, value):
         refuse_foreign(module, options)
-        return own()
+        return as_written(module, query, key, value, attention_mask, options)
     page = layer_of(module)
     if not isinstance(page.recipe, Recipe) or not page.recipe.takes_all_of(options):
         refuse_foreign(module, options)
@@ -126,9 +125,9 @@ def attention(
     if isinstance(call, str):
         page.calls += 1
         page.leave(call)
-        return own()
+        return as_written(module, query, key, value, attention_mask, options)
     out = page.run(call, door)
-    return own() if out is None else (out, None)
+    return (out, None) if out is not None else as_written(module, query, key, value, attention_mask, options)
 
 
 def as_written(

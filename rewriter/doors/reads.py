@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graph import torch_private
 from .callables import Opaque
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
@@ -57,7 +58,8 @@ def _same(a: object, b: object) -> bool:
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """The tensors that stand on a module itself."""
-    return {n: x for group in (module.named_parameters, module.named_buffers) for n, x in group(recurse=False)}
+    parameters, buffers = torch_private.own_tensors(module)
+    return {n: x for n, x in (*parameters.items(), *buffers.items()) if x is not None} if parameters or buffers else {}
 
 
 class Seen:

@@ -47,7 +47,8 @@ class Door:
     target: Device | None = None
 
 
-@dataclass(frozen=True, eq=False)
+# a step makes one for each layer: frozen, it would take three times as long
+@dataclass(slots=True, eq=False)
 class DoorCall:
     """A call behind a door. `code` gives the function of `values`, noting what it reads of the layer beside them.
 

@@ -528,6 +528,10 @@ def graph_so_far(error: BaseException) -> str:
 
 # --- calls of a model ---------------------------------------------------------------------------------------------
 
+OWN_TENSORS = Private(
+    "Module._parameters and Module._buffers", "which tensors stand on a module that calls a door", "2.2",
+    "no door can be used",
+)
 CALL_HOOK = Private(
     "torch.nn:Module._compiled_call_impl", "catching the calls of a model", "2.2", "no model can be optimised"
 )
@@ -603,6 +607,14 @@ def check_calls() -> None:
     """Raises TorchChanged where calls of a model cannot be caught, or not be told from somebody's trace."""
     for part in _EACH_CALL:
         part.found()
+
+
+def own_tensors(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]]:
+    """The parameters and the buffers that stand on a module itself."""
+    try:
+        return module._parameters, module._buffers
+    except AttributeError:
+        raise OWN_TENSORS.gone() from None
 
 
 def call_hook(module: nn.Module) -> Callable[..., Any] | None:

@@ -28,7 +28,7 @@ from ..graph.aliases import Aliases
 from ..graph.liveness import ARITHMETIC
 from ..splice.guards import Guarded
 from ..splice.recipe import RECIPE, Recipe
-from ..splice.splice import SITE, hint
+from ..splice.splice import SITE
 
 # A constant of more numbers than this is no number that somebody wrote down.
 CONSTANT = 64
@@ -85,7 +85,7 @@ class _Writer:
         if not isinstance(recipe, Recipe) or not all(recipe.conditions):
             raise Unfit(f"{n.name} has no recipe")
         given = [x.meta.get("val") for x in n.all_input_nodes]
-        sizes: Json = [[hint(s) for s in v.shape] if isinstance(v, torch.Tensor) else None for v in given]
+        sizes: Json = [_traced(v.shape) if isinstance(v, torch.Tensor) else None for v in given]
         said: dict[str, Json] = {"site": str(n.meta[SITE]), "recipe": _place(self.recipes, recipe), "sizes": sizes}
         if n.op == "call_module":
             guard = gm.get_submodule(str(n.target))
@@ -137,6 +137,14 @@ def _place(known: list[Any], x: object) -> int:
     return len(known) - 1 if found is None else found
 
 
+def _traced(shape: Sequence[int | torch.SymInt]) -> Json:
+    """The sizes of the example that was traced."""
+    known = [s if isinstance(s, int) else torch_private.traced_size(s) for s in shape]
+    if None in known:
+        raise Unfit("a size has no value in the trace")
+    return known
+
+
 def _operator_name(o: Any) -> str:
     if o.namespace not in _SPACES:
         raise Unfit(f"{o} is an operator of somebody else's")
@@ -153,7 +161,7 @@ def _written(x: Any, place: Mapping[fx.Node, int]) -> Json:
     if isinstance(x, slice):
         return ["slice", *(_written(y, place) for y in (x.start, x.stop, x.step))]
     if x is None or isinstance(x, (bool, str)) or type(x) is int:
-        return x  # type: ignore[return-value]
+        return x
     if type(x) is float:
         return ["float", repr(x)]
     if x is Ellipsis:

@@ -82,18 +82,22 @@ def recall(at: str, policy: Policy, record: list[Check]) -> Kept | None:
     except OSError:
         return None
     except UnicodeDecodeError as error:
-        return _damaged(str(error))
+        _damaged(str(error))
+        return None
     head, _, rest = text.partition("\n")
     if head != _head(at, rest):
-        return _damaged("it is not what was written for this graph")
+        _damaged("it is not what was written for this graph")
+        return None
     body, _, plan = rest.partition("\n")
     try:
         made, data = replace(Plan.from_json(plan), note=NOTE), json.loads(body)
         graph = graph_data.read(data, made.device, policy, record) if data is not None else None
     except (graph_data.Damaged, PlanError, ValueError) as error:
-        return _damaged(str(error))
+        _damaged(str(error))
+        return None
     if graph is None and any(s.choice != ORIGINAL for s in made.sites):
-        return _damaged("it replaces something and has no graph")
+        _damaged("it replaces something and has no graph")
+        return None
     return Kept(made, graph)
 
 
@@ -105,22 +109,27 @@ def described(at: str, plan: Plan, graph: fx.GraphModule, policy: Policy, facts:
     """
     if any(defect.is_one(m.reason) for m in plan.misses):
         return None
-    body: Json = None
-    if is_changed(graph):
-        if torch_private.size_facts() != facts:
-            return None
-        try:
-            body = graph_data.written(graph)
-            again = graph_data.written(graph_data.read(json.loads(json.dumps(body)), plan.device, policy, []))
-            if again != body or not _same_kernels(graph, plan):
-                return None
-        except (Unfit, ValueError):
-            # what is not of a kind that can be written, or has no text
-            return None
-    elif any(s.choice != ORIGINAL for s in plan.sites):
+    changed = is_changed(graph)
+    if changed and torch_private.size_facts() != facts:
         return None
-    rest = json.dumps(body, separators=(",", ":")) + "\n" + plan.to_json()
+    if not changed and any(s.choice != ORIGINAL for s in plan.sites):
+        return None
+    try:
+        body = _held(graph, plan, policy) if changed else None
+        rest = json.dumps(body, separators=(",", ":")) + "\n" + plan.to_json()
+    except (Unfit, ValueError):
+        # not of a kind that can be written, or a size has no value
+        return None
     return _head(at, rest) + "\n" + rest
+
+
+def _held(graph: fx.GraphModule, plan: Plan, policy: Policy) -> Json:
+    """The rewritten graph, held against what is read again. Raises Unfit, ValueError."""
+    body = graph_data.written(graph)
+    again = graph_data.written(graph_data.read(json.loads(json.dumps(body)), plan.device, policy, []))
+    if again != body or not _same_kernels(graph, plan):
+        raise Unfit("what is read again is not what was written")
+    return body
 
 
 def _same_kernels(graph: fx.GraphModule, plan: Plan) -> bool:

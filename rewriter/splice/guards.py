@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -217,7 +216,9 @@ class Guarded(nn.Module):
     def forward(
         self, arguments: Sequence[Any], inputs: Sequence[Any], tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
     ) -> Any:
-        if not self.broken and not self.slower and all(c.holds(tensors, sizes) for c in self.conditions):
+        if not self.broken and not self.slower and (
+            not self.conditions or all(c.holds(tensors, sizes) for c in self.conditions)
+        ):
             out, why = self._attempt(arguments, inputs)
             if not why:
                 return out
@@ -259,7 +260,10 @@ class Guarded(nn.Module):
         watch = self.watch
         tried = watch is not None and torch.is_grad_enabled() and watch.due(inputs)
         try:
-            with saved_tensors_hooks(Tensor.detach, _kept) if tried else nullcontext():
+            if tried:
+                with saved_tensors_hooks(Tensor.detach, _kept):
+                    out = self._called(arguments, inputs)
+            else:
                 out = self._called(arguments, inputs)
         except torch.OutOfMemoryError:
             raise

@@ -158,6 +158,16 @@ def test_reasons() -> None:
         source(ex.load("other", (M,), "f32"))
 
 
+def test_a_size_that_repeats_itself_has_no_names_of_its_own() -> None:
+    """A length that is padded to chunks, cut into them."""
+    n = sympy.Symbol("n", integer=True, positive=True)
+    padded = n + sympy.Mod(63 * n, 64)
+    size = sympy.floor(padded / sympy.floor(padded / 64))
+    text = size_source(size, {"n": "n"})
+    for value in (1, 64, 100, 640):
+        assert eval(text, {}, {"n": value}) == size.subs(n, value)
+
+
 def test_names_and_numbers() -> None:
     assert identifier("3 x", {"t_3_x"}) == "t_3_x_1"
     assert identifier("lambda") == "lambda_1"

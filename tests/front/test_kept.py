@@ -17,7 +17,7 @@ from reattend.codegen.files import cache
 from reattend.cost_model.devices.device import Device
 from reattend.rewriter.capture import capture
 from reattend.rewriter.check import verdicts
-from reattend.rewriter.choose.remake import Remade
+from reattend.rewriter.choose.remake import Remade, remade
 from reattend.rewriter.run import graph_data, kept
 from reattend.rewriter.splice.recipe import Recipe
 
@@ -136,8 +136,8 @@ def test_a_guard_is_kept_as_well(captured: list[int]) -> None:
     for mask in (keep, none):
         for allow in ("sdpa", "reattend"):
             policy = {**REPLACE, "allow": (allow,)}
-            (first, _), before = run(model, x, mask, **policy)  # type: ignore[misc]
-            (again, other), after = run(model, x, mask, **policy)  # type: ignore[misc]
+            (first, _), before = run(model, x, mask, **policy)
+            (again, other), after = run(model, x, mask, **policy)
             torch.testing.assert_close(again, first, rtol=0, atol=0, equal_nan=True)
             torch.testing.assert_close(again, model(x, mask)[0], equal_nan=True)
             torch.testing.assert_close(other["x"], x[:, :, 1:])
@@ -170,7 +170,7 @@ def test_the_net_watches_what_was_kept(captured: list[int], folder: Path, monkey
     model, x = Layer(), torch.randn(2, 9, 16)
     policy = {**REPLACE, "allow": ("sdpa",)}
     run(model, x, **policy)
-    made = graph_data.remade
+    made = remade
 
     def wrong(r: Recipe, device: Device) -> Remade:
         call = made(r, device)
@@ -318,3 +318,18 @@ def test_a_graph_that_holds_a_tensor_is_captured(captured: list[int]) -> None:
         out, _ = run(Held(), x := torch.randn(2, 9, 16), **LEAVE)
         torch.testing.assert_close(out, Held()(x))
     assert captured
+
+
+def test_a_size_that_no_trace_tells_is_not_kept(folder: Path) -> None:
+    class Chosen(Layer):
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:  # type: ignore[override]
+            y = x[keep]
+            made: Tensor = (self.q(y) @ self.k(y).mT * 0.25).softmax(-1) @ self.v(y)
+            return made
+
+    x, keep = torch.randn(9, 16), torch.tensor([True, False, True] * 3)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for _ in range(2):
+            out, report = run(model := Chosen(), x, keep, **REPLACE)
+            torch.testing.assert_close(out, copy.deepcopy(model)(x, keep))
+            assert not [p.error for p in report.pieces if p.error]
