@@ -338,7 +338,8 @@ class Layers(torch.nn.Module):
 
     def attend(self, x: Tensor, w: Tensor) -> Tensor:
         q, k, v = (x @ w).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
-        return x + ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        out: Tensor = x + ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         seen = [x]
