@@ -153,6 +153,7 @@ def test_a_device_says_how_its_kernels_are_known(d: Device) -> None:
     assert d.decode_band <= decode
     assert (d.prefill_band > 0) == (d.known != "sheet")
     assert d.vendor_band(False, 1.0) <= d.band
+    assert d.prefill_band <= d.vendor_band(False, 1.0, bare=True) <= max(d.band, 0.35)
     assert d.band_seconds <= 2e-6
 
 
