@@ -4,7 +4,7 @@
 
 A backend is an engine's kernel. Its time is that of the device's family of kernels, as the library predicts it, times a
 factor for each head size, and what its harness takes: gpu_backends.toml, fitted to the part `fit` by gpu_tables.py
---fit-backends.
+--fit backends.
 """
 
 from __future__ import annotations

@@ -182,7 +182,8 @@ def test_a_device_without_its_family_takes_nothing_fitted_from_it(tables: Module
     """Whatever the family's fitted constants are, the answer is the same; what the kernel is stays."""
     across = sys.modules["gpu_across"]
     before = across.unseen("h200", bare=False)
-    odd = replace(vendor_kernels()["fa3"], **dict.fromkeys(across.KERNEL, 1.0))
+    changed: dict[str, Any] = dict.fromkeys(across.KERNEL, 1.0)
+    odd = replace(vendor_kernels()["fa3"], **changed)
     kernels = {**vendor_kernels(), "fa3": odd}
     monkeypatch.setattr(across, "vendor_kernels", lambda: kernels)
     given = across.shipped
