@@ -26,7 +26,7 @@ FIRST_STEP, SMALLEST = 0.25, 0.01
 LIMITS: Mapping[str, tuple[float, float]] = {
     "vendor_overlap": (0.0, 1.0), "power_share": (0.0, 0.5), "vendor_matrix_efficiency": (0.4, 1.0),
     "bandwidth_efficiency": (0.6, 1.0), "exp_share": (0.5, 1.0), "ramp_seconds": (1e-8, 2e-5),
-    "launch_seconds": (1e-6, 2e-5), "further_seconds": (1e-7, 2e-5), "token_seconds": (1e-11, 1e-8),
+    "launch_seconds": (1e-6, 2e-5), "further_seconds": (1e-7, 2e-5), "block_seconds": (1e-7, 2e-5),
     "write_factor": (1.0, 8.0), "sequence_seconds": (1e-10, 1e-7),
 }
 SCHEDULED = 600

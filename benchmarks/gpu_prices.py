@@ -8,6 +8,7 @@ write the new keys and values to a paged cache before attention, and plan the la
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -28,6 +29,9 @@ from reattend.patterns.library import papers
 from reattend.patterns.verdict import Obstacle
 
 FILE = Path(__file__).with_name("gpu_harness.toml")
+# Threads of a block that writes a token: one for each element of its keys, from two warps to this. Source: the steps of the
+# measured times with heads and their size, alike on every device.
+WRITE_THREADS = (64, 512)
 P, M = ex.index("p"), ex.index("m")
 
 
@@ -35,14 +39,15 @@ P, M = ex.index("p"), ex.index("m")
 class Harness:
     """What a table's harness takes beside the kernel.
 
-    A call of an engine, for a prompt and for a token; finding each sequence of a batch; the write of the cache, as so many
-    times the bytes of its new keys and values, and of each token.
+    A call of an engine, for a prompt and for a token; finding each sequence of a batch; the write of the cache: so many
+    times the bytes of its new keys and values, or the latency of a block of threads, which writes one token, times the waves
+    of such blocks, whichever is longer, and smooth between.
     """
 
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
     write_factor: float = 2.0
-    token_seconds: float = 0.0
+    block_seconds: float = 0.0
     sequence_seconds: float = 0.0
 
     def written(self, r: Row) -> float:
@@ -60,7 +65,9 @@ class Harness:
         rate = 1 / ((1 - near) / d.dram_bytes_per_s + near / d.l2_bytes_per_s)
         call = self.prompt_seconds if r.queries > 1 else self.decode_seconds
         write = self.write_factor / 2 * moved / (d.model.bandwidth_efficiency * rate)
-        return found + call + write + r.batch * r.queries * self.token_seconds
+        threads = min(max(r.key_heads * r.head, WRITE_THREADS[0]), WRITE_THREADS[1])
+        waves = r.batch * r.queries * threads / (d.threads_per_unit * d.units)
+        return found + call + math.hypot(write, waves * self.block_seconds)
 
 
 @lru_cache(maxsize=1)

@@ -25,8 +25,11 @@ FOLDERS: Mapping[str, str] = {
     "a100": "a100_sxm", "h100": "h100_sxm", "h200": "h200_sxm", "b200": "b200_sxm", "b300": "b300_sxm", "gb200": "gb200",
     "gb300": "gb300", "l40s": "l40s", "rtxpro6000": "rtx_pro_6000_server",
 }
-# The engine whose rows are read, so that a table is of one kernel, and its versions, newest first.
-ENGINE, VERSIONS = "vllm", ("0.24.0", "0.14.0")
+# The engine whose rows are read, so that a table is of one kernel; versions of each, newest first.
+ENGINE = "vllm"
+VERSIONS: Mapping[str, tuple[str, ...]] = {
+    "vllm": ("0.24.0", "0.14.0"), "sglang": ("0.5.14", "0.5.10"), "trtllm": ("1.3.0rc20", "1.0.0"),
+}
 # What a kernel's source is called there, and our name of its family.
 SOURCES: Mapping[str, str] = {
     "vllm_flash_attn": "fa2_paged", "vllm_flash_attn_fa2": "fa2_paged", "vllm_vit_flash_attn_fa2": "fa2",
@@ -137,15 +140,20 @@ def package_version() -> str:
         return "of unknown version"
 
 
-def rows(device: str, table: str, limits: Limits) -> tuple[list[Row], Counter[str]]:
-    """The rows of a table that can be held against a clock, and how many were left out, by reason. Raises NoTables."""
+def rows(
+    device: str, table: str, limits: Limits, engine: str = ENGINE, sources: Mapping[str, str] = SOURCES
+) -> tuple[list[Row], Counter[str]]:
+    """The rows of a table that can be held against a clock, and how many were left out, by reason. Raises NoTables.
+
+    `sources`: kernels of the engine by what their rows call them.
+    """
     kind = "context" if table == "window" else table
     out: Counter[str] = Counter()
     found: dict[tuple[int | str, ...], list[Row]] = defaultdict(list)
-    for row in _read(device, kind, out):
+    for row in _read(device, kind, out, engine, sources):
         if (row.table == "window") != (table == "window"):
             continue
-        found[row.shape].append(row)
+        found[row.kernel, *row.shape].append(row)
     kept = []
     for same in found.values():
         out["the same shape again (the median is taken)"] += len(same) - 1
@@ -171,12 +179,12 @@ def drawn(given: Iterable[Row], most: int = ROWS) -> list[Row]:
     return out
 
 
-def _read(device: str, kind: str, out: Counter[str]) -> Iterator[Row]:
+def _read(device: str, kind: str, out: Counter[str], engine: str, sources: Mapping[str, str]) -> Iterator[Row]:
     place, name, more = FILES[kind]
-    where = folder() / FOLDERS[device] / place / ENGINE
+    where = folder() / FOLDERS[device] / place / engine
     import pyarrow.parquet as parquet
 
-    file = next((f for v in VERSIONS if (f := where / v / f"{name}_perf.parquet").is_file()), None)
+    file = next((f for v in VERSIONS[engine] if (f := where / v / f"{name}_perf.parquet").is_file()), None)
     if file is None:
         return
     held = set(parquet.read_schema(file).names)
@@ -184,17 +192,19 @@ def _read(device: str, kind: str, out: Counter[str]) -> Iterator[Row]:
         raise NoTables(f"{PACKAGE} {package_version()}: {file.name} of {device} has no column {', '.join(missing)}")
     columns = [*COLUMNS, *more, *({"window_size"} & held)]
     for r in parquet.read_table(file, columns=columns).to_pylist():
-        row = _row(device, kind, r, out)
+        row = _row(device, kind, r, out, sources)
         if row is not None:
             yield row
 
 
-def _row(device: str, kind: str, r: Mapping[str, Any], out: Counter[str]) -> Row | None:
+def _row(
+    device: str, kind: str, r: Mapping[str, Any], out: Counter[str], sources: Mapping[str, str] = SOURCES
+) -> Row | None:
     types = [r[c] for c in ("attn_dtype", "kv_cache_dtype") if c in r]
     if set(types) != {"bfloat16"}:
         out["not bf16 throughout"] += 1
         return None
-    kernel = SOURCES.get(r["kernel_source"])
+    kernel = sources.get(r["kernel_source"])
     if kernel is None or r["head_dim"] > 256:
         out[f"another kernel ({r['kernel_source']}, head size {r['head_dim']})"] += 1
         return None
@@ -227,9 +237,9 @@ def _impossible(r: Row, limits: Limits) -> str | None:
 
 def _smooth(given: list[Row], out: Counter[str]) -> list[Row]:
     """Without rows that take 1.5 times as long as both neighbours in batch should."""
-    along: dict[tuple[int, ...], list[Row]] = defaultdict(list)
+    along: dict[tuple[int | str, ...], list[Row]] = defaultdict(list)
     for r in given:
-        along[r.queries, r.keys, r.heads, r.key_heads, r.head, r.window].append(r)
+        along[r.kernel, r.queries, r.keys, r.heads, r.key_heads, r.head, r.window].append(r)
     kept = []
     for same in along.values():
         same.sort(key=lambda r: r.batch)

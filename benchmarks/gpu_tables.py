@@ -2,7 +2,10 @@
 
     python benchmarks/gpu_tables.py [--devices h200,b200] [--tables context,generation] [--part choose] [--rows 1500]
     python benchmarks/gpu_tables.py --part judge --json FILE --check
+    python benchmarks/gpu_tables.py --part regret                   which backend is fastest, on the judged shapes
+    python benchmarks/gpu_tables.py --part across                   no row of the device or of its family seen
     python benchmarks/gpu_tables.py --fit fa3 [--without h200]
+    python benchmarks/gpu_tables.py --fit backends > benchmarks/gpu_backends.toml
 
 Shapes are split in thirds by the hash of the shape: constants are fitted to one, forms are chosen on the second, and the
 third is for the last table alone. Prints per table and by latency the error, its bias and rank, the share of rows within the
@@ -25,8 +28,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_fit import Cell, Constants, fit
-from gpu_prices import FILE, Harness, harnesses, priced
+import gpu_across
+import gpu_regret
+from gpu_across import FAMILIES
+from gpu_fit import SCHEDULED, Cell, Constants, fit
+from gpu_prices import FILE, Harness, Works, harnesses, priced
 from gpu_rows import FOLDERS, PARTS, TABLES, Limits, NoTables, Row, drawn, package_version, rows
 
 from reattend.cost_model.devices.device import Device, shipped
@@ -34,17 +40,15 @@ from reattend.cost_model.devices.kernels import vendor_kernels
 
 LATENCIES = ((0.0, 2e-5, "< 20 us"), (2e-5, 1e-4, "20–100 us"), (1e-4, 1e-3, "0.1–1 ms"), (1e-3, math.inf, "> 1 ms"))
 WORST = 10
-# Devices whose kernels are of one family.
-FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "fa2": ("a100", "l40s", "rtxpro6000"), "fa3": ("h100", "h200"), "trtllm": ("b200", "b300", "gb200", "gb300"),
-}
 FREE_DEVICE = (
     "launch_seconds", "further_seconds", "vendor_matrix_efficiency", "vendor_overlap", "ramp_seconds", "power_share",
 )
 FREE_KERNEL = ("program_clocks", "few_clocks", "draw_bytes_per_clock", "part_clocks", "exp_share")
-FREE_HARNESS = ("prompt_seconds", "decode_seconds", "write_factor", "token_seconds", "sequence_seconds")
+FREE_HARNESS = ("prompt_seconds", "decode_seconds", "write_factor", "block_seconds", "sequence_seconds")
 # Rows a cell that constants are fitted to.
 FIT_ROWS = 120
+# Shapes that a device's backends are fitted to, a table.
+BACKEND_ROWS = 400
 
 
 @dataclass(frozen=True)
@@ -207,11 +211,11 @@ def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--devices", default=",".join(FOLDERS))
     p.add_argument("--tables", default=",".join(TABLES))
-    p.add_argument("--part", default="choose", choices=PARTS)
+    p.add_argument("--part", default="choose", choices=(*PARTS, "regret", "across"))
     p.add_argument("--rows", type=int, default=1500)
     p.add_argument("--json", type=Path)
     p.add_argument("--check", action="store_true")
-    p.add_argument("--fit", choices=FAMILIES)
+    p.add_argument("--fit", choices=(*FAMILIES, "backends"))
     p.add_argument("--without", default="")
     return p.parse_args()
 
@@ -223,6 +227,11 @@ def main() -> int:
             print(f"no tables of {', '.join(strange)}; there are: {', '.join(known)}", file=sys.stderr)
             return 2
     try:
+        if given.fit == "backends":
+            fit_backends(given)
+            return 0
+        if given.part in ("regret", "across"):
+            return regrets(given) if given.part == "regret" else across(given)
         if given.fit:
             fitted(given.fit, given.without, FIT_ROWS)
             return 0
@@ -230,6 +239,62 @@ def main() -> int:
     except NoTables as no:
         print(no, file=sys.stderr)
         return 2
+
+
+def fit_backends(given: argparse.Namespace) -> None:
+    """Prints gpu_backends.toml."""
+    print("# Backends of other engines beside the device's own kernel, fitted to the part `fit` of aiconfigurator-core")
+    print(f"# {package_version()} by `python benchmarks/gpu_tables.py --fit backends`; gpu_regret.py explains the terms.\n")
+    for device in given.devices.split(","):
+        d, h = shipped(device), harnesses()[device]
+        for table in gpu_regret.TABLES:
+            some = gpu_regret.drawn(gpu_regret.raced(device, table, limits(d)), "fit", BACKEND_ROWS)
+            print(gpu_regret.written(device, table, gpu_regret.fitted(some, d, h)), flush=True)
+
+
+def regrets(given: argparse.Namespace) -> int:
+    """The table of regrets on judged shapes; 1 where --check finds the mean above its threshold."""
+    print(f"aiconfigurator-core {package_version()}, judged shapes timed with several backends\n")
+    print(f"{'':24s} {'shapes':>6s} {'mean':>7s} {'p95':>7s} {'best':>6s}   one backend for all shapes that have it")
+    summary, means = {}, []
+    for device in given.devices.split(","):
+        d = shipped(device)
+        for table in gpu_regret.TABLES:
+            some = gpu_regret.drawn(gpu_regret.raced(device, table, limits(d)), "judge", given.rows // len(PARTS))
+            rates = gpu_regret.known()[device, table]
+            found = gpu_regret.Regret.of(gpu_regret.fields_of(some, d, harnesses()[device], rates))
+            print(f"{device + ' ' + table:24s} {found}", flush=True)
+            summary[f"{device} {table}"] = asdict(found)
+            means.append(found.mean)
+    mean = statistics.fmean(means)
+    print(f"{'mean':24s} {'':6s} {mean:7.1%}")
+    if given.json:
+        given.json.write_text(json.dumps({"version": package_version(), "part": "regret", "tables": summary}, indent=1))
+    return int(given.check and mean > tomllib.loads(FILE.read_text("utf-8"))["thresholds"]["regret"])
+
+
+def across(given: argparse.Namespace) -> int:
+    """The judged rows of each device by its data sheet and the constants of other families."""
+    print(f"aiconfigurator-core {package_version()}: judged rows, each device without a row of its family\n")
+    print(f"{'':24s} {'rows':>5s} {'mean':>7s} {'median':>7s} {'p90':>7s} {'bias':>7s} {'rank':>7s} {'within':>6s} band")
+    phases: dict[str, list[float]] = {"prefill": [], "decode": []}
+    summary: dict[str, Any] = {}
+    for device in given.devices.split(","):
+        for table in given.tables.split(","):
+            some = tuple(read(device, table, "judge", given.rows)[0])
+            if not some:
+                continue
+            d, facts, h = gpu_across.unseen(device, table == "encoder")
+            times = Works.of(some, d, facts).seconds(d, facts, h, SCHEDULED)
+            found = Metrics.of([Judged(r, s, gpu_across.BAND, "") for r, s in zip(some, times)])
+            print(f"{device + ' ' + table:24s} {found}", flush=True)
+            summary[f"{device} {table}"] = asdict(found)
+            phases["decode" if table == "generation" else "prefill"].append(found.mape)
+    for phase, errors in phases.items():
+        print(f"{phase:24s} {'':5s} {statistics.fmean(errors):7.1%}" if errors else "", end="\n" if errors else "")
+    if given.json:
+        given.json.write_text(json.dumps({"version": package_version(), "part": "across", "tables": summary}, indent=1))
+    return 0
 
 
 def report(given: argparse.Namespace) -> int:

@@ -348,6 +348,20 @@ def _reads(einsums: Sequence[Einsum]) -> tuple[Expr, ...]:
     return tuple(dict.fromkeys(a for e in einsums for a in e.reads))
 
 
+def _within(a: Expr, other: Expr, extent: Mapping[str, Size], walked: set[str]) -> bool:
+    """Does a tile of another load hold all that this one reads? Values that are the first columns of the keys, for one.
+
+    `walked`: ranks whose index names rows; the same rows are meant where the terms are the same.
+    """
+    if other.attr != a.attr:
+        return False
+    pairs = [(x, y) for x, y in zip(a.args, other.args) if x is not y]
+    if any(t.op != "index" or t.attr in walked for pair in pairs for t in pair):
+        return False
+    sizes = [(extent[str(x.attr)], extent[str(y.attr)]) for x, y in pairs]
+    return all(isinstance(n, int) and isinstance(w, int) and n <= w for n, w in sizes)
+
+
 def _written(c: Cascade, sizes: Sizes, name: str) -> Size:
     return product(sizes.shape[name]) * WIDTH[c.tensor[name].dtype]
 
@@ -512,9 +526,12 @@ def _stream_traffic(
 ) -> tuple[Traffic, ...]:
     inputs = {t.name for t in c.inputs}
     row: list[Traffic] = []
-    for a in _reads(c.einsums):
+    reads = [a for a in _reads(c.einsums) if str(a.attr) in inputs]
+    walked = {*key, query, *batch}
+    for i, a in enumerate(reads):
         name = str(a.attr)
-        if name not in inputs:
+        others = ((j, x) for j, x in enumerate(reads) if j != i and _within(a, x, one, walked))
+        if any(j < i or not _within(x, a, one, walked) for j, x in others):
             continue
         width, shape = WIDTH[c.tensor[name].dtype], sizes.shape[name]
         if a.ranks & set(key):

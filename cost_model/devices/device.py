@@ -157,7 +157,8 @@ class Device:
     measures the band on shapes that it was not fitted to; without one it is stated in the data file.
     `kernel` is the family of vendors' kernels (kernels.toml) that SDPA runs on a GPU, and `known` where the rates of such
     kernels come from: "tables" of timings on the device, the "family" of kernels timed on its like, or the data "sheet".
-    `prefill_band` and `decode_band` are those of such kernels, `band_seconds` what comes to them on short calls; 0: `band`.
+    `prefill_band` and `decode_band` are those of such kernels, `bare_band` that of prompts under no mask (0: as others),
+    `band_seconds` what comes to them on short calls; 0: `band`.
     """
 
     name: str
@@ -193,6 +194,7 @@ class Device:
     known: str = "sheet"
     prefill_band: float = 0.0
     decode_band: float = 0.0
+    bare_band: float = 0.0
     band_seconds: float = 0.0
     model: TimeModel = TimeModel()
     host: HostRates | None = field(default=None, hash=False)
@@ -210,9 +212,9 @@ class Device:
         """What is known of a GPU's architecture. Raises UnknownArchitecture, for what is no GPU as well."""
         return architecture(self.arch)
 
-    def vendor_band(self, decode: bool, seconds: float) -> float:
-        """How far a vendor's kernel may be off that is predicted to take so long."""
-        band = self.decode_band if decode else self.prefill_band
+    def vendor_band(self, decode: bool, seconds: float, bare: bool = False) -> float:
+        """How far a vendor's kernel may be off that is predicted to take so long; `bare`: no mask hides a key."""
+        band = self.decode_band if decode else (bare and self.bare_band) or self.prefill_band
         return band + self.band_seconds / seconds if band else self.band
 
     @property

@@ -19,11 +19,13 @@ FILE = Path(__file__).with_name("kernels.toml")
 class VendorFacts:
     """One family of kernels. `tiles` are query rows and keys by the widest head size that they serve.
 
-    `few_rows` is the tile of few queries. `packed`: the heads of a group fill a tile's rows at every length, else for one
-    query alone, which takes `swaps` copies where there are several sequences and key heads. `heavy_first`: rows with most
-    tiles come first; `heads_apart`: the heads of a group come one pass over the batch after another. `resident` programs
-    share a unit where shared memory allows it; the rule of the split counts with `split_slots` of them. It `splits` the keys
-    of "all" launches, of "decode" steps (one query), or of those alone whose "groups" share key heads, but never of at most
+    `few_rows` is the tile of few queries; with `few_prompts` what is said of few rows holds of prompts, else of one query
+    alone. `packed`: the heads of a group fill a tile's rows at every length, else for one query alone, which takes `swaps`
+    copies where there are several sequences and key heads. `heavy_first`: rows with most tiles come first; `heads_apart`:
+    the heads of a group come one pass over the batch after another. `resident` programs share a unit where shared
+    memory allows
+    it, `few_resident` with few rows; the rule of the split counts with `split_slots` of them. It `splits` the keys of "all"
+    launches, of "decode" steps (one query), or of those alone whose "groups" share key heads, but never of at most
     `whole_tiles` tiles: into as few parts as make even "waves", or as many as "fill" the units once. A program takes
     `program_clocks` beside its tiles (`few_clocks` with few rows, which draw at most `draw_bytes_per_clock`); a merge takes
     `part_clocks` a part of split keys. `exp_share` of the exponentials go to the
@@ -34,10 +36,12 @@ class VendorFacts:
     title: str
     tiles: Mapping[int, tuple[int, int]] = field(hash=False)
     few_rows: int
+    few_prompts: bool
     packed: bool
     heavy_first: bool
     heads_apart: bool
     resident: int
+    few_resident: int
     split_slots: int
     splits: str
     split_rule: str

@@ -390,7 +390,9 @@ def _vendor_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: 
     kernel = vendor_gpu.laid_out(s, at, facts, device, use.skips, data)
     cost = gpu.seconds(_with_mask(kernel, use), device, vendor_gpu.pace(facts, device, kernel), beside=beside)
     cost = cost if use.kernel.share is None else _slower(cost, use.kernel.share(device.model))
-    return replace(cost, band=device.vendor_band(at.queries == 1, cost.seconds) if use.kernel.share is None else cost.band)
+    if use.kernel.share is not None:
+        return cost
+    return replace(cost, band=device.vendor_band(at.queries == 1, cost.seconds, not use.skips))
 
 
 def _with_mask(k: gpu.KernelWork, use: VendorUse) -> gpu.KernelWork:

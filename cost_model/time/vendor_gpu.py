@@ -57,12 +57,13 @@ def laid_out(s: Subject, at: Shape, facts: VendorFacts, device: Device, skips: b
     jobs = replace(jobs, repeat=max(1, jobs.repeat // r.heads) * r.blocks)
     tile = TileMapping(r.rows, r.keys, heavy_first=facts.heavy_first, body="vendor")
     shared = _shared_bytes(r, at, WIDTH[s.dtype])
-    resident = max(1, min(facts.resident, device.shared_bytes_per_unit // max(shared, 1)))
+    few = r.rows == facts.few_rows and (facts.few_prompts or at.queries == 1)
+    resident = max(1, min(facts.few_resident if few else facts.resident, device.shared_bytes_per_unit // max(shared, 1)))
     fit = Footprint(shared, 0, 0, resident)
     k = gpu.streaming(replace(w, traffic=read.traffic), tile, jobs, fit, at.value, at.queries, at.batch)
     moved = max(k.unique_bytes, k.moved_bytes * r.blocks // r.heads)
     # with few rows there is nothing else to do while a tile comes
-    waits = WIDTH[s.dtype] * min(r.keys, at.keys) * (at.embed + at.value) if r.rows == facts.few_rows else 0
+    waits = WIDTH[s.dtype] * min(r.keys, at.keys) * (at.embed + at.value) if few else 0
     k = replace(k, moved_bytes=moved, tile_bytes=waits, again_bytes=_again(s, at, facts, r, device))
     heads = at.extent[s.attention.batch[-1]] if s.attention.batch else 1
     # a group that is alone, of one sequence or of one key head, lies as it should

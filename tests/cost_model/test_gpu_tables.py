@@ -127,3 +127,67 @@ def test_metrics_of_a_perfect_prediction(tables: ModuleType, rows: ModuleType) -
     m = tables.Metrics.of(made)
     assert (m.mape, m.bias, m.within) == (0, 0, 1)
     assert m.spearman == pytest.approx(1)
+
+
+def test_a_write_of_the_cache_takes_a_block_a_token_or_its_bytes(tables: ModuleType, rows: ModuleType) -> None:
+    """Up to 512 elements a token a block holds more threads; a token of many elements takes its bytes."""
+    d, h = shipped("h200"), replace(tables.harnesses()["h200"], prompt_seconds=0.0)
+    h = replace(h, sequence_seconds=0.0)
+    seconds = [h.seconds(row(rows, batch=256, key_heads=k), d, 1e9) for k in (1, 4, 8, 64, 512)]
+    assert seconds[1] == pytest.approx(4 * seconds[0], rel=0.1)
+    assert seconds[2] < 1.3 * seconds[1]
+    assert seconds[4] == pytest.approx(8 * seconds[3], rel=0.05)
+
+
+def field(rows: ModuleType, measured: dict[str, float], predicted: dict[str, tuple[float, float]], table: str = "context") -> Any:
+    return sys.modules["gpu_regret"].Field(row(rows, table=table), measured, predicted)
+
+
+def test_regret_is_what_the_choice_loses(rows: ModuleType) -> None:
+    regret = sys.modules["gpu_regret"]
+    right = field(rows, {"vllm": 1.0, "other": 2.0}, {"vllm": (1.0, 0.1), "other": (3.0, 0.1)})
+    wrong = field(rows, {"vllm": 1.5, "other": 1.0}, {"vllm": (1.0, 0.1), "other": (1.2, 0.1)})
+    found = regret.Regret.of([right, wrong])
+    assert (found.mean, found.right) == (0.25, 0.5)
+    assert found.constant == {"other": 0.5, "vllm": 0.25}
+
+
+def test_a_backend_that_is_little_known_has_to_be_clearly_faster_in_decoding(rows: ModuleType) -> None:
+    times = {"vllm": (1.0, 0.05), "other": (0.9, 0.6)}
+    assert field(rows, {"vllm": 1.0, "other": 1.0}, times, "generation").chosen == "vllm"
+    assert field(rows, {"vllm": 1.0, "other": 1.0}, times, "context").chosen == "other"
+
+
+def test_terms_of_a_backend_are_found_again(rows: ModuleType) -> None:
+    """Times that are 1.5 times the kernel's and 3 us: the fit says so."""
+    regret = sys.modules["gpu_regret"]
+    calls = [regret.Call(row(rows, batch=b, queries=n, keys=n), k * 1e-6, 1e-9, 1.0, 0.0)
+             for b, n, k in ((1, 64, 2), (1, 512, 9), (2, 1024, 70), (4, 2048, 500), (8, 4096, 4000))]
+    found = regret.fit([(c, 1.5 * c.kernel + 3e-6) for c in calls])
+    assert found.spread < 0.02
+    assert found.of == "kernel"
+    assert found.factor[128] == pytest.approx(1.5, rel=0.03)
+
+
+def test_backends_of_every_device_are_known(tables: ModuleType, rows: ModuleType) -> None:
+    regret = sys.modules["gpu_regret"]
+    assert {d for d, _ in regret.known()} == set(rows.FOLDERS)
+    for backends in regret.known().values():
+        for rates in backends.values():
+            assert set(rates) <= {"alone", "shared", "many"}
+            assert all(t.spread < 1 and min(t.factor.values()) > 0 for t in rates.values())
+
+
+def test_a_device_without_its_family_takes_nothing_fitted_from_it(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the family's fitted constants are, the answer is the same; what the kernel is stays."""
+    across = sys.modules["gpu_across"]
+    before = across.unseen("h200", bare=False)
+    changed: dict[str, Any] = dict.fromkeys(across.KERNEL, 1.0)
+    odd = replace(vendor_kernels()["fa3"], **changed)
+    kernels = {**vendor_kernels(), "fa3": odd}
+    monkeypatch.setattr(across, "vendor_kernels", lambda: kernels)
+    given = across.shipped
+    monkeypatch.setattr(across, "shipped", lambda n: replace(given(n), model=replace(
+        given(n).model, **dict.fromkeys(across.DEVICE, 0.5))) if n in ("h100", "h200") else given(n))
+    assert across.unseen("h200", bare=False) == before
+    assert before[1].tiles == vendor_kernels()["fa3"].tiles

@@ -5,9 +5,11 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reattend.cost_model.count.subject import Subject, plan_tiles, shape, subject, work
 from reattend.cost_model.count.work import Work, count, key_tile
 from reattend.cost_model.devices.device import device
 from reattend.cost_model.time import fusemax
+from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
 from reattend.patterns.mapping import TileMapping
@@ -194,3 +196,34 @@ def test_a_mapping_needs_a_cascade_that_streams() -> None:
         count(CASCADE4, TileMapping(128, 128), SIZES)
     with pytest.raises(ValueError, match="no query rank z"):
         count(CASCADE5, TileMapping(128, 128), SIZES, query="z")
+
+
+@pytest.mark.parametrize(("value", "width"), [(512, 576), (576, 576)])
+def test_values_that_are_columns_of_the_keys_are_read_once(value: int, width: int) -> None:
+    """Absorbed latents: one tensor holds keys and values, and a tile of it serves both."""
+    b = papers.Builder()
+    at = ex.index("b"), ex.index("m")
+    key = b.given("C", (b.extent("b"), b.extent("m"), b.extent("e")), (*at, ex.index("e")))
+    qk = b.put("QK", "bhpm", b.input("Q", "bhpe") * key, "add", "e")
+    w = b.put("A", "bhpm", papers.softmax(b, b.put("S", "bhpm", qk * 0.125)))
+    b.put("O", "bhpf", w * ex.load("C", (*at, ex.index("f")), "f32"), "add", "m")
+    s = subject(b.cascade("latent", "O"))
+    assert isinstance(s, Subject)
+    at_ = shape(s.cascade, s.attention, {"B": 2, "H": 16, "P": 1, "M": 256, "E": width, "F": value})
+    found = work(s, at_, TileMapping(1, 64), at_.symbols, plan_tiles(s, at_, TileMapping(1, 64)))
+    assert sum(t.once for t in found.traffic if t.tensor == "C") == 4 * 2 * 256 * width
+
+
+def test_queries_and_keys_of_one_tensor_are_other_rows() -> None:
+    b = papers.Builder()
+    h, e = ex.index("h"), ex.index("e")
+    shape_ = b.extent("b"), b.extent("h"), b.extent("m"), b.extent("e")
+    x = [b.given("X", shape_, (ex.index("b"), h, ex.index(r), e)) for r in "pm"]
+    qk = b.put("QK", "bhpm", x[0] * x[1], "add", "e")
+    w = b.put("A", "bhpm", papers.softmax(b, b.put("S", "bhpm", qk * 0.125)))
+    b.put("O", "bhpf", w * b.input("V", "bhmf"), "add", "m")
+    s = subject(b.cascade("self", "O"))
+    assert isinstance(s, Subject)
+    at = shape(s.cascade, s.attention, {"B": 1, "H": 1, "P": 256, "M": 256, "E": 64, "F": 64})
+    found = work(s, at, TileMapping(64, 64), at.symbols, plan_tiles(s, at, TileMapping(64, 64)))
+    assert len([t for t in found.traffic if t.tensor == "X"]) == 2
