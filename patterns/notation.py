@@ -39,7 +39,7 @@ def read(text: str) -> Cascade:
     lines = [(n, x) for n, x in enumerate(text.splitlines(), 1) if x.strip() and not x.lstrip().startswith("#")]
     if not lines:
         raise CascadeError("there is no cascade: the first line is its name and its sizes, as in `attention   P=4096, M=M`")
-    reader = _Reader()
+    reader = _Text()
     for i, (n, line) in enumerate(lines):
         try:
             reader.head(line) if i == 0 else reader.line(line.strip())
@@ -49,7 +49,7 @@ def read(text: str) -> Cascade:
 
 
 @dataclass
-class _Reader:
+class _Text:
     name: str = ""
     ranks: dict[str, Rank] = field(default_factory=dict)
     inputs: list[Tensor] = field(default_factory=list)

@@ -119,7 +119,7 @@ def attention(
         refuse_foreign(module, options)
         return as_written(module, query, key, value, attention_mask, options)
     page = layer_of(module)
-    if not isinstance(page.recipe, Recipe) or not page.recipe.takes_all_of(options):
+    if not isinstance(page.recipe, Written) or not page.recipe.takes_all_of(options):
         refuse_foreign(module, options)
     call = _call(page, module, query, key, value, attention_mask, options)
     if isinstance(call, str):
@@ -159,7 +159,7 @@ def upper_left(query: Tensor, key: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Recipe:
+class Written:
     """How a layer's calls become functions of tensors and open numbers: all of a call but its values.
 
     `named` are options that are tensors, `held` the module's own tensors, `leaves` what the mask reads beside them; `unread`
@@ -205,7 +205,7 @@ class Recipe:
 
 def _recipe(
     module: nn.Module, options: Mapping[str, Any], mask: Hashable, reading: Callable[..., Tensor | None], leaves: int
-) -> Recipe | str:
+) -> Written | str:
     function = eager_of(module)
     if function is None:
         return f"{type(module).__name__} names no eager function that says what it computes"
@@ -216,7 +216,7 @@ def _recipe(
     plain = {n: x for n, x in given.items() if n not in named}
     held = tuple(tensors_of(module))
     key = standing_for((NAME, function, mask, tuple((n, type(x), x) for n, x in plain.items()), held, named, leaves))
-    return Recipe(function, frozenset(options), plain, named, held, mask, reading, leaves, key, unread_of(module, options))
+    return Written(function, frozenset(options), plain, named, held, mask, reading, leaves, key, unread_of(module, options))
 
 
 def _call(
@@ -229,7 +229,7 @@ def _call(
     kind, reading, leaves, notes = _mask_of(query, key, attention_mask, options)
     held = tensors_of(module)
     recipe = page.recipe
-    if not isinstance(recipe, Recipe) or tuple(held) != recipe.held or not recipe.serves(options, kind):
+    if not isinstance(recipe, Written) or tuple(held) != recipe.held or not recipe.serves(options, kind):
         recipe = _recipe(module, options, kind, reading, len(leaves))
         if isinstance(recipe, str):
             return recipe

@@ -48,7 +48,7 @@ _own: set[str] = set()
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptGraph:
     """A plan of an earlier process, with the graph that runs; None where that is the one that came."""
 
     plan: Plan
@@ -72,7 +72,7 @@ def key_of(
     return key("plan", repr(policy), described, around, *facts, *said)
 
 
-def recall(at: str, policy: Policy, record: list[Check]) -> Kept | None:
+def recall(at: str, policy: Policy, record: list[Check]) -> KeptGraph | None:
     """What an earlier process made of the graph; None where there is nothing that can be read. `record` takes the checks."""
     with _lock:
         if at in _own:
@@ -98,7 +98,7 @@ def recall(at: str, policy: Policy, record: list[Check]) -> Kept | None:
     if graph is None and any(s.choice != ORIGINAL for s in made.sites):
         _damaged("it replaces something and has no graph")
         return None
-    return Kept(made, graph)
+    return KeptGraph(made, graph)
 
 
 def described(at: str, plan: Plan, graph: fx.GraphModule, policy: Policy, facts: tuple[str, ...]) -> str | None:

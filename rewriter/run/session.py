@@ -344,7 +344,7 @@ class Session:
         return self._counted(piece, run, sampled, gm.forward)
 
     def _as_kept(
-        self, piece: GraphPiece, gm: fx.GraphModule, inputs: Sequence[object], found: kept.Kept
+        self, piece: GraphPiece, gm: fx.GraphModule, inputs: Sequence[object], found: kept.KeptGraph
     ) -> tuple[Callable[..., Any], fx.GraphModule | None]:
         """What runs of a graph by what an earlier process made of it, and the rewritten graph, if it is one."""
         piece.plan = found.plan
