@@ -494,6 +494,13 @@ def _output_ranks(c: Cascade) -> list[str]:
     return [str(i.attr) for i in out.out.index if i.op == "index"]
 
 
+def _stored(e: Expr) -> Expr:
+    """What a cast converts."""
+    while e.op == "cast":
+        e = e.args[0]
+    return e
+
+
 def _value_ranks(c: Cascade, inner: str) -> frozenset[str]:
     """Ranks of the output that only the values have: those of an input, or a view of one, summed over the key tile."""
     plain = {t.name for t in c.inputs} | set(sources(c))
@@ -501,7 +508,7 @@ def _value_ranks(c: Cascade, inner: str) -> frozenset[str]:
         parts = contraction(e)
         if parts is None or inner not in e.over:
             continue
-        values = [f for f in parts if f.op == "load" and f.attr in plain]
+        values = [f for f in parts if (x := _stored(f)).op == "load" and x.attr in plain]
         rest = frozenset[str]().union(*(f.ranks for f in parts if f not in values))
         if values and rest:
             return frozenset[str]().union(*(f.ranks for f in values)) - rest - {inner}

@@ -227,3 +227,22 @@ def test_queries_and_keys_of_one_tensor_are_other_rows() -> None:
     at = shape(s.cascade, s.attention, {"B": 1, "H": 1, "P": 256, "M": 256, "E": 64, "F": 64})
     found = work(s, at, TileMapping(64, 64), at.symbols, plan_tiles(s, at, TileMapping(64, 64)))
     assert len([t for t in found.traffic if t.tensor == "X"]) == 2
+
+
+def test_values_that_are_widened_move_no_more() -> None:
+    """A cast of the values is one of what a tile has read."""
+
+    def moved(dtype: str, cast: bool) -> int:
+        b = papers.Builder()
+        qk = b.put("QK", "bhpm", b.input("Q", "bhpe") * b.input("K", "bhme"), "add", "e")
+        w = b.put("A", "bhpm", papers.softmax(b, b.put("S", "bhpm", qk * 0.125)))
+        v = b.input("V", "bhmf", dtype)
+        b.put("O", "bhpf", w * (ex.cast(v, "f32") if cast else v), "add", "m")
+        s = subject(b.cascade("cast", "O"))
+        assert isinstance(s, Subject)
+        at = shape(s.cascade, s.attention, {"B": 1, "H": 4, "P": 512, "M": 512, "E": 64, "F": 64})
+        found = work(s, at, TileMapping(64, 64), at.symbols, plan_tiles(s, at, TileMapping(64, 64)))
+        (own,) = (t.moved for t in found.traffic if t.tensor == "V")
+        return own
+
+    assert 2 * moved("bf16", cast=True) == moved("f32", cast=False)
