@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, Phase, settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What is chosen must not depend on the machine: the shipped numbers, without a calibration of it.
 os.environ["REATTEND_CALIBRATION"] = ""
+# Nor on the width of a screen.
+os.environ["COLUMNS"] = "160"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 

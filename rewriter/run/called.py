@@ -24,6 +24,8 @@ from ..graph.node import arguments, op_name
 from ..graph.torch_private import tree_leaves, tree_map
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
+# How a number is read out of a tensor.
+READ = "aten._local_scalar_dense.default"
 # Positions of a million tokens have data; masks of all pairs do not.
 LARGEST = 1 << 21
 
@@ -93,11 +95,11 @@ class _Beside(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = (args, dict(kwargs or {}))
         tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
         followed = all(self._known(x) for x in tensors) and torch.Tag.nondeterministic_seeded not in func.tags
-        if followed and func is torch.ops.aten._local_scalar_dense.default:
+        if followed and str(func) == READ:
             return func(self._of(tensors[0]))
         out = func(*args, **given[1])
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if func._schema.is_mutable and not followed:
+        if torch_private.schema(func).is_mutable and not followed:
             self._forget(tensors)
         elif followed and made and all(x.numel() <= LARGEST for x in made):
             values = func(*tree_map(self._of, args), **_there(tree_map(self._of, given[1])))

@@ -21,6 +21,7 @@ import reattend
 from reattend.codegen import operator
 from reattend.codegen.cpu import kernel
 from reattend.codegen.files import cache
+from reattend.codegen.vendor import flex, sdpa
 from reattend.patterns.cascade import parse, to_text
 from reattend.rewriter.capture.capture import Captured
 from reattend.rewriter.check import verdicts
@@ -173,6 +174,8 @@ FAULTS: dict[str, Fault] = {
 def forget() -> None:
     candidates.answer.cache_clear()
     kernel.build.cache_clear()
+    sdpa.sdpa.cache_clear()
+    flex.flex.cache_clear()
     operator._runners.clear()
     torch._dynamo.reset()
 

@@ -270,9 +270,12 @@ def test_a_plan_and_a_report_agree(fn: Callable[..., Tensor], batch: int) -> Non
     torch._dynamo.reset()
     ours, args = reattend.optimize(Model()), tuple(inputs(batch))
     with torch.no_grad():
-        assert torch.equal(ours(*args), fn(*args))
+        got, own = ours(*args), fn(*args)
         plan, report = reattend.plan(Model(), args), reattend.report(ours)
     assert [s.kind for s in plan.sites] == [s.site.kind for s in report.sites]
+    if all(s.site.chosen.is_original for s in report.sites):
+        assert torch.equal(got, own)
+    torch.testing.assert_close(got, own, rtol=1e-5, atol=1e-5)
     assert sorted(m.reason for m in plan.misses) == sorted(m.reason for m in report.misses)
 
 
