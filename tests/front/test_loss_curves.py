@@ -23,7 +23,7 @@ def test_loss_curves_over_200_steps_in_checkpoints(dtype: str, monkeypatch: pyte
     assert set(report.kernels) == {"reattend"}, report
     assert report.kernels["reattend"] >= 2 * 200
     assert report.fallbacks == 0
-    assert exact.losses[-10:].mean() < 0.5 * exact.losses[:10].mean()
+    assert exact.losses[-10:].mean() < 0.7 * exact.losses[:10].mean()
     (rms, most), (own_rms, own_most) = ours.off(exact), own.off(exact)
     assert rms <= MOST * own_rms + DIGIT[dtype], (rms, own_rms)
     assert most <= MOST * MOST * own_most + DIGIT[dtype], (most, own_most)
