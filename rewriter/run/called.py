@@ -8,6 +8,7 @@ data beside it, so that branches on it are taken as they would be.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,22 +31,32 @@ READ = "aten._local_scalar_dense.default"
 LARGEST = 1 << 21
 
 
-def mark_bare(gm: fx.GraphModule, model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-    """Mark the calls of SDPA in a captured graph whose mask is there for the trace alone."""
+def mark_bare(gm: fx.GraphModule, model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
+    """Mark the calls of SDPA in a captured graph whose mask is there for the trace alone; what a plan says of it.
+
+    Nothing where no call passes a mask.
+    """
     calls = [n for n in gm.graph.nodes if op_name(n) == "scaled_dot_product_attention"]
     masked = [isinstance(arguments(n)["attn_mask"], fx.Node) for n in calls]
-    passed = masks_passed(model, args, kwargs) if any(masked) else None
+    if not any(masked):
+        return ""
+    passed = masks_passed(model, args, kwargs)
     if passed is None or len(passed) != len(calls):
-        return
-    for n, captured, runs in zip(calls, masked, passed):
-        if captured and not runs:
-            n.meta[BARE] = True
+        return "; whether the model passes its masks where nothing traces it is not known: compared with the captured calls"
+    bare = [n for n, captured, runs in zip(calls, masked, passed) if captured and not runs]
+    for n in bare:
+        n.meta[BARE] = True
+    many = f"{len(bare)} of its {len(calls)} calls of SDPA" if len(bare) < len(calls) else "its calls of SDPA"
+    return f"; where nothing traces it the model passes no mask to {many}, and is compared as it runs" if bare else ""
 
 
 def masks_passed(
     model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> tuple[bool, ...] | None:
-    """For each call of SDPA, in order: does it get a mask? None where the model asks for data that is not there."""
+    """For each call of SDPA, in order: does it get a mask? None where the model asks for data that is not there.
+
+    A copy of the model runs, whose weights have no data: what a model keeps on itself stays as it was.
+    """
     calls = _Calls()
     tensors, make = held_tensors((args, dict(kwargs)))
     state = {name: t.to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
@@ -53,9 +64,11 @@ def masks_passed(
     pairs = [*zip(bare, tensors), *((state[name], t) for name, t in model.named_buffers())]
     known = ((b, t) for b, t in pairs if t.device.type == "cpu" and type(t) is Tensor)
     given: Any = make(bare)
+    own = dict((*model.named_parameters(), *model.named_buffers()))
+    memo: dict[int, Any] = {id(t): state[name] for name, t in own.items()}
     try:
         with calls, _Beside(known), torch.no_grad():
-            functional_call(model, state, *given)
+            functional_call(copy.deepcopy(model, memo), state, *given)
     except Exception:
         # a branch on data, a tensor that the code makes on another device: nothing is known, and nothing is said
         return None

@@ -54,10 +54,9 @@ def plan_model(
         try:
             with bypass.own():
                 captured = export.from_export(model, args, kwargs, dynamic=dynamic)
-                if session_of(model) is None:
-                    called.mark_bare(captured.graph, model, args, kwargs)
+                said = called.mark_bare(captured.graph, model, args, kwargs) if session_of(model) is None else ""
             plan = plan_graph(captured, device, policy, name)
-            return replace(plan, note=f"{plan.note}{_trained()}{_fused(model, plan)}")
+            return replace(plan, note=f"{plan.note}{said}{_trained()}{_fused(model, plan)}")
         except capture.CaptureError as no:
             tensors = [*model.parameters(), *export.held_tensors((args, dict(kwargs)))[0]]
             if any(_without_data(t) for t in tensors):

@@ -75,3 +75,32 @@ def test_what_is_written_over_is_no_longer_known() -> None:
     x = torch.randn(1, 2, 16, 8)
     assert masks_passed(Asks(written=False), (x.to("meta"),), {}) == (False,)
     assert masks_passed(Asks(written=True), (x.to("meta"),), {}) is None
+
+
+class Keeps(nn.Module):
+    """Attention that keeps its mask on itself after the first call, and counts its calls in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Tensor | None = None
+        self.project, self.calls = nn.Linear(8, 8), list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = torch.ones(x.shape[-2], x.shape[-2], device=x.device, dtype=torch.bool).tril()
+        self.calls.append(1)
+        return F.scaled_dot_product_attention(self.project(x), x, x, attn_mask=self.kept)
+
+
+def test_a_model_is_left_as_it_was() -> None:
+    model, x = Keeps(), torch.randn(1, 2, 16, 8)
+    assert masks_passed(model, (x,), {}) == (True,)
+    assert (model.kept, model.calls) == (None, [])
+    assert model.project.weight.device.type == "cpu"
+    assert model(x).device.type == "cpu"
+
+
+def test_a_plan_says_what_it_compares_with() -> None:
+    given = {"input_ids": IDS.to("meta"), "attention_mask": IDS.to("meta")}
+    assert "is not known" in reattend.plan(llama(), (), given, target="h200").note
+    assert "passes no mask to its calls of SDPA" in reattend.plan(llama(), (), {"input_ids": IDS.to("meta")}, target="h200").note
