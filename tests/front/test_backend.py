@@ -271,7 +271,7 @@ def test_training_with_open_sizes(rest: str, dynamic: bool | None) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("f", [masked, keys_first, mapped, flexible])
 def test_inductor_gets_the_same_graphs(f: Callable[..., Tensor]) -> None:
-    model, args = Fn(f), qkv()
+    model, args = Fn(f), qkv(32)  # at 24 keys Inductor's own FlexAttention reads behind its last one
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="reattend", dynamic=True)
     with torch.no_grad():

@@ -90,13 +90,13 @@ def bodies(m: nn.Module) -> set[str]:
     return found
 
 
-def test_a_learned_slope_trains_through_the_body_that_gives_its_gradient() -> None:
+def test_a_learned_slope_trains_through_our_kernel() -> None:
     m = reattend.optimize(model(bias=True), policy=ONLY_OURS)
     assert losses(m) == pytest.approx(losses(model(bias=True)), rel=1e-5)
     report = reattend.report(m)
     assert report.kernels["reattend"] == 12, str(report)
     assert all(c.ok for c in report.checks), str(report)
-    assert bodies(m) == {"product"}
+    assert bodies(m) <= {"product", "fused"}  # both give its gradient; which is cheaper depends on the processor
     for name, p in m.named_parameters():
         p.requires_grad_(not name.endswith("slope"))
     losses(m, 1)
