@@ -588,6 +588,10 @@ SAVED_HOOKS = Private(
     "torch._C._autograd:_saved_tensors_hooks_is_enabled", "keeping a capture from the caller's saved tensor hooks", "2.2",
     "no model can be optimised",
 )
+TOP_HOOKS = Private(
+    "torch._C._autograd:_top_saved_tensors_default_hooks", "telling a checkpoint around a call", "2.4",
+    "no kernel is timed beside its own code where gradients are wanted",
+)
 METRICS = Private(
     "torch._dynamo.utils:get_compilation_metrics", "functions that Dynamo gives up", "2.5", "the report does not name them"
 )
@@ -747,6 +751,14 @@ def skip_hook_guards(skip: bool) -> bool:
 def may_hook_saved_tensors() -> bool:
     """May hooks on saved tensors be set here?"""
     return bool(SAVED_HOOKS.found()())
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Does someone take what is saved for a backward here (a checkpoint)? Also where that cannot be told."""
+    try:
+        return TOP_HOOKS.found()(False) is not None
+    except TorchChanged:
+        return True
 
 
 def attempts() -> list[Any]:

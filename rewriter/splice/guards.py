@@ -32,7 +32,7 @@ from ..capture.autocast import no_autocast
 from ..check.watch import REPORT, SiteWatch
 from ..graph.aliases import Aliases
 from ..graph.same import said, signature
-from ..graph.torch_private import checkpoint_ends
+from ..graph.torch_private import checkpoint_ends, saved_tensors_are_hooked
 from . import flows as flows
 from .derivatives import twice
 from .race import Race
@@ -216,6 +216,8 @@ class Guarded(nn.Module):
     def forward(
         self, arguments: Sequence[Any], inputs: Sequence[Any], tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
     ) -> Any:
+        if self.race is not None and not self.race.over and torch.is_grad_enabled() and saved_tensors_are_hooked():
+            self.race.barred = True
         if not self.broken and not self.slower and (
             not self.conditions or all(c.holds(tensors, sizes) for c in self.conditions)
         ):
@@ -244,6 +246,10 @@ class Guarded(nn.Module):
         if watch is not None and watch.refuse is not None:
             raise watch.refuse(said)
         warnings.warn(f"reattend: {said}" + (f": {REPORT}" if watch is not None else ""), stacklevel=3)
+
+    def called(self, both: tuple[Sequence[Any], Sequence[Any]]) -> Any:
+        """The call's result, given its arguments and the original's inputs, whatever holds of them."""
+        return self._called(*both)
 
     def _called(self, arguments: Sequence[Any], inputs: Sequence[Any]) -> Any:
         if not torch.is_grad_enabled():

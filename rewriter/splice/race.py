@@ -3,7 +3,8 @@
     calls 2, 4     own, kernel, own, kernel, own, kernel       afterwards the one whose least time is shorter, for good
 
 Own code stands in the graph beside each call, and is known to run again without a trace. What is not known beforehand (a
-processor that the rates are not of, what a call takes beside next to no work) shows on the machine itself.
+processor that the rates are not of, what a call takes beside next to no work) shows on the machine itself. Where gradients
+are wanted, both are timed with their backward (`trained`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...cost_model.time.cost import Cost
 from ...cost_model.words import seconds_text
+from ..graph.torch_private import tree_leaves, tree_map
 
 # Rounds of a race, of which so many are run at a call that is timed.
 ROUNDS, AT_A_CALL = 6, 3
@@ -37,13 +41,15 @@ def undecided(kernel: Cost | None, own: Cost | None) -> bool:
 class Race:
     """Times of one site's kernel and of its own code, and how they ended: `lost` says that the kernel was slower.
 
-    `note` takes the sentence, by the site's name.
+    `note` takes the sentence, by the site's name. `barred`: one of the site's calls is run again by a checkpoint, which
+    counts what is saved: no call may go back to its own code between the two.
     """
 
     site: str
     note: dict[str, str] = field(default_factory=dict)
     rounds: list[tuple[float, float]] = field(default_factory=list)
     lost: str = ""
+    barred: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -66,6 +72,18 @@ class Race:
         if kernel > (1 + NEAR) * own:
             self.lost = f"{seconds_text(kernel)} against {seconds_text(own)} of the model's own code, which runs instead"
             self.note[self.site] = self.lost
+
+
+def trained(run: Callable[[Any], Tensor], given: Any) -> Callable[[], object]:
+    """`run(given)` and the gradients of all that wants one, on a tape of its own; 1 flows back to each element."""
+    leaves = {id(x): x.detach().requires_grad_() for x in tree_leaves(given) if isinstance(x, Tensor) and x.requires_grad}
+    own = tree_map(lambda x: leaves.get(id(x), x), given)
+
+    def step() -> object:
+        out = run(own)
+        return torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), allow_unused=True)
+
+    return step
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import fx
 
 from ..graph.torch_private import tree_leaves
 from .guards import Guarded
+from .race import trained
 from .splice import SITE, hint
 
 # Times that are kept of a site; the newest ones count.
@@ -83,10 +84,13 @@ class _Timed(fx.Interpreter):
         return out
 
     def _race(self, n: fx.Node, guard: Guarded) -> None:
-        """The call beside its own code, where no gradient is wanted: what a backward takes is not timed."""
-        inputs: Sequence[Any] = self.map_nodes_to_values(n.args, n)[1]  # type: ignore[index, assignment]
+        """The call beside its own code, both with their backward where a gradient is wanted."""
+        arguments, inputs = self.map_nodes_to_values(n.args, n)[:2]  # type: ignore[misc]
         wanted = any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(inputs))
-        if guard.race is None or (torch.is_grad_enabled() and wanted):
+        if guard.race is None or guard.race.barred:
+            return
+        if torch.is_grad_enabled() and wanted:
+            guard.race.run(trained(guard.called, (arguments, inputs)), trained(guard.own, inputs))
             return
         with torch.no_grad():
             guard.race.run(lambda: super(_Timed, self).run_node(n), lambda: guard.own(inputs))
