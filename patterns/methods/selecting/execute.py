@@ -1,13 +1,12 @@
 """A selection program on tensors: each step once, scores row by row of cells where nobody needs them whole.
 
-    q [b, h, p, e]   k [b, g, m, e], heads in groups of h / g that share keys   →   b1 [b, h, rows of cells, columns of cells]
+    q [b, h, p, e]   k [b, g, m, e], h / g heads share keys   →   b1 [b, h, rows of cells, columns of cells]
 
 torch comes as an argument: nothing here imports it. No step draws random numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -24,14 +23,13 @@ Tensor = Any
 
 @dataclass
 class Execution:
-    """One run. `scale`: of the model's own scores; `weights`: what `Mapped` steps read, by name."""
+    """One run. `scale`: of the model's own scores."""
 
     torch: ModuleType
     q: Tensor
     k: Tensor
     cells: Cells
     scale: float
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
     made: dict[st.Step, Tensor] = field(default_factory=dict)
 
     @property
@@ -134,7 +132,7 @@ class Execution:
                 x = _padded(t, x, s.size, 0.0).unflatten(2, (-1, s.size))
                 return (x.flip(3) if s.backwards else x).flatten(3)
             case st.Mapped():
-                return t.einsum("bhie,heg->bhig", self(s.of).float(), self.weights[s.weight].float())
+                return t.einsum("bhie,heg->bhig", self(s.of).float(), t.as_tensor(s.weight.values).float())
             case st.Rotated():
                 return _rotated(t, self(s.of), s.base)
         raise TypeError(f"{type(s).__name__} is no operand")
@@ -168,7 +166,7 @@ class Execution:
     def _products(self, s: st.Products, i0: int, i1: int) -> Tensor:
         t = self.torch
         q, k, some = self(s.q), self(s.k), self.some(s)[i0:i1]
-        scale = self.scale if s.scale is None else s.scale
+        scale = s.times * (self.scale if s.scale is None else s.scale)
         seen = some.any(0).nonzero()
         stop = int(seen[-1]) + 1 if len(seen) else 0
         out = t.full((*q.shape[:2], i1 - i0, some.shape[1]), -t.inf, dtype=t.float32)
@@ -183,7 +181,7 @@ class Execution:
     def _times(self, q: Tensor, k: Tensor) -> Tensor:
         """q [b, h, i, e] · k [b, g, j, e] in float32, a product for each head of keys."""
         b, h, i, e = q.shape
-        g = k.shape[1] if k.shape[1] != h else h
+        g = k.shape[1]
         folded = q.float().reshape(b, g, h // g * i, e)
         return (folded @ k.float().mT).reshape(b, h, i, k.shape[2])
 
@@ -235,7 +233,8 @@ class Execution:
             case st.Mass():
                 return self._mass(s)
             case st.Above():
-                return (self(s.of) >= s.threshold if s.threshold > 0 else self._seen(s.of)) & self._seen(s.of)
+                x, seen = self(s.of), self._seen(s.of)
+                return (x >= s.threshold) & seen if s.threshold > 0 else seen.expand_as(x)
             case st.Spread():
                 return self._spread(s)
             case st.Columns():

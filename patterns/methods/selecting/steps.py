@@ -11,8 +11,12 @@ Whatever a step keeps, it keeps among cells with a pair that the model's own mas
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,27 @@ class Folded(Operand):
 
 
 @dataclass(frozen=True)
+class Learned:
+    """A learned array, compared by what it holds."""
+
+    digest: str
+    values: NDArray[np.float32] = field(compare=False, repr=False)
+
+    @staticmethod
+    def of(values: object) -> Learned:
+        """From an array, or a tensor in host memory, [heads, in, out]. Raises ValueError for others."""
+        array = np.ascontiguousarray(np.asarray(values), np.float32).copy()
+        if array.ndim != 3:
+            raise ValueError(f"a learned map of heads is [heads, in, out], not {list(array.shape)}")
+        return Learned(f"{hashlib.sha256(array.data).hexdigest()} {array.shape}", array)
+
+
+@dataclass(frozen=True)
 class Mapped(Operand):
-    """x[b, h, i, :] · W[h], of a learned tensor W [h, e, g]."""
+    """x[b, h, i, :] · W[h], of a learned W [h, e, g]."""
 
     of: Operand
-    weight: str
+    weight: Learned
 
 
 @dataclass(frozen=True)
@@ -156,7 +176,7 @@ class Table(Grid):
 
 @dataclass(frozen=True)
 class Products(Scores):
-    """scale · Σ_e q·k; `scale` None: the model's own.
+    """times · scale · Σ_e q·k; `scale` None: the model's own.
 
     `odd`: keys for the rows with an odd number, in place of `k`.
     """
@@ -164,6 +184,7 @@ class Products(Scores):
     q: Operand
     k: Operand
     scale: float | None = None
+    times: float = 1.0
     odd: Operand | None = None
 
     @property
@@ -237,7 +258,7 @@ class Offsets(Scores):
 class Everything(Table):
     """All cells of a grid."""
 
-    of: Scores
+    of: Grid
 
 
 @dataclass(frozen=True)

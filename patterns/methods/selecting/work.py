@@ -1,34 +1,16 @@
 """What a selection costs, counted from its steps and sizes: each step once, whatever reads it.
 
-    products   2 · e flops a cell that is computed (columns past the mask's last one are not)     sorts   log₂ of a row's length
+    products   2 · e flops a cell that is computed (columns past the mask's last one are not)
     others     what they read and write in float32
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from ..method import SelectionWork
 from . import steps as st
 from .cells import Cells
-
-
-@dataclass(frozen=True)
-class Counted:
-    """`flops` of products, other `operations`, `exps`, `sorted` elements, `bytes` read and written, `kernels` launched."""
-
-    flops: float = 0.0
-    operations: float = 0.0
-    exps: float = 0.0
-    sorted: float = 0.0
-    bytes: float = 0.0
-    kernels: int = 0
-
-    def __add__(self, o: Counted) -> Counted:
-        return Counted(
-            self.flops + o.flops, self.operations + o.operations, self.exps + o.exps, self.sorted + o.sorted,
-            self.bytes + o.bytes, self.kernels + o.kernels,
-        )
 
 
 @dataclass(frozen=True)
@@ -42,42 +24,42 @@ class Shape:
     element_bytes: int = 4
 
 
-def count(root: st.Step, cells: Cells, x: Shape) -> Counted:
+def count(root: st.Step, cells: Cells, x: Shape) -> SelectionWork:
     """The work of a program."""
-    total = Counted()
-    for s in st.walk(root):
-        total = total + _step(s, cells, x)
-    return total
+    parts = [_step(s, cells, x) for s in st.walk(root)]
+    return SelectionWork(
+        sum(w.flops for w in parts), sum(w.bytes for w in parts), sum(w.exps for w in parts), sum(w.sorted for w in parts),
+        sum(w.kernels for w in parts),
+    )
 
 
-def _step(s: st.Step, c: Cells, x: Shape) -> Counted:
+def _step(s: st.Step, c: Cells, x: Shape) -> SelectionWork:
     match s:
         case st.Queries() | st.Keys() | st.Last():
-            return Counted()
+            return SelectionWork()
         case st.Operand():
             read, written = (_elements(o, c, x) for o in (next(r for r in s.reads if isinstance(r, st.Operand)), s))
             flops = 2.0 * read * depth(s, x) if isinstance(s, st.Mapped) else 0.0
-            return Counted(flops, read, bytes=x.element_bytes * read + 4.0 * written, kernels=1)
+            return SelectionWork(flops, bytes=x.element_bytes * read + 4.0 * written, kernels=1)
         case st.Near():
             n = _grid(s.a, c, x)
-            return Counted(operations=8 * n, exps=4 * n, bytes=8 * n, kernels=4)
+            return SelectionWork(exps=4 * n, bytes=8 * n, kernels=4)
         case st.Products():
             n, computed = _grid(s, c, x), _computed(s, c) * x.batch * x.heads
             read = _elements(s.q, c, x) + _elements(s.k, c, x)
-            return Counted(2.0 * computed * depth(s.q, x), n, bytes=x.element_bytes * read + 8.0 * n, kernels=3)
+            return SelectionWork(2.0 * computed * depth(s.q, x), x.element_bytes * read + 8.0 * n, kernels=3)
         case st.Softmax():
             n = _grid(s, c, x)
-            return Counted(operations=3 * n, exps=n, bytes=8 * n, kernels=2)
+            return SelectionWork(exps=n, bytes=8 * n, kernels=2)
         case st.Summed() | st.Spread():
             read = _grid(s.of, c, x)
-            return Counted(operations=read, bytes=4 * (read + _grid(s, c, x)), kernels=2)
+            return SelectionWork(bytes=4 * (read + _grid(s, c, x)), kernels=2)
         case st.Largest() | st.Mass():
             n = _grid(s, c, x)
-            row = n if isinstance(s, st.Mass) and s.scope == "head" else c.count(s.rows, s.keys, s.last)[1]
-            return Counted(operations=4 * n, sorted=n * math.log2(max(2.0, row)), bytes=40 * n, kernels=4)
+            return SelectionWork(sorted=n, bytes=40 * n, kernels=4)
         case st.Grid():
             n = _grid(s, c, x)
-            return Counted(operations=n, bytes=8 * n, kernels=1)
+            return SelectionWork(bytes=8 * n, kernels=1)
     raise TypeError(f"{type(s).__name__} is not counted")
 
 
@@ -88,6 +70,8 @@ def depth(o: st.Operand, x: Shape) -> int:
             return depth(o.of, x) * len(o.how)
         case st.Folded():
             return depth(o.of, x) * o.size
+        case st.Mapped():
+            return int(o.weight.values.shape[2])
         case st.Last() | st.Rotated() | st.GroupMean():
             return depth(o.of, x)
     return x.depth
