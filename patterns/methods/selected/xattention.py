@@ -20,9 +20,10 @@ class XAttention(SelectedMethod):
     """`mass` τ, `stride` S of a cell, `block` B of a tile. `share`: heads that share keys take the mean of their masses.
 
     An antidiagonal of an even S meets p − m of one parity alone, so that a slash at an even offset weighs nothing (seen:
-    a lost slash at 700 keys, a found one at 701). Here cells of odd rows meet keys moved by one, which costs nothing:
-    `alternate=False` is the published sum. Unlike the released code (e379887), nothing is lost where the length is a multiple
-    of a chunk, and the sink is the first column of tiles. One hot pair off its antidiagonal is not seen, as published.
+    a lost slash at 48 keys, a found one at 49). Here cells of odd rows meet keys moved by one, which costs nothing:
+    `alternate=False` is the published sum. Unlike the released code (e379887), nothing is lost where the length is a
+    multiple of a chunk, and the sink is the first column of tiles. One hot pair off its antidiagonal is not seen, as
+    published.
     """
 
     name: ClassVar[str] = "xattention"

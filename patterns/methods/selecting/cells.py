@@ -50,12 +50,7 @@ class Cells:
     @property
     def sees_itself(self) -> bool:
         """Does the mask let every query see the key at its own place?"""
-        own = self.own_cells(1, 1)
-        if own is None:
-            return False
-        p, at = np.arange(self.queries, dtype=np.float64), own[0].astype(np.float64)
-        sure, _ = spans(self.keep, {self.query: (p, p), self.key: (at, at)})
-        return bool(np.all(np.asarray(sure)))
+        return _sees_itself(self)
 
     def share(self, rows: int, keys: int, last: int = 0) -> float:
         """The share of cells in which a pair is kept."""
@@ -107,3 +102,13 @@ def _own(c: Cells, rows: int, keys: int, last: int) -> tuple[Places, Places] | N
         place = np.clip(np.broadcast_to(np.asarray(found, np.float64), at.shape), 0, c.keys - 1)
         ends.append(place.astype(np.int64) // keys)
     return np.minimum(*ends), np.maximum(*ends)
+
+
+@lru_cache(maxsize=64)
+def _sees_itself(c: Cells) -> bool:
+    own = c.own_cells(1, 1)
+    if own is None:
+        return False
+    p, at = np.arange(c.queries, dtype=np.float64), own[0].astype(np.float64)
+    sure, _ = spans(c.keep, {c.query: (p, p), c.key: (at, at)})
+    return bool(np.all(np.asarray(sure)))

@@ -205,14 +205,14 @@ class Execution:
 
     def _offsets(self, s: st.Offsets) -> Tensor:
         x = self(s.of)
-        t, c = self.torch, self.cells
+        c = self.cells
         own = c.own_cells(1, 1, s.last)
         if own is None:
             raise ValueError("offsets need rows that have a place among the keys")
-        at = t.from_numpy(own[0])[:, None] - t.arange(c.keys)[None]
-        inside = (at >= 0).expand_as(x[0, 0])
         out = x.new_zeros(*x.shape[:2], c.keys)
-        out.index_add_(2, at[inside], x[:, :, inside])
+        for r, at in enumerate(own[0].tolist()):
+            # key `at − o` stands at offset o
+            out[:, :, : at + 1] += x[:, :, r, : at + 1].flip(-1)
         return out[:, :, None]
 
     def _distance(self, s: st.Near) -> Tensor:
