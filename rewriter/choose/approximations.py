@@ -133,7 +133,8 @@ def _approximation(q: Question, method: Method) -> Approximation:
     changed = attention(made.cascade)
     if isinstance(changed, Obstacle):
         return no(changed.reason)
-    conditions = _conditions(changed)
+    # what a program makes leaves every row with a key that has one: nothing is asked of a table before it is there
+    conditions = _conditions(changed) if made.program is None else ()
     if conditions and q.traced:
         return no(f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
     sizes = dict(q.sizes)

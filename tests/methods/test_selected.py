@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from reattend.patterns import expr as ex
+from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
 from reattend.patterns.evaluate import evaluate
+from reattend.patterns.library.papers import Builder
 from reattend.patterns.methods import registry
 from reattend.patterns.methods.method import Replacement
 from reattend.patterns.methods.selected.delta import DELTA, roles
@@ -317,3 +321,35 @@ def test_they_are_listed() -> None:
     found = {m.name for m in registry.methods()}
     assert {"flexprefill", "xattention", "moba", "seerattention", "delta"} <= found
     assert all(m.source for m in registry.methods())
+
+
+def group(heads: int, key_heads: int, at: tuple[tuple[ex.Expr, ...], ...] | None) -> Attention:
+    """A causal attention over 64 tokens, its queries and keys read at these places of [1, 4, 64, 8] and [1, 2, 64, 8]."""
+    b, h, p, m, e = (ex.index(x) for x in "bhpme")
+    each = Builder({"b": 1, "h": heads, "p": 64, "m": 64, "e": 8, "f": 8})
+    ranks = "bhp" if at is None else "hp" if heads > 1 else "p"
+    places = at or ((b, h, p, e), (b, h // (heads // key_heads), m, e))
+    tokens_first = at is not None and heads > 1
+    q = each.given("Q", (1, 64, 4, 8) if tokens_first else (1, 4, 64, 8), places[0])
+    k = each.given("K", (1, 2, 64, 8), places[1])
+    v = each.input("V", f"{ranks[:-1]}mf")
+    s = each.put("S", f"{ranks}m", ex.where(m <= p, each.put("QK", f"{ranks}m", q * k, "add", "e") * 0.125, float("-inf")))
+    top = each.put("GM", ranks, s, "max", "m")
+    w = each.put("SN", f"{ranks}m", ex.exp(s - top))
+    each.put("O", f"{ranks}f", w / each.put("SD", ranks, w, "add", "m") * v, "add", "m")
+    a = attention(each.cascade("core", "O"))
+    assert isinstance(a, Attention), a
+    return a
+
+
+def test_tensors_are_read_as_they_lie() -> None:
+    """A batch of one read at a place, tokens before heads, heads that share keys: the table is that of plain tensors."""
+    q, k = flat(4, 64, 8) * 40, flat(2, 64, 8, 1) * 40
+    h, p, m, e = (ex.index(x) for x in "hpme")
+    method = XAttention(mass=0.5, stride=4, block=8)
+    wanted = table_of(method, q, k, group(4, 2, None))
+    assert 0.1 < wanted.float().mean() < 0.5
+    one = group(4, 2, ((ex.const(0), p, h, e), (ex.const(0), h // 2, m, e)))
+    assert torch.equal(table_of(method, q.transpose(1, 2), k, one), wanted[0])
+    alone = group(1, 1, ((ex.const(0), ex.const(3), p, e), (ex.const(0), ex.const(1), m, e)))
+    assert torch.equal(table_of(method, q, k, alone), wanted[0, 3])

@@ -29,10 +29,11 @@ from .work import Shape, count
 class Laid:
     """An operand as an input lies: `order` brings it to [lead…, head, token, element]; a dimension that it has not is None.
 
-    `group`: how many heads share one of this operand's.
+    `group`: how many heads share one of this operand's; `fixed`: dimensions that are read at one place.
     """
 
     tensor: str
+    fixed: tuple[tuple[int, int], ...]
     order: tuple[int | None, ...]
     group: int
 
@@ -58,11 +59,12 @@ class TableProgram:
 
     def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
         """The table, b1 in the shape that the cascade declares."""
-        q, k = (_laid_out(torch, tensors[x.tensor], x.order) for x in (self.q, self.k))
+        q, k = (_laid_out(tensors[x.tensor], x) for x in (self.q, self.k))
         lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3])
         q, k = (x.expand(*lead, *x.shape[-3:]).flatten(0, -4) if lead else x[None] for x in (q, k))
         made = Execution(torch, q, k, self.cells(q.shape[2], k.shape[2], sizes), self.scale).table(self.step)
-        return made.reshape(*lead, *made.shape[1:]).permute(self.back).contiguous()
+        ranks = made.shape[1:] if len(self.back) == len(lead) + 3 else made.shape[2:]
+        return made.reshape(*lead, *ranks).permute(self.back).contiguous()
 
     def work(self, sizes: Mapping[str, int]) -> SelectionWork:
         batch, heads, queries, keys, depth = (_number(n, sizes) for n in self.sizes)
@@ -126,14 +128,12 @@ def bound(a: Attention, step: st.Table) -> TableProgram | str:
     if own is None and any(isinstance(s, st.Forced | st.Raised | st.Offsets) for s in st.walk(step)):
         return "its queries and keys are two sets: no key is at the place of a query"
     lead, head = batch_ranks(a)
-    if head is None:
-        return "its queries vary over no heads"
-    order = (*lead, head)
+    order = (*lead, *((head,) if head else ()))
     back = (*(order.index(r) for r in a.batch), len(order), len(order) + 1)
     batch: Size = 1
     for r in lead:
         batch = batch * c.rank[r].size
-    size = tuple(c.rank[r].size for r in (head, a.query, a.key, product.over[0]))
+    size = tuple(c.rank[r].size if r else 1 for r in (head, a.query, a.key, product.over[0]))
     return TableProgram(step, q, k, mask.keep, own, a.query, a.key, scale * factor, (batch, *size), back)
 
 
@@ -185,8 +185,11 @@ def _operands(a: Attention) -> tuple[Laid, Laid, float] | str:
 def _laid(e: Expr, a: Attention, token: str) -> Laid | None:
     lead, head = batch_ranks(a)
     place: dict[str, int] = {}
-    group = 1
+    group, fixed = 1, []
     for d, i in enumerate(e.args):
+        if i.is_const:
+            fixed.append((d, int(i.value)))
+            continue
         if i.op == "floordiv" and i.args[0] is ex.index(head or "") and i.args[1].is_const:
             place[head or ""], group = d, int(i.args[1].value)
         elif i.op == "index" and str(i.attr) not in place:
@@ -197,12 +200,17 @@ def _laid(e: Expr, a: Attention, token: str) -> Laid | None:
     wanted = (*lead, head or "", token, over)
     if not set(place) <= set(wanted) or token not in place or over not in place:
         return None
-    return Laid(str(e.attr), tuple(place.get(r) for r in wanted), group)
+    # dimensions as they are numbered once the fixed ones are gone
+    left = {d: d - sum(f < d for f, _ in fixed) for d in place.values()}
+    order = tuple(left[place[r]] if r in place else None for r in wanted)
+    return Laid(str(e.attr), tuple(fixed), order, group)
 
 
-def _laid_out(torch: ModuleType, t: Any, order: tuple[int | None, ...]) -> Any:
-    t = t.permute([d for d in order if d is not None])
-    for i, d in enumerate(order):
+def _laid_out(t: Any, x: Laid) -> Any:
+    for d, at in reversed(x.fixed):
+        t = t.select(d, at)
+    t = t.permute([d for d in x.order if d is not None])
+    for i, d in enumerate(x.order):
         if d is None:
             t = t.unsqueeze(i)
     return t
