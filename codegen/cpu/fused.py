@@ -98,7 +98,7 @@ class FusedFile:
 
     @cached_property
     def planned(self) -> PrintedFunction | None:
-        return classes(self.p, self.limit is not None) if self.f.mask.keep is not TRUE else None
+        return classes(self.p, self.m, self.limit is not None) if self.f.mask.keep is not TRUE else None
 
     def constants(self) -> list[str]:
         """The file's constants: the bound on scores, the C++."""

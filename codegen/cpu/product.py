@@ -42,7 +42,7 @@ STEP = "Of a tile: its weights, the correction of what was summed before, and th
 def text(f: Form, m: TileMapping, version: str) -> str:
     """The kernel's file."""
     k = ProductKernel(f)
-    plan = [planned(k.p, always=False, triangles=False)] if f.skips else []
+    plan = [planned(k.p, m, always=False, triangles=False)] if f.skips else []
     functions = [*relatives(k.p, k.near), *k.scores, k.step, k.end, *plan]
     main = k.main(plan[0].call({}) if plan else "")
     return file(k.p, m, [*(x.text for x in functions), main], (cpu, cpu_product), [], BODY, version)

@@ -45,7 +45,7 @@ def text(f: Form, s: Softmax, m: TileMapping, version: str) -> str:
     functions = _functions(p, s, near, shared)
     tiled = f.skips or s.limit is not None
     if tiled:
-        functions.append(planned(p, s.full.added is not None, triangles=m.body != SLICES))
+        functions.append(planned(p, m, s.full.added is not None, triangles=m.body != SLICES))
     table = {x.name: x for x in functions}
     main = _main(p, s, _Pieces(p, s, table, near, shared), table["planned"].call({}) if tiled else "")
     constants = [] if ex.symbols(s.score.scale) else [f"SCALE = {TorchBody(p.scope({}), []).real(s.score.scale)}"]

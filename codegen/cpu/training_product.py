@@ -89,7 +89,7 @@ class _TrainingKernel(ProductKernel):
 
     def file(self, m: TileMapping, version: str) -> str:
         f, p = self.f, self.p
-        plan = [planned(p, always=False, triangles=False)] if f.skips else []
+        plan = [planned(p, m, always=False, triangles=False)] if f.skips else []
         back = [self.back] if self.full is self.back else [self.back, self.full]
         forward = [*relatives(p, self.near), *self.scores, self.step, self.end, self.handed]
         ended = [self.ended] if self.ended is not None else []

@@ -1,6 +1,6 @@
 """Prints which tiles are visited, from the mask's interval over a tile: `planned` as slices, `classes` tile by tile.
 
-    low, high       tables of a load's least and greatest element over tiles
+    low, high       tables of a load's least and greatest element over tiles; a table of blocks of a tile's size is read as it is
     some, every     is some point of a tile kept, are all?        alive     do all rows of a tile certainly keep a key?
 """
 
@@ -13,6 +13,7 @@ import sympy
 from ...patterns import expr as ex
 from ...patterns.cascade import Size
 from ...patterns.expr import Expr
+from ...patterns.mapping import TileMapping
 from ...patterns.terms.affine import affine, says_at_most_zero
 from ...patterns.terms.conditions import conjunction, conjuncts
 from ..text.print_torch import TorchBody, TorchScope, identifier
@@ -20,14 +21,15 @@ from ..text.tile_terms import Corners, Table
 from .torch_file import PrintedFunction, Printer, used_names
 
 
-def planned(p: Printer, always: bool, triangles: bool) -> PrintedFunction:
+def planned(p: Printer, m: TileMapping, always: bool, triangles: bool) -> PrintedFunction:
     """The function; its answer is cached where no run-time data decides.
 
     `always`: full tiles get something added, too. `triangles`: a causal triangle may be one tile.
     """
     f, a, n = p.f, p.f.attention, p.names
     rest = without_causal(p) if triangles and not always else None
-    lines = tile_lines(p, f.mask.keep, rest if rest is not None and not rest.is_const else None, ("TILE_P", "TILE_M"))
+    read = rest if rest is not None and not rest.is_const else None
+    lines = tile_lines(p, f.mask.keep, read, (m.tile_p, m.tile_m))
     if f.guarded:
         lines += _alive(p)
     given = "None" if rest is None else "p0 == p0" if rest.is_const else "free"
@@ -37,13 +39,13 @@ def planned(p: Printer, always: bool, triangles: bool) -> PrintedFunction:
     return _function(p, "planned", "Which slices of the keys every tile of queries visits.", lines)
 
 
-def classes(p: Printer, bounded: bool) -> PrintedFunction:
+def classes(p: Printer, m: TileMapping, bounded: bool) -> PrintedFunction:
     """The function `classes`: empty, partial and full tiles. Its answer is cached where no run-time data decides.
 
     `bounded`: it takes `drowned`, whether scores are small enough for the fill to hide keys entirely.
     """
     f, a, n = p.f, p.f.attention, p.names
-    lines = tile_lines(p, f.mask.keep, None, ("TILE_P", "TILE_M"))
+    lines = tile_lines(p, f.mask.keep, None, (m.tile_p, m.tile_m))
     skip = "True" if f.skips or bounded else "False"
     if f.guarded and skip == "True":
         lines += _alive(p)
@@ -67,18 +69,20 @@ def _corners(p: Printer, lines: list[str]) -> list[str]:
     ]
 
 
-def tile_lines(p: Printer, keep: Expr, rest: Expr | None, tile: tuple[str, str]) -> list[str]:
-    """Lines that find `some` and `every` of a mask over tiles, and `free`, every of `rest`.
+def tile_lines(
+    p: Printer, keep: Expr, rest: Expr | None, tile: tuple[int, int], names: tuple[str, str] = ("TILE_P", "TILE_M")
+) -> list[str]:
+    """Lines that find `some` and `every` of a mask over tiles, and `free`, every of `rest`. `names`: of a tile's lengths.
 
     They use the tiles' numbers `pn`, `mn` and their first and last coordinates `p0`, `p1`, `m0`, `m1`.
     """
     a = p.f.attention
-    corners = Corners.of(a.query, a.key)
+    corners = Corners.of(a.query, a.key, *tile)
     every, some = corners.predicate(keep)
     wanted = {"some": some, "every": every}
     if rest is not None:
         wanted["free"] = corners.predicate(rest)[0]
-    tables = _Tables(p, {a.query: tile[0], a.key: tile[1]})
+    tables = _Tables(p, {a.query: names[0], a.key: names[1]}, corners.tile)
     reading = [line for t in corners.tables.values() for line in tables.read(t)]
     body = TorchBody(_scope(p, corners, tables), wanted.values())
     texts = {name: body.term(e) for name, e in wanted.items()}
@@ -113,8 +117,8 @@ def _function(p: Printer, name: str, doc: str, lines: list[str], given: tuple[st
 class _Tables:
     """Names and shapes of the tables of least and greatest elements."""
 
-    def __init__(self, p: Printer, tile: Mapping[str, str]) -> None:
-        self.p, self.tile = p, tile
+    def __init__(self, p: Printer, tile: Mapping[str, str], length: Mapping[str, int]) -> None:
+        self.p, self.tile, self.length = p, tile, length
         self.names: dict[str, str] = {}
         self.shapes: dict[str, tuple[Size, ...]] = {}
         self.taken = set(p.taken)
@@ -130,8 +134,9 @@ class _Tables:
         shape = list(self.p.names.c.tensor[t.tensor].shape)
         lines: list[str] = []
         source = (tensor, tensor)
-        for d, rank in t.blocked:
-            lines.append(f"{low}, {high} = extremes({source[0]}, {source[1]}, {self.tile[rank]}, {d})")
+        for d, rank, block in t.blocked:
+            many = self.tile[rank] if block == 1 else str(self.length[rank] // block)
+            lines.append(f"{low}, {high} = extremes({source[0]}, {source[1]}, {many}, {d})")
             source, shape[d] = (low, high), _count(rank)
         for d in t.whole:
             lines.append(f"{low}, {high} = {source[0]}.amin({d}, keepdim=True), {source[1]}.amax({d}, keepdim=True)")
@@ -153,6 +158,7 @@ def _scope(p: Printer, c: Corners, tables: _Tables) -> TorchScope:
     for r, letter in ((c.query, "p"), (c.key, "m")):
         names |= {c.low[r]: f"{letter}0", c.high[r]: f"{letter}1", c.number[r]: f"{letter}n"}
         extent[str(c.number[r].attr)] = _count(r)
+        extent |= {str(end[r].attr): p.names.c.rank[r].size for end in (c.low, c.high)}
     scope = p.scope(names, tables.names, views=False)
     scope.shapes = {**scope.shapes, **tables.shapes}
     scope.extent = {**scope.extent, **extent}

@@ -3,7 +3,8 @@
     keep = (m ≤ p) ∧ (p − m < W)        some = (m0 ≤ p1) ∧ (p0 − m1 < W)        every = (m1 ≤ p0) ∧ (p1 − m0 < W)
 
 `p0`, `p1`, `m0`, `m1` are the first and last coordinates of a tile. Sound for every term; differences of coordinates
-go through the affine normal form. A load over tiles reads a table of least and greatest elements per tile.
+go through the affine normal form. A load over tiles reads a table of least and greatest elements per tile; one at
+`p // B`, a table of blocks, is read where the tile lies, or reduced over the blocks that a tile holds.
 """
 
 from __future__ import annotations
@@ -52,15 +53,18 @@ TERMS = TermNumbers()
 
 @dataclass(frozen=True)
 class Table:
-    """Least and greatest elements of a tensor: over tiles of the ranks in `blocked` (by dimension), over all of `whole`."""
+    """Least and greatest elements of a tensor: over tiles of the ranks in `blocked`, over all of the dimensions `whole`.
+
+    `blocked`: dimension, rank, and how many keys or queries an element stands for.
+    """
 
     tensor: str
-    blocked: tuple[tuple[int, str], ...]
+    blocked: tuple[tuple[int, str, int], ...]
     whole: tuple[int, ...]
 
     @property
     def key(self) -> str:
-        marks = [f"{d}{r}" for d, r in self.blocked] + [str(d) for d in self.whole]
+        marks = [f"{d}{r}" + (f"/{n}" if n > 1 else "") for d, r, n in self.blocked] + [str(d) for d in self.whole]
         return f"{self.tensor}:{','.join(marks)}"
 
     def load(self, end: str, at: tuple[Expr, ...], dtype: str) -> Expr:
@@ -69,22 +73,23 @@ class Table:
 
 @dataclass
 class Corners:
-    """The corner terms of a mask. Tile numbers are coordinates of the ranks `number[rank]`."""
+    """The corner terms of a mask. Tile numbers are coordinates of the ranks `number[rank]`; `tile`: how long a tile is."""
 
     query: str
     key: str
     low: Mapping[str, Expr]
     high: Mapping[str, Expr]
     number: Mapping[str, Expr]
+    tile: Mapping[str, int]
     tables: dict[str, Table] = field(default_factory=dict)
     memo: dict[Expr, Ends | None] = field(default_factory=dict)
 
     @staticmethod
-    def of(query: str, key: str) -> Corners:
+    def of(query: str, key: str, tile_p: int, tile_m: int) -> Corners:
         ranks = (query, key)
         return Corners(
             query, key, {r: ex.index(f"{r}0") for r in ranks}, {r: ex.index(f"{r}1") for r in ranks},
-            {r: ex.index(f"{r}#") for r in ranks},
+            {r: ex.index(f"{r}#") for r in ranks}, {query: tile_p, key: tile_m},
         )
 
     def predicate(self, e: Expr) -> tuple[Expr, Expr]:
@@ -191,20 +196,36 @@ class Corners:
         if e.is_float:
             return None
         at: list[Expr] = []
-        blocked: list[tuple[int, str]] = []
+        blocked: list[tuple[int, str, int]] = []
         over: list[int] = []
         for d, i in enumerate(e.args):
+            rank, block = _block(i)
             if not i.ranks & {self.query, self.key}:
                 at.append(i)
-            elif i.op == "index":
-                blocked.append((d, str(i.attr)))
-                at.append(self.number[str(i.attr)])
+            elif block and block > 1 and block % self.tile[rank] == 0:
+                # the tile lies in one block
+                at.append(self.low[rank] // block)
+            elif block and self.tile[rank] % block == 0:
+                blocked.append((d, rank, block))
+                at.append(self.number[rank])
             else:
                 over.append(d)
                 at.append(ex.const(0))
+        if not blocked and not over:
+            found = ex.load(str(e.attr), tuple(at), e.dtype)
+            return found, found
         table = Table(str(e.attr), tuple(blocked), tuple(over))
         self.tables[table.key] = table
         return table.load("low", tuple(at), e.dtype), table.load("high", tuple(at), e.dtype)
+
+
+def _block(i: Expr) -> tuple[str, int]:
+    """The rank of an index and how many of its coordinates share an element: `m` one, `m // B` so many; 0 of another."""
+    if i.op == "index":
+        return str(i.attr), 1
+    if i.op == "floordiv" and i.args[0].op == "index" and i.args[1].is_const:
+        return str(i.args[0].attr), int(i.args[1].value)
+    return "", 0
 
 
 def relative(root: Expr, query: str, key: str) -> bool:

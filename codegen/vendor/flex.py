@@ -163,7 +163,7 @@ class _Flex:
         """The call that makes the block mask, and its function."""
         p, a = self.p, self.f.attention
         queries, keys = p.names.rank(a.query), p.names.rank(a.key)
-        lines = tile_lines(p, self.f.mask.keep, None, (str(BLOCK), str(BLOCK)))
+        lines = tile_lines(p, self.f.mask.keep, None, (BLOCK, BLOCK), (str(BLOCK), str(BLOCK)))
         used = used_names("\n".join(lines))
         coordinates, counts = [], []
         for letter, size, after in (("p", queries, 1), ("m", keys, 0)):

@@ -35,16 +35,16 @@ class SelectionProgram(Protocol):
 
     `reads` names the inputs of the replacement's cascade that it is made of. `run(torch, tensors, sizes)` makes the table
     from them, a b1 tensor in the shape that the cascade declares; it gets the module because nothing here imports torch. It
-    draws from no generator of others, and gives the same table for the same tensors. `work(sizes)` counts it. `own_tile`:
-    does the table always have the tile of a row's own position? Then no row that keeps itself in the model is left without a
-    key (R3); else every table is looked at before the kernel runs, and one that leaves a row empty ends the method there.
+    draws from no generator of others, and gives the same table for the same tensors. `work(sizes)` counts it. `keyed`:
+    has every row that keeps a key in the model one under the table (R3), by how the table is made? Else every table is
+    looked at before the kernel runs, and one that leaves a row empty ends the method there.
     """
 
     @property
     def reads(self) -> tuple[str, ...]: ...
 
     @property
-    def own_tile(self) -> bool: ...
+    def keyed(self) -> bool: ...
 
     def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Any: ...
 

@@ -30,7 +30,6 @@ from ...patterns.attention.rowstate import derive, stream
 from ...patterns.cascade import bind, show
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import split
-from ...patterns.methods.masked import keeps_itself
 from ...patterns.methods.method import Method, Replacement
 from ...patterns.verdict import Obstacle, Refusal
 from ..splice import splice
@@ -134,7 +133,7 @@ def _approximation(q: Question, method: Method) -> Approximation:
     changed = attention(made.cascade)
     if isinstance(changed, Obstacle):
         return no(changed.reason)
-    conditions, of_table = _conditions(view, changed, made)
+    conditions, of_table = _conditions(changed, made)
     if conditions and q.traced:
         return no(f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
     sizes = dict(q.sizes)
@@ -163,9 +162,7 @@ def _approximation(q: Question, method: Method) -> Approximation:
     return Approximation(method, candidate, call, made, mask, one_pass if inner.is_tiled else "")
 
 
-def _conditions(
-    a: Attention, method: Attention, made: Replacement
-) -> tuple[tuple[Condition, ...], tuple[Condition, ...]]:
+def _conditions(method: Attention, made: Replacement) -> tuple[tuple[Condition, ...], tuple[Condition, ...]]:
     """Under which the method leaves no row without a key: of what is given, and of the table; none where it is proved."""
     keep = split(method.score, method.key).keep
     if keep is ex.TRUE or not rows_keep_a_key(method, keep):
@@ -173,7 +170,7 @@ def _conditions(
     keyed = every_row_keeps_a_key(method)
     if made.program is None or made.table not in keyed.tensors:
         return (keyed,), ()
-    return (), () if made.program.own_tile and keeps_itself(a) else (keyed,)
+    return (), () if made.program.keyed else (keyed,)
 
 
 def _selected(inner: Candidate, made: Replacement, sizes: Mapping[str, int], q: Question) -> Candidate:

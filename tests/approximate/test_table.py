@@ -33,7 +33,7 @@ class NearTiles:
         return (self.query,)
 
     @property
-    def own_tile(self) -> bool:
+    def keyed(self) -> bool:
         return self.late >= 0
 
     def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:

@@ -238,13 +238,14 @@ def test_tile_terms_bound_the_mask(e: Expr) -> None:
     """`every` and `some` over the corners of tiles hold for every point of a tile."""
     x = inputs()
     keep = meaning(e, x)
-    corners = Corners.of("p", "m")
-    every, some = corners.predicate(e)
     size = 3
+    corners = Corners.of("p", "m", size, size)
+    every, some = corners.predicate(e)
     tables: dict[str, torch.Tensor] = {}
     for t in corners.tables.values():
         low, high = x[t.tensor], x[t.tensor]
-        for d, _ in t.blocked:
+        for d, _, block in t.blocked:
+            assert block == 1
             blocks = [(low.narrow(d, i, min(size, 9 - i)), high.narrow(d, i, min(size, 9 - i))) for i in range(0, 9, size)]
             low = torch.stack([a.amin(d) for a, _ in blocks], d)
             high = torch.stack([b.amax(d) for _, b in blocks], d)

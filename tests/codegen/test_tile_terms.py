@@ -21,7 +21,7 @@ def at(e: Expr, **where: int) -> Expr:
 @pytest.mark.parametrize("e", [-P, ex.unary("abs", P), P // 3, P % 3, P // 2 + 1], ids=str)
 def test_printed_ends_of_one_operand_are_those_of_numbers(e: Expr) -> None:
     for a, b in INTERVALS:
-        found = Corners.of("p", "m").ends(e)
+        found = Corners.of("p", "m", 4, 4).ends(e)
         assert found is not None
         lo, hi = (ex.substitute(x, {ex.index("p0"): ex.const(a), ex.index("p1"): ex.const(b)}) for x in found)
         known = [at(e, p=p).value for p in range(a, b + 1)]
@@ -42,10 +42,26 @@ def test_printed_ends_of_two_operands_are_those_of_numbers(op: str) -> None:
     ex.minimum(P, M + 2) > ex.maximum(M, 4), ex.where(P < 4, P, M * 2) >= 5, ex.equal(P * P, M), ~(M > P) | (M % 4 < 2),
 ], ids=str)
 def test_classes_of_tiles_hold_at_every_point(keep: Expr) -> None:
-    every, some = Corners.of("p", "m").predicate(keep)
+    every, some = Corners.of("p", "m", 4, 4).predicate(keep)
     for p0, p1, m0, m1 in ((a, b, c, d) for (a, b), (c, d) in itertools.product([(0, 3), (2, 2), (4, 9), (8, 15)], repeat=2)):
         tile = {ex.index("p0"): p0, ex.index("p1"): p1, ex.index("m0"): m0, ex.index("m1"): m1}
         table = {e: ex.const(v) for e, v in tile.items()}
         kept = [at(keep, p=p, m=m) is ex.TRUE for p in range(p0, p1 + 1) for m in range(m0, m1 + 1)]
         assert ex.substitute(every, table) is not ex.TRUE or all(kept)
         assert ex.substitute(some, table) is not ex.FALSE or not any(kept)
+
+
+@pytest.mark.parametrize("tile, block", [(4, 4), (8, 4), (4, 8), (4, 6), (6, 4)])
+def test_a_table_of_blocks_is_read_where_a_tile_lies(tile: int, block: int) -> None:
+    """Tiles in one block read its element, tiles of several blocks their extremes; tiles that cut a block know nothing."""
+    keep = ex.load("T", (ex.index("h"), P // block, M // block), "b1") & (M <= P)
+    corners = Corners.of("p", "m", tile, tile)
+    every, some = corners.predicate(keep)
+    read = {str(x.attr) for e in (every, some) for x in ex.loads(e)}
+    whole = [t for t in corners.tables.values() if t.whole]
+    if block % tile == 0:
+        assert read == {"T"} and not corners.tables
+    elif tile % block == 0:
+        assert [t.blocked for t in corners.tables.values()] == [((1, "p", block), (2, "m", block))] and not whole
+    else:
+        assert whole

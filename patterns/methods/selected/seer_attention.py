@@ -1,0 +1,62 @@
+"""SeerAttention: tiles by a small gate that was trained for it, with weights of one's own.
+
+    Q̂ = RoPE_i(mean Q · W_q)     K̂ = RoPE_j([max, min, mean] K · W_k)     kept: softmax_j(Q̂ K̂ᵀ / √d_g) ≥ t, or its largest
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...attention.attention import Attention
+from ...cascade import bind
+from ...verdict import Refusal
+from ..selecting import steps as st
+from ..selecting.program import SelectedMethod, batch_ranks
+
+
+@dataclass(frozen=True)
+class SeerAttention(SelectedMethod):
+    """`queries` [heads, E, g] and `keys` [heads of keys, len(pooled) · E, g]: the gate, of this attention.
+
+    Kept are tiles of at least `threshold`, or with `count` the `count` largest of a row. A threshold asks of a distribution
+    over i + 1 tiles, so that later rows keep fewer: where none reaches it, the row keeps its own tile and the first.
+    `rotary` is the base of the tiles' positions (0: none).
+    """
+
+    name: ClassVar[str] = "seerattention"
+    source: ClassVar[str] = "Gao et al., SeerAttention (2410.13276)"
+    needs: ClassVar[tuple[str, ...]] = ("a trained gate",)
+
+    queries: st.Learned
+    keys: st.Learned
+    threshold: float = 2e-3
+    count: int = 0
+    block: int = 64
+    pooled: tuple[str, ...] = ("max", "min", "mean")
+    rotary: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.threshold < 0 or self.count < 0 or self.block < 1 or not set(self.pooled) <= {"max", "min", "mean"}:
+            raise ValueError("SeerAttention needs threshold ≥ 0, count ≥ 0, block ≥ 1 and pools of max, min, mean")
+        if self.queries.values.shape[2] != self.keys.values.shape[2]:
+            raise ValueError("SeerAttention's maps of queries and keys give rows of different lengths")
+
+    def selection(self, a: Attention) -> st.Table | Refusal:
+        if wrong := self._unlike(a):
+            return self.refuse(wrong)
+        q: st.Operand = st.Mapped(st.Pooled(st.Queries(), self.block), self.queries)
+        k: st.Operand = st.Mapped(st.Pooled(st.Keys(), self.block, self.pooled), self.keys)
+        if self.rotary:
+            q, k = st.Rotated(q, self.rotary), st.Rotated(k, self.rotary)
+        gate = st.Softmax(st.Products(q, k, scale=self.queries.values.shape[2] ** -0.5))
+        kept = st.Largest(gate, self.count) if self.count else st.Above(gate, self.threshold)
+        return st.Forced(kept, first=1, own=1)
+
+    def _unlike(self, a: Attention) -> str:
+        _, head = batch_ranks(a)
+        heads, width = (bind(a.cascade.rank[r].size, {}) if r else 1 for r in (head, a.products[0].over[0]))
+        shape = self.queries.values.shape[:2]
+        if isinstance(heads, int) and isinstance(width, int) and shape != (heads, width):
+            return f"its gate is for {shape[0]} heads of {shape[1]}, and this attention has {heads} of {width}"
+        return ""

@@ -1,0 +1,385 @@
+"""The steps of a selection, as data: a program is one step that reads others; equal steps are made once.
+
+    operand   x[b, h, i, e]    queries or keys, a row of which stands for `unit` tokens      Queries Keys Pooled Folded …
+    scores    s[b, h, i, j]    a number a cell of `rows` queries × `keys` keys               Products Softmax Summed …
+    table     t[b, h, i, j]    is the cell kept? only cells in which the model keeps a pair  Largest Mass Above Forced …
+    test      c[b, h]          which of two tables a head takes                              Near
+
+Whatever a step keeps, it keeps among cells with a pair that the model's own mask keeps; other cells score −∞. A full budget
+(every count, the whole mass, a threshold of 0) keeps all of these, whatever rounding says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step; what it reads are its fields that are steps."""
+
+    @property
+    def reads(self) -> tuple[Step, ...]:
+        return tuple(x for f in fields(self) if isinstance(x := getattr(self, f.name), Step))
+
+
+def walk(root: Step) -> Iterator[Step]:
+    """Every step once, what is read before what reads it."""
+    seen: dict[Step, None] = {}
+
+    def visit(s: Step) -> None:
+        if s not in seen:
+            for x in s.reads:
+                visit(x)
+            seen[s] = None
+
+    visit(root)
+    yield from seen
+
+
+# --- operands -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operand(Step):
+    """[b, h, i, e]; `unit`: tokens a row stands for."""
+
+    @property
+    def unit(self) -> int:
+        return next((x.unit for x in self.reads if isinstance(x, Operand)), 1)
+
+
+@dataclass(frozen=True)
+class Queries(Operand):
+    """The queries as the product reads them."""
+
+
+@dataclass(frozen=True)
+class Keys(Operand):
+    """The keys as the product reads them, a head for each head of keys."""
+
+
+@dataclass(frozen=True)
+class Last(Operand):
+    """The last `rows` tokens, or all where there are fewer."""
+
+    of: Operand
+    rows: int
+
+
+@dataclass(frozen=True)
+class Pooled(Operand):
+    """One row for every `size` tokens: mean, max, min, side by side. The last one counts the tokens that are there (R7)."""
+
+    of: Operand
+    size: int
+    how: tuple[str, ...] = ("mean",)
+
+    @property
+    def unit(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class Folded(Operand):
+    """`size` tokens side by side in one row, in reverse where `backwards`; tokens moved up by `shift`; 0 past the end.
+
+    Backwards queries times forwards keys are the sums along the antidiagonals of cells of size × size.
+    """
+
+    of: Operand
+    size: int
+    backwards: bool = False
+    shift: int = 0
+
+    @property
+    def unit(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A learned array, compared by what it holds."""
+
+    digest: str
+    values: NDArray[np.float32] = field(compare=False, repr=False)
+
+    @staticmethod
+    def of(values: object) -> Learned:
+        """From an array, or a tensor in host memory, [heads, in, out]. Raises ValueError for others."""
+        array = np.ascontiguousarray(np.asarray(values), np.float32).copy()
+        if array.ndim != 3:
+            raise ValueError(f"a learned map of heads is [heads, in, out], not {list(array.shape)}")
+        return Learned(f"{hashlib.sha256(array.data).hexdigest()} {array.shape}", array)
+
+
+@dataclass(frozen=True)
+class Mapped(Operand):
+    """x[b, h, i, :] · W[h], of a learned W [h, e, g]."""
+
+    of: Operand
+    weight: Learned
+
+
+@dataclass(frozen=True)
+class Rotated(Operand):
+    """Rotary positions: halves of a row turned by i · base^(−2k/E), i the row's number, not the token's."""
+
+    of: Operand
+    base: float = 10000.0
+
+
+@dataclass(frozen=True)
+class GroupMean(Operand):
+    """Queries, as the mean over the heads that share keys."""
+
+    of: Operand
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid(Step):
+    """[b, h, i, j]: cells of `rows` queries × `keys` keys; `last`: of the last so many queries alone (0: of all)."""
+
+    def _of(self) -> Grid:
+        return next(x for x in self.reads if isinstance(x, Grid))
+
+    @property
+    def rows(self) -> int:
+        return self._of().rows
+
+    @property
+    def keys(self) -> int:
+        return self._of().keys
+
+    @property
+    def last(self) -> int:
+        return self._of().last
+
+
+@dataclass(frozen=True)
+class Scores(Grid):
+    """Numbers; −∞ in cells without a pair that the model keeps."""
+
+
+@dataclass(frozen=True)
+class Table(Grid):
+    """Booleans."""
+
+
+@dataclass(frozen=True)
+class Products(Scores):
+    """times · scale · Σ_e q·k; `scale` None: the model's own.
+
+    `odd`: keys for the rows with an odd number, in place of `k`.
+    """
+
+    q: Operand
+    k: Operand
+    scale: float | None = None
+    times: float = 1.0
+    odd: Operand | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.q.unit
+
+    @property
+    def keys(self) -> int:
+        return self.k.unit
+
+    @property
+    def last(self) -> int:
+        return next((s.rows for s in walk(self.q) if isinstance(s, Last)), 0)
+
+
+@dataclass(frozen=True)
+class Softmax(Scores):
+    """Of every row over its keys, in float32; a row without a key is 0."""
+
+    of: Scores
+
+
+@dataclass(frozen=True)
+class Summed(Scores):
+    """Sums (or the largest) over coarser cells; `rows` 0: over all rows. A row's mean where `mean`."""
+
+    of: Scores
+    to_rows: int
+    to_keys: int
+    how: str = "sum"
+    mean: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.to_rows
+
+    @property
+    def keys(self) -> int:
+        return self.to_keys
+
+
+@dataclass(frozen=True)
+class Heads(Scores):
+    """The mean or the largest over the heads that share keys, or over all (`every`); heads stay as many as there were."""
+
+    of: Scores
+    how: str
+    every: bool = False
+
+
+@dataclass(frozen=True)
+class Raised(Scores):
+    """+∞ in each row's own cell, in the `first` cells, and in the `last_cells` up to its own."""
+
+    of: Scores
+    first: int = 0
+    own: int = 1
+
+
+@dataclass(frozen=True)
+class Offsets(Scores):
+    """[b, h, 1, o]: Σ over rows of what stands o keys before the row's own place; of cells of single tokens."""
+
+    of: Scores
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Everything(Table):
+    """All cells of a grid."""
+
+    of: Grid
+
+
+@dataclass(frozen=True)
+class Largest(Table):
+    """The `count` largest of a row; of equal ones the first."""
+
+    of: Scores
+    count: int
+
+
+@dataclass(frozen=True)
+class Mass(Table):
+    """The fewest largest cells whose sum is at least `share` of all: of each row, or of a head's cells together.
+
+    The cell that reaches the share is kept (R5); at least `least` cells.
+    """
+
+    of: Scores
+    share: float
+    scope: str = "row"
+    least: int = 0
+
+
+@dataclass(frozen=True)
+class Above(Table):
+    """Cells of at least `threshold`."""
+
+    of: Scores
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Spread(Table):
+    """Coarser cells with some cell that is kept; `rows` 0: of one row for all queries."""
+
+    of: Table
+    to_rows: int
+    to_keys: int
+
+    @property
+    def rows(self) -> int:
+        return self.to_rows
+
+    @property
+    def keys(self) -> int:
+        return self.to_keys
+
+
+@dataclass(frozen=True)
+class Slashes(Table):
+    """Cells of size × size that a kept offset [b, h, 1, o] crosses."""
+
+    of: Table
+    size: int
+
+    @property
+    def rows(self) -> int:
+        return self.size
+
+    @property
+    def keys(self) -> int:
+        return self.size
+
+    @property
+    def last(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Columns(Table):
+    """A row [b, h, 1, j] of cells, for every row of cells of `size` queries."""
+
+    of: Table
+    size: int
+
+    @property
+    def rows(self) -> int:
+        return self.size
+
+    @property
+    def last(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Either(Table):
+    """Kept by one of two."""
+
+    of: Table
+    other: Table
+
+
+@dataclass(frozen=True)
+class Forced(Table):
+    """The table, the `first` cells of each row and its `own` last ones: sink and diagonal (R4)."""
+
+    of: Table
+    first: int = 1
+    own: int = 1
+
+
+@dataclass(frozen=True)
+class GroupUnion(Table):
+    """Kept for one of the heads that share keys (R8)."""
+
+    of: Table
+
+
+@dataclass(frozen=True)
+class Chosen(Table):
+    """Of each head the one table or the other."""
+
+    test: Near
+    of: Table
+    other: Table
+
+
+@dataclass(frozen=True)
+class Near(Step):
+    """[b, h]: √JS(a, b) < `distance` of two distributions [b, h, 1, j]; 0 · log 0 is 0. At most √log 2 = 0.8326."""
+
+    a: Scores
+    b: Scores
+    distance: float

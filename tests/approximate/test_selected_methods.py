@@ -1,0 +1,46 @@
+"""Methods that choose tiles, end to end: a Llama whose attention runs one within the allowed error, and says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import reattend
+from reattend.patterns.methods.selected.flexprefill import FlexPrefill
+from reattend.patterns.methods.selected.moba import MoBA
+
+N = 1024
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=N,
+    )).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "expect"), [
+    (FlexPrefill(mass=0.9, block=64, least=16), ("KEEP=0.2",)), (MoBA(count=3, block=64), ()),
+], ids=lambda x: getattr(x, "name", ""))
+def test_a_llama_runs_a_selection_within_its_error(method: FlexPrefill | MoBA, expect: tuple[str, ...]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(97, (1, N), generator=rng)} for _ in range(4)]
+    plain, x = llama(), data[0]
+    policy = reattend.Policy(approximate=True, methods=(method,), max_error=0.5, calibration=data, expect=expect)
+    model = reattend.optimize(llama(), policy=policy)
+    with torch.no_grad():
+        near, exact = model(**x).logits, plain(**x).logits
+    report = reattend.report(model)
+    (site,) = report.sites
+    assert site.kernel == str(method), report
+    assert 0 < (near - exact).norm() / exact.norm() < 0.5
+    error = site.site.candidate(str(method)).error
+    assert error is not None
+    assert error.mass is not None
+    assert 0 < error.mass.mean < 1
+    (check,) = report.checks
+    assert check.verdict == "same"
+    assert "selection" in site.site.candidate(str(method)).cost.parts
