@@ -1,0 +1,1 @@
+"""How good an approximation is, and what it needs beyond an exact candidate."""
