@@ -1,0 +1,1 @@
+"""Methods from the literature, approximate: each a law that makes another, cheaper attention of one."""

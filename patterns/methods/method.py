@@ -1,0 +1,170 @@
+"""What a method is: a law from an attention to another that costs less and is not equal to it.
+
+    static     keep(p, m)                       a predicate of positions, nothing to compute beforehand
+    selected   keep[b, h, p // rows, m // keys] a table, an input of the new cascade, which a program makes of q and k first
+    state      linear row states                not built yet: a law may already give any cascade with the same output
+
+To add one: a frozen dataclass in a file of its own in a room of `patterns/methods/` (static/, selected/, …), a subclass of
+`Method` (of `StaticMethod` where it is a predicate). Its fields are its parameters, with the paper's defaults; `name`,
+`source` and `needs` are facts of the class; `replace` is its law. Nothing else is edited: `registry.methods()` lists the
+rooms. Its known answers are its tests, in `tests/methods/`.
+
+What every law keeps (`masked` does it for all who use it): the model's own mask wins, keep = model's ∧ method's (R1);
+positions are those of the model's own causal bound, so that rows over a cache lie where they belong (R2); no row that has a
+key loses all of them, which is proved or guarded where it is installed (R3).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any, ClassVar, Protocol
+
+from .. import expr as ex
+from ..attention.attention import Attention
+from ..cascade import Cascade, Size, size_term
+from ..expr import Expr
+from ..verdict import Refusal
+from .masked import masked, position
+
+
+class SelectionProgram(Protocol):
+    """What makes a table before the kernel runs: plain data that compares by value (a frozen dataclass).
+
+    `reads` names the inputs of the replacement's cascade that it is made of. `run(torch, tensors, sizes)` makes the table
+    from them, a b1 tensor in the shape that the cascade declares; it gets the module because nothing here imports torch. It
+    draws from no generator of others, and gives the same table for the same tensors. `work(sizes)` counts it.
+    """
+
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+
+    def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Any: ...
+
+    def work(self, sizes: Mapping[str, int]) -> SelectionWork: ...
+
+
+@dataclass(frozen=True)
+class SelectionWork:
+    """What a selection costs at sizes: a candidate's time is its kernel's and this.
+
+    `flops` of matrix products (a multiply-add is two), `bytes` read and written, `exps`, `sorted`: elements that are sorted
+    or looked through for the largest, `kernels`: operators that are launched one after another.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    exps: float = 0.0
+    sorted: float = 0.0
+    kernels: int = 0
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What a method makes of an attention: a cascade with its inputs and its output, computed by any kernel that can.
+
+    With a `program`, the cascade has one input more, `table` (b1), read as `table[b, h, p // rows, m // keys]` in its mask
+    (`masked.block_table` makes both, `masked.masked` puts them in);
+    `density` is then the share of its elements that the method expects to be set, for the predictions: None where unknown,
+    which counts as all.
+    """
+
+    cascade: Cascade
+    table: str = ""
+    program: SelectionProgram | None = None
+    density: float | None = None
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A method with its parameters, which are the fields of the subclass.
+
+    `name`: how it is allowed and denied; `source`: paper and section; `needs`: what must be given for it, one phrase each.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def replace(self, a: Attention) -> Replacement | Refusal:
+        """The attention in which this one is replaced by the method, or why it is none for the method."""
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The parameters by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{n}={_said(v)}" for n, v in self.parameters.items())
+        return f"{self.name}({given})" if given else self.name
+
+    def refuse(self, reason: str) -> Refusal:
+        """A refusal by this method."""
+        return Refusal(str(self), reason)
+
+
+def _said(value: object) -> str:
+    return str(value).replace(" ", "")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The coordinates that a static predicate speaks of, as integer terms over the ranks of an attention.
+
+    `row`: the position of the query among the keys (that of the last key it may see where the attention is causal); `key`:
+    the position of the key; `head`: the query head, None where there is none; `keys`: how many keys there are.
+    """
+
+    row: Expr
+    key: Expr
+    head: Expr | None
+    keys: Expr
+    causal: bool
+
+
+@dataclass(frozen=True)
+class StaticMethod(Method):
+    """A method that keeps keys by positions alone."""
+
+    @abstractmethod
+    def keep(self, at: Positions, a: Attention) -> Expr | Refusal:
+        """Does the method keep the key of a row? A b1 term; the model's own mask need not stand in it."""
+
+    def replace(self, a: Attention) -> Replacement | Refusal:
+        """The attention under its own mask and the method's."""
+        at = positions(a)
+        if isinstance(at, Refusal):
+            return self.refuse(at.reason)
+        keep = self.keep(at, a)
+        if isinstance(keep, Refusal):
+            return keep
+        made = masked(a, keep, str(self))
+        return made if isinstance(made, Refusal) else Replacement(made)
+
+
+def positions(a: Attention) -> Positions | Refusal:
+    """Where queries and keys lie. Refused where queries and keys are two sets: nothing says which key a row is at."""
+    found = position(a)
+    rows, keys = (a.cascade.rank[r].size for r in (a.query, a.key))
+    if found is None and rows != keys:
+        return Refusal("", f"its {rows} queries and {keys} keys are two sets: no key is at the place of a query")
+    head = head_rank(a)
+    return Positions(
+        ex.index(a.query) if found is None else found, ex.index(a.key), ex.index(head) if head is not None else None,
+        size_term(keys), found is not None,
+    )
+
+
+def head_rank(a: Attention) -> str | None:
+    """The rank of the query heads: the innermost batch rank that the queries' operand varies over; None without one."""
+    own = [r for r in a.batch if r in frozenset().union(*(e.ranks for e in a.products))]
+    return own[-1] if len(own) > 1 else None
+
+
+def heads(a: Attention) -> Size:
+    """How many query heads there are."""
+    head = head_rank(a)
+    return 1 if head is None else a.cascade.rank[head].size

@@ -1,0 +1,1 @@
+"""Methods whose keys are a function of positions alone."""
