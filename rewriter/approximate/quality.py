@@ -58,14 +58,15 @@ class HeadQuality:
     """What a head keeps of its rows' mass, and its error behind the output projection, over `rows` rows.
 
     `worst` is the smallest kept mass that was seen. Its interval is open below by nature: what was not seen may be worse,
-    but at 95% fewer than 3 in `rows` rows are, were rows independent (the rule of three).
+    but at 95% fewer than 3 in `rows` rows are, were rows independent (the rule of three). A method that weighs keys anew
+    keeps no part of a mass: there the three are None.
     """
 
     layer: int
     head: int
-    mean: Interval
-    p1: Interval
-    worst: Interval
+    mean: Interval | None
+    p1: Interval | None
+    worst: Interval | None
     error: Interval
     rows: int
 
@@ -171,21 +172,27 @@ def answer_quality(
     )
 
 
-def head_quality(layer: int, mass: Tensor, off: Tensor, size: Tensor, *, seed: int = 0) -> tuple[HeadQuality, ...]:
-    """Per head: kept mass [B, H, P] of rows, squared norms off [B, H] of its error and size [B, H] of its exact part, both
-    behind the output projection.
+def head_quality(
+    layer: int, mass: Tensor | None, off: Tensor, size: Tensor, *, seed: int = 0
+) -> tuple[HeadQuality, ...]:
+    """Per head: kept mass [B, H, P] of rows (None: there is no such), squared norms off [B, H] of its error and size [B, H]
+    of its exact part, both behind the output projection.
 
     The error is sqrt(Σ off / Σ size) over the examples: relative L2 of what the head adds to the layer's output.
     """
-    b, heads, rows = mass.shape
-    example = torch.arange(b).unsqueeze(-1).expand(b, rows).reshape(-1)
+    b, heads = off.shape
     often = _resampled(b, seed)
     out = []
     for h in range(heads):
-        s = Sample(mass[:, h].reshape(-1).double(), example, b)
         above, below = off[:, h].double(), size[:, h].double()
         ratio = ((often @ above) / (often @ below)).sqrt()
         error = _ends(float((above.sum() / below.sum()).sqrt()), ratio, 0.95)
+        if mass is None:
+            out.append(HeadQuality(layer, h, None, None, None, error, 0))
+            continue
+        rows = mass.shape[-1]
+        example = torch.arange(b).unsqueeze(-1).expand(b, rows).reshape(-1)
+        s = Sample(mass[:, h].reshape(-1).double(), example, b)
         kept = mean(s, seed=seed), quantile(s, 0.01, seed=seed), quantile(s, 0.0, seed=seed)
         out.append(HeadQuality(layer, h, *kept, error, b * rows))
     return tuple(out)

@@ -1,0 +1,66 @@
+"""Hedgehog: learned feature maps that imitate a softmax's rows.
+
+    φ(x) = [softmax(x W); softmax(-x W)]       W[h, e, j] of the query's side and of the key's, learned a layer at a time
+    w(p, m) = φ(q_p)·φ(k_m) ≥ 0                2J numbers a token
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ... import expr as ex
+from ...attention.attention import Attention
+from ...cascade import Cascade
+from ...expr import Expr
+from ...verdict import Refusal
+from ..method import Method, Replacement, head_rank
+from .rows import Operands, Rows, is_softmax, operands
+
+
+@dataclass(frozen=True)
+class Hedgehog(Method):
+    """Linear attention with maps of `features` directions a head, whose weights are read from `maps` (safetensors).
+
+    The replacement has two inputs of its own, WQ and WK [heads, width, features]. Without maps that were fitted to the
+    attention it is refused: at random they are another model.
+    """
+
+    name: ClassVar[str] = "hedgehog"
+    source: ClassVar[str] = "Zhang et al., The Hedgehog & the Porcupine (2402.04347), section 4"
+    needs: ClassVar[tuple[str, ...]] = ("feature maps fitted to the attention",)
+
+    maps: str = ""
+    features: int = 64
+
+    def __post_init__(self) -> None:
+        if self.features < 1:
+            raise ValueError(f"Hedgehog needs features ≥ 1, not {self.features}")
+
+    def replace(self, a: Attention) -> Replacement | Refusal:
+        if not self.maps:
+            return self.refuse("it needs feature maps fitted to the attention: give their file as maps")
+        if not is_softmax(a):
+            return self.refuse("its rows are no softmax of their scores")
+        found = operands(a)
+        if isinstance(found, str):
+            return self.refuse(found)
+        return Replacement(linear(a, found, self.features, str(self)))
+
+
+def linear(a: Attention, given: Operands, features: int, name: str) -> Cascade:
+    """The quadratic form: weights are sums of the products of both halves' features."""
+    rows, head = Rows(a), head_rank(a)
+    j = rows.rank("j", features)
+    own = (*(() if head is None else (head,)), *given.over, j)
+    halves: list[Expr] = []
+    sides = []
+    for side, x, token in (("Q", given.query, a.query), ("K", given.key, a.key)):
+        w = rows.input(f"W{side}", own, "f32")
+        at = (*a.batch, token, j)
+        sides.append((at, side, rows.put(f"G{side}", at, x * w, "add", given.over)))
+    for sign, half in ((1.0, "P"), (-1.0, "N")):
+        q, k = (rows.softmax(g * sign if sign < 0 else g, at, j, f"F{side}{half}") for at, side, g in sides)
+        halves.append(rows.put(f"S{half}", (*rows.row, a.key), q * k, "add", (j,)))
+    weight = ex.where(given.keep, halves[0] + halves[1], 0.0)
+    return rows.cascade(rows.mean(weight, "L"), name)

@@ -1,0 +1,150 @@
+"""Learned feature maps: a softmax attention imitated by a linear one, layer by layer on captured queries and keys.
+
+    φ(x) = [softmax(x W); softmax(-x W)]              features sum to 2, none is negative
+    A'[p,m] = φ(q_p)·φ(k_m) / Σ_m' φ(q_p)·φ(k_m')     over the keys that the model's mask leaves
+    loss = - Σ_m A[p,m] · log A'[p,m]                 cross-entropy with the softmax's own rows; its floor: their entropy
+
+Source: Zhang et al., "The Hedgehog & the Porcupine" (2024, arXiv 2402.04347), section 4; W begins as the identity,
+AdamW with rate 1e-2 as in its code. Layers are independent: each is fitted on what the model itself gives it. Queries and
+keys are taken behind the rotation of positions; before it the maps would know no positions.
+
+Maps are kept as safetensors, never as pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Below this a weight counts as this in the loss, as in the published code: a logarithm of 0 teaches nothing.
+LEAST = 1e-12
+
+
+@dataclass(frozen=True)
+class FeatureMaps:
+    """The maps of one attention: query and key [H, E, J] in float32, of which 2J features are made a head."""
+
+    query: Tensor
+    key: Tensor
+
+    def __post_init__(self) -> None:
+        if self.query.shape != self.key.shape or self.query.dim() != 3:
+            shapes = f"{tuple(self.query.shape)} and {tuple(self.key.shape)}"
+            raise ValueError(f"Feature maps are two tensors [heads, width, features], not {shapes}")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Maps with the divergence KL(softmax row ‖ linear row) in nats: on what they were fitted on, before and after, and
+    after on examples that they never saw, per head; `uniform` is what equal weights would have there, for comparison.
+    """
+
+    maps: FeatureMaps
+    before: float
+    after: float
+    held_out: tuple[float, ...]
+    uniform: tuple[float, ...]
+
+
+def features(x: Tensor, w: Tensor) -> Tensor:
+    """x [B, H, N, E] and w [H, E, J] → φ(x) [B, H, N, 2J]."""
+    at = x @ w
+    return torch.cat([at.softmax(-1), (-at).softmax(-1)], -1)
+
+
+def rows(q: Tensor, k: Tensor, maps: FeatureMaps, allowed: Tensor) -> Tensor:
+    """The linear attention's weights under a mask [N, N], [B, H, N, N]; rows sum to 1."""
+    weight = (features(q, maps.query) @ features(k, maps.key).mT).masked_fill(~allowed, 0.0)
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def identity(heads: int, width: int, count: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> FeatureMaps:
+    """The maps before they are fitted: the identity, and directions drawn at random beyond the width."""
+    w = torch.eye(width, count, dtype=dtype)
+    if count > width:
+        g = torch.Generator().manual_seed(seed)
+        w[:, width:] = torch.nn.functional.normalize(torch.randn(width, count - width, generator=g, dtype=dtype), dim=0)
+    return FeatureMaps(w.expand(heads, width, count).clone(), w.expand(heads, width, count).clone())
+
+
+def _divergence(exact: Tensor, other: Tensor) -> Tensor:
+    """KL of rows [B, H, N, N] in nats, the mean over rows and examples of each head, [H]."""
+    kl = torch.xlogy(exact, exact) - exact * other.clamp(min=LEAST).log()
+    return kl.sum(-1).mean((0, 2))
+
+
+def fit(
+    captured: Sequence[tuple[Tensor, Tensor]], held_out: tuple[Tensor, Tensor], allowed: Tensor, scale: float, *,
+    count: int, steps: int = 300, rate: float = 1e-2, seed: int = 0,
+) -> Fitted:
+    """Maps of `count` directions a head, fitted on batches of queries and keys [B, H, N, E] taken in turn.
+
+    `allowed` [N, N] is the model's mask, `scale` that of its scores. Deterministic by seed. Raises ValueError in one
+    sentence where nothing was captured or it is not finite.
+    """
+    if not captured:
+        raise ValueError("Feature maps are fitted on captured queries and keys, and none were given")
+    if not all(bool(x.isfinite().all()) for pair in (*captured, held_out) for x in pair):
+        raise ValueError("What was captured for feature maps is not finite: the model gives NaN or infinities on this data")
+    heads, width = captured[0][0].shape[1], captured[0][0].shape[-1]
+    start = identity(heads, width, count, seed=seed)
+    w = [start.query.clone().requires_grad_(), start.key.clone().requires_grad_()]
+    optimizer = torch.optim.AdamW(w, rate, weight_decay=0.0)
+    teachers = [_softmax_rows(q, k, allowed, scale) for q, k in captured]
+    before = float(_divergence(teachers[0], rows(*captured[0], start, allowed)).mean())
+    with torch.enable_grad():
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 - step / steps)
+            q, k = captured[step % len(captured)]
+            loss = _divergence(teachers[step % len(captured)], rows(q, k, FeatureMaps(w[0], w[1]), allowed)).sum()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(w, 1.0)
+            optimizer.step()
+    maps = FeatureMaps(w[0].detach(), w[1].detach())
+    teacher = _softmax_rows(*held_out, allowed, scale)
+    even = allowed.to(teacher.dtype) / allowed.sum(-1, keepdim=True)
+    return Fitted(
+        maps, before, float(_divergence(teachers[0], rows(*captured[0], maps, allowed)).mean()),
+        tuple(_divergence(teacher, rows(*held_out, maps, allowed)).tolist()),
+        tuple(_divergence(teacher, even.expand_as(teacher)).tolist()),
+    )
+
+
+def _softmax_rows(q: Tensor, k: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    with torch.no_grad():
+        return (q @ k.mT * scale).masked_fill(~allowed, float("-inf")).softmax(-1)
+
+
+# --- kept on disk -----------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, maps: Mapping[str, FeatureMaps]) -> None:
+    """Write the maps of attentions by name as one safetensors file, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    tensors = {f"{n}.{side}": t.contiguous() for n, m in maps.items() for side, t in (("query", m.query), ("key", m.key))}
+    _safetensors().save_file(tensors, part, {"format": "reattend feature maps, 1"})
+    part.replace(path)
+
+
+def load(path: Path) -> dict[str, FeatureMaps]:
+    """The maps of attentions by name. Raises ValueError where the file holds something else."""
+    kept: dict[str, Tensor] = _safetensors().load_file(path)
+    names = sorted({n.rpartition(".")[0] for n in kept})
+    if sorted(kept) != sorted(f"{n}.{side}" for n in names for side in ("key", "query")):
+        raise ValueError(f"{path} holds no feature maps: of each attention a query's and a key's are expected")
+    return {n: FeatureMaps(kept[f"{n}.query"], kept[f"{n}.key"]) for n in names}
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as no:
+        raise ImportError("Learned feature maps are kept as safetensors: pip install safetensors") from no
+    return safetensors.torch
