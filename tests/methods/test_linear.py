@@ -16,6 +16,7 @@ from reattend.patterns.methods.linear.hedgehog import Hedgehog
 from reattend.patterns.methods.linear.sla import SparseLinear
 from reattend.patterns.methods.method import Method, Replacement
 from reattend.patterns.verdict import Refusal
+from reattend.rewriter.approximate.feature_maps import FeatureMaps, rows
 from tests.methods.attentions import dense, draw, view
 
 SIZES = {"B": 1, "H": 2, "E": 8, "F": 8}
@@ -99,6 +100,23 @@ def test_hedgehog_by_the_formula(features: int, score: str) -> None:
         weight = weight.tril()
     out = run(Hedgehog("maps.safetensors", features), a, given | w)
     assert (out - mean(weight, v)).abs().max() < 1e-12
+
+
+def test_hedgehog_beside_a_window_by_the_formula() -> None:
+    a = view(P=12, M=12)
+    g = torch.Generator().manual_seed(3)
+    learned = {n: torch.randn(2, 8, 5, generator=g) for n in ("WQ", "WK")} | {"GAIN": torch.tensor([0.3, -1.2])}
+    given = draw(a)
+    q, k, v = (given[n].double() for n in "QKV")
+    maps = FeatureMaps(learned["WQ"].double(), learned["WK"].double(), learned["GAIN"].double())
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()
+    out = run(Hedgehog("maps.safetensors", 5, window=4), a, given | learned)
+    assert (out - rows(q, k, maps, causal, 0.125, 4) @ v).abs().max() < 1e-12
+    # by hand, the last row: four keys of the window, eight beside it
+    s, phi = q @ k.mT * 0.125, [torch.cat([x.softmax(-1), (-x).softmax(-1)], -1) for x in (q @ maps.query, k @ maps.key)]
+    weight = torch.cat([learned["GAIN"].double().exp()[:, None] * (phi[0] @ phi[1].mT)[0, :, -1, :8],
+                        (s[0, :, -1, 8:] - s[0, :, -1, 8:].amax(-1, keepdim=True)).exp()], -1)
+    assert (out[0, :, -1] - mean(weight[:, None], v[0])[:, 0]).abs().max() < 1e-12
 
 
 def test_hedgehog_with_equal_keys_is_a_mean_and_knows_no_later_token() -> None:

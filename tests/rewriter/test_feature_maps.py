@@ -30,7 +30,7 @@ def test_features_sum_to_two_and_rows_to_one() -> None:
     assert phi.shape == (4, HEADS, TOKENS, 2 * WIDTH)
     assert float(phi.min()) >= 0
     torch.testing.assert_close(phi.sum(-1), torch.full_like(phi[..., 0], 2.0))
-    rows = fm.rows(q, k, maps, CAUSAL)
+    rows = fm.rows(q, k, maps, CAUSAL, 1.0)
     torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]))
     assert float(rows.masked_fill(CAUSAL, 0).abs().max()) == 0
 
@@ -51,6 +51,17 @@ def test_fitting_gains_on_examples_it_never_saw_and_is_the_same_again() -> None:
     assert made.after < 0.75 * made.before
     for h in range(HEADS):
         assert made.held_out[h] < 0.5 * made.uniform[h]
+
+
+def test_a_window_over_all_keys_is_the_softmax_and_far_keys_weigh_by_the_gain() -> None:
+    q, k = drawn(4, examples=1)
+    maps = fm.identity(HEADS, WIDTH, WIDTH)
+    exact = (q @ k.mT).masked_fill(~CAUSAL, -math.inf).softmax(-1)
+    torch.testing.assert_close(fm.rows(q, k, maps, CAUSAL, 1.0, TOKENS), exact)
+    some = fm.FeatureMaps(maps.query, maps.key, torch.tensor([0.0, math.log(2.0)]))
+    rows, twice = (fm.rows(q, k, x, CAUSAL, 1.0, 3)[0, 1, 20] for x in (maps, some))
+    far, near = slice(0, 18), slice(18, 21)
+    torch.testing.assert_close(twice[far].sum() / twice[near].sum(), 2 * rows[far].sum() / rows[near].sum())
 
 
 def test_more_directions_than_the_width_are_drawn() -> None:
@@ -79,7 +90,7 @@ def test_what_cannot_be_fitted_or_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not finite"):
         fm.fit([(q * math.nan, k)], (q, k), CAUSAL, 1.0, count=4)
     with pytest.raises(ValueError, match="two tensors"):
-        fm.FeatureMaps(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))
+        fm.FeatureMaps(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.zeros(2))
     import safetensors.torch
 
     safetensors.torch.save_file({"a.query": torch.zeros(1)}, tmp_path / "other.safetensors")
