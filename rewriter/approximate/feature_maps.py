@@ -84,8 +84,8 @@ def identity(heads: int, width: int, count: int, *, seed: int = 0, dtype: torch.
     if count > width:
         g = torch.Generator().manual_seed(seed)
         w[:, width:] = torch.nn.functional.normalize(torch.randn(width, count - width, generator=g, dtype=dtype), dim=0)
-    both = (w.expand(heads, width, count).clone() for _ in range(2))
-    return FeatureMaps(*both, torch.zeros(heads, dtype=dtype))
+    w = w.expand(heads, width, count)
+    return FeatureMaps(w.clone(), w.clone(), torch.zeros(heads, dtype=dtype))
 
 
 def _divergence(exact: Tensor, other: Tensor) -> Tensor:

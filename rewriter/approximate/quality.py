@@ -115,18 +115,33 @@ def quantile(s: Sample, q: float, *, seed: int = 0, confidence: float = 0.95) ->
     """The smallest value with at least a share q of all values at or below it; q = 0 is the minimum."""
     values, order = s.values.sort()
     example = s.example[order]
-    # a few resamples at a time: all of them at once are a thousand copies of the values
-    drawn = [_at(values, often[:, example].cumsum(1), q) for often in _resampled(s.examples, seed).split(AT_A_TIME)]
-    own = _at(values, torch.ones(1, len(values), dtype=torch.float64).cumsum(1), q)
-    return _ends(float(own), torch.cat(drawn), confidence)
-
-
-def _at(values: Tensor, weight: Tensor, q: float) -> Tensor:
-    """The sorted value at which the running weight [R, A] reaches the share q, for every row that weighs anything."""
-    weight = weight[weight[:, -1] > 0]
+    number = torch.bincount(s.example, minlength=s.examples).double()
+    often = _resampled(s.examples, seed)
+    often = often[(often @ number) > 0]
     # weights are whole numbers: at least one, whatever the share
-    reached = (q * weight[:, -1:]).clamp(min=1.0)
-    return values[torch.searchsorted(weight, reached - 1e-6).squeeze(1)]
+    reached = (q * (often @ number)).clamp(min=1.0) - 1e-6
+    # resamples differ from the sample by little: of a low quantile the lowest values are enough, or else all are asked;
+    # a few resamples at a time, since all at once are a thousand copies of the values
+    for first in (int(4 * q * len(values)) + 64 * max(1, int(number.max())), len(values)):
+        drawn = [
+            _at(values[:first], often[i : i + AT_A_TIME, example[:first]].cumsum(1), reached[i : i + AT_A_TIME])
+            for i in range(0, len(often), AT_A_TIME)
+        ]
+        if all(x is not None for x in drawn):
+            break
+    own = _at(values, torch.arange(1.0, len(values) + 1, dtype=torch.float64)[None], _least(q * len(values)))
+    assert own is not None
+    return _ends(float(own), torch.cat([x for x in drawn if x is not None]), confidence)
+
+
+def _least(share: float) -> Tensor:
+    return torch.tensor([max(1.0, share) - 1e-6], dtype=torch.float64)
+
+
+def _at(values: Tensor, weight: Tensor, reached: Tensor) -> Tensor | None:
+    """The sorted value at which each running weight [R, A] reaches [R]; None where one does not."""
+    at = torch.searchsorted(weight, reached[:, None]).squeeze(1)
+    return None if bool((at == len(values)).any()) else values[at]
 
 
 def kept_mass(kept: Tensor, full: Tensor) -> Tensor:

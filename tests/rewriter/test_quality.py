@@ -43,6 +43,9 @@ def test_a_mean_hides_the_row_that_is_lost() -> None:
     mass[..., -5:] = 1e-3
     (h,) = quality.head_quality(3, mass, torch.tensor([[1.0]]), torch.tensor([[4.0]]))
     assert (h.layer, h.head, h.rows) == (3, 0, 100)
+    assert h.mean is not None
+    assert h.p1 is not None
+    assert h.worst is not None
     assert h.mean.value == pytest.approx(0.95, abs=1e-3)
     assert h.p1.value == h.worst.value == pytest.approx(1e-3)
     assert h.error.value == 0.5
@@ -70,6 +73,22 @@ def test_the_interval_of_a_mean_is_that_of_its_examples() -> None:
 def test_quantiles_are_values_that_were_seen(q: float, want: float) -> None:
     values = torch.arange(100, 0, -1).double()
     assert quality.quantile(Sample(values, torch.arange(100), 100), q).value == want
+
+
+@pytest.mark.parametrize("q", [0.0, 0.01, 0.3, 0.99])
+def test_quantiles_of_resamples_by_brute_force(q: float) -> None:
+    """Each resample written out, value by value; examples differ in size and in kind."""
+    g = torch.Generator().manual_seed(1)
+    example = torch.arange(12).repeat_interleave(torch.arange(1, 13))
+    values = torch.randn(len(example), generator=g, dtype=torch.float64) + example
+    found = quality.quantile(Sample(values, example, 12), q)
+    often = quality._resampled(12, 0).long()
+    want = []
+    for draw in often:
+        written = values.repeat_interleave(draw[example]).sort().values
+        want.append(written[max(0, math.ceil(q * len(written) - 1e-9) - 1)])
+    low, high = torch.quantile(torch.stack(want), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert (found.low, found.high) == (low, high)
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:

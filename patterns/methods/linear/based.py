@@ -18,7 +18,7 @@ from ...attention.attention import Attention
 from ...masks.split import split
 from ...verdict import Refusal
 from ..method import Method, Replacement, positions
-from .rows import Rows, is_softmax
+from .rows import RowBuilder, is_softmax
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TaylorWindow(Method):
             return self.refuse("its rows are no softmax of their scores")
         if self.window and not at.causal:
             return self.refuse("it needs a causal attention: nothing says where the window of a row ends")
-        mask, rows = split(a.score, a.key), Rows(a)
+        mask, rows = split(a.score, a.key), RowBuilder(a)
         s, near = mask.full, at.row - at.key < self.window
         far = 1.0 + s + 0.5 * s * s
         if not self.window:

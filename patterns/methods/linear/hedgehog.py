@@ -17,7 +17,7 @@ from ...expr import Expr
 from ...masks.split import split
 from ...verdict import Refusal
 from ..method import Method, Replacement, head_rank, positions
-from .rows import Operands, Rows, is_softmax, operands
+from .rows import Operands, RowBuilder, is_softmax, operands
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Hedgehog(Method):
 
 def linear(a: Attention, given: Operands, features: int, name: str, near: Expr | None = None) -> Cascade:
     """The quadratic form: weights are sums of the products of both halves' features; `near` keys have the softmax's."""
-    rows, head = Rows(a), head_rank(a)
+    rows, head = RowBuilder(a), head_rank(a)
     j = rows.rank("j", features)
     own = (*(() if head is None else (head,)), *given.over, j)
     halves: list[Expr] = []

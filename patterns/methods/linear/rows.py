@@ -70,7 +70,7 @@ def _times(terms: Iterable[Expr]) -> Expr:
 
 
 @dataclass
-class Rows:
+class RowBuilder:
     """Einsums that are put behind an attention's products; names are new ones, ranks those of the attention and more."""
 
     of: Attention

@@ -25,7 +25,7 @@ from ...expr import Expr
 from ...verdict import Refusal
 from ..masked import position
 from ..method import Method, Replacement, SelectionWork
-from .rows import Operands, Rows, is_softmax, operands
+from .rows import Operands, RowBuilder, is_softmax, operands
 
 # As the paper guards the linear branch's sum.
 LEAST = 1e-5
@@ -124,10 +124,10 @@ class SparseLinear(Method):
         program = CriticalTiles(
             found.query, found.key, ranks, found.over[0], self.rows, self.keys, self.critical, self.negligible
         )
-        return Replacement(cascade, table, program)  # type: ignore[arg-type]
+        return Replacement(cascade, table, program)
 
     def _cascade(self, a: Attention, given: Operands) -> tuple[Cascade, str]:
-        rows, c = Rows(a), a.cascade
+        rows, c = RowBuilder(a), a.cascade
         sides = ((a.query, self.rows), (a.key, self.keys))
         tiles = [term_size((size_term(c.rank[r].size) + (side - 1)) // side) for r, side in sides]
         name = rows.fresh("TILES")
