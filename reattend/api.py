@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .cost_model.devices.device import Device, device
 from .cost_model.plan.plan import Plan
+from .rewriter.approximate.calibrate import calibrate
 from .rewriter.capture.export import held_tensors
 from .rewriter.capture.models import check_devices, inputs_for
 from .rewriter.choose import choose
@@ -40,6 +41,9 @@ def optimize(
 ) -> M:
     """Have every attention of `model` computed by the cheapest exact candidate. Returns the same object.
 
+    With `Policy(approximate=True, methods=…, max_error=…, calibration=data)` the model is calibrated first, and methods are
+    installed where their measured error allows it (docs/approximate.md). Raises CalibrationError (a ValueError).
+
     Nothing is captured before the model is called; with `example` (a tensor, a tuple of arguments, a mapping of keyword
     arguments, or a pair of both) it is called once, without gradients. Twice is once. `restore` undoes it; when anything
     fails here the model is left as it was. `target` names the device that the model is on, where its kind alone (the
@@ -51,12 +55,14 @@ def optimize(
     _check_target(model, chosen)
     policy = policy or Policy()
     held = session_of(model)
-    if held is not None and held.policy == policy and held.target == chosen:
+    alike = held is not None and held.policy == policy and held.target == chosen
+    if held is not None and alike and held.policy.calibration is policy.calibration:
         session = held
     else:
+        installed = calibrate(model, policy, chosen) if policy.methods else None
         if held is not None:
             held.detach()
-        session = Session(policy, chosen)
+        session = Session(policy, chosen, installed=installed)
         session.install(model)
     if example is not None:
         args, kwargs = _arguments(example)
@@ -96,6 +102,8 @@ def report(model: nn.Module) -> Report:
         )
         pieces = (*session.pieces, *through.pieces)
         found = Report(str(session.policy), entries, pieces, tuple(session.frames_given_up))
+        if session.installed is not None:
+            found = replace(found, approximate=session.installed.said)
     return replace(found, doors=through.entries, notes=through.notes)
 
 
@@ -111,6 +119,8 @@ def register(
     """
     if library not in DOORS:
         raise ValueError(f"reattend.register: unknown library {library!r}; one of {', '.join(DOORS)}")
+    if policy is not None and policy.methods:
+        raise ValueError("reattend.register takes no methods: an approximation is measured on a model, by reattend.optimize")
     open_door(library, policy or Policy(), device(target) if target is not None else None)
 
 
@@ -140,7 +150,8 @@ def plan(
     Without `args` and `kwargs`, inputs are built from the model's main input. `target` defaults to the model's device.
     Gradients are planned for when the model is in training mode and grad mode is on. With `dynamic`, sizes stay symbolic
     and costs are those of the given ones. Raises UsageError (a ValueError) naming a missing argument, UnknownDevice for an
-    unknown target, and CaptureError where the model has no graph.
+    unknown target, and CaptureError where the model has no graph. Methods of the policy are listed with what they would
+    cost; with its calibration they are measured, and chosen within the budget.
     """
     _check_module(model, "plan")
     args = (args,) if isinstance(args, Tensor) else tuple(args)
@@ -149,7 +160,10 @@ def plan(
         args, given = inputs_for(model, Shapes())
     check_devices(model, args, given)
     where = device(target) if target is not None else _device_of(model, args, given)
-    return plan_model(model, args, given, where, policy or Policy(), dynamic=dynamic)
+    policy = policy or Policy()
+    installed = calibrate(model, policy, where) if policy.methods and policy.calibration is not None else None
+    made = plan_model(model, args, given, where, policy, dynamic=dynamic, installed=installed)
+    return made if installed is None else replace(made, note="; ".join([made.note, *installed.said]))
 
 
 def verify(
@@ -172,7 +186,7 @@ def verify(
     check_devices(model, args, given)
     session = session_of(model)
     policy = session.policy if session is not None else Policy()
-    return _verify(model, args, given, policy, plan)
+    return _verify(model, args, given, policy, plan, session.installed if session is not None else None)
 
 
 def _check_module(model: object, verb: str) -> None:

@@ -22,6 +22,7 @@ from ..report.page import Made, write_page
 from ..sites.axes import bound_sizes
 from ..sites.course import Symbol
 from ..sites.detail import Detail
+from ..sites.error import MeasuredError
 from ..sites.findings import Findings
 from ..sites.picture import Layer, Picture
 from ..sites.site import Candidate, MaskView, Miss, PlanError, Site, SiteShape, TileCounts
@@ -30,9 +31,10 @@ from ..sites.sweeping import sweep
 from ..time.cost import Cost
 from .table import plan_table
 
+# 4 added: density and measured error of candidates that are not exact.
 # 3 added: meshes over a sweep.
 # 2 added: sizes that costs are for, tile pictures, memory, open sizes and sweeps, bytes of weights.
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,17 @@ def _site_to_dict(s: Site) -> dict[str, Json]:
 
 
 def _candidate_to_dict(c: Candidate) -> dict[str, Json]:
-    out = vars(c) | {"cost": c.cost.to_dict() if c.cost is not None else None}
+    out = vars(c) | {
+        "cost": c.cost.to_dict() if c.cost is not None else None,
+        "error": c.error.to_dict() if c.error is not None else None,
+    }
     del out["maker"]
     return out
+
+
+def _candidate_from_dict(d: Read) -> Candidate:
+    error = MeasuredError.from_dict(d["error"]) if d.get("error") is not None else None
+    return Candidate(**{**d, "cost": Cost.from_dict(d["cost"]) if d["cost"] is not None else None, "error": error})
 
 
 def _site_from_dict(d: Read) -> Site:
@@ -153,9 +163,7 @@ def _site_from_dict(d: Read) -> Site:
     if mask is not None:
         tiles = TileCounts(**mask["tiles"]) if mask["tiles"] else None
         mask = MaskView(mask["expr"], mask["density"], tiles, _picture(mask.get("picture")))
-    candidates = tuple(
-        Candidate(**{**c, "cost": Cost.from_dict(c["cost"]) if c["cost"] is not None else None}) for c in d["candidates"]
-    )
+    candidates = tuple(map(_candidate_from_dict, d["candidates"]))
     return Site(**{
         **d, "traits": frozenset(d["traits"]), "shape": SiteShape(**d["shape"]), "mask": mask, "candidates": candidates,
         "proofs": tuple(d["proofs"]), "guards": tuple(d["guards"]), "notes": tuple(d["notes"]),

@@ -111,8 +111,15 @@ def _misses(misses: Sequence[Miss], width: int | None) -> str:
     return table_text(table, width)
 
 
+def _told(c: Candidate) -> str:
+    if c.exact:
+        return c.why
+    seen = f"{c.density:.1%} of the tiles; " if c.density is not None else ""
+    return f"{seen}error {c.error if c.error is not None else 'not measured'}; {c.why}"
+
+
 def candidates_table(candidates: Sequence[Candidate], width: int | None = None) -> str:
-    """Every candidate of a site with its predicted cost, or why it cannot run."""
+    """Every candidate of a site with its predicted cost, or why it cannot run; what is known of errors, where not exact."""
     table = table_of(
         ("candidate", "time", "bound", "TFLOP", "GB", "G exp", "passes", "why"),
         right=("time", "TFLOP", "GB", "G exp", "passes"),
@@ -123,6 +130,6 @@ def candidates_table(candidates: Sequence[Candidate], width: int | None = None) 
             continue
         table.add_row(
             c.name, seconds_text(c.cost.seconds), c.cost.bound, f"{c.cost.flops / 1e12:.3g}", f"{c.cost.bytes / 1e9:.3g}",
-            f"{c.cost.exps / 1e9:.3g}", str(c.passes) if c.passes is not None else "", c.why,
+            f"{c.cost.exps / 1e9:.3g}", str(c.passes) if c.passes is not None else "", _told(c),
         )
     return table_text(table, width)

@@ -70,6 +70,7 @@ def _candidate(c: Candidate) -> dict[str, Json]:
         "name": c.name, "feasible": able, "why": c.why, "passes": c.passes, "mapping": c.mapping, "parts": parts,
         "range": between(c.cost.seconds, c.cost.band) if able and c.cost is not None else "",
         "cost": {k: v for k, v in c.cost.to_dict().items() if k != "parts"} if able and c.cost is not None else None,
+        "exact": c.exact, "density": c.density, "error": c.error.to_dict() if c.error is not None else None,
     }
 
 

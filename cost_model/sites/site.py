@@ -13,6 +13,7 @@ from ..count.memory import AttentionMemory
 from ..time.cost import Cost
 from ..words import NUMBER, group_name
 from .detail import Detail
+from .error import MeasuredError
 from .picture import Picture
 
 ORIGINAL = "original"
@@ -27,7 +28,8 @@ class Candidate:
     """One way to compute an attention.
 
     `why` says why it is infeasible, or what speaks for or against it; `passes` counts those over the key rank (None where
-    the kernel is not ours to count); `mapping` is the canonical text of how it is tiled, or "".
+    the kernel is not ours to count); `mapping` is the canonical text of how it is tiled, or "". One that is not `exact` has
+    the `density` of what it visits (share of all tiles) and its `error` where that was measured: None is not 0.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Candidate:
     mapping: str = ""
     text: str = ""
     maker: Callable[[], str] | None = field(default=None, compare=False, repr=False)
+    density: float | None = None
+    error: MeasuredError | None = None
 
     @property
     def is_original(self) -> bool:

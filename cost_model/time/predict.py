@@ -20,6 +20,7 @@ from ...patterns.cascade import Cascade, size_term
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.ranges import key_range
 from ...patterns.masks.selection import selection
+from ...patterns.methods.method import SelectionWork
 from ...patterns.passes.latents import Inner, inner
 from ...patterns.verdict import Obstacle
 from ..count.eager import EagerOperator, backward, beforehand, compiled, gathered_back, operators
@@ -214,6 +215,18 @@ def tiles_of(c: Cascade, mapping: TileMapping, sizes: Mapping[str, int], data: D
     """The key tiles that a mapping visits, program by program, given what is known of run-time data."""
     s = subject(c)
     return s if isinstance(s, Obstacle) else plan_tiles(s, shape(s.cascade, s.attention, sizes), mapping, data)
+
+
+def predict_selection(work: SelectionWork, device: Device) -> float:
+    """Seconds of a selection: its products as one, the rest as operators that share its bytes, each a launch of its own."""
+    points, rest = int(work.flops / 2), max(work.kernels - (work.flops > 0), 0)
+    side = max(int(points ** (1 / 3)), 1)
+    each = int(work.bytes / max(work.kernels, 1))
+    product = EagerOperator("product", "selection", "f32", points, each, 0, max(points // side**3, 1), side, side, side)
+    ops = [product] if points else []
+    looked = int((work.exps + work.sorted) / max(rest, 1))
+    ops += [EagerOperator("point", "exp" if work.exps else "selection", "f32", looked, each, 0)] * rest
+    return _operators(tuple(ops), device).seconds if ops else 0.0
 
 
 # --- operators ----------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""How good an approximation is, and what it needs beyond an exact candidate."""
+"""Which methods are installed where: errors measured on the user's data, what is learned, the cheapest within the budget."""

@@ -184,3 +184,13 @@ def _off(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rms(x: Tensor) -> float:
     return math.sqrt(x.square().mean().item()) if x.numel() else 0.0
+
+
+def relative(made: Tensor, own: Tensor) -> float:
+    """‖made − own‖ / ‖own‖ over what is finite in the own value; infinite where only one of them is finite."""
+    finite = own.isfinite()
+    if not torch.equal(finite, made.isfinite()):
+        return math.inf
+    size = own[finite].norm().item()
+    off = (made[finite] - own[finite]).norm().item()
+    return off / size if size else (0.0 if off == 0 else math.inf)

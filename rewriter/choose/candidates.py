@@ -116,7 +116,7 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     ours_text = next((x.mapping for x in order if x.is_tiled), "")
     site = Site(
         name="", where="", kind=said.kind, traits=said.traits, shape=_shape(c, q, sizes),
-        mask=_mask(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
+        mask=mask_view(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
         choice=chosen.name, cascade=said.text, chosen_cascade=said.one_pass_text if chosen.is_tiled else "",
         notes=taken.words, memory=held, eager=_eager_cost(q, sizes),
         detailer=cache(lambda: detail(c, said.one_pass, ours_text, sizes, taken.data)),
@@ -210,13 +210,19 @@ def _candidates(
         return
     original = Candidate(ORIGINAL, cost=_original_cost(q, sizes))
     yield original, None
-    sdpa = _sdpa(q, sizes, data)
-    ready = [c.cost.seconds for c in (original, sdpa[0]) if c.feasible and c.cost is not None]
-    for candidate, call in (_ours(q, sizes, data, min(ready, default=math.inf)), sdpa, _flex(q, sizes, data)):
+    for candidate, call in kernels(q, sizes, data, original.seconds):
         no = q.bound or ("" if q.policy.permits(candidate) else "the policy does not permit it")
         if no and candidate.feasible:
             candidate, call = replace(candidate, feasible=False, why=no), None
         yield candidate, call
+
+
+def kernels(
+    q: Question, sizes: Mapping[str, int], data: Data, rival: float
+) -> tuple[tuple[Candidate, splice.Call | None], ...]:
+    """What computes an attention beside its own code; `rival` is the predicted time of that."""
+    sdpa = _sdpa(q, sizes, data)
+    return _ours(q, sizes, data, min(rival, sdpa[0].seconds)), sdpa, _flex(q, sizes, data)
 
 
 def _original_cost(q: Question, sizes: Mapping[str, int]) -> Cost | None:
@@ -495,7 +501,7 @@ def _memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> AttentionMemo
         return None
 
 
-def _mask(
+def mask_view(
     a: Attention, c: Cascade, sizes: Mapping[str, int], order: tuple[Candidate, ...], data: Data
 ) -> MaskView | None:
     mask = split(a.score, a.key)

@@ -33,6 +33,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade
 from ...patterns.evaluate import infer_sizes
 from ..capture import capture
+from ..check.approximate import MethodWatch, Slot
 from ..check.verdicts import Check
 from ..check.watch import SiteWatch
 from ..find.detect import Found, NearMiss, defective, find
@@ -47,6 +48,7 @@ from ..lift.index import ZERO
 from ..splice import splice
 from ..splice.guards import Originals
 from . import scans
+from .approximations import Approximation, Installed, methods_at, with_methods
 from .candidates import Question, answer, guard_sentences
 from .latents import over_latents
 from .policy import Policy, StrictError
@@ -57,7 +59,7 @@ class Request:
     """What a graph is planned for. `executable`: the plan will run in this process, on the tensors' own device.
 
     `choices` names the candidate of some sites, by name, instead of the cheapest. `traced`: the rewritten graph goes
-    to Inductor, where nothing can branch on data.
+    to Inductor, where nothing can branch on data. `installed`: the methods that a calibration found, with their errors.
     """
 
     policy: Policy
@@ -65,6 +67,7 @@ class Request:
     executable: bool = True
     choices: Mapping[str, str] = field(default_factory=dict)
     traced: bool = False
+    installed: Installed | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,19 @@ class Decision:
     """An attention of a graph with what was decided, and what each candidate that can run would be spliced as.
 
     `inner`: the attention as it was found; where it runs over latents, `found` holds the maps before and behind it as well.
+    `methods` are those of the policy at it, `approximation` the one of them that was chosen.
     """
 
     found: Found
     site: Site
     calls: Mapping[str, splice.Call]
     inner: Found
+    methods: tuple[Approximation, ...] = ()
+
+    @property
+    def approximation(self) -> Approximation | None:
+        """The method that is chosen; None where what is chosen is exact."""
+        return next((m for m in self.methods if m.candidate.name == self.site.choice), None)
 
     @property
     def call(self) -> splice.Call | None:
@@ -249,7 +259,11 @@ def _splice(originals: Originals, d: Decision, request: Request, record: list[Ch
         why = "its own code cannot run again: a part of it is written in place"
         record.append(Check(_label(d.site), d.site.choice, "unchecked", why=why))
         return None
-    watch = watch_of(d, original[1], policy, record) if watched and original is not None else None
+    watch: SiteWatch | None = None
+    if watched and original is not None:
+        watch = _method_watch(d, d.approximation, policy, record) if d.approximation is not None else watch_of(
+            d, original[1], policy, record
+        )
     before = f.output.prev
     new = splice.replace(
         originals.gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original, watch=watch
@@ -278,6 +292,17 @@ def watch_of(d: Decision, inputs: Sequence[fx.Node], policy: Policy, record: lis
         _label(d.site), d.site.choice, d.site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
         masks=frozenset(i for i, n in enumerate(inputs) if n in read), largest=max(numbers, default=0.0),
         repeated=_repeated(d.found, inputs), refuse=StrictError if policy.strict else None, record=record,
+    )
+
+
+def _method_watch(d: Decision, m: Approximation, policy: Policy, record: list[Check]) -> MethodWatch:
+    """The watch over a site with a method: its kernel is held against the method's own cascade, not against the original."""
+    assert d.call is not None
+    slots = {t.name: Slot(t.name) for t in d.found.cascade.inputs}
+    return MethodWatch(
+        _label(d.site), d.site.choice, d.site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
+        refuse=StrictError if policy.strict else None, record=record, view=m.view, tensors=m.tensors,
+        layout=d.call.arguments(slots, lambda name: Slot(name, is_size=True)),
     )
 
 
@@ -361,6 +386,9 @@ def _device_of(gm: fx.GraphModule) -> Device | None:
 def _decide(f: Found, name: str, hints: Mapping[str, int], request: Request) -> Decision:
     stands = place(f, name)
     site, calls = decide_place(stands, hints, request)
+    methods = methods_at(_question(stands, hints, request), site, request.installed) if request.policy.methods else ()
+    if any(m.candidate.name == site.choice for m in methods):
+        return Decision(f, site, calls, f, methods)
     device = request.target or running_device(stands.device_type)
     over = None if request.traced else over_latents(f, stands, site, device, stands.sizes(hints), request.policy)
     wished = request.choices.get(name, over.site.choice if over is not None else site.choice)
@@ -370,22 +398,27 @@ def _decide(f: Found, name: str, hints: Mapping[str, int], request: Request) -> 
     there = any(c.name == wished and (c.is_original or wished in calls) for c in site.candidates)
     if wished != site.choice and there:
         site = replace(site, choice=wished, guards=guard_sentences(calls.get(wished)))
-    return Decision(f, site, calls, f)
+    return Decision(f, site, calls, f, methods)
 
 
 def decide_place(
     stands: Place, at: Mapping[str, int], request: Request
 ) -> tuple[Site, Mapping[str, splice.Call]]:
     """The decision for an attention at sizes of the graph's symbols. Equal questions are answered once."""
-    question = Question(
+    question = _question(stands, at, request)
+    site, calls = answer(question)
+    site = replace(site, name=stands.name, where=stands.where, notes=(*site.notes, *stands.notes))
+    if request.policy.methods:
+        site, calls = with_methods(question, site, calls, request.installed, request.choices.get(stands.name, ""))
+    return replace(site, guards=guard_sentences(calls.get(site.choice))), calls
+
+
+def _question(stands: Place, at: Mapping[str, int], request: Request) -> Question:
+    return Question(
         stands.cascade, tuple(sorted(stands.sizes(at).items())), request.target or running_device(stands.device_type),
         request.policy, request.executable, stands.wanted, stands.bound, stands.dtype, stands.call(at), request.traced,
         stands.origins, stands.constants, stands.bare,
     )
-    site, calls = answer(question)
-    guards = guard_sentences(calls.get(site.choice))
-    site = replace(site, name=stands.name, where=stands.where, guards=guards, notes=(*site.notes, *stands.notes))
-    return site, calls
 
 
 def bind_sizes(c: Cascade, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> dict[str, int]:

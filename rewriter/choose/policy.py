@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ...cost_model.count.expect import Expect, parse
 from ...cost_model.mesh.mesh import Mesh
 from ...cost_model.mesh.mesh import mesh as mesh_of
 from ...cost_model.sites.site import ORIGINAL, Candidate
+from ...patterns.methods import registry
+from ...patterns.methods.method import Method
 
 CANDIDATES = (ORIGINAL, "sdpa", "flex", "reattend")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a plan may do. All candidates of this version are exact, so `approximate` admits only ways on a mesh that are not
-    (TPLA), and `max_error` nothing.
+    """What a plan may do. Candidates are exact unless `approximate` admits others: ways on a mesh (TPLA), and `methods`.
+
+    `methods` (SinkWindow(sink=4, window=1024), …; `reattend.methods()` lists them) are tried at every attention that takes
+    them. `calibration` is data to measure their error on, an iterable of examples as `optimize` takes them: every other one
+    configures, the others are held out. What is installed differs in the whole model's output by `max_error` at most,
+    measured on the latter (docs/approximate.md); without a measured error nothing is.
 
     `mesh`, "tp=8" or a Mesh, adds to a plan what every way to spread its attentions over these devices holds, sends and
     takes; what runs stays on one device.
 
     `allow` keeps only these candidates beside the original code, `deny` removes some; names are original, sdpa, flex,
-    reattend. The original code stays where nothing else can run, denied or not. With `strict`, an attention that cannot be
-    rewritten raises at the first capture instead of being left alone.
+    reattend, and those of methods: one that is allowed by name alone has its defaults. The original code stays where nothing
+    else can run, denied or not. With `strict`, an attention that cannot be rewritten raises at the first capture instead of
+    being left alone.
 
     `expect` says what to expect of run-time data that masks read, for the predictions of `plan` alone: texts such as
     "attention_mask=length:700" (cost_model/count/expect.py has the forms). It names the model's arguments, which the graphs
@@ -41,25 +48,26 @@ class Policy:
     max_error: float | None = None
     allow: Collection[str] = ()
     deny: Collection[str] = ()
-    calibration: object = None
+    calibration: object = field(default=None, compare=False, repr=False)
     mesh: Mesh | str | None = None
     strict: bool = False
     expect: Collection[str] = ()
     check: str | int = "first"
     tune: bool = True
+    methods: Collection[Method] = ()
 
     def __post_init__(self) -> None:
-        for field in ("allow", "deny"):
-            value = getattr(self, field)
+        for side in ("allow", "deny"):
+            value = getattr(self, side)
             names = (value,) if isinstance(value, str) else tuple(value)
-            object.__setattr__(self, field, names)
-            unknown = [n for n in names if n not in CANDIDATES]
+            object.__setattr__(self, side, names)
+            unknown = [n for n in names if n not in CANDIDATES and n not in _method_names()]
             if unknown:
-                raise ValueError(f"Policy({field}): unknown candidate {unknown[0]!r}; one of {', '.join(CANDIDATES)}")
+                known = ", ".join((*CANDIDATES, *_method_names()))
+                raise ValueError(f"Policy({side}): unknown candidate {unknown[0]!r}; one of {known}")
         if self.max_error is not None and not self.max_error > 0:
             raise ValueError(f"Policy(max_error) must be above 0, not {self.max_error}")
-        if self.calibration is not None:
-            raise ValueError("Policy(calibration) is not in this version: all candidates are exact")
+        self._check_methods()
         wishes = (self.expect,) if isinstance(self.expect, str) else tuple(self.expect)
         object.__setattr__(self, "expect", wishes)
         for text in wishes:
@@ -70,6 +78,35 @@ class Policy:
         if self.mesh is not None:
             object.__setattr__(self, "mesh", mesh_of(self.mesh))
 
+    def _check_methods(self) -> None:
+        given = (self.methods,) if isinstance(self.methods, Method) else tuple(self.methods)
+        for m in given:
+            if isinstance(m, type) and issubclass(m, Method):
+                raise ValueError(f"Policy(methods): {m.__name__} is a class: give {m.__name__}(…) with its parameters")
+            if not isinstance(m, Method):
+                raise ValueError(f"Policy(methods) takes methods such as SinkWindow(sink=4, window=1024), not {m!r}")
+        clash = next((n for n in self.deny if n in self.allow or n in [m.name for m in given]), None)
+        if clash is not None:
+            raise ValueError(f"Policy: {clash!r} is both allowed and denied")
+        by_name = [n for n in self.allow if n not in CANDIDATES and n not in [m.name for m in given]]
+        for n in by_name:
+            made = registry.named(n)
+            if made is None:
+                raise ValueError(f"Policy(allow): {n!r} has parameters without a default: give it in methods=(…)")
+            given = (*given, made)
+        object.__setattr__(self, "methods", tuple(dict.fromkeys(given)))
+        for name, value in (("methods", self.methods), ("calibration", self.calibration)):
+            if not self.approximate and value is not None and value != ():
+                raise ValueError(f"Policy({name}) needs approximate=True: a method changes what the model computes")
+
+    @property
+    def exactly(self) -> Policy:
+        """The same without methods: what it says of exact candidates, and of the kernels that compute a method."""
+        if not self.methods and not self.approximate:
+            return self
+        kernels = tuple(n for n in self.allow if n in CANDIDATES)
+        return replace(self, methods=(), allow=kernels, calibration=None)
+
     @property
     def expectations(self) -> tuple[Expect, ...]:
         """What is expected of run-time data, read."""
@@ -79,15 +116,23 @@ class Policy:
         """May this candidate be chosen?"""
         if candidate.name in self.deny:
             return False
+        if not candidate.exact:
+            return candidate.name in [str(m) for m in self.methods]
         return candidate.is_original or not self.allow or candidate.name in self.allow
 
     def __str__(self) -> str:
         parts = [
             f"allow {', '.join(self.allow)}" if self.allow else "",
             f"deny {', '.join(self.deny)}" if self.deny else "",
+            f"methods {', '.join(map(str, self.methods))}" if self.methods else "",
+            f"error at most {self.max_error:g}" if self.methods and self.max_error is not None else "",
         ]
         words = [p for p in parts if p] + (["strict"] if self.strict else [])
         return "; ".join(words + ([f"check {self.check}"] if self.check != "never" else [])) or "all exact candidates"
+
+
+def _method_names() -> tuple[str, ...]:
+    return tuple(m.name for m in registry.methods())
 
 
 class StrictError(RuntimeError):

@@ -28,6 +28,7 @@ from ...patterns.cascade import Cascade, bind
 from ..capture import capture, export
 from ..capture.models import ModelInput, load, run
 from ..choose import choose, scans
+from ..choose.approximations import Installed
 from ..choose.policy import Policy
 from ..find import defect
 from ..find.place import Place, symbols_of
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 def plan_model(
     model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], device: Device, policy: Policy, *,
-    dynamic: bool, name: str = "",
+    dynamic: bool, name: str = "", installed: Installed | None = None,
 ) -> Plan:
     """Plan a model. A model that has no graph of its own is run once, and its pieces are planned, when it has data.
 
@@ -55,13 +56,13 @@ def plan_model(
             with bypass.own():
                 captured = export.from_export(model, args, kwargs, dynamic=dynamic)
                 said = called.mark_bare(captured.graph, model, args, kwargs) if session_of(model) is None else ""
-            plan = plan_graph(captured, device, policy, name)
+            plan = plan_graph(captured, device, policy, name, installed=installed)
             return replace(plan, note=f"{plan.note}{said}{_trained()}{_fused(model, plan)}")
         except capture.CaptureError as no:
             tensors = [*model.parameters(), *export.held_tensors((args, dict(kwargs)))[0]]
             if any(_without_data(t) for t in tensors):
                 raise
-            return _plan_pieces(model, args, kwargs, device, policy, name, str(no))
+            return _plan_pieces(model, args, kwargs, device, policy, name, str(no), installed)
 
 
 def _trained() -> str:
@@ -91,7 +92,8 @@ def _without_data(t: Tensor) -> bool:
 
 
 def plan_graph(
-    captured: capture.Captured, device: Device, policy: Policy, name: str = "", *, whole: bool = True
+    captured: capture.Captured, device: Device, policy: Policy, name: str = "", *, whole: bool = True,
+    installed: Installed | None = None,
 ) -> Plan:
     """Plan a captured graph for a device that need not be here. The graph stays as it is.
 
@@ -115,7 +117,7 @@ def plan_graph(
     weights = _weight_bytes(captured.graph)
 
     def retake(where: Device, at: Mapping[str, int], which: Sequence[int]) -> tuple[Site, ...]:
-        request = choose.Request(policy, where, executable=False)
+        request = choose.Request(policy, where, executable=False, installed=installed)
         known = len(places)
         return tuple(
             scans.decide(walked[i - known], where, policy)[0]
@@ -196,6 +198,7 @@ def _plan_pieces(
     policy: Policy,
     name: str,
     why: str,
+    installed: Installed | None = None,
 ) -> Plan:
     """Run the model once through Dynamo, which breaks it where it must, and plan each piece."""
     plans: list[Plan] = []
@@ -203,7 +206,7 @@ def _plan_pieces(
 
     def plan_piece(gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
         captured = capture.from_dynamo(gm, inputs, names)
-        plans.append(plan_graph(captured, device, replace(policy, mesh=None), name, whole=False))
+        plans.append(plan_graph(captured, device, replace(policy, mesh=None), name, whole=False, installed=installed))
         breaks.extend(b for b in [break_of(gm)] if b)
         return gm.forward
 

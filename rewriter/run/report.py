@@ -120,7 +120,7 @@ class Report:
     """What `optimize` did to a model, and what a door did in it, up to now. `str()` is for reading.
 
     `doors` are the attentions that went through a door: `missed` of their calls were left to the library's own function.
-    `notes` are sentences about them.
+    `notes` are sentences about them. `approximate`: what a calibration of methods found, and what it installed.
     """
 
     policy: str
@@ -131,6 +131,7 @@ class Report:
     installed: bool = True
     doors: tuple[Entered, ...] = ()
     notes: tuple[str, ...] = ()
+    approximate: tuple[str, ...] = ()
 
     @property
     def calls(self) -> int:
@@ -245,7 +246,7 @@ class Report:
             lines += _predictions(self.sites)
         elif self.pieces and not any(p.error for p in self.pieces):
             lines.append("no attention was found in what was captured")
-        return [*lines, *(_left(m, n) for m, n in grouped(self.misses)), *self.notes]
+        return [*lines, *(_left(m, n) for m, n in grouped(self.misses)), *self.approximate, *self.notes]
 
     def _through(self) -> list[str]:
         """How many calls came to us, and which way."""

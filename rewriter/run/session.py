@@ -27,6 +27,7 @@ from ...cost_model.devices.device import Device
 from ...cost_model.sites.site import ORIGINAL, Site
 from ..capture import capture
 from ..choose import choose
+from ..choose.approximations import Installed
 from ..choose.policy import Policy, StrictError
 from ..graph import torch_private
 from ..splice import floats, sampling, splice
@@ -253,7 +254,8 @@ class Session:
     """What `optimize` keeps about a model. Safe to use from several threads.
 
     `backend` stands in for planning and rewriting: verification checks each graph instead. `outer`: the model's session
-    before this one was attached, which it is again when this one is detached.
+    before this one was attached, which it is again when this one is detached. `installed`: the methods that a calibration of
+    this model found.
     """
 
     policy: Policy
@@ -268,6 +270,7 @@ class Session:
     frames_given_up: list[str] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
     outer: Session | None = None
+    installed: Installed | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -317,7 +320,8 @@ class Session:
         run: Callable[..., Any] = gm.forward
         graph: fx.GraphModule | None = None
         try:
-            at = "" if self.inductor or self.choices else kept.key_of(gm, inputs, self.names(), self.policy, self.target)
+            asked = self.inductor or self.choices or self.installed is not None
+            at = "" if asked else kept.key_of(gm, inputs, self.names(), self.policy, self.target)
             found = kept.recall(at, self.policy, piece.checks) if at else None
             if found is not None:
                 run, graph = self._as_kept(piece, gm, inputs, found)
@@ -370,7 +374,9 @@ class Session:
         with bypass.capturing(), own_saved_tensors():
             captured = capture.from_dynamo(gm, inputs, self.names(), inductor=self.inductor, runs=False)
         piece.capture_seconds = captured.seconds
-        request = choose.Request(self.policy, self.target, choices=self.choices, traced=self.inductor)
+        request = choose.Request(
+            self.policy, self.target, choices=self.choices, traced=self.inductor, installed=self.installed
+        )
         piece.plan = choose.rewrite(captured, request, piece.checks)
         if at and not piece.checks:
             kept.keep(at, kept.described(at, piece.plan, captured.graph, self.policy, facts))

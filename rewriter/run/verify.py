@@ -4,6 +4,7 @@
     baseline    the error of the model's own code against it, in the model's types
     actual      the error of what was chosen: at most 2.5 times the baseline's largest, 1.2 times its RMS
 
+of a method its own cascade is the reference, and the whole output may differ by the policy's `max_error` (relative, L2);
 with a floor of one unit in the last place of the output. A baseline that is itself far off means that the cascade does not
 say what the model computes, and fails as well.
 """
@@ -26,7 +27,9 @@ from ...cost_model.words import table_of, table_text
 from ...patterns.evaluate import evaluate
 from ..capture import capture
 from ..capture.models import run
+from ..check.compare import relative
 from ..choose import choose
+from ..choose.approximations import Installed
 from ..choose.policy import Policy
 from ..graph.functional import adopt
 from ..graph.torch_private import tree_leaves
@@ -99,7 +102,8 @@ class Verification:
 
 
 def verify(
-    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], policy: Policy, plan: Plan | None = None
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], policy: Policy, plan: Plan | None = None,
+    installed: Installed | None = None,
 ) -> Verification:
     """Run the model twice without gradients, as written and rewritten, and compare. The model is left as it was found."""
     held = session_of(model)
@@ -109,8 +113,8 @@ def verify(
         held.detach()
     try:
         with torch.no_grad():
-            whole = _whole(model, args, kwargs, policy, plan)
-            checker = _Checker(policy, plan)
+            whole = _whole(model, args, kwargs, policy, plan, installed)
+            checker = _Checker(policy, plan, installed)
             checked = Session(policy, None, backend=checker)
             checked.install(model)
             try:
@@ -127,18 +131,26 @@ def verify(
 
 
 def _whole(
-    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], policy: Policy, plan: Plan | None
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], policy: Policy, plan: Plan | None,
+    installed: Installed | None,
 ) -> tuple[float, float]:
-    """Largest difference of the outputs, relative to the largest output, and the limit for their type."""
+    """Largest difference of the outputs, relative to the largest output, and the limit for their type.
+
+    With methods it is their difference in L2 relative to the output, and the limit is the policy's.
+    """
     state = torch.get_rng_state()
     expected = _floats(run(model, _again(args), _again(dict(kwargs))))
-    session = Session(policy, None, choices=_choices(plan))
+    session = Session(policy, None, choices=_choices(plan), installed=installed)
     session.install(model)
     try:
         torch.set_rng_state(state)
         actual = _floats(model(*_again(args), **_again(dict(kwargs))))
     finally:
         session.detach()
+    planned = [s.chosen for s in plan.sites] if plan is not None else []
+    if policy.max_error is not None and ((installed and installed.chosen) or any(not c.exact for c in planned)):
+        pairs = zip(actual, expected, strict=True)
+        return max((relative(a.double(), b.double()) for a, b in pairs), default=0.0), policy.max_error
     limit = max((WHOLE_LIMIT.get(t.dtype, 1e-5) for t in expected), default=1e-5)
     return max((_difference(a, b) for a, b in zip(actual, expected, strict=True)), default=0.0), limit
 
@@ -171,8 +183,8 @@ def _difference(a: Tensor, b: Tensor) -> float:
 class _Checker:
     """A backend that runs graphs as captured and, at every attention, compares candidates on the values at hand."""
 
-    def __init__(self, policy: Policy, plan: Plan | None) -> None:
-        self.policy, self.choices = policy, _choices(plan)
+    def __init__(self, policy: Policy, plan: Plan | None, installed: Installed | None) -> None:
+        self.policy, self.choices, self.installed = policy, _choices(plan), installed
         self.checks: list[SiteCheck] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
@@ -183,9 +195,13 @@ class _Checker:
         decisions, taken = {}, Counter[str]()
         for region in capture.regions(captured.graph):
             adopt(region)
-            made, _ = choose.decide(region, choose.Request(self.policy, choices=self.choices), taken)
+            made, _ = choose.decide(region, self._request(), taken)
             decisions.update({d.found.output: d for d in made})
         return lambda *values: _Checking(captured.graph, decisions, self.checks).run(*values)
+
+
+    def _request(self) -> choose.Request:
+        return choose.Request(self.policy, choices=self.choices, installed=self.installed)
 
 
 class _Checking(fx.Interpreter):
@@ -217,6 +233,12 @@ def _check(
     else:
         made = d.call.target(*d.call.arguments(tensors, lambda name: sizes[name]))
         actual, kernel = made.reshape(original.shape), d.site.choice
+    m = d.approximation
+    if m is not None:
+        given = m.tensors(tensors, sizes)
+        out = m.view.cascade.outputs[0]
+        reference, own = (evaluate(m.view.cascade, given, sizes, widen=w)[out] for w in (True, False))
+        reference, original = reference.reshape(original.shape), own.reshape(original.shape).to(original.dtype)
     unit = torch.finfo(original.dtype).eps
     base = _errors(original, reference)
     ours = _errors(actual, reference)

@@ -1,0 +1,176 @@
+"""A model run as written, with the attentions that a choice names computed by their methods, and what every method changes.
+
+One capture serves all choices: at an attention's output the value is the own code's, or that of the method's kernel, the
+very call that is spliced later.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...cost_model.devices.device import Device
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
+from ...patterns.cascade import bind
+from ...patterns.evaluate import evaluate
+from ...patterns.methods.method import head_rank
+from ...patterns.methods.rows import ALL, KEPT, ROWS, kept_share
+from ..capture import capture
+from ..check.approximate import row_sample
+from ..check.compare import relative
+from ..choose import choose
+from ..choose.approximations import Approximation
+from ..choose.policy import Policy
+from ..graph.functional import adopt
+
+# Scores, over all heads, that the kept weight of one attention is measured on: rows are drawn where there are more.
+SCORES = 1 << 21
+SEED = 0xCA1
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A method at an attention in one call: relative errors (L2) of the output, of each head, and the weight that rows keep.
+
+    `mass`: [heads, rows], None where it was not looked at; `rows` of `of` were.
+    """
+
+    example: int
+    error: float
+    heads: tuple[float, ...]
+    mass: Tensor | None
+    rows: int
+    of: int
+    queries: int
+    keys: int
+
+
+@dataclass
+class SiteRecord:
+    """What is known of a method at an attention. `saved`: predicted seconds over the best exact candidate, over all graphs.
+
+    `why`: why it cannot be installed, or nothing. `seen` in the order of the calls.
+    """
+
+    saved: float = 0.0
+    why: str = ""
+    seen: list[Seen] = field(default_factory=list)
+
+
+class Recorder:
+    """A backend that runs graphs as captured. `choice` names the methods to run by site; with `recording` all are tried.
+
+    What rows keep is looked at on examples that are `held_out`.
+    """
+
+    def __init__(self, policy: Policy, target: Device | None) -> None:
+        self.policy, self.target = policy, target
+        self.choice: Mapping[str, str] = {}
+        self.recording, self.example, self.held_out = False, 0, False
+        self.records: dict[tuple[str, str], SiteRecord] = {}
+        self.sites: dict[str, None] = {}
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
+        try:
+            captured = capture.from_dynamo(gm, inputs, names)
+        except capture.CaptureError:
+            return gm.forward
+        decisions, taken, again = {}, Counter[str](), Counter[str]()
+        for region in capture.regions(captured.graph):
+            adopt(region)
+            made, _ = choose.decide(region, choose.Request(self.policy), taken)
+            decisions.update({d.found.output: d for d in made})
+            timed = made
+            if self.target is not None:
+                timed, _ = choose.decide(region, choose.Request(self.policy, self.target, executable=False), again)
+            for d in timed:
+                self._enter(d)
+        return lambda *values: _Running(captured.graph, decisions, self).run(*values)
+
+    def _enter(self, d: choose.Decision) -> None:
+        self.sites[d.site.name] = None
+        best = min(c.seconds for c in d.site.candidates if c.exact)
+        for m in d.methods:
+            record = self.records.setdefault((d.site.name, m.candidate.name), SiteRecord())
+            record.why = record.why or m.candidate.why * (not m.candidate.feasible)
+            record.saved += best - m.candidate.seconds if m.candidate.feasible else 0.0
+
+    def at(self, d: choose.Decision, env: Mapping[fx.Node, Any], value: Tensor) -> Tensor:
+        """What the attention yields: the own code's value, or that of the method which is chosen for it."""
+        tensors = {name: env[n] for name, n in d.found.tensors.items()}
+        sizes = choose.bind_sizes(d.found.cascade, tensors, {name: env[n] for name, n in d.found.scalars.items()})
+        chosen = self.choice.get(d.site.name)
+        out = value
+        for m in d.methods:
+            record = self.records[d.site.name, m.candidate.name]
+            if record.why or m.call is None or not (self.recording or m.candidate.name == chosen):
+                continue
+            broken = next((c for c in m.call.conditions if not c.holds(tensors, sizes)), None)
+            if broken is not None:
+                record.why = f"on an example of the calibration it is not so that {broken.sentence}"
+                continue
+            made = m.call.target(*m.call.arguments(tensors, lambda name: sizes[name]))
+            like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            like.copy_(made.reshape(value.shape))
+            if self.recording:
+                record.seen.append(self._seen(d, m, tensors, sizes, value, like))
+            if m.candidate.name == chosen:
+                out = like
+        return out
+
+
+    def _seen(
+        self, d: choose.Decision, m: Approximation, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], own: Tensor,
+        made: Tensor,
+    ) -> Seen:
+        view = attention(d.found.cascade)
+        assert isinstance(view, Attention), view
+        c = view.cascade
+        at = [str(i.attr) for i in c.producers[c.outputs[0]][-1].out.index]
+        shape = [int(bind(c.rank[r].size, sizes)) for r in at]
+        head = head_rank(view)
+        a, b = (x.reshape(shape).double() for x in (own, made))
+        dim = at.index(head) if head is not None else None
+        heads = [relative(x, y) for x, y in zip(_split(b, dim), _split(a, dim))]
+        rows, keys = (int(bind(c.rank[r].size, sizes)) for r in (view.query, view.key))
+        mass, looked = _mass(view, m, tensors, sizes) if self.held_out else (None, 0)
+        return Seen(self.example, relative(b, a), tuple(heads), mass, looked, rows, rows, keys)
+
+
+class _Running(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, decisions: Mapping[fx.Node, choose.Decision], recorder: Recorder) -> None:
+        # inputs of an attention are read when its output is there: nothing is dropped before
+        super().__init__(gm, garbage_collect_values=False)
+        self.decisions, self.recorder = decisions, recorder
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        d = self.decisions.get(n)
+        return value if d is None else self.recorder.at(d, self.env, value)
+
+
+def _split(x: Tensor, dim: int | None) -> tuple[Tensor, ...]:
+    return (x,) if dim is None else x.unbind(dim)
+
+
+def _mass(
+    view: Attention, m: Approximation, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> tuple[Tensor, int]:
+    """The share of its weight that each row keeps, [heads, rows], and how many rows of each head were looked at."""
+    rows = row_sample(view, sizes, torch.Generator().manual_seed(SEED), SCORES)
+    given = {**m.tensors(tensors, sizes), ROWS: rows.to(next(iter(tensors.values())).device)}
+    out = evaluate(kept_share(view, m.view), given, dict(sizes), widen=True)
+    share = out[KEPT] / out[ALL]
+    # a row without any weight keeps what there is
+    share = torch.where(out[ALL] == 0, 1.0, share).nan_to_num(1.0)
+    head = head_rank(view)
+    dim = view.batch.index(head) if head is not None else None
+    parts = [x.reshape(-1) for x in _split(share, dim)]
+    return torch.stack(parts).cpu(), len(rows)
+

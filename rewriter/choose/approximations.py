@@ -1,0 +1,220 @@
+"""Methods as candidates of one attention: each a cascade of its own, computed by any kernel that can, under its conditions.
+
+    attention ─ method → cascade ─ kernels → the fastest of them, as a candidate by the method's name      not exact
+
+A method is never chosen here: what is installed was measured (`Installed`), and is named site by site.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...codegen import operator as ours
+from ...codegen.forms.form import rows_keep_a_key
+from ...codegen.forms.program import loose
+from ...cost_model.count.expect import Expect, known
+from ...cost_model.sites.error import MeasuredError
+from ...cost_model.sites.site import Candidate, MaskView, Site, ranked
+from ...cost_model.time.predict import predict_selection
+from ...patterns import expr as ex
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
+from ...patterns.attention.rowstate import derive, stream
+from ...patterns.cascade import bind, show
+from ...patterns.mapping import TileMapping
+from ...patterns.masks.split import split
+from ...patterns.methods.method import Method, Replacement
+from ...patterns.verdict import Obstacle, Refusal
+from ..splice import splice
+from ..splice.guards import Condition, bind_shapes, every_row_keeps_a_key
+from .candidates import Question, kernels, mask_view
+
+
+@dataclass(frozen=True, eq=False)
+class Approximation:
+    """A method at one attention: the candidate, what it is spliced as, and what it computes, where it can run."""
+
+    method: Method
+    candidate: Candidate
+    call: splice.Call | None = None
+    made: Replacement | None = None
+    mask: MaskView | None = None
+    one_pass: str = ""
+
+    @property
+    def view(self) -> Attention:
+        """What is computed."""
+        assert self.made is not None
+        view = attention(self.made.cascade)
+        assert isinstance(view, Attention), view
+        return view
+
+    def tensors(self, given: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """All inputs of the cascade from those of the attention: the table of a selection is made."""
+        assert self.made is not None
+        if self.made.program is None:
+            return dict(given)
+        return {**given, self.made.table: self.made.program.run(torch, given, sizes)}
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What a calibration found: the method by name at each site that has one, and the errors by site and method.
+
+    `max_error` is the budget, `whole` the measured error of the whole model with all of it, on the examples held out.
+    `said` tells a reader of it.
+    """
+
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[tuple[str, str], MeasuredError] = field(default_factory=dict)
+    max_error: float = 0.0
+    whole: float = 0.0
+    said: tuple[str, ...] = ()
+
+
+def methods_at(q: Question, site: Site, installed: Installed | None) -> tuple[Approximation, ...]:
+    """The policy's methods at an attention, in its order, with the errors that were measured there."""
+    question = replace(q, policy=q.policy.exactly)
+    errors = installed.errors if installed is not None else {}
+    found = [_approximation(question, m) for m in q.policy.methods]
+    names = [m.candidate.name for m in found]
+    return tuple(replace(m, candidate=replace(m.candidate, error=errors.get((site.name, n)))) for m, n in zip(found, names))
+
+
+def with_methods(
+    q: Question, site: Site, calls: Mapping[str, splice.Call], installed: Installed | None, wished: str = ""
+) -> tuple[Site, Mapping[str, splice.Call]]:
+    """The site with the policy's methods among its candidates.
+
+    One is chosen where a calibration found it, at lengths at which its error was measured, and else only if `wished`.
+    """
+    methods = methods_at(q, site, installed)
+    site = replace(site, candidates=ranked((*site.candidates, *(m.candidate for m in methods))))
+    calls = {**calls, **{m.candidate.name: m.call for m in methods if m.call is not None}}
+    name = wished or (installed.chosen.get(site.name, "") if installed is not None else "")
+    chosen = next((m for m in methods if m.candidate.name == name), None)
+    if chosen is None or chosen.call is None:
+        return site, calls
+    error, view = chosen.candidate.error, attention(q.cascade)
+    assert isinstance(view, Attention), view
+    said = f"{name} is approximate: " + (f"it changes this attention's output by {error}" if error else "not measured")
+    if error is not None:
+        rows, keys = (bind(view.cascade.rank[r].size, dict(q.sizes)) for r in (view.query, view.key))
+        if not (isinstance(rows, int) and isinstance(keys, int) and error.covers(rows, keys)):
+            return replace(site, notes=(*site.notes, f"{name} was not measured with {rows} queries and {keys} keys")), calls
+        if (within := measured_lengths(view, error)) is not None:
+            calls = {**calls, name: replace(chosen.call, conditions=(*chosen.call.conditions, within))}
+        said += f"; {error.mass}" if error.mass is not None else ""
+    notes = (*site.notes, said)
+    return replace(site, choice=name, mask=chosen.mask, chosen_cascade=chosen.one_pass, notes=notes), calls
+
+
+@lru_cache(maxsize=1024)
+def _approximation(q: Question, method: Method) -> Approximation:
+    def no(why: str) -> Approximation:
+        return Approximation(method, Candidate(str(method), exact=False, feasible=False, why=why))
+
+    view = attention(q.cascade)
+    assert isinstance(view, Attention), view
+    if q.bound:
+        return no(q.bound)
+    if q.gradients:
+        return no("its error is measured on results: nothing is known of its gradients")
+    made = method.replace(view)
+    if isinstance(made, Refusal):
+        return no(made.reason)
+    changed = attention(made.cascade)
+    if isinstance(changed, Obstacle):
+        return no(changed.reason)
+    conditions = _conditions(changed)
+    if conditions and q.traced:
+        return no(f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
+    sizes = dict(q.sizes)
+    asked = replace(q, cascade=made.cascade, written=None, bare=False)
+    expected = (Expect(made.table, "share", (made.density,), False),) if made.density is not None else ()
+    taken = known(made.cascade, changed, sizes, (*expected, *q.policy.expectations), dict(q.origins), q.constants)
+    # who calibrates waits for a compiler as well
+    found = kernels(asked, sizes, taken.data, math.inf)
+    able = [(c, call) for c, call in found if c.feasible and call is not None and q.policy.permits(c)]
+    # a table is made in front of our operator alone
+    able = [(c, call) for c, call in able if made.program is None or c.is_tiled]
+    if not able:
+        return no("; ".join(f"{c.name}: {c.why or 'the policy does not permit it'}" for c, _ in found))
+    inner, call = min(able, key=lambda x: x[0].seconds)
+    mask = mask_view(changed, made.cascade, sizes, (inner,), taken.data)
+    candidate = replace(
+        _selected(inner, made, sizes, q), name=str(method), exact=False, why=f"{inner.name}: {inner.why}",
+        density=mask.density if mask is not None else 1.0,
+    )
+    if made.program is not None:
+        call = _with_table(call, made, candidate)
+    call = replace(call, name=str(method), conditions=(*call.conditions, *conditions), recipe=None)
+    state = derive(changed)
+    one_pass = show(stream(changed, state)) if not isinstance(state, Obstacle) else ""
+    return Approximation(method, candidate, call, made, mask, one_pass if inner.is_tiled else "")
+
+
+def _conditions(a: Attention) -> tuple[Condition, ...]:
+    """Under which the method leaves no row without a key; none where it is proved."""
+    keep = split(a.score, a.key).keep
+    return (every_row_keeps_a_key(a),) if keep is not ex.TRUE and rows_keep_a_key(a, keep) else ()
+
+
+def _selected(inner: Candidate, made: Replacement, sizes: Mapping[str, int], q: Question) -> Candidate:
+    """The candidate with the time of its selection, which runs first."""
+    if made.program is None or inner.cost is None:
+        return inner
+    seconds, cost = predict_selection(made.program.work(sizes), q.device), inner.cost
+    parts = {**cost.parts, "selection": seconds}
+    return replace(inner, cost=replace(cost, seconds=cost.seconds + seconds, parts=parts))
+
+
+def _with_table(call: splice.Call, made: Replacement, inner: Candidate) -> splice.Call:
+    """Our operator behind the program that makes its table."""
+    c, program = made.cascade, made.program
+    assert program is not None
+    given = [t.name for t in c.inputs if t.name != made.table]
+    read = [*given, *(n for n in program.reads if n not in given)]
+    order, open_, symbols = [t.name for t in c.inputs], loose(c), c.free_symbols
+    text = ours.program_text(c, TileMapping.parse(inner.mapping))
+
+    def run(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        named = dict(zip(read, tensors))
+        at = bind_shapes(c, named, dict(zip(symbols, sizes)))
+        named[made.table] = program.run(torch, named, at)
+        out: Tensor = torch.ops.reattend.cascade.default([named[n] for n in order], [at[n] for n in open_], text)
+        return out
+
+    def fake(tensors: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
+        named, at = dict(zip(read, tensors)), dict(zip(symbols, sizes))
+        shape = [bind(n, at) for n in c.tensor[made.table].shape]
+        named[made.table] = tensors[0].new_empty(shape, dtype=torch.bool)
+        out: Tensor = torch.ops.reattend.cascade.default([named[n] for n in order], [at[n] for n in open_], text)
+        return out
+
+    def arguments(tensors: Mapping[str, Any], size: Any) -> tuple[Any, ...]:
+        return [tensors[n] for n in read], [size(s) for s in symbols]
+
+    return replace(call, target=run, fake=fake, arguments=arguments)
+
+
+def measured_lengths(a: Attention, error: MeasuredError) -> Condition | None:
+    """The lengths of a call lie between those at which the method was measured; None where sizes are fixed, and do."""
+    rows, keys = (a.cascade.rank[r].size for r in (a.query, a.key))
+    if isinstance(rows, int) and isinstance(keys, int):
+        return None
+    symbols, c = a.cascade.free_symbols, a.cascade
+
+    def holds(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
+        at = bind_shapes(c, tensors, sizes)
+        return error.covers(*(int(bind(n, at)) for n in (rows, keys)))
+
+    said = f"{error.queries[0]} to {error.queries[1]} queries meet {error.keys[0]} to {error.keys[1]} keys, as measured"
+    return Condition(said, (c.inputs[0].name,), symbols, holds)
