@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from reattend.patterns.attention.attention import Attention
+from reattend.patterns.attention.recognise import attention
+from reattend.patterns.attention.rowstate import derive
+from reattend.patterns.attention.traits import kind
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.library.papers import sigmoid, softmax_late, softmax_naive
 from reattend.patterns.methods.linear.based import TaylorWindow
 from reattend.patterns.methods.linear.hedgehog import Hedgehog
 from reattend.patterns.methods.linear.sla import SparseLinear
 from reattend.patterns.methods.method import Method, Replacement
-from reattend.patterns.verdict import Refusal
+from reattend.patterns.verdict import Obstacle, Refusal
 from reattend.rewriter.approximate.feature_maps import FeatureMaps, rows
 from tests.methods.attentions import dense, draw, view
 
@@ -196,3 +199,13 @@ def test_sla_refuses_what_it_is_not_for() -> None:
     assert "give its file as projection" in str(SparseLinear().replace(view(dense, P=8, M=8)))
     with pytest.raises(ValueError, match="at most 1 together"):
         SparseLinear("p", 0.8, 0.4)
+
+
+def test_a_taylor_row_has_a_one_pass_form() -> None:
+    """It is a softmax of another score, so that any kernel computes it."""
+    made = TaylorWindow(4).replace(view(P=12, M=12))
+    assert isinstance(made, Replacement)
+    found = attention(made.cascade)
+    assert isinstance(found, Attention)
+    assert kind(found) == "softmax"
+    assert not isinstance(derive(found), Obstacle)

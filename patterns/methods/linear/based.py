@@ -1,6 +1,6 @@
 """BASED: the exponential's Taylor polynomial of second degree for far keys, the exponential itself in a window.
 
-    w(s) = exp(s) where the key is among the last `window`, else 1 + s + s²/2 = φ(q)·φ(k)
+    w(s) = exp(s) where the key is among the last `window`, else 1 + s + s²/2 = φ(q)·φ(k) = exp(log(1 + s + s²/2))
     φ(x) = [1, x̃, vec(x̃ x̃ᵀ)/√2], x̃ = x·√scale:  1 + E + E² numbers a token, 1 + E + E(E + 1)/2 when equal ones are joined
 
 The polynomial is at least 1/2 and grows again below -1 (w(-4) = 5 > w(0)): it stands for the exponential where scores are
@@ -9,7 +9,6 @@ small alone, relative error at most |s|³·e^|s| / 6. A model's own scores of te
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,11 +48,8 @@ class TaylorWindow(Method):
             return self.refuse("it needs a causal attention: nothing says where the window of a row ends")
         mask, rows = split(a.score, a.key), RowBuilder(a)
         s, near = mask.full, at.row - at.key < self.window
-        far = 1.0 + s + 0.5 * s * s
-        if not self.window:
-            return Replacement(rows.cascade(rows.mean(ex.where(mask.keep, far, 0.0), "T"), str(self)))
-        # the polynomial is at least 1/2: with a far key the bound is at least its logarithm, and exp(-top) at most 2
-        bound = ex.where(mask.keep, ex.where(near, s, -math.log(2.0)), float("-inf"))
-        top = rows.put("TM", rows.row, bound, "max", (a.key,))
-        weight = ex.where(near, ex.exp(s - top), far * ex.exp(-top))
-        return Replacement(rows.cascade(rows.mean(ex.where(mask.keep, weight, 0.0), "T"), str(self)))
+        # at least 1/2, so that it has a logarithm: the row is a softmax of another score, and keeps its bound
+        far = ex.unary("log", 1.0 + s + 0.5 * s * s)
+        score = ex.where(mask.keep, ex.where(near, s, far) if self.window else far, float("-inf"))
+        top = rows.put("TM", rows.row, score, "max", (a.key,))
+        return Replacement(rows.cascade(rows.mean(ex.exp(score - top), "T"), str(self)))
