@@ -28,5 +28,7 @@ def test_learned_inputs_are_refused_and_a_polynomial_is_measured() -> None:
     assert "learned inputs (WQ, WK)" in hedgehog.why
     assert taylor.feasible
     assert taylor.error is not None
+    # its rows weigh keys anew: there is no share of the weight that they keep
+    assert taylor.error.mass is None
     # scores of about one: the polynomial is near the exponential, and not equal to it
     assert 1e-6 < taylor.error.mean < 0.2

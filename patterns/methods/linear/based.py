@@ -52,4 +52,4 @@ class TaylorWindow(Method):
         far = ex.unary("log", 1.0 + s + 0.5 * s * s)
         score = ex.where(mask.keep, ex.where(near, s, far) if self.window else far, float("-inf"))
         top = rows.put("TM", rows.row, score, "max", (a.key,))
-        return Replacement(rows.cascade(rows.mean(ex.exp(score - top), "T"), str(self)))
+        return Replacement(rows.cascade(rows.mean(ex.exp(score - top), "T"), str(self)), masks=False)

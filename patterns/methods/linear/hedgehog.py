@@ -50,13 +50,13 @@ class Hedgehog(Method):
         if isinstance(found, str):
             return self.refuse(found)
         if not self.window:
-            return Replacement(linear(a, found, self.features, str(self)))
+            return Replacement(linear(a, found, self.features, str(self)), masks=False)
         at = positions(a)
         if isinstance(at, Refusal):
             return self.refuse(at.reason)
         if not at.causal:
             return self.refuse("its window needs a causal attention: nothing says where the window of a row ends")
-        return Replacement(linear(a, found, self.features, str(self), at.row - at.key < self.window))
+        return Replacement(linear(a, found, self.features, str(self), at.row - at.key < self.window), masks=False)
 
 
 def linear(a: Attention, given: Operands, features: int, name: str, near: Expr | None = None) -> Cascade:

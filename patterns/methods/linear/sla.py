@@ -124,7 +124,7 @@ class SparseLinear(Method):
         program = CriticalTiles(
             found.query, found.key, ranks, found.over[0], self.rows, self.keys, self.critical, self.negligible
         )
-        return Replacement(cascade, table, program)
+        return Replacement(cascade, table, program, masks=False)
 
     def _cascade(self, a: Attention, given: Operands) -> tuple[Cascade, str]:
         rows, c = RowBuilder(a), a.cascade
