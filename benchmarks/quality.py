@@ -21,14 +21,17 @@ from pathlib import Path
 import timing
 import torch
 from laboratory import minilm, page
-from laboratory.budgets import laws
+from laboratory.budgets import AT, laws
 from laboratory.laws import Law, Refused
 from laboratory.models import Shape
 from laboratory.rows import Row, held_out, logits, measured
 from laboratory.selections import SELECTIONS, Selection
+from laboratory.speed import TOKENS, seconds
 from laboratory.tasks import SYMBOLS, WORDS, Batch, Size
 from laboratory.training import Recipe, trained
 from torch import nn
+
+from reattend.patterns.verdict import Refusal
 
 RECIPES = {
     "recall": Recipe(
@@ -105,6 +108,7 @@ def main() -> None:
             print(page.plain(rows[-1]), flush=True)
     rows = [*kept({page.cell(r) for r in rows}), *rows]
     rows.sort(key=page.order)
+    fill_speeds(rows)
     written = timing.write("quality_cpu", rows)
     about = f"Intervals are 95% bootstraps by example; {timing.processor()}."
     given.page.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +116,22 @@ def main() -> None:
     if given.table:
         given.table.write_text(with_table(given.table.read_text(encoding="utf-8"), page.markdown(rows)), encoding="utf-8")
     print(f"written to {written} and {given.page}")
+
+
+def fill_speeds(rows: list[page.Row]) -> None:
+    """Put the times of methods that have a budget into their rows, where none are."""
+    known: dict[tuple[str, float], tuple[float, float] | Refusal] = {}
+    for r in rows:
+        name, share = page.family(r), r["budget"]
+        if r["seconds"] is not None or name not in AT:
+            continue
+        if (name, share) not in known:
+            known[name, share] = seconds(Law(AT[name](TOKENS, share)))
+        found = known[name, share]
+        if isinstance(found, Refusal):
+            print(f"no kernel of {name}: {found}")
+        else:
+            r["seconds"], r["dense"] = found
 
 
 def kept(measured_now: set[tuple[str, str, str]]) -> list[page.Row]:

@@ -24,9 +24,15 @@ from reattend.patterns.methods.static.sink_window import SinkWindow
 FEATURES, WINDOW, STEPS, RATE = 64, 16, 300, 2e-2
 
 
+def band(n: int, w: int) -> int:
+    """Pairs of n rows in which row p has min(p + 1, w) keys."""
+    w = min(n, w)
+    return w * (w + 1) // 2 + (n - w) * w
+
+
 def pairs(n: int, sink: int, window: int) -> int:
-    """Causal pairs of n tokens that a sink and a window keep."""
-    return sum(min(p + 1, window) + max(0, min(sink, p + 1 - window)) for p in range(n))
+    """Causal pairs of n tokens that a sink and a window keep: the sink counts from where the window has left it."""
+    return band(n, window) + band(max(0, n - window), sink)
 
 
 def window_for(n: int, share: float, sink: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -23,9 +22,10 @@ HELD = 1
 class Row:
     """One cell of the table.
 
-    `density` is the share of the model's own pairs that are kept, `tiles` of its tiles of 16 (the work that is left of a
+    `density` is the share of the model's own pairs that are kept, `tiles` of its tiles of 8 (the work that is left of a
     kernel over tiles), both over all layers, None where no pair is read alone (linear methods); `seconds` the processor
-    time of the model under the method and `dense` without it, where what ran is code that a user would run, else None.
+    time of the method's attention and `dense` of the exact one, by our kernel at a longer length (laboratory/speed.py), None
+    where none was timed.
     """
 
     model: str
@@ -83,15 +83,3 @@ def measured(
 
 def held_out(task: str, size: Size, examples: int) -> Batch:
     return TASKS[task].batch(size, examples, HELD)
-
-
-def processor_seconds(model: nn.Module, words: Tensor, rounds: int = 3) -> float:
-    """The least processor time of a call."""
-    best = float("inf")
-    with torch.no_grad():
-        model(words)
-        for _ in range(rounds):
-            start = time.process_time()
-            model(words)
-            best = min(best, time.process_time() - start)
-    return best

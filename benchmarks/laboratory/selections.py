@@ -4,7 +4,8 @@ They are anchors, not methods of the package: what a static choice loses, what p
 possible choice of as many tiles would keep. The model's own mask wins: only tiles in which it keeps a pair are chosen from,
 and all choose the first tile and the diagonal.
 
-    keep[b, h, i, j]  over tiles of T tokens;  of the tiles that the model's mask leaves a row `share` are kept, two at least
+    keep[b, h, i, j]  over tiles of T tokens;  every row of tiles keeps the same number, or all it may: the largest with
+                      which at most `share` of the tiles are kept that the model's mask leaves, two at least
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-TILE = 16
+TILE = 8
 
 
 class Selection(Protocol):
@@ -40,14 +41,19 @@ def by_tile(allowed: Tensor) -> Tensor:
 
 
 def best(scores: Tensor, share: float, allowed: Tensor) -> Tensor:
-    """Of each row of tiles the share that scores best, first and own tile forced; scores [B, H, I, J] → bool."""
+    """Of each row of tiles those that score best, first and own tile forced; scores [B, H, I, J] → bool."""
     n = scores.shape[-1]
     valid, forced = by_tile(allowed), torch.eye(n, dtype=torch.bool)
     forced[:, 0] = True
     ranked = scores.masked_fill(forced, float("inf")).masked_fill(~valid, float("-inf"))
     place = ranked.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    count = (valid.sum(-1) * share).round().clamp(min=2)
-    return (place < count[:, None]) & valid
+    return (place < count(valid.sum(-1), share)) & valid
+
+
+def count(valid: Tensor, share: float) -> int:
+    """How many tiles a row keeps: the most that leave the whole within its share, two at least; valid [I] tiles a row."""
+    most = share * float(valid.sum())
+    return max((c for c in range(2, int(valid.max()) + 1) if float(valid.clamp(max=c).sum()) <= most), default=2)
 
 
 def weights(q: Tensor, k: Tensor, scale: float, allowed: Tensor) -> Tensor:

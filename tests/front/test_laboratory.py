@@ -23,7 +23,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Its modules by name."""
     # benchmarks find one another beside themselves
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    parts = ("tasks", "models", "training", "selections", "laws", "attend", "rows", "page", "minilm")
+    parts = ("tasks", "models", "training", "selections", "laws", "attend", "rows", "page", "minilm", "budgets")
     return SimpleNamespace(**{n: importlib.import_module(f"laboratory.{n}") for n in parts})
 
 
@@ -94,13 +94,27 @@ def test_a_window_loses_the_needle_and_a_test_of_every_score_keeps_it(lab: Any) 
     last, mean = {}, {}
     for kind in lab.selections.SELECTIONS:
         made = lab.attend.attended(q, k, v, allowed, 1.0, kind(0.25))
-        most = lab.selections.best(torch.zeros(1, 1, 16, 16), 0.25, allowed).sum()
+        most = lab.selections.best(torch.zeros(1, 1, 32, 32), 0.25, allowed).sum()
         assert lab.selections.by_tile(made.keep).sum() <= most
         last[kind.__name__], mean[kind.__name__] = float(made.mass[0, 0, -1]), float(made.mass.mean())
     assert last["SinkAndWindow"] < 1e-3
     assert mean["SinkAndWindow"] > 0.9
     assert last["LargestScore"] > 0.99
     assert last["Oracle"] > 0.99
+
+
+@pytest.mark.parametrize(("n", "sink", "window", "want"), [(16, 4, 4, 100), (64, 4, 8, 702), (8192, 4, 1024, 7_893_498)])
+def test_pairs_of_a_sink_and_a_window(lab: Any, n: int, sink: int, window: int, want: int) -> None:
+    assert lab.budgets.pairs(n, sink, window) == want
+    assert lab.budgets.window_for(n, want / (n * (n + 1) / 2), sink) == window
+
+
+def test_rows_keep_the_same_number_of_tiles_within_the_share(lab: Any) -> None:
+    """64 rows of tiles, causal: eight a row are 484 of 2080, nine would be 540 and more than a quarter."""
+    valid = torch.arange(1, 65)
+    assert lab.selections.count(valid, 0.25) == 8
+    assert lab.selections.count(valid, 1.0) == 64
+    assert lab.selections.count(valid, 0.0) == 2
 
 
 def test_the_full_budget_is_dense_and_the_model_s_own_mask_wins(lab: Any) -> None:
