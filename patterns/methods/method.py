@@ -74,12 +74,16 @@ class Replacement:
     (`masked.block_table` makes both, `masked.masked` puts them in);
     `density` is then the share of its elements that the method expects to be set, for the predictions: None where unknown,
     which counts as all.
+
+    `masks`: its rows are the model's own over fewer keys, so that a row keeps a share of its weight; not so where keys are
+    weighed anew (linear methods).
     """
 
     cascade: Cascade
     table: str = ""
     program: SelectionProgram | None = None
     density: float | None = None
+    masks: bool = True
 
 
 @dataclass(frozen=True)

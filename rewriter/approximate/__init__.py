@@ -1,1 +1,1 @@
-"""Which methods are installed where: their error measured on the user's data, the cheapest within the budget searched."""
+"""Which methods are installed where: errors measured on the user's data, what is learned, the cheapest within the budget."""

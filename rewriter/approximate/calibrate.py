@@ -182,9 +182,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return max(statistics.fmean(values) - half, 0.0), statistics.fmean(values) + half
 
 
-def _kept(seen: Sequence[MethodSeen]) -> KeptMass:
-    """Of each number the head that keeps least."""
-    heads = torch.cat([s.mass for s in seen if s.mass is not None], dim=1)
+def _kept(seen: Sequence[MethodSeen]) -> KeptMass | None:
+    """Of each number the head that keeps least; None for a method that weighs keys anew."""
+    found = [s.mass for s in seen if s.mass is not None]
+    if not found:
+        return None
+    heads = torch.cat(found, dim=1)
     mean, p1, least = (x.min().item() for x in (heads.mean(1), _percentile(heads), heads.amin(1)))
     return KeptMass(mean, p1, least, sum(s.rows for s in seen), sum(s.of for s in seen))
 

@@ -144,7 +144,8 @@ class Recorder:
         dim = at.index(head) if head is not None else None
         heads = [relative(x, y) for x, y in zip(_split(b, dim), _split(a, dim))]
         rows, keys = (int(bind(c.rank[r].size, sizes)) for r in (view.query, view.key))
-        mass, looked = _mass(view, m, tensors, sizes) if self.held_out else (None, 0)
+        keeps = self.held_out and m.made is not None and m.made.masks
+        mass, looked = _mass(view, m, tensors, sizes) if keeps else (None, 0)
         return MethodSeen(self.example, relative(b, a), tuple(heads), mass, looked, rows, rows, keys)
 
 

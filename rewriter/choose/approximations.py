@@ -130,6 +130,9 @@ def _approximation(q: Question, method: Method) -> Approximation:
     made = method.replace(view)
     if isinstance(made, Refusal):
         return no(made.reason)
+    own = [t.name for t in made.cascade.inputs if t.name not in view.cascade.tensor and t.name != made.table]
+    if own:
+        return no(f"it has learned inputs ({', '.join(own)}), and nothing gives them to a site yet")
     changed = attention(made.cascade)
     if isinstance(changed, Obstacle):
         return no(changed.reason)

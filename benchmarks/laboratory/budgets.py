@@ -1,0 +1,82 @@
+"""Every registered method at a budget: which of its parameters make it keep about a share of the causal pairs.
+
+A method without a line here runs at its own defaults, once, and says so by its parameters in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+
+from laboratory import fitted
+from laboratory.laws import Law
+from laboratory.models import Model
+from laboratory.selections import TILE
+from laboratory.tasks import Size
+from reattend.patterns.methods.linear.based import TaylorWindow
+from reattend.patterns.methods.linear.hedgehog import Hedgehog
+from reattend.patterns.methods.method import Method
+from reattend.patterns.methods.registry import MethodFacts, methods
+from reattend.patterns.methods.static.sink_window import SinkWindow
+
+# Directions of a learned map a head, and steps of its fitting.
+FEATURES, WINDOW, STEPS, RATE = 64, 16, 300, 2e-2
+
+
+def band(n: int, w: int) -> int:
+    """Pairs of n rows in which row p has min(p + 1, w) keys."""
+    w = min(n, w)
+    return w * (w + 1) // 2 + (n - w) * w
+
+
+def pairs(n: int, sink: int, window: int) -> int:
+    """Causal pairs of n tokens that a sink and a window keep: the sink counts from where the window has left it."""
+    return band(n, window) + band(max(0, n - window), sink)
+
+
+def window_for(n: int, share: float, sink: int) -> int:
+    """The largest window that keeps at most this share of the causal pairs, one key at least."""
+    most = share * n * (n + 1) / 2
+    return max((w for w in range(1, n + 1) if pairs(n, sink, w) <= most), default=1)
+
+
+# By a method's name: the method at this share of the pairs of n tokens.
+AT: Mapping[str, Callable[[int, float], Method]] = {
+    SinkWindow.name: lambda n, share: SinkWindow(TILE, window_for(n, share, TILE)),
+    TaylorWindow.name: lambda n, share: TaylorWindow(window_for(n, share, 0)),
+}
+
+
+def laws(
+    model: Model, name: str, task: str, size: Size, budgets: Sequence[float], cache: Path, key: str
+) -> Iterator[Law | str]:
+    """Every method at every budget it has; a sentence for one that needs what the laboratory has not."""
+    for facts in methods():
+        if facts.name == Hedgehog.name:
+            yield from _hedgehog(model, name, task, size, cache, key)
+        elif facts.name in AT:
+            for share in budgets:
+                yield Law(AT[facts.name](size.tokens, share), budget=share)
+        else:
+            yield _at_defaults(facts)
+
+
+def _at_defaults(facts: MethodFacts) -> Law | str:
+    missing = [n for n, v in facts.parameters.items() if v is MISSING]
+    if missing:
+        return f"{facts.name}: it has no default for {', '.join(missing)}"
+    return Law(facts.make())
+
+
+def _hedgehog(model: Model, name: str, task: str, size: Size, cache: Path, key: str) -> Iterator[Law]:
+    """The fixed map that fitting starts from, alone and beside a window, and both fitted."""
+    for window in (0, WINDOW):
+        path = cache / f"{name}-{key}-{task}-{size.tokens}-hedgehog-{FEATURES}-{window}-{STEPS}.safetensors"
+        made = fitted.hedgehog(
+            model, task, size, FEATURES, path, window=window, steps=STEPS, rate=RATE, say=True
+        )
+        for how, maps in (("as it starts", fitted.unfitted(model, FEATURES)), ("fitted", made)):
+            learned = [{"WQ": m.query, "WK": m.key} | ({"GAIN": m.gain} if window else {}) for m in maps]
+            label = f"{Hedgehog.name}(features={FEATURES},window={window}), {how}"
+            yield Law(Hedgehog(path.name, FEATURES, window), learned, label=label)
