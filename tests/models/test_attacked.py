@@ -109,3 +109,20 @@ def test_a_scale_that_is_no_number() -> None:
         warnings.simplefilter("error")
         for scale in (0.25, math.nan, math.inf):
             torch.testing.assert_close(optimised(*x, scale), model(*x, scale), rtol=0, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_flex_attention_reads_no_key_behind_the_last(width: int) -> None:
+    """Inductor's product of few channels takes 16 keys at a time, and writes what it reads too much over its maxima."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Plain()
+    optimised = reattend.optimize(Plain(), policy=reattend.Policy(allow=("flex",), deny=("original",), check="never"))
+    memory = torch.full((2 * 3 * 24 * width + 4096,), math.nan)
+    k = memory[: 2 * 3 * 24 * width].view(2, 3, 24, width)
+    k.copy_(torch.randn(k.shape))
+    q, v = (torch.randn(2, 3, 24, width) for _ in range(2))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(optimised(q, k, v, 0.25), model(q, k, v, 0.25), rtol=0, atol=1e-5)
+    assert set(reattend.report(optimised).kernels) == {"flex"}
