@@ -25,10 +25,7 @@ class Bindings:
         self._noted: tuple[_Binding, ...] = tuple((space, name, space.get(name, _Nothing)) for space, name in read)
 
     def hold(self) -> bool:
-        for space, name, value in self._noted:
-            if space.get(name, _Nothing) is not value:
-                return False
-        return True
+        return all(space.get(name, _Nothing) is value for space, name, value in self._noted)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Bindings):

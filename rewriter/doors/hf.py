@@ -326,8 +326,9 @@ def _look(kind: type) -> tuple[types.FunctionType | None, list[tuple[Mapping[str
     for base in kind.__mro__:
         methods = vars(base)
         read += [(methods, n) for n, m in methods.items() if callable(m)]
-        for m in map(_function, methods.values()):
-            read += [(m.__globals__, n) for n in m.__code__.co_names if isinstance(m.__globals__.get(n), types.FunctionType)] if m else []
+        for m in filter(None, map(_function, methods.values())):
+            space = m.__globals__
+            read += [(space, n) for n in m.__code__.co_names if isinstance(space.get(n), types.FunctionType)]
         found = dict.fromkeys(f for m in methods.values() for f in _named_by(m))
         if found:
             return next(iter(found)) if len(found) == 1 else None, read
