@@ -13,7 +13,6 @@ import dis
 import inspect
 import sys
 import types
-import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
@@ -308,14 +307,17 @@ def eager_of(module: nn.Module) -> types.FunctionType | None:
     return _eager_of(type(module))
 
 
-# What classes name for eager attention, and where that was found.
-_known: weakref.WeakKeyDictionary[type, tuple[types.FunctionType | None, Bindings]] = weakref.WeakKeyDictionary()
+# What classes name for eager attention, and where that was found; of so many classes.
+_known: dict[type, tuple[types.FunctionType | None, Bindings]] = {}
+_CLASSES = 512
 
 
 def _eager_of(kind: type) -> types.FunctionType | None:
     known = _known.get(kind)
     if known is None or not known[1].hold():
         found, read = _look(kind)
+        if len(_known) >= _CLASSES:
+            _known.clear()
         known = _known[kind] = found, Bindings(read)
     return known[0]
 
