@@ -183,3 +183,19 @@ def test_heads_are_repeated_as_often_as_an_open_size_says() -> None:
             x = torch.randn(shape)
             torch.testing.assert_close(optimised(x), model(x), rtol=0, atol=1e-5)
     assert all(c.ok for c in reattend.report(optimised).checks)
+
+
+@pytest.mark.parametrize("candidate", ["reattend", "sdpa"])
+def test_a_result_is_no_view(candidate: str) -> None:
+    """What was made without gradients may be written with them, and be detached in place."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    policy = reattend.Policy(allow=(candidate,), deny=("original",), check="never")
+    model, optimised = Plain(), reattend.optimize(Plain(), policy=policy)
+    x, w = [torch.randn(2, 3, 21, 16) for _ in range(3)], torch.ones(16, requires_grad=True)
+    with torch.no_grad():
+        want, got = (m(*x, 0.25) for m in (model, optimised))
+    assert set(reattend.report(optimised).kernels) == {candidate}
+    for out in (want, got):
+        out.mul_(w).detach_()
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
