@@ -17,7 +17,7 @@ import torch
 import torch.fx.traceback as traceback
 from torch import Tensor, fx, nn
 
-from ..graph import torch_private
+from ..graph import memory, torch_private
 from ..graph.node import written_arguments
 from . import backward, calls, mapped
 from .autocast import explicit_casts
@@ -96,6 +96,7 @@ def from_dynamo(
             node.meta[PARAMETER] = True
     for node, is_float in zip((n for n in graph.graph.nodes if n.op == "placeholder"), changing):
         node.meta[FLOAT] = is_float
+    memory.mark([n for n in graph.graph.nodes if n.op == "placeholder"], inputs)
     finish(graph, lambda key, path: path_of(names, key, path), frame_module(names), runs=runs)
     return Captured(graph, "dynamo", time.perf_counter() - start)
 

@@ -276,7 +276,7 @@ def select(p: PlacedOperator) -> RowCut:
 def piece(p: PlacedOperator) -> RowCut:
     """`slice`: positions of what was sliced."""
     d, n = p.dim(), p.shape("self")[p.dim()]
-    if isinstance(p.given["start"], fx.Node):
+    if isinstance(p.given["start"], fx.Node) or isinstance(p.given["step"], fx.Node):
         return whole(p)
     # where it ends does not move where it starts, and may be a size that is open
     start, _, step = slice(p.given["start"], None, int(p.given["step"])).indices(n)
@@ -311,8 +311,14 @@ def repeat(p: PlacedOperator) -> RowCut:
     lead = len(p.out) - len(shape)
     cut = {d: tuple(i % shape[d - lead] for i in w) for d, w in enumerate(p.wanted) if w is not None and d >= lead}
     wants = tuple(cut.get(lead + d) for d in range(len(shape)))
-    times = [1 if d in cut else len(w) if w is not None else r for d, (w, r) in enumerate(zip(p.wanted, p.given["repeats"]))]
-    return RowCut({"self": wants}, p.wanted, lambda given: given["self"].repeat(times))
+
+    def run(given: Given) -> Tensor:
+        # how often may be an open size, which is a number where the code runs
+        often = enumerate(zip(p.wanted, given["repeats"], strict=True))
+        out: Tensor = given["self"].repeat([1 if d in cut else len(w) if w is not None else int(r) for d, (w, r) in often])
+        return out
+
+    return RowCut({"self": wants}, p.wanted, run)
 
 
 def repeat_interleave(p: PlacedOperator) -> RowCut:

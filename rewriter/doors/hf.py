@@ -28,6 +28,7 @@ from transformers.utils import TransformersKwargs
 from ..capture.call import SizeAt
 from ..graph.torch_private import check_calls, tree_leaves
 from ..run.bypass import traced
+from .bindings import Bindings, read_by
 from .book import layer_of
 from .callables import OpenNumber, standing_for
 from .mask import PositionMask, Positions, added
@@ -163,10 +164,11 @@ class Written:
     """How a layer's calls become functions of tensors and open numbers: all of a call but its values.
 
     `named` are options that are tensors, `held` the module's own tensors, `leaves` what the mask reads beside them; `unread`
-    are options that the class names and its function does not read.
+    are options that the class names and its function does not read; `read` is what the function finds by name.
     """
 
     function: types.FunctionType
+    read: Bindings
     given: frozenset[str]
     plain: Mapping[str, Any]
     named: tuple[str, ...]
@@ -181,10 +183,10 @@ class Written:
         """Are these the options of the recipe's call, all of which its function may leave unread?"""
         return not self.unread and options.keys() == self.given
 
-    def serves(self, options: Mapping[str, Any], mask: Hashable) -> bool:
-        """Is this the recipe of a call with these options?"""
+    def serves(self, module: nn.Module, options: Mapping[str, Any], mask: Hashable) -> bool:
+        """Is this the recipe of a call with these options, and is its function what the module's code names now?"""
         return (
-            self.mask == mask and options.keys() == self.given
+            self.mask == mask and options.keys() == self.given and eager_of(module) is self.function and self.read.hold()
             and all(options[n] is x or (type(options[n]) is type(x) and options[n] == x) for n, x in self.plain.items())
             and all(isinstance(options[n], Tensor) for n in self.named)
         )
@@ -215,8 +217,11 @@ def _recipe(
     named = tuple(n for n, x in given.items() if isinstance(x, Tensor))
     plain = {n: x for n, x in given.items() if n not in named}
     held = tuple(tensors_of(module))
-    key = standing_for((NAME, function, mask, tuple((n, type(x), x) for n, x in plain.items()), held, named, leaves))
-    return Written(function, frozenset(options), plain, named, held, mask, reading, leaves, key, unread_of(module, options))
+    read = read_by(function)
+    key = standing_for((NAME, function, read, mask, tuple((n, type(x), x) for n, x in plain.items()), held, named, leaves))
+    return Written(
+        function, read, frozenset(options), plain, named, held, mask, reading, leaves, key, unread_of(module, options)
+    )
 
 
 def _call(
@@ -229,7 +234,7 @@ def _call(
     kind, reading, leaves, notes = _mask_of(query, key, attention_mask, options)
     held = tensors_of(module)
     recipe = page.recipe
-    if not isinstance(recipe, Written) or tuple(held) != recipe.held or not recipe.serves(options, kind):
+    if not isinstance(recipe, Written) or tuple(held) != recipe.held or not recipe.serves(module, options, kind):
         recipe = _recipe(module, options, kind, reading, len(leaves))
         if isinstance(recipe, str):
             return recipe
@@ -292,26 +297,57 @@ _FIRST = ("module", "query", "key", "value", "attention_mask")
 
 
 def eager_of(module: nn.Module) -> types.FunctionType | None:
-    """The function that a module's class names for eager attention; None where it names none, or several."""
-    kind: Any = type(module)
-    return _eager_of(kind)
+    """The function that a module's code names for eager attention; None where it names none, or several.
+
+    People patch functions, methods and the `forward` of one module: what counts is what is named now.
+    """
+    forward = vars(module).get("forward")
+    if forward is not None and (own := dict.fromkeys(_named_by(forward))):
+        return next(iter(own)) if len(own) == 1 else None
+    return _eager_of(type(module))
 
 
-@lru_cache(maxsize=512)
+# What classes name for eager attention, and where that was found; of so many classes.
+_known: dict[type, tuple[types.FunctionType | None, Bindings]] = {}
+_CLASSES = 512
+
+
 def _eager_of(kind: type) -> types.FunctionType | None:
+    known = _known.get(kind)
+    if known is None or not known[1].hold():
+        found, read = _look(kind)
+        if len(_known) >= _CLASSES:
+            _known.clear()
+        known = _known[kind] = found, Bindings(read)
+    return known[0]
+
+
+def _look(kind: type) -> tuple[types.FunctionType | None, list[tuple[Mapping[str, Any], str]]]:
+    """The one function of the shape of an attention that a class names, and all that this was decided by."""
+    read = list[tuple[Mapping[str, Any], str]]()
     for base in kind.__mro__:
-        found = dict.fromkeys(f for m in vars(base).values() for f in _named_by(m))
-        if len(found) == 1:
-            return next(iter(found))
+        methods = vars(base)
+        read += [(methods, n) for n, m in methods.items() if callable(m)]
+        for m in filter(None, map(_function, methods.values())):
+            space = m.__globals__
+            read += [(space, n) for n in m.__code__.co_names if isinstance(space.get(n), types.FunctionType)]
+        found = dict.fromkeys(f for m in methods.values() for f in _named_by(m))
         if found:
-            return None
-    return None
+            return next(iter(found)) if len(found) == 1 else None, read
+    return None, read
+
+
+def _function(member: object) -> types.FunctionType | None:
+    """The function below a method, or below what wraps one."""
+    method = inspect.unwrap(member) if callable(member) else None
+    method = getattr(method, "__func__", method)
+    return method if isinstance(method, types.FunctionType) else None
 
 
 def _named_by(member: object) -> list[types.FunctionType]:
     """The functions of the shape of an attention that a method names."""
-    method = inspect.unwrap(member) if callable(member) else None
-    if not isinstance(method, types.FunctionType):
+    method = _function(member)
+    if method is None:
         return []
     read = (method.__globals__.get(n) for n in method.__code__.co_names)
     return [f for f in read if isinstance(f, types.FunctionType) and _is_attention(f)]

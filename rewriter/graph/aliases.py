@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx
 
+from .memory import MEMORY
 from .torch_private import OpOverload, schema
 
 # In the metadata of a call that was put in the place of an attention: the candidate that it is.
@@ -23,7 +24,10 @@ class Aliases:
         self._parent: dict[fx.Node, fx.Node] = {}
         self._writes: dict[fx.Node, list[float]] = {}
         written: list[tuple[fx.Node, fx.Node]] = []
+        inputs: dict[int, fx.Node] = {}
         for n in graph.nodes:
+            if MEMORY in n.meta and n.op in ("placeholder", "get_attr"):
+                self._join(n, inputs.setdefault(n.meta[MEMORY], n))
             if n.op != "call_function":
                 continue
             for node in shared_by(n):

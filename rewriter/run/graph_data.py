@@ -24,7 +24,7 @@ from ..check.watch import SiteWatch
 from ..choose.policy import Policy, StrictError
 from ..choose.remake import Remade, remade
 from ..graph import torch_private
-from ..graph.aliases import Aliases
+from ..graph.aliases import SPLICED, Aliases
 from ..graph.liveness import ARITHMETIC
 from ..splice.guards import Guarded
 from ..splice.recipe import RECIPE, Recipe
@@ -226,7 +226,8 @@ def _graph(
             raise Damaged(f"a node is called {n.name} instead of {name}")
         out.append(n)
         if site:
-            n.meta |= {SITE: site[0]["site"], RECIPE: recipes[site[0]["recipe"]]}
+            recipe = recipes[site[0]["recipe"]]
+            n.meta |= {SITE: site[0]["site"], RECIPE: recipe, SPLICED: recipe.kind}
             for x, sizes in zip(n.all_input_nodes, site[0]["sizes"], strict=True):
                 x.meta["val"] = torch.empty(sizes, device="meta") if sizes is not None else 0
         if op == "call_module":

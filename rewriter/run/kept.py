@@ -34,7 +34,7 @@ from ..choose.choose import running_device
 from ..choose.policy import Policy
 from ..choose.remake import remade
 from ..find import defect
-from ..graph import torch_private
+from ..graph import memory, torch_private
 from ..graph.where import source_line
 from ..splice.recipe import RECIPE
 from ..splice.splice import SITE, is_changed
@@ -68,7 +68,8 @@ def key_of(
         return ""
     parameters = [isinstance(x, nn.Parameter) for x in inputs]
     described = json.dumps([device_to_dict(d) for d in devices], sort_keys=True)
-    around = repr((modes(), _switches(), parameters, frame_module(names)))
+    together = sorted(map(sorted, memory.shared(enumerate(inputs))))
+    around = repr((modes(), _switches(), parameters, together, frame_module(names)))
     return key("plan", repr(policy), described, around, *facts, *said)
 
 

@@ -29,7 +29,8 @@ from ..capture import capture
 from ..choose import choose
 from ..choose.approximations import Installed
 from ..choose.policy import Policy, StrictError
-from ..graph import torch_private
+from ..graph import memory, torch_private
+from ..graph.aliases import Aliases
 from ..splice import floats, sampling, splice
 from ..splice.calls import call_plainly
 from ..splice.guards import Guarded
@@ -345,7 +346,9 @@ class Session:
             self.pieces.append(piece)
         # Inductor's code has no nodes that could be run one by one.
         sampled = graph if graph is not None and splice.is_changed(graph) and not self.inductor and not piece.error else None
-        return self._counted(piece, run, sampled, gm.forward)
+        changed = graph is not None and splice.is_changed(graph) and not piece.error
+        inputs_held = memory.layout(written_inputs(graph), inputs) if changed and graph is not None else None
+        return self._counted(piece, run, sampled, gm.forward, inputs_held)
 
     def _as_kept(
         self, piece: GraphPiece, gm: fx.GraphModule, inputs: Sequence[object], found: kept.KeptGraph
@@ -384,9 +387,13 @@ class Session:
         return _runnable(captured.graph, gm, inputs, self.inductor_options if self.inductor else None), captured.graph
 
     def _counted(
-        self, piece: GraphPiece, run: Callable[..., Any], sampled: fx.GraphModule | None, came: Callable[..., Any]
+        self, piece: GraphPiece, run: Callable[..., Any], sampled: fx.GraphModule | None, came: Callable[..., Any],
+        layout: memory.Layout | None,
     ) -> Callable[..., Any]:
-        """`came`: the graph as Dynamo gave it, which runs where every call that was put in has lost its race."""
+        """`came`: the graph as Dynamo gave it, which runs where every call that was put in has lost its race.
+
+        It runs as well where the inputs of a call share memory otherwise than those that the graph was rewritten for.
+        """
         lock = self.lock
         sites = [s.name for s in piece.sites]
         lost = False
@@ -398,7 +405,7 @@ class Session:
                 number = piece.calls
             _running.pieces = getattr(_running, "pieces", 0) + 1
             nonlocal lost
-            if lost:
+            if lost or (layout is not None and not layout.holds(args)):
                 piece.fallbacks.update(sites)
                 return came(*args)
             if sampled is not None and sampling.due(number):
@@ -408,6 +415,12 @@ class Session:
             return run(*args)
 
         return call
+
+
+def written_inputs(graph: fx.GraphModule) -> set[int]:
+    """The inputs that a graph writes to, by number."""
+    aliases = Aliases(graph.graph)
+    return {i for i, n in enumerate(n for n in graph.graph.nodes if n.op == "placeholder") if aliases.is_written(n)}
 
 
 def _enter_races(graph: fx.GraphModule, piece: GraphPiece) -> None:

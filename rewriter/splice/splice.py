@@ -171,7 +171,11 @@ def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> tu
     """
     old = output.meta["val"]
     if not equal(shape_of(new.meta["val"]), shape_of(old)):
+        made = new.meta["val"].untyped_storage()
         new = node(graph, output, torch.ops.aten.reshape.default, (new, [sizes.value(s) for s in shape_of(old)]))
+        if not old.requires_grad and new.meta["val"].untyped_storage() is made:
+            # no view for autograd: a view that was made without gradients refuses writes with them
+            new.target = torch.ops.aten._unsafe_view.default
     if new.meta["val"].dtype != old.dtype:
         new = node(graph, output, torch.ops.aten.to.dtype, (new, old.dtype))
     fits = same_strides(new.meta["val"], old)
@@ -193,6 +197,8 @@ def in_order(graph: fx.Graph, like: fx.Node, new: fx.Node) -> fx.Node:
     """The value of `new` with its dimensions one inside the other in memory as those of `like` are."""
     old = like.meta["val"]
     order = sorted(range(old.dim()), key=lambda d: -hint(old.stride(d)))
+    if order == sorted(order):
+        return node(graph, like, torch.ops.aten.contiguous.default, (new,))
     back = [order.index(d) for d in range(old.dim())]
     new = node(graph, like, torch.ops.aten.permute.default, (new, order))
     new = node(graph, like, torch.ops.aten.contiguous.default, (new,))

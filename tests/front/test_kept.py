@@ -333,3 +333,34 @@ def test_a_size_that_no_trace_tells_is_not_kept(folder: Path) -> None:
             out, report = run(model := Chosen(), x, keep, **REPLACE)
             torch.testing.assert_close(out, copy.deepcopy(model)(x, keep))
             assert not [p.error for p in report.pieces if p.error]
+
+
+class Written(nn.Module):
+    """What is read as keys may lie in what is written before the attention ends."""
+
+    def forward(self, q: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        k = b.repeat(1, 1, 1)
+        a.mul_(0.5)
+        return (q @ k.mT * 0.25).softmax(-1) @ q
+
+
+def test_inputs_that_share_memory_are_part_of_it(captured: list[int]) -> None:
+    """A graph that was rewritten for tensors apart is not taken for two views of one; where it is taken, it looks again."""
+    q, k = torch.randn(2, 3, 40, 16).flatten(0, 1), torch.randn(6, 40, 16)
+    for together, captures in ((False, 1), (True, 2), (False, 2)):
+        a, b = (k.clone(), k) if not together else (k.clone(),) * 2
+        want = Written()(q, a.clone(), k)
+        out, report = run(Written(), q, a[:1], b.view(b.shape), allow=("reattend",), deny=("original",), tune=False)
+        torch.testing.assert_close(out, want, rtol=0, atol=1e-5)
+        assert len(captured) == captures
+        assert report.kernels["reattend"] == (not together)
+    torch._dynamo.reset()
+    kept._own.clear()
+    ours = reattend.optimize(Written(), policy=reattend.Policy(allow=("reattend",), deny=("original",), tune=False))
+    with torch.no_grad():
+        for together in (False, True):
+            a = k.clone()
+            out = ours(q, a[:1], a.view(a.shape) if together else k)
+            torch.testing.assert_close(out, Written()(q, k.clone(), k), rtol=0, atol=1e-5)
+    assert len(captured) == 2
+    assert reattend.report(ours).kernels["reattend"] == 1

@@ -109,3 +109,93 @@ def test_a_scale_that_is_no_number() -> None:
         warnings.simplefilter("error")
         for scale in (0.25, math.nan, math.inf):
             torch.testing.assert_close(optimised(*x, scale), model(*x, scale), rtol=0, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_flex_attention_reads_no_key_behind_the_last(width: int) -> None:
+    """Inductor's product of few channels takes 16 keys at a time, and writes what it reads too much over its maxima."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Plain()
+    optimised = reattend.optimize(Plain(), policy=reattend.Policy(allow=("flex",), deny=("original",), check="never"))
+    memory = torch.full((2 * 3 * 24 * width + 4096,), math.nan)
+    k = memory[: 2 * 3 * 24 * width].view(2, 3, 24, width)
+    k.copy_(torch.randn(k.shape))
+    q, v = (torch.randn(2, 3, 24, width) for _ in range(2))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(optimised(q, k, v, 0.25), model(q, k, v, 0.25), rtol=0, atol=1e-5)
+    assert set(reattend.report(optimised).kernels) == {"flex"}
+
+
+class Halved(nn.Module):
+    """Keys that are read, and a tensor that is written before the attention ends."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, q: Tensor, a: Tensor, b: Tensor, v: Tensor) -> Tensor:
+        k = self.made(b)
+        a.mul_(0.5)
+        return (q @ k.mT * 0.25).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("policy", [reattend.Policy(tune=False), OURS], ids=["default", "ours"])
+@pytest.mark.parametrize("made", [lambda b: b.repeat(1, 1, 1, 1), lambda b: b.double().float() * 0.5], ids=["moved", "cast"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_inputs_that_share_memory(first: bool, made: Callable[[Tensor], Tensor], policy: reattend.Policy) -> None:
+    """Two views of one tensor, given as two inputs: what is written into one is read in the other, at the first call or later."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, optimised = Halved(made), reattend.optimize(Halved(made), policy=policy)
+    ran = []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for together in (first, not first, True, False):
+            q, k, v, other = (torch.randn(2, 3, 24, 16) for _ in range(4))
+            views = [(x[:, :2], x.view(x.shape)) if together else (other.clone()[:, :2], x) for x in (k.clone(), k.clone())]
+            want, got = (m(q, a, b, v) for m, (a, b) in zip((model, optimised), views))
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+            torch.testing.assert_close(views[1], views[0], rtol=0, atol=0)
+            ran.append(reattend.report(optimised).kernels["reattend"])
+    if policy is OURS and not first:
+        assert ran[0] == 1
+        assert ran[-1] == 2, ran
+
+
+class Repeated(nn.Module):
+    """One key head, repeated as often as there are query heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = x[:, :1].repeat(1, x.shape[1], 1, 1)
+        return (x @ k.mT * 0.25).softmax(-1) @ k
+
+
+def test_heads_are_repeated_as_often_as_an_open_size_says() -> None:
+    """The net computes the model's own code again: where a number of repeats is open as well."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, optimised = Repeated(), reattend.optimize(Repeated(), policy=reattend.Policy(deny=("original",)))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for shape in ((2, 3, 12, 16), (1, 2, 33, 16), (3, 4, 33, 16)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(optimised(x), model(x), rtol=0, atol=1e-5)
+    assert all(c.ok for c in reattend.report(optimised).checks)
+
+
+@pytest.mark.parametrize("candidate", ["reattend", "sdpa"])
+def test_a_result_is_no_view(candidate: str) -> None:
+    """What was made without gradients may be written with them, and be detached in place."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    policy = reattend.Policy(allow=(candidate,), deny=("original",), check="never")
+    model, optimised = Plain(), reattend.optimize(Plain(), policy=policy)
+    x, w = [torch.randn(2, 3, 21, 16) for _ in range(3)], torch.ones(16, requires_grad=True)
+    with torch.no_grad():
+        want, got = (m(*x, 0.25) for m in (model, optimised))
+    assert set(reattend.report(optimised).kernels) == {candidate}
+    for out in (want, got):
+        out.mul_(w).detach_()
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)

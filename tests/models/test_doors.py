@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import subprocess
 import sys
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -435,3 +437,42 @@ def test_nothing_is_imported_before_a_door_is_opened() -> None:
     code = "import reattend, reattend.api, sys; assert 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_patched_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function, what it calls, a method, and the forward of one module: as eager attention does, so the door."""
+    own, door = pair("llama", OURS)
+    given = zoo.inputs("llama", pad="left")
+    eager, heads = llama.eager_attention_forward, llama.repeat_kv
+
+    def twice(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, scaling: float,
+        dropout: float = 0.0, **more: Any,
+    ) -> Any:
+        return eager(module, query * 2, key, value, attention_mask, scaling, dropout, **more)
+
+    forward = inspect.unwrap(llama.LlamaAttention.forward)
+    named = {**forward.__globals__, "eager_attention_forward": twice}
+    other = types.FunctionType(forward.__code__, named, "forward", forward.__defaults__, forward.__closure__)
+
+    def held(what: str) -> torch.Tensor:
+        with torch.no_grad():
+            got, want = (zoo.valid("llama", given, zoo.output_of(m(**given))) for m in (door, own))
+        assert relative(got, want) <= 2e-5, what
+        return want
+
+    seen = [held("as it is")]
+    for owner, name, new in (
+        (llama, "eager_attention_forward", twice), (llama, "repeat_kv", lambda x, n: heads(x, n) * 2),
+        (llama.LlamaAttention, "forward", other),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, new)
+            seen.append(held(name))
+        assert torch.equal(held(f"{name} given back"), seen[0])
+    for m in (own, door):
+        m.layers[0].self_attn.forward = types.MethodType(other, m.layers[0].self_attn)
+    seen.append(held("one module"))
+    changes = [relative(x, seen[0]) for x in seen[1:]]
+    assert min(changes) > 1e-4, changes
+    assert set(reattend.report(door).kernels) == {"reattend"}
