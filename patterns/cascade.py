@@ -14,7 +14,7 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from typing import TypeAlias
 
 import networkx as nx
@@ -124,6 +124,18 @@ class Cascade:
     accumulate: str = "f32"
     note: str = field(default="", compare=False)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # made once: cascades are what all that is derived from them is kept by
+        return hash((self.name, self.ranks, self.tensors, self.einsums, self.outputs, self.accumulate))
+
+    def __getstate__(self) -> dict[str, object]:
+        # hashes of texts differ from process to process
+        return {k: v for k, v in self.__dict__.items() if k != "_hash"}
+
     @cached_property
     def rank(self) -> Mapping[str, Rank]:
         return {r.name: r for r in self.ranks}
@@ -198,6 +210,8 @@ def bind(size: Size, sizes: Mapping[str, int]) -> Size:
     """A size with the symbols of `sizes` replaced; an `int` when nothing symbolic is left."""
     if isinstance(size, int):
         return size
+    if isinstance(size, sympy.Symbol):
+        return sizes.get(size.name, size)
     return as_size(size.subs({s: sizes[str(s)] for s in size.free_symbols if str(s) in sizes}))
 
 
@@ -326,6 +340,7 @@ def show(c: Cascade) -> str:
     return "\n".join([*lines, f"  outputs {', '.join(c.outputs)}"])
 
 
+@lru_cache(maxsize=512)
 def to_text(c: Cascade) -> str:
     """Canonical text: JSON with a schema number and one table of shared terms. Equal cascades give equal text."""
     table: dict[Expr, int] = {}

@@ -38,6 +38,7 @@ class Program:
         return loose(self.cascade)
 
 
+@lru_cache(maxsize=1024)
 def program_text(c: Cascade, mapping: TileMapping) -> str:
     """Canonical text; equal programs have equal texts."""
     body = {"schema": SCHEMA, "cascade": to_text(c), "mapping": mapping.to_text()}

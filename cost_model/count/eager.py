@@ -180,7 +180,12 @@ def _plain(i: Expr) -> bool:
 
 def operators(c: Cascade, sizes: Mapping[str, int]) -> tuple[EagerOperator, ...]:
     """Every operator that the original code runs, in order. Raises ValueError when a size has no value."""
-    bound = Sizes(c, sizes)
+    return _operators(c, tuple(sorted(sizes.items())))
+
+
+@lru_cache(maxsize=1024)
+def _operators(c: Cascade, sizes: tuple[tuple[str, int], ...]) -> tuple[EagerOperator, ...]:
+    bound = Sizes(c, dict(sizes))
     extent = {r: size_int(n) for r, n in bound.rank.items()}
     chains = _softmaxes(c)
     out: list[EagerOperator] = []

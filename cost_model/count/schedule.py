@@ -72,10 +72,14 @@ def launch_span(costs: Costs, repeat: int, slots: int, heavy_first: bool, schedu
     """
     n = costs.size * repeat
     if n > max(scheduled, slots) and costs.min() < costs.max():
-        even = float(costs.sum()) * repeat / slots
         last = costs.min() if heavy_first else costs.max()
-        return max(even + float(last) / 2, float(costs.max()))
+        return longest_queue(float(costs.sum()) * repeat / slots, float(last), float(costs.max()))
     return makespan(order(costs, repeat, heavy_first), slots)
+
+
+def longest_queue(even: float, last: float, longest: float) -> float:
+    """When a queue that is not run job by job ends: within half of its last jobs' length of an even load."""
+    return max(even + last / 2, longest)
 
 
 def makespan(costs: Costs, slots: int) -> float:

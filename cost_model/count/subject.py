@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
@@ -19,7 +19,7 @@ from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import Mask, split
 from ...patterns.verdict import Obstacle
 from .tiles import NOTHING, Data, Jobs, jobs, tile_map
-from .work import WIDTH, Sizes, Work, count, factors, size_int, term_operations
+from .work import WIDTH, Sizes, Streamed, Work, count, factors, size_int, streamed, term_operations
 
 # With fewer query rows the heads of a group share a row block in our kernels, of so many rows at most, and no list of tiles
 # is worth its launches.
@@ -54,6 +54,11 @@ class Shape:
     embed: int
     value: int
     group: int
+
+    @cached_property
+    def known(self) -> tuple[tuple[str, int], ...]:
+        """The symbols, to be kept by."""
+        return tuple(sorted(self.symbols.items()))
 
 
 def operand_dtype(e: Expr) -> str:
@@ -136,20 +141,48 @@ def plan_tiles(s: Subject, at: Shape, mapping: TileMapping, data: Data = NOTHING
 
 def work(s: Subject, at: Shape, mapping: TileMapping, sizes: Mapping[str, int], tiles: Jobs) -> Work:
     """The work of the one-pass form under a mapping: the kernel's own, which reads what the prelude has made."""
-    before = {e.out.tensor for e in s.attention.prelude}
-    flow = replace(s.flow, einsums=tuple(e for e in s.flow.einsums if e.out.tensor not in before)) if before else s.flow
     return count(
-        flow, mapping, sizes, tiles.tally, query=s.attention.query, mask_ops=mask_operations(s, at, mapping)
+        _flow(s), mapping, sizes, tiles.tally, query=s.attention.query, mask_ops=mask_operations(s, mapping.tile_p, mapping.tile_m)
     )
 
 
-def mask_operations(s: Subject, at: Shape, mapping: TileMapping) -> Mapping[str, Size]:
+def tile_work(
+    s: Subject, at: Shape, tile: tuple[int, int], data: Data, walked: tuple[int, int] | None = None, skips: bool = True
+) -> tuple[Streamed, Jobs]:
+    """What one tile of queries and keys takes, and the programs; whatever the device.
+
+    `walked`: the tile that a mask is walked with, where heads fill the rows of another. Without `skips` every tile is visited.
+    """
+    return _tile_work(s, at.known, tile, walked or tile, skips, data)
+
+
+@lru_cache(maxsize=4096)
+def _tile_work(
+    s: Subject, sizes: tuple[tuple[str, int], ...], tile: tuple[int, int], walked: tuple[int, int], skips: bool, data: Data
+) -> tuple[Streamed, Jobs]:
+    at = shape(s.cascade, s.attention, dict(sizes))
+    tiles = plan_tiles(s, at, TileMapping(*walked), data)
+    if not skips:
+        tiles = replace(tiles, full=tiles.full * 0 + -(-at.keys // walked[1]), partial=tiles.partial * 0, map=None)
+    mask = mask_operations(s, *tile)
+    return streamed(_flow(s), TileMapping(*tile), at.symbols, tiles.tally, s.attention.query, mask), tiles
+
+
+@lru_cache(maxsize=256)
+def _flow(s: Subject) -> Cascade:
+    """The one-pass form without what the prelude has made."""
+    before = {e.out.tensor for e in s.attention.prelude}
+    return replace(s.flow, einsums=tuple(e for e in s.flow.einsums if e.out.tensor not in before)) if before else s.flow
+
+
+@lru_cache(maxsize=1024)
+def mask_operations(s: Subject, tile_p: int, tile_m: int) -> Mapping[str, Size]:
     """Element operations that a full tile saves: those of the score less those of the score where the mask keeps."""
     if s.mask.keep is ex.TRUE:
         return {}
     a = s.attention
-    one: dict[str, Size] = dict.fromkeys(at.extent, 1)
-    one[a.query], one[a.key] = mapping.tile_p, mapping.tile_m
+    one: dict[str, Size] = dict.fromkeys((r.name for r in s.cascade.ranks), 1)
+    one[a.query], one[a.key] = tile_p, tile_m
     whole, rest = term_operations(a.score, one), term_operations(s.mask.full, one)
     saved = {op: n - rest.get(op, 0) for op, n in whole.items()}
     return {op: n for op, n in saved.items() if size_int(n) > 0}

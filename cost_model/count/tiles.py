@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -105,14 +105,37 @@ class Jobs:
     total: int = 0
     assumed: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def visited(self) -> Numbers:
         return self.full + self.partial
+
+    @cached_property
+    def sums(self) -> tuple[float, float]:
+        """Full and partial tiles of all programs, without repetitions."""
+        return float(self.full.sum()), float(self.partial.sum())
+
+    @cached_property
+    def longest(self) -> int:
+        """Tiles of the program that visits most."""
+        return int(self.visited.max()) if self.full.size else 1
+
+    def extremes(self, full: float, partial: float) -> tuple[float, float]:
+        """The least and the most that a program takes, where its tiles take so long each."""
+        return (min(f * full + p * partial for f, p in self._least), max(f * full + p * partial for f, p in self._most))
+
+    @cached_property
+    def _most(self) -> tuple[tuple[float, float], ...]:
+        """(full, partial) of programs that no other exceeds in both."""
+        return _outer(self.full, self.partial)
+
+    @cached_property
+    def _least(self) -> tuple[tuple[float, float], ...]:
+        return tuple((-f, -p) for f, p in _outer(-self.full, -self.partial))
 
     @property
     def tally(self) -> Tally | None:
         """The tiles over the mask's batch entries; None where all of them are full."""
-        full, partial = round(float(self.full.sum())), round(float(self.partial.sum()))
+        full, partial = map(round, self.sums)
         if self.map is None and full == self.total:
             return None
         return Tally(self.map.batch if self.map else (), self.total, full + partial, full, partial)
@@ -120,6 +143,15 @@ class Jobs:
     def costs(self, partial_factor: float) -> Numbers:
         """The cost of every program in full tiles: full + ρ · partial."""
         return self.full + partial_factor * self.partial
+
+
+def _outer(a: Numbers, b: Numbers) -> tuple[tuple[float, float], ...]:
+    """Pairs that no other pair exceeds in both."""
+    order = np.lexsort((-b.reshape(-1), -a.reshape(-1)))
+    x, y = a.reshape(-1)[order], b.reshape(-1)[order]
+    best = np.maximum.accumulate(y)
+    ahead = np.concatenate(([True], y[1:] > best[:-1])) if y.size else np.zeros(0, np.bool_)
+    return tuple(zip(x[ahead].tolist(), y[ahead].tolist()))
 
 
 def tile_map(

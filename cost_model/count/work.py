@@ -17,8 +17,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
-from typing import Protocol
+from functools import cached_property, lru_cache
+from typing import Protocol, TypeAlias
 
 import sympy
 
@@ -97,6 +97,13 @@ class Work:
     partial_tile: Work | None = None
     program: Work | None = None
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((frozenset(self.matrix.items()), frozenset(self.ops.items()), self.traffic))
+
     @property
     def flops(self) -> Size:
         """FLOP of the products, two a multiply-add."""
@@ -133,18 +140,34 @@ class Work:
 # --- sizes ------------------------------------------------------------------------------------------------------
 
 
+Shapes: TypeAlias = "tuple[tuple[str, tuple[Size, ...]], ...]"
+
+
+@lru_cache(maxsize=1024)
+def _fixed_sizes(
+    c: Cascade,
+) -> tuple[Mapping[str, Size], Mapping[str, tuple[Size, ...]], tuple[tuple[str, Size], ...], Shapes]:
+    """Sizes of ranks and tensors; and which of them are to be bound."""
+    ranks, shapes = {r.name: r.size for r in c.ranks}, {t.name: t.shape for t in c.tensors}
+    open_ranks = tuple((name, n) for name, n in ranks.items() if not isinstance(n, int))
+    return ranks, shapes, open_ranks, tuple((t, s) for t, s in shapes.items() if not all(isinstance(n, int) for n in s))
+
+
 class Sizes:
     """Sizes of ranks and tensors, bound once; `of` a size is an integer when all its symbols are."""
 
     def __init__(self, c: Cascade, known: Mapping[str, int] | None = None) -> None:
         self.known = dict(known or {})
         self.memo: dict[Size, Size] = {}
-        self.rank = {r.name: self.of(r.size) for r in c.ranks}
-        self.shape = {t.name: tuple(self.of(s) for s in t.shape) for t in c.tensors}
+        ranks, shapes, open_ranks, open_shapes = _fixed_sizes(c)
+        self.rank = ranks | {name: self.of(n) for name, n in open_ranks}
+        self.shape = shapes | {name: tuple(map(self.of, s)) for name, s in open_shapes}
 
     def of(self, size: Size) -> Size:
         if isinstance(size, int):
             return size
+        if isinstance(size, sympy.Symbol):
+            return self.known.get(size.name, size)
         if size not in self.memo:
             self.memo[size] = self._bound(size)
         return self.memo[size]
@@ -158,7 +181,7 @@ class Sizes:
     def _number(self, size: sympy.Expr) -> Fraction | None:
         """The value of a size without symbols left, by plain arithmetic: sympy's substitution takes milliseconds."""
         if isinstance(size, sympy.Symbol):
-            n = self.known.get(str(size))
+            n = self.known.get(size.name)
             return Fraction(n) if n is not None else None
         if size.is_Rational:
             return Fraction(int(size.p), int(size.q))
@@ -398,6 +421,7 @@ def _with_tile(c: Cascade, mapping: TileMapping | None, sizes: Mapping[str, int]
     return known
 
 
+@lru_cache(maxsize=1024)
 def key_tile(c: Cascade) -> str | None:
     """The rank inside a key tile (m0): reduced by Einsums that walk the iterative rank."""
     outer = [r.name for r in c.ranks if r.iterative]
@@ -456,25 +480,71 @@ def _streamed(
     query: str | None,
     mask_ops: Mapping[str, Size],
 ) -> Work:
+    k = _kernel(c, mapping, sizes, tiles, query, mask_ops)
+    if tiles is None:
+        total = operations(c.einsums, sizes.rank)
+    else:
+        parts = scaled(k.full, k.tiles.full), scaled(k.partial, k.tiles.partial), scaled(k.program, k.programs)
+        total = plus(*parts)
+    return replace(
+        total, traffic=k.traffic, tiles=k.tiles, programs=k.programs, full_tile=k.full, partial_tile=k.partial,
+        program=k.program,
+    )
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A streaming kernel under a mapping: one full tile, one partial tile, the rest of one program, and bytes by tensor."""
+
+    full: Work
+    partial: Work
+    program: Work
+    traffic: tuple[Traffic, ...]
+    tiles: Tiles
+    programs: Size
+
+    @cached_property
+    def bytes(self) -> tuple[int, int, int]:
+        """Bytes read with no cache, read once, and written."""
+        read, written = ([t for t in self.traffic if t.written == w] for w in (False, True))
+        return (
+            sum(size_int(t.moved) for t in read), sum(size_int(t.once) for t in read), sum(size_int(t.once) for t in written)
+        )
+
+
+def streamed(
+    c: Cascade, mapping: TileMapping, sizes: Mapping[str, int], tiles: Counted | None, query: str,
+    mask_ops: Mapping[str, Size],
+) -> Streamed:
+    """What `count` counts of a streaming kernel, without the sums over its programs. Raises ValueError as it does."""
+    return _kernel(c, mapping, Sizes(c, _with_tile(c, mapping, sizes)), tiles, query, mask_ops)
+
+
+def _kernel(
+    c: Cascade, mapping: TileMapping, sizes: Sizes, tiles: Counted | None, query: str | None,
+    mask_ops: Mapping[str, Size],
+) -> Streamed:
     outer, inner, query, batch = _roles(c, query)
     extent = sizes.rank
     programs = ceiling(extent[query], mapping.tile_p) * elements(extent, batch)
     seen = _tiles(programs, extent, outer, tiles, batch, bool(mask_ops))
     one = {**extent, **dict.fromkeys(batch, 1), query: mapping.tile_p, outer: 1, inner: mapping.tile_m}
-    walked = [e for e in c.einsums if outer in e.ranks]
-    rest = [e for e in c.einsums if outer not in e.ranks]
-    full = minus(operations(walked, one), mask_ops)
-    partial, program = operations(walked, one), operations(rest, one)
-    if tiles is None:
-        total = operations(c.einsums, extent)
-    else:
-        total = plus(scaled(full, seen.full), scaled(partial, seen.partial), scaled(program, programs))
+    full, partial, program = _one_tile(c, outer, tuple(one.items()), tuple(mask_ops.items()))
     traffic = _stream_traffic(c, sizes, one, extent, (outer, inner), query, batch, programs, seen, mapping)
-    return replace(
-        total, traffic=traffic, tiles=seen, programs=programs, full_tile=full, partial_tile=partial, program=program
-    )
+    return Streamed(full, partial, program, traffic, seen, programs)
 
 
+@lru_cache(maxsize=4096)
+def _one_tile(
+    c: Cascade, outer: str, one: tuple[tuple[str, Size], ...], mask_ops: tuple[tuple[str, Size], ...]
+) -> tuple[Work, Work, Work]:
+    """A full tile, a partial tile and the rest of a program: the same however long rows and batch are."""
+    extent = dict(one)
+    partial = operations([e for e in c.einsums if outer in e.ranks], extent)
+    return minus(partial, dict(mask_ops)), partial, operations([e for e in c.einsums if outer not in e.ranks], extent)
+
+
+@lru_cache(maxsize=1024)
 def _roles(c: Cascade, query: str | None) -> tuple[str, str, str, list[str]]:
     """The ranks of a streaming cascade: key tiles, keys of a tile, query, batch."""
     outer = [r.name for r in c.ranks if r.iterative]

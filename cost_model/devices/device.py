@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -201,6 +201,18 @@ class Device:
     basis: str = "uncalibrated"
     band: float = 1.0
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # made once: what a kernel takes is kept by the device
+        return hash((self.name, self.kind, self.arch, self.units, self.clock_hz, self.dram_bytes_per_s, self.model, self.basis))
+
+    def __getstate__(self) -> dict[str, object]:
+        # hashes of texts differ from process to process
+        return {k: v for k, v in self.__dict__.items() if k != "_hash"}
 
     @property
     def exps_per_s(self) -> float:

@@ -29,6 +29,8 @@ MOST_REGISTERS_F32 = 190
 SMALLEST_DOT = 16
 # Sequences beyond this are cut into tiles of at least 64.
 LONG = 2048
+# Parts of split keys.
+MOST_SPLITS = 64
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,12 @@ def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys
     """
     if device.kind == "cpu":
         return tuple(_on_cpu(queries, keys))
+    # beyond these nothing is decided by length
+    return _on_gpu(device, e, f, width, min(queries, LONG + 1), min(keys, max(LONG + 1, 4 * MOST_SPLITS * 128)))
+
+
+@lru_cache(maxsize=1024)
+def _on_gpu(device: Device, e: int, f: int, width: int, queries: int, keys: int) -> tuple[TileMapping, ...]:
     if queries <= SHARED_ROWS:
         short = (m for m in _short(device, padded(queries), keys) if refuse(m, e, f, width, device) is None)
         if found := tuple(short):
@@ -217,7 +225,7 @@ def _short(device: Device, rows: int, keys: int) -> Iterator[TileMapping]:
     for tile_p, tile_m in product(sorted({rows, max(SMALLEST_DOT, rows // 2)}), (16, 32, 64, 128)):
         if tile_m == 16 and rows < SHARED_ROWS:
             continue
-        for split in (1, 2, 4, 8, 16, 32, 64):
+        for split in (1, 2, 4, 8, 16, 32, MOST_SPLITS):
             # a program should keep some key tiles to stream
             if split == 1 or keys >= 4 * split * tile_m:
                 for s in _stages(device):

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ...patterns.mapping import TileMapping
 from ...patterns.operators import OPERATORS
-from ..count.tiles import SCHEDULED, Jobs, launch_span
-from ..count.work import DIVISIONS, EXPONENTIALS, ROOTS, Work, size_int
+from ..count.schedule import longest_queue
+from ..count.tiles import SCHEDULED, Jobs, makespan, order
+from ..count.work import DIVISIONS, EXPONENTIALS, ROOTS, Streamed, Work, size_int
 from ..devices.device import Device
 from .cost import Cost, bound_of
 from .fit import Footprint
@@ -73,7 +75,7 @@ class KernelWork:
         return self._done(lambda w: size_int(w.exps))
 
     def _done(self, of: Callable[[Work], int]) -> int:
-        full, partial = float(self.jobs.full.sum()), float(self.jobs.partial.sum())
+        full, partial = self.jobs.sums
         tiles = full * of(self.full_tile) + partial * of(self.partial_tile)
         return round(tiles * self.jobs.repeat) + of(self.program) * self.programs
 
@@ -133,41 +135,111 @@ def overlapped(parts: Mapping[str, float], overlap: float) -> float:
     return (1 - overlap) * sum(parts.values()) + overlap * max(parts.values(), default=0.0)
 
 
+@dataclass(frozen=True, eq=False)
+class _Tiles:
+    """Seconds of one unit: by resource and in all, of a full tile, of a partial one and of a program beside its tiles."""
+
+    full: Mapping[str, float]
+    partial: Mapping[str, float]
+    rest: Mapping[str, float]
+    full_seconds: float
+    partial_seconds: float
+    rest_seconds: float
+
+
+@lru_cache(maxsize=8192)
+def _tiles(
+    full: Work, partial: Work, program: Work, operands: int, issued: int, depth: int, d: Device, pace: Pace
+) -> _Tiles:
+    """What tiles take whatever the sizes around them; `depth`: tiles ahead and programs beside, that cover a load."""
+    parts = [resources(w, d, operands, pace.matrix_efficiency) for w in (full, partial)]
+    whole, some = (_spread(_issued(x, issued, d), pace) for x in parts)
+    rest = resources(program, d, 0, pace.matrix_efficiency)
+    exposed = _exposed(depth, d, whole)
+    return _Tiles(
+        whole, some, rest, overlapped(whole, pace.overlap) + exposed, overlapped(some, pace.overlap),
+        overlapped(rest, pace.overlap),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Times:
+    """Seconds of a call: of the units until the last program ends, of the memory, of the second-level cache, beside them."""
+
+    tiles: _Tiles
+    kernel: float
+    memory: float
+    l2: float
+    launch: float
+    merge: float
+
+    @property
+    def busy(self) -> float:
+        return max(self.kernel, self.memory, self.l2)
+
+    @property
+    def seconds(self) -> float:
+        return self.busy + self.merge + self.launch
+
+
+def _times(k: KernelWork, d: Device, pace: Pace, scheduled: int, beside: float | None) -> _Times:
+    depth = k.stages - 1 + k.resident - 1
+    t = _tiles(k.full_tile, k.partial_tile, k.program, k.operand_bytes, k.issued, depth, d, pace)
+    repeat = k.jobs.repeat * k.split
+    programs = k.jobs.full.size * repeat
+    # programs that share a unit share its rates, and wait side by side
+    sharing = max(1, min(k.resident, -(-programs // d.units)))
+    waits = pace.tile_seconds / sharing
+    full = max(t.full_seconds, waits)
+    partial = max(t.partial_seconds, full * pace.partial_factor, waits)
+    beneath = pace.program_seconds + t.rest_seconds * sharing
+    each = sharing / k.split
+    kernel = _under_power(_span(k, full * each, partial * each, beneath, repeat, d.units * k.resident, scheduled), d)
+    moved = _dram_bytes(k, d, programs)
+    cached = 0.0 if beside is None else moved * held(moved + beside, d)
+    m = d.model
+    rate = m.bandwidth_efficiency
+    memory = (moved - cached) / (rate * d.dram_bytes_per_s) + (cached / (rate * d.l2_bytes_per_s) if cached else 0.0)
+    memory += m.ramp_seconds * min(1.0, (moved - cached) / d.l2_bytes) if d.l2_bytes else 0.0
+    l2 = max(k.moved_bytes / d.l2_bytes_per_s, _drawn(k, d, programs)) if d.l2_bytes_per_s else 0.0
+    launch = k.launches * m.launch_seconds
+    launch += (k.further + (k.split > 1)) * m.further_seconds + pace.part_seconds * (k.split - 1)
+    return _Times(t, kernel, memory, l2, launch, k.merge_bytes / (rate * d.dram_bytes_per_s))
+
+
+def _span(k: KernelWork, full: float, partial: float, beneath: float, repeat: int, slots: int, scheduled: int) -> float:
+    """The makespan of programs that take `beneath`, and so long a full and a partial tile."""
+    jobs = k.jobs
+    n = jobs.full.size * repeat
+    least, most = (beneath + x for x in jobs.extremes(full, partial)) if n else (0.0, 0.0)
+    if n <= slots:
+        return most
+    if least == most:
+        return -(-n // slots) * most
+    if n > max(scheduled, slots):
+        even = (jobs.full.size * beneath + jobs.sums[0] * full + jobs.sums[1] * partial) * repeat / slots
+        return longest_queue(even, least if k.heavy_first else most, most)
+    return makespan(order(beneath + jobs.full * full + jobs.partial * partial, repeat, k.heavy_first), slots)
+
+
+def rough_seconds(k: KernelWork, d: Device, pace: Pace) -> float:
+    """The time of one kernel on a GPU where no queue is run job by job: what mappings are compared by."""
+    return _times(k, d, pace, 0, None).seconds
+
+
 def seconds(k: KernelWork, d: Device, pace: Pace, scheduled: int = SCHEDULED, beside: float | None = None) -> Cost:
     """The time of one kernel on a GPU.
 
     The last cache holds nothing of its operands, unless the same call came just before: then `beside` are the bytes that
     others moved in between.
     """
-    full, partial = (resources(w, d, k.operand_bytes, pace.matrix_efficiency) for w in (k.full_tile, k.partial_tile))
-    full, partial = (_spread(_issued(parts, k, d), pace) for parts in (full, partial))
-    rest = resources(k.program, d, 0, pace.matrix_efficiency)
-    t_full, t_partial = overlapped(full, pace.overlap) + _exposed(k, d, full), overlapped(partial, pace.overlap)
-    repeat = k.jobs.repeat * k.split
-    # programs that share a unit share its rates, and wait side by side
-    sharing = max(1, min(k.resident, -(-k.jobs.full.size * repeat // d.units)))
-    waits = pace.tile_seconds / sharing
-    t_full, t_partial = max(t_full, waits), max(t_partial, t_full * pace.partial_factor, waits)
-    tiles = (k.jobs.full * t_full + k.jobs.partial * t_partial) / k.split
-    costs = pace.program_seconds + (tiles + overlapped(rest, pace.overlap)) * sharing
-    kernel = _under_power(launch_span(costs, repeat, d.units * k.resident, k.heavy_first, scheduled), d)
-    moved = _dram_bytes(k, d, costs.size * repeat)
-    cached = 0.0 if beside is None else moved * held(moved + beside, d)
-    rate = d.model.bandwidth_efficiency
-    memory = (moved - cached) / (rate * d.dram_bytes_per_s) + (cached / (rate * d.l2_bytes_per_s) if cached else 0.0)
-    memory += d.model.ramp_seconds * min(1.0, (moved - cached) / d.l2_bytes) if d.l2_bytes else 0.0
-    l2 = max(k.moved_bytes / d.l2_bytes_per_s, _drawn(k, d, costs.size * repeat)) if d.l2_bytes_per_s else 0.0
-    launch = k.launches * d.model.launch_seconds
-    launch += (k.further + (k.split > 1)) * d.model.further_seconds + pace.part_seconds * (k.split - 1)
-    merge = k.merge_bytes / (rate * d.dram_bytes_per_s)
-    busy = max(kernel, memory, l2)
-    inside = _shares(k, d, (full, partial, rest), kernel)
-    outside = {"memory": memory + merge, "l2": l2, "launch": launch}
-    parts = inside | outside
-    bound = bound_of(
-        {"launch": launch} if launch > busy else inside if kernel >= max(memory, l2) else outside | {"launch": 0.0}
-    )
-    return Cost(busy + merge + launch, bound, k.flops, k.unique_bytes + k.written_bytes, k.exps, parts, d.basis, d.band)
+    t = _times(k, d, pace, scheduled, beside)
+    inside = _shares(k, d, (t.tiles.full, t.tiles.partial, t.tiles.rest), t.kernel)
+    outside = {"memory": t.memory + t.merge, "l2": t.l2, "launch": t.launch}
+    slow = inside if t.kernel >= max(t.memory, t.l2) else outside | {"launch": 0.0}
+    bound = bound_of({"launch": t.launch} if t.launch > t.busy else slow)
+    moved = k.unique_bytes + k.written_bytes
+    return Cost(t.seconds, bound, k.flops, moved, k.exps, inside | outside, d.basis, d.band)
 
 
 def held(moved: float, d: Device) -> float:
@@ -180,9 +252,9 @@ def _under_power(kernel: float, d: Device) -> float:
     return kernel * (1 + d.model.power_share * kernel / (kernel + d.model.power_seconds))
 
 
-def _issued(parts: Mapping[str, float], k: KernelWork, d: Device) -> dict[str, float]:
+def _issued(parts: Mapping[str, float], issued: int, d: Device) -> dict[str, float]:
     """The resources of a tile whose lanes are busy for as long as it takes to issue what was compiled, if that is longer."""
-    issuing = 32 * k.issued / (d.lanes_per_unit * d.clock_hz)
+    issuing = 32 * issued / (d.lanes_per_unit * d.clock_hz)
     return {**parts, "vector": max(parts["vector"], issuing)}
 
 
@@ -191,9 +263,9 @@ def _spread(parts: Mapping[str, float], pace: Pace) -> dict[str, float]:
     return {**parts, "exp": parts["exp"] * pace.exp_share}
 
 
-def _exposed(k: KernelWork, d: Device, tile: Mapping[str, float]) -> float:
+def _exposed(depth: int, d: Device, tile: Mapping[str, float]) -> float:
     """Latency of a tile's loads that neither earlier stages nor other programs of the unit cover."""
-    covered = (k.stages - 1 + k.resident - 1) * sum(tile.values())
+    covered = depth * sum(tile.values())
     return max(0.0, d.model.load_latency_seconds - covered)
 
 
@@ -222,24 +294,21 @@ def _dram_bytes(k: KernelWork, d: Device, programs: int) -> float:
 def _shares(k: KernelWork, d: Device, per: tuple[Mapping[str, float], ...], kernel: float) -> dict[str, float]:
     """The kernel's time by resource, were each alone and the units evenly loaded."""
     full, partial, rest = per
-    n_full, n_partial = int(k.jobs.full.sum()) * k.jobs.repeat, int(k.jobs.partial.sum()) * k.jobs.repeat
+    n_full, n_partial = (int(n) * k.jobs.repeat for n in k.jobs.sums)
     out = {r: (full[r] * n_full + partial[r] * n_partial + rest[r] * k.programs) / d.units for r in full}
     return out | {"makespan": kernel}
 
 
-def streaming(w: Work, mapping: TileMapping, jobs: Jobs, fit: Footprint, value: int, queries: int, batch: int) -> KernelWork:
-    """Our kernel: the one-pass cascade under a mapping."""
-    assert w.full_tile is not None
-    assert w.partial_tile is not None
-    assert w.program is not None
-    read = [t for t in w.traffic if not t.written]
+def streaming(
+    w: Streamed, mapping: TileMapping, jobs: Jobs, fit: Footprint, value: int, queries: int, batch: int, *,
+    launches: int = 1, operand_bytes: int = 0, stages: int = 0, issued: int = 0,
+) -> KernelWork:
+    """Our kernel: the one-pass cascade under a mapping; `stages`: tiles in flight, where they are not those of the mapping."""
     # split keys: every part writes its accumulator, maximum and sum in fp32, and the merge reads them
     merge = 8 * mapping.split_m * batch * queries * (value + 2) if mapping.split_m > 1 else 0
+    moved, unique, written = w.bytes
     return KernelWork(
-        w.full_tile, w.partial_tile, w.program, jobs,
-        moved_bytes=sum(size_int(t.moved) for t in read),
-        unique_bytes=sum(size_int(t.once) for t in read),
-        written_bytes=sum(size_int(t.once) for t in w.traffic if t.written),
-        resident=fit.resident, split=mapping.split_m, stages=mapping.stages, heavy_first=mapping.heavy_first,
-        merge_bytes=merge,
+        w.full, w.partial, w.program, jobs, moved, unique, written, resident=fit.resident, split=mapping.split_m,
+        stages=stages or mapping.stages, heavy_first=mapping.heavy_first, launches=launches, merge_bytes=merge,
+        operand_bytes=operand_bytes, issued=issued,
     )

@@ -24,9 +24,9 @@ from ...patterns.methods.method import SelectionWork
 from ...patterns.passes.latents import Inner, inner
 from ...patterns.verdict import Obstacle
 from ..count.eager import EagerOperator, backward, beforehand, compiled, gathered_back, operators
-from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, work
-from ..count.tiles import NOTHING, SCHEDULED, Data, Jobs
-from ..count.work import WIDTH, Sizes, Work, size_int
+from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, tile_work
+from ..count.tiles import NOTHING, Data, Jobs
+from ..count.work import WIDTH, Sizes, size_int
 from ..devices.device import Device, HostRates, TimeModel
 from ..devices.kernels import vendor_kernels
 from . import gpu, host, vendor_gpu
@@ -145,8 +145,11 @@ def ranked_mappings(
         able = [m for m in fitting if m.body in _bodies(s) and (m.body != "decode" or at.queries < FEW_ROWS)]
         found = [(m, _trained_on_cpu(s, at, m, device, data, wanted)) for m in able]
         return tuple(sorted(found, key=lambda pair: pair[1].seconds))
-    rough = sorted(fitting, key=lambda m: _ours(s, at, m, device, data, scheduled=0).seconds)
-    few = [(m, _ours(s, at, m, device, data)) for m in rough[:SCHEDULED_MAPPINGS]]
+    pace, kernels = gpu.own_pace(device), {m: _kernel(s, at, m, device, data) for m in fitting}
+    rough = sorted(fitting, key=lambda m: gpu.rough_seconds(kernels[m], device, pace))
+    few = [
+        (m, _with_prelude(gpu.seconds(kernels[m], device, pace), s, at, device)) for m in rough[:SCHEDULED_MAPPINGS]
+    ]
     return tuple(sorted(few, key=lambda pair: pair[1].seconds))
 
 
@@ -338,33 +341,32 @@ def _packed(at: Shape) -> int:
     return at.group if few else 1
 
 
-@lru_cache(maxsize=256)
-def _tile_work(
-    s: Subject, sizes: tuple[tuple[str, int], ...], tile_p: int, tile_m: int, data: Data
-) -> tuple[Work, Jobs]:
-    at = shape(s.cascade, s.attention, dict(sizes))
-    mapping = TileMapping(tile_p, tile_m)
-    tiles = plan_tiles(s, at, mapping, data)
-    return work(s, at, mapping, dict(sizes), tiles), tiles
+def _ours(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Data) -> Cost:
+    cost = gpu.seconds(_kernel(s, at, mapping, device, data), device, gpu.own_pace(device))
+    return _with_prelude(cost, s, at, device)
 
 
-def _ours(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Data, scheduled: int = SCHEDULED) -> Cost:
-    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), mapping.tile_p, mapping.tile_m, data)
-    fit = footprint(mapping, at.embed, at.value, WIDTH[s.dtype], device)
-    kernel = gpu.streaming(w, mapping, jobs, fit, at.value, at.queries, at.batch)
+def _kernel(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Data) -> gpu.KernelWork:
+    """Our kernel under a mapping, as its time follows from it."""
+    w, jobs = tile_work(s, at, (mapping.tile_p, mapping.tile_m), data)
+    fit, read, stages, issued = _laid_out(mapping, at.embed, at.value, WIDTH[s.dtype], device)
+    kernel = gpu.streaming(
+        w, mapping, jobs, fit, at.value, at.queries, at.batch, launches=1 + LISTING * _lists(s, at), operand_bytes=read,
+        stages=stages, issued=issued,
+    )
+    return _shared_heads(kernel, _packed(at), -(-_rows(at) // mapping.tile_p))
+
+
+@lru_cache(maxsize=8192)
+def _laid_out(mapping: TileMapping, e: int, f: int, width: int, device: Device) -> tuple[Footprint, int, int, int]:
+    """What a program takes, bytes that a tile's products read from shared memory, tiles in flight, what was compiled."""
     instruction = device.architecture.instruction_rows
-    read = gpu.operand_bytes(mapping.tile_p, mapping.tile_m, at.embed, at.value, WIDTH[s.dtype], instruction)
-    known = as_compiled(mapping, at.embed, at.value, WIDTH[s.dtype], device)
+    read = gpu.operand_bytes(mapping.tile_p, mapping.tile_m, e, f, width, instruction)
+    known = as_compiled(mapping, e, f, width, device)
     # where operands pass through registers, copies start where a turn ends: the first tile ahead covers nothing
     late = device.kind == "cuda" and not instruction
-    launches = kernel.launches + LISTING * _lists(s, at)
-    kernel = replace(
-        kernel, launches=launches, operand_bytes=read, stages=max(1, mapping.stages - late),
-        issued=known.others * mapping.warps if known else 0,
-    )
-    kernel = _shared_heads(kernel, _packed(at), -(-_rows(at) // mapping.tile_p))
-    cost = gpu.seconds(kernel, device, gpu.own_pace(device), scheduled)
-    return _with_prelude(cost, s, at, device)
+    issued = known.others * mapping.warps if known else 0
+    return footprint(mapping, e, f, width, device), read, max(1, mapping.stages - late), issued
 
 
 # What a call launches to list the tiles of a mask that data decides: the listing, and a sort of what it found.
@@ -373,8 +375,13 @@ LISTING = 2
 
 def _lists(s: Subject, at: Shape) -> bool:
     """Are tiles listed at each call? Not where no data decides the mask, nor where a block's keys are a range."""
+    return at.queries >= FEW_ROWS and _decided_by_data(s)
+
+
+@lru_cache(maxsize=256)
+def _decided_by_data(s: Subject) -> bool:
     a, keep = s.attention, s.mask.keep
-    if at.queries < FEW_ROWS or not ex.loads(keep):
+    if not ex.loads(keep):
         return False
     return key_range(keep, a.query, a.key, size_term(a.cascade.rank[a.key].size)) is None
 
@@ -417,9 +424,9 @@ def _with_mask(k: gpu.KernelWork, use: VendorUse) -> gpu.KernelWork:
 def _flex_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: Data) -> Cost:
     """FlexAttention's kernel, which is generated as ours are."""
     tile = replace(FLEX_TILE, tile_p=FEW_FLEX_ROWS) if _rows(at) <= FEW_FLEX_ROWS else FLEX_TILE
-    w, jobs = _tile_work(s, tuple(sorted(at.symbols.items())), tile.tile_p, tile.tile_m, data)
+    w, jobs = tile_work(s, at, (tile.tile_p, tile.tile_m), data)
     if not use.skips:
-        jobs = replace(jobs, full=jobs.full * 0 + -(-at.keys // tile.tile_m), partial=jobs.partial * 0, map=None)
+        jobs = tile_work(s, at, (tile.tile_p, tile.tile_m), data, skips=False)[1]
     kernel = gpu.streaming(w, tile, jobs, Footprint(0, 0, 0, 1), at.value, at.queries, at.batch)
     kernel = _split_keys(_shared_heads(kernel, _packed(at)), device)
     cost = gpu.seconds(_with_mask(kernel, use), device, gpu.own_pace(device))
@@ -428,8 +435,7 @@ def _flex_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: Da
 
 def _split_keys(k: gpu.KernelWork, device: Device) -> gpu.KernelWork:
     """FlexAttention splits the keys of a launch that leaves units idle."""
-    longest = int(k.jobs.visited.max()) if k.jobs.full.size else 1
-    return replace(k, split=max(1, min(device.units // max(k.programs, 1), longest // 2, 32)))
+    return replace(k, split=max(1, min(device.units // max(k.programs, 1), k.jobs.longest // 2, 32)))
 
 
 def _slower(cost: Cost, share: float) -> Cost:

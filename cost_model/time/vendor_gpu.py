@@ -10,11 +10,12 @@ Sources: FlashAttention-2's and -3's public code (tiles, the rule of the split),
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ...patterns.mapping import TileMapping
-from ..count.subject import Shape, Subject, plan_tiles, work
+from ..count.subject import Shape, Subject, tile_work
 from ..count.tiles import Data
-from ..count.work import WIDTH, Work, size_int
+from ..count.work import WIDTH, Streamed, Traffic, Work, size_int
 from ..devices.device import Device
 from ..devices.kernels import VendorFacts
 from . import gpu
@@ -48,19 +49,16 @@ def rows_of(at: Shape, facts: VendorFacts) -> RowTiles:
 def laid_out(s: Subject, at: Shape, facts: VendorFacts, device: Device, skips: bool, data: Data) -> gpu.KernelWork:
     """The work of a vendor's kernel; `skips`: it leaves out tiles that the mask empties."""
     r = rows_of(at, facts)
-    jobs = plan_tiles(s, at, TileMapping(r.queries, r.keys), data)
-    if not skips:
-        jobs = replace(jobs, full=jobs.full * 0 + -(-at.keys // r.keys), partial=jobs.partial * 0, map=None)
-    w = _padded(work(s, at, TileMapping(r.rows, r.keys), at.symbols, jobs), at, facts)
+    w, jobs = tile_work(s, at, (r.rows, r.keys), data, (r.queries, r.keys), skips)
     # what programs read follows from the tiles that they visit, one for all heads that fill it
-    read = work(s, at, TileMapping(r.queries, r.keys), at.symbols, jobs) if r.heads > 1 else w
+    read = tile_work(s, at, (r.queries, r.keys), data, skips=skips)[0] if r.heads > 1 else w
     jobs = replace(jobs, repeat=max(1, jobs.repeat // r.heads) * r.blocks)
     tile = TileMapping(r.rows, r.keys, heavy_first=facts.heavy_first, body="vendor")
     shared = _shared_bytes(r, at, WIDTH[s.dtype])
     few = r.rows == facts.few_rows and (facts.few_prompts or at.queries == 1)
     resident = max(1, min(facts.few_resident if few else facts.resident, device.shared_bytes_per_unit // max(shared, 1)))
     fit = Footprint(shared, 0, 0, resident)
-    k = gpu.streaming(replace(w, traffic=read.traffic), tile, jobs, fit, at.value, at.queries, at.batch)
+    k = gpu.streaming(_padded(w, at, facts, read.traffic), tile, jobs, fit, at.value, at.queries, at.batch)
     moved = max(k.unique_bytes, k.moved_bytes * r.blocks // r.heads)
     # with few rows there is nothing else to do while a tile comes
     waits = WIDTH[s.dtype] * min(r.keys, at.keys) * (at.embed + at.value) if few else 0
@@ -83,15 +81,16 @@ def _again(s: Subject, at: Shape, facts: VendorFacts, r: RowTiles, device: Devic
     return keys * (at.group - 1) if a_pass > device.l2_bytes else 0
 
 
-def _padded(w: Work, at: Shape, facts: VendorFacts) -> Work:
+def _padded(w: Streamed, at: Shape, facts: VendorFacts, traffic: tuple[Traffic, ...]) -> Streamed:
     """Products of heads as wide as the kernel has them."""
     ratio = (facts.width(at.embed) + facts.width(at.value)) / (at.embed + at.value)
-    full, partial, program = (_wider(x, ratio) for x in (w.full_tile, w.partial_tile, w.program))
-    return replace(w, full_tile=full, partial_tile=partial, program=program)
+    full, partial, program = (_wider(x, ratio) for x in (w.full, w.partial, w.program))
+    return replace(w, full=full, partial=partial, program=program, traffic=traffic)
 
 
-def _wider(w: Work | None, ratio: float) -> Work | None:
-    return w and replace(w, matrix={t: round(size_int(n) * ratio) for t, n in w.matrix.items()})
+@lru_cache(maxsize=1024)
+def _wider(w: Work, ratio: float) -> Work:
+    return replace(w, matrix={t: round(size_int(n) * ratio) for t, n in w.matrix.items()})
 
 
 def _shared_bytes(r: RowTiles, at: Shape, width: int) -> int:
@@ -100,7 +99,7 @@ def _shared_bytes(r: RowTiles, at: Shape, width: int) -> int:
 
 def _split(k: gpu.KernelWork, facts: VendorFacts, device: Device, at: Shape) -> gpu.KernelWork:
     """The keys of a launch that leaves units idle are split."""
-    longest = int(k.jobs.visited.max()) if k.jobs.full.size else 1
+    longest = k.jobs.longest
     slots = device.units * facts.split_slots
     if longest <= facts.whole_tiles:
         return k
