@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from torch import Tensor
@@ -97,6 +97,9 @@ class _File:
         self.shapes: dict[str, tuple[Size, ...]] = {t.name: t.shape for t in self.c.inputs}
         self.extent: dict[str, Size] = {**self.size, CHUNK: self.chunk}
         self.made: set[str] = set()
+        # views of all steps, and what a chunk reads of them, by the text that makes it
+        self.ahead: dict[str, str] = {}
+        self.here: dict[str, str] = {}
 
     def text(self) -> str:
         loop: list[str] = []
@@ -115,14 +118,17 @@ class _File:
         inputs = ", ".join(t.name for t in self.c.inputs)
         ranks = [f"{x} = torch.arange({self.size[x]}).view({self._view(x)})" for x in self.order]
         outputs = [o if o not in names else f"last_{o}" for o in self.c.outputs]
+        t, used = self.r.rank, used_names("\n".join(loop))
+        ahead = [f"{t} = torch.arange({self.steps}).view({self._view(CHUNK)})"] if self.ahead else []
+        ahead += [f"{name} = {text}" for text, name in self.ahead.items()]
+        places = [
+            *([f"{t} = torch.arange(t0, t0 + n).view({self._view(CHUNK)})"] if t in used else []),
+            *([f"{CHUNK} = torch.arange(n).view({self._view(CHUNK)})"] if CHUNK in used else []),
+        ]
         lines = [
             f"def scan({inputs}):", f'    """{", ".join(self.c.outputs)}: what the steps give, and the last states."""',
-            *_indented([*ranks, *first, *made, f"for t0 in range(0, {self.steps}, {self.chunk}):"]),
-            *_indented([
-                f"n = min({self.chunk}, {self.steps} - t0)",
-                f"{self.r.rank} = torch.arange(t0, t0 + n).view({self._view(CHUNK)})",
-                f"{CHUNK} = torch.arange(n).view({self._view(CHUNK)})", *loop,
-            ], 2),
+            *_indented([*ranks, *first, *made, *ahead, f"for t0 in range(0, {self.steps}, {self.chunk}):"]),
+            *_indented([f"n = min({self.chunk}, {self.steps} - t0)", *places, *loop], 2),
             *_indented([*last, f"return {', '.join(outputs)},"]),
         ]
         body = "\n".join(lines)
@@ -149,14 +155,51 @@ class _File:
         """Lines and text of a term over a chunk's steps, after what it needs of the chunk; its floats are `real`."""
         before = [line for x in ex.loads(e) for line in self._needed(str(x.attr))]
         e = ex.substitute(e, {x: self._held(x) for x in ex.loads(e)})
-        ranks = [*self.order, self.r.rank, CHUNK]
-        names = {ex.index(x): x for x in ranks}
-        scope = TorchScope(names, {t: t for t in self.shapes}, self.shapes, self.extent, real or self.real)
-        body = TorchBody(scope, [e], indent="")
+        real = real or self.real
+        scope = self._scope(real)
+        plain = TorchBody(scope, [e], indent="")
+        seen = {x: self._seen(x, plain, real, before) for x in ex.loads(e) if self._by_steps(x, plain)}
+        seen |= {x: self._spread(x) for x in ex.loads(e) if self._is_held(x, real)}
+        body = TorchBody(replace(scope, names={**scope.names, **seen}), [e], indent="")
         text = body.named(e)
         if body.helpers - {"tile"}:
             raise PrintError(f"a step needs {', '.join(sorted(body.helpers - {'tile'}))}")
         return [*before, *body.lines], text
+
+    def _scope(self, real: str) -> TorchScope:
+        ranks = [*self.order, self.r.rank, CHUNK]
+        return TorchScope({ex.index(x): x for x in ranks}, {t: t for t in self.shapes}, self.shapes, self.extent, real)
+
+    def _by_steps(self, x: Expr, body: TorchBody) -> bool:
+        """Whether a read is an input's, each step's at its own place: a view of all steps, cut for a chunk."""
+        name, t = str(x.attr), ex.index(self.r.rank)
+        # a view by one step alone has no dimension for it
+        return self.steps > 1 and name not in self.c.producers and t in x.args and body.is_plain(x, self.shapes[name])
+
+    def _seen(self, x: Expr, body: TorchBody, real: str, before: list[str]) -> str:
+        """The name of what a chunk reads of an input; `before` takes its line, where it is not there yet."""
+        text = body.element(x)
+        all_steps = self.ahead.setdefault(text, f"all_{len(self.ahead)}")
+        cast = f".to({TYPES[real]})" if x.is_float and x.dtype != real else ""
+        return self._cut(f"{all_steps}[t0 : t0 + n]{cast}", before)
+
+    def _is_held(self, x: Expr, real: str) -> bool:
+        """Whether a read is of a chunk's own value, by whole ranks."""
+        plain = x.args[:1] == (ex.index(CHUNK),) and len({i for i in x.args if i.op == "index"}) == len(x.args)
+        return plain and str(x.attr) in self.shapes and not (x.is_float and x.dtype != real)
+
+    def _spread(self, x: Expr) -> str:
+        """A chunk's own value with a dimension for each rank."""
+        ranks = [str(i.attr) for i in x.args[1:]]
+        order = sorted(range(len(ranks)), key=lambda i: self.order.index(ranks[i]))
+        moved = "" if order == sorted(order) else f".permute(0, {', '.join(str(1 + i) for i in order)})"
+        return f"{x.attr}{moved}[:, {', '.join(':' if r in ranks else 'None' for r in self.order)}]"
+
+    def _cut(self, text: str, before: list[str]) -> str:
+        if text not in self.here:
+            self.here[text] = f"here_{len(self.here)}"
+            before.append(f"{self.here[text]} = {text}")
+        return self.here[text]
 
     def _needed(self, name: str) -> list[str]:
         """The lines of a value of each step that is no state, where they are not there yet."""
@@ -219,19 +262,28 @@ class _File:
 
         def rows(e: Expr, width: str, stem: str, real: str = "") -> str:
             """The name of a term of each step, [n, *batch, width]."""
-            ranks = (*m.batch, width) if width else m.batch
-            more, text = self._term(e, real)
-            value = f"shown({text}, {self._full(frozenset(ranks), 'n')}, {self._dims(ranks)}, {TYPES[real or self.real]})"
-            lines.extend([*more, f"{stem}_{name} = {value}{'' if width else '[..., None]'}"])
+            ranks, real = (*m.batch, width) if width else m.batch, real or self.real
+            full, dims = frozenset(ranks), self._dims(ranks)
+            plain = TorchBody(self._scope(real), [e], indent="")
+            if e.op == "load" and e.dtype == real and self._by_steps(e, plain):
+                # all steps are seen as rows, not cut and turned chunk by chunk
+                rows = f"shown({plain.element(e)}, {self._full(full, str(self.steps))}, {dims}, {TYPES[real]})"
+                value = f"{self.ahead.setdefault(rows, f'all_{len(self.ahead)}')}[t0 : t0 + n]"
+            else:
+                more, text = self._term(e, real)
+                lines.extend(more)
+                value = f"shown({text}, {self._full(full, 'n')}, {dims}, {TYPES[real]})"
+            lines.append(f"{stem}_{name} = {value}{'' if width else '[..., None]'}")
             return f"{stem}_{name}"
 
         along = m.factor.ranks & {m.key}
-        # one decay a matrix costs little in float64
-        factor = rows(m.factor, m.key if along else "", "factor", "" if along else "f64")
+        # one decay a matrix costs little in float64; there its logarithms are summed, where it has them and what is made is shorter
+        sums = not along and m.factor.op == "exp" and self.real == "f32"
+        factor = rows(m.factor.args[0] if sums else m.factor, m.key if along else "", "factor", "" if along else "f64")
         write, added = rows(m.write, m.key, "write"), rows(m.added, m.value, "added")
-        read = rows(m.read, m.key, "read") if m.read is not None else "None"
+        read = f"({rows(m.read, m.key, 'read')}, {m.read_faded})" if m.read is not None else "None"
         queries = [f"({rows(x.query, m.key, f'query{i}')}, {x.after})" for i, x in enumerate(m.reads)]
-        lines.append(f"{name}, given_{name} = carried({name}, {factor}, {write}, {added}, {read}, [{', '.join(queries)}])")
+        lines.append(f"{name}, given_{name} = carried({name}, {factor}, {write}, {added}, {read}, [{', '.join(queries)}]{', True' if sums else ''})")
         for i, x in enumerate(m.reads):
             made = x.einsum.out.tensor
             order = [0, *(1 + (*m.batch, m.value).index(r) for r in x.ranks)]
@@ -246,15 +298,15 @@ class _File:
         self.made.add(e.out.tensor)
         if any(i.op not in ("index", "const") for i in e.out.index):
             raise PrintError("a step gives several elements side by side")
-        lines, text = self._term(e.body)
         over = frozenset(e.over)
+        if e.op == "add" and e.body.op == "mul" and over and over <= e.body.args[0].ranks & e.body.args[1].ranks:
+            return self._laid(e, *self._product(e))
+        lines, text = self._term(e.body)
         if over:
             if e.op not in ("add", "max", "min"):
                 raise PrintError(f"a step reduces by {e.op}")
             reduce = {"add": "sum", "max": "amax", "min": "amin"}[e.op]
             dims = ", ".join(str(1 + self.order.index(x)) for x in e.over)
-            if e.op == "add" and e.body.op == "mul" and over <= e.body.args[0].ranks & e.body.args[1].ranks:
-                return self._laid(e, *self._product(e))
             wide = self._full(over | e.body.ranks, "n")
             text = f"torch.as_tensor({text}).expand({wide}).{reduce}(({dims},), keepdim=True)"
         return self._laid(e, lines, text)
@@ -280,7 +332,7 @@ class _File:
         at = next(d for d, i in enumerate(e.out.index) if i is ex.index(self.r.rank))
         cut = ", ".join("t0 : t0 + n" if d == at else ":" if i.op == "index" else "0" for d, i in enumerate(e.out.index))
         before = sum(i.op == "index" for i in e.out.index[:at])
-        value = f"laid({text}, {full}, {made}, {TYPES[self._type(name)]})"
+        value = f"shown({text}, {full}, {made}, {TYPES[self._type(name)]})"
         return [*lines, f"{name}[{cut}] = {value}{f'.movedim(0, {before})' if before else ''}"]
 
     def _last(self, s: State) -> str:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,33 +16,55 @@ from torch import Tensor
 
 # Steps of a block within which decays of each channel are multiplied pair by pair.
 BLOCK = 8
+# Rows of a triangular system that are solved for at once: of more a solver does not get faster, and products do the rest.
+SOLVED = 32
+# The least logarithm of a decay whose differences are still told apart; its exponential is 0 in any type.
+LEAST = -1e4
+# A row for each step [n, *batch, key] or [batch, n, key], and whether its own step's decay is under what it reads.
+Asked = tuple[Tensor, bool]
 
 
 def carried(
-    state: Tensor, factor: Tensor, write: Tensor, added: Tensor, read: Tensor | None, queries: Sequence[tuple[Tensor, bool]]
+    state: Tensor, factor: Tensor, write: Tensor, added: Tensor, read: Asked | None, queries: Sequence[Asked],
+    logarithms: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """The state [*batch, key, value] after n steps, and what each query reads, [n, *batch, value].
 
-    factor [n, *batch, key or 1], write [n, *batch, key], added [n, *batch, value], read [n, *batch, key] or None; queries
-    [n, *batch, key], each with whether it reads after the step.
+    factor [n, *batch, key or 1], or its `logarithms`, one a matrix; write [n, *batch, key], added [n, *batch, value]; read
+    and queries are rows [n, *batch, key], each with whether its own step's decay is under what it reads: a query then reads
+    after its step.
     """
     batch = state.shape[:-2]
     flat = state.flatten(0, -3) if batch else state[None]
     f, u, x = rows_of(factor), rows_of(write), rows_of(added)
-    w = None if read is None else rows_of(read)
-    rows = [(rows_of(q), after) for q, after in queries]
-    asked = [*rows, (w, False)] if w is not None else rows
-    together = by_matrix if f.shape[-1] == 1 else by_channel
-    pairs, scaled_rows, ends, left = together(f, u, asked)
-    if w is not None:
-        known = torch.baddbmm(x, scaled_rows[-1], flat, alpha=-1)
-        x = torch.linalg.solve_triangular(pairs[-1], known, upper=False, unitriangular=True)
-    out = [torch.baddbmm(p @ x, r, flat) for p, r in zip(pairs, scaled_rows[: len(rows)])]
-    new = torch.baddbmm(left * flat, ends.mT, x)
+    asked = [(rows_of(q), after) for q, after in (*queries, *([read] if read is not None else []))]
+    if f.shape[-1] == 1:
+        pairs, old, ends, left = by_matrix(f, u, asked, flat, logarithms)
+    else:
+        pairs, old, ends, left = by_channel(f, u, asked, flat)
+    if read is not None:
+        x = solved(pairs[-1], x - old[-1])
+    out = [o.baddbmm_(p, x) for p, o in zip(pairs, old[: len(queries)])]
+    new = (left * flat).baddbmm_(ends.mT, x)
     if not finite(new, *out):
         # in the products above what is not finite reaches the steps before it
-        new, out = one_by_one(flat, f, u, rows_of(added), w, rows)
+        rows = asked[: len(queries)]
+        taken = asked[-1] if read is not None else None
+        new, out = one_by_one(flat, f.exp() if logarithms else f, u, rows_of(added), taken, rows)
     return new.view(state.shape), [o.view(*batch, *o.shape[1:]).movedim(-2, 0) for o in out]
+
+
+def solved(a: Tensor, x: Tensor) -> Tensor:
+    """(I + A)⁻¹ X in the memory of X, of A [b, n, n] its strictly lower triangle alone; rows a block at a time."""
+    for first in range(0, a.shape[1], SOLVED):
+        rows = x[:, first : first + SOLVED]
+        behind = first + rows.shape[1]
+        if first:
+            rows.baddbmm_(a[:, first:behind, :first], x[:, :first], alpha=-1)
+        # from the right, which reads and writes rows as they lie
+        own = a[:, first:behind, first:behind].mT
+        rows.copy_(torch.linalg.solve_triangular(own, rows.mT, upper=True, left=False, unitriangular=True).mT)
+    return x
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -52,29 +75,42 @@ def rows_of(x: Tensor) -> Tensor:
 
 def finite(*values: Tensor) -> bool:
     """Whether all are; a sum may overflow where they are, which costs time alone."""
-    total = sum(v.sum() for v in values)
-    return bool(torch.isfinite(torch.as_tensor(total)))
+    return math.isfinite(sum(float(v.sum()) for v in values))
 
 
 def by_matrix(
-    f: Tensor, u: Tensor, asked: Sequence[tuple[Tensor, bool]]
+    f: Tensor, u: Tensor, asked: Sequence[Asked], state: Tensor, logarithms: bool
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Pairs and rows of each query, what each step leaves at the end, and the decay of all: one decay a matrix."""
+    """One decay a matrix: pairs of each row asked, what it reads of the state, what each step leaves at the end, all decays."""
+    n = u.shape[1]
+    between = decays(f, u.dtype, logarithms)
+    after = [x for _, x in asked]
+    if all(after) or not any(after):
+        low = (between[:, 1:] if after[0] else between[:, :-1])[:, None]
+    else:
+        low = torch.stack([between[:, 1:] if x else between[:, :-1] for x in after], 1)
+    rows = torch.cat([q for q, _ in asked], 1) if len(asked) > 1 else asked[0][0]
+    pairs = (rows @ u.mT).unflatten(1, (len(asked), n)).mul_(low[..., 1:])
+    old = (rows @ state).unflatten(1, (len(asked), n)).mul_(low[..., :1])
+    return list(pairs.unbind(1)), list(old.unbind(1)), u * between[:, -1, 1:, None], between[:, -1:, :1]
+
+
+def decays(f: Tensor, dtype: torch.dtype, logarithms: bool) -> Tensor:
+    """[b, n + 1, n + 1]: the product of f_s over j < s ≤ i, for i and j from 0 to n; of f [b, n, 1] or its logarithms."""
     b, n, _ = f.shape
-    # the product of f_s over j < s ≤ i, for i and j from 0 to n
+    if logarithms:
+        total = torch.zeros(b, n + 1, dtype=torch.float64)
+        total[:, 1:] = (f[..., 0].double() * (1 / math.log(2))).clamp_(min=LEAST)
+        total.cumsum_(1)
+        # where no product is asked for it may be infinite
+        return (total[:, :, None] - total[:, None]).to(dtype).exp2_().tril_()
     between = torch.ones(b, n + 1, n + 1, dtype=torch.float64)
     between[:, 1:] = f.double()
-    between = torch.where(torch.ones(n + 1, n + 1, dtype=torch.bool).tril(-1), between, 1.0).cumprod(1).tril().to(u.dtype)
-    pairs, rows = [], []
-    for q, after in asked:
-        low = between[:, 1:] if after else between[:, :-1]
-        pairs.append((q @ u.mT).mul_(low[:, :, 1:]))
-        rows.append(q * low[:, :, :1])
-    return pairs, rows, u * between[:, -1, 1:, None], between[:, -1:, :1]
+    return torch.where(torch.ones(n + 1, n + 1, dtype=torch.bool).tril(-1), between, 1.0).cumprod(1).tril().to(dtype)
 
 
 def by_channel(
-    f: Tensor, u: Tensor, asked: Sequence[tuple[Tensor, bool]]
+    f: Tensor, u: Tensor, asked: Sequence[Asked], state: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """The same where every channel has a decay of its own: pair by pair in a block, as products of rows between blocks."""
     b, n, k = u.shape
@@ -104,7 +140,7 @@ def by_channel(
     for (_, after), p, d in zip(asked, out, own):
         if after:
             p.diagonal(dim1=1, dim2=2).copy_(d)
-    return out, list(scaled_rows), ends[:, :n], (start[:, -1] * whole[:, -1])[..., None]
+    return out, [r @ state for r in scaled_rows], ends[:, :n], (start[:, -1] * whole[:, -1])[..., None]
 
 
 def in_block(f: Tensor, u: Tensor, rows: Tensor, pairs: Tensor) -> None:
@@ -127,14 +163,18 @@ def block_products(f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def one_by_one(
-    state: Tensor, f: Tensor, u: Tensor, x: Tensor, w: Tensor | None, rows: Sequence[tuple[Tensor, bool]]
+    state: Tensor, f: Tensor, u: Tensor, x: Tensor, read: Asked | None, rows: Sequence[Asked]
 ) -> tuple[Tensor, list[Tensor]]:
     """The steps one after the other."""
     out: list[list[Tensor]] = [[] for _ in rows]
     f = f.to(u.dtype)
     for t in range(u.shape[1]):
-        taken = x[:, t, None] if w is None else x[:, t, None] - w[:, t, None] @ state
-        new = f[:, t, :, None] * state + u[:, t, :, None] * taken
+        faded = f[:, t, :, None] * state
+        taken = x[:, t, None]
+        if read is not None:
+            w, after = read
+            taken = taken - w[:, t, None] @ (faded if after else state)
+        new = faded + u[:, t, :, None] * taken
         for (q, after), o in zip(rows, out):
             o.append(q[:, t, None] @ (new if after else state))
         state = new

@@ -37,7 +37,7 @@ class Read:
 class LowRank:
     """A state with its two matrix ranks; terms use the ranks of the state's step.
 
-    `read` is None where nothing is taken off.
+    `read` is None where nothing is taken off; with `read_faded` it reads the state under the step's own decay.
     """
 
     state: State
@@ -49,6 +49,7 @@ class LowRank:
     added: Expr
     read: Expr | None
     reads: tuple[Read, ...]
+    read_faded: bool = False
 
     @property
     def ranks(self) -> tuple[str, ...]:
@@ -87,21 +88,24 @@ def _form(
     value = next((x for x in reversed(s.ranks) if x != key and _apart(plain, key, x)), None)
     if value is None:
         return Obstacle(f"what is added to {s.name} is no outer product", str(s.step.out))
-    factor = product_of(own[0].without(own[0].state(s.name)), own[0].sign) if own else ex.const(0.0)
+    fades = own[0].without(own[0].state(s.name)) if own else ()
+    factor = product_of(fades, own[0].sign) if own else ex.const(0.0)
     if any(r.query.ranks & {value} for r in reads):
         return Obstacle(f"a row that reads {s.name} varies along its values", str(s.step.out))
     if value in factor.ranks:
         return Obstacle(f"the decay of {s.name} differs along both ranks of the matrix", str(s.step.out))
     write = tuple(f for f in plain.factors if key in f.ranks)
     added = product_of(tuple(f for f in plain.factors if key not in f.ranks), plain.sign)
-    read = None
+    read, faded = None, False
     if taken:
         found = _taken_off(s, key, value, write, taken[0])
         if isinstance(found, Obstacle):
             return found
-        read = found
+        faded = bool(own) and own[0].sign == 1 and not Counter(fades) - Counter(found)
+        left = tuple((Counter(found) - Counter(fades)).elements()) if faded else found
+        read = product_of(left, -taken[0].sign)
     batch = tuple(x for x in s.ranks if x not in (key, value))
-    return LowRank(s, batch, key, value, factor, product_of(write), added, read, reads)
+    return LowRank(s, batch, key, value, factor, product_of(write), added, read, reads, faded)
 
 
 def _apart(plain: StateProduct, key: str, value: str) -> bool:
@@ -110,8 +114,10 @@ def _apart(plain: StateProduct, key: str, value: str) -> bool:
     return not any(a and b for a, b in along) and any(a for a, _ in along) and any(b for _, b in along)
 
 
-def _taken_off(s: State, key: str, value: str, write: tuple[Expr, ...], p: StateProduct) -> Expr | Obstacle:
-    """w, where u · Σ w · S is what a step takes off."""
+def _taken_off(
+    s: State, key: str, value: str, write: tuple[Expr, ...], p: StateProduct
+) -> tuple[Expr, ...] | Obstacle:
+    """The factors of w but for its sign, where u · Σ w · S is what a step takes off."""
     (inner,) = p.over
     left = list(p.without(p.state(s.name)))
     for f in write:
@@ -120,7 +126,7 @@ def _taken_off(s: State, key: str, value: str, write: tuple[Expr, ...], p: State
         left.remove(f)
     if any(f.ranks & {key, value} for f in left):
         return Obstacle(f"what a step takes off {s.name} is not one row of it", str(s.step.out))
-    return product_of(tuple(left), -p.sign, {ex.index(inner): ex.index(key)})
+    return tuple(ex.substitute(f, {ex.index(inner): ex.index(key)}) for f in left)
 
 
 def _sorted(

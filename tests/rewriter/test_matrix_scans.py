@@ -12,7 +12,7 @@ from torch import Tensor
 
 import reattend
 from reattend.codegen.cpu.scan import ScanKernel, build
-from reattend.codegen.skeletons.carried import carried, one_by_one, rows_of
+from reattend.codegen.skeletons.carried import carried, one_by_one, rows_of, solved
 from reattend.patterns.cascade import Cascade
 from reattend.patterns.recurrence.low_rank import LowRank, low_rank
 from reattend.patterns.recurrence.recurrence import Recurrence, recurrence
@@ -219,15 +219,40 @@ def test_steps_at_once_are_steps_one_by_one(n: int, channels: bool, taken: bool)
     f[n // 2] = -f[n // 2]
     f[n // 3] = 0.0
     u = torch.nn.functional.normalize(draw(n, 2, 3, 5), dim=-1)
-    w = f * u * 0.7 if taken else None
+    # with and without its own step's decay, as it is written and as it is known
+    w = (u * 0.7, True) if taken and n % 2 else (f * u * 0.7, False) if taken else None
     queries = [(draw(n, 2, 3, 5), True), (draw(n, 2, 3, 5), False)]
     got, reads = carried(s, f, u, x, w, queries)
     flat = [(rows_of(q), after) for q, after in queries]
-    off = None if w is None else rows_of(w)
+    off = None if w is None else (rows_of(w[0]), w[1])
     want, wanted = one_by_one(s.flatten(0, 1), rows_of(f), rows_of(u), rows_of(x), off, flat)
     torch.testing.assert_close(got.flatten(0, 1), want, rtol=1e-13, atol=1e-13)
     for a, b in zip(reads, wanted):
         torch.testing.assert_close(rows_of(a), b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("n", [1, 31, 64])
+def test_logarithms_of_decays_are_the_decays(n: int) -> None:
+    g = torch.Generator().manual_seed(n)
+    log = -torch.rand(n, 2, 1, generator=g, dtype=torch.float64).mul(4).exp()
+    log[n // 2] = -1e6
+    log[n // 3] = -torch.inf
+    s, u, x, q = (torch.randn(*shape, generator=g) for shape in ((2, 5, 4), (n, 2, 5), (n, 2, 4), (n, 2, 5)))
+    for after in (True, False):
+        got = carried(s, log, u, x, None, [(q, after)], True)
+        want = carried(s, log.exp(), u, x, None, [(q, after)])
+        for a, b in zip((got[0], *got[1]), (want[0], *want[1])):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 32, 33, 64, 70])
+def test_a_system_is_solved_in_blocks(n: int) -> None:
+    g = torch.Generator().manual_seed(n)
+    a, x = (torch.randn(2, n, w, generator=g, dtype=torch.float64) for w in (n, 3))
+    a, made = a / n, x.clone()
+    # what is read of A is its strictly lower triangle
+    want = torch.linalg.solve(torch.eye(n, dtype=torch.float64) + a.tril(-1), x)
+    torch.testing.assert_close(solved(a, made), want, rtol=1e-13, atol=1e-13)
 
 
 # --- what is none -------------------------------------------------------------------------------------------------
