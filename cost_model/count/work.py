@@ -146,7 +146,7 @@ Shapes: TypeAlias = "tuple[tuple[str, tuple[Size, ...]], ...]"
 @lru_cache(maxsize=1024)
 def _fixed_sizes(
     c: Cascade,
-) -> tuple[Mapping[str, Size], Mapping[str, tuple[Size, ...]], tuple[tuple[str, Size], ...], Shapes]:
+) -> tuple[dict[str, Size], dict[str, tuple[Size, ...]], tuple[tuple[str, Size], ...], Shapes]:
     """Sizes of ranks and tensors; and which of them are to be bound."""
     ranks, shapes = {r.name: r.size for r in c.ranks}, {t.name: t.shape for t in c.tensors}
     open_ranks = tuple((name, n) for name, n in ranks.items() if not isinstance(n, int))

@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +85,8 @@ class _Timed(fx.Interpreter):
 
     def _race(self, n: fx.Node, guard: Guarded) -> None:
         """The call beside its own code, both with their backward where a gradient is wanted."""
-        arguments, inputs = self.map_nodes_to_values(n.args, n)[:2]  # type: ignore[misc]
+        given: Sequence[Any] = self.map_nodes_to_values(n.args, n)  # type: ignore[assignment]
+        arguments, inputs = given[:2]
         wanted = any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(inputs))
         if guard.race is None or guard.race.barred:
             return

@@ -61,6 +61,10 @@ class CriticalTiles:
         marginal = (place >= most) & (place < n - min(n - most, int(self.negligible * n)))
         return torch.cat([critical, marginal], -2)
 
+    @property
+    def keyed(self) -> bool:
+        return False  # run-time data may mask all of a row's critical tiles
+
     def work(self, sizes: Mapping[str, int]) -> SelectionWork:
         batch = 1
         for r in self.ranks[:-2]:

@@ -206,7 +206,7 @@ def _laid(e: Expr, a: Attention, token: str) -> Laid | None:
         return None
     # dimensions as they are numbered once the fixed ones are gone
     left = {d: d - sum(f < d for f, _ in fixed) for d in place.values()}
-    order = tuple(left[place[r]] if r in place else None for r in wanted)
+    order: tuple[int | None, ...] = tuple(left[place[r]] if r in place else None for r in wanted)
     return Laid(str(e.attr), tuple(fixed), order, group)
 
 
