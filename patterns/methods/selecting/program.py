@@ -214,8 +214,8 @@ def _laid_out(t: Any, x: Laid) -> Any:
     for d, at in reversed(x.fixed):
         t = t.select(d, at)
     t = t.permute([d for d in x.order if d is not None])
-    for i, d in enumerate(x.order):
-        if d is None:
+    for i, dim in enumerate(x.order):
+        if dim is None:
             t = t.unsqueeze(i)
     return t
 
