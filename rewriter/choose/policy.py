@@ -86,7 +86,8 @@ class Policy:
             if not isinstance(m, Method):
                 raise ValueError(f"Policy(methods) takes methods such as SinkWindow(sink=4, window=1024), not {m!r}")
         clash = next((n for n in self.deny if n in self.allow or n in [m.name for m in given]), None)
-        if clash is not None:
+        # without methods, what is denied is denied, as it always was
+        if clash is not None and self.approximate:
             raise ValueError(f"Policy: {clash!r} is both allowed and denied")
         by_name = [n for n in self.allow if n not in CANDIDATES and n not in [m.name for m in given]]
         for n in by_name:

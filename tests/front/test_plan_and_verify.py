@@ -170,7 +170,7 @@ def test_the_meta_device_needs_a_target(stack: nn.Module) -> None:
         ({"max_error": -1.0}, "must be above 0"),
         ({"mesh": object()}, "a mesh is a text such as .tp=8. or .tp=8,cp=2., not object"),
         ({"mesh": "pp=2"}, r"mesh axis .pp. is not known: use tp \(heads and latents\), cp"),
-        ({"calibration": object()}, "is not in this version"),
+        ({"calibration": object()}, "needs approximate=True"),
     ],
 )
 def test_bad_policies_are_refused(options: dict[str, Any], sentence: str) -> None:
