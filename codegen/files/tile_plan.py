@@ -1,6 +1,6 @@
 """Prints which tiles are visited, from the mask's interval over a tile: `planned` as slices, `classes` tile by tile.
 
-    low, high       tables of a load's least and greatest element over tiles; a table of blocks of a tile's size is read as it is
+    low, high       tables of a load's least and greatest element over tiles; a table of blocks is read as it is
     some, every     is some point of a tile kept, are all?        alive     do all rows of a tile certainly keep a key?
 """
 

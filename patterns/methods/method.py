@@ -34,9 +34,9 @@ class SelectionProgram(Protocol):
     """What makes a table before the kernel runs: plain data that compares by value (a frozen dataclass).
 
     `reads` names the inputs of the replacement's cascade that it is made of. `run(torch, tensors, sizes)` makes the table
-    from them, a b1 tensor in the shape that the cascade declares; it gets the module because nothing here imports torch. Every
-    row that has a key in the model has one under the table (R3), which nothing guards behind it. It
-    draws from no generator of others, and gives the same table for the same tensors. `work(sizes)` counts it.
+    from them, a b1 tensor in the shape that the cascade declares; it gets the module because nothing here imports torch.
+    Every row that has a key in the model has one under the table (R3), which nothing guards behind it. It draws from no
+    generator of others, and gives the same table for the same tensors. `work(sizes)` counts it.
     """
 
     @property

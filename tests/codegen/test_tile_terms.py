@@ -51,7 +51,7 @@ def test_classes_of_tiles_hold_at_every_point(keep: Expr) -> None:
         assert ex.substitute(some, table) is not ex.FALSE or not any(kept)
 
 
-@pytest.mark.parametrize("tile, block", [(4, 4), (8, 4), (4, 8), (4, 6), (6, 4)])
+@pytest.mark.parametrize(("tile", "block"), [(4, 4), (8, 4), (4, 8), (4, 6), (6, 4)])
 def test_a_table_of_blocks_is_read_where_a_tile_lies(tile: int, block: int) -> None:
     """Tiles in one block read its element, tiles of several blocks their extremes; tiles that cut a block know nothing."""
     keep = ex.load("T", (ex.index("h"), P // block, M // block), "b1") & (M <= P)
@@ -60,8 +60,10 @@ def test_a_table_of_blocks_is_read_where_a_tile_lies(tile: int, block: int) -> N
     read = {str(x.attr) for e in (every, some) for x in ex.loads(e)}
     whole = [t for t in corners.tables.values() if t.whole]
     if block % tile == 0:
-        assert read == {"T"} and not corners.tables
+        assert read == {"T"}
+        assert not corners.tables
     elif tile % block == 0:
-        assert [t.blocked for t in corners.tables.values()] == [((1, "p", block), (2, "m", block))] and not whole
+        assert [t.blocked for t in corners.tables.values()] == [((1, "p", block), (2, "m", block))]
+        assert not whole
     else:
         assert whole
