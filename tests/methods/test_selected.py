@@ -57,7 +57,7 @@ def test_a_full_budget_is_dense(method: SelectedMethod, queries: int, keys: int)
     q, k = flat(2, queries, 8) * 40, flat(2, keys, 8, 1) * 40
     table = made.program.run(torch, {"Q": q, "K": k}, {})
     step = method.selection(a)
-    assert isinstance(step, st.Table)
+    assert isinstance(step, st.CellTable)
     assert torch.equal(table, run(q, k).table(st.Everything(step)))
     given = {"Q": q, "K": k, "V": flat(2, keys, 8, 2), made.table: table}
     sizes = {"B": 1, "H": 2, "E": 8, "F": 8}

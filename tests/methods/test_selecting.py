@@ -11,7 +11,7 @@ import torch
 from reattend.patterns import expr as ex
 from reattend.patterns.methods.selecting import steps as st
 from reattend.patterns.methods.selecting.cells import Cells, causal, every
-from reattend.patterns.methods.selecting.work import Shape, count
+from reattend.patterns.methods.selecting.work import SelectionSizes, count
 from tests.methods.tables import cut, flat, run
 
 Q, K = st.Queries(), st.Keys()
@@ -21,7 +21,7 @@ def scores_of(values: list[float]) -> tuple[st.Scores, torch.Tensor, torch.Tenso
     """A step whose softmax is these numbers, with the queries and keys that make it: one row over all keys."""
     q = torch.ones(1, 1, 1, 1)
     k = torch.tensor(values).log()[None, None, :, None]
-    return st.Softmax(st.Products(Q, K)), q, k
+    return st.RowSoftmax(st.Products(Q, K)), q, k
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.4, 1), (0.49, 1), (0.79, 2), (0.9, 3), (0.96, 4), (1.0, 4)])
@@ -36,7 +36,7 @@ def test_the_cell_that_reaches_the_share_is_kept(share: float, kept: int) -> Non
 def test_a_full_budget_is_the_whole_mask(step: type, queries: int, keys: int) -> None:
     q, k = flat(2, queries, 8), flat(1, keys, 8, 1) * 400
     e = run(q, k)
-    s = st.Softmax(st.Products(st.Pooled(Q, 16), st.Pooled(K, 16)))
+    s = st.RowSoftmax(st.Products(st.Pooled(Q, 16), st.Pooled(K, 16)))
     t = {st.Mass: st.Mass(s, 1.0), st.Largest: st.Largest(s, 99), st.Above: st.Above(s, 0.0)}[step]
     assert (e.table(t) == e.table(st.Everything(s))).all()
     places = torch.arange(queries) + keys - queries
@@ -70,7 +70,7 @@ def test_pieces_of_rows_sum_to_the_whole() -> None:
     from reattend.patterns.methods.selecting import execute
 
     q, k = flat(2, 96, 8), flat(2, 96, 8, 1)
-    s = st.Summed(st.Softmax(st.Products(Q, K)), 16, 16)
+    s = st.Summed(st.RowSoftmax(st.Products(Q, K)), 16, 16)
     whole, before = run(q, k)(s), execute.HELD
     execute.HELD = 1
     try:
@@ -85,10 +85,10 @@ def test_pieces_of_rows_sum_to_the_whole() -> None:
 def test_the_divergence_has_its_bounds_where_numbers_are_0(a: list[float], b: list[float], distance: float) -> None:
     s = st.Products(Q, K)
     e = run(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 2, 1))
-    first, second = st.Softmax(s), st.Softmax(st.Products(Q, K, times=2.0))
+    first, second = st.RowSoftmax(s), st.RowSoftmax(st.Products(Q, K, times=2.0))
     e.made[first], e.made[second] = torch.tensor([[[a]]]), torch.tensor([[[b]]])
-    assert e._distance(st.Near(first, second, 0.1)).item() == pytest.approx(distance, abs=1e-12)
-    assert bool(e(st.Near(first, second, 0.1))) is (distance < 0.1)
+    assert e._distance(st.Alike(first, second, 0.1)).item() == pytest.approx(distance, abs=1e-12)
+    assert bool(e(st.Alike(first, second, 0.1))) is (distance < 0.1)
 
 
 @pytest.mark.parametrize("cached", [0, 5, 64])
@@ -97,7 +97,7 @@ def test_a_slash_crosses_the_tiles_that_its_pairs_lie_in(offset: int, cached: in
     n, size = 70, 16
     q, k = flat(1, n, 4), flat(1, n + cached, 4)
     e = run(q, k)
-    s = st.Offsets(st.Softmax(st.Products(st.Last(Q, 16), K)))
+    s = st.Offsets(st.RowSoftmax(st.Products(st.Last(Q, 16), K)))
     kept = st.Largest(s, 1)
     e.made[kept] = (torch.arange(n + cached) == offset)[None, None, None]
     found = e(st.Slashes(kept, size))[0, 0]
@@ -113,7 +113,7 @@ def test_no_row_is_left_without_a_key() -> None:
     window = Cells(70, 70, (m <= p) & (p - m < 9), p)
     for cells in (causal(70, 70), causal(6, 70), every(70, 50), window):
         q, k = flat(2, cells.queries, 4), flat(2, cells.keys, 4, 1)
-        s = st.Softmax(st.Products(st.Pooled(Q, 16), st.Pooled(K, 16)))
+        s = st.RowSoftmax(st.Products(st.Pooled(Q, 16), st.Pooled(K, 16)))
         for t in (st.Above(s, 2.0), st.Largest(s, 1)):
             kept = run(q, k, cells).table(t)
             pairs = kept.repeat_interleave(16, 2)[:, :, : cells.queries].repeat_interleave(16, 3)[..., : cells.keys]
@@ -123,17 +123,17 @@ def test_no_row_is_left_without_a_key() -> None:
 def test_heads_that_share_keys_agree() -> None:
     q, k = flat(4, 64, 8) * 40, flat(2, 64, 8, 1) * 40
     e = run(q, k)
-    s = st.Softmax(st.Products(st.Pooled(Q, 8), st.Pooled(K, 8)))
-    alone, mean = e(st.Largest(s, 2)), e(st.Largest(st.Heads(s, "mean"), 2))
+    s = st.RowSoftmax(st.Products(st.Pooled(Q, 8), st.Pooled(K, 8)))
+    alone, mean = e(st.Largest(s, 2)), e(st.Largest(st.OverHeads(s, "mean"), 2))
     union = e(st.GroupUnion(st.Largest(s, 2)))
     assert (mean[:, 0] == mean[:, 1]).all()
     assert (union[:, :2] == (alone[:, 0] | alone[:, 1])[:, None]).all()
-    assert (e(s)[:, :2].mean(1) - e(st.Heads(s, "mean"))[:, 0]).abs().max() < 1e-6
+    assert (e(s)[:, :2].mean(1) - e(st.OverHeads(s, "mean"))[:, 0]).abs().max() < 1e-6
 
 
 def test_nothing_is_drawn_and_equal_inputs_have_equal_tables() -> None:
     q, k = flat(2, 64, 8) * 40, flat(2, 64, 8, 1) * 40
-    s = st.Forced(st.Mass(st.Softmax(st.Products(st.Pooled(Q, 8), st.Pooled(K, 8))), 0.5))
+    s = st.Forced(st.Mass(st.RowSoftmax(st.Products(st.Pooled(Q, 8), st.Pooled(K, 8))), 0.5))
     before = torch.get_rng_state()
     assert (run(q, k).table(s) == run(q, k).table(s)).all()
     assert (torch.get_rng_state() == before).all()
@@ -141,7 +141,7 @@ def test_nothing_is_drawn_and_equal_inputs_have_equal_tables() -> None:
 
 def test_work_is_counted_from_steps() -> None:
     """Pooled scores: 2·d flops a pair of tiles. Antidiagonals of a square: 1/S of 2·N²·d, half of it under a causal mask."""
-    x, n = Shape(1, 2, 1, 64), 1024
+    x, n = SelectionSizes(1, 2, 1, 64), 1024
     pooled = st.Products(st.Pooled(Q, 64), st.Pooled(K, 64))
     assert count(pooled, every(n, n), x).flops == 2 * 2 * 64 * 16 * 16
     folded = st.Products(st.Folded(Q, 8, True), st.Folded(K, 8))

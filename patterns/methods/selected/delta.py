@@ -37,10 +37,10 @@ class DELTA(SelectedMethod):
         if not 0 < self.recent <= self.count or self.page < 1:
             raise ValueError(f"{self}: it needs 0 < recent ≤ count and page ≥ 1")
 
-    def selection(self, a: Attention) -> st.Table | Refusal:
+    def selection(self, a: Attention) -> st.CellTable | Refusal:
         if bind(a.cascade.rank[a.query].size, {}) != 1:
             return self.refuse("it chooses for one row, and this attention has more")
-        rows = st.Heads(st.Softmax(st.Products(st.Queries(), st.Keys())), "max", every=True)
+        rows = st.OverHeads(st.RowSoftmax(st.Products(st.Queries(), st.Keys())), "max", every=True)
         pages = st.Summed(rows, 1, self.page)
         return st.Largest(st.Raised(pages, first=0, own=self.recent), self.count)
 

@@ -41,12 +41,12 @@ class FlexPrefill(SelectedMethod):
         if not 0 < self.mass <= 1 or self.distance < 0 or self.block < 1 or self.least < 0:
             raise ValueError(f"{self}: it needs 0 < mass ≤ 1, distance ≥ 0, block ≥ 1 and least ≥ 0")
 
-    def selection(self, a: Attention) -> st.Table | Refusal:
+    def selection(self, a: Attention) -> st.CellTable | Refusal:
         n, q, k = self.block, st.Queries(), st.Keys()
-        probe = st.Softmax(st.Products(st.Last(q, n), k))
-        estimate = st.Softmax(st.Products(st.Pooled(st.Last(q, n), n), st.Pooled(k, n)))
-        near = st.Near(st.Summed(probe, 0, n, mean=True), estimate, self.distance)
-        pooled = st.Mass(st.Softmax(st.Products(st.Pooled(q, n), st.Pooled(k, n))), self.mass, "head")
+        probe = st.RowSoftmax(st.Products(st.Last(q, n), k))
+        estimate = st.RowSoftmax(st.Products(st.Pooled(st.Last(q, n), n), st.Pooled(k, n)))
+        near = st.Alike(st.Summed(probe, 0, n, mean=True), estimate, self.distance)
+        pooled = st.Mass(st.RowSoftmax(st.Products(st.Pooled(q, n), st.Pooled(k, n))), self.mass, "head")
         columns = st.Spread(st.Mass(st.Summed(probe, 0, 1, mean=True), self.mass, least=self.least), 0, n)
         slashes = st.Slashes(st.Mass(st.Offsets(probe), self.mass, least=self.least), n)
         chosen = st.Chosen(near, pooled, st.Either(st.Columns(columns, n), slashes))

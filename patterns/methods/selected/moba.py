@@ -33,7 +33,7 @@ class MoBA(SelectedMethod):
         if self.count < 1 or self.block < 1 or self.rows < 1:
             raise ValueError(f"{self}: it needs count, block and rows of 1 or more")
 
-    def selection(self, a: Attention) -> st.Table | Refusal:
+    def selection(self, a: Attention) -> st.CellTable | Refusal:
         gate = st.Products(st.Queries(), st.Pooled(st.Keys(), self.block))
         kept = st.Largest(st.Raised(gate, first=0, own=1), self.count)
         return st.Spread(kept, self.rows, self.block) if self.rows > 1 else kept

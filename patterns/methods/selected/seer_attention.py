@@ -42,14 +42,14 @@ class SeerAttention(SelectedMethod):
         if self.queries.values.shape[2] != self.keys.values.shape[2]:
             raise ValueError("SeerAttention's maps of queries and keys give rows of different lengths")
 
-    def selection(self, a: Attention) -> st.Table | Refusal:
+    def selection(self, a: Attention) -> st.CellTable | Refusal:
         if wrong := self._unlike(a):
             return self.refuse(wrong)
-        q: st.Operand = st.Mapped(st.Pooled(st.Queries(), self.block), self.queries)
-        k: st.Operand = st.Mapped(st.Pooled(st.Keys(), self.block, self.pooled), self.keys)
+        q: st.TokenRows = st.Mapped(st.Pooled(st.Queries(), self.block), self.queries)
+        k: st.TokenRows = st.Mapped(st.Pooled(st.Keys(), self.block, self.pooled), self.keys)
         if self.rotary:
             q, k = st.Rotated(q, self.rotary), st.Rotated(k, self.rotary)
-        gate = st.Softmax(st.Products(q, k, scale=self.queries.values.shape[2] ** -0.5))
+        gate = st.RowSoftmax(st.Products(q, k, scale=self.queries.values.shape[2] ** -0.5))
         kept = st.Largest(gate, self.count) if self.count else st.Above(gate, self.threshold)
         return st.Forced(kept, first=1, own=1)
 

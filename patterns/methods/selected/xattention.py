@@ -40,11 +40,11 @@ class XAttention(SelectedMethod):
         if not 0 < self.mass <= 1 or self.stride < 1 or self.block < 1 or self.block % self.stride:
             raise ValueError(f"{self}: it needs 0 < mass ≤ 1 and a block that is a multiple of the stride")
 
-    def selection(self, a: Attention) -> st.Table | Refusal:
+    def selection(self, a: Attention) -> st.CellTable | Refusal:
         keys = st.Folded(st.Keys(), self.stride)
         moved = st.Folded(st.Keys(), self.stride, shift=1) if self.alternate else None
         sums = st.Products(st.Folded(st.Queries(), self.stride, backwards=True), keys, times=1 / self.stride, odd=moved)
-        mass: st.Scores = st.Summed(st.Softmax(sums), self.block, self.block)
+        mass: st.Scores = st.Summed(st.RowSoftmax(sums), self.block, self.block)
         if self.share:
-            mass = st.Heads(mass, "mean")
+            mass = st.OverHeads(mass, "mean")
         return st.Forced(st.Mass(mass, self.mass), first=1, own=1)

@@ -30,13 +30,13 @@ class Execution:
     k: Tensor
     cells: Cells
     scale: float
-    made: dict[st.Step, Tensor] = field(default_factory=dict)
+    made: dict[st.SelectionStep, Tensor] = field(default_factory=dict)
 
     @property
     def group(self) -> int:
         return int(self.q.shape[1] // self.k.shape[1])
 
-    def table(self, root: st.Table) -> Tensor:
+    def table(self, root: st.CellTable) -> Tensor:
         """The program's table, b1 [b, h, i, j]: no cell in which the model keeps no pair, no row of cells without one.
 
         A row of queries none of whose own keys lies in a kept cell gets all of its cells back (R3).
@@ -44,7 +44,7 @@ class Execution:
         kept = self(root) & self.some(root)
         return kept | (self.some(root) & ~self.alive(root, kept))
 
-    def alive(self, root: st.Table, kept: Tensor) -> Tensor:
+    def alive(self, root: st.CellTable, kept: Tensor) -> Tensor:
         """[b, h, i, 1]: does every query of a row of cells that keeps a key in the model keep one in the table?"""
         one = self.cells.own_cells(1, root.keys)
         single = self.cells.some(1, root.keys) if root.rows > 1 else None
@@ -61,7 +61,7 @@ class Execution:
             out[:, :, i] = ((kept[:, :, i : i + 1] & part).any(-1) | ~has).all(-1, keepdim=True)
         return out
 
-    def _own_is_kept(self, root: st.Table, kept: Tensor) -> bool:
+    def _own_is_kept(self, root: st.CellTable, kept: Tensor) -> bool:
         """Does every query keep the cell of its own place, and the model that place?"""
         own, c = self.cells.own_cells(1, root.keys), self.cells
         if own is None or root.last or not c.sees_itself:
@@ -70,18 +70,18 @@ class Execution:
         rows = self.torch.arange(c.queries) // root.rows
         return bool(kept[:, :, rows, at].all())
 
-    def __call__(self, s: st.Step) -> Tensor:
+    def __call__(self, s: st.SelectionStep) -> Tensor:
         if s not in self.made:
             self.made[s] = self._make(s)
         return self.made[s]
 
     # what the model keeps
 
-    def some(self, s: st.Grid) -> Tensor:
+    def some(self, s: st.CellGrid) -> Tensor:
         """[i, j]"""
         return self.torch.from_numpy(self.cells.some(s.rows, s.keys, s.last))
 
-    def _near(self, s: st.Grid, first: int, own: int) -> Tensor:
+    def _near(self, s: st.CellGrid, first: int, own: int) -> Tensor:
         """[i, j]: the first cells, and the own ones of every row with those before, together `own` wide at least."""
         i, j = self.cells.count(s.rows, s.keys, s.last)
         column = self.torch.arange(j)[None].expand(i, j)
@@ -94,21 +94,21 @@ class Execution:
 
     # steps
 
-    def _make(self, s: st.Step) -> Tensor:
+    def _make(self, s: st.SelectionStep) -> Tensor:
         match s:
-            case st.Operand():
+            case st.TokenRows():
                 return self._operand(s)
-            case st.Near():
+            case st.Alike():
                 return self._distance(s) < s.distance
             case st.Summed():
                 return self._summed(s)
             case st.Scores():
                 return self.part(s, 0, self.cells.count(s.rows, s.keys, s.last)[0])
-            case st.Table():
+            case st.CellTable():
                 return self._table(s)
         raise TypeError(f"{type(s).__name__} is no step that can be run")
 
-    def _operand(self, s: st.Operand) -> Tensor:
+    def _operand(self, s: st.TokenRows) -> Tensor:
         t = self.torch
         match s:
             case st.Queries():
@@ -145,10 +145,10 @@ class Execution:
         match s:
             case st.Products():
                 return self._products(s, i0, i1)
-            case st.Softmax():
+            case st.RowSoftmax():
                 x = self.part(s.of, i0, i1)
                 return t.softmax(x.float(), -1).nan_to_num(0.0)
-            case st.Heads():
+            case st.OverHeads():
                 x = self.part(s.of, i0, i1)
                 many = x.shape[1] if s.every else self.group
                 x = x.unflatten(1, (-1, many))
@@ -215,7 +215,7 @@ class Execution:
             out[:, :, : at + 1] += x[:, :, r, : at + 1].flip(-1)
         return out[:, :, None]
 
-    def _distance(self, s: st.Near) -> Tensor:
+    def _distance(self, s: st.Alike) -> Tensor:
         """√JS: Σ p log(p / m) with 0 · log 0 = 0, so that underflow is no NaN."""
         t = self.torch
         a, b = (x.double() / x.double().sum(-1, keepdim=True) for x in (self(s.a), self(s.b)))
@@ -223,7 +223,7 @@ class Execution:
         parts = [(t.xlogy(x, x) - t.xlogy(x, m)).sum((-1, -2)) for x in (a, b)]
         return ((parts[0] + parts[1]) / 2).clamp(min=0).sqrt()
 
-    def _table(self, s: st.Table) -> Tensor:
+    def _table(self, s: st.CellTable) -> Tensor:
         t = self.torch
         match s:
             case st.Everything():

@@ -22,7 +22,7 @@ from ..method import Method, Replacement, SelectionWork, head_rank
 from . import steps as st
 from .cells import Cells
 from .execute import Execution
-from .work import Shape, count
+from .work import SelectionSizes, count
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Laid:
 class TableProgram:
     """Makes the table of `step` from the inputs of one attention. `keep`, `own`: as in `Cells`, over its ranks and sizes."""
 
-    step: st.Table
+    step: st.CellTable
     q: Laid
     k: Laid
     keep: Expr
@@ -72,7 +72,7 @@ class TableProgram:
 
     def work(self, sizes: Mapping[str, int]) -> SelectionWork:
         batch, heads, queries, keys, depth = (_number(n, sizes) for n in self.sizes)
-        shape = Shape(batch, heads, -(-heads // self.k.group), depth)
+        shape = SelectionSizes(batch, heads, -(-heads // self.k.group), depth)
         return count(self.step, self.cells(queries, keys, sizes), shape)
 
     def cells(self, queries: int, keys: int, sizes: Mapping[str, int]) -> Cells:
@@ -87,7 +87,7 @@ class SelectedMethod(Method):
     """A method that chooses cells by queries and keys: its law is `selection`, everything else follows."""
 
     @abstractmethod
-    def selection(self, a: Attention) -> st.Table | Refusal:
+    def selection(self, a: Attention) -> st.CellTable | Refusal:
         """The program, whose cells are those of the table."""
 
     def expected(self, a: Attention) -> float | None:
@@ -106,7 +106,7 @@ class SelectedMethod(Method):
         return made if isinstance(made, Refusal) else Replacement(made, table.name, program, self.expected(a))
 
 
-def bound(a: Attention, step: st.Table) -> TableProgram | str:
+def bound(a: Attention, step: st.CellTable) -> TableProgram | str:
     """The program of an attention, or why its selection would be another one than the step says (R1)."""
     mask, c = split(a.score, a.key), a.cascade
     if ex.loads(mask.keep):
@@ -211,8 +211,8 @@ def _laid(e: Expr, a: Attention, token: str) -> Laid | None:
 
 
 def _laid_out(t: Any, x: Laid) -> Any:
-    for d, at in reversed(x.fixed):
-        t = t.select(d, at)
+    for at, place in reversed(x.fixed):
+        t = t.select(at, place)
     t = t.permute([d for d in x.order if d is not None])
     for i, dim in enumerate(x.order):
         if dim is None:

@@ -1,9 +1,9 @@
 """The steps of a selection, as data: a program is one step that reads others; equal steps are made once.
 
     operand   x[b, h, i, e]    queries or keys, a row of which stands for `unit` tokens      Queries Keys Pooled Folded …
-    scores    s[b, h, i, j]    a number a cell of `rows` queries × `keys` keys               Products Softmax Summed …
+    scores    s[b, h, i, j]    a number a cell of `rows` queries × `keys` keys               Products RowSoftmax Summed …
     table     t[b, h, i, j]    is the cell kept? only cells in which the model keeps a pair  Largest Mass Above Forced …
-    test      c[b, h]          which of two tables a head takes                              Near
+    test      c[b, h]          which of two tables a head takes                              Alike
 
 Whatever a step keeps, it keeps among cells with a pair that the model's own mask keeps; other cells score −∞. A full budget
 (every count, the whole mass, a threshold of 0) keeps all of these, whatever rounding says.
@@ -20,19 +20,19 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Step:
+class SelectionStep:
     """One step; what it reads are its fields that are steps."""
 
     @property
-    def reads(self) -> tuple[Step, ...]:
-        return tuple(x for f in fields(self) if isinstance(x := getattr(self, f.name), Step))
+    def reads(self) -> tuple[SelectionStep, ...]:
+        return tuple(x for f in fields(self) if isinstance(x := getattr(self, f.name), SelectionStep))
 
 
-def walk(root: Step) -> Iterator[Step]:
+def walk(root: SelectionStep) -> Iterator[SelectionStep]:
     """Every step once, what is read before what reads it."""
-    seen: dict[Step, None] = {}
+    seen: dict[SelectionStep, None] = {}
 
-    def visit(s: Step) -> None:
+    def visit(s: SelectionStep) -> None:
         if s not in seen:
             for x in s.reads:
                 visit(x)
@@ -46,37 +46,37 @@ def walk(root: Step) -> Iterator[Step]:
 
 
 @dataclass(frozen=True)
-class Operand(Step):
+class TokenRows(SelectionStep):
     """[b, h, i, e]; `unit`: tokens a row stands for."""
 
     @property
     def unit(self) -> int:
-        return next((x.unit for x in self.reads if isinstance(x, Operand)), 1)
+        return next((x.unit for x in self.reads if isinstance(x, TokenRows)), 1)
 
 
 @dataclass(frozen=True)
-class Queries(Operand):
+class Queries(TokenRows):
     """The queries as the product reads them."""
 
 
 @dataclass(frozen=True)
-class Keys(Operand):
+class Keys(TokenRows):
     """The keys as the product reads them, a head for each head of keys."""
 
 
 @dataclass(frozen=True)
-class Last(Operand):
+class Last(TokenRows):
     """The last `rows` tokens, or all where there are fewer."""
 
-    of: Operand
+    of: TokenRows
     rows: int
 
 
 @dataclass(frozen=True)
-class Pooled(Operand):
+class Pooled(TokenRows):
     """One row for every `size` tokens: mean, max, min, side by side. The last one counts the tokens that are there (R7)."""
 
-    of: Operand
+    of: TokenRows
     size: int
     how: tuple[str, ...] = ("mean",)
 
@@ -86,13 +86,13 @@ class Pooled(Operand):
 
 
 @dataclass(frozen=True)
-class Folded(Operand):
+class Folded(TokenRows):
     """`size` tokens side by side in one row, in reverse where `backwards`; tokens moved up by `shift`; 0 past the end.
 
     Backwards queries times forwards keys are the sums along the antidiagonals of cells of size × size.
     """
 
-    of: Operand
+    of: TokenRows
     size: int
     backwards: bool = False
     shift: int = 0
@@ -119,37 +119,37 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class Mapped(Operand):
+class Mapped(TokenRows):
     """x[b, h, i, :] · W[h], of a learned W [h, e, g]."""
 
-    of: Operand
+    of: TokenRows
     weight: Learned
 
 
 @dataclass(frozen=True)
-class Rotated(Operand):
+class Rotated(TokenRows):
     """Rotary positions: halves of a row turned by i · base^(−2k/E), i the row's number, not the token's."""
 
-    of: Operand
+    of: TokenRows
     base: float = 10000.0
 
 
 @dataclass(frozen=True)
-class GroupMean(Operand):
+class GroupMean(TokenRows):
     """Queries, as the mean over the heads that share keys."""
 
-    of: Operand
+    of: TokenRows
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Grid(Step):
+class CellGrid(SelectionStep):
     """[b, h, i, j]: cells of `rows` queries × `keys` keys; `last`: of the last so many queries alone (0: of all)."""
 
-    def _of(self) -> Grid:
-        return next(x for x in self.reads if isinstance(x, Grid))
+    def _of(self) -> CellGrid:
+        return next(x for x in self.reads if isinstance(x, CellGrid))
 
     @property
     def rows(self) -> int:
@@ -165,12 +165,12 @@ class Grid(Step):
 
 
 @dataclass(frozen=True)
-class Scores(Grid):
+class Scores(CellGrid):
     """Numbers; −∞ in cells without a pair that the model keeps."""
 
 
 @dataclass(frozen=True)
-class Table(Grid):
+class CellTable(CellGrid):
     """Booleans."""
 
 
@@ -181,11 +181,11 @@ class Products(Scores):
     `odd`: keys for the rows with an odd number, in place of `k`.
     """
 
-    q: Operand
-    k: Operand
+    q: TokenRows
+    k: TokenRows
     scale: float | None = None
     times: float = 1.0
-    odd: Operand | None = None
+    odd: TokenRows | None = None
 
     @property
     def rows(self) -> int:
@@ -201,7 +201,7 @@ class Products(Scores):
 
 
 @dataclass(frozen=True)
-class Softmax(Scores):
+class RowSoftmax(Scores):
     """Of every row over its keys, in float32; a row without a key is 0."""
 
     of: Scores
@@ -227,7 +227,7 @@ class Summed(Scores):
 
 
 @dataclass(frozen=True)
-class Heads(Scores):
+class OverHeads(Scores):
     """The mean or the largest over the heads that share keys, or over all (`every`); heads stay as many as there were."""
 
     of: Scores
@@ -255,14 +255,14 @@ class Offsets(Scores):
 
 
 @dataclass(frozen=True)
-class Everything(Table):
+class Everything(CellTable):
     """All cells of a grid."""
 
-    of: Grid
+    of: CellGrid
 
 
 @dataclass(frozen=True)
-class Largest(Table):
+class Largest(CellTable):
     """The `count` largest of a row; of equal ones the first."""
 
     of: Scores
@@ -270,7 +270,7 @@ class Largest(Table):
 
 
 @dataclass(frozen=True)
-class Mass(Table):
+class Mass(CellTable):
     """The fewest largest cells whose sum is at least `share` of all: of each row, or of a head's cells together.
 
     The cell that reaches the share is kept (R5); at least `least` cells.
@@ -283,7 +283,7 @@ class Mass(Table):
 
 
 @dataclass(frozen=True)
-class Above(Table):
+class Above(CellTable):
     """Cells of at least `threshold`."""
 
     of: Scores
@@ -291,10 +291,10 @@ class Above(Table):
 
 
 @dataclass(frozen=True)
-class Spread(Table):
+class Spread(CellTable):
     """Coarser cells with some cell that is kept; `rows` 0: of one row for all queries."""
 
-    of: Table
+    of: CellTable
     to_rows: int
     to_keys: int
 
@@ -308,10 +308,10 @@ class Spread(Table):
 
 
 @dataclass(frozen=True)
-class Slashes(Table):
+class Slashes(CellTable):
     """Cells of size × size that a kept offset [b, h, 1, o] crosses."""
 
-    of: Table
+    of: CellTable
     size: int
 
     @property
@@ -328,10 +328,10 @@ class Slashes(Table):
 
 
 @dataclass(frozen=True)
-class Columns(Table):
+class Columns(CellTable):
     """A row [b, h, 1, j] of cells, for every row of cells of `size` queries."""
 
-    of: Table
+    of: CellTable
     size: int
 
     @property
@@ -344,40 +344,40 @@ class Columns(Table):
 
 
 @dataclass(frozen=True)
-class Either(Table):
+class Either(CellTable):
     """Kept by one of two."""
 
-    of: Table
-    other: Table
+    of: CellTable
+    other: CellTable
 
 
 @dataclass(frozen=True)
-class Forced(Table):
+class Forced(CellTable):
     """The table, the `first` cells of each row and its `own` last ones: sink and diagonal (R4)."""
 
-    of: Table
+    of: CellTable
     first: int = 1
     own: int = 1
 
 
 @dataclass(frozen=True)
-class GroupUnion(Table):
+class GroupUnion(CellTable):
     """Kept for one of the heads that share keys (R8)."""
 
-    of: Table
+    of: CellTable
 
 
 @dataclass(frozen=True)
-class Chosen(Table):
+class Chosen(CellTable):
     """Of each head the one table or the other."""
 
-    test: Near
-    of: Table
-    other: Table
+    test: Alike
+    of: CellTable
+    other: CellTable
 
 
 @dataclass(frozen=True)
-class Near(Step):
+class Alike(SelectionStep):
     """[b, h]: √JS(a, b) < `distance` of two distributions [b, h, 1, j]; 0 · log 0 is 0. At most √log 2 = 0.8326."""
 
     a: Scores

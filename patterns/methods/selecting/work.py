@@ -14,7 +14,7 @@ from .cells import Cells
 
 
 @dataclass(frozen=True)
-class Shape:
+class SelectionSizes:
     """Sizes of the attention that a selection is made for: batch, heads, heads of keys, the length of a head."""
 
     batch: int
@@ -24,7 +24,7 @@ class Shape:
     element_bytes: int = 4
 
 
-def count(root: st.Step, cells: Cells, x: Shape) -> SelectionWork:
+def count(root: st.SelectionStep, cells: Cells, x: SelectionSizes) -> SelectionWork:
     """The work of a program."""
     parts = [_step(s, cells, x) for s in st.walk(root)]
     return SelectionWork(
@@ -33,22 +33,22 @@ def count(root: st.Step, cells: Cells, x: Shape) -> SelectionWork:
     )
 
 
-def _step(s: st.Step, c: Cells, x: Shape) -> SelectionWork:
+def _step(s: st.SelectionStep, c: Cells, x: SelectionSizes) -> SelectionWork:
     match s:
         case st.Queries() | st.Keys() | st.Last():
             return SelectionWork()
-        case st.Operand():
-            read, written = (_elements(o, c, x) for o in (next(r for r in s.reads if isinstance(r, st.Operand)), s))
+        case st.TokenRows():
+            read, written = (_elements(o, c, x) for o in (next(r for r in s.reads if isinstance(r, st.TokenRows)), s))
             flops = 2.0 * read * depth(s, x) if isinstance(s, st.Mapped) else 0.0
             return SelectionWork(flops, bytes=x.element_bytes * read + 4.0 * written, kernels=1)
-        case st.Near():
+        case st.Alike():
             n = _grid(s.a, c, x)
             return SelectionWork(exps=4 * n, bytes=8 * n, kernels=4)
         case st.Products():
             n, computed = _grid(s, c, x), _computed(s, c) * x.batch * x.heads
             read = _elements(s.q, c, x) + _elements(s.k, c, x)
             return SelectionWork(2.0 * computed * depth(s.q, x), x.element_bytes * read + 8.0 * n, kernels=3)
-        case st.Softmax():
+        case st.RowSoftmax():
             n = _grid(s, c, x)
             return SelectionWork(exps=n, bytes=8 * n, kernels=2)
         case st.Summed() | st.Spread():
@@ -57,13 +57,13 @@ def _step(s: st.Step, c: Cells, x: Shape) -> SelectionWork:
         case st.Largest() | st.Mass():
             n = _grid(s, c, x)
             return SelectionWork(sorted=n, bytes=40 * n, kernels=4)
-        case st.Grid():
+        case st.CellGrid():
             n = _grid(s, c, x)
             return SelectionWork(bytes=8 * n, kernels=1)
     raise TypeError(f"{type(s).__name__} is not counted")
 
 
-def depth(o: st.Operand, x: Shape) -> int:
+def depth(o: st.TokenRows, x: SelectionSizes) -> int:
     """The length of an operand's row."""
     match o:
         case st.Pooled():
@@ -77,7 +77,7 @@ def depth(o: st.Operand, x: Shape) -> int:
     return x.depth
 
 
-def _elements(o: st.Operand, c: Cells, x: Shape) -> float:
+def _elements(o: st.TokenRows, c: Cells, x: SelectionSizes) -> float:
     queries = any(isinstance(s, st.Queries) for s in st.walk(o))
     tokens = c.queries if queries else c.keys
     last = next((s.rows for s in st.walk(o) if isinstance(s, st.Last)), tokens)
@@ -85,7 +85,7 @@ def _elements(o: st.Operand, c: Cells, x: Shape) -> float:
     return float(x.batch * heads * -(-min(tokens, last) // o.unit) * depth(o, x))
 
 
-def _grid(s: st.Grid, c: Cells, x: Shape) -> float:
+def _grid(s: st.CellGrid, c: Cells, x: SelectionSizes) -> float:
     rows, columns = c.count(s.rows, s.keys, s.last)
     return float(x.batch * x.heads * rows * columns)
 
