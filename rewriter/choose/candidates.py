@@ -468,7 +468,7 @@ def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (),
     def run(*given: Any) -> torch.Tensor:
         out = made.function(*given)
         # as it lies, a view of nothing: of a view that was made without gradients autograd refuses writes with them
-        return out.contiguous() if order == sorted(order) else out.permute(order).contiguous().permute(back)
+        return out.contiguous() if list(order) == sorted(order) else out.permute(order).contiguous().permute(back)
 
     def fake(*given: Any) -> torch.Tensor:
         return ours.allocate(program, given[: len(names)], given[len(names) :])
