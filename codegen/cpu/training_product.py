@@ -253,6 +253,8 @@ class _TrainingKernel(ProductKernel):
 
     def _add(self, s: Sum, part: str, shape: str) -> list[str]:
         """Lines that add a tile's gradient of a tensor where it is read."""
+        if s.term.is_const and s.term.value == 0:
+            return []
         found = self._where(s.load)
         if found is not None:
             slices = ", ".join(text if d < 0 else f"at.{'zhpm'[d]}" for text, d in found)

@@ -256,7 +256,7 @@ def _splice(originals: Originals, d: Decision, request: Request, record: list[Ch
         record.append(Check(_label(d.site), d.site.choice, "unchecked", why=why))
         watched = False
     original = originals.of(f.output, interior(f)) if call.guarded or watched else None
-    if watched and original is None:
+    if original is None and (watched or call.guarded):
         why = "its own code cannot run again: a part of it is written in place"
         record.append(Check(_label(d.site), d.site.choice, "unchecked", why=why))
         return None

@@ -199,3 +199,36 @@ def test_a_result_is_no_view(candidate: str) -> None:
     for out in (want, got):
         out.mul_(w).detach_()
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("flat", [torch.trunc, lambda s: s.round() * 0.5])
+def test_a_score_without_a_gradient(flat: Callable[[Tensor], Tensor]) -> None:
+    """The gradient of its products is a number, 0."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, optimised = Scored(lambda s, w: flat(s * w)), reattend.optimize(Scored(lambda s, w: flat(s * w)), policy=OURS)
+    found = []
+    for m in (model, optimised):
+        x = [torch.randn(2, 3, 21, 16, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3)]
+        found.append(torch.autograd.grad(m(*x, 3).sin().sum(), x))
+    assert set(reattend.report(optimised).kernels) == {"reattend"}
+    for got, want in zip(found[1], found[0]):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_result_that_is_written_in_place_is_left_alone_without_an_alarm() -> None:
+    """Where gradients are wanted the kernel needs the model's own code to stand by, and it cannot."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    optimised = reattend.optimize(Doubled(), policy=OURS)
+    x = [torch.randn(2, 3, 21, 16, requires_grad=True) for _ in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(optimised(*x), Doubled()(*x), rtol=0, atol=1e-5)
+    (check,) = reattend.report(optimised).checks
+    assert "written in place" in check.why
+
+
+class Doubled(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ k.mT * 0.25).softmax(-1) @ v).mul_(2)

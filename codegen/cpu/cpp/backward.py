@@ -42,7 +42,8 @@ class BackwardProgram(LoopProgram):
     def elements(self, full: bool) -> list[Expr]:
         """The weight, then the gradient of each product as the loop sums it; `full`: every key is known to be kept."""
         gradients = {g.load: g.term for g in self.adjoint.scores}
-        out = [self.adjoint.weight, *(gradients[x] for x in self.products)]
+        # none reaches a product behind a step function
+        out = [self.adjoint.weight, *(gradients.get(x, ex.const(0.0)) for x in self.products)]
         if full and self.f.mask.keep is not TRUE:
             out = [simplify_under(e, {self.f.mask.keep: True}) for e in out]
         table = self.table()

@@ -59,9 +59,9 @@ def walk(
                 at = at._replace(m=slice(m0, m1))
                 *scores, back = products(sides, at.m, shape)
                 w, parts = update(scores, back, scalars, at, masked)
-                dv[z, shared, at.m] += w.expand(*shape, m1 - m0).reshape(*below, -1).mT @ acc
+                dv[z, shared, at.m] += spread(w, back).reshape(*below, -1).mT @ acc
                 for i, (part, query, (_, k)) in enumerate(zip(parts, queries, pairs)):
-                    dx = part.expand(*shape, m1 - m0).reshape(*below, -1)
+                    dx = spread(part, back).reshape(*below, -1)
                     dq[i][z, h, at.p] += (dx @ k[z, shared, at.m]).view(*shape, -1)
                     dk[i][z, shared, at.m] += dx.mT @ query
 
@@ -69,6 +69,11 @@ def walk(
 def products(sides: Sequence[tuple[Tensor, Tensor]], m: slice, shape: tuple[int, int, int]) -> list[Tensor]:
     """The products of rows with a slice of keys, or of values."""
     return [(x @ y[:, :, m].mT).view(*shape, m.stop - m.start) for x, y in sides]
+
+
+def spread(part: Tensor | float, like: Tensor) -> Tensor:
+    """What is the same for some rows or keys of a tile, for each of them; a number is so for all."""
+    return part.expand(like.shape) if isinstance(part, Tensor) else like.new_full(like.shape, part)
 
 
 def reduced(part: Tensor, dims: Sequence[int], order: Sequence[int]) -> Tensor:

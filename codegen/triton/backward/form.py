@@ -201,6 +201,8 @@ def _read(s: Streaming, made: Adjoint) -> StreamingBackward | Refusal:
         return ex.substitute(plain(e), table)
 
     gradients = {plain(g.load): g.term for g in made.scores}
+    if any(p.load not in gradients for p in s.products):
+        return Refusal(f"{NAME} backward", "no gradient reaches a product of queries and keys")
     elements = [over_products(made.weight)]
     for p in s.products:
         d = over_products(gradients[p.load])
