@@ -1,10 +1,11 @@
-"""Models that select keys themselves, as their own code computes it on this CPU and as we do, prefill and decode.
+"""Models that select keys themselves, or carry a state, as their own code computes it on this CPU and as we do.
 
     python benchmarks/own_sparsity.py [--models dsa,msa] [--lengths 512,2048] [--cached 2048] [--threads 1] [--rounds 5]
 
 One decoder layer of transformers with random weights: `dsa` DeepSeek-V3.2's attention (16 heads of 32 + 16, latents of 128,
 8 index heads, 64 keys a row: the published widths cut by 8, 4 and 32), `msa` MiniMax-M3's (16 heads over 2, 4 blocks of 32
-keys), each by `eager`, with a feed-forward of 32; `alone` is its attention module by itself, in decoding. One process,
+keys), each by `eager`, with a feed-forward of 32; `alone` is its attention module by itself, in decoding. `mamba` is one
+layer of Mamba with 512 channels of 16 numbers, prefill alone (matrix states: benchmarks/scans.py). One process,
 both in turn, medians of processor time (with one thread);
 the first call, with what is captured and checked, is made before and not counted. Writes
 benchmarks/results/own_sparsity_cpu.json.
@@ -42,7 +43,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "index_head_dim": 32, "index_block_size": 32, "index_topk_blocks": 4, "mlp_layer_types": ["dense"],
         "layer_types": ["minimax_m3_sparse"], "num_local_experts": 2, "num_experts_per_tok": 1,
     }),
+    # 512 channels, by the token loop that it runs eagerly; its associative scan is traced in a graph alone
+    "mamba": ("mamba", {
+        "hidden_size": 256, "state_size": 16, "expand": 2, "intermediate_size": 512, "use_mambapy": False,
+        "use_associative_scan": False,
+    }),
 }
+# Those whose decoding is one step of the same code, which is none of a loop.
+PREFILLED = frozenset(("mamba",))
 
 
 def model(kind: str) -> torch.nn.Module:
@@ -54,7 +62,7 @@ def model(kind: str) -> torch.nn.Module:
 
 
 def prefill(m: torch.nn.Module, length: int) -> Callable[[], Tensor]:
-    x = torch.randn(1, length, 512, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(1, length, m.config.hidden_size, generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr, arg-type]
     return lambda: m(inputs_embeds=x, use_cache=False).last_hidden_state
 
 
@@ -154,7 +162,7 @@ def main() -> None:
             ours = reattend.optimize(copy.deepcopy(own), policy=reattend.Policy(tune=False))
             calls = {"original": prefill(own, length), "reattend": prefill(ours, length)}
             rows.append(row(kind, "prefill", length, *compared(calls, given.rounds), ours))
-        for length in map(int, filter(None, given.cached.split(","))):
+        for length in () if kind in PREFILLED else map(int, filter(None, given.cached.split(","))):
             ours = reattend.optimize(copy.deepcopy(own), policy=reattend.Policy(tune=False))
             filled = cache_of(own, length)
             calls = {"original": decode(own, filled), "reattend": decode(ours, filled)}

@@ -277,13 +277,14 @@ class _File:
             return f"{stem}_{name}"
 
         along = m.factor.ranks & {m.key}
-        # one decay a matrix costs little in float64; there its logarithms are summed, where it has them and what is made is shorter
+        # one decay a matrix costs little in float64, and its logarithms less
         sums = not along and m.factor.op == "exp" and self.real == "f32"
         factor = rows(m.factor.args[0] if sums else m.factor, m.key if along else "", "factor", "" if along else "f64")
         write, added = rows(m.write, m.key, "write"), rows(m.added, m.value, "added")
         read = f"({rows(m.read, m.key, 'read')}, {m.read_faded})" if m.read is not None else "None"
         queries = [f"({rows(x.query, m.key, f'query{i}')}, {x.after})" for i, x in enumerate(m.reads)]
-        lines.append(f"{name}, given_{name} = carried({name}, {factor}, {write}, {added}, {read}, [{', '.join(queries)}]{', True' if sums else ''})")
+        given = [name, factor, write, added, read, f"[{', '.join(queries)}]", *(["True"] if sums else [])]
+        lines.append(f"{name}, given_{name} = carried({', '.join(given)})")
         for i, x in enumerate(m.reads):
             made = x.einsum.out.tensor
             order = [0, *(1 + (*m.batch, m.value).index(r) for r in x.ranks)]

@@ -81,7 +81,7 @@ def finite(*values: Tensor) -> bool:
 def by_matrix(
     f: Tensor, u: Tensor, asked: Sequence[Asked], state: Tensor, logarithms: bool
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """One decay a matrix: pairs of each row asked, what it reads of the state, what each step leaves at the end, all decays."""
+    """One decay a matrix: pairs of rows, what each reads of the state, what each step leaves at the end, all decays."""
     n = u.shape[1]
     between = decays(f, u.dtype, logarithms)
     after = [x for _, x in asked]

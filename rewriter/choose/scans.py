@@ -16,8 +16,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ...codegen.cpu import scan as cpu_scan
-from ...codegen.skeletons.carried import BLOCK
+from ...codegen.skeletons.carried import BLOCK, SOLVED
 from ...cost_model.count.eager import EagerOperator, computed
+from ...cost_model.count.memory import AttentionMemory
+from ...cost_model.count.work import WIDTH
 from ...cost_model.devices.device import Device
 from ...cost_model.sites.site import ORIGINAL, Candidate, Miss, Site, SiteShape, ranked
 from ...cost_model.time.cost import Cost
@@ -43,6 +45,8 @@ from ..splice.packed import packed, unpacked
 from .policy import Policy
 
 NAME = "reattend"
+# Views and other calls next to no work around a chunk of a carried matrix, in operators: some seventy, of half the price.
+AROUND_CHUNK = 35
 
 
 @dataclass(frozen=True)
@@ -181,13 +185,15 @@ def _point_name(n: fx.Node) -> str:
 
 
 def _product(n: fx.Node, size: int, width: int) -> EagerOperator:
-    """A product, or a triangular system: each element is half a product with what was solved before it."""
+    """A product, or a triangular system: each row is half a product with what was solved before it, one after the other."""
     operands = [x.meta["val"] for x in n.all_input_nodes]
     rows, columns = (int(s) for s in n.meta["val"].shape[-2:])
     inner = int(operands[0].shape[-1])
-    inner = inner // 2 + 1 if op_name(n) == "linalg_solve_triangular" else inner
+    solves = op_name(n) == "linalg_solve_triangular"
+    inner = inner // 2 + 1 if solves else inner
     read = sum(math.prod(int(s) for s in x.shape) for x in operands)
     batch = size // max(rows * columns, 1)
+    batch, rows = (batch * rows, 1) if solves else (batch, rows)
     return EagerOperator("product", "mul", "f32", size * inner, read * width, size * width, batch, rows, columns, inner)
 
 
@@ -220,9 +226,24 @@ def decide(s: Scan, device: Device, policy: Policy) -> tuple[Site, cpu_scan.Scan
     )
     site = Site(
         s.name, s.where, "scan", s.recurrence.traits, SiteShape(sizes, s.dtype), None, proofs, (), order, chosen.name,
-        cascade=show(c),
+        cascade=show(c), memory=_memory(s),
     )
     return site, kernel if isinstance(kernel, cpu_scan.ScanKernel) and chosen.name == NAME else None
+
+
+def _memory(s: Scan) -> AttentionMemory | None:
+    """What is kept between calls: the states. What is alive meanwhile: the own operator that holds most, our results."""
+    c, states = s.recurrence.cascade, {x.name for x in s.recurrence.states}
+    if any(not isinstance(n, int) for t in c.tensors for n in t.shape):
+        return None
+
+    def size(name: str) -> int:
+        # a state stands in the cascade once a step
+        shape = c.tensor[name].shape[:-1] if name in states else c.tensor[name].shape
+        return math.prod(int(str(n)) for n in shape) * WIDTH[c.tensor[name].dtype]
+
+    eager = max((o.read_bytes + o.written_bytes for o in (*s.steps, *s.before)), default=0)
+    return AttentionMemory(sum(map(size, states)), eager, sum(map(size, c.outputs)))
 
 
 def _kernel(s: Scan, device: Device) -> cpu_scan.ScanKernel | Refusal:
@@ -284,27 +305,40 @@ def _taken(r: Recurrence, form: LowRank) -> set[str]:
 
 
 def _carried(m: LowRank, extent: Mapping[str, int], n: int) -> list[EagerOperator]:
-    """The operators that carry a matrix over n steps: passes over it, products of pairs of steps, one triangular system."""
+    """The operators that carry a matrix over n steps, as codegen/skeletons/carried.py calls them."""
     b, k, v = math.prod(extent[x] for x in m.batch), extent[m.key], extent[m.value]
-    asked, taken = len(m.reads) + (m.read is not None), int(m.read is not None)
+    queries, taken = len(m.reads), int(m.read is not None)
+    asked = queries + taken
 
-    def product(rows: int, columns: int, inner: int) -> EagerOperator:
-        read, written = b * inner * (rows + columns), b * rows * columns
-        return EagerOperator("product", "mul", "f32", written * inner, 4 * read, 4 * written, b, rows, columns, inner)
+    def product(rows: int, columns: int, inner: int, batch: int = b) -> EagerOperator:
+        read, written = batch * inner * (rows + columns), batch * rows * columns
+        return EagerOperator("product", "mul", "f32", written * inner, 4 * read, 4 * written, batch, rows, columns, inner)
 
     def point(size: int, name: str = "mul", dtype: str = "f32") -> EagerOperator:
         width = 8 if dtype == "f64" else 4
         return EagerOperator("point", name, dtype, size, 2 * size * width, size * width)
 
-    out = [product(n, v, k)] * asked + [product(k, v, n)]
-    out += [product(n, v, n)] * len(m.reads) + [product(n, v, n // 2 + 1)] * taken
-    # the matrix under its decay, and whether all is finite
-    out += [point(b * k * v), EagerOperator("reduce", "add", "f32", b * k * v, 4 * b * k * v, 0)]
-    # what is laid out for the products
-    out += [point(b * n * k)] * (asked + 1) + [point(b * n * v)] * 2
+    def summed(size: int) -> EagerOperator:
+        return EagerOperator("reduce", "add", "f32", size, 4 * size, 0)
+
+    # what each step adds, as an outer product, and what it gives of the steps before it
+    out = [product(k, v, n), *[product(n, v, n)] * queries]
+    # the matrix under its decay, the values copied, whether all is finite
+    out += [point(b * k * v), summed(b * k * v), *[point(b * n * v), summed(b * n * v)] * queries]
+    out += [EagerOperator("point", "mul", "f32", 0, 0, 0)] * AROUND_CHUNK
+    if taken:
+        out += [point(b * n * v)]
+        for first in range(0, n, SOLVED):
+            rows = min(SOLVED, n - first)
+            # a solver makes one row after the other, of half of them each
+            out += [product(1, v, rows // 2 + 1, b * rows), point(b * rows * v)]
+            out += [product(rows, v, first)] if first else []
     if m.key not in m.factor.ranks:
-        out += [product(n, n, k)] * asked + [point(b * n * n)] * asked
-        return [*out, *[point(b * n * n, dtype="f64")] * 4]
+        # all rows at once, against what is written and against the matrix; decays by pairs of steps
+        out += [product(asked * n, n, k), point(b * asked * n * n), product(asked * n, v, k), point(b * asked * n * v)]
+        out += [point(b * asked * n * k, "copy")] * (asked > 1)
+        return [*out, point(b * n * k), point(b * n * n, "exp"), *[point(b * n * n, dtype="f64")] * 3]
+    out += [point(b * n * k)] * (asked + 1) + [product(n, v, k)] * asked
     blocks = -(-n // BLOCK)
     # diagonal by diagonal in a block of steps; the columns before a block are laid out for it
     for d in range(BLOCK - 1):

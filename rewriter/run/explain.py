@@ -129,8 +129,9 @@ def _memory(site: Site) -> list[str]:
     m = site.memory
     if m is None:
         return []
+    kept = "states" if site.kind == "scan" else "keys and values"
     return [
-        f"memory: keys and values {bytes_text(m.cache_bytes)}; while it runs: operator by operator "
+        f"memory: {kept} {bytes_text(m.cache_bytes)}; while it runs: operator by operator "
         f"{bytes_text(m.eager_bytes)}, tiled {bytes_text(m.tiled_bytes)}"
     ]
 

@@ -82,6 +82,38 @@ def test_a_kernel_that_is_slower_is_not_called_again(monkeypatch: pytest.MonkeyP
     assert "slower on this machine" in str(report)
 
 
+class Steps(nn.Module):
+    """A linear attention token by token, with a decay."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s, out = torch.zeros(1, 4, 16, 16), []
+        for t in range(q.shape[2]):
+            s = 0.9 * s + k[:, :, t : t + 1].mT @ v[:, :, t : t + 1]
+            out.append(q[:, :, t : t + 1] @ s)
+        return torch.cat(out, 2)
+
+
+def test_a_scan_that_is_slower_is_not_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels(monkeypatch, own=1e-3, kernel=2e-3)
+    calls(monkeypatch, 1.0, 1.0)
+    # which is predicted to be faster is not the question here
+    monkeypatch.setattr("reattend.rewriter.choose.scans._scan_cost", lambda *_: Cost(1e-5, "matrix", 0, 0, 0, band=1.0))
+    monkeypatch.setattr("reattend.rewriter.choose.scans._steps_cost", lambda *_: Cost(2e-5, "matrix", 0, 0, 0, band=1.0))
+    model = reattend.optimize(Steps(), policy=OURS)
+    args = qkv(12)
+    want = Steps()(*args)
+    for _ in range(10):
+        assert torch.allclose(model(*args), want, atol=1e-5)
+    report = reattend.report(model)
+    (site,) = [s for p in report.pieces if p.plan for s in p.plan.sites]
+    assert (site.kind, site.choice) == ("scan", "reattend")
+    # the states are what is kept between calls, and what the own code holds at once was small enough to be timed
+    assert site.memory is not None
+    assert site.memory.cache_bytes == 4 * 16 * 16 * 4
+    assert list(report.slower.values()) == ["2 ms against 1 ms of the model's own code, which runs instead"]
+    assert report.sites[0].fell_back == 3
+
+
 def test_a_kernel_that_is_faster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels(monkeypatch, own=2e-3, kernel=1e-3)
     calls(monkeypatch, 2.0, 1.0)
