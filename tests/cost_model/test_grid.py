@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ def test_rows_equal_plans_made_at_their_sizes() -> None:
     found = PLAN.grid(["h200", "a100"], seq=(300, 512), batch=(1, 3))
     assert found.points == 8
     assert len(found) == 2 * found.points
-    for row in (dict(zip(found.columns, r)) for r in found.rows()):
+    rows: list[dict[str, Any]] = [dict(zip(found.columns, r)) for r in found.rows()]
+    for row in rows:
         there = PLAN.at(row["device"], seq=row["seq"], batch=row["batch"])
         site = there.sites[0 if row["layers"] == 2 else 2]
         assert (row["choice"], row["seconds"]) == (site.choice, site.chosen.seconds)
