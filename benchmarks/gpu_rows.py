@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 PACKAGE = "aiconfigurator-core"
 PARTS = ("fit", "choose", "judge")
@@ -51,6 +51,34 @@ class NoTables(RuntimeError):
     """The package is not there, or not as this file knows it; the sentence says what is missing."""
 
 
+class Timed(Protocol):
+    """A measured row that is drawn, and held beside its neighbours in batch."""
+
+    @property
+    def batch(self) -> int: ...
+    @property
+    def head(self) -> int: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def shape(self) -> tuple[int | str, ...]: ...
+    @property
+    def along(self) -> tuple[int | str, ...]: ...
+
+
+R = TypeVar("R", bound=Timed)
+
+
+def part_of(shape: tuple[int | str, ...]) -> str:
+    """The part that a shape lies in, on every device."""
+    digest = hashlib.sha256(",".join(map(str, shape)).encode()).digest()
+    return PARTS[int.from_bytes(digest[:8], "big") % len(PARTS)]
+
+
 @dataclass(frozen=True)
 class Row:
     """One measured call. `kernel` is our name of its family; `head` of queries and keys, `value` of values."""
@@ -84,8 +112,12 @@ class Row:
 
     @property
     def part(self) -> str:
-        digest = hashlib.sha256(",".join(map(str, self.shape)).encode()).digest()
-        return PARTS[int.from_bytes(digest[:8], "big") % len(PARTS)]
+        return part_of(self.shape)
+
+    @property
+    def along(self) -> tuple[int | str, ...]:
+        """What rows have in common that differ by their batch."""
+        return self.kernel, self.queries, self.keys, self.heads, self.key_heads, self.head, self.window
 
     @property
     def pairs(self) -> int:
@@ -162,12 +194,12 @@ def rows(
             out[why] += 1
         else:
             kept.append(row)
-    return _smooth(kept, out), +out
+    return smooth(kept, out), +out
 
 
-def drawn(given: Iterable[Row], most: int = ROWS) -> list[Row]:
+def drawn(given: Iterable[R], most: int = ROWS) -> list[R]:
     """At most so many, evenly over the latencies of each head size, group and window."""
-    strata: dict[tuple[int, int, int], list[Row]] = defaultdict(list)
+    strata: dict[tuple[int, int, int], list[R]] = defaultdict(list)
     for r in given:
         strata[r.head, r.group, r.window].append(r)
     total = sum(map(len, strata.values()))
@@ -235,11 +267,11 @@ def _impossible(r: Row, limits: Limits) -> str | None:
     return None
 
 
-def _smooth(given: list[Row], out: Counter[str]) -> list[Row]:
+def smooth(given: list[R], out: Counter[str]) -> list[R]:
     """Without rows that take 1.5 times as long as both neighbours in batch should."""
-    along: dict[tuple[int | str, ...], list[Row]] = defaultdict(list)
+    along: dict[tuple[int | str, ...], list[R]] = defaultdict(list)
     for r in given:
-        along[r.kernel, r.queries, r.keys, r.heads, r.key_heads, r.head, r.window].append(r)
+        along[r.along].append(r)
     kept = []
     for same in along.values():
         same.sort(key=lambda r: r.batch)

@@ -6,6 +6,8 @@
     python benchmarks/gpu_tables.py --part across                   no row of the device or of its family seen
     python benchmarks/gpu_tables.py --fit fa3 [--without h200]
     python benchmarks/gpu_tables.py --fit backends > benchmarks/gpu_backends.toml
+    python benchmarks/gpu_tables.py --tables mla_generation,gdn_context        kernels over latents and states
+    python benchmarks/gpu_tables.py --fit latent > benchmarks/gpu_latent.toml
 
 Shapes are split in thirds by the hash of the shape: constants are fitted to one, forms are chosen on the second, and the
 third is for the last table alone. Prints per table and by latency the error, its bias and rank, the share of rows within the
@@ -29,9 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import gpu_across
+import gpu_latent
 import gpu_regret
 from gpu_across import FAMILIES
 from gpu_fit import SCHEDULED, Cell, Constants, fit
+from gpu_latent import LatentRow, latent_rows
 from gpu_prices import FILE, Harness, Works, harnesses, priced
 from gpu_rows import FOLDERS, PARTS, TABLES, Limits, NoTables, Row, drawn, package_version, rows
 
@@ -55,7 +59,7 @@ BACKEND_ROWS = 400
 class Judged:
     """One row with its prediction."""
 
-    row: Row
+    row: Row | LatentRow
     seconds: float
     band: float
     bound: str
@@ -121,6 +125,16 @@ def read(device: str, table: str, part: str, most: int) -> tuple[list[Row], Coun
 
 def judged(given: Iterable[Row], d: Device, h: Harness) -> list[Judged]:
     return [Judged(r, *priced(r, d, h)) for r in given]
+
+
+def latent_judged(device: str, table: str, part: str, most: int) -> tuple[list[Judged], Counter[str]]:
+    """Rows of kernels over latents and states, by the constants of gpu_latent.toml."""
+    found, out = latent_rows(device, table, limits(shipped(device)))
+    some = [r for r in drawn(found, most) if r.part == part]
+    if not some:
+        return [], out
+    band = gpu_latent.known()[device, table]["band"]
+    return [Judged(r, s, band, "") for r, s in zip(some, gpu_latent.priced_rows(some))], out
 
 
 def show(name: str, found: Sequence[Judged]) -> None:
@@ -210,25 +224,29 @@ def unseen(device: str, found: Constants, names: Sequence[str], most: int) -> No
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--devices", default=",".join(FOLDERS))
-    p.add_argument("--tables", default=",".join(TABLES))
+    p.add_argument("--tables", default=",".join((*TABLES, *gpu_latent.TABLES)))
     p.add_argument("--part", default="choose", choices=(*PARTS, "regret", "across"))
     p.add_argument("--rows", type=int, default=1500)
     p.add_argument("--json", type=Path)
     p.add_argument("--check", action="store_true")
-    p.add_argument("--fit", choices=(*FAMILIES, "backends"))
+    p.add_argument("--fit", choices=(*FAMILIES, "backends", "latent"))
     p.add_argument("--without", default="")
     return p.parse_args()
 
 
 def main() -> int:
     given = arguments()
-    for asked, known in ((given.devices, FOLDERS), (given.tables, TABLES), (given.without or "a100", FOLDERS)):
+    every = (*TABLES, *gpu_latent.TABLES)
+    for asked, known in ((given.devices, FOLDERS), (given.tables, every), (given.without or "a100", FOLDERS)):
         if strange := [x for x in asked.split(",") if x not in known]:
             print(f"no tables of {', '.join(strange)}; there are: {', '.join(known)}", file=sys.stderr)
             return 2
     try:
         if given.fit == "backends":
             fit_backends(given)
+            return 0
+        if given.fit == "latent":
+            fit_latent(given)
             return 0
         if given.part in ("regret", "across"):
             return regrets(given) if given.part == "regret" else across(given)
@@ -239,6 +257,23 @@ def main() -> int:
     except NoTables as no:
         print(no, file=sys.stderr)
         return 2
+
+
+def fit_latent(given: argparse.Namespace) -> None:
+    """Prints gpu_latent.toml."""
+    print("# Kernels over latents and states, fitted to the part `fit` of aiconfigurator-core")
+    print(f"# {package_version()} by `python benchmarks/gpu_tables.py --fit latent`; gpu_latent.py explains them.")
+    print("# band: what holds of the rows that were fitted to or chosen with.\n")
+    for device in given.devices.split(","):
+        d = shipped(device)
+        for table in gpu_latent.TABLES:
+            found = drawn(latent_rows(device, table, limits(d))[0], given.rows)
+            seen = {part: [r for r in found if r.part == part] for part in PARTS}
+            if not seen["fit"]:
+                continue
+            constants = gpu_latent.fitted(table, seen["fit"], d)
+            band = gpu_latent.band_of(table, [*seen["fit"], *seen["choose"]], d, constants)
+            print(gpu_latent.written(device, table, constants, band), flush=True)
 
 
 def fit_backends(given: argparse.Namespace) -> None:
@@ -280,7 +315,7 @@ def across(given: argparse.Namespace) -> int:
     phases: dict[str, list[float]] = {"prefill": [], "decode": []}
     summary: dict[str, Any] = {}
     for device in given.devices.split(","):
-        for table in given.tables.split(","):
+        for table in (t for t in given.tables.split(",") if t in TABLES):
             some = tuple(read(device, table, "judge", given.rows)[0])
             if not some:
                 continue
@@ -305,11 +340,14 @@ def report(given: argparse.Namespace) -> int:
     summary: dict[str, Any] = {}
     for device in given.devices.split(","):
         for table in given.tables.split(","):
-            some, left = read(device, table, given.part, given.rows)
+            if table in gpu_latent.TABLES:
+                found, left = latent_judged(device, table, given.part, given.rows)
+            else:
+                some, left = read(device, table, given.part, given.rows)
+                found = judged(some, shipped(device), harnesses()[device])
             out += left
-            if not some:
+            if not found:
                 continue
-            found = judged(some, shipped(device), harnesses()[device])
             show(f"{device} {table}", found)
             every += found
             summary[f"{device} {table}"] = asdict(Metrics.of(found))

@@ -212,7 +212,23 @@ def bind(size: Size, sizes: Mapping[str, int]) -> Size:
         return size
     if isinstance(size, sympy.Symbol):
         return sizes.get(size.name, size)
-    return as_size(size.subs({s: sizes[str(s)] for s in size.free_symbols if str(s) in sizes}))
+    return _at(size, given(size, sizes))
+
+
+def given(size: sympy.Expr, sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """The symbols of a size that have a value, with it."""
+    return tuple((n, sizes[n]) for n in _symbols_of(size) if n in sizes)
+
+
+@lru_cache(maxsize=4096)
+def _symbols_of(size: sympy.Expr) -> tuple[str, ...]:
+    return tuple(sorted(str(s) for s in size.free_symbols))
+
+
+@lru_cache(maxsize=16384)
+def _at(size: sympy.Expr, sizes: tuple[tuple[str, int], ...]) -> Size:
+    known = dict(sizes)
+    return as_size(size.subs({s: known[str(s)] for s in size.free_symbols if str(s) in known}))
 
 
 def size_term(size: Size) -> Expr:

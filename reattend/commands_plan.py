@@ -21,6 +21,7 @@ from .options import (
     Dtype,
     Dynamic,
     Expects,
+    Grids,
     Html,
     Json,
     Meshes,
@@ -56,16 +57,17 @@ if TYPE_CHECKING:
 
 def plan(
     model: Model, target: Targets = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None, phase: Phase = "prefill",
-    past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, sweep: Sweeps = None, csv: Csv = None, mesh: Meshes = None,
-    approximate: Approximate = False, expect: Expects = None, html: Html = None, strict: Strict = False,
-    json: Json = False, debug: Debug = False,
+    past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, sweep: Sweeps = None, csv: Csv = None, grid: Grids = None,
+    mesh: Meshes = None, approximate: Approximate = False, expect: Expects = None, html: Html = None,
+    strict: Strict = False, json: Json = False, debug: Debug = False,
 ) -> None:
     """Show every attention of MODEL: what it is, its mask, the candidates' predicted times, the choice.
 
     Several --target: one capture, side by side. --sweep: one capture with open sizes, then the winner at each size and
-    where it changes. --mesh: what each way to spread it over devices holds, sends and takes (--approximate takes ways that
-    are not exact, too). --html: a page with the masks, rooflines, parts of the time, sweeps and memory. --expect: what masks
-    are expected to read at run time (padding, packing, block tables), else they are taken to keep every key.
+    where it changes; --grid writes all combinations of them. --mesh: what each way to spread it over devices holds, sends
+    and takes (--approximate takes ways that are not exact, too). --html: a page with the masks, rooflines, parts of the
+    time, sweeps and memory. --expect: what masks are expected to read at run time (padding, packing, block tables), else
+    they are taken to keep every key.
 
     Example: reattend plan config.json --target h200 --target a100 --dtype bf16 --sweep seq=1k:128k --html plan.html
     """
@@ -75,9 +77,11 @@ def plan(
     devices = devices_of(target)
     for text in sweep or ():
         sweep_of(text)
-    if csv is not None and not sweep:
-        raise typer.BadParameter("--csv writes a sweep: give --sweep too, such as --sweep seq=1k:128k")
-    for path in (html, csv):
+    for option, path in (("csv", csv), ("grid", grid)):
+        if path is not None and not sweep:
+            raise typer.BadParameter(f"--{option} writes a sweep: give --sweep too, such as --sweep seq=1k:128k")
+    swept = _swept_axes(sweep or []) if grid is not None else {}
+    for path in (html, csv, grid):
         if path is not None:
             check_path(path)
     policy = policy_of(mesh, expect, approximate)
@@ -91,6 +95,9 @@ def plan(
 
         csv.write_text(sweeps_csv(sweeps), encoding="utf-8")
         print(f"wrote {csv}", file=sys.stderr)
+    if grid is not None:
+        made_grid = plans[0].grid(devices, **swept)
+        print(f"{made_grid}\nwrote {made_grid.write(grid)}", file=sys.stderr)
     if json:
         print(plans[0].to_json() if len(plans) == 1 else "[\n" + ",\n".join(p.to_json() for p in plans) + "\n]")
     else:
@@ -251,6 +258,15 @@ def _calibrate() -> None:
 
 
 # --- how --------------------------------------------------------------------------------------------------------
+
+
+def _swept_axes(texts: list[str]) -> dict[str, tuple[int, ...]]:
+    """The values of each swept axis. Raises BadParameter where one is given twice."""
+    asked = [sweep_of(text) for text in texts]
+    axes = dict(asked)
+    if len(axes) < len(asked):
+        raise typer.BadParameter("--grid takes each axis once: join its values, such as --sweep seq=1k,4k,32k")
+    return axes
 
 
 def _planned(

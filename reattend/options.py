@@ -84,6 +84,9 @@ Sweeps = Annotated[
     typer.Option("--sweep", metavar="AXIS=VALUES", help="seq=1k:1M (powers of two), seq=1k,4k,32k, past=…, batch=1:64"),
 ]
 Csv = Annotated[Path | None, typer.Option("--csv", metavar="PATH", help="with --sweep: write every estimate, a line each")]
+Grids = Annotated[
+    Path | None, typer.Option("--grid", metavar="PATH", help="every combination of swept sizes and targets: .csv, .parquet")
+]
 Meshes = Annotated[
     str | None, typer.Option("--mesh", metavar="AXES", help="devices to spread it over: tp=8, or tp=8,cp=2 (tp, cp, dp)")
 ]

@@ -141,9 +141,8 @@ def plan_tiles(s: Subject, at: Shape, mapping: TileMapping, data: Data = NOTHING
 
 def work(s: Subject, at: Shape, mapping: TileMapping, sizes: Mapping[str, int], tiles: Jobs) -> Work:
     """The work of the one-pass form under a mapping: the kernel's own, which reads what the prelude has made."""
-    return count(
-        _flow(s), mapping, sizes, tiles.tally, query=s.attention.query, mask_ops=mask_operations(s, mapping.tile_p, mapping.tile_m)
-    )
+    saved = mask_operations(s, mapping.tile_p, mapping.tile_m)
+    return count(_flow(s), mapping, sizes, tiles.tally, query=s.attention.query, mask_ops=saved)
 
 
 def tile_work(
@@ -151,7 +150,7 @@ def tile_work(
 ) -> tuple[Streamed, Jobs]:
     """What one tile of queries and keys takes, and the programs; whatever the device.
 
-    `walked`: the tile that a mask is walked with, where heads fill the rows of another. Without `skips` every tile is visited.
+    `walked`: the tile that a mask is walked with, where heads fill the rows of another. Without `skips` all are visited.
     """
     return _tile_work(s, at.known, tile, walked or tile, skips, data)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import TypeAlias
 
@@ -119,6 +119,15 @@ class Jobs:
         """Tiles of the program that visits most."""
         return int(self.visited.max()) if self.full.size else 1
 
+    def repeated(self, times: int) -> Jobs:
+        """The same programs for so many batch entries that are alike."""
+        if times == self.repeat:
+            return self
+        made = replace(self, repeat=times)
+        # what is derived holds whatever is repeated
+        made.__dict__.update({name: getattr(self, name) for name in _DERIVED})
+        return made
+
     def extremes(self, full: float, partial: float) -> tuple[float, float]:
         """The least and the most that a program takes, where its tiles take so long each."""
         return (min(f * full + p * partial for f, p in self._least), max(f * full + p * partial for f, p in self._most))
@@ -145,8 +154,13 @@ class Jobs:
         return self.full + partial_factor * self.partial
 
 
+_DERIVED = ("visited", "sums", "longest", "_most", "_least")
+
+
 def _outer(a: Numbers, b: Numbers) -> tuple[tuple[float, float], ...]:
     """Pairs that no other pair exceeds in both."""
+    if a.size == 1:
+        return ((float(a.flat[0]), float(b.flat[0])),)
     order = np.lexsort((-b.reshape(-1), -a.reshape(-1)))
     x, y = a.reshape(-1)[order], b.reshape(-1)[order]
     best = np.maximum.accumulate(y)

@@ -23,7 +23,7 @@ from typing import Protocol, TypeAlias
 import sympy
 
 from ...patterns import expr as ex
-from ...patterns.cascade import Cascade, Einsum, Size, bind
+from ...patterns.cascade import Cascade, Einsum, Size, bind, given
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.operators import OPERATORS, named
@@ -158,48 +158,46 @@ class Sizes:
 
     def __init__(self, c: Cascade, known: Mapping[str, int] | None = None) -> None:
         self.known = dict(known or {})
-        self.memo: dict[Size, Size] = {}
         ranks, shapes, open_ranks, open_shapes = _fixed_sizes(c)
-        self.rank = ranks | {name: self.of(n) for name, n in open_ranks}
-        self.shape = shapes | {name: tuple(map(self.of, s)) for name, s in open_shapes}
+        self.rank = {**ranks, **{name: self.of(n) for name, n in open_ranks}}
+        self.shape = {**shapes, **{name: tuple(map(self.of, s)) for name, s in open_shapes}}
 
     def of(self, size: Size) -> Size:
         if isinstance(size, int):
             return size
         if isinstance(size, sympy.Symbol):
             return self.known.get(size.name, size)
-        if size not in self.memo:
-            self.memo[size] = self._bound(size)
-        return self.memo[size]
+        return _value(size, given(size, self.known))
 
-    def _bound(self, size: sympy.Expr) -> Size:
-        value = self._number(size)
-        if value is not None and value.denominator == 1:
-            return int(value)
-        return bind(size, self.known)
 
-    def _number(self, size: sympy.Expr) -> Fraction | None:
-        """The value of a size without symbols left, by plain arithmetic: sympy's substitution takes milliseconds."""
-        if isinstance(size, sympy.Symbol):
-            n = self.known.get(size.name)
-            return Fraction(n) if n is not None else None
-        if size.is_Rational:
-            return Fraction(int(size.p), int(size.q))
-        args = [self._number(a) for a in size.args]
-        known = [a for a in args if a is not None]
-        if len(known) < len(args):
-            return None
-        if isinstance(size, sympy.Add):
-            return sum(known, Fraction(0))
-        if isinstance(size, sympy.Mul):
-            return math.prod(known, start=Fraction(1))
-        if isinstance(size, sympy.floor):
-            return Fraction(math.floor(known[0]))
-        if isinstance(size, sympy.Mod) and known[1]:
-            return known[0] % known[1]
-        if isinstance(size, sympy.Pow) and known[0] and known[1].denominator == 1:
-            return known[0] ** int(known[1])
+@lru_cache(maxsize=16384)
+def _value(size: sympy.Expr, known: tuple[tuple[str, int], ...]) -> Size:
+    value = _number(size, dict(known))
+    return int(value) if value is not None and value.denominator == 1 else bind(size, dict(known))
+
+
+def _number(size: sympy.Expr, known: Mapping[str, int]) -> Fraction | None:
+    """The value of a size without symbols left, by plain arithmetic: sympy's substitution takes milliseconds."""
+    if isinstance(size, sympy.Symbol):
+        n = known.get(size.name)
+        return Fraction(n) if n is not None else None
+    if size.is_Rational:
+        return Fraction(int(size.p), int(size.q))
+    args = [_number(a, known) for a in size.args]
+    values = [a for a in args if a is not None]
+    if len(values) < len(args):
         return None
+    if isinstance(size, sympy.Add):
+        return sum(values, Fraction(0))
+    if isinstance(size, sympy.Mul):
+        return math.prod(values, start=Fraction(1))
+    if isinstance(size, sympy.floor):
+        return Fraction(math.floor(values[0]))
+    if isinstance(size, sympy.Mod) and values[1]:
+        return values[0] % values[1]
+    if isinstance(size, sympy.Pow) and values[0] and values[1].denominator == 1:
+        return values[0] ** int(values[1])
+    return None
 
 
 def ceiling(a: Size, b: Size) -> Size:

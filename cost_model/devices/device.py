@@ -208,7 +208,7 @@ class Device:
     @cached_property
     def _hash(self) -> int:
         # made once: what a kernel takes is kept by the device
-        return hash((self.name, self.kind, self.arch, self.units, self.clock_hz, self.dram_bytes_per_s, self.model, self.basis))
+        return hash((self.name, self.kind, self.arch, self.units, self.clock_hz, self.dram_bytes_per_s, self.model))
 
     def __getstate__(self) -> dict[str, object]:
         # hashes of texts differ from process to process

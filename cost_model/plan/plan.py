@@ -24,6 +24,7 @@ from ..sites.course import Symbol
 from ..sites.detail import Detail
 from ..sites.error import MeasuredError
 from ..sites.findings import Findings
+from ..sites.grid import SizeGrid, grid
 from ..sites.picture import Layer, Picture
 from ..sites.site import Candidate, MaskView, Miss, PlanError, Site, SiteShape, TileCounts
 from ..sites.sweep import Sweep
@@ -66,6 +67,10 @@ class Plan(Findings):
     def over(self, axis: str, values: Sequence[int], targets: Sequence[str | Device] = ()) -> Sweep:
         """Which candidate wins at each value of an axis, on this plan's device or on these. Raises as `at` does."""
         return sweep(self, axis, values, [device(t) for t in targets])
+
+    def grid(self, targets: Sequence[str | Device] = (), **axes: Sequence[int]) -> SizeGrid:
+        """Every combination of sizes (`seq=(…)`, `past=(…)`, `batch=(…)`) and devices as columns. Raises as `at` does."""
+        return grid(self, axes, [device(t) for t in targets])
 
     def to_html(self, path: str | Path) -> Path:
         """Write the plan as one self-contained page; sizes that are open are swept first where no sweep is at hand.

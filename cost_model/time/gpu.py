@@ -301,14 +301,16 @@ def _shares(k: KernelWork, d: Device, per: tuple[Mapping[str, float], ...], kern
 
 def streaming(
     w: Streamed, mapping: TileMapping, jobs: Jobs, fit: Footprint, value: int, queries: int, batch: int, *,
-    launches: int = 1, operand_bytes: int = 0, stages: int = 0, issued: int = 0,
+    moved: int | None = None, launches: int = 1, operand_bytes: int = 0, stages: int = 0, issued: int = 0,
 ) -> KernelWork:
-    """Our kernel: the one-pass cascade under a mapping; `stages`: tiles in flight, where they are not those of the mapping."""
+    """Our kernel: the one-pass cascade under a mapping. `moved`: bytes that programs read, `stages`: tiles in flight, where
+    they are not those of the mapping."""
     # split keys: every part writes its accumulator, maximum and sum in fp32, and the merge reads them
     merge = 8 * mapping.split_m * batch * queries * (value + 2) if mapping.split_m > 1 else 0
-    moved, unique, written = w.bytes
+    every, unique, written = w.bytes
     return KernelWork(
-        w.full, w.partial, w.program, jobs, moved, unique, written, resident=fit.resident, split=mapping.split_m,
+        w.full, w.partial, w.program, jobs, every if moved is None else moved, unique, written,
+        resident=fit.resident, split=mapping.split_m,
         stages=stages or mapping.stages, heavy_first=mapping.heavy_first, launches=launches, merge_bytes=merge,
         operand_bytes=operand_bytes, issued=issued,
     )

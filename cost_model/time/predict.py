@@ -26,7 +26,7 @@ from ...patterns.verdict import Obstacle
 from ..count.eager import EagerOperator, backward, beforehand, compiled, gathered_back, operators
 from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, tile_work
 from ..count.tiles import NOTHING, Data, Jobs
-from ..count.work import WIDTH, Sizes, size_int
+from ..count.work import WIDTH, Sizes, Streamed, size_int
 from ..devices.device import Device, HostRates, TimeModel
 from ..devices.kernels import vendor_kernels
 from . import gpu, host, vendor_gpu
@@ -350,11 +350,11 @@ def _kernel(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: D
     """Our kernel under a mapping, as its time follows from it."""
     w, jobs = tile_work(s, at, (mapping.tile_p, mapping.tile_m), data)
     fit, read, stages, issued = _laid_out(mapping, at.embed, at.value, WIDTH[s.dtype], device)
-    kernel = gpu.streaming(
-        w, mapping, jobs, fit, at.value, at.queries, at.batch, launches=1 + LISTING * _lists(s, at), operand_bytes=read,
-        stages=stages, issued=issued,
+    jobs, moved = _shared_heads(w, jobs, _packed(at), -(-_rows(at) // mapping.tile_p))
+    return gpu.streaming(
+        w, mapping, jobs, fit, at.value, at.queries, at.batch, moved=moved, launches=1 + LISTING * _lists(s, at),
+        operand_bytes=read, stages=stages, issued=issued,
     )
-    return _shared_heads(kernel, _packed(at), -(-_rows(at) // mapping.tile_p))
 
 
 @lru_cache(maxsize=8192)
@@ -392,12 +392,12 @@ def _with_prelude(cost: Cost, s: Subject, at: Shape, device: Device) -> Cost:
     return plus(cost, _operators(ops, device)) if ops else cost
 
 
-def _shared_heads(k: gpu.KernelWork, group: int, blocks: int = 1) -> gpu.KernelWork:
+def _shared_heads(w: Streamed, jobs: Jobs, group: int, blocks: int = 1) -> tuple[Jobs, int]:
     """`blocks` programs serve the heads of a group: so many fewer, and the keys are read once by each of them."""
+    moved, once, _ = w.bytes
     if group == 1:
-        return k
-    jobs = replace(k.jobs, repeat=max(1, k.jobs.repeat * blocks // group))
-    return replace(k, jobs=jobs, moved_bytes=max(k.unique_bytes, k.moved_bytes * blocks // group))
+        return jobs, moved
+    return jobs.repeated(max(1, jobs.repeat * blocks // group)), max(once, moved * blocks // group)
 
 
 # --- vendors' kernels -----------------------------------------------------------------------------------------------
@@ -427,8 +427,9 @@ def _flex_on_gpu(s: Subject, at: Shape, use: VendorUse, device: Device, data: Da
     w, jobs = tile_work(s, at, (tile.tile_p, tile.tile_m), data)
     if not use.skips:
         jobs = tile_work(s, at, (tile.tile_p, tile.tile_m), data, skips=False)[1]
-    kernel = gpu.streaming(w, tile, jobs, Footprint(0, 0, 0, 1), at.value, at.queries, at.batch)
-    kernel = _split_keys(_shared_heads(kernel, _packed(at)), device)
+    jobs, moved = _shared_heads(w, jobs, _packed(at))
+    kernel = gpu.streaming(w, tile, jobs, Footprint(0, 0, 0, 1), at.value, at.queries, at.batch, moved=moved)
+    kernel = _split_keys(kernel, device)
     cost = gpu.seconds(_with_mask(kernel, use), device, gpu.own_pace(device))
     return cost if use.kernel.share is None else _slower(cost, use.kernel.share(device.model))
 

@@ -52,7 +52,7 @@ def laid_out(s: Subject, at: Shape, facts: VendorFacts, device: Device, skips: b
     w, jobs = tile_work(s, at, (r.rows, r.keys), data, (r.queries, r.keys), skips)
     # what programs read follows from the tiles that they visit, one for all heads that fill it
     read = tile_work(s, at, (r.queries, r.keys), data, skips=skips)[0] if r.heads > 1 else w
-    jobs = replace(jobs, repeat=max(1, jobs.repeat // r.heads) * r.blocks)
+    jobs = jobs.repeated(max(1, jobs.repeat // r.heads) * r.blocks)
     tile = TileMapping(r.rows, r.keys, heavy_first=facts.heavy_first, body="vendor")
     shared = _shared_bytes(r, at, WIDTH[s.dtype])
     few = r.rows == facts.few_rows and (facts.few_prompts or at.queries == 1)

@@ -61,7 +61,7 @@ def test_rows_above_the_data_sheet_are_left_out(rows: ModuleType) -> None:
 def test_a_row_out_of_line_with_both_neighbours_is_left_out(rows: ModuleType) -> None:
     out: Counter[str] = Counter()
     given = [row(rows, batch=b, seconds=s) for b, s in ((1, 1e-5), (2, 9e-5), (4, 3e-5))]
-    assert [r.batch for r in rows._smooth(given, out)] == [1, 4]
+    assert [r.batch for r in rows.smooth(given, out)] == [1, 4]
     assert sum(out.values()) == 1
 
 
@@ -191,3 +191,52 @@ def test_a_device_without_its_family_takes_nothing_fitted_from_it(tables: Module
         given(n).model, **dict.fromkeys(across.DEVICE, 0.5))) if n in ("h100", "h200") else given(n))
     assert across.unseen("h200", bare=False) == before
     assert before[1].tiles == vendor_kernels()["fa3"].tiles
+
+
+# --- kernels over latents and states ----------------------------------------------------------------------------------
+
+
+def latent(**given: Any) -> Any:
+    values = {"table": "mla_generation", "device": "h200", "kernel": "mla", "batch": 8, "queries": 1, "keys": 4096,
+              "heads": 16, "key_heads": 1, "seconds": 1e-4}
+    return sys.modules["gpu_latent"].LatentRow(**{**values, **given})
+
+
+def test_forms_grow_with_what_they_do_and_not_below_what_must_move(tables: ModuleType) -> None:
+    m = sys.modules["gpu_latent"]
+    assert {t for _, t in m.known()} == set(m.TABLES)
+    for (device, table), constants in m.known().items():
+        d = shipped(device)
+        given = [latent(table=table, device=device, batch=b, keys=n, heads=16, key_heads=16) for b in (4, 64) for n in (512, 8192)]
+        few, longer, more, both = m.FORMS[table](m.Columns.of(given), d, constants)
+        assert few <= longer <= both
+        assert few < more <= both
+        if table == "mla_generation":
+            assert both > given[-1].key_bytes / d.dram_bytes_per_s
+        if table == "mla_context":
+            assert both > given[-1].flops / d.matrix_rate("bf16")
+
+
+def test_a_fit_of_a_form_finds_what_rows_were_made_with(tables: ModuleType) -> None:
+    m = sys.modules["gpu_latent"]
+    d = shipped("h200")
+    given = [latent(table="gdn_generation", batch=b, heads=h, key_heads=h) for b in (1, 8, 64, 512) for h in (4, 16, 64)]
+    wanted = {**m.known()["h200", "gdn_generation"], "memory": 0.6}
+    seconds = m.FORMS["gdn_generation"](m.Columns.of(given), d, wanted)
+    rows_ = [replace(r, seconds=float(s)) for r, s in zip(given, seconds)]
+    found = m.fitted("gdn_generation", rows_, d)
+    assert found["memory"] == pytest.approx(0.6, rel=0.02)
+    assert m.band_of("gdn_generation", rows_, d, found) < 0.05
+
+
+def test_latent_rows_are_split_by_shape_and_name_what_they_are(tables: ModuleType) -> None:
+    m = sys.modules["gpu_latent"]
+    assert latent(device="b200", seconds=1.0).part == latent().part
+    out: Counter[str] = Counter()
+    raw = {"batch_size": 2, "latency": 0.02, "mla_dtype": "bfloat16", "kv_cache_dtype": "bfloat16", "num_heads": 16, "isl": 1,
+           "step": 99, "kernel_source": "default"}
+    made = m._latent_row("h200", "mla_generation", raw, out)
+    assert (made.keys, made.queries, made.seconds, made.key_bytes) == (100, 1, 2e-5, 2 * 2 * 100 * 576)
+    assert m._latent_row("h200", "mla_generation", {**raw, "kv_cache_dtype": "fp8"}, out) is None
+    assert m._latent_row("h200", "mla_context", raw, out) is None
+    assert sum(out.values()) == 2

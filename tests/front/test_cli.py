@@ -85,9 +85,9 @@ def test_a_narrow_screen_has_a_line_a_cell(
 
 
 def test_a_sweep_as_lines(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "sweep.csv"
+    path, every = tmp_path / "sweep.csv", tmp_path / "grid.csv"
     given = ("plan", config, "--target", "h200", "--target", "a100", "--sweep", "seq=1k:4k", "--csv", str(path))
-    code, _, err = run(capsys, *given)
+    code, _, err = run(capsys, *given, "--grid", str(every))
     assert code == 0, err
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert {(r["axis"], r["value"], r["device"]) for r in rows} == {
@@ -98,9 +98,15 @@ def test_a_sweep_as_lines(config: str, tmp_path: Path, capsys: pytest.CaptureFix
     for r in chosen:
         at = [float(x["seconds"]) for x in rows if (x["value"], x["device"]) == (r["value"], r["device"])]
         assert float(r["seconds"]) == min(at)
-    code, _, err = run(capsys, "plan", config, "--csv", str(path))
+    grid = {(r["seq"], r["device"]): (r["choice"], r["seconds"]) for r in csv.DictReader(every.read_text().splitlines())}
+    assert grid == {(r["value"], r["device"]): (r["candidate"], r["seconds"]) for r in chosen}
+    for option in ("--csv", "--grid"):
+        code, _, err = run(capsys, "plan", config, option, str(path))
+        assert code == 2
+        assert "give --sweep too" in err
+    code, _, err = run(capsys, "plan", config, "--sweep", "seq=1k", "--sweep", "seq=2k", "--grid", str(every))
     assert code == 2
-    assert "give --sweep too" in err
+    assert "each axis once" in err
 
 
 def test_a_screen_without_our_letters_has_them_spelt(config: str) -> None:
