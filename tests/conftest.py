@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from . import tiers
 from .cpu_times import CpuTimes
 
 # Set before anything imports torch or transformers.
@@ -74,6 +75,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+    tiers.thin_out(items)
     for item in items:
         if not HAS_TRITON and any(item.get_closest_marker(m) for m in ("interpreter", "aot")):
             item.add_marker(pytest.mark.skip(reason="needs triton: pip install 'reattend[triton]'"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -41,3 +42,19 @@ def pairs(n: int, first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
         for i, a in enumerate(first)
         for j, b in enumerate(rows)
     ]
+
+
+def thin_out(items: Sequence[pytest.Item]) -> None:
+    """Marked `thin(n)`: of the points of a function's grid that are fast, every n-th and the last stay so.
+
+    Mutants are tried on all of them.
+    """
+    if settings.get_current_profile_name() == "mutation":
+        return
+    for _, tests in groupby(items, lambda i: i.nodeid.partition("[")[0]):
+        points = [i for i in tests if i.get_closest_marker("slow") is None]
+        mark = points[0].get_closest_marker("thin") if points else None
+        if mark is not None:
+            for i, item in enumerate(points[:-1]):
+                if i % mark.args[0]:
+                    item.add_marker(pytest.mark.slow)
