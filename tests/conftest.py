@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     text = collection_path.read_text(encoding="utf-8")
     if INTERPRETED:
         return True if "pytest.mark.interpreter" not in text else None
-    return True if "\npytestmark = pytest.mark.interpreter\n" in text else None
+    return True if re.search(r"^pytestmark = \[?pytest\.mark\.interpreter\b", text, re.MULTILINE) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
