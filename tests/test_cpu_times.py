@@ -7,7 +7,7 @@ import json
 import pytest
 
 from .cpu_times import ranked
-from .tiers import few, one_in, pairs
+from .tiers import few, one_in, pairs, thin_out
 
 
 def fast(params: list[object]) -> list[tuple[object, ...]]:
@@ -28,6 +28,28 @@ def test_every_value_of_both_is_among_the_fast_pairs() -> None:
     assert {a for a, _ in kept} == set(range(7))
     assert {b for _, b in kept} == set("abcde")
     assert len(kept) < 7 * 5 / 2
+
+
+class Point:
+    """What thinning asks of a test."""
+
+    def __init__(self, nodeid: str, *marks: pytest.MarkDecorator) -> None:
+        self.nodeid, self.marks = nodeid, list(marks)
+
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        return next((m.mark for m in self.marks if m.name == name), None)
+
+    def add_marker(self, mark: pytest.MarkDecorator) -> None:
+        self.marks.append(mark)
+
+
+def test_of_a_thinned_grid_every_third_point_and_the_last_stay_fast() -> None:
+    thin = pytest.mark.thin(3)
+    grid = [Point(f"a.py::f[{i}]", thin) for i in range(8)]
+    other = [Point("a.py::g", thin), Point("a.py::h[0]", thin, pytest.mark.slow), Point("b.py::f[0]"), Point("b.py::f[1]")]
+    thin_out([*grid, *other])  # type: ignore[list-item]
+    assert [i for i, p in enumerate(grid) if p.get_closest_marker("slow") is None] == [0, 3, 6, 7]
+    assert [p.get_closest_marker("slow") is None for p in other] == [True, False, True, True]
 
 
 def test_seconds_are_added_up_by_test_and_file() -> None:
