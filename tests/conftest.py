@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+
+from . import tiers
+from .cpu_times import CpuTimes
 
 # Set before anything imports torch or transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,11 +40,23 @@ settings.register_profile(
     database=None,
     phases=(Phase.explicit, Phase.generate),
 )
+# The fast tier draws a few of each; the slow tier, which runs everything, draws hypothesis' own hundred.
+settings.register_profile("fast", settings.get_profile("reattend"), max_examples=20)
 settings.load_profile("reattend")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="accept what the code prints now as the golden text")
+    parser.addoption(
+        "--cpu-times", type=Path, metavar="FILE", help="append the CPU seconds of each test and fixture (tests/cpu_times.py)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "not slow" in config.getoption("-m") and settings.get_current_profile_name() == "reattend":
+        settings.load_profile("fast")
+    if config.getoption("--cpu-times") is not None:
+        config.pluginmanager.register(CpuTimes(config.getoption("--cpu-times")))
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -49,21 +66,33 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     text = collection_path.read_text(encoding="utf-8")
     if INTERPRETED:
         return True if "pytest.mark.interpreter" not in text else None
-    return True if "\npytestmark = pytest.mark.interpreter\n" in text else None
+    return True if re.search(r"^pytestmark = \[?pytest\.mark\.interpreter\b", text, re.MULTILINE) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests of this process's tier: interpreted kernels under TRITON_INTERPRET=1, all others without it."""
     kept = [i for i in items if (i.get_closest_marker("interpreter") is not None) == INTERPRETED]
-    dropped = [i for i in items if i not in set(kept)]
+    dropped = [i for i in items if (i.get_closest_marker("interpreter") is not None) != INTERPRETED]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+    tiers.thin_out(items)
     for item in items:
         if not HAS_TRITON and any(item.get_closest_marker(m) for m in ("interpreter", "aot")):
             item.add_marker(pytest.mark.skip(reason="needs triton: pip install 'reattend[triton]'"))
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: the collector does not walk it again with every model that is built and dropped."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At the end it may: bindings count what is never freed, and say so."""
+    gc.unfreeze()
 
 
 def _has_gpu() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from .test_layers import ROOT, blocks, run
+from .test_layers import ROOT, blocks, obeyed
 
 FOLDER = ROOT / "docs" / "tutorials"
 TUTORIALS = sorted(p for p in FOLDER.glob("*.md") if p.name != "README.md")
@@ -126,6 +125,6 @@ COMMANDS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_of_the_tutorials_run(line: str) -> None:
-    done = run(sys.executable, "-c", "from reattend.cli import main; main()", *shlex.split(line)[1:])
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+def test_commands_of_the_tutorials_run(line: str, tmp_path: Path) -> None:
+    code, said = obeyed(line, tmp_path)
+    assert code == 0, said[-2000:]

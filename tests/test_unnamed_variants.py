@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 from reattend.codegen.cpu import kernel as cpu
@@ -14,6 +14,7 @@ from reattend.cost_model.time.predict import best_mapping
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import TileMapping
 from reattend.rewriter.find import detect
+from tests.tiers import examples
 
 from . import programs
 from .rewriter.helpers import error_of, graph_of, values_of
@@ -26,7 +27,7 @@ def found_in(fn: object, args: tuple[Tensor, ...]) -> tuple[detect.Found, torch.
     return found[0], gm
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(programs.programs())
 def test_drawn_programs_are_lifted_exactly(program: programs.Program) -> None:
     args = programs.inputs(dtype=torch.float64)
@@ -95,7 +96,7 @@ def is_right(got: Tensor, args: tuple[Tensor, ...], program: object) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@examples(200)
 @given(programs.programs())
 def test_drawn_programs_run_on_the_cpu_and_are_emitted_for_the_gpu(program: programs.Program) -> None:
     """Found, planned, printed for both, and right on the CPU under the default tiling and under small tiles."""
@@ -117,7 +118,7 @@ def test_drawn_programs_run_on_the_cpu_and_are_emitted_for_the_gpu(program: prog
 
 @pytest.mark.interpreter
 @pytest.mark.slow
-@settings(max_examples=40)
+@examples(40)
 @given(programs.programs())
 def test_drawn_programs_are_right_in_triton(program: programs.Program) -> None:
     args = programs.inputs(20, 20)

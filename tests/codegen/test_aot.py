@@ -25,6 +25,7 @@ from reattend.patterns.verdict import Refusal
 
 from .. import strategies
 from ..strategies import INF, LOWEST, M, P, attention
+from ..tiers import few
 from . import attentions
 
 CAUSAL = M <= P
@@ -83,8 +84,9 @@ def default(c: Cascade, target: Device | str) -> TileMapping:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    ("arch", "size"), few([(a, n) for a in ("sm_80", "sm_90", "sm_100") for n in (64, 128)], ("sm_80", 64), ("sm_90", 128))
+)
 def test_the_default_mapping_neither_spills_nor_overflows(arch: str, size: int) -> None:
     c = llama(size)
     mapping = default(c, arch)
@@ -102,10 +104,13 @@ def test_the_default_mapping_neither_spills_nor_overflows(arch: str, size: int) 
 @pytest.mark.aot
 @pytest.mark.parametrize(
     ("arch", "mapping"),
-    [
-        ("sm_90", TileMapping(128, 64, 4, 2)), ("sm_90", TileMapping(64, 64, 4, 3)), ("sm_90", TileMapping(32, 64, 4, 2)),
-        ("sm_90", TileMapping(128, 64, 4, 1)), ("sm_80", TileMapping(128, 64, 4, 2)), ("sm_80", TileMapping(64, 32, 4, 2)),
-    ],
+    few(
+        [
+            ("sm_90", TileMapping(128, 64, 4, 2)), ("sm_90", TileMapping(64, 64, 4, 3)), ("sm_90", TileMapping(32, 64, 4, 2)),
+            ("sm_90", TileMapping(128, 64, 4, 1)), ("sm_80", TileMapping(128, 64, 4, 2)), ("sm_80", TileMapping(64, 32, 4, 2)),
+        ],
+        ("sm_90", TileMapping(32, 64, 4, 2)),
+    ),
 )
 def test_predicted_shared_memory_is_what_triton_reports(arch: str, mapping: TileMapping) -> None:
     c = llama(64)
@@ -113,7 +118,7 @@ def test_predicted_shared_memory_is_what_triton_reports(arch: str, mapping: Tile
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", few(["sm_80", "sm_90"], "sm_80"))
 def test_decode(arch: str) -> None:
     c = decode(128)
     mapping = default(c, arch)
@@ -153,7 +158,7 @@ def test_drawn_programs_compile(p: strategies.Program) -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("name", ["square", "sigmoid", "sink"])
+@pytest.mark.parametrize("name", few(["square", "sigmoid", "sink"]))
 def test_other_row_rules_take_no_more_than_softmax(name: str) -> None:
     def score(s: ex.Expr) -> ex.Expr:
         return ex.where(CAUSAL, s, 0.0 if name == "square" else -INF)
@@ -163,6 +168,7 @@ def test_other_row_rules_take_no_more_than_softmax(name: str) -> None:
     assert report.spill_bytes == 0, report
 
 
+@pytest.mark.slow
 @pytest.mark.aot
 def test_head_sizes_in_two_pieces() -> None:
     """80 = 64 + 16 is not padded to 128; values are."""
@@ -221,7 +227,9 @@ class NoDriver:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("c", [llama(64), decode(64)], ids=["llama", "decode"])
+@pytest.mark.parametrize(
+    "c", [pytest.param(llama(64), id="llama"), pytest.param(decode(64), id="decode", marks=pytest.mark.slow)]
+)
 def test_a_launch_compiles_what_was_compiled_ahead_of_time(c: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
     """The arguments of a real launch, specialised by Triton itself, up to the point where a GPU is needed."""
     import triton

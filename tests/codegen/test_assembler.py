@@ -15,6 +15,7 @@ from reattend.patterns.mapping import TileMapping
 
 from .. import strategies
 from ..strategies import LOWEST, M, P, attention
+from ..tiers import few
 
 # A loop with a branch around a part of it, a wait that was moved behind the end, and a second loop after it.
 TEXT = """
@@ -119,7 +120,7 @@ def compiled(arch: str) -> aot.AotReport:
     return aot.compile(made, arch)
 
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = few(("sm_80", "sm_90", "sm_100"), "sm_90")
 compiles = pytest.mark.usefixtures("_own_cache")
 
 

@@ -19,6 +19,7 @@ from reattend.patterns.cascade import Cascade
 from reattend.patterns.evaluate import DTYPE, evaluate
 from reattend.patterns.library import papers
 from reattend.patterns.mapping import TileMapping
+from tests.tiers import few
 
 SIZES: Mapping[str, int] = {"b": 2, "h": 4, "p": 17, "m": 17, "e": 16, "f": 16, "r": 33}
 Made = Callable[[papers.Builder, str], None]
@@ -70,9 +71,15 @@ def close(got: Tensor, c: Cascade, x: Mapping[str, Tensor]) -> None:
     assert error <= max(1.2 * other, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
-@pytest.mark.parametrize("made", [product, scaled, gated, grouped, outer])
-@pytest.mark.parametrize("body", ["fused", "product", "sdpa"])
+# A fused body is a compile of more than a second.
+COMPILED = ((gated, "f32"), (product, "bf16"))
+PLANES = [
+    pytest.param(made, dtype, body, marks=pytest.mark.slow if body == "fused" and (made, dtype) not in COMPILED else ())
+    for body in ("fused", "product", "sdpa") for made in (product, scaled, gated, grouped, outer) for dtype in ("f32", "bf16", "f16")
+]
+
+
+@pytest.mark.parametrize(("made", "dtype", "body"), PLANES)
 def test_a_plane_that_is_computed_before_the_kernel(made: Made, dtype: str, body: str) -> None:
     c = relative(dtype, made)
     x = given(c)
@@ -120,8 +127,7 @@ class Shifted(nn.Module):
         return ((q @ k.mT + bd) * 0.125).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("n", [16, 33])
+@pytest.mark.parametrize(("batch", "n"), few([(b, n) for b in (1, 2) for n in (16, 33)], (2, 33)))
 def test_a_shifted_plane_is_read_by_strides(batch: int, n: int) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(batch, 4, n, 16) for _ in range(3))

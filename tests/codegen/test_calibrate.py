@@ -19,6 +19,8 @@ from reattend.patterns.evaluate import evaluate
 from reattend.patterns.mapping import TileMapping
 from reattend.patterns.verdict import Obstacle
 
+pytestmark = pytest.mark.thin(2)
+
 
 def test_a_device_without_kernels_is_refused() -> None:
     with pytest.raises(ValueError, match=r"fusemax runs no kernels of ours.*choose cpu or a GPU"):

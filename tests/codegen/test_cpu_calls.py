@@ -19,6 +19,8 @@ from reattend.patterns.cascade import Cascade
 from reattend.patterns.library import papers
 from reattend.patterns.mapping import TileMapping
 
+pytestmark = pytest.mark.thin(3)
+
 Shape = tuple[int, int, bool, bool]
 P, M = ex.index("p"), ex.index("m")
 

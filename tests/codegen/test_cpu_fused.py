@@ -322,6 +322,7 @@ def test_two_threads_at_the_first_call() -> None:
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_file_stands_alone(tmp_path: Path) -> None:
     """The printed file imports torch and Python's own library, holds its C++, and gives the same elsewhere."""
     case = VARIANTS["causal_padding"](dtype="bf16")

@@ -6,9 +6,11 @@ from types import ModuleType
 
 import pytest
 
+from ..tiers import few
+
 
 @pytest.mark.aot
-@pytest.mark.parametrize("kernel", ["ours", "tutorial", "descriptors", "listed"])
+@pytest.mark.parametrize("kernel", few(["ours", "tutorial", "descriptors", "listed"], "ours", "descriptors"))
 def test_rows_of_a_kernel(counts: ModuleType, kernel: str) -> None:
     rows = counts.counted(counts.Subject("sm_90", 64, counts.tile_of("64x32x4x3"), kernel))
     assert [r["loop"] for r in rows] == ["full", "partial"][: len(rows)]

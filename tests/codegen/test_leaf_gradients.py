@@ -22,9 +22,12 @@ from reattend.patterns.verdict import Refusal
 
 from .. import strategies
 from ..strategies import SCORES
+from ..tiers import few
 from .attentions import CAUSAL, VARIANTS, B, Case, H, M, N, P, S, T, added, aux, build, masked, windows
 from .test_cpu import TYPES
 from .test_training_product import check, floats, kernel, multiplied, written
+
+pytestmark = pytest.mark.thin(3)
 
 TILES = TileMapping(32, 32, body="fused")
 OTHERS = {"Q", "K", "V"}
@@ -48,7 +51,7 @@ def of_case(case: Case, x: dict[str, Tensor] | None = None) -> dict[str, Tensor]
     return found
 
 
-@pytest.mark.parametrize("piece", [pytest.param(n, marks=[] if n in ("slope", "table") else pytest.mark.slow) for n in READING])
+@pytest.mark.parametrize("piece", few(READING, "table"))
 def test_of_every_score(piece: str) -> None:
     p = strategies.attention(SCORES[piece], strategies.ROWS["softmax"], p=70, m=70, b=2, h=4, group=2)
     found = check(p.cascade, wanting(p.inputs(1)), p.sizes, TILES)
@@ -78,12 +81,12 @@ def sinks(dtype: str) -> Case:
                  square=True, group=2, dtype=dtype, p=70, m=70)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
-@pytest.mark.parametrize("make", [alibi, pytest.param(bias, marks=pytest.mark.slow), sinks])
+@pytest.mark.parametrize(("make", "dtype"), few([(m, t) for m in (alibi, bias, sinks) for t in ("bf16", "f16")], (alibi, "bf16")))
 def test_in_16_bits(make: Callable[[str], Case], dtype: str) -> None:
     in_type(make, dtype)
 
 
+@pytest.mark.slow
 def test_sinks_and_a_factor_outside_of_the_product() -> None:
     case = build(added(CAUSAL), square=True, sink=ex.load("sink", (H,), "f32"), aux=(aux("sink", (4,)),), p=70, m=70)
     c = multiplied(case.cascade, "QK", ex.load("tau", (H,), "f32"), aux("tau", (4,)))
@@ -106,6 +109,7 @@ def test_batches_and_heads_that_share_a_bias_take_turns() -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_bias_of_some_leading_ranks() -> None:
     """Windows of images: a table of heads for all windows, of which there are several in an image."""
     found = of_case(windows())
@@ -130,6 +134,7 @@ def test_a_bias_of_keys_and_slopes_at_once() -> None:
     of_case(build(score, aux=(aux("slope", (4,)), aux("own", (N, S))), square=True, p=70, m=70))
 
 
+@pytest.mark.slow
 def test_only_what_is_wanted_is_added_up() -> None:
     """A mask of floats that needs no gradient costs none: its sums are not even allocated."""
     def score(s: Expr) -> Expr:
@@ -147,6 +152,7 @@ def test_only_what_is_wanted_is_added_up() -> None:
             torch.testing.assert_close(g.double(), exact[n].double(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_on_other_numbers_of_threads() -> None:
     """Segments of keys, which follow the number of threads, change roundings alone; one head, so that there are segments."""
     case = build(lambda s: added(CAUSAL)(s + ex.load("table", (ex.minimum(P - M, 31) + 32, H), "f32")),

@@ -18,7 +18,7 @@ from ..strategies import attention
 pytestmark = pytest.mark.aot
 # At the tile of the stock kernel, three stages.
 CASES = [
-    pytest.param("sm_90", 64, "128x64x4x3"),
+    pytest.param("sm_90", 64, "128x64x4x3", marks=pytest.mark.slow),
     pytest.param("sm_90", 128, "128x64x8x3", marks=pytest.mark.slow),
     pytest.param("sm_80", 64, "128x64x8x3", marks=pytest.mark.slow),
     pytest.param("sm_80", 128, "128x64x8x3", marks=pytest.mark.slow),

@@ -68,6 +68,7 @@ def test_compiles_whole(dynamic: bool) -> None:
         torch.testing.assert_close(compiled(*x), layer(*x))
 
 
+@pytest.mark.slow
 def test_exports_and_reloads(tmp_path: Path) -> None:
     """In a process that never saw the program the exported graph runs: its text is all it needs."""
     case = VARIANTS["causal"]()

@@ -29,10 +29,12 @@ TILES = TileMapping(32, 32, body="fused")
 op = torch.ops.reattend.cascade_trained.default
 # A gradient is a longer chain of rounded steps than a result, and weights are made again: so many times the own code's error.
 RMS, MOST = 2.0, 4.0
-FAST = {("causal_padding", "bf16"), ("gqa", "f32"), ("sinks", "f32"), ("sigmoid", "f32"), ("decode", "f32")}
+FAST = {("causal_padding", "bf16"), ("sinks", "f32")}
 EVERY = [
     pytest.param(name, dtype, marks=[] if (name, dtype) in FAST else pytest.mark.slow)
-    for name in sorted(VARIANTS) for dtype in TYPES if dtype != "f16" or name in ("gqa", "causal_padding")
+    for i, name in enumerate(sorted(VARIANTS)) for dtype in TYPES
+    # terms are printed alike in every type, operands are read alike in every attention
+    if {"f32": True, "bf16": i % 2 == 0 or (name, dtype) in FAST, "f16": name in ("gqa", "causal_padding")}[dtype]
 ]
 
 

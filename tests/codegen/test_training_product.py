@@ -27,6 +27,8 @@ from ..strategies import INF, SCORES, Program, programs
 from .attentions import CAUSAL, PAD, VARIANTS, B, Case, H, M, N, P, S, T, added, aux, build, masked, no_batch, windows
 from .test_cpu import TYPES, interleaved
 
+pytestmark = pytest.mark.thin(2)
+
 TILES = TileMapping(16, 16, body="product")
 # More scores than a call may have that looks for no tiles to skip.
 LONG = {"p": 70, "m": 70}

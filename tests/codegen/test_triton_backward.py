@@ -26,7 +26,7 @@ from ..strategies import M, P, Program, attention, programs
 from . import attentions, test_leaf_gradients
 from .nearness import ULP
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.thin(4)]
 PROGRAMS = int(os.environ.get("REATTEND_PROGRAMS", "20"))
 SHORT = ("causal", "alibi", "sinks", "mqa_window", "segments")
 # Of the error of the same gradients in torch's own operators.
@@ -135,6 +135,7 @@ def test_tiles_that_no_row_sees_are_not_read() -> None:
     assert all(bool(g[..., :48, :].isfinite().all()) for g in (dq, dk, dv))
 
 
+@pytest.mark.slow
 def test_gradients_that_flow_in_strided() -> None:
     """What `sum` sends back is one number, expanded."""
     case = attentions.VARIANTS["gqa"]()

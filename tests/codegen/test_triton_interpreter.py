@@ -28,7 +28,7 @@ from ..strategies import INF, LOWEST, B, E, F, H, M, P, Program, attention, prog
 from . import attentions
 from .nearness import ULP, close
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.thin(4)]
 
 PROGRAMS = int(os.environ.get("REATTEND_PROGRAMS", "40"))
 

@@ -27,6 +27,7 @@ from reattend.patterns.library import papers
 from reattend.patterns.mapping import TileMapping
 from reattend.patterns.verdict import Obstacle
 from tests.effort import calls
+from tests.tiers import pairs
 
 P, M = ex.index("p"), ex.index("m")
 GPUS = [d for d in targets() if d.is_gpu]
@@ -118,8 +119,7 @@ def test_a_cpu_x_times_as_fast_takes_the_time_by_x(threads: int, x: float) -> No
             assert known(predict_vendor(c, use, quick, sizes(2048))).seconds * x == pytest.approx(base.seconds)
 
 
-@pytest.mark.parametrize("d", [*GPUS, cpu(1), cpu(2)], ids=lambda d: f"{d.name}-{d.units}")
-@pytest.mark.parametrize("c", [FULL, CAUSAL, WINDOW, CAPPED, SIGMOID], ids=lambda c: c.name)
+@pytest.mark.parametrize(("d", "c"), pairs(3, [*GPUS, cpu(1), cpu(2)], [FULL, CAUSAL, WINDOW, CAPPED, SIGMOID]))
 def test_time_grows_with_length(d: Device, c: Cascade) -> None:
     lengths = [256, 512, 1024, 2048, 4096]
     ours = [best_mapping(c, d, sizes(n)) for n in lengths]

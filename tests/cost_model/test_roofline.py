@@ -43,7 +43,7 @@ def below(c: Cascade, d: Device, at: dict[str, int], dtype: str) -> None:
 @pytest.mark.parametrize(
     "d",
     [
-        pytest.param(d, marks=[] if d.name in ("h200", "mi300x", "cpu") else pytest.mark.slow, id=f"{d.name}-{d.units}")
+        pytest.param(d, marks=[] if d.name in ("h200", "cpu") else pytest.mark.slow, id=f"{d.name}-{d.units}")
         for d in (*DEVICES, with_threads(shipped("cpu"), 1))
     ],
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.cost_model.count.describe import describe
@@ -21,6 +21,7 @@ from reattend.patterns.verdict import Refusal
 
 from ..patterns import rules
 from ..strategies import Program, programs
+from ..tiers import examples, pairs
 
 torch.set_num_threads(1)
 M, K, EMBED, TOKEN = ("m",), ("k",), ("e",), ("i",)
@@ -116,8 +117,7 @@ def test_any_tile_size(name: str, tile: int) -> None:
     agree(c, search(c, family).forms, {**SIZES, "M0": tile})
 
 
-@pytest.mark.parametrize("score", rules.SCORES, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("rule", [*rules.SOFTMAX, *rules.OTHERS], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("rule", "score"), pairs(6, [*rules.SOFTMAX, *rules.OTHERS], rules.SCORES))
 def test_every_row_rule_and_mask(rule: Any, score: Any) -> None:
     """Rows without a key included: NaN where the model has NaN, and only there."""
     c = attention(rule.__name__, rule, score)
@@ -218,7 +218,7 @@ _norms: dict[str, Any] = {
 _small = {"B": 1, "H": 2, "P": 5, "M": 11, "E": 3, "F": 2}
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(_norms)), st.sampled_from(sorted(_maps))), min_size=1, max_size=3),
     st.sampled_from([rules.scaled, rules.biased, rules.capped, rules.causal_lowest]),
@@ -246,7 +246,7 @@ def test_random_row_programs_keep_their_values(steps: Any, score: Any, tile: int
         assert rules.error(got, want) <= 1e-9 or float((got - want).abs().max()) <= 1e-15, str(form)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(programs(longest=33), st.integers(1, 40))
 def test_drawn_attentions_keep_their_values(program: Program, tile: int) -> None:
     """Scores, masks and row rules drawn at random, grouped heads and symbolic lengths: one pass, and the same values."""

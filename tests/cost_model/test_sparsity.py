@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import sympy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.cost_model.count.neighborhood import GridTiles, TokenAxis, end_to_end, grid_tiles, separated
@@ -23,6 +23,7 @@ from reattend.patterns.masks.tiles import pairs
 from reattend.patterns.masks.windows import flat, laid_out, neighborhood, residue_order, tile_order, unflat, unfolded
 from reattend.patterns.verdict import Obstacle
 from tests.loading import benchmark
+from tests.tiers import examples
 
 B, H, P, M = (ex.index(r) for r in "bhpm")
 CAUSAL = M <= P
@@ -232,7 +233,7 @@ def test_products_against_brute_force(lengths: Shape, window: Shape, stride: Sha
     assert found.mean <= found.most <= found.tiles
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(st.integers(2, 90).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.data())
 def test_visits_of_one_dimension(sizes: tuple[int, int], data: st.DataObject) -> None:
     """Published pseudo-code of the simulator (static), and its rule for dynamic tiling, against the counts."""

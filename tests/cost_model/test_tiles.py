@@ -4,7 +4,7 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -13,6 +13,7 @@ from reattend.cost_model.count.tiles import expected, jobs, tile_map
 from reattend.patterns import expr as ex
 from reattend.patterns.expr import Expr
 from reattend.patterns.masks.split import Mask
+from tests.tiers import examples
 
 INF = float("inf")
 P, M = ex.index("p"), ex.index("m")
@@ -180,7 +181,7 @@ def test_makespan_bounds(costs: list[int], slots: int) -> None:
     assert heaviest_first <= max(c.max(), c.sum() / slots + (behind.max() if len(behind) else 0)) + 1e-9
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 3))
 def test_longest_first_is_within_a_third_of_the_best(costs: list[int], slots: int) -> None:
     """Graham's bound, against the best of all assignments."""

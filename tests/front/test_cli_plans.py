@@ -35,6 +35,7 @@ def test_devices_stand_side_by_side(config: str, capsys: pytest.CaptureFixture[s
     assert [p["device"]["name"] for p in json.loads(out)] == ["h200", "a100"]
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_the_winner_at_each_size(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("plan", config, "--seq", "256", "--target", "h200", "--target", "cpu")
     code, out, _ = run(capsys, *arguments, "--sweep", "seq=64:256", "--sweep", "batch=1,3")
@@ -56,6 +57,7 @@ def test_a_batch_sweep_keeps_the_batch_that_was_asked(config: str, capsys: pytes
     assert [p.value for p in made.sweeps[0].courses[0].points] == [1, 2, 4]
 
 
+@pytest.mark.slow
 def test_a_page_is_written(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = tmp_path / "plan.html"
     code, _, err = run(capsys, "plan", config, "--seq", "256", "--target", "h200", "--html", str(where))
@@ -81,6 +83,7 @@ def saved(path: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_plans_are_compared(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plans = {}
     for name, seq in (("short", "256"), ("long", "4k")):

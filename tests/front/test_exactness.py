@@ -11,6 +11,8 @@ from torch import Tensor
 import reattend
 from tests.cases.field import Fn, causal, tensors
 
+pytestmark = pytest.mark.thin(3)
+
 WAYS = ("reattend", "sdpa", pytest.param("flex", marks=pytest.mark.slow))
 EVERY = ("original", "reattend", "sdpa", "flex")
 

@@ -20,6 +20,9 @@ from reattend.rewriter.check import verdicts
 from reattend.rewriter.choose.remake import Remade, remade
 from reattend.rewriter.run import graph_data, kept
 from reattend.rewriter.splice.recipe import Recipe
+from tests.tiers import few, one_in
+
+pytestmark = pytest.mark.thin(3)
 
 # Other tests read no plans.
 RECALL = kept.recall
@@ -92,8 +95,10 @@ def test_what_was_left_alone_is_not_captured_again(captured: list[int]) -> None:
 REPLACE: dict[str, Any] = {"deny": ("original",)}
 
 
-@pytest.mark.parametrize("allow", ["reattend", "sdpa"])
-@pytest.mark.parametrize("check", ["first", "never"])
+@pytest.mark.parametrize(
+    ("allow", "check"),
+    few([(a, c) for a in ("reattend", "sdpa") for c in ("first", "never")], ("reattend", "first"), ("sdpa", "never")),
+)
 def test_what_was_replaced_is_not_captured_again(captured: list[int], allow: str, check: str) -> None:
     model, x = nn.Sequential(Layer(), Layer()), torch.randn(2, 9, 16)
     policy = {**REPLACE, "allow": (allow,), "check": check}
@@ -109,7 +114,7 @@ def test_what_was_replaced_is_not_captured_again(captured: list[int], allow: str
     assert [p.plan.note for p in after.pieces if p.plan is not None] == [kept.NOTE]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", few([torch.float64, torch.bfloat16, torch.float16], torch.bfloat16))
 def test_replaced_in_other_types(captured: list[int], dtype: torch.dtype) -> None:
     model, x = Layer().to(dtype), torch.randn(2, 9, 16, dtype=dtype)
     exact = copy.deepcopy(model).double()(x.double())
@@ -198,7 +203,7 @@ def test_a_kept_graph_is_timed(captured: list[int]) -> None:
     assert len(captured) == 1
 
 
-@pytest.mark.parametrize("damage", ["digest", "operator", "text", "cut"])
+@pytest.mark.parametrize("damage", few(["digest", "operator", "text", "cut"], "digest", "operator"))
 def test_a_damaged_graph_is_made_again(captured: list[int], folder: Path, damage: str) -> None:
     """Also where the sum was made to fit: names are looked up among torch's operators and ours, nothing else is called."""
     model, x = Layer(), torch.randn(2, 9, 16)
@@ -235,7 +240,7 @@ def test_a_plan_of_another_graph_is_not_taken(captured: list[int], folder: Path)
 
 
 @pytest.mark.filterwarnings("ignore:reattend. a plan on disk is damaged")
-@pytest.mark.parametrize("damage", ["", "{", '{"schema": 3}', '{"schema": 99}', "[]", "\x00"])
+@pytest.mark.parametrize("damage", one_in(3, ["", "{", '{"schema": 3}', '{"schema": 99}', "[]", "\x00"]))
 def test_a_damaged_plan_is_made_again(captured: list[int], folder: Path, damage: str) -> None:
     model, x = Layer(), torch.randn(2, 9, 16)
     run(model, x, **LEAVE)
@@ -291,7 +296,13 @@ def test_another_graph_is_captured(captured: list[int]) -> None:
     assert len(captured) == 9, "gradients are wanted"
 
 
-@pytest.mark.parametrize("policy", [LEAVE, REPLACE, {**REPLACE, "allow": ("reattend",)}], ids=["left", "replaced", "ours"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(LEAVE, id="left"), pytest.param(REPLACE, id="replaced"),
+        pytest.param({**REPLACE, "allow": ("reattend",)}, id="ours", marks=pytest.mark.slow),
+    ],
+)
 def test_open_sizes_are_part_of_it(captured: list[int], policy: dict[str, Any]) -> None:
     model = Layer()
     for _ in range(2):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import reattend
 from reattend.cost_model.sites.site import TileCounts
+from tests.tiers import few
 
 # By dimension: does a query at this coordinate keep a key at that one?
 Kept = Callable[[Tensor, Tensor], Tensor]
@@ -153,15 +154,13 @@ def check(model: Formula) -> None:
     assert (found.visited, found.full) == (heads * kept, heads * full)
 
 
-FAST = ("window dilated", "plane strided", "video shifted")
-
-
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MASKS])
-@pytest.mark.parametrize("kind", [Formula, Buffer])
+@pytest.mark.parametrize(
+    ("kind", "name"), few([(k, n) for k in (Formula, Buffer) for n in MASKS], (Formula, "window dilated"), (Buffer, "plane shifted"))
+)
 def test_tiles_are_those_of_the_dense_mask(kind: type[Formula], name: str) -> None:
     check(kind(*MASKS[name]))
 
 
-@pytest.mark.parametrize("lengths", [(1000,), (32, 40), (16, 16, 4 * 3)])
-def test_tiles_of_a_mask_written_slice_by_slice(lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("lengths", few([[1000], [32, 40], [16, 16, 4 * 3]], [32, 40]))
+def test_tiles_of_a_mask_written_slice_by_slice(lengths: list[int]) -> None:
     check(Assigned(lengths, ()))

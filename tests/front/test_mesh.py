@@ -109,6 +109,7 @@ def test_bad_meshes_are_one_sentence(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_mesh_over_a_sweep_on_two_devices_with_a_page(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

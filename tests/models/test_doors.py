@@ -20,8 +20,11 @@ from transformers.models.llama import modeling_llama as llama
 
 import reattend
 from reattend.rewriter.doors.mask import PositionMask
+from tests.tiers import few, one_in
 
 from . import zoo
+
+pytestmark = pytest.mark.thin(3)
 
 NAMES = ("llama", "mistral", "gemma2", "gpt_oss", "t5")
 OTHERS = ("gpt2", "bert", "modernbert", "bart", "whisper", "vit", "clip")
@@ -47,8 +50,8 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
-@pytest.mark.parametrize("policy", [OURS, None], ids=["ours", "cheapest"])
-@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+@pytest.mark.parametrize("policy", [pytest.param(OURS, id="ours"), pytest.param(None, id="cheapest", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", few([*NAMES, *OTHERS], *NAMES))
 def test_outputs_on_valid_tokens(name: str, policy: reattend.Policy | None) -> None:
     own, door = pair(name, policy)
     for pad in ("right", "left", "none"):
@@ -85,8 +88,8 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float((got.double() - exact).square().mean().sqrt() / exact.abs().max())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", few([torch.bfloat16, torch.float16], torch.bfloat16))
+@pytest.mark.parametrize("name", one_in(2, NAMES))
 def test_narrow_types(name: str, dtype: torch.dtype) -> None:
     """Whole models against the same code in float64: no farther from it than their own code is."""
     own, door = pair(name, OURS, dtype)
@@ -134,9 +137,13 @@ def generating(name: str, policy: reattend.Policy | None = None) -> tuple[Any, A
     return own, door
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("pad", ["left", "none"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "pad", "cache"),
+    few(
+        [(n, p, c) for n in NAMES for p, c in (("none", "dynamic"), ("left", "static"))],
+        ("llama", "none", "dynamic"), ("mistral", "left", "static"),
+    ),
+)
 def test_generation(name: str, pad: str, cache: str) -> None:
     """The same tokens and the same logits, window caches included: the models with windows slide."""
     own, door = generating(name, OURS)
@@ -152,7 +159,7 @@ def test_generation(name: str, pad: str, cache: str) -> None:
     assert not report.notes, str(report)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("name", few(["llama", "mistral", "gpt_oss"], "mistral"))
 def test_prompts_in_pieces(name: str) -> None:
     """A cache that is continued by several tokens at once, beyond the window, left-padded."""
     own, door = pair(name, OURS)
@@ -173,7 +180,7 @@ def test_prompts_in_pieces(name: str) -> None:
     assert set(reattend.report(door).kernels) == {"reattend"}
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
+@pytest.mark.parametrize("name", few(["llama", "gemma2", "t5"], "t5"))
 def test_beams_and_one_token_prompts(name: str) -> None:
     own, door = generating(name)
     given = {k: v[:, :1] for k, v in zoo.inputs(name, pad="none").items() if not k.startswith("decoder")}
@@ -433,6 +440,7 @@ def test_a_library_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyP
         reattend.register("jax")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_a_door_is_opened() -> None:
     code = "import reattend, reattend.api, sys; assert 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -13,6 +13,8 @@ import reattend
 from tests.cases import spelled  # noqa: F401  more cases
 from tests.cases.field import CASES
 
+pytestmark = pytest.mark.thin(12)
+
 # Errors below this are not compared: it is what a sum of numbers of float32 in another order may be off by.
 FLOOR = 2e-6
 

@@ -19,6 +19,8 @@ from ..rewriter.helpers import recorded
 from . import zoo
 from .count import CountAttention
 
+pytestmark = pytest.mark.thin(3)
+
 ROUTES = ("export", "dynamo", "symbolic")
 
 

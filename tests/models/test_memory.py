@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import reattend
 
+pytestmark = pytest.mark.thin(6)
+
 B, N, D, HEADS = 2, 128, 64, 4
 Given = tuple[Tensor, ...]
 

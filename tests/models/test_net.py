@@ -11,6 +11,8 @@ import reattend
 
 from . import zoo
 
+pytestmark = pytest.mark.thin(12)
+
 TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 # Several kernels of ours to compile, or two stacks of layers.
 LONG = {"gpt2", "whisper", "bart", "t5", "gpt_oss", "gemma2"}

@@ -12,6 +12,8 @@ import reattend
 from . import zoo
 from .count import CountAttention
 
+pytestmark = pytest.mark.thin(6)
+
 CASES = zoo.CASES
 # At these sizes the plan may well keep the original; our kernel is what is tested here.
 OURS = reattend.Policy(allow=("reattend",), deny=("original",))

@@ -71,10 +71,9 @@ def planned(ours: torch.nn.Module) -> tuple[reattend.Plan, set[str]]:
 DENSE_STEPS = ("glm5_next",)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_a_layer_is_one_site_that_gathers(name: str) -> None:
-    model = tiny(name)
+def test_a_layer_is_one_site_that_gathers() -> None:
+    """Without a mask of its own as well, and rows of padding, which have no visible key."""
+    model = tiny("deepseek_v32")
     ids = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(0))
     valid = torch.ones_like(ids)
     valid[0, :15] = 0
@@ -83,15 +82,11 @@ def test_a_layer_is_one_site_that_gathers(name: str) -> None:
         for mask in (None, valid):
             given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
             want, out = (m(**given).last_hidden_state for m in (model, ours))
-            # padded rows as well: they have no visible key
             torch.testing.assert_close(out, want, rtol=0, atol=2e-5)
     plan, checks = planned(ours)
-    (site, *_) = [s for s in plan.sites if s.name.endswith("attn")]
-    assert site.kind == "selected"
-    assert "top-k" in site.traits
-    assert site.choice == "reattend"
+    assert {s.kind for s in plan.sites if s.name.endswith("attn")} == {"selected"}
     assert checks == {"same"}
-    assert not plan.misses or name in ("hy_v4", "glm5_next", "deepseek_v4")
+    assert not plan.misses
 
 
 @pytest.mark.slow
@@ -113,12 +108,16 @@ def test_tokens_one_by_one(name: str) -> None:
 
 
 def states(
-    m: torch.nn.Module, ids: torch.Tensor, valid: torch.Tensor, given: torch.Tensor | None = None, steps: int = 3
+    m: torch.nn.Module, ids: torch.Tensor, valid: torch.Tensor, given: torch.Tensor | None = None, steps: int = 3,
+    padding: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states of a prompt's tokens and of those after it, one by one, as given or as they are chosen; and these."""
+    """Hidden states of a prompt's tokens and of those after it, one by one, as given or as they are chosen; and these.
+
+    `padding`: of rows that are padding as well, which have no visible key.
+    """
     head = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).double()
     out = m(input_ids=ids, attention_mask=valid, use_cache=True)
-    seen, tokens = [out.last_hidden_state[valid.bool()]], list[torch.Tensor]()
+    seen, tokens = [out.last_hidden_state[valid.bool() | padding]], list[torch.Tensor]()
     for i in range(steps):
         tokens.append((out.last_hidden_state[:, -1:].double() @ head).argmax(-1) if given is None else given[i])
         valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
@@ -127,7 +126,7 @@ def states(
     return torch.cat(seen).double(), torch.stack(tokens) if tokens else ids[:0]
 
 
-FAST = (("deepseek_v32", torch.float32), ("minimax_m3_vl", torch.bfloat16))
+FAST = (("minimax_m3_vl", torch.bfloat16),)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +152,9 @@ def test_prompts_and_tokens_in_types(name: str, dtype: torch.dtype) -> None:
         for valid in (whole, right, left):
             # after padding on the right no token follows
             steps = 0 if valid is right else 3
-            want, said = states(model, ids, valid, steps=steps)
-            out, says = states(ours, ids, valid, None if dtype == torch.float32 else said, steps)
+            every = dtype == torch.float32
+            want, said = states(model, ids, valid, steps=steps, padding=every)
+            out, says = states(ours, ids, valid, None if every else said, steps, padding=every)
             if dtype == torch.float32:
                 torch.testing.assert_close(out, want, rtol=0, atol=2e-5)
                 assert torch.equal(says, said)
@@ -167,6 +167,8 @@ def test_prompts_and_tokens_in_types(name: str, dtype: torch.dtype) -> None:
     sites = [s for s in plan.sites if s.name.endswith("attn")]
     assert sites
     assert {s.choice for s in sites} == {"reattend"}
+    assert "top-k" in sites[0].traits
+    assert not plan.misses or name in ("hy_v4", "glm5_next", "deepseek_v4")
     steps_apart = [s for s in sites if name in DENSE_STEPS and "decode" in s.traits]
     assert {s.kind for s in sites if s not in steps_apart} == {"selected"}
 

@@ -24,6 +24,8 @@ from ..codegen import attentions
 from ..codegen.attentions import Case, aux, build
 from ..strategies import FILLED, FILLS, INF, MASKS, ROWS, SCORES, Program, programs
 
+pytestmark = pytest.mark.thin(2)
+
 Values = Mapping[str, torch.Tensor]
 H, B, P, M, F = (ex.index(r) for r in "hbpmf")
 

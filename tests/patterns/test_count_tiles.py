@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -33,6 +33,7 @@ from reattend.patterns.masks.split import (
 )
 from reattend.patterns.masks.tiles import pairs
 from reattend.patterns.terms.constant import number
+from tests.tiers import examples
 
 B, H, P, M = (ex.index(r) for r in "bhpm")
 CAUSAL = M <= P
@@ -114,7 +115,7 @@ def affine_predicates() -> st.SearchStrategy[Expr]:
     )
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(affine_predicates(), TILES)
 @example(CAUSAL & (P - M < 0), (8, 8))
 @example((P * 2 - M < 7) & (M - P < 3), (4, 16))
@@ -176,7 +177,7 @@ def repeating() -> st.SearchStrategy[Expr]:
     return st.recursive(atom, lambda p: st.one_of(st.tuples(p, p).map(lambda t: t[0] & t[1]), st.tuples(p, p).map(lambda t: t[0] | t[1]), p.map(lambda e: ~e)), max_leaves=3)
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(repeating(), st.sampled_from([(8, 8), (4, 16), (16, 4), (8, 2)]), st.integers(1, 75), st.integers(1, 75))
 def test_repeated_masks_have_no_difference(keep: Expr, tile: tuple[int, int], p: int, m: int) -> None:
     grid = grid_of(keep, tile, {"h": 2, "p": p, "m": m})
@@ -229,7 +230,7 @@ def predicates() -> st.SearchStrategy[Expr]:
     )
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(predicates(), TILES, st.booleans())
 def test_drawn_masks_have_no_difference(keep: Expr, tile: tuple[int, int], coarse: bool) -> None:
     """Whatever the mask, counts equal those of looking at every point, and lie between pairs and all."""
@@ -264,7 +265,7 @@ def test_thousands_of_open_tiles_are_settled() -> None:
 # --- what is derived from runs ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(predicates(), predicates(), st.integers(1, 9))
 def test_runs_say_what_the_matrix_says(keep: Expr, other: Expr, at_most: int) -> None:
     keep, other = keep | (H > 5), other | (H > 5)

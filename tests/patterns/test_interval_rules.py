@@ -18,6 +18,8 @@ from reattend.patterns.terms.arithmetic import INTEGER_RANGE, LIMIT, Arrays, cli
 from reattend.patterns.terms.interval_rules import BITWISE, LIMITS, PLAIN, Ends, bitwise, interval
 from reattend.patterns.terms.overflow import HELD, passes
 
+pytestmark = pytest.mark.thin(2)
+
 X, Y = ex.index("x"), ex.index("y")
 REACH = 6
 NUMBERS = range(-REACH, REACH + 1)

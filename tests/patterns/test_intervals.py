@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +22,7 @@ from reattend.patterns.expr import Expr
 from reattend.patterns.terms.affine import affine
 from reattend.patterns.terms.block_spans import block_spans
 from reattend.patterns.terms.intervals import spans
+from tests.tiers import examples
 
 EXTENTS = {"h": 3, "p": 13, "m": 17}
 H, P, M = (ex.index(r) for r in EXTENTS)
@@ -128,7 +129,7 @@ def box_of(corners: tuple[list[int], ...]) -> dict[str, tuple[np.ndarray, np.nda
     return {r: (np.asarray([lo]), np.asarray([hi])) for r, (lo, hi) in zip(EXTENTS, corners)}
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(INTEGERS, BOX, st.booleans())
 def test_integer_spans_hold_every_value(term: Expr, corners: tuple[list[int], ...], known: bool) -> None:
     lo, hi = spans(term, box_of(corners), of_load=block_spans(ARRAYS) if known else None)
@@ -137,7 +138,7 @@ def test_integer_spans_hold_every_value(term: Expr, corners: tuple[list[int], ..
     assert not (inside > hi).any(), (term, hi)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(FLOATS, BOX, st.booleans())
 def test_float_spans_hold_every_value_or_say_unknown(term: Expr, corners: tuple[list[int], ...], known: bool) -> None:
     lo, hi = spans(term, box_of(corners), of_load=block_spans(ARRAYS) if known else None)
@@ -149,7 +150,7 @@ def test_float_spans_hold_every_value_or_say_unknown(term: Expr, corners: tuple[
     assert not (inside > hi).any(), (term, hi)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(PREDICATES, BOX, st.booleans())
 def test_certain_answers_hold_at_every_point(term: Expr, corners: tuple[list[int], ...], known: bool) -> None:
     yes, maybe = spans(term, box_of(corners), of_load=block_spans(ARRAYS) if known else None)
@@ -160,7 +161,7 @@ def test_certain_answers_hold_at_every_point(term: Expr, corners: tuple[list[int
         assert not inside.any(), term
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(INTEGERS)
 def test_single_points_are_exact(term: Expr) -> None:
     """Splitting down to points ends: there the span is the value."""
@@ -171,7 +172,7 @@ def test_single_points_are_exact(term: Expr) -> None:
     np.testing.assert_array_equal(np.broadcast_to(hi, expected.shape), expected)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(PREDICATES, st.booleans())
 def test_torch_agrees_with_numpy(term: Expr, known: bool) -> None:
     box = {
@@ -212,7 +213,7 @@ ASKED = st.one_of(
 WHOLE = {r: (np.int64(0), np.int64(n - 1)) for r, n in PAIR.items()}
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(EDGES, DRAWN, DRAWN)
 def test_spans_of_infinite_loads_hold_every_value_or_say_unknown(term: Expr, x: np.ndarray, y: np.ndarray) -> None:
     arrays = {"x": x, "y": y}
@@ -225,7 +226,7 @@ def test_spans_of_infinite_loads_hold_every_value_or_say_unknown(term: Expr, x: 
     assert not (inside > hi).any(), (term, hi)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(ASKED, DRAWN, DRAWN)
 def test_certain_answers_about_infinite_loads_hold_at_every_point(term: Expr, x: np.ndarray, y: np.ndarray) -> None:
     arrays = {"x": x, "y": y}
@@ -613,7 +614,7 @@ def test_bounds_behind_a_load_are_exact(xp: Any) -> None:
     np.testing.assert_array_equal(hi, [table[a : b + 1].max() for a, b in ends])
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.data(), st.sampled_from([(), (4,), (4, 3), (64,)]))
 def test_block_bounds_are_exact(data: st.DataObject, blocks: tuple[int, ...]) -> None:
     shape = (3, 14, 11)

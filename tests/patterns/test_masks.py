@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
@@ -31,6 +31,7 @@ from reattend.patterns.masks.split import (
 from reattend.patterns.masks.tiles import pairs
 from reattend.patterns.terms.conditions import normal
 from tests.effort import calls, peak_bytes
+from tests.tiers import examples
 
 B, H, P, M = (ex.index(r) for r in "bhpm")
 CAUSAL = M <= P
@@ -230,7 +231,7 @@ def masked(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.recursive(st.sampled_from([S, S, BIAS]), masked, max_leaves=4))
 def test_split_means_the_score(score: Expr) -> None:
     """Where keep holds the score equals full bit by bit; elsewhere it is at most the largest fill plus what is finite."""
@@ -353,7 +354,7 @@ def ceil_div(a: int, b: int) -> int:
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 70), st.integers(1, 70))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(SIZES, st.integers(1, 200))
 def test_closed_forms_of_b1(sizes: tuple[int, int, int], w: int) -> None:
     n, tq, tk = sizes
@@ -462,7 +463,7 @@ def predicates(leaf: st.SearchStrategy[Expr], *bools: Expr) -> st.SearchStrategy
 TILES = st.sampled_from([(8, 8), (4, 16), (23, 5), (1, 8), (7, 30)])
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(predicates(PLAIN), TILES)
 def test_static_predicates_are_exact(keep: Expr, tile: tuple[int, int]) -> None:
     found = classify(keep, query="p", key="m", extents=EXTENTS, tile_p=tile[0], tile_m=tile[1])
@@ -472,7 +473,7 @@ def test_static_predicates_are_exact(keep: Expr, tile: tuple[int, int]) -> None:
     sound_rows(rows_with_key(keep, found, query="p", key="m", extents=EXTENTS), mask, tile[0])
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(predicates(st.one_of(PLAIN, LOADED), PAD, ex.load("dense", (P, M), "b1")), TILES, st.booleans())
 def test_predicates_with_loads_are_sound(keep: Expr, tile: tuple[int, int], known: bool) -> None:
     arguments: dict[str, Any] = {

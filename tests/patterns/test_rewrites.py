@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
@@ -19,6 +19,7 @@ from reattend.patterns.passes.chain import Reading
 from reattend.patterns.passes.repair import repair
 from reattend.patterns.terms.laws import moments as moment_basis
 from reattend.patterns.verdict import Refusal
+from tests.tiers import examples
 
 from . import rules
 
@@ -359,7 +360,7 @@ def test_scattered_write() -> None:
     assert str(c.einsums[0]) == "A[i · 4 + j] = X[i,j]"
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 30), st.booleans())
 def test_scattered_write_of_a_reduction(outer: int, inner: int, length: int, iterative: bool) -> None:
     at = ex.index("i") * inner + ex.index("j")

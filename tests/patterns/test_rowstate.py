@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sympy
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
@@ -20,6 +20,7 @@ from reattend.patterns.terms.constant import TRIES, number, tries
 from reattend.patterns.terms.laws import additive, multiplicative, separates
 from reattend.patterns.verdict import Obstacle
 from tests.effort import calls
+from tests.tiers import examples, pairs
 
 from . import rules
 
@@ -82,8 +83,7 @@ def test_what_is_made_up_takes_every_kind_of_value() -> None:
     assert set(whole.tolist()) == {1, 2, 3}
 
 
-@pytest.mark.parametrize("score", rules.SCORES, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("rule", [*rules.SOFTMAX, *rules.OTHERS], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("rule", "score"), pairs(4, [*rules.SOFTMAX, *rules.OTHERS], rules.SCORES))
 def test_stream_equals_the_rule_as_written(rule: Any, score: Any) -> None:
     """37 keys in tiles of 16, rows without a key included: NaN where the model has NaN, and only there."""
     error, _ = streams(derived(rule, score), 16)
@@ -513,7 +513,7 @@ _norms: dict[str, Any] = {
 }
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     st.sampled_from(sorted(_maps)),
     st.lists(st.sampled_from(sorted(_norms)), min_size=1, max_size=3),

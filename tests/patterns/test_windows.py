@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
@@ -25,6 +25,7 @@ from reattend.patterns.masks.windows import (
     unfolded,
 )
 from reattend.patterns.terms.constant import number
+from tests.tiers import examples
 
 P, M = ex.index("p"), ex.index("m")
 
@@ -46,7 +47,7 @@ def natten(i: int, length: int, window: int, stride: int, causal: bool) -> tuple
     return start, start + window
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.data())
 def test_the_window_is_natten_s(sizes: tuple[int, int], data: st.DataObject) -> None:
     length, window = sizes
@@ -68,7 +69,7 @@ def test_windows_that_do_not_fit(window: int, stride: int, dilation: int) -> Non
         neighborhood(P, M, length=15, window=window, stride=stride, dilation=dilation)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.data())
 def test_tile_order_visits_every_token_once(lengths: list[int], data: st.DataObject) -> None:
     tile = [data.draw(st.integers(1, 4)) for _ in lengths]

@@ -13,6 +13,9 @@ from torch.compiler import nested_compile_region
 from torch.utils.checkpoint import checkpoint
 
 import reattend
+from tests.tiers import few
+
+pytestmark = pytest.mark.thin(3)
 
 REASON = "of its own inside it"
 
@@ -133,7 +136,7 @@ def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [out.detach(), *(g for g in grads if g is not None)]
 
 
-@pytest.mark.parametrize("attends", [True, False])
+@pytest.mark.parametrize("attends", few([True, False], True))
 @pytest.mark.parametrize("name", STEPS)
 def test_gradients_are_the_originals(name: str, attends: bool) -> None:
     model, ours = both(STEPS[name], attends)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import reattend
 from reattend.rewriter.run.called import masks_passed
+from tests.tiers import few
 
 
 def llama(**settings: Any) -> nn.Module:
@@ -25,7 +26,7 @@ def llama(**settings: Any) -> nn.Module:
 IDS = torch.zeros(1, 4096, dtype=torch.long)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", few([False, True], True))
 def test_a_speed_up_is_over_the_call_that_runs(dynamic: bool) -> None:
     """Llama hands a trace a mask; run by itself it passes none, and torch's kernel leaves the triangle's other half out."""
     plan = reattend.plan(llama(), (), {"input_ids": IDS.to("meta")}, target="h200", dynamic=dynamic)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from reattend.rewriter.capture import backward, calls, capture
 from reattend.rewriter.capture.templates import Unfit
 from reattend.rewriter.graph import torch_private
+from tests.tiers import one_in
 
 
 class Both:
@@ -128,9 +129,9 @@ class Stack(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(("dtype", "gradients", "dynamic"), [
+@pytest.mark.parametrize(("dtype", "gradients", "dynamic"), one_in(3, [
     (torch.float32, False, True), (torch.bfloat16, True, False), (torch.float16, True, True),
-])
+]))
 def test_layers_are_traced_once_and_give_the_same_graph(dtype: torch.dtype, gradients: bool, dynamic: bool) -> None:
     with torch.set_grad_enabled(gradients):
         made = [both(Stack(n).to(dtype), torch.randn(2, 5, 16, dtype=dtype), dynamic=dynamic) for n in (2, 4)]

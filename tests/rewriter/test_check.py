@@ -23,6 +23,7 @@ from reattend.rewriter.check.own import Uncheckable, read
 from reattend.rewriter.check.rows import Budget, picked, poor
 from reattend.rewriter.splice import sampling
 from tests.loading import script
+from tests.tiers import few, one_in
 
 from .helpers import graph_of
 
@@ -265,7 +266,7 @@ def test_a_row_that_cancels_may_be_as_far_off_as_the_models_own() -> None:
     assert not errors(other, own, exact).within()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", few([torch.float64, torch.float32], torch.float32))
 def test_a_gradient_behind_a_saturated_softmax_is_no_false_alarm(dtype: torch.dtype) -> None:
     """p·(dp − Σ p·dp) cancels: by how much the model's own code is off on few rows is luck, and in float64 nothing."""
     for seed in range(6):
@@ -288,8 +289,8 @@ class Causal(nn.Module):
         return v
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("what", ["random", "large", "equal", "one key, many times"])
+@pytest.mark.parametrize("dtype", few([torch.float64, torch.float32], torch.float32))
+@pytest.mark.parametrize("what", few(["random", "large", "equal", "one key, many times"], "large", "equal"))
 def test_gradients_that_are_nothing_are_no_false_alarm(what: str, dtype: torch.dtype) -> None:
     for seed in range(3):
         torch.manual_seed(seed)
@@ -451,18 +452,17 @@ def test_a_folder_of_another_user_is_not_used(monkeypatch: pytest.MonkeyPatch, t
         assert tmp_path not in cache.directory.__wrapped__().parents
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
-    ("dtype", "grad"),
-    [
-        (torch.float32, False), pytest.param(torch.bfloat16, False, marks=SLOW),
-        pytest.param(torch.float32, True, marks=SLOW), pytest.param(torch.bfloat16, True, marks=SLOW),
-    ],
+    ("candidate", "dtype", "grad"),
+    few(
+        [(c, t, g) for c in ("reattend", "sdpa") for t in (torch.float32, torch.bfloat16) for g in (False, True) if c == "sdpa" or not g],
+        ("reattend", torch.float32, False),
+    ),
 )
-@pytest.mark.parametrize("name", [n for n in CASES if n != "dropout_train"])
-def test_no_false_alarm(name: str, dtype: torch.dtype, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", one_in(3, [n for n in CASES if n != "dropout_train"]))
+def test_no_false_alarm(
+    name: str, candidate: str, dtype: torch.dtype, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every spelling on every candidate, compared in full and on sampled rows."""
     case = CASES[name]
     args = [a.detach().to(dtype).requires_grad_(grad) if a.is_floating_point() else a for a in case["args"]()]
@@ -470,21 +470,19 @@ def test_no_false_alarm(name: str, dtype: torch.dtype, grad: bool, monkeypatch: 
         case["fn"](*args)
     except RuntimeError:
         pytest.skip("the spelling itself mixes types")
-    for budget, few in ((rows.FULL, rows.KEPT), (Budget(0, 0.0), (5, 3, 2, 2, 2, 2))):
-        monkeypatch.setattr(rows, "FULL", budget)
-        monkeypatch.setattr(rows, "KEPT", few)
-        for candidate in ("reattend", "sdpa") if not grad else ("sdpa",):
-            torch._dynamo.reset()
-            model = Spelled(case["fn"])
-            # every call is looked at, whatever is on disk
-            policy = reattend.Policy(allow=candidate, deny="original", check=1)
-            with torch.set_grad_enabled(grad), warnings.catch_warnings():
-                warnings.simplefilter("error")
-                reattend.optimize(model, policy=policy)
-                model(*args)
-                model(*args)
-            checks = reattend.report(model).checks
-            assert all(c.ok for c in checks), checks
+    torch._dynamo.reset()
+    model = Spelled(case["fn"])
+    # every call is looked at, whatever is on disk
+    policy = reattend.Policy(allow=candidate, deny="original", check=1)
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reattend.optimize(model, policy=policy)
+        model(*args)
+        monkeypatch.setattr(rows, "FULL", Budget(0, 0.0))
+        monkeypatch.setattr(rows, "KEPT", (5, 3, 2, 2, 2, 2))
+        model(*args)
+    checks = reattend.report(model).checks
+    assert all(c.ok for c in checks), checks
 
 
 class Spelled(nn.Module):

@@ -21,6 +21,7 @@ from reattend.rewriter.graph.aliases import Aliases
 from reattend.rewriter.graph.functional import functional
 from reattend.rewriter.graph.liveness import erase_dead
 
+from ..tiers import few, one_in
 from .helpers import graph_of, values_of
 
 models = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
@@ -106,10 +107,10 @@ def found(gm: fx.GraphModule) -> tuple[FoundScan, Scan]:
     return one
 
 
-@pytest.mark.parametrize(("name", "t"), [
-    ("gated", 130), ("channels", 130), ("linear", 48),
-    *(pytest.param(n, t, marks=pytest.mark.slow) for n in ("gated", "channels") for t in (128, 200)),
-])
+@pytest.mark.parametrize(
+    ("name", "t"),
+    few([("linear", 48), *((n, t) for n in ("gated", "channels") for t in (128, 130, 200))], ("linear", 48), ("gated", 130)),
+)
 def test_a_loop_over_chunks_is_the_recurrence_over_its_tokens(name: str, t: int) -> None:
     args = inputs(name, t)
     gm = widened(RULES[name], args)
@@ -182,11 +183,11 @@ def bad(name: str) -> Rule:
     return fn
 
 
-@pytest.mark.parametrize(("name", "why"), [
+@pytest.mark.parametrize(("name", "why"), one_in(2, [
     ("sees ahead", "others than those up to itself"), ("leaves itself out", "others than those up to itself"),
     ("never fades", "not what its tokens would compute"), ("reads twice as much", "not what its tokens would compute"),
     ("another decay", "no running sum|fades otherwise|no exponential"), ("reads behind", "after it has changed"),
-])
+]))
 def test_chunks_that_are_no_recurrence_stay_chunks(name: str, why: str) -> None:
     gm = widened(bad(name), inputs("linear", 48))
     scan, made = found(gm)

@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 import reattend
 from reattend.rewriter.splice.derivatives import _Way
 from tests.cases.field import Fn, attend, causal, tensors
+from tests.tiers import few
+
+pytestmark = pytest.mark.thin(3)
 
 SDPA = reattend.Policy(allow=("sdpa",))
 
@@ -51,7 +54,7 @@ def penalty(f: Callable[..., Tensor], x: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("f", [attend, masked, grouped, one_tensor], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", few([1, 2], 2))
 def test_second_derivatives_are_the_originals(f: Callable[..., Any], batch: int) -> None:
     x = leaves(batch, 4, 256, 16)
     model = reattend.optimize(Fn(f), policy=SDPA)
@@ -108,7 +111,7 @@ def test_second_derivatives_through_a_checkpoint_inside_a_model() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("f", [attend, masked], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("f", few([attend, masked], masked), ids=lambda f: f.__name__)
 def test_forward_derivatives_are_not_lost(f: Callable[..., Any]) -> None:
     q, k, v = tensors(*3 * [(1, 4, 512, 32)])
     model = reattend.optimize(Fn(f))

@@ -21,6 +21,8 @@ from reattend.rewriter.doors.mask import PositionMask, Positions, added, not_poi
 from reattend.rewriter.doors.reads import Reads, Seen
 from reattend.rewriter.doors.site import Door, DoorCall
 
+pytestmark = pytest.mark.thin(2)
+
 OURS = Policy(allow="reattend", deny="original")
 CPU = torch.device("cpu")
 TABLE = torch.tensor([0, 0, 1, 1, 2])

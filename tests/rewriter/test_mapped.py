@@ -14,6 +14,9 @@ from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 import reattend
+from tests.tiers import few
+
+pytestmark = pytest.mark.thin(3)
 
 INF = float("inf")
 N = 48
@@ -82,14 +85,14 @@ def held(f: Callable[..., Tensor], args: tuple[Tensor, ...]) -> Any:
     return reattend.report(ours)
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", few(SCORES, "table"))
 def test_a_score_function_is_a_term(name: str) -> None:
     report = held(SCORES[name], qkv())
     assert len(report.sites) == 1
     assert all(c.ok for c in report.checks)
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", few(MASKS, "window", "rows without a key"))
 def test_a_mask_function_is_a_predicate(name: str) -> None:
     mask, wanted = MASKS[name]
     report = held(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), qkv())
@@ -97,14 +100,15 @@ def test_a_mask_function_is_a_predicate(name: str) -> None:
     assert wanted <= run.site.traits
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", few([torch.bfloat16, torch.float16], torch.bfloat16))
+@pytest.mark.parametrize("batch", few([1, 2], 2))
 def test_in_16_bits_with_heads_in_groups(dtype: torch.dtype, batch: int) -> None:
     report = held(lambda q, k, v: flex_attention(q, k, v, block_mask=CAUSAL, enable_gqa=True), qkv(dtype, batch, keys=2))
     (run,) = report.sites
     assert {"causal", "gqa"} <= run.site.traits
 
 
+@pytest.mark.slow
 def test_a_block_mask_made_inside_and_lengths_at_run_time() -> None:
     def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flex_attention(q, k, v, block_mask=create_block_mask(causal, None, None, N, N, device="cpu"))
@@ -131,6 +135,7 @@ def test_what_else_a_flex_attention_answers_is_its_own() -> None:
     assert [m.hint for m in plan.misses] == [miss.hint]
 
 
+@pytest.mark.slow
 def test_a_long_one_is_held_on_sampled_rows() -> None:
     tokens = 512
     mask = create_block_mask(causal, None, None, tokens, tokens, device="cpu")
@@ -139,6 +144,7 @@ def test_a_long_one_is_held_on_sampled_rows() -> None:
     assert report.fallbacks == 0
 
 
+@pytest.mark.slow
 def test_one_flex_attention_after_another() -> None:
     def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flex_attention(q, k, v, block_mask=CAUSAL)
@@ -166,7 +172,7 @@ MAPPED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", MAPPED)
+@pytest.mark.parametrize("name", few(MAPPED, "batch and heads", "a scan behind it", "heads last"))
 def test_a_mapped_attention_is_found(name: str) -> None:
     report = held(MAPPED[name], qkv())
     assert len(report.sites) == 1

@@ -20,8 +20,11 @@ from reattend.rewriter.fold.loop import loops
 from reattend.rewriter.fold.recurrences import FoundScan, lifted
 from reattend.rewriter.graph.functional import functional
 from reattend.rewriter.graph.liveness import erase_dead
+from tests.tiers import few, pairs
 
 from .helpers import graph_of
+
+pytestmark = pytest.mark.thin(3)
 
 Results = tuple[Tensor, Tensor]
 # Steps of the loop that is folded; no other size.
@@ -158,8 +161,7 @@ def run(name: str, args: tuple[Tensor, ...]) -> Results:
     return got[results[0]], got[results[1]]
 
 
-@pytest.mark.parametrize("t", [1, 37, 64, 130, 200])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "t"), pairs(4, CASES, [130, 1, 37, 64, 200]))
 def test_matrix_products_are_the_steps_in_float64(name: str, t: int) -> None:
     args = inputs(name, t)
     for x, want in zip(run(name, args), CASES[name](*args)):
@@ -180,8 +182,9 @@ def test_what_a_step_does_is_read_off_its_term() -> None:
     }
 
 
-@pytest.mark.parametrize("decay", [0.0, -1e-6, -100.0, -1000.0, -float("inf")])
-@pytest.mark.parametrize("name", ["gated_delta", "channel_delta", "receptance"])
+@pytest.mark.parametrize(
+    ("name", "decay"), pairs(4, ["gated_delta", "channel_delta", "receptance"], [-float("inf"), 0.0, -1e-6, -1000.0, -100.0])
+)
 def test_decays_may_be_as_strong_as_they_like(name: str, decay: float) -> None:
     """A decay of −∞ forgets all that was before; every second channel keeps all where channels decay apart."""
     args = list(inputs(name, 150))
@@ -299,8 +302,13 @@ class Model(torch.nn.Module):
         return CASES[self.name](*args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["lightning", "receptance", "gated_delta"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    few(
+        [(n, t) for n in ("lightning", "receptance", "gated_delta") for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)],
+        ("receptance", torch.float32), ("gated_delta", torch.bfloat16),
+    ),
+)
 def test_a_model_runs_our_scan_and_is_no_farther_from_float64(name: str, dtype: torch.dtype) -> None:
     args = inputs(name, 9, dtype)
     torch._dynamo.reset()

@@ -15,6 +15,9 @@ import reattend
 from reattend.cost_model.time.cost import Cost
 from reattend.rewriter.run import contest
 from reattend.rewriter.splice import race
+from tests.tiers import few
+
+pytestmark = pytest.mark.thin(2)
 
 N = 512
 OURS = reattend.Policy(allow="reattend", deny=("sdpa", "flex"))
@@ -149,7 +152,7 @@ def test_nothing_is_timed_where_the_policy_leaves_no_choice(policy: reattend.Pol
     assert (report.as_written, report.fallbacks) == (0, 0)
 
 
-@pytest.mark.parametrize("why", ["memory", "decided", "open sizes"])
+@pytest.mark.parametrize("why", few(["memory", "decided", "open sizes"], "memory", "decided"))
 def test_the_model_is_not_run_as_written_to_be_timed(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where its own code may not fit, is known to be slower, or may be called at any size."""
     kernels(monkeypatch, own=1e-3, kernel=2e-3)

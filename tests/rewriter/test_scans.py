@@ -18,8 +18,11 @@ from reattend.rewriter.fold.loop import loops
 from reattend.rewriter.fold.recurrences import FoundScan, lifted
 from reattend.rewriter.graph.functional import functional
 from reattend.rewriter.graph.liveness import erase_dead
+from tests.tiers import pairs
 
 from .helpers import graph_of, values_of
+
+pytestmark = pytest.mark.thin(3)
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -397,8 +400,9 @@ def test_a_long_loop_is_planned_without_recursion() -> None:
     assert not plan.misses
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", ["selective", "gated_unit", "outer", "delta"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), pairs(3, ["selective", "gated_unit", "outer", "delta"], [torch.bfloat16, torch.float16, torch.float32])
+)
 def test_a_loop_that_is_optimised_is_no_farther_from_float64(name: str, dtype: torch.dtype) -> None:
     """In 16 bits as well: at most twice as far as the model's own steps, with no net to help."""
 

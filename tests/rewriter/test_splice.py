@@ -19,6 +19,8 @@ from reattend.rewriter.graph import liveness
 from reattend.rewriter.splice import splice
 from reattend.rewriter.splice.guards import original_subgraph
 
+pytestmark = pytest.mark.thin(3)
+
 
 def oracle(found: detect.Found) -> splice.Call:
     """The cascade itself, run by `evaluate`."""

@@ -28,12 +28,14 @@ EMITTED = {
 OTHERS = {"_replace", "_from_config", "_model_mapping", "_convert_float", "_patch_lang"}
 # Undocumented without an underscore.
 UNDOCUMENTED = r"torch\.fx\.experimental\b|torch\.ops\.higher_order\b|\.node\.(expr|hint|shape_env|maybe_as_int)\b|partial_fx_graph|compile_subgraph_reason"
+# What such a name ends in: of other attributes no text is made.
+ENDS = set(re.findall(r"\w+", re.sub(r"\\[b.]", " ", UNDOCUMENTED)))
 PRIVATE = re.compile(rf"torch(\.\w+)*\._[a-zA-Z]\w*(\.\w+)*|{UNDOCUMENTED}")
 
 
 def private_names(text: str, own: set[str]) -> Iterator[str]:
     """The private parts of torch that a file names: imported, as an attribute of anything, or in a text."""
-    tree = ast.parse(text)
+    tree, known = ast.parse(text), own | OTHERS
     torch_names = {"torch": "torch"}
     documents = {
         id(n.body[0].value)
@@ -50,10 +52,12 @@ def private_names(text: str, own: set[str]) -> Iterator[str]:
                 yield from (f"{module}.{a.name}" for a in n.names if PRIVATE.search(f"{module}.{a.name}"))
     for n in ast.walk(tree):
         if isinstance(n, ast.Attribute):
+            lent = n.attr.startswith("_") and not n.attr.startswith("__") and n.attr not in known
+            if not lent and n.attr not in ENDS:
+                continue
             path = ast.unparse(n)
             first, _, rest = path.partition(".")
             whole = f"{torch_names.get(first, first)}.{rest}"
-            lent = n.attr.startswith("_") and not n.attr.startswith("__") and n.attr not in own | OTHERS
             if lent or re.fullmatch(rf"(torch\.[\w.]+|.*)({UNDOCUMENTED})", whole):
                 yield whole
         if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in documents:

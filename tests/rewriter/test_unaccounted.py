@@ -14,8 +14,11 @@ from torch import Tensor, nn
 import reattend
 from reattend.rewriter.choose.policy import StrictError
 from reattend.rewriter.find import detect
+from tests.tiers import few, one_in
 
 from .helpers import graph_of
+
+pytestmark = pytest.mark.thin(3)
 
 WEIGHT = torch.randn(4, 4)
 
@@ -141,7 +144,7 @@ def test_keys_and_values_first_is_a_site(fn: Callable[..., Tensor], batch: int) 
     assert len(found) == 1, [m.reason for m in missed]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16, torch.float16], torch.bfloat16))
 @pytest.mark.parametrize("fn", SITES)
 def test_products_alone_keep_their_order_and_their_gradients(fn: Callable[..., Tensor], dtype: torch.dtype) -> None:
     class Model(nn.Module):
@@ -260,8 +263,8 @@ def test_strict_raises_with_the_reason(fn: Callable[..., Tensor], words: str) ->
         model(*inputs(2))
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("fn", [*SITES, *(f for f, _ in NAMED)])
+@pytest.mark.parametrize("batch", few([1, 2], 2))
+@pytest.mark.parametrize("fn", one_in(2, [*SITES, *(f for f, _ in NAMED)]))
 def test_a_plan_and_a_report_agree(fn: Callable[..., Tensor], batch: int) -> None:
     class Model(nn.Module):
         def forward(self, *args: Tensor) -> Tensor:
