@@ -29,8 +29,10 @@ from reattend.cost_model.mesh.plan import MeshPlan  # noqa: E402
 from reattend.cost_model.mesh.scheme import Scheme  # noqa: E402
 from reattend.cost_model.sites.course import Course, Point, SweepError  # noqa: E402
 from reattend.cost_model.sites.detail import Detail  # noqa: E402
+from reattend.cost_model.sites.error import KeptMass  # noqa: E402
 from reattend.cost_model.sites.site import MaskView, PlanError, SiteShape, TileCounts  # noqa: E402
 from reattend.cost_model.time.cost import Cost  # noqa: E402
+from reattend.patterns.methods.registry import MethodFacts  # noqa: E402
 from reattend.rewriter.capture.capture import CaptureError  # noqa: E402
 from reattend.rewriter.check.verdicts import Check  # noqa: E402
 from reattend.rewriter.graph.torch_private import TorchChanged  # noqa: E402
@@ -40,16 +42,18 @@ from reattend.rewriter.shapes import UsageError  # noqa: E402
 
 PAGE = ROOT / "docs" / "api.md"
 WIDE = 110
-FUNCTIONS = ("optimize", "restore", "report", "plan", "verify", "register", "processors", "targets")
-CLASSES = ("Policy", "Plan", "Site", "Candidate", "Miss", "Sweep", "Report", "Verification", "Device")
+FUNCTIONS = ("optimize", "restore", "report", "plan", "verify", "register", "processors", "targets", "methods")
+CLASSES = (
+    "Policy", "Plan", "Site", "Candidate", "MeasuredError", "Miss", "Sweep", "Report", "Verification", "Device",
+)
 # What their fields hold; no name of the package itself.
 PARTS = (
-    Cost, SiteShape, MaskView, TileCounts, Detail, AttentionMemory, Course, Point, MeshPlan, Scheme, SiteRun, Check, Entered,
-    GraphPiece, SiteCheck,
+    Cost, KeptMass, MethodFacts, SiteShape, MaskView, TileCounts, Detail, AttentionMemory, Course, Point, MeshPlan, Scheme,
+    SiteRun, Check, Entered, GraphPiece, SiteCheck,
 )
 ERRORS: tuple[type[Exception], ...] = (
     reattend.StrictError, UsageError, UnknownDevice, CaptureError, PlanError, SweepError, MeshError, ExpectError,
-    TorchChanged,
+    TorchChanged, reattend.CalibrationError,
 )
 COMMANDS: tuple[Callable[..., object], ...] = (
     commands_plan.plan, commands_plan.explain, commands_run.emit, commands_run.bench, commands_run.verify,
@@ -69,11 +73,21 @@ def page() -> str:
         "## As a backend of torch.compile\n",
         "`torch.compile(model, backend=\"reattend\", options={…}, mode=…)`\n", _text(backend.reattend),
         "## Classes\n", *(_class(f"reattend.{n}", getattr(reattend, n)) for n in CLASSES),
+        "## Methods\n", *map(_method, reattend.methods()),
         "## What they are made of\n", "These are values to read; they have no name in `reattend` itself.\n",
         *(_class(c.__name__, c) for c in PARTS), "## Errors\n", *_errors(), "## Commands\n", *_commands(),
     ]
     parts.insert(1, "## Functions\n")
     return "\n".join(p.rstrip("\n") + "\n" for p in parts)
+
+
+def _method(m: MethodFacts) -> str:
+    """A method of the literature: its parameters, by what name it is allowed, what it keeps and who says so."""
+    name = m.make.__name__
+    given = ", ".join(n if v is ... else f"{n}={v}" for n, v in m.parameters.items())
+    needs = f" Needs {', '.join(m.needs)}." if m.needs else ""
+    said = f'`{name}({given})`, by name `"{m.name}"`'
+    return f"### reattend.{name}\n\n{said}\n\n{inspect.getdoc(m.make)}\n\nSource: {m.source}.{needs}\n"
 
 
 def _function(name: str, f: Callable[..., object]) -> str:

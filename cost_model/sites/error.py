@@ -51,9 +51,11 @@ class MeasuredError:
         return self.queries[0] <= queries <= self.queries[1] and self.keys[0] <= keys <= self.keys[1]
 
     def to_dict(self) -> dict[str, Json]:
+        """Plain data."""
         return asdict(self)
 
     @staticmethod
     def from_dict(d: Read) -> MeasuredError:
+        """Read what `to_dict` wrote. Raises KeyError or TypeError on other data."""
         mass = KeptMass(**d["mass"]) if d["mass"] is not None else None
         return MeasuredError(**{**d, "mass": mass, "queries": tuple(d["queries"]), "keys": tuple(d["keys"])})

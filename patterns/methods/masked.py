@@ -95,6 +95,23 @@ def _end(a: Attention, known: Mapping[Expr, object], keys: int) -> float:
         return float(number(a.finish, values, known))
 
 
+def keeps_itself(a: Attention) -> bool:
+    """Does every row keep the key at its own position under the model's mask, whatever run-time data says?"""
+    keep, m, at = split(a.score, a.key).keep, ex.index(a.key), position(a)
+    rows, keys = (a.cascade.rank[r].size for r in (a.query, a.key))
+    if at is None and rows != keys:
+        return False
+    here = ex.substitute(keep, {m: ex.index(a.query) if at is None else at})
+    return all(_trivial(part) for part in conjuncts(here))
+
+
+def _trivial(e: Expr) -> bool:
+    if e.op not in ("le", "ge") or any(x.dtype not in ex.INTEGERS for x in e.args):
+        return e is ex.TRUE
+    gap = affine(e.args[0]) - affine(e.args[1])
+    return not gap.terms and (gap.constant <= 0 if e.op == "le" else gap.constant >= 0)
+
+
 def position(a: Attention) -> Expr | None:
     """The last key that a row may see, as a term over the query: X of m ≤ X in the model's mask; None without one.
 

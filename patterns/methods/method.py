@@ -35,11 +35,16 @@ class SelectionProgram(Protocol):
 
     `reads` names the inputs of the replacement's cascade that it is made of. `run(torch, tensors, sizes)` makes the table
     from them, a b1 tensor in the shape that the cascade declares; it gets the module because nothing here imports torch. It
-    draws from no generator of others, and gives the same table for the same tensors. `work(sizes)` counts it.
+    draws from no generator of others, and gives the same table for the same tensors. `work(sizes)` counts it. `own_tile`:
+    does the table always have the tile of a row's own position? Then no row that keeps itself in the model is left without a
+    key (R3); else every table is looked at before the kernel runs, and one that leaves a row empty ends the method there.
     """
 
     @property
     def reads(self) -> tuple[str, ...]: ...
+
+    @property
+    def own_tile(self) -> bool: ...
 
     def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Any: ...
 
@@ -115,7 +120,7 @@ def _said(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class Positions:
+class TokenPositions:
     """The coordinates that a static predicate speaks of, as integer terms over the ranks of an attention.
 
     `row`: the position of the query among the keys (that of the last key it may see where the attention is causal); `key`:
@@ -134,7 +139,7 @@ class StaticMethod(Method):
     """A method that keeps keys by positions alone."""
 
     @abstractmethod
-    def keep(self, at: Positions, a: Attention) -> Expr | Refusal:
+    def keep(self, at: TokenPositions, a: Attention) -> Expr | Refusal:
         """Does the method keep the key of a row? A b1 term; the model's own mask need not stand in it."""
 
     def replace(self, a: Attention) -> Replacement | Refusal:
@@ -149,14 +154,14 @@ class StaticMethod(Method):
         return made if isinstance(made, Refusal) else Replacement(made)
 
 
-def positions(a: Attention) -> Positions | Refusal:
+def positions(a: Attention) -> TokenPositions | Refusal:
     """Where queries and keys lie. Refused where queries and keys are two sets: nothing says which key a row is at."""
     found = position(a)
     rows, keys = (a.cascade.rank[r].size for r in (a.query, a.key))
     if found is None and rows != keys:
         return Refusal("", f"its {rows} queries and {keys} keys are two sets: no key is at the place of a query")
     head = head_rank(a)
-    return Positions(
+    return TokenPositions(
         ex.index(a.query) if found is None else found, ex.index(a.key), ex.index(head) if head is not None else None,
         size_term(keys), found is not None,
     )

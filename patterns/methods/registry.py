@@ -15,7 +15,7 @@ from .method import Method
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """A method as people choose it. `parameters`: its defaults by name; one without a default must be given."""
+    """A method as people choose it. `parameters`: its defaults by name, `...` where there is none and one must be given."""
 
     name: str
     source: str
@@ -24,7 +24,7 @@ class MethodFacts:
     make: type[Method]
 
     def __str__(self) -> str:
-        given = ", ".join(f"{n}={'…' if v is MISSING else v}" for n, v in self.parameters.items())
+        given = ", ".join(f"{n}={'…' if v is ... else v}" for n, v in self.parameters.items())
         return f"{self.make.__name__}({given})  {self.source}" + (f"; needs {', '.join(self.needs)}" if self.needs else "")
 
 
@@ -42,12 +42,12 @@ def methods() -> tuple[MethodFacts, ...]:
 
 
 def _defaults(kind: type[Method]) -> Mapping[str, Any]:
-    return {f.name: f.default for f in fields(kind)}
+    return {f.name: ... if f.default is MISSING else f.default for f in fields(kind)}
 
 
 def named(name: str) -> Method | None:
     """The method of this name with its defaults; None for another name, or where a parameter has no default."""
     facts = next((m for m in methods() if m.name == name), None)
-    if facts is None or MISSING in facts.parameters.values():
+    if facts is None or any(v is ... for v in facts.parameters.values()):
         return None
     return facts.make()

@@ -31,7 +31,7 @@ from ..graph.torch_private import tree_leaves
 from ..run.session import Session, session_of
 from ..shapes import UsageError
 from .data import CalibrationError, Example, Halves, read
-from .record import Recorder, Seen
+from .record import MethodSeen, Recorder
 from .search import Choice, Move, Tried, choice_of, confirm, saved_by, search
 
 # Two-sided 95 % of Student's t by degrees of freedom; beyond, the normal distribution's is near enough.
@@ -182,7 +182,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return max(statistics.fmean(values) - half, 0.0), statistics.fmean(values) + half
 
 
-def _kept(seen: Sequence[Seen]) -> KeptMass | None:
+def _kept(seen: Sequence[MethodSeen]) -> KeptMass | None:
     """Of each number the head that keeps least; None for a method that weighs keys anew."""
     found = [s.mass for s in seen if s.mass is not None]
     if not found:

@@ -35,7 +35,7 @@ SEED = 0xCA1
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class MethodSeen:
     """A method at an attention in one call: relative errors (L2) of the output, of each head, and the weight that rows keep.
 
     `mass`: [heads, rows], None where it was not looked at; `rows` of `of` were.
@@ -60,7 +60,7 @@ class SiteRecord:
 
     saved: float = 0.0
     why: str = ""
-    seen: list[Seen] = field(default_factory=list)
+    seen: list[MethodSeen] = field(default_factory=list)
 
 
 class Recorder:
@@ -91,7 +91,7 @@ class Recorder:
                 timed, _ = choose.decide(region, choose.Request(self.policy, self.target, executable=False), again)
             for d in timed:
                 self._enter(d)
-        return lambda *values: _Running(captured.graph, decisions, self).run(*values)
+        return lambda *values: _BesideMethods(captured.graph, decisions, self).run(*values)
 
     def _enter(self, d: choose.Decision) -> None:
         self.sites[d.site.name] = None
@@ -115,7 +115,12 @@ class Recorder:
             if broken is not None:
                 record.why = f"on an example of the calibration it is not so that {broken.sentence}"
                 continue
-            made = m.call.target(*m.call.arguments(tensors, lambda name: sizes[name]))
+            try:
+                made = m.call.target(*m.call.arguments(tensors, lambda name: sizes[name]))
+            except Exception as error:
+                # a method that fails on the calibration's own data is no candidate, and no reason to stop
+                record.why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                continue
             like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
             like.copy_(made.reshape(value.shape))
             if self.recording:
@@ -128,7 +133,7 @@ class Recorder:
     def _seen(
         self, d: choose.Decision, m: Approximation, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], own: Tensor,
         made: Tensor,
-    ) -> Seen:
+    ) -> MethodSeen:
         view = attention(d.found.cascade)
         assert isinstance(view, Attention), view
         c = view.cascade
@@ -141,10 +146,10 @@ class Recorder:
         rows, keys = (int(bind(c.rank[r].size, sizes)) for r in (view.query, view.key))
         keeps = self.held_out and m.made is not None and m.made.masks
         mass, looked = _mass(view, m, tensors, sizes) if keeps else (None, 0)
-        return Seen(self.example, relative(b, a), tuple(heads), mass, looked, rows, rows, keys)
+        return MethodSeen(self.example, relative(b, a), tuple(heads), mass, looked, rows, rows, keys)
 
 
-class _Running(fx.Interpreter):
+class _BesideMethods(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, decisions: Mapping[fx.Node, choose.Decision], recorder: Recorder) -> None:
         # inputs of an attention are read when its output is there: nothing is dropped before
         super().__init__(gm, garbage_collect_values=False)

@@ -1,11 +1,12 @@
 """The watch over a site whose kernel computes a method: it is held against the method's own cascade, as the oracle has it.
 
-How far the method is from the model is measured before it is installed, and audited; here is only asked whether the kernel
-computes the method. Some rows are evaluated, in float64 and in the cascade's own types.
+How far the method is from the model was measured before it was installed, and is audited (`audit`); here is asked whether
+the kernel computes the method. Some rows are evaluated, in float64 and in the cascade's own types.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from ...patterns.evaluate import evaluate
 from ...patterns.methods.rows import ROWS, some_rows
 from ..capture.autocast import no_autocast
 from ..graph.torch_private import tree_leaves
+from .audit import Audit
 from .compare import errors
 from .verdicts import Check
 from .watch import SEED, SiteWatch
@@ -43,12 +45,31 @@ class MethodWatch(SiteWatch):
     """Holds a kernel against the cascade of its method, whose attention is `view`.
 
     `layout`: a call's arguments with slots in the place of tensors and sizes; `tensors(given, sizes)` adds what the method
-    makes of them beforehand.
+    makes of them beforehand. `audit` looks at what rows keep, in some later calls.
     """
 
     view: Attention = field(kw_only=True)
     tensors: Callable[[Mapping[str, Tensor], Mapping[str, int]], Mapping[str, Tensor]] = field(kw_only=True)
     layout: tuple[Any, ...] = field(kw_only=True)
+    audit: Audit | None = field(kw_only=True, default=None)
+
+    def __call__(
+        self, code: fx.GraphModule, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], out: Any
+    ) -> str:
+        why = super().__call__(code, target, arguments, given, out)
+        if why or self.audit is None or not self.audit.due(self.calls):
+            return why
+        start = time.perf_counter()
+        with torch.no_grad(), no_autocast(), self.lock:
+            tensors, sizes = self._bound(arguments)
+            whole = {**sizes, **_sizes(self.view.cascade, tensors, sizes)}
+            why = self.audit.look(self.calls, self.tensors(tensors, whole), whole)
+        if why:
+            # nothing is wrong with the kernel: the inputs are others than those that were measured
+            self.advice, self.refuse = "calibrate on data that is like these inputs", None
+            took = time.perf_counter() - start
+            self._note(Check(self.site, self.kernel, "differs", f"audit of {self.audit.looked} rows", seconds=took, why=why))
+        return why
 
     @cached_property
     def some(self) -> Cascade:

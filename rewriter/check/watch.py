@@ -40,7 +40,7 @@ class SiteWatch:
     `kernel` is what was spliced in, `source` gives its text; `masks` are the inputs that its score reads beside the product;
     `largest` is the largest finite number in that score, a fill perhaps. `repeated`: the dimensions along which the kernel
     takes an input's first values for all. `record` takes the checks. `refuse`, where given,
-    makes the error that is raised instead of stepping aside.
+    makes the error that is raised instead of stepping aside. `advice`: what the warning asks the user for.
     """
 
     site: str
@@ -52,6 +52,7 @@ class SiteWatch:
     repeated: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     refuse: Callable[[str], Exception] | None = None
     record: list[Check] = field(default_factory=list)
+    advice: str = REPORT
     calls: int = 0
     seen: set[object] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)

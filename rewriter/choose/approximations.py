@@ -30,6 +30,7 @@ from ...patterns.attention.rowstate import derive, stream
 from ...patterns.cascade import bind, show
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import split
+from ...patterns.methods.masked import keeps_itself
 from ...patterns.methods.method import Method, Replacement
 from ...patterns.verdict import Obstacle, Refusal
 from ..splice import splice
@@ -136,7 +137,7 @@ def _approximation(q: Question, method: Method) -> Approximation:
     changed = attention(made.cascade)
     if isinstance(changed, Obstacle):
         return no(changed.reason)
-    conditions = _conditions(changed)
+    conditions, of_table = _conditions(view, changed, made)
     if conditions and q.traced:
         return no(f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
     sizes = dict(q.sizes)
@@ -157,17 +158,25 @@ def _approximation(q: Question, method: Method) -> Approximation:
         density=mask.density if mask is not None else 1.0,
     )
     if made.program is not None:
-        call = _with_table(call, made, candidate)
-    call = replace(call, name=str(method), conditions=(*call.conditions, *conditions), recipe=None)
+        call = _with_table(call, made, candidate, of_table)
+    fragile = call.fragile or made.program is not None
+    call = replace(call, name=str(method), conditions=(*call.conditions, *conditions), recipe=None, fragile=fragile)
     state = derive(changed)
     one_pass = show(stream(changed, state)) if not isinstance(state, Obstacle) else ""
     return Approximation(method, candidate, call, made, mask, one_pass if inner.is_tiled else "")
 
 
-def _conditions(a: Attention) -> tuple[Condition, ...]:
-    """Under which the method leaves no row without a key; none where it is proved."""
-    keep = split(a.score, a.key).keep
-    return (every_row_keeps_a_key(a),) if keep is not ex.TRUE and rows_keep_a_key(a, keep) else ()
+def _conditions(
+    a: Attention, method: Attention, made: Replacement
+) -> tuple[tuple[Condition, ...], tuple[Condition, ...]]:
+    """Under which the method leaves no row without a key: of what is given, and of the table; none where it is proved."""
+    keep = split(method.score, method.key).keep
+    if keep is ex.TRUE or not rows_keep_a_key(method, keep):
+        return (), ()
+    keyed = every_row_keeps_a_key(method)
+    if made.program is None or made.table not in keyed.tensors:
+        return (keyed,), ()
+    return (), () if made.program.own_tile and keeps_itself(a) else (keyed,)
 
 
 def _selected(inner: Candidate, made: Replacement, sizes: Mapping[str, int], q: Question) -> Candidate:
@@ -179,8 +188,10 @@ def _selected(inner: Candidate, made: Replacement, sizes: Mapping[str, int], q: 
     return replace(inner, cost=replace(cost, seconds=cost.seconds + seconds, parts=parts))
 
 
-def _with_table(call: splice.Call, made: Replacement, inner: Candidate) -> splice.Call:
-    """Our operator behind the program that makes its table."""
+def _with_table(
+    call: splice.Call, made: Replacement, inner: Candidate, conditions: Sequence[Condition]
+) -> splice.Call:
+    """Our operator behind the program that makes its table. Raises RuntimeError where the table breaks a condition."""
     c, program = made.cascade, made.program
     assert program is not None
     given = [t.name for t in c.inputs if t.name != made.table]
@@ -192,6 +203,9 @@ def _with_table(call: splice.Call, made: Replacement, inner: Candidate) -> splic
         named = dict(zip(read, tensors))
         at = bind_shapes(c, named, dict(zip(symbols, sizes)))
         named[made.table] = program.run(torch, named, at)
+        for condition in conditions:
+            if not condition.holds(named, at):
+                raise RuntimeError(f"with the table that was selected it is not so that {condition.sentence}")
         out: Tensor = torch.ops.reattend.cascade.default([named[n] for n in order], [at[n] for n in open_], text)
         return out
 

@@ -34,6 +34,7 @@ from ...patterns.cascade import Cascade
 from ...patterns.evaluate import infer_sizes
 from ..capture import capture
 from ..check.approximate import MethodWatch, Slot
+from ..check.audit import CALLS, Audit
 from ..check.verdicts import Check
 from ..check.watch import SiteWatch
 from ..find.detect import Found, NearMiss, defective, find
@@ -299,10 +300,15 @@ def _method_watch(d: Decision, m: Approximation, policy: Policy, record: list[Ch
     """The watch over a site with a method: its kernel is held against the method's own cascade, not against the original."""
     assert d.call is not None
     slots = {t.name: Slot(t.name) for t in d.found.cascade.inputs}
+    model, error = attention(d.found.cascade), m.candidate.error
+    assert isinstance(model, Attention), model
+    audit: Audit | None = None
+    if error is not None and error.mass is not None:
+        audit = Audit(model, m.view, error.mass.least, policy.check if isinstance(policy.check, int) else CALLS)
     return MethodWatch(
         _label(d.site), d.site.choice, d.site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
         refuse=StrictError if policy.strict else None, record=record, view=m.view, tensors=m.tensors,
-        layout=d.call.arguments(slots, lambda name: Slot(name, is_size=True)),
+        layout=d.call.arguments(slots, lambda name: Slot(name, is_size=True)), audit=audit,
     )
 
 

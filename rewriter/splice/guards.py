@@ -29,7 +29,7 @@ from ...patterns.evaluate import evaluate
 from ...patterns.expr import Expr
 from ...patterns.masks.split import runtime_classify, split
 from ..capture.autocast import no_autocast
-from ..check.watch import REPORT, SiteWatch
+from ..check.watch import SiteWatch
 from ..graph.aliases import Aliases
 from ..graph.same import said, signature
 from ..graph.torch_private import checkpoint_ends
@@ -243,7 +243,7 @@ class Guarded(nn.Module):
         said = f"{self.name if watch is None else watch.site} keeps the original code: {why}"
         if watch is not None and watch.refuse is not None:
             raise watch.refuse(said)
-        warnings.warn(f"reattend: {said}" + (f": {REPORT}" if watch is not None else ""), stacklevel=3)
+        warnings.warn(f"reattend: {said}" + (f": {watch.advice}" if watch is not None else ""), stacklevel=3)
 
     def _called(self, arguments: Sequence[Any], inputs: Sequence[Any]) -> Any:
         if not torch.is_grad_enabled():

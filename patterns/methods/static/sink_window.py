@@ -11,7 +11,7 @@ from typing import ClassVar
 from ...attention.attention import Attention
 from ...expr import Expr
 from ...verdict import Refusal
-from ..method import Positions, StaticMethod
+from ..method import StaticMethod, TokenPositions
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SinkWindow(StaticMethod):
         if self.sink < 0 or self.window < 1:
             raise ValueError(f"SinkWindow needs sink ≥ 0 and window ≥ 1, not {self.sink} and {self.window}")
 
-    def keep(self, at: Positions, a: Attention) -> Expr | Refusal:
+    def keep(self, at: TokenPositions, a: Attention) -> Expr | Refusal:
         if not at.causal:
             return self.refuse("it needs a causal attention: nothing says where the window of a row ends")
         near = at.row - at.key < self.window
