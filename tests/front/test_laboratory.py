@@ -190,3 +190,19 @@ def test_the_continuation_that_is_nearest_is_the_answer(lab: Any) -> None:
     assert logits.shape == (3, 1, 3)
     assert logits.argmax(-1).flatten().tolist() == [0, 2, 1]
     assert logits.max() == lab.minilm.SHARP
+
+
+def test_the_committed_table_is_that_of_the_committed_rows(lab: Any) -> None:
+    rows = json.loads((ROOT / "benchmarks/results/quality_cpu.json").read_text(encoding="utf-8"))["rows"]
+    document = (ROOT / "docs/laboratory.md").read_text(encoding="utf-8")
+    assert lab.page.markdown(rows) in document, "python benchmarks/quality.py --table docs/laboratory.md"
+
+
+def test_on_the_committed_rows_a_window_does_not_keep_recall_and_a_selection_does(lab: Any) -> None:
+    """What the laboratory is for, as it was measured: at a quarter of the tiles, on data held out."""
+    rows = json.loads((ROOT / "benchmarks/results/quality_cpu.json").read_text(encoding="utf-8"))["rows"]
+    for task in ("recall", "needle"):
+        at = {r["method"]: r for r in rows if r["task"] == task and r["budget"] == 0.25}
+        assert at["SinkAndWindow(0.25)"]["answers"]["kept"]["high"] < 0.9
+        assert at["SinkAndWindow(0.25)"]["answers"]["kl_p99"]["value"] > 1.0
+        assert at["Oracle(0.25)"]["answers"]["kept"]["value"] > 0.99

@@ -49,6 +49,11 @@ class CriticalTiles:
     def reads(self) -> tuple[str, ...]:
         return str(self.query.attr), str(self.key.attr)
 
+    @property
+    def own_tile(self) -> bool:
+        """A row's best tile may be any."""
+        return False
+
     def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
         q = _pooled(torch, tensors[self.reads[0]], self.query, (*self.ranks[:-1], self.over), self.rows)
         k = _pooled(torch, tensors[self.reads[1]], self.key, (*self.ranks[:-2], self.ranks[-1], self.over), self.keys)
