@@ -71,6 +71,7 @@ def planned(ours: torch.nn.Module) -> tuple[reattend.Plan, set[str]]:
 DENSE_STEPS = ("glm5_next",)
 
 
+@pytest.mark.slow
 def test_a_layer_is_one_site_that_gathers() -> None:
     """Without a mask of its own as well, and rows of padding, which have no visible key."""
     model = tiny("deepseek_v32")
@@ -126,16 +127,13 @@ def states(
     return torch.cat(seen).double(), torch.stack(tokens) if tokens else ids[:0]
 
 
-FAST = (("minimax_m3_vl", torch.bfloat16),)
+# Of each kind of selection one.
+NARROW = ("deepseek_v32", "minimax_m3_vl", "glm5_next", "deepseek_v4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        pytest.param(name, dtype, marks=() if (name, dtype) in FAST else pytest.mark.slow)
-        for name in MODELS for dtype in (torch.float32, torch.bfloat16)
-    ],
-    ids=str,
+    ("name", "dtype"), [*((n, torch.float32) for n in MODELS), *((n, torch.bfloat16) for n in NARROW)], ids=str
 )
 def test_prompts_and_tokens_in_types(name: str, dtype: torch.dtype) -> None:
     """Whole prompts, padded on the right and on the left, and tokens after them: equal in float32, as near in bfloat16."""
