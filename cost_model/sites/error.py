@@ -29,7 +29,8 @@ class MeasuredError:
     """What a method changes at one attention, relative to the attention's own output (L2), on `examples` held out.
 
     `mean` with its 95 % interval `low` to `high` over the examples, `worst` of them, and `worst_head` the largest of any
-    head of any example. `queries` and `keys` of the shortest and of the longest attention that was measured.
+    head of any example. `queries` and `keys` of the shortest and of the longest attention that was measured. `kept`: the
+    share of its cells that a selection kept, on average; None where positions alone decide.
     """
 
     mean: float
@@ -42,6 +43,7 @@ class MeasuredError:
     queries: tuple[int, int]
     keys: tuple[int, int]
     data: str = ""
+    kept: float | None = None
 
     def __str__(self) -> str:
         return f"{self.mean:.2e} ({self.low:.1e} to {self.high:.1e}; {self.examples} examples held out)"

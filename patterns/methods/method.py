@@ -37,7 +37,8 @@ class SelectionProgram(Protocol):
     from them, a b1 tensor in the shape that the cascade declares; it gets the module because nothing here imports torch. It
     draws from no generator of others, and gives the same table for the same tensors. `work(sizes)` counts it. `keyed`:
     has every row that keeps a key in the model one under the table (R3), by how the table is made? Else every table is
-    looked at before the kernel runs, and one that leaves a row empty ends the method there.
+    looked at before the kernel runs, and one that leaves a row empty ends the method there. `share(table, sizes)`: the share
+    of its cells that a table keeps, of those in which the model keeps a pair.
     """
 
     @property
@@ -49,6 +50,8 @@ class SelectionProgram(Protocol):
     def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Any: ...
 
     def work(self, sizes: Mapping[str, int]) -> SelectionWork: ...
+
+    def share(self, table: Any, sizes: Mapping[str, int]) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ class Replacement:
 
     With a `program`, the cascade has one input more, `table` (b1), read as `table[b, h, p // rows, m // keys]` in its mask
     (`masked.block_table` makes both, `masked.masked` puts them in);
-    `density` is then the share of its elements that the method expects to be set, for the predictions: None where unknown,
-    which counts as all.
+    `density` is then the share of its cells that the method expects to be kept, for the predictions: None where unknown,
+    which counts as all until a calibration has seen it.
 
     `masks`: its rows are the model's own over fewer keys, so that a row keeps a share of its weight; not so where keys are
     weighed anew (linear methods).

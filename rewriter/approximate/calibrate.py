@@ -92,6 +92,7 @@ class _Calibration:
 
     def result(self) -> Installed:
         self._record()
+        self.recorder.reprice(len(self.halves.configure))
         moves = self._moves()
         configured, tried = search(moves, lambda c: max(self._whole(c, self.halves.configure)), self.budget)
         taken, confirmed = confirm(configured, lambda c: max(self._whole(c, self.halves.held_out)), self.budget)
@@ -140,10 +141,12 @@ class _Calibration:
             return None
         errors = [s.error for s in seen]
         low, high = interval(errors)
+        shares = [s.share for s in seen if s.share is not None]
         return MeasuredError(
             statistics.fmean(errors), low, high, max(errors), max(x for s in seen for x in s.heads), _kept(seen),
             len({s.example for s in seen}), _span([s.queries for s in r.seen]), _span([s.keys for s in r.seen]),
             f"{len(self.own)} examples of calibration, every other one held out",
+            statistics.fmean(shares) if shares else None,
         )
 
     def _said(self, taken: Sequence[Move], whole: Sequence[float], tried: Sequence[Tried]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ SEED = 0xCA1
 class MethodSeen:
     """A method at an attention in one call: relative errors (L2) of the output, of each head, and the weight that rows keep.
 
-    `mass`: [heads, rows], None where it was not looked at; `rows` of `of` were.
+    `mass`: [heads, rows], None where it was not looked at; `rows` of `of` were. `share` of its cells that a table kept.
     """
 
     example: int
@@ -49,6 +49,7 @@ class MethodSeen:
     of: int
     queries: int
     keys: int
+    share: float | None = None
 
 
 @dataclass
@@ -75,6 +76,8 @@ class Recorder:
         self.recording, self.example, self.held_out = False, 0, False
         self.records: dict[tuple[str, str], SiteRecord] = {}
         self.sites: dict[str, None] = {}
+        self.graphs: list[dict[fx.Node, choose.Decision]] = []
+        self.timed: list[choose.Decision] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[object], names: Mapping[int, str]) -> Callable[..., Any]:
         try:
@@ -91,6 +94,8 @@ class Recorder:
                 timed, _ = choose.decide(region, choose.Request(self.policy, self.target, executable=False), again)
             for d in timed:
                 self._enter(d)
+            self.timed += timed
+        self.graphs.append(decisions)
         return lambda *values: _BesideMethods(captured.graph, decisions, self).run(*values)
 
     def _enter(self, d: choose.Decision) -> None:
@@ -100,6 +105,25 @@ class Recorder:
             record = self.records.setdefault((d.site.name, m.candidate.name), SiteRecord())
             record.why = record.why or m.candidate.why * (not m.candidate.feasible)
             record.saved += best - m.candidate.seconds if m.candidate.feasible else 0.0
+
+    def reprice(self, examples: int) -> None:
+        """Give methods that select the time, and the tiles, of the shares that they kept on the first `examples`."""
+        shares: dict[tuple[str, str], float] = {}
+        for at, r in self.records.items():
+            seen = [s.share for s in r.seen if s.share is not None and s.example < examples]
+            if seen and not r.why:
+                shares[at], r.saved = sum(seen) / len(seen), 0.0
+        for d in self.timed:
+            best = min(c.seconds for c in d.site.candidates if c.exact)
+            for m in d.methods:
+                at = d.site.name, m.candidate.name
+                if at in shares:
+                    self.records[at].saved += best - m.expecting(shares[at]).candidate.seconds
+        for decisions in self.graphs:
+            for n, d in decisions.items():
+                at_site = [shares.get((d.site.name, m.candidate.name)) for m in d.methods]
+                methods = tuple(m if s is None else m.expecting(s) for m, s in zip(d.methods, at_site))
+                decisions[n] = replace(d, methods=methods)
 
     def at(self, d: choose.Decision, env: Mapping[fx.Node, Any], value: Tensor) -> Tensor:
         """What the attention yields: the own code's value, or that of the method which is chosen for it."""
@@ -145,8 +169,11 @@ class Recorder:
         heads = [relative(x, y) for x, y in zip(_split(b, dim), _split(a, dim))]
         rows, keys = (int(bind(c.rank[r].size, sizes)) for r in (view.query, view.key))
         keeps = self.held_out and m.made is not None and m.made.masks
-        mass, looked = _mass(view, m, tensors, sizes) if keeps else (None, 0)
-        return MethodSeen(self.example, relative(b, a), tuple(heads), mass, looked, rows, rows, keys)
+        program = m.made.program if m.made is not None else None
+        given = m.tensors(tensors, sizes) if keeps or program is not None else tensors
+        mass, looked = _mass(view, m, given, sizes) if keeps else (None, 0)
+        share = program.share(given[m.made.table], sizes) if program is not None and m.made is not None else None
+        return MethodSeen(self.example, relative(b, a), tuple(heads), mass, looked, rows, rows, keys, share)
 
 
 class _BesideMethods(fx.Interpreter):
@@ -168,9 +195,12 @@ def _split(x: Tensor, dim: int | None) -> tuple[Tensor, ...]:
 def _mass(
     view: Attention, m: Approximation, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
 ) -> tuple[Tensor, int]:
-    """The share of its weight that each row keeps, [heads, rows], and how many rows of each head were looked at."""
+    """The share of its weight that each row keeps, [heads, rows], and how many rows of each head were looked at.
+
+    `tensors`: with the table of a selection.
+    """
     rows = row_sample(view, sizes, torch.Generator().manual_seed(SEED), SCORES)
-    given = {**m.tensors(tensors, sizes), ROWS: rows.to(next(iter(tensors.values())).device)}
+    given = {**tensors, ROWS: rows.to(next(iter(tensors.values())).device)}
     out = evaluate(kept_share(view, m.view), given, dict(sizes), widen=True)
     share = out[KEPT] / out[ALL]
     # a row without any weight keeps what there is

@@ -39,7 +39,10 @@ from .candidates import Question, kernels, mask_view
 
 @dataclass(frozen=True, eq=False)
 class Approximation:
-    """A method at one attention: the candidate, what it is spliced as, and what it computes, where it can run."""
+    """A method at one attention: the candidate, what it is spliced as, and what it computes, where it can run.
+
+    `question`: what it is an answer to.
+    """
 
     method: Method
     candidate: Candidate
@@ -47,6 +50,11 @@ class Approximation:
     made: Replacement | None = None
     mask: MaskView | None = None
     one_pass: str = ""
+    question: Question | None = None
+
+    def expecting(self, share: float) -> Approximation:
+        """The same where its tables keep this share of their cells: another time, and perhaps other tiles."""
+        return self if self.question is None else _approximation(self.question, self.method, share)
 
     @property
     def view(self) -> Attention:
@@ -83,9 +91,9 @@ def methods_at(q: Question, site: Site, installed: Installed | None) -> tuple[Ap
     """The policy's methods at an attention, in its order, with the errors that were measured there."""
     question = replace(q, policy=q.policy.exactly)
     errors = installed.errors if installed is not None else {}
-    found = [_approximation(question, m) for m in q.policy.methods]
-    names = [m.candidate.name for m in found]
-    return tuple(replace(m, candidate=replace(m.candidate, error=errors.get((site.name, n)))) for m, n in zip(found, names))
+    measured = [errors.get((site.name, str(m))) for m in q.policy.methods]
+    found = [_approximation(question, m, e.kept if e is not None else None) for m, e in zip(q.policy.methods, measured)]
+    return tuple(replace(m, candidate=replace(m.candidate, error=e)) for m, e in zip(found, measured))
 
 
 def with_methods(
@@ -117,7 +125,9 @@ def with_methods(
 
 
 @lru_cache(maxsize=1024)
-def _approximation(q: Question, method: Method) -> Approximation:
+def _approximation(q: Question, method: Method, share: float | None = None) -> Approximation:
+    """`share` of their cells that tables were seen to keep; None: what the method expects."""
+
     def no(why: str) -> Approximation:
         return Approximation(method, Candidate(str(method), exact=False, feasible=False, why=why))
 
@@ -141,7 +151,8 @@ def _approximation(q: Question, method: Method) -> Approximation:
         return no(f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
     sizes = dict(q.sizes)
     asked = replace(q, cascade=made.cascade, written=None, bare=False)
-    expected = (Expect(made.table, "share", (made.density,), False),) if made.density is not None else ()
+    density = made.density if share is None else share
+    expected = (Expect(made.table, "share", (density,), False),) if made.program is not None and density is not None else ()
     taken = known(made.cascade, changed, sizes, (*expected, *q.policy.expectations), dict(q.origins), q.constants)
     # who calibrates waits for a compiler as well
     found = kernels(asked, sizes, taken.data, math.inf)
@@ -162,7 +173,7 @@ def _approximation(q: Question, method: Method) -> Approximation:
     call = replace(call, name=str(method), conditions=(*call.conditions, *conditions), recipe=None, fragile=fragile)
     state = derive(changed)
     one_pass = show(stream(changed, state)) if not isinstance(state, Obstacle) else ""
-    return Approximation(method, candidate, call, made, mask, one_pass if inner.is_tiled else "")
+    return Approximation(method, candidate, call, made, mask, one_pass if inner.is_tiled else "", q)
 
 
 def _conditions(method: Attention, made: Replacement) -> tuple[tuple[Condition, ...], tuple[Condition, ...]]:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import reattend
 from reattend.patterns.methods.selected.flexprefill import FlexPrefill
 from reattend.patterns.methods.selected.moba import MoBA
+from reattend.patterns.methods.selected.xattention import XAttention
 
 N = 1024
 
@@ -22,14 +23,15 @@ def llama() -> LlamaForCausalLM:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "expect"), [
-    (FlexPrefill(mass=0.9, block=64, least=16), ("KEEP=0.2",)), (MoBA(count=3, block=64), ()),
+@pytest.mark.parametrize("method", [
+    FlexPrefill(mass=0.3, block=64, least=16), XAttention(mass=0.3, block=64), MoBA(count=3, block=64),
 ], ids=lambda x: getattr(x, "name", ""))
-def test_a_llama_runs_a_selection_within_its_error(method: FlexPrefill | MoBA, expect: tuple[str, ...]) -> None:
+def test_a_llama_runs_a_selection_within_its_error(method: FlexPrefill | XAttention | MoBA) -> None:
+    """What it keeps is seen in the calibration: nobody has to say how much."""
     rng = torch.Generator().manual_seed(0)
     data = [{"input_ids": torch.randint(97, (1, N), generator=rng)} for _ in range(4)]
     plain, x = llama(), data[0]
-    policy = reattend.Policy(approximate=True, methods=(method,), max_error=0.5, calibration=data, expect=expect)
+    policy = reattend.Policy(approximate=True, methods=(method,), max_error=0.5, calibration=data)
     model = reattend.optimize(llama(), policy=policy)
     with torch.no_grad():
         near, exact = model(**x).logits, plain(**x).logits
@@ -41,8 +43,13 @@ def test_a_llama_runs_a_selection_within_its_error(method: FlexPrefill | MoBA, e
     assert error is not None
     assert error.mass is not None
     assert 0 < error.mass.mean < 1
+    assert error.kept is not None
+    assert 0 < error.kept < 0.9
+    candidate = site.site.candidate(str(method))
+    assert candidate.density is not None
+    assert candidate.density < 0.9
     (check,) = report.checks
     assert check.verdict == "same"
-    cost = site.site.candidate(str(method)).cost
+    cost = candidate.cost
     assert cost is not None
     assert "selection" in cost.parts

@@ -17,7 +17,7 @@ from reattend.patterns.methods.method import Method, Replacement, SelectionWork
 from reattend.patterns.verdict import Refusal
 from tests.approximate.test_calibrate import N, Two, data, policy
 
-SIDE = 64
+SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class NearTiles:
         i = torch.arange(n, device=q.device)
         near = (i[:, None] >= i) & (i[:, None] - i <= self.late)
         return near.expand(self.shape).contiguous()
+
+    def share(self, table: Any, sizes: Mapping[str, int]) -> float:
+        return float(table.sum()) / (int(table.numel()) * (1 + SIDE / N) / 2)
 
     def work(self, sizes: Mapping[str, int]) -> SelectionWork:
         return SelectionWork(bytes=(N // SIDE) ** 2, kernels=2)

@@ -70,6 +70,9 @@ class CriticalTiles:
     def keyed(self) -> bool:
         return False  # run-time data may mask all of a row's critical tiles
 
+    def share(self, table: Any, sizes: Mapping[str, int]) -> float:
+        return float(table.float().mean()) * 2  # critical tiles stand before the marginal ones
+
     def work(self, sizes: Mapping[str, int]) -> SelectionWork:
         batch = 1
         for r in self.ranks[:-2]:

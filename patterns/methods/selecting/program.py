@@ -75,6 +75,12 @@ class TableProgram:
         shape = SelectionSizes(batch, heads, -(-heads // self.k.group), depth)
         return count(self.step, self.cells(queries, keys, sizes), shape)
 
+    def share(self, table: Any, sizes: Mapping[str, int]) -> float:
+        """The share of the cells with a pair that the model keeps which the table keeps."""
+        _, _, queries, keys, _ = (_number(n, sizes) for n in self.sizes)
+        some = self.cells(queries, keys, sizes).some(self.step.rows, self.step.keys, self.step.last)
+        return float(table.sum()) / max(float(some.mean()) * int(table.numel()), 1.0)
+
     def cells(self, queries: int, keys: int, sizes: Mapping[str, int]) -> Cells:
         """The cells at sizes."""
         known = {ex.symbol(n): ex.const(v) for n, v in sizes.items()}
