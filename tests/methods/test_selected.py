@@ -212,6 +212,19 @@ def test_moba_keeps_so_many_blocks_of_a_row() -> None:
     assert torch.equal(together[0, 0], cut(found[0, 0], 0, (16, 16)).any(1))
 
 
+def test_moba_keeps_a_needle_unless_its_blocks_mean_hides_it() -> None:
+    """The published limit: a neighbour that points the other way takes the needle out of the mean."""
+    kept = []
+    for hidden in (0.0, -30.0):
+        q, k = flat(1, 512, 32), flat(1, 512, 32, 1)
+        q[:, :, 300:316, 0] = k[:, :, 40, 0] = 30.0
+        k[:, :, 41, 0] = hidden
+        table = table_of(MoBA(count=2, block=32), q, k)
+        kept.append(recall(q, k, pairs(table, 1, 32, 512, 512), SCALE)[0, 0, 300:316])
+    assert kept[0].min() > 0.99
+    assert kept[1].mean() < 0.5
+
+
 @pytest.mark.parametrize("cached", [0, 24])
 def test_moba_is_its_formulas(cached: int) -> None:
     n, m, block, count = 80, 80 + cached, 16, 2
