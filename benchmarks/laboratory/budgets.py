@@ -1,12 +1,13 @@
 """Every registered method at a budget: which of its parameters make it keep about a share of the causal pairs.
 
-A method without a line here runs at its own defaults, once, and says so by its parameters in the table.
+How much a method keeps that looks at queries and keys is known when it ran: it has a sweep of its own parameter instead, and
+the table's densities say what that kept. A method without a line here runs at its own defaults, once, and says so by its
+parameters in the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING
 from pathlib import Path
 
 from laboratory import fitted
@@ -18,6 +19,9 @@ from reattend.patterns.methods.linear.based import TaylorWindow
 from reattend.patterns.methods.linear.hedgehog import Hedgehog
 from reattend.patterns.methods.method import Method
 from reattend.patterns.methods.registry import MethodFacts, methods
+from reattend.patterns.methods.selected.flexprefill import FlexPrefill
+from reattend.patterns.methods.selected.moba import MoBA
+from reattend.patterns.methods.selected.xattention import XAttention
 from reattend.patterns.methods.static.sink_window import SinkWindow
 
 # Directions of a learned map a head, and steps of its fitting.
@@ -47,6 +51,13 @@ AT: Mapping[str, Callable[[int, float], Method]] = {
     TaylorWindow.name: lambda n, share: TaylorWindow(window_for(n, share, 0)),
 }
 
+# By a method's name: the method from little to much, on tiles of the laboratory's size.
+SWEPT: Mapping[str, Sequence[Method]] = {
+    XAttention.name: [XAttention(mass=m, stride=2, block=TILE) for m in (0.5, 0.6, 0.7, 0.8, 0.9)],
+    FlexPrefill.name: [FlexPrefill(mass=m, block=TILE, least=TILE) for m in (0.5, 0.6, 0.7, 0.8, 0.9)],
+    MoBA.name: [MoBA(count=c, block=TILE) for c in (5, 9, 20)],
+}
+
 
 def laws(
     model: Model, name: str, task: str, size: Size, budgets: Sequence[float], cache: Path, key: str
@@ -58,12 +69,15 @@ def laws(
         elif facts.name in AT:
             for share in budgets:
                 yield Law(AT[facts.name](size.tokens, share), budget=share)
+        elif facts.name in SWEPT:
+            yield from map(Law, SWEPT[facts.name])
         else:
-            yield _at_defaults(facts)
+            yield at_defaults(facts)
 
 
-def _at_defaults(facts: MethodFacts) -> Law | str:
-    missing = [n for n, v in facts.parameters.items() if v is MISSING]
+def at_defaults(facts: MethodFacts) -> Law | str:
+    """The method at its defaults, or which parameters have none."""
+    missing = [n for n, v in facts.parameters.items() if v is ...]
     if missing:
         return f"{facts.name}: it has no default for {', '.join(missing)}"
     return Law(facts.make())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import reattend
 from reattend.patterns.methods.linear.based import TaylorWindow
 from reattend.patterns.methods.linear.hedgehog import Hedgehog
 from reattend.patterns.methods.static.sink_window import SinkWindow
@@ -107,6 +108,12 @@ def test_a_window_loses_the_needle_and_a_test_of_every_score_keeps_it(lab: Any) 
 def test_pairs_of_a_sink_and_a_window(lab: Any, n: int, sink: int, window: int, want: int) -> None:
     assert lab.budgets.pairs(n, sink, window) == want
     assert lab.budgets.window_for(n, want / (n * (n + 1) / 2), sink) == window
+
+
+def test_each_method_has_a_budget_or_says_what_it_needs(lab: Any) -> None:
+    made = {m.name: lab.budgets.at_defaults(m) for m in reattend.methods()}
+    assert "no default for frames, tokens" in made["radial"]
+    assert str(made["moba"]) == "moba(count=3, block=512, rows=1)"
 
 
 def test_rows_keep_the_same_number_of_tiles_within_the_share(lab: Any) -> None:
