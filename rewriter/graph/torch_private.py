@@ -208,6 +208,10 @@ COPY = Private("torch.ops:aten._to_copy.default", "the cast that autocast makes"
 METADATA = Private(
     "torch.ops:aten._assert_tensor_metadata.default", "export's assertions on types", "2.2", "no graph can be captured"
 )
+UNSAFE_VIEW = Private(
+    "torch.ops:aten._unsafe_view.default", "a result in another shape that is no view for autograd", "2.2",
+    "writes into such a result where gradients are wanted raise",
+)
 
 LOGS_USE = Private(
     "torch._C:_log_api_usage_once", "a call of Dynamo's graphs that does nothing to them", "2.2",
@@ -746,6 +750,14 @@ def skip_hook_guards(skip: bool) -> bool:
     config: Any = pkgutil.resolve_name(HOOK_GUARDS.path.partition(":")[0])
     config.skip_nnmodule_hook_guards = skip
     return before
+
+
+def reshape_to_own() -> Any:
+    """The operator that gives a result another shape and leaves no view for autograd; `reshape` where there is none."""
+    try:
+        return UNSAFE_VIEW.found()
+    except TorchChanged:
+        return torch.ops.aten.reshape.default
 
 
 def may_hook_saved_tensors() -> bool:

@@ -175,7 +175,7 @@ def _fit(graph: fx.Graph, output: fx.Node, new: fx.Node, sizes: SizeNodes) -> tu
         new = node(graph, output, torch.ops.aten.reshape.default, (new, [sizes.value(s) for s in shape_of(old)]))
         if not old.requires_grad and new.meta["val"].untyped_storage() is made:
             # no view for autograd: a view that was made without gradients refuses writes with them
-            new.target = torch.ops.aten._unsafe_view.default
+            new.target = torch_private.reshape_to_own()
     if new.meta["val"].dtype != old.dtype:
         new = node(graph, output, torch.ops.aten.to.dtype, (new, old.dtype))
     fits = same_strides(new.meta["val"], old)

@@ -221,9 +221,9 @@ def test_the_original_answers(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scale", "tile list one tile short", "keys of the layer before", "a vendor's mask"])
+@pytest.mark.parametrize("name", ["tile list one tile short", "keys of the layer before"])
 def test_the_original_answers_at_16k(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On sampled rows."""
+    """On sampled rows; the others by the command above."""
     caught(name, 16384, monkeypatch, calls=1)
 
 
