@@ -81,6 +81,8 @@ def trained(run: Callable[[Any], Tensor], given: Any) -> Callable[[], object]:
 
     def step() -> object:
         out = run(own)
+        if not out.requires_grad:
+            return out  # what wants a gradient is only compared with
         return torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), allow_unused=True)
 
     return step

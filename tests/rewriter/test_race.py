@@ -202,6 +202,12 @@ def test_a_step_of_training_is_timed_with_its_backward(monkeypatch: pytest.Monke
     assert list(report.slower.values()) == ["2 ms against 1 ms of the model's own code, which runs instead"]
 
 
+def test_what_no_gradient_reaches_is_timed_forwards() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with torch.enable_grad():
+        assert torch.equal(race.trained(lambda given: (given > 0.5).float(), x)(), torch.ones(3))  # type: ignore[arg-type]
+
+
 def test_no_call_goes_back_to_its_own_code_inside_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its second run would save something else than the first."""
     kernels(monkeypatch, own=1e-3, kernel=2e-3)
