@@ -60,10 +60,16 @@ class MethodWatch(SiteWatch):
         if why or self.audit is None or not self.audit.due(self.calls):
             return why
         start = time.perf_counter()
-        with torch.no_grad(), no_autocast(), self.lock:
-            tensors, sizes = self._bound(arguments)
-            whole = {**sizes, **_sizes(self.view.cascade, tensors, sizes)}
-            why = self.audit.look(self.calls, self.tensors(tensors, whole), whole)
+        try:
+            with torch.no_grad(), no_autocast(), self.lock:
+                tensors, sizes = self._bound(arguments)
+                whole = {**sizes, **_sizes(self.view.cascade, tensors, sizes)}
+                why = self.audit.look(self.calls, self.tensors(tensors, whole), whole)
+        except Exception as error:
+            # what cannot be audited is not run: the model's own code is right
+            why = f"it cannot be audited: {type(error).__name__}: {' '.join(str(error).split())}"
+            self._note(Check(self.site, self.kernel, "unchecked", seconds=time.perf_counter() - start, why=why))
+            return why
         if why:
             # nothing is wrong with the kernel: the inputs are others than those that were measured
             self.advice, self.refuse = "calibrate on data that is like these inputs", None

@@ -30,6 +30,25 @@ def test_rows_that_keep_as_much_as_was_measured_break_nothing_and_others_do() ->
     assert "keep less of their weight than the 0.9900" in why
 
 
+def test_where_no_audit_can_be_made_the_model_runs_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(*_: object) -> str:
+        raise MemoryError("no memory")
+
+    torch.manual_seed(0)
+    model = Two().eval()
+    reattend.optimize(model, policy=policy(check=3))
+    monkeypatch.setattr(Audit, "look", look)
+    inputs = data()
+    with torch.no_grad():
+        for x in inputs[:2]:
+            model(x)
+        with pytest.warns(UserWarning, match="it cannot be audited: MemoryError: no memory"):
+            model(inputs[2])
+    report = reattend.report(model)
+    assert report.fallbacks > 0
+    assert any(c.verdict == "unchecked" for c in report.checks)
+
+
 def test_inputs_unlike_the_calibration_end_the_method_and_the_report_says_so() -> None:
     """Weights that look near by are turned into ones that look everywhere alike: what was measured holds no more."""
     torch.manual_seed(0)
