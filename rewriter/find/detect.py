@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import pairwise
@@ -39,6 +39,7 @@ from .added import Addend, addends, candidates, sums
 from .final import Final, compare_lengths, finals, hides_product
 from .inside import between
 from .query import laid_out, with_query
+from .spelled import spell
 from .twins import match
 from .unaccounted import unaccounted
 
@@ -103,8 +104,11 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
     # before any size is read: numbers are positive or known, and equal sizes have one symbol from here on
     settle_signs(gm.graph)
     compare_lengths(gm.graph)
+    spell(gm.graph)
     aliases, weights = Aliases(gm.graph), weights_of(gm.graph)
     found: list[Found] = []
+    # products one after the other with nothing between them: an attention may read these
+    chains: list[Found] = []
     patterns: list[Found] = []
     missed: list[NearMiss] = []
     taken: set[fx.Node] = set()
@@ -126,20 +130,40 @@ def find(gm: fx.GraphModule) -> tuple[list[Found], list[NearMiss]]:
             patterns += [out] if twin is None and isinstance(out, Found) else []
         except Exception as error:
             out = defective(n, error)
-        if isinstance(out, Found):
+        if isinstance(out, Found) and is_plain(out.cascade):
+            chains.append(out)
+        elif isinstance(out, Found):
             found.append(out)
             taken |= {out.output, out.final}
         elif out is not None and out.depth > 0:
             missed.append(out)
         elif out is not None:
             dismissed.add(out.node)
-    found.sort(key=lambda f: aliases.position[f.output])
     # what an attention computes is accounted for, whatever else it looks like
-    inside = {n for f in found for n in between({*f.tensors.values(), *f.scalars.values()}, f.output)}
+    inside = _inside(found)
+    chains = [f for f in chains if f.output not in inside]
+    found = sorted((*found, *chains), key=lambda f: aliases.position[f.output])
+    taken |= {n for f in chains for n in (f.output, f.final)}
+    inside |= _inside(chains)
     missed = [m for m in missed if m.node not in inside or defect.is_one(m.reason)]
     known = taken | {m.node for m in missed} | {n for n in gm.graph.nodes if FOLDED in n.meta}
     missed += [_near(n, reason, 1) for n, reason in dict(unaccounted(gm.graph, known, dismissed)).items()]
     return found, missed
+
+
+def _inside(found: Sequence[Found]) -> set[fx.Node]:
+    return {n for f in found for n in between({*f.tensors.values(), *f.scalars.values()}, f.output)}
+
+
+def is_plain(c: Cascade) -> bool:
+    """(Q · Kᵀ) · V and Q · (Kᵀ · V): nothing lies between two matrix products, and no row rule is applied."""
+    view = recognise.attention(c)
+    if not isinstance(view, Attention):
+        return False
+    weight = view.weight
+    while weight.op == "cast":
+        (weight,) = weight.args
+    return not view.row and weight.op == "load" and str(weight.attr) in {e.out.tensor for e in view.products}
 
 
 def _added(graph: fx.Graph, aliases: Aliases) -> Iterator[tuple[Found | NearMiss, tuple[fx.Node, ...]]]:

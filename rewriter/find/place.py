@@ -33,7 +33,7 @@ from ..graph.torch_private import bounds, expression, traced_size
 from ..lift.operators_contract import CONTRACTIONS
 from ..splice.splice import hint
 from .constants import constants
-from .detect import Found
+from .detect import Found, is_plain
 from .inside import between
 
 # Sizes from here on are no bound that anyone set.
@@ -146,20 +146,10 @@ def _bound_to_original(f: Found) -> str:
         return f"the scores or weights are read elsewhere ({next(readers, 'in place')}): they would be computed twice"
     if _wants_gradient(f) and (cut := _gradient_cut(inside)):
         return f"a gradient is cut inside the attention (at {cut.name})"
-    return _PLAIN if _is_plain(f) else ""
+    return _PLAIN if is_plain(f.cascade) else ""
 
 
 _PLAIN = "nothing stands between its two products, which run best one after the other, in the model's own order"
-
-
-def _is_plain(f: Found) -> bool:
-    """(Q · Kᵀ) · V and Q · (Kᵀ · V): a kernel of one pass would save only what lies between two matrix products."""
-    view = attention(f.cascade)
-    assert isinstance(view, Attention), view
-    weight = view.weight
-    while weight.op == "cast":
-        (weight,) = weight.args
-    return not view.row and weight.op == "load" and str(weight.attr) in {e.out.tensor for e in view.products}
 
 
 def _wants_gradient(f: Found) -> bool:

@@ -18,7 +18,7 @@ from ..lift.operators_contract import CONTRACTIONS
 from .final import NOT_BETWEEN, SHAPE_ONLY, SOFTMAXES, is_product_sum
 
 # What multiplies tokens with tokens, or measures how far they are apart, whether or not a rule reads it.
-PRODUCTS = CONTRACTIONS | {"inner", "linalg_vecdot", "linalg_multi_dot", "chain_matmul"}
+PRODUCTS = CONTRACTIONS | {"linalg_multi_dot", "chain_matmul"}
 # Layers of weights that may mix scores or probabilities, and norms over them.
 _MIXES = frozenset(("linear", "conv1d", "conv2d", "convolution"))
 _NORMS = frozenset(("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"))

@@ -213,18 +213,26 @@ class _Copy:
             self.put(source, self.call(n, target, *args))
 
     def call(self, like: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
-        n = self.out.call_function(target, args, kwargs)
-        n.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
-        given = fx.map_arg((args, kwargs), lambda x: x.meta["val"])
-        tensors = [v for v in torch_private.tree_leaves(given) if isinstance(v, torch.Tensor)]
-        mode = torch_private.detect_fake_mode(tensors)
-        assert mode is not None
-        with mode, torch.enable_grad():
-            made = target(*given[0], **given[1])
-        if made.requires_grad and (made.grad_fn is None or "NotImplemented" in made.grad_fn.name()):
+        n = call(self.out, like, target, *args, **kwargs)
+        if n is None:
             raise _Untold
-        n.meta["val"] = made.detach().requires_grad_(made.requires_grad)
         return n
+
+
+def call(graph: fx.Graph, like: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node | None:
+    """A node of this graph with its fake value, which stands in the code where `like` does; None if it has no derivative."""
+    n = graph.call_function(target, args, kwargs)
+    n.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
+    given = fx.map_arg((args, kwargs), lambda x: x.meta["val"])
+    tensors = [v for v in torch_private.tree_leaves(given) if isinstance(v, torch.Tensor)]
+    mode = torch_private.detect_fake_mode(tensors)
+    assert mode is not None
+    with mode, torch.enable_grad():
+        made = target(*given[0], **given[1])
+    if made.requires_grad and (made.grad_fn is None or "NotImplemented" in made.grad_fn.name()):
+        return None
+    n.meta["val"] = made.detach().requires_grad_(made.requires_grad)
+    return n
 
 
 @dataclass(frozen=True)

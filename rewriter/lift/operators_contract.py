@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 from typing import cast as typed
 
+import torch
 from torch import fx
 
 from ...patterns import expr as ex
@@ -37,23 +38,49 @@ def product_sum(lifter: Lifter, n: fx.Node) -> Contraction | None:
     shape = shape_of(tensor_of(x))
     dims = dims_of(a, len(shape))
     inner = _see_through(x)
-    if op_name(inner) not in ("mul", "multiply") or len(dims) != 1 or shape[dims[0]] == 1:
+    if op_name(inner) not in ("mul", "multiply") or len(dims) != 1:
         return None
     factors = arguments(inner)
     left, right = factors["self"], factors["other"]
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
-    d = dims[0]
-    shapes = [_padded(left, len(shape)), _padded(right, len(shape))]
-    if any(s[d] == 1 for s in shapes) or all(s == shape for s in shapes) or lifter.is_key(left, d - len(shape)):
+    found = across(lifter, left, right, shape, dims[0])
+    place = lambda at: full_place(at, dims, a.get("keepdim"), len(shape))  # noqa: E731
+    return replace(found, place=place) if found is not None else None
+
+
+def across(lifter: Lifter, left: fx.Node, right: fx.Node, shape: Sequence[Size], d: int) -> Contraction | None:
+    """Σ_d left·right of two operands that are broadcast to `shape`; None where that is no outer product of tokens."""
+    shapes = [_padded(x, len(shape)) for x in (left, right)]
+    if shape[d] == 1 or any(s[d] == 1 for s in shapes) or all(s == tuple(shape) for s in shapes):
+        return None
+    if lifter.is_key(left, d - len(shape)):
         return None
 
     def operands(w: At, e: Expr) -> Pair:
         full = (*w[:d], e, *w[d + 1 :])
         return (left, lifter.broadcast(left, full)), (right, lifter.broadcast(right, full))
 
-    rest = [1 if k == d else s for k, s in enumerate(shape)]
-    return Contraction(operands, shape[d], tuple(rest), lambda at: full_place(at, dims, a.get("keepdim"), len(shape)))
+    rest = tuple(1 if k == d else s for k, s in enumerate(shape))
+    return Contraction(operands, shape[d], rest, lambda at: (*at[:d], ZERO, *at[d:]))
+
+
+def vecdot(lifter: Lifter, n: fx.Node) -> Contraction | None:
+    """Σ_d x·y, broadcast against each other: a product where no operand has every token."""
+    a = arguments(n)
+    x, y = (typed("fx.Node", a[k]) for k in (("x", "y") if "x" in a else ("x1", "x2")))
+    shape = shape_of(torch.broadcast_tensors(tensor_of(x), tensor_of(y))[0])
+    return across(lifter, x, y, shape, typed("int", a["dim"]) % len(shape))
+
+
+def inner(lifter: Lifter, n: fx.Node) -> Contraction | None:
+    """Σ_e x[…, e]·y[…, e], every row of one with every row of the other."""
+    a = arguments(n)
+    x, y = typed("fx.Node", a["self"]), typed("fx.Node", a["other"])
+    first, second = ("".join(chr(start + d) for d in range(tensor_of(t).dim())) for start, t in ((97, x), (65, y)))
+    if not first or not second:
+        return None
+    return letters_product(lifter, n, (first, second[:-1] + first[-1]), first[:-1] + second[:-1], (x, y))
 
 
 def _padded(n: fx.Node, rank: int) -> tuple[Size, ...]:
@@ -414,7 +441,7 @@ def _contraction(build: Callable[[Lifter, fx.Node], Contraction | None]) -> Rule
     def rule(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
         found = build(lifter, n)
         if found is None:
-            raise CannotLift(f"{op_name(n)} over dimensions of size 1", n)
+            raise CannotLift(f"{op_name(n)} is no product of tokens with tokens", n)
         return contract(lifter, n, found, at)
 
     return rule
@@ -424,12 +451,13 @@ def _contraction(build: Callable[[Lifter, fx.Node], Contraction | None]) -> Rule
 PRODUCTS: dict[str, Callable[[Lifter, fx.Node], Contraction | None]] = {
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "linalg_matmul"), matmul),
     "einsum": einsum_product, "tensordot": tensordot, "sum": product_sum, "linear": _linear_product,
+    "inner": inner, "linalg_vecdot": vecdot,
 }
 # What is by its name a product of two computed tensors: a layer's weights are given, and not every sum is of a product.
-CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm", "cdist")) - {"sum", "linear"}
+CONTRACTIONS = frozenset((*PRODUCTS, "baddbmm", "addmm", "cdist", "cosine_similarity")) - {"sum", "linear"}
 
 RULES: dict[str, Rule] = {
     "sum": sum_, "baddbmm": baddbmm, "addmm": baddbmm, "linear": linear, "einsum": einsum,
-    "tensordot": _contraction(tensordot),
+    "tensordot": _contraction(tensordot), "inner": _contraction(inner), "linalg_vecdot": _contraction(vecdot),
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "linalg_matmul"), _contraction(matmul)),
 }

@@ -18,7 +18,7 @@ from ..graph.sizes import shape_of
 from ..graph.torch_private import bounds
 from .index import ZERO
 from .lift import At, Lifter, Rule, scratch
-from .operators_contract import Contraction, contract, peel
+from .operators_contract import Contraction, contract, peel, vecdot
 
 Args = Mapping[str, object]
 
@@ -58,18 +58,38 @@ def _is_many(size: int | torch.SymInt) -> bool:
     return known is not None and bool(known[0] > _SUBTRACTED)
 
 
-def _square(lifter: Lifter, n: fx.Node, x: fx.Node, what: str, at: At) -> Expr:
-    """Σ_e x² of a token, as `what`."""
-    shape, dtype = shape_of(tensor_of(x)), dtype_of(n)
+def cosine_similarity(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
+    """Cosines of tokens with tokens, as torch computes them: Σ q·k/(max(|q|, ε)·max(|k|, ε))."""
+    x, y, dtype = typed("fx.Node", a["x1"]), typed("fx.Node", a["x2"]), dtype_of(n)
+    product = vecdot(lifter, n)
+    if product is None:
+        raise CannotLift("cosine_similarity is no product of tokens with tokens", n)
+    if tensor_of(n).requires_grad:
+        raise CannotLift("cosine_similarity has gradients of its own where a token is 0", n)
+    if dtype not in ("f32", "f64"):
+        raise CannotLift("cosine_similarity rounds its operands to 16 bits once more when it has divided them", n)
+    out, d = contract(lifter, n, product, at), typed("int", a["dim"]) % (len(at) + 1)
+    for what, operand in (("XX", x), ("YY", y)):
+        behind = tensor_of(operand).dim() - (len(at) + 1)
+        square = _square(lifter, n, operand, what, at, d + behind)
+        out = out / ex.maximum(ex.unary("sqrt", square), ex.const(typed("float", a["eps"]), dtype))
+    return out
+
+
+def _square(lifter: Lifter, n: fx.Node, x: fx.Node, what: str, at: At, dim: int = -1) -> Expr:
+    """Σ x² of a token over one of its dimensions, as `what`; `at` are the coordinates in all others."""
+    shape, dtype = list(shape_of(tensor_of(x))), dtype_of(n)
+    dim %= len(shape)
+    size = shape.pop(dim)
 
     def build(where: At) -> Einsum:
-        e = lifter.rank(shape[-1], "", [str(i.attr) for i in where if i.op == "index"])
-        term, factors = peel(lifter, x, (*where, ex.index(e)), frozenset((e,)), n)
+        e = lifter.rank(size, "", [str(i.attr) for i in where if i.op == "index"])
+        term, factors = peel(lifter, x, (*where[:dim], ex.index(e), *where[dim:]), frozenset((e,)), n)
         value = reduce(mul, (ex.cast(f, dtype) for f in factors), ex.cast(term, dtype))
         return scratch(value * value, "add", (e,))
 
-    place = tuple(ZERO if s == 1 else i for s, i in zip(shape[:-1], at[len(at) - len(shape) + 1 :], strict=True))
-    return lifter.define(n, what, shape[:-1], place, build, dtype)
+    place = tuple(ZERO if s == 1 else i for s, i in zip(shape, at[len(at) - len(shape) :], strict=True))
+    return lifter.define(n, what, shape, place, build, dtype)
 
 
 # --- layers -------------------------------------------------------------------------------------------------------
@@ -112,6 +132,6 @@ def pointwise(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     return out if a["bias"] is None else out + ex.cast(lifter.arg(a["bias"], (at[1],)), dtype_of(n))
 
 
-RULES: dict[str, Rule] = {"cdist": cdist}
+RULES: dict[str, Rule] = {"cdist": cdist, "cosine_similarity": cosine_similarity}
 # … where a layer is known to make scores of tokens.
 LAYERS: Mapping[str, Callable[[Lifter, fx.Node, Args, At], Expr]] = dict.fromkeys(_CONVOLUTIONS, pointwise)
