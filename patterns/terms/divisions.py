@@ -64,6 +64,11 @@ def read_at(body: Expr, at: Mapping[Expr, Expr], extent: Mapping[str, Size]) -> 
     return out if all(x.op == "index" for x in at.values()) else _Ranges(extent).rewritten(out)
 
 
+def collected(e: Expr, extent: Mapping[str, Size]) -> Expr:
+    """An integer term with equal addends collected: i + (m − i)  =  m."""
+    return _Ranges(extent).linear(e).term() if e.dtype == "i64" else e
+
+
 class _Ranges:
     """Terms over ranks whose sizes are known, by number or by symbol."""
 

@@ -166,6 +166,22 @@ def einsum(p: PlacedOperator) -> RowCut:
     return RowCut({"tensors": wants}, p.wanted)
 
 
+def row_products(p: PlacedOperator) -> RowCut:
+    """Products of rows over one dimension, broadcast against each other: `linalg_vecdot`, `cosine_similarity`."""
+    d = p.dim(count=len(p.out) + 1)
+    wanted: Demand = (*p.wanted[:d], None, *p.wanted[d:])
+    full = tuple(max(n) for n in zip(*((1,) * (len(wanted) - len(s)) + s for s in map(p.shape, p.tensors))))
+    return RowCut({n: spread(p.shape(n), full, wanted) for n in p.tensors}, p.wanted)
+
+
+def inner(p: PlacedOperator) -> RowCut:
+    """Every row of one with every row of the other."""
+    rows = len(p.shape("self")) - 1
+    if rows < 0 or not p.shape("other"):
+        return whole(p)
+    return RowCut({"self": (*p.wanted[:rows], None), "other": (*p.wanted[rows:], None)}, p.wanted)
+
+
 def sdpa(p: PlacedOperator) -> RowCut:
     """Rows of queries; heads only where every query head has its own key head. Causal rows bring their positions along."""
     q, k = p.shape("query"), p.shape("key")
@@ -196,6 +212,18 @@ def sdpa(p: PlacedOperator) -> RowCut:
 
 
 # --- views --------------------------------------------------------------------------------------------------------
+
+
+def unfold(p: PlacedOperator) -> RowCut:
+    """Windows of one dimension, which is read whole; their places come last."""
+    d = p.dim("dimension", len(p.out) - 1)
+    return RowCut({"self": without(p.wanted[:-1], d)}, without(p.wanted, d, len(p.out) - 1))
+
+
+def pad(p: PlacedOperator) -> RowCut:
+    """Dimensions that are padded are read whole."""
+    padded = {len(p.out) - 1 - k // 2 for k in range(len(p.given["pad"]))}
+    return RowCut({"self": without(p.wanted, *padded)}, without(p.wanted, *padded))
 
 
 def transpose(p: PlacedOperator) -> RowCut:
@@ -459,6 +487,8 @@ RULES: Mapping[str, Rule] = {
         ("sum", "mean", "amax", "amin", "logsumexp", "prod", "any", "all", "linalg_vector_norm", "norm", "nansum"), reduce
     ),
     **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm", "addmm"), matmul), "linear": linear, "einsum": einsum,
+    **dict.fromkeys(("linalg_vecdot", "cosine_similarity"), row_products), "inner": inner, "unfold": unfold,
+    **dict.fromkeys(("pad", "constant_pad_nd"), pad),
     "scaled_dot_product_attention": sdpa, "transpose": transpose, "swapaxes": transpose, "permute": permute,
     "expand": expand, "unsqueeze": unsqueeze, "select": select, "slice": piece, "cat": cat, "concat": cat, "stack": stack,
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze"), reshape),
@@ -476,7 +506,7 @@ SEVERAL = ("max", "min", "topk", "sort", "kthvalue", "median", "cummax", "cummin
 VIEWS = frozenset(
     ("transpose", "permute", "expand", "unsqueeze", "select", "slice", "view", "reshape", "flatten", "unflatten", "squeeze",
      "mT", "t", "adjoint", "detach", "alias", "swapaxes", "view_as", "reshape_as", "expand_as", "split", "chunk", "unbind",
-     "movedim", "getitem")
+     "movedim", "getitem", "unfold")
 )
 
 

@@ -18,6 +18,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Access, Cascade, Einsum, Size, Tensor, as_size, size_term, verify
 from ...patterns.expr import Expr
 from ...patterns.passes import joined
+from ...patterns.passes.slide import slide
 from ...patterns.terms.divisions import divided
 from ...patterns.verdict import Obstacle
 from ..capture.weights import is_weight, weights_of
@@ -31,7 +32,7 @@ from ..lift.hoist import hoist
 from ..lift.index import ZERO
 from ..lift.lift import At, Lifter, Rule
 from ..lift.names import canonical
-from ..lift.operators_contract import peel
+from ..lift.operators_contract import WINDOWED, peel
 from ..lift.operators_product import weight_of
 from ..lift.rules import RULES
 from . import defect
@@ -239,9 +240,11 @@ def _attempts(
         yield replace(out, depth=0) if isinstance(out, NearMiss) and final.layer is not None else out
 
 
-def _attempt(graph: fx.Graph, aliases: Aliases, final: Final, offsets: bool = False) -> Found | NearMiss:
+def _attempt(
+    graph: fx.Graph, aliases: Aliases, final: Final, offsets: bool = False, windows: bool = False
+) -> Found | NearMiss:
     n = final.node
-    lifter = Lifter(graph, aliases, RULES if final.layer is None else _OF_LAYERS, offsets)
+    lifter = Lifter(graph, aliases, RULES if final.layer is None else _OF_LAYERS, offsets, windows)
     try:
         lifted = _lift(lifter, final)
     except CannotLift as no:
@@ -255,6 +258,14 @@ def _attempt(graph: fx.Graph, aliases: Aliases, final: Final, offsets: bool = Fa
     if whole is not hoisted and not offsets:
         # slices that lie side by side in one tensor are that tensor again
         return _attempt(graph, aliases, final, offsets=True)
+    if windows:
+        if (moved := slide(whole, lifter.key)) is whole:
+            return _near(n, "its windows do not move with one row", 0)
+        whole = moved
+    elif any(op_name(x) in WINDOWED for x in lifter.leaves.values()):
+        out = _attempt(graph, aliases, final, windows=True)
+        if isinstance(out, Found):
+            return out
     cascade = divided(ranks.one_value(ranks.unify(ranks.split(with_query(concat.split(whole))))))
     view = recognise.attention(cascade)
     if isinstance(view, Obstacle):

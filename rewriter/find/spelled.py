@@ -39,9 +39,11 @@ def _pairs(graph: fx.Graph, n: fx.Node) -> None:
         specs, out, nodes = einsum_spec(n, a)
     except CannotLift:
         return
-    order = _order(len(nodes), cast("Sequence[int] | None", a.get("path")))
-    if order is None:
+    path = cast("Sequence[int] | None", a.get("path"))
+    if len(nodes) < 3:
         return
+    # without a path from the first operand to the last
+    order = list(zip(path[::2], path[1::2])) if path else [(0, 1)] * (len(nodes) - 1)
     held = list(zip(specs, nodes))
     made: list[fx.Node] = []
     with graph.inserting_before(n):
@@ -54,15 +56,8 @@ def _pairs(graph: fx.Graph, n: fx.Node) -> None:
                 _drop(graph, made)
                 return
             made.append(new)
-            held.append((kept, new))
+            held.insert(len(held) if path else 0, (kept, new))
     _instead(graph, n, made[-1])
-
-
-def _order(operands: int, path: Sequence[int] | None) -> list[tuple[int, int]] | None:
-    """The pairs that are contracted, by their places among what is left; None where there is nothing to spell."""
-    if operands < 3 or (not path and operands > 3):
-        return None
-    return list(zip(path[::2], path[1::2])) if path else [(0, 1), (0, 1)]
 
 
 def _of_tokens(graph: fx.Graph, n: fx.Node) -> None:

@@ -179,24 +179,28 @@ def _sum(parts: Sequence[Part]) -> Expr:
     return out
 
 
-def is_simple(at: Sequence[Expr], offsets: bool = False) -> bool:
+def is_simple(at: Sequence[Expr], offsets: bool = False, key: str = "") -> bool:
     """Whether every coordinate is a rank, `rank // n`, `rank % n` or a constant, so that strides can address it.
 
-    With `offsets`, a rank may begin behind the tensor's first element.
+    With `offsets`, a rank may begin behind the tensor's first element. One coordinate may be a rank and the `key`'s distance
+    from it, where a key is given.
     """
     seen: set[tuple[str, str]] = set()
     for t in at:
+        if key and t.op == "add" and {a.op for a in t.args} == {"index"} and key in t.ranks:
+            seen.add((key, ""))
+            continue
         if offsets and t.op == "add" and any(a.is_const and a.value > 0 for a in t.args):
             t = next((a for a in t.args if a.op == "index"), t)
         if t.op in ("const", "symbol"):
             continue
         if t.op == "index":
-            key = (str(t.attr), "")
+            read = (str(t.attr), "")
         elif t.op in ("floordiv", "mod") and t.args[0].op == "index" and not t.args[1].ranks and t.args[1].op != "load":
-            key = (str(t.args[0].attr), t.op)
+            read = (str(t.args[0].attr), t.op)
         else:
             return False
-        if key in seen:
+        if read in seen:
             return False
-        seen.add(key)
+        seen.add(read)
     return True

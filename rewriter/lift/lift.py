@@ -56,11 +56,14 @@ _REPEATS = frozenset(("expand", "expand_as", "broadcast_to"))
 class Lifter:
     """One attempt to lift the value of one node. Collects ranks, tensors and Einsums as they are demanded.
 
-    With `offsets`, operands that are slices are read as what they are slices of.
+    With `offsets`, operands that are slices are read as what they are slices of; with `windows`, so are windows that move
+    with their row.
     """
 
-    def __init__(self, graph: fx.Graph, aliases: Aliases, rules: Mapping[str, Rule], offsets: bool = False) -> None:
-        self.aliases, self.rules, self.offsets = aliases, rules, offsets
+    def __init__(
+        self, graph: fx.Graph, aliases: Aliases, rules: Mapping[str, Rule], offsets: bool = False, windows: bool = False
+    ) -> None:
+        self.aliases, self.rules, self.offsets, self.windows = aliases, rules, offsets, windows
         self.position = aliases.position
         self.ranks: dict[str, Size] = {}
         self.tensors: dict[str, Tensor] = {}

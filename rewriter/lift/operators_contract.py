@@ -174,6 +174,8 @@ _PEEL = frozenset((
 ))
 # … of which these show one tensor, each element as it is.
 VIEWS = _PEEL - {"cat", "dropout", "getitem", "repeat", "repeat_interleave"}
+# Views that show an element more than once: looked through where the windows move with their row.
+WINDOWED = frozenset(("unfold",))
 LOOKED_THROUGH = _PEEL | {"to", "_to_copy", "type_as", "float", "mul", "multiply", "div"}
 
 
@@ -196,7 +198,7 @@ def peel(lifter: Lifter, n: fx.Node, at: At, reduced: frozenset[str], reader: fx
         factors += [factor] if factor is not None else []
         lifter.visited.add(node)
         below, node, where = node, above, place
-        if is_simple(where, lifter.offsets):
+        if is_simple(where, lifter.offsets, lifter.key if lifter.windows else ""):
             best, best_reader, best_casts, best_factors = (node, where), below, len(casts), len(factors)
     out = lifter.leaf(*best, reader=best_reader)
     for c in reversed(casts[:best_casts]):
@@ -235,7 +237,7 @@ def _step_up(
             own, other = dtype_of(n), dtype_of(side)
             return side, at, (own if own != other else None), term
         return None
-    moved = step_through(lifter, n, at) if name in _PEEL else None
+    moved = step_through(lifter, n, at) if name in _PEEL or (lifter.windows and name in WINDOWED) else None
     return None if moved is None else (*moved, None, None)
 
 

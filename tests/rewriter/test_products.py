@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import reattend
 from reattend.rewriter.find import detect
+from reattend.rewriter.find.spelled import spell
 
 from .helpers import error_of, given, graph_of, read, values_of
 
@@ -195,8 +197,94 @@ def test_operands_without_a_reduced_letter_are_factors(fn: Callable[..., Tensor]
     assert [error_of(f, values_of(gm, args)) < 1e-12 for f in found] == [True], [m.reason for m in missed]
 
 
-@pytest.mark.parametrize(("fn", "more"), [(weighed_keys, (7,)), (spread, (3,)), (gated_values, (2, 4, 7, 8))])
-def test_three_operands_that_are_no_product_of_two_are_named(fn: Callable[..., Tensor], more: tuple[int, ...]) -> None:
-    found, missed = detect.find(graph_of(fn, given(*TOKENS, more)))
+def projected(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """The heads' outputs are projected and added up by the same einsum."""
+    return torch.einsum("bhij,bhjd,hdo->bio", (q @ k.mT).softmax(-1), v, w)
+
+
+def between(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """A matrix between queries and keys."""
+    return torch.einsum("bhid,hde,bhje->bhij", q, w, k).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(("fn", "more"), [
+    (weighed_keys, (7,)), (spread, (3,)), (gated_values, (2, 4, 7, 8)), (projected, (4, 8, 5)), (between, (4, 8, 8)),
+])
+def test_three_operands_are_products_of_two_one_after_the_other(fn: Callable[..., Tensor], more: tuple[int, ...]) -> None:
+    args = given(*TOKENS, more)
+    gm = graph_of(fn, args)
+    want = gm(*args)
+    found, _ = detect.find(gm)
+    assert found
+    assert all(error_of(f, values_of(gm, args)) < 1e-12 for f in found)
+    # spelled out, the graph computes what torch's own einsum does
+    gm.recompile()
+    assert torch.equal(gm(*args), want)
+
+
+def rows_across(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.linalg.vecdot(q[..., :, None, :], k[..., None, :, :]) * 0.3).softmax(-1) @ v
+
+
+def rows_of_another_dimension(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.linalg.vecdot(q.mT[..., :, None], k.mT[..., None, :], dim=-3) * 0.3).softmax(-1) @ v
+
+
+def inner_of_one_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.inner(q[0, 0], k[0, 0]) * 0.3).softmax(-1) @ v[0, 0]
+
+
+def linear_of_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.linear((F.linear(q[0, 0], k[0, 0].tanh()) * 0.3).softmax(-1), v[0, 0].t())
+
+
+def cosines(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (7 * F.cosine_similarity(q[..., :, None, :], k[..., None, :, :], dim=-1)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "fn", [rows_across, rows_of_another_dimension, inner_of_one_head, linear_of_tokens, cosines]
+)
+def test_products_of_rows_are_products(fn: Callable[..., Tensor]) -> None:
+    view = read(fn, *given(*MANY))
+    assert (view.query, view.key) == ("p", "m")
+
+
+def test_the_cosine_of_a_token_that_is_zero_is_that_of_torch() -> None:
+    q, k, v = given(*MANY)
+    q[0, 0, 0], k[0, 0, 1] = 0.0, 1e-9
+    read(cosines, q, k, v)
+
+
+def test_cosines_with_gradients_are_named() -> None:
+    class Model(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return cosines(q, k, v)
+
+    plan = reattend.plan(Model(), tuple(x.requires_grad_() for x in given(*MANY)))
+    assert not plan.sites
+    assert ["gradients of its own" in m.reason for m in plan.misses] == [True]
+
+
+def test_rows_beside_rows_are_no_product() -> None:
+    def gates(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.linalg.vecdot(q, k).softmax(-1)[..., None] * v + F.cosine_similarity(q, k, dim=-1)[..., None]
+
+    found, missed = detect.find(graph_of(gates, given(*TOKENS)))
     assert not found
-    assert missed
+    assert not missed
+
+
+@pytest.mark.parametrize("equation", [
+    "bhij,bhjd,hdo->bio", "bij,bjk,bkl,blm->bim", "...ij,...jk,jl->...il", "ij,jk,kl", "ab,bc,a,cd->ad", "abc,acd,ade,bd->abe",
+])
+def test_an_einsum_is_spelled_as_torch_computes_it(equation: str) -> None:
+    left = equation.partition("->")[0].split(",")
+    sizes = {c: 2 + k for k, c in enumerate(sorted(set(equation) - set(",->.")))}
+    args = given(*(tuple([2] * ("..." in s) + [sizes[c] for c in s.replace("...", "")]) for s in left))
+    gm = graph_of(lambda *x: torch.einsum(equation, *x), args)
+    want = gm(*args)
+    spell(gm.graph)
+    gm.recompile()
+    assert str(gm.graph).count("einsum.default") == len(args) - 1
+    assert torch.equal(gm(*args), want)
