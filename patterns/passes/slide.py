@@ -22,7 +22,7 @@ from ..expr import Expr
 from ..terms.divisions import collected
 
 
-class _Apart(Exception):
+class _NoWindows(Exception):
     """These are no windows of one rank."""
 
 
@@ -30,7 +30,7 @@ def slide(c: Cascade, key: str) -> Cascade:
     """The cascade over keys in the place of distances; itself where its values are not read at row + distance."""
     try:
         return _Slide(c, key).cascade()
-    except _Apart:
+    except _NoWindows:
         return c
 
 
@@ -42,10 +42,10 @@ class _Slide:
         last = c.producers[c.outputs[0]][-1]
         final = next((e for e in c.einsums if e.over == (window,) and e.out.index == last.out.index), None)
         if final is None:
-            raise _Apart
+            raise _NoWindows
         rows = {r for x in final.reads for i in x.args for r in self.rows(i) if ex.index(r) in final.out.index}
         if len(rows) != 1:
-            raise _Apart
+            raise _NoWindows
         (self.row,) = rows
         self.key = _fresh("u", c)
         size = sympy.sympify(c.rank[self.row].size) + sympy.sympify(c.rank[window].size) - 1
@@ -86,7 +86,7 @@ class _Slide:
         own = {str(i.attr) for i in e.out.index}
         if self.window in e.over:
             if self.row not in own or e.op is None:
-                raise _Apart
+                raise _NoWindows
             zero, body = ex.const(IDENTITY[e.op], e.body.dtype), self.term(e.body)
             masked = e.op == "max" if e.body.op == "load" else e.op == "add" and self.vanishes(body)
             over = tuple(self.key if r == self.window else r for r in e.over)
@@ -148,7 +148,7 @@ class _Slide:
         for own, i in zip(made.out.index, args):
             wanted = {ex.index(self.row): ex.index(self.row), ex.index(self.window): distance, ex.index(self.key): distance}
             if own in wanted and i is not wanted[own]:
-                raise _Apart
+                raise _NoWindows
         if name in self.moved:
             at = tuple(ex.index(self.key) if own is ex.index(self.key) else i for own, i in zip(made.out.index, args))
             return ex.load(name, at, e.dtype)

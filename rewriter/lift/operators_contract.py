@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 from typing import cast as typed
 
-import torch
 from torch import fx
 
 from ...patterns import expr as ex
@@ -69,8 +68,9 @@ def vecdot(lifter: Lifter, n: fx.Node) -> Contraction | None:
     """Σ_d x·y, broadcast against each other: a product where no operand has every token."""
     a = arguments(n)
     x, y = (typed("fx.Node", a[k]) for k in (("x", "y") if "x" in a else ("x1", "x2")))
-    shape = shape_of(torch.broadcast_tensors(tensor_of(x), tensor_of(y))[0])
-    return across(lifter, x, y, shape, typed("int", a["dim"]) % len(shape))
+    width = max(tensor_of(x).dim(), tensor_of(y).dim())
+    shape = [s if t == 1 else t for s, t in zip(_padded(x, width), _padded(y, width))]
+    return across(lifter, x, y, shape, typed("int", a["dim"]) % width)
 
 
 def inner(lifter: Lifter, n: fx.Node) -> Contraction | None:

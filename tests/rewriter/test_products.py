@@ -204,7 +204,8 @@ def projected(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
 
 def between(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
     """A matrix between queries and keys."""
-    return torch.einsum("bhid,hde,bhje->bhij", q, w, k).softmax(-1) @ v
+    out: Tensor = torch.einsum("bhid,hde,bhje->bhij", q, w, k).softmax(-1) @ v
+    return out
 
 
 @pytest.mark.parametrize(("fn", "more"), [
@@ -223,11 +224,13 @@ def test_three_operands_are_products_of_two_one_after_the_other(fn: Callable[...
 
 
 def rows_across(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (torch.linalg.vecdot(q[..., :, None, :], k[..., None, :, :]) * 0.3).softmax(-1) @ v
+    out: Tensor = (torch.linalg.vecdot(q[..., :, None, :], k[..., None, :, :]) * 0.3).softmax(-1) @ v
+    return out
 
 
 def rows_of_another_dimension(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (torch.linalg.vecdot(q.mT[..., :, None], k.mT[..., None, :], dim=-3) * 0.3).softmax(-1) @ v
+    out: Tensor = (torch.linalg.vecdot(q.mT[..., :, None], k.mT[..., None, :], dim=-3) * 0.3).softmax(-1) @ v
+    return out
 
 
 def inner_of_one_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -239,7 +242,8 @@ def linear_of_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def cosines(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (7 * F.cosine_similarity(q[..., :, None, :], k[..., None, :, :], dim=-1)).softmax(-1) @ v
+    out: Tensor = (7 * F.cosine_similarity(q[..., :, None, :], k[..., None, :, :], dim=-1)).softmax(-1) @ v
+    return out
 
 
 @pytest.mark.parametrize(
@@ -268,7 +272,8 @@ def test_cosines_with_gradients_are_named() -> None:
 
 def test_rows_beside_rows_are_no_product() -> None:
     def gates(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.linalg.vecdot(q, k).softmax(-1)[..., None] * v + F.cosine_similarity(q, k, dim=-1)[..., None]
+        gate: Tensor = torch.linalg.vecdot(q, k).softmax(-1)[..., None] * v
+        return gate + F.cosine_similarity(q, k, dim=-1)[..., None]
 
     found, missed = detect.find(graph_of(gates, given(*TOKENS)))
     assert not found
