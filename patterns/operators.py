@@ -65,7 +65,7 @@ class Operator:
     fold: Callable[..., Scalar]
     # "" stands for the operator's own name
     numpy: Meaning = ""
-    torch: str = ""
+    torch: Meaning = ""
     algebra: Meaning | None = None
     arity: Literal[1, 2] = 1
     result: Literal["same", "float", "truth"] = "same"
@@ -105,7 +105,7 @@ class Operator:
     @property
     def aten(self) -> str:
         """What a graph calls it."""
-        return (self.torch or self.name).rpartition(".")[2]
+        return (self.torch if isinstance(self.torch, str) and self.torch else self.name).rpartition(".")[2]
 
     def in_algebra(self, sympy: object) -> Function | None:
         """Over sympy, or over whatever has functions of the same names."""
@@ -158,6 +158,20 @@ def _total(f: Callable[[float], float], pole: float = math.nan) -> Callable[[flo
 def _rounding(f: Callable[[Scalar], int]) -> Callable[[Scalar], Scalar]:
     """∞ and NaN stay what they are, as in tensors."""
     return lambda x: f(x) if math.isfinite(x) else x
+
+
+_LOW = 0xFFFFFFFF
+
+
+def _draw(library: object, a: Any, b: Any) -> Any:
+    """A number from 0 to 2³¹ − 1 that looks random: both operands' low 32 bits mixed until each bit depends on all.
+
+    The finisher is `lowbias32` (C. Wellons, "Prospecting for Hash Functions", 2018), which turns b·⌊2³²/φ⌋ ⊕ a about.
+    """
+    x = ((b & _LOW) * 0x9E3779B1 & _LOW) ^ (a & _LOW)
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _LOW
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _LOW
+    return (x ^ (x >> 16)) >> 1
 
 
 # --- the table --------------------------------------------------------------------------------------------------
@@ -356,6 +370,8 @@ _TABLE: tuple[Operator, ...] = (
     _binary("max", _maximum, "maximum", "maximum", "Max", monotone=1, exact=True, narrow=True, effort=MAXIMUM),
     _binary("min", _minimum, "minimum", "minimum", "Min", monotone=1, exact=True, narrow=True, effort=MAXIMUM),
     _binary("pow", operator.pow, "power", algebra=lambda s, x, y: x**y, effort=Effort("special", 2, 3.0)),
+    # of integers alone: a counter under a key
+    _binary("draw", partial(_draw, None), _draw, _draw, range=(0, 2**31 - 1), effort=Effort(exps=1.0, slots=10.0)),
     # truths; on integers the first four act on bits, in numpy on truths alone
     Operator("not", lambda x: not x, "logical_not", "bitwise_not", effort=MASK),
     _binary("and", operator.and_, "logical_and", "bitwise_and", effort=MASK, sign="∧", level=2),

@@ -50,6 +50,14 @@ def axis(n: int, after: int) -> Tensor:
     return torch.arange(n, device="cpu").view(-1, *[1] * after)
 
 
+def draw(a: Tensor, b: Tensor) -> Tensor:
+    """From 0 to 2³¹ − 1: a counter under a key (`draw` in patterns/operators.py)."""
+    x = ((b & 0xFFFFFFFF) * 0x9E3779B1 & 0xFFFFFFFF) ^ (a & 0xFFFFFFFF)
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return (x ^ (x >> 16)) >> 1
+
+
 def choose(keep: Tensor, yes: float, no: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """`yes` where `keep` holds, else `no`."""
     if yes != 0 or keep.numel() < 4096:

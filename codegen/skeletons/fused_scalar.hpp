@@ -86,6 +86,13 @@ template <class N> INLINE N floor_mod(N a, N b) {
   b = divisor(b);
   return a % b + ((a % b != 0) & ((a % b < 0) != (b < 0)) ? b : N(0));
 }
+// a counter under a key, from 0 to 2³¹ − 1 (patterns/operators.py)
+INLINE int32_t draw(uint32_t a, uint32_t b) {
+  uint32_t x = (b * 0x9e3779b1u) ^ a;
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return int32_t((x ^ (x >> 16)) >> 1);
+}
 INLINE float floor_div(float a, float b) { return std::floor(a / b); }
 INLINE float floor_mod(float a, float b) { return a - b * std::floor(a / b); }
 

@@ -26,6 +26,15 @@ def floor_mod(a, b):
 
 
 @triton.jit
+def draw(a, b):
+    """From 0 to 2³¹ − 1: a counter under a key (`draw` in patterns/operators.py)."""
+    x = (b.to(tl.uint32) * 0x9E3779B1) ^ a.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return ((x ^ (x >> 16)) >> 1).to(tl.int32)
+
+
+@triton.jit
 def truncate(x):
     return tl.where(x < 0, tl.ceil(x), tl.floor(x))
 

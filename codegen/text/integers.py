@@ -14,6 +14,7 @@ import sympy
 from ...patterns import expr as ex
 from ...patterns.cascade import Size
 from ...patterns.expr import Expr
+from ...patterns.operators import facts
 from ...patterns.terms.interval_rules import LIMITS, PLAIN, interval
 from ...patterns.terms.overflow import REACH
 
@@ -44,6 +45,8 @@ def _span_of(e: Expr, args: list[Interval], extent: Mapping[str, Size]) -> Inter
             return args[0]
         case "where" if e.dtype in ex.INTEGERS:
             return interval(e, args, PLAIN) or ANY
+        case "draw":
+            return facts(e.op).range
     if e.dtype in LIMITS and e.dtype != "i64":
         return LIMITS[e.dtype]
     return (interval(e, args, PLAIN) if _is_read(e, args) else None) or ANY

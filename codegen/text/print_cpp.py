@@ -72,6 +72,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     "max": call("max_", 2),
     "min": call("min_", 2),
     "pow": call("pow_", 2),
+    "draw": call("draw", 2),
     "neg": Spelling("-{}", UNARY, (ATOM,)),
     "not": Spelling("!{}", UNARY, (UNARY,), plain=Spelling("~{}", UNARY, (ATOM,))),
     "abs": call("std::abs"),
@@ -287,6 +288,10 @@ class CppBody(Writer):
         own = self.kind(e)
         if e.op in ("floor", "ceil", "round", "trunc"):
             return self._as(e.args[0], own)
+        if e.op == "draw":
+            # the low 32 bits are all that counts
+            low = [Text(f"(uint32_t){self._put(a).within(ATOM)}", UNARY) for a in e.args]
+            return Text(f"draw({', '.join(x.code for x in low)})", ATOM, own)
         args = self._alike(e.args, own)
         wide = args[0].kind
         text = self._operation(e, args, wide)

@@ -24,7 +24,9 @@ TYPES: Mapping[str, str] = {
     "i64": "torch.int64", "f16": "torch.float16", "bf16": "torch.bfloat16", "f32": "torch.float32",
     "f64": "torch.float64",
 }
-RESERVED = frozenset(["torch", "math", "inf", "nan", "choose", "tile", "F", "len", "min", "max", "abs", "int", "range"])
+RESERVED = frozenset([
+    "torch", "math", "inf", "nan", "choose", "draw", "tile", "F", "len", "min", "max", "abs", "int", "range",
+])
 
 
 @dataclass
@@ -96,6 +98,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     "pow": _sized(replace(infix("**", 8), within=(9, 9))),
     "max": _sized(call("torch.maximum", 2), "max({}, {})", ATOM),
     "min": _sized(call("torch.minimum", 2), "min({}, {})", ATOM),
+    "draw": _sized(call("draw", 2), "draw({}, {})", ATOM),
     "abs": _sized(call("torch.abs"), "abs({})"),
     "relu": _sized(call("torch.relu"), "max({}, 0)"),
     "floor": _sized(call("torch.floor"), "math.floor({})"),

@@ -97,6 +97,7 @@ SPELLINGS: Mapping[str, Spelling] = {
     "max": call("tl.maximum", 2),
     "min": call("tl.minimum", 2),
     "pow": _device("power", 2),
+    "draw": _device("draw", 2),
     "abs": call("tl.abs"),
     "relu": Spelling("tl.maximum({}, 0.0)", plain=Spelling("tl.maximum({}, 0)")),
     "floor": call("tl.floor"),

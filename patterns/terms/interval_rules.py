@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, Self, TypeAlias, TypeVar
 
 from ..expr import Expr
+from ..operators import facts
 
 # The least and greatest number of each type.
 LIMITS: Mapping[str, tuple[int, int]] = {
@@ -109,6 +110,9 @@ def interval(e: Expr, args: Sequence[Ends[N]], n: Numbers[N, C]) -> Ends[N] | No
             return _remainder(e.args[1], (a, b), (c, d), n)
         case "pow":
             return _power(e.args[1], (a, b), n)
+        case "draw":
+            low, high = map(int, facts(e.op).range)
+            return n.most(n.least(a, low), low), n.least(n.most(b, high), high)
     return None
 
 

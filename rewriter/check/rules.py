@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..graph.dropout import draws_at
 from ..graph.torch_private import OpOverload, schema
 from .demand import Demand, Picked, everything, groups, kept, positions, ravelled, unravelled
 
@@ -209,6 +210,25 @@ def sdpa(p: PlacedOperator) -> RowCut:
         return out
 
     return RowCut(wants, wanted, causal)
+
+
+def draws(p: PlacedOperator) -> RowCut:
+    """Numbers that are counted by row and column are those of the wanted rows and columns."""
+
+    def run(given: Given) -> Tensor:
+        seed, rows, columns = given["seed"], None, None
+        for d, (size, picked) in enumerate(zip(p.out, p.wanted)):
+            at = torch.arange(size, device=seed.device) if picked is None else positions(picked, seed)
+            at = at.view(-1, *[1] * (len(p.out) - 1 - d))
+            if d == len(p.out) - 1:
+                columns = at
+            else:
+                rows = at if rows is None else rows * size + at
+        assert rows is not None
+        assert columns is not None
+        return draws_at(seed, rows, columns)
+
+    return RowCut({"seed": None, "like": ANYTHING}, p.wanted, run)
 
 
 # --- views --------------------------------------------------------------------------------------------------------
@@ -489,7 +509,8 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm", "addmm"), matmul), "linear": linear, "einsum": einsum,
     **dict.fromkeys(("linalg_vecdot", "cosine_similarity"), row_products), "inner": inner, "unfold": unfold,
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),
-    "scaled_dot_product_attention": sdpa, "transpose": transpose, "swapaxes": transpose, "permute": permute,
+    "scaled_dot_product_attention": sdpa, "reattend::draws": draws,
+    "transpose": transpose, "swapaxes": transpose, "permute": permute,
     "expand": expand, "unsqueeze": unsqueeze, "select": select, "slice": piece, "cat": cat, "concat": cat, "stack": stack,
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze"), reshape),
     **dict.fromkeys(("mT", "adjoint", "t", "numpy_T"), matrix_transpose),

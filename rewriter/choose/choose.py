@@ -42,6 +42,7 @@ from ..find.place import Place, hints_of, interior, named, place
 from ..find.upstream import Reached, projection_width, upstream
 from ..fold.recurrences import FoundScan
 from ..graph.aliases import Aliases
+from ..graph.dropout import COUNTED, counted, restore_uncounted
 from ..graph.functional import EDITED, functional
 from ..graph.liveness import erase_dead
 from ..graph.shape_only import with_sizes
@@ -167,6 +168,8 @@ def rewrite(captured: capture.Captured, request: Request, checks: list[Check] | 
                 sites.append(replace(d.site, choice=ORIGINAL, guards=()) if stays else d.site)
             except Exception as error:
                 misses.append(_miss(defective(d.found.output, error)))
+        erase_dead(region)
+        restore_uncounted(region.graph, replaced)
         splice.finish(region)
         where = where or _device_of(region)
     return Plan(tuple(sites), tuple(misses), where or running_device("cpu"))
@@ -214,24 +217,46 @@ def _splice_scan(
 
 
 def _decided(region: fx.GraphModule, request: Request, taken: Counter[str]) -> tuple[list[Decision], list[Miss]]:
-    """The decisions for a graph. Scores that are written in place are decided without the writes.
+    """The decisions for a graph. Scores that are written in place are decided without the writes, and weights that are
+    dropped with dropout that is counted, where the policy has it so.
 
-    Where no call stands for them the graph stays as it is: a write in place moves less than a new value.
+    Where no call stands for them the graph stays as it is: a write in place moves less than a new value, and torch draws
+    faster than one counts.
     """
-    pure = functional(region)
-    if pure is None:
-        return decide(region, request, taken)
-    before = Counter(taken)
-    decisions, missed = decide(pure, request, taken)
-    edited = [d for d in decisions if any(EDITED in n.meta for n in interior(d.found))]
-    if any(d.call is not None for d in edited):
-        region.graph = pure.graph
-        return decisions, missed
-    taken.clear()
-    taken.update(before)
+    before, pure = Counter(taken), functional(region)
+    seen: list[Decision] = []
+    counting = counted(pure or region) if request.policy.dropout == "own" else None
+    for other, special in ((counting, _counts), (pure, _edits)):
+        if other is None:
+            continue
+        decisions, missed = decide(other, request, taken)
+        own = [d for d in decisions if special(d.found)]
+        if any(d.call is not None for d in own):
+            region.graph = other.graph
+            return [_noted(d) for d in decisions], missed
+        seen += [_noted(d) for d in own if d.site.where not in {x.site.where for x in seen}]
+        taken.clear()
+        taken.update(before)
     decisions, missed = decide(region, request, taken)
-    seen = {d.site.where for d in edited}
-    return [*decisions, *edited], [m for m in missed if m.where not in seen]
+    places = {d.site.where for d in seen}
+    return [*decisions, *seen], [m for m in missed if m.where not in places]
+
+
+def _edits(f: Found) -> bool:
+    """Does an attention hold what was written in place?"""
+    return any(EDITED in n.meta for n in interior(f))
+
+
+def _noted(d: Decision) -> Decision:
+    return replace(d, site=replace(d.site, notes=(*d.site.notes, _COUNTED))) if _counts(d.found) else d
+
+
+_COUNTED = "its dropout is counted from a seed of each call: other elements are dropped than torch would drop"
+
+
+def _counts(f: Found) -> bool:
+    """Is the dropout of an attention counted?"""
+    return any(COUNTED in n.meta for n in (*interior(f), f.output))
 
 
 def _reading(d: Decision, replaced: Mapping[fx.Node, fx.Node]) -> Decision:
@@ -346,14 +371,15 @@ def decide(
 
 
 def places(
-    gm: fx.GraphModule, taken: Counter[str], *, sharded: bool = False
+    gm: fx.GraphModule, taken: Counter[str], *, sharded: bool = False, own_dropout: bool = False
 ) -> tuple[list[Place], list[scans.Scan], list[Miss]]:
     """Every attention and every recurrence of a graph as plain data, for decisions at other sizes and on other devices.
 
-    With `sharded` attentions also say what their keys and values are made of.
+    With `sharded` attentions also say what their keys and values are made of. With `own_dropout` dropout is counted.
     """
     # nothing runs here, so that what is written in place may as well be a new value
     gm = functional(gm) or gm
+    gm = (counted(gm) or gm) if own_dropout else gm
     with_sizes(gm)
     erase_dead(gm)
     walked, others = scans.scans(gm.graph, taken)
@@ -362,7 +388,9 @@ def places(
     aliases = Aliases(gm.graph)
     for f, name in named(found, taken):
         try:
-            out.append(_with_upstream(place(f, name), f, aliases) if sharded else place(f, name))
+            stands = place(f, name)
+            stands = replace(stands, notes=(*stands.notes, _COUNTED)) if _counts(f) else stands
+            out.append(_with_upstream(stands, f, aliases) if sharded else stands)
         except Exception as error:
             missed.append(defective(f.output, error))
     return out, [s for _, s in walked], [*others, *(_miss(m) for m in missed)]

@@ -41,7 +41,12 @@ class Policy:
     model's own code; with `strict` it raises.
 
     `tune`: a few of the first calls on a CPU also time what was chosen beside the model's own code, where predictions do not
-    tell which is faster; what is slower there is not called again. Raises ValueError with one sentence.
+    tell which is faster; what is slower there is not called again.
+
+    `dropout`: with "original", an attention whose dropout is switched on keeps the model's own code, since no kernel can
+    draw the numbers that torch would. With "own" its weights are dropped at the same rate by numbers that are counted from
+    a seed of each call: training then runs our kernels, reproducibly under torch.manual_seed, and other elements are dropped
+    than without it. Raises ValueError with one sentence.
     """
 
     approximate: bool = False
@@ -55,6 +60,7 @@ class Policy:
     check: str | int = "first"
     tune: bool = True
     methods: Collection[Method] = ()
+    dropout: str = "original"
 
     def __post_init__(self) -> None:
         for side in ("allow", "deny"):
@@ -75,6 +81,8 @@ class Policy:
         often = isinstance(self.check, int) and not isinstance(self.check, bool) and self.check > 0
         if not often and self.check not in ("first", "never"):
             raise ValueError(f'Policy(check) must be "first", "never" or a number of calls above 0, not {self.check!r}')
+        if self.dropout not in ("original", "own"):
+            raise ValueError(f'Policy(dropout) must be "original" or "own", not {self.dropout!r}')
         if self.mesh is not None:
             object.__setattr__(self, "mesh", mesh_of(self.mesh))
 
@@ -129,6 +137,7 @@ class Policy:
             f"error at most {self.max_error:g}" if self.methods and self.max_error is not None else "",
         ]
         words = [p for p in parts if p] + (["strict"] if self.strict else [])
+        words += ["own dropout"] if self.dropout == "own" else []
         return "; ".join(words + ([f"check {self.check}"] if self.check != "never" else [])) or "all exact candidates"
 
 

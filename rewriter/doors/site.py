@@ -267,6 +267,6 @@ def _fresh(g: Guarded, label: str, piece: GraphPiece) -> Guarded:
     watch = g.watch
     if watch is not None:
         watch = replace(watch, site=label, record=piece.checks, calls=0, seen=set(), lock=threading.Lock())
-    made = Guarded(g.name, g.target, g.original, g.conditions, once=g.once, watch=watch)
+    made = Guarded(g.name, g.target, g.original, g.conditions, once=g.once, watch=watch, written=g.written)
     made.known, made.fallbacks = g.known, piece.fallbacks
     return made

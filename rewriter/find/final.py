@@ -18,6 +18,7 @@ from ..graph.sizes import agree, shape_of
 from ..lift.index import ZERO
 from ..lift.lift import At, Lifter, scratch
 from ..lift.operators_contract import CONTRACTIONS, PRODUCTS, Contraction, contract
+from ..lift.operators_point import LIVE_DROPOUT
 from ..lift.operators_product import is_layer
 
 
@@ -219,7 +220,7 @@ def _sdpa(n: fx.Node) -> Final:
         if not _as_many_values_as_keys(n):
             raise CannotLift("not as many keys as values", n)
         if a.get("dropout_p"):
-            raise CannotLift("live dropout (model.eval() turns it off): its random numbers cannot be kept", n)
+            raise CannotLift(LIVE_DROPOUT, n)
         dtype = dtype_of(n)
         w = (*at[:-1], m)
         rest = (*scores_shape[:-1], 1)

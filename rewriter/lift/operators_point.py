@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import cast as typed
 
 from torch import fx
 
 from ...patterns import expr as ex
+from ...patterns.cascade import size_term
 from ...patterns.evaluate import DTYPE_NAME
 from ...patterns.expr import Expr
 from ...patterns.operators import OPERATORS
@@ -236,10 +238,25 @@ def softplus(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     return ex.unary("softplus", lifter.value(source(n, a), at))
 
 
+LIVE_DROPOUT = (
+    "live dropout (model.eval() turns it off): its random numbers cannot be kept; Policy(dropout=\"own\") draws others"
+)
+
+
 def dropout(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     if a.get("train") and a.get("p") != 0.0:
-        raise CannotLift("live dropout (model.eval() turns it off): its random numbers cannot be kept", n)
+        raise CannotLift(LIVE_DROPOUT, n)
     return lifter.value(source(n, a), at)
+
+
+def draws(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
+    """Numbers that are counted by row and column under two keys a row (graph/dropout.py)."""
+    seed, shape = typed("fx.Node", a["seed"]), shape_of(tensor_of(n))
+    row: Expr = ZERO
+    for i, size in zip(at[:-1], shape[:-1]):
+        row = row * size_term(size) + i
+    first, second = (ex.binary("draw", lifter.leaf(seed, (ex.const(k),)), row) for k in (0, 1))
+    return ex.binary("draw", second, ex.binary("draw", first, at[-1]))
 
 
 def tri(lower: bool) -> Rule:
@@ -335,7 +352,8 @@ RULES: dict[str, Rule] = {
     "__ior__": bitwise("or"), "bitwise_not": bitwise_not, "nan_to_num": nan_to_num, "softplus": softplus,
     "silu": via(lambda x: x * ex.unary("sigmoid", x)),
     "log_sigmoid": via(lambda x: -ex.unary("softplus", -x)),
-    "dropout": dropout, "feature_dropout": dropout, "tril": tri(True), "triu": tri(False), "arange": arange,
+    "dropout": dropout, "feature_dropout": dropout, "reattend::draws": draws,
+    "tril": tri(True), "triu": tri(False), "arange": arange,
     "full": filled(None), "full_like": filled(None), "new_full": filled(None), "scalar_tensor": filled(None),
     "fill": filled(None), "zero": filled(0), "zeros": filled(0), "zeros_like": filled(0), "new_zeros": filled(0),
     "ones": filled(1), "ones_like": filled(1), "new_ones": filled(1), "eye": eye, "get_attr": one_element,

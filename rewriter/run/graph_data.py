@@ -92,7 +92,8 @@ class _Writer:
             if not isinstance(guard, Guarded):
                 raise Unfit(f"{n.name} is a module of another kind")
             said |= {"name": guard.name, "once": guard.once, "known": guard.known,
-                     "original": _place(self.originals, guard.original), "watch": _watched(guard.watch)}
+                     "original": _place(self.originals, guard.original),
+                     "written": _place(self.originals, guard.written), "watch": _watched(guard.watch)}
         return said
 
 
@@ -191,7 +192,8 @@ def read(body: Read, device: Device, policy: Policy, record: list[Check]) -> fx.
             call = made[said["recipe"]]
             watch = _watch(said["watch"], call, policy, record)
             guard = Guarded(
-                said["name"], call.target, originals[said["original"]], call.conditions, bool(said["once"]), watch
+                said["name"], call.target, originals[said["original"]], call.conditions, bool(said["once"]), watch,
+                written=originals[said["written"]],
             )
             guard.known = bool(said["known"])
             root.add_module(str(n.target), guard)

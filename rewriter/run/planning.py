@@ -107,7 +107,9 @@ def plan_graph(
     symbols: dict[str, Symbol] = {}
     taken: Counter[str] = Counter()
     for region in capture.regions(captured.graph):
-        found, steps, missed = choose.places(region, taken, sharded=policy.mesh is not None)
+        found, steps, missed = choose.places(
+            region, taken, sharded=policy.mesh is not None, own_dropout=policy.dropout == "own"
+        )
         places += found
         walked += steps
         misses += missed

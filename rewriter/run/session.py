@@ -428,7 +428,10 @@ def _enter_races(graph: fx.GraphModule, piece: GraphPiece) -> None:
     sites = {s.name: s for s in piece.sites}
     piece.close = all(map(_is_close, sites.values()))
     for module in graph.modules():
-        if isinstance(module, Guarded) and (site := sites.get(module.name)) is not None and _is_close(site):
+        if not isinstance(module, Guarded) or (site := sites.get(module.name)) is None:
+            continue
+        # what a kernel is held against may be dearer than what the model would run
+        if _is_close(site) or (module.written is not module.original and _affordable(site)):
             module.race = Race(site.name or site.where, piece.slower)
 
 
@@ -443,8 +446,11 @@ def _is_close(site: Site) -> bool:
     if site.chosen.is_original:
         return True
     own = site.original.cost if site.original is not None else None
-    small = site.memory is not None and site.memory.eager_bytes <= TIMED_BYTES
-    return small and undecided(site.chosen.cost, own)
+    return _affordable(site) and undecided(site.chosen.cost, own)
+
+
+def _affordable(site: Site) -> bool:
+    return site.memory is not None and site.memory.eager_bytes <= TIMED_BYTES
 
 
 def _all_lost(graph: fx.GraphModule) -> bool:

@@ -31,6 +31,7 @@ from ...patterns.masks.split import runtime_classify, split
 from ..capture.autocast import no_autocast
 from ..check.watch import SiteWatch
 from ..graph.aliases import Aliases
+from ..graph.dropout import as_written, carry
 from ..graph.same import said, signature
 from ..graph.torch_private import checkpoint_ends, saved_tensors_are_hooked
 from . import flows as flows
@@ -195,6 +196,7 @@ class Guarded(nn.Module):
     """A call with its conditions and the original subgraph. `fallbacks` counts, by name, how often the original ran.
 
     `once`: the call can be differentiated once; the original gives the second derivative.
+    `written`: what runs in the call's place, where that is not what it is held against (dropout is drawn there).
     `known`: others may write to the memory of the result; where a backward may keep the kernel's, they get one of their own.
     A call that raises, or whose result the `watch` finds to differ from the original's, is not made again; nor is one that
     lost its `race`.
@@ -203,12 +205,14 @@ class Guarded(nn.Module):
     def __init__(
         self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition],
         once: bool = False, watch: SiteWatch | None = None, race: Race | None = None,
+        written: fx.GraphModule | None = None,
     ) -> None:
         super().__init__()
         self.name, self.target, self.conditions = name, target, tuple(conditions)
         self.once, self.watch, self.race = once, watch, race
         self.known = False
-        self.original = original
+        # what the call is held against, and what runs in its place
+        self.original, self.written = original, as_written(original) if written is None else written
         self.fallbacks: Counter[str] = Counter()
         self.broken = ""
         self.lock = threading.Lock()
@@ -237,7 +241,7 @@ class Guarded(nn.Module):
     def own(self, inputs: Sequence[Any]) -> Any:
         """The original's result. Every cast that autocast made is written in it."""
         with no_autocast():
-            return self.original(*inputs)
+            return self.written(*inputs)
 
     def _step_aside(self, why: str) -> None:
         """Make no further call and say why, or raise where the watch is strict."""
@@ -330,6 +334,7 @@ class Originals:
             table[n].meta = dict(n.meta)
         for n in inside:
             table[n] = graph.node_copy(n, table.__getitem__)
+            carry(n, table[n], table)
         graph.output(table[output])
         key = (said(graph), tuple(map(signature, outside)))
         if key not in self._known:

@@ -90,11 +90,13 @@ class _Timed(fx.Interpreter):
         wanted = any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(inputs))
         if guard.race is None or guard.race.barred:
             return
-        if torch.is_grad_enabled() and wanted:
-            guard.race.run(trained(guard.called, (arguments, inputs)), trained(guard.own, inputs))
-            return
-        with torch.no_grad():
-            guard.race.run(lambda: super(_Timed, self).run_node(n), lambda: guard.own(inputs))
+        # own code may draw random numbers, of which the model's state is to know nothing
+        with torch.random.fork_rng(devices=()):
+            if torch.is_grad_enabled() and wanted:
+                guard.race.run(trained(guard.called, (arguments, inputs)), trained(guard.own, inputs))
+                return
+            with torch.no_grad():
+                guard.race.run(lambda: super(_Timed, self).run_node(n), lambda: guard.own(inputs))
 
     def _as_planned(self, n: fx.Node) -> bool:
         """Have the tensors the sizes with which the graph was captured?"""

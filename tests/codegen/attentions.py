@@ -49,7 +49,7 @@ def build(
     score: Score, *, row: str = "softmax", b: int = 2, h: int = 4, group: int = 1, p: int = 37, m: int = 37, e: int = 16,
     f: int = 0, dtype: str = "f32", aux: tuple[Tensor, ...] = (), scale: float = 0.25, zero: bool = False,
     finish: Callable[[Expr], Expr] | None = None, sink: Expr | None = None, symbols: Mapping[str, int] | None = None,
-    square: bool = False,
+    square: bool = False, factor: Expr | None = None,
 ) -> Case:
     """Attention over ranks b, h, p, m, e, f with symbolic lengths; `square` says that queries and keys are as many."""
     f = f or e
@@ -94,6 +94,7 @@ def build(
             weight = s
         case _:
             raise ValueError(row)
+    weight = weight * factor if factor is not None else weight
     einsums.append(Einsum(Access("A", (B, H, P, M)), weight))
     einsums.append(Einsum(Access("N", (B, H, P, F)), ex.load("A", (B, H, P, M), "f32") * ex.cast(v, "f32"), "add", ("m",)))
     n = ex.load("N", (B, H, P, F), "f32")
@@ -123,6 +124,13 @@ SEGMENT = ex.equal(ex.load("seg", (B, P), "i64"), ex.load("seg", (B, M), "i64"))
 
 def window(w: int) -> Expr:
     return CAUSAL & (w > P - M)
+
+
+def dropped(rate: float) -> Expr:
+    """What weights are multiplied with where their dropout is counted (rewriter/graph/dropout.py)."""
+    first, second = (ex.binary("draw", ex.load("seed", (ex.const(k),), "i64"), (B * 4 + H) * ex.symbol("s") + P) for k in (0, 1))
+    drawn = ex.binary("draw", second, ex.binary("draw", first, M))
+    return ex.where(drawn >= round(rate * 2**31), 1 / (1 - rate), 0.0)
 
 
 VARIANTS: dict[str, Callable[..., Case]] = {
@@ -156,6 +164,7 @@ VARIANTS: dict[str, Callable[..., Case]] = {
     "cosine_cap": lambda **k: build(
         lambda s: ex.unary("tanh", s * ex.unary("cos", ex.cast(P - M, "f32") * 0.1)) * 3.0, **k
     ),
+    "dropped": lambda **k: build(masked(CAUSAL), factor=dropped(0.25), aux=(aux("seed", (2,), "i64"),), square=True, **k),
     "checkerboard": lambda **k: build(masked(ex.equal((P + M + H) % 2, 0)), square=True, **k),
 }
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.thin(2)
 # What torch's SDPA itself may be off by, in the units in which its own error is measured.
 RMS, MOST = 1.2, 2.5
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-OWN = ("softcap", "sigmoid", "square", "cosine_cap")
+OWN = ("softcap", "sigmoid", "square", "cosine_cap", "dropped")
 SDPA = sorted(set(VARIANTS) - set(OWN))
 BODIES = ("sdpa", "product")
 

@@ -26,7 +26,7 @@ from reattend.patterns.verdict import Refusal
 from tests import strategies
 from tests.codegen.attentions import CAUSAL, VARIANTS, Case, M, P, S, T, aux, build, masked, no_batch, windows
 
-OWN_RULE = ("sigmoid", "square")
+OWN_RULE = ("sigmoid", "square", "dropped")
 NOT_SDPA = ("small_fill", "softcap", "sinks", "cosine_cap", "checkerboard", "nan_padding", *OWN_RULE)
 # FlexAttention gives rows without a key 0; on the CPU it gives no log-sum-exp.
 NOT_FLEX = ("padding", "causal_padding", "checkerboard", "nan_padding", *OWN_RULE)

@@ -34,6 +34,8 @@ MODEST = tuple(x for x in NUMBERS if abs(x) <= 50)
 WHOLE = (-9, -4, -1, 0, 1, 2, 3, 7, 12)
 TRUTHS = (False, True)
 LOGIC = ("not", "and", "or", "xor")
+# What turns the bits of integers, and has no meaning on other numbers.
+WHOLE_ALONE = ("draw",)
 X = torch.tensor([0.25, 1.5, 3.0])
 
 
@@ -42,6 +44,7 @@ def operators(keep: Callable[[Operator], bool]) -> pytest.MarkDecorator:
 
 
 EVERY = operators(lambda o: True)
+REAL = operators(lambda o: o.name not in WHOLE_ALONE)
 
 
 def term(o: Operator, dtype: str) -> Expr:
@@ -68,6 +71,8 @@ def samples(o: Operator, dtype: str) -> list[tuple[Any, ...]]:
 
 def kinds(o: Operator) -> tuple[str, ...]:
     """Types of operands that the operator is for."""
+    if o.name in WHOLE_ALONE:
+        return ("i64",)
     return ("b1",) if o.name in LOGIC else ("f64",) if o.result == "float" else ("f64", "i64")
 
 
@@ -115,6 +120,8 @@ def test_algebra_is_torchs(o: Operator) -> None:
 @operators(lambda o: o.name not in LOGIC)
 @pytest.mark.parametrize("dtype", few(["f32", "f64", "i64"], "f32", "i64"))
 def test_spans_hold_every_value(o: Operator, dtype: str) -> None:
+    if o.name in WHOLE_ALONE and dtype != "i64":
+        return
     values = WHOLE if dtype == "i64" else tuple(x for x in NUMBERS if x == x)
     boxes = list(itertools.combinations_with_replacement(values, 2))
     if o.arity == 2:
@@ -157,7 +164,7 @@ def test_ranges_and_signs(o: Operator) -> None:
         assert all(by_torch(o, (x,), "f64") > 0 for x in MODEST)
 
 
-@operators(lambda o: any(math.isfinite(x) for x in o.range))
+@operators(lambda o: any(math.isfinite(x) for x in o.range) and o.name not in WHOLE_ALONE)
 def test_ends_of_a_range_are_reached(o: Operator) -> None:
     """Where it is open or irrational, its end is the value at infinity, or comes as near as one likes."""
     values = (by_torch(o, (x,), "f64") for x in (*np.linspace(-30.0, 30.0, 4001), *NUMBERS))
@@ -189,7 +196,7 @@ def test_exact_results_need_no_rounding(o: Operator) -> None:
         assert same(by_torch(o, values, "f32"), by_torch(o, [float(np.float32(v)) for v in values], "f64"))
 
 
-@operators(lambda o: o.name not in LOGIC and o.result == "same")
+@operators(lambda o: o.name not in (*LOGIC, *WHOLE_ALONE) and o.result == "same")
 def test_rounding_before_or_after(o: Operator) -> None:
     def half(x: float) -> float:
         return float(torch.tensor(x, dtype=torch.float64).half())
@@ -211,7 +218,7 @@ def straight(o: Operator, x: float, y: float) -> bool:
     return all(math.isclose(f(x + y, z) + f(0.0, z), f(x, z) + f(y, z), abs_tol=1e-12) for z in (0.75, -2.5))
 
 
-@operators(lambda o: o.name not in LOGIC and o.result != "truth")
+@operators(lambda o: o.name not in (*LOGIC, *WHOLE_ALONE) and o.result != "truth")
 def test_what_is_curved_follows_no_line(o: Operator) -> None:
     """A row rule begins at it, and SDPA's kernel does not reach past it: an operator that is left out is taken for a line."""
     pairs = itertools.product([0.25, 0.6, 1.5, 3.0, -0.4, -2.0], repeat=2)
@@ -293,7 +300,7 @@ def test_every_function_is_timed(o: Operator) -> None:
     assert torch.equal(getattr(torch.ops.aten, o.aten).out(X, out=torch.empty_like(X)), o.in_torch(torch)(X))
 
 
-@EVERY
+@REAL
 def test_graphs_are_lifted(o: Operator) -> None:
     assert o.aten in RULES
     assert hasattr(torch.ops.aten, o.aten)
@@ -303,6 +310,24 @@ def test_graphs_are_lifted(o: Operator) -> None:
 def test_terms_are_shown(o: Operator) -> None:
     text = str(term(o, "b1" if o.name in LOGIC else "f32"))
     assert o.sign in text if o.sign else text.startswith((o.name, "−", "¬"))
+
+
+def test_numbers_that_look_random() -> None:
+    """Each bit is as often 1 as 0, of neighbours under one key and of one counter under neighbouring keys, and no bit of
+    the operands shows in it."""
+    (draw,) = (o for o in OPERATORS.values() if o.name == "draw")
+    n = 1 << 15
+    count = torch.arange(n)
+    for a, b in ((torch.tensor(7), count), (count, torch.tensor(7)), (count, count)):
+        x = draw.in_torch(torch)(a, b)
+        assert int(x.min()) >= 0
+        assert int(x.max()) < 2**31
+        assert len(set(x.tolist())) > n - 40
+        bits = (x[:, None] >> torch.arange(31)) & 1
+        assert float((bits.double().mean(0) - 0.5).abs().max()) < 5 * 0.5 / n**0.5
+        given = (count[:, None] >> torch.arange(15)) & 1
+        same_bit = (bits[:, :, None] == given[:, None]).double().mean(0)
+        assert float((same_bit - 0.5).abs().max()) < 6 * 0.5 / n**0.5
 
 
 def test_of_leaves_nothing_is_known() -> None:
