@@ -247,7 +247,7 @@ PAIRS = {
 B = ex.index("b")
 LEFT, RIGHT = ex.load("x", (B, P), "f64"), ex.load("y", (B, M), "f64")
 WHOLE_NUMBERS = ("add", "sub", "mul", "max", "min", "floordiv", "mod", "and", "or", "xor")
-NUMERIC = [op for op in ex.BINARY if op not in (*ex.COMPARISONS, "and", "or", "xor")]
+NUMERIC = [op for op in ex.BINARY if op not in (*ex.COMPARISONS, "and", "or", "xor", "draw")]
 NUMERIC_UNARY = [op for op in ex.UNARY if op not in ("isnan", "isinf", "not")]
 # Their span is the hull of their values where all of these are finite.
 EXACT = ("add", "sub", "mul", "div", "max", "min", "neg", "abs", "relu", "floor", "ceil", "round", "trunc", "sign", "cast")
