@@ -50,7 +50,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "relu": (lambda d, y, x: ex.where(y <= 0.0, 0.0, d),),
     **dict.fromkeys(("floor", "ceil", "round", "trunc", "sign"), ()),
     **dict.fromkeys(named(lambda o: o.result == "truth"), ()),
-    **dict.fromkeys(("not", "and", "or", "xor"), ()),
+    **dict.fromkeys(("not", "and", "or", "xor", "draw"), ()),
     # exponentials and logarithms
     "exp": (lambda d, y, x: d * y,),
     "exp2": (lambda d, y, x: d * y * math.log(2),),
