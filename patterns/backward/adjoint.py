@@ -28,7 +28,7 @@ from ..operators import facts, logarithm
 from ..verdict import Obstacle
 from .derivative import derivative, pullback
 from .handed import Handing, Saved, Scalar, modest
-from .products import Monomial, collected, product, products, vanishes
+from .products import ONE, Monomial, collected, product, products, vanishes
 
 
 @dataclass(frozen=True)
@@ -331,13 +331,23 @@ class _Backward(Handing):
             if x in new or x in self.written or not x.args or x.op == "load":
                 return new.get(x, x)
             if x.is_float and x.op in ("mul", "div", "neg"):
-                p = self.laws(product(x))
+                p = self.laws(self.opened(product(x)))
                 new[x] = Monomial(p.number, {go(a): n for a, n in p.powers.items()}).term(x.dtype)
             else:
                 new[x] = ex.make(x.op, tuple(map(go, x.args)), x.attr, x.dtype)
             return new[x]
 
         return go(e)
+
+    def opened(self, p: Monomial) -> Monomial:
+        """Sums all of whose parts have h, as h times the rest: (dW·h·f − δ·h)·x = h·(dW·f − δ)·x."""
+        h = self.core if self.scale is None else Monomial(1.0, {self.scale: 1})
+        out = Monomial(p.number, {})
+        for a, n in p.powers.items():
+            common, rest = collected(a) if n == 1 and a.op in ("add", "sub") else (ONE, a)
+            opens = common.powers and h.powers and common.holds(h)
+            out = out * (common * product(rest) if opens else Monomial(1.0, {a: n}))
+        return out
 
     def laws(self, p: Monomial) -> Monomial:
         """h for its factors; then the weight for h and its lift, or a share for h and an exponential under its bound."""
@@ -349,8 +359,11 @@ class _Backward(Handing):
             return Monomial(1.0, {self.whole: 1}) * p * lift.inverse()
         if self.scale is not None and self.scale in p.powers:
             for x, n in p.powers.items():
-                if n > 0 and (share := self.relative(x)) is not None:
-                    return p * Monomial(1.0, {x: -1, self.scale: -1, share: 1})
+                if n > 0 and self.exponent(x) is not None:
+                    # a share comes first: 0 at a masked key, whatever else is multiplied
+                    share = self.relative(x) or x * self.scale
+                    self.written.add(share)
+                    return Monomial(1.0, {share: 1}) * p * Monomial(1.0, {x: -1, self.scale: -1})
         return p
 
 

@@ -241,7 +241,7 @@ def test_one_number_a_row_is_handed_over_where_a_cap_bounds_the_scores() -> None
 
 def test_a_sink_takes_its_share() -> None:
     c = papers.attention("attention", papers.softmax_sink)
-    assert lines(c)[-1] == "dsink[h] = Σ −(delta · held · scale)"
+    assert lines(c)[-1] == "dsink[h] = Σ −(held · delta)"
     assert backward(c).leaves[0].space == ("b", "h", "p")
 
 
