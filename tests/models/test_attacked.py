@@ -108,6 +108,52 @@ def test_empty_batches_and_keys(calls: tuple[tuple[int, int], ...], policy: reat
             torch.testing.assert_close(optimised(q, k, v, 0.25), model(q, k, v, 0.25), rtol=0, atol=1e-5)
 
 
+class Vendor(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_keys_without_a_width_are_named() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    q, v = torch.randn(2, 3, 21, 0), torch.randn(2, 3, 21, 8)
+    optimised = reattend.optimize(Vendor())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(optimised(q, q, v), Vendor()(q, q, v))
+    (miss,) = reattend.report(optimised).misses
+    assert "width 0" in miss.reason
+
+
+class Windowed(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at = torch.arange(q.shape[-2])
+        d = at[:, None] - at
+        return (q @ k.mT * 0.25).masked_fill((d < 0) | (d >= 64), -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("rows", [8, 200])
+@pytest.mark.parametrize("candidate", ["reattend", "sdpa"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_queries_that_share_their_elements(rows: int, candidate: str, trained: bool) -> None:
+    """A window that slides by one element: torch's own SDPA lays its result out by these strides, and writes it by others."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    policy = reattend.Policy(allow=(candidate,), deny=("original",), check="never")
+    model, optimised = Windowed(), reattend.optimize(Windowed(), policy=policy)
+    q = torch.randn(2, 3, rows + 15).unfold(-1, 16, 1).requires_grad_(trained)
+    k, v = (torch.randn(2, 3, rows, 16) for _ in range(2))
+    assert q.stride()[-2:] == (1, 1)
+    with torch.set_grad_enabled(trained):
+        made, want = optimised(q, k, v), model(q, k, v)
+        torch.testing.assert_close(made, want, rtol=0, atol=1e-5)
+        if trained:
+            g = torch.randn(want.shape)
+            (a,), (b,) = (torch.autograd.grad(y, q, g) for y in (made, want))
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    assert set(reattend.report(optimised).kernels) == {candidate}
+
+
 def test_a_scale_that_is_no_number() -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
