@@ -6,6 +6,7 @@ and said in a sentence. docs/compatibility.md has these entries as a table.
 
 from __future__ import annotations
 
+import logging
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -758,6 +759,19 @@ def reshape_to_own() -> Any:
         return UNSAFE_VIEW.found()
     except TorchChanged:
         return torch.ops.aten.reshape.default
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Torch logs whole tracebacks of what it then raises: the error says it. Levels that a user set are kept."""
+    mine = [log for log in map(logging.getLogger, LOGS) if log.level == logging.NOTSET]
+    for log in mine:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for log in mine:
+            log.setLevel(logging.NOTSET)
 
 
 def may_hook_saved_tensors() -> bool:
