@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import zip_longest
 
 from torch import Tensor, nn
 
-from ..graph.torch_private import own_tensors, writes
+from ..graph.torch_private import own_parts, versions
 from ..splice.guards import Condition
 
 CHANGED = (
@@ -25,36 +22,27 @@ CHANGED = (
 )
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A module with its parameters, as they were. Nothing is kept alive."""
+class _Model:
+    """The parts and the parameters of a model, as they were."""
 
-    module: weakref.ref[nn.Module]
-    parameters: Mapping[str, tuple[weakref.ref[Tensor], object]]
+    def __init__(self, model: nn.Module) -> None:
+        held = [x for m in model.modules() for x in own_parts(m)]
+        self.counts = [(x, len(x)) for x in held]
+        self.places = [(x, n, what) for x in held for n, what in x.items()]
+        parameters = [what for _, _, what in self.places if isinstance(what, Tensor)]
+        self.parameters = [p for p in parameters if not p.is_inference()]
+        self.plain = [p for p in parameters if type(p) in (Tensor, nn.Parameter)]
+        self.state = self._state()
 
-    @staticmethod
-    def of(m: nn.Module) -> _Held:
-        own = {n: p for n, p in own_tensors(m)[0].items() if p is not None}
-        return _Held(weakref.ref(m), {n: (weakref.ref(p), _state(p)) for n, p in own.items()})
+    def _state(self) -> tuple[object, object]:
+        """Changes with every write to a parameter, and with every other memory that one is given."""
+        return versions(self.parameters), [p.data_ptr() for p in self.plain]
 
-    def stands(self, m: nn.Module) -> bool:
-        """Is this the module, with the same parameters?"""
-        if self.module() is not m:
-            return False
-        held, count = self.parameters, 0
-        for n, p in own_tensors(m)[0].items():
-            if p is not None:
-                count += 1
-                was = held.get(n)
-                if was is None or was[0]() is not p or was[1] != _state(p):
-                    return False
-        return count == len(held)
-
-
-def _state(p: Tensor) -> object:
-    """Changes with every write to a tensor, and with every other memory that it is given."""
-    plain = type(p) in (Tensor, nn.Parameter)
-    return p.dtype, p.device, writes(p), p.data_ptr() if plain else 0
+    def stands(self) -> bool:
+        return (
+            all(len(x) == n for x, n in self.counts) and all(x.get(n) is what for x, n, what in self.places)
+            and self._state() == self.state
+        )
 
 
 class Ground:
@@ -65,20 +53,18 @@ class Ground:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = tuple(map(_Held.of, model.modules()))
-        self.training = model.training
+        self.measured, self.training = _Model(model), model.training
         self.thread = threading.local()
         self.warned = False
 
-    def stands(self, model: nn.Module) -> bool:
+    def stands(self) -> bool:
         """Are the parts and the weights those that were there?"""
-        pairs = zip_longest(model.modules(), self.modules)
-        return all(m is not None and held is not None and held.stands(m) for m, held in pairs)
+        return self.measured.stands()
 
     @contextmanager
     def entered(self, model: nn.Module) -> Iterator[None]:
         """Around a call of the model. Warns once where its weights have changed."""
-        stands, outer = self.stands(model), self.holds()
+        stands, outer = self.stands(), self.holds()
         self.thread.holds = stands and model.training == self.training
         if not stands and not self.warned:
             self.warned = True
@@ -91,14 +77,16 @@ class Ground:
     def holds(self) -> bool:
         return getattr(self.thread, "holds", False)
 
-    def said(self, model: nn.Module) -> tuple[str, ...]:
+    @property
+    def said(self) -> tuple[str, ...]:
         """For the report."""
-        return () if self.stands(model) else (CHANGED,)
+        return () if self.stands() else (CHANGED,)
 
     @property
     def condition(self) -> Condition:
-        """Under which a method may run at an attention of the model."""
+        """Under which a method may run at an attention of the model. Dynamo keeps it: nothing in it holds the model."""
+        thread = self.thread
         return Condition(
             "the model is called as it was measured: whole, in the same mode, with the same weights", (), (),
-            lambda tensors, sizes: self.holds(),
+            lambda tensors, sizes: getattr(thread, "holds", False),
         )

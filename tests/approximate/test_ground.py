@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -158,13 +160,15 @@ def test_in_training_mode_it_is_exact(pair: tuple[nn.Module, nn.Module]) -> None
     assert not near(*pair)
 
 
-def test_what_was_measured_is_not_kept_alive() -> None:
-    import gc
-    import weakref
-
+def test_what_a_graph_keeps_does_not_keep_the_model_alive() -> None:
     model = Model()
-    ground, there = Ground(model), weakref.ref(model.layer.qkv.weight)
-    assert ground.stands(model)
-    del model
+    ground, there = Ground(model), weakref.ref(model)
+    condition = ground.condition
+    assert ground.stands()
+    with ground.entered(model):
+        pass
+    assert ground.stands()
+    del model, ground
     gc.collect()
     assert there() is None
+    assert not condition.holds({}, {})
