@@ -27,11 +27,13 @@ from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
-from ...patterns.cascade import bind, show
+from ...patterns.cascade import bind, show, size_term
+from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import split
 from ...patterns.methods.method import Method, Replacement
 from ...patterns.verdict import Obstacle, Refusal
+from ..graph.liveness import ARITHMETIC
 from ..splice import splice
 from ..splice.guards import Condition, bind_shapes, every_row_keeps_a_key
 from .candidates import Question, kernels, mask_view
@@ -232,7 +234,7 @@ def _with_table(
 
     def fake(tensors: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
         named, at = dict(zip(read, tensors)), dict(zip(symbols, sizes))
-        shape = [bind(n, at) for n in c.tensor[made.table].shape]
+        shape = [_size(size_term(n), at) for n in c.tensor[made.table].shape]
         named[made.table] = tensors[0].new_empty(shape, dtype=torch.bool)
         out: Tensor = torch.ops.reattend.cascade.default([named[n] for n in order], [at[n] for n in open_], text)
         return out
@@ -241,6 +243,16 @@ def _with_table(
         return [tensors[n] for n in read], [size(s) for s in symbols]
 
     return replace(call, target=run, fake=fake, arguments=arguments)
+
+
+def _size(e: Expr, at: Mapping[str, Any]) -> Any:
+    """A size where the symbols are numbers of a trace, which may be open (and have no hash, as `bind` wants one)."""
+    match e.op:
+        case "const":
+            return int(e.value)
+        case "symbol":
+            return at[str(e.attr)]
+    return ARITHMETIC[e.op](*(_size(x, at) for x in e.args))
 
 
 def measured_lengths(a: Attention, error: MeasuredError) -> Condition | None:
