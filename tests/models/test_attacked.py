@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import reattend
@@ -123,6 +124,52 @@ def test_keys_without_a_width_are_named() -> None:
         torch.testing.assert_close(optimised(q, q, v), Vendor()(q, q, v))
     (miss,) = reattend.report(optimised).misses
     assert "width 0" in miss.reason
+
+
+class Weighing(nn.Module):
+    """Who asks for the weights gets them, of the model's own code, and is told so."""
+
+    def __init__(self, average: bool) -> None:
+        super().__init__()
+        self.attention, self.average = nn.MultiheadAttention(32, 2, batch_first=True), average
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.attention(x, x, x, need_weights=True, average_attn_weights=self.average)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_attention_whose_weights_are_asked_for_is_named(average: bool, trained: bool) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, x = Weighing(average).eval(), torch.randn(2, 150, 32)
+    with torch.set_grad_enabled(trained), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = model(x)
+        for made, own in zip(reattend.optimize(model)(x), want, strict=True):
+            torch.testing.assert_close(made, own)
+    (site,) = reattend.report(model).sites
+    assert (site.name, site.kernel) == ("attention", "original")
+    assert "read elsewhere" in site.site.chosen.why
+
+
+def test_a_model_that_gives_its_attentions_names_them() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, vocab_size=64, num_attention_heads=2, num_key_value_heads=1,
+    )
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    ids = torch.randint(64, (2, 150))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = model(ids, output_attentions=True)
+        reattend.optimize(model)
+        made = model(ids, output_attentions=True)
+        torch.testing.assert_close((made.logits, *made.attentions), (want.logits, *want.attentions))
+        without = model(ids)
+    torch.testing.assert_close(without.logits, want.logits, rtol=0, atol=1e-4)
+    assert ["read elsewhere" in s.site.chosen.why for s in reattend.report(model).sites] == [True, True, False, False]
 
 
 class Windowed(nn.Module):
