@@ -56,7 +56,7 @@ def optimize(
     policy = policy or Policy()
     held = session_of(model)
     alike = held is not None and held.policy == policy and held.target == chosen
-    if held is not None and alike and held.policy.calibration is policy.calibration:
+    if held is not None and alike and held.policy.calibration is policy.calibration and _as_measured(held):
         session = held
     else:
         installed = calibrate(model, policy, chosen) if policy.methods else None
@@ -73,6 +73,11 @@ def optimize(
             session.detach()
             raise
     return model
+
+
+def _as_measured(held: Session) -> bool:
+    """Are the weights those with which the session's methods were measured, where it has any?"""
+    return held.installed is None or held.installed.ground is None or held.installed.ground.stands()
 
 
 def restore(model: M) -> M:
@@ -103,7 +108,9 @@ def report(model: nn.Module) -> Report:
         pieces = (*session.pieces, *through.pieces)
         found = Report(str(session.policy), entries, pieces, tuple(session.frames_given_up))
         if session.installed is not None:
-            found = replace(found, approximate=session.installed.said)
+            ground = session.installed.ground
+            changed = ground.said if ground is not None and session.installed.chosen else ()
+            found = replace(found, approximate=(*session.installed.said, *changed))
     return replace(found, doors=through.entries, notes=through.notes)
 
 

@@ -241,13 +241,14 @@ def four(t: Tensor, rows: int, keys: int) -> Tensor:
 
 
 def level(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The operands as torch's kernel takes them: rows without gaps, keys and values equally wide."""
-    if q.shape[3] == v.shape[3] and q.stride(3) == k.stride(3) == v.stride(3) == 1:
+    """The operands as torch's kernel takes them: rows without gaps, keys and values equally wide, queries that lie apart."""
+    if q.shape[3] == v.shape[3] and q.stride(3) == k.stride(3) == v.stride(3) == 1 and 1 not in q.stride()[:3]:
         return q, k, v
     wide = max(q.shape[3], v.shape[3])
     q, k, v = (t if t.shape[3] == wide else torch.nn.functional.pad(t, (0, wide - t.shape[3])) for t in (q, k, v))
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    return q, k, v
+    # the result is laid out by the strides of the queries, and written as if its rows had no gaps: two that are 1 mix it up
+    return q.contiguous() if 1 in q.stride()[:3] else q, k, v
 
 
 def attend(

@@ -95,7 +95,11 @@ def _call(f: Form, s: Softmax, mask: Expr | None) -> VendorCall:
     grouped = k_given[1] == v_given[1] != 1 and bool(f.heads.head)
     causal = _causal(f, p, mask)
     terms = (s.product.near, s.product.far, f.values)
-    lines = [f"q, k, v = {common_type(p, terms, (q, k, v))}"]
+    lines = [
+        f"q, k, v = {common_type(p, terms, (q, k, v))}",
+        "# torch lays its result out by the strides of the queries, and on CPUs writes rows of other strides than it reads",
+        "q = q.contiguous() if 1 in q.stride()[:-1] else q",
+    ]
     arguments = ["q, k, v"]
     if causal:
         arguments.append("is_causal=True")

@@ -26,6 +26,7 @@ from ...cost_model.words import seconds_text
 from ..capture.models import run
 from ..check.compare import relative
 from ..choose.approximations import Installed
+from ..choose.ground import Ground
 from ..choose.policy import Policy
 from ..graph.torch_private import tree_leaves
 from ..run.session import Session, session_of
@@ -73,7 +74,7 @@ def calibrate(model: nn.Module, policy: Policy, target: Device | None = None) ->
         with torch.no_grad(), _progress() as tell:
             own = {id(e): _output(model, e, i) for i, e in enumerate((*halves.configure, *halves.held_out))}
             session.install(model)
-            return _Calibration(model, recorder, halves, own, policy, tell).result()
+            return _Calibration(model, recorder, halves, own, policy, tell, Ground(model)).result()
     finally:
         session.detach()
         torch.set_rng_state(state)
@@ -84,9 +85,10 @@ def calibrate(model: nn.Module, policy: Policy, target: Device | None = None) ->
 class _Calibration:
     def __init__(
         self, model: nn.Module, recorder: Recorder, halves: Halves, own: Mapping[int, list[Tensor]], policy: Policy,
-        tell: Tell,
+        tell: Tell, ground: Ground,
     ) -> None:
         self.model, self.recorder, self.halves, self.own, self.tell = model, recorder, halves, own, tell
+        self.ground = ground
         assert policy.max_error is not None
         self.budget, self.policy = policy.max_error, policy
 
@@ -100,7 +102,8 @@ class _Calibration:
         choice = choice_of(taken)
         whole = self._whole(choice, self.halves.held_out) if choice else [0.0]
         said = self._said(taken, whole, [*tried, *confirmed])
-        return Installed(choice, errors, self.budget, max(whole), said)
+        kinds = {name: frozenset(seen) for name, seen in self.recorder.sites.items()}
+        return Installed(choice, errors, self.budget, max(whole), said, kinds, self.ground)
 
     def _record(self) -> None:
         """Run all examples once with every method beside every attention."""

@@ -25,7 +25,7 @@ from ..capture import capture
 from ..check.approximate import row_sample
 from ..check.compare import relative
 from ..choose import choose
-from ..choose.approximations import Approximation
+from ..choose.approximations import Approximation, kind_of
 from ..choose.policy import Policy
 from ..graph.functional import adopt
 
@@ -75,7 +75,7 @@ class Recorder:
         self.choice: Mapping[str, str] = {}
         self.recording, self.example, self.held_out = False, 0, False
         self.records: dict[tuple[str, str], SiteRecord] = {}
-        self.sites: dict[str, None] = {}
+        self.sites: dict[str, set[str]] = {}
         self.graphs: list[dict[fx.Node, choose.Decision]] = []
         self.timed: list[choose.Decision] = []
 
@@ -89,6 +89,8 @@ class Recorder:
             adopt(region)
             made, _ = choose.decide(region, choose.Request(self.policy), taken)
             decisions.update({d.found.output: d for d in made})
+            for d in made:
+                self.sites.setdefault(d.site.name, set()).add(kind_of(d.site))
             timed = made
             if self.target is not None:
                 timed, _ = choose.decide(region, choose.Request(self.policy, self.target, executable=False), again)
@@ -99,7 +101,6 @@ class Recorder:
         return lambda *values: _BesideMethods(captured.graph, decisions, self).run(*values)
 
     def _enter(self, d: choose.Decision) -> None:
-        self.sites[d.site.name] = None
         best = min(c.seconds for c in d.site.candidates if c.exact)
         for m in d.methods:
             record = self.records.setdefault((d.site.name, m.candidate.name), SiteRecord())

@@ -166,7 +166,7 @@ def _run(
 ) -> tuple[torch.dtype | None, ...] | None:
     """The types of the results without autocast; None where the operator refuses mixed types."""
     try:
-        with mode, torch.no_grad(), no_autocast(), watch:
+        with torch_private.quietly(), mode, torch.no_grad(), no_autocast(), watch:
             return _dtypes(n.target(*args, **kwargs))  # type: ignore[operator]
     except (RuntimeError, TypeError):
         return None

@@ -21,7 +21,6 @@ from torch.autograd.function import BackwardCFunction
 from ..graph import torch_private
 from ..graph.node import op_name
 from .capture import Captured, CaptureError, finish, first_line
-from .export import quietly
 from .weights import PARAMETER
 
 Value = Tensor | int
@@ -96,7 +95,7 @@ def from_call(
     _refuse_constants(graph)
     for node, i in zip((n for n in graph.graph.nodes if n.op == "placeholder"), passed):
         _describe(node, values[i], given[passed.index(i)])
-    with quietly():
+    with torch_private.quietly():
         finish(graph, lambda key, path: path, frame)
     captured = Captured(graph, "call", time.perf_counter() - start)
     return CapturedCall(captured, passed, wanted, flat, _guards(fakes, given, passed, flat, places, wanted))
@@ -111,7 +110,7 @@ def _fake(fakes: torch_private.CallFakes, x: Value, dims: Sequence[int]) -> Any:
 
 def _traced(run: Callable[..., Tensor], given: Sequence[Any], fakes: torch_private.CallFakes) -> fx.GraphModule:
     try:
-        with fakes.mode, torch.set_grad_enabled(torch.is_grad_enabled()), quietly():
+        with fakes.mode, torch.set_grad_enabled(torch.is_grad_enabled()), torch_private.quietly():
             return torch_private.pre_dispatch_graph(run, given)
     except CaptureError:
         raise

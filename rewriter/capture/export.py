@@ -6,7 +6,6 @@ import contextlib
 import copy
 import inspect
 import io
-import logging
 import sys
 import threading
 import time
@@ -36,7 +35,7 @@ def from_export(
     flat = _Flat(model, given)
     shapes = (tuple(map(_open_dims, inputs)),) if dynamic else None
     try:
-        with _no_hook_left(), quietly(), _without_graph():
+        with _no_hook_left(), torch_private.quietly(), _without_graph():
             program = torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         # Export reports what it cannot trace with many types of error, from user code as well.
@@ -58,19 +57,6 @@ def _no_hook_left() -> Iterator[None]:
     finally:
         for left in set(hooks) - before:
             del hooks[left]
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Capture logs whole tracebacks of what it then raises: the error says it. Levels that a user set are kept."""
-    mine = [log for log in map(logging.getLogger, torch_private.LOGS) if log.level == logging.NOTSET]
-    for log in mine:
-        log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for log in mine:
-            log.setLevel(logging.NOTSET)
 
 
 @contextlib.contextmanager

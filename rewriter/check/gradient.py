@@ -7,13 +7,14 @@ whole: it is compared at the first call, before a wrong gradient has reached a p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..graph.torch_private import tree_map
+from ..graph.torch_private import may_hook_saved_tensors, tree_map
 from .compare import CANCELLED, DRAWS, MAX_RATIO, SMALLEST_ROW, UNITS, Errors, change, drawn, errors, moved, redrawn
 from .cut import CutProgram
 from .demand import everything, kept, pick
@@ -28,7 +29,7 @@ def wrong_gradient(
 ) -> Errors | None:
     """The errors of the first input's gradient that is wrong; None where all are right."""
     wanting = [i for i, x in enumerate(given) if isinstance(x, Tensor) and x.requires_grad]
-    with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, lambda x: x):
+    with torch.enable_grad(), saved_by_us():
         flow = torch.randn(kept(p.own.shape, p.wanted), generator=generator)
         mine, exact = _own(p, given, wanting, flow, [_detached(x) for x in given])
         theirs = _ours(p, target, arguments, given, wanting, flow)
@@ -48,6 +49,11 @@ def wrong_gradient(
             return None
         limits = _drawn(p, given, wanting, flow)
         return next((found[i] for i in doubtful if not _right(found[i], limits[i])), None)
+
+
+def saved_by_us() -> AbstractContextManager[object]:
+    """What is saved for a backward here is detached, and no hook of anybody sees it; where none may be set, none does."""
+    return saved_tensors_hooks(Tensor.detach, lambda x: x) if may_hook_saved_tensors() else nullcontext()
 
 
 def computed_in(own: Tensor) -> torch.dtype:

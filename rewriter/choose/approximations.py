@@ -27,14 +27,17 @@ from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
-from ...patterns.cascade import bind, show
+from ...patterns.cascade import bind, show, size_term
+from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import split
 from ...patterns.methods.method import Method, Replacement
 from ...patterns.verdict import Obstacle, Refusal
+from ..graph.liveness import ARITHMETIC
 from ..splice import splice
 from ..splice.guards import Condition, bind_shapes, every_row_keeps_a_key
 from .candidates import Question, kernels, mask_view
+from .ground import Ground
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +80,7 @@ class Installed:
     """What a calibration found: the method by name at each site that has one, and the errors by site and method.
 
     `max_error` is the budget, `whole` the measured error of the whole model with all of it, on the examples held out.
-    `said` tells a reader of it.
+    `said` tells a reader of it. `kinds`: what was measured at each site (`kind_of`). `ground` is the model that was.
     """
 
     chosen: Mapping[str, str] = field(default_factory=dict)
@@ -85,6 +88,13 @@ class Installed:
     max_error: float = 0.0
     whole: float = 0.0
     said: tuple[str, ...] = ()
+    kinds: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    ground: Ground | None = None
+
+
+def kind_of(site: Site) -> str:
+    """What an error measured at a site is of: another place, type or mask under the same name is another attention."""
+    return " ".join((site.where, site.shape.dtype, *sorted(site.traits)))
 
 
 def methods_at(q: Question, site: Site, installed: Installed | None) -> tuple[Approximation, ...]:
@@ -117,8 +127,13 @@ def with_methods(
         rows, keys = (bind(view.cascade.rank[r].size, dict(q.sizes)) for r in (view.query, view.key))
         if not (isinstance(rows, int) and isinstance(keys, int) and error.covers(rows, keys)):
             return replace(site, notes=(*site.notes, f"{name} was not measured with {rows} queries and {keys} keys")), calls
+        if installed is not None and (kind := kind_of(site)) not in installed.kinds.get(site.name, ()):
+            return replace(site, notes=(*site.notes, f"{name} was not measured of the attention at {kind}")), calls
         if (within := measured_lengths(view, error)) is not None:
             calls = {**calls, name: replace(chosen.call, conditions=(*chosen.call.conditions, within))}
+        if installed is not None and installed.ground is not None:
+            call = calls[name]
+            calls = {**calls, name: replace(call, conditions=(*call.conditions, installed.ground.condition))}
         said += f"; {error.mass}" if error.mass is not None else ""
     notes = (*site.notes, said)
     return replace(site, choice=name, mask=chosen.mask, chosen_cascade=chosen.one_pass, notes=notes), calls
@@ -219,7 +234,7 @@ def _with_table(
 
     def fake(tensors: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
         named, at = dict(zip(read, tensors)), dict(zip(symbols, sizes))
-        shape = [bind(n, at) for n in c.tensor[made.table].shape]
+        shape = [_size(size_term(n), at) for n in c.tensor[made.table].shape]
         named[made.table] = tensors[0].new_empty(shape, dtype=torch.bool)
         out: Tensor = torch.ops.reattend.cascade.default([named[n] for n in order], [at[n] for n in open_], text)
         return out
@@ -228,6 +243,16 @@ def _with_table(
         return [tensors[n] for n in read], [size(s) for s in symbols]
 
     return replace(call, target=run, fake=fake, arguments=arguments)
+
+
+def _size(e: Expr, at: Mapping[str, Any]) -> Any:
+    """A size where the symbols are numbers of a trace, which may be open (and have no hash, as `bind` wants one)."""
+    match e.op:
+        case "const":
+            return int(e.value)
+        case "symbol":
+            return at[str(e.attr)]
+    return ARITHMETIC[e.op](*(_size(x, at) for x in e.args))
 
 
 def measured_lengths(a: Attention, error: MeasuredError) -> Condition | None:

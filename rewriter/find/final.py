@@ -203,6 +203,8 @@ def _sdpa(n: fx.Node) -> Final:
         given, width = a.get("scale"), kv_shape[-1]
         if given is not None:
             scale = lifter.arg(given, at)
+        elif width == 0:
+            raise CannotLift("keys of width 0 have no scale", n)
         elif isinstance(width, int):
             scale = ex.const(1.0 / math.sqrt(width))
         else:

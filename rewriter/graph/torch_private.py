@@ -6,6 +6,7 @@ and said in a sentence. docs/compatibility.md has these entries as a table.
 
 from __future__ import annotations
 
+import logging
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -452,6 +453,14 @@ def writes(x: object) -> int:
         raise WRITES.gone() from None
 
 
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each of some tensors, whose writes are counted, has been written to."""
+    try:
+        return [x._version for x in tensors]
+    except AttributeError:
+        raise WRITES.gone() from None
+
+
 # There may be a result that is nothing.
 NOTHING = object()
 
@@ -533,8 +542,8 @@ def graph_so_far(error: BaseException) -> str:
 # --- calls of a model ---------------------------------------------------------------------------------------------
 
 OWN_TENSORS = Private(
-    "Module._parameters and Module._buffers", "which tensors stand on a module that calls a door", "2.2",
-    "no door can be used",
+    "Module._parameters, Module._buffers and Module._modules", "what stands on a module that calls a door, or was measured",
+    "2.2", "no door can be used, and no method",
 )
 CALL_HOOK = Private(
     "torch.nn:Module._compiled_call_impl", "catching the calls of a model", "2.2", "no model can be optimised"
@@ -615,6 +624,14 @@ def check_calls() -> None:
     """Raises TorchChanged where calls of a model cannot be caught, or not be told from somebody's trace."""
     for part in _EACH_CALL:
         part.found()
+
+
+def own_parts(module: nn.Module) -> tuple[Mapping[str, object], Mapping[str, object]]:
+    """The parameters and the parts that stand on a module itself, as the module has them: what is put there shows."""
+    try:
+        return module._parameters, module._modules
+    except AttributeError:
+        raise OWN_TENSORS.gone() from None
 
 
 def own_tensors(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]]:
@@ -758,6 +775,19 @@ def reshape_to_own() -> Any:
         return UNSAFE_VIEW.found()
     except TorchChanged:
         return torch.ops.aten.reshape.default
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Torch logs whole tracebacks of what it then raises: the error says it. Levels that a user set are kept."""
+    mine = [log for log in map(logging.getLogger, LOGS) if log.level == logging.NOTSET]
+    for log in mine:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for log in mine:
+            log.setLevel(logging.NOTSET)
 
 
 def may_hook_saved_tensors() -> bool:

@@ -32,7 +32,7 @@ from ..choose.approximations import Installed
 from ..choose.policy import Policy
 from ..find import defect
 from ..find.place import Place, symbols_of
-from ..graph.torch_private import FakeTensor
+from ..graph.torch_private import FakeTensor, quietly
 from ..shapes import Shapes
 from . import bypass, called
 from .session import Session, break_of, session_of
@@ -216,7 +216,7 @@ def _plan_pieces(
     session.install(model)
     try:
         args, kwargs = _copied((args, dict(kwargs)))
-        with export.quietly():
+        with quietly():
             run(model, args, kwargs)
     finally:
         session.detach()

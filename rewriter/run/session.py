@@ -118,6 +118,13 @@ class Entry:
             at = other.before
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
+        installed = self.session.installed
+        if installed is None or installed.ground is None or not installed.chosen or self.path:
+            return self._called(args, kwargs)
+        with installed.ground.entered(self.module):
+            return self._called(args, kwargs)
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given_up = len(self.failures) > _FAILURES_ALLOWED
         if given_up or bypass.traced(args, kwargs):
             bypass.went_round(self, bypass.GIVEN_UP if given_up else bypass.TRACED)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
@@ -29,6 +28,7 @@ from ...patterns.evaluate import evaluate
 from ...patterns.expr import Expr
 from ...patterns.masks.split import runtime_classify, split
 from ..capture.autocast import no_autocast
+from ..check.gradient import saved_by_us
 from ..check.watch import SiteWatch
 from ..graph.aliases import Aliases
 from ..graph.dropout import as_written, carry
@@ -271,7 +271,7 @@ class Guarded(nn.Module):
         tried = watch is not None and torch.is_grad_enabled() and watch.due(inputs)
         try:
             if tried:
-                with saved_tensors_hooks(Tensor.detach, _kept):
+                with saved_by_us():
                     out = self._called(arguments, inputs)
             else:
                 out = self._called(arguments, inputs)
@@ -289,10 +289,6 @@ class Guarded(nn.Module):
             return None, why
         why = watch(self.original, self.target, arguments, inputs, out) if watch is not None else ""
         return self._called(arguments, inputs) if tried and not why else out, why
-
-
-def _kept(x: Tensor) -> Tensor:
-    return x
 
 
 class Originals:

@@ -46,19 +46,20 @@ def test_where_no_audit_can_be_made_the_model_runs_its_own_code(monkeypatch: pyt
 
 
 def test_inputs_unlike_the_calibration_end_the_method_and_the_report_says_so() -> None:
-    """Weights that look near by are turned into ones that look everywhere alike: what was measured holds no more."""
+    """A channel that grows with the position backwards makes a layer that looks near by look everywhere alike."""
     torch.manual_seed(0)
     model = Two().eval()
+    with torch.no_grad():
+        # scores get the first channel of the key
+        model.near.qkv.bias[0], model.near.qkv.bias[16] = 1.0, 0.0
+        model.near.qkv.weight[16] = 0.0
+        model.near.qkv.weight[16, 0] = 1.0
     reattend.optimize(model, policy=policy(check=3))
     with torch.no_grad():
         for x in data():
             model(x)
         assert reattend.report(model).fallbacks == 0
-        # keys that grow with their distance undo the slope: rows see all that lies before
-        queries, keys = model.near.qkv.bias[:8], model.near.qkv.bias[16:24]
-        queries[0], keys[0] = 1.0, 0.0
-        model.near.qkv.weight[16] = 0.0
-        model.near.qkv.weight[16, 0] = 1.0
+        # undoes the slope: rows see all that lies before
         far = torch.randn(1, 512, 16)
         far[..., 0] = -1.0 * torch.arange(512)
         with pytest.warns(UserWarning, match="calibrate on data that is like these inputs"):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reattend
 from reattend.patterns.methods.selected.flexprefill import FlexPrefill
 from reattend.patterns.methods.selected.moba import MoBA
 from reattend.patterns.methods.selected.xattention import XAttention
+from reattend.rewriter.approximate import calibrate
 
 N = 1024
 
@@ -53,3 +58,39 @@ def test_a_llama_runs_a_selection_within_its_error(method: FlexPrefill | XAttent
     cost = candidate.cost
     assert cost is not None
     assert "selection" in cost.parts
+
+
+class Causal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        y: Tensor = ((q @ k.mT) * 0.3).masked_fill(later, float("-inf")).softmax(-1) @ v
+        return x + y.transpose(1, 2).flatten(2)
+
+
+def test_a_selection_runs_at_lengths_between_those_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second length that a model meets makes its sizes open: the table's are computed from them."""
+    moves = calibrate._Calibration._moves
+    # which is faster is not the question here
+    monkeypatch.setattr(calibrate._Calibration, "_moves", lambda self: [replace(m, saved=1e-3) for m in moves(self)])
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    method, data = MoBA(count=2, block=32), [torch.randn(1, n, 16) for n in (96, 128, 160, 192)]
+    plain = Causal().eval()
+    model = Causal().eval()
+    model.load_state_dict(plain.state_dict())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reattend.optimize(
+            model, policy=reattend.Policy(approximate=True, methods=(method,), max_error=0.9, calibration=data)
+        )
+        for n, exact in ((192, False), (160, False), (133, False), (200, True)):
+            x = torch.randn(1, n, 16)
+            assert torch.allclose(model(x), plain(x), atol=1e-5) == exact
+    report = reattend.report(model)
+    assert {s.kernel for s in report.sites} == {str(method)}
+    assert {c.verdict for c in report.checks} == {"same"}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import reattend
@@ -106,6 +107,98 @@ def test_empty_batches_and_keys(calls: tuple[tuple[int, int], ...], policy: reat
             q = torch.randn(batch, 3, 21, 16, requires_grad=True)
             k, v = (torch.randn(batch, 3, keys, 16) for _ in range(2))
             torch.testing.assert_close(optimised(q, k, v, 0.25), model(q, k, v, 0.25), rtol=0, atol=1e-5)
+
+
+class Vendor(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_keys_without_a_width_are_named() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    q, v = torch.randn(2, 3, 21, 0), torch.randn(2, 3, 21, 8)
+    optimised = reattend.optimize(Vendor())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(optimised(q, q, v), Vendor()(q, q, v))
+    (miss,) = reattend.report(optimised).misses
+    assert "width 0" in miss.reason
+
+
+class Weighing(nn.Module):
+    """Who asks for the weights gets them, of the model's own code, and is told so."""
+
+    def __init__(self, average: bool) -> None:
+        super().__init__()
+        self.attention, self.average = nn.MultiheadAttention(32, 2, batch_first=True), average
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.attention(x, x, x, need_weights=True, average_attn_weights=self.average)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_attention_whose_weights_are_asked_for_is_named(average: bool, trained: bool) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, x = Weighing(average).eval(), torch.randn(2, 150, 32)
+    with torch.set_grad_enabled(trained), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = model(x)
+        for made, own in zip(reattend.optimize(model)(x), want, strict=True):
+            torch.testing.assert_close(made, own)
+    (site,) = reattend.report(model).sites
+    assert (site.name, site.kernel) == ("attention", "original")
+    assert "read elsewhere" in site.site.chosen.why
+
+
+def test_a_model_that_gives_its_attentions_names_them() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, vocab_size=64, num_attention_heads=2, num_key_value_heads=1,
+    )
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    ids = torch.randint(64, (2, 150))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = model(ids, output_attentions=True)
+        reattend.optimize(model)
+        made = model(ids, output_attentions=True)
+        torch.testing.assert_close((made.logits, *made.attentions), (want.logits, *want.attentions))
+        without = model(ids)
+    torch.testing.assert_close(without.logits, want.logits, rtol=0, atol=1e-4)
+    assert ["read elsewhere" in s.site.chosen.why for s in reattend.report(model).sites] == [True, True, False, False]
+
+
+class Windowed(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at = torch.arange(q.shape[-2])
+        d = at[:, None] - at
+        return (q @ k.mT * 0.25).masked_fill((d < 0) | (d >= 64), -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("rows", [8, 200])
+@pytest.mark.parametrize("candidate", ["reattend", "sdpa"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_queries_that_share_their_elements(rows: int, candidate: str, trained: bool) -> None:
+    """A window that slides by one element: torch's own SDPA lays its result out by these strides, and writes it by others."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    policy = reattend.Policy(allow=(candidate,), deny=("original",), check="never")
+    model, optimised = Windowed(), reattend.optimize(Windowed(), policy=policy)
+    q = torch.randn(2, 3, rows + 15).unfold(-1, 16, 1).requires_grad_(trained)
+    k, v = (torch.randn(2, 3, rows, 16) for _ in range(2))
+    assert q.stride()[-2:] == (1, 1)
+    with torch.set_grad_enabled(trained):
+        made, want = optimised(q, k, v), model(q, k, v)
+        torch.testing.assert_close(made, want, rtol=0, atol=1e-5)
+        if trained:
+            g = torch.randn(want.shape)
+            (a,), (b,) = (torch.autograd.grad(y, q, g) for y in (made, want))
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    assert set(reattend.report(optimised).kernels) == {candidate}
 
 
 def test_a_scale_that_is_no_number() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -222,6 +223,31 @@ def test_autocast_inside_an_einsum_is_made_explicit() -> None:
     assert products
     for n in products:
         assert {i.meta["val"].dtype for i in n.all_input_nodes} == {torch.bfloat16}, n.format_node()
+
+
+def test_an_operator_that_is_tried_on_mixed_types_logs_nothing() -> None:
+    """Weights in float32 beside values in bfloat16, which only autocast lets a product take: asking is no error."""
+
+    class Weighted(nn.Module):
+        def forward(self, s: Tensor, v: Tensor) -> Tensor:
+            return s.softmax(-1) @ v
+
+    said: list[logging.LogRecord] = []
+
+    class Noting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record)
+
+    noting = Noting()
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addHandler(noting)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            a, b, _ = run(Weighted(), torch.randn(2, 5, 7), torch.randn(2, 7, 4).bfloat16())
+    finally:
+        log.removeHandler(noting)
+    assert torch.equal(a, b)
+    assert not said, said[0].getMessage()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -351,6 +351,23 @@ def test_random_state_gradients_and_inputs_are_left_alone() -> None:
     assert all(t.grad is None and torch.equal(t, b) for t, b in zip(x, before))
 
 
+@pytest.mark.parametrize("tune", [False, True])
+def test_where_nobody_may_set_hooks_on_what_is_saved_it_is_checked_all_the_same(tune: bool) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = reattend.optimize(Attend(), policy=reattend.Policy(allow="reattend", deny=("sdpa", "flex"), tune=tune))
+    x = [torch.randn(1, 2, 150, 16, requires_grad=True) for _ in range(3)]
+    with warnings.catch_warnings(), torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        warnings.simplefilter("error")
+        for _ in range(5):
+            made, want = model(*x), Attend()(*x)
+            torch.testing.assert_close(made, want, rtol=0, atol=1e-5)
+            made.sum().backward()
+    checks = reattend.report(model).checks
+    assert {c.verdict for c in checks} == {"same"}
+    assert any(c.gradients for c in checks)
+
+
 def test_every_call_of_a_kind_is_checked_once_and_every_nth_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     # a call that is timed runs its kernels once more
     monkeypatch.setattr(sampling, "due", lambda call: False)
