@@ -141,11 +141,16 @@ class Sizes:
         self.shape = {**shapes, **{name: tuple(map(self.of, s)) for name, s in open_shapes}}
 
     def of(self, size: Size) -> Size:
-        if isinstance(size, int):
-            return size
-        if isinstance(size, sympy.Symbol):
-            return self.known.get(size.name, size)
-        return _value(size, given(size, self.known))
+        return bound_size(size, self.known)
+
+
+def bound_size(size: Size, known: Mapping[str, int]) -> Size:
+    """A size where symbols have these values: an integer when all of them do."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, sympy.Symbol):
+        return known.get(size.name, size)
+    return _value(size, given(size, known))
 
 
 @lru_cache(maxsize=16384)

@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 
 from ...cost_model.count.expect import ExpectError, checked, known
 from ...cost_model.devices.device import Device
+from ...cost_model.layer.step import Step, Types
+from ...cost_model.layer.work import LayerWork
 from ...cost_model.mesh.mesh import Mesh, linked
 from ...cost_model.mesh.plan import MeshPlan
 from ...cost_model.mesh.sharding import ShardedSite, shard
@@ -30,6 +32,7 @@ from ..capture.models import ModelInput, load, run
 from ..choose import choose, scans
 from ..choose.approximations import Installed
 from ..choose.policy import Policy
+from ..choose.steps import step_of
 from ..find import defect
 from ..find.place import Place, symbols_of
 from ..graph.torch_private import FakeTensor
@@ -106,11 +109,13 @@ def plan_graph(
     misses: list[Miss] = []
     symbols: dict[str, Symbol] = {}
     taken: Counter[str] = Counter()
+    work: list[LayerWork] = []
     for region in capture.regions(captured.graph):
-        found, steps, missed = choose.places(region, taken, sharded=policy.mesh is not None)
-        places += found
-        walked += steps
-        misses += missed
+        found = choose.places(region, taken, sharded=policy.mesh is not None)
+        places += found.attentions
+        walked += found.scans
+        misses += found.misses
+        work.append(found.work)
         symbols |= {s.name: s for s in symbols_of(region)}
     if whole:
         checked(policy.expectations, {name: came for p in places for name, came in p.origins})
@@ -129,6 +134,11 @@ def plan_graph(
     def reshard(where: Device, at: Mapping[str, int]) -> MeshPlan | None:
         return _sharded(places, at, where, policy, weights)
 
+    def restep(
+        where: Device, at: Mapping[str, int], sites: tuple[Site, ...], sharding: MeshPlan | None, types: Types
+    ) -> Step | str:
+        return step_of(work, places, sites, at, where, sharding, types)
+
     traced = {s.name: s.value for s in symbols.values()}
     misses += _undecided(places, traced, choose.Request(policy, device, executable=False))
     sites, sharding = retake(device, traced, range(len(places) + len(walked))), reshard(device, traced)
@@ -136,7 +146,8 @@ def plan_graph(
     return Plan(
         sites, tuple(misses), device, model=name, note=note, weight_bytes=weights, symbols=tuple(symbols.values()),
         axes=axes(p.cascade for p in places), sharding=sharding, retake=retake, reshard=reshard,
-    )
+        restep=restep if whole and not any(p.gradients for p in places) else None,
+    ).stored()
 
 
 def _undecided(places: list[Place], at: Mapping[str, int], request: choose.Request) -> list[Miss]:

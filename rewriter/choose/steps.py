@@ -1,0 +1,80 @@
+"""The step of a whole model: its attentions as they were decided, and the work of its graphs around them, priced together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ...cost_model.devices.device import Device
+from ...cost_model.layer.step import Attended, Extent, Spread, Step, StepError, Types, step
+from ...cost_model.layer.work import LayerWork
+from ...cost_model.mesh.mesh import parse
+from ...cost_model.mesh.plan import MeshPlan
+from ...cost_model.operations import bound_size, size_int
+from ...cost_model.sites.site import Site
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
+from ..find.place import Place
+
+
+def step_of(
+    work: Sequence[LayerWork], places: Sequence[Place], sites: Sequence[Site], at: Mapping[str, int], device: Device,
+    sharding: MeshPlan | None, types: Types,
+) -> Step | str:
+    """A step at sizes of the graph's symbols; or why there is none. Raises StepError on a type that is not known."""
+    if not device.is_gpu:
+        return f"the whole model is priced on GPUs: {device.name} is none"
+    try:
+        joined = _joined(work).at(at)
+        if joined.is_empty:
+            return "the graph has no product outside of its attentions"
+        return step(joined, [_attended(s, device) for s in sites], _extent(joined, places, sites, at), device, types, _spread(sharding))
+    except (StepError, ValueError) as no:
+        return str(no)
+
+
+def _joined(work: Sequence[LayerWork]) -> LayerWork:
+    return LayerWork(
+        *(tuple(x for w in work for x in getattr(w, part)) for part in ("products", "passes", "sums", "weights"))
+    )
+
+
+def _attended(s: Site, d: Device) -> Attended:
+    """A site's chosen candidate as a part of the step."""
+    cost, memory = s.chosen.cost, s.memory
+    if cost is None:
+        raise StepError(f"{s.name or s.where} has no predicted time")
+    held = 0 if memory is None else memory.eager_bytes if s.chosen.is_original else memory.tiled_bytes
+    cache = memory.cache_bytes if memory is not None else 0
+    launch = min(cost.seconds, cost.parts.get("launch", 0.0))
+    return Attended(cost.seconds, launch, cost.band or d.band, cache, "window" not in s.traits, held)
+
+
+def _extent(work: LayerWork, places: Sequence[Place], sites: Sequence[Site], at: Mapping[str, int]) -> Extent:
+    """How many sequences, new tokens and keys a step has: tokens are the rows of most products."""
+    rows: dict[int, int] = {}
+    for p, n in work.products:
+        if p.weight and not p.experts and not p.last:
+            rows[size_int(p.rows)] = rows.get(size_int(p.rows), 0) + n
+    tokens = max(rows, key=lambda r: (rows[r], r)) if rows else 1
+    queries, keys = 1, 1
+    for p in places:
+        view = attention(p.cascade)
+        assert isinstance(view, Attention), view
+        sizes = p.sizes(at)
+        queries = max(queries, size_int(bound_size(view.cascade.rank[view.query].size, sizes)))
+        keys = max(keys, size_int(bound_size(view.cascade.rank[view.key].size, sizes)))
+    if tokens % queries:
+        raise StepError(f"{tokens} rows of most products are no multiple of {queries} queries: sequences cannot be counted")
+    generates = bool(sites) and all(s.traits & {"causal", "decode"} for s in sites)
+    return Extent(tokens // queries, queries, keys, generates)
+
+
+def _spread(sharding: MeshPlan | None) -> Spread | None:
+    """How the mesh divides the step; bytes of caches and exchanges of the sequence as the best way has them."""
+    if sharding is None:
+        return None
+    best = sharding.best
+    if best is None:
+        return Spread(parse(sharding.mesh))
+    moved = sum(x.seconds * x.layers for x in best.exchanges if x.axis == "cp")
+    return Spread(parse(sharding.mesh), best.cache_bytes, moved)
