@@ -31,7 +31,8 @@ from reattend.cost_model.layer.products import Shapes, expert_seconds, matrix_ra
 ENGINE = "vllm"
 # What their types are called there.
 TYPES: Mapping[str, tuple[str, str]] = {
-    "bf16": ("gemm", "bfloat16"), "fp8": ("gemm", "fp8"), "experts_bf16": ("moe", "bfloat16"), "experts_fp8": ("moe", "fp8_block"),
+    "bf16": ("gemm", "bfloat16"), "fp8": ("gemm", "fp8"), "experts_bf16": ("moe", "bfloat16"),
+    "experts_fp8": ("moe", "fp8_block"),
 }
 # Rows that rates are fitted to, and that are judged; share of rows that a band holds, and what it may not exceed.
 FIT_ROWS, ROWS, HOLDS, WIDEST = 1200, 1500, 0.9, 1.0

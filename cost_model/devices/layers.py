@@ -23,8 +23,8 @@ KINDS = ("bf16", "fp8", "experts_bf16", "experts_fp8")
 class ProductRates:
     """Rates of the products of one kind.
 
-    A call takes `call_seconds`; a program `program_seconds` beside its tile, which runs at `matrix_share` of a unit's peak or
-    is drawn at `draw_bytes_per_s` a unit; bytes move at `memory_share` of the memory's rate; parts of a sum that is split
+    A call takes `call_seconds`; a program `program_seconds` beside its tile, which runs at `matrix_share` of a unit's peak
+    or is drawn at `draw_bytes_per_s` a unit; bytes move at `memory_share` of the memory's rate; parts of a sum that is split
     over programs take `merge_seconds` more. A long call takes up to `power_share` longer. A row that is converted or dealt
     takes `row_seconds`, and its bytes `cast_share` of what they take from memory. `band`: a measured time from
     seconds / (1 + band) to seconds · (1 + band) is as predicted. `basis`: where the numbers come from.
@@ -72,7 +72,7 @@ def _is_measured(table: object) -> bool:
 def _own(name: str, table: Mapping[str, Any], source: str) -> Mapping[str, ProductRates]:
     out = {}
     for kind, row in table.items():
-        if kind not in KINDS or set(row) != {*RATES, "band"}:
-            raise ValueError(f"layers of {name}: {kind} has {', '.join(sorted(set(row) ^ {*RATES, 'band'}))} too much or too few")
+        if strange := sorted(set(row) ^ {*RATES, "band"} | {kind} - {*KINDS}):
+            raise ValueError(f"layers of {name}: {kind}: {', '.join(strange)} missing or unknown")
         out[kind] = ProductRates(**{k: float(v) for k, v in row.items()}, basis=source)
     return out

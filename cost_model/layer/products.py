@@ -48,7 +48,7 @@ def product_seconds(x: Shapes, d: Device, r: ProductRates, rate: float) -> Numbe
 
 
 def expert_seconds(products: Sequence[Shapes], d: Device, r: ProductRates, rate: float) -> Numbers:
-    """Seconds of the products of experts, one behind the other, and of the dealing. `rows` of each: choices of all tokens."""
+    """Seconds of the products of experts, one behind the other, and of the dealing. `rows`: choices of all tokens."""
     rows, experts = products[0].rows, products[0].matrices
     met = np.maximum(1.0, experts * (1 - (1 - 1 / experts) ** rows))
     seconds = r.call_seconds + r.row_seconds * rows

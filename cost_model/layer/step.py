@@ -44,9 +44,9 @@ class StepError(ValueError):
 
 @dataclass(frozen=True)
 class Attended:
-    """One attention of the step: seconds, of these the launch, bytes of keys and values; `per_key`: they grow with the context.
+    """One attention of the step: seconds, of these the launch, and bytes of keys and values.
 
-    `held` are bytes that it holds while it runs.
+    `per_key`: these grow with the context; `held` are bytes that it holds while it runs.
     """
 
     seconds: float
@@ -75,7 +75,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Types:
-    """What weights of products and caches are stored in; "" as in the model. Raises StepError on a type that is not known."""
+    """What weights of products and caches are stored in; "" as in the model. Raises StepError on an unknown type."""
 
     weights: str = ""
     cache: str = ""
@@ -230,14 +230,14 @@ def _products(
         how = _how(dtype, types.weights if narrowed else "", rates, "")
         x = _shapes([p for p, _ in some], e, tp, rows, how)
         times = np.array([n for _, n in some], np.float64)
-        seconds = product_seconds(x, d, how.rates, matrix_rate(d, how.dtype))
-        yield "products", float((seconds * times).sum()), how.band
+        each = product_seconds(x, d, how.rates, matrix_rate(d, how.dtype))
+        yield "products", float((each * times).sum()), how.band
     for some in dealt.values():
-        p, times = some[0][0], min(n for _, n in some)
+        p, least = some[0][0], min(n for _, n in some)
         how = _how(p.dtype, types.weights, rates, "experts_")
-        shapes = [_shapes([q], e, tp, rows, how) for q, n in some for _ in range(n // times)]
-        seconds = expert_seconds(shapes, d, how.rates, matrix_rate(d, how.dtype))
-        yield "experts", float(seconds[0]) * times, how.band
+        shapes = [_shapes([q], e, tp, rows, how) for q, n in some for _ in range(n // least)]
+        one = expert_seconds(shapes, d, how.rates, matrix_rate(d, how.dtype))
+        yield "experts", float(one[0]) * least, how.band
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ def step_lines(s: Step, device: str) -> list[str]:
         f"{_TITLES[s.phase]}: {seconds_text(s.seconds)} on {many}, coarsely {between(s.seconds, s.band)}: {_extent(s)}"
         f"{', ' + stored if stored else ''}; {s.tokens_per_s:,.0f} tokens/s{each}",
         f"  of it {parts}",
-        f"  a device holds {bytes_text(s.held_bytes)} of {bytes_text(s.room_bytes)}: weights {bytes_text(s.weight_bytes)}, cache "
-        f"{bytes_text(s.cache_bytes)}, activations {bytes_text(s.activation_bytes)}; {_largest(s)}",
+        f"  a device holds {bytes_text(s.held_bytes)} of {bytes_text(s.room_bytes)}: weights {bytes_text(s.weight_bytes)}, "
+        f"cache {bytes_text(s.cache_bytes)}, activations {bytes_text(s.activation_bytes)}; {_largest(s)}",
     ]
 
 

@@ -75,7 +75,7 @@ class Plan(Findings):
         if self.restep is None:
             if types == Types():
                 return self
-            raise StepError("this plan was read from a file, or of a training step: make it with reattend.plan to price it again")
+            raise StepError("a plan of a training step, or one that was read from a file, is not priced again: make it anew")
         made = self.restep(self.device, {s.name: s.value for s in self.symbols}, self.sites, self.sharding, types)
         return replace(self, step=None, step_why=made) if isinstance(made, str) else replace(self, step=made, step_why="")
 

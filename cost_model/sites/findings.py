@@ -32,8 +32,8 @@ class Findings:
     A graph with open sizes has them in `symbols`, and in `axes` which of them move together as `seq`, `past` or `batch`;
     `retake` costs its sites again at other sizes, until they are written to a file. `sweeps` are kept for reports.
     `weight_bytes` are those of the model's parameters. `sharding` has the ways to spread them over a mesh of such devices,
-    where one was asked for, and `reshard` makes them at other sizes. `step` is the whole model's: what it takes and holds, the
-    work outside of attention coarsely; `step_why` says why there is none. `restep` makes it at other sizes and types.
+    where one was asked for, and `reshard` makes them at other sizes. `step` is the whole model's: what it takes and holds,
+    the work outside of attention coarsely; `step_why` says why there is none. `restep` makes it at other sizes and types.
     """
 
     sites: tuple[Site, ...]

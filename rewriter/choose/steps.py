@@ -1,4 +1,4 @@
-"""The step of a whole model: its attentions as they were decided, and the work of its graphs around them, priced together."""
+"""The step of a whole model: attentions as they were decided, and the work of its graphs around them, priced together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def step_of(
         joined = _joined(work).at(at)
         if joined.is_empty:
             return "the graph has no product outside of its attentions"
-        return step(joined, [_attended(s, device) for s in sites], _extent(joined, places, sites, at), device, types, _spread(sharding))
+        extent = _extent(joined, places, sites, at)
+        return step(joined, [_attended(s, device) for s in sites], extent, device, types, _spread(sharding))
     except (StepError, ValueError) as no:
         return str(no)
 
@@ -57,10 +58,10 @@ def _extent(work: LayerWork, places: Sequence[Place], sites: Sequence[Site], at:
             rows[size_int(p.rows)] = rows.get(size_int(p.rows), 0) + n
     tokens = max(rows, key=lambda r: (rows[r], r)) if rows else 1
     queries, keys = 1, 1
-    for p in places:
-        view = attention(p.cascade)
+    for place in places:
+        view = attention(place.cascade)
         assert isinstance(view, Attention), view
-        sizes = p.sizes(at)
+        sizes = place.sizes(at)
         queries = max(queries, size_int(bound_size(view.cascade.rank[view.query].size, sizes)))
         keys = max(keys, size_int(bound_size(view.cascade.rank[view.key].size, sizes)))
     if tokens % queries:

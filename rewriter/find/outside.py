@@ -96,7 +96,7 @@ class _Graph:
         if n.op != "call_function" or not _has_tensor(n) or FOLDED in n.meta:
             return "given"
         name = op_name(n)
-        return "product" if name in PRODUCTS else "move" if name in MOVES else "work"
+        return "product" if _is_product(n) else "move" if name in MOVES else "work"
 
     def sources(self, n: fx.Node) -> tuple[fx.Node, ...]:
         """The nodes behind a node's inputs, moves looked through; sizes are none."""
@@ -125,7 +125,8 @@ class _Graph:
 
 def _has_tensor(n: fx.Node) -> bool:
     value = n.meta.get("val")
-    return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value))
+    several = value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(v, torch.Tensor) for v in several)
 
 
 def _tensor(n: fx.Node) -> torch.Tensor:
@@ -190,32 +191,48 @@ def _shape(g: _Graph, n: fx.Node) -> _Made:
     """A product's rows, inner dimension and columns: the weights, where there are some, are its right side."""
     name, a = op_name(n), arguments(n)
     if name in _CONVOLVED:
-        x, w = _node(a["input"]), _node(a["weight"])
-        kernel = shape_of(_tensor(w))
-        rows = product(tuple(s for i, s in enumerate(shape_of(_tensor(n))) if i != 1))
-        return _Made(_of(n, rows, product(kernel[1:]), kernel[0], 1, w in g.weights), x, w if w in g.weights else None)
-    if name == "einsum":
-        left, right = a["tensors"]  # type: ignore[misc]
-        batch, rows, columns, inner = _letters(str(a["equation"]), left, right)
+        left, right = _node(a["input"]), _node(a["weight"])
+        kernel = shape_of(_tensor(right))
+        rows = product([s for i, s in enumerate(shape_of(_tensor(n))) if i != 1])
+        batch, inner, columns = 1, product(kernel[1:]), kernel[0]
+    elif name == "einsum":
+        left, right = _operands(n)
+        batch, rows, inner, columns = _letters(str(a["equation"]), left, right)
     else:
         left, right = (_node(a[x]) for x in _SIDES[name])
-        x, y = shape_of(_tensor(left)), shape_of(_tensor(right))
-        if name in _LINEAR:
-            batch, rows, inner, columns = 1, product(x[:-1]), x[-1], product(y[:-1])
-        elif name == "mv" or len(y) == 1:
-            batch, rows, inner, columns = 1, product(x[:-1]), x[-1], 1
-        elif name in _GROUPED and len(x) == 2:
-            batch, rows, inner, columns = product(y[:-2]), x[0], x[1], y[-1]
-        elif len(y) == 2:
-            batch, rows, inner, columns = 1, product(x[:-1]), x[-1], y[-1]
-        else:
-            batch = product(shape_of(_tensor(n))[:-2])
-            rows, inner, columns = (x[-2] if len(x) > 1 else 1), x[-1], y[-1]
+        batch, rows, inner, columns = _sides(n, shape_of(_tensor(left)), shape_of(_tensor(right)))
     if left in g.weights and right not in g.weights:
         left, right, rows, columns = right, left, columns, rows
     known = right in g.weights
     experts = name in _GROUPED and len(_tensor(left).shape) == 2
-    return _Made(_of(n, rows, inner, columns, batch, known, experts), left, right if known else None)
+    shape = Product(rows, inner, columns, batch, DTYPE_NAME[_tensor(n).dtype], known, experts)
+    return _Made(shape, left, right if known else None)
+
+
+def _sides(n: fx.Node, x: tuple[Size, ...], y: tuple[Size, ...]) -> tuple[Size, Size, Size, Size]:
+    """Matrices, rows, inner dimension and columns of a product of two tensors of these shapes."""
+    if op_name(n) in _LINEAR:
+        return 1, product(x[:-1]), x[-1], product(y[:-1])
+    if len(y) == 1:
+        return 1, product(x[:-1]), x[-1], 1
+    if op_name(n) in _GROUPED and len(x) == 2:
+        return product(y[:-2]), x[0], x[1], y[-1]
+    if len(y) == 2:
+        return 1, product(x[:-1]), x[-1], y[-1]
+    return product(shape_of(_tensor(n))[:-2]), (x[-2] if len(x) > 1 else 1), x[-1], y[-1]
+
+
+def _operands(n: fx.Node) -> list[fx.Node]:
+    given = arguments(n)["tensors"]
+    return [x for x in given if isinstance(x, fx.Node)] if isinstance(given, (list, tuple)) else []
+
+
+def _is_product(n: fx.Node) -> bool:
+    """Is it a product of two matrices, or of many? A convolution by groups, and an einsum of more, are passes."""
+    name = op_name(n)
+    if name == "einsum":
+        return len(_operands(n)) == 2 and "." not in str(arguments(n)["equation"])
+    return name in PRODUCTS and (name not in _CONVOLVED or arguments(n).get("groups", 1) == 1)
 
 
 _SIDES: Mapping[str, tuple[str, str]] = {
@@ -225,19 +242,13 @@ _SIDES: Mapping[str, tuple[str, str]] = {
 }
 
 
-def _of(
-    n: fx.Node, rows: Size, inner: Size, columns: Size, matrices: Size, weight: bool, experts: bool = False
-) -> Product:
-    return Product(rows, inner, columns, matrices, DTYPE_NAME[_tensor(n).dtype], weight, experts)
-
-
 def _node(value: object) -> fx.Node:
     assert isinstance(value, fx.Node), value
     return value
 
 
 def _letters(equation: str, left: fx.Node, right: fx.Node) -> tuple[Size, Size, Size, Size]:
-    """Batch, rows, columns and inner dimension of an einsum of two operands."""
+    """Matrices, rows, inner dimension and columns of an einsum of two operands."""
     sides, _, out = equation.replace(" ", "").partition("->")
     first, _, second = sides.partition(",")
     size = dict(zip(first, shape_of(_tensor(left)))) | dict(zip(second, shape_of(_tensor(right))))
@@ -246,7 +257,7 @@ def _letters(equation: str, left: fx.Node, right: fx.Node) -> tuple[Size, Size, 
     def of(letters: Iterable[str]) -> Size:
         return product([size[x] for x in sorted(letters)])
 
-    return of(both & set(out)), of(one), of(other), of(both - set(out))
+    return of(both & set(out)), of(one), of(both - set(out)), of(other)
 
 
 def _meets(g: _Graph, start: fx.Node) -> bool:
@@ -254,7 +265,7 @@ def _meets(g: _Graph, start: fx.Node) -> bool:
     seen, stack = {start}, list(start.users)
     while stack:
         n = stack.pop()
-        if n in seen or not _has_tensor(n) or n in g.found or op_name(n) in PRODUCTS:
+        if n in seen or not _has_tensor(n) or n in g.found or _is_product(n):
             continue
         seen.add(n)
         name = op_name(n)

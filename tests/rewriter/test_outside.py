@@ -1,0 +1,162 @@
+"""What a graph does outside of its attentions: products by shape and how devices divide them, passes by bytes, weights once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import reattend
+from reattend.cost_model.layer.work import COLUMNS, INNER, LayerWork, Pass, Product, Weights
+from reattend.cost_model.plan.plan import Plan
+from reattend.rewriter.capture import export
+from reattend.rewriter.find.detect import find
+from reattend.rewriter.find.outside import outside
+from reattend.rewriter.graph.liveness import erase_dead
+
+F = nn.functional
+
+
+class Block(nn.Module):
+    """A decoder layer with a norm before each half, and a head."""
+
+    def __init__(self, gated: bool = True) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(64, 64, bias=False), nn.Linear(64, 32, bias=False), nn.Linear(64, 32, bias=False)
+        self.o = nn.Linear(64, 64, bias=False)
+        self.up, self.gate, self.down = nn.Linear(64, 96, bias=False), nn.Linear(64, 96, bias=False), nn.Linear(96, 64, bias=False)
+        self.one, self.two = nn.RMSNorm(64), nn.RMSNorm(64)
+        self.head = nn.Linear(64, 500, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        q = self.q(y).unflatten(-1, (4, 16)).transpose(1, 2)
+        k, v = (layer(y).unflatten(-1, (2, 16)).transpose(1, 2) for layer in (self.k, self.v))
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(a.transpose(1, 2).flatten(2))
+        y = self.two(x)
+        out: Tensor = self.head(x + self.down(F.silu(self.gate(y)) * self.up(y)))
+        return out
+
+
+def work_of(model: nn.Module, *args: Tensor, found: int = 1) -> LayerWork:
+    with torch.no_grad():
+        gm = export.from_export(model.eval(), args, {}).graph
+    erase_dead(gm)
+    attentions, _ = find(gm)
+    assert len(attentions) == found
+    return outside(gm, attentions)
+
+
+def products(work: LayerWork) -> dict[tuple[object, ...], Product]:
+    return {(p.rows, p.inner, p.columns): p for p, _ in work.products}
+
+
+def test_products_of_one_input_are_one_and_attention_is_none_of_them() -> None:
+    work = work_of(Block(), torch.randn(2, 8, 64))
+    assert set(products(work)) == {(16, 64, 128), (16, 64, 64), (16, 64, 192), (16, 96, 64), (16, 64, 500)}
+    assert all(n == 1 for _, n in work.products)
+
+
+def test_columns_are_cut_before_and_the_inner_dimension_behind_what_is_computed_by_heads_or_channels() -> None:
+    work = work_of(Block(), torch.randn(2, 8, 64))
+    cuts = {key[1:]: p.cut for key, p in products(work).items()}
+    assert cuts == {(64, 128): COLUMNS, (64, 64): INNER, (64, 192): COLUMNS, (96, 64): INNER, (64, 500): COLUMNS}
+    assert work.sums == ((16 * 64 * 4, 2),)
+
+
+def test_the_head_is_told_from_what_others_read() -> None:
+    assert [p.columns for p in products(work_of(Block(), torch.randn(2, 8, 64))).values() if p.last] == [500]
+
+
+def test_what_lies_between_products_reads_and_writes_once() -> None:
+    passes = dict(work_of(Block(), torch.randn(2, 8, 64)).passes)
+    token = 16 * 4
+    # the first norm; the sum and the second one; the gate; the last sum
+    assert passes == {
+        Pass(token * 64 + 4 * 64, token * 64): 1, Pass(2 * token * 64 + 4 * 64, 2 * token * 64): 1,
+        Pass(2 * token * 96, token * 96, True): 1, Pass(2 * token * 64, token * 64): 1,
+    }
+
+
+def test_every_parameter_is_counted_once_and_the_head_is_not_stored_in_a_narrower_type() -> None:
+    model = Block()
+    weights = work_of(model, torch.randn(2, 8, 64)).weights
+    assert sum(w.elements for w in weights) == sum(p.numel() for p in model.parameters())
+    assert {(w.products, w.cut): w.elements for w in weights} == {
+        (True, True): 64 * (128 + 64 + 192) + 96 * 64, (False, True): 500 * 64, (False, False): 128,
+    }
+
+
+class Latents(nn.Module):
+    """A product whose columns a norm needs all of: no device may have a part of them alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.norm, self.high = nn.Linear(64, 24, bias=False), nn.RMSNorm(16), nn.Linear(16, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.low(x).split([16, 8], -1)
+        out: Tensor = self.high(self.norm(a)).relu().sum(-1) + b.sum(-1)
+        return out
+
+
+def test_columns_that_meet_in_a_norm_stay_whole() -> None:
+    cuts = {key[1:]: p.cut for key, p in products(work_of(Latents(), torch.randn(2, 8, 64), found=0)).items()}
+    assert cuts == {(64, 24): "", (16, 64): ""}
+
+
+def single(fn: Callable[..., Tensor], *args: Tensor) -> Product:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(args[1])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return fn(x, self.weight)
+
+    ((p, _),) = work_of(Holder(), args[0], found=0).products
+    return p
+
+
+def test_shapes_of_every_kind_of_product() -> None:
+    x, w = torch.randn(2, 8, 64), torch.randn(64, 96)
+    assert single(torch.matmul, x, w) == single(lambda a, b: torch.einsum("bsd,df->bsf", a, b), x, w)
+    p = single(torch.matmul, x, w)
+    assert (p.rows, p.inner, p.columns, p.matrices) == (16, 64, 96, 1)
+    p = single(lambda a, b: (b @ a.mT), x, torch.randn(96, 64))
+    assert (p.weight, p.columns if p.rows != 96 else p.rows) == (True, 96)
+    p = single(torch.bmm, torch.randn(3, 8, 64), torch.randn(3, 64, 96))
+    assert (p.rows, p.inner, p.columns, p.matrices) == (8, 64, 96, 3)
+    p = single(F.conv2d, torch.randn(2, 3, 8, 8), torch.randn(16, 3, 2, 2))
+    assert (p.rows, p.inner, p.columns, p.matrices) == (2 * 7 * 7, 12, 16, 1)
+
+
+def test_a_lookup_reads_as_much_as_it_gives() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Embedding(1000, 64), nn.Linear(64, 8, bias=False)
+
+        def forward(self, i: Tensor) -> Tensor:
+            out: Tensor = self.layer(self.table(i) * 2).sum(-1)
+            return out
+
+    work = work_of(Table(), torch.zeros(2, 8, dtype=torch.int64), found=0)
+    assert max(p.read for p, _ in work.passes) == 2 * 16 * 64 * 4 or max(p.read for p, _ in work.passes) < 1000 * 64 * 4
+    assert Weights(1000 * 64, 4, products=False, cut=True) in work.weights
+
+
+def test_a_plan_of_open_sizes_prices_its_step_at_others() -> None:
+    def made(batch: int, tokens: int, dynamic: bool) -> Plan:
+        with torch.no_grad():
+            model = Block().eval().to(torch.bfloat16)
+            return reattend.plan(model, torch.randn(batch, tokens, 64, dtype=torch.bfloat16), target="h200", dynamic=dynamic)
+
+    moved, fixed = made(2, 128, True).at(seq=256, batch=4).step, made(4, 256, False).step
+    assert moved is not None
+    assert fixed is not None
+    assert (moved.batch, moved.tokens, moved.phase) == (4, 256, "prefill")
+    assert moved.parts["products"] == fixed.parts["products"]
+    assert moved.seconds == fixed.seconds
