@@ -103,7 +103,7 @@ def plan(
         csv.write_text(sweeps_csv(sweeps), encoding="utf-8")
         print(f"wrote {csv}", file=sys.stderr)
     if grid is not None:
-        made_grid = plans[0].grid(devices, **swept)
+        made_grid = plans[0].grid(devices, meshes=("", mesh) if mesh is not None else (), **swept)
         print(f"{made_grid}\nwrote {made_grid.write(grid)}", file=sys.stderr)
     if json:
         print(plans[0].to_json() if len(plans) == 1 else "[\n" + ",\n".join(p.to_json() for p in plans) + "\n]")

@@ -46,7 +46,8 @@ class StepError(ValueError):
 class Attended:
     """One attention of the step: seconds, of these the launch, and bytes of keys and values.
 
-    `per_key`: these grow with the context; `held` are bytes that it holds while it runs.
+    `per_key`: these grow with the context; `held` are bytes that it holds while it runs. `heads` and `key_heads`: into how
+    many parts its queries and its keys can be cut.
     """
 
     seconds: float
@@ -55,6 +56,8 @@ class Attended:
     cache_bytes: int
     per_key: bool
     held: int = 0
+    heads: int = 1
+    key_heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -166,35 +169,39 @@ def step(
         raise StepError(f"products are not priced on {d.name}: one of {', '.join(layer_rates())}")
     mesh = spread.mesh if spread is not None else Mesh(())
     tp, dp, cp = (mesh.size(a) for a in ("tp", "dp", "cp"))
+    if strange := sorted({a.heads for a in attended if a.heads % tp}):
+        raise StepError(f"tp={tp} does not divide {strange[0]} heads of queries")
     rows = dp * (cp if e.tokens > 1 else 1)
     sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for part, seconds, band in _products(work, e, d, rates, types, tp, rows):
         sums[part].append((seconds, band))
     narrow = CACHE_TYPES[types.cache] / _cache_width(work) if types.cache else 1.0
     for a in attended:
-        decoding = narrow if e.tokens == 1 else 1.0
-        sums["attention"].append((a.launch + max(0.0, a.seconds - a.launch) * decoding / (tp * dp * cp), a.band))
+        # a step of decoding reads all keys of a device's heads, however few queries these have
+        share = narrow / min(tp, a.key_heads) if e.tokens == 1 else 1 / tp
+        sums["attention"].append((a.launch + max(0.0, a.seconds - a.launch) * share / (dp * cp), a.band))
     sums["passes"].append((_passes(work, d, rates["bf16"], tp, rows), COARSE))
     sums["exchanges"].append((_exchanges(work, e, d, mesh, rows) + (spread.exchange_seconds if spread else 0.0), COARSE))
     parts = {p: sum(s for s, _ in sums[p]) for p in PARTS if p in sums}
     whole = sum(parts.values())
     band = sum(s * b for pairs in sums.values() for s, b in pairs) / whole
     weights = sum(w.bytes(WEIGHT_TYPES.get(types.weights), tp) for w in work.weights)
-    cache = sum(a.cache_bytes for a in attended)
-    given = spread.cache_bytes if spread is not None else None
-    share = narrow * (given / cache if given is not None and cache else 1 / (tp * dp * cp))
+    caches = [(narrow * a.cache_bytes / (min(tp, a.key_heads) * dp * cp), a.per_key) for a in attended]
+    cache = sum(n for n, _ in caches)
+    known = narrow * spread.cache_bytes / cache if spread is not None and spread.cache_bytes is not None and cache else 1.0
     active = max(_active(work, e, tp, rows), max((a.held for a in attended), default=0) / (tp * rows))
     room = (1 - RESERVE) * d.dram_bytes
     left = room - weights
-    growing = share * sum(a.cache_bytes for a in attended if a.per_key)
-    fixed = share * cache - growing
+    cache *= known
+    growing = known * sum(n for n, per_key in caches if per_key)
+    fixed = cache - growing
     if e.tokens > 1:
         growing += active
     else:
         fixed += active
     return Step(
-        e.phase, e.batch, e.tokens, e.context, parts, band, math.ceil(weights), math.ceil(share * cache), math.ceil(active),
-        math.floor(room), _most(left, 0.0, share * cache + active, e.batch), _most(left, fixed, growing, e.context),
+        e.phase, e.batch, e.tokens, e.context, parts, band, math.ceil(weights), math.ceil(cache), math.ceil(active),
+        math.floor(room), _most(left, 0.0, cache + active, e.batch), _most(left, fixed, growing, e.context),
         mesh.devices, str(mesh), types.weights, types.cache,
     )
 

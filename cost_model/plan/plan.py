@@ -18,6 +18,7 @@ from ..count.memory import AttentionMemory
 from ..devices.device import Device, device, device_from_dict, device_to_dict
 from ..json import Json, Read
 from ..layer.step import Step, StepError, Types
+from ..mesh.mesh import mesh
 from ..mesh.plan import MeshPlan
 from ..report.page import Made, write_page
 from ..sites.axes import bound_sizes
@@ -83,9 +84,14 @@ class Plan(Findings):
         """Which candidate wins at each value of an axis, on this plan's device or on these. Raises as `at` does."""
         return sweep(self, axis, values, [device(t) for t in targets])
 
-    def grid(self, targets: Sequence[str | Device] = (), **axes: Sequence[int]) -> SizeGrid:
-        """Every combination of sizes (`seq=(…)`, `past=(…)`, `batch=(…)`) and devices as columns. Raises as `at` does."""
-        return grid(self, axes, [device(t) for t in targets])
+    def grid(
+        self, targets: Sequence[str | Device] = (), *, meshes: Sequence[str] = (), **axes: Sequence[int]
+    ) -> SizeGrid:
+        """Every combination of sizes (`seq=(…)`, `past=(…)`, `batch=(…)`) and devices as columns; on GPUs the whole model's
+        step as well, on each of `meshes` ("" one device, "tp=4", "tp=4,dp=2"). Raises as `at` does, and MeshError.
+        """
+        asked = [mesh(m) if m else None for m in meshes] or [None]
+        return grid(self, axes, [device(t) for t in targets], asked)
 
     def to_html(self, path: str | Path) -> Path:
         """Write the plan as one self-contained page; sizes that are open are swept first where no sweep is at hand.

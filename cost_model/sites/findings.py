@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from ..devices.device import Device
 from ..layer.step import Step, Types
+from ..mesh.mesh import Mesh
 from ..mesh.plan import MeshPlan
 from ..words import group_name
 from .course import Symbol
@@ -20,7 +21,7 @@ from .sweep import Sweep
 # A device, the values of open sizes, and the positions of the sites wanted: those sites costed there.
 Retake: TypeAlias = Callable[[Device, Mapping[str, int], Sequence[int]], tuple[Site, ...]]
 # A step of the whole model with these sites at sizes of its symbols, on a device, over its mesh if there is one.
-Restep: TypeAlias = Callable[[Device, Mapping[str, int], tuple[Site, ...], MeshPlan | None, Types], Step | str]
+Restep: TypeAlias = Callable[[Device, Mapping[str, int], tuple[Site, ...], MeshPlan | Mesh | None, Types], Step | str]
 # The ways to spread a plan's attentions over its mesh, at sizes of its symbols, on a device.
 Reshard: TypeAlias = Callable[[Device, Mapping[str, int]], MeshPlan | None]
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from ...cost_model.devices.device import Device
 from ...cost_model.layer.step import Attended, Extent, Spread, Step, StepError, Types, step
 from ...cost_model.layer.work import LayerWork
-from ...cost_model.mesh.mesh import parse
+from ...cost_model.mesh.mesh import Mesh, parse
 from ...cost_model.mesh.plan import MeshPlan
 from ...cost_model.operations import bound_size, size_int
 from ...cost_model.sites.site import Site
+from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ..find.place import Place
@@ -18,7 +20,7 @@ from ..find.place import Place
 
 def step_of(
     work: Sequence[LayerWork], places: Sequence[Place], sites: Sequence[Site], at: Mapping[str, int], device: Device,
-    sharding: MeshPlan | None, types: Types,
+    sharding: MeshPlan | Mesh | None, types: Types,
 ) -> Step | str:
     """A step at sizes of the graph's symbols; or why there is none. Raises StepError on a type that is not known."""
     if not device.is_gpu:
@@ -28,7 +30,10 @@ def step_of(
         if joined.is_empty:
             return "the graph has no product outside of its attentions"
         extent = _extent(joined, places, sites, at)
-        return step(joined, [_attended(s, device) for s in sites], extent, device, types, _spread(sharding))
+        heads = [_heads(p, at, extent.batch) for p in places]
+        heads += [(1, 1)] * (len(sites) - len(places))
+        attended = [_attended(s, device, *h) for s, h in zip(sites, heads)]
+        return step(joined, attended, extent, device, types, _spread(sharding))
     except (StepError, ValueError) as no:
         return str(no)
 
@@ -39,7 +44,24 @@ def _joined(work: Sequence[LayerWork]) -> LayerWork:
     )
 
 
-def _attended(s: Site, d: Device) -> Attended:
+def _heads(p: Place, at: Mapping[str, int], batch: int) -> tuple[int, int]:
+    """How many heads of queries and of keys each sequence has."""
+    view = attention(p.cascade)
+    assert isinstance(view, Attention), view
+    sizes = p.sizes(at)
+    ranks = {*view.batch}
+    heads = keys = 1
+    for r in ranks:
+        heads *= size_int(bound_size(view.cascade.rank[r].size, sizes))
+    for load in ex.loads(view.products[0].body):
+        if view.key in load.ranks and load.attr in view.cascade.tensor:
+            shape = view.cascade.tensor[str(load.attr)].shape
+            named = [size for term, size in zip(load.args, shape) if term.ranks and term.ranks <= ranks]
+            keys = math.prod(size_int(bound_size(size, sizes)) for size in named)
+    return max(1, heads // batch), max(1, keys // batch)
+
+
+def _attended(s: Site, d: Device, heads: int, key_heads: int) -> Attended:
     """A site's chosen candidate as a part of the step."""
     cost, memory = s.chosen.cost, s.memory
     if cost is None:
@@ -47,7 +69,8 @@ def _attended(s: Site, d: Device) -> Attended:
     held = 0 if memory is None else memory.eager_bytes if s.chosen.is_original else memory.tiled_bytes
     cache = memory.cache_bytes if memory is not None else 0
     launch = min(cost.seconds, cost.parts.get("launch", 0.0))
-    return Attended(cost.seconds, launch, cost.band or d.band, cache, "window" not in s.traits, held)
+    band = cost.band or d.band
+    return Attended(cost.seconds, launch, band, cache, "window" not in s.traits, held, heads, key_heads)
 
 
 def _extent(work: LayerWork, places: Sequence[Place], sites: Sequence[Site], at: Mapping[str, int]) -> Extent:
@@ -70,10 +93,14 @@ def _extent(work: LayerWork, places: Sequence[Place], sites: Sequence[Site], at:
     return Extent(tokens // queries, queries, keys, generates)
 
 
-def _spread(sharding: MeshPlan | None) -> Spread | None:
+def _spread(sharding: MeshPlan | Mesh | None) -> Spread | None:
     """How the mesh divides the step; bytes of caches and exchanges of the sequence as the best way has them."""
     if sharding is None:
         return None
+    if isinstance(sharding, Mesh):
+        if sharding.size("cp") > 1:
+            raise StepError("a mesh with cp is priced by a plan with it: Policy(mesh=…), --mesh")
+        return Spread(sharding)
     best = sharding.best
     if best is None:
         return Spread(parse(sharding.mesh))

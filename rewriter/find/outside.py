@@ -348,10 +348,10 @@ def _pass(g: _Graph, members: Sequence[fx.Node], made: Mapping[fx.Node, _Made]) 
     written: Size = 0
     cut = False
     for n in members:
-        for s in g.sources(n):
+        for i, s in enumerate(g.sources(n)):
             if s in own:
                 continue
-            reads[s] = g.bytes(n) if op_name(n) in GATHERS else g.bytes(s)
+            reads[s] = g.bytes(n) if op_name(n) in GATHERS and i == 0 else g.bytes(s)
             cut |= s in made and made[s].shape.cut == COLUMNS
         if any(u not in own for u in _readers(g, n)):
             written = written + g.bytes(n)

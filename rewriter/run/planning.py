@@ -135,7 +135,7 @@ def plan_graph(
         return _sharded(places, at, where, policy, weights)
 
     def restep(
-        where: Device, at: Mapping[str, int], sites: tuple[Site, ...], sharding: MeshPlan | None, types: Types
+        where: Device, at: Mapping[str, int], sites: tuple[Site, ...], sharding: MeshPlan | Mesh | None, types: Types
     ) -> Step | str:
         return step_of(work, places, sites, at, where, sharding, types)
 

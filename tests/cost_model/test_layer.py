@@ -21,10 +21,10 @@ GPUS = sorted(layer_rates())
 
 
 def seconds(device: str, kind: str, rows: int, inner: int, columns: int) -> float:
-    x = (np.array([float(n)]) for n in (rows, inner, columns, 1))
+    m, k, n, one = (np.array([float(x)]) for x in (rows, inner, columns, 1))
     width = 1.0 if kind == "fp8" else 2.0
     d = shipped(device)
-    return float(product_seconds(Shapes(*x, width, width), d, layer_rates()[device][kind], matrix_rate(d, kind))[0])
+    return float(product_seconds(Shapes(m, k, n, one, width, width), d, layer_rates()[device][kind], matrix_rate(d, kind))[0])
 
 
 def test_every_gpu_has_rates_with_a_source() -> None:
@@ -81,7 +81,7 @@ def work(batch: int = 4, tokens: int = 1) -> LayerWork:
     )
 
 
-ATTENDED = (Attended(3e-5, 6e-6, 0.2, 4 * 4096 * 4096, True),) * 32
+ATTENDED = (Attended(3e-5, 6e-6, 0.2, 4 * 4096 * 4096, True, 0, 32, 8),) * 32
 DECODE = Extent(4, 1, 4096, True)
 
 
@@ -129,6 +129,14 @@ def test_a_mesh_divides_what_it_can_and_pays_for_it() -> None:
     assert four.tokens_per_s_device == pytest.approx(four.tokens_per_s / 4)
     batch = step(work(), ATTENDED, DECODE, H200, spread=Spread(parse("dp=4")))
     assert (batch.weight_bytes, batch.parts["exchanges"]) == (one.weight_bytes, 0)
+
+
+def test_more_devices_than_key_heads_hold_copies_of_their_keys() -> None:
+    eight, sixteen = (step(work(), ATTENDED, DECODE, H200, spread=Spread(parse(f"tp={n}"))) for n in (8, 16))
+    assert sixteen.cache_bytes == eight.cache_bytes
+    assert sixteen.parts["attention"] == eight.parts["attention"]
+    with pytest.raises(StepError, match="tp=3 does not divide 32 heads"):
+        step(work(), ATTENDED, DECODE, H200, spread=Spread(parse("tp=3")))
 
 
 def test_narrower_weights_and_caches() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import reattend
 from reattend.cost_model.layer.work import COLUMNS, INNER, LayerWork, Pass, Product, Weights
+from reattend.cost_model.mesh.mesh import MeshError
 from reattend.cost_model.plan.plan import Plan
 from reattend.rewriter.capture import export
 from reattend.rewriter.find.detect import find
@@ -144,7 +146,7 @@ def test_a_lookup_reads_as_much_as_it_gives() -> None:
             return out
 
     work = work_of(Table(), torch.zeros(2, 8, dtype=torch.int64), found=0)
-    assert max(p.read for p, _ in work.passes) == 2 * 16 * 64 * 4 or max(p.read for p, _ in work.passes) < 1000 * 64 * 4
+    assert {p.read for p, _ in work.passes} == {16 * 64 * 4 + 16 * 8, 16 * 8 * 4}
     assert Weights(1000 * 64, 4, products=False, cut=True) in work.weights
 
 
@@ -160,3 +162,22 @@ def test_a_plan_of_open_sizes_prices_its_step_at_others() -> None:
     assert (moved.batch, moved.tokens, moved.phase) == (4, 256, "prefill")
     assert moved.parts["products"] == fixed.parts["products"]
     assert moved.seconds == fixed.seconds
+
+
+def test_a_grid_has_the_step_of_the_whole_model_on_every_mesh() -> None:
+    with torch.no_grad():
+        model = Block().eval().to(torch.bfloat16)
+        plan = reattend.plan(model, torch.randn(2, 128, 64, dtype=torch.bfloat16), target="h200", dynamic=True)
+    found = plan.grid(("h200", "a100"), meshes=("", "tp=2", "tp=2,dp=2"), seq=(128, 256), batch=(4,))
+    rows: list[dict[str, object]] = [dict(zip(found.columns, r)) for r in found.rows()]
+    assert (found.points, len(rows)) == (12, 12)
+    for r in rows:
+        assert r["fits"] is True
+        if r["mesh"] == "":
+            there = plan.at(str(r["device"]), seq=int(str(r["seq"])), batch=4).step
+            assert there is not None
+            assert (r["step_seconds"], r["held_bytes"]) == (there.seconds, there.held_bytes)
+    held = {r["mesh"]: r["held_bytes"] for r in rows if r["device"] == "h200" and r["seq"] == 256}
+    assert held["tp=2,dp=2"] < held["tp=2"] < held[""]  # type: ignore[operator]
+    with pytest.raises(MeshError, match="no link"):
+        plan.grid(("cpu",), meshes=("tp=2",), seq=(128,))
