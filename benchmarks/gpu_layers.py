@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from reattend.cost_model.devices.device import Device, shipped
 from reattend.cost_model.devices.layers import KINDS, RATES, ProductRates, layer_rates
-from reattend.cost_model.layer.products import Shapes, expert_seconds, matrix_rate, product_seconds
+from reattend.cost_model.layer.products import ProductShapes, expert_seconds, matrix_rate, product_seconds
 
 ENGINE = "vllm"
 # What their types are called there.
@@ -118,8 +118,8 @@ def priced(rows: Sequence[Measured], d: Device, r: ProductRates) -> NDArray[np.f
     width = 1.0 if kind.endswith("fp8") else 2.0
     rate = matrix_rate(d, kind.removeprefix("experts_"))
     if "experts" not in kind:
-        return product_seconds(Shapes(x[0], x[1], x[2], np.ones_like(x[0]), width, width), d, r, rate)
-    both = [Shapes(x[0], x[1], 2 * x[2], x[3], width, width), Shapes(x[0], x[2], x[1], x[3], width, width)]
+        return product_seconds(ProductShapes(x[0], x[1], x[2], np.ones_like(x[0]), width, width), d, r, rate)
+    both = [ProductShapes(x[0], x[1], 2 * x[2], x[3], width, width), ProductShapes(x[0], x[2], x[1], x[3], width, width)]
     return expert_seconds(both, d, r, rate)
 
 

@@ -28,7 +28,7 @@ DEPTH, JOIN, SLOW_SECONDS = 1024, 2.25, 2e-3
 
 
 @dataclass(frozen=True, eq=False)
-class Shapes:
+class ProductShapes:
     """Products as columns. `given`, `weights`, `result`: bytes of an element of each side."""
 
     rows: Numbers
@@ -40,14 +40,14 @@ class Shapes:
     result: float = 2.0
 
 
-def product_seconds(x: Shapes, d: Device, r: ProductRates, rate: float) -> Numbers:
+def product_seconds(x: ProductShapes, d: Device, r: ProductRates, rate: float) -> Numbers:
     """Seconds of each product, its call included; `rate`: FLOP a second of the device's matrix units in this type."""
     body = _kernel(x, d, r, rate, x.matrices)
     cast = r.row_seconds * x.rows + r.cast_share * x.rows * x.inner * (x.given + 2) / d.dram_bytes_per_s
     return np.asarray(r.call_seconds + body + x.matrices * cast)
 
 
-def expert_seconds(products: Sequence[Shapes], d: Device, r: ProductRates, rate: float) -> Numbers:
+def expert_seconds(products: Sequence[ProductShapes], d: Device, r: ProductRates, rate: float) -> Numbers:
     """Seconds of the products of experts, one behind the other, and of the dealing. `rows`: choices of all tokens."""
     rows, experts = products[0].rows, products[0].matrices
     met = np.maximum(1.0, experts * (1 - (1 - 1 / experts) ** rows))
@@ -58,11 +58,11 @@ def expert_seconds(products: Sequence[Shapes], d: Device, r: ProductRates, rate:
     return np.asarray(seconds)
 
 
-def _with_rows(x: Shapes, rows: Numbers) -> Shapes:
-    return Shapes(rows, x.inner, x.columns, x.matrices, x.given, x.weights, x.result)
+def _with_rows(x: ProductShapes, rows: Numbers) -> ProductShapes:
+    return ProductShapes(rows, x.inner, x.columns, x.matrices, x.given, x.weights, x.result)
 
 
-def _kernel(x: Shapes, d: Device, r: ProductRates, rate: float, matrices: Numbers) -> Numbers:
+def _kernel(x: ProductShapes, d: Device, r: ProductRates, rate: float, matrices: Numbers) -> Numbers:
     unit = r.matrix_share * rate / d.units
     best: Numbers | None = None
     for high, wide in TILES:

@@ -24,8 +24,8 @@ from ..mesh.capacity import RESERVE
 from ..mesh.collectives import ALL_GATHER, ALL_REDUCE, Collective
 from ..mesh.mesh import Mesh
 from ..operations import WIDTH
-from .products import Numbers, Shapes, expert_seconds, matrix_rate, product_seconds
-from .work import COLUMNS, INNER, LayerWork, Product
+from .products import Numbers, ProductShapes, expert_seconds, matrix_rate, product_seconds
+from .work import COLUMNS, INNER, LayerProduct, LayerWork
 
 # Bytes of an element of weights and of caches; int4 with a 16-bit scale for each 128 of them.
 WEIGHT_TYPES: Mapping[str, float] = {"fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2 / 128}
@@ -90,7 +90,7 @@ class Types:
 
 
 @dataclass(frozen=True)
-class Step:
+class ModelStep:
     """What one step takes and holds on each of `devices`. `parts` are seconds by part, which add up.
 
     `band`: from seconds / (1 + band) to seconds · (1 + band) is as predicted. `room_bytes`: what a device has for weights,
@@ -144,13 +144,14 @@ class Step:
         }
 
     @staticmethod
-    def from_dict(d: Read) -> Step:
+    def from_dict(d: Read) -> ModelStep:
         """Read what `to_dict` wrote. Raises KeyError or TypeError on other data."""
-        return Step(**{k: v for k, v in d.items() if k not in ("seconds", "tokens_per_s", "tokens_per_s_device", "fits")})
+        follows = ("seconds", "tokens_per_s", "tokens_per_s_device", "fits")
+        return ModelStep(**{k: v for k, v in d.items() if k not in follows})
 
 
 @dataclass(frozen=True)
-class Spread:
+class StepSpread:
     """How a step is divided: the mesh, bytes of caches on each device where they are known, seconds of exchanges of `cp`."""
 
     mesh: Mesh
@@ -160,8 +161,8 @@ class Spread:
 
 def step(
     work: LayerWork, attended: Sequence[Attended], e: Extent, d: Device, types: Types | None = None,
-    spread: Spread | None = None,
-) -> Step:
+    spread: StepSpread | None = None,
+) -> ModelStep:
     """A step of a model whose sizes are given, on a GPU. Raises StepError for a device without rates of products."""
     types = types or Types()
     rates = layer_rates().get(d.name)
@@ -199,7 +200,7 @@ def step(
         growing += active
     else:
         fixed += active
-    return Step(
+    return ModelStep(
         e.phase, e.batch, e.tokens, e.context, parts, band, math.ceil(weights), math.ceil(cache), math.ceil(active),
         math.floor(room), _most(left, 0.0, cache + active, e.batch), _most(left, fixed, growing, e.context),
         mesh.devices, str(mesh), types.weights, types.cache,
@@ -226,8 +227,8 @@ def _products(
     work: LayerWork, e: Extent, d: Device, rates: Mapping[str, ProductRates], types: Types, tp: int, rows: int
 ) -> Iterator[tuple[str, float, float]]:
     """Seconds and band of all products, then of all calls of experts."""
-    plain: dict[tuple[str, bool], list[tuple[Product, int]]] = defaultdict(list)
-    dealt: dict[tuple[object, ...], list[tuple[Product, int]]] = defaultdict(list)
+    plain: dict[tuple[str, bool], list[tuple[LayerProduct, int]]] = defaultdict(list)
+    dealt: dict[tuple[object, ...], list[tuple[LayerProduct, int]]] = defaultdict(list)
     for p, n in work.products:
         if p.experts:
             dealt[p.rows, p.matrices, p.dtype].append((p, n))
@@ -269,11 +270,11 @@ def _how(dtype: str, weights: str, rates: Mapping[str, ProductRates], of: str) -
     return _How(plain, dtype, width, narrow, plain.band if known else max(COARSE, plain.band))
 
 
-def _shapes(some: Sequence[Product], e: Extent, tp: int, rows: int, how: _How) -> Shapes:
+def _shapes(some: Sequence[LayerProduct], e: Extent, tp: int, rows: int, how: _How) -> ProductShapes:
     def column(values: Iterator[float]) -> Numbers:
         return np.array(list(values), np.float64)
 
-    return Shapes(
+    return ProductShapes(
         column(_rows(p, e, rows) for p in some), column(p.inner / (tp if p.cut == INNER else 1) for p in some),
         column(p.columns / (tp if p.cut == COLUMNS and p.weight else 1) for p in some),
         column(p.matrices / (tp if p.cut == COLUMNS and not p.weight else 1) for p in some),
@@ -281,7 +282,7 @@ def _shapes(some: Sequence[Product], e: Extent, tp: int, rows: int, how: _How) -
     )
 
 
-def _rows(p: Product, e: Extent, rows: int) -> float:
+def _rows(p: LayerProduct, e: Extent, rows: int) -> float:
     """Rows on one device; where the next token follows, the last of each sequence alone leaves the model."""
     whole = e.batch if p.last and e.generates and p.rows == e.batch * e.tokens else p.rows
     return max(1.0, math.ceil(whole / rows)) if p.weight else whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..words import between, bytes_text, seconds_text, tokens_text
-from .step import Step
+from .step import ModelStep
 
 _TITLES = {
     "decode": "a token of each sequence", "prefill": "until the first token", "forward": "the whole model, once",
@@ -11,7 +11,7 @@ _TITLES = {
 _NAMES = {"passes": "element-wise"}
 
 
-def step_lines(s: Step, device: str) -> list[str]:
+def step_lines(s: ModelStep, device: str) -> list[str]:
     """What a step takes and holds."""
     many = f"{s.devices} {device} ({s.mesh})" if s.devices > 1 else device
     parts = ", ".join(f"{_NAMES.get(p, p)} {seconds_text(x)}" for p, x in s.parts.items() if x)
@@ -26,14 +26,14 @@ def step_lines(s: Step, device: str) -> list[str]:
     ]
 
 
-def _extent(s: Step) -> str:
+def _extent(s: ModelStep) -> str:
     what = f"batch {s.batch}"
     if s.phase == "decode":
         return f"{what}, {tokens_text(s.context)} keys"
     return f"{what}, {tokens_text(s.tokens)} tokens each"
 
 
-def _largest(s: Step) -> str:
+def _largest(s: ModelStep) -> str:
     if s.weight_bytes > s.room_bytes:
         return "the weights alone do not fit"
     said = []

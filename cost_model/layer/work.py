@@ -21,7 +21,7 @@ COLUMNS, INNER = "columns", "inner"
 
 
 @dataclass(frozen=True)
-class Product:
+class LayerProduct:
     """One product; `weight`: its right side is parameters. `last`: its rows leave the model as they are (logits)."""
 
     rows: Size
@@ -67,7 +67,7 @@ class LayerWork:
     `sums`: bytes whose parts meet, where products are cut along their inner dimension over devices.
     """
 
-    products: tuple[tuple[Product, int], ...] = ()
+    products: tuple[tuple[LayerProduct, int], ...] = ()
     passes: tuple[tuple[Pass, int], ...] = ()
     sums: tuple[tuple[Size, int], ...] = ()
     weights: tuple[Weights, ...] = ()
@@ -99,7 +99,7 @@ class LayerWork:
     @staticmethod
     def from_dict(d: Read) -> LayerWork:
         """Read what `to_dict` wrote. Raises KeyError or TypeError on other data."""
-        products = tuple((Product(**_without_times(r)), int(r["times"])) for r in d["products"])
+        products = tuple((LayerProduct(**_without_times(r)), int(r["times"])) for r in d["products"])
         passes = tuple((Pass(**_without_times(r)), int(r["times"])) for r in d["passes"])
         sums = tuple((int(n), int(times)) for n, times in d["sums"])
         return LayerWork(products, passes, sums, tuple(Weights(**w) for w in d["weights"]))

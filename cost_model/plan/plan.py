@@ -17,7 +17,7 @@ from pathlib import Path
 from ..count.memory import AttentionMemory
 from ..devices.device import Device, device, device_from_dict, device_to_dict
 from ..json import Json, Read
-from ..layer.step import Step, StepError, Types
+from ..layer.step import ModelStep, StepError, Types
 from ..mesh.mesh import mesh
 from ..mesh.plan import MeshPlan
 from ..report.page import Made, write_page
@@ -136,7 +136,7 @@ class Plan(Findings):
                 axes={name: tuple(s) for name, s in body.get("axes", {}).items()},
                 sweeps=tuple(Sweep.from_dict(s) for s in body.get("sweeps", ())),
                 sharding=MeshPlan.from_dict(body["sharding"]) if body.get("sharding") else None,
-                step=Step.from_dict(body["step"]) if body.get("step") else None, step_why=body.get("step_why", ""),
+                step=ModelStep.from_dict(body["step"]) if body.get("step") else None, step_why=body.get("step_why", ""),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"the plan is damaged: {error}") from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from ..devices.device import Device
-from ..layer.step import Step, Types
+from ..layer.step import ModelStep, Types
 from ..mesh.mesh import Mesh
 from ..mesh.plan import MeshPlan
 from ..words import group_name
@@ -21,7 +21,7 @@ from .sweep import Sweep
 # A device, the values of open sizes, and the positions of the sites wanted: those sites costed there.
 Retake: TypeAlias = Callable[[Device, Mapping[str, int], Sequence[int]], tuple[Site, ...]]
 # A step of the whole model with these sites at sizes of its symbols, on a device, over its mesh if there is one.
-Restep: TypeAlias = Callable[[Device, Mapping[str, int], tuple[Site, ...], MeshPlan | Mesh | None, Types], Step | str]
+Restep: TypeAlias = Callable[[Device, Mapping[str, int], tuple[Site, ...], MeshPlan | Mesh | None, Types], ModelStep | str]
 # The ways to spread a plan's attentions over its mesh, at sizes of its symbols, on a device.
 Reshard: TypeAlias = Callable[[Device, Mapping[str, int]], MeshPlan | None]
 
@@ -49,7 +49,7 @@ class Findings:
     sharding: MeshPlan | None = None
     retake: Retake | None = field(default=None, compare=False, repr=False)
     reshard: Reshard | None = field(default=None, compare=False, repr=False)
-    step: Step | None = None
+    step: ModelStep | None = None
     step_why: str = ""
     restep: Restep | None = field(default=None, compare=False, repr=False)
 

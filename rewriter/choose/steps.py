@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ...cost_model.devices.device import Device
-from ...cost_model.layer.step import Attended, Extent, Spread, Step, StepError, Types, step
+from ...cost_model.layer.step import Attended, Extent, ModelStep, StepError, StepSpread, Types, step
 from ...cost_model.layer.work import LayerWork
 from ...cost_model.mesh.mesh import Mesh, parse
 from ...cost_model.mesh.plan import MeshPlan
@@ -21,7 +21,7 @@ from ..find.place import Place
 def step_of(
     work: Sequence[LayerWork], places: Sequence[Place], sites: Sequence[Site], at: Mapping[str, int], device: Device,
     sharding: MeshPlan | Mesh | None, types: Types,
-) -> Step | str:
+) -> ModelStep | str:
     """A step at sizes of the graph's symbols; or why there is none. Raises StepError on a type that is not known."""
     if not device.is_gpu:
         return f"the whole model is priced on GPUs: {device.name} is none"
@@ -93,16 +93,16 @@ def _extent(work: LayerWork, places: Sequence[Place], sites: Sequence[Site], at:
     return Extent(tokens // queries, queries, keys, generates)
 
 
-def _spread(sharding: MeshPlan | Mesh | None) -> Spread | None:
+def _spread(sharding: MeshPlan | Mesh | None) -> StepSpread | None:
     """How the mesh divides the step; bytes of caches and exchanges of the sequence as the best way has them."""
     if sharding is None:
         return None
     if isinstance(sharding, Mesh):
         if sharding.size("cp") > 1:
             raise StepError("a mesh with cp is priced by a plan with it: Policy(mesh=…), --mesh")
-        return Spread(sharding)
+        return StepSpread(sharding)
     best = sharding.best
     if best is None:
-        return Spread(parse(sharding.mesh))
+        return StepSpread(parse(sharding.mesh))
     moved = sum(x.seconds * x.layers for x in best.exchanges if x.axis == "cp")
-    return Spread(parse(sharding.mesh), best.cache_bytes, moved)
+    return StepSpread(parse(sharding.mesh), best.cache_bytes, moved)

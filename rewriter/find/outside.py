@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import fx, nn
 
-from ...cost_model.layer.work import COLUMNS, INNER, LayerWork, Pass, Product, Weights
+from ...cost_model.layer.work import COLUMNS, INNER, LayerProduct, LayerWork, Pass, Weights
 from ...patterns.cascade import Size
 from ...patterns.evaluate import DTYPE_NAME
 from ..capture.capture import attribute
@@ -157,7 +157,7 @@ def _counted(values: Iterable[T]) -> tuple[tuple[T, int], ...]:
 class _Made:
     """A product of the graph: its shape, the node of what it is applied to, and of its weights, if it has any."""
 
-    shape: Product
+    shape: LayerProduct
     given: fx.Node
     weights: fx.Node | None
 
@@ -205,7 +205,7 @@ def _shape(g: _Graph, n: fx.Node) -> _Made:
         left, right, rows, columns = right, left, columns, rows
     known = right in g.weights
     experts = name in _GROUPED and len(_tensor(left).shape) == 2
-    shape = Product(rows, inner, columns, batch, DTYPE_NAME[_tensor(n).dtype], known, experts)
+    shape = LayerProduct(rows, inner, columns, batch, DTYPE_NAME[_tensor(n).dtype], known, experts)
     return _Made(shape, left, right if known else None)
 
 
@@ -301,9 +301,9 @@ def _is_last(g: _Graph, start: fx.Node) -> bool:
     return True
 
 
-def _side_by_side(g: _Graph, made: Mapping[fx.Node, _Made]) -> Iterator[Product]:
+def _side_by_side(g: _Graph, made: Mapping[fx.Node, _Made]) -> Iterator[LayerProduct]:
     """Products of one input as one; of experts and of activations each by itself."""
-    merged: dict[tuple[object, ...], Product] = {}
+    merged: dict[tuple[object, ...], LayerProduct] = {}
     for n, m in made.items():
         p = m.shape
         source = (m.given,) if g.kind(m.given) != "move" else g.sources(m.given)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from ...cost_model.count.expect import ExpectError, checked, known
 from ...cost_model.devices.device import Device
-from ...cost_model.layer.step import Step, Types
+from ...cost_model.layer.step import ModelStep, Types
 from ...cost_model.layer.work import LayerWork
 from ...cost_model.mesh.mesh import Mesh, linked
 from ...cost_model.mesh.plan import MeshPlan
@@ -136,7 +136,7 @@ def plan_graph(
 
     def restep(
         where: Device, at: Mapping[str, int], sites: tuple[Site, ...], sharding: MeshPlan | Mesh | None, types: Types
-    ) -> Step | str:
+    ) -> ModelStep | str:
         return step_of(work, places, sites, at, where, sharding, types)
 
     traced = {s.name: s.value for s in symbols.values()}

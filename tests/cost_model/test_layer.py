@@ -9,10 +9,10 @@ import pytest
 
 from reattend.cost_model.devices.device import shipped, targets
 from reattend.cost_model.devices.layers import KINDS, layer_rates
-from reattend.cost_model.layer.products import Shapes, expert_seconds, matrix_rate, product_seconds
-from reattend.cost_model.layer.step import Attended, Extent, Spread, Step, StepError, Types, step
+from reattend.cost_model.layer.products import ProductShapes, expert_seconds, matrix_rate, product_seconds
+from reattend.cost_model.layer.step import Attended, Extent, ModelStep, StepError, StepSpread, Types, step
 from reattend.cost_model.layer.table import step_lines
-from reattend.cost_model.layer.work import COLUMNS, INNER, LayerWork, Pass, Product, Weights
+from reattend.cost_model.layer.work import COLUMNS, INNER, LayerProduct, LayerWork, Pass, Weights
 from reattend.cost_model.mesh.mesh import parse
 from tests.tiers import one_in
 
@@ -24,7 +24,7 @@ def seconds(device: str, kind: str, rows: int, inner: int, columns: int) -> floa
     m, k, n, one = (np.array([float(x)]) for x in (rows, inner, columns, 1))
     width = 1.0 if kind == "fp8" else 2.0
     d = shipped(device)
-    return float(product_seconds(Shapes(m, k, n, one, width, width), d, layer_rates()[device][kind], matrix_rate(d, kind))[0])
+    return float(product_seconds(ProductShapes(m, k, n, one, width, width), d, layer_rates()[device][kind], matrix_rate(d, kind))[0])
 
 
 def test_every_gpu_has_rates_with_a_source() -> None:
@@ -60,7 +60,7 @@ def test_more_work_takes_no_less(device: str) -> None:
 def test_experts_read_the_weights_of_those_that_are_met() -> None:
     def took(rows: int, experts: int) -> float:
         n, hidden, inner, e = (np.array([float(x)]) for x in (rows, 2048, 768, experts))
-        both = [Shapes(n, hidden, 2 * inner, e), Shapes(n, inner, hidden, e)]
+        both = [ProductShapes(n, hidden, 2 * inner, e), ProductShapes(n, inner, hidden, e)]
         return float(expert_seconds(both, H200, layer_rates()["h200"]["experts_bf16"], matrix_rate(H200, "bf16"))[0])
 
     # one token and its eight choices do not wait for the weights of all experts, many tokens do
@@ -72,9 +72,9 @@ def work(batch: int = 4, tokens: int = 1) -> LayerWork:
     rows = batch * tokens
     return LayerWork(
         (
-            (Product(rows, 4096, 6144, cut=COLUMNS), 32), (Product(rows, 4096, 4096, cut=INNER), 32),
-            (Product(rows, 4096, 28672, cut=COLUMNS), 32), (Product(rows, 14336, 4096, cut=INNER), 32),
-            (Product(rows, 4096, 128256, cut=COLUMNS, last=True), 1),
+            (LayerProduct(rows, 4096, 6144, cut=COLUMNS), 32), (LayerProduct(rows, 4096, 4096, cut=INNER), 32),
+            (LayerProduct(rows, 4096, 28672, cut=COLUMNS), 32), (LayerProduct(rows, 14336, 4096, cut=INNER), 32),
+            (LayerProduct(rows, 4096, 128256, cut=COLUMNS, last=True), 1),
         ),
         ((Pass(rows * 8192, rows * 8192), 64), (Pass(rows * 57344, rows * 28672, True), 32)), ((rows * 8192, 64),),
         (Weights(6_979_321_856, 2, True, True), Weights(1_050_673_152, 2, False, True), Weights(266_240, 2)),
@@ -92,8 +92,8 @@ def test_a_step_adds_up_and_is_read_back() -> None:
     assert s.tokens_per_s == pytest.approx(4 / s.seconds)
     assert s.weight_bytes == pytest.approx(16.06e9, rel=0.01)
     assert 0.2 <= s.band <= 0.5
-    assert Step.from_dict(s.to_dict()) == s
-    assert dataclasses.replace(s, parts={}) == dataclasses.replace(Step.from_dict(s.to_dict()), parts={})
+    assert ModelStep.from_dict(s.to_dict()) == s
+    assert dataclasses.replace(s, parts={}) == dataclasses.replace(ModelStep.from_dict(s.to_dict()), parts={})
 
 
 def test_decoding_a_few_sequences_takes_as_long_as_reading_the_weights() -> None:
@@ -121,22 +121,22 @@ def test_a_prompt_makes_logits_of_its_last_token_alone() -> None:
 
 def test_a_mesh_divides_what_it_can_and_pays_for_it() -> None:
     one = step(work(), ATTENDED, DECODE, H200)
-    four = step(work(), ATTENDED, DECODE, H200, spread=Spread(parse("tp=4")))
+    four = step(work(), ATTENDED, DECODE, H200, spread=StepSpread(parse("tp=4")))
     assert one.parts["exchanges"] == 0
     assert four.parts["exchanges"] >= 64 * 4e-6
     assert one.seconds / 4 < four.seconds < one.seconds
     assert four.weight_bytes == pytest.approx(one.weight_bytes / 4, rel=0.001)
     assert four.tokens_per_s_device == pytest.approx(four.tokens_per_s / 4)
-    batch = step(work(), ATTENDED, DECODE, H200, spread=Spread(parse("dp=4")))
+    batch = step(work(), ATTENDED, DECODE, H200, spread=StepSpread(parse("dp=4")))
     assert (batch.weight_bytes, batch.parts["exchanges"]) == (one.weight_bytes, 0)
 
 
 def test_more_devices_than_key_heads_hold_copies_of_their_keys() -> None:
-    eight, sixteen = (step(work(), ATTENDED, DECODE, H200, spread=Spread(parse(f"tp={n}"))) for n in (8, 16))
+    eight, sixteen = (step(work(), ATTENDED, DECODE, H200, spread=StepSpread(parse(f"tp={n}"))) for n in (8, 16))
     assert sixteen.cache_bytes == eight.cache_bytes
     assert sixteen.parts["attention"] == eight.parts["attention"]
     with pytest.raises(StepError, match="tp=3 does not divide 32 heads"):
-        step(work(), ATTENDED, DECODE, H200, spread=Spread(parse("tp=3")))
+        step(work(), ATTENDED, DECODE, H200, spread=StepSpread(parse("tp=3")))
 
 
 def test_narrower_weights_and_caches() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import reattend
-from reattend.cost_model.layer.work import COLUMNS, INNER, LayerWork, Pass, Product, Weights
+from reattend.cost_model.layer.work import COLUMNS, INNER, LayerProduct, LayerWork, Pass, Weights
 from reattend.cost_model.mesh.mesh import MeshError
 from reattend.cost_model.plan.plan import Plan
 from reattend.rewriter.capture import export
@@ -51,7 +51,7 @@ def work_of(model: nn.Module, *args: Tensor, found: int = 1) -> LayerWork:
     return outside(gm, attentions)
 
 
-def products(work: LayerWork) -> dict[tuple[object, ...], Product]:
+def products(work: LayerWork) -> dict[tuple[object, ...], LayerProduct]:
     return {(p.rows, p.inner, p.columns): p for p, _ in work.products}
 
 
@@ -109,7 +109,7 @@ def test_columns_that_meet_in_a_norm_stay_whole() -> None:
     assert cuts == {(64, 24): "", (16, 64): ""}
 
 
-def single(fn: Callable[..., Tensor], *args: Tensor) -> Product:
+def single(fn: Callable[..., Tensor], *args: Tensor) -> LayerProduct:
     class Holder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
