@@ -32,10 +32,10 @@ from reattend.rewriter.shapes import Shapes
 NEAR = 0.15
 # Share of steps that may differ by more.
 FAR = 0.2
-# Model → repository there, devices of a mesh, and their names in a checkpoint that stores narrower weights.
+# Model → repository there, and devices of a mesh.
 MODELS: Mapping[str, tuple[str, tuple[int, ...]]] = {
-    "Meta-Llama-3.1-8B": ("meta-llama", (1, 2)), "Meta-Llama-3.1-70B": ("meta-llama", (4, 8)), "Qwen3-8B": ("Qwen", (1,)),
-    "Qwen3-32B": ("Qwen", (1, 4)), "Qwen3-30B-A3B": ("Qwen", (1, 2)), "Qwen3-235B-A22B": ("Qwen", (8,)),
+    "Meta-Llama-3.1-8B": ("meta-llama", (1, 2)), "Meta-Llama-3.1-70B": ("meta-llama", (4,)), "Qwen3-8B": ("Qwen", (1,)),
+    "Qwen3-32B": ("Qwen", (1,)), "Qwen3-30B-A3B": ("Qwen", (1, 2)), "Qwen3-235B-A22B": ("Qwen", (8,)),
     "DeepSeek-V3": ("deepseek-ai", (8,)),
 }
 # Sequences and tokens of each in a cache, or of a prompt.

@@ -1,7 +1,8 @@
 """What a graph does outside of its attentions, as plain data: products by shape, passes between them by bytes, weights.
 
     level(n)   products and attentions on the longest way to n: what has one level and is connected is one pass
-    moves      views, copies, joins and casts to the same type are nobody's work: they are looked through
+    moves      views, copies, joins and casts to the same type are nobody's work: they are looked through; so is what a call
+               of experts does beside its products
     pass       reads what it has from elsewhere once, and writes once what others read of it
     cut        tensor parallelism: a product's columns, unless all of them meet again before the next product; then the
                inner dimension of the product behind it, whose parts of a sum are added up
@@ -63,6 +64,42 @@ class _Graph:
     elements: dict[tuple[object, ...], Size] = field(default_factory=dict)
 
     @cached_property
+    def tokens(self) -> Mapping[fx.Node, fx.Node]:
+        """Each product of experts → the tokens that are dealt out to them, where a gather does that before the first one."""
+        out: dict[fx.Node, fx.Node] = {}
+        last: fx.Node | None = None
+        for n in self.graph.nodes:
+            if op_name(n) not in _GROUPED or len(_tensor(_node(n.args[0])).shape) != 2:
+                continue
+            gather = _node(n.args[0])
+            while op_name(gather) in MOVES:
+                gather = _node(gather.args[0])
+            if op_name(gather) in GATHERS:
+                last = _node(gather.args[0])
+            if last is not None:
+                out[n] = last
+        return out
+
+    @cached_property
+    def dealt(self) -> frozenset[fx.Node]:
+        """What a call of experts does beside its products: dealing tokens out, what lies between, adding up at the end."""
+        out: set[fx.Node] = set()
+        for n, tokens in self.tokens.items():
+            gather = _node(n.args[0])
+            while op_name(gather) in MOVES:
+                gather = _node(gather.args[0])
+            out |= {gather} if op_name(gather) in GATHERS else set()
+            stack = list(n.users)
+            while stack:
+                u = stack.pop()
+                if u in out or u.op != "call_function" or not _has_tensor(u) or _is_product(u):
+                    continue
+                out.add(u)
+                if self.count(u) != self.count(tokens):
+                    stack.extend(u.users)
+        return frozenset(out)
+
+    @cached_property
     def living(self) -> frozenset[fx.Node]:
         return frozenset(self.alive)
 
@@ -95,8 +132,9 @@ class _Graph:
             return "weight"
         if n.op != "call_function" or not _has_tensor(n) or FOLDED in n.meta:
             return "given"
-        name = op_name(n)
-        return "product" if _is_product(n) else "move" if name in MOVES else "work"
+        if n in self.dealt:
+            return "move"
+        return "product" if _is_product(n) else "move" if op_name(n) in MOVES else "work"
 
     def sources(self, n: fx.Node) -> tuple[fx.Node, ...]:
         """The nodes behind a node's inputs, moves looked through; sizes are none."""
@@ -342,7 +380,7 @@ def _groups(g: _Graph) -> list[list[fx.Node]]:
 
 
 def _pass(g: _Graph, members: Sequence[fx.Node], made: Mapping[fx.Node, _Made]) -> Pass | None:
-    """What a group reads and writes; None for one that makes nothing anybody reads."""
+    """What a group reads and writes; None for one that makes nothing anybody reads, or all of it of nothing (positions)."""
     own = set(members)
     reads: dict[fx.Node, Size] = {}
     written: Size = 0
@@ -351,11 +389,12 @@ def _pass(g: _Graph, members: Sequence[fx.Node], made: Mapping[fx.Node, _Made]) 
         for i, s in enumerate(g.sources(n)):
             if s in own:
                 continue
-            reads[s] = g.bytes(n) if op_name(n) in GATHERS and i == 0 else g.bytes(s)
+            few = (op_name(n) in GATHERS and i == 0) or s in g.tokens
+            reads[s] = g.bytes(n) if few else g.bytes(s)
             cut |= s in made and made[s].shape.cut == COLUMNS
         if any(u not in own for u in _readers(g, n)):
             written = written + g.bytes(n)
-    return Pass(sum(reads.values(), 0), written, cut) if written != 0 else None
+    return Pass(sum(reads.values(), 0), written, cut) if written != 0 and reads else None
 
 
 def _readers(g: _Graph, n: fx.Node) -> Iterator[fx.Node]:
@@ -376,24 +415,14 @@ def _sums(g: _Graph, made: Mapping[fx.Node, _Made], groups: Sequence[Sequence[fx
     """Bytes of what meets behind products that are cut along their inner dimension: once where one pass adds several."""
     group = {n: i for i, members in enumerate(groups) for n in members}
     done: set[tuple[int, Size]] = set()
-    dealt: Size = 0
     for n, m in made.items():
-        if m.shape.experts and m.shape.cut == COLUMNS:
-            dealt = _dealt(g, m.given)
         if m.shape.cut != INNER:
             continue
-        size = dealt if m.shape.experts and dealt != 0 else g.bytes(n)
+        size = g.bytes(g.tokens.get(n, n))
         where = next((group[u] for u in _readers(g, n) if u in group), -1)
         if where < 0 or (where, size) not in done:
             done.add((where, size))
             yield size
-
-
-def _dealt(g: _Graph, rows: fx.Node) -> Size:
-    """Bytes of the tokens that were dealt out to experts as these rows; 0 where they are dealt otherwise."""
-    gather = next((s for s in (rows, *g.sources(rows)) if op_name(s) in GATHERS), None)
-    tokens = [s for s in g.sources(gather) if _tensor(s).is_floating_point()] if gather is not None else []
-    return g.bytes(tokens[0]) if tokens else 0
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

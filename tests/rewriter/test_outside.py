@@ -181,3 +181,33 @@ def test_a_grid_has_the_step_of_the_whole_model_on_every_mesh() -> None:
     assert held["tp=2,dp=2"] < held["tp=2"] < held[""]  # type: ignore[operator]
     with pytest.raises(MeshError, match="no link"):
         plan.grid(("cpu",), meshes=("tp=2",), seq=(128,))
+
+
+class Experts(nn.Module):
+    """Tokens dealt out to experts by a top-k, both products of all experts as grouped ones, and what comes back added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(64, 8, bias=False)
+        self.up, self.down = nn.Parameter(torch.randn(8, 64, 96)), nn.Parameter(torch.randn(8, 48, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.router(x).softmax(-1).topk(2)
+        order = chosen.flatten().sort()[1]
+        ends = torch.histc(chosen.flatten().float(), 8, 0, 7).cumsum(0).int()
+        a, b = torch._grouped_mm(x[order // 2], self.up, ends).chunk(2, -1)
+        y = torch._grouped_mm(F.silu(a) * b, self.down, ends) * weight.flatten()[order, None]
+        out: Tensor = x + y[order.argsort()].view(-1, 2, 64).sum(1)
+        return out
+
+
+def test_experts_are_products_of_the_rows_that_are_dealt_to_them_and_nothing_between_them_is_a_pass() -> None:
+    work = work_of(Experts().to(torch.bfloat16), torch.randn(32, 64, dtype=torch.bfloat16), found=0)
+    dealt = [p for p, _ in work.products if p.experts]
+    assert [(p.rows, p.inner, p.columns, p.matrices, p.cut) for p in dealt] == [
+        (64, 64, 96, 8, COLUMNS), (64, 48, 64, 8, INNER),
+    ]
+    assert [p.cut for p, _ in work.products if not p.experts] == [""]
+    # the sum over devices is of tokens, not of the rows that were dealt
+    assert work.sums == ((32 * 64 * 2, 1),)
+    assert max(p.read + p.written for p, _ in work.passes) < 4 * 32 * 64 * 2
