@@ -1,10 +1,12 @@
 """Steps of whole models beside AIConfigurator's estimates: milliseconds a token, and until the first one. Needs no GPU.
 
-    python benchmarks/gpu_whole.py [--models Meta-Llama-3.1-8B,Qwen3-32B] [--devices h200,b200] [--json FILE] [--check]
+    python benchmarks/gpu_whole.py [--models Meta-Llama-3.1-8B,Qwen3-32B] [--devices h200,b200] [--layers 8] [--json FILE]
+    python benchmarks/gpu_whole.py --check
 
 The packages `aiconfigurator` and `aiconfigurator-core` have the configs of the models, and interpolate their tables of
 measured kernels (engine vllm, captured graphs); we plan the same config. Both say what the model takes, neither has run it.
---check ends with 1 where more than a fifth of the steps differ by more than 15 %.
+With --layers both are asked about so many layers of the model, which takes minutes less. --check ends with 1 where more than
+a fifth of the steps differ by more than 15 %.
 """
 
 from __future__ import annotations
@@ -69,12 +71,15 @@ class Compared:
         )
 
 
-def configured(model: str, folder: Path) -> Path:
-    """The model's config, as transformers' own classes read it: weights in 16 bits, no code of the repository."""
+def configured(model: str, folder: Path, layers: int) -> Path:
+    """The model's config, as transformers' own classes read it: weights in 16 bits, no code of the repository; `layers` of
+    it, 0: all.
+    """
     where = tables_folder().parents[1] / "model_configs"
     body = json.loads((where / f"{MODELS[model][0]}--{model}_config.json").read_text("utf-8"))
     for name in ("auto_map", "quantization_config"):
         body.pop(name, None)
+    body["num_hidden_layers"] = min(layers or body["num_hidden_layers"], body["num_hidden_layers"])
     (folder / model).mkdir(exist_ok=True)
     path = folder / model / "config.json"
     path.write_text(json.dumps(body), "utf-8")
@@ -89,30 +94,30 @@ def ours(spec: Path, phase: str, tp: int, device_name: str) -> Plan:
     return plan_spec(str(spec), shapes, device(device_name), policy, dynamic=True)
 
 
-def theirs(model: str, device_name: str, phase: str, batch: int, length: int, tp: int) -> float | None:
+def theirs(spec: Path, device_name: str, phase: str, batch: int, length: int, tp: int) -> float | None:
     """Their milliseconds; None where their tables do not hold the step."""
     from aiconfigurator.cli.api import cli_estimate
 
     plain = dict.fromkeys(("gemm_quant_mode", "kvcache_quant_mode", "fmha_quant_mode", "moe_quant_mode"), "bfloat16")
     try:
         made = cli_estimate(
-            f"{MODELS[model][0]}/{model}", FOLDERS[device_name], mode="static_gen" if phase == "decode" else "static_ctx",
+            str(spec.parent), FOLDERS[device_name], mode="static_gen" if phase == "decode" else "static_ctx",
             backend_name="vllm", batch_size=batch, isl=length, osl=2, tp_size=tp, moe_tp_size=tp, moe_ep_size=1, **plain,
         )
     except (RuntimeError, ValueError, KeyError) as no:
-        print(f"  left out: {model} on {device_name}: {str(no).splitlines()[0][:150]}", file=sys.stderr)
+        print(f"  left out: {spec.parent.name} on {device_name}: {str(no).splitlines()[0][:150]}", file=sys.stderr)
         return None
     return made.tpot if phase == "decode" else made.ttft
 
 
-def compared(model: str, devices: list[str], folder: Path) -> Iterator[Compared]:
-    spec = configured(model, folder)
+def compared(model: str, devices: list[str], folder: Path, layers: int) -> Iterator[Compared]:
+    spec = configured(model, folder, layers)
     for tp in MODELS[model][1]:
         for phase, points in (("decode", DECODE), ("prefill", PREFILL)):
             plan = ours(spec, phase, tp, devices[0])
             for name in devices:
                 for batch, length in points:
-                    other = theirs(model, name, phase, batch, length, tp)
+                    other = theirs(spec, name, phase, batch, length, tp)
                     if other is None:
                         continue
                     sizes = {"past" if phase == "decode" else "seq": length, "batch": batch}
@@ -127,6 +132,7 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", default=",".join(MODELS))
     p.add_argument("--devices", default="h200,b200")
+    p.add_argument("--layers", type=int, default=0)
     p.add_argument("--json", type=Path)
     p.add_argument("--check", action="store_true")
     given = p.parse_args()
@@ -139,7 +145,7 @@ def main() -> int:
     found: list[Compared] = []
     with tempfile.TemporaryDirectory() as folder:
         for model in given.models.split(","):
-            for c in compared(model, given.devices.split(","), Path(folder)):
+            for c in compared(model, given.devices.split(","), Path(folder), given.layers):
                 print(c, flush=True)
                 found.append(c)
     near = statistics.fmean(abs(c.off) <= NEAR for c in found)

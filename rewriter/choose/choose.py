@@ -38,6 +38,7 @@ from ..check.approximate import MethodWatch, Slot
 from ..check.audit import CALLS, Audit
 from ..check.verdicts import Check
 from ..check.watch import SiteWatch
+from ..find import defect
 from ..find.detect import Found, NearMiss, defective, find
 from ..find.outside import outside
 from ..find.place import Place, hints_of, interior, named, place
@@ -349,12 +350,15 @@ def decide(
 
 @dataclass(frozen=True)
 class Places:
-    """What a graph holds, as plain data: attentions, recurrences, what was left alone, and the work around them."""
+    """What a graph holds, as plain data: attentions, recurrences, what was left alone, and the work around them.
+
+    `work` is a sentence where our own code raised: then there is no step, and the attentions are planned all the same.
+    """
 
     attentions: list[Place]
     scans: list[scans.Scan]
     misses: list[Miss]
-    work: LayerWork
+    work: LayerWork | str
 
 
 def places(
@@ -377,7 +381,10 @@ def places(
             out.append(_with_upstream(place(f, name), f, aliases) if sharded else place(f, name))
         except Exception as error:
             missed.append(defective(f.output, error))
-    work = outside(gm, found)
+    try:
+        work: LayerWork | str = outside(gm, found)
+    except Exception as error:
+        work = defect.reason("the step of the whole model", error)
     return Places(out, [s for _, s in walked], [*others, *(_miss(m) for m in missed)], work)
 
 

@@ -19,14 +19,16 @@ from ..find.place import Place
 
 
 def step_of(
-    work: Sequence[LayerWork], places: Sequence[Place], sites: Sequence[Site], at: Mapping[str, int], device: Device,
+    work: Sequence[LayerWork | str], places: Sequence[Place], sites: Sequence[Site], at: Mapping[str, int], device: Device,
     sharding: MeshPlan | Mesh | None, types: Types,
 ) -> ModelStep | str:
     """A step at sizes of the graph's symbols; or why there is none. Raises StepError on a type that is not known."""
     if not device.is_gpu:
         return f"the whole model is priced on GPUs: {device.name} is none"
+    if said := [w for w in work if isinstance(w, str)]:
+        return said[0]
     try:
-        joined = _joined(work).at(at)
+        joined = _joined([w for w in work if isinstance(w, LayerWork)]).at(at)
         if joined.is_empty:
             return "the graph has no product outside of its attentions"
         extent = _extent(joined, places, sites, at)
@@ -74,21 +76,27 @@ def _attended(s: Site, d: Device, heads: int, key_heads: int) -> Attended:
 
 
 def _extent(work: LayerWork, places: Sequence[Place], sites: Sequence[Site], at: Mapping[str, int]) -> Extent:
-    """How many sequences, new tokens and keys a step has: tokens are the rows of most products."""
+    """How many sequences, new tokens and keys a step has: tokens are the rows of most products, the longest sequence of
+    queries that divides them is one of theirs.
+    """
     rows: dict[int, int] = {}
     for p, n in work.products:
         if p.weight and not p.experts and not p.last:
             rows[size_int(p.rows)] = rows.get(size_int(p.rows), 0) + n
     tokens = max(rows, key=lambda r: (rows[r], r)) if rows else 1
-    queries, keys = 1, 1
+    lengths: list[tuple[int, int]] = []
     for place in places:
         view = attention(place.cascade)
         assert isinstance(view, Attention), view
         sizes = place.sizes(at)
-        queries = max(queries, size_int(bound_size(view.cascade.rank[view.query].size, sizes)))
-        keys = max(keys, size_int(bound_size(view.cascade.rank[view.key].size, sizes)))
-    if tokens % queries:
-        raise StepError(f"{tokens} rows of most products are no multiple of {queries} queries: sequences cannot be counted")
+        queries, keys = (size_int(bound_size(view.cascade.rank[r].size, sizes)) for r in (view.query, view.key))
+        lengths.append((queries, keys))
+    queries = max((n for n, _ in lengths if tokens % n == 0), default=0)
+    if not queries:
+        several = f"{tokens} rows of most products are no multiple of any attention's queries"
+        said = several if lengths else "there is no attention"
+        raise StepError(f"{said}: how long a sequence is cannot be told")
+    keys = max(m for n, m in lengths if n == queries)
     generates = bool(sites) and all(s.traits & {"causal", "decode"} for s in sites)
     return Extent(tokens // queries, queries, keys, generates)
 

@@ -28,6 +28,7 @@ from ..capture.capture import attribute
 from ..capture.weights import weights_of
 from ..graph.node import FOLDED, arguments, op_name
 from ..graph.sizes import product, shape_of
+from ..graph.torch_private import expression
 from .detect import Found
 
 T = TypeVar("T")
@@ -155,7 +156,7 @@ class _Graph:
     def count(self, n: fx.Node) -> Size:
         """Elements of a node's value; of several, of the first."""
         shape = _tensor(n).shape
-        key = tuple(s if isinstance(s, int) else s.node.expr for s in shape)
+        key = tuple(s if isinstance(s, int) else expression(s) for s in shape)
         if key not in self.elements:
             self.elements[key] = product(shape_of(_tensor(n)))
         return self.elements[key]

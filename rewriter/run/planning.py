@@ -109,7 +109,7 @@ def plan_graph(
     misses: list[Miss] = []
     symbols: dict[str, Symbol] = {}
     taken: Counter[str] = Counter()
-    work: list[LayerWork] = []
+    work: list[LayerWork | str] = []
     for region in capture.regions(captured.graph):
         found = choose.places(region, taken, sharded=policy.mesh is not None)
         places += found.attentions

@@ -211,3 +211,20 @@ def test_experts_are_products_of_the_rows_that_are_dealt_to_them_and_nothing_bet
     # the sum over devices is of tokens, not of the rows that were dealt
     assert work.sums == ((32 * 64 * 2, 1),)
     assert max(p.read + p.written for p, _ in work.passes) < 4 * 32 * 64 * 2
+
+
+def test_a_bug_of_ours_costs_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: object) -> LayerWork:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("reattend.rewriter.choose.choose.outside", broken)
+    with torch.no_grad(), pytest.warns(UserWarning, match="a bug in reattend"):
+        plan = reattend.plan(Block().eval(), torch.randn(2, 8, 64), target="h200")
+    assert (len(plan.sites), plan.step) == (1, None)
+    assert "a bug in reattend, please report it: KeyError" in plan.step_why
+
+
+def test_without_an_attention_nothing_says_how_long_a_sequence_is() -> None:
+    with torch.no_grad():
+        plan = reattend.plan(nn.Linear(64, 64).eval(), torch.randn(2, 8, 64), target="h200")
+    assert plan.step_why == "there is no attention: how long a sequence is cannot be told"
