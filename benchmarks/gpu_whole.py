@@ -79,6 +79,9 @@ def configured(model: str, folder: Path, layers: int) -> Path:
     body = json.loads((where / f"{MODELS[model][0]}--{model}_config.json").read_text("utf-8"))
     for name in ("auto_map", "quantization_config"):
         body.pop(name, None)
+    if layers and "first_k_dense_replace" in body:
+        # they count every layer as one of experts, which of 61 makes no odds
+        body["first_k_dense_replace"] = 0
     body["num_hidden_layers"] = min(layers or body["num_hidden_layers"], body["num_hidden_layers"])
     (folder / model).mkdir(exist_ok=True)
     path = folder / model / "config.json"

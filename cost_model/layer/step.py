@@ -152,11 +152,15 @@ class ModelStep:
 
 @dataclass(frozen=True)
 class StepSpread:
-    """How a step is divided: the mesh, bytes of caches on each device where they are known, seconds of exchanges of `cp`."""
+    """How a step is divided: the mesh, bytes of caches on each device where they are known, seconds of exchanges of `cp`.
+
+    `attention_seconds`: of all attentions on one device, where they run over latents as these are cached.
+    """
 
     mesh: Mesh
     cache_bytes: int | None = None
     exchange_seconds: float = 0.0
+    attention_seconds: float | None = None
 
 
 def step(
@@ -169,6 +173,8 @@ def step(
     if rates is None:
         raise StepError(f"products are not priced on {d.name}: one of {', '.join(layer_rates())}")
     mesh = spread.mesh if spread is not None else Mesh(())
+    elsewhere = spread.attention_seconds if spread is not None else None
+    work = work if elsewhere is None else work.without_keys()
     tp, dp, cp = (mesh.size(a) for a in ("tp", "dp", "cp"))
     if strange := sorted({a.heads for a in attended if a.heads % tp}):
         raise StepError(f"tp={tp} does not divide {strange[0]} heads of queries")
@@ -177,7 +183,9 @@ def step(
     for part, seconds, band in _products(work, e, d, rates, types, tp, rows):
         sums[part].append((seconds, band))
     narrow = CACHE_TYPES[types.cache] / _cache_width(work) if types.cache else 1.0
-    for a in attended:
+    if elsewhere is not None:
+        sums["attention"].append((elsewhere * narrow, max(d.band, COARSE)))
+    for a in attended if elsewhere is None else ():
         # a step of decoding reads all keys of a device's heads, however few queries these have
         share = narrow / min(tp, a.key_heads) if e.tokens == 1 else 1 / tp
         sums["attention"].append((a.launch + max(0.0, a.seconds - a.launch) * share / (dp * cp), a.band))

@@ -22,7 +22,10 @@ COLUMNS, INNER = "columns", "inner"
 
 @dataclass(frozen=True)
 class LayerProduct:
-    """One product; `weight`: its right side is parameters. `last`: its rows leave the model as they are (logits)."""
+    """One product; `weight`: its right side is parameters. `last`: its rows leave the model as they are (logits).
+
+    `keys`: its rows are those of keys that a step of decoding has from before, made again of what is cached.
+    """
 
     rows: Size
     inner: Size
@@ -33,15 +36,19 @@ class LayerProduct:
     experts: bool = False
     cut: str = ""
     last: bool = False
+    keys: bool = False
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Elements that are computed between products in one go: bytes read and written. `cut`: heads or channels divide it."""
+    """Elements that are computed between products in one go: bytes read and written. `cut`: heads or channels divide it;
+    `keys`: as of a product.
+    """
 
     read: Size
     written: Size
     cut: bool = False
+    keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,11 @@ class LayerWork:
         )
         passes = tuple((replace(p, read=of(p.read), written=of(p.written)), n) for p, n in self.passes)
         return LayerWork(products, passes, tuple((of(n), times) for n, times in self.sums), self.weights)
+
+    def without_keys(self) -> LayerWork:
+        """The work where attention runs on what is cached as it is: keys from before are not made again."""
+        products = tuple((p, n) for p, n in self.products if not p.keys)
+        return replace(self, products=products, passes=tuple((p, n) for p, n in self.passes if not p.keys))
 
     @property
     def is_empty(self) -> bool:

@@ -112,5 +112,7 @@ def _spread(sharding: MeshPlan | Mesh | None) -> StepSpread | None:
     best = sharding.best
     if best is None:
         return StepSpread(parse(sharding.mesh))
-    moved = sum(x.seconds * x.layers for x in best.exchanges if x.axis == "cp")
-    return StepSpread(parse(sharding.mesh), best.cache_bytes, moved)
+    moved = {axis: sum(x.seconds * x.layers for x in best.exchanges if x.axis == axis) for axis in ("tp", "cp")}
+    latent = best.name.startswith("latent") and sharding.step == "decode"
+    attended = max(0.0, best.seconds - sum(moved.values())) if latent else None
+    return StepSpread(parse(sharding.mesh), best.cache_bytes, moved["cp"], attended)

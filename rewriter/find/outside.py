@@ -22,6 +22,8 @@ import torch
 from torch import fx, nn
 
 from ...cost_model.layer.work import COLUMNS, INNER, LayerProduct, LayerWork, Pass, Weights
+from ...patterns.attention.attention import Attention
+from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Size
 from ...patterns.evaluate import DTYPE_NAME
 from ..capture.capture import attribute
@@ -63,6 +65,17 @@ class _Graph:
     level: dict[fx.Node, int] = field(default_factory=dict)
     read: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
     elements: dict[tuple[object, ...], Size] = field(default_factory=dict)
+
+    @cached_property
+    def kept(self) -> frozenset[Size]:
+        """Lengths of keys where they are other ones than those of queries: what a step has from before, and its own."""
+        views = [attention(f.cascade) for f in self.found.values()]
+        known = [(v.cascade.rank[v.query].size, v.cascade.rank[v.key].size) for v in views if isinstance(v, Attention)]
+        return frozenset(k for _, k in known) - {q for q, _ in known}
+
+    def of_keys(self, n: fx.Node) -> bool:
+        """Does a value run over keys from before?"""
+        return any(s in self.kept for s in shape_of(_tensor(n)))
 
     @cached_property
     def tokens(self) -> Mapping[fx.Node, fx.Node]:
@@ -222,7 +235,7 @@ def _products(g: _Graph) -> dict[fx.Node, _Made]:
                 cut = COLUMNS
             if cut == COLUMNS:
                 spread.add(n)
-            out[n] = replace(made, shape=replace(made.shape, cut=cut, last=_is_last(g, n)))
+            out[n] = replace(made, shape=replace(made.shape, cut=cut, last=_is_last(g, n), keys=g.of_keys(n)))
     return out
 
 
@@ -395,7 +408,8 @@ def _pass(g: _Graph, members: Sequence[fx.Node], made: Mapping[fx.Node, _Made]) 
             cut |= s in made and made[s].shape.cut == COLUMNS
         if any(u not in own for u in _readers(g, n)):
             written = written + g.bytes(n)
-    return Pass(sum(reads.values(), 0), written, cut) if written != 0 and reads else None
+    keys = any(map(g.of_keys, members))
+    return Pass(sum(reads.values(), 0), written, cut, keys) if written != 0 and reads else None
 
 
 def _readers(g: _Graph, n: fx.Node) -> Iterator[fx.Node]:

@@ -228,3 +228,23 @@ def test_without_an_attention_nothing_says_how_long_a_sequence_is() -> None:
     with torch.no_grad():
         plan = reattend.plan(nn.Linear(64, 64).eval(), torch.randn(2, 8, 64), target="h200")
     assert plan.step_why == "there is no attention: how long a sequence is cannot be told"
+
+
+class Expanded(nn.Module):
+    """A step over cached latents, of which keys and values are made again for all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.o = nn.Linear(64, 64, bias=False), nn.Linear(24, 128, bias=False), nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (4, 16)).transpose(1, 2)
+        k, v = self.kv(latents).unflatten(-1, (4, 32)).transpose(1, 2).chunk(2, -1)
+        out: Tensor = self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+def test_keys_that_are_made_again_in_every_step_are_told_from_the_step_s_own_tokens() -> None:
+    work = work_of(Expanded(), torch.randn(2, 1, 64), torch.randn(2, 40, 24))
+    assert {(p.rows, p.inner): p.keys for p, _ in work.products} == {(2, 64): False, (80, 24): True}
+    assert {(p.rows, p.inner) for p, _ in work.without_keys().products} == {(2, 64)}
