@@ -33,8 +33,9 @@ CACHE_TYPES: Mapping[str, float] = {"fp8": 1.0, "int8": 1.0}
 PARTS = ("attention", "products", "experts", "passes", "exchanges")
 # How far passes and exchanges may be off, and products in a type without rows of its own: stated.
 COARSE = 0.5
-# Links of a switch reach every other device at once: a sum takes so long, and half the rate of the links. Source: all-reduce
-# rows of aiconfigurator-core 0.12.0 (vllm, captured): 4.4 to 4.7 us on two to eight H200, 2.0 ms for 268 MB.
+# Links of a switch reach every other device at once: an exchange takes so long, and half the rate of the links. A sum is
+# made by everybody of all there is, or in two exchanges of parts. Source: all-reduce rows of aiconfigurator-core 0.12.0 (vllm,
+# captured) on two to eight H200: 4.4 to 4.7 us for a few bytes, 14 us for 0.5 MB and 2.0 ms for 268 MB on eight.
 SWITCHED_BYTES_PER_S, SWITCHED_SECONDS, SWITCHED_SHARE = 2e11, 4.5e-6, 0.5
 
 
@@ -319,7 +320,10 @@ def _exchange(x: Collective, d: Device, mesh: Mesh) -> float:
     route = mesh.route("tp", d)
     if d.link_bytes_per_s < SWITCHED_BYTES_PER_S or route.outer > 1:
         return x.latency(route) + x.transfer(route)
-    return SWITCHED_SECONDS + x.transfer(route) / SWITCHED_SHARE
+    twice = x.kind == ALL_REDUCE
+    parts = (1 + twice) * SWITCHED_SECONDS + x.transfer(route) / SWITCHED_SHARE
+    whole = SWITCHED_SECONDS + (route.parts - 1) * x.payload / (d.link_bytes_per_s * SWITCHED_SHARE)
+    return min(parts, whole) if twice else parts
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import pytest
 from reattend.cost_model.devices.device import shipped, targets
 from reattend.cost_model.devices.layers import KINDS, layer_rates
 from reattend.cost_model.layer.products import ProductShapes, expert_seconds, matrix_rate, product_seconds
-from reattend.cost_model.layer.step import Attended, Extent, ModelStep, StepError, StepSpread, Types, step
+from reattend.cost_model.layer.step import Attended, Extent, ModelStep, StepError, StepSpread, Types, _exchange, step
 from reattend.cost_model.layer.table import step_lines
 from reattend.cost_model.layer.work import COLUMNS, INNER, LayerProduct, LayerWork, Pass, Weights
+from reattend.cost_model.mesh.collectives import ALL_REDUCE, Collective
 from reattend.cost_model.mesh.mesh import parse
 from tests.tiers import one_in
 
@@ -129,6 +130,16 @@ def test_a_mesh_divides_what_it_can_and_pays_for_it() -> None:
     assert four.tokens_per_s_device == pytest.approx(four.tokens_per_s / 4)
     batch = step(work(), ATTENDED, DECODE, H200, spread=StepSpread(parse("dp=4")))
     assert (batch.weight_bytes, batch.parts["exchanges"]) == (one.weight_bytes, 0)
+
+
+def test_sums_over_a_switch_take_what_was_measured() -> None:
+    def took(n: int, parts: int) -> float:
+        return _exchange(Collective(ALL_REDUCE, "tp", n, ""), H200, parse(f"tp={parts}"))
+
+    # all-reduce on H200 (vllm, captured), by bytes and devices
+    for n, parts, seconds in ((128, 8, 4.7e-6), (8192, 4, 4.8e-6), (524288, 4, 12.1e-6), (524288, 8, 14.1e-6), (4194304, 8, 48.4e-6),
+                              (268435456, 8, 2035e-6), (268435456, 4, 2314e-6)):
+        assert took(n, parts) == pytest.approx(seconds, rel=0.25)
 
 
 def test_more_devices_than_key_heads_hold_copies_of_their_keys() -> None:
