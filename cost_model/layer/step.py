@@ -34,8 +34,8 @@ PARTS = ("attention", "products", "experts", "passes", "exchanges")
 # How far passes and exchanges may be off, and products in a type without rows of its own: stated.
 COARSE = 0.5
 # Links of a switch reach every other device at once: an exchange takes so long, and half the rate of the links. A sum is
-# made by everybody of all there is, or in two exchanges of parts. Source: all-reduce rows of aiconfigurator-core 0.12.0 (vllm,
-# captured) on two to eight H200: 4.4 to 4.7 us for a few bytes, 14 us for 0.5 MB and 2.0 ms for 268 MB on eight.
+# made by everybody of all there is, or in two exchanges of parts. Source: all-reduce rows of aiconfigurator-core 0.12.0
+# (vllm, captured) on two to eight H200: 4.4 to 4.7 us for a few bytes, 14 us for 0.5 MB and 2.0 ms for 268 MB on eight.
 SWITCHED_BYTES_PER_S, SWITCHED_SECONDS, SWITCHED_SHARE = 2e11, 4.5e-6, 0.5
 
 
