@@ -16,6 +16,7 @@ from .options import (
     Approximate,
     Attn,
     Batch,
+    Cache,
     Csv,
     Debug,
     Dtype,
@@ -35,6 +36,7 @@ from .options import (
     Sweeps,
     Target,
     Targets,
+    Weights,
     devices_of,
     plan_all,
     plan_one,
@@ -44,6 +46,7 @@ from .options import (
     sites_of,
     sizes_of,
     sweep_of,
+    types_of,
 )
 
 if TYPE_CHECKING:
@@ -58,10 +61,13 @@ if TYPE_CHECKING:
 def plan(
     model: Model, target: Targets = None, seq: Seq = None, batch: Batch = 1, dtype: Dtype = None, phase: Phase = "prefill",
     past: Past = 0, attn: Attn = None, dynamic: Dynamic = False, sweep: Sweeps = None, csv: Csv = None, grid: Grids = None,
-    mesh: Meshes = None, approximate: Approximate = False, expect: Expects = None, html: Html = None,
-    strict: Strict = False, json: Json = False, debug: Debug = False,
+    mesh: Meshes = None, approximate: Approximate = False, expect: Expects = None, weights: Weights = None,
+    cache: Cache = None, html: Html = None, strict: Strict = False, json: Json = False, debug: Debug = False,
 ) -> None:
-    """Show every attention of MODEL: what it is, its mask, the candidates' predicted times, the choice.
+    """Show every attention of MODEL: what it is, its mask, the candidates' predicted times, the choice; and the whole step.
+
+    The step, on GPUs, is coarse: how long a token takes (--phase decode), or the first one, tokens a second, what a device
+    holds, the largest batch and context that fit; of --mesh too. --weights and --cache store these in a narrower type.
 
     Several --target: one capture, side by side. --sweep: one capture with open sizes, then the winner at each size and
     where it changes; --grid writes all combinations of them. --mesh: what each way to spread it over devices holds, sends
@@ -84,8 +90,9 @@ def plan(
     for path in (html, csv, grid):
         if path is not None:
             check_path(path)
-    policy = policy_of(mesh, expect, approximate)
+    policy, types = policy_of(mesh, expect, approximate), types_of(weights, cache)
     plans, sweeps = _planned(model, shapes, devices, dynamic, sweep or [], policy, html is not None)
+    plans = [p.stored(*types) for p in plans] if any(types) else plans
     if html is not None:
         from .cost_model.plan.plan import made
 
@@ -96,7 +103,7 @@ def plan(
         csv.write_text(sweeps_csv(sweeps), encoding="utf-8")
         print(f"wrote {csv}", file=sys.stderr)
     if grid is not None:
-        made_grid = plans[0].grid(devices, **swept)
+        made_grid = plans[0].grid(devices, meshes=("", mesh) if mesh is not None else (), **swept)
         print(f"{made_grid}\nwrote {made_grid.write(grid)}", file=sys.stderr)
     if json:
         print(plans[0].to_json() if len(plans) == 1 else "[\n" + ",\n".join(p.to_json() for p in plans) + "\n]")

@@ -102,6 +102,10 @@ Expects = Annotated[
     typer.Option("--expect", metavar="NAME=FORM", help="what to expect of run-time data that a mask reads: "
                  "attention_mask=length:700, position_ids=segments:8, table=blocks:16, table=0.25"),
 ]
+Weights = Annotated[
+    str | None, typer.Option(help="store weights of products so, for the whole model's step: fp8, int8, int4")
+]
+Cache = Annotated[str | None, typer.Option(help="store keys and values so, for the whole model's step: fp8, int8")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="PATH", help="write one self-contained page")]
 Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 when an attention is left alone")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
@@ -150,6 +154,17 @@ def policy_of(mesh: str | None, expect: Sequence[str] | None, approximate: bool 
     from .rewriter.choose.policy import Policy
 
     return Policy(mesh=mesh, expect=tuple(expect or ()), approximate=approximate)
+
+
+def types_of(weights: str | None, cache: str | None) -> tuple[str, str]:
+    """What weights and caches are stored in; "" as in the model. Raises BadParameter on a type that is not known."""
+    from .cost_model.layer.step import StepError, Types
+
+    try:
+        made = Types(weights or "", cache or "")
+    except StepError as no:
+        raise typer.BadParameter(str(no)) from None
+    return made.weights, made.cache
 
 
 def plan_all(

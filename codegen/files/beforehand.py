@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import string
 
-from ...cost_model.count.work import contraction, factors
+from ...cost_model.operations import contraction, factors
 from ...patterns import expr as ex
 from ...patterns.cascade import Einsum
 from ...patterns.expr import Expr

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ...cost_model.count.subject import FEW_ROWS
-from ...cost_model.count.work import WIDTH
 from ...cost_model.devices.architecture import FIRST_TILES_F32, Architecture, UnknownArchitecture
 from ...cost_model.devices.architecture import architecture as known_architecture
 from ...cost_model.devices.compiled import compiled
 from ...cost_model.devices.device import Device
+from ...cost_model.operations import WIDTH
 from ...cost_model.time.fit import SharedTiles
 from ...patterns.cascade import Cascade, bind
 from ...patterns.evaluate import DTYPE, evaluate

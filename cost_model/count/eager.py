@@ -18,7 +18,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Cascade, Einsum
 from ...patterns.expr import Expr
 from ...patterns.membership import Membership, membership
-from .work import EXPONENTIALS, WIDTH, Sizes, contraction, elements, is_view, size_int
+from ..operations import EXPONENTIALS, WIDTH, Sizes, contraction, elements, is_view, size_int
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from ...patterns.cascade import Cascade
 from ...patterns.expr import Expr
 from ...patterns.masks.split import conjuncts, split
 from ...patterns.membership import membership
+from ..operations import Sizes, size_int
 from .tiles import NOTHING, Data, Expectation, Table
-from .work import Sizes, size_int
 
 FORM = "write NAME=0.25 (share of key blocks), NAME=blocks:16, NAME=length:700 (or 60%, or 1k,4k), or NAME=segments:8"
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmM%]?)")

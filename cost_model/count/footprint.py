@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.passes.rewrites import Family
+from ..operations import WIDTH, Sizes, ceiling, is_view, operations, product
 from .passes import levels
-from .work import WIDTH, Sizes, ceiling, is_view, operations, product, sources
+from .work import sources
 
 BUFFER, SPILL, RECOMPUTE, REREAD = "buffer", "spill", "recompute", "read again"
 

@@ -14,8 +14,8 @@ from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Cascade
 from ...patterns.expr import Expr
+from ..operations import WIDTH, Sizes, product, size_int
 from .eager import operators
-from .work import WIDTH, Sizes, product, size_int
 
 
 @dataclass(frozen=True)

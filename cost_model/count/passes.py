@@ -21,7 +21,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, Einsum, Size
 from ...patterns.expr import Expr
 from ...patterns.verdict import Obstacle
-from .work import is_view
+from ..operations import is_view
 
 
 @dataclass(frozen=True)

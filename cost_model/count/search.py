@@ -19,8 +19,8 @@ from ...patterns.passes.repair import repair
 from ...patterns.passes.rewrites import Family, Rewrite, Rewritten, defer, exchange, expand, moments
 from ...patterns.passes.tiling import partition
 from ...patterns.verdict import Refusal
+from ..operations import EXPONENTIALS, Sizes, elements, operations, size_int
 from .passes import passes
-from .work import EXPONENTIALS, Sizes, elements, operations, size_int
 
 # In the order in which they are tried: on a whole rank, and on one that is cut into tiles.
 WHOLE: tuple[Rewrite, ...] = (expand, moments, defer, exchange, unbound, partition)

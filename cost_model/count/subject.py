@@ -18,8 +18,9 @@ from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import Mask, split
 from ...patterns.verdict import Obstacle
+from ..operations import WIDTH, Sizes, Work, factors, size_int, term_operations
 from .tiles import NOTHING, Data, Jobs, jobs, tile_map
-from .work import WIDTH, Sizes, Streamed, Work, count, factors, size_int, streamed, term_operations
+from .work import Streamed, count, streamed
 
 # With fewer query rows the heads of a group share a row block in our kernels, of so many rows at most, and no list of tiles
 # is worth its launches.

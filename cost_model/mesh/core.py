@@ -13,7 +13,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade
 from ...patterns.expr import Expr
-from ..count.work import factors
+from ..operations import factors
 
 
 class Refused(ValueError):

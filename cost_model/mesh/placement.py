@@ -33,19 +33,8 @@ from ...patterns.masks.split import split
 from ...patterns.passes.cut import Cut, CutError, cut
 from ...patterns.verdict import Obstacle
 from ..count.tiles import NOTHING, Data, jobs, tile_map
-from ..count.work import (
-    INDEX,
-    MASKING,
-    WIDTH,
-    Work,
-    contraction,
-    factors,
-    footprint,
-    operations,
-    plus,
-    scaled,
-    size_int,
-)
+from ..count.work import footprint
+from ..operations import INDEX, MASKING, WIDTH, Work, contraction, factors, operations, plus, scaled, size_int
 from .collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, RING, Collective
 from .core import Refused, Roles, core, divided
 

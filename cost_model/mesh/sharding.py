@@ -19,8 +19,8 @@ from ...patterns.cascade import Cascade
 from ...patterns.passes.absorb import weighted
 from ...patterns.verdict import Obstacle
 from ..count.tiles import NOTHING, Data
-from ..count.work import plus, size_int
 from ..devices.device import Device
+from ..operations import plus, size_int
 from ..time.gpu import overlapped, resources
 from .capacity import RESERVE, DeviceMemory, largest_batch, memory
 from .collectives import RING, Collective, backward, packed

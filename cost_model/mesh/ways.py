@@ -26,7 +26,7 @@ from ...patterns.cascade import Access, Cascade, Einsum, Rank, Tensor
 from ...patterns.passes.absorb import Absorbed, absorb, shared, slices
 from ...patterns.verdict import Obstacle
 from ..count.tiles import NOTHING, Data
-from ..count.work import size_int
+from ..operations import size_int
 from .core import Roles, core
 from .mesh import Mesh
 from .placement import Assignment, place

@@ -17,6 +17,8 @@ from pathlib import Path
 from ..count.memory import AttentionMemory
 from ..devices.device import Device, device, device_from_dict, device_to_dict
 from ..json import Json, Read
+from ..layer.step import ModelStep, StepError, Types
+from ..mesh.mesh import mesh
 from ..mesh.plan import MeshPlan
 from ..report.page import Made, write_page
 from ..sites.axes import bound_sizes
@@ -32,10 +34,11 @@ from ..sites.sweeping import sweep
 from ..time.cost import Cost
 from .table import plan_table
 
+# 5 added: the step of the whole model.
 # 4 added: density and measured error of candidates that are not exact.
 # 3 added: meshes over a sweep.
 # 2 added: sizes that costs are for, tile pictures, memory, open sizes and sweeps, bytes of weights.
-SCHEMA = 4
+SCHEMA = 5
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,33 @@ class Plan(Findings):
         sites = self.retake(where, values, range(len(self.sites)))
         symbols = tuple(replace(s, value=values[s.name]) for s in self.symbols)
         sharding = self.reshard(where, values) if self.reshard is not None else None
-        return replace(self, sites=sites, device=where, symbols=symbols, sweeps=(), sharding=sharding)
+        moved = replace(self, sites=sites, device=where, symbols=symbols, sweeps=(), sharding=sharding)
+        return moved.stored(self.step.weights, self.step.cache) if self.step is not None else moved.stored()
+
+    def stored(self, weights: str = "", cache: str = "") -> Plan:
+        """The plan with its step where weights of products and caches are stored so: "fp8", "int8", "int4" (weights alone),
+        or "" as in the model. Raises StepError (a ValueError) on another type, and for a plan that was read from a file.
+        """
+        types = Types(weights, cache)
+        if self.restep is None:
+            if types == Types():
+                return self
+            raise StepError("a plan of a training step, or one that was read from a file, is not priced again: make it anew")
+        made = self.restep(self.device, {s.name: s.value for s in self.symbols}, self.sites, self.sharding, types)
+        return replace(self, step=None, step_why=made) if isinstance(made, str) else replace(self, step=made, step_why="")
 
     def over(self, axis: str, values: Sequence[int], targets: Sequence[str | Device] = ()) -> Sweep:
         """Which candidate wins at each value of an axis, on this plan's device or on these. Raises as `at` does."""
         return sweep(self, axis, values, [device(t) for t in targets])
 
-    def grid(self, targets: Sequence[str | Device] = (), **axes: Sequence[int]) -> SizeGrid:
-        """Every combination of sizes (`seq=(…)`, `past=(…)`, `batch=(…)`) and devices as columns. Raises as `at` does."""
-        return grid(self, axes, [device(t) for t in targets])
+    def grid(
+        self, targets: Sequence[str | Device] = (), *, meshes: Sequence[str] = (), **axes: Sequence[int]
+    ) -> SizeGrid:
+        """Every combination of sizes (`seq=(…)`, `past=(…)`, `batch=(…)`) and devices as columns; on GPUs the whole model's
+        step as well, on each of `meshes` ("" one device, "tp=4", "tp=4,dp=2"). Raises as `at` does, and MeshError.
+        """
+        asked = [mesh(m) if m else None for m in meshes] or [None]
+        return grid(self, axes, [device(t) for t in targets], asked)
 
     def to_html(self, path: str | Path) -> Path:
         """Write the plan as one self-contained page; sizes that are open are swept first where no sweep is at hand.
@@ -87,6 +108,7 @@ class Plan(Findings):
             "axes": {name: list(s) for name, s in self.axes.items()}, "sweeps": [s.to_dict() for s in self.sweeps],
             "sites": [_site_to_dict(s) for s in self.sites], "misses": [dict(vars(m)) for m in self.misses],
             "sharding": self.sharding.to_dict() if self.sharding is not None else None,
+            "step": self.step.to_dict() if self.step is not None else None, "step_why": self.step_why,
         }
         return json.dumps(body, indent=1, ensure_ascii=False)
 
@@ -114,6 +136,7 @@ class Plan(Findings):
                 axes={name: tuple(s) for name, s in body.get("axes", {}).items()},
                 sweeps=tuple(Sweep.from_dict(s) for s in body.get("sweeps", ())),
                 sharding=MeshPlan.from_dict(body["sharding"]) if body.get("sharding") else None,
+                step=ModelStep.from_dict(body["step"]) if body.get("step") else None, step_why=body.get("step_why", ""),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"the plan is damaged: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..layer.table import step_lines
 from ..sites.findings import Findings
 from ..sites.site import Candidate, Miss, Site, grouped
 from ..words import bytes_text, group_name, seconds_text, short_path, table_of, table_text
@@ -19,9 +20,16 @@ def plan_table(plan: Findings, width: int | None = None) -> str:
     if not plan.sites and not plan.misses:
         lines += ["", "no two products with a row rule between them were met: the model runs as written"]
     lines += _notes([plan])
+    lines += _step(plan)
     if plan.note:
         lines += ["", plan.note]
     return "\n".join(lines)
+
+
+def _step(plan: Findings) -> list[str]:
+    if plan.step is not None:
+        return ["", *step_lines(plan.step, plan.device.name)]
+    return ["", f"no step of the whole model: {plan.step_why}"] if plan.step_why and plan.device.is_gpu else []
 
 
 def _notes(plans: Sequence[Findings]) -> list[str]:
@@ -87,6 +95,8 @@ def plans_table(plans: Sequence[Findings], width: int | None = None) -> str:
     if first.misses:
         lines += ["", f"left alone ({len(first.misses)})", _misses(first.misses, width)]
     lines += _notes(plans)
+    for p in plans:
+        lines += _step(p)
     return "\n".join([*lines, "", first.note] if first.note else lines)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from ..json import Json
+from ..layer.table import step_lines
 from ..sites.course import Course
 from ..sites.findings import Findings
 from ..sites.site import Candidate, Site, grouped
@@ -28,7 +29,8 @@ def plan_data(plan: Findings, sweeps: Sequence[Sweep]) -> dict[str, Json]:
     return {
         "model": plan.model, "note": plan.note, "seconds": plan.seconds, "sites": len(plan.sites),
         "speedup": sum(c.seconds for c in before if c is not None) / plan.seconds if known else None,
-        "weight_bytes": plan.weight_bytes,
+        "weight_bytes": plan.weight_bytes, "step": step_lines(plan.step, d.name) if plan.step is not None else [],
+        "step_why": plan.step_why if d.is_gpu else "",
         "device": {
             "name": d.name, "title": d.title, "basis": d.basis, "band": d.band, "gpu": d.is_gpu, "dram_bytes": d.dram_bytes,
             "rests": basis_rows(d), "text": basis_text(d),

@@ -16,8 +16,9 @@ from ..count.describe import describe
 from ..count.passes import families, report
 from ..count.subject import shape, subject, work
 from ..count.tiles import NOTHING, Data
-from ..count.work import Traffic, count, size_int
+from ..count.work import count
 from ..json import Json, Read
+from ..operations import Traffic, size_int
 from ..time.predict import tiles_of
 
 

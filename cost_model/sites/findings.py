@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from ..devices.device import Device
+from ..layer.step import ModelStep, Types
+from ..mesh.mesh import Mesh
 from ..mesh.plan import MeshPlan
 from ..words import group_name
 from .course import Symbol
@@ -18,6 +20,8 @@ from .sweep import Sweep
 
 # A device, the values of open sizes, and the positions of the sites wanted: those sites costed there.
 Retake: TypeAlias = Callable[[Device, Mapping[str, int], Sequence[int]], tuple[Site, ...]]
+# A step of the whole model with these sites at sizes of its symbols, on a device, over its mesh if there is one.
+Restep: TypeAlias = Callable[[Device, Mapping[str, int], tuple[Site, ...], MeshPlan | Mesh | None, Types], ModelStep | str]
 # The ways to spread a plan's attentions over its mesh, at sizes of its symbols, on a device.
 Reshard: TypeAlias = Callable[[Device, Mapping[str, int]], MeshPlan | None]
 
@@ -29,7 +33,8 @@ class Findings:
     A graph with open sizes has them in `symbols`, and in `axes` which of them move together as `seq`, `past` or `batch`;
     `retake` costs its sites again at other sizes, until they are written to a file. `sweeps` are kept for reports.
     `weight_bytes` are those of the model's parameters. `sharding` has the ways to spread them over a mesh of such devices,
-    where one was asked for, and `reshard` makes them at other sizes.
+    where one was asked for, and `reshard` makes them at other sizes. `step` is the whole model's: what it takes and holds,
+    the work outside of attention coarsely; `step_why` says why there is none. `restep` makes it at other sizes and types.
     """
 
     sites: tuple[Site, ...]
@@ -44,6 +49,9 @@ class Findings:
     sharding: MeshPlan | None = None
     retake: Retake | None = field(default=None, compare=False, repr=False)
     reshard: Reshard | None = field(default=None, compare=False, repr=False)
+    step: ModelStep | None = None
+    step_why: str = ""
+    restep: Restep | None = field(default=None, compare=False, repr=False)
 
     @property
     def seconds(self) -> float:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..devices.device import Device
+from ..layer.step import Types
+from ..mesh.mesh import Mesh, linked
 from .axes import bound_sizes, no_axis
 from .course import SweepError
 from .findings import Findings
@@ -23,6 +25,8 @@ Value: TypeAlias = int | float | str | None
 # Beside the axes: seconds of the choice and of the model's own code for one attention, None where they are not known; the
 # band of the choice's; bytes of its keys and values.
 COLUMNS = ("attention", "layers", "device", "choice", "seconds", "original_seconds", "bound", "band", "cache_bytes")
+# Of the whole model there, the same in all rows of a point: seconds of its step, their band, what a device holds and yields.
+STEP = ("mesh", "step_seconds", "step_band", "tokens_per_s_device", "held_bytes", "fits", "largest_batch")
 
 
 @dataclass(frozen=True)
@@ -75,16 +79,24 @@ def _parquet(columns: Mapping[str, Sequence[Value]], where: Path) -> None:
     parquet.write_table(pyarrow.table({name: list(values) for name, values in columns.items()}), where)
 
 
-def grid(plan: Findings, axes: Mapping[str, Sequence[int]], devices: Sequence[Device] = ()) -> SizeGrid:
-    """Cost the distinct sites of a plan at every combination of these values, on its own device or on these.
+def grid(
+    plan: Findings, axes: Mapping[str, Sequence[int]], devices: Sequence[Device] = (),
+    meshes: Sequence[Mesh | None] = (None,),
+) -> SizeGrid:
+    """Cost the distinct sites of a plan at every combination of these values, on its own device or on these, and the whole
+    model's step on each of `meshes` (None: one device).
 
-    What does not depend on the device is counted once for all of them. Values that the graph was not captured for are left
-    out and named. Raises SweepError where an axis is not open, has no value, or none that the capture admits.
+    What does not depend on the device is counted once for all of them, attentions once for all meshes: a mesh of a grid
+    divides them evenly. Values that the graph was not captured for are left out and named. Raises SweepError where an axis
+    is not open, has no value, or none that the capture admits, and MeshError for a device without links.
     """
     start = time.perf_counter()
     values, skipped = _values(plan, axes)
     assert plan.retake is not None
     groups, where = plan.groups, tuple(devices or (plan.device,))
+    if any(m is not None for m in meshes):
+        for d in where:
+            linked(d)
     firsts = [g[0] for g in groups]
     names = [(plan.group_name(g), len(g)) for g in groups]
     found: list[tuple[Value, ...]] = []
@@ -92,13 +104,29 @@ def grid(plan: Findings, axes: Mapping[str, Sequence[int]], devices: Sequence[De
         sizes = bound_sizes(plan, dict(zip(values, at)))
         for d in where:
             sites = plan.retake(d, sizes, firsts)
-            found += ((*at, *name, d.name, *_row(s, d)) for name, s in zip(names, sites))
-    points = len(where)
+            whole = {i: s for g, s in zip(groups, sites) for i in g}
+            for m in meshes:
+                step = _step(plan, d, sizes, tuple(whole[i] for i in range(len(whole))), m)
+                found += ((*at, *name, d.name, *_row(s, d), *step) for name, s in zip(names, sites))
+    points = len(where) * len(meshes)
     for v in values.values():
         points *= len(v)
-    columns = tuple(zip(*found)) if found else tuple(() for _ in (*values, *COLUMNS))
-    return SizeGrid(
-        tuple(values), dict(zip((*values, *COLUMNS), columns)), points, skipped, time.perf_counter() - start,
+    titles = (*values, *COLUMNS, *STEP)
+    columns = tuple(zip(*found)) if found else tuple(() for _ in titles)
+    return SizeGrid(tuple(values), dict(zip(titles, columns)), points, skipped, time.perf_counter() - start)
+
+
+def _step(
+    plan: Findings, d: Device, sizes: Mapping[str, int], sites: tuple[Site, ...], mesh: Mesh | None
+) -> tuple[Value, ...]:
+    """The columns of the whole model's step; None where it has none."""
+    stored = Types(plan.step.weights, plan.step.cache) if plan.step is not None else Types()
+    made = plan.restep(d, sizes, sites, mesh, stored) if plan.restep is not None else ""
+    name = str(mesh) if mesh is not None else ""
+    if isinstance(made, str):
+        return (name, *(None for _ in STEP[1:]))
+    return (
+        name, made.seconds, made.band, made.tokens_per_s_device, made.held_bytes, made.fits, made.largest_batch,
     )
 
 

@@ -18,7 +18,7 @@ from ...patterns.mapping import TileMapping
 from ...patterns.masks.tiles import KeyRun
 from ...patterns.verdict import Obstacle
 from ..count.tiles import NOTHING, Data
-from ..count.work import Sizes, size_int
+from ..operations import Sizes, size_int
 from ..time.predict import tiles_of
 
 # Cells of a side, and characters of all layers together, beyond which a picture is made coarser.

@@ -21,8 +21,8 @@ from ...patterns.terms.divisions import DIVISIONS
 from ..count import eager
 from ..count.eager import EagerOperator, beforehand, computed, strided
 from ..count.subject import Shape, Subject
-from ..count.work import WIDTH, contraction
 from ..devices.device import Device
+from ..operations import WIDTH, contraction
 from .cost import Cost, bound_of
 from .host import Bill, Host
 

@@ -29,8 +29,8 @@ from ...patterns.operators import facts
 from ...patterns.terms.affine import affine, says_at_most_zero
 from ..count.subject import Shape, Subject
 from ..count.tiles import Jobs, expected, tile_map
-from ..count.work import EXPONENTIALS, INDEX, WIDTH, term_operations
 from ..devices.device import Device
+from ..operations import EXPONENTIALS, INDEX, WIDTH, term_operations
 from .beforehand import fetch_seconds
 from .cost import Cost
 from .cpu_tiles import CALL_SCORES, FEW, GATHERED, GATHERED_ROWS, PIECE_ROWS, PIECES_PER_THREAD, SCORES, SLICE

@@ -15,8 +15,8 @@ from ...patterns import expr as ex
 from ...patterns.mapping import TileMapping
 from ..count.subject import Shape, Subject
 from ..count.tiles import Jobs
-from ..count.work import EXPONENTIALS, WIDTH
 from ..devices.device import Device
+from ..operations import EXPONENTIALS, WIDTH
 from .beforehand import fused_fetch_seconds
 from .body import AROUND_ALL, AROUND_DATA, bias_bytes, biases, loaded, pointwise
 from .cost import Cost

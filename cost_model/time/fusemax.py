@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from ...patterns import expr as ex
 from ...patterns.cascade import Cascade, Einsum
 from ...patterns.mapping import TileMapping
-from ..count.work import WIDTH, Sizes, Work, contraction, count, elements, is_view, key_tile, product, size_int
+from ..count.work import count, key_tile
 from ..devices.device import Device
+from ..operations import WIDTH, Sizes, Work, contraction, elements, is_view, product, size_int
 
 # Rows of the query that one pass over the array holds.
 ARRAY_ROWS = 256

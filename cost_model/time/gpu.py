@@ -20,8 +20,9 @@ from ...patterns.mapping import TileMapping
 from ...patterns.operators import OPERATORS
 from ..count.schedule import longest_queue
 from ..count.tiles import SCHEDULED, Jobs, makespan, order
-from ..count.work import DIVISIONS, EXPONENTIALS, ROOTS, Streamed, Work, size_int
+from ..count.work import Streamed
 from ..devices.device import Device
+from ..operations import DIVISIONS, EXPONENTIALS, ROOTS, Work, size_int
 from .cost import Cost, bound_of
 from .fit import Footprint
 

@@ -19,8 +19,8 @@ from ...patterns.expr import Expr
 from ...patterns.operators import OPERATORS
 from ...patterns.terms.divisions import DIVISIONS
 from ..count.eager import EagerOperator
-from ..count.work import EXPONENTIALS, MAXIMA, WIDTH
 from ..devices.device import Device, HostRates
+from ..operations import EXPONENTIALS, MAXIMA, WIDTH
 from .cost import Cost, bound_of
 
 # ATen runs tensors below this many elements on one thread.

@@ -26,9 +26,10 @@ from ...patterns.verdict import Obstacle
 from ..count.eager import EagerOperator, backward, beforehand, compiled, gathered_back, operators
 from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, tile_work
 from ..count.tiles import NOTHING, Data, Jobs
-from ..count.work import WIDTH, Sizes, Streamed, size_int
+from ..count.work import Streamed
 from ..devices.device import Device, HostRates, TimeModel
 from ..devices.kernels import vendor_kernels
+from ..operations import WIDTH, Sizes, size_int
 from . import gpu, host, vendor_gpu
 from .beforehand import apart, fetch_seconds, fused_fetch_seconds, plus, with_operands, with_prelude
 from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, selected, tiled

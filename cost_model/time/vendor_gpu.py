@@ -15,9 +15,10 @@ from functools import lru_cache
 from ...patterns.mapping import TileMapping
 from ..count.subject import Shape, Subject, tile_work
 from ..count.tiles import Data
-from ..count.work import WIDTH, Streamed, Traffic, Work, size_int
+from ..count.work import Streamed
 from ..devices.device import Device
 from ..devices.kernels import VendorFacts
+from ..operations import WIDTH, Traffic, Work, size_int
 from . import gpu
 from .fit import Footprint
 

@@ -25,6 +25,7 @@ from ...cost_model.count.expect import ExpectError
 from ...cost_model.devices.architecture import cuda_name
 from ...cost_model.devices.device import Device, targets, with_threads
 from ...cost_model.devices.device import device as device_named
+from ...cost_model.layer.work import LayerWork
 from ...cost_model.plan.plan import Plan
 from ...cost_model.sites.site import ORIGINAL, Miss, Site
 from ...patterns import expr as ex
@@ -37,7 +38,9 @@ from ..check.approximate import MethodWatch, Slot
 from ..check.audit import CALLS, Audit
 from ..check.verdicts import Check
 from ..check.watch import SiteWatch
+from ..find import defect
 from ..find.detect import Found, NearMiss, defective, find
+from ..find.outside import outside
 from ..find.place import Place, hints_of, interior, named, place
 from ..find.upstream import Reached, projection_width, upstream
 from ..fold.recurrences import FoundScan
@@ -370,9 +373,22 @@ def decide(
     return decisions, [_miss(m) for m in missed]
 
 
+@dataclass(frozen=True)
+class Places:
+    """What a graph holds, as plain data: attentions, recurrences, what was left alone, and the work around them.
+
+    `work` is a sentence where our own code raised: then there is no step, and the attentions are planned all the same.
+    """
+
+    attentions: list[Place]
+    scans: list[scans.Scan]
+    misses: list[Miss]
+    work: LayerWork | str
+
+
 def places(
     gm: fx.GraphModule, taken: Counter[str], *, sharded: bool = False, own_dropout: bool = False
-) -> tuple[list[Place], list[scans.Scan], list[Miss]]:
+) -> Places:
     """Every attention and every recurrence of a graph as plain data, for decisions at other sizes and on other devices.
 
     With `sharded` attentions also say what their keys and values are made of. With `own_dropout` dropout is counted.
@@ -393,7 +409,11 @@ def places(
             out.append(_with_upstream(stands, f, aliases) if sharded else stands)
         except Exception as error:
             missed.append(defective(f.output, error))
-    return out, [s for _, s in walked], [*others, *(_miss(m) for m in missed)]
+    try:
+        work: LayerWork | str = outside(gm, found)
+    except Exception as error:
+        work = defect.reason("the step of the whole model", error)
+    return Places(out, [s for _, s in walked], [*others, *(_miss(m) for m in missed)], work)
 
 
 def _with_upstream(p: Place, f: Found, aliases: Aliases) -> Place:

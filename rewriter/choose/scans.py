@@ -19,8 +19,8 @@ from ...codegen.cpu import scan as cpu_scan
 from ...codegen.skeletons.carried import BLOCK, SOLVED
 from ...cost_model.count.eager import EagerOperator, computed
 from ...cost_model.count.memory import AttentionMemory
-from ...cost_model.count.work import WIDTH
 from ...cost_model.devices.device import Device
+from ...cost_model.operations import WIDTH
 from ...cost_model.sites.site import ORIGINAL, Candidate, Miss, Site, SiteShape, ranked
 from ...cost_model.time.cost import Cost
 from ...cost_model.time.host import Bill, Host

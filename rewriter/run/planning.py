@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 
 from ...cost_model.count.expect import ExpectError, checked, known
 from ...cost_model.devices.device import Device
+from ...cost_model.layer.step import ModelStep, Types
+from ...cost_model.layer.work import LayerWork
 from ...cost_model.mesh.mesh import Mesh, linked
 from ...cost_model.mesh.plan import MeshPlan
 from ...cost_model.mesh.sharding import ShardedSite, shard
@@ -30,6 +32,7 @@ from ..capture.models import ModelInput, load, run
 from ..choose import choose, scans
 from ..choose.approximations import Installed
 from ..choose.policy import Policy
+from ..choose.steps import step_of
 from ..find import defect
 from ..find.place import Place, symbols_of
 from ..graph.torch_private import FakeTensor, quietly
@@ -106,13 +109,15 @@ def plan_graph(
     misses: list[Miss] = []
     symbols: dict[str, Symbol] = {}
     taken: Counter[str] = Counter()
+    work: list[LayerWork | str] = []
     for region in capture.regions(captured.graph):
-        found, steps, missed = choose.places(
+        found = choose.places(
             region, taken, sharded=policy.mesh is not None, own_dropout=policy.dropout == "own"
         )
-        places += found
-        walked += steps
-        misses += missed
+        places += found.attentions
+        walked += found.scans
+        misses += found.misses
+        work.append(found.work)
         symbols |= {s.name: s for s in symbols_of(region)}
     if whole:
         checked(policy.expectations, {name: came for p in places for name, came in p.origins})
@@ -129,16 +134,23 @@ def plan_graph(
         )
 
     def reshard(where: Device, at: Mapping[str, int]) -> MeshPlan | None:
-        return _sharded(places, at, where, policy, weights)
+        return _sharded(alike, at, where, policy, weights)
+
+    def restep(
+        where: Device, at: Mapping[str, int], sites: tuple[Site, ...], sharding: MeshPlan | Mesh | None, types: Types
+    ) -> ModelStep | str:
+        return step_of(work, places, sites, at, where, sharding, types)
 
     traced = {s.name: s.value for s in symbols.values()}
     misses += _undecided(places, traced, choose.Request(policy, device, executable=False))
+    alike = _alike(places)
     sites, sharding = retake(device, traced, range(len(places) + len(walked))), reshard(device, traced)
     note = f"captured in {captured.seconds:.1f} s, planned in {time.perf_counter() - start:.2f} s"
     return Plan(
         sites, tuple(misses), device, model=name, note=note, weight_bytes=weights, symbols=tuple(symbols.values()),
         axes=axes(p.cascade for p in places), sharding=sharding, retake=retake, reshard=reshard,
-    )
+        restep=restep if whole and not any(p.gradients for p in places) else None,
+    ).stored()
 
 
 def _undecided(places: list[Place], at: Mapping[str, int], request: choose.Request) -> list[Miss]:
@@ -159,20 +171,29 @@ def _weight_bytes(gm: fx.GraphModule) -> int:
     return sum(p.numel() * p.element_size() for p in gm.parameters())
 
 
+def _alike(places: Sequence[Place]) -> list[tuple[Place, int]]:
+    """Places that differ by where they stand alone: the first of each kind, and how many there are."""
+    kinds = Counter(replace(p, name="", where="") for p in places)
+    firsts: dict[Place, Place] = {}
+    for p in places:
+        firsts.setdefault(replace(p, name="", where=""), p)
+    return [(firsts[kind], many) for kind, many in kinds.items()]
+
+
 def _sharded(
-    places: Sequence[Place], at: Mapping[str, int], device: Device, policy: Policy, weights: int
+    alike: Sequence[tuple[Place, int]], at: Mapping[str, int], device: Device, policy: Policy, weights: int
 ) -> MeshPlan | None:
     """The ways to spread these attentions over the policy's mesh; None without a mesh or attentions."""
-    if not places or not isinstance(policy.mesh, Mesh):
+    if not alike or not isinstance(policy.mesh, Mesh):
         return None
     layers: dict[ShardedSite, list[ShardedSite]] = {}
     said: dict[str, None] = {}
-    for p in places:
-        site, words = _bound(p, at, policy)
-        layers.setdefault(replace(site, name=""), []).append(site)
+    for first, many in alike:
+        site, words = _bound(first, at, policy)
+        layers.setdefault(replace(site, name=""), []).append(replace(site, layers=many))
         said.update(dict.fromkeys(words))
-    sites = [replace(same[0], layers=len(same)) for same in layers.values()]
-    step = "training" if any(p.gradients for p in places) else None
+    sites = [replace(same[0], layers=sum(s.layers for s in same)) for same in layers.values()]
+    step = "training" if any(p.gradients for p, _ in alike) else None
     made = shard(sites, policy.mesh, linked(device), step=step, weights=weights, approximate=policy.approximate)
     return replace(made, note="; ".join([made.note, *said]))
 

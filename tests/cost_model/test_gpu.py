@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 
 from reattend.cost_model.count.tiles import makespan, order
-from reattend.cost_model.count.work import Work
 from reattend.cost_model.devices.architecture import architecture
 from reattend.cost_model.devices.device import Device, shipped
+from reattend.cost_model.operations import Work
 from reattend.cost_model.time.cost import Cost
 from reattend.cost_model.time.gpu import UNIT_PORT, operand_bytes, overlapped, resources
 from reattend.cost_model.time.predict import predict, tiles_of

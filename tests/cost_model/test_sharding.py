@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reattend.cost_model.count.work import operations
 from reattend.cost_model.devices.device import Device, TimeModel, device
 from reattend.cost_model.mesh.capacity import DeviceMemory, largest_batch
 from reattend.cost_model.mesh.core import Refused, Roles, core, roles
@@ -31,6 +30,7 @@ from reattend.cost_model.mesh.sharding import (
     times,
     with_projection,
 )
+from reattend.cost_model.operations import operations
 from reattend.patterns import expr as ex
 from reattend.patterns.attention.latent import K2, V3, Latent, Widths, absorbed, naive, sliced
 from reattend.patterns.attention.rowstate import RowState, derive

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.cost_model.count.subject import Subject, plan_tiles, shape, subject, work
-from reattend.cost_model.count.work import Work, count, key_tile
+from reattend.cost_model.count.work import count, key_tile
 from reattend.cost_model.devices.device import device
+from reattend.cost_model.operations import Work
 from reattend.cost_model.time import fusemax
 from reattend.patterns import expr as ex
 from reattend.patterns.cascade import Cascade

@@ -125,6 +125,8 @@ BAD = [
     (["plan", "{config}", "--seq", "64", "--sweep", "past=1k:4k"], "a prefill has no past: sweep past with --phase decode, or sweep seq"),
     (["plan", "{config}", "--html", "{folder}/none/plan.html"], "there is no folder"),
     (["plan", "{config}", "--html", "{folder}"], "it is a folder: give the path of a file"),
+    (["plan", "{config}", "--weights", "fp5"], "weights in 'fp5' are not known: one of fp8, int8, int4"),
+    (["plan", "{config}", "--cache", "int4"], "cache in 'int4' are not known: one of fp8, int8"),
     (["plan", "{folder}/readme.json"], "is no JSON file"),
     (["plan", "{folder}/other.json"], "has no model_type: it is no Hugging Face config.json"),
     (["plan", "{folder}/old.pt2"], "is no exported program that PyTorch"),
@@ -242,3 +244,23 @@ def test_sizes_are_for_cascades(config: str, tmp_path: Path, capsys: pytest.Capt
     code, _, err = run(capsys, "explain", str(tmp_path / "none.txt"))
     assert code == 2
     assert "none.txt" in err
+
+
+def test_a_plan_says_what_the_whole_step_takes_and_what_fits(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("plan", config, "--target", "h200", "--phase", "decode", "--past", "64", "--batch", "4", "--dtype", "bf16")
+    page = tmp_path / "plan.html"
+    code, out, _ = run(capsys, *asked, "--weights", "fp8", "--cache", "fp8", "--html", str(page))
+    assert code == 0
+    for words in ("a token of each sequence: ", "weights in fp8 and caches in fp8", "of it attention ", "the largest that fit: batch "):
+        assert words in out
+        assert words in page.read_text(encoding="utf-8")
+    code, out, _ = run(capsys, *asked, "--json")
+    plain = Plan.from_json(out)
+    assert Plan.from_json(plain.to_json()) == plain
+    assert plain.step is not None
+    assert (plain.step.phase, plain.step.batch, plain.step.context) == ("decode", 4, 65)
+    assert plain.step.weight_bytes == plain.weight_bytes
+    code, out, _ = run(capsys, *asked[:2], "--seq", "64", "--json")
+    assert (Plan.from_json(out).step, Plan.from_json(out).step_why) == (None, "the whole model is priced on GPUs: cpu is none")
+    with pytest.raises(ValueError, match="read from a file"):
+        plain.stored("fp8")

@@ -15,7 +15,7 @@ import torch
 from reattend.codegen.files.library import functions
 from reattend.codegen.text import print_cpp, print_torch, print_triton
 from reattend.cost_model.calibration.calibrate import CURVES
-from reattend.cost_model.count.work import Work, term_operations
+from reattend.cost_model.operations import Work, term_operations
 from reattend.patterns import expr as ex
 from reattend.patterns.evaluate import DTYPE, _Evaluation
 from reattend.patterns.expr import Expr

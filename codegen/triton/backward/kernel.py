@@ -16,8 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ....cost_model.count.work import WIDTH
 from ....cost_model.devices.device import Device
+from ....cost_model.operations import WIDTH
 from ....patterns import expr as ex
 from ....patterns.cascade import Cascade, Size
 from ....patterns.evaluate import DTYPE, evaluate
