@@ -110,7 +110,7 @@ class Method(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __str__(self) -> str:
-        given = ", ".join(f"{n}={_said(v)}" for n, v in self.parameters.items())
+        given = ", ".join(f"{n}={_said(v)}" for n, v in self.parameters.items() if v is not None)
         return f"{self.name}({given})" if given else self.name
 
     def refuse(self, reason: str) -> Refusal:
@@ -119,7 +119,8 @@ class Method(ABC):
 
 
 def _said(value: object) -> str:
-    return str(value).replace(" ", "")
+    said = f"({','.join(map(str, value))}{',' * (len(value) == 1)})" if isinstance(value, tuple) else str(value)
+    return said.replace(" ", "")
 
 
 @dataclass(frozen=True)
@@ -171,12 +172,35 @@ def positions(a: Attention) -> TokenPositions | Refusal:
 
 
 def head_rank(a: Attention) -> str | None:
-    """The rank of the query heads: the innermost batch rank that the queries' operand varies over; None without one."""
+    """The rank of the query heads: the innermost batch rank that the queries' operand varies over; None where it is not known.
+
+    Of a single one it is known by a batch of one sequence in front of it, or by heads of keys that share it.
+    """
     own = [r for r in a.batch if r in frozenset().union(*(e.ranks for e in a.products))]
-    return own[-1] if len(own) > 1 else None
+    if len(own) != 1:
+        return own[-1] if own else None
+    (only,) = own
+    return only if any(_is_of_heads(x, only) for e in a.products for x in ex.loads(e.body)) else None
+
+
+def _is_of_heads(x: Expr, rank: str) -> bool:
+    """Is the rank read behind a dimension of which one place is read, or divided into groups?"""
+    at = next((d for d, i in enumerate(x.args) if rank in i.ranks), None)
+    return at is not None and (x.args[at].op == "floordiv" or any(i.is_const for i in x.args[:at]))
 
 
 def heads(a: Attention) -> Size:
     """How many query heads there are."""
     head = head_rank(a)
     return 1 if head is None else a.cascade.rank[head].size
+
+
+def key_group(a: Attention) -> int:
+    """How many query heads share a key head, by the index that reads the keys."""
+    head = head_rank(a)
+    for e in a.products:
+        for x in ex.loads(e.body):
+            for i in x.args if head is not None and a.key in x.ranks else ():
+                if i.op == "floordiv" and i.args[0] is ex.index(head) and i.args[1].is_const:
+                    return int(i.args[1].value)
+    return 1

@@ -8,7 +8,6 @@ What is tried is run closed loop: an attention that runs a method feeds the next
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +22,13 @@ from torch import Tensor, nn
 from ...cost_model.devices.device import Device
 from ...cost_model.sites.error import KeptMass, MeasuredError
 from ...cost_model.words import seconds_text
-from ..capture.models import run
 from ..check.compare import relative
 from ..choose.approximations import Installed
 from ..choose.policy import Policy
-from ..graph.torch_private import tree_leaves
-from ..run.session import Session, session_of
+from ..run.session import session_of
 from ..shapes import UsageError
-from .data import CalibrationError, Example, Halves, read
+from .data import CalibrationError, Example, Halves, call, read
+from .heads import fit
 from .record import MethodSeen, Recorder
 from .search import Choice, Move, Tried, choice_of, confirm, saved_by, search
 
@@ -65,17 +63,15 @@ def calibrate(model: nn.Module, policy: Policy, target: Device | None = None) ->
     outer = session_of(model)
     if outer is not None:
         outer.detach()
-    recorder = Recorder(policy, target)
-    session = Session(policy.exactly, None, backend=recorder)
-    recorder.policy = policy
     state = torch.get_rng_state()
     try:
         with torch.no_grad(), _progress() as tell:
             own = {id(e): _output(model, e, i) for i, e in enumerate((*halves.configure, *halves.held_out))}
-            session.install(model)
-            return _Calibration(model, recorder, halves, own, policy, tell).result()
+            tell("measuring heads")
+            recorder = Recorder(policy, target, fit(model, policy, halves.configure))
+            with recorder.at_work(model):
+                return _Calibration(model, recorder, halves, own, policy, tell).result()
     finally:
-        session.detach()
         torch.set_rng_state(state)
         if outer is not None:
             outer.attach()
@@ -100,7 +96,7 @@ class _Calibration:
         choice = choice_of(taken)
         whole = self._whole(choice, self.halves.held_out) if choice else [0.0]
         said = self._said(taken, whole, [*tried, *confirmed])
-        return Installed(choice, errors, self.budget, max(whole), said)
+        return Installed(choice, errors, self.budget, max(whole), said, self.recorder.found.fitted)
 
     def _record(self) -> None:
         """Run all examples once with every method beside every attention."""
@@ -110,7 +106,7 @@ class _Calibration:
         for i, e in enumerate((*self.halves.configure, *self.halves.held_out)):
             self.tell(f"measuring methods on example {i + 1} of {n}")
             r.example, r.held_out = i, i >= len(self.halves.configure)
-            _call(self.model, e)
+            call(self.model, e)
         r.recording = False
         if not r.sites:
             raise CalibrationError("no attention was found in what the calibration's examples run: nothing can be replaced")
@@ -129,7 +125,7 @@ class _Calibration:
         self.tell(f"measuring {len(choice)} of {len(self.recorder.sites)} attentions with a method")
         self.recorder.choice = choice
         try:
-            return [_differs(_call(self.model, e), self.own[id(e)]) for e in examples]
+            return [_differs(call(self.model, e), self.own[id(e)]) for e in examples]
         finally:
             self.recorder.choice = {}
 
@@ -206,7 +202,7 @@ def _span(values: Sequence[int]) -> tuple[int, int]:
 
 def _output(model: nn.Module, e: Example, number: int) -> list[Tensor]:
     try:
-        out = _call(model, e)
+        out = call(model, e)
     except UsageError as no:
         raise CalibrationError(f"Policy(calibration): example {number}: {no}") from no
     if not out:
@@ -214,14 +210,6 @@ def _output(model: nn.Module, e: Example, number: int) -> list[Tensor]:
     if any(bool(x.isnan().any()) for x in out):
         raise CalibrationError(f"Policy(calibration): the model's own output on example {number} holds NaN")
     return out
-
-
-def _call(model: nn.Module, e: Example) -> list[Tensor]:
-    """The float tensors of the output. What the model writes into its inputs is not in the example; seeds are the same."""
-    args, kwargs = copy.deepcopy((e.args, dict(e.kwargs)))
-    torch.manual_seed(0)
-    out: Any = run(model, args, kwargs)
-    return [x.detach().clone() for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def _differs(made: Sequence[Tensor], own: Sequence[Tensor]) -> float:

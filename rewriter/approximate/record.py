@@ -7,12 +7,13 @@ very call that is spliced later.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ...cost_model.devices.device import Device
 from ...patterns.attention.attention import Attention
@@ -25,9 +26,10 @@ from ..capture import capture
 from ..check.approximate import row_sample
 from ..check.compare import relative
 from ..choose import choose
-from ..choose.approximations import Approximation
+from ..choose.approximations import Approximation, Fitted, Installed
 from ..choose.policy import Policy
 from ..graph.functional import adopt
+from ..run.session import Session
 
 # Scores, over all heads, that the kept weight of one attention is measured on: rows are drawn where there are more.
 SCORES = 1 << 21
@@ -39,6 +41,7 @@ class MethodSeen:
     """A method at an attention in one call: relative errors (L2) of the output, of each head, and the weight that rows keep.
 
     `mass`: [heads, rows], None where it was not looked at; `rows` of `of` were. `share` of its cells that a table kept.
+    `parts`: what each head's change is of the squared output of the whole attention.
     """
 
     example: int
@@ -50,6 +53,7 @@ class MethodSeen:
     queries: int
     keys: int
     share: float | None = None
+    parts: tuple[float, ...] = ()
 
 
 @dataclass
@@ -67,13 +71,14 @@ class SiteRecord:
 class Recorder:
     """A backend that runs graphs as captured. `choice` names the methods to run by site; with `recording` all are tried.
 
-    What rows keep is looked at on examples that are `held_out`.
+    What rows keep is looked at on examples that are `held_out`. `watch` looks at attentions in the place of methods.
     """
 
-    def __init__(self, policy: Policy, target: Device | None) -> None:
-        self.policy, self.target = policy, target
+    def __init__(self, policy: Policy, target: Device | None, fitted: Fitted | None = None) -> None:
+        self.policy, self.target, self.found = policy, target, Installed(fitted=fitted or {})
         self.choice: Mapping[str, str] = {}
         self.recording, self.example, self.held_out = False, 0, False
+        self.watch: Callable[[choose.Decision, Mapping[str, Tensor], Mapping[str, int]], None] | None = None
         self.records: dict[tuple[str, str], SiteRecord] = {}
         self.sites: dict[str, None] = {}
         self.graphs: list[dict[fx.Node, choose.Decision]] = []
@@ -87,16 +92,26 @@ class Recorder:
         decisions, taken, again = {}, Counter[str](), Counter[str]()
         for region in capture.regions(captured.graph):
             adopt(region)
-            made, _ = choose.decide(region, choose.Request(self.policy), taken)
+            made, _ = choose.decide(region, choose.Request(self.policy, installed=self.found), taken)
             decisions.update({d.found.output: d for d in made})
             timed = made
             if self.target is not None:
-                timed, _ = choose.decide(region, choose.Request(self.policy, self.target, executable=False), again)
+                timed, _ = choose.decide(region, choose.Request(self.policy, self.target, executable=False, installed=self.found), again)
             for d in timed:
                 self._enter(d)
             self.timed += timed
         self.graphs.append(decisions)
         return lambda *values: _BesideMethods(captured.graph, decisions, self).run(*values)
+
+    @contextmanager
+    def at_work(self, model: nn.Module) -> Iterator[None]:
+        """Within it the model's calls come here."""
+        session = Session(self.policy.exactly, None, backend=self)
+        try:
+            session.install(model)
+            yield
+        finally:
+            session.detach()
 
     def _enter(self, d: choose.Decision) -> None:
         self.sites[d.site.name] = None
@@ -129,6 +144,9 @@ class Recorder:
         """What the attention yields: the own code's value, or that of the method which is chosen for it."""
         tensors = {name: env[n] for name, n in d.found.tensors.items()}
         sizes = choose.bind_sizes(d.found.cascade, tensors, {name: env[n] for name, n in d.found.scalars.items()})
+        if self.watch is not None:
+            self.watch(d, tensors, sizes)
+            return value
         chosen = self.choice.get(d.site.name)
         out = value
         for m in d.methods:
@@ -173,7 +191,8 @@ class Recorder:
         given = m.tensors(tensors, sizes) if keeps or program is not None else tensors
         mass, looked = _mass(view, m, given, sizes) if keeps else (None, 0)
         share = program.share(given[m.made.table], sizes) if program is not None and m.made is not None else None
-        return MethodSeen(self.example, relative(b, a), tuple(heads), mass, looked, rows, rows, keys, share)
+        parts = [float((x - y).square().sum() / a.square().sum()) for x, y in zip(_split(b, dim), _split(a, dim))]
+        return MethodSeen(self.example, relative(b, a), tuple(heads), mass, looked, rows, rows, keys, share, tuple(parts))
 
 
 class _BesideMethods(fx.Interpreter):

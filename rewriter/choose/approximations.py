@@ -54,7 +54,7 @@ class Approximation:
 
     def expecting(self, share: float) -> Approximation:
         """The same where its tables keep this share of their cells: another time, and perhaps other tiles."""
-        return self if self.question is None else _approximation(self.question, self.method, share)
+        return self if self.question is None else _approximation(self.question, self.method, share, self.candidate.name)
 
     @property
     def view(self) -> Attention:
@@ -72,12 +72,16 @@ class Approximation:
         return {**given, self.made.table: self.made.program.run(torch, given, sizes)}
 
 
+# By site and a method's name, the method with the parameters that a calibration found for it there, or why it found none.
+Fitted = Mapping[tuple[str, str], Method | Refusal]
+
+
 @dataclass(frozen=True)
 class Installed:
     """What a calibration found: the method by name at each site that has one, and the errors by site and method.
 
     `max_error` is the budget, `whole` the measured error of the whole model with all of it, on the examples held out.
-    `said` tells a reader of it.
+    `said` tells a reader of it. `fitted` has methods whose parameters differ from site to site.
     """
 
     chosen: Mapping[str, str] = field(default_factory=dict)
@@ -85,14 +89,21 @@ class Installed:
     max_error: float = 0.0
     whole: float = 0.0
     said: tuple[str, ...] = ()
+    fitted: Fitted = field(default_factory=dict)
 
 
 def methods_at(q: Question, site: Site, installed: Installed | None) -> tuple[Approximation, ...]:
     """The policy's methods at an attention, in its order, with the errors that were measured there."""
     question = replace(q, policy=q.policy.exactly)
-    errors = installed.errors if installed is not None else {}
-    measured = [errors.get((site.name, str(m))) for m in q.policy.methods]
-    found = [_approximation(question, m, e.kept if e is not None else None) for m, e in zip(q.policy.methods, measured)]
+    known = installed if installed is not None else Installed()
+    measured = [known.errors.get((site.name, str(m))) for m in q.policy.methods]
+    found = []
+    for m, e in zip(q.policy.methods, measured):
+        here = known.fitted.get((site.name, str(m)), m)
+        if isinstance(here, Refusal):
+            found.append(Approximation(m, Candidate(str(m), exact=False, feasible=False, why=here.reason)))
+        else:
+            found.append(_approximation(question, here, e.kept if e is not None else None, str(m)))
     return tuple(replace(m, candidate=replace(m.candidate, error=e)) for m, e in zip(found, measured))
 
 
@@ -113,6 +124,7 @@ def with_methods(
     error, view = chosen.candidate.error, attention(q.cascade)
     assert isinstance(view, Attention), view
     said = f"{name} is approximate: " + (f"it changes this attention's output by {error}" if error else "not measured")
+    said += f"; here it is {chosen.method}" if str(chosen.method) != name else ""
     if error is not None:
         rows, keys = (bind(view.cascade.rank[r].size, dict(q.sizes)) for r in (view.query, view.key))
         if not (isinstance(rows, int) and isinstance(keys, int) and error.covers(rows, keys)):
@@ -125,11 +137,11 @@ def with_methods(
 
 
 @lru_cache(maxsize=1024)
-def _approximation(q: Question, method: Method, share: float | None = None) -> Approximation:
-    """`share` of their cells that tables were seen to keep; None: what the method expects."""
+def _approximation(q: Question, method: Method, share: float | None, name: str) -> Approximation:
+    """`share` of their cells that tables were seen to keep; None: what the method expects. `name` is the candidate's."""
 
     def no(why: str) -> Approximation:
-        return Approximation(method, Candidate(str(method), exact=False, feasible=False, why=why))
+        return Approximation(method, Candidate(name, exact=False, feasible=False, why=why))
 
     view = attention(q.cascade)
     assert isinstance(view, Attention), view
@@ -164,13 +176,13 @@ def _approximation(q: Question, method: Method, share: float | None = None) -> A
     inner, call = min(able, key=lambda x: x[0].seconds)
     mask = mask_view(changed, made.cascade, sizes, (inner,), taken.data)
     candidate = replace(
-        _selected(inner, made, sizes, q), name=str(method), exact=False, why=f"{inner.name}: {inner.why}",
+        _selected(inner, made, sizes, q), name=name, exact=False, why=f"{inner.name}: {inner.why}",
         density=mask.density if mask is not None else 1.0,
     )
     if made.program is not None:
         call = _with_table(call, made, candidate, of_table)
     fragile = call.fragile or made.program is not None
-    call = replace(call, name=str(method), conditions=(*call.conditions, *conditions), recipe=None, fragile=fragile)
+    call = replace(call, name=name, conditions=(*call.conditions, *conditions), recipe=None, fragile=fragile)
     state = derive(changed)
     one_pass = show(stream(changed, state)) if not isinstance(state, Obstacle) else ""
     return Approximation(method, candidate, call, made, mask, one_pass if inner.is_tiled else "", q)
