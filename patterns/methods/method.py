@@ -54,6 +54,24 @@ class SelectionProgram(Protocol):
     def share(self, table: Any, sizes: Mapping[str, int]) -> float: ...
 
 
+class Supply(Protocol):
+    """What gives a replacement's cascade inputs of its own, but for a table: plain data that compares by value.
+
+    `names`: these inputs; `reads`: the attention's inputs that they are made of, none where they were learned beforehand.
+    `run` makes them, in the shapes that the cascade declares; the rest is as in `SelectionProgram`.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+
+    def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Mapping[str, Any]: ...
+
+    def work(self, sizes: Mapping[str, int]) -> SelectionWork: ...
+
+
 @dataclass(frozen=True)
 class SelectionWork:
     """What a selection costs at sizes: a candidate's time is its kernel's and this.
@@ -78,8 +96,8 @@ class Replacement:
     `density` is then the share of its cells that the method expects to be kept, for the predictions: None where unknown,
     which counts as all until a calibration has seen it.
 
-    `masks`: its rows are the model's own over fewer keys, so that a row keeps a share of its weight; not so where keys are
-    weighed anew (linear methods).
+    `supply` gives other inputs of its own. `masks`: its rows are the model's own over fewer keys, so that a row keeps a share
+    of its weight; not so where keys are weighed anew (linear methods).
     """
 
     cascade: Cascade
@@ -87,6 +105,29 @@ class Replacement:
     program: SelectionProgram | None = None
     density: float | None = None
     masks: bool = True
+    supply: Supply | None = None
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Inputs of the cascade that are made in front of its kernel."""
+        return (*((self.table,) if self.table else ()), *(self.supply.names if self.supply is not None else ()))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Inputs of the attention that these are made of."""
+        makers = (self.program, self.supply)
+        return tuple(dict.fromkeys(n for x in makers if x is not None for n in x.reads))
+
+    def make(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+        """These inputs, by name."""
+        made = {} if self.program is None else {self.table: self.program.run(torch, tensors, sizes)}
+        return made if self.supply is None else {**made, **self.supply.run(torch, tensors, sizes)}
+
+    def work(self, sizes: Mapping[str, int]) -> SelectionWork:
+        """What making them costs."""
+        parts = [x.work(sizes) for x in (self.program, self.supply) if x is not None]
+        total = {f.name: sum(getattr(w, f.name) for w in parts) for f in fields(SelectionWork)}
+        return SelectionWork(**total)
 
 
 @dataclass(frozen=True)

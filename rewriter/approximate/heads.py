@@ -62,8 +62,8 @@ def fit(model: nn.Module, policy: Policy, examples: Sequence[Example]) -> Fitted
         good = {s: x for s, x in seen.items() if isinstance(x, HeadsSeen)}
         found: Mapping[str, FittedMethod] = m.fit(good) if good and not no else {}
         for s, x in seen.items():
-            none = x if isinstance(x, str) else no or "no choice for its heads is within what it may keep"
-            out[s, str(m)] = found.get(s) or m.refuse(none)
+            why_here = x if isinstance(x, str) else "no choice for its heads is within what it may keep"
+            out[s, str(m)] = found.get(s) or m.refuse(no or why_here)
     return out
 
 

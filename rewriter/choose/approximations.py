@@ -28,6 +28,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
 from ...patterns.cascade import bind, show
+from ...patterns.evaluate import DTYPE
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import split
 from ...patterns.methods.method import Method, Replacement
@@ -65,11 +66,9 @@ class Approximation:
         return view
 
     def tensors(self, given: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        """All inputs of the cascade from those of the attention: the table of a selection is made."""
+        """All inputs of the cascade from those of the attention: its own are made."""
         assert self.made is not None
-        if self.made.program is None:
-            return dict(given)
-        return {**given, self.made.table: self.made.program.run(torch, given, sizes)}
+        return {**given, **self.made.make(torch, given, sizes)}
 
 
 # By site and a method's name, the method with the parameters that a calibration found for it there, or why it found none.
@@ -152,7 +151,7 @@ def _approximation(q: Question, method: Method, share: float | None, name: str) 
     made = method.replace(view)
     if isinstance(made, Refusal):
         return no(made.reason)
-    own = [t.name for t in made.cascade.inputs if t.name not in view.cascade.tensor and t.name != made.table]
+    own = [t.name for t in made.cascade.inputs if t.name not in view.cascade.tensor and t.name not in made.own]
     if own:
         return no(f"it has learned inputs ({', '.join(own)}), and nothing gives them to a site yet")
     changed = attention(made.cascade)
@@ -169,8 +168,8 @@ def _approximation(q: Question, method: Method, share: float | None, name: str) 
     # who calibrates waits for a compiler as well
     found = kernels(asked, sizes, taken.data, math.inf)
     able = [(c, call) for c, call in found if c.feasible and call is not None and q.policy.permits(c)]
-    # a table is made in front of our operator alone
-    able = [(c, call) for c, call in able if made.program is None or c.is_tiled]
+    # what is made in front of a kernel is made in front of our operator alone
+    able = [(c, call) for c, call in able if not made.own or c.is_tiled]
     if not able:
         return no("; ".join(f"{c.name}: {c.why or 'the policy does not permit it'}" for c, _ in found))
     inner, call = min(able, key=lambda x: x[0].seconds)
@@ -179,9 +178,9 @@ def _approximation(q: Question, method: Method, share: float | None, name: str) 
         _selected(inner, made, sizes, q), name=name, exact=False, why=f"{inner.name}: {inner.why}",
         density=mask.density if mask is not None else 1.0,
     )
-    if made.program is not None:
-        call = _with_table(call, made, candidate, of_table)
-    fragile = call.fragile or made.program is not None
+    if made.own:
+        call = _behind(call, made, candidate, of_table)
+    fragile = call.fragile or bool(made.own)
     call = replace(call, name=name, conditions=(*call.conditions, *conditions), recipe=None, fragile=fragile)
     state = derive(changed)
     one_pass = show(stream(changed, state)) if not isinstance(state, Obstacle) else ""
@@ -201,28 +200,25 @@ def _conditions(method: Attention, made: Replacement) -> tuple[tuple[Condition, 
 
 def _selected(inner: Candidate, made: Replacement, sizes: Mapping[str, int], q: Question) -> Candidate:
     """The candidate with the time of its selection, which runs first."""
-    if made.program is None or inner.cost is None:
+    if not made.own or inner.cost is None:
         return inner
-    seconds, cost = predict_selection(made.program.work(sizes), q.device), inner.cost
+    seconds, cost = predict_selection(made.work(sizes), q.device), inner.cost
     parts = {**cost.parts, "selection": seconds}
     return replace(inner, cost=replace(cost, seconds=cost.seconds + seconds, parts=parts))
 
 
-def _with_table(
-    call: splice.Call, made: Replacement, inner: Candidate, conditions: Sequence[Condition]
-) -> splice.Call:
-    """Our operator behind the program that makes its table. Raises RuntimeError where the table breaks a condition."""
-    c, program = made.cascade, made.program
-    assert program is not None
-    given = [t.name for t in c.inputs if t.name != made.table]
-    read = [*given, *(n for n in program.reads if n not in given)]
+def _behind(call: splice.Call, made: Replacement, inner: Candidate, conditions: Sequence[Condition]) -> splice.Call:
+    """Our operator behind what makes its own inputs. Raises RuntimeError where a table breaks a condition."""
+    c = made.cascade
+    given = [t.name for t in c.inputs if t.name not in made.own]
+    read = [*given, *(n for n in made.reads if n not in given)]
     order, open_, symbols = [t.name for t in c.inputs], loose(c), c.free_symbols
     text = ours.program_text(c, TileMapping.parse(inner.mapping))
 
     def run(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         named = dict(zip(read, tensors))
         at = bind_shapes(c, named, dict(zip(symbols, sizes)))
-        named[made.table] = program.run(torch, named, at)
+        named |= made.make(torch, named, at)
         for condition in conditions:
             if not condition.holds(named, at):
                 raise RuntimeError(f"with the table that was selected it is not so that {condition.sentence}")
@@ -231,8 +227,9 @@ def _with_table(
 
     def fake(tensors: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
         named, at = dict(zip(read, tensors)), dict(zip(symbols, sizes))
-        shape = [bind(n, at) for n in c.tensor[made.table].shape]
-        named[made.table] = tensors[0].new_empty(shape, dtype=torch.bool)
+        for name in made.own:
+            shape = [bind(n, at) for n in c.tensor[name].shape]
+            named[name] = tensors[0].new_empty(shape, dtype=DTYPE[c.tensor[name].dtype])
         out: Tensor = torch.ops.reattend.cascade.default([named[n] for n in order], [at[n] for n in open_], text)
         return out
 

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 import reattend
 from reattend.patterns.methods.by_head.duo_attention import DuoAttention
 from reattend.patterns.methods.by_head.moa import MoA, Span
+from reattend.patterns.methods.by_head.razor import RazorAttention
 from reattend.patterns.methods.method import Method
 from reattend.rewriter.approximate.data import CalibrationError, Example
 from reattend.rewriter.approximate.heads import fit, repeated
+from tests.approximate.test_selected_methods import llama
 
 N, HEADS = 512, 4
 
@@ -147,3 +149,83 @@ def test_heads_are_known_by_the_one_sequence_in_front_of_them(lead: tuple[int, i
     found = site.candidate(str(method))
     assert found.feasible == known
     assert known or "known number of heads" in found.why
+
+
+class Repeats(nn.Module):
+    """Tokens as random directions; head 1 looks for equal tokens, head 3 for what stood behind one, the others near by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.v = nn.Embedding(40, 32), nn.Linear(32, 32)
+        one, none = torch.eye(32), torch.zeros(32, 32)
+        self.register_buffer("wq", torch.stack([torch.cat([one * x, none]) for x in (0.0, 1.0, 0.0, 1.0)]))
+        self.register_buffer("wk", torch.stack([torch.cat(x) for x in [(one, none)] * 3 + [(none, one)]]))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = nn.functional.normalize(self.embed(ids), dim=-1) * 8
+        both = torch.cat([x, nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]], -1)
+        q, k = (torch.einsum("bnc,hcf->bhnf", both, w) for w in (self.wq, self.wk))
+        v = self.v(x).unflatten(-1, (HEADS, 8)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+def test_retrieval_heads_are_found_by_tokens_that_repeat_themselves() -> None:
+    """Heads of no sharpness see all keys alike: the token of what they drop is exact."""
+    torch.manual_seed(0)
+    made = Repeats().eval()
+    g = torch.Generator().manual_seed(0)
+    data = [torch.randint(40, (1, N), generator=g) for _ in range(4)]
+    method = RazorAttention(induction=0.25, echo=0.25, least=32, part=100)
+    policy = reattend.Policy(approximate=True, methods=(method,), max_error=1e-3, calibration=data)
+    with torch.no_grad():
+        (found,) = fit(made, policy, [Example((x,), {}) for x in data[:2]]).values()
+        assert isinstance(found, RazorAttention)
+        assert found.full == (1, 3)
+        exact = made(data[0])
+        # half of the heads see everything alike, so that only what the others drop could be wrong
+        reattend.optimize(made, policy=reattend.Policy(
+            approximate=True, methods=(method,), max_error=1e-3, calibration=data, deny=("sdpa", "flex"),
+        ))
+        out = made(data[0])
+    report = reattend.report(made)
+    (site,) = report.sites
+    assert site.kernel == str(method), report
+    assert (out - exact).norm() / exact.norm() < 1e-3
+    (check,) = report.checks
+    assert check.verdict == "same", check
+    assert "full=(1,3))" in " ".join(site.site.notes)
+    reattend.restore(made)
+
+
+def test_without_token_ids_retrieval_heads_are_not_guessed() -> None:
+    method = RazorAttention()
+    policy = reattend.Policy(approximate=True, methods=(method,), max_error=0.1, calibration=examples(64))
+    with torch.no_grad():
+        for why in fit(model(), policy, [Example((x,), {}) for x in examples(64)]).values():
+            assert not isinstance(why, Method)
+            assert "0 are token ids" in why.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [
+    DuoAttention(window=64, sink=16), MoA(density=0.4, sink=16, choices=(Span(64), Span(32, 0.25))),
+    RazorAttention(induction=0.25, echo=0.0, least=64, part=16),
+], ids=lambda x: getattr(x, "name", ""))
+def test_a_llama_runs_it_within_its_error(method: Method) -> None:
+    g = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(97, (1, 1024), generator=g)} for _ in range(4)]
+    plain, policy = llama(), reattend.Policy(approximate=True, methods=(method,), max_error=0.5, calibration=data)
+    made = reattend.optimize(llama(), policy=policy)
+    with torch.no_grad():
+        near, exact = made(**data[0]).logits, plain(**data[0]).logits
+    report = reattend.report(made)
+    (site,) = report.sites
+    assert site.kernel == str(method), report
+    assert 0 < (near - exact).norm() / exact.norm() < 0.5
+    error = site.site.candidate(str(method)).error
+    assert error is not None
+    assert error.mass is not None
+    assert 0 < error.mass.least < 1
+    assert "here it is" in " ".join(site.site.notes)
+    (check,) = report.checks
+    assert check.verdict == "same"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from reattend.patterns import expr as ex
 from reattend.patterns.attention.attention import Attention
 from reattend.patterns.attention.recognise import attention
 from reattend.patterns.evaluate import evaluate
@@ -17,9 +19,11 @@ from reattend.patterns.methods.by_head.duo_attention import DuoAttention
 from reattend.patterns.methods.by_head.fitted import HeadsSeen
 from reattend.patterns.methods.by_head.knapsack import Item, choose
 from reattend.patterns.methods.by_head.moa import MoA, Span
+from reattend.patterns.methods.by_head.razor import RazorAttention
+from reattend.patterns.methods.method import Replacement
 from reattend.patterns.methods.static.sink_window import SinkWindow
 from reattend.patterns.verdict import Refusal
-from tests.methods.attentions import causal, dense, draw, kept, replaced, tiles, view
+from tests.methods.attentions import M, P, causal, dense, draw, kept, replaced, tiles, view
 
 
 def grouped(n: int, heads: int = 8) -> Attention:
@@ -185,3 +189,109 @@ def test_rows_over_a_cache_keep_what_the_prompt_would() -> None:
     prompt, step = (kept(replaced(method, view(P=p, M=32, H=2)), 2) for p in (32, 3))
     assert (step == prompt[:, -3:]).all()
     assert torch.tensor(step[1]).sum() == 30 + 31 + 32
+
+
+# --- RazorAttention -------------------------------------------------------------------------------------------------
+
+SIZES = {"B": 1, "H": 2, "E": 8, "F": 8}
+
+
+def razor(method: RazorAttention, a: Attention, given: dict[str, torch.Tensor], heads: int = 2) -> torch.Tensor:
+    made = method.replace(a)
+    assert isinstance(made, Replacement), made
+    sizes = SIZES | {"H": heads}
+    made_of = made.make(torch, given, sizes)
+    return evaluate(made.cascade, given | made_of, sizes, widen=True)["O"]
+
+
+def by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: int, window: int) -> torch.Tensor:
+    """Row by row, as the paper writes it; rows lie at the end of the keys."""
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.zeros_like(q)
+    for r in range(q.shape[2]):
+        p = r + k.shape[2] - q.shape[2]
+        at = torch.arange(k.shape[2])
+        kept, dropped = (at <= p) & ((at < sink) | (p - at < window)), (at <= p) & (at >= sink) & (p - at >= window)
+        s = q[:, :, r : r + 1] @ k.mT * 0.125
+        w = s.exp()[:, :, 0]
+        above, below = (w[..., kept] [..., None] * v[:, :, kept]).sum(2), w[..., kept].sum(-1)
+        if dropped.any():
+            k_mean, v_mean = k[:, :, dropped].mean(2), v[:, :, dropped].mean(2)
+            more = dropped.sum() * (0.125 * (q[:, :, r] * k_mean).sum(-1)).exp()
+            above, below = above + more[..., None] * v_mean, below + more
+        out[:, :, r] = above / below[..., None]
+    return out
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(24, 24), (3, 24), (1, 30)])
+def test_a_row_has_the_mean_of_what_it_drops_by_the_formula(rows: int, keys: int) -> None:
+    a = view(P=rows, M=keys, H=2)
+    given = draw(a)
+    out = razor(RazorAttention(sink=2, least=4, part=8, full=()), a, given)
+    expected = by_formula(*(given[n] for n in "QKV"), 2, max(4, -(-keys // 8)))
+    assert (out - expected).abs().max() < 1e-6
+    lost = RazorAttention(sink=2, least=4, part=8, compensate=False, full=())
+    assert (razor(lost, a, given) - expected).abs().max() > 1e-2
+
+
+def test_equal_keys_lose_nothing() -> None:
+    a = view(P=40, M=40, H=2)
+    given = draw(a)
+    given["K"][:, :, 3:36] = given["K"][:, :, 3:4]
+    out = razor(RazorAttention(sink=3, least=4, part=100, full=()), a, given)
+    q, k, v = (given[n].double() for n in "QKV")
+    dense_rows = (q @ k.mT * 0.125).masked_fill(~torch.ones(40, 40, dtype=torch.bool).tril(), -torch.inf).softmax(-1) @ v
+    assert (out - dense_rows).abs().max() < 1e-6
+
+
+def test_full_heads_are_the_model_and_so_are_all_where_the_window_holds_everything() -> None:
+    a, given = grouped(24, 4), None
+    given = draw(a, heads=4)
+    q, k, v = (given[n].double() for n in "QKV")
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    exact = (q @ k.mT * 0.125).masked_fill(~torch.ones(24, 24, dtype=torch.bool).tril(), -torch.inf).softmax(-1) @ v
+    some = razor(RazorAttention(sink=1, least=4, part=8, full=(1,)), a, given, 4)
+    assert (some[:, 2:] - exact[:, 2:]).abs().max() < 1e-12
+    assert (some[:, :2] - by_formula(q[:, :2], k[:, :2], v[:, :2], 1, 4)).abs().max() < 1e-6
+    for method in (RazorAttention(full=(0, 1)), RazorAttention(full=())):
+        assert (razor(method, a, given, 4) - exact).abs().max() < 1e-12
+
+
+def test_what_is_dropped_never_weighs_more_than_it_did() -> None:
+    """Jensen: the mean of exponentials is at least the exponential of the mean."""
+    a = view(P=64, M=64, H=2)
+    given = draw(a, seed=3)
+    given["Q"] = given["Q"] * 4
+    made = RazorAttention(sink=2, least=4, part=100, full=()).replace(a)
+    assert isinstance(made, Replacement)
+    score = made.make(torch, given, SIZES)["DROPPED"]
+    s = (given["Q"] @ given["K"].mT * 0.125).double()
+    p, m = torch.arange(64)[:, None], torch.arange(64)
+    dropped = (m >= 2) & (p - m >= 4)
+    weight = s.masked_fill(~dropped, -torch.inf).logsumexp(-1)
+    assert (score <= weight + 1e-5)[..., 6:].all()
+    assert score[..., :6].isneginf().all()
+
+
+def test_retrieval_heads_are_the_first_of_either_score_and_their_group_with_them() -> None:
+    scores = HeadsSeen(((0.0,) * 2,), ((16, 16),), 2, echo=(0.1, 0.2, 0.9, 0.0), induction=(0.0, 0.8, 0.1, 0.0))
+    other = HeadsSeen(((0.0,) * 2,), ((16, 16),), 2, echo=(0.0, 0.0, 0.0, 0.0), induction=(0.0, 0.0, 0.0, 0.7))
+    both = {"a": scores, "b": other}
+    found = RazorAttention(induction=0.125, echo=0.125).fit(both)
+    assert {n: m.full for n, m in found.items()} == {"a": (0, 1), "b": ()}
+    found = RazorAttention(induction=0.25, echo=0.0).fit(both)
+    assert {n: m.full for n, m in found.items()} == {"a": (0,), "b": (1,)}
+
+
+def test_razor_refuses_what_its_mean_would_be_wrong_for() -> None:
+    def windowed(b: Any, qk: ex.Expr) -> ex.Expr:
+        return ex.where((M <= P) & (P - M < 9), qk * 0.125, float("-inf"))
+
+    method = RazorAttention(sink=1, least=4, full=())
+    for a, said in ((view(windowed, P=16, M=16, H=2), "more than causal"), (view(dense, P=16, H=2), "causal attention")):
+        no = method.replace(a)
+        assert isinstance(no, Refusal)
+        assert said in no.reason
+    no = RazorAttention().replace(view(P=8, M=8, H=2))
+    assert isinstance(no, Refusal)
+    assert "found by a calibration" in no.reason

@@ -63,7 +63,7 @@ class TableProgram:
 
     def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
         """The table, b1 in the shape that the cascade declares."""
-        q, k = (_laid_out(tensors[x.tensor], x) for x in (self.q, self.k))
+        q, k = (laid_out(tensors[x.tensor], x) for x in (self.q, self.k))
         lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3])
         q, k = (x.expand(*lead, *x.shape[-3:]).flatten(0, -4) if lead else x[None] for x in (q, k))
         made = Execution(torch, q, k, self.cells(q.shape[2], k.shape[2], sizes), self.scale).table(self.step)
@@ -186,13 +186,15 @@ def _operands(a: Attention) -> tuple[Laid, Laid, float] | str:
     far = [x for x in loads if a.key in x.ranks]
     if len(near) != 1 or len(far) != 1 or len(loads) != 2 or near == far:
         return "its product is not of one tensor of queries and one of keys"
-    q, k = _laid(near[0], a, a.query), _laid(far[0], a, a.key)
+    (over,) = product.over
+    q, k = laid(near[0], a, a.query, over), laid(far[0], a, a.key, over)
     if q is None or k is None or q.group != 1:
         return "its queries or keys do not lie as tokens of heads"
     return q, k, factor
 
 
-def _laid(e: Expr, a: Attention, token: str) -> Laid | None:
+def laid(e: Expr, a: Attention, token: str, over: str) -> Laid | None:
+    """An operand over tokens and elements (`over`) as its input lies; None where it does not lie so."""
     lead, head = batch_ranks(a)
     place: dict[str, int] = {}
     group, fixed = 1, []
@@ -206,7 +208,6 @@ def _laid(e: Expr, a: Attention, token: str) -> Laid | None:
             place[str(i.attr)] = d
         else:
             return None
-    (over,) = a.products[0].over
     wanted = (*lead, head or "", token, over)
     if not set(place) <= set(wanted) or token not in place or over not in place:
         return None
@@ -216,7 +217,8 @@ def _laid(e: Expr, a: Attention, token: str) -> Laid | None:
     return Laid(str(e.attr), tuple(fixed), order, group)
 
 
-def _laid_out(t: Any, x: Laid) -> Any:
+def laid_out(t: Any, x: Laid) -> Any:
+    """[lead…, head, token, element], of one row in the place of a dimension that it has not."""
     for at, place in reversed(x.fixed):
         t = t.select(at, place)
     t = t.permute([d for d in x.order if d is not None])
