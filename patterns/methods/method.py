@@ -96,8 +96,8 @@ class Replacement:
     `density` is then the share of its cells that the method expects to be kept, for the predictions: None where unknown,
     which counts as all until a calibration has seen it.
 
-    `supply` gives other inputs of its own. `masks`: its rows are the model's own over fewer keys, so that a row keeps a share
-    of its weight; not so where keys are weighed anew (linear methods).
+    `supply` gives other inputs of its own. `masks`: its rows are the model's own over fewer keys, so that a row keeps a
+    share of its weight; not so where keys are weighed anew (linear methods).
     """
 
     cascade: Cascade
@@ -213,7 +213,7 @@ def positions(a: Attention) -> TokenPositions | Refusal:
 
 
 def head_rank(a: Attention) -> str | None:
-    """The rank of the query heads: the innermost batch rank that the queries' operand varies over; None where it is not known.
+    """The rank of the query heads: the innermost batch rank that the queries' operand varies over; None where unknown.
 
     Of a single one it is known by a batch of one sequence in front of it, or by heads of keys that share it.
     """
@@ -239,9 +239,8 @@ def heads(a: Attention) -> Size:
 def key_group(a: Attention) -> int:
     """How many query heads share a key head, by the index that reads the keys."""
     head = head_rank(a)
-    for e in a.products:
-        for x in ex.loads(e.body):
-            for i in x.args if head is not None and a.key in x.ranks else ():
-                if i.op == "floordiv" and i.args[0] is ex.index(head) and i.args[1].is_const:
-                    return int(i.args[1].value)
+    reads = [x for e in a.products for x in ex.loads(e.body) if a.key in x.ranks] if head is not None else []
+    for i in (i for x in reads for i in x.args):
+        if i.op == "floordiv" and i.args[0] is ex.index(str(head)) and i.args[1].is_const:
+            return int(i.args[1].value)
     return 1

@@ -1,7 +1,7 @@
 """Which heads get what: methods whose parameters differ from attention to attention, fitted on the examples that configure.
 
-    losses                every option of a method at all heads alike, beside the model's own code; what each head's part changes
-    echo, induction       weight on the same token before, and on the one behind it, in random tokens that repeat themselves
+    losses             every option of a method at all heads alike, beside the model's own code: what each head changes
+    echo, induction    weight on the same token before, and on the one behind it, in random tokens that repeat themselves
 
 Both are seen in one capture of the model. Nothing is learned, and the same data gives the same parameters.
 """
@@ -88,7 +88,7 @@ def _seen(m: FittedMethod, site: str, recorder: Recorder, scores: _RepeatScores,
     for r in records:
         heads = [statistics.fmean(x) for x in zip(*(s.parts for s in r.seen), strict=True)]
         losses.append(tuple(sum(heads[i : i + group]) for i in range(0, len(heads), group)))
-    lengths = tuple(dict.fromkeys((s.queries, s.keys) for s in records[0].seen))
+    lengths = tuple(dict.fromkeys((s.queries, s.keys) for r in records[:1] for s in r.seen))
     return HeadsSeen(tuple(losses), lengths, group, *scores.of(site))
 
 
@@ -123,9 +123,9 @@ class _RepeatScores:
 def repeat_share(
     a: Attention, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], period: int, behind: int
 ) -> Tensor | str:
-    """[heads], float64: the mean share of its weight that a row has on tokens before it that are equal to it (`behind` 0), or
-    that stand so many places behind such a one; rows are those from `period` on, some where there are many. Or why there is
-    no such number.
+    """[heads], float64: the mean share of its weight that a row has on tokens before it that are equal to it (`behind` 0),
+    or that stand so many places behind such a one; rows are those from `period` on, some where there are many. Or why there
+    is no such number.
     """
     at = positions(a)
     if isinstance(at, Refusal):
@@ -186,6 +186,6 @@ def repeated(e: Example, generator: torch.Generator) -> tuple[Example, int] | st
 
 
 def _is_tokens(x: Tensor) -> bool:
-    if x.dim() != 2 or x.dtype not in (torch.int32, torch.int64) or x.unique().numel() < 3:
+    if x.dim() != 2 or x.dtype not in (torch.int32, torch.int64) or len(set(x.flatten().tolist())) < 3:
         return False
     return not bool((x.diff(dim=1) == 1).all())

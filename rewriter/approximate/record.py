@@ -96,7 +96,8 @@ class Recorder:
             decisions.update({d.found.output: d for d in made})
             timed = made
             if self.target is not None:
-                timed, _ = choose.decide(region, choose.Request(self.policy, self.target, executable=False, installed=self.found), again)
+                asked = choose.Request(self.policy, self.target, executable=False, installed=self.found)
+                timed, _ = choose.decide(region, asked, again)
             for d in timed:
                 self._enter(d)
             self.timed += timed

@@ -24,6 +24,7 @@ class ByHead(nn.Module):
     def __init__(self, slopes: tuple[float, ...]) -> None:
         super().__init__()
         self.qkv = nn.Linear(32, 96)
+        self.slopes: Tensor
         self.register_buffer("slopes", torch.tensor(slopes))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,7 +32,8 @@ class ByHead(nn.Module):
         at = torch.arange(x.shape[1], device=x.device)
         s = q @ k.mT * 0.1 + self.slopes[:, None, None] * (at[None] - at[:, None])
         s = s.masked_fill(at[None] > at[:, None], float("-inf"))
-        return x + (s.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        out: Tensor = x + (s.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return out
 
 
 class Layers(nn.Module):
@@ -104,7 +106,7 @@ def test_spans_go_to_the_heads_that_need_them() -> None:
 def test_what_cannot_be_fitted_is_refused_with_its_reason() -> None:
     class Both(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            q = x.unflatten(-1, (HEADS, 8)).transpose(1, 2)
+            q = x.reshape(*x.shape[:2], HEADS, 8).transpose(1, 2)
             return nn.functional.scaled_dot_product_attention(q, q, q)
 
     policy = reattend.Policy(approximate=True, methods=(DUO,), max_error=0.5, calibration=examples(64), deny="flex")

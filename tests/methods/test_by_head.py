@@ -147,7 +147,7 @@ def test_the_knapsack_finds_what_trying_everything_finds(seed: int) -> None:
 def test_many_items_stay_within_the_budget_and_near_the_best() -> None:
     """Nothing within the budget loses less than the dual's bound: Σ min(loss + λ·cost) − λ·budget for any λ."""
     rng = np.random.default_rng(0)
-    items = [Item((0.1, 0.2, 0.4, 1.0), tuple(rng.random(3)) + (0.0,)) for _ in range(60)]
+    items = [Item((0.1, 0.2, 0.4, 1.0), (*rng.random(3), 0.0)) for _ in range(60)]
     found, budget = choose(items, 20.0), 20.0
     assert found is not None
     assert sum(x.costs[i] for x, i in zip(items, found)) <= budget * (1 + 1e-9)
@@ -228,7 +228,7 @@ def test_a_row_has_the_mean_of_what_it_drops_by_the_formula(rows: int, keys: int
     a = view(P=rows, M=keys, H=2)
     given = draw(a)
     out = razor(RazorAttention(sink=2, least=4, part=8, full=()), a, given)
-    expected = by_formula(*(given[n] for n in "QKV"), 2, max(4, -(-keys // 8)))
+    expected = by_formula(given["Q"], given["K"], given["V"], 2, max(4, -(-keys // 8)))
     assert (out - expected).abs().max() < 1e-6
     lost = RazorAttention(sink=2, least=4, part=8, compensate=False, full=())
     assert (razor(lost, a, given) - expected).abs().max() > 1e-2

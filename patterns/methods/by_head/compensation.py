@@ -85,7 +85,7 @@ class CompensationToken:
         }
 
     def work(self, sizes: Mapping[str, int]) -> SelectionWork:
-        batch, heads, queries, keys, depth = (int(bind(n, sizes)) for n in self.of_keys.sizes)
+        batch, heads, queries, keys, depth = self.of_keys.extents(sizes)
         width = int(bind(self.width, sizes))
         read = batch * keys * (depth + width) * -(-heads // self.of_keys.k.group)
         rows = batch * heads * queries * (2 * depth + 2 * width)

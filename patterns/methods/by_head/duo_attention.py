@@ -15,11 +15,11 @@ from ...expr import Expr
 from ...verdict import Refusal
 from ..method import StaticMethod, TokenPositions
 from ..static.sink_window import SinkWindow
-from .fitted import FittedMethod, HeadsSeen, is_one_of, largest, of_key_head
+from .fitted import FittedMethod, HeadsSeen, is_one_of, largest, of_key_head, unlike
 
 
 @dataclass(frozen=True)
-class DuoAttention(FittedMethod):
+class DuoAttention(FittedMethod, StaticMethod):
     """The share `share` of all heads of keys, over all attentions together, stays full; `full` names those of one attention.
 
     The paper learns a gate for each head, by what its streaming costs the model's last states, and keeps the largest gates.
@@ -44,7 +44,7 @@ class DuoAttention(FittedMethod):
         return self.full is not None
 
     @property
-    def options(self) -> tuple[StaticMethod, ...]:
+    def options(self) -> tuple[SinkWindow]:
         return (SinkWindow(self.sink, self.window),)
 
     def fit(self, seen: Mapping[str, HeadsSeen]) -> Mapping[str, DuoAttention]:
@@ -60,6 +60,6 @@ class DuoAttention(FittedMethod):
             return self.refuse(found.reason)
         head, count = found
         if any(not 0 <= h < count for h in self.full):
-            return self.refuse(f"its full heads are {', '.join(map(str, self.full))}, and this attention has {count} heads of keys")
+            return self.refuse(unlike(self.full, count))
         near = self.options[0].keep(at, a)
         return near if isinstance(near, Refusal) else is_one_of(head, self.full) | near

@@ -18,16 +18,16 @@ from ... import expr as ex
 from ...attention.attention import Attention
 from ...expr import Expr
 from ...verdict import Refusal
-from ..method import StaticMethod, TokenPositions, heads, key_group
+from ..method import Method, TokenPositions, heads, key_group
 
 
 @dataclass(frozen=True)
 class HeadsSeen:
     """What a calibration saw at one attention, on the examples that configure.
 
-    `losses[option][key head]`: mean over the examples; `lengths`: (queries, keys) of the calls that were seen; `group`: query
-    heads that share a key head; `echo` and `induction` [query heads]: the mean weight on the same token before, and on the
-    token behind it, in a text that repeats itself; empty where none was shown.
+    `losses[option][key head]`: mean over the examples; `lengths`: (queries, keys) of the calls that were seen; `group`:
+    query heads that share a key head; `echo` and `induction` [query heads]: the mean weight on the same token before, and
+    on the token behind it, in a text that repeats itself; empty where none was shown.
     """
 
     losses: tuple[tuple[float, ...], ...]
@@ -37,12 +37,12 @@ class HeadsSeen:
     induction: tuple[float, ...] = ()
 
 
-class FittedMethod(StaticMethod):
-    """A static method with parameters that a calibration finds; without them it is refused."""
+class FittedMethod(Method):
+    """A method with parameters that a calibration finds; without them it is refused."""
 
     @property
     @abstractmethod
-    def options(self) -> tuple[StaticMethod, ...]:
+    def options(self) -> tuple[Method, ...]:
         """What every head is tried with."""
 
     @property
@@ -91,3 +91,8 @@ def largest(scores: Mapping[str, Sequence[float]], count: int) -> dict[str, tupl
     for _, at, h in order[:count]:
         out[names[at]].append(h)
     return {n: tuple(sorted(hs)) for n, hs in out.items()}
+
+
+def unlike(full: Sequence[int], count: int) -> str:
+    """What is said of full heads that an attention has not."""
+    return f"its full heads are {', '.join(map(str, full))}, and this attention has {count} heads of keys"

@@ -49,11 +49,11 @@ class Span:
 
 
 @dataclass(frozen=True)
-class MoA(FittedMethod):
+class MoA(FittedMethod, StaticMethod):
     """Spans of all heads within a mean `density` of the pairs that causal rows have, chosen from `choices` and the whole.
 
-    `spans` has those of one attention, one a head of keys or one for all. What a span loses is measured at the attention; the
-    paper takes a gradient of its first order (section 4.1), and a solver of integer programs where here a dynamic one is.
+    `spans` has those of one attention, one a head of keys or one for all. What a span loses is measured at the attention;
+    the paper takes a gradient of its first order (section 4.1), and a solver of integer programs.
     """
 
     name: ClassVar[str] = "moa"
@@ -74,7 +74,7 @@ class MoA(FittedMethod):
         return self.spans is not None
 
     @property
-    def options(self) -> tuple[StaticMethod, ...]:
+    def options(self) -> tuple[MoA, ...]:
         return tuple(replace(self, spans=(s,)) for s in self.choices)
 
     def fit(self, seen: Mapping[str, HeadsSeen]) -> Mapping[str, MoA]:

@@ -21,19 +21,18 @@ from ...expr import Expr
 from ...masks.split import conjuncts, split
 from ...verdict import Refusal
 from ..linear.rows import RowBuilder, is_softmax
-from ..masked import masked
 from ..method import Replacement, StaticMethod, TokenPositions, positions
 from .compensation import CompensationToken
-from .fitted import FittedMethod, HeadsSeen, is_one_of, largest, of_key_head
+from .fitted import FittedMethod, HeadsSeen, is_one_of, largest, of_key_head, unlike
 
 # What the released tools take: of all heads, by how they read tokens that repeat themselves.
 INDUCTION, ECHO = 0.14, 0.01
 
 
 @dataclass(frozen=True)
-class RazorAttention(FittedMethod):
-    """`induction` and `echo`: shares of all query heads that are retrieval heads by either score; `full` names heads of keys
-    of one attention. A head of keys is full where one of its query heads is a retrieval head.
+class RazorAttention(FittedMethod, StaticMethod):
+    """`induction` and `echo`: shares of all query heads that are retrieval heads by either score; `full` names heads of
+    keys of one attention. A head of keys is full where one of its query heads is one.
 
     Without `compensate` the dropped keys are lost, as in DuoAttention. The paper drops them from a cache, once; here every
     row has the token of what it drops itself.
@@ -41,7 +40,7 @@ class RazorAttention(FittedMethod):
 
     name: ClassVar[str] = "razor-attention"
     source: ClassVar[str] = "Tang et al., RazorAttention (2407.15891), section 3"
-    needs: ClassVar[tuple[str, ...]] = ("a causal attention", "several heads", "a calibration on token ids, or the full heads")
+    needs: ClassVar[tuple[str, ...]] = ("a causal attention", "several heads", "a calibration on token ids, or full heads")
 
     induction: float = INDUCTION
     echo: float = ECHO
@@ -64,19 +63,16 @@ class RazorAttention(FittedMethod):
         return True
 
     @property
-    def options(self) -> tuple[StaticMethod, ...]:
+    def options(self) -> tuple[RazorAttention]:
         return (replace(self, full=()),)
 
     def fit(self, seen: Mapping[str, HeadsSeen]) -> Mapping[str, RazorAttention]:
         many = sum(len(x.echo) for x in seen.values())
-        found = [
-            largest(scores, math.ceil(share * many - 1e-9))
-            for scores, share in (
-                ({n: x.induction for n, x in seen.items()}, self.induction), ({n: x.echo for n, x in seen.items()}, self.echo),
-            )
-        ]
+        by_induction = largest({n: x.induction for n, x in seen.items()}, math.ceil(self.induction * many - 1e-9))
+        by_echo = largest({n: x.echo for n, x in seen.items()}, math.ceil(self.echo * many - 1e-9))
         return {
-            n: replace(self, full=tuple(sorted({h // x.group for heads in found for h in heads[n]}))) for n, x in seen.items()
+            n: replace(self, full=tuple(sorted({h // x.group for h in (*by_induction[n], *by_echo[n])})))
+            for n, x in seen.items()
         }
 
     def window(self, keys: Expr) -> Expr:
@@ -93,7 +89,7 @@ class RazorAttention(FittedMethod):
             return self.refuse(found.reason)
         head, count = found
         if any(not 0 <= h < count for h in self.full):
-            return self.refuse(f"its full heads are {', '.join(map(str, self.full))}, and this attention has {count} heads of keys")
+            return self.refuse(unlike(self.full, count))
         near = at.row - at.key < self.window(at.keys)
         return is_one_of(head, self.full) | (at.key < self.sink) | near
 
@@ -104,13 +100,14 @@ class RazorAttention(FittedMethod):
         if not is_softmax(a):
             return self.refuse("its rows are no softmax of their scores")
         if len(tuple(conjuncts(split(a.score, a.key).keep))) > 1:
-            return self.refuse("its mask is more than causal: a mean of what is dropped would hold keys that the model masks")
+            return self.refuse("its mask is more than causal: the mean would hold keys that the model masks")
         at = positions(a)
         assert not isinstance(at, Refusal), at
         keep = self.keep(at, a)
         assert not isinstance(keep, Refusal), keep
         rows = RowBuilder(a)
-        score, mean = rows.input("DROPPED", rows.row, "f32"), rows.input("DROPPED_MEAN", (*rows.row, a.value), "f32")
+        score = rows.input("DROPPED", rows.row, "f32")
+        mean = rows.input("DROPPED_MEAN", (*rows.row, a.value), "f32")
         names = str(score.attr), str(mean.attr)
         supply = CompensationToken.of(a, names, self.sink, self.window(at.keys), self.full or ())
         if isinstance(supply, str):

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ... import expr as ex
 from ...attention.attention import Attention
@@ -25,6 +26,10 @@ from .execute import Execution
 from .work import SelectionSizes, count
 
 
+# Rows and keys of the smallest tile that a kernel visits or leaves out.
+TILE = 32
+
+
 @dataclass(frozen=True)
 class Laid:
     """An operand as an input lies: `order` brings it to [lead…, head, token, element]; a dimension that it has not is None.
@@ -36,6 +41,13 @@ class Laid:
     fixed: tuple[tuple[int, int], ...]
     order: tuple[int | None, ...]
     group: int
+
+    @property
+    def token(self) -> int:
+        """The input's dimension of tokens."""
+        at, fixed = self.order[-2], {d for d, _ in self.fixed}
+        assert at is not None
+        return [d for d in range(len(fixed) + len(self.order)) if d not in fixed][at]
 
 
 @dataclass(frozen=True)
@@ -71,15 +83,24 @@ class TableProgram:
         return made.reshape(*lead, *ranks).permute(self.back).contiguous()
 
     def work(self, sizes: Mapping[str, int]) -> SelectionWork:
-        batch, heads, queries, keys, depth = (_number(n, sizes) for n in self.sizes)
+        batch, heads, queries, keys, depth = self.extents(sizes)
         shape = SelectionSizes(batch, heads, -(-heads // self.k.group), depth)
         return count(self.step, self.cells(queries, keys, sizes), shape)
 
+    def extents(self, sizes: Mapping[str, int]) -> tuple[int, int, int, int, int]:
+        """Batch, heads, queries, keys and the length of a head."""
+        b, h, p, m, e = (_number(n, sizes) for n in self.sizes)
+        return b, h, p, m, e
+
     def share(self, table: Any, sizes: Mapping[str, int]) -> float:
-        """The share of the cells with a pair that the model keeps which the table keeps."""
-        _, _, queries, keys, _ = (_number(n, sizes) for n in self.sizes)
-        some = self.cells(queries, keys, sizes).some(self.step.rows, self.step.keys, self.step.last)
-        return float(table.sum()) / max(float(some.mean()) * int(table.numel()), 1.0)
+        """The share of the cells with a pair that the model keeps which the table keeps, cells of `TILE` at least: a kernel
+        visits a tile where one of its rows asks for it."""
+        _, _, queries, keys, _ = self.extents(sizes)
+        s = self.step
+        rows, columns = (max(1, TILE // n) if n else 1 for n in (s.rows, s.keys))
+        kept = joined(table, rows, columns)
+        some = self.cells(queries, keys, sizes).some(s.rows * rows, s.keys * columns, s.last)
+        return float(kept.sum()) / max(float(some.mean()) * kept.size, 1.0)
 
     def cells(self, queries: int, keys: int, sizes: Mapping[str, int]) -> Cells:
         """The cells at sizes."""
@@ -145,6 +166,14 @@ def bound(a: Attention, step: st.CellTable) -> TableProgram | str:
         batch = batch * c.rank[r].size
     size = tuple(c.rank[r].size if r else 1 for r in (head, a.query, a.key, product.over[0]))
     return TableProgram(step, q, k, mask.keep, own, a.query, a.key, scale * factor, (batch, *size), back)
+
+
+def joined(table: Any, rows: int, columns: int) -> NDArray[np.bool_]:
+    """A table [..., i, j] of coarser cells: so many rows and columns in one, which is kept where one of them is."""
+    out: NDArray[np.bool_] = table.cpu().numpy()
+    for axis, many in ((-2, rows), (-1, columns)):
+        out = np.logical_or.reduceat(out, np.arange(0, out.shape[axis], many), axis=axis)
+    return out
 
 
 def batch_ranks(a: Attention) -> tuple[tuple[str, ...], str | None]:

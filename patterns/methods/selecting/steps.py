@@ -208,6 +208,17 @@ class RowSoftmax(Scores):
 
 
 @dataclass(frozen=True)
+class Unit(Scores):
+    """Laid between 0, the least of those that may be kept, and 1, the largest: of each row, or of a head's cells together.
+
+    Equal ones are all 1.
+    """
+
+    of: Scores
+    scope: str = "row"
+
+
+@dataclass(frozen=True)
 class Summed(Scores):
     """Sums (or the largest) over coarser cells; `rows` 0: over all rows. A row's mean where `mean`."""
 
