@@ -72,6 +72,17 @@ class Supply(Protocol):
     def work(self, sizes: Mapping[str, int]) -> SelectionWork: ...
 
 
+class DirectProgram(Protocol):
+    """Computes the output of a replacement's cascade from all its inputs, where its law knows a way that no kernel has.
+
+    `run` gives it in the shape and the type that the cascade declares; `work` counts it.
+    """
+
+    def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Any: ...
+
+    def work(self, sizes: Mapping[str, int]) -> SelectionWork: ...
+
+
 @dataclass(frozen=True)
 class SelectionWork:
     """What a selection costs at sizes: a candidate's time is its kernel's and this.
@@ -96,7 +107,7 @@ class Replacement:
     `density` is then the share of its cells that the method expects to be kept, for the predictions: None where unknown,
     which counts as all until a calibration has seen it.
 
-    `supply` gives other inputs of its own. `masks`: its rows are the model's own over fewer keys, so that a row keeps a
+    `supply` gives other inputs of its own, `direct` computes it in the place of a kernel. `masks`: its rows are the model's own over fewer keys, so that a row keeps a
     share of its weight; not so where keys are weighed anew (linear methods).
     """
 
@@ -106,6 +117,7 @@ class Replacement:
     density: float | None = None
     masks: bool = True
     supply: Supply | None = None
+    direct: DirectProgram | None = None
 
     @property
     def own(self) -> tuple[str, ...]:

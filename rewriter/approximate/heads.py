@@ -21,6 +21,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.cascade import bind
 from ...patterns.evaluate import evaluate
 from ...patterns.methods.by_head.fitted import FittedMethod, HeadsSeen
+from ...patterns.methods.linear.learned import LearnedMethod
 from ...patterns.methods.masked import masked
 from ...patterns.methods.method import Method, head_rank, key_group, positions
 from ...patterns.methods.rows import ALL, KEPT, ROWS, kept_share
@@ -29,6 +30,7 @@ from ..choose import choose
 from ..choose.approximations import Fitted
 from ..choose.policy import CANDIDATES, Policy
 from .data import Example, call
+from .learned import learned
 from .record import Recorder
 
 # A text is so many times the same; examples that are shown as such a text; rows of each head that are looked at in one.
@@ -53,10 +55,15 @@ def fit(model: nn.Module, policy: Policy, examples: Sequence[Example]) -> Fitted
             recorder.watch = scores.see
             for text, scores.period in texts:
                 call(model, text)
+        recorder.watch = None
+        of_files = {m: learned(model, m, recorder, examples) for m in wanted if isinstance(m, LearnedMethod)}
     why = texts if isinstance(texts, str) else ""
     groups = _groups(recorder)
     out: dict[tuple[str, str], Method | Refusal] = {}
     for m in wanted:
+        if m in of_files:
+            out |= {(s, str(m)): x for s, x in of_files[m].items()}
+            continue
         no = f"its heads are told apart by tokens that repeat themselves, and {why}" if m.repeats and why else ""
         seen = {s: _seen(m, s, recorder, scores, groups[s]) for s in recorder.sites}
         good = {s: x for s, x in seen.items() if isinstance(x, HeadsSeen)}

@@ -22,6 +22,7 @@ from ...codegen.forms.program import loose
 from ...cost_model.count.expect import Expect, known
 from ...cost_model.sites.error import MeasuredError
 from ...cost_model.sites.site import Candidate, MaskView, Site, ranked
+from ...cost_model.time.cost import Cost
 from ...cost_model.time.predict import predict_selection
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
@@ -153,14 +154,16 @@ def _approximation(q: Question, method: Method, share: float | None, name: str) 
         return no(made.reason)
     own = [t.name for t in made.cascade.inputs if t.name not in view.cascade.tensor and t.name not in made.own]
     if own:
-        return no(f"it has learned inputs ({', '.join(own)}), and nothing gives them to a site yet")
+        return no(f"its inputs {', '.join(own)} are learned, and come with a calibration")
     changed = attention(made.cascade)
     if isinstance(changed, Obstacle):
-        return no(changed.reason)
+        return no(f"no kernel computes it: {changed.reason}")
     conditions, of_table = _conditions(changed, made)
     if conditions and q.traced:
         return no(f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
     sizes = dict(q.sizes)
+    if made.direct is not None:
+        return _directly(method, made, changed, conditions, sizes, q, name)
     asked = replace(q, cascade=made.cascade, written=None, bare=False)
     density = made.density if share is None else share
     expected = (Expect(made.table, "share", (density,), False),) if made.program is not None and density is not None else ()
@@ -185,6 +188,41 @@ def _approximation(q: Question, method: Method, share: float | None, name: str) 
     state = derive(changed)
     one_pass = show(stream(changed, state)) if not isinstance(state, Obstacle) else ""
     return Approximation(method, candidate, call, made, mask, one_pass if inner.is_tiled else "", q)
+
+
+def _directly(
+    method: Method, made: Replacement, view: Attention, conditions: tuple[Condition, ...], sizes: Mapping[str, int],
+    q: Question, name: str,
+) -> Approximation:
+    """A method that says itself how it is computed."""
+    assert made.direct is not None
+    c, work = made.cascade, made.direct.work(sizes)
+    seconds = predict_selection(work, q.device)
+    cost = Cost(seconds, "launch", int(work.flops), int(work.bytes), int(work.exps), {"operators": seconds})
+    if made.own:
+        cost = replace(cost, seconds=seconds + predict_selection(made.work(sizes), q.device))
+    given = [t.name for t in c.inputs if t.name not in made.own]
+    symbols = c.free_symbols
+    direct = made.direct
+
+    def run(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        named = dict(zip(given, tensors))
+        at = bind_shapes(c, named, dict(zip(symbols, sizes)))
+        out: Tensor = direct.run(torch, {**named, **made.make(torch, named, at)}, at)
+        return out
+
+    def fake(tensors: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
+        at = bind_shapes(c, dict(zip(given, tensors)), dict(zip(symbols, sizes)))
+        (last,) = c.producers[c.outputs[0]]
+        return tensors[0].new_empty([bind(c.rank[str(i.attr)].size, at) for i in last.out.index])
+
+    def arguments(tensors: Mapping[str, Any], size: Any) -> tuple[Any, ...]:
+        return [tensors[n] for n in given], [size(s) for s in symbols]
+
+    call = splice.Call(name, run, arguments, fake=fake, conditions=conditions, fragile=True)
+    candidate = Candidate(name, exact=False, cost=cost, why="operators of torch, chunk by chunk")
+    mask = mask_view(view, c, sizes, (candidate,), known(c, view, sizes, (), dict(q.origins), q.constants).data)
+    return Approximation(method, candidate, call, made, mask, "", q)
 
 
 def _conditions(method: Attention, made: Replacement) -> tuple[tuple[Condition, ...], tuple[Condition, ...]]:
