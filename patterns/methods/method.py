@@ -107,8 +107,11 @@ class Replacement:
     `density` is then the share of its cells that the method expects to be kept, for the predictions: None where unknown,
     which counts as all until a calibration has seen it.
 
-    `supply` gives other inputs of its own, `direct` computes it in the place of a kernel. `masks`: its rows are the model's own over fewer keys, so that a row keeps a
-    share of its weight; not so where keys are weighed anew (linear methods).
+    `supply` gives other inputs of its own, `direct` computes it in the place of a kernel. `masks`: its rows are the model's
+    own over fewer keys, so that a row keeps a share of its weight; not so where keys are weighed anew (linear methods).
+
+    `ahead`: why what a row keeps depends on tokens behind it that it cannot see, or nothing; such rows are others in a
+    prompt of one piece than over a cached prefix.
     """
 
     cascade: Cascade
@@ -118,6 +121,7 @@ class Replacement:
     masks: bool = True
     supply: Supply | None = None
     direct: DirectProgram | None = None
+    ahead: str = ""
 
     @property
     def own(self) -> tuple[str, ...]:

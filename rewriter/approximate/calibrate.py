@@ -23,7 +23,7 @@ from ...cost_model.devices.device import Device
 from ...cost_model.sites.error import KeptMass, MeasuredError
 from ...cost_model.words import seconds_text
 from ..check.compare import relative
-from ..choose.approximations import Installed
+from ..choose.approximations import AHEAD, Installed
 from ..choose.policy import Policy
 from ..run.session import session_of
 from ..shapes import UsageError
@@ -150,6 +150,9 @@ class _Calibration:
         held = f"on {n} examples held out of {len(self.own)}"
         excluded = {f"{method}: {r.why}": None for (_, method), r in self.recorder.records.items() if r.why}
         last = tuple(f"not installed: {x}" for x in excluded)
+        chosen = choice_of(taken)
+        ahead = {f"{m}: {w}, so that {AHEAD}": None for (s, m), w in self.recorder.ahead.items() if chosen.get(s) == m}
+        last = (*ahead, *last)
         if taken:
             low, high = interval(whole)
             return (

@@ -1,4 +1,4 @@
-"""What a method has learned for each attention: read from its file, or fitted on the examples that configure and written there.
+"""What a method has learned for each attention: read from its file, or fitted on examples that configure and kept there.
 
     file    "attention.part" → tensor, safetensors; whole or not at all
     fit     queries and keys as the model's own code has them, their first tokens, layer by layer (feature_maps)

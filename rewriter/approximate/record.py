@@ -81,6 +81,7 @@ class Recorder:
         self.watch: Callable[[choose.Decision, Mapping[str, Tensor], Mapping[str, int]], None] | None = None
         self.records: dict[tuple[str, str], SiteRecord] = {}
         self.sites: dict[str, None] = {}
+        self.ahead: dict[tuple[str, str], str] = {}
         self.graphs: list[dict[fx.Node, choose.Decision]] = []
         self.timed: list[choose.Decision] = []
 
@@ -120,6 +121,8 @@ class Recorder:
         for m in d.methods:
             record = self.records.setdefault((d.site.name, m.candidate.name), SiteRecord())
             record.why = record.why or m.candidate.why * (not m.candidate.feasible)
+            if m.made is not None and m.made.ahead:
+                self.ahead[d.site.name, m.candidate.name] = m.made.ahead
             record.saved += best - m.candidate.seconds if m.candidate.feasible else 0.0
 
     def reprice(self, examples: int) -> None:

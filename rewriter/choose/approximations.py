@@ -72,6 +72,8 @@ class Approximation:
         return {**given, **self.made.make(torch, given, sizes)}
 
 
+# What follows where a row's keys are chosen by later tokens as well.
+AHEAD = "what a row keeps depends on later tokens: over a cached prefix rows are others than in a prompt of one piece"
 # By site and a method's name, the method with the parameters that a calibration found for it there, or why it found none.
 Fitted = Mapping[tuple[str, str], Method | Refusal]
 
@@ -132,7 +134,8 @@ def with_methods(
         if (within := measured_lengths(view, error)) is not None:
             calls = {**calls, name: replace(chosen.call, conditions=(*chosen.call.conditions, within))}
         said += f"; {error.mass}" if error.mass is not None else ""
-    notes = (*site.notes, said)
+    ahead = (f"{name}: {chosen.made.ahead}, so that {AHEAD}",) if chosen.made is not None and chosen.made.ahead else ()
+    notes = (*site.notes, said, *ahead)
     return replace(site, choice=name, mask=chosen.mask, chosen_cascade=chosen.one_pass, notes=notes), calls
 
 
@@ -152,12 +155,12 @@ def _approximation(q: Question, method: Method, share: float | None, name: str) 
     made = method.replace(view)
     if isinstance(made, Refusal):
         return no(made.reason)
-    own = [t.name for t in made.cascade.inputs if t.name not in view.cascade.tensor and t.name not in made.own]
-    if own:
-        return no(f"its inputs {', '.join(own)} are learned, and come with a calibration")
     changed = attention(made.cascade)
     if isinstance(changed, Obstacle):
         return no(f"no kernel computes it: {changed.reason}")
+    own = [t.name for t in made.cascade.inputs if t.name not in view.cascade.tensor and t.name not in made.own]
+    if own:
+        return no(f"its inputs {', '.join(own)} are learned, and come with a calibration")
     conditions, of_table = _conditions(changed, made)
     if conditions and q.traced:
         return no(f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")

@@ -65,8 +65,11 @@ class Policy:
             if unknown:
                 known = ", ".join((*CANDIDATES, *_method_names()))
                 raise ValueError(f"Policy({side}): unknown candidate {unknown[0]!r}; one of {known}")
-        if self.max_error is not None and not self.max_error > 0:
-            raise ValueError(f"Policy(max_error) must be above 0, not {self.max_error}")
+        if self.max_error is not None:
+            if isinstance(self.max_error, bool) or not isinstance(self.max_error, (int, float)):
+                raise ValueError(f"Policy(max_error) is a number above 0, such as 0.01, not {self.max_error!r}")
+            if not self.max_error > 0:
+                raise ValueError(f"Policy(max_error) must be above 0, not {self.max_error}")
         self._check_methods()
         wishes = (self.expect,) if isinstance(self.expect, str) else tuple(self.expect)
         object.__setattr__(self, "expect", wishes)
@@ -96,6 +99,8 @@ class Policy:
                 raise ValueError(f"Policy(allow): {n!r} has parameters without a default: give it in methods=(…)")
             given = (*given, made)
         object.__setattr__(self, "methods", tuple(dict.fromkeys(given)))
+        if self.approximate and self.calibration is not None and not self.methods:
+            raise ValueError("Policy(calibration) without methods: give methods=(…), or allow some by name")
         for name, value in (("methods", self.methods), ("calibration", self.calibration)):
             if not self.approximate and value is not None and value != ():
                 raise ValueError(f"Policy({name}) needs approximate=True: a method changes what the model computes")

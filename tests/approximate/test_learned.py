@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -13,7 +14,10 @@ import reattend
 from reattend.patterns.evaluate import evaluate
 from reattend.patterns.methods.linear.based import TaylorWindow
 from reattend.patterns.methods.linear.hedgehog import Hedgehog
+from reattend.patterns.methods.linear.sla import SparseLinear
 from reattend.patterns.methods.method import Method, Replacement
+from reattend.patterns.methods.selected.seer_attention import SeerAttention
+from reattend.patterns.methods.selecting.steps import Learned
 from reattend.rewriter.approximate.data import CalibrationError
 from reattend.rewriter.approximate.feature_maps import identity, load, save
 from tests.methods.attentions import draw, view
@@ -125,6 +129,41 @@ def test_a_file_for_others_is_refused_and_one_that_is_none_is_named(ids: list[Te
     assert "for 3 heads of 8, and this attention has 2 of 8" in str(no.replace(view(P=8, M=8, H=2, E=8, F=8)))
     with pytest.raises(ValueError, match="of 4 features, where 5"):
         Hedgehog("m", 5, 4).with_parts({"query": torch.zeros(3, 8, 4), "key": torch.zeros(3, 8, 4), "gain": torch.zeros(3)})
+
+
+def test_gates_come_from_a_file(tmp_path: Path) -> None:
+    path, g = tmp_path / "gates.safetensors", torch.Generator().manual_seed(0)
+    data = drawn(512)
+    method = SeerAttention(gates=str(path), count=2)
+    policy = reattend.Policy(approximate=True, methods=(method,), max_error=0.9, calibration=data)
+    with pytest.raises(CalibrationError, match="there is no file"):
+        reattend.plan(Causal().eval(), data[0], policy=policy)
+    (name,) = (s.name for s in reattend.plan(Causal().eval(), data[0]).sites)
+    gate = {"queries": torch.randn(2, 16, 8, generator=g), "keys": torch.randn(2, 48, 8, generator=g)}
+    save_file({f"{name}.{n}": x for n, x in gate.items()}, path)
+    (site,) = reattend.plan(Causal().eval(), data[0], policy=policy).sites
+    found = site.candidate(str(method))
+    assert found.feasible, found.why
+    given = SeerAttention(Learned.of(gate["queries"]), Learned.of(gate["keys"]), count=2)
+    policy = reattend.Policy(approximate=True, methods=(given,), max_error=0.9, calibration=data)
+    (same,) = reattend.plan(Causal().eval(), data[0], policy=policy).sites
+    assert same.candidate(str(given)).error == found.error
+    assert "give queries and keys, or their file" in str(SeerAttention().replace(view(P=64, M=64, H=2)))
+
+
+def test_what_no_kernel_computes_says_so() -> None:
+    class Plain(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return scaled_dot_product_attention(q, k, v)
+
+    for method, model, said in (
+        (SparseLinear("p"), Plain(), "no kernel computes it: the output joins 2 products"),
+        (Hedgehog("m", 8), Causal(), "no kernel computes it: the weights"),
+        (Hedgehog("m", 8, 4), Causal(), "its inputs WQ, WK, GAIN are learned, and come with a calibration"),
+    ):
+        policy = reattend.Policy(approximate=True, methods=(method,))
+        (site,) = reattend.plan(model.eval(), (torch.zeros(2, 2, 64, 16),) * 3, policy=policy).sites
+        assert said in site.candidate(str(method)).why
 
 
 @pytest.mark.slow

@@ -53,3 +53,5 @@ def test_a_llama_runs_a_selection_within_its_error(method: FlexPrefill | XAttent
     cost = candidate.cost
     assert cost is not None
     assert "selection" in cost.parts
+    assert ("depends on later tokens" in str(report)) == (not isinstance(method, MoBA))
+    assert ("depends on later tokens" in " ".join(site.site.notes)) == (not isinstance(method, MoBA))

@@ -26,7 +26,7 @@ CHUNK = 128
 
 @dataclass(frozen=True)
 class ChunkedRows:
-    """Computes the output of a Hedgehog attention with a window; `maps` names its inputs of its own, `ranks` its output's."""
+    """Computes the output of a Hedgehog attention with a window; `maps` names its own inputs, `ranks` are its output's."""
 
     of: TableProgram
     values: Laid

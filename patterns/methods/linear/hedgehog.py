@@ -107,7 +107,9 @@ class Hedgehog(LearnedMethod):
         head, width = head_rank(a), a.cascade.rank[a.products[0].over[0]].size if a.products[0].over else 0
         asked = (a.cascade.rank[head].size if head is not None else None, width)
         shape = self.learned[0].values.shape[:2]
-        return "" if shape == asked else f"its maps are for {shape[0]} heads of {shape[1]}, and this attention has {asked[0]} of {asked[1]}"
+        if shape == asked:
+            return ""
+        return f"its maps are for {shape[0]} heads of {shape[1]}, and this attention has {asked[0]} of {asked[1]}"
 
 
 def linear(a: Attention, given: Operands, features: int, name: str, near: Expr | None = None) -> Cascade:

@@ -37,10 +37,10 @@ class VMoBA(FittedMethod):
     """`blocks`: shapes of blocks on `plane`, 0 for a whole axis; layer l takes the one of number l mod their count.
 
     `layer` is that of one attention, and found by the order of the attentions. With `count` a row keeps so many blocks, its
-    own among them, and no share is asked for. Blocks must divide the plane. Released code differs, and is not followed: where
-    no row chooses a block it attends to everything, and where a row's own block holds the share it takes one more. A tile of
-    rows visits what one of its rows asks for, and a block whose tokens lie apart is visited wherever they lie: only segments
-    of time lie together as tokens usually do.
+    own among them, and no share is asked for. Blocks must divide the plane. Released code differs, and is not followed:
+    where no row chooses a block it attends to everything, and where a row's own block holds the share it takes one more. A
+    tile of rows visits what one of its rows asks for, and a block whose tokens lie apart is visited wherever they lie: only
+    segments of time lie together as tokens usually do.
     """
 
     name: ClassVar[str] = "vmoba"

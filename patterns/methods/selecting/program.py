@@ -25,7 +25,6 @@ from .cells import Cells
 from .execute import Execution
 from .work import SelectionSizes, count
 
-
 # Rows and keys of the smallest tile that a kernel visits or leaves out.
 TILE = 32
 
@@ -130,7 +129,11 @@ class SelectedMethod(Method):
         if isinstance(program, str):
             return self.refuse(program)
         made = masked(a, keep, str(self), (table,))
-        return made if isinstance(made, Refusal) else Replacement(made, table.name, program, self.expected(a))
+        if isinstance(made, Refusal):
+            return made
+        # where a row sees everything anyway, nothing is ahead of it
+        ahead = st.ahead(step) if position(a) is not None and a.cascade.rank[a.query].size != 1 else ""
+        return Replacement(made, table.name, program, self.expected(a), ahead=ahead)
 
 
 def bound(a: Attention, step: st.CellTable) -> TableProgram | str:
