@@ -103,7 +103,8 @@ def report(model: nn.Module) -> Report:
         pieces = (*session.pieces, *through.pieces)
         found = Report(str(session.policy), entries, pieces, tuple(session.frames_given_up))
         if session.installed is not None:
-            found = replace(found, approximate=session.installed.said)
+            at = session.installed
+            found = replace(found, approximate=at.said, trade_off=at.curve, max_error=at.max_error)
     return replace(found, doors=through.entries, notes=through.notes)
 
 

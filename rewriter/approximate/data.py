@@ -81,9 +81,14 @@ def _arguments(given: Any, number: int) -> Example:
     )
 
 
-def call(model: nn.Module, e: Example) -> list[Tensor]:
-    """The float tensors of the output. What the model writes into its inputs is not in the example; seeds are the same."""
+def output(model: nn.Module, e: Example) -> Any:
+    """The output. What the model writes into its inputs is not in the example; seeds are the same in every call."""
     args, kwargs = copy.deepcopy((e.args, dict(e.kwargs)))
     torch.manual_seed(0)
-    out: Any = run(model, args, kwargs)
+    return run(model, args, kwargs)
+
+
+def call(model: nn.Module, e: Example) -> list[Tensor]:
+    """The float tensors of the output."""
+    out = output(model, e)
     return [x.detach().clone() for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]

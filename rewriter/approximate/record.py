@@ -6,6 +6,7 @@ very call that is spliced later.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from ..choose.approximations import Approximation, Fitted, Installed
 from ..choose.policy import Policy
 from ..graph.functional import adopt
 from ..run.session import Session
+from ..splice import splice
 
 # Scores, over all heads, that the kept weight of one attention is measured on: rows are drawn where there are more.
 SCORES = 1 << 21
@@ -41,7 +43,8 @@ class MethodSeen:
     """A method at an attention in one call: relative errors (L2) of the output, of each head, and the weight that rows keep.
 
     `mass`: [heads, rows], None where it was not looked at; `rows` of `of` were. `share` of its cells that a table kept.
-    `parts`: what each head's change is of the squared output of the whole attention.
+    `parts`: what each head's change is of the squared output of the whole attention. `seconds` by the clock, and `exact`
+    those of the best exact kernel beside it; None where the model's own code is the best.
     """
 
     example: int
@@ -54,6 +57,8 @@ class MethodSeen:
     keys: int
     share: float | None = None
     parts: tuple[float, ...] = ()
+    seconds: float = 0.0
+    exact: float | None = None
 
 
 @dataclass
@@ -152,7 +157,7 @@ class Recorder:
             self.watch(d, tensors, sizes)
             return value
         chosen = self.choice.get(d.site.name)
-        out = value
+        out, exact = value, _exact_seconds(d, tensors, sizes) if self.recording else None
         for m in d.methods:
             record = self.records[d.site.name, m.candidate.name]
             if record.why or m.call is None or not (self.recording or m.candidate.name == chosen):
@@ -162,7 +167,7 @@ class Recorder:
                 record.why = f"on an example of the calibration it is not so that {broken.sentence}"
                 continue
             try:
-                made = m.call.target(*m.call.arguments(tensors, lambda name: sizes[name]))
+                made, seconds = _timed(m.call, tensors, sizes)
             except Exception as error:
                 # a method that fails on the calibration's own data is no candidate, and no reason to stop
                 record.why = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -170,7 +175,8 @@ class Recorder:
             like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
             like.copy_(made.reshape(value.shape))
             if self.recording:
-                record.seen.append(self._seen(d, m, tensors, sizes, value, like))
+                seen = self._seen(d, m, tensors, sizes, value, like)
+                record.seen.append(replace(seen, seconds=seconds, exact=exact))
             if m.candidate.name == chosen:
                 out = like
         return out
@@ -197,6 +203,32 @@ class Recorder:
         share = program.share(given[m.made.table], sizes) if program is not None and m.made is not None else None
         parts = [float((x - y).square().sum() / a.square().sum()) for x, y in zip(_split(b, dim), _split(a, dim))]
         return MethodSeen(self.example, relative(b, a), tuple(heads), mass, looked, rows, rows, keys, share, tuple(parts))
+
+
+def _timed(call: splice.Call, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, float]:
+    """What a call gives, and its seconds by the clock."""
+    arguments = call.arguments(tensors, lambda name: sizes[name])
+    cuda = any(x.is_cuda for x in tensors.values())
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    made: Tensor = call.target(*arguments)
+    if cuda:
+        torch.cuda.synchronize()
+    return made, time.perf_counter() - start
+
+
+def _exact_seconds(d: choose.Decision, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> float | None:
+    """Seconds of the best exact kernel; None where none is better than the model's own code, or it cannot run here."""
+    best = min((c for c in d.site.candidates if c.exact), key=lambda c: c.seconds)
+    call = d.calls.get(best.name)
+    if call is None or any(not c.holds(tensors, sizes) for c in call.conditions):
+        return None
+    try:
+        return _timed(call, tensors, sizes)[1]
+    except Exception:
+        # the clock alone is missed: what runs is watched where it is installed
+        return None
 
 
 class _BesideMethods(fx.Interpreter):

@@ -20,6 +20,7 @@ from ...codegen import operator as ours
 from ...codegen.forms.form import rows_keep_a_key
 from ...codegen.forms.program import loose
 from ...cost_model.count.expect import Expect, known
+from ...cost_model.report.trade_off import TradeOff
 from ...cost_model.sites.error import MeasuredError
 from ...cost_model.sites.site import Candidate, MaskView, Site, ranked
 from ...cost_model.time.cost import Cost
@@ -83,7 +84,7 @@ class Installed:
     """What a calibration found: the method by name at each site that has one, and the errors by site and method.
 
     `max_error` is the budget, `whole` the measured error of the whole model with all of it, on the examples held out.
-    `said` tells a reader of it. `fitted` has methods whose parameters differ from site to site.
+    `said` tells a reader of it. `fitted` has methods whose parameters differ from site to site, `curve` what was tried.
     """
 
     chosen: Mapping[str, str] = field(default_factory=dict)
@@ -92,6 +93,7 @@ class Installed:
     whole: float = 0.0
     said: tuple[str, ...] = ()
     fitted: Fitted = field(default_factory=dict)
+    curve: tuple[TradeOff, ...] = ()
 
 
 def methods_at(q: Question, site: Site, installed: Installed | None) -> tuple[Approximation, ...]:

@@ -24,6 +24,9 @@ class Policy:
     configures, the others are held out. What is installed differs in the whole model's output by `max_error` at most,
     measured on the latter (docs/approximate.md); without a measured error nothing is.
 
+    `keep` names a folder for the statistics of the calibration: one that was broken off goes on there, and the same model,
+    data and methods are not measured again.
+
     `mesh`, "tp=8" or a Mesh, adds to a plan what every way to spread its attentions over these devices holds, sends and
     takes; what runs stays on one device.
 
@@ -55,6 +58,7 @@ class Policy:
     check: str | int = "first"
     tune: bool = True
     methods: Collection[Method] = ()
+    keep: str = ""
 
     def __post_init__(self) -> None:
         for side in ("allow", "deny"):
@@ -101,7 +105,7 @@ class Policy:
         object.__setattr__(self, "methods", tuple(dict.fromkeys(given)))
         if self.approximate and self.calibration is not None and not self.methods:
             raise ValueError("Policy(calibration) without methods: give methods=(…), or allow some by name")
-        for name, value in (("methods", self.methods), ("calibration", self.calibration)):
+        for name, value in (("methods", self.methods), ("calibration", self.calibration), ("keep", self.keep or None)):
             if not self.approximate and value is not None and value != ():
                 raise ValueError(f"Policy({name}) needs approximate=True: a method changes what the model computes")
 
@@ -111,7 +115,7 @@ class Policy:
         if not self.methods and not self.approximate:
             return self
         kernels = tuple(n for n in self.allow if n in CANDIDATES)
-        return replace(self, methods=(), allow=kernels, calibration=None)
+        return replace(self, methods=(), allow=kernels, calibration=None, keep="")
 
     @property
     def expectations(self) -> tuple[Expect, ...]:

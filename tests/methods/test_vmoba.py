@@ -127,7 +127,7 @@ def test_what_it_is_not_for_is_a_sentence() -> None:
         ({"blocks": BLOCKS, "scope": "all"}, 'the scope "row" or "head"'),
     ):
         with pytest.raises(ValueError, match=said):
-            VMoBA(PLANE, **bad)  # type: ignore[arg-type]
+            VMoBA(PLANE, **bad)
 
 
 class Video(torch.nn.Module):

@@ -64,7 +64,7 @@ class SeerAttention(LearnedMethod, SelectedMethod):
         return {}
 
     def with_parts(self, parts: Mapping[str, Any]) -> SeerAttention:
-        return replace(self, **{n: st.Learned.of(parts[n]) for n in self.parts})
+        return replace(self, queries=st.Learned.of(parts["queries"]), keys=st.Learned.of(parts["keys"]))
 
     def selection(self, a: Attention) -> st.CellTable | Refusal:
         if self.queries is None or self.keys is None:
