@@ -20,7 +20,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.cascade import bind
 from ...patterns.evaluate import evaluate
-from ...patterns.methods.by_head.fitted import FittedMethod, HeadsSeen
+from ...patterns.methods.fitted import FittedMethod, HeadsSeen
 from ...patterns.methods.linear.learned import LearnedMethod
 from ...patterns.methods.masked import masked
 from ...patterns.methods.method import Method, head_rank, key_group, positions

@@ -16,10 +16,10 @@ from reattend.patterns.evaluate import evaluate
 from reattend.patterns.library.papers import attention as build
 from reattend.patterns.library.papers import softmax
 from reattend.patterns.methods.by_head.duo_attention import DuoAttention
-from reattend.patterns.methods.by_head.fitted import HeadsSeen
 from reattend.patterns.methods.by_head.knapsack import Item, choose
 from reattend.patterns.methods.by_head.moa import MoA, Span
 from reattend.patterns.methods.by_head.razor import RazorAttention
+from reattend.patterns.methods.fitted import HeadsSeen
 from reattend.patterns.methods.method import Replacement
 from reattend.patterns.methods.static.sink_window import SinkWindow
 from reattend.patterns.verdict import Refusal

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reattend
 from reattend.patterns.evaluate import evaluate
-from reattend.patterns.methods.by_head.fitted import HeadsSeen
+from reattend.patterns.methods.fitted import HeadsSeen
 from reattend.patterns.methods.method import Replacement
 from reattend.patterns.methods.selected.vmoba import VMoBA
 from reattend.patterns.verdict import Refusal

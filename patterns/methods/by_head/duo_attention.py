@@ -13,9 +13,9 @@ from typing import ClassVar
 from ...attention.attention import Attention
 from ...expr import Expr
 from ...verdict import Refusal
+from ..fitted import FittedMethod, HeadsSeen, is_one_of, largest, of_key_head, unlike
 from ..method import StaticMethod, TokenPositions
 from ..static.sink_window import SinkWindow
-from .fitted import FittedMethod, HeadsSeen, is_one_of, largest, of_key_head, unlike
 
 
 @dataclass(frozen=True)

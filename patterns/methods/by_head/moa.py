@@ -18,8 +18,8 @@ from ... import expr as ex
 from ...attention.attention import Attention
 from ...expr import Expr
 from ...verdict import Refusal
+from ..fitted import FittedMethod, HeadsSeen, is_one_of, of_key_head
 from ..method import StaticMethod, TokenPositions
-from .fitted import FittedMethod, HeadsSeen, is_one_of, of_key_head
 from .knapsack import Item, choose
 
 SHARES = (0.0, 0.125, 0.25, 0.5)

@@ -20,10 +20,10 @@ from ...attention.attention import Attention
 from ...expr import Expr
 from ...masks.split import conjuncts, split
 from ...verdict import Refusal
+from ..fitted import FittedMethod, HeadsSeen, is_one_of, largest, of_key_head, unlike
 from ..linear.rows import RowBuilder, is_softmax
 from ..method import Replacement, StaticMethod, TokenPositions, positions
 from .compensation import CompensationToken
-from .fitted import FittedMethod, HeadsSeen, is_one_of, largest, of_key_head, unlike
 
 # What the released tools take: of all heads, by how they read tokens that repeat themselves.
 INDUCTION, ECHO = 0.14, 0.01

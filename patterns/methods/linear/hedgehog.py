@@ -17,7 +17,7 @@ from ...cascade import Cascade
 from ...expr import Expr
 from ...masks.split import split
 from ...verdict import Refusal
-from ..by_head.fitted import HeadsSeen
+from ..fitted import HeadsSeen
 from ..method import Replacement, head_rank, positions
 from ..selecting.steps import Learned
 from .chunked import ChunkedRows

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from ..by_head.fitted import FittedMethod
+from ..fitted import FittedMethod
 from ..method import SelectionWork
 from ..selecting.steps import Learned
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from ...attention.attention import Attention
 from ...cascade import bind
 from ...verdict import Refusal
-from ..by_head.fitted import HeadsSeen
+from ..fitted import HeadsSeen
 from ..linear.learned import LearnedMethod
 from ..selecting import steps as st
 from ..selecting.program import SelectedMethod, batch_ranks

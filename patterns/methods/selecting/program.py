@@ -21,6 +21,7 @@ from ...verdict import Refusal
 from ..masked import block_table, masked, position
 from ..method import Method, Replacement, SelectionWork, head_rank
 from . import steps as st
+from .ahead import ahead
 from .cells import Cells
 from .execute import Execution
 from .work import SelectionSizes, count
@@ -132,8 +133,8 @@ class SelectedMethod(Method):
         if isinstance(made, Refusal):
             return made
         # where a row sees everything anyway, nothing is ahead of it
-        ahead = st.ahead(step) if position(a) is not None and a.cascade.rank[a.query].size != 1 else ""
-        return Replacement(made, table.name, program, self.expected(a), ahead=ahead)
+        later = ahead(step) if position(a) is not None and a.cascade.rank[a.query].size != 1 else ""
+        return Replacement(made, table.name, program, self.expected(a), ahead=later)
 
 
 def bound(a: Attention, step: st.CellTable) -> TableProgram | str:

@@ -14,11 +14,11 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ... import expr as ex
-from ...attention.attention import Attention
-from ...expr import Expr
-from ...verdict import Refusal
-from ..method import Method, TokenPositions, heads, key_group
+from .. import expr as ex
+from ..attention.attention import Attention
+from ..expr import Expr
+from ..verdict import Refusal
+from .method import Method, TokenPositions, heads, key_group
 
 
 @dataclass(frozen=True)
