@@ -108,9 +108,9 @@ def report(model: nn.Module) -> Report:
         pieces = (*session.pieces, *through.pieces)
         found = Report(str(session.policy), entries, pieces, tuple(session.frames_given_up))
         if session.installed is not None:
-            ground = session.installed.ground
-            changed = ground.said if ground is not None and session.installed.chosen else ()
-            found = replace(found, approximate=(*session.installed.said, *changed))
+            at = session.installed
+            changed = at.ground.said if at.ground is not None and at.chosen else ()
+            found = replace(found, approximate=(*at.said, *changed), trade_off=at.curve, max_error=at.max_error)
     return replace(found, doors=through.entries, notes=through.notes)
 
 

@@ -54,6 +54,35 @@ class SelectionProgram(Protocol):
     def share(self, table: Any, sizes: Mapping[str, int]) -> float: ...
 
 
+class Supply(Protocol):
+    """What gives a replacement's cascade inputs of its own, but for a table: plain data that compares by value.
+
+    `names`: these inputs; `reads`: the attention's inputs that they are made of, none where they were learned beforehand.
+    `run` makes them, in the shapes that the cascade declares; the rest is as in `SelectionProgram`.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+
+    def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Mapping[str, Any]: ...
+
+    def work(self, sizes: Mapping[str, int]) -> SelectionWork: ...
+
+
+class DirectProgram(Protocol):
+    """Computes the output of a replacement's cascade from all its inputs, where its law knows a way that no kernel has.
+
+    `run` gives it in the shape and the type that the cascade declares; `work` counts it.
+    """
+
+    def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Any: ...
+
+    def work(self, sizes: Mapping[str, int]) -> SelectionWork: ...
+
+
 @dataclass(frozen=True)
 class SelectionWork:
     """What a selection costs at sizes: a candidate's time is its kernel's and this.
@@ -78,8 +107,11 @@ class Replacement:
     `density` is then the share of its cells that the method expects to be kept, for the predictions: None where unknown,
     which counts as all until a calibration has seen it.
 
-    `masks`: its rows are the model's own over fewer keys, so that a row keeps a share of its weight; not so where keys are
-    weighed anew (linear methods).
+    `supply` gives other inputs of its own, `direct` computes it in the place of a kernel. `masks`: its rows are the model's
+    own over fewer keys, so that a row keeps a share of its weight; not so where keys are weighed anew (linear methods).
+
+    `ahead`: why what a row keeps depends on tokens behind it that it cannot see, or nothing; such rows are others in a
+    prompt of one piece than over a cached prefix.
     """
 
     cascade: Cascade
@@ -87,6 +119,31 @@ class Replacement:
     program: SelectionProgram | None = None
     density: float | None = None
     masks: bool = True
+    supply: Supply | None = None
+    direct: DirectProgram | None = None
+    ahead: str = ""
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Inputs of the cascade that are made in front of its kernel."""
+        return (*((self.table,) if self.table else ()), *(self.supply.names if self.supply is not None else ()))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Inputs of the attention that these are made of."""
+        makers = (self.program, self.supply)
+        return tuple(dict.fromkeys(n for x in makers if x is not None for n in x.reads))
+
+    def make(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+        """These inputs, by name."""
+        made = {} if self.program is None else {self.table: self.program.run(torch, tensors, sizes)}
+        return made if self.supply is None else {**made, **self.supply.run(torch, tensors, sizes)}
+
+    def work(self, sizes: Mapping[str, int]) -> SelectionWork:
+        """What making them costs."""
+        parts = [x.work(sizes) for x in (self.program, self.supply) if x is not None]
+        total = {f.name: sum(getattr(w, f.name) for w in parts) for f in fields(SelectionWork)}
+        return SelectionWork(**total)
 
 
 @dataclass(frozen=True)
@@ -110,7 +167,7 @@ class Method(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __str__(self) -> str:
-        given = ", ".join(f"{n}={_said(v)}" for n, v in self.parameters.items())
+        given = ", ".join(f"{n}={_said(v)}" for n, v in self.parameters.items() if v is not None)
         return f"{self.name}({given})" if given else self.name
 
     def refuse(self, reason: str) -> Refusal:
@@ -119,7 +176,8 @@ class Method(ABC):
 
 
 def _said(value: object) -> str:
-    return str(value).replace(" ", "")
+    said = f"({','.join(map(str, value))}{',' * (len(value) == 1)})" if isinstance(value, tuple) else str(value)
+    return said.replace(" ", "")
 
 
 @dataclass(frozen=True)
@@ -171,12 +229,34 @@ def positions(a: Attention) -> TokenPositions | Refusal:
 
 
 def head_rank(a: Attention) -> str | None:
-    """The rank of the query heads: the innermost batch rank that the queries' operand varies over; None without one."""
+    """The rank of the query heads: the innermost batch rank that the queries' operand varies over; None where unknown.
+
+    Of a single one it is known by a batch of one sequence in front of it, or by heads of keys that share it.
+    """
     own = [r for r in a.batch if r in frozenset().union(*(e.ranks for e in a.products))]
-    return own[-1] if len(own) > 1 else None
+    if len(own) != 1:
+        return own[-1] if own else None
+    (only,) = own
+    return only if any(_is_of_heads(x, only) for e in a.products for x in ex.loads(e.body)) else None
+
+
+def _is_of_heads(x: Expr, rank: str) -> bool:
+    """Is the rank read behind a dimension of which one place is read, or divided into groups?"""
+    at = next((d for d, i in enumerate(x.args) if rank in i.ranks), None)
+    return at is not None and (x.args[at].op == "floordiv" or any(i.is_const for i in x.args[:at]))
 
 
 def heads(a: Attention) -> Size:
     """How many query heads there are."""
     head = head_rank(a)
     return 1 if head is None else a.cascade.rank[head].size
+
+
+def key_group(a: Attention) -> int:
+    """How many query heads share a key head, by the index that reads the keys."""
+    head = head_rank(a)
+    reads = [x for e in a.products for x in ex.loads(e.body) if a.key in x.ranks] if head is not None else []
+    for i in (i for x in reads for i in x.args):
+        if i.op == "floordiv" and i.args[0] is ex.index(str(head)) and i.args[1].is_const:
+            return int(i.args[1].value)
+    return 1

@@ -8,7 +8,6 @@ What is tried is run closed loop: an attention that runs a method feeds the next
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -21,19 +20,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from ...cost_model.devices.device import Device
+from ...cost_model.report.trade_off import TradeOff
 from ...cost_model.sites.error import KeptMass, MeasuredError
 from ...cost_model.words import seconds_text
-from ..capture.models import run
 from ..check.compare import relative
-from ..choose.approximations import Installed
+from ..choose.approximations import AHEAD, Installed
 from ..choose.ground import Ground
 from ..choose.policy import Policy
-from ..graph.torch_private import tree_leaves
-from ..run.session import Session, session_of
+from ..run.session import session_of
 from ..shapes import UsageError
-from .data import CalibrationError, Example, Halves, read
+from .data import CalibrationError, Example, Halves, call, output, read
+from .heads import fit
+from .logits import answers, logits_of
 from .record import MethodSeen, Recorder
 from .search import Choice, Move, Tried, choice_of, confirm, saved_by, search
+from .statistics import Statistics, whole_key
 
 # Two-sided 95 % of Student's t by degrees of freedom; beyond, the normal distribution's is near enough.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -66,17 +67,19 @@ def calibrate(model: nn.Module, policy: Policy, target: Device | None = None) ->
     outer = session_of(model)
     if outer is not None:
         outer.detach()
-    recorder = Recorder(policy, target)
-    session = Session(policy.exactly, None, backend=recorder)
-    recorder.policy = policy
     state = torch.get_rng_state()
     try:
         with torch.no_grad(), _progress() as tell:
             own = {id(e): _output(model, e, i) for i, e in enumerate((*halves.configure, *halves.held_out))}
-            session.install(model)
-            return _Calibration(model, recorder, halves, own, policy, tell, Ground(model)).result()
+            tell("measuring heads")
+            recorder = Recorder(policy, target, fit(model, policy, halves.configure))
+            made = _Calibration(model, recorder, halves, own, policy, tell, Ground(model))
+            if policy.keep:
+                examples, fitted = (*halves.configure, *halves.held_out), sorted(recorder.found.fitted.items())
+                made.kept = Statistics(policy.keep, model, examples, repr((policy.methods, fitted, target)))
+            with recorder.at_work(model):
+                return made.result()
     finally:
-        session.detach()
         torch.set_rng_state(state)
         if outer is not None:
             outer.attach()
@@ -91,6 +94,8 @@ class _Calibration:
         self.ground = ground
         assert policy.max_error is not None
         self.budget, self.policy = policy.max_error, policy
+        self.kept: Statistics | None = None
+        self.numbers = {id(e): i for i, e in enumerate((*halves.configure, *halves.held_out))}
 
     def result(self) -> Installed:
         self._record()
@@ -101,9 +106,38 @@ class _Calibration:
         errors = {k: e for k, e in ((k, self._error(k)) for k in self.recorder.records) if e is not None}
         choice = choice_of(taken)
         whole = self._whole(choice, self.halves.held_out) if choice else [0.0]
-        said = self._said(taken, whole, [*tried, *confirmed])
+        said = (*self._said(taken, whole, [*tried, *confirmed]), *self._answers(choice))
+        curve = (*(self._point(t, choice, False) for t in tried), *(self._point(t, choice, True) for t in confirmed))
         kinds = {name: frozenset(seen) for name, seen in self.recorder.sites.items()}
-        return Installed(choice, errors, self.budget, max(whole), said, kinds, self.ground)
+        return Installed(
+            choice, errors, self.budget, max(whole), said, kinds, self.ground, self.recorder.found.fitted, curve
+        )
+
+    def _point(self, t: Tried, chosen: Choice, held_out: bool) -> TradeOff:
+        """A configuration with what the clock says that it saves: at each attention the shortest of some runs of either."""
+        clocks: list[float] | None = []
+        for at in t.choice.items():
+            seen = self.recorder.records[at].seen
+            exact = [s.exact for s in seen if s.exact is not None]
+            # the first run compiles
+            if len(seen) < 2 or len(exact) < 2 or clocks is None:
+                clocks = None
+                break
+            clocks.append(min(exact) - min(s.seconds for s in seen))
+        measured = None if clocks is None else sum(clocks)
+        return TradeOff(len(t.choice), t.saved, measured, t.error, held_out and t.choice == chosen, held_out)
+
+    def _answers(self, choice: Choice) -> tuple[str, ...]:
+        """What becomes of a language model's answers, where something is installed and the model is one."""
+        if not choice:
+            return ()
+        both: list[list[Tensor]] = []
+        for taken in ({}, choice):
+            self.recorder.choice = taken
+            found = [logits_of(self.model, output(self.model, e)) for e in self.halves.held_out]
+            both.append([x.detach().clone() for x in found if x is not None])
+        self.recorder.choice = {}
+        return (answers(*both),) if both[0] and len(both[0]) == len(both[1]) else ()
 
     def _record(self) -> None:
         """Run all examples once with every method beside every attention."""
@@ -113,7 +147,13 @@ class _Calibration:
         for i, e in enumerate((*self.halves.configure, *self.halves.held_out)):
             self.tell(f"measuring methods on example {i + 1} of {n}")
             r.example, r.held_out = i, i >= len(self.halves.configure)
-            _call(self.model, e)
+            r.recording = self.kept is None or not self.kept.has(i)
+            call(self.model, e)
+            if not r.recording and self.kept is not None and not self.kept.example(i, r.records):
+                r.recording = True
+                call(self.model, e)
+            if r.recording and self.kept is not None:
+                self.kept.keep_example(i, r.records)
         r.recording = False
         if not r.sites:
             raise CalibrationError("no attention was found in what the calibration's examples run: nothing can be replaced")
@@ -132,9 +172,18 @@ class _Calibration:
         self.tell(f"measuring {len(choice)} of {len(self.recorder.sites)} attentions with a method")
         self.recorder.choice = choice
         try:
-            return [_differs(_call(self.model, e), self.own[id(e)]) for e in examples]
+            return [self._differs(choice, e) for e in examples]
         finally:
             self.recorder.choice = {}
+
+    def _differs(self, choice: Choice, e: Example) -> float:
+        number = self.numbers[id(e)]
+        known = self.kept.whole.get(whole_key(choice, number)) if self.kept is not None else None
+        if known is None:
+            known = _differs(call(self.model, e), self.own[id(e)])
+            if self.kept is not None:
+                self.kept.keep_whole(choice, number, known)
+        return known
 
     def _error(self, key: tuple[str, str]) -> MeasuredError | None:
         """What the examples held out say of a method at a site."""
@@ -157,6 +206,9 @@ class _Calibration:
         held = f"on {n} examples held out of {len(self.own)}"
         excluded = {f"{method}: {r.why}": None for (_, method), r in self.recorder.records.items() if r.why}
         last = tuple(f"not installed: {x}" for x in excluded)
+        chosen = choice_of(taken)
+        ahead = {f"{m}: {w}, so that {AHEAD}": None for (s, m), w in self.recorder.ahead.items() if chosen.get(s) == m}
+        last = (*ahead, *last)
         if taken:
             low, high = interval(whole)
             return (
@@ -209,7 +261,7 @@ def _span(values: Sequence[int]) -> tuple[int, int]:
 
 def _output(model: nn.Module, e: Example, number: int) -> list[Tensor]:
     try:
-        out = _call(model, e)
+        out = call(model, e)
     except UsageError as no:
         raise CalibrationError(f"Policy(calibration): example {number}: {no}") from no
     if not out:
@@ -217,14 +269,6 @@ def _output(model: nn.Module, e: Example, number: int) -> list[Tensor]:
     if any(bool(x.isnan().any()) for x in out):
         raise CalibrationError(f"Policy(calibration): the model's own output on example {number} holds NaN")
     return out
-
-
-def _call(model: nn.Module, e: Example) -> list[Tensor]:
-    """The float tensors of the output. What the model writes into its inputs is not in the example; seeds are the same."""
-    args, kwargs = copy.deepcopy((e.args, dict(e.kwargs)))
-    torch.manual_seed(0)
-    out: Any = run(model, args, kwargs)
-    return [x.detach().clone() for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def _differs(made: Sequence[Tensor], own: Sequence[Tensor]) -> float:

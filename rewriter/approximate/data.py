@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..capture.models import run
 from ..graph.torch_private import tree_leaves
 
 # Two to configure and two to measure: one alone says nothing of how far others lie from it.
@@ -77,3 +79,16 @@ def _arguments(given: Any, number: int) -> Example:
         f"Policy(calibration): example {number} is a {type(given).__name__}: an example is a tensor, a tuple of arguments "
         "or a mapping of keyword arguments"
     )
+
+
+def output(model: nn.Module, e: Example) -> Any:
+    """The output. What the model writes into its inputs is not in the example; seeds are the same in every call."""
+    args, kwargs = copy.deepcopy((e.args, dict(e.kwargs)))
+    torch.manual_seed(0)
+    return run(model, args, kwargs)
+
+
+def call(model: nn.Module, e: Example) -> list[Tensor]:
+    """The float tensors of the output."""
+    out = output(model, e)
+    return [x.detach().clone() for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]

@@ -151,6 +151,15 @@ def save(path: Path, maps: Mapping[str, FeatureMaps]) -> None:
     whole.replace(path)
 
 
+def load_parts(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a file whose names are "attention.part", by attention and part."""
+    out: dict[str, dict[str, Tensor]] = {}
+    for name, x in _safetensors().load_file(path).items():
+        site, _, part = name.rpartition(".")
+        out.setdefault(site, {})[part] = x
+    return out
+
+
 def load(path: Path) -> dict[str, FeatureMaps]:
     """The maps of attentions by name. Raises ValueError where the file holds something else."""
     kept: dict[str, Tensor] = _safetensors().load_file(path)

@@ -20,14 +20,17 @@ from ...codegen import operator as ours
 from ...codegen.forms.form import rows_keep_a_key
 from ...codegen.forms.program import loose
 from ...cost_model.count.expect import Expect, known
+from ...cost_model.report.trade_off import TradeOff
 from ...cost_model.sites.error import MeasuredError
 from ...cost_model.sites.site import Candidate, MaskView, Site, ranked
+from ...cost_model.time.cost import Cost
 from ...cost_model.time.predict import predict_selection
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
 from ...patterns.cascade import bind, show, size_term
+from ...patterns.evaluate import DTYPE
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.split import split
@@ -57,7 +60,7 @@ class Approximation:
 
     def expecting(self, share: float) -> Approximation:
         """The same where its tables keep this share of their cells: another time, and perhaps other tiles."""
-        return self if self.question is None else _approximation(self.question, self.method, share)
+        return self if self.question is None else _approximation(self.question, self.method, share, self.candidate.name)
 
     @property
     def view(self) -> Attention:
@@ -68,11 +71,15 @@ class Approximation:
         return view
 
     def tensors(self, given: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        """All inputs of the cascade from those of the attention: the table of a selection is made."""
+        """All inputs of the cascade from those of the attention: its own are made."""
         assert self.made is not None
-        if self.made.program is None:
-            return dict(given)
-        return {**given, self.made.table: self.made.program.run(torch, given, sizes)}
+        return {**given, **self.made.make(torch, given, sizes)}
+
+
+# What follows where a row's keys are chosen by later tokens as well.
+AHEAD = "what a row keeps depends on later tokens: over a cached prefix rows are others than in a prompt of one piece"
+# By site and a method's name, the method with the parameters that a calibration found for it there, or why it found none.
+Fitted = Mapping[tuple[str, str], Method | Refusal]
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Installed:
 
     `max_error` is the budget, `whole` the measured error of the whole model with all of it, on the examples held out.
     `said` tells a reader of it. `kinds`: what was measured at each site (`kind_of`). `ground` is the model that was.
+    `fitted` has methods whose parameters differ from site to site, `curve` what was tried.
     """
 
     chosen: Mapping[str, str] = field(default_factory=dict)
@@ -90,6 +98,8 @@ class Installed:
     said: tuple[str, ...] = ()
     kinds: Mapping[str, frozenset[str]] = field(default_factory=dict)
     ground: Ground | None = None
+    fitted: Fitted = field(default_factory=dict)
+    curve: tuple[TradeOff, ...] = ()
 
 
 def kind_of(site: Site) -> str:
@@ -100,9 +110,15 @@ def kind_of(site: Site) -> str:
 def methods_at(q: Question, site: Site, installed: Installed | None) -> tuple[Approximation, ...]:
     """The policy's methods at an attention, in its order, with the errors that were measured there."""
     question = replace(q, policy=q.policy.exactly)
-    errors = installed.errors if installed is not None else {}
-    measured = [errors.get((site.name, str(m))) for m in q.policy.methods]
-    found = [_approximation(question, m, e.kept if e is not None else None) for m, e in zip(q.policy.methods, measured)]
+    known = installed if installed is not None else Installed()
+    measured = [known.errors.get((site.name, str(m))) for m in q.policy.methods]
+    found = []
+    for m, e in zip(q.policy.methods, measured):
+        here = known.fitted.get((site.name, str(m)), m)
+        if isinstance(here, Refusal):
+            found.append(Approximation(m, Candidate(str(m), exact=False, feasible=False, why=here.reason)))
+        else:
+            found.append(_approximation(question, here, e.kept if e is not None else None, str(m)))
     return tuple(replace(m, candidate=replace(m.candidate, error=e)) for m, e in zip(found, measured))
 
 
@@ -123,6 +139,7 @@ def with_methods(
     error, view = chosen.candidate.error, attention(q.cascade)
     assert isinstance(view, Attention), view
     said = f"{name} is approximate: " + (f"it changes this attention's output by {error}" if error else "not measured")
+    said += f"; here it is {chosen.method}" if str(chosen.method) != name else ""
     if error is not None:
         rows, keys = (bind(view.cascade.rank[r].size, dict(q.sizes)) for r in (view.query, view.key))
         if not (isinstance(rows, int) and isinstance(keys, int) and error.covers(rows, keys)):
@@ -135,16 +152,17 @@ def with_methods(
             call = calls[name]
             calls = {**calls, name: replace(call, conditions=(*call.conditions, installed.ground.condition))}
         said += f"; {error.mass}" if error.mass is not None else ""
-    notes = (*site.notes, said)
+    ahead = (f"{name}: {chosen.made.ahead}, so that {AHEAD}",) if chosen.made is not None and chosen.made.ahead else ()
+    notes = (*site.notes, said, *ahead)
     return replace(site, choice=name, mask=chosen.mask, chosen_cascade=chosen.one_pass, notes=notes), calls
 
 
 @lru_cache(maxsize=1024)
-def _approximation(q: Question, method: Method, share: float | None = None) -> Approximation:
-    """`share` of their cells that tables were seen to keep; None: what the method expects."""
+def _approximation(q: Question, method: Method, share: float | None, name: str) -> Approximation:
+    """`share` of their cells that tables were seen to keep; None: what the method expects. `name` is the candidate's."""
 
     def no(why: str) -> Approximation:
-        return Approximation(method, Candidate(str(method), exact=False, feasible=False, why=why))
+        return Approximation(method, Candidate(name, exact=False, feasible=False, why=why))
 
     view = attention(q.cascade)
     assert isinstance(view, Attention), view
@@ -155,16 +173,18 @@ def _approximation(q: Question, method: Method, share: float | None = None) -> A
     made = method.replace(view)
     if isinstance(made, Refusal):
         return no(made.reason)
-    own = [t.name for t in made.cascade.inputs if t.name not in view.cascade.tensor and t.name != made.table]
-    if own:
-        return no(f"it has learned inputs ({', '.join(own)}), and nothing gives them to a site yet")
     changed = attention(made.cascade)
     if isinstance(changed, Obstacle):
-        return no(changed.reason)
+        return no(f"no kernel computes it: {changed.reason}")
+    own = [t.name for t in made.cascade.inputs if t.name not in view.cascade.tensor and t.name not in made.own]
+    if own:
+        return no(f"its inputs {', '.join(own)} are learned, and come with a calibration")
     conditions, of_table = _conditions(changed, made)
     if conditions and q.traced:
         return no(f"it is right where {conditions[0].sentence}, which cannot be guarded inside Inductor's graph")
     sizes = dict(q.sizes)
+    if made.direct is not None:
+        return _directly(method, made, changed, conditions, sizes, q, name)
     asked = replace(q, cascade=made.cascade, written=None, bare=False)
     density = made.density if share is None else share
     expected = (Expect(made.table, "share", (density,), False),) if made.program is not None and density is not None else ()
@@ -172,23 +192,58 @@ def _approximation(q: Question, method: Method, share: float | None = None) -> A
     # who calibrates waits for a compiler as well
     found = kernels(asked, sizes, taken.data, math.inf)
     able = [(c, call) for c, call in found if c.feasible and call is not None and q.policy.permits(c)]
-    # a table is made in front of our operator alone
-    able = [(c, call) for c, call in able if made.program is None or c.is_tiled]
+    # what is made in front of a kernel is made in front of our operator alone
+    able = [(c, call) for c, call in able if not made.own or c.is_tiled]
     if not able:
         return no("; ".join(f"{c.name}: {c.why or 'the policy does not permit it'}" for c, _ in found))
     inner, call = min(able, key=lambda x: x[0].seconds)
     mask = mask_view(changed, made.cascade, sizes, (inner,), taken.data)
     candidate = replace(
-        _selected(inner, made, sizes, q), name=str(method), exact=False, why=f"{inner.name}: {inner.why}",
+        _selected(inner, made, sizes, q), name=name, exact=False, why=f"{inner.name}: {inner.why}",
         density=mask.density if mask is not None else 1.0,
     )
-    if made.program is not None:
-        call = _with_table(call, made, candidate, of_table)
-    fragile = call.fragile or made.program is not None
-    call = replace(call, name=str(method), conditions=(*call.conditions, *conditions), recipe=None, fragile=fragile)
+    if made.own:
+        call = _behind(call, made, candidate, of_table)
+    fragile = call.fragile or bool(made.own)
+    call = replace(call, name=name, conditions=(*call.conditions, *conditions), recipe=None, fragile=fragile)
     state = derive(changed)
     one_pass = show(stream(changed, state)) if not isinstance(state, Obstacle) else ""
     return Approximation(method, candidate, call, made, mask, one_pass if inner.is_tiled else "", q)
+
+
+def _directly(
+    method: Method, made: Replacement, view: Attention, conditions: tuple[Condition, ...], sizes: Mapping[str, int],
+    q: Question, name: str,
+) -> Approximation:
+    """A method that says itself how it is computed."""
+    assert made.direct is not None
+    c, work = made.cascade, made.direct.work(sizes)
+    seconds = predict_selection(work, q.device)
+    cost = Cost(seconds, "launch", int(work.flops), int(work.bytes), int(work.exps), {"operators": seconds})
+    if made.own:
+        cost = replace(cost, seconds=seconds + predict_selection(made.work(sizes), q.device))
+    given = [t.name for t in c.inputs if t.name not in made.own]
+    symbols = c.free_symbols
+    direct = made.direct
+
+    def run(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        named = dict(zip(given, tensors))
+        at = bind_shapes(c, named, dict(zip(symbols, sizes)))
+        out: Tensor = direct.run(torch, {**named, **made.make(torch, named, at)}, at)
+        return out
+
+    def fake(tensors: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
+        at = bind_shapes(c, dict(zip(given, tensors)), dict(zip(symbols, sizes)))
+        (last,) = c.producers[c.outputs[0]]
+        return tensors[0].new_empty([bind(c.rank[str(i.attr)].size, at) for i in last.out.index])
+
+    def arguments(tensors: Mapping[str, Any], size: Any) -> tuple[Any, ...]:
+        return [tensors[n] for n in given], [size(s) for s in symbols]
+
+    call = splice.Call(name, run, arguments, fake=fake, conditions=conditions, fragile=True)
+    candidate = Candidate(name, exact=False, cost=cost, why="operators of torch, chunk by chunk")
+    mask = mask_view(view, c, sizes, (candidate,), known(c, view, sizes, (), dict(q.origins), q.constants).data)
+    return Approximation(method, candidate, call, made, mask, "", q)
 
 
 def _conditions(method: Attention, made: Replacement) -> tuple[tuple[Condition, ...], tuple[Condition, ...]]:
@@ -204,28 +259,25 @@ def _conditions(method: Attention, made: Replacement) -> tuple[tuple[Condition, 
 
 def _selected(inner: Candidate, made: Replacement, sizes: Mapping[str, int], q: Question) -> Candidate:
     """The candidate with the time of its selection, which runs first."""
-    if made.program is None or inner.cost is None:
+    if not made.own or inner.cost is None:
         return inner
-    seconds, cost = predict_selection(made.program.work(sizes), q.device), inner.cost
+    seconds, cost = predict_selection(made.work(sizes), q.device), inner.cost
     parts = {**cost.parts, "selection": seconds}
     return replace(inner, cost=replace(cost, seconds=cost.seconds + seconds, parts=parts))
 
 
-def _with_table(
-    call: splice.Call, made: Replacement, inner: Candidate, conditions: Sequence[Condition]
-) -> splice.Call:
-    """Our operator behind the program that makes its table. Raises RuntimeError where the table breaks a condition."""
-    c, program = made.cascade, made.program
-    assert program is not None
-    given = [t.name for t in c.inputs if t.name != made.table]
-    read = [*given, *(n for n in program.reads if n not in given)]
+def _behind(call: splice.Call, made: Replacement, inner: Candidate, conditions: Sequence[Condition]) -> splice.Call:
+    """Our operator behind what makes its own inputs. Raises RuntimeError where a table breaks a condition."""
+    c = made.cascade
+    given = [t.name for t in c.inputs if t.name not in made.own]
+    read = [*given, *(n for n in made.reads if n not in given)]
     order, open_, symbols = [t.name for t in c.inputs], loose(c), c.free_symbols
     text = ours.program_text(c, TileMapping.parse(inner.mapping))
 
     def run(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         named = dict(zip(read, tensors))
         at = bind_shapes(c, named, dict(zip(symbols, sizes)))
-        named[made.table] = program.run(torch, named, at)
+        named |= made.make(torch, named, at)
         for condition in conditions:
             if not condition.holds(named, at):
                 raise RuntimeError(f"with the table that was selected it is not so that {condition.sentence}")
@@ -234,8 +286,9 @@ def _with_table(
 
     def fake(tensors: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
         named, at = dict(zip(read, tensors)), dict(zip(symbols, sizes))
-        shape = [_size(size_term(n), at) for n in c.tensor[made.table].shape]
-        named[made.table] = tensors[0].new_empty(shape, dtype=torch.bool)
+        for name in made.own:
+            shape = [_size(size_term(n), at) for n in c.tensor[name].shape]
+            named[name] = tensors[0].new_empty(shape, dtype=DTYPE[c.tensor[name].dtype])
         out: Tensor = torch.ops.reattend.cascade.default([named[n] for n in order], [at[n] for n in open_], text)
         return out
 

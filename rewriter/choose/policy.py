@@ -24,6 +24,9 @@ class Policy:
     configures, the others are held out. What is installed differs in the whole model's output by `max_error` at most,
     measured on the latter (docs/approximate.md); without a measured error nothing is.
 
+    `keep` names a folder for the statistics of the calibration: one that was broken off goes on there, and the same model,
+    data and methods are not measured again.
+
     `mesh`, "tp=8" or a Mesh, adds to a plan what every way to spread its attentions over these devices holds, sends and
     takes; what runs stays on one device.
 
@@ -61,6 +64,7 @@ class Policy:
     tune: bool = True
     methods: Collection[Method] = ()
     dropout: str = "original"
+    keep: str = ""
 
     def __post_init__(self) -> None:
         for side in ("allow", "deny"):
@@ -71,8 +75,11 @@ class Policy:
             if unknown:
                 known = ", ".join((*CANDIDATES, *_method_names()))
                 raise ValueError(f"Policy({side}): unknown candidate {unknown[0]!r}; one of {known}")
-        if self.max_error is not None and not self.max_error > 0:
-            raise ValueError(f"Policy(max_error) must be above 0, not {self.max_error}")
+        if self.max_error is not None:
+            if isinstance(self.max_error, bool) or not isinstance(self.max_error, (int, float)):
+                raise ValueError(f"Policy(max_error) is a number above 0, such as 0.01, not {self.max_error!r}")
+            if not self.max_error > 0:
+                raise ValueError(f"Policy(max_error) must be above 0, not {self.max_error}")
         self._check_methods()
         wishes = (self.expect,) if isinstance(self.expect, str) else tuple(self.expect)
         object.__setattr__(self, "expect", wishes)
@@ -104,7 +111,9 @@ class Policy:
                 raise ValueError(f"Policy(allow): {n!r} has parameters without a default: give it in methods=(…)")
             given = (*given, made)
         object.__setattr__(self, "methods", tuple(dict.fromkeys(given)))
-        for name, value in (("methods", self.methods), ("calibration", self.calibration)):
+        if self.approximate and self.calibration is not None and not self.methods:
+            raise ValueError("Policy(calibration) without methods: give methods=(…), or allow some by name")
+        for name, value in (("methods", self.methods), ("calibration", self.calibration), ("keep", self.keep or None)):
             if not self.approximate and value is not None and value != ():
                 raise ValueError(f"Policy({name}) needs approximate=True: a method changes what the model computes")
 
@@ -114,7 +123,7 @@ class Policy:
         if not self.methods and not self.approximate:
             return self
         kernels = tuple(n for n in self.allow if n in CANDIDATES)
-        return replace(self, methods=(), allow=kernels, calibration=None)
+        return replace(self, methods=(), allow=kernels, calibration=None, keep="")
 
     @property
     def expectations(self) -> tuple[Expect, ...]:

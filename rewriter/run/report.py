@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ...cost_model.calibration.accuracy import within
 from ...cost_model.plan.plan import Plan
+from ...cost_model.report.trade_off import TradeOff, svg
 from ...cost_model.sites.site import ORIGINAL, Miss, Site, grouped
 from ...cost_model.time.cost import Cost
 from ...cost_model.words import group_name, seconds_text, short_path, table_of, table_text
@@ -120,7 +121,8 @@ class Report:
     """What `optimize` did to a model, and what a door did in it, up to now. `str()` is for reading.
 
     `doors` are the attentions that went through a door: `missed` of their calls were left to the library's own function.
-    `notes` are sentences about them. `approximate`: what a calibration of methods found, and what it installed.
+    `notes` are sentences about them. `approximate`: what a calibration of methods found, and what it installed; `trade_off`
+    has every configuration that it tried, under the budget `max_error`.
     """
 
     policy: str
@@ -132,6 +134,8 @@ class Report:
     doors: tuple[Entered, ...] = ()
     notes: tuple[str, ...] = ()
     approximate: tuple[str, ...] = ()
+    trade_off: tuple[TradeOff, ...] = ()
+    max_error: float = 0.0
 
     @property
     def calls(self) -> int:
@@ -206,6 +210,13 @@ class Report:
         for p in self.pieces:
             most |= Counter(p.plan.misses if p.plan is not None else ())
         return tuple(most.elements())
+
+    def trade_off_svg(self) -> str:
+        """The error of each configuration that was tried against what it saves, as a picture (SVG text).
+
+        Raises ValueError where none was tried.
+        """
+        return svg(self.trade_off, self.max_error)
 
     @property
     def plan(self) -> Plan | None:

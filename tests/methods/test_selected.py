@@ -366,3 +366,35 @@ def test_tensors_are_read_as_they_lie() -> None:
     assert torch.equal(table_of(method, q.transpose(1, 2), k, one), wanted[0])
     alone = group(1, 1, ((ex.const(0), ex.const(3), p, e), (ex.const(0), ex.const(1), m, e)))
     assert torch.equal(table_of(method, q, k, alone), wanted[0, 3])
+
+
+# --- later tokens ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "said", "tile"), [
+    (MoBA(count=2, block=16), "", 1), (MoBA(count=2, block=16, rows=16), "16 rows choose together", 16),
+    (XAttention(mass=0.3, block=16, stride=4), "16 rows choose together", 16),
+    (FlexPrefill(mass=0.3, block=16, least=0), "the last rows choose for all", 128),
+], ids=str)
+def test_whose_rows_depend_on_later_tokens_is_said(method: SelectedMethod, said: str, tile: int) -> None:
+    """The last token is turned into another: rows before its own tile keep what they kept, unless the method says why not."""
+    made = method.replace(view(P=128, M=128, H=2))
+    assert isinstance(made, Replacement)
+    assert made.ahead == said
+    changed = set()
+    for seed in range(8):
+        q, k = (torch.randn(1, 2, 128, 8, generator=torch.Generator().manual_seed(2 * seed + i)) for i in range(2))
+        before = table_of(method, q, k)
+        q[:, :, -1], k[:, :, -1] = 40.0, -40.0
+        after = table_of(method, q, k)
+        rows = before.shape[2]
+        changed |= {int(r) * (128 // rows) for r in (before != after).any(-1).nonzero()[:, 2]}
+    # what depends on later tokens lies in the tile of the last token, or anywhere
+    assert all(r >= 128 - tile for r in changed)
+    assert tile < 128 or min(changed, default=128) < 64
+
+
+def test_where_a_row_sees_everything_nothing_is_ahead_of_it() -> None:
+    made = MoBA(count=2, block=16, rows=16).replace(view(dense, P=128, M=128, H=2))
+    assert isinstance(made, Replacement)
+    assert made.ahead == ""

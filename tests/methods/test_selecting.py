@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from reattend.patterns import expr as ex
+from reattend.patterns.methods.method import Replacement
+from reattend.patterns.methods.selected.moba import MoBA
 from reattend.patterns.methods.selecting import steps as st
 from reattend.patterns.methods.selecting.cells import Cells, causal, every
 from reattend.patterns.methods.selecting.work import SelectionSizes, count
-from tests.methods.tables import cut, flat, run
+from tests.methods.attentions import view
+from tests.methods.tables import cut, flat, pairs, run
 
 Q, K = st.Queries(), st.Keys()
 
@@ -150,3 +153,17 @@ def test_work_is_counted_from_steps() -> None:
     assert count(folded, causal(n, n), x).flops == pytest.approx(whole / 2 * (1 + 8 / n))
     twice = st.Either(st.Largest(pooled, 1), st.Largest(pooled, 2))
     assert count(twice, every(n, n), x).flops == count(pooled, every(n, n), x).flops
+
+
+def test_the_share_of_a_table_of_single_rows_is_that_of_the_tiles_that_are_visited() -> None:
+    """32 rows that each ask for another block visit them all: a share of the rows' cells would be half of it."""
+    a = view(P=256, M=256)
+    sizes = {"B": 1, "H": 2, "E": 8, "F": 8}
+    q, k = flat(2, 256, 8), flat(2, 256, 8, seed=1)
+    made = MoBA(count=2, block=32).replace(a)
+    assert isinstance(made, Replacement)
+    assert made.program is not None
+    table = made.program.run(torch, {"Q": q, "K": k}, {})
+    seen = pairs(table, 1, 32, 256, 256).reshape(1, 2, 8, 32, 8, 32).any(-1).any(-2)
+    assert made.program.share(table, sizes) == pytest.approx(float(seen.double().sum() / (2 * 36)))
+    assert made.program.share(table, sizes) > 0.9 > 0.5 > float(table.double().sum() / (2 * 32 * 36))

@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from ... import expr as ex
 from ...attention.attention import Attention
@@ -16,17 +17,23 @@ from ...cascade import Cascade
 from ...expr import Expr
 from ...masks.split import split
 from ...verdict import Refusal
-from ..method import Method, Replacement, head_rank, positions
+from ..fitted import HeadsSeen
+from ..method import Replacement, head_rank, positions
+from ..selecting.steps import Learned
+from .chunked import ChunkedRows
+from .learned import LearnedInputs, LearnedMethod
 from .rows import Operands, RowBuilder, is_softmax, operands
 
 
 @dataclass(frozen=True)
-class Hedgehog(Method):
-    """Linear attention with maps of `features` directions a head, whose weights are read from `maps` (safetensors).
+class Hedgehog(LearnedMethod):
+    """Linear attention with maps of `features` directions a head, kept in the file `maps` (safetensors).
 
-    The replacement has inputs of its own: WQ and WK [heads, width, features], and with a window GAIN [heads]. Without maps
-    that were fitted to the attention it is refused: at random they are another model. A window beside the maps is that of
-    LoLCATs (arXiv 2410.10254, section 3.2), whose learned factor stands here at the far side.
+    A calibration reads them there, or fits them on the examples that configure and writes the file. `learned` has those of
+    one attention: query and key [heads, width, features], gain [heads]. The replacement has them as inputs of its own, WQ,
+    WK, and with a window GAIN. Without maps that were fitted to the attention it is refused: at random they are another
+    model. A window beside the maps is that of LoLCATs (arXiv 2410.10254, section 3.2), whose learned factor stands here at
+    the far side; without one no kernel computes it, and it is not installed.
     """
 
     name: ClassVar[str] = "hedgehog"
@@ -36,10 +43,33 @@ class Hedgehog(Method):
     maps: str = ""
     features: int = 64
     window: int = 0
+    learned: tuple[Learned, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.features < 1 or self.window < 0:
             raise ValueError(f"Hedgehog needs features ≥ 1 and window ≥ 0, not {self.features} and {self.window}")
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.learned is not None
+
+    @property
+    def file(self) -> str:
+        return self.maps
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("query", "key", "gain")
+
+    def fit(self, seen: Mapping[str, HeadsSeen]) -> Mapping[str, Hedgehog]:
+        """Nothing: its maps are learned, and come by `with_parts`."""
+        return {}
+
+    def with_parts(self, parts: Mapping[str, Any]) -> Hedgehog:
+        found = tuple(Learned.of(parts[n], 1 if n == "gain" else 3) for n in self.parts)
+        if found[0].values.shape[2] != self.features or found[0].values.shape != found[1].values.shape:
+            raise ValueError(f"its maps are of {found[0].values.shape[2]} features, where {self.features} are asked for")
+        return replace(self, learned=found)
 
     def replace(self, a: Attention) -> Replacement | Refusal:
         if not self.maps:
@@ -49,14 +79,37 @@ class Hedgehog(Method):
         found = operands(a)
         if isinstance(found, str):
             return self.refuse(found)
+        if self.learned is not None and (wrong := self._unlike(a)):
+            return self.refuse(wrong)
         if not self.window:
-            return Replacement(linear(a, found, self.features, str(self)), masks=False)
+            return self._given(a, linear(a, found, self.features, str(self)))
         at = positions(a)
         if isinstance(at, Refusal):
             return self.refuse(at.reason)
         if not at.causal:
             return self.refuse("its window needs a causal attention: nothing says where the window of a row ends")
-        return Replacement(linear(a, found, self.features, str(self), at.row - at.key < self.window), masks=False)
+        return self._given(a, linear(a, found, self.features, str(self), at.row - at.key < self.window))
+
+    def _given(self, a: Attention, made: Cascade) -> Replacement:
+        own = tuple(t.name for t in made.inputs if t.name not in a.cascade.tensor)
+        if self.learned is None:
+            return Replacement(made, masks=False)
+        named = {n[:2] if n[0] == "W" else "GAIN": n for n in own}
+        names = tuple(named[n] for n in ("WQ", "WK", "GAIN") if n in named)
+        supply = LearnedInputs(names, self.learned[: len(names)])
+        if len(names) < 3:
+            return Replacement(made, masks=False, supply=supply)
+        direct = ChunkedRows.make(a, (names[0], names[1], names[2]), self.features, self.window)
+        return Replacement(made, masks=False, supply=supply, direct=None if isinstance(direct, str) else direct)
+
+    def _unlike(self, a: Attention) -> str:
+        assert self.learned is not None
+        head, width = head_rank(a), a.cascade.rank[a.products[0].over[0]].size if a.products[0].over else 0
+        asked = (a.cascade.rank[head].size if head is not None else None, width)
+        shape = self.learned[0].values.shape[:2]
+        if shape == asked:
+            return ""
+        return f"its maps are for {shape[0]} heads of {shape[1]}, and this attention has {asked[0]} of {asked[1]}"
 
 
 def linear(a: Attention, given: Operands, features: int, name: str, near: Expr | None = None) -> Cascade:

@@ -11,7 +11,7 @@ from typing import ClassVar
 from ...attention.attention import Attention
 from ...verdict import Refusal
 from ..selecting import steps as st
-from ..selecting.program import SelectedMethod
+from ..selecting.program import TILE, SelectedMethod
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class MoBA(SelectedMethod):
 
     def expected(self, a: Attention) -> float | None:
         size = a.cascade.rank[a.key].size
-        if not isinstance(size, int):
+        # what single rows ask for together is seen in a calibration alone
+        if not isinstance(size, int) or self.rows < TILE:
             return None
         blocks = -(-size // self.block)
         pairs = blocks * (blocks + 1) / 2

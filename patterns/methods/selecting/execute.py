@@ -161,7 +161,17 @@ class Execution:
                 return self(s)[:, :, i0:i1]
             case st.Offsets():
                 return self._offsets(s)
+            case st.Unit():
+                return self._unit(s)[:, :, i0:i1]
         raise TypeError(f"{type(s).__name__} has no rows")
+
+    def _unit(self, s: st.Unit) -> Tensor:
+        x, some = self(s.of), self.some(s)
+        over = (-1,) if s.scope == "row" else (-2, -1)
+        low = x.masked_fill(~some, self.torch.inf).amin(over, keepdim=True)
+        width = x.masked_fill(~some, -self.torch.inf).amax(over, keepdim=True) - low
+        out = (x - low) / width.where(width > 0, self.torch.ones_like(width))
+        return out.where(width > 0, self.torch.ones_like(out)).masked_fill(~some, -self.torch.inf)
 
     def _products(self, s: st.Products, i0: int, i1: int) -> Tensor:
         t = self.torch

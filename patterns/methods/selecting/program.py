@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ... import expr as ex
 from ...attention.attention import Attention
@@ -20,9 +21,13 @@ from ...verdict import Refusal
 from ..masked import block_table, masked, position
 from ..method import Method, Replacement, SelectionWork, head_rank
 from . import steps as st
+from .ahead import ahead
 from .cells import Cells
 from .execute import Execution
 from .work import SelectionSizes, count
+
+# Rows and keys of the smallest tile that a kernel visits or leaves out.
+TILE = 32
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,13 @@ class Laid:
     fixed: tuple[tuple[int, int], ...]
     order: tuple[int | None, ...]
     group: int
+
+    @property
+    def token(self) -> int:
+        """The input's dimension of tokens."""
+        at, fixed = self.order[-2], {d for d, _ in self.fixed}
+        assert at is not None
+        return [d for d in range(len(fixed) + len(self.order)) if d not in fixed][at]
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class TableProgram:
 
     def run(self, torch: ModuleType, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
         """The table, b1 in the shape that the cascade declares."""
-        q, k = (_laid_out(tensors[x.tensor], x) for x in (self.q, self.k))
+        q, k = (laid_out(tensors[x.tensor], x) for x in (self.q, self.k))
         lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3])
         q, k = (x.expand(*lead, *x.shape[-3:]).flatten(0, -4) if lead else x[None] for x in (q, k))
         made = Execution(torch, q, k, self.cells(q.shape[2], k.shape[2], sizes), self.scale).table(self.step)
@@ -71,15 +83,24 @@ class TableProgram:
         return made.reshape(*lead, *ranks).permute(self.back).contiguous()
 
     def work(self, sizes: Mapping[str, int]) -> SelectionWork:
-        batch, heads, queries, keys, depth = (_number(n, sizes) for n in self.sizes)
+        batch, heads, queries, keys, depth = self.extents(sizes)
         shape = SelectionSizes(batch, heads, -(-heads // self.k.group), depth)
         return count(self.step, self.cells(queries, keys, sizes), shape)
 
+    def extents(self, sizes: Mapping[str, int]) -> tuple[int, int, int, int, int]:
+        """Batch, heads, queries, keys and the length of a head."""
+        b, h, p, m, e = (_number(n, sizes) for n in self.sizes)
+        return b, h, p, m, e
+
     def share(self, table: Any, sizes: Mapping[str, int]) -> float:
-        """The share of the cells with a pair that the model keeps which the table keeps."""
-        _, _, queries, keys, _ = (_number(n, sizes) for n in self.sizes)
-        some = self.cells(queries, keys, sizes).some(self.step.rows, self.step.keys, self.step.last)
-        return float(table.sum()) / max(float(some.mean()) * int(table.numel()), 1.0)
+        """The share of the cells with a pair that the model keeps which the table keeps, cells of `TILE` at least: a kernel
+        visits a tile where one of its rows asks for it."""
+        _, _, queries, keys, _ = self.extents(sizes)
+        s = self.step
+        rows, columns = (max(1, TILE // n) if n else 1 for n in (s.rows, s.keys))
+        kept = joined(table, rows, columns)
+        some = self.cells(queries, keys, sizes).some(s.rows * rows, s.keys * columns, s.last)
+        return float(kept.sum()) / max(float(some.mean()) * kept.size, 1.0)
 
     def cells(self, queries: int, keys: int, sizes: Mapping[str, int]) -> Cells:
         """The cells at sizes."""
@@ -109,7 +130,11 @@ class SelectedMethod(Method):
         if isinstance(program, str):
             return self.refuse(program)
         made = masked(a, keep, str(self), (table,))
-        return made if isinstance(made, Refusal) else Replacement(made, table.name, program, self.expected(a))
+        if isinstance(made, Refusal):
+            return made
+        # where a row sees everything anyway, nothing is ahead of it
+        later = ahead(step) if position(a) is not None and a.cascade.rank[a.query].size != 1 else ""
+        return Replacement(made, table.name, program, self.expected(a), ahead=later)
 
 
 def bound(a: Attention, step: st.CellTable) -> TableProgram | str:
@@ -145,6 +170,14 @@ def bound(a: Attention, step: st.CellTable) -> TableProgram | str:
         batch = batch * c.rank[r].size
     size = tuple(c.rank[r].size if r else 1 for r in (head, a.query, a.key, product.over[0]))
     return TableProgram(step, q, k, mask.keep, own, a.query, a.key, scale * factor, (batch, *size), back)
+
+
+def joined(table: Any, rows: int, columns: int) -> NDArray[np.bool_]:
+    """A table [..., i, j] of coarser cells: so many rows and columns in one, which is kept where one of them is."""
+    out: NDArray[np.bool_] = table.cpu().numpy()
+    for axis, many in ((-2, rows), (-1, columns)):
+        out = np.logical_or.reduceat(out, np.arange(0, out.shape[axis], many), axis=axis)
+    return out
 
 
 def batch_ranks(a: Attention) -> tuple[tuple[str, ...], str | None]:
@@ -186,13 +219,15 @@ def _operands(a: Attention) -> tuple[Laid, Laid, float] | str:
     far = [x for x in loads if a.key in x.ranks]
     if len(near) != 1 or len(far) != 1 or len(loads) != 2 or near == far:
         return "its product is not of one tensor of queries and one of keys"
-    q, k = _laid(near[0], a, a.query), _laid(far[0], a, a.key)
+    (over,) = product.over
+    q, k = laid(near[0], a, a.query, over), laid(far[0], a, a.key, over)
     if q is None or k is None or q.group != 1:
         return "its queries or keys do not lie as tokens of heads"
     return q, k, factor
 
 
-def _laid(e: Expr, a: Attention, token: str) -> Laid | None:
+def laid(e: Expr, a: Attention, token: str, over: str) -> Laid | None:
+    """An operand over tokens and elements (`over`) as its input lies; None where it does not lie so."""
     lead, head = batch_ranks(a)
     place: dict[str, int] = {}
     group, fixed = 1, []
@@ -206,7 +241,6 @@ def _laid(e: Expr, a: Attention, token: str) -> Laid | None:
             place[str(i.attr)] = d
         else:
             return None
-    (over,) = a.products[0].over
     wanted = (*lead, head or "", token, over)
     if not set(place) <= set(wanted) or token not in place or over not in place:
         return None
@@ -216,7 +250,8 @@ def _laid(e: Expr, a: Attention, token: str) -> Laid | None:
     return Laid(str(e.attr), tuple(fixed), order, group)
 
 
-def _laid_out(t: Any, x: Laid) -> Any:
+def laid_out(t: Any, x: Laid) -> Any:
+    """[lead…, head, token, element], of one row in the place of a dimension that it has not."""
     for at, place in reversed(x.fixed):
         t = t.select(at, place)
     t = t.permute([d for d in x.order if d is not None])

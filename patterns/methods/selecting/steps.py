@@ -110,11 +110,11 @@ class Learned:
     values: NDArray[np.float32] = field(compare=False, repr=False)
 
     @staticmethod
-    def of(values: object) -> Learned:
-        """From an array, or a tensor in host memory, [heads, in, out]. Raises ValueError for others."""
+    def of(values: object, ranks: int = 3) -> Learned:
+        """From an array, or a tensor in host memory: [heads, in, out], or of so many ranks. Raises ValueError for others."""
         array = np.ascontiguousarray(np.asarray(values), np.float32).copy()
-        if array.ndim != 3:
-            raise ValueError(f"a learned map of heads is [heads, in, out], not {list(array.shape)}")
+        if array.ndim != ranks:
+            raise ValueError(f"a learned map of heads is [heads, in, out][:{ranks}], not {list(array.shape)}")
         return Learned(f"{hashlib.sha256(array.data).hexdigest()} {array.shape}", array)
 
 
@@ -205,6 +205,17 @@ class RowSoftmax(Scores):
     """Of every row over its keys, in float32; a row without a key is 0."""
 
     of: Scores
+
+
+@dataclass(frozen=True)
+class Unit(Scores):
+    """Laid between 0, the least of those that may be kept, and 1, the largest: of each row, or of a head's cells together.
+
+    Equal ones are all 1.
+    """
+
+    of: Scores
+    scope: str = "row"
 
 
 @dataclass(frozen=True)

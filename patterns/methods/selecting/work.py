@@ -48,6 +48,8 @@ def _step(s: st.SelectionStep, c: Cells, x: SelectionSizes) -> SelectionWork:
             n, computed = _grid(s, c, x), _computed(s, c) * x.batch * x.heads
             read = _elements(s.q, c, x) + _elements(s.k, c, x)
             return SelectionWork(2.0 * computed * depth(s.q, x), x.element_bytes * read + 8.0 * n, kernels=3)
+        case st.Unit():
+            return SelectionWork(bytes=24 * _grid(s, c, x), kernels=6)
         case st.RowSoftmax():
             n = _grid(s, c, x)
             return SelectionWork(exps=n, bytes=8 * n, kernels=2)

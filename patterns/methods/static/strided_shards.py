@@ -12,7 +12,7 @@ from ... import expr as ex
 from ...attention.attention import Attention
 from ...expr import Expr
 from ...verdict import Refusal
-from ..method import StaticMethod, TokenPositions, heads
+from ..method import StaticMethod, TokenPositions, heads, key_group
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StridedShards(StaticMethod):
             return self.refuse("it needs a causal attention: nothing says which tiles are a row's last")
         if at.head is None or not isinstance(count, int):
             return self.refuse("it needs a known number of heads")
-        group = _group(a, at.head)
+        group = key_group(a)
         shared = count // group
         step = self.step or max(1, self.stride // shared)
         if len({h * step % self.stride for h in range(shared)}) < self.stride:
@@ -52,13 +52,3 @@ class StridedShards(StaticMethod):
         head = at.head // group if group > 1 else at.head
         row, key = at.row // self.tile, at.key // self.tile
         return ex.equal((key + head * step + self.offset) % self.stride, 0) | (row - key < self.local)
-
-
-def _group(a: Attention, head: Expr) -> int:
-    """How many query heads share a key head, by the index that reads the keys."""
-    for e in a.products:
-        for x in ex.loads(e.body):
-            for i in x.args if a.key in x.ranks else ():
-                if i.op == "floordiv" and i.args[0] is head and i.args[1].is_const:
-                    return int(i.args[1].value)
-    return 1
