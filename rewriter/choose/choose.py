@@ -40,7 +40,6 @@ from ..check.verdicts import Check
 from ..check.watch import SiteWatch
 from ..find import defect
 from ..find.detect import Found, NearMiss, defective, find
-from ..find.outside import outside
 from ..find.place import Place, hints_of, interior, named, place
 from ..find.upstream import Reached, projection_width, upstream
 from ..fold.recurrences import FoundScan
@@ -56,6 +55,7 @@ from . import scans
 from .approximations import Approximation, Installed, methods_at, with_methods
 from .candidates import Question, answer, guard_sentences
 from .latents import over_latents
+from .outside import outside
 from .policy import Policy, StrictError
 
 

@@ -28,10 +28,10 @@ from ...patterns.cascade import Size
 from ...patterns.evaluate import DTYPE_NAME
 from ..capture.capture import attribute
 from ..capture.weights import weights_of
+from ..find.detect import Found
 from ..graph.node import FOLDED, arguments, op_name
 from ..graph.sizes import product, shape_of
 from ..graph.torch_private import expression
-from .detect import Found
 
 T = TypeVar("T")
 
