@@ -34,6 +34,7 @@ from ...patterns.verdict import Obstacle, Refusal
 from ..find.detect import find
 from ..find.inside import between
 from ..fold.chunks import over_tokens
+from ..fold.decayed import decayed
 from ..fold.loop import loops, unmark
 from ..fold.recurrences import FoundScan, OtherScan, lifted
 from ..graph.aliases import Aliases
@@ -83,15 +84,33 @@ def scans(graph: fx.Graph, taken: Counter[str]) -> tuple[list[tuple[FoundScan, S
             misses += _other(loop.copies, next(n for n in loop.copies[0] if n is not None), out.reason)
             continue
         out, apart = _over_tokens(out, graph, aliases)
-        taken[out.module] += 1
-        name = out.module if taken[out.module] == 1 else f"{out.module}#{taken[out.module]}"
-        value = out.output.meta["val"]
-        dtype = str(value.dtype).removeprefix("torch.")
-        bound, own = _bound(out, aliases), _own(loop.copies[0])
-        found.append((out, Scan(
-            out.recurrence, name, out.where, dtype, bound, own, loop.steps, _own(out.before), value.device.type, apart,
-        )))
+        found.append((out, _scan(out, aliases, taken, apart)))
+    for x in decayed(graph, aliases, lambda f: over_tokens(f, graph, aliases)):
+        if isinstance(x, OtherScan):
+            misses.append(_miss(x.node, x.reason))
+            continue
+        x = _with_before(x, aliases)
+        found.append((x, _scan(x, aliases, taken, "")))
     return found, misses
+
+
+def _scan(f: FoundScan, aliases: Aliases, taken: Counter[str], apart: str) -> Scan:
+    taken[f.module] += 1
+    name = f.module if taken[f.module] == 1 else f"{f.module}#{taken[f.module]}"
+    value = f.output.meta["val"]
+    dtype = str(value.dtype).removeprefix("torch.")
+    return Scan(
+        f.recurrence,
+        name,
+        f.where,
+        dtype,
+        _bound(f, aliases),
+        _own(f.body),
+        f.copies,
+        _own(f.before),
+        value.device.type,
+        apart,
+    )
 
 
 def _over_tokens(f: FoundScan, graph: fx.Graph, aliases: Aliases) -> tuple[FoundScan, str]:
@@ -101,13 +120,17 @@ def _over_tokens(f: FoundScan, graph: fx.Graph, aliases: Aliases) -> tuple[Found
     out = over_tokens(f, graph, aliases)
     if isinstance(out, Obstacle):
         return f, str(out)
-    steps = set(out.loop.nodes)
-    before = between(set(out.tensors.values()), out.output) - steps
-    mine = before | steps
+    return _with_before(out, aliases), ""
+
+
+def _with_before(f: FoundScan, aliases: Aliases) -> FoundScan:
+    """A recurrence over tokens with what is ahead of the model's own chunks, which is marked."""
+    before = between(set(f.tensors.values()), f.output) - f.nodes
+    mine = before | f.nodes
     for n in before:
         if all(u in mine for u in n.users):
             n.meta[FOLDED] = True
-    return replace(out, before=tuple(sorted(before, key=aliases.position.__getitem__))), ""
+    return replace(f, before=tuple(sorted(before, key=aliases.position.__getitem__)))
 
 
 def _other(copies: Sequence[Sequence[fx.Node | None]], at: fx.Node, reason: str) -> list[Miss]:
@@ -142,15 +165,14 @@ def _miss(n: fx.Node, reason: str) -> Miss:
 
 def _bound(f: FoundScan, aliases: Aliases) -> str:
     """Why a recurrence cannot be replaced where it stands; empty where it can."""
-    loop, values, at = f.loop, [n.meta["val"] for n in f.results.values()], aliases.position
-    first = [n for n in (*loop.copies[0], *f.before) if n is not None]
-    start = min(at[n] for n in first)
-    last, inside = max(f.results.values(), key=at.__getitem__), set(loop.nodes)
+    values, at = [n.meta["val"] for n in f.results.values()], aliases.position
+    start = min(at[n] for n in (*f.body, *f.before))
+    last, inside = max(f.results.values(), key=at.__getitem__), f.nodes
     if any(aliases.written_between(n, start - 1, last) for n in f.tensors.values()):
         return "what its steps read is written in place meanwhile"
     if any(at[u] < at[last] for n in f.results.values() for u in n.users if u not in inside):
         return "a result is read before the others are there"
-    if any(place not in loop.carried for place in loop.finals):
+    if f.strays:
         return "a value of its last step is read elsewhere"
     if any(v.requires_grad for v in values):
         return "gradients are wanted, and our scan has no backward yet"
@@ -220,7 +242,9 @@ def decide(s: Scan, device: Device, policy: Policy) -> tuple[Site, cpu_scan.Scan
     order = tuple(replace(x, why=why) if x is chosen else x for x in order)
     sizes = {r.name: r.size if isinstance(r.size, int) else str(r.size) for r in c.ranks}
     proofs = (
-        f"{s.count} copies of one step, argument by argument",
+        f"{s.count} copies of one step, argument by argument"
+        if s.count > 1
+        else "the states between chunks decay place by place",
         *(["a chunk computes what its tokens would, factor by factor"] if s.before else []),
         "nothing but the states is handed from a step to the next",
     )
@@ -390,7 +414,7 @@ def call_of(f: FoundScan, kernel: cpu_scan.ScanKernel) -> splice.Call:
 def output_of(gm: fx.GraphModule, f: FoundScan) -> fx.Node:
     """The node that a call of a recurrence stands for: its one result, or all of them packed, of which they are read."""
     results = list(f.results.values())
-    return results[0] if len(results) == 1 else unpacked(gm, results, set(f.loop.nodes))
+    return results[0] if len(results) == 1 else unpacked(gm, results, f.nodes)
 
 
 def interior(f: FoundScan, output: fx.Node) -> frozenset[fx.Node]:
