@@ -82,6 +82,14 @@ def build(r: Recurrence) -> ScanKernel | Refusal:
     return ScanKernel(source, tuple(t.name for t in r.cascade.inputs), r.cascade.outputs, entry, file.chunk, forms)
 
 
+def shared(m: LowRank) -> tuple[str, ...]:
+    """The ranks along which matrices share what they are written and read by, under a decay for each whole matrix."""
+    if m.read is not None or m.key in m.factor.ranks or not m.reads:
+        return ()
+    rows = frozenset().union(m.write.ranks, *(x.query.ranks for x in m.reads))
+    return tuple(x for x in m.batch if x not in rows)
+
+
 class _File:
     """One kernel's text. Values of a chunk have a dimension for its steps, then one a rank."""
 
@@ -232,10 +240,15 @@ class _File:
         dtype = self.c.tensor[name].dtype
         return self.real if dtype in ex.FLOATS else dtype
 
+    def _layout(self, m: LowRank) -> tuple[str, ...]:
+        """The ranks of a matrix in the order in which it lies."""
+        group = shared(m)
+        return (*(x for x in m.batch if x not in group), m.key, *group, m.value)
+
     def _initial(self, s: State) -> list[str]:
         first = next(e for e in self.c.producers[s.name] if e is not s.step)
         lines, text = self._term(first.body)
-        ranks = self.forms[s.name].ranks if s.name in self.forms else s.ranks
+        ranks = self._layout(self.forms[s.name]) if s.name in self.forms else s.ranks
         full = self._full(frozenset(ranks), "1")
         return [*lines, f"{s.name} = laid({text}, {full}, {self._dims(ranks)}, {TYPES[self.real]})[0]"]
 
@@ -260,9 +273,13 @@ class _File:
         """The lines that carry a matrix over a chunk, and give what is read of it."""
         name, lines = m.state.name, list[str]()
 
+        group = shared(m)
+        batch = tuple(x for x in m.batch if x not in group)
+
         def rows(e: Expr, width: str, stem: str, real: str = "") -> str:
-            """The name of a term of each step, [n, *batch, width]."""
-            ranks, real = (*m.batch, width) if width else m.batch, real or self.real
+            """The name of a term of each step, [n, *batch, width]; what a group does not share, [n, *batch, *group, width]."""
+            own = (*batch, *group) if width != m.key else batch
+            ranks, real = (*own, width) if width else own, real or self.real
             full, dims = frozenset(ranks), self._dims(ranks)
             plain = TorchBody(self._scope(real), [e], indent="")
             if e.op == "load" and e.dtype == real and self._by_steps(e, plain):
@@ -273,7 +290,7 @@ class _File:
                 more, text = self._term(e, real)
                 lines.extend(more)
                 value = f"shown({text}, {self._full(full, 'n')}, {dims}, {TYPES[real]})"
-            lines.append(f"{stem}_{name} = {value}{'' if width else '[..., None]'}")
+            lines.append(f"{stem}_{name} = {value}{'' if width or group else '[..., None]'}")
             return f"{stem}_{name}"
 
         along = m.factor.ranks & {m.key}
@@ -283,11 +300,11 @@ class _File:
         write, added = rows(m.write, m.key, "write"), rows(m.added, m.value, "added")
         read = f"({rows(m.read, m.key, 'read')}, {m.read_faded})" if m.read is not None else "None"
         queries = [f"({rows(x.query, m.key, f'query{i}')}, {x.after})" for i, x in enumerate(m.reads)]
-        given = [name, factor, write, added, read, f"[{', '.join(queries)}]", *(["True"] if sums else [])]
-        lines.append(f"{name}, given_{name} = carried({', '.join(given)})")
+        given = [name, factor, write, added, *([] if group else [read]), f"[{', '.join(queries)}]", *(["True"] if sums else [])]
+        lines.append(f"{name}, given_{name} = {'side_by_side' if group else 'carried'}({', '.join(given)})")
         for i, x in enumerate(m.reads):
             made = x.einsum.out.tensor
-            order = [0, *(1 + (*m.batch, m.value).index(r) for r in x.ranks)]
+            order = [0, *(1 + (*batch, *group, m.value).index(r) for r in x.ranks)]
             moved = "" if order == sorted(order) else f".permute({', '.join(map(str, order))})"
             lines.append(f"{made} = given_{name}[{i}]{moved}")
             self.made.add(made)
@@ -339,7 +356,7 @@ class _File:
     def _last(self, s: State) -> str:
         shape = self.c.tensor[s.name].shape[:-1]
         form = self.forms.get(s.name)
-        moved = "" if form is None else f".permute({', '.join(str(form.ranks.index(x)) for x in s.ranks)})"
+        moved = "" if form is None else f".permute({', '.join(str(self._layout(form).index(x)) for x in s.ranks)})"
         return f"last_{s.name} = {s.name}{moved}.reshape({tuple(shape)}).to({TYPES[self.c.tensor[s.name].dtype]})"
 
 

@@ -36,6 +36,7 @@ from ..find.inside import between
 from ..fold.chunks import over_tokens
 from ..fold.decayed import decayed
 from ..fold.loop import loops, unmark
+from ..fold.opened import opened
 from ..fold.recurrences import FoundScan, OtherScan, lifted
 from ..graph.aliases import Aliases
 from ..graph.node import FOLDED, op_name
@@ -84,12 +85,13 @@ def scans(graph: fx.Graph, taken: Counter[str]) -> tuple[list[tuple[FoundScan, S
             misses += _other(loop.copies, next(n for n in loop.copies[0] if n is not None), out.reason)
             continue
         out, apart = _over_tokens(out, graph, aliases)
+        out = _with_before(opened(out, graph, aliases), aliases)
         found.append((out, _scan(out, aliases, taken, apart)))
     for x in decayed(graph, aliases, lambda f: over_tokens(f, graph, aliases)):
         if isinstance(x, OtherScan):
             misses.append(_miss(x.node, x.reason))
             continue
-        x = _with_before(x, aliases)
+        x = _with_before(opened(x, graph, aliases), aliases)
         found.append((x, _scan(x, aliases, taken, "")))
     return found, misses
 
@@ -114,17 +116,17 @@ def _scan(f: FoundScan, aliases: Aliases, taken: Counter[str], apart: str) -> Sc
 
 
 def _over_tokens(f: FoundScan, graph: fx.Graph, aliases: Aliases) -> tuple[FoundScan, str]:
-    """A loop over chunks as the recurrence over tokens that it computes, or as it is and why. Marks what is ahead of it."""
+    """A loop over chunks as the recurrence over tokens that it computes, or as it is and why."""
     if all(isinstance(low_rank(f.recurrence, s), LowRank) for s in f.recurrence.states):
         return f, ""
     out = over_tokens(f, graph, aliases)
     if isinstance(out, Obstacle):
         return f, str(out)
-    return _with_before(out, aliases), ""
+    return out, ""
 
 
 def _with_before(f: FoundScan, aliases: Aliases) -> FoundScan:
-    """A recurrence over tokens with what is ahead of the model's own chunks, which is marked."""
+    """A recurrence with what is ahead of the model's own steps, which is marked."""
     before = between(set(f.tensors.values()), f.output) - f.nodes
     mine = before | f.nodes
     for n in before:
@@ -397,8 +399,11 @@ def call_of(f: FoundScan, kernel: cpu_scan.ScanKernel) -> splice.Call:
     shapes = tuple(tuple(n.meta["val"].shape) for n in f.results.values())
     kinds = tuple(n.meta["val"].dtype for n in f.results.values())
 
+    # an input's dimension may be two of the scan's
+    given_shapes = [tuple(f.recurrence.cascade.tensor[n].shape) for n in kernel.inputs]
+
     def run(*given: Tensor) -> Tensor:
-        made = kernel.entry(*given)
+        made = kernel.entry(*(x.reshape(s) for x, s in zip(given, given_shapes)))
         return packed([made[i].reshape(shape) for i, shape in zip(wanted, shapes)])
 
     def fake(*given: Tensor) -> Tensor:
