@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi_linear
+from transformers.models.mamba import modeling_mamba as mamba
 from transformers.models.mamba2 import modeling_mamba2 as mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
@@ -30,6 +31,12 @@ def selective(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         s = a[:, :, t] * s + b[:, :, t]
         out.append((s @ c[:, t, :, None])[..., 0])
     return torch.stack(out, -1)
+
+
+def mamba_steps(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """transformers' steps of Mamba: decays and what is added of all tokens are made ahead of them."""
+    given: Tensor = _own(mamba.mamba_selective_scan)(x, dt, a, b, c, delta_softplus=True)
+    return given * 1
 
 
 def gated(a: Tensor, x: Tensor) -> Tensor:
@@ -125,6 +132,10 @@ def main() -> None:
     beta = draw(1, tokens, 8).sigmoid()
     cases: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         "selective 512x16": (selective, (draw(1, 512, tokens, 16).sigmoid(), draw(1, 512, tokens, 16), draw(1, tokens, 16))),
+        "mamba, steps 512x16": (
+            mamba_steps,
+            (draw(1, 512, tokens), draw(1, 512, tokens), -draw(512, 16).exp(), draw(1, 16, tokens), draw(1, 16, tokens)),
+        ),
         "gated 512": (gated, (draw(1, tokens, 512).sigmoid(), draw(1, tokens, 512))),
         "gated delta, chunks 8x128x128": (gated_delta, (*heads, -draw(1, tokens, 8).exp(), beta)),
         "gated delta, steps 8x128x128": (gated_delta_steps, (*heads, -draw(1, tokens, 8).exp(), beta)),

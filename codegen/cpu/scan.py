@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from ...patterns import expr as ex
 from ...patterns.cascade import Einsum, Size, show
 from ...patterns.expr import Expr
+from ...patterns.recurrence.expand import product_of
 from ...patterns.recurrence.low_rank import LowRank, low_rank
 from ...patterns.recurrence.recurrence import ONE, Recurrence, State
 from ...patterns.verdict import Refusal
@@ -90,6 +91,24 @@ def shared(m: LowRank) -> tuple[str, ...]:
     return tuple(x for x in m.batch if x not in rows)
 
 
+def narrow_first(e: Expr) -> Expr:
+    """A term whose products take first together what varies along the same ranks: a[c] · b[n] · d[c] is (a · d) · b."""
+    if e.op != "mul":
+        return e if not e.args or e.op == "load" else ex.make(e.op, tuple(map(narrow_first, e.args)), e.attr, e.dtype)
+    by_ranks: dict[frozenset[str], list[Expr]] = {}
+    for f in _factors(e):
+        by_ranks.setdefault(f.ranks, []).append(narrow_first(f))
+    return product_of(tuple(product_of(tuple(x)) for _, x in sorted(by_ranks.items(), key=lambda i: len(i[0]))))
+
+
+def _factors(e: Expr) -> Iterator[Expr]:
+    if e.op == "mul":
+        for x in e.args:
+            yield from _factors(x)
+    else:
+        yield e
+
+
 class _File:
     """One kernel's text. Values of a chunk have a dimension for its steps, then one a rank."""
 
@@ -107,6 +126,8 @@ class _File:
         self.made: set[str] = set()
         # views of all steps, and what a chunk reads of them, by the text that makes it
         self.ahead: dict[str, str] = {}
+        # the ranks of the state whose elements follow from themselves, while its terms are printed
+        self.along: frozenset[str] = frozenset()
         self.here: dict[str, str] = {}
 
     def text(self) -> str:
@@ -189,7 +210,9 @@ class _File:
         text = body.element(x)
         all_steps = self.ahead.setdefault(text, f"all_{len(self.ahead)}")
         cast = f".to({TYPES[real]})" if x.is_float and x.dtype != real else ""
-        return self._cut(f"{all_steps}[t0 : t0 + n]{cast}", before)
+        # what is spread over a state's elements decides how these lie
+        spread = ".contiguous()" if x.ranks - {self.r.rank} < self.along else ""
+        return self._cut(f"{all_steps}[t0 : t0 + n]{cast}{spread}", before)
 
     def _is_held(self, x: Expr, real: str) -> bool:
         """Whether a read is of a chunk's own value, by whole ranks."""
@@ -255,15 +278,23 @@ class _File:
     def _state(self, s: State) -> list[str]:
         full = self._full(frozenset(s.ranks), "n")
         dims, real, name = self._dims(s.ranks), TYPES[self.real], s.name
-        lines, added = self._term(s.added)
-        lines.append(f"after_{name} = laid({added}, {full}, {dims}, {real})")
+        product, self.along = narrow_first(s.added), frozenset(s.ranks)
+        lines, added = self._term(product)
+        # what is computed over all ranks has memory of its own
+        fresh = product.op == "mul" and product.ranks >= {*s.ranks, self.r.rank} and product.dtype == self.real
+        lines.append(f"after_{name} = {'shown' if fresh else 'laid'}({added}, {full}, {dims}, {real})")
         if s.law == "factor" and s.factor is ONE:
             lines.append(f"summed({name}, after_{name})")
         else:
-            more, factor = self._term(s.factor)
+            by = s.factor
+            if by.op == "exp" and self.real == "f32":
+                # torch.exp takes ten times as long where it gives 0, as many decays do
+                by = ex.unary("exp2", ex.const(1 / math.log(2)) * by.args[0])
+            more, factor = self._term(narrow_first(by))
             lines += [*more, f"factor_{name} = shown({factor}, {full}, {dims}, {real})"]
             loop = "scaled" if s.law == "factor" else "largest"
             lines.append(f"{loop}({name}, factor_{name}, after_{name})")
+        self.along = frozenset()
         self.shapes[f"after_{name}"] = self.shapes[f"before_{name}"] = (self.chunk, *(self.size[x] for x in s.ranks))
         others = (x for e in self.c.einsums if e is not s.step for x in e.reads)
         read = any(str(x.attr) == name and x.args[-1] is ex.index(self.r.rank) for x in others)
