@@ -87,12 +87,12 @@ def scans(graph: fx.Graph, taken: Counter[str]) -> tuple[list[tuple[FoundScan, S
         out, apart = _over_tokens(out, graph, aliases)
         out = _with_before(opened(out, graph, aliases), aliases)
         found.append((out, _scan(out, aliases, taken, apart)))
-    for x in decayed(graph, aliases, lambda f: over_tokens(f, graph, aliases)):
-        if isinstance(x, OtherScan):
-            misses.append(_miss(x.node, x.reason))
+    for d in decayed(graph, aliases, lambda f: over_tokens(f, graph, aliases)):
+        if isinstance(d, OtherScan):
+            misses.append(_miss(d.node, d.reason))
             continue
-        x = _with_before(opened(x, graph, aliases), aliases)
-        found.append((x, _scan(x, aliases, taken, "")))
+        made = _with_before(opened(d, graph, aliases), aliases)
+        found.append((made, _scan(made, aliases, taken, "")))
     return found, misses
 
 

@@ -237,7 +237,7 @@ class _Chunks:
         return next((x.size for x in sums if x is not None), 0)
 
     def _running(self, e: Expr) -> tuple[Expr, Expr, Expr, Expr | None]:
-        """What is summed up in a chunk, at the token `@`, the place that is read, the key there, and whose sum is left out."""
+        """What is summed up in a chunk, at the token `@`, the place that is read, the key there, whose sum is left out."""
         found = place_sum(self.lifter, e, self._opened)
         if found is None or found.size != self.size:
             raise Differs("an exponent is no running sum over the tokens of a chunk")
@@ -474,8 +474,8 @@ class _Chunks:
         t, size = ex.index(STEP), ex.const(self.size)
         if self.f.steps == 1:
             table = {t: ex.const(0), ex.index(row): t, **{ex.index(a): ex.index(b) for a, b in self.alias.items()}}
-            shape = tuple(int(str(n)) for n in self.c.tensor[self.output.out.tensor].shape)
-            return tuple(ex.substitute(i, table) for i in self.output.out.index), shape
+            whole = tuple(int(str(n)) for n in self.c.tensor[self.output.out.tensor].shape)
+            return tuple(ex.substitute(i, table) for i in self.output.out.index), whole
         index = [i for i in self.output.out.index if i is not ex.index(row)]
         shape = [tokens if i is t or i is t * size + ex.index(row) else s for i, s in zip(index, self._sizes(row))]
         table = {t * size + ex.index(row): t, **{ex.index(a): ex.index(b) for a, b in self.alias.items()}}

@@ -1,6 +1,6 @@
 """A product with a matrix of decays between places, read as the recurrence over places that it computes.
 
-    Y[c] = Σ_{z ≤ c} e^(Σ_{z < u ≤ c} a[u]) X[z]      →      S[0] = X[0];  S[t + 1] = e^a[t + 1] S[t] + X[t + 1];  Y[c] = S[c]
+    Y[c] = Σ_{z ≤ c} e^(Σ_{z < u ≤ c} a[u]) X[z]      →   S[0] = X[0];  S[t + 1] = e^a[t + 1] S[t] + X[t + 1];  Y[c] = S[c]
 
 So models write the states between chunks where they know no loop (Mamba-2, SSD): as many products as pairs of chunks. What
 is read of the states, added to what each chunk gives by itself, is what a step gives.
@@ -281,10 +281,8 @@ class _Places:
             for x in ex.loads(e)
             if lifter.leaves.get(str(x.attr)) is d.node
         }
-        (place, *others) = states or {None}
-        zero = ex.const(0)
-        fits = place in at and (place is zero) == (self.steps == 1)
-        if place is None or others or not fits:
+        place, zero = next(iter(states), None), ex.const(0)
+        if place is None or len(states) > 1 or place not in at or (place is zero) != (self.steps == 1):
             raise CannotLift("what its steps give reads other states than their own", n)
         t = ex.index(STEP)
         names, only = ({place: t}, ()) if place is not zero else ({}, (t,))
