@@ -308,7 +308,7 @@ class _File:
         batch = tuple(x for x in m.batch if x not in group)
 
         def rows(e: Expr, width: str, stem: str, real: str = "") -> str:
-            """The name of a term of each step, [n, *batch, width]; what a group does not share, [n, *batch, *group, width]."""
+            """The name of a term of each step, [n, *batch, width]; of what is not shared, [n, *batch, *group, width]."""
             own = (*batch, *group) if width != m.key else batch
             ranks, real = (*own, width) if width else own, real or self.real
             full, dims = frozenset(ranks), self._dims(ranks)
@@ -331,7 +331,8 @@ class _File:
         write, added = rows(m.write, m.key, "write"), rows(m.added, m.value, "added")
         read = f"({rows(m.read, m.key, 'read')}, {m.read_faded})" if m.read is not None else "None"
         queries = [f"({rows(x.query, m.key, f'query{i}')}, {x.after})" for i, x in enumerate(m.reads)]
-        given = [name, factor, write, added, *([] if group else [read]), f"[{', '.join(queries)}]", *(["True"] if sums else [])]
+        taken = [] if group else [read]
+        given = [name, factor, write, added, *taken, f"[{', '.join(queries)}]", *(["True"] if sums else [])]
         lines.append(f"{name}, given_{name} = {'side_by_side' if group else 'carried'}({', '.join(given)})")
         for i, x in enumerate(m.reads):
             made = x.einsum.out.tensor

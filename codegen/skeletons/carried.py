@@ -80,10 +80,9 @@ def side_by_side(
     if not finite(new, *out):
         rows = [(rows_of(q).repeat_interleave(x.shape[2], 0), after) for q, after in queries]
         apart = flat.view(len(u), k, -1, v).transpose(1, 2).flatten(0, 1)
-        f = f.reshape(-1, n, 1)
-        last, read = one_by_one(
-            apart, f.exp() if logarithms else f, u.repeat_interleave(x.shape[2], 0), x.transpose(1, 2).flatten(0, 1), None, rows
-        )
+        f, u = f.reshape(-1, n, 1), u.repeat_interleave(x.shape[2], 0)
+        last, read = one_by_one(apart, f.exp() if logarithms else f, u, x.transpose(1, 2).flatten(0, 1), None, rows)
+        u = rows_of(write)
         new, out = last.view(len(u), -1, k, v).transpose(1, 2), [r.view(len(u), -1, n, v).transpose(1, 2) for r in read]
     shape = added.shape[1:]
     return new.reshape(state.shape), [o.reshape(*batch, n, *shape[len(batch) :]).movedim(len(batch), 0) for o in out]

@@ -89,7 +89,7 @@ def _stops(f: FoundScan, aliases: Aliases) -> set[fx.Node]:
         waiting.remove(n)
         view = op_name(n) in operators_view.RULES
         apart = n.op != "call_function" or FOLDED in n.meta
-        if apart or not view and (op_name(n) not in CHEAP or any(u not in region for u in n.users)):
+        if apart or (not view and (op_name(n) not in CHEAP or any(u not in region for u in n.users))):
             stops.add(n)
             continue
         region.add(n)
@@ -142,7 +142,8 @@ def _split(c: Cascade, rank: str, groups: int, each: int) -> Cascade:
 
     parts = {rank: (Rank(str(g.attr), groups), Rank(str(r.attr), each))}
     return Cascade(
-        c.name, tuple(y for x in c.ranks for y in parts.get(x.name, (x,))), tuple(replace(t, shape=shape(t)) for t in c.tensors),
+        c.name, tuple(y for x in c.ranks for y in parts.get(x.name, (x,))),
+        tuple(replace(t, shape=shape(t)) for t in c.tensors),
         tuple(Einsum(Access(e.out.tensor, index(e.out.tensor, e.out.index)), term(e.body), e.op, e.over) for e in c.einsums),
         c.outputs,
     )

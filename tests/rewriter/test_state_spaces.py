@@ -33,6 +33,10 @@ def state_space(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tenso
     return y * 1, s * 1
 
 
+def from_nothing(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor) -> Results:
+    return state_space(x, dt, a, b, c, d, bias)
+
+
 def sines(*shape: int, by: float) -> Tensor:
     return torch.sin(by * torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)).view(shape)
 
@@ -59,7 +63,7 @@ def found(gm: fx.GraphModule) -> tuple[FoundScan, Scan]:
 def test_chunks_without_a_loop_are_the_recurrence_over_their_tokens(t: int, groups: int, starts: bool) -> None:
     args = inputs(t, groups)
     args = args if starts else args[:-1]
-    gm = widened(state_space, args)
+    gm = widened(state_space if starts else from_nothing, args)
     scan, site = found(gm)
     values = values_of(gm, args)
     kernel = build(scan.recurrence)
@@ -105,7 +109,7 @@ def quadratic(name: str) -> Callable[..., Results]:
 
 
 def test_chunks_of_others_are_read_by_their_algebra() -> None:
-    args = tuple(sines(2, 48, n, by=by) for n, by in ((5, 0.7), (5, 0.9), (6, 1.1))) + (-1 - sines(2, 48, by=1.3),)
+    args = (*(sines(2, 48, n, by=by) for n, by in ((5, 0.7), (5, 0.9), (6, 1.1))), -1 - sines(2, 48, by=1.3))
     gm = widened(quadratic(""), args)
     scan, _ = found(gm)
     kernel = build(scan.recurrence)
@@ -121,7 +125,7 @@ def test_chunks_of_others_are_read_by_their_algebra() -> None:
     ("fades twice", ""), ("reads ahead", "other states than their own"),
 ])
 def test_chunks_that_are_no_recurrence_stay(name: str, why: str) -> None:
-    args = tuple(sines(2, 48, n, by=by) for n, by in ((5, 0.7), (5, 0.9), (6, 1.1))) + (-1 - sines(2, 48, by=1.3),)
+    args = (*(sines(2, 48, n, by=by) for n, by in ((5, 0.7), (5, 0.9), (6, 1.1))), -1 - sines(2, 48, by=1.3))
     made, misses = scans(widened(quadratic(name), args).graph, Counter())
     assert not made
     assert any(w in m.reason for m in misses for w in why.split("|")) == bool(why)
