@@ -2,10 +2,10 @@
 
     python benchmarks/dropout.py [--length 1024] [--dtypes f32,bf16] [--steps 40] [--rounds 7] [--threads 1]
 
-Models of two layers from configurations of transformers (GPT-2 and BERT, eager and SDPA, width 256, 4 heads, rate 0.1), random
-weights. A step is forward and backward, in turn, counted in processor time; medians and their ratio. Beside it the loss of
-both after so many steps of AdamW from one start, which may differ by what other dropped elements make of it: the spread of
-the model's own losses over three seeds is printed next to it. Writes benchmarks/results/dropout_cpu.json.
+Models of two layers from configurations of transformers (GPT-2 and BERT, eager and SDPA, width 256, 4 heads, rate 0.1),
+random weights. A step is forward and backward, in turn, counted in processor time; medians and their ratio. Beside it the
+loss of both after so many steps of AdamW from one start, which may differ by what other dropped elements make of it: the
+spread of the model's own losses over three seeds is printed next to it. Writes benchmarks/results/dropout_cpu.json.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def row(name: str, attention: str, dtype: str, given: argparse.Namespace) -> dic
     loss = trained(ours(), ids, given.steps, 0)
     print(
         f"{name:5} {attention:5} {dtype:4}  own {ms['own']:7.1f} ms  reattend {ms['reattend']:7.1f} ms  "
-        f"{ms['own'] / ms['reattend']:.2f}×  loss {loss:.4f}, own {min(losses):.4f} to {max(losses):.4f}  {', '.join(kernels)}",
+        f"{ms['own'] / ms['reattend']:.2f}×  loss {loss:.4f}, own {min(losses):.4f} to {max(losses):.4f}  "
+        f"{', '.join(kernels)}",
         flush=True,
     )
     return {"model": name, "attention": attention, "dtype": dtype, "length": given.length, "milliseconds": ms,
@@ -105,7 +106,7 @@ def main() -> None:
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(given.threads)
-    print(f"{timing.processor()}, torch {torch.__version__}, {given.length} tokens, {given.threads} thread(s), processor time")
+    print(f"{timing.processor()}, torch {torch.__version__}, {given.length} tokens, {given.threads} thread(s)")
     rows = [
         row(name, attention, dtype, given)
         for dtype in given.dtypes.split(",") for attention in ("eager", "sdpa") for name in ("GPT-2", "BERT")

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi_linear
+from transformers.models.mamba import modeling_mamba as mamba
+from transformers.models.mamba2 import modeling_mamba2 as mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 import reattend
@@ -29,6 +31,12 @@ def selective(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         s = a[:, :, t] * s + b[:, :, t]
         out.append((s @ c[:, t, :, None])[..., 0])
     return torch.stack(out, -1)
+
+
+def mamba_steps(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """transformers' steps of Mamba: decays and what is added of all tokens are made ahead of them."""
+    given: Tensor = _own(mamba.mamba_selective_scan)(x, dt, a, b, c, delta_softplus=True)
+    return given * 1
 
 
 def gated(a: Tensor, x: Tensor) -> Tensor:
@@ -62,6 +70,14 @@ def gated_delta_steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) 
 def kimi_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
     """transformers' chunks of Kimi's delta attention: a decay a channel."""
     return _own(kimi_linear.chunk_kimi_delta_attention)(q, k, v, g, beta, 64, None, False, True)[0] * 1
+
+
+def state_space(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """transformers' chunks of a state space (Mamba-2): all states between chunks from all before them, without a loop."""
+    given: tuple[Tensor, ...] = _own(mamba2.mamba2_chunk_scan)(
+        x, dt, a, b, c, 256, D=d, dt_softplus=True, return_final_states=True
+    )
+    return given[0] * 1
 
 
 def _own(fn: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -116,11 +132,25 @@ def main() -> None:
     beta = draw(1, tokens, 8).sigmoid()
     cases: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         "selective 512x16": (selective, (draw(1, 512, tokens, 16).sigmoid(), draw(1, 512, tokens, 16), draw(1, tokens, 16))),
+        "mamba, steps 512x16": (
+            mamba_steps,
+            (draw(1, 512, tokens), draw(1, 512, tokens), -draw(512, 16).exp(), draw(1, 16, tokens), draw(1, 16, tokens)),
+        ),
         "gated 512": (gated, (draw(1, tokens, 512).sigmoid(), draw(1, tokens, 512))),
         "gated delta, chunks 8x128x128": (gated_delta, (*heads, -draw(1, tokens, 8).exp(), beta)),
         "gated delta, steps 8x128x128": (gated_delta_steps, (*heads, -draw(1, tokens, 8).exp(), beta)),
         "kimi delta, chunks 8x128x128": (kimi_delta, (*heads, -draw(1, tokens, 8, 128).exp(), beta)),
-        "lightning, steps 16x96x96": (lightning, (*(draw(1, 16, tokens, 96) for _ in range(3)), draw(16, 1, 1).sigmoid())),
+        "state space, chunks 32x64x128": (
+            state_space,
+            (
+                draw(1, tokens, 32, 64), draw(1, tokens, 32), -draw(32).exp(), draw(1, tokens, 1, 128),
+                draw(1, tokens, 1, 128), draw(32),
+            ),
+        ),
+        "lightning, steps 16x96x96": (
+            lightning,
+            (*(draw(1, 16, tokens, 96) for _ in range(3)), draw(16, 1, 1).sigmoid()),
+        ),
     }
     cases = {n: c for n, c in cases.items() if parsed.case in n}
     for name, (fn, args) in cases.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from ...patterns import expr as ex
 from ...patterns.cascade import Einsum, Size, show
 from ...patterns.expr import Expr
+from ...patterns.recurrence.expand import product_of
 from ...patterns.recurrence.low_rank import LowRank, low_rank
 from ...patterns.recurrence.recurrence import ONE, Recurrence, State
 from ...patterns.verdict import Refusal
@@ -82,6 +83,32 @@ def build(r: Recurrence) -> ScanKernel | Refusal:
     return ScanKernel(source, tuple(t.name for t in r.cascade.inputs), r.cascade.outputs, entry, file.chunk, forms)
 
 
+def shared(m: LowRank) -> tuple[str, ...]:
+    """The ranks along which matrices share what they are written and read by, under a decay for each whole matrix."""
+    if m.read is not None or m.key in m.factor.ranks or not m.reads:
+        return ()
+    rows = frozenset().union(m.write.ranks, *(x.query.ranks for x in m.reads))
+    return tuple(x for x in m.batch if x not in rows)
+
+
+def narrow_first(e: Expr) -> Expr:
+    """A term whose products take first together what varies along the same ranks: a[c] · b[n] · d[c] is (a · d) · b."""
+    if e.op != "mul":
+        return e if not e.args or e.op == "load" else ex.make(e.op, tuple(map(narrow_first, e.args)), e.attr, e.dtype)
+    by_ranks: dict[frozenset[str], list[Expr]] = {}
+    for f in _factors(e):
+        by_ranks.setdefault(f.ranks, []).append(narrow_first(f))
+    return product_of(tuple(product_of(tuple(x)) for _, x in sorted(by_ranks.items(), key=lambda i: len(i[0]))))
+
+
+def _factors(e: Expr) -> Iterator[Expr]:
+    if e.op == "mul":
+        for x in e.args:
+            yield from _factors(x)
+    else:
+        yield e
+
+
 class _File:
     """One kernel's text. Values of a chunk have a dimension for its steps, then one a rank."""
 
@@ -99,6 +126,8 @@ class _File:
         self.made: set[str] = set()
         # views of all steps, and what a chunk reads of them, by the text that makes it
         self.ahead: dict[str, str] = {}
+        # the ranks of the state whose elements follow from themselves, while its terms are printed
+        self.along: frozenset[str] = frozenset()
         self.here: dict[str, str] = {}
 
     def text(self) -> str:
@@ -181,7 +210,9 @@ class _File:
         text = body.element(x)
         all_steps = self.ahead.setdefault(text, f"all_{len(self.ahead)}")
         cast = f".to({TYPES[real]})" if x.is_float and x.dtype != real else ""
-        return self._cut(f"{all_steps}[t0 : t0 + n]{cast}", before)
+        # what is spread over a state's elements decides how these lie
+        spread = ".contiguous()" if x.ranks - {self.r.rank} < self.along else ""
+        return self._cut(f"{all_steps}[t0 : t0 + n]{cast}{spread}", before)
 
     def _is_held(self, x: Expr, real: str) -> bool:
         """Whether a read is of a chunk's own value, by whole ranks."""
@@ -232,25 +263,38 @@ class _File:
         dtype = self.c.tensor[name].dtype
         return self.real if dtype in ex.FLOATS else dtype
 
+    def _layout(self, m: LowRank) -> tuple[str, ...]:
+        """The ranks of a matrix in the order in which it lies."""
+        group = shared(m)
+        return (*(x for x in m.batch if x not in group), m.key, *group, m.value)
+
     def _initial(self, s: State) -> list[str]:
         first = next(e for e in self.c.producers[s.name] if e is not s.step)
         lines, text = self._term(first.body)
-        ranks = self.forms[s.name].ranks if s.name in self.forms else s.ranks
+        ranks = self._layout(self.forms[s.name]) if s.name in self.forms else s.ranks
         full = self._full(frozenset(ranks), "1")
         return [*lines, f"{s.name} = laid({text}, {full}, {self._dims(ranks)}, {TYPES[self.real]})[0]"]
 
     def _state(self, s: State) -> list[str]:
         full = self._full(frozenset(s.ranks), "n")
         dims, real, name = self._dims(s.ranks), TYPES[self.real], s.name
-        lines, added = self._term(s.added)
-        lines.append(f"after_{name} = laid({added}, {full}, {dims}, {real})")
+        product, self.along = narrow_first(s.added), frozenset(s.ranks)
+        lines, added = self._term(product)
+        # what is computed over all ranks has memory of its own
+        fresh = product.op == "mul" and product.ranks >= {*s.ranks, self.r.rank} and product.dtype == self.real
+        lines.append(f"after_{name} = {'shown' if fresh else 'laid'}({added}, {full}, {dims}, {real})")
         if s.law == "factor" and s.factor is ONE:
             lines.append(f"summed({name}, after_{name})")
         else:
-            more, factor = self._term(s.factor)
+            by = s.factor
+            if by.op == "exp" and self.real == "f32":
+                # torch.exp takes ten times as long where it gives 0, as many decays do
+                by = ex.unary("exp2", ex.const(1 / math.log(2)) * by.args[0])
+            more, factor = self._term(narrow_first(by))
             lines += [*more, f"factor_{name} = shown({factor}, {full}, {dims}, {real})"]
             loop = "scaled" if s.law == "factor" else "largest"
             lines.append(f"{loop}({name}, factor_{name}, after_{name})")
+        self.along = frozenset()
         self.shapes[f"after_{name}"] = self.shapes[f"before_{name}"] = (self.chunk, *(self.size[x] for x in s.ranks))
         others = (x for e in self.c.einsums if e is not s.step for x in e.reads)
         read = any(str(x.attr) == name and x.args[-1] is ex.index(self.r.rank) for x in others)
@@ -260,9 +304,13 @@ class _File:
         """The lines that carry a matrix over a chunk, and give what is read of it."""
         name, lines = m.state.name, list[str]()
 
+        group = shared(m)
+        batch = tuple(x for x in m.batch if x not in group)
+
         def rows(e: Expr, width: str, stem: str, real: str = "") -> str:
-            """The name of a term of each step, [n, *batch, width]."""
-            ranks, real = (*m.batch, width) if width else m.batch, real or self.real
+            """The name of a term of each step, [n, *batch, width]; of what is not shared, [n, *batch, *group, width]."""
+            own = (*batch, *group) if width != m.key else batch
+            ranks, real = (*own, width) if width else own, real or self.real
             full, dims = frozenset(ranks), self._dims(ranks)
             plain = TorchBody(self._scope(real), [e], indent="")
             if e.op == "load" and e.dtype == real and self._by_steps(e, plain):
@@ -273,7 +321,7 @@ class _File:
                 more, text = self._term(e, real)
                 lines.extend(more)
                 value = f"shown({text}, {self._full(full, 'n')}, {dims}, {TYPES[real]})"
-            lines.append(f"{stem}_{name} = {value}{'' if width else '[..., None]'}")
+            lines.append(f"{stem}_{name} = {value}{'' if width or group else '[..., None]'}")
             return f"{stem}_{name}"
 
         along = m.factor.ranks & {m.key}
@@ -283,11 +331,12 @@ class _File:
         write, added = rows(m.write, m.key, "write"), rows(m.added, m.value, "added")
         read = f"({rows(m.read, m.key, 'read')}, {m.read_faded})" if m.read is not None else "None"
         queries = [f"({rows(x.query, m.key, f'query{i}')}, {x.after})" for i, x in enumerate(m.reads)]
-        given = [name, factor, write, added, read, f"[{', '.join(queries)}]", *(["True"] if sums else [])]
-        lines.append(f"{name}, given_{name} = carried({', '.join(given)})")
+        taken = [] if group else [read]
+        given = [name, factor, write, added, *taken, f"[{', '.join(queries)}]", *(["True"] if sums else [])]
+        lines.append(f"{name}, given_{name} = {'side_by_side' if group else 'carried'}({', '.join(given)})")
         for i, x in enumerate(m.reads):
             made = x.einsum.out.tensor
-            order = [0, *(1 + (*m.batch, m.value).index(r) for r in x.ranks)]
+            order = [0, *(1 + (*batch, *group, m.value).index(r) for r in x.ranks)]
             moved = "" if order == sorted(order) else f".permute({', '.join(map(str, order))})"
             lines.append(f"{made} = given_{name}[{i}]{moved}")
             self.made.add(made)
@@ -339,7 +388,7 @@ class _File:
     def _last(self, s: State) -> str:
         shape = self.c.tensor[s.name].shape[:-1]
         form = self.forms.get(s.name)
-        moved = "" if form is None else f".permute({', '.join(str(form.ranks.index(x)) for x in s.ranks)})"
+        moved = "" if form is None else f".permute({', '.join(str(self._layout(form).index(x)) for x in s.ranks)})"
         return f"last_{s.name} = {s.name}{moved}.reshape({tuple(shape)}).to({TYPES[self.c.tensor[s.name].dtype]})"
 
 

@@ -54,6 +54,40 @@ def carried(
     return new.view(state.shape), [o.view(*batch, *o.shape[1:]).movedim(-2, 0) for o in out]
 
 
+def side_by_side(
+    state: Tensor, factor: Tensor, write: Tensor, added: Tensor, queries: Sequence[Asked], logarithms: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """The same of matrices that share what they are written and read by, their values side by side; nothing is taken off.
+
+    state [*batch, key, *group, value], factor [n, *batch, *group], write and queries [n, *batch, key],
+    added [n, *batch, *group, value]; what is read is as `added`.
+    """
+    n, (*batch, k), v, f = len(write), write.shape[1:], added.shape[-1], factor.movedim(0, -1).unsqueeze(-1)
+    u = rows_of(write)
+    x = added.movedim(0, len(batch)).reshape(len(u), n, -1, v)
+    between = decays(f.reshape(-1, n, 1), u.dtype, logarithms).view(len(u), -1, n + 1, n + 1)
+    flat = state.reshape(len(u), k, -1)
+    new = (flat.view(len(u), k, -1, v) * between[:, None, :, -1, 0, None]).flatten(2)
+    new.baddbmm_(u.mT, (x * between[:, :, -1, 1:, None].transpose(1, 2)).flatten(2))
+    out = []
+    for query, after in queries:
+        q, low = rows_of(query), between[:, :, 1:] if after else between[:, :, :-1]
+        given = (q @ flat).view(x.shape).mul_(low[..., :1].transpose(1, 2))
+        pairs = (q @ u.mT)[:, None] * low[..., 1:]
+        for o, p, y in zip(given, pairs, x):
+            o.transpose(0, 1).baddbmm_(p, y.transpose(0, 1))
+        out.append(given)
+    if not finite(new, *out):
+        rows = [(rows_of(q).repeat_interleave(x.shape[2], 0), after) for q, after in queries]
+        apart = flat.view(len(u), k, -1, v).transpose(1, 2).flatten(0, 1)
+        f, u = f.reshape(-1, n, 1), u.repeat_interleave(x.shape[2], 0)
+        last, read = one_by_one(apart, f.exp() if logarithms else f, u, x.transpose(1, 2).flatten(0, 1), None, rows)
+        u = rows_of(write)
+        new, out = last.view(len(u), -1, k, v).transpose(1, 2), [r.view(len(u), -1, n, v).transpose(1, 2) for r in read]
+    shape = added.shape[1:]
+    return new.reshape(state.shape), [o.reshape(*batch, n, *shape[len(batch) :]).movedim(len(batch), 0) for o in out]
+
+
 def solved(a: Tensor, x: Tensor) -> Tensor:
     """(I + A)⁻¹ X in the memory of X, of A [b, n, n] its strictly lower triangle alone; rows a block at a time."""
     for first in range(0, a.shape[1], SOLVED):

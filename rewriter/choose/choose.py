@@ -186,6 +186,7 @@ def _scanned(
     Where it is for none the graph stays as it is: a write in place moves less than a new value.
     """
     pure = functional(region) or region
+    with_sizes(pure)
     erase_dead(pure)
     found, misses = scans.scans(pure.graph, taken)
     decided = [(f, *scans.decide(s, request.target or running_device(s.device_type), request.policy)) for f, s in found]

@@ -27,10 +27,10 @@ from ...patterns.mapping import TileMapping
 from ...patterns.passes.absorb import absorb
 from ...patterns.verdict import Obstacle, Refusal
 from ..find.detect import Found
-from ..find.inside import between
 from ..find.place import Place, interior
 from ..find.upstream import Reached, upstream
 from ..graph.aliases import Aliases
+from ..graph.inside import between
 from ..splice import splice
 from .candidates import our_call
 from .policy import Policy

@@ -32,11 +32,13 @@ from ...patterns.recurrence.low_rank import LowRank, low_rank
 from ...patterns.recurrence.recurrence import Recurrence
 from ...patterns.verdict import Obstacle, Refusal
 from ..find.detect import find
-from ..find.inside import between
 from ..fold.chunks import over_tokens
+from ..fold.decayed import decayed
 from ..fold.loop import loops, unmark
+from ..fold.opened import opened
 from ..fold.recurrences import FoundScan, OtherScan, lifted
 from ..graph.aliases import Aliases
+from ..graph.inside import between
 from ..graph.node import FOLDED, op_name
 from ..graph.where import module_path, source_line
 from ..lift import operators_view
@@ -83,31 +85,54 @@ def scans(graph: fx.Graph, taken: Counter[str]) -> tuple[list[tuple[FoundScan, S
             misses += _other(loop.copies, next(n for n in loop.copies[0] if n is not None), out.reason)
             continue
         out, apart = _over_tokens(out, graph, aliases)
-        taken[out.module] += 1
-        name = out.module if taken[out.module] == 1 else f"{out.module}#{taken[out.module]}"
-        value = out.output.meta["val"]
-        dtype = str(value.dtype).removeprefix("torch.")
-        bound, own = _bound(out, aliases), _own(loop.copies[0])
-        found.append((out, Scan(
-            out.recurrence, name, out.where, dtype, bound, own, loop.steps, _own(out.before), value.device.type, apart,
-        )))
+        out = _with_before(opened(out, graph, aliases), aliases)
+        found.append((out, _scan(out, aliases, taken, apart)))
+    for d in decayed(graph, aliases, lambda f: over_tokens(f, graph, aliases)):
+        if isinstance(d, OtherScan):
+            misses.append(_miss(d.node, d.reason))
+            continue
+        made = _with_before(opened(d, graph, aliases), aliases)
+        found.append((made, _scan(made, aliases, taken, "")))
     return found, misses
 
 
+def _scan(f: FoundScan, aliases: Aliases, taken: Counter[str], apart: str) -> Scan:
+    taken[f.module] += 1
+    name = f.module if taken[f.module] == 1 else f"{f.module}#{taken[f.module]}"
+    value = f.output.meta["val"]
+    dtype = str(value.dtype).removeprefix("torch.")
+    return Scan(
+        f.recurrence,
+        name,
+        f.where,
+        dtype,
+        _bound(f, aliases),
+        _own(f.body),
+        f.copies,
+        _own(f.before),
+        value.device.type,
+        apart,
+    )
+
+
 def _over_tokens(f: FoundScan, graph: fx.Graph, aliases: Aliases) -> tuple[FoundScan, str]:
-    """A loop over chunks as the recurrence over tokens that it computes, or as it is and why. Marks what is ahead of it."""
+    """A loop over chunks as the recurrence over tokens that it computes, or as it is and why."""
     if all(isinstance(low_rank(f.recurrence, s), LowRank) for s in f.recurrence.states):
         return f, ""
     out = over_tokens(f, graph, aliases)
     if isinstance(out, Obstacle):
         return f, str(out)
-    steps = set(out.loop.nodes)
-    before = between(set(out.tensors.values()), out.output) - steps
-    mine = before | steps
+    return out, ""
+
+
+def _with_before(f: FoundScan, aliases: Aliases) -> FoundScan:
+    """A recurrence with what is ahead of the model's own steps, which is marked."""
+    before = between(set(f.tensors.values()), f.output) - f.nodes
+    mine = before | f.nodes
     for n in before:
         if all(u in mine for u in n.users):
             n.meta[FOLDED] = True
-    return replace(out, before=tuple(sorted(before, key=aliases.position.__getitem__))), ""
+    return replace(f, before=tuple(sorted(before, key=aliases.position.__getitem__)))
 
 
 def _other(copies: Sequence[Sequence[fx.Node | None]], at: fx.Node, reason: str) -> list[Miss]:
@@ -142,15 +167,14 @@ def _miss(n: fx.Node, reason: str) -> Miss:
 
 def _bound(f: FoundScan, aliases: Aliases) -> str:
     """Why a recurrence cannot be replaced where it stands; empty where it can."""
-    loop, values, at = f.loop, [n.meta["val"] for n in f.results.values()], aliases.position
-    first = [n for n in (*loop.copies[0], *f.before) if n is not None]
-    start = min(at[n] for n in first)
-    last, inside = max(f.results.values(), key=at.__getitem__), set(loop.nodes)
+    values, at = [n.meta["val"] for n in f.results.values()], aliases.position
+    start = min(at[n] for n in (*f.body, *f.before))
+    last, inside = max(f.results.values(), key=at.__getitem__), f.nodes
     if any(aliases.written_between(n, start - 1, last) for n in f.tensors.values()):
         return "what its steps read is written in place meanwhile"
     if any(at[u] < at[last] for n in f.results.values() for u in n.users if u not in inside):
         return "a result is read before the others are there"
-    if any(place not in loop.carried for place in loop.finals):
+    if f.strays:
         return "a value of its last step is read elsewhere"
     if any(v.requires_grad for v in values):
         return "gradients are wanted, and our scan has no backward yet"
@@ -220,7 +244,9 @@ def decide(s: Scan, device: Device, policy: Policy) -> tuple[Site, cpu_scan.Scan
     order = tuple(replace(x, why=why) if x is chosen else x for x in order)
     sizes = {r.name: r.size if isinstance(r.size, int) else str(r.size) for r in c.ranks}
     proofs = (
-        f"{s.count} copies of one step, argument by argument",
+        f"{s.count} copies of one step, argument by argument"
+        if s.count > 1
+        else "the states between chunks decay place by place",
         *(["a chunk computes what its tokens would, factor by factor"] if s.before else []),
         "nothing but the states is handed from a step to the next",
     )
@@ -373,8 +399,11 @@ def call_of(f: FoundScan, kernel: cpu_scan.ScanKernel) -> splice.Call:
     shapes = tuple(tuple(n.meta["val"].shape) for n in f.results.values())
     kinds = tuple(n.meta["val"].dtype for n in f.results.values())
 
+    # an input's dimension may be two of the scan's
+    given_shapes = [tuple(f.recurrence.cascade.tensor[n].shape) for n in kernel.inputs]
+
     def run(*given: Tensor) -> Tensor:
-        made = kernel.entry(*given)
+        made = kernel.entry(*(x.reshape(s) for x, s in zip(given, given_shapes)))
         return packed([made[i].reshape(shape) for i, shape in zip(wanted, shapes)])
 
     def fake(*given: Tensor) -> Tensor:
@@ -390,7 +419,7 @@ def call_of(f: FoundScan, kernel: cpu_scan.ScanKernel) -> splice.Call:
 def output_of(gm: fx.GraphModule, f: FoundScan) -> fx.Node:
     """The node that a call of a recurrence stands for: its one result, or all of them packed, of which they are read."""
     results = list(f.results.values())
-    return results[0] if len(results) == 1 else unpacked(gm, results, set(f.loop.nodes))
+    return results[0] if len(results) == 1 else unpacked(gm, results, f.nodes)
 
 
 def interior(f: FoundScan, output: fx.Node) -> frozenset[fx.Node]:

@@ -23,6 +23,7 @@ from ...patterns.terms.divisions import divided
 from ...patterns.verdict import Obstacle
 from ..capture.weights import is_weight, weights_of
 from ..graph.aliases import Aliases
+from ..graph.inside import between
 from ..graph.node import FOLDED, CannotLift, dtype_of, op_name, tensor_of
 from ..graph.sizes import settle_signs, shape_of
 from ..graph.torch_private import expression
@@ -38,7 +39,6 @@ from ..lift.rules import RULES
 from . import defect
 from .added import Addend, addends, candidates, sums
 from .final import Final, compare_lengths, finals, hides_product
-from .inside import between
 from .query import laid_out, with_query
 from .spelled import spell
 from .twins import match

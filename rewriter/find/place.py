@@ -26,6 +26,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, Size, bind
 from ...patterns.evaluate import DTYPE_NAME
 from ...patterns.verdict import Obstacle
+from ..graph.inside import between
 from ..graph.liveness import survivors
 from ..graph.node import arguments, op_name
 from ..graph.sizes import product, shape_of, size_of
@@ -34,7 +35,6 @@ from ..lift.operators_contract import CONTRACTIONS
 from ..splice.splice import hint
 from .constants import constants
 from .detect import Found, is_plain
-from .inside import between
 
 # Sizes from here on are no bound that anyone set.
 UNBOUNDED = 1 << 40

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 from torch import fx
@@ -26,10 +26,11 @@ from ...patterns.recurrence.powers import Powers
 from ...patterns.recurrence.recurrence import Recurrence, recurrence
 from ...patterns.verdict import Obstacle
 from ..graph.aliases import Aliases
-from ..graph.node import CannotLift, arguments, dtype_of, op_name, tensor_of
+from ..graph.node import CannotLift, dtype_of, op_name, tensor_of
 from ..graph.sizes import shape_of
 from ..lift.rules import RULES
 from .recurrences import STEP, FoundScan
+from .running import SUMS, place_sum
 from .solutions import SOLVED, Solving
 from .substitution import inverses
 from .within import Within, table
@@ -50,7 +51,10 @@ class Differs(Exception):
 
 @dataclass(frozen=True)
 class ChunkProduct:
-    """One product of a chunk. `factors` read tokens at `@place`, exponents the running sum at (place, key)."""
+    """One product of a chunk. `factors` read tokens at `@place`, exponents the running sum at (place, key).
+
+    `spans`: the places between which sums were written, whose difference they are where the first is not before the other.
+    """
 
     sign: int
     factors: Counter[Expr]
@@ -58,6 +62,7 @@ class ChunkProduct:
     keeps: tuple[Expr, ...]
     solved: Solved | None
     reads_state: bool
+    spans: frozenset[tuple[Expr, Expr]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def over_tokens(f: FoundScan, graph: fx.Graph, aliases: Aliases) -> FoundScan | 
     """The recurrence over tokens of a loop over chunks, or where it differs from one."""
     if len(f.recurrence.states) != 1 or len(f.recurrence.outputs) != 1:
         return Obstacle("its chunks carry more than one state, or give more than one result")
-    if not split(f.tensors.values(), f.loop.steps)[0]:
+    if not split(f.tensors.values(), f.steps)[0]:
         return Obstacle("nothing over all tokens is split into its chunks")
     try:
         return _Chunks(f, graph, aliases).found()
@@ -82,9 +87,12 @@ def over_tokens(f: FoundScan, graph: fx.Graph, aliases: Aliases) -> FoundScan | 
         return Obstacle(str(no))
 
 
-def split(inputs: Iterable[fx.Node], count: int) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The tensors over all tokens that are split into `count` chunks on the way to the inputs of a loop, and that way."""
-    out: set[fx.Node] = set()
+def split(inputs: Iterable[fx.Node], count: int) -> tuple[dict[fx.Node, int], set[fx.Node]]:
+    """The tensors over all tokens that are split into `count` chunks on the way to the inputs of a loop, and that way.
+
+    Each with its dimension of the tokens.
+    """
+    out: dict[fx.Node, int] = {}
     seen, stack = set[fx.Node](), list(inputs)
     while stack:
         n = stack.pop()
@@ -92,28 +100,32 @@ def split(inputs: Iterable[fx.Node], count: int) -> tuple[set[fx.Node], set[fx.N
             continue
         seen.add(n)
         source = n.args[0] if n.args else None
-        if op_name(n) in SPLITS and isinstance(source, fx.Node) and _splits(shape_of(tensor_of(source)), n, count):
-            out.add(source)
-            continue
+        if op_name(n) in SPLITS and isinstance(source, fx.Node):
+            at = _splits(shape_of(tensor_of(source)), n, count)
+            if at is not None:
+                out[source] = at
+                continue
         stack += n.all_input_nodes
     return out, seen
 
 
-def _splits(before: tuple[object, ...], n: fx.Node, count: int) -> bool:
+def _splits(before: tuple[object, ...], n: fx.Node, count: int) -> int | None:
+    """The dimension that is split in two, of which the first has so many."""
     after = shape_of(tensor_of(n))
     at = next((d for d, (a, b) in enumerate(zip(before, after)) if a != b), len(before))
     cut = (*before[:at], *after[at : at + 2], *before[at + 1 :])
     whole = before[at] if at < len(before) else 0
-    return len(after) == len(before) + 1 and cut == after and after[at] == count and count * int(str(after[at + 1])) == whole
+    fits = len(after) == len(before) + 1 and cut == after and after[at] == count
+    return at if fits and count * int(str(after[at + 1])) == whole else None
 
 
 class _Chunks:
     def __init__(self, f: FoundScan, graph: fx.Graph, aliases: Aliases) -> None:
         self.f, self.c = f, f.recurrence.cascade
         (self.state,), (self.output,) = f.recurrence.states, f.recurrence.outputs
-        sources, way = split(f.tensors.values(), f.loop.steps)
+        self.sources, way = split(f.tensors.values(), f.steps)
         solved = {x.node: x for x in inverses(way, graph, aliases)}
-        self.lifter = Within(graph, aliases, RULES, {*sources, *solved})
+        self.lifter = Within(graph, aliases, RULES, {*self.sources, *solved})
         self.lifter.ranks.update({r.name: r.size for r in self.c.ranks})
         self.normal = Solving(self._produced, self._opened, self.lifter, solved)
         self.size = 0
@@ -153,6 +165,8 @@ class _Chunks:
     def found(self) -> FoundScan:
         own, plain, taken = self._sorted(self.state.step.body)
         read = self._expanded(self.output.body)
+        if self.f.steps == 1:
+            self.size = self._summed(own)
         self._ranks(plain, read)
         self.decay = self._decay(own)
         row = self._row()
@@ -215,29 +229,27 @@ class _Chunks:
             raise Differs("the decay of a chunk is no exponential of a running sum")
         return self._running(next(iter(p.exponents)))[0] if p.exponents else None
 
-    def _running(self, e: Expr) -> tuple[Expr, Expr, Expr]:
-        """What is summed up in a chunk, at the token `@`, the place that is read, and the key there."""
-        node = self.lifter.leaves.get(str(e.attr)) if e.op == "load" else None
-        if node is None or op_name(node) != "cumsum":
+    def _summed(self, own: StateProduct | None) -> int:
+        """The tokens of a single chunk, by what is summed up in it."""
+        assert own is not None
+        p = self.normal.of(*own.without(own.state(self.state.name)))
+        sums = [place_sum(self.lifter, e, self._opened) for e in p.exponents]
+        return next((x.size for x in sums if x is not None), 0)
+
+    def _running(self, e: Expr) -> tuple[Expr, Expr, Expr, Expr | None]:
+        """What is summed up in a chunk, at the token `@`, the place that is read, the key there, whose sum is left out."""
+        found = place_sum(self.lifter, e, self._opened)
+        if found is None or found.size != self.size:
             raise Differs("an exponent is no running sum over the tokens of a chunk")
-        given = arguments(node)
-        dim, source = given["dim"], given["self"]
-        assert isinstance(dim, int)
-        assert isinstance(source, fx.Node)
-        dim %= tensor_of(node).dim()
-        if shape_of(tensor_of(node))[dim] != self.size or dtype_of(source) != dtype_of(node):
-            raise Differs("a running sum is not over the tokens of a chunk")
-        term = self._opened(self.lifter.value(source, (*e.args[:dim], ex.index(ADDS), *e.args[dim + 1 :])))
-        left = {str(i.attr) for i in e.args[dim + 1 :] if i.op == "index"}
+        left = {str(i.attr) for i in found.others if i.op == "index"}
         keys = sorted(left & {self.key, DOT, INNER})
         key = ex.index(keys[0]) if keys else ex.const(0)
-        names = {ex.index(AT + ADDS): ex.index(AT), **({key: ex.index("κ")} if keys else {})}
-        return ex.substitute(self._token(term, {ADDS}), names), e.args[dim], key
+        names = {ex.index(AT + SUMS): ex.index(AT), **({key: ex.index("κ")} if keys else {})}
+        return ex.substitute(self._token(found.term, {SUMS}), names), found.upto, key, found.behind
 
     def _token(self, e: Expr, places: Iterable[str]) -> Expr:
         """A term whose tokens are read by their coordinate among all."""
-        step, size = ex.index(STEP), ex.const(self.size)
-        out = ex.substitute(e, {step * size + ex.index(x): ex.index(AT + x) for x in places})
+        out = ex.substitute(e, {self._of_chunk(x): ex.index(AT + x) for x in places})
         if {STEP, *places} & out.ranks:
             raise Differs("a token is read by its place in its chunk")
         return out
@@ -253,15 +265,24 @@ class _Chunks:
             names |= {str(solved[0].args[-2].attr): ADDS, str(solved[0].args[-1].attr): SOLVES}
         if state is not None:
             names |= {str(i.attr): INNER for i in state.args if i.op == "index" and i.attr in p.over}
-        inside = {x for f in made.factors for x in ex.walk(f)}
+        tokens = {i for f in made.factors for x in ex.loads(f) if (i := self._coordinate(x)) is not None}
         for r in made.over - set(names):
-            token = ex.index(STEP) * ex.const(self.size) + ex.index(r)
-            names[r] = ADDS if token in inside else DOT
+            names[r] = ADDS if self._of_chunk(r) in tokens else DOT
         if len(set(names.values())) != len(names) or not made.over <= set(names):
             raise Differs("a chunk sums over more than its tokens and their keys")
         table = {ex.index(a): ex.index(b) for a, b in names.items()}
         at = None if not solved else (str(solved[0].attr), tuple(ex.substitute(i, table) for i in solved[0].args[:-2]))
         return self._named(made, names, {state, *solved}, at, state is not None)
+
+    def _coordinate(self, x: Expr) -> Expr | None:
+        """The coordinate of the token that is read, where a read is of a tensor over all tokens."""
+        node = self.lifter.leaves.get(str(x.attr))
+        return x.args[self.sources[node]] if node in self.sources else None
+
+    def _of_chunk(self, place: str) -> Expr:
+        """The coordinate of a chunk's token among all; of one chunk, it is its place."""
+        within = ex.index(place)
+        return within if self.f.steps == 1 else ex.index(STEP) * ex.const(self.size) + within
 
     def _named(
         self, made: Powers, names: dict[str, str], apart: set[Expr | None], solved: Solved | None, reads_state: bool
@@ -273,13 +294,18 @@ class _Chunks:
             if x not in apart:
                 factors[self._token(ex.substitute(x, table), places)] += n
         exponents: Counter[tuple[Expr, Expr]] = Counter()
+        spans: set[tuple[Expr, Expr]] = set()
         for x, n in made.exponents.items():
-            running, place, key = self._running(ex.substitute(x, table))
+            running, place, key, behind = self._running(ex.substitute(x, table))
             if running is not self.decay:
                 raise Differs("a product of a chunk fades otherwise than its state")
             exponents[place, key] += n
+            if behind is not None:
+                spans.add((place, behind))
+                exponents[behind, key] -= n
         keeps = tuple(ex.substitute(x, table) for x in made.keeps)
-        return ChunkProduct(made.sign, factors, exponents, keeps, solved, reads_state)
+        exponents = Counter({x: n for x, n in exponents.items() if n})
+        return ChunkProduct(made.sign, factors, exponents, keeps, solved, reads_state, frozenset(spans))
 
     def _roles(self, added: ChunkProduct, taken: ChunkProduct | None, read: list[ChunkProduct]) -> TokenParts:
         keys = Counter({x: n for x, n in added.factors.items() if self.key in x.ranks})
@@ -336,15 +362,16 @@ class _Chunks:
     def _equal(self, got: list[ChunkProduct], wanted: list[ChunkProduct], pairs: Counter[Expr]) -> None:
         left = list(wanted)
         for x in got:
-            same = [w for w in left if replace(x, keeps=()) == w]
+            same = [w for w in left if replace(x, keeps=(), spans=frozenset()) == w]
             if not same:
                 raise Differs("a product of a chunk is not what its tokens would compute")
             left.remove(same[0])
             if pairs - x.factors:
-                if x.keeps:
+                if x.keeps or any(upto is not ex.const(self.size - 1) for upto, _ in x.spans):
                     raise Differs("a chunk leaves tokens out")
             else:
                 self._keeps(x.keeps, 0)
+                self._ordered(x.spans)
         if left:
             raise Differs("a product of the tokens is missing in a chunk")
 
@@ -359,6 +386,12 @@ class _Chunks:
             raise Differs("the system of a chunk is not that of its tokens")
         # a solver reads the strictly lower triangle alone, an inverse row by row the whole matrix
         self._keeps(form.keeps, -1, upper=system.whole)
+        self._ordered(form.spans)
+
+    def _ordered(self, spans: frozenset[tuple[Expr, Expr]]) -> None:
+        """Whether sums between two places are between a token and one before it."""
+        if spans - {(ex.index(READS), ex.index(ADDS))}:
+            raise Differs("a running sum ends before it begins")
 
     def _keeps(self, keeps: tuple[Expr, ...], diagonal: int, *, upper: bool = True) -> None:
         """Whether a matrix of pairs is kept up to a diagonal, and nowhere else; `upper`: whether somebody reads the rest."""
@@ -377,24 +410,34 @@ class _Chunks:
     def _row(self) -> str:
         """The rank of the tokens of a chunk, in what a chunk gives."""
         index = self.output.out.index
+        if self.f.steps == 1:
+            ranks = [str(i.attr) for i in index if i.op == "index" and i.attr not in (STEP, *self.alias)]
+            rows = [r for r in ranks if self.c.rank[r].size == self.size]
+            if len(ranks) != 1 or not rows:
+                raise Differs("a chunk does not give its tokens side by side")
+            return rows[0]
         t = ex.index(STEP)
         beside = [b for a, b in pairwise(index) if a is t and b.op == "index"]
         whole = t * ex.const(self.size)
         within = [i.args[1] for i in index if i.op == "add" and i.args[0] is whole and i.args[1].op == "index"]
-        if len(beside) + len(within) != 1 or self.c.rank[str((*beside, *within)[0].attr)].size != self.size:
+        rows = [str(x.attr) for x in (*beside, *within) if x.attr not in self.alias]
+        if len(rows) != 1 or self.c.rank[rows[0]].size != self.size:
             raise Differs("a chunk does not give its tokens side by side")
-        return str((*beside, *within)[0].attr)
+        return rows[0]
 
     def _made(self, roles: TokenParts, row: str) -> FoundScan:
         s, t = self.state, ex.index(STEP)
-        tokens = self.f.loop.steps * self.size
+        tokens = self.f.steps * self.size
         at, inner, dtype = s.step.out.index[:-1], f"{self.key}_", self.c.tensor[s.name].dtype
+        first = next(e for e in self.c.producers[s.name] if e is not s.step)
+        given = {x: n for x, n in self.f.tensors.items() if any(str(y.attr) == x for y in first.reads)}
+        fresh = (name for k in count(1) if (name := f"X{k}") not in given)
         names: dict[str, str] = {}
 
         def term(factors: Counter[Expr], key: str, decayed: bool = False) -> Expr:
             each = [*factors.elements(), *([ex.exp(self.decay)] if decayed and self.decay is not None else [])]
             e = ex.substitute(product_of(tuple(each)), {ex.index(AT): t, ex.index("κ"): ex.index(key)})
-            found = {x: names.setdefault(str(x.attr), f"X{len(names) + 1}") for x in ex.loads(e)}
+            found = {x: names.get(str(x.attr)) or names.setdefault(str(x.attr), next(fresh)) for x in ex.loads(e)}
             return ex.substitute(e, {x: ex.load(n, x.args, x.dtype) for x, n in found.items()})
 
         def read(name: str, query: Expr, when: Expr) -> tuple[Einsum, Tensor, Expr]:
@@ -404,7 +447,6 @@ class _Chunks:
             shape = (*(self.c.rank[r].size for r in kept), tokens)
             return Einsum(out, other * query, "add", (inner,)), Tensor(name, shape, dtype), ex.load(name, out.index, dtype)
 
-        first = next(e for e in self.c.producers[s.name] if e is not s.step)
         einsums, made = [first], [replace(self.c.tensor[s.name], shape=(*self.c.tensor[s.name].shape[:-1], tokens + 1))]
         added = term(roles.values, "")
         if roles.taken is not None:
@@ -417,7 +459,6 @@ class _Chunks:
         name = self.output.out.tensor
         einsums += [e, Einsum(Access(name, index), value)]
         made += [tensor, Tensor(name, shape, self.c.tensor[name].dtype)]
-        given = {x: n for x, n in self.f.tensors.items() if any(str(y.attr) == x for y in first.reads)}
         nodes = {**given, **{n: self.lifter.leaves[x] for x, n in names.items()}}
         made += [Tensor(x, shape_of(tensor_of(n)), dtype_of(n)) for x, n in nodes.items()]
         ranks = (
@@ -431,6 +472,10 @@ class _Chunks:
     def _merged(self, row: str, tokens: int) -> tuple[tuple[Expr, ...], tuple[int, ...]]:
         """Where a token's value stands in what the chunks give, chunks and their tokens in one dimension."""
         t, size = ex.index(STEP), ex.const(self.size)
+        if self.f.steps == 1:
+            table = {t: ex.const(0), ex.index(row): t, **{ex.index(a): ex.index(b) for a, b in self.alias.items()}}
+            whole = tuple(int(str(n)) for n in self.c.tensor[self.output.out.tensor].shape)
+            return tuple(ex.substitute(i, table) for i in self.output.out.index), whole
         index = [i for i in self.output.out.index if i is not ex.index(row)]
         shape = [tokens if i is t or i is t * size + ex.index(row) else s for i, s in zip(index, self._sizes(row))]
         table = {t * size + ex.index(row): t, **{ex.index(a): ex.index(b) for a, b in self.alias.items()}}

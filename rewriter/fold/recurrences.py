@@ -33,16 +33,21 @@ class FoundScan:
     """A recurrence of a graph. `tensors` maps the cascade's inputs to nodes; `results` its outputs to the nodes that they
     replace, for outputs that are read outside, in other shapes where a chunk's tokens have a dimension of their own.
 
-    `before`: nodes ahead of the loop that it stands for as well.
+    `nodes` make the results in `copies` of a `body`: one of each step, or of all steps one. `before`: nodes ahead of them
+    that it stands for as well. `strays`: a value of the last step that is no state is read elsewhere.
     """
 
-    loop: StepLoop
+    steps: int
     recurrence: Recurrence
     tensors: Mapping[str, fx.Node]
     results: Mapping[str, fx.Node]
     where: str
     module: str
+    body: tuple[fx.Node, ...]
+    nodes: frozenset[fx.Node]
+    copies: int
     before: tuple[fx.Node, ...] = ()
+    strays: bool = False
 
     @property
     def output(self) -> fx.Node:
@@ -71,7 +76,20 @@ def lifted(loop: StepLoop) -> FoundScan | OtherScan:
         return OtherScan(first, str(seen))
     if not made.results():
         return OtherScan(first, "nobody reads what its steps give")
-    return FoundScan(loop, seen, made.tensors, made.results(), source_line(first), module_path(first))
+    strays = any(place not in loop.carried for place in loop.finals)
+    own = tuple(n for n in loop.copies[0] if n is not None)
+    return FoundScan(
+        loop.steps,
+        seen,
+        made.tensors,
+        made.results(),
+        source_line(first),
+        module_path(first),
+        own,
+        frozenset(loop.nodes),
+        loop.steps,
+        strays=strays,
+    )
 
 
 class _Lift:

@@ -53,3 +53,16 @@ def table(e: Expr, rows: str, columns: str, size: int) -> Values | None:
         return None
     at = np.arange(size)
     return np.broadcast_to(number(e, {}, {ex.index(rows): at[:, None], ex.index(columns): at}), (size, size))
+
+
+def settled(e: Expr, rank: str, size: int) -> Expr:
+    """A term in which choices by one coordinate alone are made, where they are the same at all of its places."""
+    while True:
+        choices: dict[Expr, Expr] = {}
+        for x in ex.walk(e):
+            taken = table(x.args[0], rank, rank, size) if x.op == "where" else None
+            if taken is not None and taken.any() == taken.all():
+                choices[x] = x.args[1 if taken.all() else 2]
+        if not choices:
+            return e
+        e = ex.substitute(e, choices)

@@ -330,7 +330,9 @@ def cumulative_ones(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     """cumsum of a constant:  out[i] = c·(i + 1)"""
     x = source(n, a)
     d = dim_of(a["dim"], len(at))
-    e = lifter.value(x, at)
+    # at all places: one of them may be a constant (what is padded) where others are none
+    place = ex.index(lifter.rank(shape_of(tensor_of(x))[d])) if at else ZERO
+    e = lifter.value(x, (*at[:d], place, *at[d + 1 :]))
     if not e.is_const:
         raise CannotLift("a running sum of data", n)
     return ex.cast(e, dtype_of(n)) * ex.cast(at[d] + 1, dtype_of(n))

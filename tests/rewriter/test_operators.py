@@ -102,6 +102,16 @@ def test_pointwise_operators_build_terms(i: int) -> None:
     lifted_equals_torch(POINT[i], X, Y)
 
 
+def test_a_running_sum_of_data_is_none_of_a_constant_where_the_last_place_is_padded() -> None:
+    gm = graph_of(lambda x: F.pad(x, (0, 2)).cumsum(-1)[..., -1], (X,))
+    (output,) = next(n for n in gm.graph.nodes if n.op == "output").all_input_nodes
+    lifter = Lifter(gm.graph, Aliases(gm.graph), RULES)
+    lifter.ranks.update({"d0": 4, "d1": 6})
+    value = lifter.value(output, (ex.index("d0"), ex.index("d1")))
+    assert value.op == "load"
+    assert lifter.leaves[str(value.attr)].target is torch.ops.aten.cumsum.default
+
+
 @pytest.mark.parametrize("o", [o for o in OPERATORS.values() if o.result == "float"], ids=lambda o: o.name)
 def test_every_function_of_the_table_builds_a_term(o: Operator) -> None:
     lifted_equals_torch(o.in_torch(torch), *(X, Y)[: o.arity])

@@ -13,8 +13,8 @@ from reattend.cost_model.layer.work import COLUMNS, INNER, LayerProduct, LayerWo
 from reattend.cost_model.mesh.mesh import MeshError
 from reattend.cost_model.plan.plan import Plan
 from reattend.rewriter.capture import export
-from reattend.rewriter.find.detect import find
 from reattend.rewriter.choose.outside import outside
+from reattend.rewriter.find.detect import find
 from reattend.rewriter.graph.liveness import erase_dead
 
 F = nn.functional

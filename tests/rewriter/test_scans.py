@@ -123,7 +123,7 @@ def last(name: str, value: Tensor) -> Tensor:
 def test_a_loop_is_the_recurrence_that_it_computes(name: str, t: int) -> None:
     scan, given, want = found(CASES[name], inputs(name, t))
     got = evaluate(scan.recurrence.cascade, given)
-    assert scan.loop.steps == t
+    assert scan.steps == t
     for n, x in want.items():
         assert (last(n, got[n]).reshape(x.shape) - x).abs().max() <= 1e-14 * x.abs().max()
 

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import fx
 
-from ..graph.node import op_name
-from ..graph.torch_private import tree_leaves
+from .node import op_name
+from .torch_private import tree_leaves
 
 
 def between(inputs: Collection[fx.Node], output: fx.Node) -> frozenset[fx.Node]:
