@@ -91,7 +91,7 @@ def lifted(head: int) -> Cascade:
     q, k, v = (torch.empty(1, h, TOKENS, head, dtype=torch.bfloat16) for h in (HEADS, HEADS // GROUP, HEADS // GROUP))
     with torch.no_grad():
         graph = export.from_export(Causal().eval(), (q, k, v), {}, dynamic=False).graph
-    (found,) = [p for region in capture.regions(graph) for p in choose.places(region, Counter())[0]]
+    (found,) = [p for region in capture.regions(graph) for p in choose.places(region, Counter()).attentions]
     return found.cascade
 
 

@@ -76,10 +76,8 @@ constexpr int64_t FIXED = QROWS + DACC + SCALAR_FLOATS + ROW_FLOATS + (PRODUCTS 
 // out[8, 2 vectors] = (out) + A B over `depth`. A: [i][k], or [k][i] where TURNED; B: rows `ldb` apart.
 template <bool ADD, bool TURNED>
 INLINE void block(const float* a, int64_t lda, const float* b, int64_t ldb, int depth, float* out, int64_t ldo) {
-  Vector s[BLOCK_ROWS][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < BLOCK_ROWS; i++)
-    for (int j = 0; j < 2; j++) s[i][j] = ADD ? *(const Vector*)(out + i * ldo + j * LANES) : Vector{};
+  // what is small beside the earlier value is summed up before it meets it
+  Vector s[BLOCK_ROWS][2] = {};
 #pragma GCC unroll 4
   for (int k = 0; k < depth; k++) {
     const Vector b0 = *(const Vector*)(b + k * ldb), b1 = *(const Vector*)(b + k * ldb + LANES);
@@ -92,7 +90,10 @@ INLINE void block(const float* a, int64_t lda, const float* b, int64_t ldb, int 
   }
 #pragma GCC unroll 16
   for (int i = 0; i < BLOCK_ROWS; i++)
-    for (int j = 0; j < 2; j++) *(Vector*)(out + i * ldo + j * LANES) = s[i][j];
+    for (int j = 0; j < 2; j++) {
+      Vector& to = *(Vector*)(out + i * ldo + j * LANES);
+      to = ADD ? to + s[i][j] : s[i][j];
+    }
 }
 
 // out[rows, TILE_M] = A Bᵀ, B packed in panels [column / BLOCK][depth][BLOCK]

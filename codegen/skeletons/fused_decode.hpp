@@ -34,6 +34,8 @@ constexpr int64_t UNITS_A_THREAD = 3;
 constexpr int MOST_ROWS = LANES < 8 ? LANES : 8, SUMS = 16;
 // Bytes ahead of what is read that are asked for, into the L2 cache: nearer ones come too late, and further ones leave it.
 constexpr int64_t PREFETCH = 32 << 10;
+// Tiles whose weights are summed up by themselves: a long sum of small numbers loses them.
+constexpr int64_t RUN = std::max<int64_t>(1, 1024 / TILE_M);
 constexpr int deep_of(int n) { return int(up(n, LANES)); }
 constexpr int WIDE = deep_of(F);
 constexpr int64_t queries_width() {
@@ -224,7 +226,7 @@ struct Worker {
     const auto seen = [&](int64_t m) { return task.seen(z, h, p, m); };
     for (int64_t m = 0, stop; m < task.tiles_m; m = stop) {
       const int kind = seen(m);
-      for (stop = m + 1; stop < task.tiles_m && seen(stop) == kind;) stop++;
+      for (stop = m + 1; stop < std::min(task.tiles_m, m + RUN) && seen(stop) == kind;) stop++;
       const int64_t m0 = m * TILE_M, end = std::min(c.M, stop * TILE_M);
       for (int j = 0; j < PRODUCTS; j++) s[j] = task.score(j, z, h, p) + m0;
       if (!kind) {
@@ -265,11 +267,8 @@ struct Worker {
   template <int ROWS, int COLUMNS>
   INLINE void columns(const Unit& u, const Operand& v, const float* const* w, float* const* to, int f, int64_t m,
                       int64_t stop) const {
-    Vector s[ROWS][COLUMNS];
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 16
-      for (int j = 0; j < COLUMNS; j++) s[i][j] = *(const Vector*)(to[i] + f + j * LANES);
+    // what is small beside the earlier sum is summed up before it meets it
+    Vector s[ROWS][COLUMNS] = {};
     const T* from = at<T>(v, u.z, u.kv, m);
     for (; m < stop; m++, from += v.n) {
       Vector y[COLUMNS];
@@ -288,7 +287,7 @@ struct Worker {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 16
-      for (int j = 0; j < COLUMNS; j++) *(Vector*)(to[i] + f + j * LANES) = s[i][j];
+      for (int j = 0; j < COLUMNS; j++) *(Vector*)(to[i] + f + j * LANES) += s[i][j];
   }
 
   void gather(const Unit& u) const {

@@ -113,13 +113,8 @@ struct Fma {
   template <Before B, int DEPTH>
   static INLINE void block(const float* a, int lda, const float* b, int tiles, int64_t next, const float* c, float* out,
                            int ldo) {
-    Vector s[BLOCK_ROWS][2];
-#pragma GCC unroll 16
-    for (int i = 0; i < BLOCK_ROWS; i++)
-      for (int j = 0; j < 2; j++) {
-        s[i][j] = B == NONE ? Vector{} : *(const Vector*)(out + i * ldo + j * LANES);
-        if (B == SCALED) s[i][j] *= c[i];
-      }
+    // what is small beside the earlier value is summed up before it meets it
+    Vector s[BLOCK_ROWS][2] = {};
     for (int t = 0; t < tiles; t++, a += DEPTH, b += next - DEPTH * BLOCK)
 #pragma GCC unroll 4
       for (int k = 0; k < DEPTH; k++, b += BLOCK) {
@@ -132,7 +127,10 @@ struct Fma {
       }
 #pragma GCC unroll 16
     for (int i = 0; i < BLOCK_ROWS; i++)
-      for (int j = 0; j < 2; j++) *(Vector*)(out + i * ldo + j * LANES) = s[i][j];
+      for (int j = 0; j < 2; j++) {
+        Vector& to = *(Vector*)(out + i * ldo + j * LANES);
+        to = B == NONE ? s[i][j] : s[i][j] + (B == SCALED ? to * c[i] : to);
+      }
   }
 
   // S = Q Kᵀ of one tile

@@ -107,11 +107,16 @@ def _made_by_layers(
 def _moved_by(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> fx.Node | None:
     """The first node in one direction that does more than move, round or mask what is given."""
     for n in step(start):
-        while op_name(n) in _MOVES and (further := list(step(n))):
+        while (op_name(n) in _MOVES or _is_scaled(n)) and (further := list(step(n))):
             n = further[0]
         if op_name(n) in _MIXES | PRODUCTS:
             return n
     return None
+
+
+def _is_scaled(n: fx.Node) -> bool:
+    """Is a node a value times, or over, a number?"""
+    return op_name(n) in ("mul", "multiply", "div") and len(n.all_input_nodes) == 1
 
 
 def _between(layers: list[fx.Node], first: fx.Node, last: fx.Node, in_pairs: bool) -> str:

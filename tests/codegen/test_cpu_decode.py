@@ -71,6 +71,18 @@ def test_drawn_programs(program: strategies.Program) -> None:
     assert worst[0] <= max(test_cpu.MOST * worst[1], 1e-6, digits), program.label
 
 
+def test_many_small_weights_add_up() -> None:
+    """Beside a large sum small numbers are lost one by one, not together: keys are summed up by tiles."""
+    case = VARIANTS["cross"](p=4, m=8192, b=1)
+    x = case.inputs()
+    x["Q"], x["V"] = x["Q"] * 4, x["V"] + 5
+    made = kernel(case.cascade)
+    out = made.run(x, {n: case.sizes[n] for n in made.sizes})
+    exact = evaluate(case.cascade, x, case.sizes, widen=True)["O"]
+    off = ((out - exact) / exact.abs().amax(-1, keepdim=True)).square().mean().sqrt()
+    assert float(off) < 6e-7
+
+
 def test_rows_of_every_number_and_odd_keys() -> None:
     """Blocks of 8, 4, 2 and 1 rows, more queries than a tile has, keys fewer than a vector."""
     for p, m in ((1, 1), (1, 2), (1, 33), (2, 100), (3, 15), (5, 17), (8, 700), (20, 40)):

@@ -272,6 +272,18 @@ def test_a_bound_that_no_weight_reads_is_that_of_the_scores(scale: float) -> Non
     close(c, x, {"B": 1, "H": 2, "P": 90, "M": 90})
 
 
+def test_many_small_weights_add_up() -> None:
+    """Beside a large sum small numbers are lost one by one, not together: keys are summed up by tiles."""
+    case = VARIANTS["cross"](p=64, m=8192, b=1)
+    x = case.inputs()
+    x["Q"], x["V"] = x["Q"] * 4, x["V"] + 5
+    made = kernel(case.cascade)
+    out = made.run(x, {n: case.sizes[n] for n in made.sizes})
+    exact = evaluate(case.cascade, x, case.sizes, widen=True)["O"]
+    off = ((out - exact) / exact.abs().amax(-1, keepdim=True)).square().mean().sqrt()
+    assert float(off) < 6e-7
+
+
 def test_a_divisor_of_zero_ends_no_process() -> None:
     """PyTorch raises there; where the divisor is none the blocks are what they are."""
 

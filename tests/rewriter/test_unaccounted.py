@@ -346,3 +346,24 @@ def test_weights_that_leave_their_graph_are_named() -> None:
     assert len(found) == 1
     assert not missed
     assert detect.find(graph_of(lambda q, k, v: F.linear(q, WEIGHT).softmax(-1), args)) == ([], [])
+
+
+class Outlook(nn.Module):
+    """Attention over a window of values whose weights a layer makes and a number scales (VOLO)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights, self.values = nn.Linear(8, 4 * 81), nn.Linear(8, 8)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = q.flatten(0, 1).unflatten(1, (4, 6))
+        windows = F.unfold(self.values(x).permute(0, 3, 1, 2), 3, padding=1).unflatten(1, (4, 2, 9)).permute(0, 1, 4, 3, 2)
+        weights = self.weights(x).reshape(-1, 24, 4, 9, 9).permute(0, 2, 1, 3, 4) * 0.7
+        out: Tensor = weights.softmax(-1) @ windows
+        return out
+
+
+def test_weights_that_a_layer_makes_are_named_when_they_are_scaled() -> None:
+    plan = reattend.plan(Outlook().eval(), tuple(inputs(2)))
+    assert not plan.sites
+    assert ["made by a layer (linear)" in m.reason for m in plan.misses] == [True]
