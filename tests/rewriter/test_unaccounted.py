@@ -356,8 +356,9 @@ class Outlook(nn.Module):
         self.weights, self.values = nn.Linear(8, 4 * 81), nn.Linear(8, 8)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        x = q.flatten(0, 1).unflatten(1, (4, 6))
-        windows = F.unfold(self.values(x).permute(0, 3, 1, 2), 3, padding=1).unflatten(1, (4, 2, 9)).permute(0, 1, 4, 3, 2)
+        x = q.reshape(-1, 4, 6, 8)
+        windows = F.unfold(self.values(x).permute(0, 3, 1, 2), 3, padding=1)
+        windows = windows.reshape(-1, 4, 2, 9, 24).permute(0, 1, 4, 3, 2)
         weights = self.weights(x).reshape(-1, 24, 4, 9, 9).permute(0, 2, 1, 3, 4) * 0.7
         out: Tensor = weights.softmax(-1) @ windows
         return out
