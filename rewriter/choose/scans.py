@@ -39,9 +39,10 @@ from ..fold.opened import opened
 from ..fold.recurrences import FoundScan, OtherScan, lifted
 from ..graph.aliases import Aliases
 from ..graph.inside import between
-from ..graph.node import FOLDED, op_name
+from ..graph.node import FOLDED, arguments, op_name
 from ..graph.where import module_path, source_line
 from ..lift import operators_view
+from ..lift.operators_contract import einsum_spec
 from ..splice import splice
 from ..splice.packed import packed, unpacked
 from .policy import Policy
@@ -200,8 +201,40 @@ def _own(nodes: Iterable[fx.Node | None]) -> tuple[EagerOperator, ...]:
         if op_name(n) in PRODUCTS and made.dim() > 1:
             out.append(_product(n, size, width))
             continue
+        if (of_letters := _einsum(n, size, width)) is not None:
+            out += of_letters
+            continue
         out.append(EagerOperator("point", _point_name(n), "f32", size, 2 * size * width, size * width))
     return tuple(out)
+
+
+def _einsum(n: fx.Node, size: int, width: int) -> list[EagerOperator] | None:
+    """An einsum of two operands: copies of what does not lie as a product wants it, and the product."""
+    if op_name(n) != "einsum":
+        return None
+    specs, out, nodes = einsum_spec(n, arguments(n))
+    shapes = [x.meta["val"].shape for x in nodes]
+    if len(specs) != 2 or not all(isinstance(s, int) for shape in shapes for s in shape):
+        return None
+    extent = {c: max(s, 1) for spec, shape in zip(specs, shapes) for c, s in zip(spec, shape)}
+    first, second = map(set, specs)
+
+    def of(letters: set[str]) -> int:
+        return math.prod(extent[c] for c in letters)
+
+    batch, rows, columns = of(first & second & set(out)), of((first - second) & set(out)), of((second - first) & set(out))
+    inner = of((first | second) - set(out))
+    read = sum(math.prod(shape) for shape in shapes)
+    copies = [
+        EagerOperator("copy", "copy", "f32", math.prod(shape), math.prod(shape) * width, math.prod(shape) * width)
+        for shape in shapes
+    ]
+    return [
+        *copies,
+        EagerOperator(
+            "product", "mul", "f32", batch * rows * columns * inner, read * width, size * width, batch, rows, columns, inner
+        ),
+    ]
 
 
 def _point_name(n: fx.Node) -> str:
