@@ -4,8 +4,8 @@
 
 Models of two layers from configurations of transformers (GPT-2 and BERT, eager and SDPA, width 256, 4 heads, rate 0.1),
 random weights. A step is forward and backward, in turn, counted in processor time; medians and their ratio. Beside it the
-loss of both after so many steps of AdamW from one start, which may differ by what other dropped elements make of it: the
-spread of the model's own losses over three seeds is printed next to it. Writes benchmarks/results/dropout_cpu.json.
+loss of both after so many steps of AdamW from one start, over four seeds: other elements are dropped, as many of them.
+Writes benchmarks/results/dropout_cpu.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import reattend
 
 KINDS = {"f32": torch.float32, "bf16": torch.bfloat16}
 RATE, WORDS, WIDTH, LAYERS, HEADS = 0.1, 500, 256, 2, 4
-WARM = 8
+WARM, SEEDS = 8, 4
 
 
 def models(attention: str) -> Mapping[str, nn.Module]:
@@ -84,16 +84,19 @@ def row(name: str, attention: str, dtype: str, given: argparse.Namespace) -> dic
             spent[x].append(time.process_time() - start)
     ms = {x: statistics.median(t) * 1e3 for x, t in spent.items()}
     kernels = sorted({s.kernel for s in reattend.report(counted).sites})
-    losses = [trained(copy.deepcopy(own), ids, given.steps, seed) for seed in range(3)]
-    loss = trained(ours(), ids, given.steps, 0)
+    losses = {
+        "own": [trained(copy.deepcopy(own), ids, given.steps, seed) for seed in range(SEEDS)],
+        "reattend": [trained(ours(), ids, given.steps, seed) for seed in range(SEEDS)],
+    }
+    spread = {x: f"{statistics.mean(v):.4f} ± {statistics.stdev(v):.4f}" for x, v in losses.items()}
     print(
         f"{name:5} {attention:5} {dtype:4}  own {ms['own']:7.1f} ms  reattend {ms['reattend']:7.1f} ms  "
-        f"{ms['own'] / ms['reattend']:.2f}×  loss {loss:.4f}, own {min(losses):.4f} to {max(losses):.4f}  "
+        f"{ms['own'] / ms['reattend']:.2f}×  loss {spread['reattend']}, own {spread['own']}  "
         f"{', '.join(kernels)}",
         flush=True,
     )
     return {"model": name, "attention": attention, "dtype": dtype, "length": given.length, "milliseconds": ms,
-            "kernels": kernels, "loss": loss, "own losses": losses, "steps": given.steps}
+            "kernels": kernels, "losses": losses, "steps": given.steps}
 
 
 def main() -> None:
