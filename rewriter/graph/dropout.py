@@ -90,10 +90,14 @@ def counted(gm: fx.GraphModule) -> fx.GraphModule | None:
         rate, spell = _live(n)
         if spell is None:
             continue
-        own = table.pop(n)
+        own = table[n]
+        before = own.prev
         made = spell(_Spelling(out, own, rate))
         if made is None:
-            return None
+            # it stays as it is, and nothing of the attempt draws a number
+            while own.prev is not before:
+                out.erase_node(own.prev)
+            continue
         made.meta[SPELLED] = AsWritten(own.target, own.args, dict(own.kwargs))
         out.erase_node(own)
         table[n], found = made, True

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import reattend
 from reattend import Policy
+from reattend.rewriter.graph import dropout
 from reattend.rewriter.graph.dropout import RANGE, draws_at
 from tests.tiers import few
 
@@ -167,6 +168,28 @@ def test_what_no_kernel_takes_draws_as_torch_does() -> None:
     got = ours(tokens())
     torch.manual_seed(0)
     assert torch.equal(got, model(tokens()))
+
+
+def test_one_that_cannot_be_counted_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Attention("by hand"), Attention("masked sdpa")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.first(x), self.second(x)])
+
+    def refused(self: dropout._Spelling, *_: object) -> fx.Node:
+        self.put(torch.ops.reattend.seed.default, self.given(self.node))
+        raise dropout._Refused
+
+    monkeypatch.setattr(dropout._Spelling, "masked", refused)
+    model = Two()
+    ours = optimized(model, OURS)
+    ours(tokens())
+    report = reattend.report(ours)
+    assert [s.kernel for s in report.sites] == ["reattend"]
+    assert ["live dropout" in m.reason for m in report.misses] == [True]
 
 
 def test_a_plan_says_so() -> None:
