@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from ...patterns.operators import OPERATORS
 from .functional import call
-from .node import arguments, op_name
+from .node import arguments, op_name, written_arguments
 
 # In the metadata of numbers that are counted, and of what stands in the place of the model's own operator.
 COUNTED, SPELLED = "reattend_counted", "reattend_spelled"
@@ -130,21 +130,28 @@ def restore_uncounted(graph: fx.Graph, replaced: Mapping[fx.Node, fx.Node]) -> N
 
     `replaced`: what stands in the place of nodes by now.
     """
+    now = dict(replaced)
     for n in list(graph.nodes):
         own = n.meta.pop(SPELLED, None)
         if own is None or not n.users or not _is_drawn(n):
             continue
+        given = own.over(_Newest(now))
+        assert given is not None
         with graph.inserting_before(n):
-            again = graph.call_function(
-                own.target,
-                fx.map_arg(own.args, lambda x: replaced.get(x, x)),
-                fx.map_arg(dict(own.kwargs), lambda x: replaced.get(x, x)),
-            )
+            again = graph.call_function(given.target, given.args, dict(given.kwargs))
         again.meta = {k: v for k, v in n.meta.items() if k not in (COUNTED, SPELLED)}
         n.replace_all_uses_with(again)
+        now[n] = again
     for n in reversed(graph.nodes):
         if n.op == "call_function" and n.meta.get(COUNTED) and not n.users:
             graph.erase_node(n)
+
+
+class _Newest(dict[fx.Node, fx.Node]):
+    """What stands in the place of a node by now: itself, where nothing else does."""
+
+    def __missing__(self, n: fx.Node) -> fx.Node:
+        return n
 
 
 def _is_drawn(n: fx.Node) -> bool:
@@ -159,12 +166,14 @@ _Spell = Callable[["_Spelling"], fx.Node | None]
 
 def _live(n: fx.Node) -> tuple[float, _Spell | None]:
     """The rate of a dropout that is switched on, and how it is spelled."""
-    name = op_name(n)
-    given = arguments(n) if name in ("dropout", "scaled_dot_product_attention") else {}
-    if name == "dropout" and given["train"] and 0.0 < cast("float", given["p"]) < 1.0 and _wide(n):
-        return cast("float", given["p"]), _Spelling.dropout
-    rate = cast("float", given.get("dropout_p", 0.0))
-    return (rate, _Spelling.sdpa) if 0.0 < rate < 1.0 and _wide(n) else (0.0, None)
+    spell = {"dropout": _Spelling.dropout, "scaled_dot_product_attention": _Spelling.sdpa}.get(op_name(n))
+    if spell is None or written_arguments(n) or not _wide(n):
+        return 0.0, None
+    given = arguments(n)
+    rate = given["p"] if "p" in given else given["dropout_p"]
+    # one that the call brings is no number yet
+    known = isinstance(rate, (int, float)) and 0.0 < rate < 1.0 and given.get("train", True) is True
+    return (float(cast("float", rate)), spell) if known else (0.0, None)
 
 
 def _wide(n: fx.Node) -> bool:

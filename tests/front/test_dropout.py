@@ -202,3 +202,48 @@ def test_a_plan_says_so() -> None:
 def test_another_word_is_refused() -> None:
     with pytest.raises(ValueError, match="original"):
         Policy(dropout="mine")
+
+
+def test_a_write_in_place_is_none_that_can_be_counted() -> None:
+    """What is dropped in place is read elsewhere as well."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Attention("by hand")
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.tanh()
+            F.dropout(y, 0.5, self.training, inplace=True)
+            out: Tensor = self.inner(x)
+            both: Tensor = y + 0 * out.sum()
+            return both
+
+    ours = optimized(Model(), Policy(dropout="own", allow="reattend", deny="original", check="never"))
+    y, x = ours(tokens()), tokens()
+    kept = y != 0
+    assert 0.4 < float(kept.float().mean()) < 0.6
+    assert torch.allclose(y[kept], 2 * x.tanh()[kept])
+    assert [s.kernel for s in reattend.report(ours).sites] == ["reattend"]
+
+
+def test_dropout_of_dropout_is_torchs_where_no_kernel_takes_it() -> None:
+    """One node of the model has one value, whoever reads it."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Attention("by hand")
+
+        def forward(self, x: Tensor) -> Tensor:
+            once = F.dropout(x + 3, 0.5, self.training)
+            twice = F.dropout(once, 0.5, self.training)
+            q = twice[:, None]
+            out = F.scaled_dot_product_attention(q, q.tanh(), torch.ones_like(q), dropout_p=0.0)
+            both: Tensor = torch.stack([once, twice]) + 0 * (self.inner(x).sum() + out.sum())
+            return both
+
+    ours = optimized(Model(), Policy(dropout="own", allow="reattend", deny="original", check="never"))
+    once, twice = ours(tokens())
+    assert bool((twice[once == 0] == 0).all())
+    assert torch.equal(twice[twice != 0], 2 * once[twice != 0])
