@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from ...patterns import expr as ex
 from ...patterns.cascade import Einsum, Size, show
 from ...patterns.expr import Expr
-from ...patterns.recurrence.expand import product_of
+from ...patterns.recurrence.expand import factors_of, product_of
 from ...patterns.recurrence.low_rank import LowRank, low_rank
 from ...patterns.recurrence.recurrence import ONE, Recurrence, State
 from ...patterns.verdict import Refusal
@@ -96,17 +96,9 @@ def narrow_first(e: Expr) -> Expr:
     if e.op != "mul":
         return e if not e.args or e.op == "load" else ex.make(e.op, tuple(map(narrow_first, e.args)), e.attr, e.dtype)
     by_ranks: dict[frozenset[str], list[Expr]] = {}
-    for f in _factors(e):
+    for f in factors_of(e):
         by_ranks.setdefault(f.ranks, []).append(narrow_first(f))
     return product_of(tuple(product_of(tuple(x)) for _, x in sorted(by_ranks.items(), key=lambda i: len(i[0]))))
-
-
-def _factors(e: Expr) -> Iterator[Expr]:
-    if e.op == "mul":
-        for x in e.args:
-            yield from _factors(x)
-    else:
-        yield e
 
 
 class _File:

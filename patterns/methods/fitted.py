@@ -93,6 +93,15 @@ def largest(scores: Mapping[str, Sequence[float]], count: int) -> dict[str, tupl
     return {n: tuple(sorted(hs)) for n, hs in out.items()}
 
 
-def unlike(full: Sequence[int], count: int) -> str:
-    """What is said of full heads that an attention has not."""
-    return f"its full heads are {', '.join(map(str, full))}, and this attention has {count} heads of keys"
+def full_heads(m: Method, full: Sequence[int] | None, kind: str, at: TokenPositions, a: Attention) -> Expr | Refusal:
+    """Is a row of one of a method's full heads, of the `kind` that it calls them? Refused where they are not known."""
+    if full is None:
+        return m.refuse(f"its {kind} heads are found by a calibration: give one, or give them as full=(…)")
+    found = of_key_head(a, at)
+    if isinstance(found, Refusal):
+        return m.refuse(found.reason)
+    head, count = found
+    if any(not 0 <= h < count for h in full):
+        named = ", ".join(map(str, full))
+        return m.refuse(f"its full heads are {named}, and this attention has {count} heads of keys")
+    return is_one_of(head, full)

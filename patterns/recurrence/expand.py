@@ -128,6 +128,15 @@ def _times(a: StateProduct, b: StateProduct) -> StateProduct:
     return StateProduct(a.sign * b.sign, (*a.factors, *b.factors), a.over | b.over)
 
 
+def factors_of(e: Expr) -> Iterator[Expr]:
+    """The factors of a term, left to right; a term that is no product is one."""
+    if e.op == "mul":
+        for x in e.args:
+            yield from factors_of(x)
+    else:
+        yield e
+
+
 def product_of(factors: tuple[Expr, ...], sign: int = 1, table: Mapping[Expr, Expr] | None = None) -> Expr:
     """Factors as one term, with some coordinates named otherwise."""
     out: Expr | None = None

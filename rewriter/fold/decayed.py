@@ -17,6 +17,7 @@ from torch import fx
 from ...patterns import expr as ex
 from ...patterns.cascade import Access, Cascade, Einsum, Rank, Size, Tensor, verify
 from ...patterns.expr import Expr
+from ...patterns.recurrence.expand import factors_of, product_of
 from ...patterns.recurrence.powers import Normal
 from ...patterns.recurrence.recurrence import recurrence
 from ...patterns.verdict import Obstacle
@@ -132,7 +133,7 @@ def _decayed(n: fx.Node, graph: fx.Graph, aliases: Aliases) -> Decayed | None:
     normal = Normal(lambda _: None, lifter.opened)
     matrices: list[tuple[int, Expr]] = []
     added: list[Expr] = []
-    for f in _factors(body):
+    for f in factors_of(body):
         found = _matrix(normal, lifter, f, shape)
         if found is None:
             added.append(f)
@@ -141,25 +142,10 @@ def _decayed(n: fx.Node, graph: fx.Graph, aliases: Aliases) -> Decayed | None:
     if len(matrices) != 1 or not added:
         return None
     dim, decay = matrices[0]
-    rest = _product(added)
+    rest = product_of(tuple(added))
     if shape[dim] != size or not isinstance(size, int) or at[dim].attr in rest.ranks or PLACE not in rest.ranks:
         return None
     return Decayed(n, dim, size, decay, rest, lifter)
-
-
-def _factors(e: Expr) -> Iterator[Expr]:
-    if e.op == "mul":
-        for x in e.args:
-            yield from _factors(x)
-    else:
-        yield e
-
-
-def _product(factors: list[Expr]) -> Expr:
-    out = factors[0]
-    for f in factors[1:]:
-        out = out * f
-    return out
 
 
 def _matrix(normal: Normal, lifter: Within, f: Expr, shape: tuple[Size, ...]) -> tuple[int, Expr] | None:

@@ -133,6 +133,18 @@ def dropped(rate: float) -> Expr:
     return ex.where(drawn >= round(rate * 2**31), 1 / (1 - rate), 0.0)
 
 
+def long_sum(p: int) -> tuple[Case, dict[str, torch.Tensor]]:
+    """Many small weights beside a few large ones, under values with a common mean: a sum that is long loses them."""
+    case = build(lambda s: s, p=p, m=8192, b=1)
+    x = case.inputs()
+    return case, {**x, "Q": x["Q"] * 4, "V": x["V"] + 5}
+
+
+def relative_rms(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """The error of a result beside the largest number of its row."""
+    return float(((out - exact) / exact.abs().amax(-1, keepdim=True)).square().mean().sqrt())
+
+
 VARIANTS: dict[str, Callable[..., Case]] = {
     "plain": lambda **k: build(lambda s: s, **k),
     "causal": lambda **k: build(masked(CAUSAL), **k, square=True),

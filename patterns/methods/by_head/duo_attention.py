@@ -13,7 +13,7 @@ from typing import ClassVar
 from ...attention.attention import Attention
 from ...expr import Expr
 from ...verdict import Refusal
-from ..fitted import FittedMethod, HeadsSeen, is_one_of, largest, of_key_head, unlike
+from ..fitted import FittedMethod, HeadsSeen, full_heads, largest
 from ..method import StaticMethod, TokenPositions
 from ..static.sink_window import SinkWindow
 
@@ -53,13 +53,8 @@ class DuoAttention(FittedMethod, StaticMethod):
         return {n: replace(self, full=full) for n, full in largest(losses, count).items()}
 
     def keep(self, at: TokenPositions, a: Attention) -> Expr | Refusal:
-        if self.full is None:
-            return self.refuse("its full heads are found by a calibration: give one, or give them as full=(…)")
-        found = of_key_head(a, at)
-        if isinstance(found, Refusal):
-            return self.refuse(found.reason)
-        head, count = found
-        if any(not 0 <= h < count for h in self.full):
-            return self.refuse(unlike(self.full, count))
+        full = full_heads(self, self.full, "full", at, a)
+        if isinstance(full, Refusal):
+            return full
         near = self.options[0].keep(at, a)
-        return near if isinstance(near, Refusal) else is_one_of(head, self.full) | near
+        return near if isinstance(near, Refusal) else full | near

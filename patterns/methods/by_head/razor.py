@@ -20,7 +20,7 @@ from ...attention.attention import Attention
 from ...expr import Expr
 from ...masks.split import conjuncts, split
 from ...verdict import Refusal
-from ..fitted import FittedMethod, HeadsSeen, is_one_of, largest, of_key_head, unlike
+from ..fitted import FittedMethod, HeadsSeen, full_heads, largest
 from ..linear.rows import RowBuilder, is_softmax
 from ..method import Replacement, StaticMethod, TokenPositions, positions
 from .compensation import CompensationToken
@@ -80,18 +80,13 @@ class RazorAttention(FittedMethod, StaticMethod):
         return ex.maximum((keys + (self.part - 1)) // self.part, self.least)
 
     def keep(self, at: TokenPositions, a: Attention) -> Expr | Refusal:
-        if self.full is None:
-            return self.refuse("its retrieval heads are found by a calibration: give one, or give them as full=(…)")
         if not at.causal:
             return self.refuse("it needs a causal attention: nothing says where the window of a row ends")
-        found = of_key_head(a, at)
-        if isinstance(found, Refusal):
-            return self.refuse(found.reason)
-        head, count = found
-        if any(not 0 <= h < count for h in self.full):
-            return self.refuse(unlike(self.full, count))
+        full = full_heads(self, self.full, "retrieval", at, a)
+        if isinstance(full, Refusal):
+            return full
         near = at.row - at.key < self.window(at.keys)
-        return is_one_of(head, self.full) | (at.key < self.sink) | near
+        return full | (at.key < self.sink) | near
 
     def replace(self, a: Attention) -> Replacement | Refusal:
         plain = super().replace(a)
