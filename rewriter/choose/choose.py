@@ -229,7 +229,7 @@ def _decided(region: fx.GraphModule, request: Request, taken: Counter[str]) -> t
     """
     before, pure = Counter(taken), functional(region)
     seen: list[Decision] = []
-    counting = counted(pure or region) if request.policy.dropout == "own" else None
+    counting = _counting(pure or region) if request.policy.dropout == "own" else None
     for other, special in ((counting, _counts), (pure, _edits)):
         if other is None:
             continue
@@ -244,6 +244,15 @@ def _decided(region: fx.GraphModule, request: Request, taken: Counter[str]) -> t
     decisions, missed = decide(region, request, taken)
     places = {d.site.where for d in seen}
     return [*decisions, *seen], [m for m in missed if m.where not in places]
+
+
+def _counting(gm: fx.GraphModule) -> fx.GraphModule | None:
+    """The graph with dropout that is counted; None where there is none, or where our code raised."""
+    try:
+        return counted(gm)
+    except Exception as error:
+        defect.reason("dropout", error)
+        return None
 
 
 def _edits(f: Found) -> bool:
@@ -396,7 +405,7 @@ def places(
     """
     # nothing runs here, so that what is written in place may as well be a new value
     gm = functional(gm) or gm
-    gm = (counted(gm) or gm) if own_dropout else gm
+    gm = (_counting(gm) or gm) if own_dropout else gm
     with_sizes(gm)
     erase_dead(gm)
     walked, others = scans.scans(gm.graph, taken)

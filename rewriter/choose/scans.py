@@ -31,6 +31,7 @@ from ...patterns.cascade import show
 from ...patterns.recurrence.low_rank import LowRank, low_rank
 from ...patterns.recurrence.recurrence import Recurrence
 from ...patterns.verdict import Obstacle, Refusal
+from ..find import defect
 from ..find.detect import find
 from ..fold.chunks import over_tokens
 from ..fold.decayed import decayed
@@ -81,19 +82,28 @@ def scans(graph: fx.Graph, taken: Counter[str]) -> tuple[list[tuple[FoundScan, S
     for x in failed:
         misses += _other(x.copies, x.node, x.reason)
     for loop in folded:
-        out = lifted(loop)
-        if isinstance(out, OtherScan):
-            misses += _other(loop.copies, next(n for n in loop.copies[0] if n is not None), out.reason)
-            continue
-        out, apart = _over_tokens(out, graph, aliases)
-        out = _with_before(opened(out, graph, aliases), aliases)
-        found.append((out, _scan(out, aliases, taken, apart)))
-    for d in decayed(graph, aliases, lambda f: over_tokens(f, graph, aliases)):
-        if isinstance(d, OtherScan):
-            misses.append(_miss(d.node, d.reason))
-            continue
-        made = _with_before(opened(d, graph, aliases), aliases)
-        found.append((made, _scan(made, aliases, taken, "")))
+        first = next(n for n in loop.copies[0] if n is not None)
+        try:
+            out = lifted(loop)
+            if isinstance(out, OtherScan):
+                misses += _other(loop.copies, first, out.reason)
+                continue
+            out, apart = _over_tokens(out, graph, aliases)
+            out = _with_before(opened(out, graph, aliases), aliases)
+            found.append((out, _scan(out, aliases, taken, apart)))
+        except Exception as error:
+            unmark(loop.copies)
+            misses.append(_miss(first, defect.reason(source_line(first) or first.name, error)))
+    try:
+        for d in decayed(graph, aliases, lambda f: over_tokens(f, graph, aliases)):
+            if isinstance(d, OtherScan):
+                misses.append(_miss(d.node, d.reason))
+                continue
+            made = _with_before(opened(d, graph, aliases), aliases)
+            found.append((made, _scan(made, aliases, taken, "")))
+    except Exception as error:
+        last = next(iter(reversed(graph.nodes)))
+        misses.append(_miss(last, defect.reason("a recurrence over chunks", error)))
     return found, misses
 
 

@@ -18,7 +18,9 @@ from torch import fx
 from ..capture.weights import is_weight
 from ..graph.functional import call
 from ..graph.node import CannotLift, arguments, op_name, tensor_of
+from ..graph.where import source_line
 from ..lift.operators_contract import einsum_spec
+from . import defect
 
 _ATEN = torch.ops.aten
 
@@ -26,10 +28,15 @@ _ATEN = torch.ops.aten
 def spell(graph: fx.Graph) -> None:
     """Spell every such operator of a graph, in place."""
     for n in list(graph.nodes):
-        if op_name(n) == "einsum":
-            _pairs(graph, n)
-        elif op_name(n) == "linear":
-            _of_tokens(graph, n)
+        way = {"einsum": _pairs, "linear": _of_tokens}.get(op_name(n))
+        before = n.prev
+        try:
+            if way is not None:
+                way(graph, n)
+        except Exception as error:
+            defect.reason(source_line(n) or n.name, error)
+            while n.prev is not before:
+                graph.erase_node(n.prev)
 
 
 def _pairs(graph: fx.Graph, n: fx.Node) -> None:

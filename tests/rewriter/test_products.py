@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reattend
-from reattend.rewriter.find import detect
+from reattend.rewriter.find import detect, spelled
 from reattend.rewriter.find.spelled import spell
 
 from .helpers import error_of, given, graph_of, read, values_of
@@ -292,4 +292,24 @@ def test_an_einsum_is_spelled_as_torch_computes_it(equation: str) -> None:
     spell(gm.graph)
     gm.recompile()
     assert str(gm.graph).count("einsum.default") == len(args) - 1
+    assert torch.equal(gm(*args), want)
+
+
+def test_a_bug_of_ours_leaves_an_einsum_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = iter((spelled.call, None))
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        first = next(made)
+        if first is None:
+            raise KeyError("somewhere")
+        return first(*args, **kwargs)
+
+    args = given(*TOKENS, (4, 8, 5))
+    gm = graph_of(projected, args)
+    want, before = gm(*args), len(gm.graph.nodes)
+    monkeypatch.setattr(spelled, "call", broken)
+    with pytest.warns(UserWarning, match="KeyError"):
+        spell(gm.graph)
+    gm.recompile()
+    assert len(gm.graph.nodes) == before
     assert torch.equal(gm(*args), want)

@@ -172,3 +172,24 @@ def test_a_model_runs_our_scan_instead_of_its_state_space(dtype: torch.dtype) ->
     for x, y in zip(got, own):
         assert x.dtype == y.dtype
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["decayed", "opened"])
+def test_a_bug_of_ours_takes_no_attention_of_its_graph_along(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("somewhere")
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state, out = torch.zeros_like(x[:, 0]), []
+            for t in range(x.shape[1]):
+                state = state * 0.5 + x[:, t]
+                out.append(state)
+            y = torch.stack(out, 1)
+            return (y @ y.mT).softmax(-1) @ y
+
+    monkeypatch.setattr(f"reattend.rewriter.choose.scans.{part}", broken)
+    with pytest.warns(UserWarning, match="KeyError"):
+        plan = reattend.plan(Model(), (torch.randn(2, 12, 8),))
+    assert [s.kind for s in plan.sites if s.kind != "scan"] == ["softmax"]
+    assert any("KeyError" in m.reason for m in plan.misses)
