@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reattend
-from reattend.rewriter.find import detect, spelled
+from reattend.rewriter.find import detect
 from reattend.rewriter.find.spelled import spell
+from reattend.rewriter.graph import functional
 
 from .helpers import error_of, given, graph_of, read, values_of
 
@@ -296,7 +297,7 @@ def test_an_einsum_is_spelled_as_torch_computes_it(equation: str) -> None:
 
 
 def test_a_bug_of_ours_leaves_an_einsum_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = iter((spelled.call, None))
+    made = iter((functional.call, None))
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         first = next(made)
@@ -307,7 +308,7 @@ def test_a_bug_of_ours_leaves_an_einsum_as_it_is(monkeypatch: pytest.MonkeyPatch
     args = given(*TOKENS, (4, 8, 5))
     gm = graph_of(projected, args)
     want, before = gm(*args), len(gm.graph.nodes)
-    monkeypatch.setattr(spelled, "call", broken)
+    monkeypatch.setattr("reattend.rewriter.find.spelled.call", broken)
     with pytest.warns(UserWarning, match="KeyError"):
         spell(gm.graph)
     gm.recompile()
