@@ -54,10 +54,16 @@ class _Slide:
         distance = ex.index(self.key) - ex.index(self.row)
         self.inside = (distance >= 0) & (distance < size_term(c.rank[window].size))
         self.moved: dict[str, Einsum] = {}
-        # scores that are bounded by their row's maximum: masked where they are defined
-        self.scores = {
-            str(e.body.attr) for e in c.einsums if e.op == "max" and window in e.over and e.body.op == "load"
-        } & {e.out.tensor for e in c.einsums if e.op is None and e.body.is_float}
+        # scores that are bounded by their row's maximum: masked where they are defined, a bare product behind it
+        bounded = {str(e.body.attr) for e in c.einsums if e.op == "max" and window in e.over and e.body.op == "load"}
+        self.scores = bounded & {e.out.tensor for e in c.einsums if e.op is None and e.body.is_float}
+        self.behind = {
+            e.out.tensor: f"{e.out.tensor}_in" for e in c.einsums
+            if e.out.tensor in bounded and e.op == "add" and {window, self.row} <= {str(i.attr) for i in e.out.index}
+        }
+        if not c.tensor.keys().isdisjoint(self.behind.values()):
+            raise _NoWindows
+        self.scores |= set(self.behind.values())
         self.pointwise: dict[str, Einsum] = {}
 
     def rows(self, i: Expr) -> frozenset[str]:
@@ -68,15 +74,28 @@ class _Slide:
         return frozenset()
 
     def cascade(self) -> Cascade:
-        einsums = [made for e in self.c.einsums if (made := self.einsum(e)) is not None]
+        einsums = []
+        for e in self.c.einsums:
+            made = self.einsum(e)
+            einsums += [made] if made is not None else []
+            einsums += [self.bounded(made)] if made is not None and e.out.tensor in self.behind else []
         used = {r for e in einsums for r in (*e.ranks, *e.over)}
         ranks = tuple(r for r in (*self.c.ranks, self.rank) if r.name in used)
         read = {str(x.attr) for e in einsums for x in e.reads} | {e.out.tensor for e in einsums}
         tensors = tuple(
             replace(t, shape=tuple(self.size(i) for i in self.moved[t.name].out.index)) if t.name in self.moved else t
-            for t in self.c.tensors if t.name in read
+            for t in (*self.c.tensors, *(replace(self.c.tensor[n], name=new) for n, new in self.behind.items()))
+            if t.name in read
         )
         return replace(self.c, ranks=ranks, tensors=tensors, einsums=tuple(einsums))
+
+    def bounded(self, product: Einsum) -> Einsum:
+        """What rows read of a bare product: −∞ outside of the window."""
+        name, at = product.out.tensor, product.out.index
+        load = ex.load(name, at, self.c.tensor[name].dtype)
+        new = self.behind[name]
+        self.moved[new] = Einsum(Access(new, at), ex.where(self.inside, load, ex.const(-math.inf, load.dtype)))
+        return self.moved[new]
 
     def size(self, i: Expr) -> int | sympy.Expr:
         return self.extent[str(i.attr)]
@@ -151,7 +170,7 @@ class _Slide:
                 raise _NoWindows
         if name in self.moved:
             at = tuple(ex.index(self.key) if own is ex.index(self.key) else i for own, i in zip(made.out.index, args))
-            return ex.load(name, at, e.dtype)
+            return ex.load(self.behind.get(name, name), at, e.dtype)
         table = {own: i for own, i in zip(made.out.index, args) if own is not ex.index(self.window)}
         return ex.cast(ex.substitute(self.term(made.body), table), self.c.tensor[name].dtype)
 

@@ -45,7 +45,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import derive, stream
 from ...patterns.attention.score import hiding
 from ...patterns.attention.traits import kind, low_row_rule, no_key_rule, traits
-from ...patterns.cascade import Cascade, bind, show, to_text
+from ...patterns.cascade import Cascade, Size, bind, show, to_text
 from ...patterns.mapping import TileMapping
 from ...patterns.masks.selection import Selection, selection
 from ...patterns.masks.split import conjuncts, split
@@ -54,6 +54,7 @@ from ..splice import splice
 from ..splice.guards import (
     LEVEL,
     Condition,
+    all_is_finite,
     every_row_is_added_to,
     every_row_keeps_a_key,
     needs_no_gradient,
@@ -70,7 +71,7 @@ class Question:
 
     `wanted`: the inputs of the cascade whose gradients flow on; None where none flows back through the output.
     `origins` names the inputs of the graph behind each tensor that the mask reads; `constants` has those that none reaches.
-    `bare`: the model passes the mask of its call to a trace alone.
+    `bare`: the model passes the mask of its call to a trace alone. `window`: so many keys are copied for each row.
     """
 
     cascade: Cascade
@@ -86,6 +87,7 @@ class Question:
     origins: tuple[tuple[str, tuple[str, ...]], ...] = ()
     constants: Data = NOTHING
     bare: bool = False
+    window: Size = 0
 
     @property
     def gradients(self) -> bool:
@@ -108,6 +110,10 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     permitted = [x for x in order if x.feasible and q.policy.permits(x)]
     first = next(iter(permitted), None) or next(x for x in order if x.feasible)
     chosen, held = first, _memory(view, c, sizes)
+    window, keys = bind(q.window, sizes), bind(c.rank[view.key].size, sizes)
+    if held is not None and isinstance(window, int) and isinstance(keys, int) and window and keys:
+        # the model's own scores are of its windows alone
+        held = replace(held, eager_bytes=held.eager_bytes * window // keys)
     doubted = _doubted(q, first, order, held)
     if doubted:
         chosen = next(x for x in order if x.is_original)
@@ -208,9 +214,12 @@ def _candidates(
         for name in ("reattend", "sdpa", "flex"):
             yield _refused(name, q.bound or f"rank {empty[0]} has no elements: there is nothing to compute")
         return
-    original = Candidate(ORIGINAL, cost=_original_cost(q, sizes))
+    # what it takes to copy windows, and to multiply with each, nobody has measured
+    original = Candidate(ORIGINAL, cost=_original_cost(q, sizes) if q.window == 0 else None)
     yield original, None
     for candidate, call in kernels(q, sizes, data, original.seconds):
+        if candidate.feasible and q.window != 0:
+            candidate, call = _beside_windows(q, candidate, call)
         no = q.bound or ("" if q.policy.permits(candidate) else "the policy does not permit it")
         if no and candidate.feasible:
             candidate, call = replace(candidate, feasible=False, why=no), None
@@ -223,6 +232,32 @@ def kernels(
     """What computes an attention beside its own code; `rival` is the predicted time of that."""
     sdpa = _sdpa(q, sizes, data)
     return _ours(q, sizes, data, min(rival, sdpa[0].seconds)), sdpa, _flex(q, sizes, data)
+
+
+def _beside_windows(
+    q: Question, candidate: Candidate, call: splice.Call | None
+) -> tuple[Candidate, splice.Call | None]:
+    """Under which a kernel whose tiles reach past a row's window gives what code does that reads the window alone.
+
+    What is NaN or infinite there would meet weights of 0, and, in a backward, keys the weights of rows without one.
+    """
+    view = attention(q.cascade)
+    assert isinstance(view, Attention)
+    keep = split(view.score, view.key).keep
+    more = [all_is_finite(view)]
+    if q.gradients and keep is not ex.TRUE and rows_keep_a_key(view, keep):
+        more.append(every_row_keeps_a_key(view))
+    had = {y.sentence for y in call.conditions} if call is not None else set()
+    more = [x for x in more if x.sentence not in had]
+    if q.traced and more:
+        where = f"it is right where {more[0].sentence}"
+        return _refused(candidate.name, f"{where}, which cannot be guarded inside Inductor's graph")
+    candidate = replace(candidate, why=", ".join(x for x in (candidate.why, *(f"where {x.sentence}" for x in more)) if x))
+    if call is None:
+        return candidate, None
+    conditions = (*call.conditions, *more)
+    recipe = replace(call.recipe, conditions=tuple(x.rule for x in conditions)) if call.recipe is not None else None
+    return candidate, replace(call, conditions=conditions, recipe=recipe)
 
 
 def _original_cost(q: Question, sizes: Mapping[str, int]) -> Cost | None:

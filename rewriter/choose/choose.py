@@ -481,7 +481,7 @@ def _question(stands: Place, at: Mapping[str, int], request: Request) -> Questio
     return Question(
         stands.cascade, tuple(sorted(stands.sizes(at).items())), request.target or running_device(stands.device_type),
         request.policy, request.executable, stands.wanted, stands.bound, stands.dtype, stands.call(at), request.traced,
-        stands.origins, stands.constants, stands.bare,
+        stands.origins, stands.constants, stands.bare, stands.window,
     )
 
 

@@ -81,6 +81,8 @@ class Found:
     nodes: frozenset[fx.Node]
     needs_grad: bool
     notes: tuple[str, ...] = ()
+    # how many keys the windows of its rows hold, where these move with the row and were cut as copies
+    window: Size = 0
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,9 @@ def _attempt(
     if whole is not hoisted and not offsets:
         # slices that lie side by side in one tensor are that tensor again
         return _attempt(graph, aliases, final, offsets=True)
+    window: Size = 0
     if windows:
+        window = whole.rank[lifter.key].size
         if (moved := slide(whole, lifter.key)) is whole:
             return _near(n, "its windows do not move with one row", 0)
         whole = moved
@@ -295,6 +299,7 @@ def _attempt(
         module=module_path(n),
         nodes=frozenset(lifter.visited - set(leaves.values())),
         needs_grad=any(_wants_grad(x) for x in leaves.values()),
+        window=window,
     )
 
 

@@ -71,6 +71,7 @@ class Place:
     constants: Data = NOTHING
     upstream: Cascade | Obstacle | None = None
     model: Size = 0
+    window: Size = 0
 
     @property
     def gradients(self) -> bool:
@@ -114,6 +115,7 @@ def place(f: Found, name: str) -> Place:
         f.cascade, name, f.where, f.notes, _bound_to_original(f), _wanted(f),
         str(value.dtype).removeprefix("torch."), value.device.type, _scalars(f), written, mask_elements,
         BARE in f.final.meta, tuple((name, _inputs_behind(n)) for name, n in read.items()), constants(read),
+        window=f.window,
     )
 
 

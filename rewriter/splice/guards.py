@@ -39,7 +39,7 @@ from .derivatives import twice
 from .race import Race
 
 TILE = 64
-_KEYED, _ADDED, _FINITE, _UNTRAINED = "keyed", "added", "finite", "untrained"
+_KEYED, _ADDED, _FINITE, _ALL_FINITE, _UNTRAINED = "keyed", "added", "finite", "all finite", "untrained"
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,17 @@ def every_row_is_added_to(a: Attention, within: float) -> Condition:
 def queries_and_keys_are_finite(a: Attention) -> Condition:
     """No NaN and no ∞ in what the products are made of."""
     names = tuple(dict.fromkeys(n for e in a.products for n in _behind(a, e.body).names))
+    return Condition("queries and keys are finite", names, (), _finite(names), (_FINITE,))
 
-    def holds(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> bool:
-        return all(bool(tensors[n].detach().isfinite().all()) for n in names)
 
-    return Condition("queries and keys are finite", names, (), holds, (_FINITE,))
+def all_is_finite(a: Attention) -> Condition:
+    """No NaN and no ∞ in anything that is read."""
+    names = tuple(t.name for t in a.cascade.inputs if t.dtype in ex.FLOATS)
+    return Condition("all that it reads is finite", names, (), _finite(names), (_ALL_FINITE,))
+
+
+def _finite(names: Sequence[str]) -> Callable[[Mapping[str, Tensor], Mapping[str, int]], bool]:
+    return lambda tensors, sizes: all(bool(tensors[n].detach().isfinite().all()) for n in names)
 
 
 def needs_no_gradient(names: tuple[str, ...]) -> Condition:
@@ -131,6 +137,8 @@ def condition(rule: tuple[str, ...], a: Attention) -> Condition:
             return every_row_is_added_to(a, float(within))
         case (str(kind),) if kind == _FINITE:
             return queries_and_keys_are_finite(a)
+        case (str(kind),) if kind == _ALL_FINITE:
+            return all_is_finite(a)
         case (str(kind), *names) if kind == _UNTRAINED and names:
             return needs_no_gradient(tuple(names))
     raise ValueError(f"no condition is made by the rule {rule}")

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reattend
+from reattend.patterns.expr import TRUE
+from reattend.patterns.masks.split import split
 from reattend.rewriter.find import detect
 
 from .helpers import error_of, graph_of, read, values_of
@@ -118,7 +120,55 @@ def test_our_kernel_runs_as_the_model_does(fn: Callable[..., Tensor], dtype: tor
     assert not site.fell_back
 
 
-def test_only_tiles_in_the_window_are_visited() -> None:
-    site = reattend.plan(Model(causal).eval(), tuple(tokens(2048, 1, torch.float32))).sites[0]
+def bare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No scale, no bias and no mask: a row takes the maximum of the product itself."""
+    s = torch.einsum("bhid,bhidw->bhiw", q, windows(k, W, 0))
+    return torch.einsum("bhiw,bhidw->bhid", s.softmax(-1), windows(v, W, 0))
+
+
+def test_a_bare_product_is_bounded_by_the_window() -> None:
+    view = read(bare, *tokens())
+    assert split(view.score, view.key).keep is not TRUE
+
+
+@pytest.mark.parametrize("fn", [bare, causal, by_distance])
+def test_only_tiles_in_the_window_are_visited(fn: Callable[..., Tensor]) -> None:
+    site = reattend.plan(Model(fn).eval(), tuple(tokens(2048, 1, torch.float32))).sites[0]
     assert site.choice == "reattend"
     assert {"causal", "window"} <= site.traits
+    assert site.mask is not None
+    assert site.mask.density < 0.05
+    # what the model's own windows take is not known, and so not said
+    assert site.original is not None
+    assert site.original.cost is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_no_window_holds_reaches_no_row(which: int, number: float, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    policy = reattend.Policy(allow="reattend", deny="original", check="never")
+    ours, args = reattend.optimize(Model(bare), policy=policy), tokens(160, dtype=dtype)
+    ours(*args)
+    args[which][0, 0, 80] = number
+    for x in args:
+        x.requires_grad_()
+    got, want = ours(*args), bare(*args)
+    assert torch.equal(got.isfinite(), want.isfinite())
+    for a, b in zip(*(torch.autograd.grad(y.float().sum(), args) for y in (got, want))):
+        assert torch.equal(a.isfinite(), b.isfinite())
+
+
+def test_a_row_without_a_key_has_no_gradient_beyond_its_window() -> None:
+    def some(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at = torch.arange(q.shape[2])[:, None] + torch.arange(-W, 1)
+        return attend(q, k, v, lambda s: s.masked_fill(at < 3, -torch.inf), W, 0)
+
+    torch._dynamo.reset()
+    policy = reattend.Policy(allow="reattend", deny="original", check="never")
+    ours, args = reattend.optimize(Model(some), policy=policy), [x.requires_grad_() for x in tokens(64, dtype=torch.float32)]
+    got, want = ours(*args), some(*args)
+    assert torch.equal(got.isnan(), want.isnan())
+    for a, b in zip(*(torch.autograd.grad(y.sum(), args) for y in (got, want))):
+        assert torch.equal(a.isnan(), b.isnan())
