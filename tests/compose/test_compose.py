@@ -109,6 +109,10 @@ FOUND = {
         '{"dtype": "f16", "group": 2, "queries": 3, "spread": 5.0, "layout": "split", "scale": "learned_exp", "row": "relu2",'
         ' "out": "merged", "seed": 889965838}', ("product", "checked reattend")
     ),
+    "the gradient of a row with one key beside a sink": (
+        '{"grad": "all", "batch": 2, "queries": 1, "keys": 2, "size": 17, "scale": "learned_exp", "mask": "upper_left",'
+        ' "form": "index_put_", "row": "sink32", "after": "dropout", "seed": 97645840}', ("reattend",)
+    ),
     "values of fewer numbers than a vector": ('{"size": 16, "value": 4}', ("fused",)),
 }
 
