@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import io
 import json
@@ -52,9 +51,8 @@ def test_each_class_name_stands_in_one_file() -> None:
     for layer in ("patterns", "cost_model", "codegen", "rewriter", "reattend"):
         for path in (ROOT / layer).rglob("*.py"):
             where = path.resolve().relative_to(ROOT).as_posix()
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.ClassDef):
-                    files.setdefault(node.name, set()).add(where)
+            for name in re.findall(r"^ *class (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+                files.setdefault(name, set()).add(where)
     assert len(files) > 150
     assert {name: there for name, there in files.items() if len(there) > 1} == {}
 

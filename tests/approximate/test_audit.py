@@ -30,6 +30,7 @@ def test_rows_that_keep_as_much_as_was_measured_break_nothing_and_others_do() ->
     assert "keep less of their weight than the 0.9900" in why
 
 
+@pytest.mark.slow
 def test_where_no_audit_can_be_made_the_model_runs_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def look(*_: object) -> str:
         raise MemoryError("no memory")

@@ -60,6 +60,7 @@ def model() -> Layers:
 DUO = DuoAttention(share=0.375, sink=4, window=32)
 
 
+@pytest.mark.slow
 def test_full_are_the_heads_that_look_far_and_the_report_says_which() -> None:
     made = model()
     policy = reattend.Policy(approximate=True, methods=(DUO,), max_error=1e-3, calibration=examples())
@@ -171,6 +172,7 @@ class Repeats(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
+@pytest.mark.slow
 def test_retrieval_heads_are_found_by_tokens_that_repeat_themselves() -> None:
     """Heads of no sharpness see all keys alike: the token of what they drop is exact."""
     torch.manual_seed(0)

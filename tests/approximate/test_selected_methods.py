@@ -74,6 +74,7 @@ class Causal(nn.Module):
         return x + y.transpose(1, 2).flatten(2)
 
 
+@pytest.mark.slow
 def test_a_selection_runs_at_lengths_between_those_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second length that a model meets makes its sizes open: the table's are computed from them."""
     moves = calibrate._Calibration._moves

@@ -33,6 +33,7 @@ def asked(**more: Any) -> reattend.Policy:
     return policy(methods=(NARROW, WIDE), max_error=0.05, **more)
 
 
+@pytest.mark.slow
 def test_a_calibration_that_was_broken_off_goes_on_and_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +69,7 @@ def test_a_calibration_that_was_broken_off_goes_on_and_ends_the_same(
     assert {p.name for p in folder.iterdir()} == {*(f"example-{i}.npz" for i in range(4)), "whole.json"}
 
 
+@pytest.mark.slow
 def test_another_model_other_data_and_other_methods_are_measured_for_themselves(tmp_path: Path) -> None:
     keep = str(tmp_path)
     calibrate(two(), asked(keep=keep))

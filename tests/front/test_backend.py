@@ -249,6 +249,7 @@ def test_a_float_that_is_read_in_place_is_computed_with() -> None:
     assert torch.equal(gm(torch.tensor(0.3, dtype=torch.float64), torch.ones(2)), torch.full((2,), 0.3))
 
 
+@pytest.mark.slow
 def test_heads_of_open_width_under_a_map() -> None:
     """A scale that uses a part twice is printed in one piece."""
     options: dict[str, Any] = {"rest": "eager", "deny": ("original",)}

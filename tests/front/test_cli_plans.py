@@ -50,6 +50,7 @@ def test_a_sweep_shows_the_winner_at_each_size(config: str, capsys: pytest.Captu
     assert made.axes["seq"]
 
 
+@pytest.mark.slow
 def test_a_batch_sweep_keeps_the_batch_that_was_asked(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "plan", config, "--seq", "64", "--sweep", "batch=1:4", "--json")
     made = Plan.from_json(out)

@@ -14,7 +14,7 @@ import reattend
 from reattend import Policy
 from reattend.rewriter.graph import dropout
 from reattend.rewriter.graph.dropout import RANGE, draws_at
-from tests.tiers import few
+from tests.tiers import pairs
 
 OWN = Policy(dropout="own")
 OURS = Policy(dropout="own", allow="reattend", deny="original")
@@ -53,8 +53,7 @@ def optimized(model: nn.Module, policy: Policy = OURS) -> nn.Module:
     return reattend.optimize(copy.deepcopy(model), policy=policy)
 
 
-@pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16, torch.float16], torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "dtype"), pairs(4, WAYS, [torch.float32, torch.bfloat16, torch.float16]))
 def test_training_runs_our_kernel_and_both_ways_are_checked(way: str, dtype: torch.dtype) -> None:
     ours = optimized(Attention(way).to(dtype))
     x = tokens(dtype).requires_grad_()

@@ -131,6 +131,7 @@ def test_a_mesh_over_a_sweep_on_two_devices_with_a_page(
         assert [p["value"] for p in course["points"]] == [256, 512, 1024]
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_mesh_does_not_divide_is_a_row(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(
         capsys, "plan", config, "--seq", "128", "--batch", "4", "--target", "h200", "--mesh", "dp=4", "--sweep", "batch=1:8"

@@ -101,6 +101,7 @@ def test_calls_that_bypass_the_entry_are_not_counted(stack: nn.Module, x: Tensor
     assert "0 calls went through" in str(reattend.report(stack))
 
 
+@pytest.mark.slow
 def test_sub_modules_that_are_entered_directly_are_optimised(
     llama: Callable[..., Any], batch: dict[str, Tensor]
 ) -> None:
@@ -356,6 +357,7 @@ def test_writes_into_buffers_and_inputs_happen_once(x: Tensor) -> None:
     assert torch.equal(seen, torch.full((3,), 3.0))
 
 
+@pytest.mark.slow
 def test_generation_with_left_padding(llama: Callable[..., Any], batch: dict[str, Tensor]) -> None:
     model = llama()
     options = {"max_new_tokens": 32, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -388,6 +390,7 @@ def test_twelve_pairs_of_batch_and_length_need_few_graphs(llama: Callable[..., A
     assert report.calls == 48
 
 
+@pytest.mark.slow
 def test_the_encoder_in_generate_goes_through_us() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -406,6 +409,7 @@ def test_the_encoder_in_generate_goes_through_us() -> None:
     assert any(s.name.startswith("encoder.block.0") for s in reattend.report(model).sites)
 
 
+@pytest.mark.slow
 def test_frames_that_dynamo_gives_up_are_named(stack: nn.Module, x: Tensor) -> None:
     class Quiet:
         def __enter__(self) -> None: ...

@@ -15,6 +15,7 @@ import reattend
 from reattend.patterns.mapping import TileMapping
 from reattend.rewriter.choose import candidates
 from reattend.rewriter.splice import splice
+from tests.tiers import pairs
 
 
 def test_a_plan_says_what_where_and_why(stack: nn.Module, x: Tensor) -> None:
@@ -96,8 +97,7 @@ def test_verification_passes_and_shows_errors(stack: nn.Module, x: Tensor) -> No
     assert "verified" in str(result)
 
 
-@pytest.mark.parametrize("candidate", ["reattend", "sdpa", "flex"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("candidate", "dtype"), pairs(3, ["reattend", "sdpa", "flex"], [torch.float32, torch.bfloat16]))
 def test_each_candidate_verifies(stack: nn.Module, x: Tensor, candidate: str, dtype: torch.dtype) -> None:
     policy = reattend.Policy(allow=(candidate,))
     stack.to(dtype)

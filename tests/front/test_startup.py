@@ -15,6 +15,7 @@ from reattend.rewriter.check import own
 from reattend.rewriter.choose import candidates
 from reattend.rewriter.find import detect
 from reattend.rewriter.graph.aliases import Aliases
+from tests.tiers import few
 
 
 class Layer(nn.Module):
@@ -64,7 +65,7 @@ def _counted(counts: Counter[str], name: str, run: Any) -> Any:
     return counted
 
 
-@pytest.mark.parametrize("check", ["never", "first"])
+@pytest.mark.parametrize("check", few(["never", "first"], "first"))
 def test_more_layers_are_no_more_work(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     few, said = work(2, monkeypatch, check=check)
     many, more = work(5, monkeypatch, check=check)

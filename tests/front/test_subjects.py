@@ -15,6 +15,7 @@ from reattend.rewriter.capture.models import load
 from reattend.rewriter.choose.policy import Policy
 from reattend.rewriter.run.planning import plan_spec
 from reattend.rewriter.shapes import Shapes, UsageError
+from tests.tiers import one_in
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 SEQ2SEQ = {
@@ -42,7 +43,7 @@ def write(folder: Path, config: object) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", one_in(3, CONFIGS))
 def test_a_config_is_planned_without_weights(name: str, tmp_path: Path) -> None:
     config, attentions = CONFIGS[name]
     plan = plan_spec(

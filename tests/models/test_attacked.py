@@ -153,6 +153,7 @@ def test_an_attention_whose_weights_are_asked_for_is_named(average: bool, traine
     assert "read elsewhere" in site.site.chosen.why
 
 
+@pytest.mark.slow
 def test_a_model_that_gives_its_attentions_names_them() -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -302,7 +303,7 @@ def test_a_result_is_no_view(candidate: str) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("flat", [torch.trunc, lambda s: s.round() * 0.5])
+@pytest.mark.parametrize("flat", [torch.trunc, pytest.param(lambda s: s.round() * 0.5, marks=pytest.mark.slow)])
 def test_a_score_without_a_gradient(flat: Callable[[Tensor], Tensor]) -> None:
     """The gradient of its products is a number, 0."""
     torch.manual_seed(0)

@@ -273,6 +273,7 @@ def test_float64_that_is_compared_stays_float64() -> None:
     same(keep, args, policy=reattend.Policy(allow=("reattend",), deny=("original",)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", few([64, 32], 64))
 @pytest.mark.parametrize("order", few([1, -1], -1))
 def test_a_second_model_of_a_class_with_another_head_size(width: int, order: int) -> None:
@@ -552,7 +553,7 @@ USES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("use", few(USES, "trained", "hooked"))
+@pytest.mark.parametrize("use", few(USES, "hooked"))
 def test_a_deleted_model_is_freed(use: str) -> None:
     model = nn.Sequential(Block(), Block())
     reattend.optimize(model)

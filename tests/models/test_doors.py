@@ -159,6 +159,7 @@ def test_generation(name: str, pad: str, cache: str) -> None:
     assert not report.notes, str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few(["llama", "mistral", "gpt_oss"], "mistral"))
 def test_prompts_in_pieces(name: str) -> None:
     """A cache that is continued by several tokens at once, beyond the window, left-padded."""

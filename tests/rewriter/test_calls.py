@@ -129,6 +129,7 @@ class Stack(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "gradients", "dynamic"), one_in(3, [
     (torch.float32, False, True), (torch.bfloat16, True, False), (torch.float16, True, True),
 ]))

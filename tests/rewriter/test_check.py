@@ -351,7 +351,7 @@ def test_random_state_gradients_and_inputs_are_left_alone() -> None:
     assert all(t.grad is None and torch.equal(t, b) for t, b in zip(x, before))
 
 
-@pytest.mark.parametrize("tune", [False, True])
+@pytest.mark.parametrize("tune", few([False, True], True))
 def test_where_nobody_may_set_hooks_on_what_is_saved_it_is_checked_all_the_same(tune: bool) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()

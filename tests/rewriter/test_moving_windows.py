@@ -16,6 +16,7 @@ import reattend
 from reattend.patterns.expr import TRUE
 from reattend.patterns.masks.split import split
 from reattend.rewriter.find import detect
+from tests.tiers import pairs
 
 from .helpers import error_of, graph_of, read, values_of
 
@@ -104,8 +105,7 @@ class Model(nn.Module):
         return self.fn(*args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fn", [zeros_count, causal, by_distance])
+@pytest.mark.parametrize(("fn", "dtype"), pairs(3, [zeros_count, causal, by_distance], [torch.float32, torch.bfloat16]))
 def test_our_kernel_runs_as_the_model_does(fn: Callable[..., Tensor], dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     args = [x.requires_grad_() for x in tokens(160, dtype=dtype)]

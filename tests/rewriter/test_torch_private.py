@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,16 +34,21 @@ ENDS = set(re.findall(r"\w+", re.sub(r"\\[b.]", " ", UNDOCUMENTED)))
 PRIVATE = re.compile(rf"torch(\.\w+)*\._[a-zA-Z]\w*(\.\w+)*|{UNDOCUMENTED}")
 
 
+@cache
+def nodes(text: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(text)))
+
+
 def private_names(text: str, own: set[str]) -> Iterator[str]:
     """The private parts of torch that a file names: imported, as an attribute of anything, or in a text."""
-    tree, known = ast.parse(text), own | OTHERS
+    known = own | OTHERS
     torch_names = {"torch": "torch"}
     documents = {
         id(n.body[0].value)
-        for n in ast.walk(tree)
+        for n in nodes(text)
         if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and n.body and isinstance(n.body[0], ast.Expr)
     }
-    for n in ast.walk(tree):
+    for n in nodes(text):
         match n:
             case ast.Import(names):
                 torch_names |= {a.asname: a.name for a in names if a.asname and a.name.split(".")[0] == "torch"}
@@ -50,7 +56,7 @@ def private_names(text: str, own: set[str]) -> Iterator[str]:
             case ast.ImportFrom(module=str(module), level=0) if module.split(".")[0] == "torch":
                 torch_names |= {a.asname or a.name: f"{module}.{a.name}" for a in n.names}
                 yield from (f"{module}.{a.name}" for a in n.names if PRIVATE.search(f"{module}.{a.name}"))
-    for n in ast.walk(tree):
+    for n in nodes(text):
         if isinstance(n, ast.Attribute):
             lent = n.attr.startswith("_") and not n.attr.startswith("__") and n.attr not in known
             if not lent and n.attr not in ENDS:
@@ -67,7 +73,7 @@ def private_names(text: str, own: set[str]) -> Iterator[str]:
 def defined(text: str) -> set[str]:
     """Names that a file defines itself: functions, classes, fields, and what it sets on `self`."""
     names: set[str] = set()
-    for n in ast.walk(ast.parse(text)):
+    for n in nodes(text):
         match n:
             case ast.FunctionDef(name) | ast.ClassDef(name) | ast.Name(id=name, ctx=ast.Store()):
                 names.add(name)
@@ -81,6 +87,7 @@ def test_no_other_file_names_a_private_part_of_torch() -> None:
     texts = {p.relative_to(ROOT).as_posix(): p.read_text("utf-8") for p in FILES}
     own = set().union(*(defined(t) for name, t in texts.items() if name != THE_FILE))
     found = {(name, part) for name, t in texts.items() if name != THE_FILE for part in private_names(t, own)}
+    nodes.cache_clear()
     assert found == EMITTED
 
 

@@ -36,6 +36,7 @@ def test_static_cache() -> None:
     assert ran(generated(llama(), cache_implementation="static", disable_compile=True))
 
 
+@pytest.mark.slow
 @way("`generate`, sliding window", WORKS)
 def test_sliding_window() -> None:
     assert ran(generated(llama("Mistral", sliding_window=8)))

@@ -262,6 +262,7 @@ def test_hooks() -> None:
 # --- threads, training --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @way("eight threads at once", WORKS)
 def test_threads() -> None:
     model = stack()
