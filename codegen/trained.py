@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -65,7 +66,25 @@ def _kernel(program: str) -> TrainedKernel:
     made = build(p.cascade, p.mapping)
     if isinstance(made, Refusal):
         raise RuntimeError(f"reattend::cascade_trained cannot run: {made}")
-    return made
+    return _as_called(made, tuple(t.name for t in p.cascade.inputs), p.loose)
+
+
+def _as_called(made: TrainedKernel, names: tuple[str, ...], loose: tuple[str, ...]) -> TrainedKernel:
+    """The kernel on inputs and sizes in the program's order: its file has them as the attention's own cascade reads them."""
+    if (made.inputs, made.sizes) == (names, loose):
+        return made
+    at = [names.index(n) for n in made.inputs]
+
+    def forward(*tensors: Tensor, **sizes: int) -> tuple[Tensor, Tensor]:
+        return made.forward(*[tensors[i] for i in at], **{n: sizes[n] for n in made.sizes})
+
+    def backward(
+        grad: Tensor, out: Tensor, saved: Tensor, wanted: Sequence[int], *tensors: Tensor, **sizes: int
+    ) -> list[Tensor]:
+        given, known = [tensors[i] for i in at], {n: sizes[n] for n in made.sizes}
+        return made.backward(grad, out, saved, [at.index(i) for i in wanted], *given, **known)
+
+    return replace(made, inputs=names, sizes=loose, forward=forward, backward=backward)
 
 
 def _device(tensors: Sequence[Tensor]) -> str:

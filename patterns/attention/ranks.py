@@ -91,6 +91,7 @@ def _split(c: Cascade, rank: Rank, n: Expr) -> Cascade:
     sizes = {high: as_size(count), low: term_size(n)}
     whole = ex.index(high) * n + ex.index(low)
     table = {ex.index(rank.name): whole}
+    halves = Rank(high, sizes[high]), Rank(low, sizes[low])
     # dimensions indexed by the rank where a tensor is defined; its readers split their term in the same way
     cut: dict[str, int] = {}
     for e in c.einsums:
@@ -98,10 +99,13 @@ def _split(c: Cascade, rank: Rank, n: Expr) -> Cascade:
             if i is ex.index(rank.name):
                 cut[e.out.tensor] = d
 
-    def rewrite(root: Expr) -> Expr:
+    # another coordinate of the same size may bear the name where it is reduced
+    bound = any(rank.name in e.over for e in c.einsums)
+
+    def rewrite(root: Expr, over: tuple[str, ...]) -> Expr:
         def rule(e: Expr, args: tuple[Expr, ...]) -> Expr | None:
             if e.op == "index":
-                return table.get(e)
+                return None if rank.name in over else table.get(e)
             if e.op == "load" and str(e.attr) in cut:
                 d = cut[str(e.attr)]
                 split_at = (quotient(args[d], n), remainder(args[d], n))
@@ -128,9 +132,9 @@ def _split(c: Cascade, rank: Rank, n: Expr) -> Cascade:
 
     return replace(
         c,
-        ranks=tuple(x for r in c.ranks for x in ((Rank(high, sizes[high]), Rank(low, sizes[low])) if r is rank else (r,))),
+        ranks=tuple(x for r in c.ranks for x in ((*halves, *((r,) if bound else ())) if r is rank else (r,))),
         tensors=tuple(shape(t) for t in c.tensors),
-        einsums=tuple(replace(e, out=place(e), body=rewrite(e.body)) for e in c.einsums),
+        einsums=tuple(replace(e, out=place(e), body=rewrite(e.body, e.over)) for e in c.einsums),
     )
 
 

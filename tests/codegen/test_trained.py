@@ -89,6 +89,24 @@ def test_gradients(name: str, dtype: str) -> None:
     check(case, case.inputs(TYPES[dtype]))
 
 
+def test_inputs_in_another_order_than_the_file_has_them() -> None:
+    case = VARIANTS["sinks"]()
+    x = case.inputs()
+    made = trained.build(case.cascade, replace(TILES, body="product"))
+    assert isinstance(made, trained.TrainedKernel), made
+    names = ("sink", "V", "Q", "K")
+    turned = trained._as_called(made, names, made.sizes)
+    assert (turned.inputs, made.inputs) == (names, ("Q", "K", "sink", "V"))
+    sizes = {n: case.sizes[n] for n in made.sizes}
+    with torch.no_grad():
+        own = made.forward(*[x[n] for n in made.inputs], **sizes)
+        got = turned.forward(*[x[n] for n in names], **sizes)
+        # gradients of K and V, by their places
+        dk, dv = made.backward(own[0], *own, [1, 3], *[x[n] for n in made.inputs], **sizes)
+        k, v = turned.backward(own[0], *own, [3, 1], *[x[n] for n in names], **sizes)
+    assert all(map(torch.equal, (*own, dk, dv), (*got, k, v)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [windows, no_batch])
 def test_other_ranks(make: object) -> None:

@@ -113,6 +113,12 @@ FOUND = {
         '{"grad": "all", "batch": 2, "queries": 1, "keys": 2, "size": 17, "scale": "learned_exp", "mask": "upper_left",'
         ' "form": "index_put_", "row": "sink32", "after": "dropout", "seed": 97645840}', ("reattend",)
     ),
+    "inputs in another order than the attention reads them": (
+        '{"grad": "inputs", "batch": 2, "kv_heads": 2, "second": "bmm", "bias": "relative"}', ("reattend",)
+    ),
+    "as many keys as batches and heads, which are one rank": (
+        '{"batch": 3, "kv_heads": 3, "queries": 8, "keys_map": "pad", "second": "bmm", "row": "sink"}', ("reattend",)
+    ),
     "values of fewer numbers than a vector": ('{"size": 16, "value": 4}', ("fused",)),
 }
 

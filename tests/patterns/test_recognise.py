@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.patterns import expr as ex
+from reattend.patterns.attention import ranks
 from reattend.patterns.attention.attention import Attention
 from reattend.patterns.attention.recognise import attention
 from reattend.patterns.attention.rowstate import RowState, derive, stream
@@ -252,6 +253,29 @@ def test_row_scalars_that_are_kept_over_two_ranks_at_once() -> None:
     a = seen(c)
     assert a.score is ex.load("QK", (h, p, m), "f32")
     check_same(c, a, {"H": 3, "P": 4})
+
+
+def test_a_batch_that_is_split_bears_the_name_of_a_rank_that_is_reduced_elsewhere() -> None:
+    """Of one size, they may be one name: O[r] = Σ_m …, SD = Σ_r over the keys."""
+    b = Builder({"h": 3, "p": 4, "r": 9, "m": 9, "b": 3})
+    qk = b.put("QK", "bhpm", b.input("Q", "bhpe") * b.input("K", "bhme"), "add", "e")
+    r, p, m = (ex.index(x) for x in "rpm")
+    keys = ex.substitute(qk, {m: r})
+    gm = b.put("GM", "bhp", keys, "max", "r")
+    sd = b.put("SD", "bhp", ex.exp(keys - gm), "add", "r")
+
+    def read(name: str, *last: ex.Expr) -> ex.Expr:
+        return ex.load(name, (r // 3, r % 3, *last), "f32")
+
+    b.input("V", "bhmf")
+    weight = ex.exp(read("QK", p, m) - read(str(gm.attr), p)) / read(str(sd.attr), p)
+    b.put("O", "rpf", weight * read("V", m, ex.index("f")), "add", "m")
+    c = b.cascade("captured", "O")
+    cut = verify(ranks.split(c))
+    assert {"r", "rq", "rr"} <= {r.name for r in cut.ranks}
+    a = seen(ranks.unify(cut))
+    assert a.key == "m"
+    check_same(cut, a, {"H": 3, "P": 4, "B": 3, "M": 9})
 
 
 def test_a_transposed_epilogue_takes_the_outputs_ranks() -> None:
