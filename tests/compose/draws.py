@@ -25,8 +25,11 @@ MODEL = ("projected", "fused", "chunk", "interleaved", "split")
 DATA_MASKS = ("padding_bool", "padding_int", "padding_float", "lengths", "documents", "data", "spans")
 POSITION_MASKS = (
     "causal", "triu", "positions", "upper_left", "window", "near", "blocks", "prefix", "stride", "per_head", "dilated",
+    "reach",
 )
 MASKS = ("none", *POSITION_MASKS, *DATA_MASKS)
+# Keys that a row of a moving window has: its own and those before it.
+WINDOW = 5
 # How a mask as data lies over batch, heads, queries and keys: a letter is whole, a 1 broadcast.
 SPREADS = ("11pm", "b1pm", "1hpm", "bhpm", "b11m", "b1p1", "bhp1", "1h1m", "pm", "1pm")
 FORMS = (
@@ -59,9 +62,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "layout": LAYOUTS,
     "keys_map": ("plain", "cat", "cache", "written", "select", "gathered", "flip", "drop", "pad", "bias_kv", "roll", "index"),
     "heads_map": ("interleave", "expand", "repeat", "index", "index_select", "grouped", "folded", "broadcast"),
-    "shape": ("4d", "merged"),
-    "product": ("matmul", "einsum", "bmm", "baddbmm", "mulsum", "reverse", "linear"),
-    "second": ("matmul", "einsum", "bmm", "mulsum", "reverse"),
+    "shape": ("4d", "merged", "moving"),
+    "product": ("matmul", "einsum", "bmm", "baddbmm", "mulsum", "reverse", "linear", "weighed", "vecdot"),
+    "second": ("matmul", "einsum", "bmm", "mulsum", "reverse", "weighed", "vecdot"),
     "scale": ("after", "divided", "query", "both", "none", "learned_exp", "per_head", "clamped", "inplace"),
     "norm": ("none", "l2", "rms", "layer"),
     "rope": ("none", "half", "pairs"),
@@ -240,6 +243,18 @@ def _mended(d: Draw) -> Draw:
         put(product="matmul")
     if d.second == "bmm" and d.heads_map in ("grouped", "broadcast"):
         put(second="matmul")
+    if d.shape == "moving":
+        plain = ("matmul", "einsum", "mulsum")
+        put(
+            keys=0, keys_map="plain", row="softmax" if d.row == "sdpa" else d.row,
+            layout="bhpe" if d.layout == "pages" else d.layout,
+            product=d.product if d.product in plain else "matmul", second=d.second if d.second in plain else "matmul",
+            bias=d.bias if d.bias in ("none", "data", "per_head") else "none",
+            heads_map="interleave" if d.heads_map in ("grouped", "folded", "broadcast") else d.heads_map,
+        )
+    if d.shape == "merged" or d.heads_map in ("grouped", "folded", "broadcast"):
+        put(product="einsum" if d.product in ("weighed", "vecdot") else d.product)
+        put(second="einsum" if d.second in ("weighed", "vecdot") else d.second)
     if d.heads_map == "folded" and (d.product not in ("matmul", "reverse") or d.second not in ("matmul", "reverse")):
         put(product="matmul", second="matmul")
     if d.shape == "merged" and d.heads_map == "folded":

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .draws import Draw
+from .draws import WINDOW, Draw
 from .operands import FAR, TYPES, attended, headed, inputs, operands, parameters
 
 # Scores and parameters → scaled scores.
@@ -91,9 +91,12 @@ class Composed(nn.Module):
         k = k * d.size**-0.25 if d.scale == "both" else k
         p, m, keyed = q.shape[2], k.shape[2], k
         k, v = headed(d, k, given), headed(d, v, given)
+        if d.shape == "moving":
+            m = WINDOW
+            k, v = (F.pad(t, (0, 0, WINDOW - 1, 0)).unfold(2, WINDOW, 1) for t in (k, v))
         if d.heads_map == "grouped" and d.group > 1:
             q = torch.unflatten(q, 1, (d.kv_heads, d.group))
-        s = after(self._product(q, k), w)
+        s = after(self._product(q, k, w), w)
         s = self._biased(s, q, keyed, given, w)
         if d.cap:
             s = d.cap * torch.tanh(s / d.cap)
@@ -103,7 +106,7 @@ class Composed(nn.Module):
         a = self._after(a, keep)
         if a.dtype != v.dtype and not d.autocast:
             a = a.to(v.dtype)
-        return self._output(self._second(a, v), w)
+        return self._output(self._second(a, v, w), w)
 
     def _normed(self, t: Tensor, which: str, w: dict[str, Tensor]) -> Tensor:
         norm = self.d.norm
@@ -163,8 +166,13 @@ class Composed(nn.Module):
             return t[:, :, None] if t.shape[1] == 1 else torch.unflatten(t, 1, (d.kv_heads, d.group))
         return t
 
-    def _product(self, q: Tensor, k: Tensor) -> Tensor:
+    def _product(self, q: Tensor, k: Tensor, w: dict[str, Tensor]) -> Tensor:
+        """[b, h, p, m]; keys [b, h, m, e], or [b, h, p, e, m] where a row has its own."""
         d = self.d
+        if d.shape == "moving":
+            if d.product == "einsum":
+                return torch.einsum("bhpe,bhpem->bhpm", q, k)
+            return (q[..., None] * k).sum(-2) if d.product == "mulsum" else (q[..., None, :] @ k).squeeze(-2)
         if d.shape == "merged" or d.product in ("bmm", "baddbmm"):
             rows, keys = q.flatten(0, 1), k.flatten(0, 1)
             if d.product == "baddbmm":
@@ -185,15 +193,24 @@ class Composed(nn.Module):
             return torch.einsum("bhpe,bhme->bhpm", q, k.expand(-1, q.shape[1], -1, -1))
         if d.product == "einsum":
             return torch.einsum("bkgpe,bkme->bkgpm", q, k[:, :, 0])
+        if d.product == "weighed":
+            return torch.einsum("bhpe,bhme,e->bhpm", q, k, w["product_gain"])
+        if d.product == "vecdot":
+            pairs: Tensor = torch.linalg.vecdot(q[..., :, None, :], k[..., None, :, :])
+            return pairs
         if d.product == "mulsum":
             return (q[..., :, None, :] * k[..., None, :, :]).sum(-1)
         if d.product == "reverse":
             return (k @ q.mT).mT
         return q @ k.mT
 
-    def _second(self, a: Tensor, v: Tensor) -> Tensor:
-        """[b, h, p, f]"""
+    def _second(self, a: Tensor, v: Tensor, w: dict[str, Tensor]) -> Tensor:
+        """[b, h, p, f]; values [b, h, m, f], or [b, h, p, f, m] where a row has its own."""
         d = self.d
+        if d.shape == "moving":
+            if d.second == "einsum":
+                return torch.einsum("bhpm,bhpfm->bhpf", a, v)
+            return (a[..., None, :] * v).sum(-1) if d.second == "mulsum" else (v @ a[..., None]).squeeze(-1)
         if d.shape == "merged":
             values = v.flatten(0, 1)
             out = torch.einsum("bpm,bmf->bpf", a, values) if d.second == "einsum" else torch.bmm(a, values)
@@ -205,6 +222,10 @@ class Composed(nn.Module):
             return torch.bmm(a.flatten(0, 1), v.flatten(0, 1)).view(d.batch, d.heads, a.shape[2], v.shape[3])
         if d.second == "einsum" and a.dim() == 4:
             out = torch.einsum("bhpm,bhmf->bhpf", a, v.expand(-1, a.shape[1], -1, -1))
+        elif d.second == "weighed":
+            out = torch.einsum("bhpm,bhmf,h->bhpf", a, v, w["second_gain"])
+        elif d.second == "vecdot":
+            out = torch.linalg.vecdot(a[..., :, None, :], v.mT[..., None, :, :])
         elif d.second == "mulsum":
             out = (a[..., None] * v[..., None, :, :]).sum(-2)
         elif d.second == "reverse":
@@ -301,6 +322,8 @@ class Composed(nn.Module):
             return (j < 4) | (i >= j)
         if name == "stride":
             return (i - j) % 3 == 0
+        if name == "reach":
+            return torch.arange(p)[:, None] + j >= m - 1
         if name == "dilated":
             return (i >= j) & ((i - j) % 2 == 0)
         if name == "per_head":

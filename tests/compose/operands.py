@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .draws import DATA_MASKS, MODEL, Draw
+from .draws import DATA_MASKS, MODEL, WINDOW, Draw
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 WIDTH = 12
@@ -19,7 +19,9 @@ FAR = 256
 
 
 def keys_of(d: Draw, n: int) -> int:
-    """How many keys are attended to, of `n` given ones."""
+    """How many keys are attended to, of `n` given ones: of a window that moves, by each row."""
+    if d.shape == "moving":
+        return WINDOW
     more = {"cat": PAST, "written": SPARE, "drop": -1, "pad": 1, "bias_kv": 1}
     return n + more[d.keys_map] if d.keys_map in more else max(1, n * 2 // 3) if d.keys_map in ("select", "gathered") else n
 
@@ -43,6 +45,10 @@ def parameters(d: Draw) -> dict[str, Tensor]:
         out["bias_k"], out["bias_v"] = made(1, kv, 1, d.size), made(1, kv, 1, d.f)
     if d.scale in ("learned_exp", "per_head", "clamped"):
         out["scale"] = made(h, 1, 1, by=0.3)
+    if d.product == "weighed":
+        out["product_gain"] = made(d.size, by=0.3) + 1.0
+    if d.second == "weighed":
+        out["second_gain"] = made(h, by=0.3) + 1.0
     if d.norm in ("rms", "layer"):
         out["norm_q"], out["norm_k"] = made(d.size) + 1.0, made(d.size) + 1.0
     if d.bias in ("alibi", "alibi_keys", "gaussian"):
