@@ -60,7 +60,8 @@ def explicit_casts(gm: fx.GraphModule) -> None:
         region = _region_of(n, state)
         if region is None:
             continue
-        key = (n.target, tuple(_dtype(i) for i in n.all_input_nodes), region, n.kwargs.get("dtype"))
+        # an operator of several steps (einsum) casts by what its other arguments and the sizes say
+        key = (n.target, tuple(_kind(i) for i in n.all_input_nodes), region, repr(fx.map_arg((n.args, n.kwargs), _dtype)))
         if key not in known:
             known[key] = _observe(n, region[0], region[1])
         casts, option = known[key]
@@ -96,6 +97,11 @@ def _region_of(n: fx.Node, state: Mapping[str, Region]) -> tuple[str, Region] | 
 def _dtype(n: fx.Node) -> torch.dtype | None:
     value = n.meta.get("val")
     return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def _kind(n: fx.Node) -> tuple[object, ...]:
+    value = n.meta.get("val")
+    return (value.dtype, *map(str, value.shape)) if isinstance(value, torch.Tensor) else (type(value),)
 
 
 # What holds its first argument's numbers in another shape, beside the views.

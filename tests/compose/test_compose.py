@@ -119,6 +119,9 @@ FOUND = {
     "as many keys as batches and heads, which are one rank": (
         '{"batch": 3, "kv_heads": 3, "queries": 8, "keys_map": "pad", "second": "bmm", "row": "sink"}', ("reattend",)
     ),
+    "two einsums of other letters under autocast": (
+        '{"autocast": "bf16", "product": "weighed", "second": "weighed", "bias": "alibi"}', ("product", "default")
+    ),
     "values of fewer numbers than a vector": ('{"size": 16, "value": 4}', ("fused",)),
 }
 
