@@ -102,31 +102,35 @@ def _drowned(
     """
     if not bool(ours.isfinite().all()) or not bool(exact.isfinite().all()):
         return False
-    there = []
-    for share in (FLAT, FLAT / 2):
-        size = torch.zeros_like(exact)
-        # One draw may be small by luck where a row has one key: the largest of some.
-        for seed in range(DRAWS):
+    seen = []
+    # One draw may be small by luck where a row has one key: the largest of some.
+    for seed in range(DRAWS):
+        sizes = []
+        for share in (FLAT, FLAT / 2):
             generator = torch.Generator().manual_seed(i + len(given) * seed)
             plain = list(given)
             for j in wanting:
                 x = given[j].detach()
                 noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
                 plain[j] = (noise * _usual(x) * (share if j == i else 1.0)).to(x.dtype)
-            size = torch.maximum(size, _own(p, plain, wanting, flow, [_detached(x) for x in plain])[1][i].abs())
-        there.append(size)
-    return drowned(ours, exact, *there)
+            sizes.append(_own(p, plain, wanting, flow, [_detached(x) for x in plain])[1][i])
+        seen.append((sizes[0], sizes[1]))
+    return drowned(ours, exact, seen)
 
 
-def drowned(ours: Tensor, exact: Tensor, there: Tensor, half: Tensor) -> bool:
+def drowned(ours: Tensor, exact: Tensor, seen: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Is a gradient off, row by row, by no more than rounding leaves of numbers as large as there are where nothing cancels?
 
-    `there`: the gradient where its input is made by FLAT; `half`: by half of that. Queries, keys and values that lie in one
-    tensor are all small then, and their gradients with them: by which power, the two tell.
+    `seen`: the gradient where its input is made by FLAT, and by half of that, in one way or several: the largest counts.
+    Queries, keys and values that lie in one tensor are all small then, and their gradients with them: by which power, the
+    two tell.
     """
-    size, less = (_rows(x) for x in (there, half))
-    power = (size / less).log2().nan_to_num(0.0, 0.0, 0.0).round().clamp(0, 3)
-    rows = size / FLAT**power
+    each = []
+    for there, half in seen:
+        size, less = (_rows(x) for x in (there, half))
+        power = (size / less).log2().nan_to_num(0.0, 0.0, 0.0).round().clamp(0, 3)
+        each.append(size / FLAT**power)
+    rows = torch.stack(each).amax(0)
     rows = rows.clamp_min(SMALLEST_ROW * float(rows.max()))
     limit = LONGER * DROWNED.get(ours.dtype, 0.0) * torch.finfo(ours.dtype).eps * rows
     return bool(((ours.double() - exact).abs() <= limit).all())

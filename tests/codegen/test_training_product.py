@@ -84,7 +84,7 @@ def cancels(c: Cascade, x: Values, sizes: Mapping[str, int], flow: Tensor, name:
         noise = {n: torch.randn(t.shape, generator=g) * (share if n == name else 1.0) for n, t in x.items() if n in floats(x)}
         return written(c, {n: noise[n].to(t.dtype) if n in noise else t for n, t in x.items()}, sizes, flow, True)[name]
 
-    return drowned(mine, exact, there(FLAT), there(FLAT / 2))
+    return drowned(mine, exact, [(there(FLAT), there(FLAT / 2))])
 
 
 def of_case(case: Case, dtype: str = "f32") -> dict[str, Tensor]:

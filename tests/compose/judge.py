@@ -177,16 +177,19 @@ def _drawn(d: Draw, model: Composed, call: Reference) -> dict[str, list[Errors]]
     return call.off
 
 
-def _flat(d: Draw, model: Composed, call: Reference, name: str, share: float) -> Tensor:
-    """A gradient where this share of its input or parameter is so small that no softmax is saturated and nothing cancels."""
-    noted, given = Composed(d), list(call.given)
+def _flat(d: Draw, model: Composed, call: Reference, name: str, share: float) -> list[Tensor]:
+    """A gradient where this share of its input or parameter, and of any other one beside it, is so small that no softmax is
+    saturated and nothing cancels: a bias may be small beside scores that are large."""
     kind, _, at = name.removeprefix("gradient of ").partition(" ")
-    if kind == "parameter" and at in noted.w:
+    mine, seen = at if kind == "parameter" else kind, []
+    for other in (mine, *model.weights, *(n for n, x in zip(model.names, call.given) if x.is_floating_point())):
+        noted, small = Composed(d), {mine, other}
         with torch.no_grad():
-            noted.w[at].mul_(share)
-    else:
-        given = [x * share if n == kind else x for n, x in zip(model.names, given)]
-    return _both(d, noted, given)[1][name]
+            for n in small.intersection(noted.w):
+                noted.w[n].mul_(share)
+        given = [x * share if n in small and x.is_floating_point() else x for n, x in zip(model.names, call.given)]
+        seen.append(_both(d, noted, given)[1][name])
+    return seen
 
 
 def _both(d: Draw, model: Composed, given: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -264,7 +267,7 @@ def _wrong(d: Draw, model: Composed, call: Reference, name: str, got: Tensor) ->
     if e.odd or not (
         _right(e, change(exact, _moved(d, model, call)[name]), gradient)
         or _right(e, drawn(_drawn(d, model, call)[name], LONGER if gradient else 1.0), gradient)
-        or (gradient and drowned(got, exact, *(_flat(d, model, call, name, x) for x in (FLAT, FLAT / 2))))
+        or (gradient and drowned(got, exact, list(zip(*(_flat(d, model, call, name, x) for x in (FLAT, FLAT / 2))))))
         or (gradient and vanishing(got, exact, float((_flow(d, call.own["result"]) * call.own["result"]).double().norm())))
     ):
         return "wrong", str(e)

@@ -119,6 +119,10 @@ FOUND = {
     "as many keys as batches and heads, which are one rank": (
         '{"batch": 3, "kv_heads": 3, "queries": 8, "keys_map": "pad", "second": "bmm", "row": "sink"}', ("reattend",)
     ),
+    "slopes small beside scores of which each row has one": (
+        '{"grad": "all", "spread": 5.0, "scale": "none", "bias": "alibi", "mask": "blocks", "row": "off_by_one",'
+        ' "after": "nan_to_num", "out": "permuted", "seed": 456942335}', ("reattend",)
+    ),
     "two einsums of other letters under autocast": (
         '{"autocast": "bf16", "product": "weighed", "second": "weighed", "bias": "alibi"}', ("product", "default")
     ),
