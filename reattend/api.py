@@ -76,7 +76,7 @@ def optimize(
 
 
 def _as_measured(held: Session) -> bool:
-    """Are the weights those with which the session's methods were measured, where it has any?"""
+    """Is the model as it was when the session's methods were measured, where it has any?"""
     return held.installed is None or held.installed.ground is None or held.installed.ground.stands()
 
 

@@ -108,6 +108,7 @@ class _Calibration:
         whole = self._whole(choice, self.halves.held_out) if choice else [0.0]
         said = (*self._said(taken, whole, [*tried, *confirmed]), *self._answers(choice))
         curve = (*(self._point(t, choice, False) for t in tried), *(self._point(t, choice, True) for t in confirmed))
+        self.ground.settle()
         kinds = {name: frozenset(seen) for name, seen in self.recorder.sites.items()}
         return Installed(
             choice, errors, self.budget, max(whole), said, kinds, self.ground, self.recorder.found.fitted, curve

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import reattend
 from reattend.patterns.methods.static.sink_window import SinkWindow
-from reattend.rewriter.choose.ground import CHANGED, Ground
+from reattend.rewriter.choose.ground import CALLS, CHANGED, WEIGHTS, Ground
 from tests.tiers import few
 
 N, WIDTH = 512, 16
@@ -26,6 +26,7 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.scale = 0.1
 
     def forward(self, x: Tensor, far: bool = False) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
@@ -34,7 +35,7 @@ class Attention(nn.Module):
         if far:
             y = ((q @ k.mT) * 4).masked_fill(later, float("-inf")).softmax(-1) @ v
         else:
-            y = ((q @ k.mT) * 0.1).masked_fill(later, float("-inf")).softmax(-1) @ v
+            y = ((q @ k.mT) * self.scale).masked_fill(later, float("-inf")).softmax(-1) @ v
         out: Tensor = y.transpose(1, 2).flatten(2)
         return out
 
@@ -106,21 +107,60 @@ def test_other_weights_run_the_models_own_code_and_say_so(
     model, written = pair
     for m in pair:
         change(m)
-    with pytest.warns(UserWarning, match="weights are others"):
+    with pytest.warns(UserWarning, match="other weights"):
         assert near(model, written)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert near(model, written)
-    assert CHANGED in str(reattend.report(model))
+    assert CHANGED.format(what=WEIGHTS) in str(reattend.report(model))
+
+
+def hooked(model: nn.Module) -> None:
+    model.get_submodule("layer").register_forward_hook(lambda module, given, out: out * 30)
+
+
+def patched(model: nn.Module) -> None:
+    layer = model.get_submodule("layer")
+    own = layer.forward
+    layer.forward = lambda *given: own(*given) * 30
+
+
+def numbered(model: nn.Module) -> None:
+    vars(model.get_submodule("layer"))["scale"] = 0.4
+
+
+@pytest.mark.parametrize("change", few([hooked, patched, numbered], hooked))
+def test_other_hooks_forwards_and_numbers_run_the_models_own_code(
+    change: Callable[[nn.Module], None], pair: tuple[nn.Module, nn.Module]
+) -> None:
+    model, written = pair
+    for m in pair:
+        change(m)
+    with pytest.warns(UserWarning, match="other hooks, forwards or numbers"):
+        assert near(model, written)
+    assert CHANGED.format(what=CALLS) in str(reattend.report(model))
+
+
+def test_a_number_that_counts_calls_is_no_change() -> None:
+    model = Model().eval()
+    vars(model)["calls"] = 0
+    ground = Ground(model)
+    vars(model)["calls"] = 1
+    assert not ground.stands()
+    ground.settle()
+    vars(model)["calls"] = 2
+    assert ground.stands()
+    model.get_submodule("layer").register_forward_pre_hook(lambda module, given: None)
+    assert not ground.stands()
 
 
 def test_weights_that_are_lent_to_one_call_are_not_kept(pair: tuple[nn.Module, nn.Module]) -> None:
     model, written = pair
     lent = {n: p * 4 for n, p in model.named_parameters()}
-    with pytest.warns(UserWarning, match="weights are others"):
+    with pytest.warns(UserWarning, match="other weights"):
         assert near(*(lambda *a, m=m: torch.func.functional_call(m, lent, a) for m in pair))
     assert not near(model, written)
-    assert CHANGED not in str(reattend.report(model))
+    assert CHANGED.format(what=WEIGHTS) not in str(reattend.report(model))
 
 
 def test_optimised_again_it_is_measured_anew(pair: tuple[nn.Module, nn.Module]) -> None:
