@@ -748,6 +748,15 @@ def dynamo_errors() -> type[Exception]:
     return errors
 
 
+def raised_by_dynamo(error: Exception) -> bool:
+    """Is an error Dynamo's own, or one of no class of its own that its code raised while it captured?"""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    where = str(last.tb_frame.f_globals.get("__name__", "")) if last is not None else ""
+    return isinstance(error, dynamo_errors()) or where.startswith(DYNAMO_ERROR.path.partition(".exc")[0])
+
+
 def raised_by_backend(error: Exception) -> Exception | None:
     """What a backend raised, where Dynamo wraps it."""
     return error.inner_exception if isinstance(error, BACKEND_ERROR.found()) else None

@@ -160,7 +160,9 @@ class Entry:
         outer = bypass.enter()
         try:
             out = self.compiled(self.module, *args, **kwargs)
-        except torch_private.dynamo_errors() as error:
+        except Exception as error:
+            if not torch_private.raised_by_dynamo(error):
+                raise
             raised = torch_private.raised_by_backend(error)
             if isinstance(raised, StrictError):
                 self.session.detach()

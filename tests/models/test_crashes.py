@@ -475,6 +475,19 @@ def test_values_that_are_known_while_tracing_only_are_no_graph(monkeypatch: pyte
 # --- other people's contexts --------------------------------------------------------------------------------------
 
 
+class Marked(torch.Tensor):
+    """A subclass that adds nothing: Dynamo fails where an attribute of such an input is read."""
+
+
+def test_where_dynamo_fails_by_an_assertion_of_its_own_the_model_runs_as_written() -> None:
+    q, k, v = (torch.randn(2, 2, 40, 16).as_subclass(Marked) for _ in range(3))
+    model = reattend.optimize(Fn(lambda q, k, v: (q @ k.mT * 0.25).softmax(-1) @ v))
+    with pytest.warns(UserWarning, match="runs as written: AssertionError"):
+        out = model(q, k, v)
+    assert type(out) is Marked
+    assert torch.equal(out, (q @ k.mT * 0.25).softmax(-1) @ v)
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
