@@ -1,8 +1,8 @@
 """What approximations of attention do to models that need it, without a download: quality against density and speed.
 
     python benchmarks/quality.py [--models recall,text,minilm] [--tasks recall,needle,text,passages] [--threads 1]
-                                 [--budgets 0.125,0.25,0.5] [--examples 32] [--cache build/laboratory]
-                                 [--page build/quality.html] [--table docs/laboratory.md]
+                                 [--methods "moba by head,xattention"] [--budgets 0.125,0.25,0.5] [--examples 32]
+                                 [--cache build/laboratory] [--page build/quality.html] [--table docs/laboratory.md]
 
 Trains small causal models with rotary positions on this CPU (once: they are kept in the cache as safetensors, and a training
 that was cut off goes on), runs each task's held-out examples as the model is written and under every method and selection at
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import timing
 import torch
 from laboratory import minilm, page
 from laboratory.budgets import AT, laws
+from laboratory.by_head import ByHead
 from laboratory.laws import Law, Refused
 from laboratory.models import Shape
 from laboratory.rows import Row, held_out, logits, measured
@@ -50,7 +51,7 @@ START, END = "<!-- measured -->", "<!-- end of measured -->"
 
 
 def under_all(
-    name: str, model: nn.Module, task: str, size: Size, batch: Batch, over: Sequence[Selection | Law | str]
+    name: str, model: nn.Module, task: str, size: Size, batch: Batch, over: Sequence[Selection | Law | ByHead | str]
 ) -> Iterator[Row]:
     """A task of a model under each of these."""
     exact = logits(model, batch)
@@ -63,9 +64,11 @@ def under_all(
             print(f"{task:7} {size!s:22} not for this attention: {no}", flush=True)
 
 
-def rows_of(name: str, tasks: Sequence[str], budgets: Sequence[float], examples: int, cache: Path) -> Iterator[Row]:
-    """These tasks of a model under every selection and every registered method at every budget."""
-    anchors = [kind(share) for kind in SELECTIONS for share in budgets]
+def rows_of(
+    name: str, tasks: Sequence[str], budgets: Sequence[float], examples: int, cache: Path, wanted: Callable[[str], bool]
+) -> Iterator[Row]:
+    """These tasks of a model under every wanted selection and registered method at every budget."""
+    anchors = [kind(share) for kind in SELECTIONS if wanted(kind.__name__) for share in budgets]
     if name == minilm.NAME:
         where = minilm.folder()
         if "passages" not in tasks:
@@ -78,7 +81,7 @@ def rows_of(name: str, tasks: Sequence[str], budgets: Sequence[float], examples:
         return
     model = trained(RECIPES[name], cache, say=True)
     for task, size in (x for x in CELLS[name] if x[0] in tasks):
-        made = laws(model, name, task, size, budgets, cache, RECIPES[name].key())
+        made = laws(model, name, task, size, budgets, cache, RECIPES[name].key(), wanted)
         yield from under_all(name, model, task, size, held_out(task, size, examples), [*anchors, *made])
 
 
@@ -93,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join((*RECIPES, minilm.NAME)))
     parser.add_argument("--tasks", default="recall,needle,text,passages")
+    parser.add_argument("--methods", default="", help="only these, by name (\"moba by head\"); rows of others stay")
     parser.add_argument("--budgets", default="0.125,0.25,0.5")
     parser.add_argument("--examples", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
@@ -102,11 +106,16 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     budgets, tasks, rows = [float(x) for x in given.budgets.split(",")], given.tasks.split(","), []
+    only = {x.strip() for x in given.methods.split(",") if x.strip()}
+
+    def wanted(family: str) -> bool:
+        return not only or family in only
+
     for name in given.models.split(","):
-        for row in rows_of(name, tasks, budgets, given.examples, given.cache):
+        for row in rows_of(name, tasks, budgets, given.examples, given.cache, wanted):
             rows.append(json.loads(json.dumps(row.as_json())))
             print(page.plain(rows[-1]), flush=True)
-    rows = [*kept({page.cell(r) for r in rows}), *rows]
+    rows = [*kept({page.cell(r) for r in rows}, wanted), *rows]
     rows.sort(key=page.order)
     fill_speeds(rows)
     written = timing.write("quality_cpu", rows)
@@ -134,11 +143,11 @@ def fill_speeds(rows: list[page.Row]) -> None:
             r["seconds"], r["dense"] = found
 
 
-def kept(measured_now: set[tuple[str, str, str]]) -> list[page.Row]:
-    """Rows that lie in the results from before, of other cells."""
+def kept(measured_now: set[tuple[str, str, str]], wanted: Callable[[str], bool]) -> list[page.Row]:
+    """Rows that lie in the results from before, of other cells and of methods that were not asked for."""
     path = timing.RESULTS / "quality_cpu.json"
     before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    return [r for r in before if page.cell(r) not in measured_now]
+    return [r for r in before if page.cell(r) not in measured_now or not wanted(page.family(r))]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from laboratory.by_head import ByHead
 from laboratory.laws import Law
 from laboratory.selections import TILE, Selection, by_tile
 from reattend.rewriter.approximate.quality import kept_mass
@@ -52,10 +53,10 @@ class Attended:
 
 
 def attended(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, under: Selection | Law, layer: int = 0
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, under: Selection | Law | ByHead, layer: int = 0
 ) -> Attended:
     """An attention under a selection or a method."""
-    if isinstance(under, Law):
+    if isinstance(under, (Law, ByHead)):
         out, keep = under(q, k, v, not bool(allowed.all()), scale, layer)
         if keep is None:
             return Attended(out)
@@ -72,7 +73,7 @@ def attended(
 class Under(TorchFunctionMode):
     """A model's attentions under a selection or a method; `layers` has what each of them lost, in the order of the calls."""
 
-    def __init__(self, under: Selection | Law) -> None:
+    def __init__(self, under: Selection | Law | ByHead) -> None:
         super().__init__()
         self.under = under
         self.layers: list[Layer] = []

@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from laboratory import fitted
+from laboratory.attend import Under
+from laboratory.by_head import ByHead, Cost, Levels, search
 from laboratory.laws import Law
 from laboratory.models import Model
+from laboratory.rows import logits, parts
 from laboratory.selections import TILE
-from laboratory.tasks import Size
+from laboratory.tasks import TASKS, Size
 from reattend.patterns.methods.linear.based import TaylorWindow
 from reattend.patterns.methods.linear.hedgehog import Hedgehog
 from reattend.patterns.methods.method import Method
@@ -23,6 +28,7 @@ from reattend.patterns.methods.selected.flexprefill import FlexPrefill
 from reattend.patterns.methods.selected.moba import MoBA
 from reattend.patterns.methods.selected.xattention import XAttention
 from reattend.patterns.methods.static.sink_window import SinkWindow
+from reattend.rewriter.approximate.quality import answer_quality
 
 # Directions of a learned map a head, and steps of its fitting.
 FEATURES, WINDOW, STEPS, RATE = 64, 16, 300, 2e-2
@@ -59,20 +65,42 @@ SWEPT: Mapping[str, Sequence[Method]] = {
 }
 
 
+# By a method's name: its levels of a head, from little to much. A head at less than these sees a sink and a window.
+LEVELS: Mapping[str, Sequence[Method]] = {
+    XAttention.name: [XAttention(mass=m, stride=2, block=TILE) for m in (0.5, 0.65, 0.8, 0.9, 0.95, 0.98)],
+    FlexPrefill.name: [FlexPrefill(mass=m, block=TILE, least=TILE) for m in (0.5, 0.65, 0.8, 0.9, 0.95, 0.98)],
+    MoBA.name: [MoBA(count=c, block=TILE) for c in (2, 3, 5, 9, 14, 20, 32)],
+}
+STREAMING = SinkWindow(TILE, 2 * TILE)
+# Of the pairs that all heads together keep, and examples that the levels are found on.
+SHARE, EXAMPLES = 0.25, 8
+
+
 def laws(
-    model: Model, name: str, task: str, size: Size, budgets: Sequence[float], cache: Path, key: str
-) -> Iterator[Law | str]:
-    """Every method at every budget it has; a sentence for one that needs what the laboratory has not."""
+    model: Model, name: str, task: str, size: Size, budgets: Sequence[float], cache: Path, key: str,
+    wanted: Callable[[str], bool] = lambda family: True,
+) -> Iterator[Law | ByHead | str]:
+    """Every wanted method at every budget it has, and by head; a sentence for one that needs what the laboratory has not."""
     for facts in methods():
-        if facts.name == Hedgehog.name:
-            yield from _hedgehog(model, name, task, size, cache, key)
-        elif facts.name in AT:
-            for share in budgets:
-                yield Law(AT[facts.name](size.tokens, share), budget=share)
-        elif facts.name in SWEPT:
-            yield from map(Law, SWEPT[facts.name])
-        else:
-            yield at_defaults(facts)
+        if wanted(facts.name):
+            yield from _alone(facts, model, name, task, size, budgets, cache, key)
+        if facts.name in LEVELS and wanted(f"{facts.name} by head"):
+            yield by_head(model, task, size, facts.name)
+
+
+def _alone(
+    facts: MethodFacts, model: Model, name: str, task: str, size: Size, budgets: Sequence[float], cache: Path, key: str
+) -> Iterator[Law | str]:
+    """A method, the same for all heads."""
+    if facts.name == Hedgehog.name:
+        yield from _hedgehog(model, name, task, size, cache, key)
+    elif facts.name in AT:
+        for share in budgets:
+            yield Law(AT[facts.name](size.tokens, share), budget=share)
+    elif facts.name in SWEPT:
+        yield from map(Law, SWEPT[facts.name])
+    else:
+        yield at_defaults(facts)
 
 
 def at_defaults(facts: MethodFacts) -> Law | str:
@@ -81,6 +109,32 @@ def at_defaults(facts: MethodFacts) -> Law | str:
     if missing:
         return f"{facts.name}: it has no default for {', '.join(missing)}"
     return Law(facts.make())
+
+
+def by_head(model: Model, task: str, size: Size, name: str) -> ByHead:
+    """A method with a level for every head, within `SHARE` of the pairs, found on examples that nothing is measured on."""
+    levels = [Law(STREAMING), *map(Law, LEVELS[name])]
+    batch = TASKS[task].batch(size, EXAMPLES, fitted.FIT)
+    exact = logits(model, batch)
+    known: dict[str, Cost] = {}
+
+    def made(chosen: Levels, label: str = "") -> ByHead:
+        return ByHead([[levels[i] if i < len(levels) else None for i in row] for row in chosen], SHARE, label)
+
+    def cost(chosen: Levels) -> Cost:
+        if str(chosen) not in known:
+            mode, said = Under(made(chosen)), []
+            with torch.no_grad():
+                for words in parts(batch, 8):
+                    with mode.batch():
+                        said.append(model(words))
+            nats = answer_quality(exact, batch.finish(torch.cat(said)), batch.labels).kl.value
+            known[str(chosen)] = Cost(nats, sum(x.pairs for x in mode.layers) / sum(x.pairs_allowed for x in mode.layers))
+        return known[str(chosen)]
+
+    chosen = search(model.shape.layers, model.shape.heads, len(levels), cost, SHARE, say=True)
+    text = "; ".join(", ".join("exact" if i == len(levels) else str(levels[i]) for i in row) for row in chosen)
+    return made(chosen, f"{name} by head: {text}")
 
 
 def _hedgehog(model: Model, name: str, task: str, size: Size, cache: Path, key: str) -> Iterator[Law]:

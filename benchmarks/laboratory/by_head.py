@@ -67,7 +67,7 @@ def search(
     at = cost(now)
     while at.pairs > budget:
         steps = [
-            (step, cost(step)) for layer in range(layers) for h in range(heads) for i in range(now[layer][h])
+            (step, cost(step)) for layer in range(layers) for h in range(heads) for i in reversed(range(now[layer][h]))
             if (step := with_level(now, layer, h, i))
         ]
         steps = [(step, then) for step, then in steps if then.pairs < at.pairs]

@@ -174,7 +174,11 @@ def plot(rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row], Row]
 
 def family(row: Row) -> str:
     """A method without its parameters: one curve."""
-    return str(row["method"]).partition("(")[0]
+    return family_of(str(row["method"]))
+
+
+def family_of(method: str) -> str:
+    return method.partition("(")[0].partition(":")[0]
 
 
 def names(rows: Sequence[Row]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laboratory.attend import Under
+from laboratory.by_head import ByHead
 from laboratory.laws import Law
 from laboratory.selections import Selection
 from laboratory.tasks import TASKS, Batch, Size
@@ -57,7 +58,7 @@ def logits(model: nn.Module, batch: Batch, at_a_time: int = 8) -> Tensor:
 
 
 def measured(
-    model: nn.Module, name: str, task: str, size: Size, under: Selection | Law, exact: Tensor, batch: Batch
+    model: nn.Module, name: str, task: str, size: Size, under: Selection | Law | ByHead, exact: Tensor, batch: Batch
 ) -> Row:
     """The row of a selection of the laboratory's own, or of a method; `exact` are the model's own logits on the batch."""
     mode = Under(under)
@@ -71,7 +72,7 @@ def measured(
         for h in head_quality(i, torch.cat(layer.mass) if layer.mass else None, torch.cat(layer.off), torch.cat(layer.size))
     ]
     pairs, tiles = (sum(getattr(x, f"{n}_allowed") for x in mode.layers) for n in ("pairs", "tiles"))
-    is_law = isinstance(under, Law)
+    is_law = isinstance(under, (Law, ByHead))
     return Row(
         name, task, str(size), str(under) if is_law else f"{type(under).__name__}({under.share:g})",
         "method" if is_law else "anchor", under.budget if is_law else under.share,

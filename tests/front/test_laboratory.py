@@ -24,7 +24,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Its modules by name."""
     # benchmarks find one another beside themselves
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    parts = ("tasks", "models", "training", "selections", "laws", "attend", "rows", "page", "minilm", "budgets")
+    parts = ("tasks", "models", "training", "selections", "laws", "attend", "rows", "page", "minilm", "budgets", "by_head")
     return SimpleNamespace(**{n: importlib.import_module(f"laboratory.{n}") for n in parts})
 
 
@@ -150,6 +150,33 @@ def test_a_method_of_the_package_is_its_own_cascade(lab: Any) -> None:
     assert lab.attend.attended(q, k, v, allowed, 1.0, lab.laws.Law(TaylorWindow(4))).keep is None
     with pytest.raises(lab.laws.Refused, match="give their file as maps"):
         lab.attend.attended(q, k, v, allowed, 1.0, lab.laws.Law(Hedgehog()))
+
+
+def test_heads_have_laws_of_their_own(lab: Any) -> None:
+    q, k, v = (torch.cat([x, x.flip(-1)], 1) for x in planted(64))
+    allowed = torch.ones(64, 64, dtype=torch.bool).tril()
+    law = lab.laws.Law(SinkWindow(2, 5))
+    under = lab.by_head.ByHead([[None, law]], 0.5, "by head")
+    made = lab.attend.attended(q, k, v, allowed, 1.0, under)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    torch.testing.assert_close(made.out[:, :1], exact[:, :1])
+    torch.testing.assert_close(made.out[:, 1:], lab.attend.attended(q[:, 1:], k[:, 1:], v[:, 1:], allowed, 1.0, law).out)
+    assert made.keep[0, 0].equal(allowed)
+    assert int(made.keep[0, 1].sum()) == lab.budgets.pairs(64, 2, 5)
+
+
+def test_levels_go_down_where_that_costs_least(lab: Any) -> None:
+    """Of two heads one is worth ten times the other; at half of the pairs the cheap one is at nothing."""
+
+    def cost(levels: Any) -> Any:
+        (a, b), worth = levels[0], 10.0
+        return lab.by_head.Cost(worth * (4 - a) + (4 - b), (a + b) / 8)
+
+    assert lab.by_head.search(1, 2, 4, cost, 0.5) == [[4, 0]]
+    assert lab.by_head.search(1, 2, 4, cost, 0.4) == [[3, 0]]
+    assert lab.by_head.search(1, 2, 4, cost, 1.0) == [[4, 4]]
+    # what saves nothing is not gone down to
+    assert lab.by_head.search(1, 2, 4, lambda levels: lab.by_head.Cost(0.0, 1.0), 0.5) == [[4, 4]]
 
 
 def test_rows_have_what_a_head_lost_behind_its_projection(lab: Any) -> None:
