@@ -83,7 +83,8 @@ def vanishing(ours: Tensor, exact: Tensor, whole: float) -> bool:
     """Is a gradient 0 by itself (of a bias that a row's keys share), and ours rounding of sums as large as the `whole`?"""
     if not exact.numel() or not bool(ours.isfinite().all()) or float(exact.abs().max()) > ZERO * whole:
         return False
-    return float(ours.abs().max()) <= LONGER * torch.finfo(ours.dtype).eps * whole
+    # a scale's is a sum of scores times what cancels: as many units as where it is not 0
+    return float(ours.abs().max()) <= LONGER * DROWNED.get(ours.dtype, 0.0) * torch.finfo(ours.dtype).eps * whole
 
 
 # What one input is made by, so that scores are near 0 and no softmax is saturated.

@@ -123,6 +123,10 @@ FOUND = {
         '{"grad": "all", "spread": 5.0, "scale": "none", "bias": "alibi", "mask": "blocks", "row": "off_by_one",'
         ' "after": "nan_to_num", "out": "permuted", "seed": 456942335}', ("reattend",)
     ),
+    "the gradient of a scale where each row has one key": (
+        '{"grad": "all", "queries": 33, "keys": 3, "size": 80, "layout": "transposed", "product": "vecdot", "second": "weighed",'
+        ' "scale": "per_head", "mask": "stride", "form": "added", "fill": "lowest", "seed": 69972808}', ("reattend",)
+    ),
     "two einsums of other letters under autocast": (
         '{"autocast": "bf16", "product": "weighed", "second": "weighed", "bias": "alibi"}', ("product", "default")
     ),
