@@ -77,7 +77,8 @@ class Plan(Findings):
             if types == Types():
                 return self
             raise StepError("a plan of a training step, or one that was read from a file, is not priced again: make it anew")
-        made = self.restep(self.device, {s.name: s.value for s in self.symbols}, self.sites, self.sharding, types)
+        there = self.restep([{s.name: s.value for s in self.symbols}])
+        (made,) = there.on(self.device, [self.sites])(self.sharding, types)
         return replace(self, step=None, step_why=made) if isinstance(made, str) else replace(self, step=made, step_why="")
 
     def over(self, axis: str, values: Sequence[int], targets: Sequence[str | Device] = ()) -> Sweep:
