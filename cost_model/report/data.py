@@ -12,7 +12,7 @@ from ..sites.findings import Findings
 from ..sites.site import Candidate, Site, grouped
 from ..sites.sweep import Sweep
 from ..time.cost import TOTAL
-from ..time.roofline import roof
+from .roofline import roof
 from ..words import between, bytes_text, tokens_text
 from .basis import basis_rows, basis_text
 from .mesh_data import TITLES, mesh_data
