@@ -193,9 +193,19 @@ def predict_vendor(
     s = subject(c)
     if isinstance(s, Obstacle):
         return s
-    at = bound(s, sizes or {})
+    known, grads = tuple(sorted((sizes or {}).items())), tuple(wanted) if wanted is not None else None
+    return _vendor(s, use, device, known, data, grads, beside)
+
+
+@lru_cache(maxsize=1024)
+def _vendor(
+    s: Subject, use: VendorUse, device: Device, known: tuple[tuple[str, int], ...], data: Data,
+    wanted: tuple[str, ...] | None, beside: float | None,
+) -> Cost:
+    sizes = dict(known)
+    at = bound(s, sizes)
     if use.kernel.eager:
-        return _math(c, s, use, device, sizes or {}, wanted)
+        return _math(s.cascade, s, use, device, sizes, wanted)
     if device.kind == "cpu":
         cost = with_prelude(_vendor_on_cpu(s, at, use, device, data), s, at, device)
     else:
