@@ -76,7 +76,8 @@ class Types:
 class ModelStep:
     """What one step takes and holds on each of `devices`. `parts` are seconds by part, which add up.
 
-    `band`: from seconds / (1 + band) to seconds · (1 + band) is as predicted. `room_bytes`: what a device has for weights,
+    `band`: from seconds / (1 + band) to seconds · (1 + band) is as predicted. `latents`: attention runs over
+    what is cached of latents, and their keys and values are not made. `room_bytes`: what a device has for weights,
     caches and activations. The largest batch is that at this context, the largest context that at this batch: None where
     nothing grows with it.
     """
@@ -97,6 +98,7 @@ class ModelStep:
     mesh: str = ""
     weights: str = ""
     cache: str = ""
+    latents: bool = False
 
     @property
     def seconds(self) -> float:

@@ -101,13 +101,16 @@ class StepColumns:
         )
 
     def on(
-        self, sites: Attentions, d: Device, types: Types, spread: StepSpread | None
+        self, sites: Attentions, d: Device, types: Types, spread: StepSpread | None, over_latents: bool = False
     ) -> tuple[ModelStep | str, ...]:
-        """The step at each point, or why there is none. Raises StepError for a device without rates of products."""
+        """The step at each point, or why there is none. Raises StepError for a device without rates of products.
+
+        `over_latents`: the attentions run on what is cached, so that no keys from before are made again.
+        """
         rates = layer_rates().get(d.name)
         if rates is None:
             raise StepError(f"products are not priced on {d.name}: one of {', '.join(layer_rates())}")
-        return _Priced(self, sites, d, rates, types, spread).steps()
+        return _Priced(self, sites, d, rates, types, spread, over_latents).steps()
 
 
 class _Priced:
@@ -115,14 +118,15 @@ class _Priced:
 
     def __init__(
         self, x: StepColumns, sites: Attentions, d: Device, rates: Mapping[str, ProductRates], types: Types,
-        spread: StepSpread | None,
+        spread: StepSpread | None, over_latents: bool,
     ) -> None:
         self.x, self.sites, self.d, self.rates, self.types, self.spread = x, sites, d, rates, types, spread
         self.mesh = spread.mesh if spread is not None else Mesh(())
         self.tp, self.dp, self.cp = (self.mesh.size(a) for a in ("tp", "dp", "cp"))
         self.rows = self.dp * (1 if x.decodes else self.cp)
         self.elsewhere = spread.attention_seconds if spread is not None else None
-        self.work = x.work if self.elsewhere is None else x.work.without_keys()
+        self.latents = over_latents or self.elsewhere is not None
+        self.work = x.work.without_keys() if self.latents else x.work
         self.narrow = CACHE_TYPES[types.cache] / _cache_width(self.work) if types.cache else 1.0
 
     def steps(self) -> tuple[ModelStep | str, ...]:
@@ -138,7 +142,7 @@ class _Priced:
         refused = self.refused()
         seconds = [dict(zip(parts, row)) for row in zip(*(p.tolist() for p in parts.values()))]
         held = [[math.ceil(n) for n in column.tolist()] for column in (cache, active)]
-        common = math.floor(room), self.mesh.devices, str(self.mesh), self.types.weights, self.types.cache
+        common = math.floor(room), self.mesh.devices, str(self.mesh), self.types.weights, self.types.cache, self.latents
         return tuple(
             refused[i] or ModelStep(
                 e.phase, e.batch, e.tokens, e.context, seconds[i], b, math.ceil(weights), held[0][i], held[1][i],

@@ -34,11 +34,12 @@ from ..sites.sweeping import sweep
 from ..time.cost import Cost
 from .table import plan_table
 
+# 6 added: a step over cached latents, and their bytes.
 # 5 added: the step of the whole model.
 # 4 added: density and measured error of candidates that are not exact.
 # 3 added: meshes over a sweep.
 # 2 added: sizes that costs are for, tile pictures, memory, open sizes and sweeps, bytes of weights.
-SCHEMA = 5
+SCHEMA = 6
 
 
 @dataclass(frozen=True)

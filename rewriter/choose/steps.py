@@ -16,7 +16,7 @@ from ...cost_model.columns import Columns
 from ...cost_model.devices.device import Device
 from ...cost_model.layer.step import Attended, Extent, ModelStep, StepError, StepSpread, Types
 from ...cost_model.layer.steps import Attentions, StepColumns
-from ...cost_model.layer.work import LayerWork
+from ...cost_model.layer.work import LayerProduct, LayerWork
 from ...cost_model.mesh.mesh import Mesh, parse
 from ...cost_model.mesh.plan import MeshPlan
 from ...cost_model.sites.site import Site
@@ -25,6 +25,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Size
 from ..find.place import Place
+from .latents import LATENT
 
 # Steps at the points of a device over a mesh, weights and caches stored in these types: one a point, or why there is none.
 Over: TypeAlias = Callable[[MeshPlan | Mesh | None, Types], tuple[ModelStep | str, ...]]
@@ -121,8 +122,7 @@ class StepsAt:
         out: list[ModelStep | str] = [""] * self._n
         for g in groups:
             try:
-                spread = _spread(sharding)
-                made: Sequence[ModelStep | str] = g.work.on(g.sites, g.device, types, spread)
+                made: Sequence[ModelStep | str] = g.priced(sharding, types)
             except (StepError, ValueError) as no:
                 made = [str(no)] * len(g.points)
             for i, m in zip(g.points, made):
@@ -151,7 +151,7 @@ class StepsAt:
         """How many sequences, new tokens and keys a step has: tokens are the rows of most products, the longest sequence
         of queries that divides them is one of theirs.
         """
-        some = [(self._at.integers(p.rows), n) for p, n in self._work.products if p.weight and not p.experts and not p.last]
+        some = [(self._at.integers(p.rows), n) for p, n in self._work.products if _of_tokens(p)]
         out: list[Extent | str] = []
         for i in range(self._n):
             rows: dict[int, int] = {}
@@ -191,7 +191,20 @@ class _Group:
     points: list[int]
     work: StepColumns
     sites: Attentions
+    over_latents: Attentions | None
     device: Device
+
+    def priced(self, sharding: MeshPlan | Mesh | None, types: Types) -> Sequence[ModelStep | str]:
+        """A step a point; where attentions decode over cached latents, as engines run them, if that is faster.
+
+        How heads that are divided over devices share latents is for the ways of a mesh to say.
+        """
+        spread = _spread(sharding)
+        made = self.work.on(self.sites, self.device, types, spread)
+        if self.over_latents is None or isinstance(sharding, MeshPlan) or (spread is not None and spread.mesh.size("tp") > 1):
+            return made
+        others = self.work.on(self.over_latents, self.device, types, spread, over_latents=True)
+        return [b if _faster(a, b) else a for a, b in zip(made, others)]
 
     @staticmethod
     def of(at: StepsAt, d: Device, sites: Sequence[Sequence[Site]], some: list[int]) -> _Group:
@@ -209,7 +222,37 @@ class _Group:
                 heads = [at.heads[i][kind] if kind < len(at.heads[i]) else (1, 1) for i in some]
                 distinct.append([_attended(sites[i][layer], d, *h) for i, h in zip(some, heads)])
             order.append(columns[key])
-        return _Group(some, at.group(some, generates), Attentions.of(distinct, order), d)
+        latent: Attentions | None = None
+        if any(LATENT in {c.name for c in s.candidates} for s in first):
+            there = [[_over_latents(sites[i][layer], a) for i, a in zip(some, of)] for layer, of in _firsts(order, distinct)]
+            latent = Attentions.of(there, order)
+        return _Group(some, at.group(some, generates), Attentions.of(distinct, order), latent, d)
+
+
+def _firsts(order: Sequence[int], distinct: Sequence[list[Attended]]) -> list[tuple[int, list[Attended]]]:
+    """Of each distinct attention the first layer that has it."""
+    return [(order.index(n), of) for n, of in enumerate(distinct)]
+
+
+def _faster(one: ModelStep | str, other: ModelStep | str) -> bool:
+    return isinstance(one, ModelStep) and isinstance(other, ModelStep) and other.seconds < one.seconds
+
+
+def _over_latents(s: Site, plain: Attended) -> Attended:
+    """A site that decodes over its latents, which all heads share; one that has none stays as it is."""
+    form = next((c for c in s.candidates if c.name == LATENT), None)
+    if form is None or form.cost is None or s.memory is None:
+        return plain
+    launch = min(form.cost.seconds, form.cost.parts.get("launch", 0.0))
+    return replace(
+        plain, seconds=form.cost.seconds, launch=launch, band=form.cost.band, cache_bytes=s.memory.latent_bytes,
+        held=s.memory.tiled_bytes, key_heads=1,
+    )
+
+
+def _of_tokens(p: LayerProduct) -> bool:
+    """Are its rows the tokens of the step?"""
+    return p.weight and not p.experts and not p.last and not p.keys
 
 
 def _product(known: Columns, sizes: Sequence[Size]) -> list[int]:

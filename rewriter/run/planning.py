@@ -111,7 +111,7 @@ def plan_graph(
     work: list[LayerWork | str] = []
     for region in capture.regions(captured.graph):
         found = choose.places(
-            region, taken, sharded=policy.mesh is not None, own_dropout=policy.dropout == "own"
+            region, taken, sharded=policy.mesh is not None, own_dropout=policy.dropout == "own", planned=True
         )
         places += found.attentions
         walked += found.scans
