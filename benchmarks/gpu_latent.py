@@ -6,8 +6,9 @@
     gdn_generation  one token: every state is read and written once                                     (vllm)
 
 Each form says how programs fill the units and what crosses the memory's edge; its few constants are fitted to the part
-`fit` and stand in the cost model's latents.toml, by device. Plans use that of mla_generation. Sources of the forms: the FlashMLA and FlashAttention-3
-public code (a tile of 64 heads; row blocks of 128), Yang et al., "Gated Delta Networks" (2412.06464), section 3.3.
+`fit` and stand in the cost model's latents.toml, by device. Plans use that of mla_generation. Sources of the forms: the
+FlashMLA and FlashAttention-3 public code (a tile of 64 heads; row blocks of 128), Yang et al., "Gated Delta Networks"
+(2412.06464), section 3.3.
 """
 
 from __future__ import annotations
@@ -218,8 +219,8 @@ def mla_context(x: Columns, d: Device, c: Constants) -> Numbers:
     even = x.batch * x.heads * (rows * c["program"] + rows * (rows + 1) / 2 * tile) / d.units
     kernel = np.where(programs <= d.units, longest, np.maximum(even + (c["program"] + tile * (rows + 1) / 2) / 2, longest))
     moved = 2 * x.batch * x.heads * x.keys * 2 * (HEAD + VALUE)
-    near = near(moved, d)
-    memory = moved * ((1 - near) / d.dram_bytes_per_s + near / d.l2_bytes_per_s) / c["memory"]
+    held = near(moved, d)
+    memory = moved * ((1 - held) / d.dram_bytes_per_s + held / d.l2_bytes_per_s) / c["memory"]
     return np.asarray(c["call"] + kernel + memory + c["token"] * x.batch * x.keys)
 
 
@@ -229,8 +230,8 @@ def gdn_context(x: Columns, d: Device, c: Constants) -> Numbers:
     kernel = waves * (c["program"] + np.ceil(x.keys / CHUNK) * c["chunk"])
     # what steps of a chunk hand to one another comes beside queries, keys, values and results
     moved = 4 * x.batch * x.keys * (x.key_heads + (1 + c["between"]) * x.heads) * STATE / c["memory"]
-    near = near(moved * c["memory"], d)
-    memory = moved * ((1 - near) / d.dram_bytes_per_s + near / d.l2_bytes_per_s)
+    held = near(moved * c["memory"], d)
+    memory = moved * ((1 - held) / d.dram_bytes_per_s + held / d.l2_bytes_per_s)
     # what chunks need of their own tokens is made side by side
     beside = c["token"] * x.batch * x.keys * x.heads / d.units
     return np.asarray(c["call"] + longer(kernel, memory) + beside + c["sequence"] * x.batch)
@@ -240,8 +241,8 @@ def gdn_generation(x: Columns, d: Device, c: Constants) -> Numbers:
     """Every state is read and written; what the last cache holds comes at its rate."""
     moved = 8 * x.batch * x.heads * STATE * STATE
     # it is written where it was read
-    near = near(moved / 2, d)
-    memory = moved * ((1 - near) / (c["memory"] * d.dram_bytes_per_s) + near / (c["cache"] * d.l2_bytes_per_s))
+    held = near(moved / 2, d)
+    memory = moved * ((1 - held) / (c["memory"] * d.dram_bytes_per_s) + held / (c["cache"] * d.l2_bytes_per_s))
     return np.asarray(c["call"] + longer(np.full_like(moved, c["program"]), memory) + c["sequence"] * x.batch)
 
 

@@ -1,6 +1,6 @@
 """Sizes at many points at once: a column of numbers for each size, in the plain arithmetic of one point.
 
-    Columns({"s": [1024, 4096]}, 2).of(2*s + 1)   →   [2049., 8193.]
+    SizeColumns({"s": [1024, 4096]}, 2).of(2*s + 1)   →   [2049., 8193.]
 
 Integers are computed exactly, however large they are, and become float64 at the end.
 """
@@ -25,7 +25,7 @@ _FLOOR: Callable[[Any], Any] = np.frompyfunc(math.floor, 1, 1)
 _WHOLE: Callable[[Any], Any] = np.frompyfunc(size_int, 1, 1)
 
 
-class Columns:
+class SizeColumns:
     """Values of symbols at `n` points, and what follows of sizes there."""
 
     def __init__(self, values: Mapping[str, Sequence[int]], n: int) -> None:
@@ -44,9 +44,9 @@ class Columns:
         """A size at each point. Raises ValueError where a symbol has no value."""
         return self.integers(size).astype(np.float64)
 
-    def with_values(self, more: Mapping[str, Size | None], otherwise: Mapping[str, int]) -> Columns:
+    def with_values(self, more: Mapping[str, Size | None], otherwise: Mapping[str, int]) -> SizeColumns:
         """The same points with further symbols that are sizes of these; of one that has no value there, another value."""
-        out = Columns({}, self.n)
+        out = SizeColumns({}, self.n)
         out._values = dict(self._values)
         for name, size in more.items():
             known = size is not None and (isinstance(size, int) or {s.name for s in size.free_symbols} <= set(self._values))

@@ -130,7 +130,8 @@ class Jobs:
 
     def extremes(self, full: float, partial: float) -> tuple[float, float]:
         """The least and the most that a program takes, where its tiles take so long each."""
-        return (min(f * full + p * partial for f, p in self.outer_least), max(f * full + p * partial for f, p in self.outer_most))
+        least = min(f * full + p * partial for f, p in self.outer_least)
+        return least, max(f * full + p * partial for f, p in self.outer_most)
 
     @cached_property
     def outer_most(self) -> tuple[tuple[float, float], ...]:

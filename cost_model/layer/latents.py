@@ -96,8 +96,10 @@ def _predicted(c: Cascade, device: Device, sizes: tuple[tuple[str, int], ...]) -
         return Obstacle("kernels over latents were timed in 16 bits")
     if heads == 1 or at.value > at.embed:
         return Obstacle("its heads share no latents that hold the values")
-    one = (np.array([float(n)]) for n in (sequences, at.keys, heads))
-    seconds = float(decode_seconds(*one, device, facts, latent=at.embed, value=at.value, width=WIDTH[s.dtype], again=False)[0])
+    column = [np.array([float(n)]) for n in (sequences, at.keys, heads)]
+    seconds = float(decode_seconds(
+        column[0], column[1], column[2], device, facts, latent=at.embed, value=at.value, width=WIDTH[s.dtype], again=False
+    )[0])
     moved = WIDTH[s.dtype] * sequences * (at.keys * at.embed + heads * (at.embed + at.value))
     pairs = sequences * heads * at.keys
     flops = 2 * pairs * (at.embed + at.value)

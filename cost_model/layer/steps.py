@@ -1,7 +1,7 @@
 """Steps priced at many sizes at once: each part a column of seconds over the points.
 
-Attention is the subject, and priced elsewhere; the rest is coarse: products by a roofline, passes by their bytes. Over a mesh
-`tp` divides products as their `cut` says, `dp` and, in a prefill, `cp` their rows; attentions are divided evenly.
+Attention is the subject, and priced elsewhere; the rest is coarse: products by a roofline, passes by their bytes. Over a
+mesh `tp` divides products as their `cut` says, `dp` and, in a prefill, `cp` their rows; attentions are divided evenly.
 
     StepColumns(work, extents, attended, …).on(device, types, spread)   →   a ModelStep a point
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..columns import Columns, Numbers
+from ..columns import Numbers, SizeColumns
 from ..devices.device import Device
 from ..devices.layers import ProductRates, layer_rates
 from ..mesh.capacity import RESERVE
@@ -81,7 +81,7 @@ def step(
     """A step of a model whose sizes are given, on a GPU. Raises StepError for a device without rates of products."""
     kinds = list(dict.fromkeys(attended))
     sites = Attentions.of([[a] for a in kinds], [kinds.index(a) for a in attended])
-    (made,) = StepColumns(work, Columns({}, 1), (e,)).on(sites, d, types or Types(), spread)
+    (made,) = StepColumns(work, SizeColumns({}, 1), (e,)).on(sites, d, types or Types(), spread)
     if isinstance(made, str):
         raise StepError(made)
     return made
@@ -93,7 +93,7 @@ class StepColumns:
     `extents` at each of the points of `at`. Raises ValueError where a size of the work has no value.
     """
 
-    def __init__(self, work: LayerWork, at: Columns, extents: Sequence[Extent]) -> None:
+    def __init__(self, work: LayerWork, at: SizeColumns, extents: Sequence[Extent]) -> None:
         self.work, self.at, self.extents = work, at, tuple(extents)
         self.generates, self.decodes = self.extents[0].generates, self.extents[0].tokens == 1
         self.batch, self.tokens, self.context = (

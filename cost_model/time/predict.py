@@ -144,8 +144,8 @@ def ranked_mappings(
     at = bound(s, sizes or {})
     width = WIDTH[s.dtype]
     if device.kind == "cpu":
-        able = candidates(device, e=at.embed, f=at.value, width=width, queries=_rows(at), keys=at.keys)
-        able = [m for m in able if m.body in _bodies(s) and (m.body != "decode" or at.queries < FEW_ROWS)]
+        every = candidates(device, e=at.embed, f=at.value, width=width, queries=_rows(at), keys=at.keys)
+        able = [m for m in every if m.body in _bodies(s) and (m.body != "decode" or at.queries < FEW_ROWS)]
         found = [(m, _trained_on_cpu(s, at, m, device, data, wanted)) for m in able]
         return tuple(sorted(found, key=lambda pair: pair[1].seconds))
     fits = fitting(device, at.embed, at.value, width, *limited(_rows(at), at.keys))

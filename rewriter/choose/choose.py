@@ -401,7 +401,8 @@ def places(
 ) -> Places:
     """Every attention and every recurrence of a graph as plain data, for decisions at other sizes and on other devices.
 
-    With `sharded` attentions also say what their keys and values are made of, with `planned` those of one query. With `own_dropout` dropout is counted.
+    With `sharded` attentions also say what their keys and values are made of, with `planned` those of one query alone.
+    With `own_dropout` dropout is counted.
     """
     # nothing runs here, so that what is written in place may as well be a new value
     gm = functional(gm) or gm

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
-from ...cost_model.columns import Columns
+from ...cost_model.columns import SizeColumns
 from ...cost_model.devices.device import Device
 from ...cost_model.layer.step import Attended, Extent, ModelStep, StepError, StepSpread, Types
 from ...cost_model.layer.steps import Attentions, StepColumns
@@ -53,7 +53,7 @@ class _Kind:
                 keyed = tuple(n for term, n in zip(load.args, shape) if term.ranks and term.ranks <= ranks)
         return _Kind(p, size[view.query], size[view.key], tuple(size[r] for r in view.batch), keyed)
 
-    def known(self, at: Columns) -> Columns:
+    def known(self, at: SizeColumns) -> SizeColumns:
         """The points with the symbols of its cascade, as `Place.sizes` binds them at one."""
         scalars = {name: size for name, size, _ in self.place.scalars}
         return at.with_values(scalars, {name: traced for name, _, traced in self.place.scalars if traced is not None})
@@ -90,11 +90,12 @@ class StepsAt:
     """The steps of a model at many points; `why` says why there is none at any."""
 
     def __init__(
-        self, work: LayerWork, kinds: tuple[_Kind, ...], order: tuple[int, ...], points: Sequence[Mapping[str, int]], why: str
+        self, work: LayerWork, kinds: tuple[_Kind, ...], order: tuple[int, ...], points: Sequence[Mapping[str, int]],
+        why: str,
     ) -> None:
         self._work, self._kinds, self._order, self._points, self._why = work, kinds, order, points, why
         self._n = len(points)
-        self._at = Columns({name: [p[name] for p in points] for name in points[0]}, self._n)
+        self._at = SizeColumns({name: [p[name] for p in points] for name in points[0]}, self._n)
 
     def on(self, d: Device, sites: Sequence[Sequence[Site]]) -> Over:
         """The steps on a device with these sites at each point."""
@@ -118,7 +119,9 @@ class StepsAt:
         ]
         return lambda sharding, types: tuple(over(sharding, types)[0] for over in each)
 
-    def _joined(self, groups: Sequence[_Group], sharding: MeshPlan | Mesh | None, types: Types) -> tuple[ModelStep | str, ...]:
+    def _joined(
+        self, groups: Sequence[_Group], sharding: MeshPlan | Mesh | None, types: Types
+    ) -> tuple[ModelStep | str, ...]:
         out: list[ModelStep | str] = [""] * self._n
         for g in groups:
             try:
@@ -176,7 +179,7 @@ class StepsAt:
         """The work at some of the points."""
         points = [self._points[i] for i in some]
         extents = [replace(e, generates=generates) for e in (self._extents[i] for i in some) if isinstance(e, Extent)]
-        at = self._at if len(some) == self._n else Columns({x: [p[x] for p in points] for x in points[0]}, len(points))
+        at = self._at if len(some) == self._n else SizeColumns({x: [p[x] for p in points] for x in points[0]}, len(points))
         return StepColumns(self._work, at, extents)
 
     def layers(self, sites: Sequence[Site]) -> list[int]:
@@ -201,7 +204,8 @@ class _Group:
         """
         spread = _spread(sharding)
         made = self.work.on(self.sites, self.device, types, spread)
-        if self.over_latents is None or isinstance(sharding, MeshPlan) or (spread is not None and spread.mesh.size("tp") > 1):
+        apart = isinstance(sharding, MeshPlan) or (spread is not None and spread.mesh.size("tp") > 1)
+        if self.over_latents is None or apart:
             return made
         others = self.work.on(self.over_latents, self.device, types, spread, over_latents=True)
         return [b if _faster(a, b) else a for a, b in zip(made, others)]
@@ -255,7 +259,7 @@ def _of_tokens(p: LayerProduct) -> bool:
     return p.weight and not p.experts and not p.last and not p.keys
 
 
-def _product(known: Columns, sizes: Sequence[Size]) -> list[int]:
+def _product(known: SizeColumns, sizes: Sequence[Size]) -> list[int]:
     out = [1] * known.n
     for n in sizes:
         out = [a * int(b) for a, b in zip(out, known.integers(n))]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sympy
 
-from reattend.cost_model.columns import Columns
+from reattend.cost_model.columns import SizeColumns
 from reattend.cost_model.count.schedule import makespan
 from reattend.cost_model.count.subject import Subject, bound, subject
 from reattend.cost_model.count.tiles import NOTHING
@@ -30,15 +30,15 @@ S, B = sympy.symbols("s b", integer=True, positive=True)
 @pytest.mark.parametrize("size", [7, S, S * B * 4096, 2 * S + 1, S**2 + B, sympy.floor((S + 63) / 64), sympy.Mod(S, 7), S / 2])
 def test_a_size_is_the_same_in_a_column(size: sympy.Expr | int) -> None:
     lengths, batches = [1, 8, 1000, 131072], [1, 3, 64, 10**14]
-    made = Columns({"s": lengths, "b": batches}, 4).integers(size)
+    made = SizeColumns({"s": lengths, "b": batches}, 4).integers(size)
     alone = [size_int(bound_size(size, {"s": s, "b": b})) for s, b in zip(lengths, batches)]
     assert made.tolist() == alone
     with pytest.raises(ValueError, match="no value for size t"):
-        Columns({"s": lengths}, 4).of(S + sympy.Symbol("t"))
+        SizeColumns({"s": lengths}, 4).of(S + sympy.Symbol("t"))
 
 
 def test_further_symbols_are_sizes_of_others_or_their_traced_values() -> None:
-    at = Columns({"s": [3, 5]}, 2).with_values({"t": S + 1, "u": sympy.Symbol("w") + 1, "v": None}, {"u": 9})
+    at = SizeColumns({"s": [3, 5]}, 2).with_values({"t": S + 1, "u": sympy.Symbol("w") + 1, "v": None}, {"u": 9})
     assert at.integers(sympy.Symbol("t") * 2).tolist() == [8, 12]
     assert at.integers(sympy.Symbol("u")).tolist() == [9, 9]
 
@@ -90,7 +90,7 @@ def test_a_step_among_others_is_that_of_its_point(mesh: str, decodes: bool) -> N
     extents = [Extent(b, s, max(s, 4096), True) for s, b in zip(lengths, batches)]
     near = [Attended(1e-5 * (i + 1), 6e-6, 0.2, 10**6 * b, True, 7 * b, 32, 8) for i, b in enumerate(batches)]
     far = [Attended(3e-6, 2e-6, 0.3, 10**5 * b, False, 3 * b, 32, 8) for b in batches]
-    at = Columns({"s": lengths, "b": batches}, 4)
+    at = SizeColumns({"s": lengths, "b": batches}, 4)
     many = StepColumns(WORK, at, extents).on(Attentions.of([near, far], [0, 1, 0, 0]), d, types, spread)
     for i, (s, b) in enumerate(zip(lengths, batches)):
         assert many[i] == step(WORK.at({"s": s, "b": b}), [near[i], far[i], near[i], near[i]], extents[i], d, types, spread)

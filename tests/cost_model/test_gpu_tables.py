@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from reattend.cost_model.devices.latents import latent_kernels
 from reattend.cost_model.devices.device import shipped
 from reattend.cost_model.devices.kernels import vendor_kernels
+from reattend.cost_model.devices.latents import latent_kernels
 from tests.loading import benchmark
 
 FOLDER = str(Path(__file__).resolve().parents[2] / "benchmarks")

@@ -9,8 +9,8 @@ import pytest
 
 from reattend.cost_model.devices.device import shipped, targets
 from reattend.cost_model.devices.layers import KINDS, layer_rates
-from reattend.cost_model.layer.products import ProductShapes, expert_seconds, matrix_rate, product_seconds
 from reattend.cost_model.layer.exchange import exchange_seconds
+from reattend.cost_model.layer.products import ProductShapes, expert_seconds, matrix_rate, product_seconds
 from reattend.cost_model.layer.step import Attended, Extent, ModelStep, StepError, StepSpread, Types
 from reattend.cost_model.layer.steps import step
 from reattend.cost_model.layer.table import step_lines
