@@ -6,20 +6,18 @@
     gdn_generation  one token: every state is read and written once                                     (vllm)
 
 Each form says how programs fill the units and what crosses the memory's edge; its few constants are fitted to the part
-`fit` and stand in gpu_latent.toml, by device. No plan uses them yet. Sources of the forms: the FlashMLA and FlashAttention-3
-public code (a tile of 64 heads; row blocks of 128), Yang et al., "Gated Delta Networks" (2412.06464), section 3.3.
+`fit` and stand in the cost model's latents.toml, by device. Plans use that of mla_generation. Sources of the forms: the
+FlashMLA and FlashAttention-3 public code (a tile of 64 heads; row blocks of 128), Yang et al., "Gated Delta Networks"
+(2412.06464), section 3.3.
 """
 
 from __future__ import annotations
 
 import math
-import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,13 +25,14 @@ from gpu_rows import COLUMNS, FOLDERS, PACKAGE, VERSIONS, Limits, NoTables, fold
 from numpy.typing import NDArray
 
 from reattend.cost_model.devices.device import Device, shipped
+from reattend.cost_model.devices.latents import latent_kernels
+from reattend.cost_model.layer.latents import decode_seconds, longer, near
 
-FILE = Path(__file__).with_name("gpu_latent.toml")
 TABLES = ("mla_generation", "mla_context", "gdn_context", "gdn_generation")
 # Numbers of a latent with its rotary part, of its values; heads of the expanded form; a state's sides; a chunk.
 LATENT, LATENT_VALUE, HEAD, VALUE, STATE, CHUNK = 576, 512, 192, 128, 128, 64
-# Keys of a tile of latents; rows and keys of a tile of the expanded form.
-KEYS, TILE = 64, 128
+# Rows and keys of a tile of the expanded form.
+TILE = 128
 # Share of rows that a stated band holds of those that were fitted to or chosen with, and what it may not exceed.
 HOLDS, WIDEST = 0.95, 0.4
 Numbers = NDArray[np.float64]
@@ -203,35 +202,9 @@ WHOLE: Mapping[str, tuple[float, ...]] = {
 }
 
 
-def _longer(a: Numbers, b: Numbers) -> Numbers:
-    """The larger of two times that overlap, smooth where they are alike: neither hides the other wholly."""
-    return np.asarray((a**4 + b**4) ** 0.25)
-
-
-def _near(moved: Numbers, d: Device) -> Numbers:
-    """The share of bytes that the last cache holds from one replay to the next."""
-    return np.clip(5 - 4 * moved / d.l2_bytes, 0.0, 1.0)
-
-
 def mla_generation(x: Columns, d: Device, c: Constants) -> Numbers:
-    """Blocks of heads walk the latents: where few programs are there, in as many parts as fill the units, if it `splits`."""
-    blocks, tiles = np.ceil(x.heads / c["rows"]), np.ceil(x.keys / KEYS)
-    programs = x.batch * blocks
-    parts = np.clip(np.floor(c["splits"] * d.units / programs), 1, tiles)
-    rate = d.matrix_rate("bf16") / d.units
-    products = 2 * c["rows"] * KEYS * (LATENT + LATENT_VALUE) / (c["matrix"] * rate)
-    tile = max(products, 2 * KEYS * LATENT / c["draw"])
-    kernel = np.ceil(programs * parts / d.units) * (c["program"] + np.ceil(tiles / parts) * tile)
-    latents = 2 * x.batch * x.keys * LATENT
-    moved = latents * (1 + c["again"] * (blocks - 1))
-    # queries come before the first tile, and results go behind the last
-    ends = 2 * x.batch * x.heads * (LATENT + LATENT_VALUE)
-    near = _near(latents + ends, d)
-    a_byte = ((1 - near) / d.dram_bytes_per_s + near / d.l2_bytes_per_s) / c["memory"]
-    kernel = _longer(kernel, moved * a_byte) + c["ends"] * ends * a_byte
-    # every part writes what it has in fp32, and the merge reads it
-    merge = c["merge"] + c["part"] * parts + 8 * parts * x.batch * x.heads * LATENT_VALUE * c["ends"] * a_byte
-    return np.asarray(c["call"] + kernel + np.where(parts > 1, merge, 0.0))
+    """As plans price it: blocks of heads walk the latents."""
+    return decode_seconds(x.batch, x.keys, x.heads, d, c, latent=LATENT, value=LATENT_VALUE)
 
 
 def mla_context(x: Columns, d: Device, c: Constants) -> Numbers:
@@ -246,8 +219,8 @@ def mla_context(x: Columns, d: Device, c: Constants) -> Numbers:
     even = x.batch * x.heads * (rows * c["program"] + rows * (rows + 1) / 2 * tile) / d.units
     kernel = np.where(programs <= d.units, longest, np.maximum(even + (c["program"] + tile * (rows + 1) / 2) / 2, longest))
     moved = 2 * x.batch * x.heads * x.keys * 2 * (HEAD + VALUE)
-    near = _near(moved, d)
-    memory = moved * ((1 - near) / d.dram_bytes_per_s + near / d.l2_bytes_per_s) / c["memory"]
+    held = near(moved, d)
+    memory = moved * ((1 - held) / d.dram_bytes_per_s + held / d.l2_bytes_per_s) / c["memory"]
     return np.asarray(c["call"] + kernel + memory + c["token"] * x.batch * x.keys)
 
 
@@ -257,20 +230,20 @@ def gdn_context(x: Columns, d: Device, c: Constants) -> Numbers:
     kernel = waves * (c["program"] + np.ceil(x.keys / CHUNK) * c["chunk"])
     # what steps of a chunk hand to one another comes beside queries, keys, values and results
     moved = 4 * x.batch * x.keys * (x.key_heads + (1 + c["between"]) * x.heads) * STATE / c["memory"]
-    near = _near(moved * c["memory"], d)
-    memory = moved * ((1 - near) / d.dram_bytes_per_s + near / d.l2_bytes_per_s)
+    held = near(moved * c["memory"], d)
+    memory = moved * ((1 - held) / d.dram_bytes_per_s + held / d.l2_bytes_per_s)
     # what chunks need of their own tokens is made side by side
     beside = c["token"] * x.batch * x.keys * x.heads / d.units
-    return np.asarray(c["call"] + _longer(kernel, memory) + beside + c["sequence"] * x.batch)
+    return np.asarray(c["call"] + longer(kernel, memory) + beside + c["sequence"] * x.batch)
 
 
 def gdn_generation(x: Columns, d: Device, c: Constants) -> Numbers:
     """Every state is read and written; what the last cache holds comes at its rate."""
     moved = 8 * x.batch * x.heads * STATE * STATE
     # it is written where it was read
-    near = _near(moved / 2, d)
-    memory = moved * ((1 - near) / (c["memory"] * d.dram_bytes_per_s) + near / (c["cache"] * d.l2_bytes_per_s))
-    return np.asarray(c["call"] + _longer(np.full_like(moved, c["program"]), memory) + c["sequence"] * x.batch)
+    held = near(moved / 2, d)
+    memory = moved * ((1 - held) / (c["memory"] * d.dram_bytes_per_s) + held / (c["cache"] * d.l2_bytes_per_s))
+    return np.asarray(c["call"] + longer(np.full_like(moved, c["program"]), memory) + c["sequence"] * x.batch)
 
 
 FORMS: Mapping[str, Callable[[Columns, Device, Constants], Numbers]] = {
@@ -316,17 +289,10 @@ def band_of(table: str, rows: Sequence[LatentRow], d: Device, c: Constants) -> f
     return min(WIDEST, math.ceil(100 * float(np.quantile(np.maximum(ratio, 1 / ratio) - 1, HOLDS))) / 100)
 
 
-@lru_cache(maxsize=1)
-def known() -> Mapping[tuple[str, str], Mapping[str, float]]:
-    """(device, table) → its constants and band, of gpu_latent.toml."""
-    body = tomllib.loads(FILE.read_text("utf-8"))
-    return {(d, t): c for d, tables in body.items() if d != "thresholds" for t, c in tables.items()}
-
-
 def priced_rows(rows: Sequence[LatentRow]) -> list[float]:
     """Seconds of rows of one table and device by the constants of the file."""
     r = rows[0]
-    return [float(s) for s in FORMS[r.table](Columns.of(rows), shipped(r.device), known()[r.device, r.table])]
+    return [float(s) for s in FORMS[r.table](Columns.of(rows), shipped(r.device), latent_kernels()[r.device, r.table])]
 
 
 def written(device: str, table: str, c: Constants, band: float) -> str:

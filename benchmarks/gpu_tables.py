@@ -7,7 +7,7 @@
     python benchmarks/gpu_tables.py --fit fa3 [--without h200]
     python benchmarks/gpu_tables.py --fit backends > benchmarks/gpu_backends.toml
     python benchmarks/gpu_tables.py --tables mla_generation,gdn_context        kernels over latents and states
-    python benchmarks/gpu_tables.py --fit latent > benchmarks/gpu_latent.toml
+    python benchmarks/gpu_tables.py --fit latent > cost_model/devices/latents.toml
 
 Shapes are split in thirds by the hash of the shape: constants are fitted to one, forms are chosen on the second, and the
 third is for the last table alone. Prints per table and by latency the error, its bias and rank, the share of rows within the
@@ -41,6 +41,7 @@ from gpu_rows import FOLDERS, PARTS, TABLES, Limits, NoTables, Row, drawn, packa
 
 from reattend.cost_model.devices.device import Device, shipped
 from reattend.cost_model.devices.kernels import vendor_kernels
+from reattend.cost_model.devices.latents import latent_kernels
 
 LATENCIES = ((0.0, 2e-5, "< 20 us"), (2e-5, 1e-4, "20–100 us"), (1e-4, 1e-3, "0.1–1 ms"), (1e-3, math.inf, "> 1 ms"))
 WORST = 10
@@ -128,12 +129,12 @@ def judged(given: Iterable[Row], d: Device, h: Harness) -> list[Judged]:
 
 
 def latent_judged(device: str, table: str, part: str, most: int) -> tuple[list[Judged], Counter[str]]:
-    """Rows of kernels over latents and states, by the constants of gpu_latent.toml."""
+    """Rows of kernels over latents and states, by the constants of latents.toml."""
     found, out = latent_rows(device, table, limits(shipped(device)))
     some = [r for r in drawn(found, most) if r.part == part]
     if not some:
         return [], out
-    band = gpu_latent.known()[device, table]["band"]
+    band = latent_kernels()[device, table]["band"]
     return [Judged(r, s, band, "") for r, s in zip(some, gpu_latent.priced_rows(some))], out
 
 
@@ -260,7 +261,7 @@ def main() -> int:
 
 
 def fit_latent(given: argparse.Namespace) -> None:
-    """Prints gpu_latent.toml."""
+    """Prints latents.toml."""
     print("# Kernels over latents and states, fitted to the part `fit` of aiconfigurator-core")
     print(f"# {package_version()} by `python benchmarks/gpu_tables.py --fit latent`; gpu_latent.py explains them.")
     print("# band: what holds of the rows that were fitted to or chosen with.\n")

@@ -9,7 +9,7 @@ Sizes may be symbolic; with all sizes given, everything is an integer. `Work` is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -131,6 +131,21 @@ def _fixed_sizes(
     return ranks, shapes, open_ranks, tuple((t, s) for t, s in shapes.items() if not all(isinstance(n, int) for n in s))
 
 
+class _Shapes(dict[str, tuple[Size, ...]]):
+    """Shapes of tensors, of which those with open sizes are bound where they are asked for."""
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[Size, ...]], open_shapes: Mapping[str, tuple[Size, ...]],
+        of: Callable[[Size], Size],
+    ) -> None:
+        super().__init__({name: s for name, s in shapes.items() if name not in open_shapes})
+        self._open, self._of = open_shapes, of
+
+    def __missing__(self, name: str) -> tuple[Size, ...]:
+        made = self[name] = tuple(map(self._of, self._open[name]))
+        return made
+
+
 class Sizes:
     """Sizes of ranks and tensors, bound once; `of` a size is an integer when all its symbols are."""
 
@@ -138,7 +153,7 @@ class Sizes:
         self.known = dict(known or {})
         ranks, shapes, open_ranks, open_shapes = _fixed_sizes(c)
         self.rank = {**ranks, **{name: self.of(n) for name, n in open_ranks}}
-        self.shape = {**shapes, **{name: tuple(map(self.of, s)) for name, s in open_shapes}}
+        self.shape: Mapping[str, tuple[Size, ...]] = _Shapes(shapes, dict(open_shapes), self.of)
 
     def of(self, size: Size) -> Size:
         return bound_size(size, self.known)

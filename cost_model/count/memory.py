@@ -20,11 +20,15 @@ from .eager import operators
 
 @dataclass(frozen=True)
 class AttentionMemory:
-    """Bytes of one attention: `cache` of keys and values, `eager` and `tiled` while it is computed."""
+    """Bytes of one attention: `cache` of keys and values, `eager` and `tiled` while it is computed.
+
+    `latent`: of the cache where it holds what keys and values are made of; 0 where no form over that is known.
+    """
 
     cache_bytes: int
     eager_bytes: int
     tiled_bytes: int
+    latent_bytes: int = 0
 
 
 def memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> AttentionMemory:

@@ -92,11 +92,37 @@ def makespan(costs: Costs, slots: int) -> float:
         return longest
     if longest == float(costs.min()):
         return -(-n // slots) * longest
-    ends = costs[:slots].tolist()
-    heapq.heapify(ends)
-    for c in costs[slots:].tolist():
-        heapq.heapreplace(ends, ends[0] + c)
-    return float(max(ends))
+    ends, at = np.sort(costs[:slots]), slots
+    while at < n:
+        ends, at = _turn(ends, costs, at)
+    return float(ends[-1])
+
+
+# Jobs of a turn from which on it pays, and how many are handed out one by one where it does not.
+TURN, SINGLE = 24, 512
+
+
+def _turn(ends: Costs, costs: Costs, at: int) -> tuple[Costs, int]:
+    """Hand out jobs from `at` on, to as many units as are free before the first of these jobs ends; when they end then.
+
+    `ends` are in order, so that the next job's unit is the next of them, until a job of this turn ends before.
+    """
+    some = costs[at : at + len(ends)]
+    made = ends[: len(some)] + some
+    early = np.minimum.accumulate(made)[:-1] < ends[1 : len(some)]
+    many = int(early.argmax()) + 1 if early.any() else len(some)
+    if many < min(TURN, len(some)):
+        return _one_by_one(ends, costs[at : at + SINGLE]), at + SINGLE
+    ends[:many] = made[:many]
+    ends.sort()
+    return ends, at + many
+
+
+def _one_by_one(ends: Costs, costs: Costs) -> Costs:
+    queue: list[float] = ends.tolist()
+    for c in costs.tolist():
+        heapq.heapreplace(queue, queue[0] + c)
+    return np.sort(queue)
 
 
 def order(costs: Costs, repeat: int, heavy_first: bool) -> Costs:

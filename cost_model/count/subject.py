@@ -37,7 +37,7 @@ class Subject:
     flow: Cascade
     mask: Mask
 
-    @property
+    @cached_property
     def dtype(self) -> str:
         """The type in which the values reach the matrix unit."""
         return operand_dtype(self.attention.values)
@@ -97,6 +97,16 @@ def shape(c: Cascade, a: Attention, sizes: Mapping[str, int]) -> Shape:
     return Shape(
         extent, known, batch, extent[a.query], extent[a.key], embed, extent[a.value], _group(a, extent, bound.known)
     )
+
+
+def bound(s: Subject, sizes: Mapping[str, int]) -> Shape:
+    """The shape of a subject, kept. Raises ValueError as `shape` does."""
+    return _bound(s, tuple(sorted(sizes.items())))
+
+
+@lru_cache(maxsize=1024)
+def _bound(s: Subject, sizes: tuple[tuple[str, int], ...]) -> Shape:
+    return shape(s.cascade, s.attention, dict(sizes))
 
 
 def _product(sizes: object) -> int:
@@ -160,7 +170,7 @@ def tile_work(
 def _tile_work(
     s: Subject, sizes: tuple[tuple[str, int], ...], tile: tuple[int, int], walked: tuple[int, int], skips: bool, data: Data
 ) -> tuple[Streamed, Jobs]:
-    at = shape(s.cascade, s.attention, dict(sizes))
+    at = _bound(s, sizes)
     tiles = plan_tiles(s, at, TileMapping(*walked), data)
     if not skips:
         tiles = replace(tiles, full=tiles.full * 0 + -(-at.keys // walked[1]), partial=tiles.partial * 0, map=None)

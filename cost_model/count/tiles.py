@@ -130,15 +130,17 @@ class Jobs:
 
     def extremes(self, full: float, partial: float) -> tuple[float, float]:
         """The least and the most that a program takes, where its tiles take so long each."""
-        return (min(f * full + p * partial for f, p in self._least), max(f * full + p * partial for f, p in self._most))
+        least = min(f * full + p * partial for f, p in self.outer_least)
+        return least, max(f * full + p * partial for f, p in self.outer_most)
 
     @cached_property
-    def _most(self) -> tuple[tuple[float, float], ...]:
+    def outer_most(self) -> tuple[tuple[float, float], ...]:
         """(full, partial) of programs that no other exceeds in both."""
         return _outer(self.full, self.partial)
 
     @cached_property
-    def _least(self) -> tuple[tuple[float, float], ...]:
+    def outer_least(self) -> tuple[tuple[float, float], ...]:
+        """(full, partial) of programs that exceed no other in both."""
         return tuple((-f, -p) for f, p in _outer(-self.full, -self.partial))
 
     @property
@@ -154,7 +156,7 @@ class Jobs:
         return self.full + partial_factor * self.partial
 
 
-_DERIVED = ("visited", "sums", "longest", "_most", "_least")
+_DERIVED = ("visited", "sums", "longest", "outer_most", "outer_least")
 
 
 def _outer(a: Numbers, b: Numbers) -> tuple[tuple[float, float], ...]:

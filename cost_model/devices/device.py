@@ -24,6 +24,7 @@ from ..json import Json, Read
 from .architecture import Architecture, architecture
 from .kernels import FILE as KERNELS
 from .kernels import vendor_kernels
+from .latents import FILE as LATENTS
 from .layers import FILE as LAYERS
 
 # A number of a machine, or a table of them.
@@ -302,7 +303,8 @@ def parse_device(text: str) -> Device:
 @lru_cache(maxsize=1)
 def _shipped() -> Mapping[str, Device]:
     folder = files(__package__)
-    names = [f for f in folder.iterdir() if f.name.endswith(".toml") and f.name not in (KERNELS.name, LAYERS.name)]
+    others = {KERNELS.name, LATENTS.name, LAYERS.name}
+    names = [f for f in folder.iterdir() if f.name.endswith(".toml") and f.name not in others]
     found = [parse_device(f.read_text("utf-8")) for f in names]
     return {d.name: d for d in sorted(found, key=lambda d: d.name)}
 

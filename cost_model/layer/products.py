@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..columns import Numbers
 from ..devices.device import Device
 from ..devices.layers import ProductRates
 
-Numbers = NDArray[np.float64]
 # Rows and columns of tiles that libraries choose among.
 TILES = ((256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128), (64, 64))
+_SIDES = tuple(np.array(side, np.float64) for side in zip(*TILES))
 # The least inner dimension of a part; how two times that overlap round; seconds after which half of the power share counts.
 DEPTH, JOIN, SLOW_SECONDS = 1024, 2.25, 2e-3
 
@@ -64,16 +64,14 @@ def _with_rows(x: ProductShapes, rows: Numbers) -> ProductShapes:
 
 def _kernel(x: ProductShapes, d: Device, r: ProductRates, rate: float, matrices: Numbers) -> Numbers:
     unit = r.matrix_share * rate / d.units
-    best: Numbers | None = None
-    for high, wide in TILES:
-        programs = matrices * np.ceil(x.rows / high) * np.ceil(x.columns / wide)
-        parts = np.clip(np.floor(d.units / programs), 1, np.ceil(x.inner / DEPTH))
-        inner = x.inner / parts
-        drawn = (high * x.given + wide * x.weights) * inner / r.draw_bytes_per_s
-        tile = r.program_seconds + np.maximum(2 * high * wide * inner / unit, drawn)
-        seconds = np.ceil(programs * parts / d.units) * tile + np.where(parts > 1, r.merge_seconds, 0.0)
-        best = seconds if best is None else np.minimum(best, seconds)
-    assert best is not None
+    high, wide = (side.reshape(-1, *[1] * x.rows.ndim) for side in _SIDES)
+    programs = matrices * np.ceil(x.rows / high) * np.ceil(x.columns / wide)
+    parts = np.clip(np.floor(d.units / programs), 1, np.ceil(x.inner / DEPTH))
+    inner = x.inner / parts
+    drawn = (high * x.given + wide * x.weights) * inner / r.draw_bytes_per_s
+    tile = r.program_seconds + np.maximum(2 * high * wide * inner / unit, drawn)
+    seconds = np.ceil(programs * parts / d.units) * tile + np.where(parts > 1, r.merge_seconds, 0.0)
+    best = seconds.min(0)
     moved = matrices * (x.given * x.rows * x.inner + x.weights * x.inner * x.columns + x.result * x.rows * x.columns)
     memory = moved / (r.memory_share * d.dram_bytes_per_s)
     body = (best**JOIN + memory**JOIN) ** (1 / JOIN)

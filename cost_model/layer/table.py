@@ -17,9 +17,10 @@ def step_lines(s: ModelStep, device: str) -> list[str]:
     parts = ", ".join(f"{_NAMES.get(p, p)} {seconds_text(x)}" for p, x in s.parts.items() if x)
     each = f" ({s.tokens_per_s_device:,.0f} a device)" if s.devices > 1 else ""
     stored = " and ".join(f"{what} in {t}" for what, t in (("weights", s.weights), ("caches", s.cache)) if t)
+    how = f"{', ' + stored if stored else ''}{', attention over cached latents' if s.latents else ''}"
     return [
         f"{_TITLES[s.phase]}: {seconds_text(s.seconds)} on {many}, coarsely {between(s.seconds, s.band)}: {_extent(s)}"
-        f"{', ' + stored if stored else ''}; {s.tokens_per_s:,.0f} tokens/s{each}",
+        f"{how}; {s.tokens_per_s:,.0f} tokens/s{each}",
         f"  of it {parts}",
         f"  a device holds {bytes_text(s.held_bytes)} of {bytes_text(s.room_bytes)}: weights {bytes_text(s.weight_bytes)}, "
         f"cache {bytes_text(s.cache_bytes)}, activations {bytes_text(s.activation_bytes)}; {_largest(s)}",

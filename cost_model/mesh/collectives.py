@@ -15,6 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .mesh import Route
 
@@ -54,11 +58,11 @@ class Collective:
         n, fast, slow = self.payload, r.fast.bytes_per_s, r.slow.bytes_per_s
         match self.kind:
             case "all-gather":
-                return (r.outer - 1) * n / slow + (r.inner - 1) * r.outer * n / fast
+                return gathered(n, r)
             case "reduce-scatter":
                 return (r.inner - 1) / r.inner * n / fast + (r.outer - 1) / r.outer * n / r.inner / slow
             case "all-reduce":
-                return 2 * ((r.inner - 1) / r.inner * n / fast + (r.outer - 1) / r.outer * n / r.inner / slow)
+                return reduced(n, r)
             case "all-to-all":
                 # links inside a node and the network work side by side
                 return max((r.inner - 1) / r.parts * n / fast, (r.parts - r.inner) / r.parts * n / slow)
@@ -89,6 +93,20 @@ class Collective:
             return self.latency(r)
         step = r.slowest.seconds(self.payload)
         return min(self.latency(r), max(0.0, (r.parts - 1) * (step - step_seconds)))
+
+
+Bytes = TypeVar("Bytes", float, NDArray[np.float64])
+
+
+def gathered(n: Bytes, r: Route) -> Bytes:
+    """Seconds in which the links carry shards of `n` bytes to everybody; of one payload, or of a column of them."""
+    return (r.outer - 1) * n / r.slow.bytes_per_s + (r.inner - 1) * r.outer * n / r.fast.bytes_per_s
+
+
+def reduced(n: Bytes, r: Route) -> Bytes:
+    """Seconds in which the links carry a sum of `n` bytes and its parts back; of one payload, or of a column of them."""
+    fast, slow = r.fast.bytes_per_s, r.slow.bytes_per_s
+    return 2 * ((r.inner - 1) / r.inner * n / fast + (r.outer - 1) / r.outer * n / r.inner / slow)
 
 
 def packed(exchanges: Iterable[Collective]) -> tuple[Collective, ...]:

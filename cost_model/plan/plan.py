@@ -34,11 +34,12 @@ from ..sites.sweeping import sweep
 from ..time.cost import Cost
 from .table import plan_table
 
+# 6 added: a step over cached latents, and their bytes.
 # 5 added: the step of the whole model.
 # 4 added: density and measured error of candidates that are not exact.
 # 3 added: meshes over a sweep.
 # 2 added: sizes that costs are for, tile pictures, memory, open sizes and sweeps, bytes of weights.
-SCHEMA = 5
+SCHEMA = 6
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Plan(Findings):
             if types == Types():
                 return self
             raise StepError("a plan of a training step, or one that was read from a file, is not priced again: make it anew")
-        made = self.restep(self.device, {s.name: s.value for s in self.symbols}, self.sites, self.sharding, types)
+        there = self.restep([{s.name: s.value for s in self.symbols}])
+        (made,) = there.on(self.device, [self.sites])(self.sharding, types)
         return replace(self, step=None, step_why=made) if isinstance(made, str) else replace(self, step=made, step_why="")
 
     def over(self, axis: str, values: Sequence[int], targets: Sequence[str | Device] = ()) -> Sweep:

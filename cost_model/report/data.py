@@ -12,10 +12,10 @@ from ..sites.findings import Findings
 from ..sites.site import Candidate, Site, grouped
 from ..sites.sweep import Sweep
 from ..time.cost import TOTAL
-from ..time.roofline import roof
 from ..words import between, bytes_text, tokens_text
 from .basis import basis_rows, basis_text
 from .mesh_data import TITLES, mesh_data
+from .roofline import roof
 
 # Short names of types in device files, by the names that torch has for them.
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}

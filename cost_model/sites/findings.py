@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from ..devices.device import Device
 from ..layer.step import ModelStep, Types
@@ -20,10 +20,21 @@ from .sweep import Sweep
 
 # A device, the values of open sizes, and the positions of the sites wanted: those sites costed there.
 Retake: TypeAlias = Callable[[Device, Mapping[str, int], Sequence[int]], tuple[Site, ...]]
-# A step of the whole model with these sites at sizes of its symbols, on a device, over its mesh if there is one.
-Restep: TypeAlias = Callable[[Device, Mapping[str, int], tuple[Site, ...], MeshPlan | Mesh | None, Types], ModelStep | str]
 # The ways to spread a plan's attentions over its mesh, at sizes of its symbols, on a device.
 Reshard: TypeAlias = Callable[[Device, Mapping[str, int]], MeshPlan | None]
+
+
+class PointSteps(Protocol):
+    """Steps of the whole model at sizes of its symbols, many points at once."""
+
+    def on(
+        self, d: Device, sites: Sequence[Sequence[Site]], /
+    ) -> Callable[[MeshPlan | Mesh | None, Types], tuple[ModelStep | str, ...]]:
+        """With these sites at each point, on a device: over a mesh, if there is one, a step a point or why there is none."""
+
+
+# Steps at the values of open sizes at each point.
+Restep: TypeAlias = Callable[[Sequence[Mapping[str, int]]], PointSteps]
 
 
 @dataclass(frozen=True)

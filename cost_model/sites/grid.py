@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..devices.device import Device
-from ..layer.step import Types
+from ..layer.step import ModelStep, Types
 from ..mesh.mesh import Mesh, linked
 from .axes import bound_sizes, no_axis
 from .course import SweepError
@@ -100,28 +100,28 @@ def grid(
     firsts = [g[0] for g in groups]
     names = [(plan.group_name(g), len(g)) for g in groups]
     found: list[tuple[Value, ...]] = []
-    for at in product(*values.values()):
-        sizes = bound_sizes(plan, dict(zip(values, at)))
-        for d in where:
-            sites = plan.retake(d, sizes, firsts)
-            whole = {i: s for g, s in zip(groups, sites) for i in g}
-            for m in meshes:
-                step = _step(plan, d, sizes, tuple(whole[i] for i in range(len(whole))), m)
-                found += ((*at, *name, d.name, *_row(s, d), *step) for name, s in zip(names, sites))
-    points = len(where) * len(meshes)
-    for v in values.values():
-        points *= len(v)
+    every = list(product(*values.values()))
+    sizes = [bound_sizes(plan, dict(zip(values, at))) for at in every]
+    layers = {i: n for n, g in enumerate(groups) for i in g}
+    steps = plan.restep(sizes) if plan.restep is not None else None
+    stored = Types(plan.step.weights, plan.step.cache) if plan.step is not None else Types()
+    there: list[tuple[list[list[tuple[Value, ...]]], list[list[tuple[Value, ...]]]]] = []
+    for d in where:
+        sites = [plan.retake(d, x, firsts) for x in sizes]
+        over = steps.on(d, [[some[layers[i]] for i in range(len(layers))] for some in sites]) if steps is not None else None
+        whole = [[_step(m, x) for x in (over(m, stored) if over is not None else ("",) * len(every))] for m in meshes]
+        there.append(([[(*name, d.name, *_row(s, d)) for name, s in zip(names, some)] for some in sites], whole))
+    for i, at in enumerate(every):
+        for rows, whole in there:
+            found += ((*at, *row, *of[i]) for of in whole for row in rows[i])
+    points = len(where) * len(meshes) * len(every)
     titles = (*values, *COLUMNS, *STEP)
     columns = tuple(zip(*found)) if found else tuple(() for _ in titles)
     return SizeGrid(tuple(values), dict(zip(titles, columns)), points, skipped, time.perf_counter() - start)
 
 
-def _step(
-    plan: Findings, d: Device, sizes: Mapping[str, int], sites: tuple[Site, ...], mesh: Mesh | None
-) -> tuple[Value, ...]:
+def _step(mesh: Mesh | None, made: ModelStep | str) -> tuple[Value, ...]:
     """The columns of the whole model's step; None where it has none."""
-    stored = Types(plan.step.weights, plan.step.cache) if plan.step is not None else Types()
-    made = plan.restep(d, sizes, sites, mesh, stored) if plan.restep is not None else ""
     name = str(mesh) if mesh is not None else ""
     if isinstance(made, str):
         return (name, *(None for _ in STEP[1:]))

@@ -177,8 +177,12 @@ def candidates(device: Device, *, e: int, f: int, width: int, queries: int, keys
     """
     if device.kind == "cpu":
         return tuple(_on_cpu(queries, keys))
-    # beyond these nothing is decided by length
-    return _on_gpu(device, e, f, width, min(queries, LONG + 1), min(keys, max(LONG + 1, 4 * MOST_SPLITS * 128)))
+    return _on_gpu(device, e, f, width, *limited(queries, keys))
+
+
+def limited(queries: int, keys: int) -> tuple[int, int]:
+    """Queries and keys as far as they decide which mappings are worth predicting on a GPU."""
+    return min(queries, LONG + 1), min(keys, max(LONG + 1, 4 * MOST_SPLITS * 128))
 
 
 @lru_cache(maxsize=1024)

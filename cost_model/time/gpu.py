@@ -137,7 +137,7 @@ def overlapped(parts: Mapping[str, float], overlap: float) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _Tiles:
+class TileSeconds:
     """Seconds of one unit: by resource and in all, of a full tile, of a partial one and of a program beside its tiles."""
 
     full: Mapping[str, float]
@@ -149,15 +149,15 @@ class _Tiles:
 
 
 @lru_cache(maxsize=8192)
-def _tiles(
+def tile_seconds(
     full: Work, partial: Work, program: Work, operands: int, issued: int, depth: int, d: Device, pace: Pace
-) -> _Tiles:
+) -> TileSeconds:
     """What tiles take whatever the sizes around them; `depth`: tiles ahead and programs beside, that cover a load."""
     parts = [resources(w, d, operands, pace.matrix_efficiency) for w in (full, partial)]
     whole, some = (_spread(_issued(x, issued, d), pace) for x in parts)
     rest = resources(program, d, 0, pace.matrix_efficiency)
     exposed = _exposed(depth, d, whole)
-    return _Tiles(
+    return TileSeconds(
         whole, some, rest, overlapped(whole, pace.overlap) + exposed, overlapped(some, pace.overlap),
         overlapped(rest, pace.overlap),
     )
@@ -167,7 +167,7 @@ def _tiles(
 class _Times:
     """Seconds of a call: of the units until the last program ends, of the memory, of the second-level cache, beside them."""
 
-    tiles: _Tiles
+    tiles: TileSeconds
     kernel: float
     memory: float
     l2: float
@@ -185,7 +185,7 @@ class _Times:
 
 def _times(k: KernelWork, d: Device, pace: Pace, scheduled: int, beside: float | None) -> _Times:
     depth = k.stages - 1 + k.resident - 1
-    t = _tiles(k.full_tile, k.partial_tile, k.program, k.operand_bytes, k.issued, depth, d, pace)
+    t = tile_seconds(k.full_tile, k.partial_tile, k.program, k.operand_bytes, k.issued, depth, d, pace)
     repeat = k.jobs.repeat * k.split
     programs = k.jobs.full.size * repeat
     # programs that share a unit share its rates, and wait side by side
@@ -221,11 +221,6 @@ def _span(k: KernelWork, full: float, partial: float, beneath: float, repeat: in
         even = (jobs.full.size * beneath + jobs.sums[0] * full + jobs.sums[1] * partial) * repeat / slots
         return longest_queue(even, least if k.heavy_first else most, most)
     return makespan(order(beneath + jobs.full * full + jobs.partial * partial, repeat, k.heavy_first), slots)
-
-
-def rough_seconds(k: KernelWork, d: Device, pace: Pace) -> float:
-    """The time of one kernel on a GPU where no queue is run job by job: what mappings are compared by."""
-    return _times(k, d, pace, 0, None).seconds
 
 
 def seconds(k: KernelWork, d: Device, pace: Pace, scheduled: int = SCHEDULED, beside: float | None = None) -> Cost:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
+
 from ...patterns import expr as ex
 from ...patterns.cascade import Cascade, size_term
 from ...patterns.mapping import TileMapping
@@ -24,7 +26,7 @@ from ...patterns.methods.method import SelectionWork
 from ...patterns.passes.latents import Inner, inner
 from ...patterns.verdict import Obstacle
 from ..count.eager import EagerOperator, backward, beforehand, compiled, gathered_back, operators
-from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, plan_tiles, shape, subject, tile_work
+from ..count.subject import FEW_ROWS, SHARED_ROWS, Shape, Subject, bound, plan_tiles, subject, tile_work
 from ..count.tiles import NOTHING, Data, Jobs
 from ..count.work import Streamed
 from ..devices.device import Device, HostRates, TimeModel
@@ -34,8 +36,10 @@ from . import gpu, host, vendor_gpu
 from .beforehand import apart, fetch_seconds, fused_fetch_seconds, plus, with_operands, with_prelude
 from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, selected, tiled
 from .cost import Cost, bound_of, differentiated
-from .fit import Footprint, as_compiled, candidates, footprint, padded, refuse
-from .fused import PLAIN, few, fits, fused
+from .fit import Footprint, candidates, limited, padded, refuse
+from .fused import PLAIN, few, fused
+from .fused import fits as fits_fused
+from .ranking import Fitting, fitting, laid_out, rough_seconds
 
 __all__ = [
     "VENDORS", "Cost", "VendorKernel", "VendorUse", "best_mapping", "predict", "predict_latent", "predict_made",
@@ -108,7 +112,7 @@ def predict(
     s = subject(c)
     if isinstance(s, Obstacle):
         return s
-    at = shape(s.cascade, s.attention, sizes or {})
+    at = bound(s, sizes or {})
     if device.kind == "cpu":
         return _ours_on_cpu(s, at, mapping, device, data)
     if not device.is_gpu:
@@ -137,28 +141,32 @@ def ranked_mappings(
         return s
     if device.kind not in ("cpu", "cuda", "hip"):
         return Obstacle(f"{device.name} runs no kernels of ours: only papers' cascades are timed on it")
-    at = shape(s.cascade, s.attention, sizes or {})
+    at = bound(s, sizes or {})
     width = WIDTH[s.dtype]
-    fitting = candidates(device, e=at.embed, f=at.value, width=width, queries=_rows(at), keys=at.keys)
-    if not fitting:
-        return Obstacle(f"no tile of head sizes {at.embed} and {at.value} fits {device.name}")
     if device.kind == "cpu":
-        able = [m for m in fitting if m.body in _bodies(s) and (m.body != "decode" or at.queries < FEW_ROWS)]
+        every = candidates(device, e=at.embed, f=at.value, width=width, queries=_rows(at), keys=at.keys)
+        able = [m for m in every if m.body in _bodies(s) and (m.body != "decode" or at.queries < FEW_ROWS)]
         found = [(m, _trained_on_cpu(s, at, m, device, data, wanted)) for m in able]
         return tuple(sorted(found, key=lambda pair: pair[1].seconds))
-    pace, kernels = gpu.own_pace(device), {m: _kernel(s, at, m, device, data) for m in fitting}
-    rough = sorted(fitting, key=lambda m: gpu.rough_seconds(kernels[m], device, pace))
-    few = [
-        (m, _with_prelude(gpu.seconds(kernels[m], device, pace), s, at, device)) for m in rough[:SCHEDULED_MAPPINGS]
-    ]
+    fits = fitting(device, at.embed, at.value, width, *limited(_rows(at), at.keys))
+    if fits is None:
+        return Obstacle(f"no tile of head sizes {at.embed} and {at.value} fits {device.name}")
+    few = [(m, _ours(s, at, m, device, data)) for m in _fastest(fits, s, at, data)]
     return tuple(sorted(few, key=lambda pair: pair[1].seconds))
+
+
+def _fastest(fits: Fitting, s: Subject, at: Shape, data: Data) -> list[TileMapping]:
+    """The mappings that a time without queues likes best."""
+    work = [_programs(s, at, tile, data) for tile in fits.tiles]
+    rough = rough_seconds(fits, work, at, _launches(s, at), gpu.own_pace(fits.device))
+    return [fits.mappings[i] for i in np.argsort(rough, kind="stable")[:SCHEDULED_MAPPINGS]]
 
 
 def _bodies(s: Subject) -> tuple[str, ...]:
     """Bodies that may be printed for an attention on a CPU."""
     sdpa = (("sdpa", "slices") if has_triangles(s) else ("sdpa",)) if by_sdpa(s) else ()
     named = ("selected",) if selection(s.attention, s.mask.keep) is not None else ()
-    return ("product", *sdpa, *named, *(("fused", "decode") if fits(s) else ()))
+    return ("product", *sdpa, *named, *(("fused", "decode") if fits_fused(s) else ()))
 
 
 def predict_original(
@@ -185,9 +193,19 @@ def predict_vendor(
     s = subject(c)
     if isinstance(s, Obstacle):
         return s
-    at = shape(s.cascade, s.attention, sizes or {})
+    known, grads = tuple(sorted((sizes or {}).items())), tuple(wanted) if wanted is not None else None
+    return _vendor(s, use, device, known, data, grads, beside)
+
+
+@lru_cache(maxsize=1024)
+def _vendor(
+    s: Subject, use: VendorUse, device: Device, known: tuple[tuple[str, int], ...], data: Data,
+    wanted: tuple[str, ...] | None, beside: float | None,
+) -> Cost:
+    sizes = dict(known)
+    at = bound(s, sizes)
     if use.kernel.eager:
-        return _math(c, s, use, device, sizes or {}, wanted)
+        return _math(s.cascade, s, use, device, sizes, wanted)
     if device.kind == "cpu":
         cost = with_prelude(_vendor_on_cpu(s, at, use, device, data), s, at, device)
     else:
@@ -204,7 +222,7 @@ def predict_latent(c: Cascade, device: Device, sizes: Mapping[str, int]) -> Cost
     found = selection(s.attention, s.mask.keep)
     if found is None:
         return Obstacle("no row names its keys")
-    at = shape(s.cascade, s.attention, sizes)
+    at = bound(s, sizes)
     cost = with_prelude(selected(s, at, found, device), s, at, device, without=str(found.member.attr))
     return plus(cost, apart((parts.after,), at.extent, device)) if parts.after is not None else cost
 
@@ -218,7 +236,7 @@ def predict_made(c: Cascade, names: Collection[str], device: Device, sizes: Mapp
 def tiles_of(c: Cascade, mapping: TileMapping, sizes: Mapping[str, int], data: Data = NOTHING) -> Jobs | Obstacle:
     """The key tiles that a mapping visits, program by program, given what is known of run-time data."""
     s = subject(c)
-    return s if isinstance(s, Obstacle) else plan_tiles(s, shape(s.cascade, s.attention, sizes), mapping, data)
+    return s if isinstance(s, Obstacle) else plan_tiles(s, bound(s, sizes), mapping, data)
 
 
 def predict_selection(work: SelectionWork, device: Device) -> float:
@@ -258,7 +276,7 @@ def _eager(
     if wanted is None:
         return cost
     s = subject(c)
-    more = gathered_back(s.attention, wanted, shape(s.cascade, s.attention, sizes).extent) if isinstance(s, Subject) else ()
+    more = gathered_back(s.attention, wanted, bound(s, sizes).extent) if isinstance(s, Subject) else ()
     back = _operators((*more, *backward(ops)), device)
     return plus(cost, replace(back, backward=back.seconds))
 
@@ -349,25 +367,22 @@ def _ours(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Dat
 
 def _kernel(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Data) -> gpu.KernelWork:
     """Our kernel under a mapping, as its time follows from it."""
-    w, jobs = tile_work(s, at, (mapping.tile_p, mapping.tile_m), data)
-    fit, read, stages, issued = _laid_out(mapping, at.embed, at.value, WIDTH[s.dtype], device)
-    jobs, moved = _shared_heads(w, jobs, _packed(at), -(-_rows(at) // mapping.tile_p))
+    w, jobs, moved = _programs(s, at, (mapping.tile_p, mapping.tile_m), data)
+    x = laid_out(mapping, at.embed, at.value, WIDTH[s.dtype], device)
     return gpu.streaming(
-        w, mapping, jobs, fit, at.value, at.queries, at.batch, moved=moved, launches=1 + LISTING * _lists(s, at),
-        operand_bytes=read, stages=stages, issued=issued,
+        w, mapping, jobs, x.fit, at.value, at.queries, at.batch, moved=moved, launches=_launches(s, at),
+        operand_bytes=x.operand_bytes, stages=x.stages, issued=x.issued,
     )
 
 
-@lru_cache(maxsize=8192)
-def _laid_out(mapping: TileMapping, e: int, f: int, width: int, device: Device) -> tuple[Footprint, int, int, int]:
-    """What a program takes, bytes that a tile's products read from shared memory, tiles in flight, what was compiled."""
-    instruction = device.architecture.instruction_rows
-    read = gpu.operand_bytes(mapping.tile_p, mapping.tile_m, e, f, width, instruction)
-    known = as_compiled(mapping, e, f, width, device)
-    # where operands pass through registers, copies start where a turn ends: the first tile ahead covers nothing
-    late = device.kind == "cuda" and not instruction
-    issued = known.others * mapping.warps if known else 0
-    return footprint(mapping, e, f, width, device), read, max(1, mapping.stages - late), issued
+def _programs(s: Subject, at: Shape, tile: tuple[int, int], data: Data) -> tuple[Streamed, Jobs, int]:
+    """What one tile takes, the programs with the heads that share them, and bytes that these read."""
+    w, jobs = tile_work(s, at, tile, data)
+    return w, *_shared_heads(w, jobs, _packed(at), -(-_rows(at) // tile[0]))
+
+
+def _launches(s: Subject, at: Shape) -> int:
+    return 1 + LISTING * _lists(s, at)
 
 
 # What a call launches to list the tiles of a mask that data decides: the listing, and a sort of what it found.
@@ -531,5 +546,5 @@ def head_sizes(c: Cascade, sizes: Mapping[str, int]) -> tuple[int, int] | Obstac
     s = subject(c)
     if isinstance(s, Obstacle):
         return s
-    at = shape(s.cascade, s.attention, sizes)
+    at = bound(s, sizes)
     return padded(at.embed), padded(size_int(at.value))

@@ -527,7 +527,12 @@ def vendor_call(made: vendor.VendorCall, conditions: tuple[Condition, ...] = (),
 def _shape(c: Cascade, q: Question, sizes: Mapping[str, int]) -> SiteShape:
     bound = {r.name: bind(r.size, sizes) for r in c.ranks if not isinstance(r.size, int)}
     at = {r: n for r, n in bound.items() if isinstance(n, int)}
-    return SiteShape({r.name: r.size if isinstance(r.size, int) else str(r.size) for r in c.ranks}, q.dtype, at)
+    return SiteShape(_size_texts(c), q.dtype, at)
+
+
+@lru_cache(maxsize=512)
+def _size_texts(c: Cascade) -> Mapping[str, int | str]:
+    return {r.name: r.size if isinstance(r.size, int) else str(r.size) for r in c.ranks}
 
 
 def _memory(a: Attention, c: Cascade, sizes: Mapping[str, int]) -> AttentionMemory | None:

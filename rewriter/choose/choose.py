@@ -54,7 +54,7 @@ from ..splice.guards import Originals
 from . import scans
 from .approximations import Approximation, Installed, methods_at, with_methods
 from .candidates import Question, answer, guard_sentences
-from .latents import over_latents
+from .latents import over_latents, with_engine_form
 from .outside import outside
 from .policy import Policy, StrictError
 
@@ -397,11 +397,12 @@ class Places:
 
 
 def places(
-    gm: fx.GraphModule, taken: Counter[str], *, sharded: bool = False, own_dropout: bool = False
+    gm: fx.GraphModule, taken: Counter[str], *, sharded: bool = False, own_dropout: bool = False, planned: bool = False
 ) -> Places:
     """Every attention and every recurrence of a graph as plain data, for decisions at other sizes and on other devices.
 
-    With `sharded` attentions also say what their keys and values are made of. With `own_dropout` dropout is counted.
+    With `sharded` attentions also say what their keys and values are made of, with `planned` those of one query alone.
+    With `own_dropout` dropout is counted.
     """
     # nothing runs here, so that what is written in place may as well be a new value
     gm = functional(gm) or gm
@@ -416,7 +417,7 @@ def places(
         try:
             stands = place(f, name)
             stands = replace(stands, notes=(*stands.notes, _COUNTED)) if _counts(f) else stands
-            out.append(_with_upstream(stands, f, aliases) if sharded else stands)
+            out.append(_with_upstream(stands, f, aliases) if sharded or (planned and _decodes(stands)) else stands)
         except Exception as error:
             missed.append(defective(f.output, error))
     try:
@@ -424,6 +425,11 @@ def places(
     except Exception as error:
         work = defect.reason("the step of the whole model", error)
     return Places(out, [s for _, s in walked], [*others, *(_miss(m) for m in missed)], work)
+
+
+def _decodes(p: Place) -> bool:
+    view = attention(p.cascade)
+    return isinstance(view, Attention) and p.cascade.rank[view.query].size == 1 and not p.gradients
 
 
 def _with_upstream(p: Place, f: Found, aliases: Aliases) -> Place:
@@ -474,7 +480,10 @@ def decide_place(
     site = replace(site, name=stands.name, where=stands.where, notes=(*site.notes, *stands.notes))
     if request.policy.methods:
         site, calls = with_methods(question, site, calls, request.installed, request.choices.get(stands.name, ""))
-    return replace(site, guards=guard_sentences(calls.get(site.choice))), calls
+    site = replace(site, guards=guard_sentences(calls.get(site.choice)))
+    if not request.executable:
+        site = with_engine_form(site, stands, question.device, stands.sizes(at))
+    return site, calls
 
 
 def _question(stands: Place, at: Mapping[str, int], request: Request) -> Question:

@@ -15,16 +15,19 @@ from functools import lru_cache
 from torch import fx
 
 from ...codegen import operator as ours
+from ...cost_model.count.memory import memory
 from ...cost_model.devices.device import Device
+from ...cost_model.layer.latents import predict_absorbed
 from ...cost_model.sites.site import Candidate, Site
 from ...cost_model.time.cost import Cost
 from ...cost_model.time.predict import predict_latent, predict_made
 from ...cost_model.words import seconds_text
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
-from ...patterns.cascade import Cascade, show
+from ...patterns.cascade import Cascade, bind, show
 from ...patterns.mapping import TileMapping
 from ...patterns.passes.absorb import absorb
+from ...patterns.passes.latents import Inner, inner
 from ...patterns.verdict import Obstacle, Refusal
 from ..find.detect import Found
 from ..find.place import Place, interior
@@ -34,6 +37,9 @@ from ..graph.inside import between
 from ..splice import splice
 from .candidates import our_call
 from .policy import Policy
+
+# The candidate of a plan that decodes over what is cached of latents, as serving engines do.
+LATENT = "latent"
 
 MAPPING = TileMapping(tile_p=64, tile_m=64, warps=1, stages=1, body="latent")
 
@@ -82,6 +88,46 @@ def over_latents(
     over = replace(f, cascade=whole, tensors=made.tensors)
     chosen = replace(site, candidates=order, choice="reattend", chosen_cascade=show(whole))
     return Over(over, chosen, our_call(whole, MAPPING))
+
+
+def with_engine_form(site: Site, stands: Place, device: Device, sizes: Mapping[str, int]) -> Site:
+    """The site of a plan with what decoding over cached latents would take, where it has such a form and a law for it.
+
+    It is no choice: the cache would have to hold latents, which is the model's and its engine's to decide.
+    """
+    made = stands.upstream
+    if not device.is_gpu or stands.gradients or not isinstance(made, Cascade):
+        return site
+    found = _engine_form(made, stands.cascade, device, tuple(sorted(sizes.items())))
+    if found is None or site.memory is None:
+        return site
+    cost, kept = found
+    why = "over latents in the cache, as serving engines decode: optimize() keeps the model's own layout"
+    form = Candidate(LATENT, cost=cost, feasible=False, why=why)
+    return replace(site, candidates=(*site.candidates, form), memory=replace(site.memory, latent_bytes=kept))
+
+
+@lru_cache(maxsize=1024)
+def _engine_form(
+    made: Cascade, own: Cascade, device: Device, sizes: tuple[tuple[str, int], ...]
+) -> tuple[Cost, int] | None:
+    """What it takes, and the bytes of its cache; None where there is no such form, or no law for it."""
+    view = attention(own)
+    assert isinstance(view, Attention), view
+    if bind(own.rank[view.query].size, dict(sizes)) != 1:
+        return None
+    whole = _absorbed(made, view.key, view.query)
+    parts = inner(whole) if whole is not None else None
+    if whole is None or not isinstance(parts, Inner):
+        return None
+    core = attention(parts.cascade)
+    assert isinstance(core, Attention), core
+    try:
+        cost = predict_absorbed(whole, device, dict(sizes))
+        kept = memory(core, parts.cascade, dict(sizes)).cache_bytes
+    except ValueError:
+        return None
+    return None if isinstance(cost, Obstacle) else (cost, kept)
 
 
 @lru_cache(maxsize=256)

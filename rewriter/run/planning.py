@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 
 from ...cost_model.count.expect import ExpectError, checked, known
 from ...cost_model.devices.device import Device
-from ...cost_model.layer.step import ModelStep, Types
 from ...cost_model.layer.work import LayerWork
 from ...cost_model.mesh.mesh import Mesh, linked
 from ...cost_model.mesh.plan import MeshPlan
@@ -32,7 +31,7 @@ from ..capture.models import ModelInput, load, run
 from ..choose import choose, scans
 from ..choose.approximations import Installed
 from ..choose.policy import Policy
-from ..choose.steps import step_of
+from ..choose.steps import Steps
 from ..find import defect
 from ..find.place import Place, symbols_of
 from ..graph.torch_private import FakeTensor, quietly
@@ -112,7 +111,7 @@ def plan_graph(
     work: list[LayerWork | str] = []
     for region in capture.regions(captured.graph):
         found = choose.places(
-            region, taken, sharded=policy.mesh is not None, own_dropout=policy.dropout == "own"
+            region, taken, sharded=policy.mesh is not None, own_dropout=policy.dropout == "own", planned=True
         )
         places += found.attentions
         walked += found.scans
@@ -136,11 +135,6 @@ def plan_graph(
     def reshard(where: Device, at: Mapping[str, int]) -> MeshPlan | None:
         return _sharded(alike, at, where, policy, weights)
 
-    def restep(
-        where: Device, at: Mapping[str, int], sites: tuple[Site, ...], sharding: MeshPlan | Mesh | None, types: Types
-    ) -> ModelStep | str:
-        return step_of(work, places, sites, at, where, sharding, types)
-
     traced = {s.name: s.value for s in symbols.values()}
     misses += _undecided(places, traced, choose.Request(policy, device, executable=False))
     alike = _alike(places)
@@ -149,7 +143,7 @@ def plan_graph(
     return Plan(
         sites, tuple(misses), device, model=name, note=note, weight_bytes=weights, symbols=tuple(symbols.values()),
         axes=axes(p.cascade for p in places), sharding=sharding, retake=retake, reshard=reshard,
-        restep=restep if whole and not any(p.gradients for p in places) else None,
+        restep=Steps(work, places).at if whole and not any(p.gradients for p in places) else None,
     ).stored()
 
 

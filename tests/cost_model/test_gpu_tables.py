@@ -12,6 +12,7 @@ import pytest
 
 from reattend.cost_model.devices.device import shipped
 from reattend.cost_model.devices.kernels import vendor_kernels
+from reattend.cost_model.devices.latents import latent_kernels
 from tests.loading import benchmark
 
 FOLDER = str(Path(__file__).resolve().parents[2] / "benchmarks")
@@ -204,8 +205,8 @@ def latent(**given: Any) -> Any:
 
 def test_forms_grow_with_what_they_do_and_not_below_what_must_move(tables: ModuleType) -> None:
     m = sys.modules["gpu_latent"]
-    assert {t for _, t in m.known()} == set(m.TABLES)
-    for (device, table), constants in m.known().items():
+    assert {t for _, t in latent_kernels()} == set(m.TABLES)
+    for (device, table), constants in latent_kernels().items():
         d = shipped(device)
         given = [latent(table=table, device=device, batch=b, keys=n, heads=16, key_heads=16) for b in (4, 64) for n in (512, 8192)]
         few, longer, more, both = m.FORMS[table](m.Columns.of(given), d, constants)
@@ -221,7 +222,7 @@ def test_a_fit_of_a_form_finds_what_rows_were_made_with(tables: ModuleType) -> N
     m = sys.modules["gpu_latent"]
     d = shipped("h200")
     given = [latent(table="gdn_generation", batch=b, heads=h, key_heads=h) for b in (1, 8, 64, 512) for h in (4, 16, 64)]
-    wanted = {**m.known()["h200", "gdn_generation"], "memory": 0.6}
+    wanted = {**latent_kernels()["h200", "gdn_generation"], "memory": 0.6}
     seconds = m.FORMS["gdn_generation"](m.Columns.of(given), d, wanted)
     rows_ = [replace(r, seconds=float(s)) for r, s in zip(given, seconds)]
     found = m.fitted("gdn_generation", rows_, d)

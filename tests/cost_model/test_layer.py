@@ -9,11 +9,13 @@ import pytest
 
 from reattend.cost_model.devices.device import shipped, targets
 from reattend.cost_model.devices.layers import KINDS, layer_rates
+from reattend.cost_model.layer.exchange import exchange_seconds
 from reattend.cost_model.layer.products import ProductShapes, expert_seconds, matrix_rate, product_seconds
-from reattend.cost_model.layer.step import Attended, Extent, ModelStep, StepError, StepSpread, Types, _exchange, step
+from reattend.cost_model.layer.step import Attended, Extent, ModelStep, StepError, StepSpread, Types
+from reattend.cost_model.layer.steps import step
 from reattend.cost_model.layer.table import step_lines
 from reattend.cost_model.layer.work import COLUMNS, INNER, LayerProduct, LayerWork, Pass, Weights
-from reattend.cost_model.mesh.collectives import ALL_REDUCE, Collective
+from reattend.cost_model.mesh.collectives import ALL_REDUCE
 from reattend.cost_model.mesh.mesh import parse
 from tests.tiers import one_in
 
@@ -134,7 +136,8 @@ def test_a_mesh_divides_what_it_can_and_pays_for_it() -> None:
 
 def test_sums_over_a_switch_take_what_was_measured() -> None:
     def took(n: int, parts: int) -> float:
-        return _exchange(Collective(ALL_REDUCE, "tp", n, ""), H200, parse(f"tp={parts}"))
+        route = parse(f"tp={parts}").route("tp", H200)
+        return float(exchange_seconds(ALL_REDUCE, np.array([float(n)]), H200, route)[0])
 
     # all-reduce on H200 (vllm, captured), by bytes and devices
     for n, parts, seconds in ((128, 8, 4.7e-6), (8192, 4, 4.8e-6), (524288, 4, 12.1e-6), (524288, 8, 14.1e-6), (4194304, 8, 48.4e-6),

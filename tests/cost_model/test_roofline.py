@@ -9,9 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reattend.cost_model.devices.device import Device, shipped, targets, with_threads
+from reattend.cost_model.report.roofline import roof
 from reattend.cost_model.time.cost import Cost
 from reattend.cost_model.time.predict import VendorUse, best_mapping, predict_original, predict_vendor
-from reattend.cost_model.time.roofline import roof
 from reattend.patterns.cascade import Cascade
 
 from .test_predict import CAPPED, CAUSAL, FULL, GROUPED, WINDOW, narrow

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import reattend
 from reattend.cli import main
 from reattend.cost_model.mesh.plan import MeshPlan
+from reattend.cost_model.plan.plan import Plan
 from tests.tiers import few
 
 # Heads 8; keys of 32 + 16 rotary, values of 24, a latent of 64.
@@ -180,3 +181,44 @@ def test_keys_that_positions_turn_say_why_there_is_no_latent(tmp_path: Path, cap
     }), encoding="utf-8")
     out = run(capsys, "plan", str(config), "--target", "h200", "--seq", "256", "--mesh", "tp=2")
     assert "no latent form of model.layers.0.self_attn: what keys and values are made of is no narrower" in out
+
+
+class Decoding(nn.Module):
+    """One token a sequence over latents that the caller cached: keys and values are made of all of them at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ask, self.out = nn.Linear(128, 8 * 16, bias=False), nn.Linear(8 * 24, 128, bias=False)
+        self.up = nn.Linear(64, 8 * 40, bias=False)
+
+    def forward(self, x: Tensor, cache: Tensor) -> Tensor:
+        q = self.ask(x).unflatten(-1, (8, -1)).transpose(1, 2)
+        k, v = torch.split(self.up(cache).unflatten(-1, (8, -1)).transpose(1, 2), [16, 24], -1)
+        y: Tensor = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y
+
+
+def test_decoding_is_priced_over_latents_where_a_kernel_like_it_was_timed() -> None:
+    with torch.no_grad():
+        inputs = torch.randn(64, 1, 128, dtype=torch.bfloat16), torch.randn(64, 4096, 64, dtype=torch.bfloat16)
+        plan = reattend.plan(Decoding().to(torch.bfloat16).eval(), inputs, target="h200", dynamic=True)
+    site, step = plan.sites[0], plan.step
+    form = site.candidate("latent")
+    assert (form.feasible, form.exact, site.choice == "latent") == (False, True, False)
+    assert form.cost is not None
+    assert form.cost.band > 0
+    assert site.memory is not None
+    assert 0 < site.memory.latent_bytes < site.memory.cache_bytes
+    assert step is not None
+    assert (step.latents, step.cache_bytes) == (True, site.memory.latent_bytes)
+    assert step.parts["attention"] == pytest.approx(form.cost.seconds)
+    assert "attention over cached latents" in str(plan)
+    assert Plan.from_json(plan.to_json()).step == step
+    # elsewhere nobody has timed one, and what divides heads says itself how these share latents
+    far = plan.at("mi300x")
+    assert all(c.name != "latent" for c in far.sites[0].candidates)
+    assert far.step is not None
+    assert not far.step.latents
+    held = plan.grid(("h200",), meshes=("", "dp=2", "tp=2"), batch=(64,)).columns["step_seconds"]
+    assert held[0] == step.seconds
+    assert held[1] < held[0] < held[2]  # type: ignore[operator]

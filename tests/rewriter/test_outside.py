@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -248,3 +249,16 @@ def test_keys_that_are_made_again_in_every_step_are_told_from_the_step_s_own_tok
     work = work_of(Expanded(), torch.randn(2, 1, 64), torch.randn(2, 40, 24))
     assert {(p.rows, p.inner): p.keys for p, _ in work.products} == {(2, 64): False, (80, 24): True}
     assert {(p.rows, p.inner) for p, _ in work.without_keys().products} == {(2, 64)}
+
+
+@pytest.mark.slow
+def test_a_point_of_a_grid_takes_less_than_a_millisecond() -> None:
+    with torch.no_grad():
+        model = Block().eval().to(torch.bfloat16)
+        plan = reattend.plan(model, torch.randn(2, 128, 64, dtype=torch.bfloat16), target="h200", dynamic=True)
+    meshes = ("", "tp=2", "tp=4", "dp=2", "dp=4", "tp=2,dp=2", "tp=4,dp=2", "tp=4,dp=8")
+    plan.grid(("h200", "a100"), meshes=meshes, seq=(100,), batch=(3,))
+    start = time.process_time()
+    found = plan.grid(("h200", "a100"), meshes=meshes, seq=range(128, 4096, 331), batch=(1, 2, 4, 16))
+    assert found.points == 2 * 8 * 4 * 12
+    assert time.process_time() - start < 1e-3 * found.points
