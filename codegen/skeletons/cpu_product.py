@@ -200,4 +200,6 @@ def alike(a: Tensor, b: Tensor) -> bool:
 
 def gathered(t: Tensor, index: Tensor, real: torch.dtype) -> Tensor:
     """Keys of some heads [heads, M, E] at these indices, as `real`."""
-    return t.index_select(1, index).to(real)
+    # torch copies rows whole where they are the first dimension
+    found = t[0].index_select(0, index).unsqueeze(0) if len(t) == 1 else t.index_select(1, index)
+    return found.to(real)

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from reattend.codegen.cpu.kernel import TrainedKernel, build_trained
+from reattend.codegen.operator import program_text
+from reattend.codegen.trained import call
+from reattend.cost_model.devices.device import shipped
+from reattend.cost_model.time.predict import ranked_mappings
 
 from .test_selection import (
     INF,
@@ -168,3 +172,59 @@ def test_another_row_rule() -> None:
         return torch.where(keep, torch.sigmoid(3.0 * torch.tanh(q @ k.mT)), 0.0) @ v
 
     trained(f, *operands(), index_score())
+
+
+# --- through the operator -------------------------------------------------------------------------------------------
+
+
+def causal_top(q: Tensor, k: Tensor, v: Tensor, i: Tensor) -> Tensor:
+    low = torch.finfo(q.dtype).min
+    top = i.masked_fill(~causal(), -INF).topk(K, -1).indices
+    keep = torch.zeros(N, N, dtype=torch.bool).scatter(-1, top, True) & causal()
+    return (q @ k.mT * 5**-0.5).masked_fill(~keep, low).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_narrow_types(dtype: torch.dtype) -> None:
+    """As near to float64 as the model's own code is, twice at most."""
+    q, k, v = (x.to(dtype) for x in operands())
+    here, tensors, want = found(causal_top, q, k, v, index_score())
+    program, names = program_text(here.cascade, SELECTED), [t.name for t in here.cascade.inputs]
+    grad = waves(*want.shape, a=0.77)
+
+    def errors(fn: Callable[[], tuple[Tensor, list[Tensor]]]) -> list[float]:
+        value, leaves = fn()
+        got = torch.autograd.grad(value.double().reshape(grad.shape), leaves, grad)
+        return [float((g.double() - t.reshape(g.shape)).square().mean().sqrt()) for g, t in zip(got, truth)]
+
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    truth = torch.autograd.grad(causal_top(*exact, index_score()), exact, grad)
+
+    def own() -> tuple[Tensor, list[Tensor]]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        return causal_top(*leaves, index_score()), leaves
+
+    def ours() -> tuple[Tensor, list[Tensor]]:
+        leaves = {n: tensors[n].clone().requires_grad_() for n in ("Q", "K", "V")}
+        return call([leaves.get(n, tensors[n]) for n in names], [], program), list(leaves.values())
+
+    for mine, theirs in zip(errors(ours), errors(own), strict=True):
+        assert mine <= 2 * theirs + 1e-9
+
+
+def test_opcheck() -> None:
+    q, k, v = (x.float() for x in operands())
+    here, tensors, _ = found(causal_top, q, k, v, index_score())
+    given = [t.clone().requires_grad_(t.is_floating_point()) for t in (tensors[x.name] for x in here.cascade.inputs)]
+    torch.library.opcheck(torch.ops.reattend.cascade_trained.default, (given, [], program_text(here.cascade, SELECTED)))
+
+
+def test_its_backward_is_priced_with_what_is_scattered() -> None:
+    """Beside the forward, gradients of gathered keys are written and added up: more than the backward of a dense body."""
+    q, k, v = (x.float() for x in operands())
+    here, _, _ = found(causal_top, q, k, v, index_score())
+    forward, step = (
+        {m.body: c.seconds for m, c in reversed(ranked_mappings(here.cascade, shipped("cpu"), {}, wanted=wanted))}
+        for wanted in (None, ("Q", "K", "V"))
+    )
+    assert step["selected"] / forward["selected"] > step["product"] / forward["product"]

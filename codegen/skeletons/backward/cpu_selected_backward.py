@@ -24,7 +24,7 @@ LOWEST = -1e29
 
 
 class Flow(NamedTuple):
-    """Where gradients add up: of queries [Z, H, P, E], of keys [Z, M, H/G, E], of values [Z, M, H/G, F], and of others."""
+    """Where gradients add up: of queries [Z, H, P, E], of keys [Z, H/G, M, E], of values [Z, H/G, M, F], and of others."""
 
     dq: list[Tensor]
     dk: list[Tensor]
@@ -46,11 +46,8 @@ def selected_backward(
     differentiated as they are written: a model's own gradients are NaN there, or reach all values.
     """
     (batch, heads, queries, _), keys = grad.shape, v.shape[2]
-    shape = (batch, keys, v.shape[1])
-    flow = Flow(
-        [q.new_zeros(q.shape, dtype=real) for q, _ in pairs], [k.new_zeros((*shape, k.shape[3]), dtype=real) for _, k in pairs],
-        v.new_zeros((*shape, v.shape[3]), dtype=real), [torch.zeros_like(x) for x in given],
-    )
+    near, far = ([torch.zeros(x.shape, dtype=real, device=x.device) for x in some] for some in zip(*pairs))
+    flow = Flow(near, far, torch.zeros(v.shape, dtype=real, device=v.device), [torch.zeros_like(x) for x in given])
     width = max(first + slots.shape[3] * block, 1)
     wide = max([v.shape[3], *(k.shape[3] for _, k in pairs)])
     rows = max(1, min(GATHERED_ROWS, GATHERED * torch.get_num_threads() // (width * wide)))
@@ -65,7 +62,7 @@ def selected_backward(
                 if done < here.h.stop:
                     as_written(pairs, v, grad, given, flow, at._replace(h=slice(done, heads)), plain)
                     break
-    return [*flow.dq, *(x.transpose(1, 2) for x in (*flow.dk, flow.dv)), *flow.others]
+    return [*flow.dq, *flow.dk, flow.dv, *flow.others]
 
 
 def group_backward(
@@ -90,8 +87,9 @@ def group_backward(
         with torch.enable_grad():
             scores = []
             for x, y in zip(near, far):
-                product = x.unflatten(0, (many, -1)).transpose(1, 2) @ y.view(many, count, width, -1).mT
-                scores.append(product.transpose(1, 2).reshape(1, heads, count, width))
+                # keys first: their gradient, the largest of all, comes as they lie
+                product = y.view(many, count, width, -1) @ x.unflatten(0, (many, -1)).permute(0, 2, 3, 1)
+                scores.append(product.permute(0, 3, 1, 2).reshape(1, heads, count, width))
             s = score(scores, here, m, there)
             if not bool((s.detach().amax(-1) >= LOWEST).all()):
                 return h
@@ -104,9 +102,10 @@ def group_backward(
         for into, x in zip(flow.dq, found):
             if x is not None:
                 into[z, here.h, at.p] += x
+        place = (torch.arange(shared.start, shared.stop, device=m.device)[:, None] * v.shape[2] + index).view(-1)
         for into, x in zip((*flow.dk, flow.dv), found):
             if x is not None:
-                into[z, :, shared].index_add_(0, index, x.transpose(0, 1))
+                into[z].flatten(0, 1).index_add_(0, place, x.flatten(0, 1))
         add(flow.others, found)
     return at.h.stop
 
@@ -124,9 +123,7 @@ def as_written(
         plain(list(zip(near, far)), values, out, at.z.start, rows)
         out = out[at.z, at.h, at.p]
     found = iter(reaching(out, [*near, *far, values, *given], grad[at.z, at.h, at.p], bool(given)))
-    add(flow.dq, (next(found) for _ in near))
-    add([x.transpose(1, 2) for x in (*flow.dk, flow.dv)], (next(found) for _ in (*far, values)))
-    add(flow.others, found)
+    add([*flow.dq, *flow.dk, flow.dv, *flow.others], found)
 
 
 def leaf(x: Tensor, of: Tensor, real: torch.dtype) -> Tensor:
