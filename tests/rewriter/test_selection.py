@@ -240,7 +240,7 @@ def best_blocks(q: Tensor, k: Tensor) -> Tensor:
     """Of blocks of 8 keys the three whose best visible key a row of each index head scores highest, its own first; −1 for none."""
     p = torch.arange(q.shape[1])
     s = (q @ k.mT).masked_fill(p[None] > p[:, None], -INF)
-    s = torch.nn.functional.pad(s, (0, -s.shape[-1] % 8), value=-INF).unflatten(-1, (-1, 8)).amax(-1)
+    s = torch.nn.functional.pad(s, (0, -s.shape[-1] % 8), value=-INF).view(*s.shape[:2], -1, 8).amax(-1)
     top = s.scatter(-1, (p // 8)[None, :, None].expand(len(q), -1, -1), INF).topk(3, -1)
     return torch.where(top.values == -INF, -1, top.indices)
 

@@ -1,4 +1,4 @@
-"""The CPU's loop for the gradients of rows that name their keys: torch's tape through the printed forward, some rows at a time.
+"""The CPU's loop for gradients of rows that name their keys: torch's tape through the printed forward, some rows at a time.
 
     for some rows:  near, far, values = leaves of q, k[T], v[T];  out = forward(near, far, values)
         dq = d near;   dk[T] += d far;   dv[T] += d values
@@ -73,6 +73,7 @@ def group_backward(
 ) -> int:
     """The rows `at` of heads with the same keys; the first head of those whose rows have no named key that counts."""
     z, group, together = at.z.start, grad.shape[1] // v.shape[1], at.h.stop - at.h.start
+    stop: int = at.h.stop
     count, width, index = m.shape[2], m.shape[3], m.reshape(-1)
     wide = max([v.shape[3], *(k.shape[3] for _, k in pairs)])
     few = max(1, GATHERED * torch.get_num_threads() // (count * width * wide))
@@ -99,15 +100,15 @@ def group_backward(
             acc = w @ values.view(many, count, width, -1)
             out = finish(acc.transpose(1, 2).reshape(1, heads, count, -1), state, here)
         found = iter(reaching(out, [*near, *far, values, *given], grad[here.z, here.h, here.p], bool(given)))
-        for into, x in zip(flow.dq, found):
-            if x is not None:
-                into[z, here.h, at.p] += x
+        for into, part in zip(flow.dq, found):
+            if part is not None:
+                into[z, here.h, at.p] += part
         place = (torch.arange(shared.start, shared.stop, device=m.device)[:, None] * v.shape[2] + index).view(-1)
-        for into, x in zip((*flow.dk, flow.dv), found):
-            if x is not None:
-                into[z].flatten(0, 1).index_add_(0, place, x.flatten(0, 1))
+        for into, part in zip((*flow.dk, flow.dv), found):
+            if part is not None:
+                into[z].flatten(0, 1).index_add_(0, place, part.flatten(0, 1))
         add(flow.others, found)
-    return at.h.stop
+    return stop
 
 
 def as_written(
