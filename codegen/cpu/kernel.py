@@ -36,6 +36,7 @@ from . import sdpa as cpu_sdpa
 from . import selected as cpu_selected
 from . import training as cpu_training
 from . import training_product as cpu_training_product
+from . import training_selected as cpu_training_selected
 from .training import PrintedTraining
 
 
@@ -154,7 +155,7 @@ def build(c: Cascade, mapping: TileMapping) -> CpuKernel | Refusal:
 
 
 BODIES_TRAINED: Mapping[str, Callable[[Form, TileMapping, str], PrintedTraining]] = {
-    "fused": cpu_training.printed, "product": cpu_training_product.printed,
+    "fused": cpu_training.printed, "product": cpu_training_product.printed, "selected": cpu_training_selected.printed,
 }
 
 

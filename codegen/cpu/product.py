@@ -51,6 +51,9 @@ def text(f: Form, m: TileMapping, version: str) -> str:
 class ProductKernel:
     """The printed functions of one kernel, and `attention`, which calls them."""
 
+    # May results be written over what they are made of? Not where torch's tape reads these again.
+    reuse = True
+
     def __init__(self, f: Form, reserved: Sequence[str] = ()) -> None:
         pairs = [f"{x}_{i}" for i in range(len(f.products)) for x in "qk"]
         self.f, self.p = f, Printer(f, reserved=(*reserved, *pairs))
@@ -66,10 +69,10 @@ class ProductKernel:
         score, full = self.whole(a.score), self.whole(f.mask.full)
         parts = [t for e in (score, full) for t in relative_parts(e, a.query, a.key) if t.ranks == {a.query, a.key}]
         self.near = tuple(dict.fromkeys(parts))
-        self.scores = [self.p.function("score", "The score.", [score], named=self.leaves(score), reuse=True)]
+        self.scores = [self.p.function("score", "The score.", [score], named=self.leaves(score), reuse=self.reuse)]
         if full is not score:
             doc = "The score where the mask keeps every key."
-            self.scores.append(self.p.function("full", doc, [full], named=self.leaves(full), reuse=True))
+            self.scores.append(self.p.function("full", doc, [full], named=self.leaves(full), reuse=self.reuse))
         self.step = self._step()
         self.end = self._end()
 
@@ -91,7 +94,7 @@ class ProductKernel:
         corrections = [c.correction for c in f.state.carried if c.correction is not None]
         last = f.state.correction
         roots = [*lifts, *corrections, weight, *([last] if last is not None else [])]
-        body = TorchBody(self.p.scope({x: "x", **self.leaves(*roots)}, reuse=True), roots)
+        body = TorchBody(self.p.scope({x: "x", **self.leaves(*roots)}, reuse=self.reuse), roots)
         body.taken |= {*self.state.values(), "x"}
         reads = [y for r in roots for y in ex.loads(r)]
         before: dict[str, str] = {}

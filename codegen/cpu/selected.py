@@ -10,6 +10,7 @@ that are added as data may hide all keys that a row names: only the scores tell.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ...patterns import expr as ex
@@ -41,8 +42,11 @@ def text(f: Form, m: TileMapping, version: str, after: Einsum | None = None) -> 
 class SelectedKernel(ProductKernel):
     """The printed functions of one kernel: those of the product body for rows as written, and the score of a named key."""
 
+    # names that the printed text uses for itself
+    reserved: Sequence[str] = RESERVED
+
     def __init__(self, f: Form, after: Einsum | None = None) -> None:
-        super().__init__(f, RESERVED)
+        super().__init__(f, self.reserved)
         self.after = after
         self.choice = _choice(f)
         a = f.attention
@@ -58,30 +62,42 @@ class SelectedKernel(ProductKernel):
     def _apart(self, name: str, doc: str, term: Expr) -> PrintedFunction:
         """A function at keys that lie anywhere: what it reads is gathered."""
         leaves = {x: self.products[str(x.attr)] for x in ex.loads(term) if str(x.attr) in self.products}
-        body = TorchBody(self.p.scope(leaves, views=False, reuse=True), [term])
+        body = TorchBody(self.p.scope(leaves, views=False, reuse=self.reuse), [term])
         result = body.real(term) if term.is_float else body.term(term)
         return self.p.define(name, doc, [*body.lines, f"    return {result}"], (), body.scope)
 
     def whole_file(self) -> str:
         """The text of `attention`."""
-        f, p, s = self.f, self.p, self.choice
-        real = TYPES[f.real]
+        setup, pairs = self.setup()
+        lines = [*self.allocated(), *self.closures(), "", f"selected([{', '.join(pairs)}], v, rows, {self.told()})"]
+        return entry(self.p, lines, setup, without=str(self.choice.member.attr), answer=self._answer())
+
+    def setup(self) -> tuple[list[str], list[str]]:
+        """Lines that make the operands as they are and the slots, and the pairs of the operands' names."""
+        p, query = self.p, self.f.attention.query
         setup, pairs = self.operands(cast=False)
-        slots, _ = operands(p, f.attention.query, s.slots, (s.slot,))
-        setup.append(f"slots = {slots}.expand(-1, -1, {p.names.rank(f.attention.query)}, -1)")
-        start = of_values([literal(c.identity) for c in f.state.carried])
-        least = literal(-skip.FINITE if f.rule == "guarded" else -math.inf)
-        at_keys = {**self.places(), p.ranks[f.attention.key]: "keys"}
+        slots, _ = operands(p, query, self.choice.slots, (self.choice.slot,))
+        return [*setup, f"slots = {slots}.expand(-1, -1, {p.names.rank(query)}, -1)"], pairs
+
+    def closures(self) -> list[str]:
+        """Lines of the functions that a walk over rows calls."""
+        at_keys = {**self.places(), self.p.ranks[self.f.attention.key]: "keys"}
         unpack = f"{''.join(f'{x}, ' for x in self.products.values()).rstrip()} = scores"
-        places = f"{p.names.size(s.first)}, {p.names.size(s.places)}"
-        lines = [
+        return [
             *self.finish(), "", "def named(scores, at, keys, there):", f"    {unpack}",
             f"    return torch.where(there, {self.chosen.call(at_keys)}, {literal(self.null)})", "",
-            "def take(x, state, at):", f"    return {self.stepped(self.places())}", "", *self._plain(pairs, real, start), "",
-            f"selected([{', '.join(pairs)}], v, rows, slots, {places}, {s.block}, {real}, {start},",
-            f"         named, take, finish, {least}, plain)",
+            "def take(x, state, at):", f"    return {self.stepped(self.places())}", "", *self._plain(),
         ]
-        return entry(p, lines, setup, without=str(s.member.attr), answer=self._answer())
+
+    def told(self) -> str:
+        """What a walk over rows is told besides the operands, as arguments."""
+        f, p, s = self.f, self.p, self.choice
+        least = literal(-skip.FINITE if f.rule == "guarded" else -math.inf)
+        places = f"slots, {p.names.size(s.first)}, {p.names.size(s.places)}, {s.block}"
+        return f"{places}, {TYPES[f.real]}, {self._start()}, named, take, finish, {least}, plain"
+
+    def _start(self) -> str:
+        return of_values([literal(c.identity) for c in self.f.state.carried])
 
     def _answer(self) -> str:
         """The output: what the rows sum, or what a map makes of that."""
@@ -95,25 +111,21 @@ class SelectedKernel(ProductKernel):
             raise PrintError("the map behind the attention reads what is not there in its kernel")
         return einsum(replace(names, tensors={**names.tensors, output: "out"}), self.f.real, self.after)
 
-    def _plain(self, pairs: list[str], real: str, start: str) -> list[str]:
+    def _plain(self) -> list[str]:
         """Lines of the rows that are computed as they are written, and of the mask of all pairs, made once if ever."""
         f, p = self.f, self.p
-        member = str(self.choice.member.attr)
+        member, real = str(self.choice.member.attr), TYPES[f.real]
         (e,) = (e for e in f.attention.prelude if e.out.tensor == member)
         table = {x.name: x for x in relatives(p, self.near)}
         batch = {p.ranks[r]: f"{p.ranks[r]}[z : z + 1]" for r in f.heads.lead}
         near = make_near(p, [(name, table[made]) for name, made in near_names(self.near)], batch)
-        wide = ", ".join(f"({x})" for x in (_widened(pair, real) for pair in pairs))
+        wide = f"[(q.to({real}), k.to({real})) for q, k in pairs], v.to({real})"
         inner = [
             f"{p.names.tensors[member]} = member()", "plan = [block]", *near, *self._update(True),
-            f"stream([{wide}], v.to({real}), rows, (z, z + 1), plan, {start}, update, finish)",
+            f"stream({wide}, out, (z, z + 1), plan, {self._start()}, update, finish)",
         ]
         made = ["@cache", "def member():", f"    return {einsum(p.names, f.real, e)}", ""]
-        return [*made, "def plain(z, block):", *indented(inner)]
-
-
-def _widened(pair: str, real: str) -> str:
-    return ", ".join(f"{x}.to({real})" for x in pair.strip("()").split(", "))
+        return [*made, "def plain(pairs, v, out, z, block):", *indented(inner)]
 
 
 def _choice(f: Form) -> Selection:

@@ -103,14 +103,15 @@ def selected(
     pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor, out: Tensor, slots: Tensor, first: int, places: int, block: int,
     real: torch.dtype, start: Sequence[float], score: Callable[[list[Tensor], At, Tensor, Tensor], Tensor],
     take: Callable[[Tensor, State, At], tuple[Tensor, Tensor | None, State]],
-    finish: Callable[[Tensor, State, At], Tensor], least: float, plain: Callable[[int, Block], None],
+    finish: Callable[[Tensor, State, At], Tensor], least: float,
+    plain: Callable[[Sequence[tuple[Tensor, Tensor]], Tensor, Tensor, int, Block], None],
 ) -> None:
     """Compute `out` [Z, H, P, F] where each row reads the keys that its slots [Z, S, P, J] name, S dividing H.
 
     Operands as in `stream`; they are gathered as they are and computed with as `real`. An index stands for `block` keys, of
     `places` such blocks behind the `first` keys, which all rows read. `score(products, at, keys, there)` gets the keys
     [1, 1, rows, ·] and which of them count, `take(score, state, at)` takes the scores into the state. Where those of a row
-    are all below `least`, other keys may count beside them: `plain(z, rows)` computes such rows as they are written.
+    are all below `least`, other keys may count beside them: `plain(pairs, v, out, z, rows)` computes such rows as written.
     """
     queries, keys = out.shape[2], v.shape[2]
     # where values are keys, as latents are, they are gathered once
@@ -130,7 +131,7 @@ def selected(
             heads = [slice(h, h + together) for h in range(0, out.shape[1], together)]
             for h, (m, there) in zip(heads, named):
                 if not group_selected(pairs, v, out, at._replace(h=h), m, there, real, start, score, take, finish, least):
-                    plain(z, Block(p0, at.p.stop, at.p.stop - p0, [Run(0, keys, True)]))
+                    plain(pairs, v, out, z, Block(p0, at.p.stop, at.p.stop - p0, [Run(0, keys, True)]))
                     break
 
 
@@ -199,4 +200,6 @@ def alike(a: Tensor, b: Tensor) -> bool:
 
 def gathered(t: Tensor, index: Tensor, real: torch.dtype) -> Tensor:
     """Keys of some heads [heads, M, E] at these indices, as `real`."""
-    return t.index_select(1, index).to(real)
+    # torch copies rows whole where they are the first dimension
+    found = t[0].index_select(0, index).unsqueeze(0) if len(t) == 1 else t.index_select(1, index)
+    return found.to(real)

@@ -48,6 +48,8 @@ AROUND_DATA = 40
 AROUND_TURN = 24
 AROUND_NAMED = 20
 SORT_SECONDS = 2e-8
+# Torch's tape for an element of a gathered key, beside the backward's products: its gradient, and where that is added up.
+TAPE_SECONDS = 2e-9
 # torch.exp takes so much longer where the result underflows, as it does behind a mask.
 UNDERFLOWING_EXP = 7.0
 
@@ -129,6 +131,19 @@ def selected(s: Subject, at: Shape, chosen: Selection, device: Device) -> Cost:
     bill.bytes = WIDTH[s.dtype] * keyed * at.queries * named * (at.embed + at.value)
     bill.add("fault", host.fresh(WIDTH[s.dtype] * at.batch * at.queries * at.value))
     return bill.cost(device, "our-selected", s.dtype)
+
+
+def scattered(s: Subject, at: Shape, chosen: Selection, device: Device) -> Cost:
+    """Seconds of what the gathered body's gradients take beside the products: each key's is written, read and added."""
+    host, bill = Host(device), Bill()
+    first = bind(chosen.first, at.symbols)
+    named = at.extent[chosen.slot] * chosen.block + (first if isinstance(first, int) else at.keys)
+    elements = at.batch // at.group * at.queries * named * (at.embed + at.value)
+    bill.add("element", elements * TAPE_SECONDS / host.gain("element", elements))
+    # each is written, read, and added to what its key has by then
+    bill.bytes = 3 * 4 * elements
+    cost = bill.cost(device, "our-selected", s.dtype)
+    return replace(cost, backward=cost.seconds)
 
 
 def tiles(s: Subject, found: Sequence[QueryBlock], at: Shape, mapping: TileMapping) -> Iterator[QueryBlock]:

@@ -34,7 +34,7 @@ from ..devices.kernels import vendor_kernels
 from ..operations import WIDTH, Sizes, size_int
 from . import gpu, host, vendor_gpu
 from .beforehand import apart, fetch_seconds, fused_fetch_seconds, plus, with_operands, with_prelude
-from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, selected, tiled
+from .body import bias_bytes, biases, by_sdpa, has_triangles, pointwise, scattered, selected, tiled
 from .cost import Cost, bound_of, differentiated
 from .fit import Footprint, candidates, limited, padded, refuse
 from .fused import PLAIN, few, fused
@@ -317,7 +317,9 @@ def _trained_on_cpu(
     cost = again = _ours_on_cpu(s, at, mapping, device, data)
     if wanted is not None and mapping.body == "fused" and s.dtype != "f32":
         again = _ours_on_cpu(s, at, mapping, device, data, "f32")
-    return _with_backward(cost, again, s, at, device, wanted)
+    whole = _with_backward(cost, again, s, at, device, wanted)
+    found = selection(s.attention, s.mask.keep) if wanted is not None and mapping.body == "selected" else None
+    return plus(whole, scattered(s, at, found, device)) if found is not None else whole
 
 
 def _ours_on_cpu(s: Subject, at: Shape, mapping: TileMapping, device: Device, data: Data, rates: str = "") -> Cost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,26 +18,32 @@ BASE = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
     "vocab_size": 64, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }
+# Each token goes to all experts: which of them a router names may change with a rounding, and is nobody's error here.
 LATENT = {
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "index_topk": 8,
-    "index_n_heads": 4, "index_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "index_n_heads": 4, "index_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32,
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }
 BLOCKS = {
-    "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 4,
     "dense_intermediate_size": 64, "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 4, "index_topk_blocks": 3,
     "mlp_layer_types": ["dense"], "layer_types": ["minimax_m3_sparse"],
 }
 POOLS = {
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 0, "v_head_dim": 16, "index_topk": 8,
-    "index_n_heads": 4, "index_head_dim": 16, "index_kpool": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "index_n_heads": 4, "index_head_dim": 16, "index_kpool": 4, "n_routed_experts": 4, "num_experts_per_tok": 4,
     "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense"], "indexer_types": ["full"],
     "layer_types": ["indexed_attention"],
 }
 ENTRIES = {
     "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 32, "o_groups": 2, "o_lora_rank": 16, "index_topk": 4,
-    "index_n_heads": 2, "index_head_dim": 16, "sliding_window": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "index_n_heads": 2, "index_head_dim": 16, "sliding_window": 8, "n_routed_experts": 4, "num_experts_per_tok": 4,
     "moe_intermediate_size": 32, "layer_types": ["compressed_sparse_attention"], "mlp_layer_types": ["moe"],
+}
+LOOPS = {
+    "num_key_value_heads": 2, "head_dim": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+    "indexer_budget": 8, "indexer_compress_ratio": 2, "layer_types": ["indexed_attention"], "num_experts": 4,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
 }
 # what a model type's text model is called, and its sizes
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,20 +51,49 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hy_v4": ("HYV4Model", {**LATENT, "head_dim": 24}), "dots3_note": ("Dots3NoteTextModel", LATENT),
     "mistral_large4": ("MistralLarge4TextModel", {**LATENT, "head_dim": 8}),
     "minimax_m3_vl": ("MiniMaxM3VLTextModel", BLOCKS), "glm5_next": ("Glm5NextTextModel", POOLS),
-    "deepseek_v4": ("DeepseekV4Model", ENTRIES),
+    "deepseek_v4": ("DeepseekV4Model", ENTRIES), "qwen4_exp": ("Qwen4ExpTextModel", LOOPS),
+}
+# whose selection is made outside of any graph: a mask that is data
+LOOPED = frozenset({"qwen4_exp"})
+# A second layer, which takes the selection of the first.
+SHARED: dict[str, Any] = {"num_hidden_layers": 2, "indexer_types": ["full", "shared"], "mlp_layer_types": ["dense", "sparse"]}
+# what a model type's model with a head is called, and what its sizes have besides
+GENERATING: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v32": ("DeepseekV32ForCausalLM", {}), "axk2": ("AXK2ForCausalLM", {}),
+    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", SHARED), "hy_v4": ("HYV4ForCausalLM", SHARED),
+    "dots3_note": ("Dots3NoteForCausalLM", {}), "mistral_large4": ("MistralLarge4ForConditionalGeneration", SHARED),
+    "minimax_m3_vl": ("MiniMaxM3VLForCausalLM", {}),
+    "glm5_next": ("Glm5NextForConditionalGeneration", {**SHARED, "layer_types": ["indexed_attention"] * 2}),
+    "deepseek_v4": ("DeepseekV4ForCausalLM", {}), "qwen4_exp": ("Qwen4ExpForCausalLM", {}),
+}
+VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "depth": 1, "num_attention_heads": 2, "num_heads": 2,
+    "out_hidden_size": 64, "patch_size": 4, "image_size": 16,
 }
 # where a graph breaks inside of the attention module, eager code hands its weights out
 ATTENTION = {"glm5_next": "sdpa"}
 MINE = reattend.Policy(tune=False, deny=("sdpa", "flex", "original"))
 
 
-def tiny(name: str, attention: str = "") -> torch.nn.Module:
-    kind, sizes = MODELS[name]
-    attention = attention or ATTENTION.get(name, "eager")
+def tiny(name: str, attention: str = "", generating: bool = False) -> torch.nn.Module:
+    """A model of random weights, none of which is so near zero that what it multiplies is of no effect."""
+    (kind, more), sizes = GENERATING[name] if generating else (MODELS[name][0], {}), MODELS[name][1]
+    chosen = {"attn_implementation": attention or ATTENTION.get(name, "eager")}
     made = getattr(import_module(f"transformers.models.{name}.modeling_{name}"), kind)
-    config = made.config_class(**{**BASE, **sizes}, attn_implementation=attention)
+    given = {**BASE, **sizes, **more}
+    if "vision_config" in made.config_class.sub_configs:
+        config = made.config_class(text_config=given, vision_config=VISION, image_token_id=60, **chosen)
+    else:
+        config = made.config_class(**given, **chosen)
     torch.manual_seed(0)
-    return made(config).eval()  # type: ignore[no-any-return]
+    model: torch.nn.Module = made(config).eval()
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for part, x in model.named_parameters():
+            drawn = torch.randn(x.shape, generator=g)
+            gain = "norm" in part and not part.endswith("bias")
+            x.copy_(1 + 0.2 * drawn if gain else drawn * (1.2 * x.shape[-1] ** -0.5 if x.dim() > 1 else 0.3))
+    return model
 
 
 def planned(ours: torch.nn.Module) -> tuple[reattend.Plan, set[str]]:
@@ -127,14 +163,9 @@ def states(
     return torch.cat(seen).double(), torch.stack(tokens) if tokens else ids[:0]
 
 
-# Of each kind of selection one.
-NARROW = ("deepseek_v32", "minimax_m3_vl", "glm5_next", "deepseek_v4")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "dtype"), [*((n, torch.float32) for n in MODELS), *((n, torch.bfloat16) for n in NARROW)], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
 def test_prompts_and_tokens_in_types(name: str, dtype: torch.dtype) -> None:
     """Whole prompts, padded on the right and on the left, and tokens after them: equal in float32, as near in bfloat16."""
     torch._dynamo.reset()
@@ -164,11 +195,42 @@ def test_prompts_and_tokens_in_types(name: str, dtype: torch.dtype) -> None:
     assert checks <= {"same"}
     sites = [s for s in plan.sites if s.name.endswith("attn")]
     assert sites
+    if name in LOOPED:
+        assert {s.kind for s in sites} == {"softmax"}
+        return
     assert {s.choice for s in sites} == {"reattend"}
     assert "top-k" in sites[0].traits
     assert not plan.misses or name in ("hy_v4", "glm5_next", "deepseek_v4")
     steps_apart = [s for s in sites if name in DENSE_STEPS and "decode" in s.traits]
     assert {s.kind for s in sites if s not in steps_apart} == {"selected"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GENERATING)
+def test_generate(name: str) -> None:
+    """`generate` token by token, of a batch that is padded on the left; layers that share a selection gather as well."""
+    torch._dynamo.reset()
+    model = tiny(name, generating=True)
+    ours = reattend.optimize(copy.deepcopy(model), policy=MINE)
+    ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
+    valid = torch.ones_like(ids)
+    valid[0, :7] = 0
+    given = {"attention_mask": valid, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    want, out = (m.generate(ids, **given) for m in (model, ours))  # type: ignore[operator]
+    assert torch.equal(out, want)
+    plan, checks = planned(ours)
+    assert checks == {"same"}
+    prompts = {s.kind for s in plan.sites if s.name.endswith("self_attn") and "decode" not in s.traits}
+    assert prompts == {"softmax" if name in LOOPED else "selected"}
+
+
+def test_the_page_says_which_are_gathered() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "selections.md").read_text(encoding="utf-8")
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")]
+    assert {name.strip("`"): (prompts, steps) for name, _, prompts, steps in rows} == {
+        name: ("dense" if name in LOOPED else "gathered", "dense" if name in {*LOOPED, *DENSE_STEPS} else "gathered")
+        for name in MODELS
+    }
 
 
 class Named(torch.nn.Module):
