@@ -275,7 +275,8 @@ def call_of(f: FoundScan, kernel: ScanKernel) -> splice.Call:
         return tuple(tensors[n] for n in kernel.inputs)
 
     run.__name__ = NAME
-    return splice.Call(NAME, run, arguments, fake=fake, once=any(n.meta["val"].requires_grad for n in f.results.values()))
+    trained = any(n.meta["val"].requires_grad for n in f.results.values())
+    return splice.Call(NAME, run, arguments, fake=fake, once=trained, one_flow=trained)
 
 
 def output_of(gm: fx.GraphModule, f: FoundScan) -> fx.Node:

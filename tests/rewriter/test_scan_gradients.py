@@ -222,6 +222,20 @@ def test_a_model_is_trained_through_our_scan() -> None:
     assert {c.verdict for c in report.checks} == {"same"}
 
 
+def test_gradients_of_several_flows_at_once_are_the_own_codes() -> None:
+    x = torch.randn(2, 9, 12, requires_grad=True)
+    flows = torch.randn(3, 2, 2, 9, 5)
+    found = []
+    for m in (Trained(), optimized(Trained())):
+        y, _ = m(x)
+        leaves = [x, *m.parameters()]
+        found.append(torch.autograd.grad(y, leaves, flows, is_grads_batched=True, retain_graph=True))
+        # and then one flow again
+        found[-1] += torch.autograd.grad(y, leaves, flows[0])
+    for a, b in zip(*found):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
 def test_where_a_gradient_is_cut_the_own_steps_stay() -> None:
     model = optimized(Trained("cut"))
     model(torch.randn(2, 9, 12, requires_grad=True))
