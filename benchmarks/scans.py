@@ -1,6 +1,8 @@
 """Our scan beside the model's own steps: CPU time of one thread, interleaved, medians; one JSON line a case.
 
-    python benchmarks/scans.py --tokens 512 [--case "gated delta"]
+With --training a step is the forward and the gradients of all inputs, and `off` is the farthest gradient.
+
+    python benchmarks/scans.py --tokens 512 [--case "gated delta"] [--training]
 """
 
 from __future__ import annotations
@@ -94,18 +96,39 @@ class Model(torch.nn.Module):
         return self.fn(*args)
 
 
-def scan_of(fn: Callable[..., Tensor], args: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+def scan_of(fn: Callable[..., Tensor], args: tuple[Tensor, ...], training: bool) -> Callable[..., Tensor]:
     """The whole function with our scan in it, as a model that is optimised runs it."""
     torch._dynamo.reset()
     policy = reattend.Policy(tune=False, check="never", deny=("original",))
     model = reattend.optimize(Model(fn).eval(), policy=policy)
+    if training:
+        args = tuple(x.detach().requires_grad_() for x in args)
     model(*args)
     chosen = [s.choice for p in reattend.report(model).pieces if p.plan for s in p.plan.sites]
     assert chosen == ["reattend"], chosen
-    return lambda: model(*args)  # type: ignore[no-any-return]
+    return model
 
 
-def median_seconds(ways: list[Callable[[], Tensor]]) -> list[float]:
+def trained(run: Callable[..., Tensor], args: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
+    """The result and the gradients of all arguments, from the same flow each time."""
+    leaves = [x.detach().requires_grad_() for x in args]
+    flow: list[Tensor] = []
+
+    def step() -> tuple[Tensor, ...]:
+        out = run(*leaves)
+        if not flow:
+            flow.append(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
+        return torch.autograd.grad(out, leaves, flow)
+
+    return step
+
+
+def farthest(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+    """The largest difference of any of some tensors, by the largest number of its own."""
+    return max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(got, want))
+
+
+def median_seconds(ways: list[Callable[[], object]]) -> list[float]:
     """CPU seconds of each way, called in turn."""
     taken: list[list[float]] = [[] for _ in ways]
     for _ in range(ROUNDS):
@@ -120,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--case", default="", help="only cases with this in their name")
+    parser.add_argument("--training", action="store_true", help="forward and gradients")
     parsed = parser.parse_args()
     tokens = parsed.tokens
     torch.set_num_threads(1)
@@ -153,18 +177,22 @@ def main() -> None:
         ),
     }
     cases = {n: c for n, c in cases.items() if parsed.case in n}
+    torch.set_grad_enabled(parsed.training)
     for name, (fn, args) in cases.items():
-        ours = scan_of(fn, args)
-        own, want = ours(), fn(*args)
-        off = ((own - want).abs().max() / want.abs().max()).item()
-        as_written, scanned = median_seconds([lambda fn=fn, args=args: fn(*args), ours])  # type: ignore[misc]
+        ways = [fn, scan_of(fn, args, parsed.training)]
+        calls: list[Callable[[], tuple[Tensor, ...]]] = [
+            trained(w, args) if parsed.training else lambda w=w, args=args: (w(*args),) for w in ways  # type: ignore[misc]
+        ]
+        want, own = (call() for call in calls)
+        off = farthest(own, want)
+        as_written, scanned = median_seconds([*calls])
         print(json.dumps({
-            "case": name, "tokens": tokens, "as_written_ms": round(as_written * 1e3, 2), "scan_ms": round(scanned * 1e3, 2),
+            "case": name, "tokens": tokens, "training": parsed.training,
+            "as_written_ms": round(as_written * 1e3, 2), "scan_ms": round(scanned * 1e3, 2),
             "ratio": round(as_written / scanned, 2), "off": off, "torch": torch.__version__, "machine": platform.processor()
             or platform.machine(), "reattend": reattend.__version__,
         }))
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    main()

@@ -13,6 +13,7 @@ import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import ModuleType
 
 from torch import Tensor
 
@@ -65,6 +66,11 @@ class ScanKernel:
 @lru_cache(maxsize=256)
 def build(r: Recurrence) -> ScanKernel | Refusal:
     """The kernel of a recurrence with fixed sizes, or why there is none."""
+    return printed(r, ScanFile)
+
+
+def printed(r: Recurrence, kind: type[ScanFile]) -> ScanKernel | Refusal:
+    """The kernel of a recurrence in a file of this kind."""
     forms: dict[str, LowRank] = {}
     for s in r.states:
         form = low_rank(r, s)
@@ -74,7 +80,7 @@ def build(r: Recurrence) -> ScanKernel | Refusal:
             return Refusal(NAME, f"a step contracts its state, and {form}")
     if any(not isinstance(x.size, int) for x in r.cascade.ranks):
         return Refusal(NAME, "its sizes are open")
-    file = _File(r, forms)
+    file = kind(r, forms)
     try:
         source = file.text()
     except PrintError as no:
@@ -101,8 +107,13 @@ def narrow_first(e: Expr) -> Expr:
     return product_of(tuple(product_of(tuple(x)) for _, x in sorted(by_ranks.items(), key=lambda i: len(i[0]))))
 
 
-class _File:
+class ScanFile:
     """One kernel's text. Values of a chunk have a dimension for its steps, then one a rank."""
+
+    imports = IMPORTS
+    modules: tuple[ModuleType, ...] = (helpers, loops, carried)
+    # behind the names of the loops over steps
+    suffix = ""
 
     def __init__(self, r: Recurrence, forms: Mapping[str, LowRank]) -> None:
         self.r, self.c, self.forms = r, r.cascade, forms
@@ -131,17 +142,14 @@ class _File:
             loop += self._value(e)
         loop += [f"{s.name} = after_{s.name}[-1]" for s in self.r.states if s.name not in self.forms]
         first = [line for s in self.r.states for line in self._initial(s)]
-        made = [
-            f"{e.out.tensor} = torch.empty({self._shape(e.out.tensor)}, dtype={TYPES[self.c.tensor[e.out.tensor].dtype]})"
-            for e in self.r.outputs
-        ]
-        last = [self._last(s) for s in self.r.states]
+        made = [self._empty(e.out.tensor) for e in self.r.outputs]
+        last = [*(line for e in self.r.outputs for line in self._whole(e)), *map(self._last, self.r.states)]
         inputs = ", ".join(t.name for t in self.c.inputs)
         ranks = [f"{x} = torch.arange({self.size[x]}).view({self._view(x)})" for x in self.order]
         outputs = [o if o not in names else f"last_{o}" for o in self.c.outputs]
         t, used = self.r.rank, used_names("\n".join(loop))
         ahead = [f"{t} = torch.arange({self.steps}).view({self._view(CHUNK)})"] if self.ahead else []
-        ahead += [f"{name} = {text}" for text, name in self.ahead.items()]
+        ahead += [f"{name} = {self._pieces(text)}" for text, name in self.ahead.items()]
         places = [
             *([f"{t} = torch.arange(t0, t0 + n).view({self._view(CHUNK)})"] if t in used else []),
             *([f"{CHUNK} = torch.arange(n).view({self._view(CHUNK)})"] if CHUNK in used else []),
@@ -154,8 +162,33 @@ class _File:
         ]
         body = "\n".join(lines)
         head = "\n".join(["A recurrence, in chunks of steps.", "", LICENCE, "", *show(self.c).splitlines(), ""])
-        texts = skeleton((helpers, loops, carried), used_names(body))
-        return "\n\n\n".join([f'"""{head}"""', IMPORTS, *texts, body]) + "\n"
+        texts = skeleton(self.modules, used_names(body))
+        return "\n\n\n".join([f'"""{head}"""', self.imports, *texts, body]) + "\n"
+
+    # what a kernel that is trained has otherwise
+
+    def _pieces(self, all_steps: str) -> str:
+        return all_steps
+
+    def _piece(self, name: str) -> str:
+        """What a chunk reads of what is there of all steps."""
+        return f"{name}[t0 : t0 + n]"
+
+    def _empty(self, name: str) -> str:
+        return f"{name} = torch.empty({self._shape(name)}, dtype={TYPES[self.c.tensor[name].dtype]})"
+
+    def _given(self, e: Einsum, value: str, at: int) -> str:
+        """The line that keeps what a chunk's steps give; `at`: the dimension of the steps in the output."""
+        cut = ", ".join("t0 : t0 + n" if d == at else ":" if i.op == "index" else "0" for d, i in enumerate(e.out.index))
+        return f"{e.out.tensor}[{cut}] = {value}"
+
+    def _whole(self, e: Einsum) -> list[str]:
+        """The lines that make an output of what its chunks give."""
+        return []
+
+    def _sums(self, m: LowRank) -> bool:
+        """Whether a matrix is carried by the logarithms of its decays, which cost less in float64."""
+        return m.key not in m.factor.ranks and m.factor.op == "exp" and self.real == "f32"
 
     # pieces
 
@@ -204,7 +237,7 @@ class _File:
         cast = f".to({TYPES[real]})" if x.is_float and x.dtype != real else ""
         # what is spread over a state's elements decides how these lie
         spread = ".contiguous()" if x.ranks - {self.r.rank} < self.along else ""
-        return self._cut(f"{all_steps}[t0 : t0 + n]{cast}{spread}", before)
+        return self._cut(f"{self._piece(all_steps)}{cast}{spread}", before)
 
     def _is_held(self, x: Expr, real: str) -> bool:
         """Whether a read is of a chunk's own value, by whole ranks."""
@@ -276,7 +309,7 @@ class _File:
         fresh = product.op == "mul" and product.ranks >= {*s.ranks, self.r.rank} and product.dtype == self.real
         lines.append(f"after_{name} = {'shown' if fresh else 'laid'}({added}, {full}, {dims}, {real})")
         if s.law == "factor" and s.factor is ONE:
-            lines.append(f"summed({name}, after_{name})")
+            lines.append(f"after_{name} = summed{self.suffix}({name}, after_{name})")
         else:
             by = s.factor
             if by.op == "exp" and self.real == "f32":
@@ -285,7 +318,7 @@ class _File:
             more, factor = self._term(narrow_first(by))
             lines += [*more, f"factor_{name} = shown({factor}, {full}, {dims}, {real})"]
             loop = "scaled" if s.law == "factor" else "largest"
-            lines.append(f"{loop}({name}, factor_{name}, after_{name})")
+            lines.append(f"after_{name} = {loop}{self.suffix}({name}, factor_{name}, after_{name})")
         self.along = frozenset()
         self.shapes[f"after_{name}"] = self.shapes[f"before_{name}"] = (self.chunk, *(self.size[x] for x in s.ranks))
         others = (x for e in self.c.einsums if e is not s.step for x in e.reads)
@@ -308,7 +341,7 @@ class _File:
             if e.op == "load" and e.dtype == real and self._by_steps(e, plain):
                 # all steps are seen as rows, not cut and turned chunk by chunk
                 rows = f"shown({plain.element(e)}, {self._full(full, str(self.steps))}, {dims}, {TYPES[real]})"
-                value = f"{self.ahead.setdefault(rows, f'all_{len(self.ahead)}')}[t0 : t0 + n]"
+                value = self._piece(self.ahead.setdefault(rows, f"all_{len(self.ahead)}"))
             else:
                 more, text = self._term(e, real)
                 lines.extend(more)
@@ -316,16 +349,15 @@ class _File:
             lines.append(f"{stem}_{name} = {value}{'' if width or group else '[..., None]'}")
             return f"{stem}_{name}"
 
-        along = m.factor.ranks & {m.key}
-        # one decay a matrix costs little in float64, and its logarithms less
-        sums = not along and m.factor.op == "exp" and self.real == "f32"
+        along, sums = m.key in m.factor.ranks, self._sums(m)
+        # one decay a matrix costs little in float64
         factor = rows(m.factor.args[0] if sums else m.factor, m.key if along else "", "factor", "" if along else "f64")
         write, added = rows(m.write, m.key, "write"), rows(m.added, m.value, "added")
         read = f"({rows(m.read, m.key, 'read')}, {m.read_faded})" if m.read is not None else "None"
         queries = [f"({rows(x.query, m.key, f'query{i}')}, {x.after})" for i, x in enumerate(m.reads)]
         taken = [] if group else [read]
         given = [name, factor, write, added, *taken, f"[{', '.join(queries)}]", *(["True"] if sums else [])]
-        lines.append(f"{name}, given_{name} = {'side_by_side' if group else 'carried'}({', '.join(given)})")
+        lines.append(f"{name}, given_{name} = {'side_by_side' if group else 'carried'}{self.suffix}({', '.join(given)})")
         for i, x in enumerate(m.reads):
             made = x.einsum.out.tensor
             order = [0, *(1 + (*batch, *group, m.value).index(r) for r in x.ranks)]
@@ -372,10 +404,9 @@ class _File:
             self.shapes[name] = (self.chunk, *(self.size[x] for x in ranks))
             return [*lines, f"{name} = laid({text}, {full}, {made}, {TYPES[self._type(name)]})"]
         at = next(d for d, i in enumerate(e.out.index) if i is ex.index(self.r.rank))
-        cut = ", ".join("t0 : t0 + n" if d == at else ":" if i.op == "index" else "0" for d, i in enumerate(e.out.index))
         before = sum(i.op == "index" for i in e.out.index[:at])
-        value = f"shown({text}, {full}, {made}, {TYPES[self._type(name)]})"
-        return [*lines, f"{name}[{cut}] = {value}{f'.movedim(0, {before})' if before else ''}"]
+        value = f"shown({text}, {full}, {made}, {TYPES[self._type(name)]}){f'.movedim(0, {before})' if before else ''}"
+        return [*lines, self._given(e, value, at)]
 
     def _last(self, s: State) -> str:
         shape = self.c.tensor[s.name].shape[:-1]

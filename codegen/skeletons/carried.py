@@ -39,7 +39,7 @@ def carried(
     f, u, x = rows_of(factor), rows_of(write), rows_of(added)
     asked = [(rows_of(q), after) for q, after in (*queries, *([read] if read is not None else []))]
     if f.shape[-1] == 1:
-        pairs, old, ends, left = by_matrix(f, u, asked, flat, logarithms)
+        pairs, old, ends, left = by_matrix(decays(f, u.dtype, logarithms), u, asked, flat)
     else:
         pairs, old, ends, left = by_channel(f, u, asked, flat)
     if read is not None:
@@ -113,11 +113,13 @@ def finite(*values: Tensor) -> bool:
 
 
 def by_matrix(
-    f: Tensor, u: Tensor, asked: Sequence[Asked], state: Tensor, logarithms: bool
+    between: Tensor, u: Tensor, asked: Sequence[Asked], state: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """One decay a matrix: pairs of rows, what each reads of the state, what each step leaves at the end, all decays."""
+    """One decay a matrix: pairs of rows, what each reads of the state, what each step leaves at the end, all decays.
+
+    `between`: the products of decays, as `decays` gives them.
+    """
     n = u.shape[1]
-    between = decays(f, u.dtype, logarithms)
     after = [x for _, x in asked]
     if all(after) or not any(after):
         low = (between[:, 1:] if after[0] else between[:, :-1])[:, None]

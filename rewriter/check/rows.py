@@ -20,7 +20,7 @@ from .own import Own, Uncheckable
 # Positions that are kept of the dimension that saves most, then of the next ones.
 KEPT = (64, 6, 4, 2, 2, 2)
 # By how much fewer are kept, one after the other, where that does not fit.
-FEWER = (1, 2, 4, 8, 32)
+FEWER = (1, 2, 4, 8, 32, 64)
 # A float mask's values below this stand for "no key".
 MASKED = -1e4
 
@@ -39,6 +39,8 @@ class Budget:
 
 FULL = Budget(24 << 20, 4e8)
 SAMPLED = Budget(160 << 20, 8e9)
+# Where no sample fits: the share of what the own code would hold whole that the least one may hold, and the most bytes.
+SHARE, MOST = 8, 1 << 30
 
 
 def fitting(own: Own, given: Sequence[object], generator: torch.Generator, gradients: bool = False) -> CutProgram:
@@ -55,6 +57,9 @@ def fitting(own: Own, given: Sequence[object], generator: torch.Generator, gradi
             least = cut(own, tuple(wanted))
             if SAMPLED.holds(least, gradients):
                 return least
+    if Budget(min((whole.held_bytes if gradients else whole.bytes) // SHARE, MOST), SAMPLED.flops).holds(least, gradients):
+        # what a model holds for each head or batch is large by itself: it is used to holding many times that
+        return least
     raise Uncheckable(f"even a sample of it would take {least.bytes >> 20} MiB and {least.flops:.1g} FLOP")
 
 

@@ -196,28 +196,33 @@ def _scanned(
     decided = [(f, replace(s, choice=ORIGINAL), None) if s.name in kept else (f, s, k) for f, s, k in decided]
     if any(kernel is not None for _, _, kernel in decided):
         region.graph = pure.graph
-        for f, site, kernel in decided:
-            if kernel is not None:
-                _splice_scan(region, f, site, kernel, request, record)
+        put = [kernel is not None and _splice_scan(region, f, site, kernel, request, record) for f, site, kernel in decided]
+        decided = [(f, site if there else replace(site, choice=ORIGINAL), None) for (f, site, _), there in zip(decided, put)]
         splice.finish(region)
     return [site for _, site, _ in decided], misses
 
 
 def _splice_scan(
     region: fx.GraphModule, f: FoundScan, site: Site, kernel: ScanKernel, request: Request, record: list[Check]
-) -> None:
+) -> bool:
+    """Put a scan in; whether it is there. What must go back to its own code and cannot keeps it."""
     output = scans.output_of(region, f)
     original = Originals(region).of(output, scans.interior(f, output))
-    policy = request.policy
+    policy, call = request.policy, scans.call_of(f, kernel)
+    if original is None and call.guarded:
+        why = "its own code cannot run again: a part of it is written in place"
+        record.append(Check(_label(site), site.choice, "unchecked", why=why))
+        return False
     watch = SiteWatch(
         _label(site), site.choice, site.chosen.source, every=policy.check if isinstance(policy.check, int) else 0,
         refuse=StrictError if policy.strict else None, record=record,
     )
     watched = policy.check != "never" and original is not None
     splice.replace(
-        region, output, f.tensors, {}, scans.call_of(f, kernel), name=site.name, original=original,
+        region, output, f.tensors, {}, call, name=site.name, original=original,
         watch=watch if watched else None,
     )
+    return True
 
 
 def _decided(region: fx.GraphModule, request: Request, taken: Counter[str]) -> tuple[list[Decision], list[Miss]]:

@@ -2,28 +2,26 @@
 
     graph ─ loops → recurrences ─ candidates → Site (kind "scan") + Call ─ splice → graph
 
-Candidates are the model's own steps and our scan. Our scan has no backward: where gradients are wanted the own steps stay.
+Candidates are the model's own steps and our scan. Where gradients are wanted, our scan is one that autograd follows.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ...codegen.cpu import scan as cpu_scan
-from ...codegen.skeletons.carried import BLOCK, SOLVED
-from ...cost_model.count.eager import EagerOperator, computed
+from ...codegen.cpu.scan import ScanKernel, build
+from ...codegen.cpu.trained_scan import build_trained
+from ...cost_model.count.eager import EagerOperator
 from ...cost_model.count.memory import AttentionMemory
 from ...cost_model.devices.device import Device
 from ...cost_model.operations import WIDTH
 from ...cost_model.sites.site import ORIGINAL, Candidate, Miss, Site, SiteShape, ranked
-from ...cost_model.time.cost import Cost
-from ...cost_model.time.host import Bill, Host
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.attention.score import bends
@@ -33,6 +31,7 @@ from ...patterns.recurrence.recurrence import Recurrence
 from ...patterns.verdict import Obstacle, Refusal
 from ..find import defect
 from ..find.detect import find
+from ..find.place import gradient_cut
 from ..fold.chunks import over_tokens
 from ..fold.decayed import decayed
 from ..fold.loop import loops, unmark
@@ -40,17 +39,14 @@ from ..fold.opened import opened
 from ..fold.recurrences import FoundScan, OtherScan, lifted
 from ..graph.aliases import Aliases
 from ..graph.inside import between
-from ..graph.node import FOLDED, arguments, op_name
+from ..graph.node import FOLDED, op_name
 from ..graph.where import module_path, source_line
-from ..lift import operators_view
-from ..lift.operators_contract import einsum_spec
 from ..splice import splice
 from ..splice.packed import packed, unpacked
 from .policy import Policy
+from .scan_costs import own_operators, scan_cost, steps_cost
 
 NAME = "reattend"
-# Views and other calls next to no work around a chunk of a carried matrix, in operators: some seventy, of half the price.
-AROUND_CHUNK = 35
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Scan:
     """A recurrence as plain data, to be decided again on other devices.
 
     `steps`: what one of the model's own `count` steps takes; `before`: what it computes ahead of them. `apart`: why a loop
-    over chunks is none over tokens.
+    over chunks is none over tokens. `trained`: gradients flow through its results.
     """
 
     recurrence: Recurrence
@@ -71,6 +67,7 @@ class Scan:
     before: tuple[EagerOperator, ...]
     device_type: str
     apart: str = ""
+    trained: bool = False
 
 
 def scans(graph: fx.Graph, taken: Counter[str]) -> tuple[list[tuple[FoundScan, Scan]], list[Miss]]:
@@ -118,11 +115,12 @@ def _scan(f: FoundScan, aliases: Aliases, taken: Counter[str], apart: str) -> Sc
         f.where,
         dtype,
         _bound(f, aliases),
-        _own(f.body),
+        own_operators(f.body),
         f.copies,
-        _own(f.before),
+        own_operators(f.before),
         value.device.type,
         apart,
+        any(n.meta["val"].requires_grad for n in f.results.values()),
     )
 
 
@@ -187,90 +185,23 @@ def _bound(f: FoundScan, aliases: Aliases) -> str:
         return "a result is read before the others are there"
     if f.strays:
         return "a value of its last step is read elsewhere"
-    if any(v.requires_grad for v in values):
-        return "gradients are wanted, and our scan has no backward yet"
+    trained = [v.requires_grad for v in values]
+    if any(trained) and not all(trained):
+        return "gradients flow through some of its results alone"
+    if any(trained) and (cut := gradient_cut(_computed(f))) is not None:
+        return f"a gradient is cut inside the recurrence (at {cut.name})"
     if len(values) > 1 and not all(v.dim() and all(isinstance(s, int) for s in v.shape) for v in values):
         return "its results have open sizes, or no dimension"
     return ""
 
 
-PRODUCTS = frozenset(("matmul", "bmm", "mm", "linalg_solve_triangular"))
-
-
-def _own(nodes: Iterable[fx.Node | None]) -> tuple[EagerOperator, ...]:
-    """The model's own operators."""
-    out = []
-    for n in nodes:
-        assert n is not None
-        made = n.meta["val"]
-        # views cost next to nothing, and less than an operator is priced at
-        if op_name(n) in operators_view.RULES or not isinstance(made, Tensor):
-            continue
-        size = math.prod(s for s in made.shape if isinstance(s, int))
-        width = made.element_size()
-        if op_name(n) in PRODUCTS and made.dim() > 1:
-            out.append(_product(n, size, width))
-            continue
-        if (of_letters := _einsum(n, size, width)) is not None:
-            out += of_letters
-            continue
-        out.append(EagerOperator("point", _point_name(n), "f32", size, 2 * size * width, size * width))
-    return tuple(out)
-
-
-def _einsum(n: fx.Node, size: int, width: int) -> list[EagerOperator] | None:
-    """An einsum of two operands: copies of what does not lie as a product wants it, and the product."""
-    if op_name(n) != "einsum":
-        return None
-    specs, out, nodes = einsum_spec(n, arguments(n))
-    shapes = [x.meta["val"].shape for x in nodes]
-    if len(specs) != 2 or not all(isinstance(s, int) for shape in shapes for s in shape):
-        return None
-    extent = {c: max(s, 1) for spec, shape in zip(specs, shapes) for c, s in zip(spec, shape)}
-    first, second = map(set, specs)
-
-    def of(letters: set[str]) -> int:
-        return math.prod(extent[c] for c in letters)
-
-    batch, rows, columns = of(first & second & set(out)), of((first - second) & set(out)), of((second - first) & set(out))
-    inner = of((first | second) - set(out))
-    read = sum(math.prod(shape) for shape in shapes)
-    copies = [
-        EagerOperator("copy", "copy", "f32", math.prod(shape), math.prod(shape) * width, math.prod(shape) * width)
-        for shape in shapes
-    ]
-    return [
-        *copies,
-        EagerOperator(
-            "product", "mul", "f32", batch * rows * columns * inner, read * width, size * width, batch, rows, columns, inner
-        ),
-    ]
-
-
-def _point_name(n: fx.Node) -> str:
-    return op_name(n) if op_name(n) in ("exp", "where") else "mul"
-
-
-def _product(n: fx.Node, size: int, width: int) -> EagerOperator:
-    """A product, or a triangular system: each row is half a product with what was solved before it, one after the other."""
-    operands = [x.meta["val"] for x in n.all_input_nodes]
-    rows, columns = (int(s) for s in n.meta["val"].shape[-2:])
-    inner = int(operands[0].shape[-1])
-    solves = op_name(n) == "linalg_solve_triangular"
-    inner = inner // 2 + 1 if solves else inner
-    read = sum(math.prod(int(s) for s in x.shape) for x in operands)
-    batch = size // max(rows * columns, 1)
-    batch, rows = (batch * rows, 1) if solves else (batch, rows)
-    return EagerOperator("product", "mul", "f32", size * inner, read * width, size * width, batch, rows, columns, inner)
-
-
 # --- one recurrence -----------------------------------------------------------------------------------------------
 
 
-def decide(s: Scan, device: Device, policy: Policy) -> tuple[Site, cpu_scan.ScanKernel | None]:
+def decide(s: Scan, device: Device, policy: Policy) -> tuple[Site, ScanKernel | None]:
     """The site of a recurrence, and our kernel where it is chosen."""
     c = s.recurrence.cascade
-    original = Candidate(ORIGINAL, cost=_steps_cost(s, device))
+    original = Candidate(ORIGINAL, cost=steps_cost(device, s.steps, s.count, s.before, s.trained))
     kernel = _kernel(s, device)
     if isinstance(kernel, Refusal):
         ours = Candidate(NAME, feasible=False, why="; ".join(x for x in (kernel.reason, s.apart) if x))
@@ -278,7 +209,7 @@ def decide(s: Scan, device: Device, policy: Policy) -> tuple[Site, cpu_scan.Scan
         how = "matrix products carry the state" if kernel.forms else "one operator a step and state, all else"
         why = f"{how} {'over' if kernel.forms else 'for'} {kernel.steps} steps at once"
         text = kernel.source
-        ours = Candidate(NAME, cost=_scan_cost(s, device, kernel), why=why, maker=lambda: text)
+        ours = Candidate(NAME, cost=scan_cost(s.recurrence, device, kernel, s.trained), why=why, maker=lambda: text)
         no = s.bound or ("" if policy.permits(ours) else "the policy does not permit it")
         ours = replace(ours, feasible=False, why=no) if no else ours
     order = ranked((original, ours))
@@ -297,7 +228,7 @@ def decide(s: Scan, device: Device, policy: Policy) -> tuple[Site, cpu_scan.Scan
         s.name, s.where, "scan", s.recurrence.traits, SiteShape(sizes, s.dtype), None, proofs, (), order, chosen.name,
         cascade=show(c), memory=_memory(s),
     )
-    return site, kernel if isinstance(kernel, cpu_scan.ScanKernel) and chosen.name == NAME else None
+    return site, kernel if isinstance(kernel, ScanKernel) and chosen.name == NAME else None
 
 
 def _memory(s: Scan) -> AttentionMemory | None:
@@ -315,128 +246,16 @@ def _memory(s: Scan) -> AttentionMemory | None:
     return AttentionMemory(sum(map(size, states)), eager, sum(map(size, c.outputs)))
 
 
-def _kernel(s: Scan, device: Device) -> cpu_scan.ScanKernel | Refusal:
+def _kernel(s: Scan, device: Device) -> ScanKernel | Refusal:
     if device.kind != "cpu":
         return Refusal(NAME, "our scan runs on CPUs only")
-    return cpu_scan.build(s.recurrence)
-
-
-def _steps_cost(s: Scan, device: Device) -> Cost | None:
-    if device.host is None:
-        return None
-    return _cost(s, device, [*((o, s.count) for o in s.steps), *((o, 1) for o in s.before)], "original")
-
-
-def _count(s: Scan) -> int:
-    size = s.recurrence.cascade.rank[s.recurrence.rank].size
-    return size if isinstance(size, int) else 1
-
-
-def _scan_cost(s: Scan, device: Device, kernel: cpu_scan.ScanKernel) -> Cost | None:
-    """Terms of a chunk at once, as often as there are chunks, and what carries each state over one."""
-    r, chunk = s.recurrence, kernel.steps
-    extent = {x.name: x.size for x in r.cascade.ranks if isinstance(x.size, int)} | {r.rank: chunk}
-    often = -(-_count(s) // chunk)
-    work: list[tuple[EagerOperator, int]] = []
-    inside: set[str] = set()
-    for state in r.states:
-        form = kernel.forms.get(state.name)
-        if form is not None:
-            rows = (form.factor, form.write, form.added, form.read, *(q.query for q in form.reads))
-            work += [(o, often) for x in rows if x is not None for o in computed(x, extent)]
-            work += [(o, often) for o in _carried(form, extent, chunk)]
-            inside |= {q.einsum.out.tensor for q in form.reads} | _taken(r, form)
-            continue
-        size = math.prod(extent[x] for x in state.ranks)
-        # every step reads its own factor and addend: those of a chunk pass through the cache, not those of a step
-        steps = EagerOperator("point", "mul", "f32", chunk * size, 3 * 4 * chunk * size, 0)
-        call = EagerOperator("point", "mul", "f32", 0, 0, 0)
-        copy = EagerOperator("copy", "copy", "f32", chunk * size, 4 * chunk * size, 4 * chunk * size)
-        work += [(steps, often), (call, _count(s) - often), (copy, 3 * often)]
-        work += [(o, often) for x in (state.factor, state.added) for o in computed(x, extent)]
-    names = {x.name for x in r.states} | inside
-    for e in r.cascade.einsums:
-        if e.out.tensor not in names:
-            work += [(o, often) for o in computed(e.body, extent)]
-    return _cost(s, device, work, "our-scan")
-
-
-def _taken(r: Recurrence, form: LowRank) -> set[str]:
-    """The tensors by which a step reads what it takes off, which the matrix products stand for."""
-    producers, out = r.cascade.producers, set[str]()
-    stack = [str(x.attr) for x in form.state.step.reads]
-    while stack:
-        n = stack.pop()
-        if n not in out and len(producers.get(n, ())) == 1:
-            out.add(n)
-            stack += [str(x.attr) for x in producers[n][0].reads]
-    return out
-
-
-def _carried(m: LowRank, extent: Mapping[str, int], n: int) -> list[EagerOperator]:
-    """The operators that carry a matrix over n steps, as codegen/skeletons/carried.py calls them."""
-    b, k, v = math.prod(extent[x] for x in m.batch), extent[m.key], extent[m.value]
-    queries, taken = len(m.reads), int(m.read is not None)
-    asked = queries + taken
-
-    def product(rows: int, columns: int, inner: int, batch: int = b) -> EagerOperator:
-        read, written = batch * inner * (rows + columns), batch * rows * columns
-        return EagerOperator("product", "mul", "f32", written * inner, 4 * read, 4 * written, batch, rows, columns, inner)
-
-    def point(size: int, name: str = "mul", dtype: str = "f32") -> EagerOperator:
-        width = 8 if dtype == "f64" else 4
-        return EagerOperator("point", name, dtype, size, 2 * size * width, size * width)
-
-    def summed(size: int) -> EagerOperator:
-        return EagerOperator("reduce", "add", "f32", size, 4 * size, 0)
-
-    # what each step adds, as an outer product, and what it gives of the steps before it
-    out = [product(k, v, n), *[product(n, v, n)] * queries]
-    # the matrix under its decay, the values copied, whether all is finite
-    out += [point(b * k * v), summed(b * k * v), *[point(b * n * v), summed(b * n * v)] * queries]
-    out += [EagerOperator("point", "mul", "f32", 0, 0, 0)] * AROUND_CHUNK
-    if taken:
-        out += [point(b * n * v)]
-        for first in range(0, n, SOLVED):
-            rows = min(SOLVED, n - first)
-            # a solver makes one row after the other, of half of them each
-            out += [product(1, v, rows // 2 + 1, b * rows), point(b * rows * v)]
-            out += [product(rows, v, first)] if first else []
-    if m.key not in m.factor.ranks:
-        # all rows at once, against what is written and against the matrix; decays by pairs of steps
-        out += [product(asked * n, n, k), point(b * asked * n * n), product(asked * n, v, k), point(b * asked * n * v)]
-        out += [point(b * asked * n * k, "copy")] * (asked > 1)
-        return [*out, point(b * n * k), point(b * n * n, "exp"), *[point(b * n * n, dtype="f64")] * 3]
-    out += [point(b * n * k)] * (asked + 1) + [product(n, v, k)] * asked
-    blocks = -(-n // BLOCK)
-    # diagonal by diagonal in a block of steps; the columns before a block are laid out for it
-    for d in range(BLOCK - 1):
-        size = b * blocks * (BLOCK - 1 - d) * k
-        out += [point(size)] * (2 + asked) + [EagerOperator("reduce", "add", "f32", asked * size, 4 * asked * size, 0)]
-    out += [point(b * blocks * k)] * (3 * BLOCK)
-    for a in range(1, blocks):
-        out += [product(BLOCK * asked, a * BLOCK, k), point(b * a * BLOCK * k), point(b * a * BLOCK * k)]
-    return out
-
-
-def _cost(s: Scan, device: Device, work: Sequence[tuple[EagerOperator, int]], kind: str) -> Cost | None:
-    total = Bill()
-    host = Host(device)
-    for o, often in work:
-        one = Bill()
-        host.operator(o, one)
-        for name, seconds in one.parts.items():
-            total.add(name, seconds * often)
-        total.flops += one.flops * often
-        total.bytes += one.bytes * often
-        total.exps += one.exps * often
-    return total.cost(device, kind, "f32")
+    return (build_trained if s.trained else build)(s.recurrence)
 
 
 # --- into the graph -----------------------------------------------------------------------------------------------
 
 
-def call_of(f: FoundScan, kernel: cpu_scan.ScanKernel) -> splice.Call:
+def call_of(f: FoundScan, kernel: ScanKernel) -> splice.Call:
     """Our scan as a call that gives all results of a recurrence: one tensor, or several packed into one."""
     wanted = [kernel.outputs.index(n) for n in f.results]
     shapes = tuple(tuple(n.meta["val"].shape) for n in f.results.values())
@@ -456,13 +275,20 @@ def call_of(f: FoundScan, kernel: cpu_scan.ScanKernel) -> splice.Call:
         return tuple(tensors[n] for n in kernel.inputs)
 
     run.__name__ = NAME
-    return splice.Call(NAME, run, arguments, fake=fake)
+    trained = any(n.meta["val"].requires_grad for n in f.results.values())
+    return splice.Call(NAME, run, arguments, fake=fake, once=trained, one_flow=trained)
 
 
 def output_of(gm: fx.GraphModule, f: FoundScan) -> fx.Node:
     """The node that a call of a recurrence stands for: its one result, or all of them packed, of which they are read."""
     results = list(f.results.values())
     return results[0] if len(results) == 1 else unpacked(gm, results, f.nodes)
+
+
+def _computed(f: FoundScan) -> frozenset[fx.Node]:
+    """The nodes that a call of a recurrence computes."""
+    given = set(f.tensors.values())
+    return frozenset(f.results.values()).union(*(between(given, n) for n in f.results.values()))
 
 
 def interior(f: FoundScan, output: fx.Node) -> frozenset[fx.Node]:

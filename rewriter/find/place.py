@@ -26,7 +26,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, Size, bind
 from ...patterns.evaluate import DTYPE_NAME
 from ...patterns.verdict import Obstacle
-from ..graph.inside import between
+from ..graph.inside import between, read_by
 from ..graph.liveness import survivors
 from ..graph.node import arguments, op_name
 from ..graph.sizes import product, shape_of, size_of
@@ -146,7 +146,7 @@ def _bound_to_original(f: Found) -> str:
     if escaped:
         readers = (u.name for n in escaped for u in n.users if u not in inside and u is not f.output)
         return f"the scores or weights are read elsewhere ({next(readers, 'in place')}): they would be computed twice"
-    if _wants_gradient(f) and (cut := _gradient_cut(inside)):
+    if _wants_gradient(f) and (cut := gradient_cut(inside)):
         return f"a gradient is cut inside the attention (at {cut.name})"
     return _PLAIN if is_plain(f.cascade) else ""
 
@@ -202,12 +202,12 @@ def _reading(f: Found, order: Sequence[fx.Node]) -> tuple[set[fx.Node], set[fx.N
     return sides
 
 
-def _gradient_cut(inside: frozenset[fx.Node]) -> fx.Node | None:
+def gradient_cut(inside: frozenset[fx.Node]) -> fx.Node | None:
     """A node inside whose inputs want a gradient and whose floating value does not."""
     for n in inside:
         value = n.meta.get("val")
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
-            for i in n.all_input_nodes:
+            for i in read_by(n):
                 given = i.meta.get("val")
                 if isinstance(given, torch.Tensor) and given.requires_grad:
                     return n

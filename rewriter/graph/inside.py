@@ -20,7 +20,7 @@ def between(inputs: Collection[fx.Node], output: fx.Node) -> frozenset[fx.Node]:
         if n in seen or n in inputs or n.op != "call_function":
             continue
         seen.add(n)
-        stack.extend(_data(n))
+        stack.extend(read_by(n))
     return frozenset(seen - {output})
 
 
@@ -32,7 +32,7 @@ _LENT: Mapping[str, int] = {
 }
 
 
-def _data(n: fx.Node) -> Iterator[fx.Node]:
+def read_by(n: fx.Node) -> Iterator[fx.Node]:
     """The nodes whose elements a node reads: no sizes, no empty part of a concatenation, nothing that lends its shape."""
     at = _LENT.get(op_name(n), len(n.args))
     read = tree_leaves((n.args[:at], n.args[at + 1 :], dict(n.kwargs)))

@@ -16,16 +16,29 @@ import torch
 from torch import Tensor
 
 from ..capture.autocast import no_autocast
-from ..graph.torch_private import graph_task, tree_flatten, tree_leaves, tree_map, tree_unflatten, will_run
+from ..graph.torch_private import (
+    graph_task,
+    stands_for_flows,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+    will_run,
+)
 
 
-def twice(kernel: Callable[..., Tensor], arguments: Any, original: Callable[..., Tensor], inputs: Any) -> Tensor:
-    """`kernel(*arguments)`, whose gradient can be differentiated as that of `original(*inputs)`, which is the same."""
+def twice(
+    kernel: Callable[..., Tensor], arguments: Any, original: Callable[..., Tensor], inputs: Any, one_flow: bool = False
+) -> Tensor:
+    """`kernel(*arguments)`, whose gradient can be differentiated as that of `original(*inputs)`, which is the same.
+
+    With `one_flow` gradients of several flows at once (`is_grads_batched`) are the original's, too.
+    """
     flat = tree_leaves((arguments, inputs))
     leaves = list({id(x): x for x in flat if isinstance(x, Tensor) and x.requires_grad}.values())
     if not leaves:
         return kernel(*arguments)
-    way = _Way(original, inputs, leaves)
+    way = _Way(original, inputs, leaves, one_flow)
     entered = {id(x): _Enter.apply(x, way, i) for i, x in enumerate(leaves)}  # type: ignore[no-untyped-call]
     way.nodes = [weakref.ref(x.grad_fn) for x in entered.values()]
     given = tree_map(lambda x: entered.get(id(x), x), arguments)
@@ -39,14 +52,16 @@ class _Way:
     Gradients are of one backward pass each: several may go through the graph at once.
     """
 
-    def __init__(self, original: Callable[..., Tensor], inputs: Any, leaves: Sequence[Tensor]) -> None:
+    def __init__(
+        self, original: Callable[..., Tensor], inputs: Any, leaves: Sequence[Tensor], one_flow: bool = False
+    ) -> None:
         place = {id(x): i for i, x in enumerate(leaves)}
         flat, self.form = tree_flatten(inputs)
         self.tensors = [isinstance(x, Tensor) for x in flat]
         self.places = [place.get(id(x)) for x in flat]
         self.others = [None if isinstance(x, Tensor) else x for x in flat]
         self.count = len(leaves)
-        self.original = original
+        self.original, self.one_flow = original, one_flow
         self.nodes: list[weakref.ref[Any]] = []
         self.gradients: dict[int, dict[int, Tensor | None]] = {}
 
@@ -56,23 +71,27 @@ class _Way:
 
     def follow(self, saved: Sequence[Tensor], gradient: Tensor) -> None:
         # one leaf may be made of another: what is asked for is the derivative by each alone
-        leaves, frozen = [x.view_as(x) for x in saved[: self.count]], iter(saved[self.count :])
+        with torch.enable_grad():
+            leaves, frozen = [x.view_as(x) for x in saved[: self.count]], iter(saved[self.count :])
         asked = [i for i, node in enumerate(self.nodes) if will_run(node())]
         given = [
             leaves[i] if i is not None else next(frozen) if is_tensor else x
             for x, i, is_tensor in zip(self.others, self.places, self.tensors)
         ]
         # every cast that autocast made is written in the original
-        with no_autocast():
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad(), no_autocast():
             out = self.original(*tree_unflatten(given, self.form))
         # the kernel's result stands for the original's up to a reshape and a cast
         gradient = gradient.reshape(out.shape).to(out.dtype)
-        found = torch.autograd.grad(out, [leaves[i] for i in asked], gradient, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(out, [leaves[i] for i in asked], gradient, create_graph=twice, allow_unused=True)
         self.gradients[graph_task()] = dict(zip(asked, found))
 
-    def taken(self, i: int) -> Tensor | None:
-        """The gradient of a leaf, which is kept no longer: its graph leads back here."""
+    def taken(self, i: int, other: Tensor | None) -> Tensor | None:
+        """The gradient of a leaf, which is kept no longer: its graph leads back here. `other` where none was followed."""
         task = graph_task()
+        if task not in self.gradients:
+            return other
         found = self.gradients[task].pop(i)
         if not self.gradients[task]:
             del self.gradients[task]
@@ -91,7 +110,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
-        return ctx.way.taken(ctx.i) if torch.is_grad_enabled() else gradient, None, None
+        return ctx.way.taken(ctx.i, gradient), None, None
 
 
 class _Leave(torch.autograd.Function):
@@ -106,6 +125,10 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        several = ctx.way.one_flow and stands_for_flows(gradient)
+        if torch.is_grad_enabled() or several:
             ctx.way.follow(saved, gradient)
+        if several:
+            # nobody reads what the kernel makes of it
+            gradient = torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
         return gradient, None, *(None for _ in range(ctx.count))

@@ -203,7 +203,8 @@ def bind_shapes(c: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[str, i
 class Guarded(nn.Module):
     """A call with its conditions and the original subgraph. `fallbacks` counts, by name, how often the original ran.
 
-    `once`: the call can be differentiated once; the original gives the second derivative.
+    `once`: the call can be differentiated once; the original gives the second derivative, and with `one_flow` gradients of
+    several flows at once.
     `written`: what runs in the call's place, where that is not what it is held against (dropout is drawn there).
     `known`: others may write to the memory of the result; where a backward may keep the kernel's, they get one of their own.
     A call that raises, or whose result the `watch` finds to differ from the original's, is not made again; nor is one that
@@ -213,11 +214,11 @@ class Guarded(nn.Module):
     def __init__(
         self, name: str, target: Callable[..., Any], original: fx.GraphModule, conditions: Sequence[Condition],
         once: bool = False, watch: SiteWatch | None = None, race: Race | None = None,
-        written: fx.GraphModule | None = None,
+        written: fx.GraphModule | None = None, one_flow: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.target, self.conditions = name, target, tuple(conditions)
-        self.once, self.watch, self.race = once, watch, race
+        self.once, self.watch, self.race, self.one_flow = once, watch, race, one_flow
         self.known = False
         # what the call is held against, and what runs in its place
         self.original, self.written = original, as_written(original) if written is None else written
@@ -266,7 +267,9 @@ class Guarded(nn.Module):
     def _called(self, arguments: Sequence[Any], inputs: Sequence[Any]) -> Any:
         if not torch.is_grad_enabled():
             return self.target(*arguments)
-        out = twice(self.target, arguments, self.original, inputs) if self.once else self.target(*arguments)
+        out = (
+            twice(self.target, arguments, self.original, inputs, self.one_flow) if self.once else self.target(*arguments)
+        )
         return out.clone() if self.known and out.requires_grad else out
 
     def _attempt(self, arguments: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, str]:

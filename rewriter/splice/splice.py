@@ -45,7 +45,8 @@ class Call:
     `arguments(tensors, sizes)` gives the positional arguments from the nodes of the cascade's inputs, by name, and from
     `size(name)`, which gives the node or number of a symbol. `closed` calls run with autocast off. `fake` stands in for
     `target` on fake values where the target cannot run on them. Under `conditions`, or where the call is `fragile` (its
-    kernel is compiled when it first runs) or can be differentiated only `once`, the original subgraph stands by. From its
+    kernel is compiled when it first runs) or can be differentiated only `once`, the original subgraph stands by; with
+    `one_flow` also for gradients of several flows at once. From its
     `recipe`, where it has one, another process makes it again.
     """
 
@@ -57,6 +58,7 @@ class Call:
     conditions: tuple[Condition, ...] = ()
     fragile: bool = False
     once: bool = False
+    one_flow: bool = False
     recipe: Recipe | None = None
 
     @property
@@ -134,7 +136,7 @@ def _guarded(
 ) -> tuple[str, tuple[Any, ...], Callable[..., Any]]:
     """The name of a module that guards the call, its arguments, and what gives its fake value."""
     subgraph, inputs = original
-    module = Guarded(name, call.target, subgraph, call.conditions, call.once, watch)
+    module = Guarded(name, call.target, subgraph, call.conditions, call.once, watch, one_flow=call.one_flow)
     path = f"guarded_{sum(isinstance(m, Guarded) for m in gm.modules())}"
     gm.add_module(path, module)
     wanted = {t: tensors[t] for c in call.conditions for t in c.tensors}

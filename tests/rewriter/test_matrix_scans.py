@@ -325,12 +325,12 @@ def test_a_model_runs_our_scan_and_is_no_farther_from_float64(name: str, dtype: 
         assert errors[0] <= 2 * errors[1] + max(torch.finfo(dtype).eps, 1e-14) * float(z.abs().max())
 
 
-def test_where_gradients_are_wanted_the_own_steps_stay() -> None:
+def test_where_gradients_are_wanted_our_scan_is_trained() -> None:
     args = tuple(x.requires_grad_() for x in inputs("gated_delta", 9, torch.float32))
     model = reattend.optimize(Model("gated_delta"), policy=reattend.Policy(tune=False))
     o, s = model(*args)
     (o.sum() + s.sum()).backward()
     (site,) = [s for p in reattend.report(model).pieces if p.plan for s in p.plan.sites]
-    assert site.choice == "original"
+    assert site.choice == "reattend"
     assert site.traits == {"decay", "delta"}
     assert args[0].grad is not None

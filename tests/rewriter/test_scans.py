@@ -381,18 +381,6 @@ def test_a_model_runs_our_scan_and_gets_both_results() -> None:
     reattend.restore(model)
 
 
-def test_where_gradients_are_wanted_the_own_steps_stay() -> None:
-    args = tuple(x.float().requires_grad_() for x in inputs("selective", 9))
-    model = reattend.optimize(Selective(), policy=reattend.Policy(tune=False))
-    y, s = model(*args)
-    (y.sum() + s.sum()).backward()
-    (site,) = [s for p in reattend.report(model).pieces if p.plan for s in p.plan.sites]
-    assert site.choice == "original"
-    assert "no backward" in site.chosen.why
-    assert args[0].grad is not None
-    reattend.restore(model)
-
-
 @pytest.mark.slow
 def test_a_long_loop_is_planned_without_recursion() -> None:
     plan = reattend.plan(Selective().eval(), tuple(x.float() for x in inputs("selective", 1000)))
