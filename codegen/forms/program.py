@@ -85,10 +85,12 @@ def memory_order(c: Cascade) -> tuple[int, ...]:
     return tuple(place[r] for r in wanted) if set(wanted) == set(place) else tuple(range(n))
 
 
-def output_shape(c: Cascade, shapes: Mapping[str, Sequence[Any]], sizes: Mapping[str, Any]) -> list[Any]:
-    """The output's sizes; values may be integers or symbolic integers of a tracer."""
+def output_shape(
+    c: Cascade, shapes: Mapping[str, Sequence[Any]], sizes: Mapping[str, Any], name: str = ""
+) -> list[Any]:
+    """The sizes of an output, the first one unless told; values may be integers or symbolic integers of a tracer."""
     known = {s: shapes[t][d] for s, t, d in bindings(c)} | dict(sizes)
-    return [_value(s, known) for s in c.tensor[c.outputs[0]].shape]
+    return [_value(s, known) for s in c.tensor[name or c.outputs[0]].shape]
 
 
 def _value(size: Any, known: Mapping[str, Any]) -> Any:

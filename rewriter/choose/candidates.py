@@ -62,6 +62,7 @@ from ..splice.guards import (
 )
 from ..splice.race import TIMED_BYTES
 from ..splice.recipe import Recipe
+from . import several
 from .policy import Policy
 
 
@@ -71,7 +72,8 @@ class Question:
 
     `wanted`: the inputs of the cascade whose gradients flow on; None where none flows back through the output.
     `origins` names the inputs of the graph behind each tensor that the mask reads; `constants` has those that none reaches.
-    `bare`: the model passes the mask of its call to a trace alone. `window`: so many keys are copied for each row.
+    `bare`: the model passes the mask of its call to a trace alone. `window`: so many keys are copied for each row. `several`: the
+    cascade with what else is read of it.
     """
 
     cascade: Cascade
@@ -88,6 +90,7 @@ class Question:
     constants: Data = NOTHING
     bare: bool = False
     window: Size = 0
+    several: Cascade | None = None
 
     @property
     def gradients(self) -> bool:
@@ -123,7 +126,8 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     site = Site(
         name="", where="", kind=said.kind, traits=said.traits, shape=_shape(c, q, sizes),
         mask=mask_view(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
-        choice=chosen.name, cascade=said.text, chosen_cascade=said.one_pass_text if chosen.is_tiled else "",
+        choice=chosen.name,
+        cascade=said.text if q.several is None else show(q.several), chosen_cascade=said.one_pass_text if chosen.is_tiled else "",
         notes=taken.words, memory=held, eager=_eager_cost(q, sizes),
         detailer=cache(lambda: detail(c, said.one_pass, ours_text, sizes, taken.data)),
     )
@@ -230,6 +234,11 @@ def kernels(
     q: Question, sizes: Mapping[str, int], data: Data, rival: float
 ) -> tuple[tuple[Candidate, splice.Call | None], ...]:
     """What computes an attention beside its own code; `rival` is the predicted time of that."""
+    if q.several is not None:
+        made = several.candidate(
+            "reattend", q.several, q.device, sizes, data, gradients=q.gradients, traced=q.traced
+        )
+        return made, _refused("sdpa", several.ALONE), _refused("flex", several.ALONE)
     sdpa = _sdpa(q, sizes, data)
     return _ours(q, sizes, data, min(rival, sdpa[0].seconds)), sdpa, _flex(q, sizes, data)
 
@@ -585,6 +594,9 @@ def guard_sentences(call: splice.Call | None) -> tuple[str, ...]:
     return (*(c.sentence for c in call.conditions), *compiled)
 
 
+_NOBODY = "nobody else reads scores or weights"
+
+
 def _proofs(a: Attention, q: Question) -> tuple[str, ...]:
     out = [
         f"the weights are normalised over {a.key}, which the last product reduces",
@@ -599,5 +611,6 @@ def _proofs(a: Attention, q: Question) -> tuple[str, ...]:
         static = all(not ex.loads(part) for part in conjuncts(chosen.rest if chosen is not None else mask.keep))
         out.append("the mask is a function of positions" if static else "part of the mask is read from run-time data")
     if not q.bound:
-        out.append("nobody else reads scores or weights")
+        more = ", ".join(q.several.outputs[1:]) if q.several is not None else ""
+        out.append(f"what else reads scores or weights is computed with them: {more}" if more else _NOBODY)
     return tuple(out)

@@ -83,6 +83,9 @@ class Found:
     notes: tuple[str, ...] = ()
     # how many keys the windows of its rows hold, where these move with the row and were cut as copies
     window: Size = 0
+    # nodes that the further outputs of `several` replace: weights, sums of them, log-sum-exps that are read outside
+    further: tuple[fx.Node, ...] = ()
+    several: Cascade | None = None
 
 
 @dataclass(frozen=True)
