@@ -21,6 +21,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, CascadeError, bind, parse, size_term, to_text
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
+from ...patterns.passes.further import main
 
 SCHEMA = 1
 
@@ -75,7 +76,7 @@ def loose(c: Cascade) -> tuple[str, ...]:
 @lru_cache(maxsize=1024)
 def memory_order(c: Cascade) -> tuple[int, ...]:
     """The output's dimensions, outermost in memory first: heads lie inside a query, as models put them together."""
-    a = attention(c)
+    a = attention(main(c))
     n = len(c.tensor[c.outputs[0]].shape)
     if not isinstance(a, Attention) or not a.batch:
         return tuple(range(n))

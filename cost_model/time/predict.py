@@ -197,12 +197,12 @@ def predict_vendor(
     return _with_backward(cost, cost, s, at, device, wanted)
 
 
-# Queries of a tile whose rows are whole, the keys of what is left out, and the scores of such a tile.
+# Queries of a tile whose rows are whole, and keys of a tile that is left out.
 WHOLE_ROWS = (16, 32, 64, 128)
 WHOLE_KEYS = 64
 
 
-def whole_mappings(c: Cascade, device: Device, sizes: Mapping[str, int]) -> tuple[TileMapping, ...]:
+def whole_mappings(device: Device) -> tuple[TileMapping, ...]:
     """Mappings of the body of whole rows; none where no such body runs on a device."""
     if device.kind != "cpu":
         return ()

@@ -84,6 +84,16 @@ def several(c: Cascade) -> Several | Obstacle:
     return Several(a, tuple(out))
 
 
+def with_numbers(c: Cascade) -> Attention | Obstacle:
+    """The attention with the numbers of its rows that leave besides; an Obstacle where more leaves than these."""
+    s = several(c) if len(c.outputs) > 1 else attention(c)
+    if not isinstance(s, Several):
+        return s
+    if odd := [x.name for x in s.further if x.of_pairs(s.attention) or len(x.index) != len(s.attention.batch) + 1]:
+        return Obstacle(f"{odd[0]} is no number of every row")
+    return replace(s.attention, further=tuple(x.term for x in s.further))
+
+
 def _read(c: Cascade, a: Attention, name: str) -> Further | Obstacle:
     (last,) = c.producers[name]
     ranks = tuple(str(i.attr) for i in last.out.index)

@@ -235,9 +235,7 @@ def kernels(
 ) -> tuple[tuple[Candidate, splice.Call | None], ...]:
     """What computes an attention beside its own code; `rival` is the predicted time of that."""
     if q.several is not None:
-        made = several.candidate(
-            "reattend", q.several, q.device, sizes, data, gradients=q.gradients, traced=q.traced
-        )
+        made = several.candidate("reattend", q.several, q.device, sizes, data, q.wanted, q.traced)
         return made, _refused("sdpa", several.ALONE), _refused("flex", several.ALONE)
     sdpa = _sdpa(q, sizes, data)
     return _ours(q, sizes, data, min(rival, sdpa[0].seconds)), sdpa, _flex(q, sizes, data)
@@ -311,9 +309,6 @@ def _refused(name: str, why: str) -> tuple[Candidate, None]:
     return Candidate(name, feasible=False, why=why), None
 
 
-# What a call of a kernel that must be compiled has to save over what need not: some seconds of a compiler, once for a
-# machine, are paid back within 10 000 calls. Where nothing takes long, nobody waits for a compiler.
-PAYBACK_SECONDS = 3e-4
 # Other bodies fit, which are no candidates where gradients are wanted.
 _NO_BACKWARD = "its fused body, which alone has a backward, has no tiling here"
 
@@ -398,7 +393,7 @@ def _paid_back(found: list[tuple[TileMapping, Cost]], rival: float) -> tuple[lis
     if not compiled:
         return found, ""
     saved = min([rival, *(c.seconds for _, c in others[:1])]) - compiled[0][1].seconds
-    if saved >= PAYBACK_SECONDS:
+    if saved >= several.PAYBACK_SECONDS:
         return found, ""
     said = f"the {compiled[0][0].body} body would save {saved * 1e3:.2g} ms a call, which does not pay for its compilation"
     return [*others, *compiled], said if saved > 0 else ""

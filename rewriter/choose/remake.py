@@ -28,7 +28,7 @@ _MAKERS: dict[str, Any] = {"sdpa": vendor.sdpa, "flex": vendor.flex}
 # What runs, and what builds its kernel.
 _OPERATORS: dict[str, tuple[Any, Any]] = {
     "ours": (torch.ops.reattend.cascade.default, ours.build), "trained": (trained.call, trained.build),
-    "several": (several.call, several.build),
+    "several": (several.call, several.build), "numbers": (trained.numbers, trained.build),
 }
 
 

@@ -35,7 +35,7 @@ from ..graph.torch_private import bounds, expression, traced_size
 from ..lift.operators_contract import CONTRACTIONS
 from ..splice.splice import hint
 from .constants import constants
-from .detect import Found, is_plain
+from .detect import Found, is_plain, up_to_the_product
 from .further import with_outputs
 
 # Sizes from here on are no bound that anyone set.
@@ -166,9 +166,20 @@ def with_further(found: Iterable[Found], aliases: Aliases) -> Iterator[Found]:
     """Attentions whose scores or weights are read outside, with what is read as further outputs, where that can be."""
     for f in found:
         inside = interior(f)
-        escaped = () if is_plain(f.cascade) else _escaped(f, inside)
-        whole = with_outputs(f, aliases, escaped, inside) if escaped else f
-        yield whole if isinstance(whole, Found) and not _escaped(whole, interior(whole)) else f
+        escaped = frozenset() if is_plain(f.cascade) else _escaped(f, inside)
+        whole = _with_outputs(f, aliases, inside, escaped) if escaped else f
+        if whole is None and (short := up_to_the_product(f, aliases)) is not None:
+            # what follows the product may be made of what is read
+            inside = interior(short)
+            whole = _with_outputs(short, aliases, inside, _escaped(short, inside))
+        yield f if whole is None else whole
+
+
+def _with_outputs(
+    f: Found, aliases: Aliases, inside: frozenset[fx.Node], escaped: frozenset[fx.Node]
+) -> Found | None:
+    whole = with_outputs(f, aliases, escaped, inside)
+    return whole if isinstance(whole, Found) and not _escaped(whole, interior(whole)) else None
 
 
 def _wants_gradient(f: Found) -> bool:

@@ -19,8 +19,11 @@ from ..capture.autocast import no_autocast
 from ..graph.torch_private import graph_task, tree_flatten, tree_leaves, tree_map, tree_unflatten, will_run
 
 
-def twice(kernel: Callable[..., Tensor], arguments: Any, original: Callable[..., Tensor], inputs: Any) -> Tensor:
-    """`kernel(*arguments)`, whose gradient can be differentiated as that of `original(*inputs)`, which is the same."""
+def twice(kernel: Callable[..., Any], arguments: Any, original: Callable[..., Any], inputs: Any) -> Any:
+    """`kernel(*arguments)`, whose gradient can be differentiated as that of `original(*inputs)`, which is the same.
+
+    Either answers a tensor, or a tuple of several.
+    """
     flat = tree_leaves((arguments, inputs))
     leaves = list({id(x): x for x in flat if isinstance(x, Tensor) and x.requires_grad}.values())
     if not leaves:
@@ -29,8 +32,11 @@ def twice(kernel: Callable[..., Tensor], arguments: Any, original: Callable[...,
     entered = {id(x): _Enter.apply(x, way, i) for i, x in enumerate(leaves)}  # type: ignore[no-untyped-call]
     way.nodes = [weakref.ref(x.grad_fn) for x in entered.values()]
     given = tree_map(lambda x: entered.get(id(x), x), arguments)
-    out: Tensor = _Leave.apply(kernel(*given), way, *leaves, *way.frozen(inputs))  # type: ignore[no-untyped-call]
-    return out
+    made = kernel(*given)
+    if isinstance(made, Tensor):
+        out: Tensor = _Leave.apply(way, 1, made, *leaves, *way.frozen(inputs))  # type: ignore[no-untyped-call]
+        return out
+    return _Leave.apply(way, len(made), *made, *leaves, *way.frozen(inputs))  # type: ignore[no-untyped-call]
 
 
 class _Way:
@@ -39,7 +45,7 @@ class _Way:
     Gradients are of one backward pass each: several may go through the graph at once.
     """
 
-    def __init__(self, original: Callable[..., Tensor], inputs: Any, leaves: Sequence[Tensor]) -> None:
+    def __init__(self, original: Callable[..., Any], inputs: Any, leaves: Sequence[Tensor]) -> None:
         place = {id(x): i for i, x in enumerate(leaves)}
         flat, self.form = tree_flatten(inputs)
         self.tensors = [isinstance(x, Tensor) for x in flat]
@@ -54,7 +60,7 @@ class _Way:
         """The tensors among the inputs that need no gradient."""
         return [x for x, i in zip(tree_leaves(inputs), self.places) if i is None and isinstance(x, Tensor)]
 
-    def follow(self, saved: Sequence[Tensor], gradient: Tensor) -> None:
+    def follow(self, saved: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         # one leaf may be made of another: what is asked for is the derivative by each alone
         leaves, frozen = [x.view_as(x) for x in saved[: self.count]], iter(saved[self.count :])
         asked = [i for i, node in enumerate(self.nodes) if will_run(node())]
@@ -64,10 +70,13 @@ class _Way:
         ]
         # every cast that autocast made is written in the original
         with no_autocast():
-            out = self.original(*tree_unflatten(given, self.form))
+            made = self.original(*tree_unflatten(given, self.form))
+        outs = (made,) if isinstance(made, Tensor) else made
         # the kernel's result stands for the original's up to a reshape and a cast
-        gradient = gradient.reshape(out.shape).to(out.dtype)
-        found = torch.autograd.grad(out, [leaves[i] for i in asked], gradient, create_graph=True, allow_unused=True)
+        flows = [(x, g.reshape(x.shape).to(x.dtype)) for x, g in zip(outs, gradients, strict=True) if g is not None]
+        found = torch.autograd.grad(
+            [x for x, _ in flows], [leaves[i] for i in asked], [g for _, g in flows], create_graph=True, allow_unused=True
+        )
         self.gradients[graph_task()] = dict(zip(asked, found))
 
     def taken(self, i: int) -> Tensor | None:
@@ -95,17 +104,19 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """The kernel's result."""
+    """The kernel's results, of which there are `count`."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, way: _Way, *tensors: Tensor) -> Tensor:
-        ctx.way, ctx.count = way, len(tensors)
-        ctx.save_for_backward(*tensors)
-        return out.view_as(out)
+    def forward(ctx: Any, way: _Way, count: int, *tensors: Tensor) -> Any:
+        ctx.way, ctx.rest = way, len(tensors) - count
+        ctx.save_for_backward(*tensors[count:])
+        ctx.set_materialize_grads(False)
+        outs = tuple(x.view_as(x) for x in tensors[:count])
+        return outs[0] if count == 1 else outs
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            ctx.way.follow(saved, gradient)
-        return gradient, None, *(None for _ in range(ctx.count))
+        if torch.is_grad_enabled() and any(g is not None for g in gradients):
+            ctx.way.follow(saved, gradients)
+        return None, None, *gradients, *(None for _ in range(ctx.rest))
