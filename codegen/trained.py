@@ -61,11 +61,26 @@ def call(tensors: Sequence[Tensor], sizes: Sequence[int], program: str) -> Tenso
 
 
 def numbers(tensors: Sequence[Tensor], sizes: Sequence[int], program: str) -> tuple[Tensor, ...]:
-    """All outputs of a cascade whose further ones are numbers of its rows: these in float32, [batch…, query]."""
+    """All outputs of a cascade whose further ones are numbers of its rows: these in float32, as the cascade declares them."""
     out, saved = torch.ops.reattend.cascade_trained.default(tensors, sizes, program)
-    p, made = read_program(program), _kernel(program)
-    rows = [out.shape[d] for dims in made.row_dims for d in dims]
-    return (out, *(saved[..., i].reshape(rows) for i in range(len(p.cascade.outputs) - 1)))
+    rows = [out.shape[d] for dims in _kernel(program).row_dims for d in dims]
+    held = (saved[..., i].reshape(rows).permute(order) for i, (order, _) in enumerate(_places(program)))
+    return (out, *(x.reshape([out.shape[d] for d in dims]) for x, (_, dims) in zip(held, _places(program))))
+
+
+@lru_cache(maxsize=1024)
+def _places(program: str) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """For each number of the row: the order of the kernel's row dimensions in it, and the output's dimensions that it has.
+
+    The kernel's may lack one of a single element.
+    """
+    c, made = read_program(program).cascade, _kernel(program)
+    (last,) = c.producers[c.outputs[0]]
+    held = [last.out.index[d] for dims in made.row_dims for d in dims]
+    own = [c.producers[name][-1].out.index for name in c.outputs[1:]]
+    return tuple(
+        (tuple(held.index(i) for i in at if i in held), tuple(last.out.index.index(i) for i in at)) for at in own
+    )
 
 
 @lru_cache(maxsize=1024)
