@@ -38,7 +38,7 @@ library.define(  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class SeveralKernel:
-    """A printed kernel with several outputs: the file's text, and a call that runs it on `inputs`, in this order, and `sizes`."""
+    """A printed kernel with several outputs: the file's text, and a call that runs it on `inputs`, in order, and `sizes`."""
 
     source: str
     inputs: tuple[str, ...]

@@ -3,8 +3,8 @@
     cascade_trained(tensors, sizes, program) -> (out, saved)            as reattend::cascade takes them
     cascade_backward(grad, out, saved, tensors, sizes, program, int[] wanted) -> Tensor[]
 
-`saved` is float32 [Z, H, P, scalars]; the first are numbers of the row that leave the cascade as further outputs (`numbers`),
-and have gradients themselves. A gradient of a gradient is refused where somebody asks for it.
+`saved` is float32 [Z, H, P, scalars]; the first are numbers of the row that leave the cascade as further outputs
+(`numbers`), and have gradients themselves. A gradient of a gradient is refused where somebody asks for it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def call(tensors: Sequence[Tensor], sizes: Sequence[int], program: str) -> Tenso
 
 
 def numbers(tensors: Sequence[Tensor], sizes: Sequence[int], program: str) -> tuple[Tensor, ...]:
-    """All outputs of a cascade whose further ones are numbers of its rows: these in float32, as the cascade declares them."""
+    """All outputs of a cascade whose further ones are numbers of its rows: these in float32, as it declares them."""
     out, saved = torch.ops.reattend.cascade_trained.default(tensors, sizes, program)
     rows = [out.shape[d] for dims in _kernel(program).row_dims for d in dims]
     held = (saved[..., i].reshape(rows).permute(order) for i, (order, _) in enumerate(_places(program)))

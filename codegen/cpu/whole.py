@@ -71,7 +71,7 @@ class WholeKernel(ProductKernel):
             raise PrintError(f"{x.name} does not vary over {missing[0]}")
 
     def _weigh(self) -> PrintedFunction:
-        f, a = self.f, self.f.attention
+        a = self.f.attention
         x = ex.load("score of the tile", (), a.score.dtype)
 
         def scored(e: Expr) -> Expr:
@@ -84,8 +84,10 @@ class WholeKernel(ProductKernel):
         score = self.whole(a.score)
         roots = [score, *bodies, weight, *more, *outside]
         names = {y: n for r in roots for y, n in self.leaves(r).items()}
-        body = TorchBody(self.p.scope(names), roots)
+        body = TorchBody(self.p.scope(names, reuse=True), roots)
         body.taken |= {*self.row.values(), "x"}
+        # a product is a tile's own: who alone reads it may write to it
+        body.made |= {y for y in names if str(y.attr) in self.products and body.uses[y] == 1}
         body.line(f"x = {body.real(score)}")
         body.bind(x, "x")
         reads = [y for r in roots for y in ex.loads(r)]
@@ -109,7 +111,7 @@ class WholeKernel(ProductKernel):
         return self.p.function("end", "The end of a row.", [finish], ["acc", *self.row.values()], leaves)
 
     def _after(self, x: Further) -> PrintedFunction:
-        loads = {y: "total" for y in ex.loads(x.after)}
+        loads = dict.fromkeys(ex.loads(x.after), "total")
         return self.p.function(f"after_{self.held[x.name]}", "Of sums over heads.", [x.after], ["total"], loads)
 
     # putting it together
@@ -148,7 +150,8 @@ class WholeKernel(ProductKernel):
         kind = self.f.real if x.head else x.dtype
         make = "zeros" if x in self.pairs else "empty"
         device = self.p.names.tensors[self.f.cascade.inputs[0].name]
-        return f"{self.held[x.name]} = torch.{make}({', '.join(self._shape(x))}, dtype={TYPES[kind]}, device={device}.device)"
+        shape = ", ".join(self._shape(x))
+        return f"{self.held[x.name]} = torch.{make}({shape}, dtype={TYPES[kind]}, device={device}.device)"
 
     def _keep(self) -> list[str]:
         lines = []
@@ -159,12 +162,12 @@ class WholeKernel(ProductKernel):
             if x not in self.pairs:
                 lines.append(f"{name}[at.z, at.h, at.p] = {part}")
                 continue
-            add = f"summed({name}, {{}}, {{}}, {self._group(x)})" if x.head else f"{name}[{{1}}.z, {{1}}.h, {{1}}.p, {{1}}.m] = {{0}}"
+            place = "{1}.z, {1}.h, {1}.p, {1}.m"
+            add = f"summed({name}, {{}}, {{}}, {self._group(x)})" if x.head else f"{name}[{place}] = {{0}}"
             lines.append(add.format(part, "at"))
             if self.skips:
-                lines += [
-                    f"for at_hidden in outside(more[{there}], at, {keys}):", f"    {add.format(f'more[{there}]', 'at_hidden')}",
-                ]
+                lines.append(f"for at_hidden in outside(more[{there}], at, {keys}):")
+                lines.append(f"    {add.format(f'more[{there}]', 'at_hidden')}")
         return ["def keep(more, at):", *indented(lines)]
 
     def _group(self, x: Further) -> str:
@@ -178,7 +181,7 @@ class WholeKernel(ProductKernel):
             name = self.afters[x.name].call({"total": name})
         if x.head:
             name = f"({name}).to({TYPES[x.dtype]})"
-        n, f = self.p.names, self.f
+        n = self.p.names
         sizes = [n.rank(r) for r in x.index]
         if x.head and x.group is not None:
             place = x.index.index(x.head)

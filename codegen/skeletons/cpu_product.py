@@ -80,10 +80,13 @@ def whole_rows(
 ) -> None:
     """Compute `out` [Z, H, P, F] as `stream` does, with all that a row sees at once, and let `keep` have its scores.
 
-    `weigh(products, at)`: the weights, the row's reductions and what `keep` gets. A tile is so small that the scores of whole
-    rows stay in the cache.
+    `weigh(products, at)`: the weights, the row's reductions and what `keep` gets. A tile is so small that the scores of
+    whole rows stay in the cache.
     """
     group, keys = out.shape[1] // v.shape[1], v.shape[2]
+    if any(b.stop - b.start > 2 * b.rows for b in plan):
+        # read more than twice: the elements of a key side by side, one key after the other
+        pairs, v = [(q, k.contiguous()) for q, k in pairs], v.contiguous()
     for p0, p1, runs in row_tiles(plan):
         seen = slice(min(r[0] for r in runs), max(r[1] for r in runs)) if runs else slice(0, keys)
         for z, h in head_groups(batch, out.shape[1], group, (p1 - p0) * (seen.stop - seen.start)):
@@ -101,9 +104,10 @@ def whole_rows(
 def summed(total: Tensor, part: Tensor, at: At, group: int) -> None:
     """Add the weights [z, h, p, m] of some heads to the sums [Z, H / group, P, M] over groups of heads."""
     for g in range(at.h.start // group, (at.h.stop - 1) // group + 1):
-        own = slice(max(g * group, at.h.start) - at.h.start, min((g + 1) * group, at.h.stop) - at.h.start)
-        # what has one number a row has it at every key
-        total[at.z, g, at.p, at.m] += part[:, own].sum(1)
+        into = total[at.z, g, at.p, at.m]
+        for h in range(max(g * group, at.h.start), min((g + 1) * group, at.h.stop)):
+            # what has one number a row has it at every key
+            into += part[:, h - at.h.start]
 
 
 def outside(hidden: Tensor, at: At, keys: int) -> Iterator[At]:

@@ -20,8 +20,8 @@ from ...patterns.cascade import Cascade, Einsum, Size, size_term
 from ...patterns.expr import Expr
 from ...patterns.masks.ranges import FIRST, LAST, KeyRange, key_range
 from ...patterns.masks.split import Mask, split
-from ...patterns.terms.conditions import simplify_under
 from ...patterns.passes.further import with_numbers
+from ...patterns.terms.conditions import simplify_under
 from ...patterns.verdict import Obstacle, Refusal
 from ..forms.skip import fits_half, predicate, rule
 from ..forms.terms import mapped_state, uncast

@@ -100,9 +100,10 @@ def _read(c: Cascade, a: Attention, name: str) -> Further | Obstacle:
     sums = [x for x in ex.loads(last.body) if str(x.attr).startswith(f"{name}_sum")]
     dtype = c.tensor[name].dtype
     if not sums:
-        ok = {*ranks} <= {*a.batch, a.query, a.key}
+        if not {*ranks} <= {*a.batch, a.query, a.key}:
+            return Obstacle(f"{name} is of no pair", name)
         total = ex.load(f"{name}_sum", last.out.index, last.body.dtype)
-        return Further(name, last.body, "", None, total, total, ranks, dtype) if ok else Obstacle(f"{name} is of no pair", name)
+        return Further(name, last.body, "", None, total, total, ranks, dtype)
     (total,) = sums
     (summed,) = c.producers[str(total.attr)]
     (part,) = summed.reads
@@ -193,7 +194,9 @@ class _Match:
             raise _NoMatch("it is made of several sums over the weights")
         return self.summed(name, at, term, sums[0])
 
-    def summed(self, name: str, at: tuple[Expr, ...], term: Expr, load: Expr) -> tuple[list[Rank], list[Tensor], list[Einsum]]:
+    def summed(
+        self, name: str, at: tuple[Expr, ...], term: Expr, load: Expr
+    ) -> tuple[list[Rank], list[Tensor], list[Einsum]]:
         """A sum over heads: W[b,h,p,m] = …; S[b,p,m] = Σ_h W; Y = after(S)."""
         e = self.sums[str(load.attr)]
         place = self.place(e.body)
@@ -333,7 +336,8 @@ class _Match:
                 raise _NoMatch(f"its {r} is read at {i}")
         # reductions are read at the attention's own coordinates
         made = {e.out.tensor: e for e in (*self.a.products, *self.a.row)}
-        loads = {x: ex.load(str(x.attr), made[str(x.attr)].out.index, x.dtype) for x in ex.loads(term) if str(x.attr) in made}
+        own = [x for x in ex.loads(term) if str(x.attr) in made]
+        loads = {x: ex.load(str(x.attr), made[str(x.attr)].out.index, x.dtype) for x in own}
         held = {y: ex.load(f"held {n}", (), y.dtype) for n, y in enumerate(loads.values())}
         term = ex.substitute(term, {x: held[y] for x, y in loads.items()})
         return ex.substitute(ex.substitute(term, table), {h: y for y, h in held.items()})

@@ -72,8 +72,8 @@ class Question:
 
     `wanted`: the inputs of the cascade whose gradients flow on; None where none flows back through the output.
     `origins` names the inputs of the graph behind each tensor that the mask reads; `constants` has those that none reaches.
-    `bare`: the model passes the mask of its call to a trace alone. `window`: so many keys are copied for each row. `several`: the
-    cascade with what else is read of it.
+    `bare`: the model passes the mask of its call to a trace alone. `window`: so many keys are copied for each row.
+    `several`: the cascade with what else is read of it.
     """
 
     cascade: Cascade
@@ -127,7 +127,8 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
         name="", where="", kind=said.kind, traits=said.traits, shape=_shape(c, q, sizes),
         mask=mask_view(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
         choice=chosen.name,
-        cascade=said.text if q.several is None else show(q.several), chosen_cascade=said.one_pass_text if chosen.is_tiled else "",
+        cascade=said.text if q.several is None else show(q.several),
+        chosen_cascade=said.one_pass_text if chosen.is_tiled else "",
         notes=taken.words, memory=held, eager=_eager_cost(q, sizes),
         detailer=cache(lambda: detail(c, said.one_pass, ours_text, sizes, taken.data)),
     )

@@ -456,7 +456,8 @@ def _decide(f: Found, name: str, hints: Mapping[str, int], request: Request) -> 
     if any(m.candidate.name == site.choice for m in methods):
         return Decision(f, site, calls, f, methods)
     device = request.target or running_device(stands.device_type)
-    over = None if request.traced or f.further else over_latents(f, stands, site, device, stands.sizes(hints), request.policy)
+    alone = not request.traced and not f.further
+    over = over_latents(f, stands, site, device, stands.sizes(hints), request.policy) if alone else None
     wished = request.choices.get(name, over.site.choice if over is not None else site.choice)
     if over is not None and wished == over.site.choice:
         guards = guard_sentences(over.call)

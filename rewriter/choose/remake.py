@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from ...codegen import operator as ours
-from ...codegen import several
-from ...codegen import trained
+from ...codegen import several, trained
 from ...codegen.vendor import use as vendor
 from ...cost_model.devices.device import Device
 from ...patterns.attention.attention import Attention

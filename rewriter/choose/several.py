@@ -69,7 +69,8 @@ def candidate(
         fragile = not traced and (mapping.is_compiled or mapping.body == "triton")
         why = "; ".join((str(mapping), *(f"where {x.sentence}" for x in conditions)))
         made = Candidate(name, cost=cost, mapping=mapping.to_text(), why=why, maker=partial(str, kernel.source))
-        return made, replace(call(c, mapping), conditions=conditions, fragile=fragile, once=wanted is not None and not traced)
+        once = wanted is not None and not traced
+        return made, replace(call(c, mapping), conditions=conditions, fragile=fragile, once=once)
     return Candidate(name, feasible=False, why=refusal or f"no kernel of ours on {device.name} has further outputs"), None
 
 

@@ -52,9 +52,9 @@ class Place:
     its cascade that are no size of a graph input: as sizes of the graph, with the value that was traced. `written`: how
     the model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes, `bare`: to a
     trace alone. `upstream` has what makes its keys and values, where that was asked for, and `model` the channels of the
-    projection behind it. `several` has what else of it is read as further outputs. `wanted`: the inputs of the cascade whose gradients flow on, None where none flows back through
-    the output. `origins`: the graph's inputs behind each tensor that its mask reads; `constants`: those of these tensors
-    that no input reaches.
+    projection behind it. `several` has what else of it is read as further outputs. `wanted`: the inputs of the cascade whose
+    gradients flow on, None where none flows back through the output. `origins`: the graph's inputs behind each tensor that
+    its mask reads; `constants`: those of these tensors that no input reaches.
     """
 
     cascade: Cascade

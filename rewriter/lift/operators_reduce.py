@@ -135,7 +135,7 @@ def logsumexp(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
 
 
 def logsumexp_of_any_row(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
-    """As torch ends rows whose scores are all −∞, or among them ∞: by that number. Where exp(s − lse) reads it, both are NaN."""
+    """As torch ends rows whose scores are all −∞, or among them ∞: by that number. exp(s − lse) is NaN either way."""
     sum_of_row = logsumexp(lifter, n, a, at)
     top = sum_of_row.args[0]
     return ex.where(ex.equal(ex.unary("abs", top), math.inf), top, sum_of_row)

@@ -96,8 +96,8 @@ def replace(
 
 
 def _replace(
-    gm: fx.GraphModule, outputs: Sequence[fx.Node], tensors: Mapping[str, fx.Node], scalars: Mapping[str, fx.Node], call: Call,
-    name: str, original: tuple[fx.GraphModule, list[fx.Node]] | None, watch: SiteWatch | None,
+    gm: fx.GraphModule, outputs: Sequence[fx.Node], tensors: Mapping[str, fx.Node], scalars: Mapping[str, fx.Node],
+    call: Call, name: str, original: tuple[fx.GraphModule, list[fx.Node]] | None, watch: SiteWatch | None,
 ) -> fx.Node:
     if call.guarded and original is None:
         raise SpliceError(f"{call.name} is guarded and has no original to fall back to")
