@@ -313,7 +313,7 @@ def test_sizes_stay_open() -> None:
 
 def test_inductor_compiles_a_graph_with_several_outputs() -> None:
     torch._dynamo.reset()
-    model = torch.compile(Merged(), backend="reattend", options={"deny": ("original",)})
+    model = torch.compile(Merged(), backend="reattend", options={"deny": ("original",)})  # type: ignore[dict-item]
     given = inputs(48)
     with torch.no_grad():
         torch.testing.assert_close(model(*given), Merged()(*given))
