@@ -184,7 +184,7 @@ def test_a_maximum_that_leaves_has_no_gradient_of_ours() -> None:
     assert "no gradient" in made.reason
 
 
-class Merged(nn.Module):
+class MergedParts(nn.Module):
     """Two parts of the keys, merged by their log-sum-exps, as rings and cascades do."""
 
     def part(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,8 +201,8 @@ class Merged(nn.Module):
 def test_parts_that_a_model_merges_run_on_kernels_forward_and_backward() -> None:
     torch._dynamo.reset()
     given = [x.requires_grad_() for x in inputs(48)]
-    ours = reattend.optimize(Merged(), policy=OURS)
-    made, want = ours(*given), Merged()(*given)
+    ours = reattend.optimize(MergedParts(), policy=OURS)
+    made, want = ours(*given), MergedParts()(*given)
     torch.testing.assert_close(made, want)
     flow = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
     for a, b in zip(torch.autograd.grad(made, given, flow, create_graph=True), torch.autograd.grad(want, given, flow)):
@@ -313,7 +313,7 @@ def test_sizes_stay_open() -> None:
 
 def test_inductor_compiles_a_graph_with_several_outputs() -> None:
     torch._dynamo.reset()
-    model = torch.compile(Merged(), backend="reattend", options={"deny": ("original",)})  # type: ignore[dict-item]
+    model = torch.compile(MergedParts(), backend="reattend", options={"deny": ("original",)})  # type: ignore[dict-item]
     given = inputs(48)
     with torch.no_grad():
-        torch.testing.assert_close(model(*given), Merged()(*given))
+        torch.testing.assert_close(model(*given), MergedParts()(*given))
