@@ -3,7 +3,8 @@
     cascade_trained(tensors, sizes, program) -> (out, saved)            as reattend::cascade takes them
     cascade_backward(grad, out, saved, tensors, sizes, program, int[] wanted) -> Tensor[]
 
-`saved` is float32 [Z, H, P, scalars]. A gradient of a gradient is refused where somebody asks for it.
+`saved` is float32 [Z, H, P, scalars]; the first are numbers of the row that leave the cascade as further outputs
+(`numbers`), and have gradients themselves. A gradient of a gradient is refused where somebody asks for it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .forms.program import output_shape, read_program
 from .operator import allocate, library
 from .triton.backward import kernel as triton_kernel
 
-__all__ = ["BODIES", "NO_SECOND", "TrainedKernel", "build", "call"]
+__all__ = ["BODIES", "NO_SECOND", "TrainedKernel", "build", "call", "numbers"]
 
 BODIES = frozenset((*BODIES_TRAINED, "triton"))
 
@@ -58,6 +59,29 @@ def call(tensors: Sequence[Tensor], sizes: Sequence[int], program: str) -> Tenso
     """The output, whose gradient the kernel computes as well."""
     out: Tensor = torch.ops.reattend.cascade_trained.default(tensors, sizes, program)[0]
     return out
+
+
+def numbers(tensors: Sequence[Tensor], sizes: Sequence[int], program: str) -> tuple[Tensor, ...]:
+    """All outputs of a cascade whose further ones are numbers of its rows: these in float32, as it declares them."""
+    out, saved = torch.ops.reattend.cascade_trained.default(tensors, sizes, program)
+    rows = [out.shape[d] for dims in _kernel(program).row_dims for d in dims]
+    held = (saved[..., i].reshape(rows).permute(order) for i, (order, _) in enumerate(_places(program)))
+    return (out, *(x.reshape([out.shape[d] for d in dims]) for x, (_, dims) in zip(held, _places(program))))
+
+
+@lru_cache(maxsize=1024)
+def _places(program: str) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """For each number of the row: the order of the kernel's row dimensions in it, and the output's dimensions that it has.
+
+    The kernel's may lack one of a single element.
+    """
+    c, made = read_program(program).cascade, _kernel(program)
+    (last,) = c.producers[c.outputs[0]]
+    held = [last.out.index[d] for dims in made.row_dims for d in dims]
+    own = [c.producers[name][-1].out.index for name in c.outputs[1:]]
+    return tuple(
+        (tuple(held.index(i) for i in at if i in held), tuple(last.out.index.index(i) for i in at)) for at in own
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -175,9 +199,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _flow(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Any:
+def _flow(ctx: Any, grad: Tensor | None, of_saved: Tensor | None) -> Any:
     out, saved, *tensors = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * len(tensors)
+    leaving = len(read_program(ctx.program).cascade.outputs) - 1
+    if leaving and (grad is not None or of_saved is not None):
+        # the gradient of what leaves stands where that stood
+        saved = saved.clone()
+        saved[..., :leaving] = 0 if of_saved is None else of_saved[..., :leaving]
+        grad = torch.zeros_like(out) if grad is None else grad
     # torch takes a list of numbers for one argument, and an empty one for a list of tensors
     answer: tuple[Any, ...] = (gradients, None if ctx.sizes else [], None)
     if grad is None:

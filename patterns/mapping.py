@@ -15,7 +15,7 @@ class TileMapping:
     `heavy_first` walks the row blocks with most tiles first; `body` names the code that computes one tile: "triton", or
     on the CPU "sdpa" (SDPA on key slices, a causal triangle whole), "slices" (the same, triangles cut as well), "product"
     (two products around the printed score and row rule), "selected" (the same around keys that each row names), "latent"
-    (that around the latents that keys and values are made of), "fused"
+    (that around the latents that keys and values are made of), "whole" (whole rows, whose scores others read too), "fused"
     (one pass in C++ around them; tiles of 16 queries and 32 keys, or multiples) or "decode" (the same for few queries:
     keys as they lie in memory, split over the threads).
     """

@@ -68,7 +68,8 @@ class CpuKernel:
 class TrainedKernel:
     """A printed kernel with its backward, both in the file `source`. Inputs in the order of the cascade's.
 
-    `forward(*inputs, **sizes)` gives the output and what its rows hand over, float32 [Z, H, P, `scalars`];
+    `forward(*inputs, **sizes)` gives the output and what its rows hand over, float32 [Z, H, P, `scalars`], first the numbers
+    that leave the cascade besides, where a backward has their gradients in the same places;
     `backward(grad, out, saved, wanted, *inputs, **sizes)` the gradients of the inputs in the wanted places. `without`: float
     inputs of which it gives none. `reached`: the inputs that have a gradient where they want one. `row_dims`: the output's
     dimensions that make each of Z, H and P.
@@ -174,7 +175,7 @@ def build_trained(c: Cascade, mapping: TileMapping) -> TrainedKernel | Refusal:
     made = cache.load(printed.text)
     inputs = tuple(t.name for t in f.cascade.inputs)
     return TrainedKernel(
-        printed.text, inputs, loose(f.cascade), made.attention, made.backward, printed.without, reached(f.cascade),
+        printed.text, inputs, loose(f.cascade), made.attention, made.backward, printed.without, reached(c),
         printed.scalars, _row_dims(f),
     )
 

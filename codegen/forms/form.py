@@ -10,7 +10,6 @@ import numpy as np
 
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
-from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import RowState, derive
 from ...patterns.attention.score import hiding
 from ...patterns.attention.traits import is_mask, masked_side, no_key_rule
@@ -18,6 +17,7 @@ from ...patterns.cascade import Cascade, size_term
 from ...patterns.expr import FALSE, TRUE, Expr
 from ...patterns.masks.rows import witnesses
 from ...patterns.masks.split import VANISHING, Mask, split
+from ...patterns.passes.further import with_numbers
 from ...patterns.terms.conditions import conjunction, conjuncts, simplify_under
 from ...patterns.terms.divisions import read_at
 from ...patterns.terms.intervals import spans
@@ -84,7 +84,7 @@ class Form:
 @lru_cache(maxsize=256)
 def form(c: Cascade) -> Form | Obstacle:
     """The form of the attention that a cascade is, or why it has none."""
-    a = attention(c)
+    a = with_numbers(c)
     if isinstance(a, Obstacle):
         return a
     state = derive(a)

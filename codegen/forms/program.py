@@ -21,6 +21,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, CascadeError, bind, parse, size_term, to_text
 from ...patterns.expr import Expr
 from ...patterns.mapping import TileMapping
+from ...patterns.passes.further import main
 
 SCHEMA = 1
 
@@ -75,7 +76,7 @@ def loose(c: Cascade) -> tuple[str, ...]:
 @lru_cache(maxsize=1024)
 def memory_order(c: Cascade) -> tuple[int, ...]:
     """The output's dimensions, outermost in memory first: heads lie inside a query, as models put them together."""
-    a = attention(c)
+    a = attention(main(c))
     n = len(c.tensor[c.outputs[0]].shape)
     if not isinstance(a, Attention) or not a.batch:
         return tuple(range(n))
@@ -85,10 +86,12 @@ def memory_order(c: Cascade) -> tuple[int, ...]:
     return tuple(place[r] for r in wanted) if set(wanted) == set(place) else tuple(range(n))
 
 
-def output_shape(c: Cascade, shapes: Mapping[str, Sequence[Any]], sizes: Mapping[str, Any]) -> list[Any]:
-    """The output's sizes; values may be integers or symbolic integers of a tracer."""
+def output_shape(
+    c: Cascade, shapes: Mapping[str, Sequence[Any]], sizes: Mapping[str, Any], name: str = ""
+) -> list[Any]:
+    """The sizes of an output, the first one unless told; values may be integers or symbolic integers of a tracer."""
     known = {s: shapes[t][d] for s, t, d in bindings(c)} | dict(sizes)
-    return [_value(s, known) for s in c.tensor[c.outputs[0]].shape]
+    return [_value(s, known) for s in c.tensor[name or c.outputs[0]].shape]
 
 
 def _value(size: Any, known: Mapping[str, Any]) -> Any:

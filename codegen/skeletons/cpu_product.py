@@ -73,6 +73,49 @@ def stream(
             out[z, h, at.p] = finish(acc, state, at)
 
 
+def whole_rows(
+    pairs: Sequence[tuple[Tensor, Tensor]], v: Tensor, out: Tensor, batch: tuple[int, int], plan: list[Block],
+    weigh: Callable[[list[Tensor], At], tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]],
+    finish: Callable[[Tensor, tuple[Tensor, ...], At], Tensor], keep: Callable[[tuple[Tensor, ...], At], None],
+) -> None:
+    """Compute `out` [Z, H, P, F] as `stream` does, with all that a row sees at once, and let `keep` have its scores.
+
+    `weigh(products, at)`: the weights, the row's reductions and what `keep` gets. A tile is so small that the scores of
+    whole rows stay in the cache.
+    """
+    group, keys = out.shape[1] // v.shape[1], v.shape[2]
+    if any(b.stop - b.start > 2 * b.rows for b in plan):
+        # read more than twice: the elements of a key side by side, one key after the other
+        pairs, v = [(q, k.contiguous()) for q, k in pairs], v.contiguous()
+    for p0, p1, runs in row_tiles(plan):
+        seen = slice(min(r[0] for r in runs), max(r[1] for r in runs)) if runs else slice(0, keys)
+        for z, h in head_groups(batch, out.shape[1], group, (p1 - p0) * (seen.stop - seen.start)):
+            at = At(z, h, slice(p0, p1), seen)
+            shape = (z.stop - z.start, h.stop - h.start, p1 - p0)
+            shared = slice(h.start // group, h.stop // group)
+            near = (shape[0], shape[1] // group, group * shape[2])
+            scores = [(q[z, h, at.p].reshape(*near, -1) @ k[z, shared, at.m].mT).view(*shape, -1) for q, k in pairs]
+            w, rows, more = weigh(scores, at)
+            part = (w.expand(*shape, seen.stop - seen.start).reshape(*near, -1) @ v[z, shared, at.m]).view(*shape, -1)
+            out[z, h, at.p] = finish(part, rows, at)
+            keep(more, at)
+
+
+def summed(total: Tensor, part: Tensor, at: At, group: int) -> None:
+    """Add the weights [z, h, p, m] of some heads to the sums [Z, H / group, P, M] over groups of heads."""
+    for g in range(at.h.start // group, (at.h.stop - 1) // group + 1):
+        into = total[at.z, g, at.p, at.m]
+        for h in range(max(g * group, at.h.start), min((g + 1) * group, at.h.stop)):
+            # what has one number a row has it at every key
+            into += part[:, h - at.h.start]
+
+
+def outside(hidden: Tensor, at: At, keys: int) -> Iterator[At]:
+    """The keys beside those of a tile, where what rows have there is not 0."""
+    if bool((hidden != 0).any()):
+        yield from (at._replace(m=slice(*m)) for m in ((0, at.m.start), (at.m.stop, keys)) if m[0] < m[1])
+
+
 def row_tiles(plan: list[Block]) -> Iterator[tuple[int, int, list[tuple[int, int, bool]]]]:
     """Every query tile of a plan with its slices."""
     for b in plan:

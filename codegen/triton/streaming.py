@@ -14,13 +14,13 @@ from functools import cached_property, lru_cache
 from ...cost_model.count.subject import FEW_ROWS, SHARED_ROWS
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
-from ...patterns.attention.recognise import attention
 from ...patterns.attention.rowstate import RowState, derive
 from ...patterns.attention.score import factors
 from ...patterns.cascade import Cascade, Einsum, Size, size_term
 from ...patterns.expr import Expr
 from ...patterns.masks.ranges import FIRST, LAST, KeyRange, key_range
 from ...patterns.masks.split import Mask, split
+from ...patterns.passes.further import with_numbers
 from ...patterns.terms.conditions import simplify_under
 from ...patterns.verdict import Obstacle, Refusal
 from ..forms.skip import fits_half, predicate, rule
@@ -160,7 +160,7 @@ def read(c: Cascade) -> Streaming | Refusal:
 @lru_cache(maxsize=256)
 def read_rows(c: Cascade) -> Streaming | Refusal:
     """The same with row blocks of queries alone, however few there are."""
-    a = attention(c)
+    a = with_numbers(c)
     if isinstance(a, Obstacle):
         return Refusal(NAME, str(a))
     state = derive(a)

@@ -11,6 +11,7 @@ are `wanted`, of these inputs of the cascade, their backward is part of the time
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,6 +24,7 @@ from ...patterns.mapping import TileMapping
 from ...patterns.masks.ranges import key_range
 from ...patterns.masks.selection import selection
 from ...patterns.methods.method import SelectionWork
+from ...patterns.passes.further import main
 from ...patterns.passes.latents import Inner, inner
 from ...patterns.verdict import Obstacle
 from ..count.eager import EagerOperator, backward, beforehand, compiled, gathered_back, operators
@@ -211,6 +213,40 @@ def _vendor(
     else:
         cost = _with_prelude(_vendor_on_gpu(s, at, use, device, data, beside), s, at, device)
     return _with_backward(cost, cost, s, at, device, wanted)
+
+
+# Queries of a tile whose rows are whole, and keys of a tile that is left out.
+WHOLE_ROWS = (16, 32, 64, 128)
+WHOLE_KEYS = 64
+
+
+def whole_mappings(device: Device) -> tuple[TileMapping, ...]:
+    """Mappings of the body of whole rows; none where no such body runs on a device."""
+    if device.kind != "cpu":
+        return ()
+    return tuple(TileMapping(n, WHOLE_KEYS, warps=1, stages=1, body="whole") for n in WHOLE_ROWS)
+
+
+def predict_several(
+    c: Cascade, mapping: TileMapping, device: Device, sizes: Mapping[str, int], data: Data = NOTHING
+) -> Cost | Obstacle:
+    """Whole rows at a time on a CPU, of which more leaves than the output: two products, and what is written besides.
+
+    Raises ValueError when a size of the cascade has no value.
+    """
+    cost = predict(main(c), replace(mapping, body="product"), device, sizes, data)
+    if isinstance(cost, Obstacle):
+        return cost
+    machine, bill, at = host.Host(device), host.Bill(), Sizes(c, sizes)
+    for name in c.outputs[1:]:
+        (last,) = c.producers[name]
+        made = {str(x.attr) for x in last.reads if str(x.attr) in c.producers and str(x.attr).startswith(f"{name}_")}
+        elements = math.prod(size_int(n) for n in at.shape[name])
+        bill.add("fault", machine.fresh(WIDTH[c.tensor[name].dtype] * elements))
+        bill.bytes += WIDTH[c.tensor[name].dtype] * elements
+        for t in made:
+            machine.point("add", "f32", math.prod(size_int(n) for n in at.shape[t.replace("_sum", "_each")]), 0, bill)
+    return plus(cost, bill.cost(device, "our-product", c.tensor[c.outputs[0]].dtype))
 
 
 def predict_latent(c: Cascade, device: Device, sizes: Mapping[str, int]) -> Cost | Obstacle:

@@ -15,7 +15,8 @@ class Attention:
     `cascade` computes the same outputs from the same inputs as the cascade that was asked about; it is that very one
     unless an index map or a clash of rank names had to be folded. `prelude` holds Einsums that `products`, `row`,
     `weight`, `values` or `finish` read as ordinary tensors (norms, projections, gathered scores): they are computed
-    beforehand. In `products`, `row` and `contraction` all pointwise Einsums are inlined.
+    beforehand. In `products`, `row` and `contraction` all pointwise Einsums are inlined. `further`: numbers of the row that
+    leave besides, in terms of `row`.
     """
 
     cascade: Cascade
@@ -31,6 +32,7 @@ class Attention:
     values: Expr
     finish: Expr
     contraction: Einsum
+    further: tuple[Expr, ...] = ()
 
     @property
     def row_names(self) -> frozenset[str]:

@@ -48,6 +48,7 @@ class RowState:
     """The carried scalars in order of dependence, what multiplies V, and how the row ends.
 
     `bounds`: (sum, d, k) for each bound d under a sum, carried or the contraction's own: the sum holds base^(−k·d).
+    `further`: what else of the row leaves, in terms of what is carried, as `finish` is.
     """
 
     carried: tuple[Carried, ...]
@@ -55,6 +56,7 @@ class RowState:
     correction: Expr | None
     finish: Expr
     bounds: tuple[tuple[str, Bound, float], ...]
+    further: tuple[Expr, ...] = ()
 
     @property
     def corrections(self) -> list[Expr]:

@@ -118,10 +118,24 @@ class _Derivation(Reducer):
         correction = self.correction(part.bounds, part.lift)
         finish = ex.substitute(a.finish, {total: part.done(total), **self.final})
         finish = self.restored(part.lift, finish)
-        carried = self.used(part.lift, correction, finish)
+        further = tuple(self.number_of_row(part.lift, t) for t in a.further)
+        carried = self.used(part.lift, correction, finish, *further)
         sums = {at.tensor, *(c.name for c in carried)}
         bounds = tuple((n, b, k) for n, bs in self.bounds.items() if n in sums for b, k in bs)
-        return RowState(carried, part.lift, correction, finish, bounds)
+        return RowState(carried, part.lift, correction, finish, bounds, further)
+
+    def number_of_row(self, weight: Expr, term: Expr) -> Expr:
+        """A number of the row that leaves, over what is carried: also of a row whose bound is −∞ as the model has it."""
+        out = ex.substitute(term, self.final)
+        if not self.can_empty or self.ends_alike(weight, out, term):
+            return out
+        empty: Expr = ex.FALSE
+        for d in dict.fromkeys(b.d for bs in self.bounds.values() for b, _ in bs):
+            empty = empty | ex.equal(d, -math.inf)
+        ended = ex.where(empty, ex.const(math.nan, out.dtype), out)
+        if not self.ends_alike(weight, ended, term):
+            raise Stop(term, "what a row without a key hands out depends on data")
+        return ended
 
     def used(self, *roots: Expr | None) -> tuple[Carried, ...]:
         """The carried scalars that something reads, in order."""
@@ -167,20 +181,23 @@ class _Derivation(Reducer):
                 scores[e] = np.full(2, -np.inf)
         return [scores] if masked is None else [masked, scores]
 
-    def ends_alike(self, weight: Expr, finish: Expr) -> bool:
-        """Does the guarded state end rows without a key as the model's own arithmetic does, whatever the rest holds?"""
+    def ends_alike(self, weight: Expr, finish: Expr, own: Expr | None = None) -> bool:
+        """Does the guarded state end rows without a key as the model's own arithmetic does, whatever the rest holds?
+
+        `own`: what the model's arithmetic is, if not the row's end.
+        """
         # With every bound at −∞, all that a bound holds is −∞: a sink is.
         bounds = [b.d for bs in self.bounds.values() for b, _ in bs]
         low = {x: -math.inf for d in bounds for x in ex.loads(d) if x.is_float and str(x.attr) not in self.ops}
-        terms = (weight, finish, *(c.lift for c in self.carried))
+        terms = (weight, finish, *(c.lift for c in self.carried), *((own,) if own is not None else ()))
         return all(
-            self.ends_so(known, weight, finish)
+            self.ends_so(known, weight, finish, self.a.finish if own is None else own)
             for row in self.empty_rows()
             for known in made_up(self.a, {**low, **row}, terms, self.ops)
         )
 
-    def ends_so(self, known: dict[Expr, object], weight: Expr, finish: Expr) -> bool:
-        model = number(self.a.finish, run_row(self.a, known), known)
+    def ends_so(self, known: dict[Expr, object], weight: Expr, finish: Expr, own: Expr) -> bool:
+        model = number(own, run_row(self.a, known), known)
         values: dict[str, object] = {}
         with np.errstate(all="ignore"):
             for c in self.carried:

@@ -4,6 +4,7 @@
     dW  = Σ_f acc·V,         dV = Σ_p weight·acc        weight = h·w, made again from what is saved
     δ   = Σ_f dOut·out = Σ_m dW·weight                  exchange: the two sums change places
     dx  = dW·h·w'(x) + Σ_j δ·(∂h/∂R_j / h)·g_j'(x)      softmax: weight·(dW − δ)
+    dx += Σ_j dN·(∂N/∂R_j)·g_j'(x)                      of a number N(R) of the row that leaves; a log-sum-exp: weight·dN
 
 A bound d that exponentials subtract passes nothing on, because the output does not depend on it: that is proved for every
 bound, by ∂h/∂d + Σ_j ∂h/∂R_j·κ_j·R_j + κ·h = 0, where κ·R is what moving d does to a sum R. So no pass over the keys comes
@@ -114,11 +115,17 @@ class _Backward(Handing):
         self.own = {self.out, self.dout, self.dweight}
         self.row: list[RowSum] = []
         self.delta: Expr | None = None
+        # what leaves of the row, as the forward has it; its gradient stands in the same place
+        self.numbers = [(self.of_row(self.fresh(f"d_row{i}"), n), self.bounded(n)) for i, n in enumerate(self.state.further)]
+        for (d, _), n in zip(self.numbers, self.state.further):
+            self.saved[d] = Saved(d, self.wide.back(n))
+        self.own |= {d for d, _ in self.numbers}
 
     def adjoint(self) -> Adjoint:
         a = self.a
         self.check_bounds()
         self.check_maxima()
+        self.check_numbers()
         self.split_end()
         # what the forward computes stays as it is written
         self.written = {x for e in self.lifts() for x in ex.walk(e)} | {self.whole}
@@ -248,6 +255,41 @@ class _Backward(Handing):
                 if not passed and not _zero(self.slope(e, r)):
                     raise _NoGradient(f"{r} is read beside exponents, and which key has a maximum's gradient is not known")
 
+    def check_numbers(self) -> None:
+        """Does what leaves of the row stay the same when a bound moves, and with it the sums under it?"""
+        kappa = {(name, b.d): -k * math.log(facts(b.base).of) for name, b, k in self.state.bounds}
+        self.numbers = [(d, self.finite(n)) for d, n in self.numbers]
+        for _, n in self.numbers:
+            for d, x in self.bounds.items():
+                moved = self.slope(n, x)
+                for r in self.carried_loads(n):
+                    moved = moved + self.slope(n, r) * (r * kappa.get((str(r.attr), d), 0.0))
+                if not vanishes(moved):
+                    raise _NoGradient(f"what leaves of the row depends on {d} itself")
+            for r in self.carried_loads(n):
+                if self.carried[str(r.attr)].op != "add":
+                    raise _NoGradient(f"{r} leaves, and which key has a maximum's gradient is not known")
+            if any(self.is_leaf(x) and not _zero(self.slope(n, x)) for x in ex.loads(n)):
+                raise _NoGradient("what leaves of the row reads more than the row's sums")
+
+    def finite(self, e: Expr) -> Expr:
+        """The number where its bounds are finite: others' rows have no gradients that anybody reads."""
+
+        def rule(x: Expr, args: tuple[Expr, ...]) -> Expr | None:
+            return args[2] if x.op == "where" and self.of_infinity(args[0]) else None
+
+        return ex.rebuild(e, rule)
+
+    def of_infinity(self, c: Expr) -> bool:
+        """Is a condition that a bound, or its size, is infinite?"""
+        bounds = set(self.bounds.values())
+        if c.op == "or":
+            return all(map(self.of_infinity, c.args))
+        if c.op != "eq" or not c.args[1].is_const or not math.isinf(float(c.args[1].value)):
+            return False
+        x = c.args[0].args[0] if c.args[0].op == "abs" else c.args[0]
+        return x in bounds
+
     def slope(self, e: Expr, x: Expr) -> Expr:
         found = derivative(e, x)
         if isinstance(found, Obstacle):
@@ -263,6 +305,10 @@ class _Backward(Handing):
             c = self.carried[str(r.attr)]
             if c.op == "add":
                 lift, part = self.bounded(c.lift), self.part_of_end(r)
+                seeds[lift] = seeds[lift] + part if lift in seeds else part
+        for d, n in self.numbers:
+            for r in self.carried_loads(n):
+                lift, part = self.bounded(self.carried[str(r.attr)].lift), d * self.slope(n, r)
                 seeds[lift] = seeds[lift] + part if lift in seeds else part
         return {lift: self.seed(d) for lift, d in seeds.items()}
 

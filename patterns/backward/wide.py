@@ -51,5 +51,6 @@ class Wide:
             carried=tuple(replace(c, lift=self(c.lift)) for c in s.carried),
             weight=self(s.weight),
             finish=self(s.finish),
+            further=tuple(map(self, s.further)),
             bounds=tuple((name, replace(b, d=self(b.d)), k) for name, b, k in s.bounds),
         )

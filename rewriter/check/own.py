@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ..capture.templates import OPEN
 from ..graph.aliases import Aliases
-from ..graph.liveness import is_pure
+from ..graph.liveness import erase_dead, is_pure
 from ..graph.node import op_name
 from ..graph.same import said
 from ..graph.torch_private import FakeTensorMode, OpOverload, schema, tree_leaves
@@ -44,6 +44,15 @@ class Own:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values[self.output].shape)
+
+
+def one_output(gm: fx.GraphModule, i: int) -> fx.GraphModule:
+    """The own code of one of several outputs, which reads all that is given."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {})[i])  # type: ignore[index]
+    made = fx.GraphModule(gm, graph, "One")
+    erase_dead(made)
+    return made
 
 
 def read(gm: fx.GraphModule, given: Sequence[Any]) -> Own:

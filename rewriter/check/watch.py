@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .compare import CANCELLED, DRAWS, Errors, beside, change, drawn, errors, mo
 from .cut import CutProgram
 from .demand import everything, pick
 from .gradient import wrong_gradient
-from .own import Uncheckable, read
+from .own import Uncheckable, one_output, read
 from .rows import MASKED, fitting, said
 from .verdicts import Check, Verdict
 
@@ -109,6 +109,19 @@ class SiteWatch:
         return check.why
 
     def _compared(
+        self, code: fx.GraphModule, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], out: Any
+    ) -> Check:
+        """The check of the first of several outputs that differs, else of that whose error is largest beside the own one."""
+        if isinstance(out, Tensor):
+            return self._one(code, target, arguments, given, out)
+        checks = []
+        for i, x in enumerate(out):
+            checks.append(self._one(one_output(code, i), partial(_picked, target, i), arguments, given, x))
+            if checks[-1].why:
+                return checks[-1]
+        return max(checks, key=lambda c: (c.error or 0.0) / (c.own_error or 1.0))
+
+    def _one(
         self, code: fx.GraphModule, target: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], out: Tensor
     ) -> Check:
         generator = torch.Generator().manual_seed(SEED + self.calls)
@@ -142,6 +155,10 @@ class SiteWatch:
     def _note(self, check: Check) -> None:
         with self.lock:
             self.record.append(check)
+
+
+def _picked(target: Callable[..., Any], i: int, *arguments: Any) -> Any:
+    return target(*arguments)[i]
 
 
 def _forward(p: CutProgram, given: Sequence[Any], out: Tensor, unseen: float) -> tuple[Errors, bool]:

@@ -62,6 +62,7 @@ from ..splice.guards import (
 )
 from ..splice.race import TIMED_BYTES
 from ..splice.recipe import Recipe
+from . import several
 from .policy import Policy
 
 
@@ -72,6 +73,7 @@ class Question:
     `wanted`: the inputs of the cascade whose gradients flow on; None where none flows back through the output.
     `origins` names the inputs of the graph behind each tensor that the mask reads; `constants` has those that none reaches.
     `bare`: the model passes the mask of its call to a trace alone. `window`: so many keys are copied for each row.
+    `several`: the cascade with what else is read of it.
     """
 
     cascade: Cascade
@@ -88,6 +90,7 @@ class Question:
     constants: Data = NOTHING
     bare: bool = False
     window: Size = 0
+    several: Cascade | None = None
 
     @property
     def gradients(self) -> bool:
@@ -123,7 +126,9 @@ def answer(q: Question) -> tuple[Site, Mapping[str, splice.Call]]:
     site = Site(
         name="", where="", kind=said.kind, traits=said.traits, shape=_shape(c, q, sizes),
         mask=mask_view(view, c, sizes, order, taken.data), proofs=_proofs(view, q), guards=(), candidates=order,
-        choice=chosen.name, cascade=said.text, chosen_cascade=said.one_pass_text if chosen.is_tiled else "",
+        choice=chosen.name,
+        cascade=said.text if q.several is None else show(q.several),
+        chosen_cascade=said.one_pass_text if chosen.is_tiled else "",
         notes=taken.words, memory=held, eager=_eager_cost(q, sizes),
         detailer=cache(lambda: detail(c, said.one_pass, ours_text, sizes, taken.data)),
     )
@@ -230,6 +235,9 @@ def kernels(
     q: Question, sizes: Mapping[str, int], data: Data, rival: float
 ) -> tuple[tuple[Candidate, splice.Call | None], ...]:
     """What computes an attention beside its own code; `rival` is the predicted time of that."""
+    if q.several is not None:
+        made = several.candidate("reattend", q.several, q.device, sizes, data, q.wanted, q.traced)
+        return made, _refused("sdpa", several.ALONE), _refused("flex", several.ALONE)
     sdpa = _sdpa(q, sizes, data)
     return _ours(q, sizes, data, min(rival, sdpa[0].seconds)), sdpa, _flex(q, sizes, data)
 
@@ -302,9 +310,6 @@ def _refused(name: str, why: str) -> tuple[Candidate, None]:
     return Candidate(name, feasible=False, why=why), None
 
 
-# What a call of a kernel that must be compiled has to save over what need not: some seconds of a compiler, once for a
-# machine, are paid back within 10 000 calls. Where nothing takes long, nobody waits for a compiler.
-PAYBACK_SECONDS = 3e-4
 # Other bodies fit, which are no candidates where gradients are wanted.
 _NO_BACKWARD = "its fused body, which alone has a backward, has no tiling here"
 
@@ -389,7 +394,7 @@ def _paid_back(found: list[tuple[TileMapping, Cost]], rival: float) -> tuple[lis
     if not compiled:
         return found, ""
     saved = min([rival, *(c.seconds for _, c in others[:1])]) - compiled[0][1].seconds
-    if saved >= PAYBACK_SECONDS:
+    if saved >= several.PAYBACK_SECONDS:
         return found, ""
     said = f"the {compiled[0][0].body} body would save {saved * 1e3:.2g} ms a call, which does not pay for its compilation"
     return [*others, *compiled], said if saved > 0 else ""
@@ -590,6 +595,9 @@ def guard_sentences(call: splice.Call | None) -> tuple[str, ...]:
     return (*(c.sentence for c in call.conditions), *compiled)
 
 
+_NOBODY = "nobody else reads scores or weights"
+
+
 def _proofs(a: Attention, q: Question) -> tuple[str, ...]:
     out = [
         f"the weights are normalised over {a.key}, which the last product reduces",
@@ -604,5 +612,6 @@ def _proofs(a: Attention, q: Question) -> tuple[str, ...]:
         static = all(not ex.loads(part) for part in conjuncts(chosen.rest if chosen is not None else mask.keep))
         out.append("the mask is a function of positions" if static else "part of the mask is read from run-time data")
     if not q.bound:
-        out.append("nobody else reads scores or weights")
+        more = ", ".join(q.several.outputs[1:]) if q.several is not None else ""
+        out.append(f"what else reads scores or weights is computed with them: {more}" if more else _NOBODY)
     return tuple(out)

@@ -40,7 +40,7 @@ from ..check.verdicts import Check
 from ..check.watch import SiteWatch
 from ..find import defect
 from ..find.detect import Found, NearMiss, defective, find
-from ..find.place import Place, hints_of, interior, named, place
+from ..find.place import Place, hints_of, interior, named, place, with_further
 from ..find.upstream import Reached, projection_width, upstream
 from ..fold.recurrences import FoundScan
 from ..graph.aliases import Aliases
@@ -298,7 +298,7 @@ def _splice(originals: Originals, d: Decision, request: Request, record: list[Ch
         why = "nothing can step aside in a graph that Inductor compiles"
         record.append(Check(_label(d.site), d.site.choice, "unchecked", why=why))
         watched = False
-    original = originals.of(f.output, interior(f)) if call.guarded or watched else None
+    original = originals.of(f.output, interior(f), f.further) if call.guarded or watched else None
     if original is None and (watched or call.guarded):
         why = "its own code cannot run again: a part of it is written in place"
         record.append(Check(_label(d.site), d.site.choice, "unchecked", why=why))
@@ -310,7 +310,8 @@ def _splice(originals: Originals, d: Decision, request: Request, record: list[Ch
         )
     before = f.output.prev
     new = splice.replace(
-        originals.gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original, watch=watch
+        originals.gm, f.output, f.tensors, f.scalars, call, name=d.site.name, original=original, watch=watch,
+        further=f.further,
     )
     originals.aliases.insert(list(_between(before, f.output)), f.output)
     return new
@@ -375,7 +376,7 @@ def decide(
     found, missed = find(gm)
     hints = hints_of(gm)
     decisions: list[Decision] = []
-    for f, name in named(found, Counter() if taken is None else taken):
+    for f, name in named(with_further(found, Aliases(gm.graph)), Counter() if taken is None else taken):
         if request.target is None:
             # a device that no file describes is no bug
             running_device(f.output.meta["val"].device.type)
@@ -418,7 +419,7 @@ def places(
     found, missed = find(gm)
     out: list[Place] = []
     aliases = Aliases(gm.graph)
-    for f, name in named(found, taken):
+    for f, name in named(with_further(found, aliases), taken):
         try:
             stands = place(f, name)
             stands = replace(stands, notes=(*stands.notes, _COUNTED)) if _counts(f) else stands
@@ -461,11 +462,13 @@ def _device_of(gm: fx.GraphModule) -> Device | None:
 def _decide(f: Found, name: str, hints: Mapping[str, int], request: Request) -> Decision:
     stands = place(f, name)
     site, calls = decide_place(stands, hints, request)
-    methods = methods_at(_question(stands, hints, request), site, request.installed) if request.policy.methods else ()
+    plain = request.policy.methods and stands.several is None
+    methods = methods_at(_question(stands, hints, request), site, request.installed) if plain else ()
     if any(m.candidate.name == site.choice for m in methods):
         return Decision(f, site, calls, f, methods)
     device = request.target or running_device(stands.device_type)
-    over = None if request.traced else over_latents(f, stands, site, device, stands.sizes(hints), request.policy)
+    alone = not request.traced and not f.further
+    over = over_latents(f, stands, site, device, stands.sizes(hints), request.policy) if alone else None
     wished = request.choices.get(name, over.site.choice if over is not None else site.choice)
     if over is not None and wished == over.site.choice:
         guards = guard_sentences(over.call)
@@ -483,7 +486,7 @@ def decide_place(
     question = _question(stands, at, request)
     site, calls = answer(question)
     site = replace(site, name=stands.name, where=stands.where, notes=(*site.notes, *stands.notes))
-    if request.policy.methods:
+    if request.policy.methods and stands.several is None:
         site, calls = with_methods(question, site, calls, request.installed, request.choices.get(stands.name, ""))
     site = replace(site, guards=guard_sentences(calls.get(site.choice)))
     if not request.executable:
@@ -495,7 +498,7 @@ def _question(stands: Place, at: Mapping[str, int], request: Request) -> Questio
     return Question(
         stands.cascade, tuple(sorted(stands.sizes(at).items())), request.target or running_device(stands.device_type),
         request.policy, request.executable, stands.wanted, stands.bound, stands.dtype, stands.call(at), request.traced,
-        stands.origins, stands.constants, stands.bare, stands.window,
+        stands.origins, stands.constants, stands.bare, stands.window, stands.several,
     )
 
 

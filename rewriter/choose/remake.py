@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from ...codegen import operator as ours
-from ...codegen import trained
+from ...codegen import several, trained
 from ...codegen.vendor import use as vendor
 from ...cost_model.devices.device import Device
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.cascade import parse
 from ...patterns.mapping import TileMapping
+from ...patterns.passes.further import main
 from ...patterns.verdict import Refusal
 from ..splice.guards import Condition, condition
 from ..splice.recipe import Recipe
@@ -26,6 +27,7 @@ _MAKERS: dict[str, Any] = {"sdpa": vendor.sdpa, "flex": vendor.flex}
 # What runs, and what builds its kernel.
 _OPERATORS: dict[str, tuple[Any, Any]] = {
     "ours": (torch.ops.reattend.cascade.default, ours.build), "trained": (trained.call, trained.build),
+    "several": (several.call, several.build), "numbers": (trained.numbers, trained.build),
 }
 
 
@@ -42,7 +44,7 @@ class Remade:
 def remade(r: Recipe, device: Device) -> Remade:
     """The call of a recipe on a device. Raises ValueError where it makes none."""
     c = parse(r.cascade)
-    view = attention(c)
+    view = attention(main(c))
     if not isinstance(view, Attention):
         raise ValueError(f"{c.name} is no attention: {view.reason}")
     conditions = tuple(condition(rule, view) for rule in r.conditions)

@@ -83,6 +83,9 @@ class Found:
     notes: tuple[str, ...] = ()
     # how many keys the windows of its rows hold, where these move with the row and were cut as copies
     window: Size = 0
+    # nodes that the further outputs of `several` replace: weights, sums of them, log-sum-exps that are read outside
+    further: tuple[fx.Node, ...] = ()
+    several: Cascade | None = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,16 @@ def _twin(patterns: list[Found], n: fx.Node, aliases: Aliases) -> Found | None:
     return None
 
 
+def up_to_the_product(f: Found, aliases: Aliases) -> Found | None:
+    """The attention without what follows its last product; None where there is no such."""
+    graph = f.final.graph
+    for final in finals(Lifter(graph, aliases, RULES), f.final, (), weights_of(graph)) if f.output is not f.final else ():
+        out = _attempt(graph, aliases, final, epilogue=False)
+        if isinstance(out, Found):
+            return out
+    return None
+
+
 def _attempts(
     graph: fx.Graph, aliases: Aliases, n: fx.Node, done: Collection[fx.Node], weights: Collection[fx.Node]
 ) -> Iterator[Found | NearMiss]:
@@ -243,7 +256,7 @@ def _attempts(
 
 
 def _attempt(
-    graph: fx.Graph, aliases: Aliases, final: Final, offsets: bool = False, windows: bool = False
+    graph: fx.Graph, aliases: Aliases, final: Final, offsets: bool = False, windows: bool = False, epilogue: bool = True
 ) -> Found | NearMiss:
     n = final.node
     lifter = Lifter(graph, aliases, RULES if final.layer is None else _OF_LAYERS, offsets, windows)
@@ -254,12 +267,12 @@ def _attempt(
     if not lifter.products:
         near = bool(told(lifter)) and (lifter.normalised or not final.of_weights)
         return _near(n, _reason(lifter, "no product of two token ranks stands behind the weights"), int(near))
-    output, lifted = _with_epilogue(lifter, final, lifted)
+    output, lifted = _with_epilogue(lifter, final, lifted) if epilogue else (n, lifted)
     hoisted = hoist(lifter, laid_out(lifter, lifted))
     whole = joined.join(hoisted)
     if whole is not hoisted and not offsets:
         # slices that lie side by side in one tensor are that tensor again
-        return _attempt(graph, aliases, final, offsets=True)
+        return _attempt(graph, aliases, final, offsets=True, epilogue=epilogue)
     window: Size = 0
     if windows:
         window = whole.rank[lifter.key].size
@@ -267,7 +280,7 @@ def _attempt(
             return _near(n, "its windows do not move with one row", 0)
         whole = moved
     elif any(op_name(x) in WINDOWED for x in lifter.leaves.values()):
-        out = _attempt(graph, aliases, final, windows=True)
+        out = _attempt(graph, aliases, final, windows=True, epilogue=epilogue)
         if isinstance(out, Found):
             return out
     cascade = divided(ranks.one_value(ranks.unify(ranks.split(with_query(concat.split(whole))))))

@@ -26,6 +26,7 @@ from ...patterns.attention.recognise import attention
 from ...patterns.cascade import Cascade, Size, bind
 from ...patterns.evaluate import DTYPE_NAME
 from ...patterns.verdict import Obstacle
+from ..graph.aliases import Aliases
 from ..graph.inside import between, read_by
 from ..graph.liveness import survivors
 from ..graph.node import arguments, op_name
@@ -34,7 +35,8 @@ from ..graph.torch_private import bounds, expression, traced_size
 from ..lift.operators_contract import CONTRACTIONS
 from ..splice.splice import hint
 from .constants import constants
-from .detect import Found, is_plain
+from .detect import Found, is_plain, up_to_the_product
+from .further import with_outputs
 
 # Sizes from here on are no bound that anyone set.
 UNBOUNDED = 1 << 40
@@ -50,9 +52,9 @@ class Place:
     its cascade that are no size of a graph input: as sizes of the graph, with the value that was traced. `written`: how
     the model itself calls SDPA, if it does; `mask_elements` are those of the mask tensor that it passes, `bare`: to a
     trace alone. `upstream` has what makes its keys and values, where that was asked for, and `model` the channels of the
-    projection behind it. `wanted`: the inputs of the cascade whose gradients flow on, None where none flows back through
-    the output. `origins`: the graph's inputs behind each tensor that its mask reads; `constants`: those of these tensors
-    that no input reaches.
+    projection behind it. `several` has what else of it is read as further outputs. `wanted`: the inputs of the cascade whose
+    gradients flow on, None where none flows back through the output. `origins`: the graph's inputs behind each tensor that
+    its mask reads; `constants`: those of these tensors that no input reaches.
     """
 
     cascade: Cascade
@@ -72,6 +74,7 @@ class Place:
     upstream: Cascade | Obstacle | None = None
     model: Size = 0
     window: Size = 0
+    several: Cascade | None = None
 
     @property
     def gradients(self) -> bool:
@@ -115,7 +118,7 @@ def place(f: Found, name: str) -> Place:
         f.cascade, name, f.where, f.notes, _bound_to_original(f), _wanted(f),
         str(value.dtype).removeprefix("torch."), value.device.type, _scalars(f), written, mask_elements,
         BARE in f.final.meta, tuple((name, _inputs_behind(n)) for name, n in read.items()), constants(read),
-        window=f.window,
+        window=f.window, several=f.several,
     )
 
 
@@ -141,8 +144,7 @@ def _scalars(f: Found) -> tuple[tuple[str, Size, int | None], ...]:
 def _bound_to_original(f: Found) -> str:
     """Why this attention cannot be replaced where it stands, whatever its cascade says; empty when it can."""
     inside = interior(f)
-    scores = _scores(f, inside)
-    escaped = survivors(frozenset(scores), f.output, {*f.tensors.values(), *f.scalars.values()})
+    escaped = _escaped(f, inside)
     if escaped:
         readers = (u.name for n in escaped for u in n.users if u not in inside and u is not f.output)
         return f"the scores or weights are read elsewhere ({next(readers, 'in place')}): they would be computed twice"
@@ -152,6 +154,32 @@ def _bound_to_original(f: Found) -> str:
 
 
 _PLAIN = "nothing stands between its two products, which run best one after the other, in the model's own order"
+
+
+def _escaped(f: Found, inside: frozenset[fx.Node]) -> frozenset[fx.Node]:
+    """The scores and weights that stay alive when the attention's outputs are replaced."""
+    read = {*f.tensors.values(), *f.scalars.values()}
+    return survivors(frozenset(_scores(f, inside | set(f.further))), (f.output, *f.further), read)
+
+
+def with_further(found: Iterable[Found], aliases: Aliases) -> Iterator[Found]:
+    """Attentions whose scores or weights are read outside, with what is read as further outputs, where that can be."""
+    for f in found:
+        inside = interior(f)
+        escaped = frozenset() if is_plain(f.cascade) else _escaped(f, inside)
+        whole = _with_outputs(f, aliases, inside, escaped) if escaped else f
+        if whole is None and (short := up_to_the_product(f, aliases)) is not None:
+            # what follows the product may be made of what is read
+            inside = interior(short)
+            whole = _with_outputs(short, aliases, inside, _escaped(short, inside))
+        yield f if whole is None else whole
+
+
+def _with_outputs(
+    f: Found, aliases: Aliases, inside: frozenset[fx.Node], escaped: frozenset[fx.Node]
+) -> Found | None:
+    whole = with_outputs(f, aliases, escaped, inside)
+    return whole if isinstance(whole, Found) and not _escaped(whole, interior(whole)) else None
 
 
 def _wants_gradient(f: Found) -> bool:
@@ -167,8 +195,10 @@ def _wanted(f: Found) -> tuple[str, ...] | None:
 
 
 def interior(f: Found) -> frozenset[fx.Node]:
-    """The nodes between the inputs of an attention and its output."""
-    return between({*f.tensors.values(), *f.scalars.values()}, f.output)
+    """The nodes between the inputs of an attention and its outputs."""
+    given = {*f.tensors.values(), *f.scalars.values()}
+    inside = frozenset().union(*(between(given, n) for n in (f.output, *f.further)))
+    return inside - {f.output, *f.further}
 
 
 def _scores(f: Found, inside: frozenset[fx.Node]) -> set[fx.Node]:

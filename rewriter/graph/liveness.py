@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,21 +60,23 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
     return alive
 
 
-def survivors(nodes: Collection[fx.Node], output: fx.Node, read: Collection[fx.Node] = ()) -> frozenset[fx.Node]:
-    """The nodes of an attention's interior that stay alive when its output is replaced, because others read them.
+def survivors(
+    nodes: Collection[fx.Node], outputs: Sequence[fx.Node], read: Collection[fx.Node] = ()
+) -> frozenset[fx.Node]:
+    """The nodes of an attention's interior that stay alive when its outputs are replaced, because others read them.
 
-    `read` is what stands in the place of the output reads.
+    `read` is what stands in the place of the outputs reads.
     """
-    inside = set(nodes) - {output}
+    inside, replaced = set(nodes) - set(outputs), set(outputs)
     # In-place operators on the interior belong to it.
-    local = {u for n in inside for u in n.users if u is not output and set(written_arguments(u)) & inside}
+    local = {u for n in inside for u in n.users if u not in replaced and set(written_arguments(u)) & inside}
     alive: set[fx.Node] = set()
     # what is made of the interior for the interior alone (a tensor of its shape) goes with it
-    for n in reversed(output.graph.nodes):
-        used = n in read or any(u in alive and u is not output for u in n.users)
+    for n in reversed(outputs[0].graph.nodes):
+        used = n in read or any(u in alive and u not in replaced for u in n.users)
         if used or not (is_pure(n) or n in local):
             alive.add(n)
-    return frozenset(alive & set(nodes))
+    return frozenset((alive & set(nodes)) - replaced)
 
 
 def is_pure(n: fx.Node) -> bool:

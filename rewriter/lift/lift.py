@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -57,13 +57,15 @@ class Lifter:
     """One attempt to lift the value of one node. Collects ranks, tensors and Einsums as they are demanded.
 
     With `offsets`, operands that are slices are read as what they are slices of; with `windows`, so are windows that move
-    with their row.
+    with their row. `stops` are read as they are.
     """
 
     def __init__(
-        self, graph: fx.Graph, aliases: Aliases, rules: Mapping[str, Rule], offsets: bool = False, windows: bool = False
+        self, graph: fx.Graph, aliases: Aliases, rules: Mapping[str, Rule], offsets: bool = False, windows: bool = False,
+        stops: Collection[fx.Node] = (),
     ) -> None:
         self.aliases, self.rules, self.offsets, self.windows = aliases, rules, offsets, windows
+        self.stops = stops
         self.position = aliases.position
         self.ranks: dict[str, Size] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -144,6 +146,8 @@ class Lifter:
                 self._hint.setdefault((n, d), str(i.attr))
         if self._consumer and self.aliases.written_between(n, n, self._consumer[-1]):
             self.closed.append((self._written(n, self._consumer[-1]), n))
+            return self.leaf(n, at)
+        if n in self.stops:
             return self.leaf(n, at)
         if FOLDED in n.meta:
             self.closed.append(("a recurrence makes it step by step", n))

@@ -134,6 +134,13 @@ def logsumexp(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     return top + ex.unary("log", total)
 
 
+def logsumexp_of_any_row(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
+    """As torch ends rows whose scores are all −∞, or among them ∞: by that number. exp(s − lse) is NaN either way."""
+    sum_of_row = logsumexp(lifter, n, a, at)
+    top = sum_of_row.args[0]
+    return ex.where(ex.equal(ex.unary("abs", top), math.inf), top, sum_of_row)
+
+
 def reduction(what: str, op: str, average: bool = False) -> Rule:
     def rule(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
         x = source(n, a)

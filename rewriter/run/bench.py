@@ -229,7 +229,7 @@ def calls(gm: fx.GraphModule, d: choose.Decision) -> Mapping[str, Callable[[], o
     scalars = {name: _number(n.meta["val"]) for name, n in d.found.scalars.items()}
     sizes = choose.bind_sizes(d.found.cascade, tensors, scalars)
     out: dict[str, Callable[[], object]] = {}
-    original = original_subgraph(gm, d.found.output, interior(d.found))
+    original = original_subgraph(gm, d.found.output, interior(d.found), d.found.further)
     if original is not None:
         module, nodes = original
         held = {n: tensors[name] for name, n in d.found.tensors.items()}

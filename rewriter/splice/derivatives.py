@@ -28,11 +28,12 @@ from ..graph.torch_private import (
 
 
 def twice(
-    kernel: Callable[..., Tensor], arguments: Any, original: Callable[..., Tensor], inputs: Any, one_flow: bool = False
-) -> Tensor:
+    kernel: Callable[..., Any], arguments: Any, original: Callable[..., Any], inputs: Any, one_flow: bool = False
+) -> Any:
     """`kernel(*arguments)`, whose gradient can be differentiated as that of `original(*inputs)`, which is the same.
 
-    With `one_flow` gradients of several flows at once (`is_grads_batched`) are the original's, too.
+    Either answers a tensor, or a tuple of several. With `one_flow` gradients of several flows at once (`is_grads_batched`)
+    are the original's, too.
     """
     flat = tree_leaves((arguments, inputs))
     leaves = list({id(x): x for x in flat if isinstance(x, Tensor) and x.requires_grad}.values())
@@ -42,8 +43,11 @@ def twice(
     entered = {id(x): _Enter.apply(x, way, i) for i, x in enumerate(leaves)}  # type: ignore[no-untyped-call]
     way.nodes = [weakref.ref(x.grad_fn) for x in entered.values()]
     given = tree_map(lambda x: entered.get(id(x), x), arguments)
-    out: Tensor = _Leave.apply(kernel(*given), way, *leaves, *way.frozen(inputs))  # type: ignore[no-untyped-call]
-    return out
+    made = kernel(*given)
+    if isinstance(made, Tensor):
+        out: Tensor = _Leave.apply(way, 1, made, *leaves, *way.frozen(inputs))  # type: ignore[no-untyped-call]
+        return out
+    return _Leave.apply(way, len(made), *made, *leaves, *way.frozen(inputs))  # type: ignore[no-untyped-call]
 
 
 class _Way:
@@ -53,7 +57,7 @@ class _Way:
     """
 
     def __init__(
-        self, original: Callable[..., Tensor], inputs: Any, leaves: Sequence[Tensor], one_flow: bool = False
+        self, original: Callable[..., Any], inputs: Any, leaves: Sequence[Tensor], one_flow: bool = False
     ) -> None:
         place = {id(x): i for i, x in enumerate(leaves)}
         flat, self.form = tree_flatten(inputs)
@@ -69,7 +73,7 @@ class _Way:
         """The tensors among the inputs that need no gradient."""
         return [x for x, i in zip(tree_leaves(inputs), self.places) if i is None and isinstance(x, Tensor)]
 
-    def follow(self, saved: Sequence[Tensor], gradient: Tensor) -> None:
+    def follow(self, saved: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         # one leaf may be made of another: what is asked for is the derivative by each alone
         with torch.enable_grad():
             leaves, frozen = [x.view_as(x) for x in saved[: self.count]], iter(saved[self.count :])
@@ -81,10 +85,13 @@ class _Way:
         # every cast that autocast made is written in the original
         twice = torch.is_grad_enabled()
         with torch.enable_grad(), no_autocast():
-            out = self.original(*tree_unflatten(given, self.form))
+            made = self.original(*tree_unflatten(given, self.form))
+        outs = (made,) if isinstance(made, Tensor) else made
         # the kernel's result stands for the original's up to a reshape and a cast
-        gradient = gradient.reshape(out.shape).to(out.dtype)
-        found = torch.autograd.grad(out, [leaves[i] for i in asked], gradient, create_graph=twice, allow_unused=True)
+        flows = [(x, g.reshape(x.shape).to(x.dtype)) for x, g in zip(outs, gradients, strict=True) if g is not None]
+        found = torch.autograd.grad(
+            [x for x, _ in flows], [leaves[i] for i in asked], [g for _, g in flows], create_graph=twice, allow_unused=True
+        )
         self.gradients[graph_task()] = dict(zip(asked, found))
 
     def taken(self, i: int, other: Tensor | None) -> Tensor | None:
@@ -114,21 +121,23 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """The kernel's result."""
+    """The kernel's results, of which there are `count`."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, way: _Way, *tensors: Tensor) -> Tensor:
-        ctx.way, ctx.count = way, len(tensors)
-        ctx.save_for_backward(*tensors)
-        return out.view_as(out)
+    def forward(ctx: Any, way: _Way, count: int, *tensors: Tensor) -> Any:
+        ctx.way, ctx.rest = way, len(tensors) - count
+        ctx.save_for_backward(*tensors[count:])
+        ctx.set_materialize_grads(False)
+        outs = tuple(x.view_as(x) for x in tensors[:count])
+        return outs[0] if count == 1 else outs
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         saved = ctx.saved_tensors
-        several = ctx.way.one_flow and stands_for_flows(gradient)
-        if torch.is_grad_enabled() or several:
-            ctx.way.follow(saved, gradient)
+        several = ctx.way.one_flow and any(g is not None and stands_for_flows(g) for g in gradients)
+        if (torch.is_grad_enabled() or several) and any(g is not None for g in gradients):
+            ctx.way.follow(saved, gradients)
         if several:
             # nobody reads what the kernel makes of it
-            gradient = torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
-        return gradient, None, *(None for _ in range(ctx.count))
+            gradients = tuple(None if g is None else torch.zeros(g.shape, dtype=g.dtype, device=g.device) for g in gradients)
+        return None, None, *gradients, *(None for _ in range(ctx.rest))

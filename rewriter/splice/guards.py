@@ -33,7 +33,7 @@ from ..check.watch import SiteWatch
 from ..graph.aliases import Aliases
 from ..graph.dropout import as_written, carry
 from ..graph.same import said, signature
-from ..graph.torch_private import checkpoint_ends, saved_tensors_are_hooked
+from ..graph.torch_private import checkpoint_ends, saved_tensors_are_hooked, tree_map
 from . import flows as flows
 from .derivatives import twice
 from .race import Race
@@ -270,7 +270,9 @@ class Guarded(nn.Module):
         out = (
             twice(self.target, arguments, self.original, inputs, self.one_flow) if self.once else self.target(*arguments)
         )
-        return out.clone() if self.known and out.requires_grad else out
+        if not self.known:
+            return out
+        return tree_map(lambda x: x.clone() if x.requires_grad else x, out)
 
     def _attempt(self, arguments: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, str]:
         """The call's result, and why it must not be used, if so.
@@ -310,9 +312,9 @@ class Originals:
         self._known: dict[object, fx.GraphModule] = {}
 
     def of(
-        self, output: fx.Node, interior: frozenset[fx.Node]
+        self, output: fx.Node, interior: frozenset[fx.Node], further: Sequence[fx.Node] = ()
     ) -> tuple[fx.GraphModule, list[fx.Node]] | None:
-        """The code of an attention as a module, and the nodes that it reads.
+        """The code of an attention as a module, and the nodes that it reads. With `further` outputs it answers a tuple.
 
         What shares memory with something outside and is written is no code to be run again: its value is read.
 
@@ -320,20 +322,22 @@ class Originals:
 
         None where such a value is written once more before the output, so that reading it late would differ.
         """
-        aliases = self.aliases
-        foreign = _written_outside(self.gm.graph, aliases, {*interior, output})
-        inside = _needed(output, {*interior, output} - foreign, aliases)
+        aliases, outputs = self.aliases, (output, *further)
+        foreign = _written_outside(self.gm.graph, aliases, {*interior, *outputs})
+        inside = _needed(outputs, {*interior, *outputs} - foreign, aliases)
         members = set(inside)
         outside = list(dict.fromkeys(i for n in inside for i in n.all_input_nodes if i not in members))
         reads: dict[fx.Node, float] = {}
         for n in inside:
             for i in n.all_input_nodes:
                 reads.setdefault(i, aliases.position[n])
-        if output in foreign or any(aliases.written_between(i, reads[i] - 1, output) for i in outside):
+        if foreign & set(outputs) or any(aliases.written_between(i, reads[i] - 1, output) for i in outside):
             return None
-        return self._module(output, inside, outside), outside
+        return self._module(output if not further else outputs, inside, outside), outside
 
-    def _module(self, output: fx.Node, inside: list[fx.Node], outside: list[fx.Node]) -> fx.GraphModule:
+    def _module(
+        self, output: fx.Node | tuple[fx.Node, ...], inside: list[fx.Node], outside: list[fx.Node]
+    ) -> fx.GraphModule:
         graph = fx.Graph()
         table: dict[fx.Node, fx.Node] = {}
         for i, n in enumerate(outside):
@@ -342,7 +346,7 @@ class Originals:
         for n in inside:
             table[n] = graph.node_copy(n, table.__getitem__)
             carry(n, table[n], table)
-        graph.output(table[output])
+        graph.output(fx.map_arg(output, table.__getitem__))
         key = (said(graph), tuple(map(signature, outside)))
         if key not in self._known:
             self._known[key] = fx.GraphModule(self.gm, graph, "Original")
@@ -350,10 +354,10 @@ class Originals:
 
 
 def original_subgraph(
-    gm: fx.GraphModule, output: fx.Node, interior: frozenset[fx.Node]
+    gm: fx.GraphModule, output: fx.Node, interior: frozenset[fx.Node], further: Sequence[fx.Node] = ()
 ) -> tuple[fx.GraphModule, list[fx.Node]] | None:
     """The own code of one attention of a graph, as `Originals` has it."""
-    return Originals(gm).of(output, interior)
+    return Originals(gm).of(output, interior, further)
 
 
 def _written_outside(graph: fx.Graph, aliases: Aliases, inside: Collection[fx.Node]) -> frozenset[fx.Node]:
@@ -363,10 +367,10 @@ def _written_outside(graph: fx.Graph, aliases: Aliases, inside: Collection[fx.No
     return frozenset(n for n in written if aliases.storage(n) in shared)
 
 
-def _needed(output: fx.Node, members: Collection[fx.Node], aliases: Aliases) -> list[fx.Node]:
-    """The members that the output rests on, and those that write what it reads, in the graph's order."""
+def _needed(outputs: Sequence[fx.Node], members: Collection[fx.Node], aliases: Aliases) -> list[fx.Node]:
+    """The members that the outputs rest on, and those that write what they read, in the graph's order."""
     seen: set[fx.Node] = set()
-    stack = [output]
+    stack = list(outputs)
     while stack:
         n = stack.pop()
         if n in members and n not in seen:

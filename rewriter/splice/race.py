@@ -74,16 +74,17 @@ class Race:
             self.note[self.site] = self.lost
 
 
-def trained(run: Callable[[Any], Tensor], given: Any) -> Callable[[], object]:
+def trained(run: Callable[[Any], Any], given: Any) -> Callable[[], object]:
     """`run(given)` and the gradients of all that wants one, on a tape of its own; 1 flows back to each element."""
     leaves = {id(x): x.detach().requires_grad_() for x in tree_leaves(given) if isinstance(x, Tensor) and x.requires_grad}
     own = tree_map(lambda x: leaves.get(id(x), x), given)
 
     def step() -> object:
         out = run(own)
-        if not out.requires_grad:
+        outs = [x for x in ((out,) if isinstance(out, Tensor) else out) if x.requires_grad]
+        if not outs:
             return out  # what wants a gradient is only compared with
-        return torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), allow_unused=True)
+        return torch.autograd.grad(outs, list(leaves.values()), [torch.ones_like(x) for x in outs], allow_unused=True)
 
     return step
 

@@ -10,7 +10,8 @@ RECIPE = "reattend_recipe"
 
 @dataclass(frozen=True)
 class Recipe:
-    """`kind`: our operator ("ours", "trained") or a vendor's function by name; `cascade` and `mapping` as canonical texts.
+    """`kind`: our operator ("ours", "trained", "several", "numbers") or a vendor's function by name; `cascade` and `mapping`
+    as canonical texts.
 
     `keyed`: the vendor's function takes it that every row keeps a key. `conditions`: the rules of the call's conditions.
     """

@@ -9,6 +9,7 @@ where they are.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,8 +77,11 @@ def replace(
     name: str = "",
     original: tuple[fx.GraphModule, list[fx.Node]] | None = None,
     watch: SiteWatch | None = None,
+    further: Sequence[fx.Node] = (),
 ) -> fx.Node:
     """Put `call` in the place of `output`; the value has the same shape, type and strides. Returns the new value's node.
+
+    Where it stands for `further` values as well, it answers a tuple of all, and is put where the output stands.
 
     A guarded call needs the `original` subgraph with its inputs, and is counted by `name` where it falls back. With the
     subgraph, any call goes back to it where it raises, or where the `watch` finds that it differs. Where this raises, the
@@ -85,7 +89,7 @@ def replace(
     """
     before = frozenset(gm.graph.nodes)
     try:
-        return _replace(gm, output, tensors, scalars, call, name, original, watch)
+        return _replace(gm, (output, *further), tensors, scalars, call, name, original, watch)
     except Exception:
         for n in reversed(gm.graph.nodes):
             if n not in before:
@@ -94,12 +98,12 @@ def replace(
 
 
 def _replace(
-    gm: fx.GraphModule, output: fx.Node, tensors: Mapping[str, fx.Node], scalars: Mapping[str, fx.Node], call: Call,
-    name: str, original: tuple[fx.GraphModule, list[fx.Node]] | None, watch: SiteWatch | None,
+    gm: fx.GraphModule, outputs: Sequence[fx.Node], tensors: Mapping[str, fx.Node], scalars: Mapping[str, fx.Node],
+    call: Call, name: str, original: tuple[fx.GraphModule, list[fx.Node]] | None, watch: SiteWatch | None,
 ) -> fx.Node:
     if call.guarded and original is None:
         raise SpliceError(f"{call.name} is guarded and has no original to fall back to")
-    graph = gm.graph
+    graph, output = gm.graph, outputs[0]
     state = next(s for n, s in regions(gm) if n is output)
     old = output.meta["val"]
     device = old.device.type
@@ -121,13 +125,15 @@ def _replace(
         new.meta[SITE] = name
         if call.recipe is not None:
             new.meta[RECIPE] = call.recipe
-        new, known = _fit(graph, output, new, sizes)
+        made = [new] if len(outputs) == 1 else [node(graph, output, operator.getitem, (new, i)) for i in range(len(outputs))]
+        fitted = [_fit(graph, old, value, sizes) for old, value in zip(outputs, made, strict=True)]
         guard = gm.get_submodule(target) if isinstance(target, str) else None
         if isinstance(guard, Guarded):
-            guard.known = known
-    output.replace_all_uses_with(new)
-    new.meta.setdefault("replaces", output.name)
-    return new
+            guard.known = any(known for _, known in fitted)
+    for old, (value, _) in zip(outputs, fitted):
+        old.replace_all_uses_with(value)
+        value.meta.setdefault("replaces", old.name)
+    return fitted[0][0]
 
 
 def _guarded(

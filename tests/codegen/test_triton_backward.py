@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from reattend.codegen.files import cache
 from reattend.codegen.triton.backward.form import read_backward
 from reattend.codegen.triton.backward.kernel import TritonTraining, build
 from reattend.patterns import expr as ex
-from reattend.patterns.cascade import Cascade
+from reattend.patterns.cascade import Access, Cascade, Einsum
+from reattend.patterns.cascade import Tensor as Shape
 from reattend.patterns.evaluate import DTYPE, evaluate
 from reattend.patterns.mapping import TileMapping
 from reattend.patterns.verdict import Refusal
@@ -238,3 +240,30 @@ def test_the_file_stands_alone() -> None:
     found = made.module.backward(torch.ones_like(out), out, saved, [0, 1, 2], *inputs)
     assert [g.shape for g in found] == [t.shape for t in inputs]
     assert not named
+
+
+def test_a_log_sum_exp_that_leaves_is_handed_over_and_passes_its_gradient_on() -> None:
+    """dS = w·(dW − δ + dlse): the gradient of what leaves stands where that stood."""
+    p = attention(lambda s: ex.where(M <= P, s, -math.inf), strategies.ROWS["softmax"], p=45, m=45, group=2)
+    at = tuple(map(ex.index, "bhp"))
+    rows = [e.out.tensor for e in p.cascade.einsums if e.over == ("m",) and e.out.tensor != "O"]
+    top, total = (ex.load(name, at, "f32") for name in rows)
+    shape = tuple(p.cascade.rank[r].size for r in "bhp")
+    c = replace(
+        p.cascade, outputs=("O", "L"), tensors=(*p.cascade.tensors, Shape("L", shape)),
+        einsums=(*p.cascade.einsums, Einsum(Access("L", at), top + ex.unary("log", total))),
+    )
+    made, x = kernel(c), p.inputs()
+    inputs, named = [x[t.name] for t in c.inputs], {n: p.sizes[n] for n in made.sizes}
+    out, saved = made.forward(*inputs, **named)
+    given = [t.double().requires_grad_() for t in inputs]
+    exact = evaluate(c, dict(zip((t.name for t in c.inputs), given)), p.sizes, widen=True)
+    assert made.row_dims == ((1,), (), (2,))
+    torch.testing.assert_close(saved[..., 0].transpose(0, 1).double(), exact["L"].detach(), rtol=1e-5, atol=1e-5)
+    g = torch.Generator().manual_seed(2)
+    flow, of_row = torch.randn(out.shape, generator=g), torch.randn(exact["L"].shape, generator=g)
+    want = torch.autograd.grad([exact["O"], exact["L"]], given, [flow.double(), of_row.double()])
+    saved[..., 0] = of_row.transpose(0, 1)
+    got = made.backward(flow, out, saved, wanted(made, c), *inputs, **named)
+    for mine, right in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-5)

@@ -75,7 +75,7 @@ def test_other_consumers_keep_their_nodes() -> None:
     args = qkv(1, 2, 8, 16)
     graph = export.from_export(M(), args, None).graph
     (found,), _ = detect.find(graph)
-    alive = {n.name for n in liveness.survivors(found.nodes, found.output)}
+    alive = {n.name for n in liveness.survivors(found.nodes, [found.output])}
     assert {"softmax", "matmul"} <= alive
     splice.replace(graph, found.output, found.tensors, found.scalars, oracle(found))
     splice.finish(graph)
@@ -220,7 +220,7 @@ def test_in_place_operators_on_the_interior_go_with_it() -> None:
     graph = export.from_export(InPlace(), args, None).graph
     (found,), _ = detect.find(graph)
     inside = frozenset(n for n in graph.graph.nodes if n.op == "call_function") - {found.output}
-    assert liveness.survivors(inside, found.output) == frozenset()
+    assert liveness.survivors(inside, [found.output]) == frozenset()
     splice.replace(graph, found.output, found.tensors, found.scalars, oracle(found))
     splice.finish(graph)
     torch.testing.assert_close(graph(*args), InPlace()(*args))
