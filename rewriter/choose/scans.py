@@ -25,7 +25,7 @@ from ...cost_model.sites.site import ORIGINAL, Candidate, Miss, Site, SiteShape,
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.recognise import attention
 from ...patterns.attention.score import bends
-from ...patterns.cascade import show
+from ...patterns.cascade import Size, show
 from ...patterns.recurrence.low_rank import LowRank, low_rank
 from ...patterns.recurrence.recurrence import Recurrence
 from ...patterns.verdict import Obstacle, Refusal
@@ -261,8 +261,8 @@ def call_of(f: FoundScan, kernel: ScanKernel) -> splice.Call:
     shapes = tuple(tuple(n.meta["val"].shape) for n in f.results.values())
     kinds = tuple(n.meta["val"].dtype for n in f.results.values())
 
-    # an input's dimension may be two of the scan's
-    given_shapes = [tuple(f.recurrence.cascade.tensor[n].shape) for n in kernel.inputs]
+    # an input's dimension may be two of the scan's; an open one may hold more steps than are taken
+    given_shapes = [_open(f.recurrence.cascade.tensor[n].shape) for n in kernel.inputs]
 
     def run(*given: Tensor) -> Tensor:
         made = kernel.entry(*(x.reshape(s) for x, s in zip(given, given_shapes)))
@@ -277,6 +277,11 @@ def call_of(f: FoundScan, kernel: ScanKernel) -> splice.Call:
     run.__name__ = NAME
     trained = any(n.meta["val"].requires_grad for n in f.results.values())
     return splice.Call(NAME, run, arguments, fake=fake, once=trained, one_flow=trained)
+
+
+def _open(shape: Sequence[Size]) -> tuple[int, ...]:
+    """A shape as `reshape` takes it; one dimension may be open."""
+    return tuple(s if isinstance(s, int) else -1 for s in shape)
 
 
 def output_of(gm: fx.GraphModule, f: FoundScan) -> fx.Node:

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import reattend
 from reattend.codegen.cpu.scan import ScanKernel, build
@@ -334,3 +334,26 @@ def test_where_gradients_are_wanted_our_scan_is_trained() -> None:
     assert site.choice == "reattend"
     assert site.traits == {"decay", "delta"}
     assert args[0].grad is not None
+
+
+class Later(nn.Module):
+    """Only the queries' length is walked: the others' stays open behind a second length."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        s, out = q.new_zeros(q.shape[0], 2, 8, 8), []
+        for t in range(q.shape[2]):
+            s = s * g[:, :, t, None, None] + k[:, :, t, :, None] * v[:, :, t, None, :]
+            out.append((s * q[:, :, t, :, None]).sum(-2))
+        return torch.stack(out, 2)
+
+
+def test_a_second_length_runs_our_scan_as_well() -> None:
+    torch._dynamo.reset()
+    ours, own = reattend.optimize(Later(), policy=reattend.Policy(deny="original", tune=False)), Later()
+    with torch.no_grad():
+        for n in (24, 17):
+            given = (*(torch.randn(2, 2, n, 8) for _ in range(3)), torch.rand(2, 2, n))
+            torch.testing.assert_close(ours(*given), own(*given))
+    report = reattend.report(ours)
+    assert report.kernels == {"reattend": 2}
+    assert {c.verdict for c in report.checks} == {"same"}
