@@ -47,7 +47,7 @@ class _Slide:
         if len(rows) != 1:
             raise _NoWindows
         (self.row,) = rows
-        self.key = _fresh("u", c)
+        self.key = fresh("u", c)
         size = sympy.sympify(c.rank[self.row].size) + sympy.sympify(c.rank[window].size) - 1
         self.rank = Rank(self.key, as_size(sympy.expand(size)))
         self.extent = {r.name: r.size for r in (*c.ranks, self.rank)}
@@ -134,6 +134,10 @@ class _Slide:
                 return any(self.vanishes(x) and (y.op in ("load", "cast") or self.constant(y)) for x, y in _both(e))
             case "div":
                 return self.vanishes(e.args[0]) and self.constant(e.args[1])
+            case "where":
+                return self.vanishes(e.args[1]) and self.vanishes(e.args[2])
+            case "const":
+                return e.attr == 0.0
             case "exp" | "exp2":
                 x = e.args[0]
                 return x.op == "sub" and x.args[0].op == "load" and self.scored(x.args[0]) and self.constant(x.args[1])
@@ -188,7 +192,7 @@ def _both(e: Expr) -> tuple[tuple[Expr, Expr], tuple[Expr, Expr]]:
     return (e.args[0], e.args[1]), (e.args[1], e.args[0])
 
 
-def _fresh(stem: str, c: Cascade) -> str:
+def fresh(stem: str, c: Cascade) -> str:
     name, k = stem, 0
     while name in c.rank:
         name, k = f"{stem}{k}", k + 1

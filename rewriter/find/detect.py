@@ -18,6 +18,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Access, Cascade, Einsum, Size, Tensor, as_size, size_term, verify
 from ...patterns.expr import Expr
 from ...patterns.passes import joined
+from ...patterns.passes.overlapped import overlapped, trimmed
 from ...patterns.passes.slide import slide
 from ...patterns.terms.divisions import divided
 from ...patterns.verdict import Obstacle
@@ -255,6 +256,7 @@ def _attempt(
         near = bool(told(lifter)) and (lifter.normalised or not final.of_weights)
         return _near(n, _reason(lifter, "no product of two token ranks stands behind the weights"), int(near))
     output, lifted = _with_epilogue(lifter, final, lifted)
+    lifted, key = overlapped(lifted, lifter.key) if windows else (lifted, lifter.key)
     hoisted = hoist(lifter, laid_out(lifter, lifted))
     whole = joined.join(hoisted)
     if whole is not hoisted and not offsets:
@@ -262,10 +264,12 @@ def _attempt(
         return _attempt(graph, aliases, final, offsets=True)
     window: Size = 0
     if windows:
-        window = whole.rank[lifter.key].size
-        if (moved := slide(whole, lifter.key)) is whole:
+        window = whole.rank[key].size
+        if (moved := slide(whole, key)) is whole:
             return _near(n, "its windows do not move with one row", 0)
-        whole = moved
+        if (whole_keys := trimmed(moved, whole, key)) is None:
+            return _near(n, "its windows hold keys that no token has", 0)
+        whole = whole_keys
     elif any(op_name(x) in WINDOWED for x in lifter.leaves.values()):
         out = _attempt(graph, aliases, final, windows=True)
         if isinstance(out, Found):
