@@ -368,3 +368,21 @@ def test_weights_that_a_layer_makes_are_named_when_they_are_scaled() -> None:
     plan = reattend.plan(Outlook().eval(), tuple(inputs(2)))
     assert not plan.sites
     assert ["made by a layer (linear)" in m.reason for m in plan.misses] == [True]
+
+
+def test_what_looks_like_an_attention_only_without_its_writes_is_named() -> None:
+    """Scores written into memory chunk by chunk, the first rows of which weigh what is no key."""
+    def pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT
+        out = torch.zeros_like(s)
+        out[:, :, :4, 4:] = s[:, :, 1:5, 4:]
+        return (torch.cat([out.softmax(-1)[..., 4:], out.softmax(-1)[..., :4]], -1).flip(-2) @ v).cumsum(-2)
+
+    torch._dynamo.reset()
+    model = Model(pieces).eval()
+    args = tuple(torch.randn(2, 2, 8, 4) for _ in range(3))
+    ours = reattend.optimize(model)
+    ours(*args)
+    report = reattend.report(ours)
+    assert len(report.sites) + len(report.misses) > 0
+    assert bool(report.misses) == bool(reattend.plan(model, args).misses)
