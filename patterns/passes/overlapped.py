@@ -12,18 +12,18 @@ that moves with its row (`slide`).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from .. import expr as ex
 from ..attention import ranks
-from ..cascade import Access, Cascade, Einsum, Rank, size_term
+from ..cascade import Access, Cascade, Einsum, Rank, Size, size_term
 from ..expr import Expr
 from ..terms.conditions import constant
 from ..terms.divisions import collected
-from .places import Grid, known_sizes, settled
+from .places import Grid, settled
 from .slide import fresh
 
 
@@ -171,7 +171,8 @@ def _whole(c: Cascade, e: Einsum) -> Cascade:
     of = {next(iter(t.ranks - {chunk})): t for t in pair}
     index = tuple(ex.index(names[of[r]]) if r in of else ex.index(r) for r in at if r != chunk)
     shape = tuple(sizes[of[r]] if r in of else c.rank[r].size for r in at if r != chunk)
-    made = replace(e, out=Access(e.out.tensor, index), body=ex.substitute(e.body, {t: ex.index(n) for t, n in names.items()}))
+    body = ex.substitute(e.body, {t: ex.index(n) for t, n in names.items()})
+    made = replace(e, out=Access(e.out.tensor, index), body=body)
 
     def read(x: Expr, args: tuple[Expr, ...]) -> Expr | None:
         if x.op != "load" or str(x.attr) != e.out.tensor:
@@ -231,7 +232,7 @@ def _straight(c: Cascade, key: str) -> tuple[Cascade, str] | None:
         return None
     grid = Grid({row: size, key: int(c.rank[key].size)})
     kept, away = grid.values(weight.args[0]), grid.values(distance)
-    if kept is None or away is None or not np.array_equal(*np.broadcast_arrays(kept, (away >= 0) & (away < n))):
+    if kept is None or away is None or np.any(kept != ((away >= 0) & (away < n))):
         return None
     chunk = at[at.index(row) - 1] if at.index(row) else ""
     if not chunk or size - 1 + n > int(c.rank[key].size):
@@ -243,8 +244,11 @@ def _straight(c: Cascade, key: str) -> tuple[Cascade, str] | None:
     def near(x: Expr) -> Expr:
         out = ex.substitute(x, moved)
         whole = ex.index(chunk) * size_term(size) + ex.index(row)
-        return ex.rebuild(out, lambda y, args: ex.load(str(y.attr), tuple(_around(i, whole, extent) for i in args), y.dtype)
-                          if y.op == "load" else None)
+
+        def rule(y: Expr, args: tuple[Expr, ...]) -> Expr | None:
+            return ex.load(str(y.attr), tuple(_around(i, whole, extent) for i in args), y.dtype) if y.op == "load" else None
+
+        return ex.rebuild(out, rule)
 
     made = replace(last, body=near(weight.args[1]) * near(value), over=(window,))
     einsums = tuple(made if e is last else e for e in c.einsums)
@@ -254,9 +258,9 @@ def _straight(c: Cascade, key: str) -> tuple[Cascade, str] | None:
     return (fused, window) if fused is not out else None
 
 
-def _around(i: Expr, whole: Expr, extent: dict[str, object]) -> Expr:
+def _around(i: Expr, whole: Expr, extent: Mapping[str, Size]) -> Expr:
     """A coordinate with the row's own, `c·W + w`, as one addend."""
     if not whole.ranks <= i.ranks:
         return i
-    rest = collected(i - whole, extent)  # type: ignore[arg-type]
+    rest = collected(i - whole, extent)
     return whole if rest.is_const and rest.value == 0 else whole + rest

@@ -131,22 +131,26 @@ def settled(e: Expr, extent: Mapping[str, Size], where: Expr = ex.TRUE) -> Expr:
         for a in x.args:
             if _divides_sums(a):
                 alike.setdefault(("", 0), {}).setdefault(a, set()).add(x)
-    ranks = {r for x in (where, *(x.args[0] for x in choices), *(i for of in alike.values() for i in of)) for r in x.ranks}
+    read = (i for of in alike.values() for i in of)
+    ranks = {r for x in (where, *(x.args[0] for x in choices), *read) for r in x.ranks}
     sizes = known_sizes(ranks, extent)
     if sizes is None or not (choices or alike):
         return e
     found = _Places(e, sizes, where, choices, alike)
     at = {key: found.one(key) if key[0] else found.each(key) for key in alike}
     apart = {name for (name, _), table in at.items() if name and table is None}
-    moved = {x: _moved(x, at) for name, of in reads.items() if name not in apart and (name, *_untold(of)[:1]) in at for x in of}
+    one = (of for name, of in reads.items() if name not in apart and (name, *_untold(of)[:1]) in at)
+    moved = {x: _moved(x, at) for of in one for x in of}
     of_comparisons = at.get(("", 0)) or {}
 
     def rule(x: Expr, args: tuple[Expr, ...]) -> Expr | None:
         if x in moved:
             return moved[x]
         if x.op in ex.COMPARISONS and any(a in of_comparisons for a in x.args):
-            return ex.make(x.op, tuple(of_comparisons.get(a, new) for a, new in zip(x.args, args)), None, x.dtype)
-        if x.op == "where" and len(seen := {v for v in (True, False) if (x, v) in found.may}) == 1:
+            told = tuple(of_comparisons.get(a, new) for a, new in zip(x.args, args))
+            return ex.make(x.op, told, None, x.dtype)
+        seen = {v for v in (True, False) if (x, v) in found.may}
+        if x.op == "where" and len(seen) == 1:
             return ex.cast(args[1] if True in seen else args[2], x.dtype)
         return None
 
@@ -154,7 +158,7 @@ def settled(e: Expr, extent: Mapping[str, Size], where: Expr = ex.TRUE) -> Expr:
 
 
 class _Places:
-    """What is seen of a term at all coordinates: which choices it may take, and what its coordinates are where they count."""
+    """What is seen of a term at all coordinates: which choices it takes, and what its coordinates are where they count."""
 
     def __init__(
         self, e: Expr, sizes: Mapping[str, int], where: Expr, choices: list[Expr],

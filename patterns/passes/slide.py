@@ -55,7 +55,8 @@ class _Slide:
         self.inside = (distance >= 0) & (distance < size_term(c.rank[window].size))
         self.moved: dict[str, Einsum] = {}
         # scores that are bounded by their row's maximum: masked where they are defined, a bare product behind it
-        bounded = {str(e.body.attr) for e in c.einsums if e.op == "max" and window in e.over and e.body.op == "load"}
+        tops = [_uncast(e.body) for e in c.einsums if e.op == "max" and window in e.over]
+        bounded = {str(x.attr) for x in tops if x.op == "load"}
         self.scores = bounded & {e.out.tensor for e in c.einsums if e.op is None and e.body.is_float}
         self.behind = {
             e.out.tensor: f"{e.out.tensor}_in" for e in c.einsums
@@ -107,7 +108,7 @@ class _Slide:
             if self.row not in own or e.op is None:
                 raise _NoWindows
             zero, body = ex.const(IDENTITY[e.op], e.body.dtype), self.term(e.body)
-            masked = e.op == "max" if e.body.op == "load" else e.op == "add" and self.vanishes(body)
+            masked = e.op == "max" if _uncast(e.body).op == "load" else e.op == "add" and self.vanishes(body)
             over = tuple(self.key if r == self.window else r for r in e.over)
             return replace(e, body=body if masked and self.scored(body) else _within(self.inside, body, zero), over=over)
         if not {self.window, self.row} <= own:
@@ -140,7 +141,9 @@ class _Slide:
                 return e.attr == 0.0
             case "exp" | "exp2":
                 x = e.args[0]
-                return x.op == "sub" and x.args[0].op == "load" and self.scored(x.args[0]) and self.constant(x.args[1])
+                return x.op == "sub" and _uncast(x.args[0]).op == "load" and self.scored(x.args[0]) and (
+                    self.constant(x.args[1])
+                )
         return False
 
     def constant(self, e: Expr) -> bool:
@@ -186,6 +189,10 @@ def _within(inside: Expr, body: Expr, zero: Expr) -> Expr:
         if value.op in ("load", "cast"):
             return ex.where(inside, weight, ex.const(0.0, weight.dtype)) * value
     return ex.where(inside, body, zero)
+
+
+def _uncast(e: Expr) -> Expr:
+    return _uncast(e.args[0]) if e.op == "cast" else e
 
 
 def _both(e: Expr) -> tuple[tuple[Expr, Expr], tuple[Expr, Expr]]:

@@ -40,6 +40,7 @@ from ..lift.rules import RULES
 from . import defect
 from .added import Addend, addends, candidates, sums
 from .final import Final, compare_lengths, finals, hides_product
+from .pairs import PAIRS, made_by_pairs
 from .query import laid_out, with_query
 from .spelled import spell
 from .twins import match
@@ -496,7 +497,14 @@ def told(lifter: Lifter) -> list[str]:
 
 def _reason(lifter: Lifter, reason: str) -> str:
     """The rule that gave up says more than the shape that is missing."""
-    return f"{reason}; {told(lifter)[-1]}" if told(lifter) else reason
+    if not told(lifter):
+        return reason
+    missed = dict.fromkeys(x for _, x in lifter.misses)
+    if any(map(made_by_pairs, missed)):
+        return PAIRS
+    if any(op_name(x) == "cumsum" for x in missed) and not any(e.op == "max" for e in lifter.einsums):
+        return "a recurrence that no loop goes through: what it multiplies holds a running sum of data"
+    return f"{reason}; {told(lifter)[-1]}"
 
 
 def _wants_grad(n: fx.Node) -> bool:

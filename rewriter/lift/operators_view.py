@@ -387,7 +387,8 @@ RULES: dict[str, Rule] = {
     "numpy_T": t, "mT": matrix_transpose, "matrix_H": matrix_transpose, "adjoint": matrix_transpose, "permute": permute,
     "movedim": movedim, "moveaxis": movedim, "expand": expand, "expand_as": expand, "broadcast_to": expand,
     "repeat": repeat, "tile": repeat, "repeat_interleave": repeat_interleave, "slice": slice_,
-    "select": select, "flip": flip, "roll": roll, "unfold": unfold, "as_strided": as_strided, "pad": pad, "constant_pad_nd": pad, "cat": cat,
+    "select": select, "flip": flip, "roll": roll, "unfold": unfold, "as_strided": as_strided,
+    "pad": pad, "constant_pad_nd": pad, "cat": cat,
     "concat": cat, "concatenate": cat, "stack": stack, "getitem": getitem, "index": index_tensor,
     "index_select": index_select, "gather": gather, "embedding": embedding,
 }

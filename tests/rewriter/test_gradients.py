@@ -131,7 +131,7 @@ def test_a_row_that_is_nan_and_set_to_0_passes_nothing_to_the_values(body: str) 
 def test_a_coordinate_of_rows_that_a_loop_reads_by_another_name_is_not_hidden() -> None:
     """Rows in groups, whose own place is read by the mask of scores and by that of weights."""
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        s = torch.einsum("bhpge,bhme->bhpgm", q.unflatten(2, (6, 4)), k) * 0.3
+        s = torch.einsum("bhpge,bhme->bhpgm", q.view(2, 3, 6, 4, 8), k) * 0.3
         row, m = torch.arange(6)[:, None, None] * 4 + torch.arange(4)[:, None], torch.arange(24)
         w = s.masked_fill((m - row).abs() > 4, -torch.inf).softmax(-1)
         return torch.einsum("bhpgm,bhmf->bhpgf", w.masked_fill((m + 4 + row * 13) // 14 == 23, 0.0), v)

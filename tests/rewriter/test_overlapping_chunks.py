@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import reattend
 from reattend.patterns import expr as ex
-from reattend.patterns.masks.split import split
 from reattend.patterns.passes.places import settled
 from reattend.rewriter.find import detect
 from reattend.rewriter.graph.functional import functional
@@ -93,6 +92,11 @@ def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weighed(s.softmax(-1).masked_fill(drop[:, None, :, None], 0.0), v, 4)
 
 
+def widened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rows are normalised in another type than their scores have."""
+    return weighed((by_distance(q, k, 4) * 0.3).softmax(-1, torch.float64), v.double(), 4)
+
+
 @pytest.mark.parametrize("fn", [plain, odd, cut_by_unfold, padded])
 def test_scores_put_together_of_chunks_are_keys_under_a_mask(fn: Callable[..., Tensor]) -> None:
     args = tokens()
@@ -104,6 +108,14 @@ def test_scores_put_together_of_chunks_are_keys_under_a_mask(fn: Callable[..., T
     assert found.window == (7 if fn is odd else 9)
     assert not {"pad", "einsum", "as_strided"} & {n.name for n in found.tensors.values()}
     assert found.cascade.rank["m"].size == 24
+
+
+def test_rows_that_are_normalised_in_another_type() -> None:
+    gm = functional(graph_of(widened, tokens(dtype=torch.bfloat16)))
+    assert gm is not None
+    (found,), missed = detect.find(gm)
+    assert not missed
+    assert found.window == 9
 
 
 class Model(nn.Module):
@@ -176,7 +188,7 @@ def test_a_strided_view_is_read_where_it_lies() -> None:
 
 # --- places -------------------------------------------------------------------------------------------------------
 
-I, J = ex.index("i"), ex.index("j")
+ROW, WINDOW = ex.index("i"), ex.index("j")
 
 
 def at(*places: ex.Expr) -> ex.Expr:
@@ -184,18 +196,18 @@ def at(*places: ex.Expr) -> ex.Expr:
 
 
 def test_places_that_agree_where_they_count_are_one() -> None:
-    choice = ex.where(J < 4, at(I + J - 1), ex.where(J >= 4, at((I * 9 + J * 9 - 9) // 9), at(ex.const(0))))
-    assert settled(choice, {"i": 7, "j": 9}) is at(J + I - 1)
+    choice = ex.where(WINDOW < 4, at(ROW + WINDOW - 1), ex.where(WINDOW >= 4, at((ROW * 9 + WINDOW * 9 - 9) // 9), at(ex.const(0))))
+    assert settled(choice, {"i": 7, "j": 9}) is at(WINDOW + ROW - 1)
 
 
-@pytest.mark.parametrize("other", [at(I + J), at(ex.load("at", (I,), "i64")), ex.const(0.0, "f32")])
+@pytest.mark.parametrize("other", [at(ROW + WINDOW), at(ex.load("at", (ROW,), "i64")), ex.const(0.0, "f32")])
 def test_places_that_differ_somewhere_stay(other: ex.Expr) -> None:
-    choice = ex.where((J < 8) | (I < 6), at(I + J - 1), other)
+    choice = ex.where((WINDOW < 8) | (ROW < 6), at(ROW + WINDOW - 1), other)
     assert settled(choice, {"i": 7, "j": 9}) is choice
 
 
 def test_a_condition_on_data_may_hold_anywhere() -> None:
-    kept = ex.equal(ex.load("keep", (I,), "i64"), 0)
-    choice = ex.where(kept & (J < 9), at(I + J), at(I))
+    kept = ex.equal(ex.load("keep", (ROW,), "i64"), 0)
+    choice = ex.where(kept & (WINDOW < 9), at(ROW + WINDOW), at(ROW))
     assert settled(choice, {"i": 7, "j": 9}) is choice
-    assert settled(ex.where(kept & (J > 9), at(I + J), at(I)), {"i": 7, "j": 9}) is at(I)
+    assert settled(ex.where(kept & (WINDOW > 9), at(ROW + WINDOW), at(ROW)), {"i": 7, "j": 9}) is at(ROW)
