@@ -23,7 +23,7 @@ from ..cascade import Access, Cascade, Einsum, Rank, Size, size_term
 from ..expr import Expr
 from ..terms.conditions import constant
 from ..terms.divisions import collected
-from .places import Grid, settled
+from .places import PlaceGrid, settled
 from .slide import fresh
 
 
@@ -201,7 +201,7 @@ def _chunked(c: Cascade, e: Einsum) -> tuple[Expr, Expr] | None:
 
 def _reach(c: Cascade, i: Expr) -> int:
     """One more than the largest value of a coordinate."""
-    values = Grid({r: int(c.rank[r].size) for r in sorted(i.ranks)}).values(i)
+    values = PlaceGrid({r: int(c.rank[r].size) for r in sorted(i.ranks)}).values(i)
     assert values is not None
     return int(values.max()) + 1
 
@@ -230,7 +230,7 @@ def _straight(c: Cascade, key: str) -> tuple[Cascade, str] | None:
     many = {c.tensor[str(x.attr)].shape[d] for x in ex.loads(weight) for d, i in enumerate(x.args) if i is distance}
     if len(many) != 1 or not isinstance(n := many.pop(), int) or not isinstance(size, int):
         return None
-    grid = Grid({row: size, key: int(c.rank[key].size)})
+    grid = PlaceGrid({row: size, key: int(c.rank[key].size)})
     kept, away = grid.values(weight.args[0]), grid.values(distance)
     if kept is None or away is None or np.any(kept != ((away >= 0) & (away < n))):
         return None

@@ -31,7 +31,7 @@ _ARITHMETIC = {
 }
 
 
-class Grid:
+class PlaceGrid:
     """Integer terms over ranks of known sizes, at all of their coordinates, or at those of a run of the first rank."""
 
     def __init__(self, sizes: Mapping[str, int], run: range | None = None) -> None:
@@ -100,12 +100,12 @@ class Grid:
         return np.stack([*(x[some] + start for x, start in zip(at, starts)), own], axis=1)
 
 
-def blocks(sizes: Mapping[str, int]) -> Iterator[Grid]:
+def blocks(sizes: Mapping[str, int]) -> Iterator[PlaceGrid]:
     """All coordinates, so many at once."""
     first, *rest = sizes.values() or (1,)
     step = max(1, AT_ONCE // math.prod(rest))
     for start in range(0, first, step):
-        yield Grid(sizes, range(start, min(first, start + step)))
+        yield PlaceGrid(sizes, range(start, min(first, start + step)))
 
 
 def known_sizes(ranks: Collection[str], extent: Mapping[str, Size]) -> dict[str, int] | None:
@@ -249,6 +249,6 @@ def _linear(ranks: list[str], samples: Array) -> Expr | None:
     return Linear(tuple((ex.index(r), int(c)) for r, c in zip(ranks, whole) if c), int(whole[-1])).term()
 
 
-def _equal(grid: Grid, a: Expr, b: Expr, where: Array) -> bool:
+def _equal(grid: PlaceGrid, a: Expr, b: Expr, where: Array) -> bool:
     x, y = grid.values(a), grid.values(b)
     return x is not None and y is not None and not np.any(where & (x != y))
