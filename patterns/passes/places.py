@@ -136,7 +136,7 @@ def settled(e: Expr, extent: Mapping[str, Size], where: Expr = ex.TRUE) -> Expr:
     sizes = known_sizes(ranks, extent)
     if sizes is None or not (choices or alike):
         return e
-    found = _Places(e, sizes, where, choices, alike)
+    found = _SeenPlaces(e, sizes, where, choices, alike)
     at = {key: found.one(key) if key[0] else found.each(key) for key in alike}
     apart = {name for (name, _), table in at.items() if name and table is None}
     one = (of for name, of in reads.items() if name not in apart and (name, *_untold(of)[:1]) in at)
@@ -157,7 +157,7 @@ def settled(e: Expr, extent: Mapping[str, Size], where: Expr = ex.TRUE) -> Expr:
     return ex.rebuild(e, rule)
 
 
-class _Places:
+class _SeenPlaces:
     """What is seen of a term at all coordinates: which choices it takes, and what its coordinates are where they count."""
 
     def __init__(
