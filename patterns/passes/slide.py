@@ -47,7 +47,7 @@ class _Slide:
         if len(rows) != 1:
             raise _NoWindows
         (self.row,) = rows
-        self.key = _fresh("u", c)
+        self.key = fresh("u", c)
         size = sympy.sympify(c.rank[self.row].size) + sympy.sympify(c.rank[window].size) - 1
         self.rank = Rank(self.key, as_size(sympy.expand(size)))
         self.extent = {r.name: r.size for r in (*c.ranks, self.rank)}
@@ -55,7 +55,8 @@ class _Slide:
         self.inside = (distance >= 0) & (distance < size_term(c.rank[window].size))
         self.moved: dict[str, Einsum] = {}
         # scores that are bounded by their row's maximum: masked where they are defined, a bare product behind it
-        bounded = {str(e.body.attr) for e in c.einsums if e.op == "max" and window in e.over and e.body.op == "load"}
+        tops = [_uncast(e.body) for e in c.einsums if e.op == "max" and window in e.over]
+        bounded = {str(x.attr) for x in tops if x.op == "load"}
         self.scores = bounded & {e.out.tensor for e in c.einsums if e.op is None and e.body.is_float}
         self.behind = {
             e.out.tensor: f"{e.out.tensor}_in" for e in c.einsums
@@ -107,7 +108,7 @@ class _Slide:
             if self.row not in own or e.op is None:
                 raise _NoWindows
             zero, body = ex.const(IDENTITY[e.op], e.body.dtype), self.term(e.body)
-            masked = e.op == "max" if e.body.op == "load" else e.op == "add" and self.vanishes(body)
+            masked = e.op == "max" if _uncast(e.body).op == "load" else e.op == "add" and self.vanishes(body)
             over = tuple(self.key if r == self.window else r for r in e.over)
             return replace(e, body=body if masked and self.scored(body) else _within(self.inside, body, zero), over=over)
         if not {self.window, self.row} <= own:
@@ -134,9 +135,15 @@ class _Slide:
                 return any(self.vanishes(x) and (y.op in ("load", "cast") or self.constant(y)) for x, y in _both(e))
             case "div":
                 return self.vanishes(e.args[0]) and self.constant(e.args[1])
+            case "where":
+                return self.vanishes(e.args[1]) and self.vanishes(e.args[2])
+            case "const":
+                return e.attr == 0.0
             case "exp" | "exp2":
                 x = e.args[0]
-                return x.op == "sub" and x.args[0].op == "load" and self.scored(x.args[0]) and self.constant(x.args[1])
+                return x.op == "sub" and _uncast(x.args[0]).op == "load" and self.scored(x.args[0]) and (
+                    self.constant(x.args[1])
+                )
         return False
 
     def constant(self, e: Expr) -> bool:
@@ -184,11 +191,15 @@ def _within(inside: Expr, body: Expr, zero: Expr) -> Expr:
     return ex.where(inside, body, zero)
 
 
+def _uncast(e: Expr) -> Expr:
+    return _uncast(e.args[0]) if e.op == "cast" else e
+
+
 def _both(e: Expr) -> tuple[tuple[Expr, Expr], tuple[Expr, Expr]]:
     return (e.args[0], e.args[1]), (e.args[1], e.args[0])
 
 
-def _fresh(stem: str, c: Cascade) -> str:
+def fresh(stem: str, c: Cascade) -> str:
     name, k = stem, 0
     while name in c.rank:
         name, k = f"{stem}{k}", k + 1

@@ -47,6 +47,7 @@ from ..graph.aliases import Aliases
 from ..graph.dropout import COUNTED, counted, restore_uncounted
 from ..graph.functional import EDITED, functional
 from ..graph.liveness import erase_dead
+from ..graph.node import FOLDED
 from ..graph.shape_only import with_sizes
 from ..lift.index import ZERO
 from ..splice import splice
@@ -194,7 +195,9 @@ def _scanned(
         decided = [(f, replace(site, choice=ORIGINAL), None) for f, site, _ in decided]
     kept = [name for name, choice in request.choices.items() if choice == ORIGINAL]
     decided = [(f, replace(s, choice=ORIGINAL), None) if s.name in kept else (f, s, k) for f, s, k in decided]
-    if any(kernel is not None for _, _, kernel in decided):
+    if all(kernel is None for _, _, kernel in decided):
+        _mark(region.graph, pure.graph)
+    else:
         region.graph = pure.graph
         put = [kernel is not None and _splice_scan(region, f, site, kernel, request, record) for f, site, kernel in decided]
         decided = [(f, site if there else replace(site, choice=ORIGINAL), None) for (f, site, _), there in zip(decided, put)]
@@ -234,6 +237,7 @@ def _decided(region: fx.GraphModule, request: Request, taken: Counter[str]) -> t
     """
     before, pure = Counter(taken), functional(region)
     seen: list[Decision] = []
+    noticed: list[Miss] = []
     counting = _counting(pure or region) if request.policy.dropout == "own" else None
     for other, special in ((counting, _counts), (pure, _edits)):
         if other is None:
@@ -244,11 +248,23 @@ def _decided(region: fx.GraphModule, request: Request, taken: Counter[str]) -> t
             region.graph = other.graph
             return [_noted(d) for d in decisions], missed
         seen += [_noted(d) for d in own if d.site.where not in {x.site.where for x in seen}]
+        noticed += missed
         taken.clear()
         taken.update(before)
     decisions, missed = decide(region, request, taken)
     places = {d.site.where for d in seen}
+    # what looks like an attention only without its writes is named as well
+    named = {*places, *(d.site.where for d in decisions), *(m.where for m in missed)}
+    missed += [m for m in noticed if m.where not in named]
     return [*decisions, *seen], [m for m in missed if m.where not in places]
+
+
+def _mark(graph: fx.Graph, pure: fx.Graph) -> None:
+    """What belongs to recurrences in a graph without writes belongs to them in the graph as it stands."""
+    marked = {n.name: n.target for n in pure.nodes if FOLDED in n.meta}
+    for n in graph.nodes:
+        if n.name in marked and marked[n.name] is n.target:
+            n.meta[FOLDED] = True
 
 
 def _counting(gm: fx.GraphModule) -> fx.GraphModule | None:

@@ -31,6 +31,7 @@ from ...patterns.recurrence.recurrence import Recurrence
 from ...patterns.verdict import Obstacle, Refusal
 from ..find import defect
 from ..find.detect import find
+from ..find.pairs import PAIRS, made_by_pairs
 from ..find.place import gradient_cut
 from ..fold.chunks import over_tokens
 from ..fold.decayed import decayed
@@ -147,7 +148,7 @@ def _with_before(f: FoundScan, aliases: Aliases) -> FoundScan:
 def _other(copies: Sequence[Sequence[fx.Node | None]], at: fx.Node, reason: str) -> list[Miss]:
     """What is said of steps that are no recurrence we know: nothing of layers that attend, which are found elsewhere."""
     if not _attend([n for copy in copies[:2] for n in copy if n is not None]):
-        return [_miss(at, reason)]
+        return [_miss(at, PAIRS if made_by_pairs(at) else reason)]
     unmark(copies)
     return []
 

@@ -18,6 +18,7 @@ from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Access, Cascade, Einsum, Size, Tensor, as_size, size_term, verify
 from ...patterns.expr import Expr
 from ...patterns.passes import joined
+from ...patterns.passes.overlapped import overlapped, trimmed
 from ...patterns.passes.slide import slide
 from ...patterns.terms.divisions import divided
 from ...patterns.verdict import Obstacle
@@ -39,6 +40,7 @@ from ..lift.rules import RULES
 from . import defect
 from .added import Addend, addends, candidates, sums
 from .final import Final, compare_lengths, finals, hides_product
+from .pairs import PAIRS, made_by_pairs
 from .query import laid_out, with_query
 from .spelled import spell
 from .twins import match
@@ -268,6 +270,7 @@ def _attempt(
         near = bool(told(lifter)) and (lifter.normalised or not final.of_weights)
         return _near(n, _reason(lifter, "no product of two token ranks stands behind the weights"), int(near))
     output, lifted = _with_epilogue(lifter, final, lifted) if epilogue else (n, lifted)
+    lifted, key = overlapped(lifted, lifter.key) if windows else (lifted, lifter.key)
     hoisted = hoist(lifter, laid_out(lifter, lifted))
     whole = joined.join(hoisted)
     if whole is not hoisted and not offsets:
@@ -275,10 +278,12 @@ def _attempt(
         return _attempt(graph, aliases, final, offsets=True, epilogue=epilogue)
     window: Size = 0
     if windows:
-        window = whole.rank[lifter.key].size
-        if (moved := slide(whole, lifter.key)) is whole:
+        window = whole.rank[key].size
+        if (moved := slide(whole, key)) is whole:
             return _near(n, "its windows do not move with one row", 0)
-        whole = moved
+        if (whole_keys := trimmed(moved, whole, key)) is None:
+            return _near(n, "its windows hold keys that no token has", 0)
+        whole = whole_keys
     elif any(op_name(x) in WINDOWED for x in lifter.leaves.values()):
         out = _attempt(graph, aliases, final, windows=True, epilogue=epilogue)
         if isinstance(out, Found):
@@ -505,7 +510,14 @@ def told(lifter: Lifter) -> list[str]:
 
 def _reason(lifter: Lifter, reason: str) -> str:
     """The rule that gave up says more than the shape that is missing."""
-    return f"{reason}; {told(lifter)[-1]}" if told(lifter) else reason
+    if not told(lifter):
+        return reason
+    missed = dict.fromkeys(x for _, x in lifter.misses)
+    if any(map(made_by_pairs, missed)):
+        return PAIRS
+    if any(op_name(x) == "cumsum" for x in missed) and not any(e.op == "max" for e in lifter.einsums):
+        return "a recurrence that no loop goes through: what it multiplies holds a running sum of data"
+    return f"{reason}; {told(lifter)[-1]}"
 
 
 def _wants_grad(n: fx.Node) -> bool:

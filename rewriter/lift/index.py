@@ -51,6 +51,27 @@ def reshape(
     return tuple(ZERO if in_shape[d] == 1 else w for d, w in enumerate(where))
 
 
+def strided(
+    out_shape: Sequence[Size], strides: Sequence[int], in_shape: Sequence[Size], in_strides: Sequence[int],
+    at: Sequence[Expr], ranks: Mapping[str, Size],
+) -> tuple[Expr, ...] | None:
+    """Coordinates in a tensor, that fills its memory once, of the element at `at` of a view with strides of its own.
+
+    None where the tensor does not fill its memory once, or the view reaches beyond it.
+    """
+    order = sorted((d for d in range(len(in_shape)) if in_shape[d] != 1), key=lambda d: -in_strides[d])
+    below = [product([in_shape[x] for x in order[n + 1 :]]) for n in range(len(order))]
+    parts = [
+        Part(product([stride, p.stride]), p.term, p.extent)
+        for size, stride, i in zip(out_shape, strides, at) if size != 1 for p in _addends(i, size, ranks)
+    ]
+    whole = product([in_shape[d] for d in order])
+    if [in_strides[d] for d in order] != below or not _less(_reach(parts), whole):
+        return None
+    where = {d: _digit(parts, b, in_shape[d], first=n == 0) for n, (d, b) in enumerate(zip(order, below))}
+    return tuple(where.get(d, ZERO) for d in range(len(in_shape)))
+
+
 def _groups(out_shape: Sequence[Size], in_shape: Sequence[Size]) -> list[tuple[list[int], list[int]]] | None:
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
@@ -135,7 +156,8 @@ def _digit(parts: Sequence[Part], below: Size, size: Size, first: bool) -> Expr:
         else:
             quotient.append(Part(ratio, p.term, p.extent))
     if rest and not _less(_reach(rest), below):
-        whole = _sum(parts) // size_term(below)
+        near, step = _overlapping(parts, below, None if first else size)
+        whole = _sum(near) // size_term(step)
         return whole if first else whole % size_term(size)
     if first:
         return _sum(quotient)
@@ -146,6 +168,22 @@ def _digit(parts: Sequence[Part], below: Size, size: Size, first: bool) -> Expr:
     if _less(_reach(kept), size):
         return _sum(kept)
     return _sum(kept) % size_term(size)
+
+
+def _overlapping(parts: Sequence[Part], below: Size, size: Size | None) -> tuple[Sequence[Part], Size]:
+    """The parts that decide a digit, and what they are divided by: without those that never carry into it, nor lie above.
+
+        (d·8 + e + c·256 + x·64) // 512,  d·8 + e < 64      →      (c·4 + x) // 8
+    """
+    if not isinstance(below, int) or not all(isinstance(p.stride, int) for p in parts):
+        return parts, below
+    if isinstance(size, int):
+        parts = [p for p in parts if _exact(p.stride, below * size) is None]
+    for step in sorted({int(p.stride) for p in parts}, reverse=True):
+        low = [p for p in parts if int(p.stride) % step]
+        if step > 1 and below % step == 0 and _less(_reach(low), step):
+            return [Part(int(p.stride) // step, p.term, p.extent) for p in parts if p not in low], below // step
+    return parts, below
 
 
 def _exact(a: Size, b: Size) -> Size | None:
@@ -179,6 +217,13 @@ def _sum(parts: Sequence[Part]) -> Expr:
     return out
 
 
+def _sum_of_two(t: Expr) -> frozenset[str]:
+    """The ranks of `r + s` or `r·n + s`, whose strides are those of the dimension."""
+    a, b = t.args
+    a = a.args[0] if a.op == "mul" and a.args[1].is_const else a
+    return a.ranks | b.ranks if a.op == b.op == "index" and a is not b else frozenset()
+
+
 def is_simple(at: Sequence[Expr], offsets: bool = False, key: str = "") -> bool:
     """Whether every coordinate is a rank, `rank // n`, `rank % n` or a constant, so that strides can address it.
 
@@ -187,8 +232,8 @@ def is_simple(at: Sequence[Expr], offsets: bool = False, key: str = "") -> bool:
     """
     seen: set[tuple[str, str]] = set()
     for t in at:
-        if key and t.op == "add" and {a.op for a in t.args} == {"index"} and key in t.ranks:
-            seen.add((key, ""))
+        if key and t.op == "add" and (own := _sum_of_two(t)) and not any((r, "") in seen for r in own):
+            seen |= {(r, "") for r in own}
             continue
         if offsets and t.op == "add" and any(a.is_const and a.value > 0 for a in t.args):
             t = next((a for a in t.args if a.op == "index"), t)

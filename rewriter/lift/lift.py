@@ -45,6 +45,8 @@ class Origin:
 DEEPEST = 64
 # How long a term may be that stands for one node: a longer one is cheaper to read than to compute for every score.
 LONGEST = 1024
+# … of windows, whose places are told later: what is put together of chunks reads each row's keys at several.
+LONGEST_OF_WINDOWS = 4 * LONGEST
 # Python's arithmetic with floats, which is that of float64.
 _REAL: Mapping[object, str] = {
     operator.pow: "pow", operator.truediv: "div", operator.mul: "mul", operator.add: "add", operator.sub: "sub",
@@ -66,6 +68,7 @@ class Lifter:
     ) -> None:
         self.aliases, self.rules, self.offsets, self.windows = aliases, rules, offsets, windows
         self.stops = stops
+        self.longest = LONGEST_OF_WINDOWS if windows else LONGEST
         self.position = aliases.position
         self.ranks: dict[str, Size] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -169,10 +172,10 @@ class Lifter:
             # whoever asks for it reads it, not the node itself, which may be a write
             return self.leaf(n, at)
         # narrowing walks the term as it is written out
-        if self._length(out) <= LONGEST:
+        if self._length(out) <= self.longest:
             out = ex.cast(narrowed(out, dtype_of(n)), dtype_of(n))
-        if self._length(out) > LONGEST:
-            self.misses.append((f"a term of more than {LONGEST} operators", n))
+        if self._length(out) > self.longest:
+            self.misses.append((f"a term of more than {self.longest} operators", n))
             out = self._memo[key] = self.leaf(n, at)
             return out
         self.visited.add(n)

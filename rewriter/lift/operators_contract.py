@@ -175,7 +175,7 @@ _PEEL = frozenset((
 # … of which these show one tensor, each element as it is.
 VIEWS = _PEEL - {"cat", "dropout", "getitem", "repeat", "repeat_interleave"}
 # Views that show an element more than once: looked through where the windows move with their row.
-WINDOWED = frozenset(("unfold",))
+WINDOWED = frozenset(("unfold", "as_strided"))
 LOOKED_THROUGH = _PEEL | {"to", "_to_copy", "type_as", "float", "mul", "multiply", "div"}
 
 
@@ -428,9 +428,10 @@ def einsum(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     found = einsum_product(lifter, n)
     if found is not None:
         return contract(lifter, n, found, at)
-    if set("".join(specs)) != set(out):
+    sizes = {c: s for spec, x in zip(specs, nodes) for c, s in zip(spec, shape_of(tensor_of(x)))}
+    if any(sizes[c] != 1 for c in sizes.keys() - set(out)):
         raise CannotLift("einsum of more than two operands or over several letters", n)
-    letters = dict(zip(out, at))
+    letters = dict.fromkeys(sizes, ZERO) | dict(zip(out, at))
     dtype = dtype_of(n)
     terms = [lifter.value(t, lifter.broadcast(t, tuple(letters[c] for c in s))) for s, t in zip(specs, nodes)]
     product = ex.cast(terms[0], dtype)

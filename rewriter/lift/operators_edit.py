@@ -109,6 +109,9 @@ def _chosen(
     old = lifter.value(typed("fx.Node", n.args[0]), at)
     if alike is not None and not alike[0].is_const:
         new = ex.substitute(new, {ex.substitute(x, dict([alike])): x for x in ex.loads(old)})
+    if new.op == "where" and new.args[2] is old:
+        # where(c, where(d, x, y), y) = where(c ∧ d, x, y)
+        return ex.where(inside & new.args[0], new.args[1], old)
     return ex.where(inside, new, old)
 
 

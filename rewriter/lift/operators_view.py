@@ -201,6 +201,21 @@ def unfold(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     return lifter.value(x, tuple(where))
 
 
+def as_strided(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
+    """The element at Σ stride·i of what lies in memory: chunks that have tokens in common, and windows."""
+    x = source(n, a)
+    held, size, strides = tensor_of(x), typed("Sequence[object]", a["size"]), typed("Sequence[object]", a["stride"])
+    if a.get("storage_offset") not in (None, held.storage_offset()) or not all(
+        isinstance(s, int) for s in (*size, *strides, *held.shape)
+    ):
+        raise CannotLift("as_strided with symbolic sizes, or of other memory", n)
+    shape = shape_of(held)
+    where = index.strided(shape_of(tensor_of(n)), typed("Sequence[int]", strides), shape, held.stride(), at, lifter.ranks)
+    if where is None:
+        raise CannotLift("as_strided of memory that its tensor does not fill", n)
+    return lifter.value(x, where)
+
+
 def pad(lifter: Lifter, n: fx.Node, a: Args, at: At) -> Expr:
     """out[i] = x[i − before] inside, the fill value outside"""
     x = source(n, a)
@@ -372,7 +387,8 @@ RULES: dict[str, Rule] = {
     "numpy_T": t, "mT": matrix_transpose, "matrix_H": matrix_transpose, "adjoint": matrix_transpose, "permute": permute,
     "movedim": movedim, "moveaxis": movedim, "expand": expand, "expand_as": expand, "broadcast_to": expand,
     "repeat": repeat, "tile": repeat, "repeat_interleave": repeat_interleave, "slice": slice_,
-    "select": select, "flip": flip, "roll": roll, "unfold": unfold, "pad": pad, "constant_pad_nd": pad, "cat": cat,
+    "select": select, "flip": flip, "roll": roll, "unfold": unfold, "as_strided": as_strided,
+    "pad": pad, "constant_pad_nd": pad, "cat": cat,
     "concat": cat, "concatenate": cat, "stack": stack, "getitem": getitem, "index": index_tensor,
     "index_select": index_select, "gather": gather, "embedding": embedding,
 }

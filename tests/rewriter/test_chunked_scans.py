@@ -248,3 +248,18 @@ def test_export_and_dynamo_see_the_same_recurrence() -> None:
     assert (site.kind, site.choice) == ("scan", "reattend")
     assert site.traits == {"decay", "delta"}
     assert not plan.misses
+
+
+def test_products_of_a_recurrence_that_stays_are_no_misses() -> None:
+    """The model writes what chunks give in place, so that its graph stays as it is where its own code does."""
+    class Model(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Results:
+            return gated(*args)
+
+    torch._dynamo.reset()
+    args = inputs("gated", 130, torch.float32)
+    ours = reattend.optimize(Model().eval(), policy=reattend.Policy(deny="reattend"))
+    ours(*args)
+    report = reattend.report(ours)
+    assert [s.site.kind for s in report.sites] == ["scan"]
+    assert not report.misses

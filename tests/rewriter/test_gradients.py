@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import reattend
 from reattend.codegen.cpu.kernel import TrainedKernel, build_trained
 from reattend.patterns.attention.attention import Attention
 from reattend.patterns.attention.recognise import attention
@@ -126,3 +127,23 @@ def test_a_row_that_is_nan_and_set_to_0_passes_nothing_to_the_values(body: str) 
         torch.testing.assert_close(mine.reshape(own.shape), own, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert not wanted[2].isnan().any()
     assert wanted[0].isnan().any()
+
+
+def test_a_coordinate_of_rows_that_a_loop_reads_by_another_name_is_not_hidden() -> None:
+    """Rows in groups, whose own place is read by the mask of scores and by that of weights."""
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = torch.einsum("bhpge,bhme->bhpgm", q.view(2, 3, 6, 4, 8), k) * 0.3
+        row, m = torch.arange(6)[:, None, None] * 4 + torch.arange(4)[:, None], torch.arange(24)
+        w = s.masked_fill((m - row).abs() > 4, -torch.inf).softmax(-1)
+        return torch.einsum("bhpgm,bhmf->bhpgf", w.masked_fill((m + 4 + row * 13) // 14 == 23, 0.0), v)
+
+    class Model(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return attend(*args)
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    args = [torch.randn(2, 3, 24, 8).requires_grad_() for _ in range(3)]
+    ours = reattend.optimize(Model(), policy=reattend.Policy(allow="reattend", deny="original", check="never"))
+    for a, b in zip(*(torch.autograd.grad(f(*args).square().sum(), args) for f in (ours, attend))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

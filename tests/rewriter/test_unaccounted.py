@@ -368,3 +368,50 @@ def test_weights_that_a_layer_makes_are_named_when_they_are_scaled() -> None:
     plan = reattend.plan(Outlook().eval(), tuple(inputs(2)))
     assert not plan.sites
     assert ["made by a layer (linear)" in m.reason for m in plan.misses] == [True]
+
+
+def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores by distance, put together in place of products of chunks; nothing hides those of no key."""
+    b, h, n, _ = q.shape
+    c = torch.einsum("bhcxd,bhcyd->bhcxy", q.unfold(2, 8, 4).mT, k.unfold(2, 8, 4).mT)
+    c = F.pad(c, (0, 0, 0, 1)).view(b, h, n // 4 - 1, 8, 9)
+    out = q.new_zeros(b, h, n // 4, 4, 9)
+    out[:, :, :-1, :, 4:] = c[:, :, :, :4, :5]
+    out[:, :, 1:, :, :4] = c[:, :, :, 3:7, 5:]
+    w = F.pad(out.view(b, h, n // 4, 4, 9).softmax(-1), (0, 5)).view(b, h, n // 4, -1)[..., :-4].view(b, h, n // 4, 4, 13)
+    return torch.einsum("bhcwy,bhcyd->bhcwd", w[..., :-1], F.pad(v, (0, 0, 4, 4)).unfold(2, 12, 4).mT)
+
+
+class Written(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return chunked(q, k, v)
+
+
+def test_what_looks_like_an_attention_only_without_its_writes_is_named() -> None:
+    torch._dynamo.reset()
+    model = Written().eval()
+    ours = reattend.optimize(model)
+    ours(*(torch.randn(2, 2, 24, 4) for _ in range(3)))
+    assert [m for m in reattend.report(ours).misses if "einsum" in m.what]
+
+
+def pairs(decay: Tensor, x: Tensor) -> Tensor:
+    """h[t] = decay[t] · h[t − 1] + x[t] along the first dimension, by an associative scan."""
+    if len(x) == 1:
+        return x
+    odd = pairs(decay[1::2] * decay[:-1:2], decay[1::2] * x[:-1:2] + x[1::2])
+    even = torch.cat([x[:1], decay[2::2] * odd[: len(x[2::2])] + x[2::2]])
+    return torch.stack([even, odd], 1).flatten(0, 1)
+
+
+class Tree(nn.Module):
+    def forward(self, decay: Tensor, x: Tensor, c: Tensor) -> Tensor:
+        states = pairs(decay.sigmoid(), x[..., None] * decay)
+        return (states @ c[..., None])[..., 0]
+
+
+def test_a_tree_of_pairs_is_named() -> None:
+    gm = graph_of(Tree(), [torch.randn(16, 6, 4), torch.randn(16, 6), torch.randn(16, 4, 1)[..., 0].contiguous()])
+    found, missed = detect.find(gm)
+    assert not found
+    assert all("a tree of pairs" in m.reason for m in missed)

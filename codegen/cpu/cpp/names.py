@@ -167,7 +167,13 @@ class Fields:
         text = self.body.let("t", e)
         if text in self.p.scope.names.values():
             return text
-        return self._field(text, kind(e, self.p.scope.extent), taken)
+        ctype = kind(e, self.p.scope.extent)
+        if text in taken and text not in self.types:
+            # a name inside of `row` is another's where this is read
+            inner, text = text, self.body.fresh(text)
+            self.body.lines.append(f"const {ctype} {text} = {inner};")
+            self.body.bind(e, text)
+        return self._field(text, ctype, taken)
 
     def pointer(self, tensor: str, at: At, taken: set[str]) -> str:
         self.body.taken |= taken
@@ -182,6 +188,8 @@ class Fields:
     def _field(self, name: str, ctype: str, taken: set[str]) -> str:
         self.types[name] = ctype
         taken.add(name)
+        # … and in functions that are printed later
+        self.p.taken.add(name)
         return name
 
     def unpacked(self, lines: Sequence[str]) -> list[str]:
