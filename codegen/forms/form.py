@@ -197,10 +197,14 @@ def softmax(f: Form) -> Softmax | str:
     return Softmax(p, score, kept, end, limit, chosen)
 
 
+def _is_fill(x: Expr) -> bool:
+    return x.is_const and x.is_float and -math.inf < x.value <= FILLED
+
+
 def _may_be_filled(f: Form, added: Expr | None) -> bool:
     """May a row be all fills, each so large that the logarithm of their number is lost beside it?"""
     a = f.attention
-    if added is not None and hiding(added, a.key):
+    if added is not None and (hiding(added, a.key) or any(_is_fill(x) for x in ex.walk(added))):
         return True
     large = any(-math.inf < x <= FILLED for x in f.mask.fills)
     return (large or f.hidden) and bool(rows_keep_a_key(a, f.mask.keep))

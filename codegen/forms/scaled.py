@@ -18,14 +18,15 @@ import numpy as np
 from ...patterns import expr as ex
 from ...patterns.attention.attention import Attention
 from ...patterns.attention.rowstate import RowState
+from ...patterns.attention.separate import DROWNS
 from ...patterns.expr import Expr
 from ...patterns.terms.constant import number, tries
 from .terms import uncast
 
 # Added to any finite score in float32 it leaves itself: a fill at or below this may as well be added.
 ABSORBS = -1e30
-# From here on float64 loses the logarithm of a number of keys beside a score.
-FILLED = -(2.0**48)
+# From here on float32 loses the logarithm of a number of keys beside a score.
+FILLED = -DROWNS
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def ending(a: Attention, state: RowState) -> Ending | str:
     rng = np.random.default_rng(7)
     if not _blind(state.finish, n, s, g, bound, at_row, [rng.normal(size=5) * 3 for _ in range(8)]):
         return "the end of the row depends on its maximum itself"
-    counts = not _blind(state.finish, n, s, g, bound, at_row, [np.full(5, FILLED * 2.0**52)])
+    counts = not _blind(state.finish, n, s, g, bound, at_row, [np.full(5, -(2.0**100))])
     return Ending(0.0, ex.substitute(state.finish, {n: o * mass, s: mass, g: lse}), counts)
 
 

@@ -24,6 +24,8 @@ from .score import elements, reading
 
 # Terms above the element that sympy is asked about.
 SMALL = 24
+# Beside a number as large float32 keeps no seven bits behind the point: too few of the logarithm of a number of keys.
+DROWNS = 2.0**16
 # The smallest number that no rounding makes 0.
 _NORMAL = {"f16": 2.0**-14, "bf16": 2.0**-126, "f32": 2.0**-126, "f64": 2.0**-126}
 
@@ -133,6 +135,20 @@ class Splitter:
                 if e.op == "load" and e.is_float and str(e.attr) not in products:
                     return True
                 if facts(e.op).pole and self.key in e.args[-1].ranks:
+                    return True
+        return False
+
+    @cached_property
+    def can_drown(self) -> bool:
+        """May a row's scores all be so low that its bound swallows a logarithm? What a whole row gets added counts, too."""
+        for root in self.context.exposed:
+            rowed = reading(root, self.context.rows)
+            for e in ex.walk(root):
+                if e in rowed:
+                    continue
+                if any(x.is_const and x.is_float and not abs(x.value) < DROWNS for x in e.args):
+                    return True
+                if e.op == "load" and e.is_float and str(e.attr) not in (*self.context.products, *self.ops):
                     return True
         return False
 
@@ -274,7 +290,7 @@ class Splitter:
             return Summand(ex.unary(e.op, element), (*after, After("div", ex.unary(e.op, d))))
         bound = Bound(e.op, d, self.slope(d) > 0)
         u = e.args[0]
-        if after and self.can_empty and u.op == "sub" and u.args[0] is element:
+        if after and (self.can_empty or self.can_drown) and u.op == "sub" and u.args[0] is element:
             # exp(s − (d + log l)): with all scores at a large fill, d swallows log l, and the model's weights are 1
             after = [After("mul", ex.unary(e.op, d - u.args[1]))]
         return Summand(ex.unary(e.op, element - self.guarded(d)), tuple(after), ((bound, 1.0),))

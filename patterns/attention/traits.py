@@ -60,7 +60,10 @@ def _ending(a: Attention, known: dict[Expr, object]) -> str:
     if out == 0.0:
         return "zero"
     first, second = np.broadcast_to(number(a.weight, values, known), (2,))
-    return "uniform" if first == second else "unmasked"
+    if first != second:
+        return "unmasked"
+    # exp(s - logsumexp) beside a fill that drowns the logarithm of their number weighs each key by 1
+    return "uniform" if np.isclose(out, VALUES.mean()) else "varies"
 
 
 def masked_row(a: Attention) -> dict[Expr, object] | None:

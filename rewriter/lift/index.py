@@ -174,8 +174,12 @@ def _overlapping(parts: Sequence[Part], below: Size, size: Size | None) -> tuple
     """The parts that decide a digit, and what they are divided by: without those that never carry into it, nor lie above.
 
         (d·8 + e + c·256 + x·64) // 512,  d·8 + e < 64      →      (c·4 + x) // 8
+
+    A remainder beside its quotient is a whole with it, which says more: n·(x // n) + x % n.
     """
     if not isinstance(below, int) or not all(isinstance(p.stride, int) for p in parts):
+        return parts, below
+    if any(p.term.op == "mod" and p.term.args[0] // p.term.args[1] in ex.walk(*(x.term for x in parts)) for p in parts):
         return parts, below
     if isinstance(size, int):
         parts = [p for p in parts if _exact(p.stride, below * size) is None]

@@ -127,6 +127,14 @@ FOUND = {
         '{"grad": "all", "queries": 33, "keys": 3, "size": 80, "layout": "transposed", "product": "vecdot", "second": "weighed",'
         ' "scale": "per_head", "mask": "stride", "form": "added", "fill": "lowest", "seed": 69972808}', ("reattend",)
     ),
+    "a fill of -1e9 that swallows the logarithm of a row": (
+        '{"mask": "data", "mask_spread": "b11m", "form": "added", "fill": "-1e9", "empty": true, "row": "logsumexp"}',
+        ("default", "reattend", "product")
+    ),
+    "a fill that a whole row gets added": (
+        '{"mask": "data", "mask_spread": "b1p1", "form": "added", "fill": "lowest", "empty": true, "row": "logsumexp"}',
+        ("default", "reattend", "product")
+    ),
     "two einsums of other letters under autocast": (
         '{"autocast": "bf16", "product": "weighed", "second": "weighed", "bias": "alibi"}', ("product", "default")
     ),
