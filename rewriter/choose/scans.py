@@ -31,13 +31,14 @@ from ...patterns.recurrence.recurrence import Recurrence
 from ...patterns.verdict import Obstacle, Refusal
 from ..find import defect
 from ..find.detect import find
-from ..find.pairs import PAIRS, made_by_pairs
 from ..find.place import gradient_cut
+from ..find.unaccounted import PAIRS, made_by_pairs
 from ..fold.chunks import over_tokens
 from ..fold.decayed import decayed
 from ..fold.loop import loops, unmark
 from ..fold.opened import opened
 from ..fold.recurrences import FoundScan, OtherScan, lifted
+from ..fold.scan_costs import own_operators, scan_cost, steps_cost
 from ..graph.aliases import Aliases
 from ..graph.inside import between
 from ..graph.node import FOLDED, op_name
@@ -45,7 +46,6 @@ from ..graph.where import module_path, source_line
 from ..splice import splice
 from ..splice.packed import packed, unpacked
 from .policy import Policy
-from .scan_costs import own_operators, scan_cost, steps_cost
 
 NAME = "reattend"
 

@@ -18,10 +18,10 @@ from ...patterns.attention.attention import Attention
 from ...patterns.cascade import Access, Cascade, Einsum, Size, Tensor, as_size, size_term, verify
 from ...patterns.expr import Expr
 from ...patterns.passes import joined
-from ...patterns.passes.overlapped import overlapped, trimmed
-from ...patterns.passes.slide import slide
 from ...patterns.terms.divisions import divided
 from ...patterns.verdict import Obstacle
+from ...patterns.windows.overlapped import overlapped, trimmed
+from ...patterns.windows.slide import slide
 from ..capture.weights import is_weight, weights_of
 from ..graph.aliases import Aliases
 from ..graph.inside import between
@@ -40,11 +40,10 @@ from ..lift.rules import RULES
 from . import defect
 from .added import Addend, addends, candidates, sums
 from .final import Final, compare_lengths, finals, hides_product
-from .pairs import PAIRS, made_by_pairs
 from .query import laid_out, with_query
 from .spelled import spell
 from .twins import match
-from .unaccounted import unaccounted
+from .unaccounted import PAIRS, made_by_pairs, unaccounted
 
 _OF_LAYERS: Mapping[str, Rule] = {**RULES, **operators_product.LAYERS}
 

@@ -38,6 +38,13 @@ _MOVES = (SHAPE_ONLY - CONTRACTIONS - {"cat", "stack", "getitem"}) | {
     "mT", "swapaxes", "movedim", "dropout", "type_as", "float", "add", "masked_fill",
 }
 _LIMIT = 256
+PAIRS = "its states are made by a tree of pairs (an associative scan), in which no loop of steps is there to be folded"
+# What a tree is made of, and how many of these are looked at.
+_MADE_OF_PAIRS = frozenset((
+    "mul", "add", "slice", "stack", "flatten", "cat", "pad", "constant_pad_nd", "movedim", "transpose", "permute", "view",
+    "reshape", "unsqueeze", "squeeze", "to", "_to_copy", "select", "clone", "contiguous", "getitem", "split_with_sizes",
+))
+_LIMIT_OF_PAIRS = 512
 
 
 def unaccounted(
@@ -291,3 +298,36 @@ def _stands(n: fx.Node, way: list[fx.Node]) -> str:
         return f"{joint}, and {op_name(n)} multiplies {len(_operands(n))} operands at once"
     moved = next((x for x in names if x not in ("view", "transpose", "permute", "to")), "")
     return f"{joint}, and {moved or op_name(n)} between them and the queries has no term here"
+
+
+# --- trees of pairs -----------------------------------------------------------------------------------------------
+
+
+def made_by_pairs(start: fx.Node) -> bool:
+    """Is a value made of neighbours that were combined at two levels or more?
+
+        x[0::2], x[1::2]  →  y = x[1::2] ∘ x[0::2]  →  y[0::2], y[1::2]  → …            (an associative scan)
+
+    No such tree is read back as the recurrence that it computes: it is named.
+    """
+    queue, seen = deque([start]), set[fx.Node]()
+    while queue and len(seen) < _LIMIT_OF_PAIRS:
+        n = queue.popleft()
+        if n in seen or op_name(n) not in _MADE_OF_PAIRS:
+            continue
+        seen.add(n)
+        if _is_every_second(n) and any(map(_is_every_second, _combined(n.all_input_nodes[0]))):
+            return True
+        queue.extend(n.all_input_nodes)
+    return False
+
+
+def _combined(n: fx.Node) -> list[fx.Node]:
+    """What a sum of products combines."""
+    if op_name(n) not in ("mul", "add"):
+        return []
+    return [y for x in n.all_input_nodes for y in (x, *_combined(x))]
+
+
+def _is_every_second(n: fx.Node) -> bool:
+    return op_name(n) == "slice" and arguments(n)["step"] == 2

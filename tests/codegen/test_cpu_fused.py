@@ -384,7 +384,7 @@ def test_costly_terms_over_the_distance_are_tabulated() -> None:
     factor = ex.unary("cos", ex.cast(P - M, "f32") * 0.1)
     case = build(lambda s: masked((M <= P) & (P - M < 30))(s * factor), p=40, m=70)
     assert "cos" not in holes(case.cascade)
-    assert "p - m < 30" in holes(case.cascade)
+    assert re.search(r"\bp(_1)? - m < 30", holes(case.cascade))
     for p, m in ((40, 70), (70, 40), (1, 33), (33, 1)):
         case = build(lambda s: masked((M <= P) & (P - M < 30))(s * factor), p=p, m=m)
         close(case.cascade, case.inputs(), case.sizes)

@@ -214,7 +214,7 @@ def test_weights_that_are_absent_are_one_sentence(
 ) -> None:
     quality = importlib.import_module("quality")
     monkeypatch.setattr(lab.minilm, "PACKAGE", "no_such_package_of_weights")
-    assert list(quality.rows_of("minilm", ["passages"], [0.25], 4, Path("nowhere"))) == []
+    assert list(quality.rows_of("minilm", ["passages"], [0.25], 4, Path("nowhere"), lambda family: True)) == []
     assert capsys.readouterr().out.strip() == lab.minilm.ABSENT
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import reattend
 from reattend.patterns import expr as ex
-from reattend.patterns.passes.places import settled
+from reattend.patterns.windows.places import settled
 from reattend.rewriter.find import detect
 from reattend.rewriter.graph.functional import functional
 

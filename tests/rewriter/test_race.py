@@ -100,8 +100,8 @@ def test_a_scan_that_is_slower_is_not_called_again(monkeypatch: pytest.MonkeyPat
     kernels(monkeypatch, own=1e-3, kernel=2e-3)
     calls(monkeypatch, 1.0, 1.0)
     # which is predicted to be faster is not the question here
-    monkeypatch.setattr("reattend.rewriter.choose.scans._scan_cost", lambda *_: Cost(1e-5, "matrix", 0, 0, 0, band=1.0))
-    monkeypatch.setattr("reattend.rewriter.choose.scans._steps_cost", lambda *_: Cost(2e-5, "matrix", 0, 0, 0, band=1.0))
+    monkeypatch.setattr("reattend.rewriter.choose.scans.scan_cost", lambda *_: Cost(1e-5, "matrix", 0, 0, 0, band=1.0))
+    monkeypatch.setattr("reattend.rewriter.choose.scans.steps_cost", lambda *_: Cost(2e-5, "matrix", 0, 0, 0, band=1.0))
     model = reattend.optimize(Steps(), policy=OURS)
     args = qkv(12)
     want = Steps()(*args)
