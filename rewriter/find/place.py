@@ -32,8 +32,10 @@ from ..graph.liveness import survivors
 from ..graph.node import arguments, op_name
 from ..graph.sizes import product, shape_of, size_of
 from ..graph.torch_private import bounds, expression, traced_size
+from ..graph.where import source_line
 from ..lift.operators_contract import CONTRACTIONS
 from ..splice.splice import hint
+from . import defect
 from .constants import constants
 from .detect import Found, is_plain, up_to_the_product
 from .further import with_outputs
@@ -165,14 +167,24 @@ def _escaped(f: Found, inside: frozenset[fx.Node]) -> frozenset[fx.Node]:
 def with_further(found: Iterable[Found], aliases: Aliases) -> Iterator[Found]:
     """Attentions whose scores or weights are read outside, with what is read as further outputs, where that can be."""
     for f in found:
-        inside = interior(f)
-        escaped = frozenset() if is_plain(f.cascade) else _escaped(f, inside)
-        whole = _with_outputs(f, aliases, inside, escaped) if escaped else f
-        if whole is None and (short := up_to_the_product(f, aliases)) is not None:
-            # what follows the product may be made of what is read
-            inside = interior(short)
-            whole = _with_outputs(short, aliases, inside, _escaped(short, inside))
+        try:
+            whole = _whole(f, aliases)
+        except Exception as error:
+            # a bug of ours in one site takes no other along
+            defect.reason(source_line(f.output) or f.output.name, error)
+            whole = None
         yield f if whole is None else whole
+
+
+def _whole(f: Found, aliases: Aliases) -> Found | None:
+    inside = interior(f)
+    escaped = frozenset() if is_plain(f.cascade) else _escaped(f, inside)
+    whole = _with_outputs(f, aliases, inside, escaped) if escaped else f
+    if whole is None and (short := up_to_the_product(f, aliases)) is not None:
+        # what follows the product may be made of what is read
+        inside = interior(short)
+        whole = _with_outputs(short, aliases, inside, _escaped(short, inside))
+    return whole
 
 
 def _with_outputs(

@@ -317,3 +317,23 @@ def test_inductor_compiles_a_graph_with_several_outputs() -> None:
     given = inputs(48)
     with torch.no_grad():
         torch.testing.assert_close(model(*given), MergedParts()(*given))
+
+
+def test_a_bug_of_ours_in_what_else_is_read_takes_no_other_attention_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Both(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out, w = averaged(q, k, v)
+            return scores(out, k).softmax(-1) @ v + w.mean()
+
+    def broken(*given: object) -> None:
+        raise KeyError("broken on purpose")
+
+    monkeypatch.setattr("reattend.rewriter.find.place.with_outputs", broken)
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(2, 2, 9, 8) for _ in range(3))
+    ours = reattend.optimize(Both(), policy=reattend.Policy(tune=False))
+    with torch.no_grad(), pytest.warns(UserWarning, match="a bug in reattend"):
+        torch.testing.assert_close(ours(q, k, v), Both()(q, k, v))
+    plan = reattend.report(ours).plan
+    assert plan is not None
+    assert len(plan.sites) == 2
