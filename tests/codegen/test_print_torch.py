@@ -207,7 +207,9 @@ def test_random_terms(e: Expr) -> None:
     want = meaning(e, x)
     got = run(e, x).to(want.dtype)
     if e.is_float:
-        torch.testing.assert_close(got.float(), want.float(), rtol=2e-3, atol=2e-3, equal_nan=True)
+        # one unit of the narrowest type in which a part of it is rounded
+        near = 2.0**-7 if any(t.dtype == "bf16" for t in ex.walk(e)) else 2e-3
+        torch.testing.assert_close(got.float(), want.float(), rtol=near, atol=near, equal_nan=True)
     else:
         assert torch.equal(got, want)
 

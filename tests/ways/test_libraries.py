@@ -150,7 +150,7 @@ def test_adapters_trained() -> None:
 
 
 @quiet
-@way("accelerate: weights offloaded to a folder", AS_WRITTEN, slow)
+@way("accelerate: weights offloaded to a folder", WORKS, slow)
 def test_offloaded(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = llama()
@@ -158,10 +158,9 @@ def test_offloaded(tmp_path: Path) -> None:
     reattend.optimize(ours, policy=POLICY)
     for _ in range(2):
         equal(logits(ours), logits(model))
-    # its hooks, which fetch the weights, break the graph behind each attention, and what was computed so far is kept
-    said = str(reattend.report(ours))
-    assert "graph break" in said
-    assert "read elsewhere" in said
+    # its hooks, which fetch the weights, break the graph behind each attention: what was computed so far is its output, too
+    assert "graph break" in str(reattend.report(ours))
+    assert ran(ours)
 
 
 @quiet
